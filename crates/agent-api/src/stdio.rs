@@ -1,0 +1,162 @@
+//! Framing of process streams on vsock port [`crate::STDIO_PORT`].
+//!
+//! One connection carries one stream of one process. The host opens it and sends an [`Open`]
+//! header; the agent answers one [`Status`] byte. Then:
+//!
+//! - `Stdin`: the host sends raw bytes; its half-close closes the process' stdin.
+//! - `Stdout`, `Stderr` (a tty has `Stdout` only): the agent sends raw bytes from the header's
+//!   `offset` on, and half-closes after the last. The host answers with cumulative
+//!   acknowledgements, a little-endian `u64` each: "all bytes before this offset are stored".
+//!   The agent keeps what is not acknowledged (at most [`WINDOW`] bytes; then it stops reading the
+//!   pipe, and the process feels ordinary back-pressure), so a host that died resumes at the offset
+//!   it had stored, without loss or repetition. A second connection for the same stream replaces
+//!   the first.
+
+/// Bytes an agent keeps for a stream whose host has not acknowledged them.
+pub const WINDOW: usize = 256 << 10;
+/// Longest id in a header, bytes: a guard for the side that parses it.
+pub const MAX_ID: usize = 256;
+const MAGIC: [u8; 4] = *b"NCS1";
+/// Length of the fixed part of a header, bytes.
+pub const FIXED: usize = 4 + 1 + 8 + 2 + 2;
+
+/// Which stream of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Kind {
+    Stdin = 0,
+    Stdout = 1,
+    Stderr = 2,
+}
+
+/// First bytes of a connection, from the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Open {
+    pub kind: Kind,
+    /// Offset of the first byte that the host wants, in bytes since the process started.
+    pub offset: u64,
+    pub container_id: String,
+    /// Empty: the container's init process.
+    pub exec_id: String,
+}
+
+/// The agent's answer to [`Open`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    Ok = 0,
+    /// No such process, or it has no such stream.
+    NoSuchStream = 1,
+    /// The offset is not in the agent's window any more (or not yet).
+    BadOffset = 2,
+    BadHeader = 3,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub struct BadHeader;
+
+impl std::fmt::Display for BadHeader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("stream header is malformed")
+    }
+}
+
+impl std::error::Error for BadHeader {}
+
+impl TryFrom<u8> for Status {
+    type Error = BadHeader;
+    fn try_from(byte: u8) -> Result<Self, BadHeader> {
+        Ok(match byte {
+            0 => Self::Ok,
+            1 => Self::NoSuchStream,
+            2 => Self::BadOffset,
+            3 => Self::BadHeader,
+            _ => return Err(BadHeader),
+        })
+    }
+}
+
+impl Open {
+    /// The header on the wire: magic, kind, offset, both lengths (little-endian), both ids.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(FIXED + self.container_id.len() + self.exec_id.len());
+        out.extend_from_slice(&MAGIC);
+        out.push(self.kind as u8);
+        out.extend_from_slice(&self.offset.to_le_bytes());
+        out.extend_from_slice(&(self.container_id.len() as u16).to_le_bytes());
+        out.extend_from_slice(&(self.exec_id.len() as u16).to_le_bytes());
+        out.extend_from_slice(self.container_id.as_bytes());
+        out.extend_from_slice(self.exec_id.as_bytes());
+        out
+    }
+
+    /// Lengths of the two ids that follow the fixed part.
+    pub fn id_lengths(fixed: &[u8; FIXED]) -> Result<(usize, usize), BadHeader> {
+        let a = usize::from(u16::from_le_bytes([fixed[13], fixed[14]]));
+        let b = usize::from(u16::from_le_bytes([fixed[15], fixed[16]]));
+        if fixed[..4] != MAGIC || a > MAX_ID || b > MAX_ID { Err(BadHeader) } else { Ok((a, b)) }
+    }
+
+    /// Parses the fixed part and the ids that follow it.
+    pub fn decode(fixed: &[u8; FIXED], ids: &[u8]) -> Result<Self, BadHeader> {
+        let (a, b) = Self::id_lengths(fixed)?;
+        if ids.len() != a + b {
+            return Err(BadHeader);
+        }
+        let kind = match fixed[4] {
+            0 => Kind::Stdin,
+            1 => Kind::Stdout,
+            2 => Kind::Stderr,
+            _ => return Err(BadHeader),
+        };
+        let mut offset = [0; 8];
+        offset.copy_from_slice(&fixed[5..13]);
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).map_err(|_| BadHeader);
+        Ok(Self {
+            kind,
+            offset: u64::from_le_bytes(offset),
+            container_id: text(&ids[..a])?,
+            exec_id: text(&ids[a..])?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open() -> Open {
+        Open {
+            kind: Kind::Stderr,
+            offset: 1 << 40,
+            container_id: "abc".into(),
+            exec_id: "e1".into(),
+        }
+    }
+
+    #[test]
+    fn a_header_survives_the_wire() {
+        let wire = open().encode();
+        let fixed: [u8; FIXED] = wire[..FIXED].try_into().unwrap();
+        assert_eq!(Open::decode(&fixed, &wire[FIXED..]), Ok(open()));
+    }
+
+    #[test]
+    fn an_oversized_id_is_refused_before_it_is_read() {
+        let mut wire = open().encode();
+        wire[13] = 0xff;
+        wire[14] = 0xff;
+        let fixed: [u8; FIXED] = wire[..FIXED].try_into().unwrap();
+        assert_eq!(Open::id_lengths(&fixed), Err(BadHeader));
+    }
+
+    #[test]
+    fn a_wrong_magic_and_a_wrong_kind_are_refused() {
+        let wire = open().encode();
+        let mut fixed: [u8; FIXED] = wire[..FIXED].try_into().unwrap();
+        fixed[4] = 9;
+        assert_eq!(Open::decode(&fixed, &wire[FIXED..]), Err(BadHeader));
+        fixed[0] = b'X';
+        assert_eq!(Open::id_lengths(&fixed), Err(BadHeader));
+    }
+}

@@ -1,0 +1,222 @@
+//! What a pod and a container are here: requests in ([`PodSpec`], [`ContainerSpec`], [`ExecSpec`]),
+//! observations out ([`PodView`], [`ContainerView`]). Plain values; nothing here does I/O.
+//!
+//! The life cycles:
+//! ```text
+//! pod:        Reserved -> Ready -> NotReady -> (removed)
+//! container:  Created -> Running -> Exited -> (removed)
+//! ```
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+pub type PodId = String;
+pub type ContainerId = String;
+
+/// Labels, annotations and the caller's own names: kept and given back, never interpreted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meta {
+    pub name: String,
+    /// Of pods only.
+    pub namespace: String,
+    /// Of pods only.
+    pub uid: String,
+    pub attempt: u32,
+    pub labels: BTreeMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PodSpec {
+    pub meta: Meta,
+    pub hostname: String,
+    /// Runtime handler the caller named; given back in the view.
+    pub handler: String,
+    /// Parent cgroup below the cgroup v2 root (e.g. `/kubepods/burstable/pod…`); the VMM's cgroup
+    /// is made in it. Empty: `/nacelle`.
+    pub cgroup_parent: String,
+    /// Folder for container logs; empty: none are written.
+    pub log_directory: String,
+    pub sysctls: BTreeMap<String, String>,
+    pub dns: Dns,
+    pub ports: Vec<PortMapping>,
+    /// CPUs the VM gets; none: the configured default.
+    pub vcpus: Option<u8>,
+    /// Memory of the VM, MiB; none: the configured default.
+    pub memory_mib: Option<u32>,
+    /// Whole request as the caller gave it (JSON), for verbose status.
+    pub origin: serde_json::Value,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dns {
+    pub servers: Vec<String>,
+    pub searches: Vec<String>,
+    pub options: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Protocol {
+    Tcp,
+    Udp,
+    Sctp,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortMapping {
+    pub protocol: Protocol,
+    pub container_port: u16,
+    pub host_port: u16,
+    pub host_ip: Option<IpAddr>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PodState {
+    /// Id taken, not started yet; never listed.
+    Reserved,
+    Ready,
+    /// Stopped, or its VM died.
+    NotReady,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PodView {
+    pub id: PodId,
+    pub spec: PodSpec,
+    pub state: PodState,
+    pub created_at: SystemTime,
+    /// Why the pod is not ready, for people; empty while it is, or when it was stopped on request.
+    pub reason: String,
+    /// First is the primary address.
+    pub addresses: Vec<IpAddr>,
+    pub netns: Option<PathBuf>,
+    pub vmm_pid: Option<u32>,
+    pub kernel_release: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ContainerSpec {
+    pub meta: Meta,
+    /// Root file system.
+    pub rootfs: RootfsSpec,
+    /// OCI runtime spec; `root` and the rootfs' own mounts are filled in by the guest. Its `mounts`
+    /// hold only guest-side ones (proc, sysfs, tmpfs, devpts, ...).
+    pub oci: oci_spec::runtime::Spec,
+    /// `user[:group]` to look up inside the root file system; empty: `oci.process.user` counts.
+    pub user: String,
+    pub pid: PidMode,
+    pub stdin: bool,
+    pub stdin_once: bool,
+    pub tty: bool,
+    /// Relative to the pod's log folder; empty: no log.
+    pub log_path: String,
+    /// Files and folders of the host that are copied into the guest (read-only volumes).
+    pub copies: Vec<CopyMount>,
+    /// Image as the caller named it, and its id; given back in the view.
+    pub image_name: String,
+    pub image_id: String,
+    /// Signal that asks the container to end (number); 15 when the image names none.
+    pub stop_signal: u32,
+    pub origin: serde_json::Value,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootfsSpec {
+    /// EROFS image on the host, attached read-only.
+    pub image: PathBuf,
+    pub read_only: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyMount {
+    pub host_path: PathBuf,
+    pub container_path: String,
+    pub read_only: bool,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PidMode {
+    #[default]
+    Container,
+    Pod,
+    Target(ContainerId),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ContainerState {
+    Created,
+    Running,
+    Exited,
+    /// The VM does not answer.
+    Unknown,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ContainerView {
+    pub id: ContainerId,
+    pub pod: PodId,
+    pub spec: ContainerSpec,
+    pub state: ContainerState,
+    pub created_at: SystemTime,
+    pub started_at: Option<SystemTime>,
+    pub exit: Option<ExitView>,
+    /// Absolute; empty: none.
+    pub log_path: PathBuf,
+    /// Limits as last set.
+    pub resources: oci_spec::runtime::LinuxResources,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitView {
+    /// Exit status, or 128 + signal; -1 when the VM died with it.
+    pub code: i32,
+    pub oom_killed: bool,
+    pub at: SystemTime,
+    /// `Completed`, `Error`, `OOMKilled`, `StartError`, `VmDied`, ...
+    pub reason: String,
+    pub message: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExecSpec {
+    pub command: Vec<String>,
+    pub tty: bool,
+    pub stdin: bool,
+    /// Variables in addition to the container's own.
+    pub env: Vec<String>,
+    /// Empty: the container's user and folder.
+    pub user: String,
+    pub cwd: String,
+    pub tty_size: Option<(u16, u16)>,
+}
+
+/// Result of a finished, non-interactive exec.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ExecOutput {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub code: i32,
+}
+
+/// One phase of a pod's start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TracePhase {
+    /// e.g. `network`, `launch`, `boot`, `configure`.
+    pub name: String,
+    /// Microseconds since the request arrived.
+    pub start_us: u64,
+    pub duration_us: u64,
+}
+
+/// Filter of a listing; all fields must match.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    /// Id or an unambiguous beginning of it.
+    pub id: Option<String>,
+    pub pod: Option<PodId>,
+    pub labels: BTreeMap<String, String>,
+}

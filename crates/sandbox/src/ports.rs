@@ -1,0 +1,71 @@
+//! What the life cycle needs from the rest of the house, as traits, so that it can be tested with
+//! fakes and has never heard of CNI.
+
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::model::{PodId, PodSpec};
+
+/// One interface of a pod, as the guest has to set it up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// e.g. `eth0`.
+    pub name: String,
+    pub mac: [u8; 6],
+    pub mtu: u16,
+    /// CIDR notation, both families.
+    pub addresses: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// CIDR; empty: default route.
+    pub destination: String,
+    /// Empty: on link.
+    pub gateway: String,
+    pub interface: String,
+}
+
+/// A pod's network as it stands on the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    pub netns: PathBuf,
+    pub interfaces: Vec<Interface>,
+    pub routes: Vec<Route>,
+    pub addresses: Vec<IpAddr>,
+    pub dns: crate::model::Dns,
+}
+
+/// An error of a port, with what it was doing; `retry` is a hint for the caller.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub struct PortError(#[from] pub anyhow::Error);
+
+/// Host side of pod networks.
+///
+/// All calls are idempotent and may be repeated after a crash of the caller: `attach` after a
+/// half-done `attach` starts by undoing it; `detach` of something unknown succeeds.
+#[async_trait]
+pub trait Network: Send + Sync {
+    /// Path at which the netns of a pod will stand; known before `attach` so that it can be
+    /// journaled first.
+    fn netns_path(&self, pod: &PodId) -> PathBuf;
+    /// Makes the netns, attaches it to the networks, makes the taps.
+    async fn attach(&self, pod: &PodId, spec: &PodSpec) -> Result<Attachment, PortError>;
+    /// Opens the tap of each interface, in the order of [`Attachment::interfaces`].
+    async fn open_taps(
+        &self,
+        pod: &PodId,
+        attachment: &Attachment,
+    ) -> Result<Vec<OwnedFd>, PortError>;
+    /// Undoes `attach`, goes on past failures and reports them all.
+    async fn detach(&self, pod: &PodId, spec: &PodSpec) -> Result<(), PortError>;
+    /// What keeps pods from being attached, for people; none: all is well.
+    async fn trouble(&self) -> Option<String>;
+    /// Frees what belongs to no pod in `known`.
+    async fn collect(&self, known: &[PodId]) -> Result<(), PortError>;
+}

@@ -1,0 +1,76 @@
+//! A blocking client of the control socket, with a deadline on every call.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+
+use crate::transport::{TransportError, receive, send};
+use crate::{Error, Reply, Request};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error("no VMM answers at {path}")]
+    Connect { path: String, source: nix::Error },
+    #[error("VMM did not answer within {limit:?}")]
+    Deadline { limit: Duration },
+    #[error(transparent)]
+    Transport(TransportError),
+    #[error(transparent)]
+    Refused(#[from] Error),
+    #[error("VMM answered {got:?} to {request:?}")]
+    Unexpected { request: Request, got: Reply },
+}
+
+/// A connection to one VMM.
+#[derive(Debug)]
+pub struct Client {
+    socket: OwnedFd,
+    limit: Duration,
+}
+
+impl Client {
+    /// Connects; every later call fails with [`ClientError::Deadline`] after `limit`.
+    pub fn connect(path: &Path, limit: Duration) -> Result<Self, ClientError> {
+        let failed = |source| ClientError::Connect { path: path.display().to_string(), source };
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
+            .map_err(failed)?;
+        let time = TimeVal::milliseconds(limit.as_millis().try_into().unwrap_or(i64::MAX));
+        setsockopt(&socket, sockopt::SendTimeout, &time).map_err(failed)?;
+        setsockopt(&socket, sockopt::ReceiveTimeout, &time).map_err(failed)?;
+        let address = UnixAddr::new(path).map_err(failed)?;
+        connect(socket.as_raw_fd(), &address).map_err(failed)?;
+        Ok(Self { socket, limit })
+    }
+
+    /// Sends a request with its descriptors and waits for the reply; a refusal is an `Err`.
+    pub fn call(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, ClientError> {
+        send(self.socket.as_fd(), request, fds).map_err(|e| self.deadline(e))?;
+        let (reply, _) = receive::<Reply>(self.socket.as_fd()).map_err(|e| self.deadline(e))?;
+        match reply {
+            Reply::Error(error) => Err(error.into()),
+            reply => Ok(reply),
+        }
+    }
+
+    /// [`Self::call`] for requests that are answered with [`Reply::Done`].
+    pub fn order(&self, request: &Request) -> Result<(), ClientError> {
+        match self.call(request, &[])? {
+            Reply::Done => Ok(()),
+            got => Err(ClientError::Unexpected { request: request.clone(), got }),
+        }
+    }
+
+    fn deadline(&self, error: TransportError) -> ClientError {
+        match error {
+            TransportError::Socket(nix::Error::EAGAIN) => {
+                ClientError::Deadline { limit: self.limit }
+            }
+            error => ClientError::Transport(error),
+        }
+    }
+}
