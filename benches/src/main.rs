@@ -1,0 +1,61 @@
+//! Benchmarks: tables with their conditions, nacelle beside a peer in the same run.
+//!
+//! `nacelle-bench boot` compares VMMs on the same kernel and initramfs; `nacelle-bench pods` breaks
+//! a pod's cold start into its phases and weighs idle pods. Nothing here asserts anything: see
+//! `docs/benchmarks.md` for how to read the numbers.
+
+mod boot;
+mod measure;
+mod pods;
+mod table;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "nacelle-bench", about = "Prints tables; states its conditions")]
+struct Arguments {
+    /// Folder with nacelle's binaries.
+    #[arg(long, default_value = "/nacelle/bin")]
+    bin: PathBuf,
+    /// Folder with `vmlinux` and `initramfs.cpio`.
+    #[arg(long, default_value = "/nacelle/guest")]
+    guest: PathBuf,
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Cold boot to a listening agent: nacelle-vmm beside QEMU's microvm.
+    Boot {
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+        #[arg(long, default_value_t = 1)]
+        vcpus: u8,
+        /// MiB.
+        #[arg(long, default_value_t = 256)]
+        memory: u32,
+    },
+    /// A pod's cold start by phase, and host memory a further idle pod.
+    Pods {
+        #[arg(long, default_value_t = 20)]
+        pods: usize,
+        /// Socket of a running nacelled.
+        #[arg(long, default_value = "/run/nacelle/nacelled.sock")]
+        socket: PathBuf,
+    },
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    measure::print_conditions()?;
+    match arguments.bench {
+        Bench::Boot { runs, vcpus, memory } => {
+            boot::run(&arguments.bin, &arguments.guest, runs, vcpus, memory)
+        }
+        Bench::Pods { pods, socket } => pods::run(&arguments.bin, &socket, pods),
+    }
+}
