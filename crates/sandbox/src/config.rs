@@ -1,0 +1,125 @@
+//! Settings of the life cycle. Every field has a default; times are in milliseconds, sizes in
+//! bytes unless the name says otherwise.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Durable state: `pods/<id>/…`, the formatted scratch original.
+    pub root: PathBuf,
+    /// Sockets of running pods; may vanish with a reboot.
+    pub state: PathBuf,
+    /// The `nacelle-vmm` binary.
+    pub vmm: PathBuf,
+    /// Command that runs [`crate::launcher::main`] with a socket as its standard input.
+    pub launcher: Vec<OsString>,
+    /// An ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// cpio archive with the agent as `/init`.
+    pub initramfs: PathBuf,
+    /// Appended to the guest kernel's command line.
+    pub cmdline_extra: String,
+    /// Mount point of cgroup v2; empty: `/sys/fs/cgroup`, or its `unified` folder on a host with
+    /// both versions.
+    pub cgroup_root: PathBuf,
+    pub default_vcpus: u8,
+    pub default_memory_mib: u32,
+    /// Pods this node holds at most; a further one is refused.
+    pub max_pods: usize,
+    /// Containers in a pod at most; bounds the record and the guest's devices.
+    pub max_containers: usize,
+    /// Size of a container's writable layer; the file is sparse.
+    pub scratch_size: u64,
+    /// VMs that start at the same time; further ones wait. 0: twice the number of CPUs.
+    pub start_parallelism: usize,
+    /// VMMs run as `uid_base .. uid_base + uid_range`, a uid a pod.
+    pub uid_base: u32,
+    pub uid_range: u32,
+    /// VMM launched to agent ready.
+    pub boot_deadline_ms: u64,
+    /// Ordinary calls into a guest.
+    pub guest_call_deadline_ms: u64,
+    /// Calls to a VMM's control socket.
+    pub vmm_call_deadline_ms: u64,
+    /// What the guest gets to power off before its VMM is killed.
+    pub shutdown_deadline_ms: u64,
+    pub ping_interval_ms: u64,
+    /// Pings in a row without an answer after which a guest counts as dead.
+    pub ping_misses: u32,
+    pub stats_interval_ms: u64,
+    /// A copied volume at most, bytes of content.
+    pub volume_bytes: u64,
+    /// A copied volume at most, files and folders.
+    pub volume_files: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/nacelle".into(),
+            state: "/run/nacelle".into(),
+            vmm: "/usr/lib/nacelle/nacelle-vmm".into(),
+            launcher: vec!["/proc/self/exe".into(), "launcher".into()],
+            kernel: "/usr/lib/nacelle/vmlinux".into(),
+            initramfs: "/usr/lib/nacelle/initramfs.cpio".into(),
+            cmdline_extra: String::new(),
+            cgroup_root: PathBuf::new(),
+            default_vcpus: 2,
+            default_memory_mib: 2048,
+            max_pods: 1024,
+            max_containers: 64,
+            scratch_size: 10 << 30,
+            start_parallelism: 0,
+            uid_base: 0x7000_0000,
+            uid_range: 65_536,
+            boot_deadline_ms: 60_000,
+            guest_call_deadline_ms: 30_000,
+            vmm_call_deadline_ms: 10_000,
+            shutdown_deadline_ms: 2_000,
+            ping_interval_ms: 5_000,
+            ping_misses: 6,
+            stats_interval_ms: 5_000,
+            volume_bytes: 64 << 20,
+            volume_files: 4096,
+        }
+    }
+}
+
+impl Config {
+    pub fn boot_deadline(&self) -> Duration {
+        Duration::from_millis(self.boot_deadline_ms)
+    }
+
+    pub fn guest_call_deadline(&self) -> Duration {
+        Duration::from_millis(self.guest_call_deadline_ms)
+    }
+
+    pub fn vmm_call_deadline(&self) -> Duration {
+        Duration::from_millis(self.vmm_call_deadline_ms)
+    }
+
+    pub fn shutdown_deadline(&self) -> Duration {
+        Duration::from_millis(self.shutdown_deadline_ms)
+    }
+
+    pub fn ping_interval(&self) -> Duration {
+        Duration::from_millis(self.ping_interval_ms)
+    }
+
+    pub fn stats_interval(&self) -> Duration {
+        Duration::from_millis(self.stats_interval_ms)
+    }
+
+    /// [`Self::start_parallelism`] with its 0 resolved.
+    pub fn starts_at_once(&self) -> usize {
+        match self.start_parallelism {
+            0 => 2 * std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        }
+    }
+}
