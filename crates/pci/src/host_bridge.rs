@@ -1,0 +1,56 @@
+//! The function in slot 0 that stands for the host itself; operating systems look for it when they
+//! decide whether configuration mechanism 1 works (PCI 3.0, section 3.2.2.3).
+
+use crate::config::{ConfigSpace, Identity};
+use crate::{BarRange, BarRequest, PciDevice};
+
+/// Red Hat's vendor id, and the device id it gives to generic virtual host bridges.
+const VENDOR: u16 = 0x1b36;
+const DEVICE: u16 = 0x0008;
+/// Bridge, host bridge.
+const CLASS: [u8; 3] = [0x06, 0x00, 0x00];
+
+/// Has configuration space and nothing else.
+#[derive(Debug)]
+pub struct HostBridge {
+    config: ConfigSpace,
+}
+
+impl Default for HostBridge {
+    fn default() -> Self {
+        Self {
+            config: ConfigSpace::new(Identity {
+                vendor: VENDOR,
+                device: DEVICE,
+                subsystem_vendor: 0,
+                subsystem: 0,
+                revision: 0,
+                class: CLASS,
+            }),
+        }
+    }
+}
+
+impl PciDevice for HostBridge {
+    fn bar_requests(&self) -> Vec<BarRequest> {
+        Vec::new()
+    }
+
+    fn assign_bar(&mut self, _bar: u8, _addr: u64) {}
+
+    fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        self.config.read(offset, data);
+    }
+
+    fn config_write(&mut self, offset: u16, data: &[u8]) {
+        self.config.write(offset, data);
+    }
+
+    fn bars(&self) -> Vec<BarRange> {
+        Vec::new()
+    }
+
+    fn mmio_read(&mut self, _bar: u8, _offset: u64, _data: &mut [u8]) {}
+
+    fn mmio_write(&mut self, _bar: u8, _offset: u64, _data: &[u8]) {}
+}

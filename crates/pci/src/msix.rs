@@ -1,0 +1,271 @@
+//! MSI-X: table, pending bits, masks (PCI 3.0, section 6.8.2).
+//!
+//! Shared by the vCPU threads that program it and the device threads that trigger it. A vector that
+//! is triggered while masked becomes pending and fires when it is unmasked.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::{MsixMessage, Vectors};
+
+/// Bytes of a table entry: address, data, vector control.
+pub const MSIX_ENTRY_SIZE: usize = 16;
+/// Bit in vector control.
+const ENTRY_MASKED: u32 = 1;
+/// Bits in the high byte of message control.
+const CONTROL_ENABLE: u8 = 1 << 7;
+const CONTROL_MASK_ALL: u8 = 1 << 6;
+
+/// One device's MSI-X state.
+pub struct Msix {
+    vectors: Arc<dyn Vectors>,
+    state: Mutex<State>,
+}
+
+struct State {
+    enabled: bool,
+    mask_all: bool,
+    entries: Vec<Entry>,
+}
+
+#[derive(Clone, Copy)]
+struct Entry {
+    address: u64,
+    data: u32,
+    control: u32,
+    pending: bool,
+    /// The message the VMM was last given.
+    programmed: Option<(u64, u32)>,
+}
+
+impl Msix {
+    pub fn new(count: u16, vectors: Arc<dyn Vectors>) -> Self {
+        let entry =
+            Entry { address: 0, data: 0, control: ENTRY_MASKED, pending: false, programmed: None };
+        let entries = vec![entry; usize::from(count)];
+        Self { vectors, state: Mutex::new(State { enabled: false, mask_all: false, entries }) }
+    }
+
+    /// Raises a vector, or makes it pending. Unknown vectors are ignored.
+    pub fn trigger(&self, vector: u16) {
+        let mut state = self.lock();
+        let ready = state.enabled && !state.mask_all;
+        let Some(entry) = state.entries.get_mut(usize::from(vector)) else { return };
+        if ready && entry.control & ENTRY_MASKED == 0 && entry.programmed.is_some() {
+            self.fire(vector);
+        } else {
+            entry.pending = true;
+        }
+    }
+
+    pub fn enabled(&self) -> bool {
+        self.lock().enabled
+    }
+
+    /// The high byte of message control was written.
+    pub fn set_control(&self, high: u8) {
+        let mut state = self.lock();
+        state.enabled = high & CONTROL_ENABLE != 0;
+        state.mask_all = high & CONTROL_MASK_ALL != 0;
+        if state.enabled {
+            for vector in 0..state.entries.len() {
+                self.settle(&mut state, vector);
+            }
+        } else {
+            self.release(&mut state);
+        }
+    }
+
+    /// Reads the table; accesses may have any size and alignment.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        let state = self.lock();
+        for (n, byte) in data.iter_mut().enumerate() {
+            let at = (offset as usize).saturating_add(n);
+            let entry = state.entries.get(at / MSIX_ENTRY_SIZE);
+            *byte = entry.map_or(0, |e| e.bytes()[at % MSIX_ENTRY_SIZE]);
+        }
+    }
+
+    /// Writes the table. Software writes whole, aligned 32-bit or 64-bit words; others are ignored.
+    pub fn write_table(&self, offset: u64, data: &[u8]) {
+        let at = offset as usize;
+        if !matches!(data.len(), 4 | 8) || !at.is_multiple_of(data.len()) {
+            return;
+        }
+        let mut state = self.lock();
+        let vector = at / MSIX_ENTRY_SIZE;
+        let Some(entry) = state.entries.get_mut(vector) else { return };
+        let mut bytes = entry.bytes();
+        let at = at % MSIX_ENTRY_SIZE;
+        bytes[at..at + data.len()].copy_from_slice(data);
+        entry.set_bytes(&bytes);
+        self.settle(&mut state, vector);
+    }
+
+    /// Reads the pending bits.
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        let state = self.lock();
+        for (n, byte) in data.iter_mut().enumerate() {
+            let at = (offset as usize).saturating_add(n);
+            let entries = state.entries.iter().skip(at.saturating_mul(8)).take(8);
+            *byte = entries.enumerate().fold(0, |bits, (n, e)| bits | u8::from(e.pending) << n);
+        }
+    }
+
+    /// Gives an unmasked vector's message to the VMM if it is new, and fires what is pending.
+    fn settle(&self, state: &mut State, vector: usize) {
+        if !state.enabled || state.mask_all {
+            return;
+        }
+        let entry = &mut state.entries[vector];
+        if entry.control & ENTRY_MASKED != 0 {
+            return;
+        }
+        let message = (entry.address, entry.data);
+        if entry.programmed != Some(message) {
+            let (address, data) = message;
+            let message = MsixMessage { address, data, masked: false };
+            if let Err(error) = self.vectors.program(vector as u16, message) {
+                tracing::warn!(vector, %error, "MSI-X vector cannot be programmed");
+                return;
+            }
+            entry.programmed = Some((address, data));
+        }
+        if std::mem::take(&mut entry.pending) {
+            self.fire(vector as u16);
+        }
+    }
+
+    fn release(&self, state: &mut State) {
+        for (vector, entry) in state.entries.iter_mut().enumerate() {
+            entry.pending = false;
+            if let Some((address, data)) = entry.programmed.take() {
+                let message = MsixMessage { address, data, masked: true };
+                if let Err(error) = self.vectors.program(vector as u16, message) {
+                    tracing::warn!(vector, %error, "MSI-X vector cannot be released");
+                }
+            }
+        }
+    }
+
+    fn fire(&self, vector: u16) {
+        if let Err(error) = self.vectors.trigger(vector) {
+            tracing::debug!(vector, %error, "MSI-X vector cannot be triggered");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Entry {
+    fn bytes(&self) -> [u8; MSIX_ENTRY_SIZE] {
+        let mut bytes = [0; MSIX_ENTRY_SIZE];
+        bytes[..8].copy_from_slice(&self.address.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.data.to_le_bytes());
+        bytes[12..].copy_from_slice(&self.control.to_le_bytes());
+        bytes
+    }
+
+    fn set_bytes(&mut self, bytes: &[u8; MSIX_ENTRY_SIZE]) {
+        let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|n| bytes[at + n]));
+        self.address = u64::from(word(0)) | u64::from(word(4)) << 32;
+        self.data = word(8);
+        self.control = word(12) & ENTRY_MASKED;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Recorder {
+        programmed: Mutex<Vec<(u16, MsixMessage)>>,
+        fired: AtomicU32,
+    }
+
+    impl Vectors for Recorder {
+        fn program(&self, vector: u16, message: MsixMessage) -> io::Result<()> {
+            self.programmed.lock().unwrap().push((vector, message));
+            Ok(())
+        }
+
+        fn trigger(&self, _vector: u16) -> io::Result<()> {
+            self.fired.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    fn msix() -> (Arc<Recorder>, Msix) {
+        let recorder = Arc::new(Recorder::default());
+        (recorder.clone(), Msix::new(2, recorder))
+    }
+
+    fn program(msix: &Msix, vector: u64) {
+        let at = vector * 16;
+        msix.write_table(at, &0xfee0_0000u32.to_le_bytes());
+        msix.write_table(at + 4, &0u32.to_le_bytes());
+        msix.write_table(at + 8, &0x41u32.to_le_bytes());
+        msix.write_table(at + 12, &0u32.to_le_bytes());
+    }
+
+    #[test]
+    fn a_vector_fires_once_it_is_programmed_and_unmasked() {
+        let (recorder, msix) = msix();
+        msix.set_control(CONTROL_ENABLE | CONTROL_MASK_ALL);
+        program(&msix, 0);
+        assert!(recorder.programmed.lock().unwrap().is_empty());
+        msix.set_control(CONTROL_ENABLE);
+        let message = MsixMessage { address: 0xfee0_0000, data: 0x41, masked: false };
+        assert_eq!(*recorder.programmed.lock().unwrap(), [(0, message)]);
+        msix.trigger(0);
+        assert_eq!(recorder.fired.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_trigger_while_masked_is_pending_and_fires_at_unmask() {
+        let (recorder, msix) = msix();
+        msix.set_control(CONTROL_ENABLE);
+        program(&msix, 1);
+        msix.write_table(16 + 12, &1u32.to_le_bytes());
+        msix.trigger(1);
+        let mut pending = [0; 8];
+        msix.read_pending(0, &mut pending);
+        assert_eq!(pending[0], 0b10);
+        assert_eq!(recorder.fired.load(Ordering::Relaxed), 0);
+        msix.write_table(16 + 12, &0u32.to_le_bytes());
+        assert_eq!(recorder.fired.load(Ordering::Relaxed), 1);
+        // Unmasked with the same message: the VMM was not bothered again.
+        assert_eq!(recorder.programmed.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn accesses_outside_the_table_are_ignored() {
+        let (recorder, msix) = msix();
+        msix.set_control(CONTROL_ENABLE);
+        msix.write_table(32, &[0xff; 4]);
+        msix.write_table(1, &[0xff; 4]);
+        msix.write_table(3, &[0xff; 2]);
+        msix.trigger(77);
+        let mut data = [0xaa; 8];
+        msix.read_table(28, &mut data);
+        assert_eq!(data, [1, 0, 0, 0, 0, 0, 0, 0]);
+        msix.read_pending(u64::MAX - 8, &mut data);
+        assert_eq!(recorder.fired.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn switching_msix_off_releases_the_programmed_vectors() {
+        let (recorder, msix) = msix();
+        msix.set_control(CONTROL_ENABLE);
+        program(&msix, 0);
+        msix.set_control(0);
+        assert!(recorder.programmed.lock().unwrap().last().unwrap().1.masked);
+        msix.trigger(0);
+        assert_eq!(recorder.fired.load(Ordering::Relaxed), 0);
+    }
+}

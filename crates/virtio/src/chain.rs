@@ -1,0 +1,210 @@
+//! A descriptor chain, read once and checked, and access to the guest memory it points to
+//! (virtio 1.2, sections 2.7.4 and 2.7.5).
+//!
+//! Descriptors are copied out of guest memory before anything is decided on them, so a driver that
+//! rewrites them meanwhile changes nothing. This is the only module that turns guest addresses into
+//! host pointers.
+#![allow(unsafe_code)] // iovecs over guest memory for readv, writev and io_uring
+
+use virtio_queue::DescriptorChain;
+use vm_memory::guest_memory::GuestMemorySliceIterator;
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+
+/// Most descriptors in one chain.
+/// Attack: an indirect table of 65,535 entries a request, to make the host copy and walk tables
+/// instead of working. Linux asks for at most 128 segments plus header and status.
+pub const MAX_SEGMENTS: usize = 1024;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    #[error("chain of more than {MAX_SEGMENTS} descriptors")]
+    TooLong,
+    #[error("buffer at {addr:#x} of {len} bytes is outside guest memory")]
+    OutsideMemory { addr: u64, len: u32 },
+    #[error("a device-readable buffer stands after a device-writable one")]
+    Order,
+    #[error("chain has no descriptor in guest memory")]
+    Empty,
+}
+
+/// A guest buffer, known to lie in guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Segment {
+    addr: GuestAddress,
+    len: usize,
+}
+
+/// One side of a chain (what the device reads, or what it writes) as a run of bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Buffer {
+    segments: Vec<Segment>,
+    len: usize,
+}
+
+/// A descriptor chain taken from a queue.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Chain {
+    /// Index of its first descriptor: what the used ring gets.
+    pub head: u16,
+    pub readable: Buffer,
+    pub writable: Buffer,
+}
+
+impl Chain {
+    /// Copies and checks a chain.
+    pub fn read(
+        mem: &GuestMemoryMmap,
+        descriptors: DescriptorChain<&GuestMemoryMmap>,
+    ) -> Result<Self, ChainError> {
+        let mut chain = Self { head: descriptors.head_index(), ..Self::default() };
+        for (count, descriptor) in descriptors.enumerate() {
+            if count >= MAX_SEGMENTS {
+                return Err(ChainError::TooLong);
+            }
+            let (addr, len) = (descriptor.addr(), descriptor.len());
+            if len == 0 {
+                continue;
+            }
+            if !mem.check_range(addr, len as usize, Permissions::ReadWrite) {
+                return Err(ChainError::OutsideMemory { addr: addr.0, len });
+            }
+            if descriptor.is_write_only() {
+                chain.writable.push(addr, len as usize);
+            } else if chain.writable.segments.is_empty() {
+                chain.readable.push(addr, len as usize);
+            } else {
+                return Err(ChainError::Order);
+            }
+        }
+        if chain.readable.segments.is_empty() && chain.writable.segments.is_empty() {
+            return Err(ChainError::Empty);
+        }
+        Ok(chain)
+    }
+}
+
+impl Buffer {
+    fn push(&mut self, addr: GuestAddress, len: usize) {
+        self.segments.push(Segment { addr, len });
+        self.len += len;
+    }
+
+    /// Bytes in all segments; at most 4 GiB, as virtio-queue ends a longer chain.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Splits into what lies before `at` and what lies after it.
+    pub fn split_at(&self, at: usize) -> (Self, Self) {
+        let (mut before, mut after) = (Self::default(), Self::default());
+        for segment in &self.segments {
+            let take = at.saturating_sub(before.len).min(segment.len);
+            if take > 0 {
+                before.push(segment.addr, take);
+            }
+            if take < segment.len {
+                // Inside a segment that was found to lie in guest memory: cannot overflow.
+                after.push(GuestAddress(segment.addr.0 + take as u64), segment.len - take);
+            }
+        }
+        (before, after)
+    }
+
+    /// Copies bytes from `offset` on into `out`; returns how many there were.
+    pub fn read(&self, mem: &GuestMemoryMmap, offset: usize, out: &mut [u8]) -> usize {
+        let mut done = 0;
+        self.parts(offset, out.len(), |addr, len| {
+            let copied = mem.read_slice(&mut out[done..done + len], addr).is_ok();
+            done += if copied { len } else { 0 };
+            copied
+        });
+        done
+    }
+
+    /// Copies `bytes` to `offset`; returns how many fitted.
+    pub fn write(&self, mem: &GuestMemoryMmap, offset: usize, bytes: &[u8]) -> usize {
+        let mut done = 0;
+        self.parts(offset, bytes.len(), |addr, len| {
+            let copied = mem.write_slice(&bytes[done..done + len], addr).is_ok();
+            done += if copied { len } else { 0 };
+            copied
+        });
+        done
+    }
+
+    /// Calls `part` for each piece of `[offset, offset + len)` until it answers `false`.
+    fn parts(&self, offset: usize, len: usize, mut part: impl FnMut(GuestAddress, usize) -> bool) {
+        let (mut skip, mut rest) = (offset, len);
+        for segment in &self.segments {
+            if rest == 0 {
+                break;
+            }
+            if skip >= segment.len {
+                skip -= segment.len;
+                continue;
+            }
+            let take = (segment.len - skip).min(rest);
+            if !part(GuestAddress(segment.addr.0 + skip as u64), take) {
+                break;
+            }
+            rest -= take;
+            skip = 0;
+        }
+    }
+
+    /// Appends the host's view of the first `len` bytes to `out`.
+    ///
+    /// The pointers stay good as long as `mem` (or a clone of it) lives; whoever passes them to the
+    /// kernel keeps one until the kernel is done.
+    pub fn iovecs(&self, mem: &GuestMemoryMmap, len: usize, out: &mut Vec<libc::iovec>) {
+        self.parts(0, len, |addr, len| {
+            let Ok(slices) = mem
+                .get_slices(addr, len, Permissions::ReadWrite)
+                .and_then(GuestMemorySliceIterator::stop_on_error)
+            else {
+                return false;
+            };
+            for slice in slices {
+                let guard = slice.ptr_guard_mut();
+                out.push(libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: slice.len() });
+            }
+            true
+        });
+    }
+
+    /// One `readv` into the first `len` bytes.
+    pub fn readv(
+        &self,
+        mem: &GuestMemoryMmap,
+        fd: std::os::fd::RawFd,
+        len: usize,
+        scratch: &mut Vec<libc::iovec>,
+    ) -> std::io::Result<usize> {
+        scratch.clear();
+        self.iovecs(mem, len, scratch);
+        let count = scratch.len().min(libc::UIO_MAXIOV as usize);
+        // SAFETY: the iovecs point into guest memory that `mem` keeps mapped during the call, with
+        // lengths checked against its regions by get_slices.
+        let done = unsafe { libc::readv(fd, scratch.as_ptr(), count as libc::c_int) };
+        usize::try_from(done).map_err(|_| std::io::Error::last_os_error())
+    }
+
+    /// One `writev` of all bytes.
+    pub fn writev(
+        &self,
+        mem: &GuestMemoryMmap,
+        fd: std::os::fd::RawFd,
+        scratch: &mut Vec<libc::iovec>,
+    ) -> std::io::Result<usize> {
+        scratch.clear();
+        self.iovecs(mem, self.len, scratch);
+        let count = scratch.len().min(libc::UIO_MAXIOV as usize);
+        // SAFETY: as in readv.
+        let done = unsafe { libc::writev(fd, scratch.as_ptr(), count as libc::c_int) };
+        usize::try_from(done).map_err(|_| std::io::Error::last_os_error())
+    }
+}
