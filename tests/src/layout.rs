@@ -1,0 +1,56 @@
+//! Writes an OCI image layout (image-spec 1.1, "OCI Image Layout") of one image.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+/// A layer as it goes into a layout.
+pub struct Layer {
+    pub media_type: &'static str,
+    /// Compressed as the media type says.
+    pub blob: Vec<u8>,
+    /// Digest of the plain tar, as the configuration claims it.
+    pub diff_id: String,
+}
+
+pub const TAR_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+
+/// `sha256:<hex>` of some bytes.
+pub fn digest(bytes: &[u8]) -> String {
+    let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("sha256:{hex}")
+}
+
+/// Writes `blobs`, `index.json` and `oci-layout` into `folder`. `config` is the `config` member of
+/// the image configuration.
+pub fn write(folder: &Path, layers: &[Layer], config: &Value) -> Result<PathBuf> {
+    let blobs = folder.join("blobs/sha256");
+    fs::create_dir_all(&blobs)?;
+    let put = |bytes: &[u8], media_type: &str| -> Result<Value> {
+        let digest = digest(bytes);
+        fs::write(blobs.join(digest.trim_start_matches("sha256:")), bytes)?;
+        Ok(json!({"mediaType": media_type, "digest": digest, "size": bytes.len()}))
+    };
+    let mut described = Vec::new();
+    for layer in layers {
+        described.push(put(&layer.blob, layer.media_type)?);
+    }
+    let diff_ids: Vec<&str> = layers.iter().map(|layer| layer.diff_id.as_str()).collect();
+    let config = json!({
+        "architecture": "amd64", "os": "linux", "config": config,
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+    });
+    let config =
+        put(config.to_string().as_bytes(), "application/vnd.oci.image.config.v1+json")?;
+    let kind = "application/vnd.oci.image.manifest.v1+json";
+    let manifest =
+        json!({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": described});
+    let manifest = put(manifest.to_string().as_bytes(), kind)?;
+    let index = json!({"schemaVersion": 2, "manifests": [manifest]});
+    fs::write(folder.join("index.json"), index.to_string())?;
+    fs::write(folder.join("oci-layout"), r#"{"imageLayoutVersion": "1.0.0"}"#)?;
+    Ok(folder.to_owned())
+}

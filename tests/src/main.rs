@@ -1,0 +1,33 @@
+//! `nacelle-tests [FILTER]`: runs the stories; `nacelle-tests images DIR`: makes the images they
+//! use. Takes libtest's options (`--list`, `--exact`, `--test-threads`, `--nocapture`).
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+fn main() -> std::process::ExitCode {
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some("images") {
+        let Some(folder) = words.next() else {
+            eprintln!("usage: nacelle-tests images DIR");
+            return std::process::ExitCode::from(2);
+        };
+        return match nacelle_tests::images::make_all(folder.as_ref()) {
+            Ok(()) => std::process::ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("making the test images: {error:#}");
+                std::process::ExitCode::FAILURE
+            }
+        };
+    }
+    let mut arguments = Arguments::from_args();
+    // Stories compare the host before and after: one at a time.
+    arguments.test_threads.get_or_insert(1);
+    let trials = nacelle_tests::stories::all()
+        .into_iter()
+        .map(|(room, (name, story))| {
+            Trial::test(format!("{room}::{name}"), move || {
+                story().map_err(|error| Failed::from(format!("{error:?}")))
+            })
+        })
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}

@@ -1,0 +1,240 @@
+//! From RunPodSandbox to RemovePodSandbox.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use cri::v1;
+use tonic::Code;
+
+use super::Story;
+use crate::client::{container, pod};
+use crate::node::Node;
+
+pub const STORIES: &[Story] = &[
+    ("a container runs under a kernel of its own, prints and ends", runs_prints_ends),
+    ("containers of a pod share network, ipc and host name, and nothing else", containers_share),
+    ("an init container runs before the others", init_container),
+    ("a container comes back in a pod whose last one was removed", comes_back),
+    ("stop asks first and kills after the grace", stop_grace),
+    ("stop and remove may be repeated and know unknown ids", idempotent),
+    ("a second pod or container of the same name is refused", same_name),
+    ("pid namespaces are the container's, the pod's or the target's", pid_modes),
+    ("environment, arguments and folder follow image and request", environment),
+    ("twenty pods made and removed leave nothing", soak),
+];
+
+const EXITED: i32 = v1::ContainerState::ContainerExited as i32;
+
+fn runs_prints_ends() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("first")?;
+    let config = container("hello", &image, &["sh", "-c", "uname -r; echo oops >&2; exit 3"]);
+    let id = node.cri().run(&pod, config)?;
+    let status = node.cri().exited(&id)?;
+    ensure!(status.exit_code == 3, "exit code {}", status.exit_code);
+    ensure!(status.reason == "Error", "reason {}", status.reason);
+    ensure!(status.started_at > 0 && status.finished_at >= status.started_at, "times {status:?}");
+    let outside = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let log = node.cri().log(&id)?;
+    let on = |stream: &str| {
+        log.iter().filter(|l| l.stream == stream).map(|l| l.text.clone()).collect::<Vec<_>>()
+    };
+    ensure!(on("stderr") == ["oops"], "{log:?}");
+    let inside = on("stdout").join("");
+    ensure!(inside.ends_with("-nacelle") && inside != outside.trim(), "kernel {inside:?}");
+    node.finish()
+}
+
+fn containers_share() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("two")?;
+    let cri = node.cri();
+    let a = cri.run(&pod, container("a", &image, &["sleep", "1000"]))?;
+    let b = cri.run(&pod, container("b", &image, &["sleep", "1000"]))?;
+    for namespace in ["net", "ipc", "uts"] {
+        let line = format!("readlink /proc/1/ns/{namespace}");
+        let (of_a, of_b) = (cri.shell(&a, &line)?, cri.shell(&b, &line)?);
+        ensure!(of_a == of_b, "{namespace}: {of_a} and {of_b}");
+    }
+    for namespace in ["mnt", "pid"] {
+        let line = format!("readlink /proc/1/ns/{namespace}");
+        let (of_a, of_b) = (cri.shell(&a, &line)?, cri.shell(&b, &line)?);
+        ensure!(of_a != of_b, "{namespace}: both {of_a}");
+    }
+    ensure!(cri.shell(&a, "hostname")? == "two", "host name");
+    cri.shell(&a, "echo mine > /mine; echo ours > /dev/shm/ours")?;
+    ensure!(cri.shell(&b, "cat /dev/shm/ours")? == "ours", "/dev/shm is not shared");
+    ensure!(cri.exec(&b, &["cat", "/mine"])?.code != 0, "root file systems are shared");
+    node.finish()
+}
+
+fn init_container() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("init")?;
+    let cri = node.cri();
+    let init = cri.run(&pod, container("init", &image, &["sh", "-c", "echo ready > /dev/shm/x"]))?;
+    ensure!(cri.exited(&init)?.exit_code == 0, "init container failed");
+    let main = cri.run(&pod, container("main", &image, &["cat", "/dev/shm/x"]))?;
+    ensure!(cri.exited(&main)?.exit_code == 0, "main container failed");
+    ensure!(cri.log(&main)?[0].text == "ready", "main does not see what init left");
+    node.finish()
+}
+
+fn comes_back() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("again")?;
+    let cri = node.cri();
+    for attempt in 0..3 {
+        let mut config = container("c", &image, &["sh", "-c", "ls /left; touch /left; exit 1"]);
+        config.metadata = Some(v1::ContainerMetadata { name: "c".into(), attempt });
+        config.log_path = format!("c/{attempt}.log");
+        let id = cri.run(&pod, config)?;
+        ensure!(cri.exited(&id)?.exit_code == 1, "attempt {attempt}");
+        let log = cri.log(&id)?;
+        ensure!(log.iter().all(|l| l.stream == "stderr"), "attempt {attempt} sees old files: {log:?}");
+        cri.remove(&id)?;
+    }
+    ensure!(cri.containers()?.is_empty(), "containers are left");
+    ensure!(cri.pod_ready(&pod)?, "pod is not ready any more");
+    node.finish()
+}
+
+fn stop_grace() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("stop")?;
+    let cri = node.cri();
+    let polite = ["sh", "-c", "trap 'echo bye; exit 7' TERM; while :; do sleep 0.1; done"];
+    let id = cri.run(&pod, container("polite", &image, &polite))?;
+    std::thread::sleep(Duration::from_millis(500));
+    cri.stop(&id, 20)?;
+    let status = cri.exited(&id)?;
+    ensure!(status.exit_code == 7, "exit code {} of one that traps TERM", status.exit_code);
+    ensure!(cri.log(&id)?.iter().any(|l| l.text == "bye"), "its last words are lost");
+
+    let deaf = ["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"];
+    let id = cri.run(&pod, container("deaf", &image, &deaf))?;
+    std::thread::sleep(Duration::from_millis(500));
+    let begin = Instant::now();
+    cri.stop(&id, 2)?;
+    let took = begin.elapsed();
+    ensure!(took >= Duration::from_secs(2), "killed after {took:?}, before the grace");
+    let status = cri.status(&id)?;
+    ensure!(status.state == EXITED && status.exit_code == 137, "{status:?}");
+    node.finish()
+}
+
+fn idempotent() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("twice")?;
+    let cri = node.cri();
+    let id = cri.run(&pod, container("c", &image, &["sleep", "1000"]))?;
+    cri.stop(&id, 0)?;
+    cri.stop(&id, 0)?;
+    cri.remove(&id)?;
+    cri.remove(&id)?;
+    cri.stop_pod(&pod)?;
+    cri.stop_pod(&pod)?;
+    ensure!(!cri.pod_ready(&pod)?, "a stopped pod is ready");
+    cri.remove_pod(&pod)?;
+    cri.remove_pod(&pod)?;
+    let unknown = "0123456789abcdef";
+    cri.stop_pod(unknown)?;
+    cri.remove_pod(unknown)?;
+    cri.stop(unknown, 0)?;
+    cri.remove(unknown)?;
+    let code = |result: Result<(), tonic::Status>| result.map_err(|status| status.code());
+    ensure!(code(cri.start(unknown)) == Err(Code::NotFound), "start of an unknown container");
+    ensure!(code(cri.pod_status(unknown).map(drop)) == Err(Code::NotFound), "status of a pod");
+    node.finish()
+}
+
+fn same_name() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let cri = node.cri();
+    let first = node.pod("same")?;
+    let second = cri.run_pod(pod("same", &node.logs));
+    ensure!(second.is_err(), "a second pod of the same name, uid and attempt was made");
+    let config = container("c", &image, &["sleep", "1000"]);
+    cri.create(&first, config.clone())?;
+    let again = cri.create(&first, config);
+    ensure!(again.is_err(), "a second container of the same name and attempt was made");
+    ensure!(cri.pods()?.len() == 1 && cri.containers()?.len() == 1, "more than one is listed");
+    node.finish()
+}
+
+fn with_pid(mut config: v1::ContainerConfig, mode: v1::NamespaceMode, target: &str) -> v1::ContainerConfig {
+    config.linux.get_or_insert_default().security_context =
+        Some(v1::LinuxContainerSecurityContext {
+            namespace_options: Some(v1::NamespaceOption {
+                pid: mode as i32,
+                target_id: target.into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+    config
+}
+
+fn pid_modes() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("pids")?;
+    let cri = node.cri();
+    let sleeper = |name: &str| container(name, &image, &["sleep", "1000"]);
+    let own = cri.run(&pod, with_pid(sleeper("own"), v1::NamespaceMode::Container, ""))?;
+    ensure!(cri.shell(&own, "cat /proc/1/comm")? == "sleep", "it is not PID 1 of its own");
+    let one = cri.run(&pod, with_pid(sleeper("one"), v1::NamespaceMode::Pod, ""))?;
+    let two = cri.run(&pod, with_pid(sleeper("two"), v1::NamespaceMode::Pod, ""))?;
+    ensure!(cri.shell(&one, "cat /proc/1/comm")? != "sleep", "the pod's PID 1 is a workload");
+    let sleepers = cri.shell(&two, "grep -l sleep /proc/[0-9]*/comm | wc -l")?;
+    ensure!(sleepers == "2", "{sleepers} sleepers are seen in the pod's namespace");
+    let debug = cri.run(&pod, with_pid(sleeper("debug"), v1::NamespaceMode::Target, &own))?;
+    let seen = cri.shell(&debug, "readlink /proc/self/ns/pid")?;
+    ensure!(seen == cri.shell(&own, "readlink /proc/self/ns/pid")?, "not the target's namespace");
+    node.finish()
+}
+
+fn environment() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("environment")?;
+    let cri = node.cri();
+    let mut config = container("c", &image, &["sh", "-c", "pwd; echo $GREETING $0", "zero"]);
+    config.working_dir = "/made/for/me".into();
+    config.envs = vec![v1::KeyValue { key: "GREETING".into(), value: "good day".into() }];
+    let id = cri.run(&pod, config)?;
+    ensure!(cri.exited(&id)?.exit_code == 0, "{:?}", cri.log(&id)?);
+    let text: Vec<String> = cri.log(&id)?.into_iter().map(|l| l.text).collect();
+    ensure!(text == ["/made/for/me", "good day zero"], "{text:?}");
+    node.finish()
+}
+
+fn soak() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let cri = node.cri();
+    let descriptors =
+        || Ok::<_, anyhow::Error>(std::fs::read_dir(format!("/proc/{}/fd", node.daemon_pid()))?.count());
+    let mut after_first = 0;
+    for round in 0..20 {
+        let pod = node.pod(&format!("soak{round}"))?;
+        let id = cri.run(&pod, container("c", &image, &["true"]))?;
+        ensure!(cri.exited(&id)?.exit_code == 0, "round {round}");
+        cri.stop_pod(&pod)?;
+        cri.remove_pod(&pod)?;
+        if round == 0 {
+            after_first = descriptors()?;
+        }
+    }
+    let now = descriptors()?;
+    ensure!(now <= after_first + 2, "the daemon had {after_first} descriptors, now {now}");
+    node.nothing_left()?;
+    node.finish()
+}

@@ -1,0 +1,150 @@
+//! Resource limits, inside the VM.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use cri::v1;
+
+use super::Story;
+use crate::client::{Cri, container};
+use crate::node::Node;
+
+pub const STORIES: &[Story] = &[
+    ("a container over its memory limit is ended as OOMKilled", memory),
+    ("a CPU quota slows a container down", cpu),
+    ("a PID limit stops a fork storm and the pod lives on", pids),
+    ("limits change while a container runs", update),
+    ("stats tell what a container uses", stats),
+];
+
+fn limited(
+    name: &str,
+    image: &str,
+    command: &[&str],
+    resources: v1::LinuxContainerResources,
+) -> v1::ContainerConfig {
+    let mut config = container(name, image, command);
+    config.linux.get_or_insert_default().resources = Some(resources);
+    config
+}
+
+fn memory() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("memory")?;
+    let resources =
+        v1::LinuxContainerResources { memory_limit_in_bytes: 32 << 20, ..Default::default() };
+    // tail keeps all of a stream without a newline.
+    let hungry = ["sh", "-c", "head -c 200000000 /dev/zero | tail"];
+    let config = limited("c", &image, &["sh", "-c", "exec tail /dev/zero"], resources);
+    let id = node.cri().run(&pod, config)?;
+    let status = node.cri().exited(&id)?;
+    ensure!(status.reason == "OOMKilled" && status.exit_code == 137, "{status:?}");
+    let free = node.cri().run(&pod, container("free", &image, &hungry))?;
+    ensure!(node.cri().exited(&free)?.reason == "Completed", "a limit hits a container without one");
+    node.finish()
+}
+
+/// Rounds of work that `id` does in two seconds.
+fn work(cri: &Cri, id: &str) -> Result<u64> {
+    let line = "t=$(($(date +%s)+3)); i=0; while [ $(date +%s) -lt $t ]; do i=$((i+1)); done; echo $i";
+    Ok(cri.shell(id, line)?.parse()?)
+}
+
+fn cpu() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("cpu")?;
+    let cri = node.cri();
+    let resources =
+        v1::LinuxContainerResources { cpu_period: 100_000, cpu_quota: 10_000, ..Default::default() };
+    let slow = cri.run(&pod, limited("slow", &image, &["sleep", "1000"], resources))?;
+    let fast = cri.run(&pod, container("fast", &image, &["sleep", "1000"]))?;
+    ensure!(
+        cri.shell(&slow, "cat /sys/fs/cgroup/cpu.max")? == "10000 100000",
+        "cpu.max is not the quota"
+    );
+    let (slow, fast) = (work(cri, &slow)?, work(cri, &fast)?);
+    ensure!(slow * 3 < fast, "a tenth of a CPU did {slow} rounds, a whole one {fast}");
+    node.finish()
+}
+
+fn pids() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("forks")?;
+    let mut resources = v1::LinuxContainerResources::default();
+    resources.unified.insert("pids.max".into(), "20".into());
+    let storm = "i=0; while [ $i -lt 100 ]; do sleep 100 & i=$((i+1)); done; wait";
+    let cri = node.cri();
+    let id = cri.run(&pod, limited("c", &image, &["sh", "-c", storm], resources))?;
+    let other = cri.run(&pod, container("other", &image, &["sleep", "1000"]))?;
+    std::thread::sleep(Duration::from_secs(2));
+    let storm = cri.status(&id)?;
+    if storm.state == v1::ContainerState::ContainerRunning as i32 {
+        let count = cri.exec(&id, &["cat", "/sys/fs/cgroup/pids.current"]);
+        if let Ok(output) = count {
+            let count: u32 = output.stdout.trim().parse().unwrap_or(0);
+            ensure!(count <= 20, "{count} processes under a limit of 20");
+        }
+    } else {
+        ensure!(storm.exit_code != 0, "a hundred processes fit under a limit of 20");
+    }
+    ensure!(cri.shell(&other, "echo alive")? == "alive", "the storm took its neighbour");
+    node.finish()
+}
+
+fn update() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("update")?;
+    let cri = node.cri();
+    let id = cri.run(&pod, container("c", &image, &["sleep", "1000"]))?;
+    let resources = v1::LinuxContainerResources {
+        memory_limit_in_bytes: 64 << 20,
+        cpu_period: 100_000,
+        cpu_quota: 50_000,
+        ..Default::default()
+    };
+    let request = v1::UpdateContainerResourcesRequest {
+        container_id: id.clone(),
+        linux: Some(resources),
+        ..Default::default()
+    };
+    let mut client = cri.runtime.clone();
+    cri.block_on(async move { client.update_container_resources(request).await })?;
+    ensure!(cri.shell(&id, "cat /sys/fs/cgroup/memory.max")? == "67108864", "memory.max");
+    ensure!(cri.shell(&id, "cat /sys/fs/cgroup/cpu.max")? == "50000 100000", "cpu.max");
+    let status = cri.status(&id)?;
+    let linux = status.resources.and_then(|r| r.linux).context("status has no resources")?;
+    ensure!(linux.memory_limit_in_bytes == 64 << 20, "{linux:?}");
+    node.finish()
+}
+
+fn stats() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("stats")?;
+    let cri = node.cri();
+    let line = "head -c 5000000 /dev/zero > /big; while :; do :; done";
+    let id = cri.run(&pod, container("c", &image, &["sh", "-c", line]))?;
+    let begin = Instant::now();
+    loop {
+        let request = v1::ContainerStatsRequest { container_id: id.clone() };
+        let mut client = cri.runtime.clone();
+        let reply = cri.block_on(async move { client.container_stats(request).await })?;
+        let stats = reply.into_inner().stats.context("no stats")?;
+        let cpu = stats.cpu.and_then(|c| c.usage_core_nano_seconds).map_or(0, |v| v.value);
+        let memory = stats.memory.and_then(|m| m.working_set_bytes).map_or(0, |v| v.value);
+        let disk = stats.writable_layer.and_then(|w| w.used_bytes).map_or(0, |v| v.value);
+        if cpu > 500_000_000 && memory > 0 && disk >= 5_000_000 {
+            break;
+        }
+        ensure!(
+            begin.elapsed() < Duration::from_secs(40),
+            "cpu {cpu} ns, memory {memory}, disk {disk} bytes"
+        );
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    node.finish()
+}

@@ -1,0 +1,199 @@
+//! Users, capabilities, file system protections, seccomp.
+
+use anyhow::{Result, ensure};
+use cri::v1;
+
+use super::Story;
+use crate::client::container;
+use crate::node::Node;
+
+pub const STORIES: &[Story] = &[
+    ("a container runs as the user and groups it is given", users),
+    ("capabilities are those asked for and no others", capabilities),
+    ("protected paths are masked or read-only", protected_paths),
+    ("a read-only root file system refuses writes", read_only_root),
+    ("the default seccomp profile is in force", seccomp),
+    ("no_new_privs is set when asked", no_new_privs),
+    ("a privileged container may mount, inside the guest", privileged),
+    ("what a VM cannot give is refused with a reason", refused),
+];
+
+fn secured(
+    name: &str,
+    image: &str,
+    context: v1::LinuxContainerSecurityContext,
+) -> v1::ContainerConfig {
+    let mut config = container(name, image, &["sleep", "1000"]);
+    config.linux.get_or_insert_default().security_context = Some(context);
+    config
+}
+
+fn value(n: i64) -> Option<v1::Int64Value> {
+    Some(v1::Int64Value { value: n })
+}
+
+fn users() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("users")?;
+    let cri = node.cri();
+    let context = v1::LinuxContainerSecurityContext {
+        run_as_user: value(1234),
+        run_as_group: value(2345),
+        supplemental_groups: vec![3456],
+        ..Default::default()
+    };
+    let id = cri.run(&pod, secured("numbers", &image, context))?;
+    let status = cri.shell(&id, "grep -E '^(Uid|Gid|Groups)' /proc/1/status")?;
+    ensure!(
+        status.contains("Uid:\t1234\t1234") && status.contains("Gid:\t2345\t2345"),
+        "{status}"
+    );
+    ensure!(status.lines().any(|l| l.starts_with("Groups:") && l.contains("3456")), "{status}");
+    ensure!(cri.shell(&id, "id -u")? == "1234", "exec runs as another user");
+    let context = v1::LinuxContainerSecurityContext {
+        run_as_username: "www-data".into(),
+        ..Default::default()
+    };
+    let id = cri.run(&pod, secured("name", &image, context))?;
+    ensure!(cri.shell(&id, "id -u; id -g")? == "33\n33", "www-data is not 33");
+    let context = v1::LinuxContainerSecurityContext {
+        run_as_username: "nobody-knows".into(),
+        ..Default::default()
+    };
+    let outcome = cri.run(&pod, secured("unknown", &image, context));
+    let error = format!("{:#}", outcome.err().ok_or_else(|| anyhow::anyhow!("it ran"))?);
+    ensure!(error.contains("nobody-knows"), "the error does not name the user: {error}");
+    node.finish()
+}
+
+fn capabilities() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("caps")?;
+    let cri = node.cri();
+    let with = |add: &[&str], drop: &[&str]| v1::LinuxContainerSecurityContext {
+        capabilities: Some(v1::Capability {
+            add_capabilities: add.iter().map(ToString::to_string).collect(),
+            drop_capabilities: drop.iter().map(ToString::to_string).collect(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let effective = |id: &str| cri.shell(id, "grep CapEff /proc/1/status | cut -f2");
+    let usual = cri.run(&pod, secured("usual", &image, with(&[], &[])))?;
+    ensure!(effective(&usual)? == "00000000a80425fb", "default set {}", effective(&usual)?);
+    let none = cri.run(&pod, secured("none", &image, with(&[], &["ALL"])))?;
+    ensure!(effective(&none)? == "0000000000000000", "{}", effective(&none)?);
+    ensure!(cri.exec(&none, &["chown", "1", "/etc"])?.code != 0, "chown without CAP_CHOWN");
+    let admin = cri.run(&pod, secured("admin", &image, with(&["NET_ADMIN"], &[])))?;
+    ensure!(effective(&admin)? == "00000000a80435fb", "{}", effective(&admin)?);
+    ensure!(cri.exec(&usual, &["ip", "link", "set", "lo", "down"])?.code != 0, "no NET_ADMIN");
+    cri.shell(&admin, "ip link add d0 type dummy && ip link del d0")?;
+    node.finish()
+}
+
+fn protected_paths() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("paths")?;
+    let cri = node.cri();
+    let context = v1::LinuxContainerSecurityContext {
+        masked_paths: vec!["/proc/kcore".into(), "/proc/keys".into(), "/sys/firmware".into()],
+        readonly_paths: vec!["/proc/sys".into()],
+        ..Default::default()
+    };
+    let id = cri.run(&pod, secured("c", &image, context))?;
+    ensure!(cri.shell(&id, "wc -c < /proc/keys")? == "0", "/proc/keys is not masked");
+    let write = cri.exec(&id, &["sh", "-c", "echo 1 > /proc/sys/vm/swappiness"])?;
+    ensure!(write.code != 0, "/proc/sys is writable");
+    ensure!(cri.exec(&id, &["touch", "/sys/kernel/x"])?.code != 0, "/sys is writable");
+    node.finish()
+}
+
+fn read_only_root() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("ro")?;
+    let context =
+        v1::LinuxContainerSecurityContext { readonly_rootfs: true, ..Default::default() };
+    let id = node.cri().run(&pod, secured("c", &image, context))?;
+    let write = node.cri().exec(&id, &["touch", "/x"])?;
+    ensure!(write.code != 0 && write.stderr.contains("Read-only"), "{write:?}");
+    node.cri().shell(&id, "echo > /dev/null && touch /dev/shm/x")?;
+    node.finish()
+}
+
+fn seccomp() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("seccomp")?;
+    let cri = node.cri();
+    let profile = |kind: v1::security_profile::ProfileType| v1::LinuxContainerSecurityContext {
+        seccomp: Some(v1::SecurityProfile { profile_type: kind as i32, localhost_ref: String::new() }),
+        ..Default::default()
+    };
+    let mode = |id: &str| cri.shell(id, "grep ^Seccomp: /proc/1/status | cut -f2");
+    let usual = profile(v1::security_profile::ProfileType::RuntimeDefault);
+    let id = cri.run(&pod, secured("default", &image, usual))?;
+    ensure!(mode(&id)? == "2", "no filter: mode {}", mode(&id)?);
+    ensure!(cri.exec(&id, &["unshare", "-U", "true"])?.code != 0, "a user namespace was made");
+    let free = profile(v1::security_profile::ProfileType::Unconfined);
+    let id = cri.run(&pod, secured("unconfined", &image, free))?;
+    ensure!(mode(&id)? == "0", "a filter in an unconfined container");
+    node.finish()
+}
+
+fn no_new_privs() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("nnp")?;
+    let cri = node.cri();
+    let flag = |id: &str| cri.shell(id, "grep NoNewPrivs /proc/1/status | cut -f2");
+    let context = v1::LinuxContainerSecurityContext { no_new_privs: true, ..Default::default() };
+    let id = cri.run(&pod, secured("set", &image, context))?;
+    ensure!(flag(&id)? == "1", "no_new_privs is not set");
+    let id = cri.run(&pod, secured("unset", &image, v1::LinuxContainerSecurityContext::default()))?;
+    ensure!(flag(&id)? == "0", "no_new_privs is set without being asked");
+    node.finish()
+}
+
+fn privileged() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let mut config = crate::client::pod("privileged", &node.logs);
+    config.linux.get_or_insert_default().security_context =
+        Some(v1::LinuxSandboxSecurityContext { privileged: true, ..Default::default() });
+    let pod = node.cri().run_pod(config)?;
+    let context = v1::LinuxContainerSecurityContext { privileged: true, ..Default::default() };
+    let id = node.cri().run(&pod, secured("c", &image, context))?;
+    node.cri().shell(&id, "mkdir /m && mount -t tmpfs none /m && touch /m/x && umount /m")?;
+    node.cri().shell(&id, "echo 10 > /proc/sys/vm/swappiness")?;
+    node.finish()
+}
+
+fn refused() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let mut config = crate::client::pod("hostnet", &node.logs);
+    config.linux.get_or_insert_default().security_context = Some(v1::LinuxSandboxSecurityContext {
+        namespace_options: Some(v1::NamespaceOption {
+            network: v1::NamespaceMode::Node as i32,
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    let status = node.cri().run_pod(config).unwrap_err();
+    ensure!(status.message().to_lowercase().contains("network"), "{status}");
+    let pod = node.pod("refused")?;
+    let mut config = container("c", &image, &["true"]);
+    config.mounts = vec![v1::Mount {
+        host_path: "/etc".into(),
+        container_path: "/host".into(),
+        propagation: v1::MountPropagation::PropagationBidirectional as i32,
+        ..Default::default()
+    }];
+    let status = node.cri().create(&pod, config).unwrap_err();
+    ensure!(status.message().contains("/host") || status.message().contains("propagation"), "{status}");
+    node.finish()
+}

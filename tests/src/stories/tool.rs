@@ -1,0 +1,94 @@
+//! The person's tool.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Story;
+use crate::node::{self, Node};
+
+pub const STORIES: &[Story] = &[
+    ("nacelle run prints a container's output and ends with its exit code", run),
+    ("nacelle looks at pods, containers, logs, phases and console", looks),
+    ("nacelle check says what the host can do", check),
+    ("errors tell the next step", errors),
+];
+
+fn nacelle(node: &Node, words: &[&str]) -> Result<(i32, String, String)> {
+    let output = Command::new(node::bin("nacelle"))
+        .arg("--socket")
+        .arg(node.socket())
+        .args(words)
+        .stdin(std::process::Stdio::null())
+        .output()?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok((output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr)))
+}
+
+fn run() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let (code, out, err) =
+        nacelle(&node, &["run", "--rm", "-e", "A=b", &image, "sh", "-c", "echo $A; echo e >&2; exit 4"])?;
+    ensure!(code == 4 && out == "b\n", "code {code}, output {out:?}, errors {err:?}");
+    ensure!(err.contains("e\n"), "{err:?}");
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(file.path(), "from the host\n")?;
+    let volume = format!("{}:/in/file:ro", file.path().display());
+    let (code, out, err) = nacelle(&node, &["run", "--rm", "-v", &volume, &image, "cat", "/in/file"])?;
+    ensure!(code == 0 && out == "from the host\n", "{out:?} {err:?}");
+    ensure!(node.cri().pods()?.is_empty(), "--rm leaves a pod");
+    node.finish()
+}
+
+fn looks() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let words = ["run", "-d", "--name", "seen", &image, "sh", "-c", "echo hello; sleep 1000"];
+    let (code, _, err) = nacelle(&node, &words)?;
+    ensure!(code == 0, "{err}");
+    let ask = |words: &[&str]| -> Result<String> {
+        let (code, out, err) = nacelle(&node, words)?;
+        ensure!(code == 0, "nacelle {words:?}: {err}");
+        Ok(out)
+    };
+    ensure!(ask(&["pods"])?.contains("seen"), "pods");
+    ensure!(ask(&["ps"])?.contains("seen"), "ps");
+    ensure!(ask(&["images"])?.contains("busybox"), "images");
+    ensure!(ask(&["exec", "seen", "uname", "-s"])? == "Linux\n", "exec");
+    let pods: serde_json::Value = serde_json::from_str(&ask(&["pods", "--output", "json"])?)?;
+    ensure!(pods.as_array().context("pods in JSON")?.len() == 1, "{pods}");
+    let log = crate::wait::until("the log has a line", std::time::Duration::from_secs(10), || {
+        Ok(Some(ask(&["logs", "seen"])?).filter(|text| !text.is_empty()))
+    })?;
+    ensure!(log.contains("hello"), "{log}");
+    let trace = ask(&["trace", "seen"])?;
+    ensure!(trace.contains("network") && trace.contains("boot"), "{trace}");
+    ask(&["console", "seen"])?;
+    ask(&["stats"])?;
+    ask(&["stop", "seen"])?;
+    ask(&["rm", "seen"])?;
+    ensure!(node.cri().pods()?.is_empty(), "rm leaves a pod");
+    node.finish()
+}
+
+fn check() -> Result<()> {
+    let node = Node::start()?;
+    let (_, out, err) = nacelle(&node, &["check"])?;
+    for word in ["KVM", "cgroup", "CNI"] {
+        ensure!(out.contains(word), "no word on {word}: {out}{err}");
+    }
+    node.finish()
+}
+
+fn errors() -> Result<()> {
+    let node = Node::start()?;
+    let (code, _, err) = nacelle(&node, &["exec", "nobody", "true"])?;
+    ensure!(code != 0 && err.contains("nobody"), "{err}");
+    let output = Command::new(node::bin("nacelle"))
+        .args(["--socket", "/no/such/socket", "pods"])
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(!output.status.success() && said.contains("nacelled"), "{said}");
+    node.finish()
+}
