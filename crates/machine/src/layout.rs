@@ -1,0 +1,136 @@
+//! Where everything stands in guest-physical memory.
+//!
+//! ```text
+//!  0x0000_0500  GDT                          0xc000_0000  end of low RAM (3 GiB at most)
+//!  0x0000_7000  zero page (boot_params)      0xc000_0000  32-bit PCI window, 512 MiB
+//!  0x0000_9000  page tables (3 pages)        0xe000_0000  ECAM of bus 0, 1 MiB
+//!  0x0002_0000  kernel command line          0xfee0_0000  local APICs
+//!  0x000e_0000  ACPI tables (to 1 MiB)       0xfffb_c000  KVM's own 4 pages (identity map, TSS)
+//!  0x0010_0000  kernel and up                4 GiB        high RAM
+//!  top of low RAM: initramfs                 above RAM    64-bit PCI window, 64 GiB
+//! ```
+
+use std::ops::Range;
+
+pub const PAGE: u64 = 4 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+pub const GDT: u64 = 0x500;
+pub const ZERO_PAGE: u64 = 0x7000;
+pub const PML4: u64 = 0x9000;
+pub const PDPT: u64 = 0xa000;
+pub const PAGE_DIRECTORY: u64 = 0xb000;
+pub const CMDLINE: u64 = 0x2_0000;
+/// Linux on x86 keeps 2048 bytes of command line, the terminating zero included.
+pub const CMDLINE_MAX: usize = 2048;
+/// End of the RAM below the legacy video hole.
+pub const LOW_RAM_END: u64 = 0x9_fc00;
+/// ACPI tables; also where a kernel without the boot protocol's pointer looks for the RSDP.
+pub const ACPI: Range<u64> = 0xe_0000..0x10_0000;
+pub const HIGH_RAM: u64 = 0x10_0000;
+
+const HOLE: Range<u64> = 3 * GIB..4 * GIB;
+/// For 32-bit BARs.
+pub const PCI_WINDOW_32: Range<u64> = 0xc000_0000..0xe000_0000;
+/// PCI configuration space of bus 0: 32 devices x 8 functions x 4 KiB.
+pub const ECAM: Range<u64> = 0xe000_0000..0xe010_0000;
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+/// Four pages that KVM uses on processors without unrestricted guest mode.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+pub const KVM_TSS: u64 = 0xfffb_d000;
+
+const PCI_WINDOW_64_SIZE: u64 = 64 * GIB;
+/// The kernel is loaded at 16 MiB, and must be able to unpack its initramfs.
+pub const MEMORY_MIN_MIB: u32 = 48;
+/// Most vCPUs: APIC ids stay far below 255, where x2APIC-only tables would begin.
+pub const VCPUS_MAX: u8 = 64;
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum LayoutError {
+    #[error("guest memory of {got} MiB is less than the {MEMORY_MIN_MIB} MiB a kernel needs")]
+    TooSmall { got: u32 },
+    #[error(
+        "guest memory of {got} MiB does not fit: this processor has {bits} guest-physical address \
+         bits, enough for {limit} MiB beside the PCI window"
+    )]
+    TooLarge { got: u32, bits: u8, limit: u64 },
+}
+
+/// The parts that depend on the VM's size.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// RAM below and above the hole, in order; the second is missing in small VMs.
+    pub ram: Vec<Range<u64>>,
+    /// For 64-bit BARs.
+    pub pci_window_64: Range<u64>,
+}
+
+impl Layout {
+    /// Lays out `memory_mib` of RAM on a processor with `address_bits` guest-physical address bits.
+    pub fn new(memory_mib: u32, address_bits: u8) -> Result<Self, LayoutError> {
+        let got = memory_mib;
+        if memory_mib < MEMORY_MIN_MIB {
+            return Err(LayoutError::TooSmall { got });
+        }
+        let end_of_space = 1u64 << address_bits.clamp(36, 52);
+        let room = end_of_space - PCI_WINDOW_64_SIZE;
+        let size = u64::from(memory_mib) * MIB;
+        let (ram, end) = if size <= HOLE.start {
+            (vec![0..size], HOLE.end)
+        } else {
+            let end = HOLE.end + (size - HOLE.start);
+            (vec![0..HOLE.start, HOLE.end..end], end)
+        };
+        // Aligned so that a BAR of any size up to the window's can be placed in it.
+        let start = end.next_multiple_of(PCI_WINDOW_64_SIZE);
+        if start > room {
+            let limit = (room - (HOLE.end - HOLE.start)) / MIB;
+            return Err(LayoutError::TooLarge { got, bits: address_bits, limit });
+        }
+        Ok(Self { ram, pci_window_64: start..start + PCI_WINDOW_64_SIZE })
+    }
+
+    /// End of the RAM below 4 GiB.
+    pub fn low_ram_end(&self) -> u64 {
+        self.ram[0].end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_vm_has_one_piece_of_ram() {
+        let layout = Layout::new(256, 40).unwrap();
+        assert_eq!(layout.ram, [0..256 * MIB]);
+        assert_eq!(layout.pci_window_64, 64 * GIB..128 * GIB);
+    }
+
+    #[test]
+    fn ram_over_3_gib_goes_on_above_4_gib_and_no_byte_is_lost() {
+        for mib in [3071, 3072, 3073, 4096, 70_000] {
+            let layout = Layout::new(mib, 46).unwrap();
+            let total: u64 = layout.ram.iter().map(|r| r.end - r.start).sum();
+            assert_eq!(total, u64::from(mib) * MIB);
+            assert!(layout.low_ram_end() <= HOLE.start);
+            assert!(layout.pci_window_64.start >= layout.ram.last().unwrap().end);
+        }
+    }
+
+    #[test]
+    fn a_vm_that_does_not_fit_is_refused_with_the_limit() {
+        assert_eq!(Layout::new(0, 40), Err(LayoutError::TooSmall { got: 0 }));
+        let Err(LayoutError::TooLarge { limit, .. }) = Layout::new(u32::MAX, 40) else {
+            panic!("4 PiB fit into 40 address bits");
+        };
+        assert!(Layout::new((limit as u32 - 64) & !0xffff, 40).is_ok());
+    }
+
+    #[test]
+    fn windows_and_ecam_lie_in_the_hole_without_overlap() {
+        assert!(HOLE.start <= PCI_WINDOW_32.start && PCI_WINDOW_32.end <= ECAM.start);
+        assert!(ECAM.end <= u64::from(LOCAL_APIC) && KVM_TSS + 3 * PAGE <= HOLE.end);
+    }
+}

@@ -1,0 +1,257 @@
+//! Measures what KVM on this host is worth: runs a counting loop and a few hundred port exits in a
+//! guest of one page and looks at the clock.
+//!
+//! The presence of `/dev/kvm` says little: it may be emulated, or nested so deep that a kernel would
+//! take minutes to boot. The measurement is bounded in time however slow the guest is: it begins
+//! with a few instructions and goes on only while there is time, and a vCPU that never comes back is
+//! kicked.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::Ram;
+use crate::vcpu::{Bus, Kicker, Step, Vcpu, install_kick_handler};
+use crate::vm::{Host, VmError};
+
+/// Slower than this a Linux kernel needs more than half a minute to boot, and every time-out above
+/// it fires.
+pub const MIPS_NEEDED: f64 = 50.0;
+/// The guest is given up after this.
+const LIMIT: Duration = Duration::from_millis(1500);
+/// A measurement at least this long is not repeated with more instructions.
+const LONG_ENOUGH: Duration = Duration::from_millis(40);
+/// No new measurement is begun after this.
+const BUDGET: Duration = Duration::from_millis(600);
+const EXITS: u32 = 200;
+
+/// `mov ecx, ...` is done from outside: `dec ecx; jnz -3; out 0x10, al; jmp -2`.
+const COUNT_LOOP: &[u8] = &[0x66, 0x49, 0x75, 0xfc, 0xe6, 0x10, 0xeb, 0xfe];
+/// `out 0x11, al; dec ecx; jnz -6; out 0x10, al; jmp -2`.
+const EXIT_LOOP: &[u8] = &[0xe6, 0x11, 0x66, 0x49, 0x75, 0xfa, 0xe6, 0x10, 0xeb, 0xfe];
+const DONE_PORT: u16 = 0x10;
+const CODE: u64 = 0x1000;
+
+/// The outcome, as `nacelle-vmm probe` prints it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// Whether VMs can be run here in earnest.
+    pub usable: bool,
+    /// Million guest instructions a second.
+    pub mips: f64,
+    /// Microseconds from the guest to user space and back.
+    pub exit_us: f64,
+    /// What is wrong and what to do; or what was found.
+    pub why: String,
+}
+
+impl Report {
+    fn unusable(why: impl ToString) -> Self {
+        Self { usable: false, mips: 0.0, exit_us: 0.0, why: why.to_string() }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ProbeError {
+    #[error("{}", chain(.0))]
+    Vm(#[from] VmError),
+    #[error("{}", chain(.0))]
+    Vcpu(#[from] crate::vcpu::VcpuError),
+    #[error("cannot prepare a page of guest memory: {0}")]
+    Memory(String),
+    #[error("guest code ended in {0:?} instead of its last port write")]
+    Guest(Step),
+    #[error("cannot set up the signal that ends a hanging guest: {0}")]
+    Signal(std::io::Error),
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text = format!("{text}: {source}");
+        next = source.source();
+    }
+    text
+}
+
+/// Probes `/dev/kvm`; takes two seconds at most.
+pub fn run() -> Report {
+    run_on(Path::new("/dev/kvm"))
+}
+
+/// Probes a KVM device at another path.
+pub fn run_on(path: &Path) -> Report {
+    let device = match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(device) => device,
+        Err(e) => {
+            let advice = match e.kind() {
+                std::io::ErrorKind::NotFound => {
+                    "enable virtualization in the firmware, or nested virtualization for this VM, \
+                     and load kvm_intel or kvm_amd"
+                }
+                std::io::ErrorKind::PermissionDenied => "run as root or join the group kvm",
+                _ => "load kvm_intel or kvm_amd",
+            };
+            return Report::unusable(format!("cannot open {}: {e}; {advice}", path.display()));
+        }
+    };
+    let (sender, receiver) = channel();
+    let (kickers, kicker) = channel();
+    let thread = std::thread::Builder::new().name("probe".to_owned()).stack_size(256 << 10).spawn(
+        move || {
+            sender.send(measure(device, |kicker| {
+                let _ = kickers.send(kicker);
+            }))
+        },
+    );
+    if let Err(e) = thread {
+        return Report::unusable(format!("cannot start a thread: {e}"));
+    }
+    let mut outcome = receiver.recv_timeout(LIMIT);
+    if matches!(outcome, Err(RecvTimeoutError::Timeout)) {
+        if let Ok(kicker) = kicker.try_recv() {
+            kicker.kick();
+        }
+        outcome = receiver.recv_timeout(Duration::from_millis(300));
+    }
+    match outcome {
+        Ok(Ok((mips, exit_us))) => verdict(mips, exit_us),
+        Ok(Err(ProbeError::Guest(Step::Interrupted))) => Report::unusable(
+            "a few thousand guest instructions took over a second; KVM is emulated",
+        ),
+        Ok(Err(error)) => Report::unusable(error),
+        Err(_) => Report::unusable("KVM_RUN does not return; KVM on this host hangs"),
+    }
+}
+
+fn verdict(mips: f64, exit_us: f64) -> Report {
+    let usable = mips >= MIPS_NEEDED;
+    let why = if usable {
+        format!("guest code runs at {mips:.0} MIPS, an exit costs {exit_us:.1} us")
+    } else {
+        format!(
+            "guest code runs at {mips:.1} MIPS, at least {MIPS_NEEDED} are needed: KVM on this host \
+             is emulated; use a host with hardware virtualization, or the lab (make lab)"
+        )
+    };
+    Report { usable, mips, exit_us, why }
+}
+
+/// Million instructions a second, and microseconds an exit.
+fn measure(device: File, started: impl FnOnce(Kicker)) -> Result<(f64, f64), ProbeError> {
+    let start = Instant::now();
+    install_kick_handler().map_err(ProbeError::Signal)?;
+    let mut guest = Guest::new(device)?;
+    started(guest.vcpu.adopt());
+    // Page faults and first-time costs are not what is asked about.
+    guest.time(COUNT_LOOP, 10)?;
+    let mut loops = 2_000u32;
+    let mips = loop {
+        let took = guest.time(COUNT_LOOP, loops)?;
+        let mips = 2.0 * f64::from(loops) / took.as_secs_f64() / 1e6;
+        if took >= LONG_ENOUGH || start.elapsed() >= BUDGET || loops >= 1 << 28 {
+            break mips;
+        }
+        // At most four times as long as the last one.
+        loops *= 4;
+    };
+    let took = guest.time(EXIT_LOOP, EXITS)?;
+    Ok((mips, took.as_secs_f64() * 1e6 / f64::from(EXITS)))
+}
+
+struct Guest {
+    vcpu: Vcpu,
+    ram: Ram,
+    _vm: std::sync::Arc<kvm_ioctls::VmFd>,
+}
+
+/// Remembers whether the last port written was the one that ends a run.
+#[derive(Default)]
+struct LastPort(std::cell::Cell<u16>);
+
+impl Bus for LastPort {
+    fn port_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn port_write(&self, port: u16, _: &[u8]) {
+        self.0.set(port);
+    }
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+}
+
+impl Guest {
+    fn new(device: File) -> Result<Self, ProbeError> {
+        let host = Host::new(OwnedFd::from(device))?;
+        let vm = host.create_vm(1)?;
+        let ram = Ram::from_ranges(&[(GuestAddress(0), 2 * CODE as usize)])
+            .map_err(|e| ProbeError::Memory(e.to_string()))?;
+        crate::vm::map_ram(&vm, &ram)?;
+        let cpuid = crate::cpuid::table(host.cpuid(), 0, 1)
+            .map_err(|e| ProbeError::Memory(e.to_string()))?;
+        let vcpu = Vcpu::new(&vm, 0, &cpuid)?;
+        Ok(Self { vcpu, ram, _vm: vm })
+    }
+
+    /// Runs `code` with `count` in ECX until it writes to [`DONE_PORT`].
+    fn time(&mut self, code: &[u8], count: u32) -> Result<Duration, ProbeError> {
+        self.ram
+            .write_slice(code, GuestAddress(CODE))
+            .map_err(|e| ProbeError::Memory(e.to_string()))?;
+        self.vcpu.real_mode(CODE, count)?;
+        let port = LastPort::default();
+        let start = Instant::now();
+        loop {
+            match self.vcpu.step(&port)? {
+                Step::Handled if port.0.get() == DONE_PORT => return Ok(start.elapsed()),
+                Step::Handled => {}
+                other => return Err(ProbeError::Guest(other)),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_without_kvm_is_told_what_to_do() {
+        let report = run_on(Path::new("/nonexistent/kvm"));
+        assert!(!report.usable);
+        assert!(report.why.contains("enable virtualization"), "{}", report.why);
+    }
+
+    #[test]
+    fn what_is_not_kvm_is_recognized() {
+        let report = run_on(Path::new("/dev/null"));
+        assert!(!report.usable);
+        assert!(report.why.contains("not Linux' KVM"), "{}", report.why);
+    }
+
+    #[test]
+    fn the_verdict_depends_on_speed() {
+        assert!(verdict(900.0, 28.0).usable);
+        let slow = verdict(1.5, 3.0);
+        assert!(!slow.usable && slow.why.contains("1.5 MIPS"));
+    }
+
+    #[test]
+    fn the_probe_ends_in_time_on_any_host() {
+        let start = Instant::now();
+        let report = run();
+        assert!(start.elapsed() < Duration::from_secs(2), "took {:?}", start.elapsed());
+        assert!(!report.why.is_empty());
+        if report.usable {
+            assert!(report.mips >= MIPS_NEEDED && report.exit_us > 0.0);
+        }
+    }
+}

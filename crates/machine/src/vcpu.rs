@@ -1,0 +1,326 @@
+//! One processor: its first state, and its run loop's single step.
+//!
+//! Interrupting a vCPU that runs: [`Kicker::kick`] sends [`kick_signal`] to its thread. The handler
+//! sets `immediate_exit` in the thread's own `kvm_run` page, so a kick that arrives just before
+//! `KVM_RUN` is not lost (Linux `Documentation/virt/kvm/api.rst`, `immediate_exit`).
+#![allow(unsafe_code)] // signal handler and the shared kvm_run page
+
+use std::cell::Cell;
+use std::io;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+
+use crate::KvmError;
+use crate::boot::{CODE_SELECTOR, DATA_SELECTOR, GDT_ENTRIES};
+use crate::layout::{GDT, PML4, ZERO_PAGE};
+
+const CR0_PE: u64 = 1 << 0;
+const CR0_ET: u64 = 1 << 4;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+const RFLAGS_RESERVED: u64 = 1 << 1;
+/// FPU as after FINIT, SSE exceptions masked.
+const FCW_INIT: u16 = 0x37f;
+const MXCSR_INIT: u32 = 0x1f80;
+/// Memory types: everything write-back (Intel SDM volume 3, 12.11.2.1).
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+const MTRR_ENABLE: u64 = 1 << 11;
+const MTRR_WRITE_BACK: u64 = 6;
+
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    #[error("vCPU {id}")]
+    Kvm { id: u8, source: KvmError },
+    #[error("vCPU {id}: KVM accepted only {done} of {want} MSRs")]
+    Msrs { id: u8, done: usize, want: usize },
+    #[error("vCPU {id} cannot enter the guest: hardware reason {reason:#x}")]
+    Entry { id: u8, reason: u64 },
+    #[error("vCPU {id}: KVM gave up on the guest's instruction at {rip:#x} (suberror {suberror})")]
+    Emulation { id: u8, rip: u64, suberror: u32 },
+    #[error("vCPU {id}: unexpected exit {exit}")]
+    Unexpected { id: u8, exit: String },
+    #[error("vCPU {id}: KVM_RUN failed")]
+    Run { id: u8, source: io::Error },
+}
+
+/// Where a vCPU's port and memory-mapped accesses go. Called on vCPU threads, concurrently.
+///
+/// `data` of a port access may hold several elements of a string instruction.
+pub trait Bus {
+    fn port_read(&self, port: u16, data: &mut [u8]);
+    fn port_write(&self, port: u16, data: &[u8]);
+    fn mmio_read(&self, address: u64, data: &mut [u8]);
+    fn mmio_write(&self, address: u64, data: &[u8]);
+}
+
+/// Why [`Vcpu::step`] came back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// An access was carried out on the bus.
+    Handled,
+    /// A signal arrived: somebody wants this thread.
+    Interrupted,
+    /// The guest halted with no local APIC to wake it.
+    Halted,
+    /// Triple fault.
+    Shutdown,
+}
+
+/// Exits to user space, by reason.
+#[derive(Debug, Default)]
+pub struct ExitCounts {
+    port_in: AtomicU64,
+    port_out: AtomicU64,
+    mmio_read: AtomicU64,
+    mmio_write: AtomicU64,
+    interrupted: AtomicU64,
+    other: AtomicU64,
+}
+
+impl ExitCounts {
+    /// Names and counts.
+    pub fn all(&self) -> [(&'static str, u64); 6] {
+        let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        [
+            ("io_in", get(&self.port_in)),
+            ("io_out", get(&self.port_out)),
+            ("mmio_read", get(&self.mmio_read)),
+            ("mmio_write", get(&self.mmio_write)),
+            ("signal", get(&self.interrupted)),
+            ("other", get(&self.other)),
+        ]
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// A processor.
+#[derive(Debug)]
+pub struct Vcpu {
+    id: u8,
+    fd: VcpuFd,
+    exits: Arc<ExitCounts>,
+}
+
+impl Vcpu {
+    /// Creates the vCPU with this id, which is also its APIC id. All but 0 wait for INIT and SIPI.
+    pub fn new(vm: &VmFd, id: u8, cpuid: &CpuId) -> Result<Self, VcpuError> {
+        let failed = |e| VcpuError::Kvm { id, source: e };
+        let fd = vm
+            .create_vcpu(id.into())
+            .map_err(KvmError::of("KVM_CREATE_VCPU", "check memory and the limit of open files"))
+            .map_err(failed)?;
+        fd.set_cpuid2(cpuid)
+            .map_err(KvmError::of("KVM_SET_CPUID2", "please report the host's processor"))
+            .map_err(failed)?;
+        Ok(Self { id, fd, exits: Arc::default() })
+    }
+
+    pub fn exits(&self) -> Arc<ExitCounts> {
+        self.exits.clone()
+    }
+
+    /// Puts the boot processor at a 64-bit kernel's entry point.
+    pub fn boot(&self, entry: u64) -> Result<(), VcpuError> {
+        let id = self.id;
+        let done = self.set_msrs().map_err(|source| VcpuError::Kvm { id, source })?;
+        if done != 1 {
+            return Err(VcpuError::Msrs { id, done, want: 1 });
+        }
+        self.set_registers(entry).map_err(|source| VcpuError::Kvm { id, source })
+    }
+
+    /// Puts the processor into real mode at `address` (below 64 KiB), with `count` in ECX.
+    pub(crate) fn real_mode(&self, address: u64, count: u32) -> Result<(), VcpuError> {
+        let id = self.id;
+        let failed =
+            |call| move |e| VcpuError::Kvm { id, source: KvmError::of(call, "report it")(e) };
+        let mut special = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        special.cs.base = 0;
+        special.cs.selector = 0;
+        self.fd.set_sregs(&special).map_err(failed("KVM_SET_SREGS"))?;
+        let general = kvm_regs {
+            rip: address,
+            rcx: count.into(),
+            rflags: RFLAGS_RESERVED,
+            ..Default::default()
+        };
+        self.fd.set_regs(&general).map_err(failed("KVM_SET_REGS"))
+    }
+
+    fn set_msrs(&self) -> Result<usize, KvmError> {
+        let entries = [kvm_msr_entry {
+            index: MSR_MTRR_DEF_TYPE,
+            data: MTRR_ENABLE | MTRR_WRITE_BACK,
+            ..Default::default()
+        }];
+        let failed = KvmError::of("KVM_SET_MSRS", "please report the host's processor");
+        match Msrs::from_entries(&entries) {
+            Ok(msrs) => self.fd.set_msrs(&msrs).map_err(failed),
+            // One entry is never too many.
+            Err(_) => Ok(0),
+        }
+    }
+
+    fn set_registers(&self, entry: u64) -> Result<(), KvmError> {
+        let advice = "please report the host's processor";
+        let mut special = self.fd.get_sregs().map_err(KvmError::of("KVM_GET_SREGS", advice))?;
+        let code = segment(GDT_ENTRIES[2], CODE_SELECTOR);
+        let data = segment(GDT_ENTRIES[3], DATA_SELECTOR);
+        special.cs = code;
+        (special.ds, special.es, special.fs, special.gs, special.ss) =
+            (data, data, data, data, data);
+        special.gdt.base = GDT;
+        special.gdt.limit = (GDT_ENTRIES.len() * 8 - 1) as u16;
+        special.idt.base = 0;
+        special.idt.limit = 0;
+        special.cr0 = CR0_PE | CR0_ET | CR0_PG;
+        special.cr3 = PML4;
+        special.cr4 |= CR4_PAE;
+        special.efer |= EFER_LME | EFER_LMA;
+        self.fd.set_sregs(&special).map_err(KvmError::of("KVM_SET_SREGS", advice))?;
+        let general =
+            kvm_regs { rip: entry, rsi: ZERO_PAGE, rflags: RFLAGS_RESERVED, ..Default::default() };
+        self.fd.set_regs(&general).map_err(KvmError::of("KVM_SET_REGS", advice))?;
+        let fpu = kvm_fpu { fcw: FCW_INIT, mxcsr: MXCSR_INIT, ..Default::default() };
+        self.fd.set_fpu(&fpu).map_err(KvmError::of("KVM_SET_FPU", advice))
+    }
+
+    /// Makes the calling thread the one that runs this vCPU.
+    pub fn adopt(&mut self) -> Kicker {
+        let flag = ptr::from_mut(&mut self.fd.get_kvm_run().immediate_exit).cast();
+        IMMEDIATE_EXIT.set(flag);
+        // SAFETY: gettid has no preconditions.
+        Kicker { thread: unsafe { libc::gettid() } }
+    }
+
+    /// Runs the guest until something outside is needed, and does it.
+    pub fn step(&mut self, bus: &impl Bus) -> Result<Step, VcpuError> {
+        let id = self.id;
+        let exits = &self.exits;
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
+                count(&exits.interrupted);
+                self.fd.set_kvm_immediate_exit(0);
+                return Ok(Step::Interrupted);
+            }
+            Err(e) => return Err(VcpuError::Run { id, source: e.into() }),
+        };
+        match exit {
+            VcpuExit::IoIn(port, data) => {
+                count(&exits.port_in);
+                bus.port_read(port, data);
+            }
+            VcpuExit::IoOut(port, data) => {
+                count(&exits.port_out);
+                bus.port_write(port, data);
+            }
+            VcpuExit::MmioRead(address, data) => {
+                count(&exits.mmio_read);
+                bus.mmio_read(address, data);
+            }
+            VcpuExit::MmioWrite(address, data) => {
+                count(&exits.mmio_write);
+                bus.mmio_write(address, data);
+            }
+            VcpuExit::Intr => return Ok(Step::Interrupted),
+            VcpuExit::Hlt => return Ok(Step::Halted),
+            VcpuExit::Shutdown => return Ok(Step::Shutdown),
+            VcpuExit::FailEntry(reason, _) => return Err(VcpuError::Entry { id, reason }),
+            VcpuExit::InternalError => return Err(self.emulation_failure()),
+            // A message for the I/O APIC that is not there.
+            VcpuExit::IoapicEoi(_) => count(&exits.other),
+            other => return Err(VcpuError::Unexpected { id, exit: format!("{other:?}") }),
+        }
+        Ok(Step::Handled)
+    }
+
+    fn emulation_failure(&mut self) -> VcpuError {
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, so the kernel has filled this
+        // member of the union, whose fields are plain integers.
+        let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
+        VcpuError::Emulation { id: self.id, rip, suberror }
+    }
+}
+
+/// A flat segment register from its descriptor.
+fn segment(descriptor: u64, selector: u16) -> kvm_segment {
+    let bit = |n: u32| (descriptor >> n & 1) as u8;
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_: (descriptor >> 40 & 0xf) as u8,
+        s: bit(44),
+        dpl: 0,
+        present: bit(47),
+        avl: 0,
+        l: bit(53),
+        db: bit(54),
+        g: bit(55),
+        unusable: 0,
+        padding: 0,
+    }
+}
+
+thread_local! {
+    /// `immediate_exit` of the vCPU this thread runs.
+    static IMMEDIATE_EXIT: Cell<*const AtomicU8> = const { Cell::new(ptr::null()) };
+}
+
+/// Interrupts the thread that runs a vCPU, which sees [`Step::Interrupted`].
+#[derive(Debug, Clone, Copy)]
+pub struct Kicker {
+    thread: libc::pid_t,
+}
+
+impl Kicker {
+    pub fn kick(self) {
+        // SAFETY: tgkill touches no memory. The thread belongs to this process; should it have
+        // ended, the call fails with ESRCH, or reaches a younger thread of ours for which the
+        // handler does nothing.
+        unsafe {
+            libc::syscall(libc::SYS_tgkill, libc::getpid(), self.thread, kick_signal());
+        }
+    }
+}
+
+/// The signal used: the first real-time signal the C library leaves free.
+pub fn kick_signal() -> i32 {
+    libc::SIGRTMIN()
+}
+
+/// Installs the handler of [`kick_signal`]; once a process, before any vCPU runs.
+pub fn install_kick_handler() -> io::Result<()> {
+    extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let flag = IMMEDIATE_EXIT.get();
+        if !flag.is_null() {
+            // SAFETY: the pointer was set by `Vcpu::adopt` on this very thread and points into the
+            // mapping of that vCPU, which its run loop owns until the thread ends; after the loop
+            // nobody kicks. An atomic byte store is async-signal-safe.
+            unsafe { (*flag).store(1, Ordering::Relaxed) };
+        }
+    }
+    vmm_sys_util::signal::register_signal_handler(kick_signal(), on_kick)
+        .map_err(|e| io::Error::from_raw_os_error(e.errno()))
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        // The page goes with `fd`; a late kick must find nothing.
+        let own: *const AtomicU8 = ptr::from_mut(&mut self.fd.get_kvm_run().immediate_exit).cast();
+        if IMMEDIATE_EXIT.get() == own {
+            IMMEDIATE_EXIT.set(ptr::null());
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! The VM and what KVM has to offer for it.
+//!
+//! Interrupt controllers: local APICs in the kernel (`KVM_CAP_SPLIT_IRQCHIP`), and nothing else: no
+//! PIC, no PIT, no I/O APIC anywhere. Every device here interrupts with MSI-X and the guest's timer
+//! is its APIC's TSC deadline, so a full in-kernel irqchip would only add attack surface and exits:
+//! Linux programs each I/O APIC pin it finds in the MADT one by one (several hundred of the exits
+//! of a boot), and finds none here. Reduced-hardware ACPI tells it not to look for PIC and PIT.
+#![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION takes a raw host address
+
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
+use crate::{KvmError, Ram};
+
+/// What must be there, and what its absence means in practice.
+const NEEDED: &[(Cap, &str)] = &[
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::IoeventfdNoLength, "KVM_CAP_IOEVENTFD_NO_LENGTH"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+];
+
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error("/dev/kvm speaks API version {got}, not {KVM_API_VERSION}; it is not Linux' KVM")]
+    ApiVersion { got: i32 },
+    #[error("/dev/kvm lacks {name}; a host kernel of 5.10 or later is needed")]
+    Missing { name: &'static str },
+    #[error("{got} vCPUs are more than the {limit} this KVM can run")]
+    TooManyVcpus { got: u8, limit: usize },
+}
+
+/// `/dev/kvm`, checked.
+#[derive(Debug)]
+pub struct Host {
+    kvm: Kvm,
+    cpuid: CpuId,
+}
+
+impl Host {
+    /// Takes over an open `/dev/kvm` and checks that it has what is needed.
+    pub fn new(device: OwnedFd) -> Result<Self, VmError> {
+        // SAFETY: `device` gives up its descriptor here, so `Kvm` is its only owner; that it is
+        // /dev/kvm is verified by the ioctl that follows.
+        let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
+        let got = kvm.get_api_version();
+        if got != KVM_API_VERSION as i32 {
+            return Err(VmError::ApiVersion { got });
+        }
+        for (cap, name) in NEEDED {
+            if !kvm.check_extension(*cap) {
+                return Err(VmError::Missing { name });
+            }
+        }
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::of("KVM_GET_SUPPORTED_CPUID", "load kvm_intel or kvm_amd anew"))?;
+        Ok(Self { kvm, cpuid })
+    }
+
+    /// What KVM can show to a guest.
+    pub fn cpuid(&self) -> &CpuId {
+        &self.cpuid
+    }
+
+    /// Guest-physical address bits (CPUID 0x8000_0008 EAX).
+    pub fn address_bits(&self) -> u8 {
+        let leaf = self.cpuid.as_slice().iter().find(|e| e.function == 0x8000_0008);
+        leaf.map_or(36, |e| {
+            // Bits 23:16, where given, are the guest's share of an encrypting host's address space.
+            let guest = (e.eax >> 16) as u8;
+            if guest != 0 { guest } else { e.eax as u8 }
+        })
+    }
+
+    /// Creates a VM with in-kernel local APICs.
+    pub fn create_vm(&self, vcpus: u8) -> Result<Arc<VmFd>, VmError> {
+        let limit = self.kvm.get_max_vcpus();
+        if usize::from(vcpus) > limit {
+            return Err(VmError::TooManyVcpus { got: vcpus, limit });
+        }
+        let vm = self.kvm.create_vm().map_err(KvmError::of(
+            "KVM_CREATE_VM",
+            "check that no other hypervisor holds the processor and that memory is left",
+        ))?;
+        let report = "please report the host kernel's version";
+        vm.set_identity_map_address(KVM_IDENTITY_MAP)
+            .map_err(KvmError::of("KVM_SET_IDENTITY_MAP_ADDR", report))?;
+        vm.set_tss_address(KVM_TSS as usize).map_err(KvmError::of("KVM_SET_TSS_ADDR", report))?;
+        // args[0]: routes reserved for an I/O APIC in user space, of which there is none.
+        let split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        vm.enable_cap(&split).map_err(KvmError::of("KVM_ENABLE_CAP(SPLIT_IRQCHIP)", report))?;
+        Ok(Arc::new(vm))
+    }
+}
+
+/// Shows all of `ram` to the guest, each region in a slot of its own.
+///
+/// `ram` must be kept until `vm` and all its vCPUs are gone: whoever assembles the VM holds both.
+pub fn map_ram(vm: &VmFd, ram: &Ram) -> Result<(), VmError> {
+    for (slot, region) in ram.iter().enumerate() {
+        let host = ram.get_host_address(region.start_addr()).map_or(0, |p| p as u64);
+        let slot = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: host,
+        };
+        // SAFETY: address and size are those of a live mapping of `ram`, which the caller keeps
+        // as long as the VM; guest and VMM share it by design, and the VMM reaches it only through
+        // vm-memory's volatile accesses.
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION", "give the VM less memory"))?;
+    }
+    Ok(())
+}
