@@ -118,6 +118,15 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, activation: Activation) -> io::Result<Box<dyn Engine>>;
 }
 
+/// The queues of a device that has exactly `N`.
+pub(crate) fn take_queues<const N: usize>(queues: Vec<VirtQueue>) -> io::Result<[VirtQueue; N]> {
+    let count = queues.len();
+    queues.try_into().map_err(|_| {
+        let message = format!("device has {N} queues, its transport brought {count}");
+        io::Error::new(io::ErrorKind::InvalidInput, message)
+    })
+}
+
 /// Reads from a configuration structure given as bytes.
 pub fn read_config_bytes(config: &[u8], offset: usize, data: &mut [u8]) {
     if let Some(rest) = config.get(offset..) {

@@ -18,6 +18,8 @@ pub mod console;
 pub mod device;
 pub mod features;
 pub mod limit;
+#[cfg(any(test, feature = "mock"))]
+pub mod mock;
 pub mod net;
 pub mod pci;
 pub mod queue;

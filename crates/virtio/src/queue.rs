@@ -102,6 +102,26 @@ impl VirtQueue {
         None
     }
 
+    /// Lets `each` work on up to `budget` chains; what it returns is the number of bytes it wrote.
+    /// `true` when there is (or may be) more to do.
+    pub fn serve(&mut self, budget: usize, mut each: impl FnMut(&Chain) -> u32) -> bool {
+        self.disable_kicks();
+        let mut more = true;
+        for _ in 0..budget {
+            if let Some(chain) = self.pop() {
+                let written = each(&chain);
+                self.push(chain.head, written);
+            } else {
+                more = self.enable_kicks();
+                if !more {
+                    break;
+                }
+            }
+        }
+        self.announce();
+        more
+    }
+
     /// Takes back the last [`Self::pop`]: the chain stays available.
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();

@@ -1,0 +1,101 @@
+//! Where the halves of a transport meet: the status and the interrupts, which vCPU threads program
+//! and worker threads raise.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+
+use pci::Msix;
+
+use super::spec::{ISR_CONFIG, ISR_QUEUE, NO_VECTOR, status};
+use crate::device::Interrupt;
+
+/// Shared by everything that belongs to one device.
+pub(super) struct Shared {
+    pub(super) status: AtomicU8,
+    pub(super) isr: AtomicU8,
+    pub(super) config_vector: AtomicU16,
+    pub(super) queue_vectors: Vec<AtomicU16>,
+    pub(super) msix: Msix,
+}
+
+impl Shared {
+    pub(super) fn new(queues: usize, msix: Msix) -> Self {
+        let none = || AtomicU16::new(NO_VECTOR);
+        Self {
+            status: AtomicU8::new(0),
+            isr: AtomicU8::new(0),
+            config_vector: none(),
+            queue_vectors: std::iter::repeat_with(none).take(queues).collect(),
+            msix,
+        }
+    }
+
+    pub(super) fn reset(&self) {
+        self.status.store(0, Ordering::Release);
+        self.isr.store(0, Ordering::Release);
+        self.config_vector.store(NO_VECTOR, Ordering::Release);
+        for vector in &self.queue_vectors {
+            vector.store(NO_VECTOR, Ordering::Release);
+        }
+    }
+
+    fn raise(&self, vector: &AtomicU16, isr: u8) {
+        // Without MSI-X there is no line to raise, but a driver may poll the ISR status.
+        if !self.msix.enabled() {
+            self.isr.fetch_or(isr, Ordering::AcqRel);
+            return;
+        }
+        let vector = vector.load(Ordering::Acquire);
+        if vector != NO_VECTOR {
+            self.msix.trigger(vector);
+        }
+    }
+
+    pub(super) fn needs_reset(&self) {
+        self.status.fetch_or(status::NEEDS_RESET, Ordering::AcqRel);
+        self.raise(&self.config_vector, ISR_CONFIG);
+    }
+}
+
+/// One activation's way to its driver; falls silent when the driver resets the device, although
+/// the engine may still be winding down.
+pub(super) struct Signals {
+    shared: Arc<Shared>,
+    live: AtomicBool,
+}
+
+impl Signals {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, live: AtomicBool::new(true) }
+    }
+
+    pub(super) fn silence(&self) {
+        self.live.store(false, Ordering::Release);
+    }
+
+    fn live(&self) -> bool {
+        self.live.load(Ordering::Acquire)
+    }
+}
+
+impl Interrupt for Signals {
+    fn queue(&self, index: u16) {
+        if self.live()
+            && let Some(vector) = self.shared.queue_vectors.get(usize::from(index))
+        {
+            self.shared.raise(vector, ISR_QUEUE);
+        }
+    }
+
+    fn config(&self) {
+        if self.live() {
+            self.shared.raise(&self.shared.config_vector, ISR_CONFIG);
+        }
+    }
+
+    fn needs_reset(&self) {
+        if self.live() {
+            self.shared.needs_reset();
+        }
+    }
+}
