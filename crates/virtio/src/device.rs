@@ -5,6 +5,7 @@
 //! half, which owns the queues and runs on a [`crate::Worker`] until the driver resets the device.
 //! A fresh activation makes a fresh engine, so a reset cannot leave state behind.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -165,35 +166,57 @@ pub trait Engine: Send {
     fn resume(&mut self, _poll: &mut Poll<'_>) {}
 }
 
+/// What a worker remembers of one engine's use of its epoll.
+#[derive(Debug, Default)]
+pub(crate) struct PollState {
+    /// Tokens to handle in the next round.
+    pub(crate) again: Vec<u32>,
+    /// Registered descriptors. They are taken out of epoll when the engine goes: closing does not,
+    /// where a duplicate stays open elsewhere.
+    fds: HashSet<RawFd>,
+}
+
+impl PollState {
+    pub(crate) fn remove_all(&mut self, epoll: &Epoll) {
+        for fd in self.fds.drain() {
+            let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        }
+    }
+}
+
 /// An engine's view of its worker's epoll.
 pub struct Poll<'a> {
     epoll: &'a Epoll,
     engine: u32,
-    again: &'a mut Vec<u32>,
+    state: &'a mut PollState,
 }
 
 impl<'a> Poll<'a> {
-    pub(crate) fn new(epoll: &'a Epoll, engine: u32, again: &'a mut Vec<u32>) -> Self {
-        Self { epoll, engine, again }
+    pub(crate) fn new(epoll: &'a Epoll, engine: u32, state: &'a mut PollState) -> Self {
+        Self { epoll, engine, state }
     }
 
     pub fn add(&mut self, fd: RawFd, token: u32, events: EventSet) -> io::Result<()> {
-        self.ctl(ControlOperation::Add, fd, token, events)
+        self.ctl(ControlOperation::Add, fd, token, events)?;
+        self.state.fds.insert(fd);
+        Ok(())
     }
 
     pub fn modify(&mut self, fd: RawFd, token: u32, events: EventSet) -> io::Result<()> {
         self.ctl(ControlOperation::Modify, fd, token, events)
     }
 
-    /// A descriptor must be removed before it is closed, or a duplicate elsewhere keeps it polled.
-    pub fn remove(&mut self, fd: RawFd) -> io::Result<()> {
-        self.ctl(ControlOperation::Delete, fd, 0, EventSet::empty())
+    /// To be called before the descriptor is closed.
+    pub fn remove(&mut self, fd: RawFd) {
+        if self.state.fds.remove(&fd) {
+            let _ = self.ctl(ControlOperation::Delete, fd, 0, EventSet::empty());
+        }
     }
 
     /// Asks for [`Engine::handle`] with this token (and no events) in the worker's next round.
     pub fn again(&mut self, token: u32) {
-        if !self.again.contains(&token) {
-            self.again.push(token);
+        if !self.state.again.contains(&token) {
+            self.state.again.push(token);
         }
     }
 

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::device::{Activation, Engine, Interrupt, Poll, VirtioDevice};
+use crate::device::{Activation, Engine, Interrupt, Poll, PollState, VirtioDevice};
 use crate::features;
 use crate::queue::VirtQueue;
 
@@ -242,35 +242,35 @@ pub fn activation(
 pub struct Runner {
     engine: Box<dyn Engine>,
     epoll: Epoll,
-    again: Vec<u32>,
+    state: PollState,
 }
 
 impl Runner {
     pub fn start(mut engine: Box<dyn Engine>) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        let mut again = Vec::new();
-        engine.start(&mut Poll::new(&epoll, 0, &mut again))?;
-        Ok(Self { engine, epoll, again })
+        let mut state = PollState::default();
+        engine.start(&mut Poll::new(&epoll, 0, &mut state))?;
+        Ok(Self { engine, epoll, state })
     }
 
     /// One round; `false` when nothing was ready within `wait`.
     pub fn round(&mut self, wait: Duration) -> bool {
         let mut events = [EpollEvent::default(); 64];
-        let wait = if self.again.is_empty() { wait } else { Duration::ZERO };
+        let wait = if self.state.again.is_empty() { wait } else { Duration::ZERO };
         let count = self.epoll.wait(wait.as_millis() as i32, &mut events).unwrap_or(0);
-        let again = std::mem::take(&mut self.again);
+        let again = std::mem::take(&mut self.state.again);
         let idle = again.is_empty() && count == 0;
         for token in again {
-            let mut poll = Poll::new(&self.epoll, 0, &mut self.again);
+            let mut poll = Poll::new(&self.epoll, 0, &mut self.state);
             self.engine.handle(token, EventSet::empty(), &mut poll);
         }
         for event in &events[..count] {
-            let mut poll = Poll::new(&self.epoll, 0, &mut self.again);
+            let mut poll = Poll::new(&self.epoll, 0, &mut self.state);
             self.engine.handle(event.data() as u32, event.event_set(), &mut poll);
         }
         let now = Instant::now();
         if self.engine.deadline().is_some_and(|at| at <= now) {
-            self.engine.tick(now, &mut Poll::new(&self.epoll, 0, &mut self.again));
+            self.engine.tick(now, &mut Poll::new(&self.epoll, 0, &mut self.state));
         }
         !idle
     }
@@ -290,6 +290,10 @@ impl Runner {
             self.round(Duration::from_millis(5));
         }
         true
+    }
+
+    pub fn resume(&mut self) {
+        self.engine.resume(&mut Poll::new(&self.epoll, 0, &mut self.state));
     }
 
     pub fn engine(&mut self) -> &mut dyn Engine {

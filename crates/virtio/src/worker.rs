@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::device::{Engine, Interrupt, Poll};
+use crate::device::{Engine, Interrupt, Poll, PollState};
 
 /// Events taken from epoll at once.
 const EVENTS_A_ROUND: usize = 64;
@@ -206,8 +206,7 @@ impl Attachment {
 
 struct Running {
     engine: Box<dyn Engine>,
-    /// Tokens to handle in the next round.
-    again: Vec<u32>,
+    poll: PollState,
     leaving: Option<Leaving>,
 }
 
@@ -284,8 +283,11 @@ impl Run {
             }
         };
         // What was left over from the last round goes first, then what is new.
-        let again: Vec<(u32, Vec<u32>)> =
-            self.engines.iter_mut().map(|(id, r)| (*id, std::mem::take(&mut r.again))).collect();
+        let again: Vec<(u32, Vec<u32>)> = self
+            .engines
+            .iter_mut()
+            .map(|(id, r)| (*id, std::mem::take(&mut r.poll.again)))
+            .collect();
         for (id, tokens) in again {
             for token in tokens {
                 self.handle(id, token, EventSet::empty());
@@ -307,7 +309,7 @@ impl Run {
 
     fn handle(&mut self, id: u32, token: u32, events: EventSet) {
         if let Some(running) = self.engines.get_mut(&id) {
-            let mut poll = Poll::new(&self.epoll, id, &mut running.again);
+            let mut poll = Poll::new(&self.epoll, id, &mut running.poll);
             running.engine.handle(token, events, &mut poll);
         }
     }
@@ -316,7 +318,7 @@ impl Run {
         let now = Instant::now();
         for (id, running) in &mut self.engines {
             if running.engine.deadline().is_some_and(|at| at <= now) {
-                let mut poll = Poll::new(&self.epoll, *id, &mut running.again);
+                let mut poll = Poll::new(&self.epoll, *id, &mut running.poll);
                 running.engine.tick(now, &mut poll);
             }
         }
@@ -324,7 +326,7 @@ impl Run {
 
     /// Milliseconds until something has to be done without an event.
     fn timeout(&self) -> i32 {
-        if self.engines.values().any(|r| !r.again.is_empty()) {
+        if self.engines.values().any(|r| !r.poll.again.is_empty()) {
             return 0;
         }
         let now = Instant::now();
@@ -340,16 +342,15 @@ impl Run {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Attach { id, mut engine, interrupt } => {
-                let mut again = Vec::new();
-                let mut poll = Poll::new(&self.epoll, id, &mut again);
-                if let Err(error) = engine.start(&mut poll) {
+                let mut poll = PollState::default();
+                if let Err(error) = engine.start(&mut Poll::new(&self.epoll, id, &mut poll)) {
                     tracing::error!(%error, "device cannot start");
                     interrupt.needs_reset();
                 }
                 if self.paused {
                     engine.drain();
                 }
-                self.engines.insert(id, Running { engine, again, leaving: None });
+                self.engines.insert(id, Running { engine, poll, leaving: None });
             }
             Command::Detach { id, done } => match self.engines.get_mut(&id) {
                 Some(running) => {
@@ -371,7 +372,7 @@ impl Run {
                 self.pausing.clear();
                 for (id, running) in &mut self.engines {
                     if running.leaving.is_none() {
-                        let mut poll = Poll::new(&self.epoll, *id, &mut running.again);
+                        let mut poll = Poll::new(&self.epoll, *id, &mut running.poll);
                         running.engine.resume(&mut poll);
                     }
                 }
@@ -394,7 +395,9 @@ impl Run {
             }
         }
         for id in gone {
-            let Some(Running { engine, leaving, .. }) = self.engines.remove(&id) else { continue };
+            let Some(mut running) = self.engines.remove(&id) else { continue };
+            running.poll.remove_all(&self.epoll);
+            let Running { engine, leaving, .. } = running;
             drop(engine);
             if let Some(Leaving { done, .. }) = leaving {
                 done.store(true, Ordering::Release);

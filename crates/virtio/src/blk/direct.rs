@@ -1,0 +1,64 @@
+//! Disk requests by plain system calls, each finished when `run` returns.
+#![allow(unsafe_code)] // preadv, pwritev2 and fallocate on iovecs over guest memory
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryMmap;
+
+use super::backend::{Done, Io};
+use crate::chain::Buffer;
+
+pub(super) struct Direct {
+    file: Arc<File>,
+    iovecs: Vec<libc::iovec>,
+    pub(super) done: Vec<Done>,
+}
+
+// SAFETY: `iovecs` is scratch space, cleared before each use; nothing in it outlives `run`.
+unsafe impl Send for Direct {}
+
+impl Direct {
+    pub(super) fn new(file: Arc<File>) -> Self {
+        Self { file, iovecs: Vec::new(), done: Vec::new() }
+    }
+
+    pub(super) fn run(&mut self, slot: usize, io: &Io<'_>, mem: &GuestMemoryMmap) {
+        let fd = self.file.as_raw_fd();
+        let result = match io {
+            Io::Read { offset, data } => {
+                let (iovecs, count) = self.array(data, mem);
+                // SAFETY: the iovecs point into guest memory that `mem` keeps mapped during the
+                // call.
+                check(unsafe { libc::preadv(fd, iovecs, count, *offset as libc::off_t) })
+            }
+            Io::Write { offset, data, durable } => {
+                let (iovecs, count) = self.array(data, mem);
+                let flags = if *durable { libc::RWF_DSYNC } else { 0 };
+                let offset = *offset as libc::off_t;
+                // SAFETY: as for preadv.
+                check(unsafe { libc::pwritev2(fd, iovecs, count, offset, flags) })
+            }
+            Io::Sync => self.file.sync_data().map(|()| 0),
+            Io::Fallocate { mode, offset, len } => {
+                let (offset, len) = (*offset as libc::off_t, *len as libc::off_t);
+                // SAFETY: takes no pointers.
+                check(unsafe { libc::fallocate(fd, *mode, offset, len) } as libc::ssize_t)
+            }
+        };
+        self.done.push(Done { slot, result });
+    }
+
+    fn array(&mut self, data: &Buffer, mem: &GuestMemoryMmap) -> (*const libc::iovec, libc::c_int) {
+        self.iovecs.clear();
+        data.iovecs(mem, data.len(), &mut self.iovecs);
+        let count = self.iovecs.len().min(libc::UIO_MAXIOV as usize);
+        (self.iovecs.as_ptr(), count as libc::c_int)
+    }
+}
+
+fn check(result: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
