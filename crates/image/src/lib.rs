@@ -1,1 +1,7 @@
-//!
+//! Images of containers.
+mod digest;
+mod erofs;
+mod flatten;
+mod layer;
+mod path;
+mod tree;

@@ -1,0 +1,138 @@
+//! What can go wrong with images, with the operands; [`Error::kind`] is for mapping to a protocol.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::digest::Digest;
+use crate::erofs::DataError;
+use crate::layer::LayerError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{reference:?} is no image reference: {reason}")]
+    InvalidReference { reference: String, reason: &'static str },
+    #[error("registry {registry} has no {what}")]
+    NotFound { registry: String, what: String },
+    #[error(
+        "registry {registry} denies access to {repository}: {detail}; check the name and the \
+         credentials"
+    )]
+    Denied { registry: String, repository: String, detail: String },
+    #[error("registry {registry} answers {status} to {url}: {detail}")]
+    Status { registry: String, url: String, status: u16, detail: String },
+    #[error("registry {registry} cannot be reached")]
+    Transport { registry: String, source: reqwest::Error },
+    #[error("registry {registry} sent nothing for {seconds} s ({what})")]
+    Stalled { registry: String, what: String, seconds: u64 },
+    #[error("registry {registry} breaks the protocol: {reason}")]
+    Protocol { registry: String, reason: String },
+    #[error("registry {registry} cannot be used: {reason}")]
+    RegistryConfig { registry: String, reason: String },
+    #[error("{what} has digest {got}, expected {expected}")]
+    DigestMismatch { what: String, expected: Digest, got: Digest },
+    #[error("{what} is {got} bytes long, its descriptor says {expected}")]
+    SizeMismatch { what: String, expected: u64, got: u64 },
+    #[error("{what} is {got}, more than the limit of {limit} ({setting})")]
+    TooLarge { what: String, got: u64, limit: u64, setting: &'static str },
+    #[error("{what} is not usable: {reason}")]
+    InvalidImage { what: String, reason: String },
+    #[error("{reference} has no image for linux/amd64; it offers {offered}")]
+    NoPlatform { reference: String, offered: String },
+    #[error("layer {digest} cannot be used")]
+    Layer { digest: Digest, source: LayerError },
+    #[error("no space left for {}", path.display())]
+    StorageFull { path: PathBuf, source: io::Error },
+    #[error("cannot {action} {}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("{} is in use by another process", root.display())]
+    InUse { root: PathBuf },
+    #[error("{} is damaged: {reason}", path.display())]
+    Record { path: PathBuf, reason: String },
+    #[error(
+        "{} has format {found}, this version of nacelle knows formats up to {known}",
+        path.display()
+    )]
+    RecordVersion { path: PathBuf, found: u64, known: u64 },
+    #[error("{} is neither an OCI layout nor a docker archive: {reason}", path.display())]
+    NotAnArchive { path: PathBuf, reason: String },
+    #[error("the pull was cancelled")]
+    Cancelled,
+    #[error(transparent)]
+    Shared(Arc<Error>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    /// Trying again later may help.
+    Unavailable,
+    DeadlineExceeded,
+    /// The disk is full.
+    ResourceExhausted,
+    /// The image itself is broken, hostile, or beyond a limit.
+    BadImage,
+    Cancelled,
+    Internal,
+}
+
+impl Error {
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::InvalidReference { .. } | Self::NotAnArchive { .. } => ErrorKind::InvalidArgument,
+            Self::NotFound { .. } => ErrorKind::NotFound,
+            Self::Denied { .. } => ErrorKind::PermissionDenied,
+            Self::Status { .. } | Self::Transport { .. } | Self::Protocol { .. } => {
+                ErrorKind::Unavailable
+            }
+            Self::Stalled { .. } => ErrorKind::DeadlineExceeded,
+            Self::DigestMismatch { .. }
+            | Self::SizeMismatch { .. }
+            | Self::TooLarge { .. }
+            | Self::InvalidImage { .. }
+            | Self::NoPlatform { .. }
+            | Self::Layer { .. } => ErrorKind::BadImage,
+            Self::StorageFull { .. } => ErrorKind::ResourceExhausted,
+            Self::Cancelled => ErrorKind::Cancelled,
+            Self::RegistryConfig { .. }
+            | Self::Io { .. }
+            | Self::InUse { .. }
+            | Self::Record { .. }
+            | Self::RecordVersion { .. } => ErrorKind::Internal,
+            Self::Shared(inner) => inner.kind(),
+        }
+    }
+
+    pub(crate) fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Self::StorageFull { path, source }
+            }
+            _ => Self::Io { action, path, source },
+        }
+    }
+
+    pub(crate) fn layer(digest: Digest, source: LayerError) -> Self {
+        if matches!(source, LayerError::Cancelled) {
+            return Self::Cancelled;
+        }
+        match source.host_fault() {
+            Some((path, e)) => {
+                // The path and kind say it all; the original cannot be taken out of its wrapping.
+                let copy = e.raw_os_error().map_or_else(|| e.kind().into(), io::Error::from_raw_os_error);
+                Self::io("write", path, copy)
+            }
+            None => Self::Layer { digest, source },
+        }
+    }
+
+    pub(crate) fn data(what: &str, source: DataError) -> Self {
+        match source {
+            DataError::Write { path, source } => Self::io("write", &path, source),
+            other => Self::InvalidImage { what: what.into(), reason: other.to_string() },
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! From layer blobs to a file tree: decompression, tar, and the rules of the layer format.
+
+mod apply;
+mod archive;
+mod compression;
+mod header;
+mod pax;
+
+pub use apply::{Applied, LayerError, Limits, apply};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,69 @@
+//! How far a pull is: always the latest state, so that a slow watcher neither holds the pull up
+//! nor makes it keep a history.
+
+use tokio::sync::watch;
+
+/// Give its sender to a pull and watch the receiver.
+pub type ProgressSender = watch::Sender<Progress>;
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Progress {
+    pub phase: Phase,
+    /// From the lowest layer up.
+    pub layers: Vec<LayerProgress>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// Asking the registry what the name stands for.
+    #[default]
+    Resolving,
+    /// Fetching layers; those that are complete are applied meanwhile.
+    Fetching,
+    /// All layers are here.
+    Building,
+    Done,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerProgress {
+    pub digest: String,
+    /// Compressed bytes.
+    pub size: u64,
+    pub fetched: u64,
+    /// Compressed bytes that went into the image.
+    pub applied: u64,
+}
+
+/// The pull's side.
+#[derive(Debug, Clone)]
+pub(crate) struct Tracker(watch::Sender<Progress>);
+
+impl Tracker {
+    pub fn new() -> Self {
+        Self(watch::Sender::default())
+    }
+
+    pub fn subscribe(&self) -> watch::Receiver<Progress> {
+        self.0.subscribe()
+    }
+
+    pub fn phase(&self, phase: Phase) {
+        self.0.send_modify(|progress| progress.phase = phase);
+    }
+
+    pub fn layers(&self, layers: impl Iterator<Item = (String, u64)>) {
+        let layers = layers
+            .map(|(digest, size)| LayerProgress { digest, size, fetched: 0, applied: 0 })
+            .collect();
+        self.0.send_modify(|progress| progress.layers = layers);
+    }
+
+    pub fn fetched(&self, layer: usize, bytes: u64) {
+        self.0.send_modify(|progress| progress.layers[layer].fetched = bytes);
+    }
+
+    pub fn applied(&self, layer: usize, bytes: u64) {
+        self.0.send_modify(|progress| progress.layers[layer].applied = bytes);
+    }
+}
