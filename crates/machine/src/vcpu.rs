@@ -202,6 +202,12 @@ impl Vcpu {
         Kicker { thread: unsafe { libc::gettid() } }
     }
 
+    /// Tells the guest that it was stopped, so that its lock-up watchdogs do not blame it.
+    pub fn was_paused(&self) {
+        // Fails with EINVAL in a guest that does not use the paravirtual clock.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
     /// Runs the guest until something outside is needed, and does it.
     pub fn step(&mut self, bus: &impl Bus) -> Result<Step, VcpuError> {
         let id = self.id;

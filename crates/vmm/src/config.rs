@@ -1,0 +1,300 @@
+//! From a [`VmConfig`] and inherited descriptors to owned, checked resources.
+//!
+//! Every descriptor is taken exactly once, verified to be what the configuration says it is, and
+//! marked close-on-exec. Whatever is wrong is found here, before anything is started.
+#![allow(unsafe_code)] // inherited descriptors are plain numbers
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
+use nix::sys::stat::{SFlag, fstat};
+use vmm_api::{DiskConfig, Fd, JailConfig, NetConfig, VERSION, VmConfig};
+
+use crate::devices::{Disk, NetDevice};
+use machine::layout::VCPUS_MAX;
+
+/// Longest configuration, bytes. Attack: a daemon that is tricked into passing an endless file.
+const CONFIG_MAX: u64 = 1 << 20;
+/// `VIRTIO_BLK_ID_BYTES` (virtio 1.2, 5.2.6).
+const SERIAL_MAX: usize = 20;
+const ID_MAX: usize = 64;
+/// IPv6 needs 1280, IPv4 68; the upper end is what an Ethernet frame's length can say.
+const MTU: std::ops::RangeInclusive<u16> = 68..=65_521;
+/// The kinds of character device that taps are opened through (`/dev/net/tun`).
+const TUN_DEVICE: (u64, u64) = (10, 200);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read the configuration from descriptor {fd}")]
+    Read { fd: RawFd, source: io::Error },
+    #[error("configuration is longer than {CONFIG_MAX} bytes")]
+    TooLong,
+    #[error("configuration is not valid")]
+    Json(#[from] serde_json::Error),
+    #[error("configuration has version {got}, this VMM understands {VERSION}; update one of them")]
+    Version { got: u32 },
+    #[error(
+        "vcpus is {vcpus} and max_vcpus {max}; 1 <= vcpus <= max_vcpus <= {VCPUS_MAX} is needed"
+    )]
+    Vcpus { vcpus: u8, max: u8 },
+    #[error("memory_mib is {got}, {} at least is needed", machine::layout::MEMORY_MIN_MIB)]
+    Memory { got: u32 },
+    #[error("{what}: descriptor {fd} is not open; it must be inherited by the VMM")]
+    NotOpen { what: String, fd: RawFd },
+    #[error("{what}: descriptor {fd} is used twice in the configuration")]
+    Reused { what: String, fd: RawFd },
+    #[error("{what}: descriptor {fd} is not {want}")]
+    WrongKind { what: String, fd: RawFd, want: &'static str },
+    #[error("{what}: descriptor {fd} cannot be examined")]
+    Examine { what: String, fd: RawFd, source: Errno },
+    #[error("disk serial {serial:?} is not 1 to {SERIAL_MAX} printable ASCII characters")]
+    Serial { serial: String },
+    #[error("device id {id:?} is not 1 to {ID_MAX} printable ASCII characters")]
+    Id { id: String },
+    #[error("device id {id:?} is used twice")]
+    DuplicateId { id: String },
+    #[error("net {id:?}: MTU {mtu} is outside of 68 to 65521")]
+    Mtu { id: String, mtu: u16 },
+    #[error("net {id:?}: {mac:02x?} is not a unicast MAC address")]
+    Mac { id: String, mac: [u8; 6] },
+    #[error("vsock: guest cid {cid} is reserved; 3 to 0xfffffffe are free to use")]
+    Cid { cid: u64 },
+}
+
+/// What a VM is made of, owned.
+#[derive(Debug)]
+pub struct Resources {
+    /// The configuration itself; its descriptor numbers are spent.
+    pub config: VmConfig,
+    pub kernel: File,
+    pub initramfs: Option<File>,
+    pub kvm: OwnedFd,
+    pub control: OwnedFd,
+    pub status: File,
+    pub console: File,
+    pub log: Option<OwnedFd>,
+    pub vsock: Option<(u64, OwnedFd)>,
+    pub disks: Vec<Disk>,
+    pub nets: Vec<NetDevice>,
+    pub jail: Option<JailConfig>,
+}
+
+/// Reads the configuration from an inherited descriptor, which is closed.
+pub fn read(fd: RawFd) -> Result<VmConfig, ConfigError> {
+    let file = Table::default().take("configuration", Fd(fd), Kind::Any)?;
+    let mut file = File::from(file);
+    let failed = |source| ConfigError::Read { fd, source };
+    // A file is read from its start wherever its writer left the position; a pipe cannot seek.
+    let _ = file.rewind();
+    let mut text = Vec::new();
+    file.take(CONFIG_MAX + 1).read_to_end(&mut text).map_err(failed)?;
+    if text.len() as u64 > CONFIG_MAX {
+        return Err(ConfigError::TooLong);
+    }
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// Takes over everything a configuration names.
+pub fn take(config: VmConfig) -> Result<Resources, ConfigError> {
+    check(&config)?;
+    let mut table = Table::default();
+    let file = |table: &mut Table, what, fd, kind| table.take(what, fd, kind).map(File::from);
+    // The status file first: it is where a later error is told.
+    let status = file(&mut table, "status", config.status, Kind::Regular)?;
+    let console = file(&mut table, "console", config.console, Kind::Regular)?;
+    let log = config.log.map(|fd| table.take("log", fd, Kind::Any)).transpose()?;
+    let kvm = table.take("kvm", config.kvm, Kind::Character)?;
+    let control = table.take("control", config.control, Kind::Listener(SockType::SeqPacket))?;
+    let kernel = file(&mut table, "kernel", config.kernel, Kind::Regular)?;
+    let initramfs =
+        config.initramfs.map(|fd| file(&mut table, "initramfs", fd, Kind::Regular)).transpose()?;
+    let vsock = match &config.vsock {
+        Some(vsock) => {
+            let kind = Kind::Listener(SockType::Stream);
+            Some((vsock.guest_cid, table.take("vsock", vsock.listener, kind)?))
+        }
+        None => None,
+    };
+    let mut disks = Vec::new();
+    for disk in &config.disks {
+        let what = format!("disk {:?}", disk.serial);
+        let file = table.take(&what, disk.file, Kind::Disk)?;
+        disks.push(Disk { serial: disk.serial.clone(), file, read_only: disk.read_only });
+    }
+    let mut nets = Vec::new();
+    for net in &config.nets {
+        let tap = table.take(&format!("net {:?}", net.id), net.tap, Kind::Tap)?;
+        let (id, mac, mtu) = (net.id.clone(), net.mac, net.mtu);
+        nets.push(NetDevice { id, tap, mac, mtu });
+    }
+    let jail = config.jail.clone();
+    Ok(Resources {
+        config,
+        kernel,
+        initramfs,
+        kvm,
+        control,
+        status,
+        console,
+        log,
+        vsock,
+        disks,
+        nets,
+        jail,
+    })
+}
+
+/// The status file alone, for an error in the rest of the configuration.
+pub fn status_file(config: &VmConfig) -> Option<File> {
+    Table::default().take("status", config.status, Kind::Regular).ok().map(File::from)
+}
+
+/// A disk from the control socket.
+pub fn hot_disk(disk: &DiskConfig, file: OwnedFd) -> Result<Disk, ConfigError> {
+    check_disk(disk)?;
+    let what = format!("disk {:?}", disk.serial);
+    examine(&what, &file, Kind::Disk)?;
+    Ok(Disk { serial: disk.serial.clone(), file, read_only: disk.read_only })
+}
+
+/// A network interface from the control socket.
+pub fn hot_net(net: &NetConfig, tap: OwnedFd) -> Result<NetDevice, ConfigError> {
+    check_net(net)?;
+    examine(&format!("net {:?}", net.id), &tap, Kind::Tap)?;
+    Ok(NetDevice { id: net.id.clone(), tap, mac: net.mac, mtu: net.mtu })
+}
+
+fn check(config: &VmConfig) -> Result<(), ConfigError> {
+    if config.version != VERSION {
+        return Err(ConfigError::Version { got: config.version });
+    }
+    let (vcpus, max) = (config.vcpus, config.max_vcpus);
+    if vcpus == 0 || vcpus > max || max > VCPUS_MAX {
+        return Err(ConfigError::Vcpus { vcpus, max });
+    }
+    if config.memory_mib < machine::layout::MEMORY_MIN_MIB {
+        return Err(ConfigError::Memory { got: config.memory_mib });
+    }
+    if let Some(vsock) = &config.vsock {
+        // 0 to 2 are hypervisor, loopback and host; the highest is "any" (vsock(7)).
+        let cid = vsock.guest_cid;
+        if !(3..u64::from(u32::MAX)).contains(&cid) {
+            return Err(ConfigError::Cid { cid });
+        }
+    }
+    // Names that the VMM's own devices have.
+    let mut ids: HashSet<&str> = ["vsock", "rng", "console"].into();
+    config.disks.iter().try_for_each(check_disk)?;
+    config.nets.iter().try_for_each(check_net)?;
+    let serials = config.disks.iter().map(|disk| disk.serial.as_str());
+    for id in serials.chain(config.nets.iter().map(|net| net.id.as_str())) {
+        if !ids.insert(id) {
+            return Err(ConfigError::DuplicateId { id: id.to_owned() });
+        }
+    }
+    Ok(())
+}
+
+fn printable(text: &str, max: usize) -> bool {
+    (1..=max).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic())
+}
+
+fn check_disk(disk: &DiskConfig) -> Result<(), ConfigError> {
+    if printable(&disk.serial, SERIAL_MAX) {
+        return Ok(());
+    }
+    Err(ConfigError::Serial { serial: disk.serial.clone() })
+}
+
+fn check_net(net: &NetConfig) -> Result<(), ConfigError> {
+    let id = net.id.clone();
+    if !printable(&id, ID_MAX) {
+        return Err(ConfigError::Id { id });
+    }
+    if !MTU.contains(&net.mtu) {
+        return Err(ConfigError::Mtu { id, mtu: net.mtu });
+    }
+    if net.mac[0] & 1 != 0 || net.mac == [0; 6] {
+        return Err(ConfigError::Mac { id, mac: net.mac });
+    }
+    Ok(())
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Any,
+    Regular,
+    /// A regular file or a block device.
+    Disk,
+    Character,
+    Tap,
+    Listener(SockType),
+}
+
+/// Descriptors already taken over.
+#[derive(Default)]
+struct Table {
+    taken: HashSet<RawFd>,
+}
+
+impl Table {
+    fn take(&mut self, what: &str, Fd(fd): Fd, kind: Kind) -> Result<OwnedFd, ConfigError> {
+        let what = what.to_owned();
+        if fd < 0 {
+            return Err(ConfigError::NotOpen { what, fd });
+        }
+        if !self.taken.insert(fd) {
+            return Err(ConfigError::Reused { what, fd });
+        }
+        // SAFETY: F_GETFD touches no memory; it is how a number is found out to be a descriptor.
+        if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+            return Err(ConfigError::NotOpen { what, fd });
+        }
+        // SAFETY: the descriptor is open, was opened for us by our parent (nothing in this process
+        // has opened or adopted it: it was named by the configuration), and is taken once.
+        let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+        examine(&what, &owned, kind)?;
+        fcntl(owned.as_fd(), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
+            .map_err(|source| ConfigError::Examine { what, fd, source })?;
+        Ok(owned)
+    }
+}
+
+fn examine(what: &str, owned: &OwnedFd, kind: Kind) -> Result<(), ConfigError> {
+    let fd = owned.as_raw_fd();
+    let failed = |source| ConfigError::Examine { what: what.to_owned(), fd, source };
+    let stat = fstat(owned).map_err(failed)?;
+    let format = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
+    let device = (nix::sys::stat::major(stat.st_rdev), nix::sys::stat::minor(stat.st_rdev));
+    let listens = |kind| {
+        format == SFlag::S_IFSOCK
+            && getsockopt(owned, sockopt::SockType) == Ok(kind)
+            && getsockopt(owned, sockopt::AcceptConn) == Ok(true)
+    };
+    let (good, want) = match kind {
+        Kind::Any => (true, "usable"),
+        Kind::Regular => (format == SFlag::S_IFREG, "a regular file"),
+        Kind::Disk => (
+            format == SFlag::S_IFREG || format == SFlag::S_IFBLK,
+            "a regular file or a block device",
+        ),
+        Kind::Character => (format == SFlag::S_IFCHR, "a character device"),
+        Kind::Tap => (format == SFlag::S_IFCHR && device == TUN_DEVICE, "a tap of /dev/net/tun"),
+        Kind::Listener(SockType::Stream) => {
+            (listens(SockType::Stream), "a listening SOCK_STREAM socket")
+        }
+        Kind::Listener(kind) => (listens(kind), "a listening SOCK_SEQPACKET socket"),
+    };
+    if good {
+        return Ok(());
+    }
+    Err(ConfigError::WrongKind { what: what.to_owned(), fd, want })
+}
+
+#[cfg(test)]
+mod tests;

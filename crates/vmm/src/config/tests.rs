@@ -1,0 +1,129 @@
+use std::os::fd::IntoRawFd;
+use std::os::unix::net::UnixListener;
+
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, UnixAddr, bind, listen, socket};
+use vmm_api::VsockConfig;
+
+use super::*;
+
+fn file() -> Fd {
+    Fd(tempfile::tempfile().unwrap().into_raw_fd())
+}
+
+fn null() -> Fd {
+    Fd(File::open("/dev/null").unwrap().into_raw_fd())
+}
+
+/// A control socket; the directory must live until it has been taken.
+fn control(dir: &tempfile::TempDir) -> Fd {
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
+    bind(fd.as_raw_fd(), &UnixAddr::new(&dir.path().join("c")).unwrap()).unwrap();
+    listen(&fd, Backlog::new(4).unwrap()).unwrap();
+    Fd(fd.into_raw_fd())
+}
+
+fn config(dir: &tempfile::TempDir) -> VmConfig {
+    let listener = UnixListener::bind(dir.path().join("v")).unwrap();
+    VmConfig {
+        version: VERSION,
+        name: "test".to_owned(),
+        vcpus: 1,
+        max_vcpus: 2,
+        memory_mib: 128,
+        kernel: file(),
+        initramfs: Some(file()),
+        cmdline: String::new(),
+        kvm: null(),
+        control: control(dir),
+        status: file(),
+        console: file(),
+        log: None,
+        vsock: Some(VsockConfig { guest_cid: 3, listener: Fd(listener.into_raw_fd()) }),
+        disks: vec![DiskConfig { serial: "one".to_owned(), file: file(), read_only: true }],
+        nets: Vec::new(),
+        serial_console: false,
+        jail: None,
+    }
+}
+
+/// What [`take`] says to a configuration that was changed.
+fn refusal(change: impl FnOnce(&mut VmConfig)) -> ConfigError {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(&dir);
+    change(&mut config);
+    take(config).unwrap_err()
+}
+
+#[test]
+fn a_good_configuration_is_taken_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let resources = take(config(&dir)).unwrap();
+    assert_eq!((resources.disks.len(), resources.vsock.is_some()), (1, true));
+    let flags = fcntl(resources.kernel.as_fd(), FcntlArg::F_GETFD).unwrap();
+    assert_eq!(flags & FdFlag::FD_CLOEXEC.bits(), FdFlag::FD_CLOEXEC.bits());
+}
+
+#[test]
+fn sizes_out_of_range_are_named() {
+    assert!(matches!(refusal(|c| c.vcpus = 0), ConfigError::Vcpus { vcpus: 0, .. }));
+    assert!(matches!(refusal(|c| c.vcpus = 3), ConfigError::Vcpus { vcpus: 3, max: 2 }));
+    assert!(matches!(refusal(|c| c.max_vcpus = 65), ConfigError::Vcpus { max: 65, .. }));
+    assert!(matches!(refusal(|c| c.memory_mib = 0), ConfigError::Memory { got: 0 }));
+    assert!(matches!(refusal(|c| c.version = 9), ConfigError::Version { got: 9 }));
+    let cid = |c: &mut VmConfig| c.vsock.as_mut().unwrap().guest_cid = 2;
+    assert!(matches!(refusal(cid), ConfigError::Cid { cid: 2 }));
+}
+
+#[test]
+fn descriptors_that_are_missing_shared_or_of_the_wrong_kind_are_named() {
+    assert!(matches!(
+        refusal(|c| c.kernel = Fd(9999)),
+        ConfigError::NotOpen { what, fd: 9999 } if what == "kernel"
+    ));
+    assert!(matches!(refusal(|c| c.kernel = Fd(-1)), ConfigError::NotOpen { .. }));
+    assert!(matches!(refusal(|c| c.initramfs = Some(c.kernel)), ConfigError::Reused { .. }));
+    assert!(matches!(refusal(|c| c.kvm = file()), ConfigError::WrongKind { .. }));
+    assert!(matches!(refusal(|c| c.console = null()), ConfigError::WrongKind { .. }));
+    assert!(matches!(refusal(|c| c.control = file()), ConfigError::WrongKind { .. }));
+    assert!(matches!(refusal(|c| c.disks[0].file = null()), ConfigError::WrongKind { .. }));
+}
+
+#[test]
+fn device_names_are_checked_and_unique() {
+    let named = |serial: &str| {
+        let serial = serial.to_owned();
+        refusal(move |c| c.disks[0].serial = serial)
+    };
+    for serial in ["", "a b", "ä", "123456789012345678901"] {
+        assert!(matches!(named(serial), ConfigError::Serial { .. }), "{serial:?} was taken");
+    }
+    assert!(matches!(named("vsock"), ConfigError::DuplicateId { id } if id == "vsock"));
+    let twice = |c: &mut VmConfig| c.disks.push(DiskConfig { file: file(), ..c.disks[0].clone() });
+    assert!(matches!(refusal(twice), ConfigError::DuplicateId { id } if id == "one"));
+}
+
+#[test]
+fn network_interfaces_are_checked() {
+    let net = NetConfig { id: "eth0".to_owned(), tap: null(), mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
+    let attempt = |net: NetConfig| refusal(move |c| c.nets = vec![net]);
+    let multicast = NetConfig { mac: [1, 0, 0, 0, 0, 1], ..net.clone() };
+    assert!(matches!(attempt(multicast), ConfigError::Mac { .. }));
+    assert!(matches!(attempt(NetConfig { mtu: 10, ..net.clone() }), ConfigError::Mtu { .. }));
+    assert!(matches!(
+        attempt(NetConfig { id: String::new(), ..net.clone() }),
+        ConfigError::Id { .. }
+    ));
+    assert!(matches!(attempt(net), ConfigError::WrongKind { .. }), "/dev/null was taken as a tap");
+}
+
+#[test]
+fn a_configuration_that_is_no_json_or_has_unknown_keys_is_refused() {
+    for text in ["", "{", "{\"version\":1,\"fly\":true}"] {
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+        assert!(matches!(read(file.into_raw_fd()), Err(ConfigError::Json(_))), "{text:?}");
+    }
+    assert!(matches!(read(9999), Err(ConfigError::NotOpen { .. })));
+    let endless = File::open("/dev/zero").unwrap().into_raw_fd();
+    assert!(matches!(read(endless), Err(ConfigError::TooLong)));
+}

@@ -1,0 +1,172 @@
+use std::path::PathBuf;
+use std::sync::Barrier;
+use std::time::Duration;
+
+use nix::sys::signal::SigSet;
+use nix::sys::signalfd::SignalFd;
+use nix::sys::socket::{AddressFamily, Backlog, SockType, UnixAddr, bind, listen, socket};
+use vmm_api::client::{Client, ClientError};
+use vmm_api::{DiskConfig, Fd, Phase};
+
+use super::*;
+
+/// A VM whose devices hang until the barrier is passed.
+struct Fake {
+    hang: Barrier,
+}
+
+impl Vm for Fake {
+    fn status(&self) -> VmStatus {
+        let (pid, vcpus, memory_mib) = (1, 2, 256);
+        VmStatus { version: 1, phase: Phase::Running, pid, vcpus, memory_mib, devices: vec![] }
+    }
+    fn counters(&self) -> Counters {
+        Counters { start_us: 7, ..Default::default() }
+    }
+    fn perform(&self, request: Request, fds: Vec<OwnedFd>) -> Reply {
+        match request {
+            Request::AddDisk { .. } => Reply::Added { pci: format!("{} fds", fds.len()) },
+            Request::Pause => {
+                self.hang.wait();
+                Reply::Done
+            }
+            Request::RemoveDevice { id } => Reply::Error(Error::NoSuchDevice { id }),
+            _ => Reply::Done,
+        }
+    }
+}
+
+struct Running {
+    dir: tempfile::TempDir,
+    vm: Arc<Fake>,
+    end: End,
+    thread: Option<std::thread::JoinHandle<Result<(), ControlError>>>,
+}
+
+impl Running {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
+        bind(fd.as_raw_fd(), &UnixAddr::new(&dir.path().join("control")).unwrap()).unwrap();
+        listen(&fd, Backlog::new(16).unwrap()).unwrap();
+        let vm = Arc::new(Fake { hang: Barrier::new(2) });
+        let end = End::new().unwrap();
+        let console = Console::new(tempfile::tempfile().unwrap()).unwrap();
+        let signals = OwnedFd::from(SignalFd::new(&SigSet::empty()).unwrap());
+        let mut server = Server::new(fd, signals, end.clone(), console, vm.clone(), || {}).unwrap();
+        let thread = Some(std::thread::spawn(move || server.run()));
+        Self { dir, vm, end, thread }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("control")
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(&self.path(), Duration::from_secs(5)).unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.end.set(ExitReason::Killed, "test is over");
+        self.thread.take().unwrap().join().unwrap().unwrap();
+    }
+}
+
+fn disk() -> Request {
+    let disk = DiskConfig { serial: "d".to_owned(), file: Fd(0), read_only: false };
+    Request::AddDisk { disk }
+}
+
+#[test]
+fn status_is_answered_while_a_device_hangs() {
+    let running = Running::new();
+    let (slow, quick) = (running.client(), running.client());
+    std::thread::scope(|scope| {
+        let pause = scope.spawn(|| slow.order(&Request::Pause));
+        for _ in 0..20 {
+            let reply = quick.call(&Request::Status, &[]).unwrap();
+            assert!(matches!(reply, Reply::Status(VmStatus { vcpus: 2, .. })));
+        }
+        assert!(!pause.is_finished());
+        running.vm.hang.wait();
+        pause.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_descriptor_reaches_the_vm_and_a_missing_one_is_refused() {
+    let running = Running::new();
+    let client = running.client();
+    let file = tempfile::tempfile().unwrap();
+    let reply = client.call(&disk(), &[file.as_fd()]).unwrap();
+    assert_eq!(reply, Reply::Added { pci: "1 fds".to_owned() });
+    let refused = client.call(&disk(), &[]);
+    assert!(matches!(refused, Err(ClientError::Refused(Error::Descriptors { got: 0, want: 1 }))));
+    let refused = client.call(&Request::Status, &[file.as_fd()]);
+    assert!(matches!(refused, Err(ClientError::Refused(Error::Descriptors { got: 1, want: 0 }))));
+}
+
+#[test]
+fn rubbish_is_answered_with_an_error_and_the_connection_goes_on() {
+    let running = Running::new();
+    let client = running.client();
+    for bad in [&b"{"[..], &[0xff; 100], &[b'x'; vmm_api::transport::MAX_PACKET]] {
+        let raw = connect(&running);
+        nix::unistd::write(&raw, bad).unwrap();
+        let (reply, _) = receive::<Reply>(raw.as_fd()).unwrap();
+        assert!(matches!(reply, Reply::Error(Error::Malformed { .. })), "{reply:?}");
+        send(raw.as_fd(), &Request::Counters, &[]).unwrap();
+        let (reply, _) = receive::<Reply>(raw.as_fd()).unwrap();
+        assert!(matches!(reply, Reply::Counters(Counters { start_us: 7, .. })));
+    }
+    assert!(client.order(&Request::Resume).is_ok());
+}
+
+#[test]
+fn refusals_carry_their_type() {
+    let running = Running::new();
+    let gone = running.client().order(&Request::RemoveDevice { id: "x".to_owned() });
+    assert!(matches!(gone, Err(ClientError::Refused(Error::NoSuchDevice { id })) if id == "x"));
+}
+
+#[test]
+fn too_many_clients_are_hung_up_on_and_the_others_served() {
+    let running = Running::new();
+    let crowd: Vec<_> = (0..CLIENTS_MAX).map(|_| running.client()).collect();
+    crowd[CLIENTS_MAX - 1].call(&Request::Status, &[]).unwrap();
+    assert!(running.client().call(&Request::Status, &[]).is_err());
+    crowd[0].call(&Request::Status, &[]).unwrap();
+    drop(crowd);
+    // Their places are free again once the server has seen them leave.
+    let served = (0..100).any(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        running.client().call(&Request::Status, &[]).is_ok()
+    });
+    assert!(served);
+}
+
+#[test]
+fn kill_is_acknowledged_and_ends_the_vm() {
+    let running = Running::new();
+    running.client().order(&Request::Kill).unwrap();
+    assert_eq!(running.end.report(b"").reason, ExitReason::Killed);
+}
+
+#[test]
+fn a_client_that_vanishes_while_its_order_runs_does_no_harm() {
+    let running = Running::new();
+    let raw = connect(&running);
+    send(raw.as_fd(), &Request::Pause, &[]).unwrap();
+    drop(raw);
+    running.vm.hang.wait();
+    running.client().call(&Request::Status, &[]).unwrap();
+}
+
+fn connect(running: &Running) -> OwnedFd {
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
+    let address = UnixAddr::new(&running.path()).unwrap();
+    nix::sys::socket::connect(fd.as_raw_fd(), &address).unwrap();
+    fd
+}

@@ -1,0 +1,217 @@
+//! The devices of a VM: made from descriptors, plugged, pulled, listed. The only file here that
+//! knows virtio.
+//!
+//! Two workers share the devices: `disk` (block, rng, console) and `net` (net, vsock), so that a
+//! burst of packets does not delay the disk. Plugging and pulling may wait for a worker; listing
+//! never does: it reads atomics under a lock that is held for moments only.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use machine::Ram;
+use machine::interrupts::Interrupts;
+use virtio::blk::Block;
+use virtio::console::Console as ConsoleDevice;
+use virtio::net::Net;
+use virtio::pci::{DeviceView, VirtioPci, vector_count};
+use virtio::rng::Rng;
+use virtio::vsock::Vsock;
+use virtio::{DeviceKind, VirtioDevice, Worker, WorkerHandle};
+use vmm_api::{DeviceStatus, Error};
+
+use crate::console::Console;
+use crate::glue;
+
+/// A worker must have finished what is in flight by then, or the pause is refused.
+const PAUSE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Everything a device needs from the VM.
+pub struct Devices {
+    bus: Arc<pci::Bus>,
+    ram: Ram,
+    interrupts: Interrupts,
+    doorbells: Arc<dyn pci::Doorbells>,
+    disk: Worker,
+    net: Worker,
+    plugged: Mutex<Vec<Plugged>>,
+}
+
+struct Plugged {
+    id: String,
+    slot: u8,
+    view: DeviceView,
+    removable: bool,
+}
+
+/// A network interface to plug.
+#[derive(Debug)]
+pub struct NetDevice {
+    pub id: String,
+    pub tap: OwnedFd,
+    pub mac: [u8; 6],
+    pub mtu: u16,
+}
+
+/// A disk to plug.
+#[derive(Debug)]
+pub struct Disk {
+    pub serial: String,
+    pub file: OwnedFd,
+    pub read_only: bool,
+}
+
+impl Devices {
+    /// Starts the workers; `init` runs on each of their threads first.
+    pub fn new(
+        bus: Arc<pci::Bus>,
+        ram: Ram,
+        interrupts: Interrupts,
+        doorbells: machine::interrupts::Doorbells,
+        init: impl Fn() + Send + Clone + 'static,
+    ) -> Result<Self, Error> {
+        let worker = |name: &str| Worker::spawn(name, init.clone()).map_err(|e| failed(&e));
+        Ok(Self {
+            bus,
+            ram,
+            interrupts,
+            doorbells: Arc::new(glue::Doorbells(doorbells)),
+            disk: worker("disk")?,
+            net: worker("net")?,
+            plugged: Mutex::default(),
+        })
+    }
+
+    pub fn add_disk(&self, disk: Disk) -> Result<String, Error> {
+        let Disk { serial, file, read_only } = disk;
+        let device = Block::new(File::from(file), &serial, read_only).map_err(|e| failed(&e))?;
+        self.plug(serial, Box::new(device), true)
+    }
+
+    pub fn add_net(&self, net: NetDevice) -> Result<String, Error> {
+        let NetDevice { id, tap, mac, mtu } = net;
+        let device = Net::new(File::from(tap), mac, mtu).map_err(|e| failed(&e))?;
+        self.plug(id, Box::new(device), true)
+    }
+
+    pub fn add_vsock(&self, cid: u64, listener: OwnedFd) -> Result<String, Error> {
+        let device = Vsock::new(cid, UnixListener::from(listener)).map_err(|e| failed(&e))?;
+        self.plug("vsock".to_owned(), Box::new(device), false)
+    }
+
+    pub fn add_rng(&self) -> Result<String, Error> {
+        let device = Rng::new().map_err(|e| failed(&e))?;
+        self.plug("rng".to_owned(), Box::new(device), false)
+    }
+
+    pub fn add_console(&self, console: Console) -> Result<String, Error> {
+        let sink = Box::new(move |bytes: &[u8]| console.write(bytes));
+        let device = ConsoleDevice::new(sink).map_err(|e| failed(&e))?;
+        self.plug("console".to_owned(), Box::new(device), false)
+    }
+
+    /// Plugs a device; returns its PCI address. Only one thread plugs and pulls at a time.
+    fn plug(
+        &self,
+        id: String,
+        device: Box<dyn VirtioDevice>,
+        removable: bool,
+    ) -> Result<String, Error> {
+        if self.plugged().iter().any(|p| p.id == id) {
+            return Err(Error::Exists { id });
+        }
+        let worker = self.worker(device.kind());
+        let vectors =
+            glue::Vectors::new(&self.interrupts, vector_count(&*device)).map_err(|e| failed(&e))?;
+        let (vectors, doorbells) = (Arc::new(vectors), self.doorbells.clone());
+        let device = VirtioPci::new(device, self.ram.clone(), vectors, doorbells, worker)
+            .map_err(|e| failed(&e))?;
+        let view = device.view();
+        let slot = self.bus.add(Box::new(device)).map_err(|error| match error {
+            pci::BusError::Full => Error::BusFull { limit: pci::SLOTS },
+            other => failed(&other),
+        })?;
+        self.plugged().push(Plugged { id, slot, view, removable });
+        Ok(address(slot))
+    }
+
+    /// Pulls a device by id.
+    pub fn remove(&self, id: &str) -> Result<(), Error> {
+        let slot = {
+            let plugged = self.plugged();
+            let Some(found) = plugged.iter().find(|p| p.id == id) else {
+                return Err(Error::NoSuchDevice { id: id.to_owned() });
+            };
+            let refused =
+                |why: &str| Error::NotRemovable { id: id.to_owned(), why: why.to_owned() };
+            if !found.removable {
+                return Err(refused("the VM cannot live without it"));
+            }
+            if found.view.active() {
+                return Err(refused("the guest's driver still uses it"));
+            }
+            found.slot
+        };
+        self.bus.remove(slot).map_err(|e| failed(&e))?;
+        self.plugged().retain(|p| p.id != id);
+        Ok(())
+    }
+
+    pub fn list(&self) -> Vec<DeviceStatus> {
+        let status = |p: &Plugged| DeviceStatus {
+            id: p.id.clone(),
+            kind: p.view.kind().name().to_owned(),
+            pci: address(p.slot),
+            active: p.view.active(),
+        };
+        self.plugged().iter().map(status).collect()
+    }
+
+    pub fn counters(&self) -> BTreeMap<String, vmm_api::DeviceCounters> {
+        let counters = |p: &Plugged| {
+            let counters = p.view.counters();
+            let (operations, bytes) = (counters.operations(), counters.bytes());
+            let errors = counters.errors();
+            (p.id.clone(), vmm_api::DeviceCounters { operations, bytes, errors })
+        };
+        self.plugged().iter().map(counters).collect()
+    }
+
+    /// Finishes what is in flight and stands still.
+    pub fn pause(&self) -> Result<(), Error> {
+        for worker in [&self.disk, &self.net] {
+            if let Err(error) = worker.handle().pause(PAUSE_LIMIT) {
+                self.resume()?;
+                return Err(failed(&error));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn resume(&self) -> Result<(), Error> {
+        let (disk, net) = (self.disk.handle().resume(), self.net.handle().resume());
+        disk.and(net).map_err(|e| failed(&e))
+    }
+
+    fn worker(&self, kind: DeviceKind) -> WorkerHandle {
+        match kind {
+            DeviceKind::Net | DeviceKind::Vsock => self.net.handle(),
+            DeviceKind::Block | DeviceKind::Console | DeviceKind::Rng => self.disk.handle(),
+        }
+    }
+
+    fn plugged(&self) -> MutexGuard<'_, Vec<Plugged>> {
+        self.plugged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn address(slot: u8) -> String {
+    format!("0000:00:{slot:02x}.0")
+}
+
+fn failed(error: &dyn std::error::Error) -> Error {
+    Error::Failed { message: crate::chain(error) }
+}

@@ -1,0 +1,161 @@
+//! What the VMM gives up before it looks at the first byte from a guest.
+//!
+//! Namespaces are the launcher's part (pid, ipc, uts, net; mount too, but see [`empty_root`]). Here:
+//! an empty root, an unprivileged user, no capabilities ever again, no dumps, few descriptors.
+//! System calls are cut down a thread: [`crate::seccomp`].
+#![allow(unsafe_code)] // prctl and capget are not wrapped for capabilities
+
+use std::fs;
+use std::io;
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{Gid, Uid, chdir, geteuid, pivot_root, setgroups, setresgid, setresuid};
+use vmm_api::JailConfig;
+
+/// Descriptors: 64 vCPUs, 32 devices with their vectors and doorbells, and the vsock connections of
+/// a busy pod. Attack: a guest or a client that makes the VMM open more and more of them.
+const OPEN_FILES: u64 = 4096;
+/// Where the empty root is mounted for a moment; any directory that every system has.
+const STAGE: &str = "/proc";
+
+#[derive(Debug, thiserror::Error)]
+pub enum JailError {
+    #[error("jail: cannot {step}")]
+    Step { step: &'static str, source: Errno },
+    #[error(
+        "jail as uid {uid} was asked for, but the VMM runs as uid {euid}; start it as root, or as \
+         {uid} itself"
+    )]
+    NotRoot { uid: u32, euid: u32 },
+    #[error("jail: uid 0 is no jail; name an unprivileged user")]
+    Root,
+    #[error("jail: capabilities {left:#x} are still there")]
+    Capabilities { left: u64 },
+}
+
+fn step(step: &'static str) -> impl FnOnce(Errno) -> JailError {
+    move |source| JailError::Step { step, source }
+}
+
+/// Gives up everything. Single-threaded callers only: some of it is a thread's own.
+pub fn enter(config: &JailConfig) -> Result<(), JailError> {
+    let (uid, euid) = (config.uid, geteuid().as_raw());
+    if uid == 0 || config.gid == 0 {
+        return Err(JailError::Root);
+    }
+    if euid == 0 {
+        empty_root()?;
+        drop_bounding_set()?;
+        setgroups(&[]).map_err(step("drop supplementary groups"))?;
+        let gid = Gid::from_raw(config.gid);
+        setresgid(gid, gid, gid).map_err(step("change the group"))?;
+        let uid = Uid::from_raw(uid);
+        setresuid(uid, uid, uid).map_err(step("change the user"))?;
+    } else if euid != uid {
+        return Err(JailError::NotRoot { uid, euid });
+    }
+    match capabilities() {
+        Ok(0) => Ok(()),
+        Ok(left) => Err(JailError::Capabilities { left }),
+        Err(e) => Err(step("read capabilities")(e)),
+    }
+}
+
+/// What every VMM does, jailed or not: no new privileges, no core dumps of a tenant's memory, a
+/// bounded descriptor table. `RLIMIT_FSIZE` stays: disks are as large as they are.
+pub fn limits() -> Result<(), JailError> {
+    nix::sys::prctl::set_no_new_privs().map_err(step("set no_new_privs"))?;
+    nix::sys::prctl::set_dumpable(false).map_err(step("become undumpable"))?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("forbid core dumps"))?;
+    let (_, hard) =
+        getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the limit of open files"))?;
+    let files = hard.min(OPEN_FILES);
+    setrlimit(Resource::RLIMIT_NOFILE, files, files).map_err(step("limit open files"))
+}
+
+/// Makes an empty, read-only tmpfs the root, and forgets the former one.
+fn empty_root() -> Result<(), JailError> {
+    // The launcher has given us a mount namespace. If it did not (a person at a shell), get one:
+    // the host's root must never be pivoted away.
+    let mine = fs::read_link("/proc/self/ns/mnt");
+    let host = fs::read_link("/proc/1/ns/mnt");
+    if mine.is_err() || mine.ok() == host.ok() {
+        unshare(CloneFlags::CLONE_NEWNS).map_err(step("get a mount namespace"))?;
+    }
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .map_err(step("make mounts private"))?;
+    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID;
+    mount(Some("none"), STAGE, Some("tmpfs"), flags, Some("size=4k,nr_inodes=2,mode=0555"))
+        .map_err(step("mount an empty root"))?;
+    chdir(STAGE).map_err(step("enter the empty root"))?;
+    // Stacks the old root on the new one, from where it is detached (pivot_root(2), NOTES).
+    pivot_root(".", ".").map_err(step("change the root"))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(step("forget the old root"))?;
+    chdir("/").map_err(step("enter the new root"))?;
+    mount(none, "/", none, flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, none)
+        .map_err(step("make the root read-only"))
+}
+
+/// Without the bounding set not even a set-user-id program could bring capabilities back.
+fn drop_bounding_set() -> Result<(), JailError> {
+    for cap in 0..64 {
+        // SAFETY: PR_CAPBSET_DROP takes a number and touches no memory.
+        let done = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, cap, 0, 0, 0) };
+        match Errno::result(done) {
+            Ok(_) => {}
+            // The kernel knows no more capabilities than this.
+            Err(Errno::EINVAL) if cap > 0 => break,
+            Err(e) => return Err(step("drop the capability bounding set")(e)),
+        }
+    }
+    // SAFETY: as above; clears the ambient set.
+    let done =
+        unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) };
+    Errno::result(done).map(drop).map_err(step("clear ambient capabilities"))
+}
+
+/// Effective and permitted capabilities together.
+fn capabilities() -> Result<u64, Errno> {
+    /// `struct __user_cap_header_struct` and `_data_struct`, version 3 (capget(2)).
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = [VERSION_3, 0u32];
+    let mut data = [[0u32; 3]; 2];
+    // SAFETY: version 3 reads a header of two words and writes two records of three words.
+    let done = unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), data.as_mut_ptr()) };
+    Errno::result(done)?;
+    let [low, high] = data;
+    Ok(u64::from(high[0] | high[1]) << 32 | u64::from(low[0] | low[1]))
+}
+
+/// Keeps the allocator from giving each thread an arena of its own: they would cost more than
+/// everything they hold.
+pub fn frugal_allocator() {
+    // SAFETY: mallopt changes allocator parameters; called before other threads exist.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+impl From<JailError> for io::Error {
+    fn from(error: JailError) -> Self {
+        io::Error::other(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_is_no_jail() {
+        let refused = enter(&JailConfig { uid: 0, gid: 1000 });
+        assert!(matches!(refused, Err(JailError::Root)));
+    }
+
+    #[test]
+    fn root_has_capabilities_and_others_do_not() {
+        assert_eq!(capabilities().unwrap() != 0, geteuid().is_root());
+    }
+}

@@ -1,0 +1,109 @@
+//! The command line of `nacelle-vmm`.
+
+use std::os::fd::RawFd;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use vmm::boot::{Follower, Options, Seccomp};
+use vmm::seccomp::Policy;
+use vmm::{assemble, boot, config, end};
+
+/// A configuration that is refused, as clap's own exit status.
+const REFUSED: u8 = 2;
+
+/// Runs one virtual machine.
+#[derive(Debug, Parser)]
+#[command(name = "nacelle-vmm", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    /// Descriptor to read the VM's configuration (JSON) from
+    #[arg(long, value_name = "N")]
+    config_fd: Option<RawFd>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Boot a kernel from files and print its console
+    Boot(Box<Options>),
+    /// Measure what KVM on this host is worth, and print it as JSON
+    Probe,
+}
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    // The daemon's way in, without the argument parser: it would be a third of the start-up time
+    // and stay in memory.
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|a| a == "--config-fd")
+        && let Some(fd) = arguments.next().and_then(|a| a.to_str()?.parse().ok())
+    {
+        return from_config(fd, started);
+    }
+    let cli = Cli::parse();
+    let outcome = match (cli.config_fd, cli.command) {
+        (Some(fd), _) => return from_config(fd, started),
+        (None, Some(Command::Boot(options))) => from_options(&options, started),
+        (None, Some(Command::Probe)) => probe(),
+        (None, None) => {
+            Err(anyhow::anyhow!("--config-fd, `boot` or `probe` is needed; see --help"))
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("nacelle-vmm: {error:#}");
+        ExitCode::from(REFUSED)
+    })
+}
+
+/// A VM from an inherited configuration. What goes wrong is told in the status file if that can be
+/// reached, and on standard error.
+fn from_config(fd: RawFd, started: Instant) -> ExitCode {
+    let config = match config::read(fd) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("nacelle-vmm: {}", vmm::chain(&error));
+            return ExitCode::from(REFUSED);
+        }
+    };
+    let copy = config.clone();
+    match config::take(config) {
+        Ok(resources) => {
+            let (exit, mut status) = assemble::run(resources, Policy::Kill, started);
+            if let Err(error) = end::write_status(&mut status, &exit) {
+                eprintln!("nacelle-vmm: cannot write the status file: {error}");
+            }
+            ExitCode::from(end::exit_code(exit.reason))
+        }
+        Err(error) => {
+            eprintln!("nacelle-vmm: {}", vmm::chain(&error));
+            if let Some(mut status) = config::status_file(&copy) {
+                let _ = end::write_status(&mut status, &assemble::failure(&error));
+            }
+            ExitCode::from(REFUSED)
+        }
+    }
+}
+
+fn from_options(options: &Options, started: Instant) -> Result<ExitCode> {
+    let policy = match options.seccomp {
+        Seccomp::Kill => Policy::Kill,
+        Seccomp::Log => Policy::Log,
+        Seccomp::Off => Policy::Off,
+    };
+    let (config, console) = boot::open(options)?;
+    let resources = config::take(config).context("the VM cannot be started")?;
+    let follower = Follower::start(console).context("cannot follow the console")?;
+    let (exit, mut status) = assemble::run(resources, policy, started);
+    follower.finish();
+    end::write_status(&mut status, &exit).context("cannot write the status file")?;
+    eprintln!("nacelle-vmm: {:?}: {}", exit.reason, exit.message);
+    Ok(ExitCode::from(end::exit_code(exit.reason)))
+}
+
+fn probe() -> Result<ExitCode> {
+    let report = machine::probe::run();
+    println!("{}", serde_json::to_string(&report)?);
+    Ok(if report.usable { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
