@@ -1,0 +1,137 @@
+//! The lab: an outer virtual machine, emulated by QEMU with SVM and nested paging, in which
+//! /dev/kvm is true whatever this host has. One command runs in it; its output, errors and exit
+//! status come back as if it had run here.
+//!
+//! Inside: `/nacelle/bin` (our binaries), `/nacelle/guest` (kernels, initramfs), `/nacelle/apps`
+//! (root file systems for test images), `/nacelle/work` (the working directory), 24 GiB of scratch
+//! at `/var/lib/nacelle`. Nothing that a run writes survives it, except what `--out` names.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+mod bundle;
+pub(crate) mod image;
+mod machine;
+
+/// Exit status when the lab, not the command in it, failed (as `env` and `docker run` use it).
+pub(crate) const STATUS_LAB_FAILED: i32 = 125;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Memory of the outer machine in MiB; only touched pages cost anything
+    #[arg(long, default_value_t = 6144)]
+    mem: u32,
+    /// CPUs of the outer machine
+    #[arg(long, default_value_t = 2)]
+    cpus: u8,
+    /// Seconds that the command may take
+    #[arg(long, default_value_t = 600)]
+    timeout: u64,
+    /// Seconds that the outer machine may take until the command starts
+    #[arg(long, default_value_t = 180)]
+    boot_timeout: u64,
+    /// A file or folder to bring in, by default to /nacelle/work/NAME
+    #[arg(long = "in", value_name = "PATH[:DEST]")]
+    inputs: Vec<String>,
+    /// A file or folder to bring out after the command: an archive of it is unpacked in HOST_DIR
+    #[arg(long = "out", value_name = "PATH:HOST_DIR")]
+    outputs: Vec<String>,
+    /// A folder whose content becomes /nacelle/work
+    #[arg(long, value_name = "DIR")]
+    share: Option<PathBuf>,
+    /// A variable for the command
+    #[arg(long = "env", value_name = "NAME=VALUE")]
+    environment: Vec<String>,
+    /// Bring in the root file systems of `cargo xtask apps` too
+    #[arg(long)]
+    apps: bool,
+    /// Leave the binaries and guest assets of the checkout out
+    #[arg(long)]
+    bare: bool,
+    /// An interactive shell instead of a command
+    #[arg(long, conflicts_with = "command")]
+    shell: bool,
+    /// Prepare the outer machine's files and stop there
+    #[arg(long)]
+    prepare: bool,
+    /// The command, run by bash; several words are joined by spaces
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<i32> {
+    let image = image::ensure()?;
+    if args.prepare {
+        return Ok(0);
+    }
+    anyhow::ensure!(args.shell || !args.command.is_empty(), "no command: -- CMD, or --shell");
+    let outputs = args.outputs.iter().map(|text| output(text)).collect::<Result<Vec<_>>>()?;
+
+    let scratch = tempfile::Builder::new().prefix("nacelle-lab-").tempdir()?;
+    let files = scratch.path().join("in.tar");
+    let mut bundle = bundle::Bundle::create(&files)?;
+    if !args.bare {
+        bundle.add_checkout(scratch.path())?;
+    }
+    if args.apps {
+        bundle.add_apps()?;
+    }
+    if let Some(dir) = &args.share {
+        bundle.add(dir, "nacelle/work")?;
+    }
+    for input in &args.inputs {
+        let (path, dest) = match input.split_once(':') {
+            Some((path, dest)) => (PathBuf::from(path), dest.to_owned()),
+            None => {
+                let path = PathBuf::from(input);
+                let name = path.file_name().context("--in needs a path that ends in a name")?;
+                let dest = format!("nacelle/work/{}", name.to_string_lossy());
+                (path, dest)
+            }
+        };
+        bundle.add(&path, &dest)?;
+    }
+    let exports: String = args
+        .environment
+        .iter()
+        .map(|text| {
+            let (name, value) = text.split_once('=').context("--env takes NAME=VALUE")?;
+            Ok(format!("export {name}='{}'\n", value.replace('\'', r"'\''")))
+        })
+        .collect::<Result<_>>()?;
+    bundle.add_text("nacelle/lab/env", &exports)?;
+    bundle.add_text("nacelle/lab/command", &(args.command.join(" ") + "\n"))?;
+    if args.shell {
+        bundle.add_text("nacelle/lab/shell", "")?;
+    }
+    let list: String = outputs.iter().map(|(path, _)| format!("{path}\n")).collect();
+    bundle.add_text("nacelle/lab/outputs", &list)?;
+    bundle.finish()?;
+
+    let plan = machine::Plan {
+        image: &image,
+        files: &files,
+        scratch: scratch.path(),
+        memory_mib: args.mem,
+        cpus: args.cpus,
+        shell: args.shell,
+        outputs: outputs.len(),
+        boot_limit: Duration::from_secs(args.boot_timeout),
+        // A person at a shell is not hurried.
+        run_limit: (!args.shell).then(|| Duration::from_secs(args.timeout)),
+    };
+    let status = machine::run(&plan)?;
+    for (index, (_, host)) in outputs.iter().enumerate() {
+        bundle::unpack_output(&machine::output_file(scratch.path(), index), host)?;
+    }
+    Ok(status)
+}
+
+fn output(text: &str) -> Result<(String, PathBuf)> {
+    let (path, host) = text.split_once(':').context("--out takes PATH_IN_LAB:HOST_DIR")?;
+    fs::create_dir_all(host).with_context(|| format!("creating {host}"))?;
+    Ok((path.to_owned(), PathBuf::from(host)))
+}

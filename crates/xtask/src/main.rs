@@ -1,0 +1,55 @@
+//! Chores of the repository that are more than a shell line: the lab (an outer virtual machine
+//! with a true KVM in it), the guest kernel, the guest image, and the rules a program can check.
+//! `make help` lists the doors; each is a subcommand here.
+
+use clap::Parser;
+
+mod apps;
+mod checks;
+mod cpio;
+mod debs;
+mod debian_kernel;
+mod guest_image;
+mod guest_kernel;
+mod kvm;
+mod lab;
+mod paths;
+mod run;
+
+#[derive(Parser)]
+#[command(about = "Chores of the nacelle repository")]
+enum Cli {
+    /// Run a command in the lab, or on this host where its KVM is good
+    Lab(lab::Args),
+    /// Build the guest kernel into build/guest/vmlinux
+    GuestKernel(guest_kernel::Args),
+    /// Pack the agent into build/guest/initramfs.cpio
+    GuestImage(guest_image::Args),
+    /// Fetch Debian's cloud kernel into build/guest/debian
+    DebianKernel,
+    /// Make root file systems with real programs for tests and the demo in build/apps
+    Apps,
+    /// Say whether this host's KVM can run the tests: prints "host" or "lab"
+    Where,
+    /// Check the rules that the compiler does not know
+    Check,
+}
+
+fn main() {
+    let result = match Cli::parse() {
+        Cli::Lab(args) => lab::run(&args),
+        Cli::GuestKernel(args) => guest_kernel::run(&args),
+        Cli::GuestImage(args) => guest_image::run(&args),
+        Cli::DebianKernel => debian_kernel::run(),
+        Cli::Apps => apps::run(),
+        Cli::Where => kvm::run(),
+        Cli::Check => checks::run(),
+    };
+    match result {
+        Ok(status) => std::process::exit(status),
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            std::process::exit(lab::STATUS_LAB_FAILED);
+        }
+    }
+}
