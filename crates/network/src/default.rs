@@ -1,0 +1,103 @@
+//! A network configuration for a single node: what `nacelled config cni` prints.
+
+use serde_json::{Value, json};
+
+use crate::cidr::Cidr;
+use crate::plugin::conf::SpecVersion;
+
+pub const DEFAULT_IPV4: &str = "10.88.0.0/16";
+pub const DEFAULT_IPV6: &str = "fd00:88::/64";
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubnetError {
+    #[error("{0}")]
+    Text(String),
+    #[error("{subnet} is not an {family} network")]
+    Family { subnet: String, family: &'static str },
+    #[error("{subnet} leaves no room for pods")]
+    Small { subnet: String },
+    #[error("a network needs an IPv4 or an IPv6 subnet")]
+    None,
+}
+
+/// A bridge with addresses from the given subnets, masquerading towards the outside, and published
+/// ports; needs Debian's package containernetworking-plugins.
+pub fn default_conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<String, SubnetError> {
+    let mut ranges: Vec<Value> = Vec::new();
+    let mut routes: Vec<Value> = Vec::new();
+    for (text, is_v4, family, any) in
+        [(ipv4, true, "IPv4", "0.0.0.0/0"), (ipv6, false, "IPv6", "::/0")]
+    {
+        let Some(text) = text else { continue };
+        let subnet = text.parse::<Cidr>().map_err(SubnetError::Text)?.network();
+        if subnet.ip.is_ipv4() != is_v4 {
+            return Err(SubnetError::Family { subnet: text.to_owned(), family });
+        }
+        // Network, gateway, one pod, broadcast.
+        let longest = if is_v4 { 30 } else { 126 };
+        if subnet.prefix > longest {
+            return Err(SubnetError::Small { subnet: text.to_owned() });
+        }
+        ranges.push(json!([{
+            "subnet": subnet.to_string(),
+            "gateway": subnet.first_host().to_string(),
+        }]));
+        routes.push(json!({ "dst": any }));
+    }
+    if ranges.is_empty() {
+        return Err(SubnetError::None);
+    }
+    let list = json!({
+        // Understood by every release of the plugins since 2022.
+        "cniVersion": SpecVersion::V1_0_0.as_str(),
+        "name": "nacelle",
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": "nacelle0",
+                "isGateway": true,
+                "isDefaultGateway": false,
+                "ipMasq": true,
+                // A pod reaches its own published port.
+                "hairpinMode": true,
+                "ipam": { "type": "host-local", "ranges": ranges, "routes": routes },
+            },
+            { "type": "portmap", "capabilities": { "portMappings": true }, "snat": true },
+            // Lets the pods' packets pass where the host's own forwarding rules drop by default.
+            { "type": "firewall", "backend": "iptables" },
+        ],
+    });
+    Ok(format!("{list:#}\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plugin::conf::Network;
+
+    #[test]
+    fn the_default_is_a_valid_network_of_both_families() {
+        let text = default_conflist(Some(DEFAULT_IPV4), Some(DEFAULT_IPV6)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("10-nacelle.conflist"), &text).unwrap();
+        let network = Network::load(dir.path()).unwrap();
+        assert_eq!(network.name, "nacelle");
+        let kinds: Vec<_> = network.plugins.iter().map(|p| p.kind.as_str()).collect();
+        assert_eq!(kinds, ["bridge", "portmap", "firewall"]);
+        assert!(text.contains("10.88.0.1") && text.contains("fd00:88::1"));
+    }
+
+    #[test]
+    fn impossible_subnets_are_refused() {
+        for (v4, v6, expected) in [
+            (None, None, "needs an IPv4"),
+            (Some("fd00::/64"), None, "not an IPv4"),
+            (None, Some("10.0.0.0/8"), "not an IPv6"),
+            (Some("10.0.0.0/31"), None, "no room"),
+            (Some("10.0.0"), None, "not an address"),
+        ] {
+            let e = default_conflist(v4, v6).unwrap_err().to_string();
+            assert!(e.contains(expected), "{e}");
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! The work itself, blocking. The order of an attach, each step undone by [`Host::detach`]:
+//!
+//! 1. what an earlier, half-done attach left is taken away
+//! 2. the record of what the pod will be given is written
+//! 3. the network namespace is made
+//! 4. the plugins run; the record gets their result
+//! 5. each interface is joined to a tap
+//!
+//! Two calls for one pod never overlap, also when the caller of the first has given up waiting.
+
+use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::alone::Queue;
+use crate::config::Config;
+use crate::model::{Attachment, Pod};
+use crate::netns::{self, NetnsError};
+use crate::nic::{self, NicError};
+use crate::peers;
+use crate::plugin::chain::{AddError, PluginError, Runner};
+use crate::plugin::conf::{ConfError, Network};
+use crate::plugin::params::{Params, PodError, check_id};
+use crate::plugin::reply::Success;
+use crate::record::{Record, RecordError, Records};
+use crate::tap;
+
+/// Marks the namespaces that are ours among those of other runtimes.
+pub const PREFIX: &str = "nacelle-";
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Pod(#[from] PodError),
+    #[error(transparent)]
+    Conf(#[from] ConfError),
+    #[error(transparent)]
+    Plugin(#[from] PluginError),
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    #[error(transparent)]
+    Nic(#[from] NicError),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("the plugins' stored result is damaged: {problem}")]
+    Result { problem: String },
+    #[error("the pod {id} is not attached to a network")]
+    Unattached { id: String },
+    /// A clean-up goes on past failures; these are all of them.
+    #[error("{}", join(.0))]
+    Several(Vec<Error>),
+    #[error("the worker thread of a network operation panicked")]
+    Panicked,
+}
+
+impl Error {
+    /// The same call may go well later, without anybody changing anything.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Plugin(e) => e.is_passing(),
+            Self::Several(all) => all.iter().all(Self::is_passing),
+            _ => false,
+        }
+    }
+
+    fn all(mut errors: Vec<Error>) -> Result<(), Error> {
+        match errors.len() {
+            0 => Ok(()),
+            1 => Err(errors.remove(0)),
+            _ => Err(Self::Several(errors)),
+        }
+    }
+}
+
+fn join(errors: &[Error]) -> String {
+    errors.iter().map(|e| with_causes(e)).collect::<Vec<_>>().join("; and ")
+}
+
+/// An error and what it came from, on one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+/// A step of an attach that failed, and how many plugins have to be undone.
+struct Failed {
+    error: Error,
+    reached: usize,
+}
+
+impl Failed {
+    fn before(error: impl Into<Error>) -> Self {
+        Self { error: error.into(), reached: 0 }
+    }
+}
+
+/// What becomes of the namespace when a plugin did not take back what it gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Leftover {
+    /// Somebody will call again, and the plugin may need it then to find what it has to undo.
+    Keep,
+    /// Nobody may ever call again.
+    Take,
+}
+
+#[derive(Debug)]
+pub struct Host {
+    config: Config,
+    runner: Runner,
+    records: Records,
+    /// Calls for one pod wait for each other.
+    pods: Queue,
+    /// Attached by this process: younger than any list of known pods that a caller of
+    /// [`Host::collect`] may hold.
+    young: Mutex<BTreeSet<String>>,
+}
+
+impl Host {
+    pub fn new(config: Config) -> Self {
+        Self {
+            runner: Runner::new(&config),
+            records: Records::new(&config.cache_dir),
+            pods: Queue::default(),
+            young: Mutex::default(),
+            config,
+        }
+    }
+
+    pub fn netns_path(&self, id: &str) -> PathBuf {
+        self.config.netns_dir.join(format!("{PREFIX}{id}"))
+    }
+
+    pub fn attach(&self, pod: &Pod) -> Result<Attachment, Error> {
+        let path = self.netns_path(&pod.id);
+        let params = Params::new(pod, &self.config.interface, &path)?;
+        let _alone = self.pods.enter(&pod.id);
+        if self.records.exists(&pod.id) || path.exists() {
+            self.release(&pod.id, Leftover::Take)?;
+        }
+        let network = Network::load(&self.config.conf_dir)?;
+        self.runner.check_binaries(&network)?;
+        let mut record = Record { network, params, result: None };
+        self.records.write(&record)?;
+        self.young().insert(pod.id.clone());
+        self.build(&path, &mut record).map_err(|Failed { error, reached }| {
+            let undone = self.undo(&record, reached);
+            self.young().remove(&pod.id);
+            if let Err(e) = undone {
+                // Told here, because the caller wants to hear of the first failure.
+                tracing::warn!(
+                    pod = pod.id,
+                    "after a failed attach, something is left and will be collected later: {}",
+                    with_causes(&e)
+                );
+            }
+            error
+        })
+    }
+
+    fn build(&self, path: &Path, record: &mut Record) -> Result<Attachment, Failed> {
+        netns::create(path).map_err(Failed::before)?;
+        netns::within(path, nic::set_up_loopback).map_err(Failed::before)?;
+        let Record { network, params, .. } = &*record;
+        let success = self.runner.add(network, params).map_err(|AddError { error, reached }| {
+            // The plugin that failed may have done half of its work.
+            Failed { error: error.into(), reached: reached + 1 }
+        })?;
+        let all = network.plugins.len();
+        let after = |error: Error| Failed { error, reached: all };
+        if self.config.check_after_add {
+            self.runner.check(network, params, &success.raw).map_err(|e| after(e.into()))?;
+        }
+        record.result = Some(success.raw.clone());
+        self.records.write(record).map_err(|e| after(e.into()))?;
+        netns::within(path, || nic::join(path, &success)).map_err(|e| after(e.into()))
+    }
+
+    /// After a failed attach. The namespace goes in any case, since nothing has run in it; the
+    /// record stays while a plugin owes us something.
+    fn undo(&self, record: &Record, reached: usize) -> Result<(), Error> {
+        let Record { network, params, result } = record;
+        let mut errors: Vec<Error> = self
+            .runner
+            .del(network, params, result.as_ref(), reached)
+            .into_iter()
+            .map(Error::from)
+            .collect();
+        if errors.is_empty() {
+            errors.extend(self.records.remove(&params.container_id).err().map(Error::from));
+        }
+        errors.extend(netns::remove(&params.netns).err().map(Error::from));
+        Error::all(errors)
+    }
+
+    pub fn open_taps(&self, id: &str, attachment: &Attachment) -> Result<Vec<OwnedFd>, Error> {
+        check_id(id)?;
+        let path = self.netns_path(id);
+        Ok(netns::within(&path, || nic::open_taps(&attachment.interfaces))?)
+    }
+
+    pub fn detach(&self, id: &str) -> Result<(), Error> {
+        check_id(id)?;
+        let _alone = self.pods.enter(id);
+        self.release(id, Leftover::Keep)?;
+        self.young().remove(id);
+        Ok(())
+    }
+
+    /// Gives back what a pod was given. When a plugin fails, the others run all the same, and the
+    /// record stays so that the next call tries again; `leftover` says whether the namespace stays
+    /// with it.
+    fn release(&self, id: &str, leftover: Leftover) -> Result<(), Error> {
+        let path = self.netns_path(id);
+        let mut errors: Vec<Error> = Vec::new();
+        if path.exists() && !netns::is_mounted(&path) {
+            // Cut short between the file and the mount, or a reboot that kept /run.
+            errors.extend(netns::remove(&path).err().map(Error::from));
+        }
+        let record = match self.records.read(id) {
+            Ok(record) => record,
+            Err(e) => {
+                tracing::warn!(
+                    pod = id,
+                    "{}; the present configuration has to serve",
+                    with_causes(&e)
+                );
+                Some(self.substitute(id, &path)?)
+            }
+        };
+        let mut owing = false;
+        if let Some(Record { network, params, result }) = &record {
+            let count = network.plugins.len();
+            let failed = self.runner.del(network, params, result.as_ref(), count);
+            owing = !failed.is_empty();
+            errors.extend(failed.into_iter().map(Error::from));
+        }
+        if !owing || leftover == Leftover::Take {
+            errors.extend(netns::remove(&path).err().map(Error::from));
+        }
+        if errors.is_empty() {
+            errors.extend(self.records.remove(id).err().map(Error::from));
+        }
+        Error::all(errors)
+    }
+
+    fn substitute(&self, id: &str, path: &Path) -> Result<Record, Error> {
+        Ok(Record {
+            network: Network::load(&self.config.conf_dir)?,
+            params: Params::bare(id, &self.config.interface, path)?,
+            result: None,
+        })
+    }
+
+    /// Whether the pod's network still is as it was made: the joints, and the plugins' own CHECK.
+    pub fn check(&self, id: &str, attachment: &Attachment) -> Result<(), Error> {
+        check_id(id)?;
+        let path = self.netns_path(id);
+        netns::within(&path, || nic::check(&attachment.interfaces))?;
+        let unattached = || Error::Unattached { id: id.to_owned() };
+        let record = self.records.read(id)?.ok_or_else(unattached)?;
+        let result = record.result.as_ref().ok_or_else(unattached)?;
+        Success::from_value(result.clone()).map_err(|problem| Error::Result { problem })?;
+        Ok(self.runner.check(&record.network, &record.params, result)?)
+    }
+
+    /// Frees what belongs to pods that nobody knows: by record and by the name of the namespace,
+    /// then by the plugins' own GC.
+    pub fn collect(&self, known: &[String]) -> Result<(), Error> {
+        let mut errors: Vec<Error> = Vec::new();
+        let mut ids: BTreeSet<String> = BTreeSet::new();
+        match self.records.ids() {
+            Ok(found) => ids.extend(found),
+            Err(e) => errors.push(e.into()),
+        }
+        ids.extend(self.namespaces());
+        let mut kept: Vec<(String, String)> = Vec::new();
+        for id in ids {
+            // Busy: somebody knows it well.
+            let Some(_alone) = self.pods.try_enter(&id) else { continue };
+            if known.contains(&id) || self.young().contains(&id) {
+                if let Ok(Some(record)) = self.records.read(&id) {
+                    kept.push((id, record.params.interface));
+                }
+                continue;
+            }
+            if check_id(&id).is_err() {
+                continue;
+            }
+            tracing::info!(pod = id, "collecting the network of a pod that is no more");
+            errors.extend(self.release(&id, Leftover::Take).err());
+        }
+        errors.extend(self.collect_by_plugins(kept));
+        Error::all(errors)
+    }
+
+    fn collect_by_plugins(&self, mut valid: Vec<(String, String)>) -> Vec<Error> {
+        let network = match Network::load(&self.config.conf_dir) {
+            Ok(network) => network,
+            Err(ConfError::None { .. }) => return Vec::new(),
+            Err(e) => return vec![e.into()],
+        };
+        // Pods that came while we were collecting.
+        valid.extend(self.young().iter().map(|id| (id.clone(), self.config.interface.clone())));
+        // Other runtimes may share the network; their pods must live.
+        valid.extend(peers::attachments(&network.name));
+        valid.sort();
+        valid.dedup();
+        self.runner.gc(&network, &valid).into_iter().map(Error::from).collect()
+    }
+
+    fn namespaces(&self) -> Vec<String> {
+        let Ok(entries) = std::fs::read_dir(&self.config.netns_dir) else { return Vec::new() };
+        entries
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter_map(|name| name.strip_prefix(PREFIX).map(str::to_owned))
+            .collect()
+    }
+
+    /// What keeps pods from being attached, in words.
+    pub fn trouble(&self) -> Option<String> {
+        if let Some(trouble) = tap::trouble() {
+            return Some(trouble);
+        }
+        let network = match Network::load(&self.config.conf_dir) {
+            Ok(network) => network,
+            Err(e) => return Some(with_causes(&e)),
+        };
+        self.runner
+            .check_binaries(&network)
+            .and_then(|()| self.runner.check_versions(&network))
+            .and_then(|()| self.runner.status(&network))
+            .err()
+            .map(|e| with_causes(&e))
+    }
+
+    fn young(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.young.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,353 @@
+//! The verbs over a whole network: CNI spec sections 3 and 4. ADD goes forwards and hands each
+//! result on; DEL goes backwards and past failures.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::SystemTime;
+
+use serde_json::{Map, Value, json};
+
+use super::conf::{Network, Plugin, SpecVersion};
+use super::exec::{ExecError, Invocation, Output, said};
+use super::params::Params;
+use super::reply::{Failure, Success, Versions, code};
+use crate::config::Config;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    Add,
+    Del,
+    Check,
+    Gc,
+    Status,
+    Version,
+}
+
+impl Verb {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Add => "ADD",
+            Self::Del => "DEL",
+            Self::Check => "CHECK",
+            Self::Gc => "GC",
+            Self::Status => "STATUS",
+            Self::Version => "VERSION",
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum PluginError {
+    #[error(
+        "the network {network:?} needs the CNI plugin {kind:?}, which is in none of {} \
+         (Debian's package containernetworking-plugins has the usual ones)", paths(.searched)
+    )]
+    Missing { network: String, kind: String, searched: Vec<PathBuf> },
+    #[error("CNI plugin {kind:?}, {verb}", verb = .verb.as_str())]
+    Exec { kind: String, verb: Verb, source: ExecError },
+    #[error("CNI plugin {kind:?} failed at {verb}: {failure}{said}", verb = .verb.as_str())]
+    Failed { kind: String, verb: Verb, failure: Failure, said: String },
+    #[error("CNI plugin {kind:?} failed at {verb} without saying why: {status}{said}",
+        verb = .verb.as_str())]
+    Mute { kind: String, verb: Verb, status: std::process::ExitStatus, said: String },
+    #[error("CNI plugin {kind:?} answered {verb} with rubbish: {problem}", verb = .verb.as_str())]
+    Rubbish { kind: String, verb: Verb, problem: String },
+    #[error(
+        "CNI plugin {kind:?} ({}) does not speak the network's cniVersion {version}, only {}",
+        .binary.display(), .supported.join(", ")
+    )]
+    Version { kind: String, binary: PathBuf, version: SpecVersion, supported: Vec<String> },
+}
+
+impl PluginError {
+    /// The plugin itself asks for another try.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Failed { failure, .. } if failure.code == code::TRY_AGAIN_LATER)
+    }
+}
+
+fn paths(paths: &[PathBuf]) -> String {
+    paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// An ADD that failed: plugins up to and including `reached` have run and need a DEL.
+#[derive(Debug)]
+pub struct AddError {
+    pub error: PluginError,
+    pub reached: usize,
+}
+
+/// Runs plugins as configured.
+#[derive(Debug)]
+pub struct Runner {
+    bin_dirs: Vec<PathBuf>,
+    timeout: std::time::Duration,
+    output_limit: usize,
+    versions: Mutex<HashMap<PathBuf, (SystemTime, Vec<String>)>>,
+}
+
+impl Runner {
+    pub fn new(config: &Config) -> Self {
+        Self {
+            bin_dirs: config.bin_dirs.clone(),
+            timeout: config.plugin_timeout(),
+            output_limit: config.plugin_output_limit,
+            versions: Mutex::default(),
+        }
+    }
+
+    /// All binaries must be there before the first one changes anything.
+    pub fn check_binaries(&self, network: &Network) -> Result<(), PluginError> {
+        for plugin in &network.plugins {
+            for kind in std::iter::once(&plugin.kind).chain(&plugin.ipam) {
+                self.find(network, kind)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn add(&self, network: &Network, params: &Params) -> Result<Success, AddError> {
+        let mut previous: Option<Success> = None;
+        for (reached, plugin) in network.plugins.iter().enumerate() {
+            let prev = previous.as_ref().map(|s| &s.raw);
+            let mut result = self
+                .call(network, plugin, Verb::Add, Some(params), prev, Map::new())
+                .and_then(|output| parse(plugin, Verb::Add, &output))
+                .map_err(|error| AddError { error, reached })?;
+            if let Value::Object(raw) = &mut result.raw {
+                raw.entry("cniVersion").or_insert_with(|| network.version.as_str().into());
+            }
+            previous = Some(result);
+        }
+        previous.ok_or_else(|| unreachable!("a network has at least one plugin"))
+    }
+
+    /// Runs the first `count` plugins backwards; returns what went wrong.
+    pub fn del(
+        &self,
+        network: &Network,
+        params: &Params,
+        result: Option<&Value>,
+        count: usize,
+    ) -> Vec<PluginError> {
+        // Section 3, DEL: the result is passed since 0.4.0.
+        let result = result.filter(|_| network.version >= SpecVersion::V0_4_0);
+        network.plugins[..count.min(network.plugins.len())]
+            .iter()
+            .rev()
+            .filter_map(|plugin| {
+                match self.call(network, plugin, Verb::Del, Some(params), result, Map::new()) {
+                    Err(PluginError::Failed { failure, .. })
+                        if failure.code == code::UNKNOWN_CONTAINER =>
+                    {
+                        None
+                    }
+                    other => other.err(),
+                }
+            })
+            .collect()
+    }
+
+    /// Nothing before 0.4.0 or when the configuration forbids it.
+    pub fn check(
+        &self,
+        network: &Network,
+        params: &Params,
+        result: &Value,
+    ) -> Result<(), PluginError> {
+        if network.disable_check || network.version < SpecVersion::V0_4_0 {
+            return Ok(());
+        }
+        for plugin in &network.plugins {
+            self.call(network, plugin, Verb::Check, Some(params), Some(result), Map::new())?;
+        }
+        Ok(())
+    }
+
+    /// Frees what belongs to none of the (container id, interface) pairs. Nothing before 1.1.0 or
+    /// when the configuration forbids it.
+    pub fn gc(&self, network: &Network, valid: &[(String, String)]) -> Vec<PluginError> {
+        if network.disable_gc || network.version < SpecVersion::V1_1_0 {
+            return Vec::new();
+        }
+        let valid: Vec<Value> = valid
+            .iter()
+            .map(|(id, interface)| json!({"containerID": id, "ifname": interface}))
+            .collect();
+        let mut extra = Map::new();
+        // Before the final text of 1.1 the key was spelled without its domain; plugins look at
+        // this one only.
+        extra.insert("cni.dev/valid-attachments".into(), valid.into());
+        network
+            .plugins
+            .iter()
+            .filter_map(|p| self.call(network, p, Verb::Gc, None, None, extra.clone()).err())
+            .collect()
+    }
+
+    /// Whether the network can take pods now. Nothing before 1.1.0.
+    pub fn status(&self, network: &Network) -> Result<(), PluginError> {
+        if network.version < SpecVersion::V1_1_0 {
+            return Ok(());
+        }
+        for plugin in &network.plugins {
+            self.call(network, plugin, Verb::Status, None, None, Map::new())?;
+        }
+        Ok(())
+    }
+
+    /// Asks each plugin, once a binary, whether it speaks the network's version.
+    pub fn check_versions(&self, network: &Network) -> Result<(), PluginError> {
+        for plugin in &network.plugins {
+            let binary = self.find(network, &plugin.kind)?;
+            let supported = self.versions(network, plugin, &binary)?;
+            if !supported.iter().any(|v| v == network.version.as_str()) {
+                return Err(PluginError::Version {
+                    kind: plugin.kind.clone(),
+                    binary,
+                    version: network.version,
+                    supported,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn versions(
+        &self,
+        network: &Network,
+        plugin: &Plugin,
+        binary: &Path,
+    ) -> Result<Vec<String>, PluginError> {
+        let changed =
+            binary.metadata().and_then(|m| m.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+        let known = self.versions.lock().unwrap_or_else(|e| e.into_inner()).get(binary).cloned();
+        if let Some((when, versions)) = known
+            && when == changed
+        {
+            return Ok(versions);
+        }
+        let output = self.call(network, plugin, Verb::Version, None, None, Map::new())?;
+        let versions: Versions =
+            serde_json::from_slice(&output.stdout).map_err(|e| PluginError::Rubbish {
+                kind: plugin.kind.clone(),
+                verb: Verb::Version,
+                problem: e.to_string(),
+            })?;
+        let mut cache = self.versions.lock().unwrap_or_else(|e| e.into_inner());
+        cache.insert(binary.to_owned(), (changed, versions.supported.clone()));
+        Ok(versions.supported)
+    }
+
+    fn find(&self, network: &Network, kind: &str) -> Result<PathBuf, PluginError> {
+        self.bin_dirs.iter().map(|dir| dir.join(kind)).find(|path| path.is_file()).ok_or_else(
+            || PluginError::Missing {
+                network: network.name.clone(),
+                kind: kind.to_owned(),
+                searched: self.bin_dirs.clone(),
+            },
+        )
+    }
+
+    fn call(
+        &self,
+        network: &Network,
+        plugin: &Plugin,
+        verb: Verb,
+        params: Option<&Params>,
+        previous: Option<&Value>,
+        extra: Map<String, Value>,
+    ) -> Result<Output, PluginError> {
+        let binary = self.find(network, &plugin.kind)?;
+        let stdin = request(network, plugin, verb, params, previous, extra);
+        let dirs = std::env::join_paths(&self.bin_dirs).unwrap_or_default();
+        let mut env = vec![("CNI_COMMAND", verb.as_str().into()), ("CNI_PATH", dirs)];
+        if let Some(params) = params {
+            env.push(("CNI_CONTAINERID", (&params.container_id).into()));
+            env.push(("CNI_IFNAME", (&params.interface).into()));
+            env.push(("CNI_ARGS", params.args().into()));
+            // Absent at DEL means: there is none any more (a reboot, say).
+            let netns = if verb == Verb::Del && !params.netns.exists() {
+                Path::new("")
+            } else {
+                &params.netns
+            };
+            env.push(("CNI_NETNS", netns.into()));
+        }
+        let output = Invocation {
+            binary: &binary,
+            env,
+            stdin: &stdin,
+            timeout: self.timeout,
+            output_limit: self.output_limit,
+        }
+        .run()
+        .map_err(|source| PluginError::Exec { kind: plugin.kind.clone(), verb, source })?;
+        if output.status.success() {
+            return Ok(output);
+        }
+        let (kind, said) = (plugin.kind.clone(), said(&output.stderr));
+        Err(match Failure::parse(&output.stdout) {
+            Some(failure) => PluginError::Failed { kind, verb, failure, said },
+            None if output.stdout.iter().all(u8::is_ascii_whitespace) => {
+                PluginError::Mute { kind, verb, status: output.status, said }
+            }
+            None => PluginError::Rubbish {
+                kind,
+                verb,
+                problem: format!(
+                    "{}, and its error is not in the form that CNI asks for{}{}",
+                    output.status,
+                    super::exec::said(&output.stdout),
+                    said,
+                ),
+            },
+        })
+    }
+}
+
+fn parse(plugin: &Plugin, verb: Verb, output: &Output) -> Result<Success, PluginError> {
+    Success::parse(&output.stdout).map_err(|problem| PluginError::Rubbish {
+        kind: plugin.kind.clone(),
+        verb,
+        problem: format!("{problem}{}", said(&output.stdout)),
+    })
+}
+
+/// Section 4, "Deriving request configuration from plugin configuration".
+fn request(
+    network: &Network,
+    plugin: &Plugin,
+    verb: Verb,
+    params: Option<&Params>,
+    previous: Option<&Value>,
+    extra: Map<String, Value>,
+) -> Vec<u8> {
+    let version = network.version.as_str();
+    if verb == Verb::Version {
+        return json!({ "cniVersion": version }).to_string().into_bytes();
+    }
+    let mut conf = plugin.conf.clone();
+    for key in ["capabilities", "runtimeConfig", "prevResult"] {
+        conf.remove(key);
+    }
+    conf.insert("cniVersion".into(), version.into());
+    conf.insert("name".into(), network.name.as_str().into());
+    if let Some(params) = params {
+        let wanted: Map<String, Value> = params
+            .runtime
+            .iter()
+            .filter(|(key, _)| plugin.capabilities.contains(*key))
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect();
+        if !wanted.is_empty() {
+            conf.insert("runtimeConfig".into(), wanted.into());
+        }
+    }
+    if let Some(previous) = previous {
+        conf.insert("prevResult".into(), previous.clone());
+    }
+    conf.extend(extra);
+    Value::Object(conf).to_string().into_bytes()
+}

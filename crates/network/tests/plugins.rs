@@ -1,0 +1,429 @@
+//! Plugins that behave, and plugins that do not: shell scripts stand in for them. Needs root and
+//! iproute2; no network, no VM.
+
+mod common;
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use common::{Host, on_a_host, pod, run_in};
+use network::{Cni, Config, Error, PluginError};
+
+/// Puts a veth pair with one address into the pod's namespace, as `bridge` would.
+const GOOD: &str = r#"
+LOG=$(dirname "$0")/../log
+echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME ${CNI_NETNS:-none} $CNI_ARGS" >> $LOG
+cat > $(dirname "$0")/../stdin.$CNI_COMMAND
+case $CNI_COMMAND in
+ADD)
+  ip link add h$$ type veth peer name $CNI_IFNAME netns $CNI_NETNS address 02:00:00:00:00:05 || exit 9
+  in="nsenter --net=$CNI_NETNS ip"
+  $in link set $CNI_IFNAME mtu 1400 up && ip link set h$$ up
+  $in addr add 10.9.0.5/24 dev $CNI_IFNAME
+  $in -6 addr add fd09::5/64 nodad dev $CNI_IFNAME
+  $in route add default via 10.9.0.1
+  echo '{"cniVersion":"1.0.0","interfaces":[{"name":"'$CNI_IFNAME'","sandbox":"'$CNI_NETNS'"}],
+    "ips":[{"address":"10.9.0.5/24","gateway":"10.9.0.1","interface":0},
+           {"address":"fd09::5/64","gateway":"fd09::1","interface":0}],
+    "routes":[{"dst":"0.0.0.0/0"},{"dst":"::/0","gw":"fd09::1"}],
+    "dns":{"nameservers":["10.9.0.1"],"search":["cluster"]}}';;
+DEL) test -n "$CNI_NETNS" && nsenter --net=$CNI_NETNS ip link del $CNI_IFNAME; exit 0;;
+VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["0.4.0","1.0.0","1.1.0"]}';;
+esac
+"#;
+
+/// Passes the previous result on, and notes that it ran.
+const SECOND: &str = r#"
+LOG=$(dirname "$0")/../log
+echo "second $CNI_COMMAND" >> $LOG
+cat > $(dirname "$0")/../stdin.second.$CNI_COMMAND
+case $CNI_COMMAND in
+ADD) echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.5/24"}]}';;
+VERSION) echo '{"supportedVersions":["1.0.0","1.1.0"]}';;
+esac
+"#;
+
+fn conflist(version: &str, kinds: &[&str]) -> String {
+    let plugins: Vec<String> = kinds
+        .iter()
+        .map(|k| format!(r#"{{"type":"{k}","capabilities":{{"portMappings":true}}}}"#))
+        .collect();
+    format!(r#"{{"cniVersion":"{version}","name":"test","plugins":[{}]}}"#, plugins.join(","))
+}
+
+fn json(host: &Host, file: &str) -> serde_json::Value {
+    serde_json::from_slice(&fs::read(host.path(file)).unwrap()).unwrap()
+}
+
+fn fails(host: &Host, cni: &Cni, id: &str) -> Error {
+    host.runtime.block_on(cni.attach(pod(id))).unwrap_err()
+}
+
+fn text(error: &Error) -> String {
+    let mut all = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        all.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    all
+}
+
+#[test]
+fn a_pod_gets_what_the_plugin_made_and_gives_all_of_it_back() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good"]));
+        let cni = host.cni();
+        let a = host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+        assert_eq!(a.netns, cni.netns_path("p1"));
+        assert_eq!(a.interfaces.len(), 1);
+        assert_eq!(a.interfaces[0].name, "eth0");
+        assert_eq!(a.interfaces[0].mac, [2, 0, 0, 0, 0, 5]);
+        assert_eq!(a.interfaces[0].mtu, 1400);
+        assert_eq!(a.interfaces[0].addresses, ["10.9.0.5/24", "fd09::5/64"]);
+        let routes: Vec<_> =
+            a.routes.iter().map(|r| (r.destination.as_str(), r.gateway.as_str())).collect();
+        assert_eq!(routes, [("", "10.9.0.1"), ("", "fd09::1")]);
+        assert_eq!(a.addresses[0], "10.9.0.5".parse::<std::net::IpAddr>().unwrap());
+        assert_eq!(a.dns.servers, ["10.9.0.1"]);
+        assert_eq!(
+            host.log().trim(),
+            format!(
+                "ADD p1 eth0 {} IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=p1-name;\
+                 K8S_POD_INFRA_CONTAINER_ID=p1;K8S_POD_UID=p1-uid",
+                a.netns.display()
+            )
+        );
+        let taps = host.runtime.block_on(cni.open_taps("p1", &a)).unwrap();
+        assert_eq!(taps.len(), 1);
+        let busy = host.runtime.block_on(cni.open_taps("p1", &a)).unwrap_err();
+        assert!(text(&busy).contains("another VMM"), "{}", text(&busy));
+        drop(taps);
+        // The tap is still there after its user has gone, with the same MTU.
+        let link = run_in(&a.netns, "ip", &["link", "show", "nacelle0"]);
+        assert!(link.contains("mtu 1400"), "{link}");
+        host.runtime.block_on(cni.open_taps("p1", &a)).unwrap();
+        host.runtime.block_on(cni.check("p1", &a)).unwrap();
+        run_in(&a.netns, "tc", &["qdisc", "del", "dev", "eth0", "ingress"]);
+        let severed = host.runtime.block_on(cni.check("p1", &a)).unwrap_err();
+        assert!(text(&severed).contains("not joined"), "{}", text(&severed));
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn results_and_capabilities_travel_along_the_chain() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.plugin("second", SECOND);
+        host.conflist(&conflist("1.0.0", &["good", "second"]));
+        let cni = host.cni();
+        let mut p = pod("p1");
+        p.ports.push(network::PortMapping {
+            protocol: network::Protocol::Tcp,
+            container_port: 80,
+            host_port: 8080,
+            host_ip: None,
+        });
+        host.runtime.block_on(cni.attach(p)).unwrap();
+        let stdin = json(host, "stdin.second.ADD");
+        assert_eq!(stdin["name"], "test");
+        assert_eq!(stdin["cniVersion"], "1.0.0");
+        assert_eq!(stdin["runtimeConfig"]["portMappings"][0]["hostPort"], 8080);
+        assert_eq!(stdin["prevResult"]["ips"][0]["address"], "10.9.0.5/24");
+        assert!(stdin.get("capabilities").is_none());
+        assert!(json(host, "stdin.ADD").get("prevResult").is_none());
+        host.clear_log();
+        // The configuration changes meanwhile; the pod is taken off as it was put on.
+        host.conflist(&conflist("1.0.0", &["nonesuch"]));
+        host.runtime.block_on(host.cni().detach("p1")).unwrap();
+        let log = host.log();
+        assert!(log.starts_with("second DEL\nDEL p1 eth0"), "{log}");
+        // DEL sees the last plugin's result and the same capabilities.
+        let stdin = json(host, "stdin.DEL");
+        assert!(stdin["prevResult"].get("dns").is_none());
+        assert_eq!(stdin["runtimeConfig"]["portMappings"][0]["containerPort"], 80);
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn every_way_to_fail_is_named_and_leaves_nothing() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good", "bad"]));
+        let cni = Cni::new(Config { plugin_timeout_ms: 700, ..host.config() });
+        // DEL works, ADD fails in a way of its own.
+        let bad = |add: &str| {
+            host.clear_log();
+            let del = "echo \"bad DEL\" >> $(dirname $0)/../log; exit 0";
+            host.plugin("bad", &format!("case $CNI_COMMAND in DEL) {del};; ADD) {add};; esac"));
+            let started = Instant::now();
+            let error = text(&fails(host, &cni, "p1"));
+            assert!(started.elapsed() < Duration::from_secs(15));
+            host.nothing_left();
+            assert!(host.log().contains("bad DEL\nDEL p1"), "no clean-up: {}", host.log());
+            error
+        };
+        for (add, expected) in [
+            (
+                r#"echo '{"code":7,"msg":"no pool","details":"left"}'; exit 1"#,
+                "no pool (left), code 7",
+            ),
+            ("echo oops >&2; exit 3", "without saying why: exit status: 3; it said: oops"),
+            ("echo hello", "rubbish: it is not JSON"),
+            ("exit 0", "rubbish: it printed nothing"),
+            ("echo '[1]'", "not a JSON object"),
+            ("echo panic; exit 2", "not in the form that CNI asks for; it said: panic"),
+            ("sleep 60", "did not answer within 700 ms and was killed"),
+            ("exec 1>&- 2>&-; sleep 60", "did not answer within 700 ms and was killed"),
+            ("yes", "printed more than 1048576 bytes"),
+            ("kill -9 $$", "signal: 9"),
+            (r#"echo '{"ips":[{"address":"nowhere"}]}'"#, "\"nowhere\" is not an address"),
+        ] {
+            let error = bad(add);
+            assert!(error.contains("\"bad\"") && error.contains(expected), "{add}: {error}");
+        }
+        let again = bad(r#"echo '{"code":11,"msg":"busy"}'; exit 1"#);
+        assert!(again.contains("try again later"), "{again}");
+    });
+}
+
+#[test]
+fn a_missing_plugin_is_told_before_anything_is_done() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good", "nonesuch"]));
+        let cni = host.cni();
+        let error = fails(host, &cni, "p1");
+        assert!(matches!(error, Error::Plugin(PluginError::Missing { .. })));
+        let error = text(&error);
+        assert!(error.contains("\"nonesuch\"") && error.contains("/usr/lib/cni"), "{error}");
+        assert_eq!(host.log(), "");
+        host.nothing_left();
+        let trouble = host.runtime.block_on(cni.trouble()).unwrap();
+        assert!(trouble.contains("\"nonesuch\""), "{trouble}");
+    });
+}
+
+#[test]
+fn success_without_an_interface_is_a_failure() {
+    on_a_host(|host| {
+        host.plugin("liar", r#"[ $CNI_COMMAND = ADD ] && echo '{"cniVersion":"1.0.0"}'; exit 0"#);
+        host.conflist(&conflist("1.0.0", &["liar"]));
+        let error = text(&fails(host, &host.cni(), "p1"));
+        assert!(error.contains("left no interface"), "{error}");
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn a_failed_detach_is_told_and_done_again() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.plugin("second", SECOND);
+        host.conflist(&conflist("1.0.0", &["good", "second"]));
+        let cni = host.cni();
+        let a = host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+        host.plugin("second", "echo '{\"code\":100,\"msg\":\"stuck\"}'; exit 1");
+        host.clear_log();
+        let error = host.runtime.block_on(cni.detach("p1")).unwrap_err();
+        assert!(text(&error).contains("stuck, code 100"), "{}", text(&error));
+        assert!(host.log().contains("DEL p1"), "the other plugin must run all the same");
+        assert!(a.netns.exists(), "the plugin may need it at the next try");
+        host.plugin("second", SECOND);
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn a_plugin_that_does_not_know_the_pod_has_nothing_to_undo() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good"]));
+        let cni = host.cni();
+        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+        host.plugin("good", "echo '{\"code\":3,\"msg\":\"unknown\"}'; exit 1");
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn the_dead_are_collected_and_the_living_are_not() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good"]));
+        let before = host.cni();
+        for id in ["p1", "p2", "p3"] {
+            host.runtime.block_on(before.attach(pod(id))).unwrap();
+        }
+        // p3's namespace went away with a reboot; another runtime's namespace is nobody's business.
+        nix::mount::umount(&before.netns_path("p3")).unwrap();
+        fs::remove_file(before.netns_path("p3")).unwrap();
+        fs::write(host.path("netns/cni-1234"), "").unwrap();
+        // A creation cut short between the file and the mount.
+        fs::write(before.netns_path("p4"), "").unwrap();
+        let after = host.cni();
+        host.runtime.block_on(after.attach(pod("p5"))).unwrap();
+        host.clear_log();
+        host.runtime.block_on(after.collect(&["p1".to_owned()])).unwrap();
+        assert_eq!(host.names("netns"), ["cni-1234", "nacelle-p1", "nacelle-p5"]);
+        assert_eq!(host.names("cache/attachments"), ["p1.json", "p5.json"]);
+        let log = host.log();
+        assert!(log.contains("DEL p2 eth0 /") && log.contains("DEL p3 eth0 none"), "{log}");
+        for id in ["p1", "p5"] {
+            host.runtime.block_on(after.detach(id)).unwrap();
+        }
+        fs::remove_file(host.path("netns/cni-1234")).unwrap();
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn collecting_goes_on_past_a_plugin_that_always_fails() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good"]));
+        host.runtime.block_on(host.cni().attach(pod("p1"))).unwrap();
+        host.plugin("good", "exit 1");
+        let error = host.runtime.block_on(host.cni().collect(&[])).unwrap_err();
+        assert!(text(&error).contains("failed at DEL"), "{}", text(&error));
+        assert_eq!(host.names("netns"), Vec::<String>::new());
+        assert_eq!(host.names("cache/attachments"), ["p1.json"], "the debt must be remembered");
+        host.plugin("good", "exit 0");
+        host.runtime.block_on(host.cni().collect(&[])).unwrap();
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn a_damaged_record_does_not_keep_a_pod_from_being_freed() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good"]));
+        let cni = host.cni();
+        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+        fs::write(host.path("cache/attachments/p1.json"), "{").unwrap();
+        host.clear_log();
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        assert!(host.log().starts_with("DEL p1 eth0 /"), "{}", host.log());
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn attaching_again_starts_by_undoing_what_is_there() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good"]));
+        let first = host.runtime.block_on(host.cni().attach(pod("p1"))).unwrap();
+        host.clear_log();
+        let second = host.runtime.block_on(host.cni().attach(pod("p1"))).unwrap();
+        assert_eq!(first, second);
+        let verbs: Vec<String> =
+            host.log().lines().map(|l| l.split(' ').next().unwrap().to_owned()).collect();
+        assert_eq!(verbs, ["DEL", "ADD"]);
+        host.runtime.block_on(host.cni().detach("p1")).unwrap();
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn gc_and_status_are_spoken_with_networks_of_1_1_only() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.1.0", &["good"]));
+        let cni = host.cni();
+        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+        host.clear_log();
+        host.runtime.block_on(cni.collect(&["p1".to_owned()])).unwrap();
+        assert!(host.log().starts_with("GC"), "{}", host.log());
+        assert_eq!(
+            json(host, "stdin.GC")["cni.dev/valid-attachments"],
+            serde_json::json!([{"containerID":"p1","ifname":"eth0"}])
+        );
+        assert_eq!(host.runtime.block_on(cni.trouble()), None);
+        assert!(host.log().contains("STATUS"), "{}", host.log());
+        host.plugin(
+            "good",
+            "case $CNI_COMMAND in STATUS) echo '{\"code\":50,\"msg\":\"daemon down\"}'; exit 1;;
+             VERSION) echo '{\"supportedVersions\":[\"1.1.0\"]}';; esac",
+        );
+        let trouble = host.runtime.block_on(cni.trouble()).unwrap();
+        assert!(trouble.contains("daemon down, code 50"), "{trouble}");
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good"]));
+        host.clear_log();
+        host.runtime.block_on(cni.collect(&["p1".to_owned()])).unwrap();
+        assert_eq!(host.runtime.block_on(cni.trouble()), None);
+        assert!(!host.log().contains("GC") && !host.log().contains("STATUS"), "{}", host.log());
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn a_plugin_too_old_for_the_network_is_trouble() {
+    on_a_host(|host| {
+        host.plugin("good", "echo '{\"supportedVersions\":[\"0.3.1\"]}'");
+        host.conflist(&conflist("1.0.0", &["good"]));
+        let trouble = host.runtime.block_on(host.cni().trouble()).unwrap();
+        assert!(trouble.contains("does not speak") && trouble.contains("0.3.1"), "{trouble}");
+        let none = Cni::new(Config { conf_dir: host.path("void"), ..host.config() });
+        let trouble = host.runtime.block_on(none.trouble()).unwrap();
+        assert!(trouble.contains("no network is configured"), "{trouble}");
+    });
+}
+
+#[test]
+fn giving_up_on_an_attach_leaves_nothing_after_the_detach() {
+    on_a_host(|host| {
+        host.plugin("good", &format!("[ $CNI_COMMAND = ADD ] && sleep 1\n{GOOD}"));
+        host.conflist(&conflist("1.0.0", &["good"]));
+        let cni = host.cni();
+        host.runtime.block_on(async {
+            let impatient =
+                tokio::time::timeout(Duration::from_millis(200), cni.attach(pod("p1"))).await;
+            assert!(impatient.is_err());
+            cni.detach("p1").await.unwrap();
+        });
+        assert!(host.log().contains("ADD p1"), "the attach must have come to its end first");
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn two_attaches_of_one_pod_do_not_mix() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good"]));
+        let cni = host.cni();
+        let (a, b) = host
+            .runtime
+            .block_on(async { tokio::join!(cni.attach(pod("p1")), cni.attach(pod("p1"))) });
+        assert_eq!(a.unwrap(), b.unwrap());
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn wrong_pods_are_refused_before_anything_is_done() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good"]));
+        let cni = host.cni();
+        for id in ["", "../escape", "a b"] {
+            let error = fails(host, &cni, id);
+            assert!(matches!(error, Error::Pod(_)), "{error}");
+            assert!(host.runtime.block_on(cni.detach(id)).is_err());
+        }
+        assert_eq!(host.log(), "");
+        host.nothing_left();
+    });
+}
