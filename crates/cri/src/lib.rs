@@ -1,1 +1,24 @@
+//! The door for kubelets and crictl: RuntimeService and ImageService of the Kubernetes CRI v1
+//! (proto/cri/v1/api.proto) on a unix socket. Conversion in, conversion out: the life cycle is in
+//! `sandbox`, images are in `image`, and [`errors`] is the one place that knows gRPC status codes.
 //!
+//! The rule for requests: what is asked for is done, or refused with the field's name and a
+//! reason. Nothing is dropped in silence. See [`convert`] for what is refused and why.
+
+pub mod config;
+pub mod convert;
+pub mod errors;
+mod images;
+mod runtime;
+mod server;
+
+pub use config::{Config, DefaultSeccomp};
+pub use images::Image;
+pub use runtime::{Health, Runtime};
+pub use server::{ListenError, MAX_MESSAGE, Shutdown, listen, serve};
+
+/// Types, servers and clients generated from proto/cri/v1/api.proto.
+#[allow(unreachable_pub, clippy::all)]
+pub mod v1 {
+    tonic::include_proto!("runtime.v1");
+}

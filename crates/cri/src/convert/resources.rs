@@ -1,0 +1,328 @@
+//! CRI's LinuxContainerResources to OCI's LinuxResources, and a pod's request to the size of its
+//! VM.
+//!
+//! `cpuset_cpus` counts the pod's own CPUs: a container sees, and is limited to, CPUs of its
+//! guest. Limits on swap ask for nothing that a guest without swap would not keep.
+
+use std::collections::BTreeMap;
+
+use oci_spec::runtime::{
+    LinuxCpu, LinuxCpuBuilder, LinuxMemory, LinuxResources, LinuxResourcesBuilder,
+};
+
+use super::Refusal;
+use crate::config::Config;
+use crate::v1;
+
+const MIB: i64 = 1 << 20;
+/// cpu.max's default period, microseconds (cgroup-v2.rst).
+const DEFAULT_PERIOD: i64 = 100_000;
+/// OOM scores the kernel knows (proc(5), oom_score_adj).
+pub const OOM_SCORE: std::ops::RangeInclusive<i64> = -1000..=1000;
+
+/// Zero and absent mean "not set" throughout the interface; -1 is "no limit" for a quota.
+pub fn to_oci(request: &v1::LinuxContainerResources) -> Result<LinuxResources, Refusal> {
+    check(request)?;
+    let mut resources = LinuxResourcesBuilder::default().build().map_err(internal)?;
+    resources.set_cpu(cpu(request)?);
+    resources.set_memory(memory(request));
+    if !request.unified.is_empty() {
+        resources.set_unified(Some(request.unified.clone().into_iter().collect()));
+    }
+    Ok(resources)
+}
+
+fn cpu(request: &v1::LinuxContainerResources) -> Result<Option<LinuxCpu>, Refusal> {
+    let mut cpu = LinuxCpuBuilder::default().build().map_err(internal)?;
+    cpu.set_shares(positive(request.cpu_shares));
+    cpu.set_quota(Some(request.cpu_quota).filter(|quota| *quota != 0));
+    cpu.set_period(positive(request.cpu_period));
+    cpu.set_cpus(Some(request.cpuset_cpus.clone()).filter(|set| !set.is_empty()));
+    let none = cpu.shares().is_none()
+        && cpu.quota().is_none()
+        && cpu.period().is_none()
+        && cpu.cpus().is_none();
+    Ok(Some(cpu).filter(|_| !none))
+}
+
+fn memory(request: &v1::LinuxContainerResources) -> Option<LinuxMemory> {
+    let limit = request.memory_limit_in_bytes;
+    (limit != 0).then(|| {
+        let mut memory = LinuxMemory::default();
+        memory.set_limit(Some(limit));
+        memory
+    })
+}
+
+fn check(request: &v1::LinuxContainerResources) -> Result<(), Refusal> {
+    let at_least = |field: &str, value: i64, least: i64| {
+        if value < least {
+            return Err(Refusal::invalid(field, format!("{value} is no limit")));
+        }
+        Ok(())
+    };
+    at_least("cpu_period", request.cpu_period, 0)?;
+    at_least("cpu_quota", request.cpu_quota, -1)?;
+    at_least("cpu_shares", request.cpu_shares, 0)?;
+    at_least("memory_limit_in_bytes", request.memory_limit_in_bytes, -1)?;
+    if !OOM_SCORE.contains(&request.oom_score_adj) {
+        return Err(Refusal::invalid(
+            "oom_score_adj",
+            format!("{} is outside of -1000..1000", request.oom_score_adj),
+        ));
+    }
+    for (field, set) in
+        [("cpuset_cpus", &request.cpuset_cpus), ("cpuset_mems", &request.cpuset_mems)]
+    {
+        if !set.bytes().all(|b| b.is_ascii_digit() || b == b',' || b == b'-') {
+            return Err(Refusal::invalid(field, format!("{set:?} is not a list like 0-2,4")));
+        }
+    }
+    if !matches!(request.cpuset_mems.as_str(), "" | "0" | "0-0") {
+        return Err(Refusal::unsupported(
+            "cpuset_mems",
+            format!("{:?}: a pod's VM has one memory node, 0", request.cpuset_mems),
+        ));
+    }
+    // A kubelet sends a limit of 0 for every size of huge page that its node knows; a guest has
+    // none to begin with.
+    if let Some(huge) = request.hugepage_limits.iter().find(|limit| limit.limit > 0) {
+        return Err(Refusal::unsupported(
+            "hugepage_limits",
+            format!("{}: a pod's VM has no huge pages to give", huge.page_size),
+        ));
+    }
+    check_unified(&request.unified)
+}
+
+/// Keys are file names in the container's cgroup (cgroup-v2.rst), so nothing may lead elsewhere.
+fn check_unified(unified: &BTreeMap<String, String>) -> Result<(), Refusal> {
+    let named = |key: &str| {
+        key.contains('.')
+            && !key.starts_with('.')
+            && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+    };
+    match unified.keys().find(|key| !named(key)) {
+        Some(key) => Err(Refusal::invalid(
+            "unified",
+            format!("{key:?} is not the name of a cgroup v2 file, like memory.high"),
+        )),
+        None => Ok(()),
+    }
+}
+
+fn positive(value: i64) -> Option<u64> {
+    u64::try_from(value).ok().filter(|value| *value > 0)
+}
+
+fn internal(error: oci_spec::OciSpecError) -> Refusal {
+    Refusal::invalid("resources", error.to_string())
+}
+
+/// Limits in force, for a status.
+pub fn from_oci(resources: &LinuxResources) -> v1::LinuxContainerResources {
+    let cpu = resources.cpu().clone().unwrap_or_default();
+    let signed = |value: Option<u64>| value.map_or(0, |v| i64::try_from(v).unwrap_or(i64::MAX));
+    v1::LinuxContainerResources {
+        cpu_period: signed(cpu.period()),
+        cpu_quota: cpu.quota().unwrap_or(0),
+        cpu_shares: signed(cpu.shares()),
+        cpuset_cpus: cpu.cpus().clone().unwrap_or_default(),
+        memory_limit_in_bytes: resources.memory().and_then(|m| m.limit()).unwrap_or(0),
+        unified: resources.unified().clone().unwrap_or_default().into_iter().collect(),
+        ..Default::default()
+    }
+}
+
+/// What an update changes over what is in force; a limit that the update leaves at its zero stays.
+pub fn overlay(current: &LinuxResources, update: &LinuxResources) -> LinuxResources {
+    let mut merged = LinuxResources::default();
+    let (old, new) = (current.cpu().clone(), update.cpu().clone());
+    merged.set_cpu(match (old, new) {
+        (Some(old), Some(new)) => {
+            let mut cpu = old.clone();
+            cpu.set_shares(new.shares().or(old.shares()));
+            cpu.set_quota(new.quota().or(old.quota()));
+            cpu.set_period(new.period().or(old.period()));
+            cpu.set_cpus(new.cpus().clone().or_else(|| old.cpus().clone()));
+            Some(cpu)
+        }
+        (old, new) => new.or(old),
+    });
+    merged.set_memory(update.memory().or(*current.memory()));
+    let mut unified = current.unified().clone().unwrap_or_default();
+    unified.extend(update.unified().clone().unwrap_or_default());
+    merged.set_unified(Some(unified).filter(|unified| !unified.is_empty()));
+    // Device rules are not a limit and never change.
+    merged.set_devices(None);
+    merged
+}
+
+/// CPUs and memory of a pod's VM.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Size {
+    pub vcpus: Option<u8>,
+    pub memory_mib: Option<u32>,
+}
+
+/// The sum of the containers' limits (`resources`) and what the pod itself costs (`overhead`).
+/// Without limits the configured default counts, for a pod without limits may use what is there.
+pub fn vm_size(
+    resources: Option<&v1::LinuxContainerResources>,
+    overhead: Option<&v1::LinuxContainerResources>,
+    host_cpus: usize,
+    config: &Config,
+) -> Result<Size, Refusal> {
+    let none = v1::LinuxContainerResources::default();
+    let resources_given = resources.unwrap_or(&none);
+    let overhead_given = overhead.unwrap_or(&none);
+    check(resources_given).map_err(|refusal| refusal.inside("linux.resources"))?;
+    check(overhead_given).map_err(|refusal| refusal.inside("linux.overhead"))?;
+
+    let cpus = |r: &v1::LinuxContainerResources| {
+        let period = if r.cpu_period > 0 { r.cpu_period } else { DEFAULT_PERIOD };
+        (r.cpu_quota > 0).then(|| r.cpu_quota as f64 / period as f64)
+    };
+    // More CPUs than the host has would only wait for each other.
+    let most = u8::try_from(host_cpus).unwrap_or(u8::MAX).max(1);
+    let vcpus = cpus(resources_given).map(|limit| {
+        let sum = limit + cpus(overhead_given).unwrap_or(0.0);
+        // A request of 1.0 CPU must not become 2 by a rounding error in the sum.
+        (sum - 1e-6).ceil().clamp(1.0, f64::from(most)) as u8
+    });
+
+    let memory_mib = match resources_given.memory_limit_in_bytes {
+        limit if limit > 0 => {
+            let room = match overhead_given.memory_limit_in_bytes {
+                stated if stated > 0 => stated,
+                _ => i64::from(config.guest_overhead_mib) * MIB,
+            };
+            let mib = limit.saturating_add(room).saturating_add(MIB - 1) / MIB;
+            let mib = u32::try_from(mib).map_err(|_| {
+                Refusal::invalid(
+                    "linux.resources.memory_limit_in_bytes",
+                    format!("{limit} is more than a VM can have"),
+                )
+            })?;
+            Some(mib.max(config.min_memory_mib))
+        }
+        _ => None,
+    };
+    Ok(Size { vcpus, memory_mib })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> v1::LinuxContainerResources {
+        v1::LinuxContainerResources::default()
+    }
+
+    #[test]
+    fn what_is_not_set_stays_not_set() {
+        let oci = to_oci(&request()).unwrap();
+        assert!(oci.cpu().is_none() && oci.memory().is_none() && oci.unified().is_none());
+    }
+
+    #[test]
+    fn limits_arrive_in_their_places() {
+        let oci = to_oci(&v1::LinuxContainerResources {
+            cpu_period: 50_000,
+            cpu_quota: 25_000,
+            cpu_shares: 512,
+            memory_limit_in_bytes: 64 << 20,
+            cpuset_cpus: "0-1".into(),
+            unified: [("pids.max".to_string(), "10".to_string())].into(),
+            ..request()
+        })
+        .unwrap();
+        let cpu = oci.cpu().as_ref().unwrap();
+        assert_eq!(
+            (cpu.period(), cpu.quota(), cpu.shares()),
+            (Some(50_000), Some(25_000), Some(512))
+        );
+        assert_eq!(cpu.cpus().as_deref(), Some("0-1"));
+        assert_eq!(oci.memory().unwrap().limit(), Some(64 << 20));
+        assert_eq!(oci.unified().as_ref().unwrap()["pids.max"], "10");
+        let back = from_oci(&oci);
+        assert_eq!((back.cpu_quota, back.memory_limit_in_bytes), (25_000, 64 << 20));
+    }
+
+    #[test]
+    fn nonsense_and_what_a_guest_lacks_is_refused_by_name() {
+        let table = [
+            (v1::LinuxContainerResources { cpu_quota: -2, ..request() }, "cpu_quota"),
+            (v1::LinuxContainerResources { cpu_period: -1, ..request() }, "cpu_period"),
+            (v1::LinuxContainerResources { cpuset_cpus: "a".into(), ..request() }, "cpuset_cpus"),
+            (v1::LinuxContainerResources { cpuset_mems: "1".into(), ..request() }, "cpuset_mems"),
+            (v1::LinuxContainerResources { oom_score_adj: 2000, ..request() }, "oom_score_adj"),
+            (
+                v1::LinuxContainerResources {
+                    unified: [("../x.y".to_string(), String::new())].into(),
+                    ..request()
+                },
+                "unified",
+            ),
+            (
+                v1::LinuxContainerResources {
+                    hugepage_limits: vec![v1::HugepageLimit { page_size: "2MB".into(), limit: 1 }],
+                    ..request()
+                },
+                "hugepage_limits",
+            ),
+        ];
+        for (request, field) in table {
+            let refusal = to_oci(&request).unwrap_err().to_string();
+            assert!(refusal.starts_with(field), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn an_update_changes_only_what_it_names() {
+        let current = to_oci(&v1::LinuxContainerResources {
+            cpu_shares: 512,
+            cpu_quota: 50_000,
+            memory_limit_in_bytes: 64 << 20,
+            ..request()
+        })
+        .unwrap();
+        let update = to_oci(&v1::LinuxContainerResources { cpu_quota: -1, ..request() }).unwrap();
+        let merged = from_oci(&overlay(&current, &update));
+        assert_eq!((merged.cpu_shares, merged.cpu_quota), (512, -1));
+        assert_eq!(merged.memory_limit_in_bytes, 64 << 20);
+    }
+
+    #[test]
+    fn a_vm_is_sized_from_limits_and_overhead() {
+        let config = Config::default();
+        let limits = v1::LinuxContainerResources {
+            cpu_quota: 150_000,
+            cpu_period: 100_000,
+            memory_limit_in_bytes: 512 << 20,
+            ..request()
+        };
+        let size = vm_size(Some(&limits), None, 8, &config).unwrap();
+        assert_eq!(
+            size,
+            Size { vcpus: Some(2), memory_mib: Some(512 + config.guest_overhead_mib) }
+        );
+        let overhead = v1::LinuxContainerResources {
+            cpu_quota: 60_000,
+            memory_limit_in_bytes: 100 << 20,
+            ..request()
+        };
+        let size = vm_size(Some(&limits), Some(&overhead), 8, &config).unwrap();
+        assert_eq!(size, Size { vcpus: Some(3), memory_mib: Some(612) });
+        // No more CPUs than the host has.
+        assert_eq!(vm_size(Some(&limits), None, 1, &config).unwrap().vcpus, Some(1));
+    }
+
+    #[test]
+    fn without_limits_the_default_size_counts() {
+        let config = Config::default();
+        assert_eq!(vm_size(None, None, 8, &config).unwrap(), Size::default());
+        let shares_only = v1::LinuxContainerResources { cpu_shares: 2, ..request() };
+        assert_eq!(vm_size(Some(&shares_only), None, 8, &config).unwrap(), Size::default());
+    }
+}

@@ -1,0 +1,350 @@
+//! Capabilities, masked paths and profiles of a container, with containerd's defaults.
+
+use std::collections::HashSet;
+use std::str::FromStr;
+
+use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
+
+use super::{Refusal, known};
+use crate::v1;
+
+/// What a container has that asks for nothing: containerd's and Docker's set. A reason on each
+/// line; all of them reach no further than the pod's own VM.
+const DEFAULT_CAPABILITIES: [Capability; 14] = [
+    Capability::AuditWrite,     // sshd and login write audit records
+    Capability::Chown,          // package managers and entrypoints hand files over
+    Capability::DacOverride,    // root in the container is root over its files
+    Capability::Fowner,         // the same, for modes and times
+    Capability::Fsetid,         // keeps set-id bits when root writes
+    Capability::Kill,           // an init ends its children, whoever they run as
+    Capability::Mknod,          // image builds make device nodes
+    Capability::NetBindService, // port 80
+    Capability::NetRaw,         // ping
+    Capability::Setfcap,        // package managers set file capabilities
+    Capability::Setgid,         // entrypoints step down from root
+    Capability::Setpcap,        // and drop what they do not need
+    Capability::Setuid,         // entrypoints step down from root
+    Capability::SysChroot,      // daemons that lock themselves in
+];
+
+/// In ascending order of their numbers, capabilities(7).
+const ALL_CAPABILITIES: [Capability; 41] = [
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::DacReadSearch,
+    Capability::Fowner,
+    Capability::Fsetid,
+    Capability::Kill,
+    Capability::Setgid,
+    Capability::Setuid,
+    Capability::Setpcap,
+    Capability::LinuxImmutable,
+    Capability::NetBindService,
+    Capability::NetBroadcast,
+    Capability::NetAdmin,
+    Capability::NetRaw,
+    Capability::IpcLock,
+    Capability::IpcOwner,
+    Capability::SysModule,
+    Capability::SysRawio,
+    Capability::SysChroot,
+    Capability::SysPtrace,
+    Capability::SysPacct,
+    Capability::SysAdmin,
+    Capability::SysBoot,
+    Capability::SysNice,
+    Capability::SysResource,
+    Capability::SysTime,
+    Capability::SysTtyConfig,
+    Capability::Mknod,
+    Capability::Lease,
+    Capability::AuditWrite,
+    Capability::AuditControl,
+    Capability::Setfcap,
+    Capability::MacOverride,
+    Capability::MacAdmin,
+    Capability::Syslog,
+    Capability::WakeAlarm,
+    Capability::BlockSuspend,
+    Capability::AuditRead,
+    Capability::Perfmon,
+    Capability::Bpf,
+    Capability::CheckpointRestore,
+];
+
+/// Paths below /proc and /sys that tell about the kernel or steer it; hidden from containers.
+pub const MASKED_PATHS: [&str; 14] = [
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+    "/sys/kernel/debug",
+    "/sys/kernel/security",
+];
+
+pub const READONLY_PATHS: [&str; 5] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// Capabilities of the container's first process. `ALL` stands for every one, in both lists, and is
+/// the ground on which the names are added and dropped; a name in both lists is dropped.
+pub fn capabilities(
+    security: &v1::LinuxContainerSecurityContext,
+) -> Result<LinuxCapabilities, Refusal> {
+    let all = || ALL_CAPABILITIES.into_iter().collect::<Capabilities>();
+    let none = v1::Capability::default();
+    let request = security.capabilities.as_ref().unwrap_or(&none);
+    let mut set: Capabilities =
+        if security.privileged { all() } else { DEFAULT_CAPABILITIES.into_iter().collect() };
+    let (drop_all, dropped) =
+        parse_list("capabilities.drop_capabilities", &request.drop_capabilities)?;
+    let (add_all, added) = parse_list("capabilities.add_capabilities", &request.add_capabilities)?;
+    let (ambient_all, mut ambient) =
+        parse_list("capabilities.add_ambient_capabilities", &request.add_ambient_capabilities)?;
+    if !security.privileged {
+        if add_all {
+            set = all();
+        }
+        if drop_all {
+            set.clear();
+        }
+        set.extend(added);
+        set.retain(|capability| !dropped.contains(capability));
+    }
+    if ambient_all {
+        ambient = all();
+    }
+    // An ambient capability has to be permitted and inheritable (capabilities(7)).
+    set.extend(ambient.iter().copied());
+
+    let mut capabilities = LinuxCapabilities::default();
+    capabilities
+        .set_bounding(Some(set.clone()))
+        .set_effective(Some(set.clone()))
+        .set_permitted(Some(set))
+        .set_inheritable(Some(ambient.clone()))
+        .set_ambient(Some(ambient));
+    Ok(capabilities)
+}
+
+/// Whether `ALL` is in the list, and all others.
+fn parse_list(field: &str, names: &[String]) -> Result<(bool, HashSet<Capability>), Refusal> {
+    let mut all = false;
+    let mut set = HashSet::new();
+    for name in names {
+        let upper = name.to_ascii_uppercase();
+        let short = upper.strip_prefix("CAP_").unwrap_or(&upper);
+        if short == "ALL" {
+            all = true;
+            continue;
+        }
+        set.insert(
+            Capability::from_str(short)
+                .map_err(|_| Refusal::invalid(field, format!("{name:?} is no capability")))?,
+        );
+    }
+    Ok((all, set))
+}
+
+/// SELinux and AppArmor live in a kernel; a guest's has neither policy nor profiles of the host.
+/// AppArmor's `RuntimeDefault` is the runtime's choice, and nacelle's is none: the VM is the wall.
+pub fn mandatory_access(
+    selinux: Option<&v1::SeLinuxOption>,
+    apparmor: Option<&v1::SecurityProfile>,
+    deprecated_apparmor: &str,
+) -> Result<(), Refusal> {
+    if let Some(label) = selinux {
+        let parts = [&label.user, &label.role, &label.r#type, &label.level];
+        if parts.iter().any(|part| !part.is_empty()) {
+            return Err(Refusal::unsupported(
+                "selinux_options",
+                "a pod's VM runs without SELinux; leave the label away",
+            ));
+        }
+    }
+    let no_profiles = |name: &str| {
+        Refusal::unsupported(
+            "apparmor",
+            format!(
+                "profile {name:?} is not loaded in the pod's VM; use RuntimeDefault or Unconfined"
+            ),
+        )
+    };
+    match apparmor {
+        Some(profile) => match known("apparmor.profile_type", profile.profile_type)? {
+            v1::security_profile::ProfileType::RuntimeDefault
+            | v1::security_profile::ProfileType::Unconfined => Ok(()),
+            v1::security_profile::ProfileType::Localhost => {
+                Err(no_profiles(&profile.localhost_ref))
+            }
+        },
+        None => match deprecated_apparmor {
+            "" | "runtime/default" | "unconfined" => Ok(()),
+            other => Err(no_profiles(other)),
+        },
+    }
+}
+
+/// Namespaces that the pod's VM can give. `place` is the path of the message that holds them.
+pub fn namespaces(options: Option<&v1::NamespaceOption>) -> Result<(), Refusal> {
+    let Some(options) = options else { return Ok(()) };
+    let host = |field: &str, name: &str, what: &str| {
+        Refusal::unsupported(
+            format!("namespace_options.{field}"),
+            format!(
+                "NODE ({name}): a pod in a microVM has no part in the host's {what}; run it with a \
+                 runtime class that is not a VM"
+            ),
+        )
+    };
+    let mode = |field: &str, value: i32| {
+        known::<v1::NamespaceMode>(&format!("namespace_options.{field}"), value)
+    };
+    let unusual = |field: &str, mode: v1::NamespaceMode| {
+        Refusal::invalid(
+            format!("namespace_options.{field}"),
+            format!("{} is not a mode it can have; use POD", mode.as_str_name()),
+        )
+    };
+    match mode("network", options.network)? {
+        v1::NamespaceMode::Pod => {}
+        v1::NamespaceMode::Node => return Err(host("network", "hostNetwork", "network")),
+        other => return Err(unusual("network", other)),
+    }
+    match mode("ipc", options.ipc)? {
+        v1::NamespaceMode::Pod => {}
+        v1::NamespaceMode::Node => return Err(host("ipc", "hostIPC", "shared memory")),
+        other => return Err(unusual("ipc", other)),
+    }
+    match mode("pid", options.pid)? {
+        v1::NamespaceMode::Node => return Err(host("pid", "hostPID", "processes")),
+        v1::NamespaceMode::Target if options.target_id.is_empty() => {
+            return Err(Refusal::invalid("namespace_options.target_id", "empty with pid TARGET"));
+        }
+        v1::NamespaceMode::Pod | v1::NamespaceMode::Container | v1::NamespaceMode::Target => {}
+    }
+    let Some(user) = &options.userns_options else { return Ok(()) };
+    match mode("userns_options.mode", user.mode)? {
+        v1::NamespaceMode::Node => Ok(()),
+        _ => Err(Refusal::unsupported(
+            "namespace_options.userns_options",
+            "user namespaces are not served: root in a pod is root of its own VM only, so set \
+             hostUsers to true or leave it away",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn caps(privileged: bool, add: &[&str], drop: &[&str]) -> LinuxCapabilities {
+        let list = |names: &[&str]| names.iter().map(ToString::to_string).collect();
+        capabilities(&v1::LinuxContainerSecurityContext {
+            privileged,
+            capabilities: Some(v1::Capability {
+                add_capabilities: list(add),
+                drop_capabilities: list(drop),
+                ..Default::default()
+            }),
+            ..Default::default()
+        })
+        .unwrap()
+    }
+
+    fn bounding(set: &LinuxCapabilities) -> HashSet<Capability> {
+        set.bounding().clone().unwrap()
+    }
+
+    #[test]
+    fn additions_and_drops_change_the_default_set() {
+        let plain = bounding(&caps(false, &[], &[]));
+        assert_eq!(plain, DEFAULT_CAPABILITIES.into_iter().collect());
+        let changed = bounding(&caps(false, &["NET_ADMIN", "cap_sys_time"], &["MKNOD"]));
+        assert!(changed.contains(&Capability::NetAdmin) && changed.contains(&Capability::SysTime));
+        assert!(!changed.contains(&Capability::Mknod));
+        assert_eq!(bounding(&caps(false, &["CHOWN"], &["ALL"])), [Capability::Chown].into());
+        assert_eq!(bounding(&caps(false, &["ALL"], &[])).len(), ALL_CAPABILITIES.len());
+        let but_one = bounding(&caps(false, &["ALL"], &["SYS_ADMIN"]));
+        assert_eq!(but_one.len(), ALL_CAPABILITIES.len() - 1);
+        assert!(bounding(&caps(false, &[], &["all"])).is_empty());
+    }
+
+    #[test]
+    fn a_privileged_container_has_every_capability() {
+        assert_eq!(bounding(&caps(true, &[], &["ALL"])).len(), ALL_CAPABILITIES.len());
+    }
+
+    #[test]
+    fn ambient_capabilities_are_in_all_sets() {
+        let set = capabilities(&v1::LinuxContainerSecurityContext {
+            capabilities: Some(v1::Capability {
+                add_ambient_capabilities: vec!["NET_ADMIN".into()],
+                ..Default::default()
+            }),
+            ..Default::default()
+        })
+        .unwrap();
+        for part in [set.ambient(), set.inheritable(), set.permitted(), set.bounding()] {
+            assert!(part.as_ref().unwrap().contains(&Capability::NetAdmin));
+        }
+        assert_eq!(set.ambient().as_ref().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn an_unknown_capability_is_refused() {
+        assert!(parse_list("add", &["FLY".into()]).is_err());
+    }
+
+    #[test]
+    fn the_lists_hold_each_capability_once() {
+        assert_eq!(ALL_CAPABILITIES.iter().collect::<HashSet<_>>().len(), 41);
+        assert!(DEFAULT_CAPABILITIES.iter().all(|c| ALL_CAPABILITIES.contains(c)));
+    }
+
+    #[test]
+    fn namespaces_of_the_host_are_refused_with_the_pod_specs_word_for_them() {
+        let node = v1::NamespaceMode::Node as i32;
+        let none = v1::NamespaceOption::default();
+        for (options, word) in [
+            (v1::NamespaceOption { network: node, ..none.clone() }, "hostNetwork"),
+            (v1::NamespaceOption { pid: node, ..none.clone() }, "hostPID"),
+            (v1::NamespaceOption { ipc: node, ..none.clone() }, "hostIPC"),
+            (
+                v1::NamespaceOption {
+                    userns_options: Some(v1::UserNamespace::default()),
+                    ..none.clone()
+                },
+                "hostUsers",
+            ),
+            (v1::NamespaceOption { pid: 3, ..none.clone() }, "target_id"),
+            (v1::NamespaceOption { network: 1, ..none.clone() }, "use POD"),
+            (v1::NamespaceOption { ipc: 77, ..none.clone() }, "77"),
+        ] {
+            let text = namespaces(Some(&options)).unwrap_err().to_string();
+            assert!(text.contains(word), "{text}");
+        }
+        let host_users = v1::UserNamespace { mode: node, ..Default::default() };
+        let usual = v1::NamespaceOption { pid: 1, userns_options: Some(host_users), ..none };
+        assert_eq!(namespaces(Some(&usual)), Ok(()));
+    }
+
+    #[test]
+    fn labels_and_profiles_of_the_host_are_refused() {
+        let label = v1::SeLinuxOption { level: "s0".into(), ..Default::default() };
+        assert!(mandatory_access(Some(&label), None, "").is_err());
+        assert!(mandatory_access(Some(&v1::SeLinuxOption::default()), None, "").is_ok());
+        let local = v1::SecurityProfile { profile_type: 2, localhost_ref: "mine".into() };
+        assert!(mandatory_access(None, Some(&local), "").unwrap_err().to_string().contains("mine"));
+        let default = v1::SecurityProfile::default();
+        assert!(mandatory_access(None, Some(&default), "localhost/x").is_ok());
+        assert!(mandatory_access(None, None, "localhost/x").is_err());
+    }
+}

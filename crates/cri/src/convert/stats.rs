@@ -1,0 +1,132 @@
+//! Measurements from the guests to the interface's statistics.
+
+use sandbox::model::{ContainerView, PodView};
+use sandbox::stats::{
+    ContainerStatsView, CpuView, FsView, InterfaceView, MemoryView, PodStatsView,
+};
+
+use super::status::{container_metadata, pod_metadata};
+use super::time::nanos;
+use crate::v1;
+
+/// The interface that a pod's traffic counts by.
+const DEFAULT_INTERFACE: &str = "eth0";
+
+fn value(value: u64) -> Option<v1::UInt64Value> {
+    Some(v1::UInt64Value { value })
+}
+
+fn cpu(view: &CpuView, timestamp: i64) -> v1::CpuUsage {
+    v1::CpuUsage {
+        timestamp,
+        usage_core_nano_seconds: value(view.usage_ns),
+        usage_nano_cores: value(view.usage_nano_cores),
+        psi: None,
+    }
+}
+
+fn memory(view: &MemoryView, timestamp: i64) -> v1::MemoryUsage {
+    v1::MemoryUsage {
+        timestamp,
+        working_set_bytes: value(view.working_set),
+        available_bytes: value(view.available),
+        usage_bytes: value(view.usage),
+        rss_bytes: value(view.rss),
+        page_faults: value(view.page_faults),
+        major_page_faults: value(view.major_page_faults),
+        psi: None,
+    }
+}
+
+fn writable_layer(view: &FsView, timestamp: i64, mountpoint: &str) -> v1::FilesystemUsage {
+    v1::FilesystemUsage {
+        timestamp,
+        fs_id: Some(v1::FilesystemIdentifier { mountpoint: mountpoint.to_string() }),
+        used_bytes: value(view.used_bytes),
+        inodes_used: value(view.inodes_used),
+    }
+}
+
+fn interface(view: &InterfaceView) -> v1::NetworkInterfaceUsage {
+    v1::NetworkInterfaceUsage {
+        name: view.name.clone(),
+        rx_bytes: value(view.rx_bytes),
+        rx_errors: value(view.rx_errors),
+        tx_bytes: value(view.tx_bytes),
+        tx_errors: value(view.tx_errors),
+    }
+}
+
+fn network(interfaces: &[InterfaceView], timestamp: i64) -> v1::NetworkUsage {
+    let (default, others): (Vec<_>, Vec<_>) =
+        interfaces.iter().partition(|view| view.name == DEFAULT_INTERFACE);
+    v1::NetworkUsage {
+        timestamp,
+        default_interface: default.first().map(|view| interface(view)),
+        interfaces: others.into_iter().map(interface).collect(),
+    }
+}
+
+/// A container without a measurement (created, ended) is listed with its attributes alone.
+pub fn container(
+    view: &ContainerView,
+    stats: Option<&ContainerStatsView>,
+    mountpoint: &str,
+) -> v1::ContainerStats {
+    let at = stats.map_or(0, |stats| nanos(stats.at));
+    v1::ContainerStats {
+        attributes: Some(v1::ContainerAttributes {
+            id: view.id.clone(),
+            metadata: Some(container_metadata(view)),
+            labels: view.spec.meta.labels.clone(),
+            annotations: view.spec.meta.annotations.clone(),
+        }),
+        cpu: stats.map(|stats| cpu(&stats.cpu, at)),
+        memory: stats.map(|stats| memory(&stats.memory, at)),
+        writable_layer: stats.map(|stats| writable_layer(&stats.writable_layer, at, mountpoint)),
+        swap: None,
+        io: None,
+    }
+}
+
+pub fn pod(
+    view: &PodView,
+    stats: Option<&PodStatsView>,
+    containers: Vec<v1::ContainerStats>,
+) -> v1::PodSandboxStats {
+    let linux = stats.map(|stats| {
+        let at = nanos(stats.at);
+        v1::LinuxPodSandboxStats {
+            cpu: Some(cpu(&stats.cpu, at)),
+            memory: Some(memory(&stats.memory, at)),
+            network: Some(network(&stats.interfaces, at)),
+            process: Some(v1::ProcessUsage { timestamp: at, process_count: value(stats.pids) }),
+            containers,
+            io: None,
+        }
+    });
+    v1::PodSandboxStats {
+        attributes: Some(v1::PodSandboxAttributes {
+            id: view.id.clone(),
+            metadata: Some(pod_metadata(view)),
+            labels: view.spec.meta.labels.clone(),
+            annotations: view.spec.meta.annotations.clone(),
+        }),
+        linux,
+        windows: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pods_own_interface_stands_apart_from_further_ones() {
+        let named = |name: &str| InterfaceView { name: name.into(), ..InterfaceView::default() };
+        let usage = network(&[named("net1"), named("eth0")], 1);
+        assert_eq!(usage.default_interface.unwrap().name, "eth0");
+        assert_eq!(usage.interfaces.len(), 1);
+        assert_eq!(usage.interfaces[0].name, "net1");
+    }
+}

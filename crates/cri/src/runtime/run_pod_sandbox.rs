@@ -1,0 +1,23 @@
+//! RunPodSandbox.
+
+use tonic::Status;
+
+use super::Runtime;
+use crate::convert::{Refusal, pod};
+use crate::errors::{refusal_status, sandbox_status};
+use crate::v1;
+
+impl Runtime {
+    pub(super) async fn run_pod_sandbox(
+        &self,
+        request: v1::RunPodSandboxRequest,
+    ) -> Result<v1::RunPodSandboxResponse, Status> {
+        let config = request.config.ok_or_else(|| {
+            refusal_status(Refusal::invalid("config.metadata", "the request holds no config"))
+        })?;
+        let spec = pod::to_spec(&config, &request.runtime_handler, self.host_cpus, &self.config)
+            .map_err(refusal_status)?;
+        let pod_sandbox_id = self.sandboxes.run_pod(spec).await.map_err(sandbox_status)?;
+        Ok(v1::RunPodSandboxResponse { pod_sandbox_id })
+    }
+}
