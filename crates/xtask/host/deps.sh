@@ -12,12 +12,16 @@ set -eu
 cache=${NACELLE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/nacelle}
 apt=$cache/apt
 
-# What the build runs: the C linker, protoc, the static libseccomp of the agent.
-build="gcc make protobuf-compiler libseccomp-dev"
+# What the build runs: the C linker, protoc, the static libseccomp of the agent, and the C++
+# compiler that libFuzzer is built with.
+build="gcc g++ make protobuf-compiler libseccomp-dev"
 # What the guest kernel's build runs.
 kernel="flex bison bc libelf-dev libssl-dev xz-utils cpio patch"
 # What makes images: the lab's root file system, scratch disks, EROFS images.
 images="kmod mmdebstrap e2fsprogs erofs-utils zstd"
+# What a node needs beside nacelle, when tests run on this host and not in the lab: `deps.sh node`.
+node="iproute2 iptables nftables containernetworking-plugins docker-registry curl jq procps psmisc
+    socat openssl"
 # The lab's machine, from backports (see `qemu` below).
 qemu="qemu-system-x86"
 
@@ -89,7 +93,8 @@ CONF
 
 apt_get() { APT_CONFIG=$apt/apt.conf DEBIAN_FRONTEND=noninteractive apt-get -qq "$@"; }
 
-wanted=$(missing $build $kernel $images)
+[ "${1:-}" = node ] || node=
+wanted=$(missing $build $kernel $images $node)
 qemu_is_new || wanted="$wanted $qemu"
 
 if [ -f "$apt/updated" ] && [ -f "$apt/sources.list" ] && [ -z "$wanted" ]; then
@@ -106,7 +111,7 @@ if ! apt_get update; then
 fi
 : >"$apt/updated"
 
-wanted=$(missing $build $kernel $images)
+wanted=$(missing $build $kernel $images $node)
 if [ -n "$wanted" ]; then
     say "installing" $wanted
     apt_get install $wanted >"$apt/install.log" 2>&1 || { cat "$apt/install.log" >&2; die "apt-get install failed"; }

@@ -4,6 +4,7 @@
 # that goes out has a virtio-serial port: output, errors, status, and one tar stream a folder.
 export PATH=/nacelle/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export HOME=/root TERM=${TERM:-linux} LC_ALL=C.UTF-8 NACELLE_LAB=1
+export NACELLE_GUEST=/nacelle/guest NACELLE_APPS=/nacelle/apps
 
 for f in /sys/class/virtio-ports/*/name; do
     [ -e "$f" ] || continue
@@ -49,7 +50,13 @@ echo 1048576 >/proc/sys/fs/inotify/max_user_watches
 echo 8192 >/proc/sys/fs/inotify/max_user_instances
 ulimit -n 1048576
 
-mount -t ext4 -o noatime,discard /dev/vdc /var/lib/nacelle || echo "lab: no scratch disk"
+# Room to write: what the daemon and the stories keep is on the scratch disk.
+mkdir -p /scratch
+mount -t ext4 -o noatime,discard /dev/vdc /scratch || echo "lab: no scratch disk"
+for d in /var/lib/nacelle /var/lib/nacelle-stories; do
+    mkdir -p "$d" "/scratch/${d##*/}"
+    mount --bind "/scratch/${d##*/}" "$d"
+done
 tar -xf /dev/vdb -C / || echo "lab: the files could not be unpacked"
 [ -e /nacelle/lab/env ] && . /nacelle/lab/env
 mkdir -p /nacelle/work

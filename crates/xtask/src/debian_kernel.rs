@@ -56,7 +56,11 @@ impl DebianKernel {
                 .filter_map(|line| line.split_once(':'))
                 .find(|(file, _)| is(file, name))
             else {
-                ensure!(builtin.lines().any(|line| is(line, name)), "no module {name} in {}", self.version);
+                ensure!(
+                    builtin.lines().any(|line| is(line, name)),
+                    "no module {name} in {}",
+                    self.version
+                );
                 continue;
             };
             // modules.dep lists what a module needs with the most basic last.
@@ -129,7 +133,9 @@ fn elf_inside(bzimage: &Path) -> Result<Vec<u8>> {
         [0xfd, b'7', b'z', b'X', ..] => &["xz", "-dc"],
         [0x1f, 0x8b, ..] => &["gzip", "-dc"],
         [0x28, 0xb5, 0x2f, 0xfd, ..] => &["zstd", "-dcq"],
-        other => bail!("unknown packing {:02x?} of {}", &other[..4.min(other.len())], bzimage.display()),
+        other => {
+            bail!("unknown packing {:02x?} of {}", &other[..4.min(other.len())], bzimage.display())
+        }
     };
     // Through a file, so that no pipe can fill up while nobody reads the other one. The payload
     // ends with its unpacked length, which the programs take for trailing rubbish.

@@ -1,4 +1,70 @@
-//! stub
+//! The guest's initramfs: the agent as `/init`, the folders it mounts on, and nothing else. The
+//! same agent gives the same bytes. A second one carries modules, for Debian's own kernel.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::cpio::Archive;
+use crate::{debian_kernel, paths, run};
+
+/// Folders that the agent mounts on before it can make any.
+const FOLDERS: &[&str] = &["dev", "proc", "sys", "run", "tmp", "etc"];
+
 #[derive(clap::Args)]
-pub(crate) struct Args {}
-pub(crate) fn run(_: &Args) -> anyhow::Result<i32> { Ok(0) }
+pub(crate) struct Args {
+    /// The agent's binary; by default the release build's
+    #[arg(long)]
+    agent: Option<PathBuf>,
+    /// Only our own kernel's initramfs, not the one with Debian's modules
+    #[arg(long)]
+    only_ours: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<i32> {
+    let built =
+        args.agent.clone().unwrap_or_else(|| paths::binaries("release").join("nacelle-agent"));
+    let out = paths::guest();
+    fs::create_dir_all(&out)?;
+    let scratch = tempfile::tempdir()?;
+    let lean = scratch.path().join("init");
+    run::quiet(Command::new("strip").arg("-s").arg("-o").arg(&lean).arg(&built))
+        .with_context(|| format!("the agent {} (built by 'make build')", built.display()))?;
+    let agent = fs::read(lean)?;
+
+    replace(&out.join("initramfs.cpio"), base(&agent).finish())?;
+    if args.only_ours {
+        return Ok(0);
+    }
+    debian_kernel::run()?;
+    let debian = out.join("debian");
+    let list = fs::read_to_string(debian.join("modules.list"))?;
+    let mut archive = base(&agent);
+    for name in list.lines() {
+        let module = fs::read(debian.join("modules").join(name))?;
+        archive.file(&format!("lib/modules/{name}"), 0o644, &module);
+    }
+    archive.file("modules.list", 0o644, list.as_bytes());
+    replace(&out.join("initramfs-debian.cpio"), archive.finish())?;
+    Ok(0)
+}
+
+fn base(agent: &[u8]) -> Archive {
+    let mut archive = Archive::default();
+    for folder in FOLDERS {
+        archive.directory(folder);
+    }
+    // The kernel opens it for /init before anything is mounted.
+    archive.character_device("dev/console", 0o600, 5, 1);
+    archive.file("init", 0o755, agent);
+    archive
+}
+
+/// Writes beside and renames, so that a VM that boots meanwhile reads one version or the other.
+fn replace(path: &PathBuf, bytes: Vec<u8>) -> Result<()> {
+    let fresh = path.with_extension("new");
+    fs::write(&fresh, bytes)?;
+    fs::rename(&fresh, path).with_context(|| format!("writing {}", path.display()))
+}

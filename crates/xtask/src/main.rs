@@ -7,10 +7,12 @@ use clap::Parser;
 mod apps;
 mod checks;
 mod cpio;
-mod debs;
 mod debian_kernel;
+mod debs;
+mod fuzz;
 mod guest_image;
 mod guest_kernel;
+mod install;
 mod kvm;
 mod lab;
 mod paths;
@@ -31,6 +33,10 @@ enum Cli {
     Apps,
     /// Say whether this host's KVM can run the tests: prints "host" or "lab"
     Where,
+    /// Run every fuzz target for a while
+    Fuzz(fuzz::Args),
+    /// Copy what a node needs to its places
+    Install(install::Args),
     /// Check the rules that the compiler does not know
     Check,
 }
@@ -43,6 +49,8 @@ fn main() {
         Cli::DebianKernel => debian_kernel::run(),
         Cli::Apps => apps::run(),
         Cli::Where => kvm::run(),
+        Cli::Fuzz(args) => fuzz::run(&args),
+        Cli::Install(args) => install::run(&args),
         Cli::Check => checks::run(),
     };
     match result {

@@ -28,6 +28,15 @@ pub(crate) fn binaries(profile: &str) -> PathBuf {
     repo().join(target).join(TRIPLE).join(profile)
 }
 
+/// The build of a binary that is newest, release or debug.
+pub(crate) fn newest_binary(name: &str) -> Option<PathBuf> {
+    ["release", "debug"]
+        .iter()
+        .map(|profile| binaries(profile).join(name))
+        .filter(|path| path.is_file())
+        .max_by_key(|path| fs::metadata(path).and_then(|meta| meta.modified()).ok())
+}
+
 /// The cache: everything that is slow to make and does not depend on the checkout.
 pub(crate) fn cache() -> Result<PathBuf> {
     let dir = match (env::var_os("NACELLE_CACHE"), env::var_os("XDG_CACHE_HOME")) {

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::BufWriter;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -36,7 +36,8 @@ impl Bundle {
     /// Adds `path`, a file or a folder with its content, as `dest`.
     pub(super) fn add(&mut self, path: &Path, dest: &str) -> Result<()> {
         let dest = dest.trim_start_matches('/');
-        let meta = fs::metadata(path).with_context(|| format!("no {} to bring in", path.display()))?;
+        let meta =
+            fs::metadata(path).with_context(|| format!("no {} to bring in", path.display()))?;
         if meta.is_dir() {
             self.tar.append_dir_all(dest, path)
         } else {
@@ -56,9 +57,11 @@ impl Bundle {
     /// initramfs, as far as they exist. Symbols stay; line tables do not, being most of the size.
     pub(super) fn add_checkout(&mut self, scratch: &Path) -> Result<()> {
         for name in BINARIES {
-            let Some(built) = newest(name) else { continue };
+            let Some(built) = paths::newest_binary(name) else { continue };
             let lean = scratch.join(name);
-            run::quiet(Command::new("strip").arg("--strip-debug").arg("-o").arg(&lean).arg(&built))?;
+            run::quiet(
+                Command::new("strip").arg("--strip-debug").arg("-o").arg(&lean).arg(&built),
+            )?;
             self.add(&lean, &format!("nacelle/bin/{name}"))?;
             fs::remove_file(&lean)?;
         }
@@ -89,12 +92,4 @@ pub(super) fn unpack_output(archive: &Path, to: &Path) -> Result<()> {
         return Ok(());
     }
     run::quiet(Command::new("tar").arg("-C").arg(to).arg("-xf").arg(archive))
-}
-
-fn newest(name: &str) -> Option<PathBuf> {
-    ["release", "debug"]
-        .iter()
-        .map(|profile| paths::binaries(profile).join(name))
-        .filter(|path| path.is_file())
-        .max_by_key(|path| fs::metadata(path).and_then(|meta| meta.modified()).ok())
 }

@@ -22,11 +22,33 @@ const RECIPE: &str = "2";
 
 /// What the host of a container runtime has, what the tests call, and QEMU as the benches' peer.
 const PACKAGES: &[&str] = &[
-    "iproute2", "iptables", "nftables", "ethtool", "conntrack", "iputils-ping", "tcpdump",
-    "netcat-openbsd", "socat", "curl", "openssl", "ca-certificates",
-    "containernetworking-plugins", "docker-registry", "skopeo",
-    "kmod", "mount", "util-linux", "procps", "psmisc", "busybox-static", "strace", "jq",
-    "e2fsprogs", "erofs-utils", "xz-utils", "zstd",
+    "iproute2",
+    "iptables",
+    "nftables",
+    "ethtool",
+    "conntrack",
+    "iputils-ping",
+    "tcpdump",
+    "netcat-openbsd",
+    "socat",
+    "curl",
+    "openssl",
+    "ca-certificates",
+    "containernetworking-plugins",
+    "docker-registry",
+    "skopeo",
+    "kmod",
+    "mount",
+    "util-linux",
+    "procps",
+    "psmisc",
+    "busybox-static",
+    "strace",
+    "jq",
+    "e2fsprogs",
+    "erofs-utils",
+    "xz-utils",
+    "zstd",
 ];
 
 /// From backports where there is one, like the QEMU that runs the lab itself.
@@ -50,7 +72,8 @@ pub(super) struct Image {
 pub(super) fn ensure() -> Result<Image> {
     let kernel = debian_kernel::ensure_unpacked()?;
     let packages: Vec<_> = PACKAGES.iter().chain(QEMU_PACKAGES).copied().collect();
-    let key = run::key([RECIPE.as_bytes(), kernel.version.as_bytes(), packages.join(",").as_bytes()]);
+    let key =
+        run::key([RECIPE.as_bytes(), kernel.version.as_bytes(), packages.join(",").as_bytes()]);
     let root = paths::cached("lab", &key, |dir| {
         run::stage("making the lab's root file system", || make_root(dir, &kernel))
     })?;

@@ -125,7 +125,10 @@ fn supervise(
             }
             let Some(code) = exit else {
                 let how = end.signal().map_or(String::new(), |n| format!(" by signal {n}"));
-                bail!("the outer machine ended{how} without an exit status{}", log_of(plan.scratch));
+                bail!(
+                    "the outer machine ended{how} without an exit status{}",
+                    log_of(plan.scratch)
+                );
             };
             return Ok(code);
         }
@@ -133,7 +136,10 @@ fn supervise(
             return match (exit, ready) {
                 (Some(code), _) => Ok(code),
                 (None, true) => {
-                    eprintln!("lab: the command ran into its limit of {:?}", plan.run_limit.unwrap_or_default());
+                    eprintln!(
+                        "lab: the command ran into its limit of {:?}",
+                        plan.run_limit.unwrap_or_default()
+                    );
                     keep_console(plan.scratch);
                     Ok(STATUS_TIMEOUT)
                 }
@@ -161,16 +167,14 @@ fn spawn(plan: &Plan<'_>) -> Result<Child> {
     command.args(["-cpu", "EPYC-Rome,+svm,+npt", "-nic", "none"]);
     command.args(["-smp", &cpus.to_string(), "-m", &format!("{}M", plan.memory_mib)]);
     command.arg("-kernel").arg(&plan.image.kernel).arg("-initrd").arg(&plan.image.initrd);
-    command.args([
-        "-append",
-        "console=ttyS0 quiet loglevel=5 tsc=reliable panic=-1 oops=panic",
-    ]);
+    command.args(["-append", "console=ttyS0 quiet loglevel=5 tsc=reliable panic=-1 oops=panic"]);
     for (file, options) in [
         (plan.image.root.as_path(), "snapshot=on,cache=unsafe"),
         (plan.files, "readonly=on"),
         (plan.image.scratch.as_path(), "snapshot=on,cache=unsafe,discard=unmap"),
     ] {
-        command.args(["-drive", &format!("if=virtio,format=raw,{options},file={}", file.display())]);
+        command
+            .args(["-drive", &format!("if=virtio,format=raw,{options},file={}", file.display())]);
     }
     command.args(["-chardev", &format!("file,id=console,path={scratch}/console")]);
     command.args(["-serial", "chardev:console", "-device", "virtio-rng-pci"]);

@@ -12,7 +12,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::kvm;
+
 mod bundle;
+mod host;
 pub(crate) mod image;
 mod machine;
 
@@ -45,6 +48,9 @@ pub(crate) struct Args {
     /// A variable for the command
     #[arg(long = "env", value_name = "NAME=VALUE")]
     environment: Vec<String>,
+    /// Run on this host instead, where its KVM is good; says in one line which it is
+    #[arg(long)]
+    auto: bool,
     /// Bring in the root file systems of `cargo xtask apps` too
     #[arg(long)]
     apps: bool,
@@ -63,6 +69,14 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<i32> {
+    if args.auto {
+        let kvm = kvm::probe();
+        if kvm.usable {
+            eprintln!("KVM here {}: running on this host", kvm.why);
+            return host::run(&args.command.join(" "), args.apps);
+        }
+        eprintln!("KVM here {}: running inside the lab", kvm.why);
+    }
     let image = image::ensure()?;
     if args.prepare {
         return Ok(0);
