@@ -25,7 +25,7 @@ deps: ## install the Debian packages that are missing
 
 .PHONY: build
 build: deps ## all binaries, optimized
-	@$(call timed,build,cargo build --quiet --release --workspace --bins)
+	@$(call timed,build,cargo build --quiet --release --workspace --exclude xtask --bins)
 
 .PHONY: guest-kernel
 guest-kernel: deps ## build/guest/vmlinux from Debian's linux-source-6.1
@@ -34,6 +34,10 @@ guest-kernel: deps ## build/guest/vmlinux from Debian's linux-source-6.1
 .PHONY: guest-image
 guest-image: build ## build/guest/initramfs.cpio with the agent as init
 	@$(call timed,guest image,$(XTASK) guest-image)
+
+.PHONY: images
+images: build ## build/images: what stories and demo run, from Debian packages
+	@$(call timed,images,$(XTASK) images)
 
 .PHONY: assets
 assets: guest-kernel guest-image ## everything a pod boots from
@@ -48,24 +52,24 @@ lab-shell: deps ## a shell in that VM
 	@$(XTASK) lab --shell
 
 .PHONY: demo
-demo: assets ## a pod's life, shown
-	@$(XTASK) lab --auto --apps --timeout $(TIMEOUT) --share demo -- 'bash demo.sh'
+demo: assets images ## a pod's life, shown
+	@$(XTASK) lab --auto --images --timeout $(TIMEOUT) --share demo -- 'bash demo.sh'
 
 .PHONY: unit
 unit: deps ## the tests that need neither root nor KVM
 	@$(call timed,unit tests,cargo test --quiet --release --workspace --lib --bins)
 
 .PHONY: e2e
-e2e: assets ## the stories end to end, on this host or in the lab: ONLY='filter'
-	@$(call timed,stories,$(XTASK) lab --auto --apps --timeout 1500 -- "nacelle-tests $${ONLY:-}")
+e2e: assets images ## the stories end to end, on this host or in the lab: ONLY='filter'
+	@$(call timed,stories,$(XTASK) lab --auto --images --timeout 1500 -- "nacelle-tests $${ONLY:-}")
 
 .PHONY: test
 test: ## everything: unit tests, then the stories
 	@start=$$SECONDS; $(MAKE) unit && $(MAKE) e2e; echo "--- all tests: $$((SECONDS - start)) s"
 
 .PHONY: bench
-bench: assets ## tables, beside Debian's QEMU in the same run
-	@$(XTASK) lab --auto --apps --timeout 1200 -- 'nacelle-bench boot'
+bench: assets images ## tables, beside Debian's QEMU in the same run
+	@$(XTASK) lab --auto --images --timeout 1200 -- 'nacelle-bench boot'
 
 .PHONY: lint
 lint: deps ## rustfmt, clippy, the project's own rules

@@ -16,7 +16,7 @@ apt=$cache/apt
 # compiler that libFuzzer is built with.
 build="gcc g++ make protobuf-compiler libseccomp-dev"
 # What the guest kernel's build runs.
-kernel="flex bison bc libelf-dev libssl-dev xz-utils cpio patch"
+kernel="flex bison bc libelf-dev libssl-dev xz-utils lz4 cpio patch"
 # What makes images: the lab's root file system, scratch disks, EROFS images.
 images="kmod mmdebstrap e2fsprogs erofs-utils zstd"
 # What a node needs beside nacelle, when tests run on this host and not in the lab: `deps.sh node`.
@@ -122,7 +122,7 @@ if ! qemu_is_new; then
         apt_get install -t bookworm-backports $qemu >"$apt/install.log" 2>&1; then
         :
     elif [ -z "$(missing $qemu)" ] || apt_get install $qemu >"$apt/install.log" 2>&1; then
-        say "only QEMU 7.2 is to be had: the lab runs with one CPU, its guests with noxsave"
+        say "only QEMU 7.2 is to be had: the lab runs with one CPU and without XSAVE"
     else
         cat "$apt/install.log" >&2
         die "apt-get install $qemu failed"

@@ -4,7 +4,7 @@
 # that goes out has a virtio-serial port: output, errors, status, and one tar stream a folder.
 export PATH=/nacelle/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export HOME=/root TERM=${TERM:-linux} LC_ALL=C.UTF-8 NACELLE_LAB=1
-export NACELLE_GUEST=/nacelle/guest NACELLE_APPS=/nacelle/apps
+export NACELLE_GUEST=/nacelle/guest NACELLE_IMAGES=/nacelle/images
 
 for f in /sys/class/virtio-ports/*/name; do
     [ -e "$f" ] || continue

@@ -132,6 +132,7 @@ fn elf_inside(bzimage: &Path) -> Result<Vec<u8>> {
     let unpacker: &[&str] = match payload {
         [0xfd, b'7', b'z', b'X', ..] => &["xz", "-dc"],
         [0x1f, 0x8b, ..] => &["gzip", "-dc"],
+        [0x02, 0x21, 0x4c, 0x18, ..] => &["lz4", "-dcq"],
         [0x28, 0xb5, 0x2f, 0xfd, ..] => &["zstd", "-dcq"],
         other => {
             bail!("unknown packing {:02x?} of {}", &other[..4.min(other.len())], bzimage.display())

@@ -4,7 +4,6 @@
 
 use clap::Parser;
 
-mod apps;
 mod checks;
 mod cpio;
 mod debian_kernel;
@@ -12,6 +11,7 @@ mod debs;
 mod fuzz;
 mod guest_image;
 mod guest_kernel;
+mod images;
 mod install;
 mod kvm;
 mod lab;
@@ -29,8 +29,8 @@ enum Cli {
     GuestImage(guest_image::Args),
     /// Fetch Debian's cloud kernel into build/guest/debian
     DebianKernel,
-    /// Make root file systems with real programs for tests and the demo in build/apps
-    Apps,
+    /// Make the images of tests and demo in build/images
+    Images,
     /// Say whether this host's KVM can run the tests: prints "host" or "lab"
     Where,
     /// Run every fuzz target for a while
@@ -47,7 +47,7 @@ fn main() {
         Cli::GuestKernel(args) => guest_kernel::run(&args),
         Cli::GuestImage(args) => guest_image::run(&args),
         Cli::DebianKernel => debian_kernel::run(),
-        Cli::Apps => apps::run(),
+        Cli::Images => images::run(),
         Cli::Where => kvm::run(),
         Cli::Fuzz(args) => fuzz::run(&args),
         Cli::Install(args) => install::run(&args),

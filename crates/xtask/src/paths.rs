@@ -21,6 +21,11 @@ pub(crate) fn guest() -> PathBuf {
     repo().join("build/guest")
 }
 
+/// Folder for the images of tests and demo: an OCI layout each.
+pub(crate) fn images() -> PathBuf {
+    repo().join("build/images")
+}
+
 /// Where cargo puts the binaries of `profile` ("release" or "debug").
 pub(crate) fn binaries(profile: &str) -> PathBuf {
     let target =

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::{apps, paths, run};
+use crate::{paths, run};
 
 /// Our programs, as far as they have been built.
 const BINARIES: &[&str] = &[
@@ -76,8 +76,8 @@ impl Bundle {
         Ok(())
     }
 
-    pub(super) fn add_apps(&mut self) -> Result<()> {
-        self.add(&apps::ensure()?, "nacelle/apps")
+    pub(super) fn add_images(&mut self) -> Result<()> {
+        self.add(&paths::images(), "nacelle/images")
     }
 
     pub(super) fn finish(self) -> Result<()> {

@@ -1,15 +1,16 @@
 //! Running a command on this host, with the same names as in the lab: `/nacelle/bin` first in
-//! PATH becomes the folder that cargo built into, `/nacelle/guest` and `/nacelle/apps` become
+//! PATH becomes the folder that cargo built into, `/nacelle/guest` and `/nacelle/images` become
 //! variables.
 
 use std::env;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::{apps, paths, run};
+use crate::{paths, run};
 
-pub(super) fn run(command: &str, with_apps: bool) -> Result<i32> {
+pub(super) fn run(command: &str, folder: Option<&Path>) -> Result<i32> {
     // The lab's image has what a node has; a host may lack CNI plugins or the registry.
     run::quiet(Command::new(paths::repo().join("crates/xtask/host/deps.sh")).arg("node"))?;
     let vmm = paths::newest_binary("nacelle-vmm").context("nacelle-vmm is not built")?;
@@ -19,8 +20,9 @@ pub(super) fn run(command: &str, with_apps: bool) -> Result<i32> {
     bash.arg("-c").arg(command);
     bash.env("PATH", format!("{}:{path}", binaries.display()));
     bash.env("NACELLE_GUEST", paths::guest());
-    if with_apps {
-        bash.env("NACELLE_APPS", apps::ensure()?);
+    bash.env("NACELLE_IMAGES", paths::images());
+    if let Some(folder) = folder {
+        bash.current_dir(folder);
     }
     let status = bash.status().context("starting bash")?;
     Ok(status.code().unwrap_or(super::STATUS_LAB_FAILED))

@@ -158,13 +158,16 @@ fn spawn(plan: &Plan<'_>) -> Result<Child> {
     let version = run::output(Command::new("qemu-system-x86_64").arg("--version"))?;
     // QEMU 7.2 virtualizes SVM without XSETBV, and loses SMP guests to stale code patches.
     let old = version.contains("version 7.");
-    let cpus = if old { 1 } else { plan.cpus };
+    let (cpus, model) = match old {
+        true => (1, "EPYC-Rome,+svm,+npt,-xsave"),
+        false => (plan.cpus, "EPYC-Rome,+svm,+npt"),
+    };
 
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     command.args(["-M", "q35,hpet=on", "-accel", "tcg,thread=multi"]);
-    command.args(["-cpu", "EPYC-Rome,+svm,+npt", "-nic", "none"]);
+    command.args(["-cpu", model, "-nic", "none"]);
     command.args(["-smp", &cpus.to_string(), "-m", &format!("{}M", plan.memory_mib)]);
     command.arg("-kernel").arg(&plan.image.kernel).arg("-initrd").arg(&plan.image.initrd);
     command.args(["-append", "console=ttyS0 quiet loglevel=5 tsc=reliable panic=-1 oops=panic"]);

@@ -2,8 +2,8 @@
 //! /dev/kvm is true whatever this host has. One command runs in it; its output, errors and exit
 //! status come back as if it had run here.
 //!
-//! Inside: `/nacelle/bin` (our binaries), `/nacelle/guest` (kernels, initramfs), `/nacelle/apps`
-//! (root file systems for test images), `/nacelle/work` (the working directory), 24 GiB of scratch
+//! Inside: `/nacelle/bin` (our binaries), `/nacelle/guest` (kernels, initramfs), `/nacelle/images`
+//! (OCI layouts, with `--images`), `/nacelle/work` (the working directory), 24 GiB of scratch
 //! at `/var/lib/nacelle`. Nothing that a run writes survives it, except what `--out` names.
 
 use std::fs;
@@ -51,9 +51,9 @@ pub(crate) struct Args {
     /// Run on this host instead, where its KVM is good; says in one line which it is
     #[arg(long)]
     auto: bool,
-    /// Bring in the root file systems of `cargo xtask apps` too
+    /// Bring in the images of `cargo xtask images` too
     #[arg(long)]
-    apps: bool,
+    images: bool,
     /// Leave the binaries and guest assets of the checkout out
     #[arg(long)]
     bare: bool,
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
         let kvm = kvm::probe();
         if kvm.usable {
             eprintln!("KVM here {}: running on this host", kvm.why);
-            return host::run(&args.command.join(" "), args.apps);
+            return host::run(&args.command.join(" "), args.share.as_deref());
         }
         eprintln!("KVM here {}: running inside the lab", kvm.why);
     }
@@ -90,8 +90,8 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     if !args.bare {
         bundle.add_checkout(scratch.path())?;
     }
-    if args.apps {
-        bundle.add_apps()?;
+    if args.images {
+        bundle.add_images()?;
     }
     if let Some(dir) = &args.share {
         bundle.add(dir, "nacelle/work")?;
