@@ -1,1 +1,154 @@
+//! nacelle-agent: PID 1 of a pod's guest.
 //!
+//! ```text
+//!  host --vsock 1024, gRPC--> service --> containers --> oci --helper process--> container's init
+//!       --vsock 1025, bytes-> stdio  <---------------------pipes, terminals--------------'
+//!                              guest: boot, devices, network, identity, volumes, power-off
+//! ```
+//! One thread runs everything (`run`); what may block on a disk goes to a short-lived second one.
+//! It is the only user space of the guest: no distribution, no shell, no configuration.
+//!
+//! Has never heard of KVM, CRI, images or pods other than its own.
+
+mod agent;
+mod containers;
+mod error;
+mod events;
+mod guest;
+mod ids;
+mod listen;
+mod log;
+mod oci;
+mod reaper;
+mod service;
+mod stdio;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_api::v1::agent_server::AgentServer;
+use agent_api::{CONTROL_PORT, MAX_MESSAGE, STDIO_PORT};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use agent::{Agent, Config};
+use error::{Doing, Result};
+use listen::Listener;
+
+/// Where everything of the agent is.
+const BASE: &str = "/run/nacelle";
+/// Threads for calls that block on disks.
+const BLOCKING_THREADS: usize = 4;
+
+/// Never returns in a guest: PID 1's end is the kernel's.
+pub fn main() {
+    oci::helper::main_if_helper();
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["--version"] => println!("nacelle-agent {}", env!("CARGO_PKG_VERSION")),
+        ["--listen-unix", folder] => match on_a_development_machine(Path::new(folder)) {
+            Ok(()) => {}
+            Err(error) => {
+                eprintln!("nacelle-agent: {}", error.chain());
+                std::process::exit(1);
+            }
+        },
+        // The kernel hands words of its command line that it does not know to PID 1.
+        _ if std::process::id() == 1 => in_a_guest(),
+        _ => {
+            eprintln!(
+                "nacelle-agent is the first process of a nacelle guest.\n\
+                 For tests, in namespaces of its own: unshare -mpuiC --fork --mount-proc \
+                 nacelle-agent --listen-unix FOLDER"
+            );
+            std::process::exit(2);
+        }
+    }
+}
+
+fn in_a_guest() -> ! {
+    let errors = guest::boot::run();
+    for error in &errors {
+        tracing::error!(error = %error.chain(), "boot");
+    }
+    loop {
+        let config = Config {
+            base: PathBuf::from(BASE),
+            cgroup: "pod".to_owned(),
+            folders_as_disks: false,
+            is_guest: true,
+        };
+        let result = std::panic::catch_unwind(|| {
+            block_on(config, || {
+                Ok((
+                    Listener::vsock(CONTROL_PORT).doing(|| "listen on vsock".to_owned())?,
+                    Listener::vsock(STDIO_PORT).doing(|| "listen on vsock".to_owned())?,
+                ))
+            })
+        });
+        // Whatever happened, the kernel must not lose its PID 1: the host sees that nobody answers
+        // and finds the reason on the console.
+        match result {
+            Ok(Ok(())) => tracing::error!("the server has ended"),
+            Ok(Err(error)) => tracing::error!(error = %error.chain(), "cannot serve"),
+            Err(_) => tracing::error!("the agent has panicked"),
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+/// Serves on Unix sockets `control.sock` and `stdio.sock` in `folder`. Wants mount, PID, UTS, IPC
+/// and cgroup namespaces of its own, and cgroup v2 at its usual place.
+fn on_a_development_machine(folder: &Path) -> Result<()> {
+    log::install(std::env::var("NACELLE_LOG").ok().as_deref());
+    let base = Path::new(BASE);
+    std::fs::create_dir_all(base).doing(|| format!("make {BASE}"))?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+        .doing(|| "leave the machine's mounts alone".to_owned())?;
+    mount(Some("nacelle"), base, Some("tmpfs"), MsFlags::empty(), None::<&str>)
+        .doing(|| format!("mount {BASE}"))?;
+    // A machine with cgroup v1 there has room for v2 in this mount namespace.
+    let _ = umount2(oci::cgroup::MOUNT, MntFlags::MNT_DETACH);
+    mount(Some("cgroup2"), oci::cgroup::MOUNT, Some("cgroup2"), MsFlags::empty(), None::<&str>)
+        .doing(|| "mount cgroup v2".to_owned())?;
+    let config = Config {
+        base: base.to_owned(),
+        cgroup: "nacelle-agent-test".to_owned(),
+        folders_as_disks: true,
+        is_guest: false,
+    };
+    block_on(config, || {
+        let listen = |name: &str| {
+            let path = folder.join(name);
+            Listener::unix(&path).doing(|| format!("listen on {}", path.display()))
+        };
+        Ok((listen("control.sock")?, listen("stdio.sock")?))
+    })
+}
+
+fn block_on(config: Config, listen: impl FnOnce() -> Result<(Listener, Listener)>) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()
+        .doing(|| "start the event loop".to_owned())?;
+    runtime.block_on(async {
+        let ended = reaper::children().doing(|| "watch for ended children".to_owned())?;
+        let agent = Agent::new(config)?;
+        guest::shm::set_up(&agent.config.base.join("shm"), 0)?;
+        let (control, stdio) = listen()?;
+        tokio::spawn(reaper::run(ended, Arc::clone(&agent)));
+        tokio::spawn(containers::oom::run(Arc::clone(&agent)));
+        tokio::spawn(stdio::serve::run(stdio, Arc::clone(&agent)));
+        let service = AgentServer::new(service::AgentService::new(agent))
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE);
+        tonic::transport::Server::builder()
+            .serve_with_incoming(service, control.incoming())
+            .await
+            .map_err(std::io::Error::other)
+            .doing(|| "serve".to_owned())
+    })
+}

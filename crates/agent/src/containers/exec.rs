@@ -1,0 +1,154 @@
+//! Exec: a further process in a running container.
+
+use std::sync::Arc;
+
+use agent_api::v1;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use oci_spec::runtime::Process as OciProcess;
+use serde_json::{Map, Value};
+
+use super::process::{Life, Process};
+use super::streams;
+use crate::agent::{Agent, Owner};
+use crate::error::{Doing, Error, Result};
+use crate::guest::inroot::Root;
+use crate::oci::exec::{self, Program};
+use crate::oci::helper::Streams;
+use crate::oci::spec::complete_process;
+use crate::oci::user::Database;
+use crate::stdio::pty;
+
+/// Exec records of one container, ended but uncollected ones included: each may hold a window of
+/// output.
+const MAX_EXECS: usize = 512;
+
+/// Returns the pid.
+pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
+    crate::ids::check("exec_id", &request.exec_id)?;
+    agent.sweep_execs();
+    let (target, cgroup, base, seccomp, hostname, number) = {
+        let mut state = agent.lock();
+        let number = state.number();
+        let full = state.events.is_full();
+        let hostname = state.pod.as_ref().map(|pod| pod.hostname.clone()).unwrap_or_default();
+        let container = state.container(&request.container_id)?;
+        if container.init.life != Life::Running {
+            return Err(Error::Precondition(format!(
+                "container {:?} is not running",
+                request.container_id
+            )));
+        }
+        if container.execs.contains_key(&request.exec_id) {
+            return Err(Error::Exists { what: "exec", id: request.exec_id });
+        }
+        if full || container.execs.len() >= MAX_EXECS {
+            return Err(Error::Exhausted {
+                what: "execs whose exits were not collected",
+                limit: MAX_EXECS as u64,
+            });
+        }
+        let Some(cgroup) = container.parts.cgroup.clone() else {
+            return Err(Error::Precondition("the container is being removed".to_owned()));
+        };
+        let base = container.process.clone();
+        (container.init.pid, cgroup, base, container.seccomp.clone(), hostname, number)
+    };
+    // As the container sees it: something may be mounted over the image's /etc.
+    let users = Root::open(format!("/proc/{target}/root").as_ref())
+        .map(|root| Database::read(&root))
+        .unwrap_or_default();
+    let mut process = merge(&base, &request.oci_process)?;
+    process.set_terminal(Some(request.tty));
+    complete_process(&mut process, &users, &request.user, &hostname)?;
+    let (uid, gid) = (process.user().uid(), process.user().gid());
+    let program = Program { process, seccomp };
+
+    let (given, ends, sockets) = if request.tty {
+        let pair = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
+            .doing(|| "make a console socket".to_owned())?;
+        (Streams::null(), None, Some(pair))
+    } else {
+        let (given, ends) = streams::pipes(request.stdin, uid, gid)?;
+        (given, Some(ends), None)
+    };
+    let (receiver, sender) = sockets.unzip();
+    let file = agent.config.base.join(format!("exec-{number}.json"));
+    let expecting = agent.expect_child();
+    let made = exec::start(target, cgroup.dir(), &program, &file, given, sender, |pid| {
+        agent.know_helper(pid);
+    })
+    .await?;
+    // Its end is kept aside until it is adopted below, or forgotten if it failed to start.
+    made.start.wait().await?;
+    let mut process = Process::new(made.pid, Life::Running);
+    match (ends, receiver) {
+        (Some(ends), _) => ends.connect(&mut process, true)?,
+        (None, Some(receiver)) => {
+            let size = (request.tty_width, request.tty_height);
+            let master = pty::receive(receiver)?;
+            streams::connect_terminal(master, request.stdin, size, &mut process)?;
+        }
+        (None, None) => {}
+    }
+    {
+        let mut state = agent.lock();
+        let container = state.container_mut(&request.container_id)?;
+        process.oom_kills_before = container.oom_kills;
+        container.execs.insert(request.exec_id.clone(), process);
+    }
+    let owner = Owner::Process { container: request.container_id.clone(), exec: request.exec_id };
+    agent.adopt(made.pid, owner);
+    drop(expecting);
+    Ok(made.pid)
+}
+
+/// The request's process over the container's: fields that it does not have are the container's,
+/// and variables are added to the container's.
+fn merge(base: &OciProcess, partial: &[u8]) -> Result<OciProcess> {
+    let bad = |error: serde_json::Error| Error::invalid("oci_process", error.to_string());
+    let mut merged = serde_json::to_value(base).map_err(bad)?;
+    let partial: Map<String, Value> = if partial.is_empty() {
+        Map::new()
+    } else {
+        serde_json::from_slice(partial).map_err(bad)?
+    };
+    let Some(fields) = merged.as_object_mut() else { return Ok(base.clone()) };
+    for (name, value) in partial {
+        let empty = match &value {
+            Value::Null => true,
+            Value::String(text) => text.is_empty(),
+            _ => false,
+        };
+        if empty {
+            continue;
+        }
+        match (name.as_str(), fields.get_mut(&name), value) {
+            ("env", Some(Value::Array(known)), Value::Array(more)) => known.extend(more),
+            (_, _, value) => {
+                fields.insert(name, value);
+            }
+        }
+    }
+    serde_json::from_value(merged).map_err(bad)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_partial_process_is_laid_over_the_containers() {
+        let base: OciProcess = serde_json::from_str(
+            r#"{"cwd":"/srv","args":["main"],"env":["A=1","B=2"],"user":{"uid":5,"gid":6},
+                "noNewPrivileges":true}"#,
+        )
+        .unwrap();
+        let merged = merge(&base, br#"{"args":["ls","-l"],"env":["B=3"],"cwd":""}"#).unwrap();
+        assert_eq!(merged.args().as_deref().unwrap(), ["ls", "-l"]);
+        assert_eq!(merged.env().as_deref().unwrap(), ["A=1", "B=2", "B=3"]);
+        assert_eq!(merged.cwd().to_str(), Some("/srv"));
+        assert_eq!((merged.user().uid(), merged.no_new_privileges()), (5, Some(true)));
+        assert_eq!(merge(&base, b"").unwrap(), base);
+        assert!(merge(&base, b"[]").is_err());
+    }
+}

@@ -1,0 +1,89 @@
+//! Notices OOM kills when they happen: `memory.events` of each container's cgroup raises an inotify
+//! event when a count in it changes (kernel Documentation/admin-guide/cgroup-v2.rst).
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use agent_api::v1;
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
+
+use crate::agent::Agent;
+use crate::error::{Doing, Result};
+use crate::oci::cgroup::Cgroup;
+use crate::stdio::{Channel, channel};
+
+#[derive(Debug)]
+pub struct Watch {
+    inotify: Inotify,
+    /// The same, for the event loop.
+    channel: Channel,
+    containers: Mutex<HashMap<WatchDescriptor, String>>,
+}
+
+impl Watch {
+    pub fn new() -> Result<Self> {
+        let what = || "watch for OOM kills".to_owned();
+        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).doing(what)?;
+        let fd = inotify.as_fd().try_clone_to_owned().doing(what)?;
+        let channel = channel(fd).doing(what)?;
+        Ok(Self { inotify, channel, containers: Mutex::default() })
+    }
+
+    /// The kernel drops the watch together with the cgroup.
+    pub fn add(&self, container: &str, cgroup: &Cgroup) {
+        let path = cgroup.dir().join("memory.events");
+        match self.inotify.add_watch(&path, AddWatchFlags::IN_MODIFY) {
+            Ok(watch) => {
+                let mut all = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
+                all.insert(watch, container.to_owned());
+            }
+            // No memory controller: no limit either, so no kill.
+            Err(error) => tracing::info!(container, %error, "OOM kills are not watched"),
+        }
+    }
+
+    /// Containers whose counts may have changed.
+    async fn next(&self) -> std::io::Result<Vec<String>> {
+        let mut ready = self.channel.readable().await?;
+        let mut names = Vec::new();
+        match self.inotify.read_events() {
+            Ok(events) => {
+                let mut all = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
+                for event in events {
+                    if event.mask.contains(AddWatchFlags::IN_IGNORED) {
+                        all.remove(&event.wd);
+                    } else {
+                        names.extend(all.get(&event.wd).cloned());
+                    }
+                }
+            }
+            Err(Errno::EAGAIN) => ready.clear_ready(),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(names)
+    }
+}
+
+/// Turns kills into events, for ever.
+pub async fn run(agent: Arc<Agent>) {
+    loop {
+        let names = match agent.oom.next().await {
+            Ok(names) => names,
+            Err(error) => {
+                tracing::error!(%error, "OOM kills are told with the exits only");
+                return;
+            }
+        };
+        let mut state = agent.lock();
+        for name in names {
+            let Ok(container) = state.container_mut(&name) else { continue };
+            if let Some(oom) = container.new_oom(&name) {
+                state.events.push(v1::event::Event::Oom(oom));
+            }
+        }
+        drop(state);
+        agent.events_changed.notify_waiters();
+    }
+}

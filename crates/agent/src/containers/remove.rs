@@ -1,0 +1,63 @@
+//! RemoveContainer: ends what runs, then takes the container down. Unknown ids are removed already.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::agent::Agent;
+use crate::error::{Error, Result};
+
+/// From SIGKILL until the init process is gone.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+pub async fn remove(agent: &Arc<Agent>, id: &str) -> Result<()> {
+    let _turn = agent.verb(id).await;
+    let mut parts = {
+        let mut state = agent.lock();
+        let Some(container) = state.containers.get_mut(id) else {
+            return state.volumes.remove_of(id);
+        };
+        if let Some(cgroup) = &container.parts.cgroup {
+            cgroup.kill()?;
+        }
+        container.start = None;
+        std::mem::take(&mut container.parts)
+    };
+    let ended = wait_for_end(agent, id).await;
+    let dismantled = match &ended {
+        Ok(()) => parts.dismantle(agent).await,
+        Err(_) => Ok(()),
+    };
+    let mut state = agent.lock();
+    if let Err(error) = ended.and(dismantled) {
+        // Kept, so that the caller can try again.
+        if let Some(container) = state.containers.get_mut(id) {
+            container.parts = parts;
+        }
+        return Err(error);
+    }
+    if let Some(container) = state.containers.remove(id) {
+        container.init.close();
+        container.execs.values().for_each(super::process::Process::close);
+    }
+    state.volumes.remove_of(id)
+}
+
+async fn wait_for_end(agent: &Agent, id: &str) -> Result<()> {
+    let wait = async {
+        loop {
+            let reaped = agent.reaped.notified();
+            let running = agent.lock().containers.get(id).is_some_and(|container| {
+                !container.init.is_ended()
+                    || container.execs.values().any(|process| !process.is_ended())
+            });
+            if !running {
+                return;
+            }
+            reaped.await;
+        }
+    };
+    tokio::time::timeout(KILL_DEADLINE, wait).await.map_err(|_| Error::Deadline {
+        doing: format!("end of killed container {id:?}"),
+        after: KILL_DEADLINE,
+    })
+}

@@ -1,0 +1,20 @@
+//! UpdateContainer: new limits for a running container.
+
+use oci_spec::runtime::LinuxResources;
+
+use crate::agent::Agent;
+use crate::error::{Error, Result};
+
+pub fn update(agent: &Agent, id: &str, json: &[u8]) -> Result<()> {
+    let resources: LinuxResources = serde_json::from_slice(json)
+        .map_err(|error| Error::invalid("linux_resources", error.to_string()))?;
+    let cgroup = {
+        let state = agent.lock();
+        let container = state.container(id)?;
+        if container.init.is_ended() {
+            return Err(Error::Precondition(format!("container {id:?} has ended")));
+        }
+        container.parts.cgroup.clone()
+    };
+    cgroup.map_or(Ok(()), |cgroup| cgroup.apply(&resources))
+}

@@ -1,0 +1,154 @@
+//! Disks and network cards, found by the names the host gave them: a disk by its virtio-blk serial
+//! (virtio 1.2, 5.2.6.1), a card by its MAC address. Hot-plug goes through the PCI bus' sysfs
+//! files, so no firmware takes part.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+
+use crate::error::{Doing, Error, Result};
+
+/// Bytes of a virtio-blk serial.
+const MAX_SERIAL: usize = 20;
+/// For a plugged device to be found by its driver.
+const PLUG_DEADLINE: Duration = Duration::from_secs(10);
+
+fn entries(dir: &str) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    entries.flatten().map(|entry| entry.path()).collect()
+}
+
+fn attribute(path: PathBuf) -> Option<String> {
+    Some(fs::read_to_string(path).ok()?.trim().to_owned())
+}
+
+/// sysfs folder of the disk with this serial.
+fn disk(serial: &str) -> Option<PathBuf> {
+    entries("/sys/block")
+        .into_iter()
+        .find(|path| attribute(path.join("serial")).as_deref() == Some(serial))
+}
+
+fn node(sys: &Path) -> Option<PathBuf> {
+    let path = Path::new("/dev").join(sys.file_name()?);
+    path.exists().then_some(path)
+}
+
+/// Device node of the disk with this serial.
+pub fn disk_node(serial: &str) -> Result<PathBuf> {
+    check_serial(serial)?;
+    disk(serial)
+        .and_then(|sys| node(&sys))
+        .ok_or_else(|| Error::NotFound { what: "disk", id: serial.to_owned() })
+}
+
+fn check_serial(serial: &str) -> Result<()> {
+    let plain = serial.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
+    if serial.is_empty() || serial.len() > MAX_SERIAL || !plain || serial.starts_with('.') {
+        return Err(Error::invalid("disk serial", format!("{serial:?} is not one")));
+    }
+    Ok(())
+}
+
+/// sysfs folder and name of the interface with this MAC address.
+pub fn interface(mac: &str) -> Option<String> {
+    entries("/sys/class/net").into_iter().find_map(|path| {
+        let address = attribute(path.join("address"))?;
+        // A bridge or VLAN of a container may carry the same address; a card has a device.
+        let found = address.eq_ignore_ascii_case(mac) && path.join("device").exists();
+        found.then(|| path.file_name().map(|name| name.to_string_lossy().into_owned()))?
+    })
+}
+
+fn missing(serials: &[String], macs: &[String]) -> Option<String> {
+    let disk = serials.iter().find(|serial| disk(serial).and_then(|sys| node(&sys)).is_none());
+    let card = || macs.iter().find(|mac| interface(mac).is_none());
+    disk.or_else(card).cloned()
+}
+
+/// Waits for disks and cards, after having had the PCI bus looked over if one is missing.
+pub async fn rescan(serials: &[String], macs: &[String]) -> Result<()> {
+    for serial in serials {
+        check_serial(serial)?;
+    }
+    if missing(serials, macs).is_none() {
+        return Ok(());
+    }
+    // Probing drivers takes milliseconds each: not on the thread that serves streams.
+    tokio::task::spawn_blocking(|| {
+        fs::write("/sys/bus/pci/rescan", "1").doing(|| "rescan the PCI bus".to_owned())
+    })
+    .await
+    .map_err(|error| Error::Helper { doing: "rescan", why: error.to_string() })??;
+    let deadline = tokio::time::Instant::now() + PLUG_DEADLINE;
+    let mut pause = Duration::from_millis(1);
+    while let Some(name) = missing(serials, macs) {
+        if tokio::time::Instant::now() > deadline {
+            return Err(Error::Deadline {
+                doing: format!("appearance of device {name:?}"),
+                after: PLUG_DEADLINE,
+            });
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// The PCI function below which a sysfs device sits.
+fn pci_function(device: &Path) -> Result<PathBuf> {
+    let real = fs::canonicalize(device).doing(|| format!("resolve {}", device.display()))?;
+    real.ancestors()
+        .find(|path| path.join("subsystem").read_link().is_ok_and(|bus| bus.ends_with("bus/pci")))
+        .map(Path::to_owned)
+        .ok_or_else(|| Error::Precondition(format!("{} is not on PCI", device.display())))
+}
+
+async fn remove(function: PathBuf) -> Result<()> {
+    tokio::task::spawn_blocking(move || {
+        fs::write(function.join("remove"), "1").doing(|| format!("detach {}", function.display()))
+    })
+    .await
+    .map_err(|error| Error::Helper { doing: "detach", why: error.to_string() })?
+}
+
+/// Detaches a disk from its driver; one that is not there is detached already.
+pub async fn release_disk(serial: &str) -> Result<()> {
+    check_serial(serial)?;
+    let Some(sys) = disk(serial) else { return Ok(()) };
+    if let Some(node) = node(&sys) {
+        // O_EXCL on a block device: refused while anybody has it mounted.
+        let flags = OFlag::O_RDONLY | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+        match open(&node, flags, Mode::empty()) {
+            Err(Errno::EBUSY) => {
+                return Err(Error::Precondition(format!("disk {serial:?} is in use")));
+            }
+            Err(error) => return Err(error).doing(|| format!("open {}", node.display())),
+            Ok(_) => {}
+        }
+    }
+    remove(pci_function(&sys.join("device"))?).await
+}
+
+/// Detaches a network card.
+pub async fn release_card(mac: &str) -> Result<()> {
+    let Some(name) = interface(mac) else { return Ok(()) };
+    remove(pci_function(&Path::new("/sys/class/net").join(name).join("device"))?).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_serial_is_not_a_path() {
+        assert!(check_serial("img-0123456789").is_ok());
+        for bad in ["", "../x", "a/b", "012345678901234567890", ".", "a b", "a,b"] {
+            assert!(check_serial(bad).is_err(), "{bad:?}");
+        }
+    }
+}

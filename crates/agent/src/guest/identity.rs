@@ -1,0 +1,137 @@
+//! What makes a guest this pod: clock, entropy, host name, sysctls.
+#![allow(unsafe_code)] // RNDADDENTROPY has no safe wrapper
+
+use std::collections::HashMap;
+use std::fs::{self, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+
+use crate::error::{Doing, Error, Result};
+
+/// Entropy the host may give at once, bytes.
+const MAX_ENTROPY: usize = 512;
+/// Longest host name (__NEW_UTS_LEN).
+const MAX_HOSTNAME: usize = 64;
+/// Sysctls that belong to a pod: those of the namespaces that a pod has of its own on any runtime.
+/// The guest's kernel is the pod's alone, but a pod must not learn to rely on more.
+const SYSCTLS: [&str; 7] =
+    ["kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.", "net.", "kernel.domainname", "user."];
+
+pub fn set_clock(unix_time_ns: i64) -> Result<()> {
+    if unix_time_ns <= 0 {
+        return Ok(());
+    }
+    let time = TimeSpec::new(unix_time_ns / 1_000_000_000, unix_time_ns % 1_000_000_000);
+    clock_settime(ClockId::CLOCK_REALTIME, time).doing(|| "set the clock".to_owned())
+}
+
+/// `struct rand_pool_info` of uapi/linux/random.h.
+#[repr(C)]
+struct PoolInfo {
+    entropy_bits: i32,
+    size: i32,
+    bytes: [u8; MAX_ENTROPY],
+}
+
+mod ioctl {
+    // _IOW('R', 0x03, int[2]); the bytes follow the two numbers.
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    nix::ioctl_write_ptr_bad!(add, RNDADDENTROPY, super::PoolInfo);
+}
+
+/// Credits the bytes to the kernel's random number generator, fully: the host is trusted by its
+/// guest in everything.
+pub fn add_entropy(bytes: &[u8]) -> Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    if bytes.len() > MAX_ENTROPY {
+        return Err(Error::Exhausted { what: "bytes of entropy", limit: MAX_ENTROPY as u64 });
+    }
+    let mut info = PoolInfo {
+        entropy_bits: bytes.len() as i32 * 8,
+        size: bytes.len() as i32,
+        bytes: [0; MAX_ENTROPY],
+    };
+    info.bytes[..bytes.len()].copy_from_slice(bytes);
+    let what = || "seed the random number generator".to_owned();
+    let device = OpenOptions::new().write(true).open("/dev/random").doing(what)?;
+    // SAFETY: the kernel reads `size` bytes after the two numbers; `size` is at most the array's
+    // length, and the struct lives until the call returns.
+    unsafe { ioctl::add(device.as_raw_fd(), &raw const info) }.doing(what)?;
+    Ok(())
+}
+
+pub fn set_hostname(name: &str) -> Result<()> {
+    if name.is_empty() {
+        return Ok(());
+    }
+    if name.len() > MAX_HOSTNAME || name.contains(['\0', '\n', '/']) {
+        return Err(Error::invalid("hostname", format!("{name:?} cannot be one")));
+    }
+    nix::unistd::sethostname(name).doing(|| format!("set host name {name:?}"))
+}
+
+fn sysctl_path(name: &str) -> Result<PathBuf> {
+    let bad = |why: &str| Error::invalid("sysctls", format!("{name:?} {why}"));
+    if !SYSCTLS.iter().any(|prefix| name.replace('/', ".").starts_with(prefix)) {
+        return Err(bad("is not one that a pod may set"));
+    }
+    // Both spellings, as sysctl(8): the first separator decides. With dots, a slash stands for a
+    // dot inside a name (`net.ipv4.conf.eth0/1.mtu`).
+    let slashes = name.find('/').is_some_and(|slash| name.find('.').is_none_or(|dot| slash < dot));
+    let path: String = if slashes {
+        name.to_owned()
+    } else {
+        name.chars()
+            .map(|c| match c {
+                '.' => '/',
+                '/' => '.',
+                other => other,
+            })
+            .collect()
+    };
+    if path.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
+        return Err(bad("is malformed"));
+    }
+    Ok(Path::new("/proc/sys").join(path))
+}
+
+pub fn set_sysctls(sysctls: &HashMap<String, String>) -> Result<()> {
+    let mut names: Vec<_> = sysctls.iter().collect();
+    // An order that does not depend on the map, so that a failure can be repeated.
+    names.sort();
+    for (name, value) in names {
+        let path = sysctl_path(name)?;
+        if !path.exists() {
+            return Err(Error::invalid("sysctls", format!("this kernel has no {name:?}")));
+        }
+        fs::write(&path, value).doing(|| format!("set sysctl {name} to {value:?}"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sysctl_names_become_paths_below_proc_sys_and_nowhere_else() {
+        for (name, path) in [
+            ("net.ipv4.ip_forward", "/proc/sys/net/ipv4/ip_forward"),
+            ("net/ipv4/ip_forward", "/proc/sys/net/ipv4/ip_forward"),
+            ("net.ipv4.conf.eth0/1.forwarding", "/proc/sys/net/ipv4/conf/eth0.1/forwarding"),
+            ("kernel.shmmax", "/proc/sys/kernel/shmmax"),
+        ] {
+            assert_eq!(sysctl_path(name).unwrap(), Path::new(path), "{name}");
+        }
+        for name in
+            ["net/../kernel/core_pattern", "kernel.core_pattern", "", "net..x", "vm.swappiness"]
+        {
+            assert!(sysctl_path(name).is_err(), "{name}");
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Paths inside a container's root, resolved by the kernel so that no symlink, `..` or magic link
+//! of an image leads out of it (`openat2(2)`, RESOLVE_IN_ROOT).
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Component, Path};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::sys::stat::{Mode, mkdirat};
+
+use crate::error::{Doing, Result};
+
+/// A directory that paths are resolved in.
+#[derive(Debug)]
+pub struct Root(OwnedFd);
+
+impl Root {
+    pub fn open(path: &Path) -> Result<Self> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        open(path, flags, Mode::empty()).map(Self).doing(|| format!("open root {}", path.display()))
+    }
+
+    fn openat(&self, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
+        let how = OpenHow::new()
+            .flags(flags | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        openat2(self.0.as_fd(), path, how)
+    }
+
+    /// Content of a file, at most `limit` bytes of it; None if there is no such file.
+    pub fn read(&self, path: &Path, limit: u64) -> Option<String> {
+        // O_NONBLOCK: an image may hold a FIFO of that name.
+        let fd = self.openat(path, OFlag::O_RDONLY | OFlag::O_NONBLOCK).ok()?;
+        let file = File::from(fd);
+        if !file.metadata().ok()?.is_file() {
+            return None;
+        }
+        let mut bytes = Vec::new();
+        file.take(limit).read_to_end(&mut bytes).ok()?;
+        Some(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Makes a directory and its parents; those that exist stay as they are.
+    pub fn make_dirs(&self, path: &Path) -> Result<()> {
+        let mut done = std::path::PathBuf::from(".");
+        for component in path.components() {
+            let Component::Normal(name) = component else { continue };
+            self.make_dir(&done, name)?;
+            done.push(name);
+        }
+        Ok(())
+    }
+
+    fn make_dir(&self, parent: &Path, name: &OsStr) -> Result<()> {
+        let what = || format!("make directory {} in the root file system", name.display());
+        let path = parent.join(name);
+        match self.openat(&path, OFlag::O_PATH | OFlag::O_DIRECTORY) {
+            Ok(_) => return Ok(()),
+            Err(Errno::ENOENT) => {}
+            Err(error) => return Err(error).doing(what),
+        }
+        let parent = self.openat(parent, OFlag::O_PATH | OFlag::O_DIRECTORY).doing(what)?;
+        match mkdirat(&parent, name, Mode::from_bits_truncate(0o755)) {
+            // EEXIST here is a dangling symlink: the process will say so if it needs the folder.
+            Ok(()) | Err(Errno::EEXIST) => Ok(()),
+            Err(error) => Err(error).doing(what),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn symlinks_of_an_image_do_not_lead_out_of_its_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        std::fs::create_dir_all(root.join("etc")).unwrap();
+        std::fs::write(dir.path().join("secret"), "host").unwrap();
+        symlink("../../secret", root.join("etc/passwd")).unwrap();
+        symlink(dir.path().join("secret"), root.join("etc/group")).unwrap();
+        symlink("/real", root.join("var")).unwrap();
+        std::fs::create_dir(root.join("real")).unwrap();
+        let opened = Root::open(&root).unwrap();
+        assert_eq!(opened.read(Path::new("/etc/passwd"), 100), None);
+        assert_eq!(opened.read(Path::new("/etc/group"), 100), None);
+        opened.make_dirs(Path::new("/var/lib/../data")).unwrap();
+        assert!(root.join("real/lib").is_dir());
+        assert!(root.join("real/lib/data").is_dir() || root.join("real/data").is_dir());
+    }
+
+    #[test]
+    fn a_large_file_is_read_up_to_the_limit_only() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("big"), vec![b'x'; 1000]).unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        assert_eq!(root.read(Path::new("big"), 10).unwrap().len(), 10);
+    }
+}

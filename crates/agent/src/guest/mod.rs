@@ -1,0 +1,12 @@
+//! The guest as a machine: what stands before and below the containers.
+
+pub mod boot;
+pub mod devices;
+pub mod identity;
+pub mod inroot;
+pub mod modules;
+mod netlink;
+pub mod network;
+pub mod shm;
+pub mod shutdown;
+pub mod volumes;

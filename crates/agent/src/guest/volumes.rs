@@ -1,0 +1,361 @@
+//! Volumes of small files (ConfigMaps, Secrets, `/etc/hosts`): a tmpfs each, written by the host,
+//! bind-mounted into containers.
+//!
+//! With `swap` the files of one write appear together, by the layout that kubelet's own volumes
+//! have, so that programs watching it with inotify see what they expect:
+//! ```text
+//! name   -> ..data/name
+//! ..data -> ..v7          replaced by one rename(2)
+//! ..v7/name               former generations are removed afterwards
+//! ```
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Component, Path, PathBuf};
+
+use agent_api::v1;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, fchmod, mkdirat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, symlinkat, unlinkat};
+
+use crate::error::{Doing, Error, Result};
+
+const DEFAULT_SIZE: u64 = 64 << 20;
+/// tmpfs pages are the pod's own memory; this keeps a wrong number from making one tmpfs that
+/// swallows any VM.
+const MAX_SIZE: u64 = 16 << 30;
+/// Files of one volume; each costs an inode of kernel memory whatever its size.
+const MAX_INODES: u64 = 65536;
+/// Volumes of a pod; each is a mount, and mounts slow down every container's start.
+const MAX_VOLUMES: usize = 1024;
+
+const DATA: &str = "..data";
+const DATA_NEW: &str = "..data_tmp";
+
+#[derive(Debug)]
+pub struct Volumes {
+    base: PathBuf,
+    volumes: HashMap<String, Volume>,
+}
+
+#[derive(Debug, Default)]
+struct Volume {
+    /// Numbers the generations of `..data`.
+    generation: u64,
+    /// A swap whose last request has not come yet.
+    staged: Option<PathBuf>,
+}
+
+impl Volumes {
+    pub fn new(base: PathBuf) -> Self {
+        Self { base, volumes: HashMap::new() }
+    }
+
+    /// The folder of a volume, made (empty) if there is none.
+    pub fn ensure(&mut self, id: &str, size_limit: u64) -> Result<PathBuf> {
+        crate::ids::check("volume id", id)?;
+        let dir = self.base.join(id);
+        if self.volumes.contains_key(id) {
+            return Ok(dir);
+        }
+        if self.volumes.len() >= MAX_VOLUMES {
+            return Err(Error::Exhausted { what: "volumes of a pod", limit: MAX_VOLUMES as u64 });
+        }
+        let size = if size_limit == 0 { DEFAULT_SIZE } else { size_limit.min(MAX_SIZE) };
+        let what = || format!("make volume {id}");
+        fs::create_dir_all(&dir).doing(what)?;
+        let data = format!("mode=0755,size={size},nr_inodes={MAX_INODES}");
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        if let Err(error) = mount(Some("volume"), &dir, Some("tmpfs"), flags, Some(data.as_str())) {
+            let _ = fs::remove_dir(&dir);
+            return Err(error).doing(what);
+        }
+        self.volumes.insert(id.to_owned(), Volume::default());
+        Ok(dir)
+    }
+
+    /// Writes files; a failed swap leaves the former content in place.
+    pub fn write(&mut self, request: &v1::WriteVolumeRequest) -> Result<()> {
+        let dir = self.ensure(&request.volume_id, request.size_limit)?;
+        let Some(volume) = self.volumes.get_mut(&request.volume_id) else { return Ok(()) };
+        if !request.swap {
+            return request.files.iter().try_for_each(|file| write_file(&dir, file, false));
+        }
+        let stage = match volume.staged.take() {
+            Some(stage) => stage,
+            None => {
+                volume.generation += 1;
+                let stage = dir.join(format!("..v{}", volume.generation));
+                fs::create_dir(&stage).doing(|| format!("make {}", stage.display()))?;
+                stage
+            }
+        };
+        let written = request.files.iter().try_for_each(|file| write_file(&stage, file, true));
+        if written.is_ok() && request.more {
+            volume.staged = Some(stage);
+            return Ok(());
+        }
+        let done = written.and_then(|()| publish(&dir, &stage));
+        if done.is_err() {
+            let _ = fs::remove_dir_all(&stage);
+        }
+        done
+    }
+
+    /// Resolves `sub_path` inside a volume, for a mount.
+    pub fn source(&mut self, id: &str, sub_path: &str) -> Result<PathBuf> {
+        let dir = self.ensure(id, 0)?;
+        if sub_path.is_empty() {
+            return Ok(dir);
+        }
+        let path = relative(sub_path)?;
+        let root = open_dir(&dir)?;
+        // The volume's own `..data` links are followed, out of the volume leads none.
+        let how = OpenHow::new()
+            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        match openat2(root.as_fd(), path, how) {
+            Ok(_) => {}
+            Err(Errno::ENOENT) => {
+                fs::create_dir_all(dir.join(path)).doing(|| format!("make {sub_path:?}"))?;
+            }
+            Err(error) => return Err(error).doing(|| format!("find {sub_path:?} in {id}")),
+        }
+        fs::canonicalize(dir.join(path)).doing(|| format!("find {sub_path:?} in {id}"))
+    }
+
+    /// Removes the volumes that belong to a container: those called like it, or like it and more
+    /// after a dot.
+    pub fn remove_of(&mut self, container: &str) -> Result<()> {
+        let own: Vec<String> = self
+            .volumes
+            .keys()
+            .filter(|id| {
+                id.strip_prefix(container)
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+            })
+            .cloned()
+            .collect();
+        let mut result = Ok(());
+        for id in own {
+            let dir = self.base.join(&id);
+            // Detached: a mount namespace that is just going away may still hold it.
+            match umount2(&dir, MntFlags::MNT_DETACH) {
+                Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {
+                    let _ = fs::remove_dir(&dir);
+                    self.volumes.remove(&id);
+                }
+                Err(error) => {
+                    result = Err(error).doing(|| format!("unmount volume {id}"));
+                }
+            }
+        }
+        result
+    }
+}
+
+fn open_dir(dir: &Path) -> Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open(dir, flags, Mode::empty()).doing(|| format!("open {}", dir.display()))
+}
+
+/// A relative path without `..`.
+fn relative(text: &str) -> Result<&Path> {
+    let path = Path::new(text);
+    let plain = path.components().all(|part| matches!(part, Component::Normal(_)));
+    if text.is_empty() || !plain || text.contains('\0') {
+        return Err(Error::invalid(
+            "volume path",
+            format!("{text:?} is not a relative path without `..`"),
+        ));
+    }
+    Ok(path)
+}
+
+fn write_file(dir: &Path, file: &v1::VolumeFile, swap: bool) -> Result<()> {
+    let path = relative(&file.path)?;
+    let first = path.components().next().map(|part| part.as_os_str().as_encoded_bytes());
+    if swap && first.is_some_and(|name| name.starts_with(b"..")) {
+        return Err(Error::invalid("volume path", format!("{:?} is reserved", file.path)));
+    }
+    let what = || format!("write {:?}", file.path);
+    let root = open_dir(dir)?;
+    let parent = path.parent().unwrap_or(Path::new(""));
+    let name = path.file_name().unwrap_or_default();
+    let parent = make_parents(&root, parent).doing(what)?;
+    let mode = Mode::from_bits_truncate(file.mode & 0o7777);
+    let (uid, gid) = (Some(Uid::from_raw(file.uid)), Some(Gid::from_raw(file.gid)));
+    match file.mode & libc::S_IFMT {
+        libc::S_IFDIR => {
+            match mkdirat(&parent, name, mode) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(error) => return Err(error).doing(what),
+            }
+            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+            let opened = beneath(&parent, name, flags, Mode::empty()).doing(what)?;
+            fchown(&opened, uid, gid).doing(what)?;
+            fchmod(&opened, mode).doing(what)
+        }
+        libc::S_IFLNK => {
+            let target = OsStr::from_bytes(&file.content);
+            let _ = unlinkat(&parent, name, UnlinkatFlags::NoRemoveDir);
+            symlinkat(target, &parent, name).doing(what)?;
+            fchownat(&parent, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW).doing(what)
+        }
+        libc::S_IFREG | 0 => {
+            // In place, as the file itself may be what is mounted into a container.
+            let how = if file.append { OFlag::O_APPEND } else { OFlag::O_TRUNC };
+            let flags = OFlag::O_WRONLY | OFlag::O_CREAT | how;
+            let opened = beneath(&parent, name, flags, mode).doing(what)?;
+            fchown(&opened, uid, gid).doing(what)?;
+            // After the owner: changing it clears set-id bits.
+            fchmod(&opened, mode).doing(what)?;
+            File::from(opened).write_all(&file.content).doing(what)
+        }
+        other => Err(Error::invalid("volume file mode", format!("{other:#o} is not supported"))),
+    }
+}
+
+use std::os::unix::ffi::OsStrExt;
+
+/// Opens below `dir` without following any symlink.
+fn beneath(
+    dir: &OwnedFd,
+    path: impl AsRef<Path>,
+    flags: OFlag,
+    mode: Mode,
+) -> nix::Result<OwnedFd> {
+    let mut how = OpenHow::new()
+        .flags(flags | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    if flags.contains(OFlag::O_CREAT) {
+        how = how.mode(mode);
+    }
+    openat2(dir.as_fd(), path.as_ref(), how)
+}
+
+fn make_parents(root: &OwnedFd, path: &Path) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY;
+    let mut dir = beneath(root, ".", flags, Mode::empty())?;
+    for part in path.components() {
+        let name = part.as_os_str();
+        match mkdirat(&dir, name, Mode::from_bits_truncate(0o755)) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(error) => return Err(error),
+        }
+        dir = beneath(&dir, Path::new(name), flags, Mode::empty())?;
+    }
+    Ok(dir)
+}
+
+/// Makes `stage` the current generation.
+fn publish(dir: &Path, stage: &Path) -> Result<()> {
+    let what = || format!("publish {}", stage.display());
+    let name = stage.file_name().unwrap_or_default();
+    fs::set_permissions(stage, fs::Permissions::from_mode(0o755)).doing(what)?;
+    let former = fs::read_link(dir.join(DATA)).ok();
+    let _ = fs::remove_file(dir.join(DATA_NEW));
+    symlink(name, dir.join(DATA_NEW)).doing(what)?;
+    fs::rename(dir.join(DATA_NEW), dir.join(DATA)).doing(what)?;
+    let current = names(stage).doing(what)?;
+    for name in &current {
+        if fs::symlink_metadata(dir.join(name)).is_err() {
+            symlink(Path::new(DATA).join(name), dir.join(name)).doing(what)?;
+        }
+    }
+    for name in names(dir).doing(what)? {
+        let visible = !name.as_encoded_bytes().starts_with(b"..");
+        if visible && !current.contains(&name) {
+            let _ = fs::remove_file(dir.join(name));
+        }
+    }
+    if let Some(former) = former {
+        let _ = fs::remove_dir_all(dir.join(former));
+    }
+    Ok(())
+}
+
+fn names(dir: &Path) -> std::io::Result<Vec<std::ffi::OsString>> {
+    fs::read_dir(dir)?.map(|entry| entry.map(|entry| entry.file_name())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(path: &str, content: &str) -> v1::VolumeFile {
+        v1::VolumeFile {
+            path: path.into(),
+            mode: 0o644,
+            uid: nix::unistd::getuid().as_raw(),
+            gid: nix::unistd::getgid().as_raw(),
+            content: content.into(),
+            append: false,
+        }
+    }
+
+    /// Volumes on a plain folder: mounting is left to the tests that run as root.
+    fn volumes() -> (tempfile::TempDir, Volumes) {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("v")).unwrap();
+        let mut volumes = Volumes::new(dir.path().to_owned());
+        volumes.volumes.insert("v".into(), Volume::default());
+        (dir, volumes)
+    }
+
+    fn request(files: Vec<v1::VolumeFile>, swap: bool, more: bool) -> v1::WriteVolumeRequest {
+        v1::WriteVolumeRequest { volume_id: "v".into(), files, swap, size_limit: 0, more }
+    }
+
+    #[test]
+    fn a_swap_shows_all_files_of_a_generation_or_none() {
+        let (dir, mut volumes) = volumes();
+        let root = dir.path().join("v");
+        let read = |name: &str| fs::read_to_string(root.join(name)).ok();
+        volumes.write(&request(vec![file("a", "1"), file("d/b", "1")], true, false)).unwrap();
+        assert_eq!((read("a"), read("d/b")), (Some("1".into()), Some("1".into())));
+        volumes.write(&request(vec![file("a", "2")], true, true)).unwrap();
+        assert_eq!(read("a"), Some("1".into()), "the last request is still to come");
+        volumes.write(&request(vec![file("c", "2")], true, false)).unwrap();
+        assert_eq!((read("a"), read("c"), read("d/b")), (Some("2".into()), Some("2".into()), None));
+        let bad = request(vec![file("a", "3"), file("../x", "3")], true, false);
+        volumes.write(&bad).unwrap_err();
+        assert_eq!((read("a"), read("c")), (Some("2".into()), Some("2".into())));
+        let left: Vec<_> = names(&root).unwrap();
+        assert_eq!(left.len(), 4, "{left:?}");
+    }
+
+    #[test]
+    fn without_swap_a_file_is_rewritten_in_place_and_appended_to() {
+        let (dir, mut volumes) = volumes();
+        let path = dir.path().join("v/hosts");
+        volumes.write(&request(vec![file("hosts", "long content")], false, false)).unwrap();
+        let open = File::open(&path).unwrap();
+        volumes.write(&request(vec![file("hosts", "new")], false, false)).unwrap();
+        let mut more = file("hosts", "+");
+        more.append = true;
+        volumes.write(&request(vec![more], false, false)).unwrap();
+        let mut seen = String::new();
+        std::io::Read::read_to_string(&mut &open, &mut seen).unwrap();
+        assert_eq!(seen, "new+");
+    }
+
+    #[test]
+    fn no_path_leads_out_of_a_volume() {
+        let (dir, mut volumes) = volumes();
+        symlink(dir.path(), dir.path().join("v/up")).unwrap();
+        for path in ["../x", "/x", "a/../../x", "", "up/x", "./x"] {
+            let result = volumes.write(&request(vec![file(path, "x")], false, false));
+            assert!(result.is_err() || path == "./x", "{path:?}");
+        }
+        assert!(!dir.path().join("x").exists());
+        assert!(volumes.source("v", "up").is_err());
+        assert!(volumes.source("v", "../v").is_err());
+    }
+}

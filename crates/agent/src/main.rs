@@ -1,0 +1,5 @@
+//! `nacelle-agent`, `/init` of a guest.
+
+fn main() {
+    agent::main();
+}

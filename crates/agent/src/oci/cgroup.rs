@@ -1,0 +1,231 @@
+//! cgroup v2 of the pod and of its containers: `<mount>/<pod>/<container>`.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use agent_api::v1;
+use nix::errno::Errno;
+use oci_spec::runtime::LinuxResources;
+
+use super::limits;
+use crate::error::{Doing, Error, Result};
+
+/// Where cgroup v2 is mounted; libcontainer knows no other place.
+pub const MOUNT: &str = "/sys/fs/cgroup";
+/// Removing a cgroup waits this long for its killed processes to go.
+const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    /// Below the mount, absolute; as `linux.cgroupsPath` takes it.
+    path: PathBuf,
+}
+
+fn write(path: &Path, value: &str) -> Result<()> {
+    fs::write(path, value).doing(|| format!("write {value:?} to {}", path.display()))
+}
+
+/// Enables every controller there is for the children of `dir`. One by one: a controller that
+/// cannot be enabled must not take the others with it.
+pub fn enable_controllers(dir: &Path) {
+    let available = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
+    for controller in available.split_whitespace() {
+        let file = dir.join("cgroup.subtree_control");
+        if let Err(error) = fs::write(&file, format!("+{controller}")) {
+            tracing::warn!(controller, %error, "controller is not available to containers");
+        }
+    }
+}
+
+impl Cgroup {
+    /// The pod's cgroup, made if it is missing.
+    pub fn pod(name: &str) -> Result<Self> {
+        let cgroup = Self { path: Path::new("/").join(name) };
+        enable_controllers(Path::new(MOUNT));
+        fs::create_dir_all(cgroup.dir()).doing(|| format!("make cgroup {name}"))?;
+        enable_controllers(&cgroup.dir());
+        Ok(cgroup)
+    }
+
+    /// A container's cgroup, new.
+    pub fn create(&self, container: &str) -> Result<Self> {
+        let cgroup = Self { path: self.path.join(container) };
+        fs::create_dir(cgroup.dir()).doing(|| format!("make cgroup of container {container}"))?;
+        Ok(cgroup)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn dir(&self) -> PathBuf {
+        Path::new(MOUNT).join(self.path.strip_prefix("/").unwrap_or(&self.path))
+    }
+
+    pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
+        for setting in limits::settings(resources)? {
+            let path = self.dir().join(&setting.file);
+            let result = write(&path, &setting.value);
+            // A guest without swap has no swap to limit: what was asked for holds.
+            let no_swap = setting.file == "memory.swap.max" && !path.exists();
+            if no_swap {
+                continue;
+            }
+            if let Err(error) = result {
+                return Err(if path.exists() {
+                    error
+                } else {
+                    Error::invalid(
+                        "resources",
+                        format!("this guest kernel has no {}", setting.file),
+                    )
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, file: &str) -> Option<String> {
+        fs::read_to_string(self.dir().join(file)).ok()
+    }
+
+    /// Value of a key of a flat keyed file.
+    fn keyed(&self, file: &str, key: &str) -> Option<u64> {
+        value_of(&self.read(file)?, key)
+    }
+
+    /// Times that a process of this cgroup was killed for want of memory.
+    pub fn oom_kills(&self) -> u64 {
+        self.keyed("memory.events", "oom_kill").unwrap_or(0)
+    }
+
+    /// Kills all processes, of sub-cgroups too.
+    pub fn kill(&self) -> Result<()> {
+        match fs::write(self.dir().join("cgroup.kill"), "1") {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error).doing(|| format!("kill cgroup {}", self.path.display())),
+        }
+    }
+
+    /// All processes, those of sub-cgroups included.
+    pub fn processes(&self) -> Vec<i32> {
+        let mut pids = Vec::new();
+        let mut dirs = vec![self.dir()];
+        while let Some(dir) = dirs.pop() {
+            let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+            pids.extend(procs.lines().filter_map(|line| line.parse::<i32>().ok()));
+            dirs.extend(children(&dir));
+        }
+        pids
+    }
+
+    pub fn is_populated(&self) -> bool {
+        self.keyed("cgroup.events", "populated").is_some_and(|populated| populated != 0)
+    }
+
+    /// Kills what is left and removes the cgroup with its children.
+    pub async fn remove(&self) -> Result<()> {
+        let deadline = tokio::time::Instant::now() + REMOVE_DEADLINE;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            self.kill()?;
+            match remove_tree(&self.dir()) {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    let busy = error.raw_os_error() == Some(Errno::EBUSY as i32);
+                    if !busy || tokio::time::Instant::now() > deadline {
+                        return Err(error)
+                            .doing(|| format!("remove cgroup {}", self.path.display()));
+                    }
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(100));
+        }
+    }
+
+    pub fn cpu(&self) -> v1::Cpu {
+        let text = self.read("cpu.stat").unwrap_or_default();
+        let microseconds = |key| value_of(&text, key).unwrap_or(0).saturating_mul(1000);
+        v1::Cpu {
+            usage_ns: microseconds("usage_usec"),
+            throttled_ns: microseconds("throttled_usec"),
+            periods: value_of(&text, "nr_periods").unwrap_or(0),
+            throttled_periods: value_of(&text, "nr_throttled").unwrap_or(0),
+        }
+    }
+
+    pub fn memory(&self) -> v1::Memory {
+        let stat = self.read("memory.stat").unwrap_or_default();
+        let usage = self.number("memory.current").unwrap_or(0);
+        let working_set = usage.saturating_sub(value_of(&stat, "inactive_file").unwrap_or(0));
+        v1::Memory {
+            usage,
+            working_set,
+            // "max" does not parse: no limit, so nothing to say.
+            available: self.number("memory.max").map_or(0, |max| max.saturating_sub(working_set)),
+            rss: value_of(&stat, "anon").unwrap_or(0),
+            page_faults: value_of(&stat, "pgfault").unwrap_or(0),
+            major_page_faults: value_of(&stat, "pgmajfault").unwrap_or(0),
+        }
+    }
+
+    pub fn pids(&self) -> u64 {
+        self.number("pids.current").unwrap_or_else(|| self.processes().len() as u64)
+    }
+
+    fn number(&self, file: &str) -> Option<u64> {
+        self.read(file)?.trim().parse().ok()
+    }
+}
+
+fn value_of(text: &str, key: &str) -> Option<u64> {
+    text.lines().find_map(|line| {
+        let (name, value) = line.split_once(' ')?;
+        if name == key { value.trim().parse().ok() } else { None }
+    })
+}
+
+fn children(dir: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    entries
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+/// Removes a cgroup and its children, deepest first. The depth is the container's choice (it may
+/// make sub-cgroups), so this does not recurse.
+fn remove_tree(dir: &Path) -> io::Result<()> {
+    let mut order = vec![dir.to_owned()];
+    let mut next = 0;
+    while next < order.len() {
+        let below = children(&order[next]);
+        order.extend(below);
+        next += 1;
+    }
+    for dir in order.iter().rev() {
+        match fs::remove_dir(dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_found_by_their_whole_key() {
+        let text = "oom 3\noom_kill 2\noom_group_kill 0\n";
+        assert_eq!(value_of(text, "oom_kill"), Some(2));
+        assert_eq!(value_of(text, "oom"), Some(3));
+        assert_eq!(value_of(text, "kill"), None);
+    }
+}

@@ -1,0 +1,143 @@
+//! Runs the program of a container or an exec: the last step of its process, inside the container.
+//! Failures are worded as callers of other runtimes know them, and travel through the start pipe.
+
+use std::ffi::CString;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, access, execve};
+use oci_spec::runtime::Process;
+use serde::{Deserialize, Serialize};
+
+/// Exit status of a process whose program was not found, as shells have it.
+const STATUS_MISSING: i32 = 127;
+/// ... or could not be run.
+const STATUS_FAILED: i32 = 126;
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Failure {
+    pub(super) missing: bool,
+    pub(super) message: String,
+}
+
+fn failure(name: &str, errno: Errno, what: &str) -> Failure {
+    let reason = match errno {
+        Errno::ENOENT => "no such file or directory",
+        Errno::EACCES => "permission denied",
+        Errno::ENOEXEC => "exec format error",
+        Errno::ENOTDIR => "not a directory",
+        Errno::EISDIR => "is a directory",
+        other => other.desc(),
+    };
+    Failure {
+        missing: matches!(errno, Errno::ENOENT | Errno::ENOTDIR),
+        message: format!("exec: {name:?}: {what}{reason}"),
+    }
+}
+
+fn executable(path: &Path) -> Result<(), Errno> {
+    let meta = std::fs::metadata(path)
+        .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    if meta.is_dir() {
+        return Err(Errno::EISDIR);
+    }
+    // access(2) says yes to root for a file without any x bit.
+    if meta.permissions().mode() & 0o111 == 0 {
+        return Err(Errno::EACCES);
+    }
+    access(path, AccessFlags::X_OK)
+}
+
+/// Finds the program as execvp(3) would, but with the container's own PATH.
+fn find(name: &str, env: &[String]) -> Result<PathBuf, Failure> {
+    if name.contains('/') {
+        let path = Path::new(name);
+        return match executable(path) {
+            Ok(()) => Ok(path.to_owned()),
+            Err(errno) => Err(failure(name, errno, &format!("stat {name}: "))),
+        };
+    }
+    let path = env.iter().rev().find_map(|variable| variable.strip_prefix("PATH="));
+    let mut denied = false;
+    for folder in path.unwrap_or_default().split(':').filter(|folder| !folder.is_empty()) {
+        let candidate = Path::new(folder).join(name);
+        match executable(&candidate) {
+            Ok(()) => return Ok(candidate),
+            Err(Errno::EACCES) => denied = true,
+            Err(_) => {}
+        }
+    }
+    if denied {
+        return Err(failure(name, Errno::EACCES, ""));
+    }
+    Err(Failure {
+        missing: true,
+        message: format!("exec: {name:?}: executable file not found in $PATH"),
+    })
+}
+
+fn strings(list: &[String]) -> Vec<CString> {
+    // A NUL byte was refused when the specification was completed.
+    list.iter().filter_map(|text| CString::new(text.as_bytes()).ok()).collect()
+}
+
+fn run(process: &Process) -> Failure {
+    let args = process.args().as_deref().unwrap_or_default();
+    let env = process.env().as_deref().unwrap_or_default();
+    let Some(name) = args.first() else {
+        return Failure { missing: true, message: "no command given".to_owned() };
+    };
+    let path = match find(name, env) {
+        Ok(path) => path,
+        Err(failure) => return failure,
+    };
+    let text = path.display().to_string();
+    let Ok(path) = CString::new(text.as_bytes()) else {
+        return Failure { missing: true, message: format!("exec: {name:?}: holds a NUL byte") };
+    };
+    let Err(errno) = execve(&path, &strings(args), &strings(env));
+    failure(name, errno, &format!("exec {text}: "))
+}
+
+/// Becomes the program, or reports why not and ends the process. The start pipe is closed by the
+/// kernel on success.
+pub(super) fn execute(process: &Process, start: &OwnedFd) -> ! {
+    let failure = run(process);
+    fail(start, &failure)
+}
+
+/// Reports and ends the process.
+pub(super) fn fail(start: &OwnedFd, failure: &Failure) -> ! {
+    let text = serde_json::to_vec(failure).unwrap_or_default();
+    let _ = nix::unistd::write(start, &text);
+    std::process::exit(if failure.missing { STATUS_MISSING } else { STATUS_FAILED })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_found_in_the_containers_path_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tool");
+        std::fs::write(&path, "x").unwrap();
+        let env = vec![format!("PATH=/nonexistent:{}", dir.path().display())];
+        let denied = find("tool", &env).unwrap_err();
+        assert_eq!(denied.message, "exec: \"tool\": permission denied");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
+        assert_eq!(find("tool", &env).unwrap(), path);
+        let missing = find("sh", &env).unwrap_err();
+        assert_eq!(missing.message, "exec: \"sh\": executable file not found in $PATH");
+        assert!(missing.missing);
+    }
+
+    #[test]
+    fn failures_of_a_path_name_it() {
+        let missing = find("/no/such", &[]).unwrap_err();
+        assert_eq!(missing.message, "exec: \"/no/such\": stat /no/such: no such file or directory");
+        assert!(!find("/etc", &[]).unwrap_err().missing);
+    }
+}

@@ -1,0 +1,174 @@
+//! Users of an image: `user[:group]` by name or number, looked up in the root file system's
+//! `/etc/passwd` and `/etc/group` (OCI image specification 1.1, config, `User`).
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::guest::inroot::Root;
+
+/// Bytes read of an image's passwd and group files: a hostile image may hold endless ones.
+const MAX_FILE: u64 = 1 << 20;
+/// Supplementary groups the kernel takes (NGROUPS_MAX).
+const MAX_GROUPS: usize = 65536;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    pub uid: u32,
+    pub gid: u32,
+    /// Groups whose member lists hold the user.
+    pub additional: Vec<u32>,
+}
+
+/// The two files.
+#[derive(Debug, Default)]
+pub struct Database {
+    passwd: String,
+    group: String,
+}
+
+struct Entry<'a> {
+    name: &'a str,
+    uid: u32,
+    gid: u32,
+    home: &'a str,
+}
+
+impl Database {
+    pub fn read(root: &Root) -> Self {
+        let read = |path| root.read(Path::new(path), MAX_FILE).unwrap_or_default();
+        Self { passwd: read("/etc/passwd"), group: read("/etc/group") }
+    }
+
+    fn entries(&self) -> impl Iterator<Item = Entry<'_>> {
+        self.passwd.lines().filter_map(|line| {
+            let mut fields = line.split(':');
+            Some(Entry {
+                name: fields.next()?,
+                uid: fields.nth(1)?.parse().ok()?,
+                gid: fields.next()?.parse().ok()?,
+                home: fields.nth(1).unwrap_or_default(),
+            })
+        })
+    }
+
+    /// Name, number and members of each group.
+    fn groups(&self) -> impl Iterator<Item = (&str, u32, &str)> {
+        self.group.lines().filter_map(|line| {
+            let mut fields = line.split(':');
+            let name = fields.next()?;
+            let gid = fields.nth(1)?.parse().ok()?;
+            Some((name, gid, fields.next().unwrap_or_default()))
+        })
+    }
+
+    /// Looks up `user[:group]`.
+    pub fn resolve(&self, text: &str) -> Result<Identity> {
+        let (user, group) = match text.split_once(':') {
+            Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
+            None => (text, None),
+        };
+        // A name may consist of digits: a listed name counts before a number.
+        let number = user.parse::<u32>().ok();
+        let entry = self
+            .entries()
+            .find(|entry| entry.name == user)
+            .or_else(|| self.entries().find(|entry| Some(entry.uid) == number));
+        let (uid, primary, name) = match (&entry, number) {
+            (Some(entry), _) => (entry.uid, entry.gid, entry.name),
+            (None, Some(uid)) => (uid, 0, ""),
+            (None, None) if user.is_empty() => (0, 0, "root"),
+            (None, None) => {
+                return Err(Error::invalid(
+                    "user",
+                    format!("no user {user:?} in the image's /etc/passwd"),
+                ));
+            }
+        };
+        let Some(group) = group else {
+            return Ok(Identity { uid, gid: primary, additional: self.memberships(name) });
+        };
+        let number = group.parse::<u32>().ok();
+        let gid = self
+            .groups()
+            .find(|(name, ..)| *name == group)
+            .map(|(_, gid, _)| gid)
+            .or(number)
+            .ok_or_else(|| {
+                Error::invalid("user", format!("no group {group:?} in the image's /etc/group"))
+            })?;
+        // An explicit group is the only one, as in `docker run --user`.
+        Ok(Identity { uid, gid, additional: Vec::new() })
+    }
+
+    /// Groups that list the user as a member.
+    pub fn memberships(&self, name: &str) -> Vec<u32> {
+        if name.is_empty() {
+            return Vec::new();
+        }
+        self.groups()
+            .filter(|(_, _, members)| members.split(',').any(|member| member == name))
+            .map(|(_, gid, _)| gid)
+            .take(MAX_GROUPS)
+            .collect()
+    }
+
+    /// The user's home folder; `/` for unknown ones.
+    pub fn home(&self, uid: u32) -> &str {
+        self.entries()
+            .find(|entry| entry.uid == uid)
+            .map(|entry| entry.home)
+            .filter(|home| home.starts_with('/'))
+            .unwrap_or("/")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn database() -> Database {
+        Database {
+            passwd: "root:x:0:0:root:/root:/bin/sh\nbroken\nweb:x:101:102::/srv/web:/bin/false\n\
+                     77:x:1077:1078::/h:/x\n"
+                .into(),
+            group: "root:x:0:\nweb:x:102:\nlog:x:200:web,other\nnobody:x:65534:web\n".into(),
+        }
+    }
+
+    fn identity(uid: u32, gid: u32, additional: &[u32]) -> Identity {
+        Identity { uid, gid, additional: additional.to_vec() }
+    }
+
+    #[test]
+    fn names_and_numbers_are_found_with_their_groups() {
+        let database = database();
+        for (text, want) in [
+            ("web", identity(101, 102, &[200, 65534])),
+            ("101", identity(101, 102, &[200, 65534])),
+            ("web:log", identity(101, 200, &[])),
+            ("web:4242", identity(101, 4242, &[])),
+            ("0:0", identity(0, 0, &[])),
+            ("5000", identity(5000, 0, &[])),
+            ("5000:", identity(5000, 0, &[])),
+            ("77", identity(1077, 1078, &[])),
+            (":log", identity(0, 200, &[])),
+        ] {
+            assert_eq!(database.resolve(text).unwrap(), want, "{text}");
+        }
+    }
+
+    #[test]
+    fn unknown_names_are_refused_by_name() {
+        let error = database().resolve("nosuch").unwrap_err().to_string();
+        assert!(error.contains("nosuch"), "{error}");
+        let error = database().resolve("web:nosuch").unwrap_err().to_string();
+        assert!(error.contains("nosuch"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_home_is_the_root_folder() {
+        assert_eq!(database().home(101), "/srv/web");
+        assert_eq!(database().home(4), "/");
+        assert_eq!(Database::default().home(0), "/");
+    }
+}

@@ -1,0 +1,300 @@
+//! The gRPC face (`proto/agent/v1`): requests in, errors out as status codes. Verbs run as tasks of
+//! their own, so that a caller who hangs up does not leave one half done.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use agent_api::v1::agent_server::Agent as Service;
+use agent_api::{PROTOCOL, v1};
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+
+use crate::agent::Agent;
+use crate::containers::{create, exec, remove, signal, start, stats, update};
+use crate::error::{Error, Result};
+use crate::guest::{devices, identity, network, shutdown};
+
+#[derive(Debug, Clone)]
+pub struct AgentService {
+    agent: Arc<Agent>,
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let text = error.chain();
+        tracing::debug!(error = text, "refused");
+        match error {
+            Error::NotFound { .. } | Error::Command { missing: true, .. } => Self::not_found(text),
+            Error::Exists { .. } => Self::already_exists(text),
+            Error::Invalid { .. } => Self::invalid_argument(text),
+            Error::Precondition(_) | Error::Command { .. } => Self::failed_precondition(text),
+            Error::Exhausted { .. } => Self::resource_exhausted(text),
+            Error::Deadline { .. } => Self::deadline_exceeded(text),
+            Error::Os { .. } | Error::Helper { .. } => Self::internal(text),
+        }
+    }
+}
+
+type Answer<T> = std::result::Result<Response<T>, Status>;
+
+fn answer<T>(result: Result<T>) -> Answer<T> {
+    result.map(Response::new).map_err(Status::from)
+}
+
+impl AgentService {
+    pub fn new(agent: Arc<Agent>) -> Self {
+        Self { agent }
+    }
+
+    /// Runs a verb to its end, whatever becomes of the call.
+    async fn run<T, F>(&self, verb: impl FnOnce(Arc<Agent>) -> F) -> Answer<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        match tokio::spawn(verb(Arc::clone(&self.agent))).await {
+            Ok(result) => answer(result),
+            Err(error) => {
+                tracing::error!(%error, "a request has failed badly");
+                Err(Status::internal("the agent failed on this request"))
+            }
+        }
+    }
+}
+
+fn text(path: &str) -> String {
+    std::fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+async fn configure_pod(agent: Arc<Agent>, request: v1::ConfigurePodRequest) -> Result<()> {
+    if let Some(pod) = agent.lock().pod.as_ref()
+        && pod.id != request.pod_id
+    {
+        return Err(Error::Exists { what: "pod", id: pod.id.clone() });
+    }
+    // Clock and entropy first: what follows may write times and draw numbers.
+    identity::set_clock(request.unix_time_ns)?;
+    identity::add_entropy(&request.entropy)?;
+    identity::set_hostname(&request.hostname)?;
+    let macs: Vec<String> = request.interfaces.iter().map(|each| each.mac.clone()).collect();
+    devices::rescan(&[], &macs).await?;
+    network::configure(&request.interfaces, &request.routes)?;
+    // After the interfaces, as some are theirs.
+    identity::set_sysctls(&request.sysctls)?;
+    crate::guest::shm::set_up(&agent.config.base.join("shm"), request.shm_size)?;
+    agent.lock().pod = Some(crate::agent::Pod { id: request.pod_id, hostname: request.hostname });
+    Ok(())
+}
+
+#[tonic::async_trait]
+impl Service for AgentService {
+    async fn hello(&self, _: Request<v1::HelloRequest>) -> Answer<v1::HelloReply> {
+        let uptime = text("/proc/uptime");
+        let seconds: f64 =
+            uptime.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0.0);
+        Ok(Response::new(v1::HelloReply {
+            protocol: PROTOCOL,
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_release: text("/proc/sys/kernel/osrelease"),
+            boot_id: text("/proc/sys/kernel/random/boot_id"),
+            uptime_ms: (seconds * 1000.0) as u64,
+            configured: self.agent.lock().pod.is_some(),
+        }))
+    }
+
+    async fn configure_pod(
+        &self,
+        request: Request<v1::ConfigurePodRequest>,
+    ) -> Answer<v1::ConfigurePodReply> {
+        let request = request.into_inner();
+        self.run(|agent| async move {
+            configure_pod(agent, request).await.map(|()| v1::ConfigurePodReply {})
+        })
+        .await
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<v1::CreateContainerRequest>,
+    ) -> Answer<v1::CreateContainerReply> {
+        let request = request.into_inner();
+        self.run(|agent| async move {
+            let pid = create::create(&agent, request).await?.unsigned_abs();
+            Ok(v1::CreateContainerReply { pid })
+        })
+        .await
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<v1::StartContainerRequest>,
+    ) -> Answer<v1::StartContainerReply> {
+        let id = request.into_inner().container_id;
+        self.run(|agent| async move {
+            start::start(&agent, &id).await.map(|()| v1::StartContainerReply {})
+        })
+        .await
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<v1::RemoveContainerRequest>,
+    ) -> Answer<v1::RemoveContainerReply> {
+        let id = request.into_inner().container_id;
+        self.run(|agent| async move {
+            remove::remove(&agent, &id).await.map(|()| v1::RemoveContainerReply {})
+        })
+        .await
+    }
+
+    async fn update_container(
+        &self,
+        request: Request<v1::UpdateContainerRequest>,
+    ) -> Answer<v1::UpdateContainerReply> {
+        let request = request.into_inner();
+        let result = update::update(&self.agent, &request.container_id, &request.linux_resources);
+        answer(result.map(|()| v1::UpdateContainerReply {}))
+    }
+
+    async fn exec(&self, request: Request<v1::ExecRequest>) -> Answer<v1::ExecReply> {
+        let request = request.into_inner();
+        self.run(|agent| async move {
+            let pid = exec::exec(&agent, request).await?.unsigned_abs();
+            Ok(v1::ExecReply { pid })
+        })
+        .await
+    }
+
+    async fn signal_process(
+        &self,
+        request: Request<v1::SignalProcessRequest>,
+    ) -> Answer<v1::SignalProcessReply> {
+        let v1::SignalProcessRequest { container_id, exec_id, signal, all } = request.into_inner();
+        let result = signal::signal(&self.agent, &container_id, &exec_id, signal, all);
+        answer(result.map(|()| v1::SignalProcessReply {}))
+    }
+
+    async fn resize_tty(
+        &self,
+        request: Request<v1::ResizeTtyRequest>,
+    ) -> Answer<v1::ResizeTtyReply> {
+        let v1::ResizeTtyRequest { container_id, exec_id, width, height } = request.into_inner();
+        let state = self.agent.lock();
+        let result = state
+            .process(&container_id, &exec_id)
+            .and_then(|process| process.resize(width, height));
+        answer(result.map(|()| v1::ResizeTtyReply {}))
+    }
+
+    async fn list_processes(
+        &self,
+        _: Request<v1::ListProcessesRequest>,
+    ) -> Answer<v1::ListProcessesReply> {
+        let state = self.agent.lock();
+        let mut processes = Vec::new();
+        for (id, container) in &state.containers {
+            processes.push(container.init.describe(id, ""));
+            processes
+                .extend(container.execs.iter().map(|(exec, process)| process.describe(id, exec)));
+        }
+        Ok(Response::new(v1::ListProcessesReply { processes }))
+    }
+
+    type EventsStream = Pin<Box<dyn Stream<Item = std::result::Result<v1::Event, Status>> + Send>>;
+
+    async fn events(&self, _: Request<v1::EventsRequest>) -> Answer<Self::EventsStream> {
+        let agent = Arc::clone(&self.agent);
+        let stream = {
+            let mut state = agent.lock();
+            state.events.stream += 1;
+            state.events.stream
+        };
+        // Ends the former stream.
+        agent.events_changed.notify_waiters();
+        let events = futures_util::stream::unfold((agent, 0), move |(agent, sent)| async move {
+            loop {
+                let mut changed = std::pin::pin!(agent.events_changed.notified());
+                // Registered before the look, so that what happens in between is not missed.
+                changed.as_mut().enable();
+                let next = {
+                    let state = agent.lock();
+                    if state.events.stream != stream {
+                        return None;
+                    }
+                    state.events.after(sent)
+                };
+                if let Some(event) = next {
+                    let sequence = event.sequence;
+                    return Some((Ok(event), (Arc::clone(&agent), sequence)));
+                }
+                changed.await;
+            }
+        });
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn ack_events(
+        &self,
+        request: Request<v1::AckEventsRequest>,
+    ) -> Answer<v1::AckEventsReply> {
+        self.agent.lock().events.acknowledge(request.into_inner().sequence);
+        self.agent.sweep_execs();
+        Ok(Response::new(v1::AckEventsReply {}))
+    }
+
+    async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsReply> {
+        Ok(Response::new(stats::stats(&self.agent)))
+    }
+
+    async fn rescan_devices(
+        &self,
+        request: Request<v1::RescanDevicesRequest>,
+    ) -> Answer<v1::RescanDevicesReply> {
+        let request = request.into_inner();
+        self.run(|_| async move {
+            devices::rescan(&request.disk_serials, &request.macs).await?;
+            Ok(v1::RescanDevicesReply {})
+        })
+        .await
+    }
+
+    async fn release_device(
+        &self,
+        request: Request<v1::ReleaseDeviceRequest>,
+    ) -> Answer<v1::ReleaseDeviceReply> {
+        let request = request.into_inner();
+        self.run(|_| async move {
+            if !request.disk_serial.is_empty() {
+                devices::release_disk(&request.disk_serial).await?;
+            }
+            if !request.mac.is_empty() {
+                devices::release_card(&request.mac).await?;
+            }
+            Ok(v1::ReleaseDeviceReply {})
+        })
+        .await
+    }
+
+    async fn write_volume(
+        &self,
+        request: Request<v1::WriteVolumeRequest>,
+    ) -> Answer<v1::WriteVolumeReply> {
+        let result = self.agent.lock().volumes.write(request.get_ref());
+        answer(result.map(|()| v1::WriteVolumeReply {}))
+    }
+
+    async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Answer<v1::ShutdownReply> {
+        let agent = Arc::clone(&self.agent);
+        tokio::spawn(async move {
+            // The reply goes out first, if it can.
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            if agent.config.is_guest {
+                shutdown::power_off(|| agent.pod_cgroup.is_populated()).await;
+            } else {
+                let _ = agent.pod_cgroup.kill();
+                std::process::exit(0);
+            }
+        });
+        Ok(Response::new(v1::ShutdownReply {}))
+    }
+}

@@ -1,0 +1,164 @@
+//! One output stream of a process: a pump fills the window from the pipe or the terminal; the
+//! host's connection empties it. A full window stops the pump, so the process feels back-pressure.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use agent_api::stdio::WINDOW;
+use tokio::sync::Notify;
+
+use super::Channel;
+use super::window::{OutOfWindow, Window};
+
+/// Bytes moved at once between a pipe and the window: the capacity of a pipe.
+const CHUNK: usize = 64 << 10;
+
+#[derive(Debug)]
+struct State {
+    window: Window,
+    /// Nothing follows what is in the window.
+    finished: bool,
+    /// Connection that serves the stream; an older one sees that it was replaced.
+    connection: u64,
+    attached: bool,
+}
+
+#[derive(Debug)]
+pub struct Output {
+    state: Mutex<State>,
+    /// Bytes were added, the end was reached, or a connection was replaced.
+    readable: Notify,
+    /// Bytes were acknowledged.
+    room: Notify,
+    /// The record is gone: the pump ends.
+    closed: Notify,
+}
+
+/// What a connection may do next.
+pub(super) enum Next {
+    Bytes(usize),
+    Wait,
+    End,
+    Replaced,
+}
+
+impl Output {
+    /// Starts the pump. It ends with the stream, or with `close`.
+    pub fn start(channel: Channel) -> Arc<Self> {
+        let output = Arc::new(Self {
+            state: Mutex::new(State {
+                window: Window::new(WINDOW),
+                finished: false,
+                connection: 0,
+                attached: false,
+            }),
+            readable: Notify::new(),
+            room: Notify::new(),
+            closed: Notify::new(),
+        });
+        let pump = Arc::clone(&output);
+        tokio::spawn(async move {
+            tokio::select! {
+                () = pump.pump(&channel) => {}
+                () = pump.closed.notified() => {}
+            }
+            pump.lock().finished = true;
+            pump.readable.notify_waiters();
+        });
+        output
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    async fn pump(&self, channel: &Channel) {
+        loop {
+            let room = self.lock().window.room();
+            if room == 0 {
+                self.room.notified().await;
+                continue;
+            }
+            let Ok(mut ready) = channel.readable().await else { return };
+            // The buffer lives only while there is something to read: idle streams cost nothing.
+            let mut buffer = vec![0; room.min(CHUNK)];
+            match ready
+                .try_io(|fd| nix::unistd::read(fd.get_ref(), &mut buffer).map_err(io::Error::from))
+            {
+                Ok(Ok(0)) => return,
+                Ok(Ok(n)) => {
+                    self.lock().window.push(&buffer[..n]);
+                    self.readable.notify_waiters();
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                // EIO: the last holder of a terminal's slave side has gone.
+                Ok(Err(_)) => return,
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    /// Whether everything was read from the process and acknowledged by the host.
+    pub fn is_consumed(&self) -> bool {
+        let state = self.lock();
+        state.finished && state.window.is_empty()
+    }
+
+    pub fn is_attached(&self) -> bool {
+        self.lock().attached
+    }
+
+    /// Ends the pump and the connection; what is buffered is lost.
+    pub fn close(&self) {
+        let mut state = self.lock();
+        state.connection += 1;
+        drop(state);
+        self.closed.notify_one();
+        self.readable.notify_waiters();
+    }
+
+    /// Makes the caller's connection the one that serves the stream from `offset` on.
+    pub(super) fn attach(&self, offset: u64) -> Result<u64, OutOfWindow> {
+        let mut state = self.lock();
+        state.window.copy(offset, &mut [])?;
+        state.connection += 1;
+        state.attached = true;
+        let connection = state.connection;
+        drop(state);
+        self.readable.notify_waiters();
+        Ok(connection)
+    }
+
+    pub(super) fn detach(&self, connection: u64) {
+        let mut state = self.lock();
+        if state.connection == connection {
+            state.attached = false;
+        }
+    }
+
+    pub(super) fn next(&self, connection: u64, offset: u64, into: &mut Vec<u8>) -> Next {
+        let state = self.lock();
+        if state.connection != connection {
+            return Next::Replaced;
+        }
+        let available = state.window.end().saturating_sub(offset) as usize;
+        if available == 0 {
+            return if state.finished { Next::End } else { Next::Wait };
+        }
+        into.resize(available.min(CHUNK), 0);
+        match state.window.copy(offset, into) {
+            Ok(n) => Next::Bytes(n),
+            Err(OutOfWindow) => Next::Replaced,
+        }
+    }
+
+    pub(super) fn changed(&self) -> tokio::sync::futures::Notified<'_> {
+        self.readable.notified()
+    }
+
+    pub(super) fn acknowledge(&self, offset: u64) -> Result<(), OutOfWindow> {
+        self.lock().window.acknowledge(offset)?;
+        self.room.notify_one();
+        Ok(())
+    }
+}

@@ -1,0 +1,179 @@
+//! The host's connections on the stdio port: header, status, then bytes (see `agent_api::stdio`).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_api::stdio::{FIXED, Kind, Open, Status};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::Semaphore;
+
+use super::input::Input;
+use super::output::{Next, Output};
+use crate::agent::Agent;
+use crate::listen::{Conn, Listener};
+
+/// Connections at once: a host that opens them without end must not use up the guest's memory.
+const MAX_CONNECTIONS: usize = 4096;
+/// For the header to arrive; a silent connection is not kept.
+const HEADER_DEADLINE: Duration = Duration::from_secs(10);
+/// Bytes read from the host at once.
+const INPUT_CHUNK: usize = 32 << 10;
+
+/// Serves for ever.
+pub async fn run(listener: Listener, agent: Arc<Agent>) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok(conn) => {
+                let agent = Arc::clone(&agent);
+                tokio::spawn(async move {
+                    if let Err(error) = serve(conn, &agent).await {
+                        tracing::debug!(%error, "stream connection ended");
+                    }
+                    drop(slot);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a stream connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn read_header(conn: &mut Conn) -> std::io::Result<Result<Open, Status>> {
+    let mut fixed = [0; FIXED];
+    conn.read_exact(&mut fixed).await?;
+    let Ok((a, b)) = Open::id_lengths(&fixed) else { return Ok(Err(Status::BadHeader)) };
+    let mut ids = vec![0; a + b];
+    conn.read_exact(&mut ids).await?;
+    Ok(Open::decode(&fixed, &ids).map_err(|_| Status::BadHeader))
+}
+
+async fn refuse(mut conn: Conn, status: Status) -> std::io::Result<()> {
+    conn.write_all(&[status as u8]).await?;
+    conn.shutdown().await
+}
+
+async fn serve(mut conn: Conn, agent: &Agent) -> std::io::Result<()> {
+    let header = tokio::time::timeout(HEADER_DEADLINE, read_header(&mut conn)).await;
+    let open = match header {
+        Ok(Ok(Ok(open))) => open,
+        Ok(Ok(Err(status))) => return refuse(conn, status).await,
+        Ok(Err(error)) => return Err(error),
+        Err(_elapsed) => return refuse(conn, Status::BadHeader).await,
+    };
+    match open.kind {
+        Kind::Stdin => match agent.input(&open.container_id, &open.exec_id) {
+            Some(input) => serve_input(conn, &input).await,
+            None => refuse(conn, Status::NoSuchStream).await,
+        },
+        Kind::Stdout | Kind::Stderr => {
+            let stderr = open.kind == Kind::Stderr;
+            let Some(output) = agent.output(&open.container_id, &open.exec_id, stderr) else {
+                return refuse(conn, Status::NoSuchStream).await;
+            };
+            let Ok(connection) = output.attach(open.offset) else {
+                return refuse(conn, Status::BadOffset).await;
+            };
+            let result = serve_output(conn, &output, connection, open.offset).await;
+            output.detach(connection);
+            agent.sweep_execs();
+            result
+        }
+    }
+}
+
+async fn serve_input(mut conn: Conn, input: &Input) -> std::io::Result<()> {
+    let connection = input.attach();
+    conn.write_all(&[Status::Ok as u8]).await?;
+    let mut buffer = vec![0; INPUT_CHUNK];
+    loop {
+        let changed = input.changed();
+        if !input.is_current(connection) {
+            return Ok(());
+        }
+        tokio::select! {
+            read = conn.read(&mut buffer) => match read? {
+                0 => {
+                    input.end(connection);
+                    return Ok(());
+                }
+                // The process closed its stdin: the host is told by the end of the connection.
+                n => input.write(&buffer[..n]).await?,
+            },
+            () = changed => {}
+        }
+    }
+}
+
+async fn serve_output(
+    conn: Conn,
+    output: &Output,
+    connection: u64,
+    offset: u64,
+) -> std::io::Result<()> {
+    let (mut read, mut write) = tokio::io::split(conn);
+    write.write_all(&[Status::Ok as u8]).await?;
+    // One future for the connection's whole life: dropping it between two `select!`s could lose
+    // half a number. Acknowledgements go on after the last byte was sent, until the host hangs up.
+    let mut acknowledgements = std::pin::pin!(acknowledge(&mut read, output));
+    tokio::select! {
+        result = &mut acknowledgements => result,
+        result = send(&mut write, output, connection, offset) => match result? {
+            Sent::All => acknowledgements.await,
+            Sent::Replaced => Ok(()),
+        },
+    }
+}
+
+enum Sent {
+    All,
+    Replaced,
+}
+
+async fn send(
+    write: &mut (impl AsyncWrite + Unpin),
+    output: &Output,
+    connection: u64,
+    mut offset: u64,
+) -> std::io::Result<Sent> {
+    let mut buffer = Vec::new();
+    loop {
+        let mut changed = std::pin::pin!(output.changed());
+        // Registered before the look, so that what happens in between is not missed.
+        changed.as_mut().enable();
+        match output.next(connection, offset, &mut buffer) {
+            Next::Bytes(n) => {
+                write.write_all(&buffer[..n]).await?;
+                offset += n as u64;
+            }
+            Next::Wait => {
+                buffer = Vec::new();
+                changed.await;
+            }
+            Next::End => {
+                write.shutdown().await?;
+                return Ok(Sent::All);
+            }
+            Next::Replaced => return Ok(Sent::Replaced),
+        }
+    }
+}
+
+async fn acknowledge(read: &mut (impl AsyncRead + Unpin), output: &Output) -> std::io::Result<()> {
+    loop {
+        let mut ack = [0; 8];
+        if let Err(error) = read.read_exact(&mut ack).await {
+            return if error.kind() == std::io::ErrorKind::UnexpectedEof {
+                Ok(())
+            } else {
+                Err(error)
+            };
+        }
+        if output.acknowledge(u64::from_le_bytes(ack)).is_err() {
+            return Err(std::io::ErrorKind::InvalidData.into());
+        }
+    }
+}
