@@ -1,144 +1,318 @@
 //! The door of the crate: one method a verb.
 
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+use std::fs::File;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use oci_spec::runtime::LinuxResources;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::error::Error;
+use crate::journal::Probe;
+use crate::launcher::{Launch, LauncherProcess};
 use crate::model::{
     ContainerId, ContainerSpec, ContainerView, ExecOutput, ExecSpec, Filter, PodId, PodSpec,
     PodView, TracePhase,
 };
+use crate::node::Node;
+use crate::open::{self, Quarantined};
+use crate::pod::{self, Begin, Handle, Request};
+use crate::policy::{ContainerPhase, Phase, Pod};
 use crate::ports::Network;
-use crate::session::{AttachSession, ExecSession};
+use crate::session::{self, AttachSession, ExecSession};
 use crate::stats::{ContainerStatsView, PodStatsView};
+
+/// How long [`Sandboxes::shutdown`] waits for the pods' tasks.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
+/// Longest host name of a guest: HOST_NAME_MAX (hostname(7)).
+const MAX_HOSTNAME: usize = 64;
 
 /// All pods and containers of a node. Cheap to clone.
 #[derive(Clone)]
 pub struct Sandboxes {
-    _inner: Arc<PathBuf>,
+    node: Arc<Node>,
+    quarantined: Arc<Mutex<Vec<Quarantined>>>,
 }
 
-fn absent<T>() -> Result<T, Error> {
-    Err(Error::unavailable("the life cycle is not wired up yet"))
+fn new_id() -> String {
+    let half = || uuid::Uuid::new_v4().simple().to_string();
+    half() + &half()
 }
 
 impl Sandboxes {
     /// Reads the journal, starts one task a pod, and returns; re-attachment to running VMs and the
     /// end of half-done work go on in those tasks.
     pub async fn open(config: Config, network: Arc<dyn Network>) -> Result<Self, Error> {
-        let _ = network;
-        Ok(Self { _inner: Arc::new(config.root) })
+        let launcher = LauncherProcess::start(config.launcher.clone())?;
+        Self::open_with(config, network, Arc::new(launcher)).await
     }
 
-    pub async fn run_pod(&self, _spec: PodSpec) -> Result<PodId, Error> {
-        absent()
+    /// [`Self::open`] with another way to start VMMs, for tests and embedders.
+    pub async fn open_with(
+        config: Config,
+        network: Arc<dyn Network>,
+        launcher: Arc<dyn Launch>,
+    ) -> Result<Self, Error> {
+        Self::open_probed(config, network, launcher, None).await
+    }
+
+    pub(crate) async fn open_probed(
+        config: Config,
+        network: Arc<dyn Network>,
+        launcher: Arc<dyn Launch>,
+        probe: Option<Arc<dyn Probe>>,
+    ) -> Result<Self, Error> {
+        let (node, quarantined) = open::open(config, network, launcher, probe).await?;
+        Ok(Self { node, quarantined: Arc::new(Mutex::new(quarantined)) })
+    }
+
+    /// Starts a pod. A caller that goes away before it is ready has it unwound.
+    pub async fn run_pod(&self, spec: PodSpec) -> Result<PodId, Error> {
+        check_pod(&spec)?;
+        let (id, config) = (new_id(), &self.node.config);
+        let uids = config.uid_base..config.uid_base.saturating_add(config.uid_range);
+        let uid = self.node.registry.reserve_pod(&id, &spec.meta, config.max_pods, uids)?;
+        let pod = Pod {
+            netns: self.node.network.netns_path(&id),
+            id: id.clone(),
+            spec: Arc::new(spec),
+            created_at: SystemTime::now(),
+            phase: Phase::Starting,
+            reason: String::new(),
+            uid,
+            ledger: Vec::new(),
+            attachment: Arc::default(),
+            kernel_release: String::new(),
+            trace: Vec::new(),
+            containers: Default::default(),
+        };
+        let cancel = CancellationToken::new();
+        let guard = cancel.clone().drop_guard();
+        let (reply, answer) = oneshot::channel();
+        let (handle, owner) = pod::new(self.node.clone(), pod, Begin::Start { reply, cancel });
+        self.node.registry.set_handle(&id, handle);
+        tokio::spawn(owner);
+        let result = answer.await.map_err(|_| Error::unavailable("the daemon is ending"))?;
+        if result.is_ok() {
+            guard.disarm();
+        }
+        result
     }
 
     /// Ends every container and the VM, frees the network. Idempotent.
-    pub async fn stop_pod(&self, _id: &str) -> Result<(), Error> {
-        absent()
+    pub async fn stop_pod(&self, id: &str) -> Result<(), Error> {
+        let handle = self.node.registry.find_pod(id)?;
+        match handle.ask(Request::Stop).await {
+            // Its removal was quicker.
+            Err(Error::NotFound { .. }) => Ok(()),
+            other => other,
+        }
     }
 
     /// Stops if need be and forgets the pod with its containers. An unknown id is no error.
-    pub async fn remove_pod(&self, _id: &str) -> Result<(), Error> {
-        absent()
+    pub async fn remove_pod(&self, id: &str) -> Result<(), Error> {
+        let handle = match self.node.registry.find_pod(id) {
+            Ok(handle) => handle,
+            Err(Error::NotFound { .. }) => return self.remove_quarantined(id).await,
+            Err(e) => return Err(e),
+        };
+        match handle.ask(Request::Remove).await {
+            Err(Error::NotFound { .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    async fn remove_quarantined(&self, id: &str) -> Result<(), Error> {
+        let lock = || self.quarantined.lock().unwrap_or_else(PoisonError::into_inner);
+        let effects = lock().iter().find(|q| q.id == id).map(|q| q.effects.clone());
+        let Some(effects) = effects else { return Ok(()) };
+        pod::undo_quarantined(&self.node, id, &effects).await?;
+        lock().retain(|q| q.id != id);
+        let mut known = self.node.registry.pod_ids();
+        known.extend(lock().iter().map(|q| q.id.clone()));
+        let collected = self.node.network.collect(&known).await;
+        collected.map_err(|e| Error::Internal(e.into()))
     }
 
     /// By id or an unambiguous beginning of it.
-    pub fn pod(&self, _id: &str) -> Result<PodView, Error> {
-        absent()
+    pub fn pod(&self, id: &str) -> Result<PodView, Error> {
+        let pod = self.node.registry.find_pod(id)?.pod();
+        if pod.is_listed() {
+            Ok(pod.view())
+        } else {
+            Err(Error::NotFound { what: "pod", id: id.to_owned() })
+        }
     }
 
-    pub fn pods(&self, _filter: &Filter) -> Vec<PodView> {
-        Vec::new()
+    pub fn pods(&self, filter: &Filter) -> Vec<PodView> {
+        let pods = self.node.registry.handles().into_iter().map(|h| h.pod());
+        pods.filter(|pod| {
+            pod.is_listed()
+                && matches(&filter.id, &pod.id)
+                && matches(&filter.pod, &pod.id)
+                && filter.labels.iter().all(|(k, v)| pod.spec.meta.labels.get(k) == Some(v))
+        })
+        .map(|pod| pod.view())
+        .collect()
     }
 
     pub async fn create_container(
         &self,
-        _pod: &str,
-        _spec: ContainerSpec,
+        pod: &str,
+        spec: ContainerSpec,
     ) -> Result<ContainerId, Error> {
-        absent()
+        let handle = self.node.registry.find_pod(pod)?;
+        let pod = handle.ready_pod()?;
+        let (id, max) = (new_id(), self.node.config.max_containers);
+        self.node.registry.reserve_container(&pod.id, &id, &spec.meta, max)?;
+        let container = Box::new(pod::new_container(&pod, id.clone(), spec));
+        let cancel = CancellationToken::new();
+        let guard = cancel.clone().drop_guard();
+        let create = |reply| Request::CreateContainer { container, cancel, reply };
+        handle.ask(create).await?;
+        guard.disarm();
+        Ok(id)
     }
 
-    pub async fn start_container(&self, _id: &str) -> Result<(), Error> {
-        absent()
+    pub async fn start_container(&self, id: &str) -> Result<(), Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        handle.ask(|reply| Request::StartContainer { id, reply }).await
     }
 
     /// Asks with the container's stop signal, kills after `grace`. Idempotent.
-    pub async fn stop_container(&self, _id: &str, _grace: Duration) -> Result<(), Error> {
-        absent()
+    pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<(), Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        pod::stop_container(&handle, &id, grace).await
     }
 
     /// Kills what still runs. An unknown id is no error.
-    pub async fn remove_container(&self, _id: &str) -> Result<(), Error> {
-        absent()
+    pub async fn remove_container(&self, id: &str) -> Result<(), Error> {
+        let (id, handle) = match self.node.registry.find_container(id) {
+            Ok(found) => found,
+            Err(Error::NotFound { .. }) => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        match handle.ask(|reply| Request::RemoveContainer { id, reply }).await {
+            Err(Error::NotFound { .. }) => Ok(()),
+            other => other,
+        }
     }
 
-    pub fn container(&self, _id: &str) -> Result<ContainerView, Error> {
-        absent()
+    pub fn container(&self, id: &str) -> Result<ContainerView, Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        let pod = handle.pod();
+        let container = pod.containers.get(&id).filter(|c| c.phase == ContainerPhase::Present);
+        container.map(|c| c.view(&pod.id)).ok_or_else(|| Error::NotFound { what: "container", id })
     }
 
-    pub fn containers(&self, _filter: &Filter) -> Vec<ContainerView> {
-        Vec::new()
+    pub fn containers(&self, filter: &Filter) -> Vec<ContainerView> {
+        let mut found = Vec::new();
+        for pod in self.node.registry.handles().into_iter().map(|h| h.pod()) {
+            if !pod.is_listed() || !matches(&filter.pod, &pod.id) {
+                continue;
+            }
+            let containers = pod.containers.values().filter(|c| {
+                c.phase == ContainerPhase::Present
+                    && matches(&filter.id, &c.id)
+                    && filter.labels.iter().all(|(k, v)| c.spec.meta.labels.get(k) == Some(v))
+            });
+            found.extend(containers.map(|c| c.view(&pod.id)));
+        }
+        found
     }
 
-    pub async fn update_container(
-        &self,
-        _id: &str,
-        _resources: LinuxResources,
-    ) -> Result<(), Error> {
-        absent()
+    pub async fn update_container(&self, id: &str, resources: LinuxResources) -> Result<(), Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        let resources = Box::new(resources);
+        handle.ask(|reply| Request::UpdateContainer { id, resources, reply }).await
     }
 
-    pub async fn exec(&self, _id: &str, _spec: ExecSpec) -> Result<ExecSession, Error> {
-        absent()
+    pub async fn exec(&self, id: &str, spec: ExecSpec) -> Result<ExecSession, Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        session::exec(&handle, &id, spec).await
     }
 
     /// Runs a command to its end. Of each stream at most `output_limit` bytes are kept; the rest is
     /// read and thrown away. A command that outlives `timeout` is killed: [`Error::ExecTimeout`].
     pub async fn exec_sync(
         &self,
-        _id: &str,
-        _spec: ExecSpec,
-        _timeout: Option<Duration>,
-        _output_limit: usize,
+        id: &str,
+        spec: ExecSpec,
+        timeout: Option<Duration>,
+        output_limit: usize,
     ) -> Result<ExecOutput, Error> {
-        absent()
+        let (id, handle) = self.node.registry.find_container(id)?;
+        session::exec_sync(&handle, &id, spec, timeout, output_limit).await
     }
 
-    pub async fn attach(&self, _id: &str) -> Result<AttachSession, Error> {
-        absent()
+    pub async fn attach(&self, id: &str) -> Result<AttachSession, Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        session::attach(&handle, &id).await
     }
 
     /// Goes on writing the log at its path, in a new file if the old one has been renamed.
-    pub async fn reopen_log(&self, _id: &str) -> Result<(), Error> {
-        absent()
+    pub async fn reopen_log(&self, id: &str) -> Result<(), Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        let container = handle.container(&id)?;
+        let log = handle.log(&id).filter(|_| container.is_running());
+        let not_running = || Error::precondition(format!("container {id} is not running"));
+        log.ok_or_else(not_running)?.reopen().await
     }
 
     /// From a cache; a pod that has never been measured is measured now, with a short deadline.
-    pub async fn pod_stats(&self, _id: &str) -> Result<PodStatsView, Error> {
-        absent()
+    pub async fn pod_stats(&self, id: &str) -> Result<PodStatsView, Error> {
+        self.node.registry.find_pod(id)?.stats_or_measure().await
     }
 
-    pub async fn container_stats(&self, _id: &str) -> Result<ContainerStatsView, Error> {
-        absent()
+    pub async fn container_stats(&self, id: &str) -> Result<ContainerStatsView, Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        handle.container_stats(&id).await
     }
 
     /// Phases of the pod's start.
-    pub fn trace(&self, _pod: &str) -> Result<Vec<TracePhase>, Error> {
-        absent()
+    pub fn trace(&self, pod: &str) -> Result<Vec<TracePhase>, Error> {
+        Ok(self.node.registry.find_pod(pod)?.pod().trace.clone())
     }
 
     /// The guest's console from position `from` on, and the position to go on from.
-    pub fn console(&self, _pod: &str, _from: u64) -> Result<(Vec<u8>, u64), Error> {
-        absent()
+    pub fn console(&self, pod: &str, from: u64) -> Result<(Vec<u8>, u64), Error> {
+        let handle: Arc<Handle> = self.node.registry.find_pod(pod)?;
+        let path = &handle.paths.console;
+        File::open(path)
+            .and_then(|file| vmm_api::console_ring::read(&file, from))
+            .map_err(|e| Error::io(format!("read console {}", path.display()), e))
     }
 
     /// Ends our tasks; pods keep running and are found again by the next [`Self::open`].
-    pub async fn shutdown(&self) {}
+    pub async fn shutdown(&self) {
+        self.node.shutdown.cancel();
+        let ended = async {
+            for handle in self.node.registry.handles() {
+                handle.owner_ended().await;
+            }
+        };
+        let _ = tokio::time::timeout(SHUTDOWN_LIMIT, ended).await;
+    }
+}
+
+fn matches(wanted: &Option<String>, id: &str) -> bool {
+    wanted.as_ref().is_none_or(|w| id.starts_with(w.as_str()))
+}
+
+fn check_pod(spec: &PodSpec) -> Result<(), Error> {
+    if spec.meta.name.is_empty() {
+        return Err(Error::invalid("a pod needs a name"));
+    }
+    if spec.hostname.len() > MAX_HOSTNAME {
+        let (got, name) = (spec.hostname.len(), &spec.hostname);
+        return Err(Error::invalid(format!(
+            "host name {name:?} has {got} bytes, {MAX_HOSTNAME} are allowed"
+        )));
+    }
+    if spec.vcpus == Some(0) || spec.memory_mib.is_some_and(|m| m < 64) {
+        return Err(Error::invalid("a pod needs at least 1 vCPU and 64 MiB of memory"));
+    }
+    Ok(())
 }

@@ -22,6 +22,9 @@ pub struct Config {
     pub kernel: PathBuf,
     /// cpio archive with the agent as `/init`.
     pub initramfs: PathBuf,
+    pub kvm: PathBuf,
+    /// The host's resolver configuration, for pods that bring none.
+    pub resolv_conf: PathBuf,
     /// Appended to the guest kernel's command line.
     pub cmdline_extra: String,
     /// Mount point of cgroup v2; empty: `/sys/fs/cgroup`, or its `unified` folder on a host with
@@ -67,6 +70,8 @@ impl Default for Config {
             launcher: vec!["/proc/self/exe".into(), "launcher".into()],
             kernel: "/usr/lib/nacelle/vmlinux".into(),
             initramfs: "/usr/lib/nacelle/initramfs.cpio".into(),
+            kvm: "/dev/kvm".into(),
+            resolv_conf: "/etc/resolv.conf".into(),
             cmdline_extra: String::new(),
             cgroup_root: PathBuf::new(),
             default_vcpus: 2,

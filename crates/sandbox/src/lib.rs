@@ -2,15 +2,28 @@
 //!
 //! Has never heard of gRPC servers, CRI, containerd, CNI, registries or KVM. It meets the host's
 //! network through [`ports::Network`], the guest through `agent-api`, the VMM through `vmm-api`.
+//!
+//! Where to begin: [`Sandboxes`] is the door, `policy` says what a pod may do, `pod` does it, and
+//! `journal` makes it survive us.
 
 mod api;
 mod config;
 mod error;
+mod guest;
+mod host;
+mod journal;
 pub mod launcher;
+mod logs;
 pub mod model;
+mod node;
+mod open;
+mod pod;
+mod policy;
 pub mod ports;
+mod registry;
 pub mod session;
 pub mod stats;
+mod vmm;
 
 pub use api::Sandboxes;
 pub use config::Config;

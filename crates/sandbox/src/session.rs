@@ -1,14 +1,28 @@
-//! What a caller of exec and attach holds: plain byte streams, and a handle on the process.
+//! Exec and attach: what a caller holds is plain byte streams and a handle on the process. The
+//! pod's owner task is not involved: bytes flow between the caller and the guest.
 
 use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use agent_api::stdio::Kind;
+use agent_api::v1;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::sync::oneshot;
 
 use crate::error::Error;
-use crate::model::ExitView;
+use crate::guest::{Output, Refused, StreamId, open_stdin};
+use crate::model::{ContainerState, ExecOutput, ExecSpec, ExitView};
+use crate::pod::{ExecEnd, Handle};
+use crate::policy::Container;
 
 pub type ByteReader = Pin<Box<dyn AsyncRead + Send>>;
 pub type ByteWriter = Pin<Box<dyn AsyncWrite + Send>>;
+
+const SIGKILL: u32 = 9;
+/// After its end, a command's last output gets this long to arrive: a child of its own may hold
+/// the pipes open.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// A command that runs in a container. Shutting `stdin` down closes the command's standard input.
 /// Dropping `process` before the command's end kills it.
@@ -22,6 +36,7 @@ pub struct ExecSession {
 
 /// The streams of a container's own process, from now on.
 pub struct AttachSession {
+    /// One client at a time writes: a further one takes over.
     pub stdin: Option<ByteWriter>,
     pub stdout: Option<ByteReader>,
     pub stderr: Option<ByteReader>,
@@ -29,34 +44,294 @@ pub struct AttachSession {
 }
 
 /// Handle on an exec'd process.
-pub struct ExecProcess {}
-
-impl ExecProcess {
-    pub async fn resize(&self, _width: u16, _height: u16) -> Result<(), Error> {
-        Err(Error::unavailable("not connected"))
-    }
-
-    /// Sends a signal by number.
-    pub async fn signal(&self, _signal: u32) -> Result<(), Error> {
-        Err(Error::unavailable("not connected"))
-    }
-
-    /// Waits for the end. Output may still be on its way: read both streams to their end first.
-    pub async fn wait(&mut self) -> Result<ExitView, Error> {
-        Err(Error::unavailable("not connected"))
-    }
+pub struct ExecProcess {
+    handle: Arc<Handle>,
+    container: String,
+    exec: String,
+    end: Option<oneshot::Receiver<ExecEnd>>,
+    ended: Option<ExitView>,
 }
 
 /// Handle on a container's own process.
-pub struct AttachProcess {}
+pub struct AttachProcess {
+    handle: Arc<Handle>,
+    container: String,
+}
+
+impl ExecProcess {
+    pub async fn resize(&self, width: u16, height: u16) -> Result<(), Error> {
+        resize(&self.handle, &self.container, &self.exec, width, height).await
+    }
+
+    /// Sends a signal by number.
+    pub async fn signal(&self, signal: u32) -> Result<(), Error> {
+        signal_exec(&self.handle, &self.container, &self.exec, signal).await
+    }
+
+    /// Waits for the end. Output may still be on its way: read both streams to their end first.
+    /// Cancel-safe.
+    pub async fn wait(&mut self) -> Result<ExitView, Error> {
+        if let Some(end) = &mut self.end {
+            let end = end.await;
+            self.end = None;
+            self.ended = end.ok().map(exit_view);
+        }
+        self.ended
+            .clone()
+            .ok_or_else(|| Error::unavailable("the pod's VM ended while the command ran"))
+    }
+}
+
+impl Drop for ExecProcess {
+    fn drop(&mut self) {
+        self.handle.forget_exec(&self.exec);
+        if self.end.is_none() {
+            return;
+        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (handle, container, exec) =
+            (self.handle.clone(), self.container.clone(), self.exec.clone());
+        runtime.spawn(async move {
+            if let Err(error) = signal_exec(&handle, &container, &exec, SIGKILL).await {
+                tracing::debug!(container, exec, %error, "abandoned command");
+            }
+        });
+    }
+}
 
 impl AttachProcess {
-    pub async fn resize(&self, _width: u16, _height: u16) -> Result<(), Error> {
-        Err(Error::unavailable("not connected"))
+    pub async fn resize(&self, width: u16, height: u16) -> Result<(), Error> {
+        resize(&self.handle, &self.container, "", width, height).await
     }
 
     /// Waits for the container's end.
     pub async fn wait(&mut self) -> Result<ExitView, Error> {
-        Err(Error::unavailable("not connected"))
+        let id = &self.container;
+        let exit = |c: &Container| c.view(&self.handle.id).exit;
+        let mut last = None;
+        let there = self.handle.wait_for(|pod| {
+            let Some(container) = pod.containers.get(id) else { return true };
+            last = exit(container);
+            last.is_some()
+        });
+        there.await;
+        last.ok_or_else(|| Error::NotFound { what: "container", id: id.clone() })
     }
+}
+
+fn exit_view(end: ExecEnd) -> ExitView {
+    let reason = match (end.oom_killed, end.code) {
+        (true, _) => "OOMKilled",
+        (false, 0) => "Completed",
+        (false, _) => "Error",
+    };
+    ExitView {
+        code: end.code,
+        oom_killed: end.oom_killed,
+        at: end.at,
+        reason: reason.into(),
+        message: String::new(),
+    }
+}
+
+async fn resize(
+    handle: &Handle,
+    container: &str,
+    exec: &str,
+    width: u16,
+    height: u16,
+) -> Result<(), Error> {
+    let request = v1::ResizeTtyRequest {
+        container_id: container.to_owned(),
+        exec_id: exec.to_owned(),
+        width: width.into(),
+        height: height.into(),
+    };
+    let call = handle
+        .guest
+        .call("resize the terminal", |mut c| async move { c.resize_tty(request).await });
+    call.await.map(drop)
+}
+
+async fn signal_exec(
+    handle: &Handle,
+    container: &str,
+    exec: &str,
+    signal: u32,
+) -> Result<(), Error> {
+    let request = v1::SignalProcessRequest {
+        container_id: container.to_owned(),
+        exec_id: exec.to_owned(),
+        signal,
+        all: false,
+    };
+    let call = handle
+        .guest
+        .call("signal a command", |mut c| async move { c.signal_process(request).await });
+    call.await.map(drop)
+}
+
+fn running(handle: &Handle, id: &str) -> Result<Container, Error> {
+    handle.ready_pod()?;
+    let container = handle.container(id)?;
+    match container.state() {
+        ContainerState::Running if container.exit.is_none() => Ok(container),
+        state => Err(Error::precondition(format!(
+            "container {id} is not running: it is {}",
+            format!("{state:?}").to_lowercase()
+        ))),
+    }
+}
+
+fn refused(what: &str, error: Refused) -> Error {
+    Error::unavailable(format!("{what}: {:#}", anyhow::Error::new(error)))
+}
+
+/// Starts a command and joins its streams.
+pub(crate) async fn exec(
+    handle: &Arc<Handle>,
+    id: &str,
+    spec: ExecSpec,
+) -> Result<ExecSession, Error> {
+    let container = running(handle, id)?;
+    if spec.command.is_empty() {
+        return Err(Error::invalid("a command to run is missing"));
+    }
+    let exec = uuid::Uuid::new_v4().simple().to_string();
+    let end = handle.expect_exec(&exec);
+    let mut process = ExecProcess {
+        handle: handle.clone(),
+        container: id.to_owned(),
+        exec: exec.clone(),
+        end: Some(end),
+        ended: None,
+    };
+    let (width, height) = spec.tty_size.unwrap_or_default();
+    let request = v1::ExecRequest {
+        container_id: id.to_owned(),
+        exec_id: exec.clone(),
+        oci_process: oci_process(&container, &spec),
+        stdin: spec.stdin,
+        tty: spec.tty,
+        tty_width: width.into(),
+        tty_height: height.into(),
+        user: spec.user.clone(),
+    };
+    let started = handle.guest.call("run a command", |mut c| async move { c.exec(request).await });
+    if let Err(error) = started.await {
+        if !matches!(error, Error::Deadline { .. } | Error::Unavailable { .. }) {
+            // It does not run: there is nothing to kill.
+            process.end = None;
+        }
+        return Err(error);
+    }
+    let socket = handle.guest.socket();
+    let stream = |kind| StreamId { container: id.to_owned(), exec: exec.clone(), kind };
+    let (out_id, err_id, in_id) = (stream(Kind::Stdout), stream(Kind::Stderr), stream(Kind::Stdin));
+    let (stdout, stderr, stdin) = tokio::join!(
+        Output::open(socket, &out_id),
+        async { if spec.tty { Ok(None) } else { Output::open(socket, &err_id).await.map(Some) } },
+        async { if spec.stdin { open_stdin(socket, &in_id).await.map(Some) } else { Ok(None) } },
+    );
+    let stdout = stdout.map_err(|e| refused("standard output", e))?;
+    let stderr = stderr.map_err(|e| refused("standard error", e))?;
+    let stdin = match stdin {
+        Ok(stdin) => stdin.map(|s| Box::pin(s) as ByteWriter),
+        // A command that has ended by now reads no input; its output is still to be had.
+        Err(Refused::Status(_)) if spec.stdin => Some(Box::pin(tokio::io::sink()) as ByteWriter),
+        Err(e) => return Err(refused("standard input", e)),
+    };
+    Ok(ExecSession {
+        stdin,
+        stdout: Some(Box::pin(stdout)),
+        stderr: stderr.map(|s| Box::pin(s) as ByteReader),
+        process,
+    })
+}
+
+/// OCI Process (runtime-spec, config.md); what is left out comes from the container's own.
+fn oci_process(container: &Container, spec: &ExecSpec) -> Vec<u8> {
+    let own = container.spec.oci.process().as_ref();
+    let mut process = serde_json::json!({ "args": spec.command, "terminal": spec.tty });
+    if !spec.env.is_empty() {
+        let mut env = own.and_then(|p| p.env().clone()).unwrap_or_default();
+        env.extend(spec.env.iter().cloned());
+        process["env"] = env.into();
+    }
+    if !spec.cwd.is_empty() {
+        process["cwd"] = spec.cwd.clone().into();
+    }
+    process.to_string().into_bytes()
+}
+
+pub(crate) async fn exec_sync(
+    handle: &Arc<Handle>,
+    id: &str,
+    spec: ExecSpec,
+    timeout: Option<Duration>,
+    output_limit: usize,
+) -> Result<ExecOutput, Error> {
+    let spec = ExecSpec { stdin: false, ..spec };
+    let mut session = exec(handle, id, spec).await?;
+    let (stdout, stderr) = (session.stdout.take(), session.stderr.take());
+    let mut output = ExecOutput::default();
+    let run = async {
+        let ExecOutput { stdout: out, stderr: err, code } = &mut output;
+        let mut drained = std::pin::pin!(async {
+            tokio::join!(keep(stdout, out, output_limit), keep(stderr, err, output_limit))
+        });
+        let end = tokio::select! {
+            end = session.process.wait() => {
+                let _ = tokio::time::timeout(DRAIN_LIMIT, &mut drained).await;
+                end
+            }
+            _ = &mut drained => session.process.wait().await,
+        };
+        *code = end?.code;
+        Ok::<(), Error>(())
+    };
+    match timeout.filter(|t| !t.is_zero()) {
+        None => run.await?,
+        Some(limit) => match tokio::time::timeout(limit, run).await {
+            Ok(result) => result?,
+            Err(_) => {
+                // Killed by the session's end.
+                return Err(Error::ExecTimeout { limit });
+            }
+        },
+    }
+    Ok(output)
+}
+
+/// Reads a stream to its end and keeps its first `limit` bytes: a command's output must not use up
+/// our memory, and one that is not read would hang.
+async fn keep(stream: Option<ByteReader>, into: &mut Vec<u8>, limit: usize) {
+    let Some(mut stream) = stream else { return };
+    let mut buffer = vec![0; 32 << 10];
+    while let Ok(n @ 1..) = stream.read(&mut buffer).await {
+        let room = limit.saturating_sub(into.len());
+        into.extend_from_slice(&buffer[..n.min(room)]);
+    }
+}
+
+/// Joins a container's own streams, also before it starts.
+pub(crate) async fn attach(handle: &Arc<Handle>, id: &str) -> Result<AttachSession, Error> {
+    handle.ready_pod()?;
+    let container = handle.container(id)?;
+    if container.exit.is_some() {
+        return Err(Error::precondition(format!("container {id} has exited")));
+    }
+    let log = handle
+        .log(id)
+        .ok_or_else(|| Error::unavailable(format!("output of container {id} is not there yet")))?;
+    let (stdout, stderr) = log.attach().await?;
+    let stdin = if container.spec.stdin {
+        let stream = StreamId { container: id.to_owned(), exec: String::new(), kind: Kind::Stdin };
+        let stdin = open_stdin(handle.guest.socket(), &stream).await;
+        Some(Box::pin(stdin.map_err(|e| refused("standard input", e))?) as ByteWriter)
+    } else {
+        None
+    };
+    let process = AttachProcess { handle: handle.clone(), container: id.to_owned() };
+    Ok(AttachSession { stdin, stdout: Some(stdout), stderr, process })
 }

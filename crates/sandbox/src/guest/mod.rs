@@ -1,0 +1,158 @@
+//! The agent in a pod's guest, as a client with a deadline on every call.
+//!
+//! A connection that breaks is made anew by the next call. Messages are capped in both directions:
+//! a hostile guest can make us hold [`agent_api::MAX_MESSAGE`] bytes a call, no more.
+
+mod connect;
+mod stream;
+
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use agent_api::v1::agent_client::AgentClient;
+use agent_api::v1::{HelloReply, HelloRequest};
+use agent_api::{CONTROL_PORT, MAX_MESSAGE, PROTOCOL};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Response, Status};
+
+use crate::error::Error;
+
+pub(crate) use connect::connect;
+pub(crate) use stream::{Output, Refused, StreamId, StreamReader, open_stdin};
+
+/// A handshake takes this long at most before it is tried anew.
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+/// Longest text of a guest's error that is passed on, bytes.
+const MAX_GUEST_TEXT: usize = 2048;
+
+/// Client of one guest; cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Guest {
+    socket: Arc<PathBuf>,
+    client: AgentClient<Channel>,
+    /// A connection made while waiting for the boot, for the channel's first use.
+    spare: Arc<Mutex<Option<UnixStream>>>,
+    deadline: Duration,
+}
+
+impl Guest {
+    pub(crate) fn new(socket: PathBuf, deadline: Duration) -> Self {
+        let socket = Arc::new(socket);
+        let spare = Arc::new(Mutex::new(None::<UnixStream>));
+        let (path, first) = (socket.clone(), spare.clone());
+        let connector = tower::service_fn(move |_: Uri| {
+            let (path, first) = (path.clone(), first.clone());
+            async move {
+                let ready = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let stream = match ready {
+                    Some(stream) => stream,
+                    None => connect_in_time(&path).await?,
+                };
+                Ok::<_, io::Error>(TokioIo::new(stream))
+            }
+        });
+        // The name is never resolved: the connector decides.
+        let channel = Endpoint::from_static("http://guest").connect_with_connector_lazy(connector);
+        let client = AgentClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE);
+        Self { socket, client, spare, deadline }
+    }
+
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// One call, with the ordinary deadline.
+    pub(crate) async fn call<T, F>(
+        &self,
+        what: &str,
+        call: impl FnOnce(AgentClient<Channel>) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.call_within(self.deadline, what, call).await
+    }
+
+    pub(crate) async fn call_within<T, F>(
+        &self,
+        limit: Duration,
+        what: &str,
+        call: impl FnOnce(AgentClient<Channel>) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        match tokio::time::timeout(limit, call(self.client.clone())).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(from_status(what, &status)),
+            Err(_) => Err(Error::Deadline { what: format!("guest: {what}"), limit }),
+        }
+    }
+
+    pub(crate) async fn hello(&self, limit: Duration) -> Result<HelloReply, Error> {
+        let reply = self
+            .call_within(limit, "hello", |mut c| async move {
+                c.hello(HelloRequest { protocol: PROTOCOL }).await
+            })
+            .await?;
+        if reply.protocol != PROTOCOL {
+            return Err(Error::unavailable(format!(
+                "the guest's agent speaks protocol {}, this daemon {PROTOCOL}: \
+                 use the initramfs of the same release",
+                reply.protocol
+            )));
+        }
+        Ok(reply)
+    }
+
+    /// Tries until the agent listens; the caller sets the limit by dropping the future.
+    pub(crate) async fn wait_until_up(&self) {
+        let mut pause = Duration::from_millis(4);
+        loop {
+            if let Ok(stream) = connect_in_time(&self.socket).await {
+                *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 5 / 4).min(Duration::from_millis(40));
+        }
+    }
+}
+
+async fn connect_in_time(socket: &Path) -> io::Result<UnixStream> {
+    match tokio::time::timeout(CONNECT_LIMIT, connect(socket, CONTROL_PORT)).await {
+        Ok(result) => result,
+        Err(_) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+/// The agent's status codes are its error classes; its text comes from a hostile place and is cut.
+fn from_status(what: &str, status: &Status) -> Error {
+    let text: String = status
+        .message()
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(MAX_GUEST_TEXT)
+        .collect();
+    let message = format!("guest: {what}: {text}");
+    match status.code() {
+        tonic::Code::NotFound => Error::FailedPrecondition { message },
+        tonic::Code::InvalidArgument => Error::InvalidArgument { message },
+        tonic::Code::FailedPrecondition | tonic::Code::AlreadyExists => {
+            Error::FailedPrecondition { message }
+        }
+        tonic::Code::ResourceExhausted | tonic::Code::OutOfRange => {
+            Error::ResourceExhausted { message }
+        }
+        tonic::Code::Unimplemented => Error::Unsupported { message },
+        tonic::Code::Unavailable | tonic::Code::Cancelled => Error::Unavailable { message },
+        _ => Error::Internal(anyhow::anyhow!(message)),
+    }
+}

@@ -1,0 +1,133 @@
+//! The pod's leaf in the host's cgroup v2 tree; the VMM is its only inhabitant.
+//!
+//! Spec: Documentation/admin-guide/cgroup-v2.rst, "Basic Operations" and "Core Interface Files".
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+
+use super::absent_is_fine;
+use crate::error::Error;
+
+/// Parent of pods whose caller names none.
+const DEFAULT_PARENT: &str = "nacelle";
+/// A killed VMM is gone within this time, or the kernel holds it for good.
+const EMPTY_LIMIT: Duration = Duration::from_secs(10);
+
+/// Mount point of cgroup v2: the configured one, or what the host has.
+pub(crate) fn find_root(configured: &Path) -> Result<PathBuf, Error> {
+    let candidates = if configured.as_os_str().is_empty() {
+        vec![PathBuf::from("/sys/fs/cgroup"), PathBuf::from("/sys/fs/cgroup/unified")]
+    } else {
+        vec![configured.to_owned()]
+    };
+    let is_v2 = |p: &PathBuf| statfs(p).is_ok_and(|s| s.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    candidates.iter().find(|p| is_v2(p)).cloned().ok_or_else(|| {
+        Error::precondition(format!(
+            "no cgroup v2 at {}: nacelle needs it; mount it (mount -t cgroup2 none /sys/fs/cgroup) \
+             or boot with systemd.unified_cgroup_hierarchy=1",
+            candidates.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(" or ")
+        ))
+    })
+}
+
+/// Where the leaf of a pod stands.
+///
+/// `parent` is a path below the root, or the bare name of a systemd slice, which says its own
+/// path: `a-b.slice` lives in `a.slice` (systemd.slice(5)).
+pub(crate) fn leaf(root: &Path, parent: &str, pod: &str) -> Result<PathBuf, Error> {
+    let relative = match parent.trim_matches('/') {
+        "" => PathBuf::from(DEFAULT_PARENT),
+        name if !name.contains('/') && name.ends_with(".slice") => slice_path(name),
+        path => PathBuf::from(path),
+    };
+    if !relative.components().all(|c| matches!(c, Component::Normal(_))) {
+        return Err(Error::invalid(format!("cgroup parent {parent:?} is not a plain path")));
+    }
+    Ok(root.join(relative).join(format!("nacelle-{pod}")))
+}
+
+fn slice_path(name: &str) -> PathBuf {
+    let stem = name.trim_end_matches(".slice");
+    let mut path = PathBuf::new();
+    for (at, _) in stem.match_indices('-').filter(|(at, _)| *at > 0) {
+        path.push(format!("{}.slice", &stem[..at]));
+    }
+    path.join(name)
+}
+
+/// Those ancestors of `leaf` that [`make`] will have to make, outermost first.
+pub(crate) fn missing_parents(root: &Path, leaf: &Path) -> Vec<PathBuf> {
+    let mut missing: Vec<PathBuf> = leaf
+        .ancestors()
+        .skip(1)
+        .take_while(|p| *p != root && !p.exists())
+        .map(Path::to_owned)
+        .collect();
+    missing.reverse();
+    missing
+}
+
+/// Makes the leaf and opens it for CLONE_INTO_CGROUP.
+pub(crate) fn make(leaf: &Path) -> io::Result<File> {
+    fs::create_dir_all(leaf)?;
+    File::open(leaf)
+}
+
+/// Kills what lives in the leaf and removes it, then those of `parents` that stand empty.
+pub(crate) async fn remove(leaf: &Path, parents: &[PathBuf]) -> io::Result<()> {
+    let until = tokio::time::Instant::now() + EMPTY_LIMIT;
+    loop {
+        // cgroup.kill (Linux 5.14) ends every process in the subtree, also one that forks.
+        absent_is_fine(fs::write(leaf.join("cgroup.kill"), "1"))?;
+        match absent_is_fine(fs::remove_dir(leaf)) {
+            Ok(()) => break,
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                if tokio::time::Instant::now() > until {
+                    return Err(e);
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    for parent in parents.iter().rev() {
+        // Another pod may live there by now: then it is no longer ours to remove.
+        if fs::remove_dir(parent).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parents_of_all_spellings_lead_below_the_root() {
+        let leaf_of = |parent| leaf(Path::new("/cg"), parent, "p").unwrap();
+        assert_eq!(leaf_of(""), Path::new("/cg/nacelle/nacelle-p"));
+        assert_eq!(leaf_of("/kubepods/podx"), Path::new("/cg/kubepods/podx/nacelle-p"));
+        assert_eq!(
+            leaf_of("kubepods-burstable-podx.slice"),
+            Path::new(
+                "/cg/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podx.slice/nacelle-p"
+            )
+        );
+    }
+
+    #[test]
+    fn a_parent_that_climbs_is_refused() {
+        assert!(leaf(Path::new("/cg"), "/a/../../etc", "p").is_err());
+    }
+
+    #[test]
+    fn a_folder_that_is_no_cgroup_is_refused_with_advice() {
+        let error = find_root(Path::new("/proc")).unwrap_err().to_string();
+        assert!(error.contains("cgroup v2") && error.contains("/proc"), "{error}");
+    }
+}

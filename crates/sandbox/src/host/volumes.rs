@@ -1,0 +1,266 @@
+//! Files and folders of the host, read for a copy into the guest.
+//!
+//! Read in pieces and handed on at once: a volume never stands in our memory as a whole. Links are
+//! kept as links, so nothing outside of the named folder is ever read through one.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use agent_api::v1::VolumeFile;
+
+use crate::error::Error;
+
+/// Content of one message, bytes: well below [`agent_api::MAX_MESSAGE`], with room for names.
+const PIECE: usize = 1 << 20;
+/// Names and contents of one message together, files.
+const FILES_A_MESSAGE: usize = 512;
+/// Folders in folders; a deeper tree is refused rather than walked.
+const MAX_DEPTH: usize = 32;
+
+/// What a copy may cost.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) bytes: u64,
+    pub(crate) files: usize,
+}
+
+/// Whether the copied thing is a file (mounted by its name inside the volume) or a folder.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Shape {
+    File { name: String },
+    Folder,
+}
+
+/// What stands at `path`, links followed: a mount's source is what it points to.
+pub(crate) fn shape(path: &Path) -> Result<Shape, Error> {
+    let meta = fs::metadata(path)
+        .map_err(|e| Error::invalid(format!("volume source {}: {e}", path.display())))?;
+    if meta.is_dir() {
+        Ok(Shape::Folder)
+    } else if meta.is_file() {
+        Ok(Shape::File { name: "file".into() })
+    } else {
+        Err(special(path, meta.file_type()))
+    }
+}
+
+fn special(path: &Path, kind: fs::FileType) -> Error {
+    let kind = match kind {
+        k if k.is_socket() => "a socket",
+        k if k.is_fifo() => "a pipe",
+        k if k.is_block_device() || k.is_char_device() => "a device",
+        _ => "neither file nor folder",
+    };
+    Error::Unsupported {
+        message: format!(
+            "volume source {} is {kind}: volumes are copied into the pod, and that cannot be",
+            path.display()
+        ),
+    }
+}
+
+/// Reads the volume and gives each batch of files to `sink`. Blocks.
+pub(crate) fn read(
+    path: &Path,
+    limits: Limits,
+    sink: &mut dyn FnMut(Vec<VolumeFile>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut walk = Walk { root: path, limits, bytes: 0, files: 0, batch: Batch::default(), sink };
+    match shape(path)? {
+        Shape::File { name } => walk.file(path, &name)?,
+        Shape::Folder => walk.folder(path, &PathBuf::new(), 0)?,
+    }
+    walk.flush()
+}
+
+#[derive(Default)]
+struct Batch {
+    files: Vec<VolumeFile>,
+    bytes: usize,
+}
+
+struct Walk<'a> {
+    root: &'a Path,
+    limits: Limits,
+    bytes: u64,
+    files: usize,
+    batch: Batch,
+    sink: &'a mut dyn FnMut(Vec<VolumeFile>) -> Result<(), Error>,
+}
+
+impl Walk<'_> {
+    fn failed(&self, path: &Path, error: io::Error) -> Error {
+        Error::io(format!("read volume source {}", path.display()), error)
+    }
+
+    fn count(&mut self) -> Result<(), Error> {
+        self.files += 1;
+        if self.files > self.limits.files {
+            return Err(self.too_big(format!("more than {} files", self.limits.files)));
+        }
+        Ok(())
+    }
+
+    fn too_big(&self, what: String) -> Error {
+        Error::Unsupported {
+            message: format!(
+                "volume source {} holds {what}: volumes are copied into the pod, larger ones \
+                 are not supported",
+                self.root.display()
+            ),
+        }
+    }
+
+    fn folder(&mut self, path: &Path, name: &Path, depth: usize) -> Result<(), Error> {
+        if depth > MAX_DEPTH {
+            return Err(self.too_big(format!("more than {MAX_DEPTH} levels of folders")));
+        }
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(path).map_err(|e| self.failed(path, e))? {
+            entries.push(entry.map_err(|e| self.failed(path, e))?.file_name());
+            if entries.len() > self.limits.files {
+                return Err(self.too_big(format!("more than {} files", self.limits.files)));
+            }
+        }
+        entries.sort();
+        for entry in entries {
+            let (path, name) = (path.join(&entry), name.join(&entry));
+            let meta = fs::symlink_metadata(&path).map_err(|e| self.failed(&path, e))?;
+            let text = self.name(&name)?;
+            if meta.is_dir() {
+                self.count()?;
+                self.push(volume_file(text, &meta, Vec::new(), false))?;
+                self.folder(&path, &name, depth + 1)?;
+            } else if meta.is_symlink() {
+                self.count()?;
+                let target = fs::read_link(&path).map_err(|e| self.failed(&path, e))?;
+                let target = target.into_os_string().into_encoded_bytes();
+                self.push(volume_file(text, &meta, target, false))?;
+            } else if meta.is_file() {
+                self.file(&path, &text)?;
+            } else {
+                return Err(special(&path, meta.file_type()));
+            }
+        }
+        Ok(())
+    }
+
+    fn name(&self, name: &Path) -> Result<String, Error> {
+        name.to_str().map(str::to_owned).ok_or_else(|| {
+            Error::invalid(format!("name {name:?} in volume source {:?} is not UTF-8", self.root))
+        })
+    }
+
+    fn file(&mut self, path: &Path, name: &str) -> Result<(), Error> {
+        self.count()?;
+        // O_NONBLOCK: a file that has become a pipe since we looked must not hold us.
+        let mut options = File::options();
+        let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
+        let mut file = file.map_err(|e| self.failed(path, e))?;
+        let meta = file.metadata().map_err(|e| self.failed(path, e))?;
+        if !meta.is_file() {
+            return Err(special(path, meta.file_type()));
+        }
+        let mut append = false;
+        loop {
+            let mut piece = Vec::new();
+            let got = (&mut file).take(PIECE as u64).read_to_end(&mut piece);
+            let got = got.map_err(|e| self.failed(path, e))?;
+            if append && got == 0 {
+                return Ok(());
+            }
+            self.bytes += got as u64;
+            if self.bytes > self.limits.bytes {
+                return Err(self.too_big(format!("more than {} bytes", self.limits.bytes)));
+            }
+            self.push(volume_file(name.to_owned(), &meta, piece, append))?;
+            if got < PIECE {
+                return Ok(());
+            }
+            append = true;
+        }
+    }
+
+    fn push(&mut self, file: VolumeFile) -> Result<(), Error> {
+        let size = file.content.len() + file.path.len();
+        if self.batch.bytes + size > 2 * PIECE || self.batch.files.len() == FILES_A_MESSAGE {
+            self.flush()?;
+        }
+        self.batch.bytes += size;
+        self.batch.files.push(file);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), Error> {
+        let batch = std::mem::take(&mut self.batch);
+        if batch.files.is_empty() { Ok(()) } else { (self.sink)(batch.files) }
+    }
+}
+
+fn volume_file(path: String, meta: &fs::Metadata, content: Vec<u8>, append: bool) -> VolumeFile {
+    VolumeFile { path, mode: meta.mode(), uid: meta.uid(), gid: meta.gid(), content, append }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { bytes: 8 << 20, files: 10 };
+
+    fn collect(path: &Path) -> Result<Vec<VolumeFile>, Error> {
+        let mut all = Vec::new();
+        read(path, LIMITS, &mut |files| {
+            all.extend(files);
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    #[test]
+    fn a_folder_keeps_its_links_and_its_large_files() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("..2024")).unwrap();
+        fs::write(dir.path().join("..2024/key"), vec![7; (2 << 20) + 5]).unwrap();
+        std::os::unix::fs::symlink("..2024", dir.path().join("..data")).unwrap();
+        std::os::unix::fs::symlink("..data/key", dir.path().join("key")).unwrap();
+        let files = collect(dir.path()).unwrap();
+        let link = files.iter().find(|f| f.path == "key").unwrap();
+        assert_eq!(link.content, b"..data/key");
+        assert_eq!(link.mode & libc::S_IFMT, libc::S_IFLNK);
+        let pieces: Vec<_> = files.iter().filter(|f| f.path == "..2024/key").collect();
+        assert_eq!(pieces.iter().map(|f| f.content.len()).sum::<usize>(), (2 << 20) + 5);
+        assert_eq!(pieces.iter().map(|f| f.append).collect::<Vec<_>>(), [false, true, true]);
+    }
+
+    #[test]
+    fn too_many_files_and_too_many_bytes_are_refused_with_a_sentence() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("big"), vec![0; 9 << 20]).unwrap();
+        let error = collect(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("more than 8388608 bytes"), "{error}");
+        fs::remove_file(dir.path().join("big")).unwrap();
+        for n in 0..11 {
+            fs::write(dir.path().join(n.to_string()), "").unwrap();
+        }
+        let error = collect(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("more than 10 files"), "{error}");
+    }
+
+    #[test]
+    fn a_pipe_is_refused_and_does_not_hold_the_reader() {
+        let dir = tempfile::tempdir().unwrap();
+        nix::unistd::mkfifo(&dir.path().join("p"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(matches!(collect(dir.path()), Err(Error::Unsupported { .. })));
+        assert!(matches!(collect(&dir.path().join("p")), Err(Error::Unsupported { .. })));
+    }
+
+    #[test]
+    fn an_empty_file_arrives_as_one() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("empty"), "").unwrap();
+        let files = collect(&dir.path().join("empty")).unwrap();
+        assert_eq!((files.len(), files[0].path.as_str()), (1, "file"));
+    }
+}

@@ -1,0 +1,303 @@
+//! A pod as it stands on disk. These types change with [`VERSION`] only; the live ones
+//! ([`crate::policy`]) may change at will, and forgetting a field does not compile: both directions
+//! name every one.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use oci_spec::runtime::LinuxResources;
+use serde::{Deserialize, Serialize};
+
+use crate::model::{ContainerSpec, ExitView, PodSpec, TracePhase};
+use crate::policy::{Container, ContainerPhase, Effect, Phase, Pod};
+use crate::ports::Attachment;
+
+/// Of this layout. A record of another one is quarantined, never guessed at.
+const VERSION: u32 = 1;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BadRecord {
+    #[error("record is of version {got}, this release reads {VERSION}")]
+    Version { got: u32 },
+    #[error("record is unreadable")]
+    Json(#[from] serde_json::Error),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Head {
+    version: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Record {
+    version: u32,
+    /// Of the host, when the record was written.
+    boot_id: String,
+    id: String,
+    created_at: SystemTime,
+    phase: StoredPhase,
+    reason: String,
+    uid: u32,
+    netns: PathBuf,
+    ledger: Vec<StoredEffect>,
+    attachment: Attachment,
+    kernel_release: String,
+    trace: Vec<TracePhase>,
+    spec: PodSpec,
+    containers: Vec<StoredContainer>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum StoredPhase {
+    Starting,
+    Ready,
+    Stopping,
+    NotReady,
+    Removing,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "effect", rename_all = "snake_case")]
+enum StoredEffect {
+    StateDir { path: PathBuf },
+    Network,
+    Cgroup { leaf: PathBuf, parents: Vec<PathBuf> },
+    Vmm { pid: u32, started: u64 },
+    ContainerFiles { container: String },
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum StoredContainerPhase {
+    Creating,
+    Present,
+    Removing,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredContainer {
+    id: String,
+    phase: StoredContainerPhase,
+    created_at: SystemTime,
+    started_at: Option<SystemTime>,
+    exit: Option<StoredExit>,
+    oom: bool,
+    log_path: PathBuf,
+    resources: LinuxResources,
+    spec: ContainerSpec,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredExit {
+    code: i32,
+    oom_killed: bool,
+    at: SystemTime,
+    reason: String,
+    message: String,
+}
+
+pub(crate) fn encode(pod: &Pod, boot_id: &str) -> io::Result<Vec<u8>> {
+    let Pod {
+        id,
+        spec,
+        created_at,
+        phase,
+        reason,
+        uid,
+        netns,
+        ledger,
+        attachment,
+        kernel_release,
+        trace,
+        containers,
+    } = pod.clone();
+    let record = Record {
+        version: VERSION,
+        boot_id: boot_id.to_owned(),
+        id,
+        created_at,
+        phase: phase.into(),
+        reason,
+        uid,
+        netns,
+        ledger: ledger.into_iter().map(Into::into).collect(),
+        attachment: (*attachment).clone(),
+        kernel_release,
+        trace,
+        spec: (*spec).clone(),
+        containers: containers.into_values().map(Into::into).collect(),
+    };
+    Ok(serde_json::to_vec(&record)?)
+}
+
+/// The pod and the id of the boot in which it was written.
+pub(crate) fn decode(bytes: &[u8]) -> Result<(Pod, String), BadRecord> {
+    let Head { version } = serde_json::from_slice(bytes)?;
+    if version != VERSION {
+        return Err(BadRecord::Version { got: version });
+    }
+    let Record {
+        version: _,
+        boot_id,
+        id,
+        created_at,
+        phase,
+        reason,
+        uid,
+        netns,
+        ledger,
+        attachment,
+        kernel_release,
+        trace,
+        spec,
+        containers,
+    } = serde_json::from_slice(bytes)?;
+    let pod = Pod {
+        id,
+        spec: Arc::new(spec),
+        created_at,
+        phase: phase.into(),
+        reason,
+        uid,
+        netns,
+        ledger: ledger.into_iter().map(Into::into).collect(),
+        attachment: Arc::new(attachment),
+        kernel_release,
+        trace,
+        containers: containers.into_iter().map(|c| (c.id.clone(), c.into())).collect(),
+    };
+    Ok((pod, boot_id))
+}
+
+/// What can be read of the ledger in a record that is otherwise not understood.
+pub(crate) fn decode_ledger(bytes: &[u8]) -> Vec<Effect> {
+    let Ok(value) = serde_json::from_slice::<serde_json::Value>(bytes) else { return Vec::new() };
+    let entries = value.get("ledger").and_then(|l| l.as_array()).cloned().unwrap_or_default();
+    let known = entries.into_iter().filter_map(|e| serde_json::from_value(e).ok());
+    known.map(|e: StoredEffect| e.into()).collect()
+}
+
+impl From<Phase> for StoredPhase {
+    fn from(phase: Phase) -> Self {
+        match phase {
+            Phase::Starting => Self::Starting,
+            Phase::Ready => Self::Ready,
+            Phase::Stopping => Self::Stopping,
+            Phase::NotReady => Self::NotReady,
+            Phase::Removing => Self::Removing,
+        }
+    }
+}
+
+impl From<StoredPhase> for Phase {
+    fn from(phase: StoredPhase) -> Self {
+        match phase {
+            StoredPhase::Starting => Self::Starting,
+            StoredPhase::Ready => Self::Ready,
+            StoredPhase::Stopping => Self::Stopping,
+            StoredPhase::NotReady => Self::NotReady,
+            StoredPhase::Removing => Self::Removing,
+        }
+    }
+}
+
+impl From<Effect> for StoredEffect {
+    fn from(effect: Effect) -> Self {
+        match effect {
+            Effect::StateDir { path } => Self::StateDir { path },
+            Effect::Network => Self::Network,
+            Effect::Cgroup { leaf, parents } => Self::Cgroup { leaf, parents },
+            Effect::Vmm { pid, started } => Self::Vmm { pid, started },
+            Effect::ContainerFiles { container } => Self::ContainerFiles { container },
+        }
+    }
+}
+
+impl From<StoredEffect> for Effect {
+    fn from(effect: StoredEffect) -> Self {
+        match effect {
+            StoredEffect::StateDir { path } => Self::StateDir { path },
+            StoredEffect::Network => Self::Network,
+            StoredEffect::Cgroup { leaf, parents } => Self::Cgroup { leaf, parents },
+            StoredEffect::Vmm { pid, started } => Self::Vmm { pid, started },
+            StoredEffect::ContainerFiles { container } => Self::ContainerFiles { container },
+        }
+    }
+}
+
+impl From<Container> for StoredContainer {
+    fn from(container: Container) -> Self {
+        let Container {
+            id,
+            spec,
+            phase,
+            created_at,
+            started_at,
+            exit,
+            drained: _, // found out anew from the log's sidecar
+            oom,
+            log_path,
+            resources,
+        } = container;
+        let phase = match phase {
+            ContainerPhase::Creating => StoredContainerPhase::Creating,
+            ContainerPhase::Present => StoredContainerPhase::Present,
+            ContainerPhase::Removing => StoredContainerPhase::Removing,
+        };
+        let exit = exit.map(|ExitView { code, oom_killed, at, reason, message }| StoredExit {
+            code,
+            oom_killed,
+            at,
+            reason,
+            message,
+        });
+        let spec = (*spec).clone();
+        Self { id, phase, created_at, started_at, exit, oom, log_path, resources, spec }
+    }
+}
+
+impl From<StoredContainer> for Container {
+    fn from(stored: StoredContainer) -> Self {
+        let StoredContainer {
+            id,
+            phase,
+            created_at,
+            started_at,
+            exit,
+            oom,
+            log_path,
+            resources,
+            spec,
+        } = stored;
+        let phase = match phase {
+            StoredContainerPhase::Creating => ContainerPhase::Creating,
+            StoredContainerPhase::Present => ContainerPhase::Present,
+            StoredContainerPhase::Removing => ContainerPhase::Removing,
+        };
+        let exit = exit.map(|StoredExit { code, oom_killed, at, reason, message }| ExitView {
+            code,
+            oom_killed,
+            at,
+            reason,
+            message,
+        });
+        Self {
+            id,
+            spec: Arc::new(spec),
+            phase,
+            created_at,
+            started_at,
+            exit,
+            drained: false,
+            oom,
+            log_path,
+            resources,
+        }
+    }
+}

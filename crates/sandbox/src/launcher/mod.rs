@@ -1,0 +1,72 @@
+//! The small process that spawns VMMs, so that the daemon never forks itself.
+//!
+//! It is started early, has one thread, holds no pod's descriptors, and obeys one peer over a
+//! `SOCK_SEQPACKET` socket: an [`Order`] in, the new process' pid and pidfd out. It ends when the
+//! daemon's end of the socket closes; what it has spawned lives on, in the pods' own cgroups and
+//! sessions, and is found again by the daemon's journal.
+
+mod client;
+mod spawn;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use serde::{Deserialize, Serialize};
+use vmm_api::transport::{self, TransportError};
+
+pub use client::{Launch, Launched, LauncherProcess, Program};
+
+/// What to start. The descriptors come with the packet: the cgroup's folder, standard error, then
+/// those that the program finds from number 3 on.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Order {
+    exe: std::path::PathBuf,
+    args: Vec<String>,
+    /// Own pid, mount, ipc, uts and net namespaces.
+    isolate: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Outcome {
+    /// The pidfd comes with the packet.
+    Started {
+        pid: u32,
+    },
+    Failed {
+        what: String,
+        errno: i32,
+    },
+}
+
+/// Descriptors of an [`Order`] besides the program's own.
+const OWN_FDS: usize = 2;
+
+/// Entry of the launcher process; returns when the daemon has closed its end of the socket.
+///
+/// Must be called from a process with a single thread, before any runtime is started. The daemon
+/// passes the socket as standard input.
+pub fn main(socket: OwnedFd) -> io::Result<()> {
+    // The terminal's signals are the daemon's business; we end with its socket.
+    nix::unistd::setsid()
+        .or_else(|e| if e == nix::Error::EPERM { Ok(nix::unistd::getpid()) } else { Err(e) })?;
+    spawn::leave_children_to_the_kernel()?;
+    loop {
+        let (outcome, pidfd) = match transport::receive::<Order>(socket.as_fd()) {
+            Ok((order, fds)) => spawn::spawn(&order, fds),
+            Err(TransportError::Closed) => return Ok(()),
+            Err(TransportError::Socket(nix::Error::EINTR)) => continue,
+            Err(TransportError::Socket(e)) => return Err(e.into()),
+            Err(e) => (Outcome::Failed { what: e.to_string(), errno: libc::EPROTO }, None),
+        };
+        let fds: Vec<_> = pidfd.iter().map(AsFd::as_fd).collect();
+        match transport::send(socket.as_fd(), &outcome, &fds) {
+            Ok(()) => {}
+            Err(TransportError::Socket(nix::Error::EPIPE | nix::Error::ECONNRESET)) => {
+                return Ok(());
+            }
+            Err(e) => return Err(io::Error::other(e)),
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! The CRI log format, one line an entry: `<RFC 3339 time> <stream> <tag> <text>`, the tag `F` for
+//! the end of a line and `P` for a piece of one. Cut as containerd cuts (kubernetes/cri-api and
+//! containerd's behaviour): a line of up to [`MAX_LINE`] bytes is one entry, a longer one is split
+//! after each [`MAX_LINE`] bytes, a carriage return before a line feed goes with it, and a last
+//! line without a line feed is a piece.
+
+use std::io::Write;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Text of an entry at most, bytes. What a container prints without a line feed is held in memory
+/// up to here.
+pub(crate) const MAX_LINE: usize = 16 << 10;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tag {
+    Full,
+    Partial,
+}
+
+/// Cuts one stream into entries.
+#[derive(Debug, Default)]
+pub(crate) struct Cutter {
+    held: Vec<u8>,
+}
+
+impl Cutter {
+    /// Bytes taken in that are in no entry yet.
+    pub(crate) fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    pub(crate) fn push(&mut self, mut bytes: &[u8], mut entry: impl FnMut(Tag, &[u8])) {
+        while let Some(at) = bytes.iter().position(|b| *b == b'\n') {
+            self.take(&bytes[..at], &mut entry);
+            let end = self.held.len() - usize::from(self.held.ends_with(b"\r"));
+            self.split(end, &mut entry);
+            let end = self.held.len() - usize::from(self.held.ends_with(b"\r"));
+            entry(Tag::Full, &self.held[..end]);
+            self.held.clear();
+            bytes = &bytes[at + 1..];
+        }
+        self.take(bytes, &mut entry);
+    }
+
+    /// Keeps the line's bytes, in pieces so that a long line never stands in memory as a whole.
+    fn take(&mut self, mut bytes: &[u8], entry: &mut impl FnMut(Tag, &[u8])) {
+        while !bytes.is_empty() {
+            let piece = bytes.len().min(MAX_LINE);
+            self.held.extend_from_slice(&bytes[..piece]);
+            bytes = &bytes[piece..];
+            // A trailing carriage return does not count until it is known what follows it.
+            let sure = self.held.len() - usize::from(self.held.ends_with(b"\r"));
+            self.split(sure, entry);
+        }
+    }
+
+    fn split(&mut self, mut sure: usize, entry: &mut impl FnMut(Tag, &[u8])) {
+        while sure > MAX_LINE {
+            entry(Tag::Partial, &self.held[..MAX_LINE]);
+            self.held.drain(..MAX_LINE);
+            sure -= MAX_LINE;
+        }
+    }
+
+    /// The stream has ended.
+    pub(crate) fn finish(&mut self, mut entry: impl FnMut(Tag, &[u8])) {
+        self.split(self.held.len(), &mut entry);
+        if !self.held.is_empty() {
+            entry(Tag::Partial, &self.held);
+            self.held.clear();
+        }
+    }
+}
+
+/// Appends one entry.
+pub(crate) fn write_entry(out: &mut Vec<u8>, at: SystemTime, stream: &str, tag: Tag, text: &[u8]) {
+    write_time(out, at);
+    let tag = match tag {
+        Tag::Full => " F ",
+        Tag::Partial => " P ",
+    };
+    out.push(b' ');
+    out.extend_from_slice(stream.as_bytes());
+    out.extend_from_slice(tag.as_bytes());
+    out.extend_from_slice(text);
+    out.push(b'\n');
+}
+
+/// RFC 3339 in UTC with up to nine decimals, trailing zeros cut (Go's RFC3339Nano).
+fn write_time(out: &mut Vec<u8>, at: SystemTime) {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (days, second) = ((since.as_secs() / 86_400) as i64, since.as_secs() % 86_400);
+    let (year, month, day) = civil(days);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    let _ = write!(out, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}");
+    if since.subsec_nanos() != 0 {
+        let digits = format!("{:09}", since.subsec_nanos());
+        out.push(b'.');
+        out.extend_from_slice(digits.trim_end_matches('0').as_bytes());
+    }
+    out.push(b'Z');
+}
+
+/// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar. Years are
+/// counted from March, so that the leap day is a year's last.
+fn civil(days: i64) -> (i64, i64, i64) {
+    const DAYS_400_YEARS: i64 = 146_097;
+    let from_march_0000 = days + 719_468;
+    let era = from_march_0000.div_euclid(DAYS_400_YEARS);
+    let of_era = from_march_0000.rem_euclid(DAYS_400_YEARS);
+    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    (400 * era + year_of_era + next, month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn cut(pieces: &[&[u8]], end: bool) -> Vec<(Tag, Vec<u8>)> {
+        let mut cutter = Cutter::default();
+        let mut out = Vec::new();
+        for piece in pieces {
+            cutter.push(piece, |tag, text| out.push((tag, text.to_vec())));
+        }
+        if end {
+            cutter.finish(|tag, text| out.push((tag, text.to_vec())));
+        }
+        out
+    }
+
+    #[test]
+    fn an_entry_is_byte_exact() {
+        let mut out = Vec::new();
+        let at = UNIX_EPOCH + Duration::new(1_709_210_096, 120_300_000);
+        write_entry(&mut out, at, "stdout", Tag::Full, b"hello world");
+        assert_eq!(out, b"2024-02-29T12:34:56.1203Z stdout F hello world\n");
+        out.clear();
+        write_entry(&mut out, UNIX_EPOCH, "stderr", Tag::Partial, b"");
+        assert_eq!(out, b"1970-01-01T00:00:00Z stderr P \n");
+    }
+
+    #[test]
+    fn dates_around_leap_days_and_centuries_are_right() {
+        for (days, date) in [
+            (-1, (1969, 12, 31)),
+            (0, (1970, 1, 1)),
+            (11_016, (2000, 2, 29)),
+            (11_017, (2000, 3, 1)),
+            (20_819, (2027, 1, 1)),
+            (47_540, (2100, 2, 28)),
+            (47_541, (2100, 3, 1)),
+        ] {
+            assert_eq!(civil(days), date, "day {days}");
+        }
+    }
+
+    #[test]
+    fn a_line_in_pieces_is_one_entry_and_an_empty_line_too() {
+        let out = cut(&[b"a", b"b\r", b"\n\nend"], true);
+        assert_eq!(
+            out,
+            [(Tag::Full, b"ab".to_vec()), (Tag::Full, vec![]), (Tag::Partial, b"end".to_vec())]
+        );
+    }
+
+    #[test]
+    fn a_line_of_exactly_the_limit_is_whole_and_one_byte_more_is_split() {
+        let line = vec![b'x'; MAX_LINE];
+        assert_eq!(cut(&[&line, b"\r\n"], true), [(Tag::Full, line.clone())]);
+        assert_eq!(
+            cut(&[&line, b"y\n"], true),
+            [(Tag::Partial, line.clone()), (Tag::Full, b"y".to_vec())]
+        );
+        let endless = vec![b'x'; 3 * MAX_LINE];
+        assert_eq!(cut(&[&endless], false).len(), 2);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_byte_is_lost_and_pieces_do_not_matter(
+            text in proptest::collection::vec(proptest::sample::select(b"ab\n".to_vec()), 0..200),
+            cuts in proptest::collection::vec(0usize..200, 0..5),
+        ) {
+            let mut cuts: Vec<_> = cuts.into_iter().map(|c| c.min(text.len())).collect();
+            cuts.extend([0, text.len()]);
+            cuts.sort();
+            let pieces: Vec<&[u8]> = cuts.windows(2).map(|w| &text[w[0]..w[1]]).collect();
+            let out = cut(&pieces, true);
+            proptest::prop_assert_eq!(&out, &cut(&[&text], true));
+            let mut back = Vec::new();
+            for (tag, text) in out {
+                back.extend(text);
+                if tag == Tag::Full { back.push(b'\n'); }
+            }
+            proptest::prop_assert_eq!(back, text);
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! The log file, and beside it how far it goes: exactly once across a crash of the daemon.
+//!
+//! After each write to the log the sidecar says: which file (inode), how long it then was, and
+//! which offset of each stream it holds. A daemon that dies between the two finds a log longer
+//! than the sidecar says, cuts it, and reads the streams again from the offsets that the sidecar
+//! says; the guest still has those bytes, because they are acknowledged after the sidecar only.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Bytes of the sidecar: magic and version, inode, length, two offsets, flags, checksum.
+const SIDECAR: usize = 8 + 8 + 8 + 8 + 8 + 8 + 8;
+const MAGIC: [u8; 8] = *b"NCLOG\0\0\x01";
+/// As containerd makes them: readable for the group of log collectors.
+const LOG_MODE: u32 = 0o640;
+
+/// How much of each stream is in the log, bytes since the process started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Progress {
+    pub(crate) stdout: u64,
+    pub(crate) stderr: u64,
+    /// Streams that have been read to their end (bit 0 stdout, bit 1 stderr).
+    pub(crate) ended: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct State {
+    inode: u64,
+    length: u64,
+    progress: Progress,
+}
+
+impl State {
+    fn encode(&self) -> [u8; SIDECAR] {
+        let Self { inode, length, progress: Progress { stdout, stderr, ended } } = *self;
+        let words = [inode, length, stdout, stderr, ended];
+        let mut out = [0; SIDECAR];
+        out[..8].copy_from_slice(&MAGIC);
+        for (word, place) in words.iter().zip(out[8..].chunks_exact_mut(8)) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        out[SIDECAR - 8..].copy_from_slice(&checksum(&words).to_le_bytes());
+        out
+    }
+
+    fn decode(bytes: &[u8; SIDECAR]) -> Option<Self> {
+        let mut words = [0; 6];
+        for (word, place) in words.iter_mut().zip(bytes[8..].chunks_exact(8)) {
+            *word = u64::from_le_bytes(place.try_into().ok()?);
+        }
+        let [inode, length, stdout, stderr, ended, sum] = words;
+        (bytes[..8] == MAGIC && sum == checksum(&words[..5])).then_some(Self {
+            inode,
+            length,
+            progress: Progress { stdout, stderr, ended },
+        })
+    }
+}
+
+/// Tells a sidecar from anything else that may stand in the file; not a defence.
+fn checksum(words: &[u64]) -> u64 {
+    words.iter().fold(0x6e61_6365_6c6c_65, |sum, w| (sum ^ w).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// Entries on their way into the log, and what the log holds after them.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    pub(crate) bytes: Vec<u8>,
+    written: usize,
+    pub(crate) after: Progress,
+}
+
+impl Batch {
+    pub(crate) fn new(bytes: Vec<u8>, after: Progress) -> Self {
+        Self { bytes, written: 0, after }
+    }
+}
+
+/// One container's log.
+#[derive(Debug)]
+pub(crate) struct LogWriter {
+    /// None: the container has no log, only progress is kept.
+    path: Option<PathBuf>,
+    file: Option<File>,
+    sidecar: File,
+    state: State,
+}
+
+impl LogWriter {
+    /// Takes up the log where the sidecar says it ends, or begins it.
+    pub(crate) fn open(path: Option<PathBuf>, sidecar: &Path) -> io::Result<Self> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let sidecar = options.open(sidecar)?;
+        let mut bytes = [0; SIDECAR];
+        let known = match sidecar.read_exact_at(&mut bytes, 0) {
+            Ok(()) => State::decode(&bytes),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => None,
+            Err(e) => return Err(e),
+        };
+        let mut writer = Self { path, file: None, sidecar, state: known.unwrap_or_default() };
+        if known.is_some() {
+            writer.cut_what_is_not_recorded()?;
+        }
+        writer.reopen()?;
+        Ok(writer)
+    }
+
+    pub(crate) fn progress(&self) -> Progress {
+        self.state.progress
+    }
+
+    /// A write that no sidecar followed is undone. The file may have been renamed since (rotation),
+    /// so it is looked for by inode among its neighbours.
+    fn cut_what_is_not_recorded(&self) -> io::Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
+        let ours = |p: &Path| fs::metadata(p).is_ok_and(|m| m.ino() == self.state.inode);
+        let found = if ours(path) {
+            Some(path.clone())
+        } else {
+            let folder = path.parent().unwrap_or(Path::new("/"));
+            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+            entries.map(|e| e.path()).find(|p| ours(p))
+        };
+        let Some(found) = found else { return Ok(()) };
+        let file = OpenOptions::new().write(true).open(found)?;
+        if file.metadata()?.len() > self.state.length {
+            file.set_len(self.state.length)?;
+        }
+        Ok(())
+    }
+
+    /// Goes on at the path: in the same file if it is still there, else in a new one.
+    pub(crate) fn reopen(&mut self) -> io::Result<()> {
+        let Some(path) = &self.path else { return self.record() };
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let mut options = OpenOptions::new();
+        options.append(true).create(true).mode(LOG_MODE).custom_flags(libc::O_NONBLOCK);
+        let file = options.open(path)?;
+        let meta = file.metadata()?;
+        if !meta.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "log path is no regular file"));
+        }
+        self.state = State { inode: meta.ino(), length: meta.len(), ..self.state };
+        self.file = Some(file);
+        self.record()
+    }
+
+    /// Writes what is left of the batch. After an error it may be called again: nothing is written
+    /// twice, and only a whole batch is recorded.
+    pub(crate) fn write(&mut self, batch: &mut Batch) -> io::Result<()> {
+        if let Some(file) = &mut self.file {
+            while batch.written < batch.bytes.len() {
+                match io::Write::write(file, &batch.bytes[batch.written..]) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Ok(n) => batch.written += n,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            // Asked, not counted: somebody may have truncated the log (copytruncate).
+            self.state.length = file.metadata()?.len();
+        }
+        self.state.progress = batch.after;
+        self.record()
+    }
+
+    fn record(&self) -> io::Result<()> {
+        self.sidecar.write_all_at(&self.state.encode(), 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Place {
+        dir: tempfile::TempDir,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            Self { dir: tempfile::tempdir().unwrap() }
+        }
+
+        fn log(&self) -> PathBuf {
+            self.dir.path().join("0.log")
+        }
+
+        fn open(&self) -> LogWriter {
+            LogWriter::open(Some(self.log()), &self.dir.path().join("sidecar")).unwrap()
+        }
+
+        fn text(&self) -> String {
+            fs::read_to_string(self.log()).unwrap()
+        }
+    }
+
+    fn batch(text: &str, stdout: u64) -> Batch {
+        Batch::new(text.into(), Progress { stdout, ..Progress::default() })
+    }
+
+    /// What a daemon leaves that dies between the write to the log and the one to the sidecar.
+    fn write_without_sidecar(place: &Place, text: &str) {
+        let mut file = OpenOptions::new().append(true).open(place.log()).unwrap();
+        io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn a_write_that_no_sidecar_followed_is_cut_and_comes_again() {
+        let place = Place::new();
+        place.open().write(&mut batch("one\n", 4)).unwrap();
+        write_without_sidecar(&place, "two\nthr");
+        let mut writer = place.open();
+        assert_eq!(writer.progress().stdout, 4);
+        writer.write(&mut batch("two\n", 8)).unwrap();
+        assert_eq!(place.text(), "one\ntwo\n");
+    }
+
+    #[test]
+    fn a_renamed_log_is_cut_too_and_the_new_one_begins_empty() {
+        let place = Place::new();
+        place.open().write(&mut batch("one\n", 4)).unwrap();
+        write_without_sidecar(&place, "two\n");
+        let old = place.dir.path().join("0.log.20260101");
+        fs::rename(place.log(), &old).unwrap();
+        let mut writer = place.open();
+        writer.write(&mut batch("two\n", 8)).unwrap();
+        assert_eq!(fs::read_to_string(old).unwrap(), "one\n");
+        assert_eq!(place.text(), "two\n");
+    }
+
+    #[test]
+    fn rotation_loses_and_doubles_nothing() {
+        let place = Place::new();
+        let mut writer = place.open();
+        writer.write(&mut batch("one\n", 4)).unwrap();
+        let old = place.dir.path().join("0.log.1");
+        fs::rename(place.log(), &old).unwrap();
+        writer.write(&mut batch("two\n", 8)).unwrap();
+        writer.reopen().unwrap();
+        writer.write(&mut batch("three\n", 14)).unwrap();
+        assert_eq!(fs::read_to_string(old).unwrap(), "one\ntwo\n");
+        assert_eq!(place.text(), "three\n");
+    }
+
+    #[test]
+    fn a_log_that_somebody_truncated_is_not_made_longer() {
+        let place = Place::new();
+        place.open().write(&mut batch("one\n", 4)).unwrap();
+        fs::write(place.log(), "").unwrap();
+        place.open().write(&mut batch("two\n", 8)).unwrap();
+        assert_eq!(place.text(), "two\n");
+    }
+
+    #[test]
+    fn a_sidecar_of_rubbish_counts_as_none() {
+        let place = Place::new();
+        fs::write(place.dir.path().join("sidecar"), vec![0xa5; 200]).unwrap();
+        fs::write(place.log(), "kept\n").unwrap();
+        assert_eq!(place.open().progress(), Progress::default());
+        assert_eq!(place.text(), "kept\n");
+    }
+
+    #[test]
+    fn a_full_disk_fails_the_write_and_a_retry_completes_it_without_doubling() {
+        let place = Place::new();
+        let mut writer = place.open();
+        let mut batch = batch("one\n", 4);
+        writer.file = Some(OpenOptions::new().write(true).open("/dev/full").unwrap());
+        assert_eq!(writer.write(&mut batch).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(writer.progress().stdout, 0);
+        writer.reopen().unwrap();
+        writer.write(&mut batch).unwrap();
+        assert_eq!((place.text().as_str(), writer.progress().stdout), ("one\n", 4));
+    }
+}

@@ -1,0 +1,39 @@
+//! What all pods of a node share.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::host::scratch::Scratch;
+use crate::journal::Journal;
+use crate::launcher::Launch;
+use crate::ports::Network;
+use crate::registry::Registry;
+
+pub(crate) struct Node {
+    pub(crate) config: Config,
+    pub(crate) cgroup_root: PathBuf,
+    /// Of the host.
+    pub(crate) boot_id: String,
+    pub(crate) network: Arc<dyn Network>,
+    pub(crate) launcher: Arc<dyn Launch>,
+    pub(crate) journal: Journal,
+    pub(crate) scratch: Scratch,
+    pub(crate) registry: Registry,
+    /// Admits starts; a start holds one permit until its guest is up.
+    pub(crate) starts: Semaphore,
+    /// The daemon ends; pods go on.
+    pub(crate) shutdown: CancellationToken,
+    /// Held for the daemon's life: no second one works on the same journal.
+    pub(crate) _lock: nix::fcntl::Flock<std::fs::File>,
+}
+
+impl Node {
+    /// Folder of a pod's sockets.
+    pub(crate) fn state_dir(&self, pod: &str) -> PathBuf {
+        self.config.state.join("pods").join(pod)
+    }
+}

@@ -1,0 +1,192 @@
+//! Opening: the journal is read, every pod gets its task back, what belongs to nobody is removed.
+
+use std::fs::{self, File};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::host::scratch::Scratch;
+use crate::host::sockets::MAX_PATH;
+use crate::host::{blocking, cgroup, process};
+use crate::journal::{Found, Journal, Probe};
+use crate::launcher::Launch;
+use crate::model::PodId;
+use crate::node::Node;
+use crate::pod::{self, Begin};
+use crate::policy::{Change, Effect, Phase, Pod};
+use crate::ports::Network;
+use crate::registry::Registry;
+
+/// Length of a pod's id, characters.
+pub(crate) const ID_LENGTH: usize = 64;
+/// A daemon that was just killed may hold the lock for a moment.
+const LOCK_LIMIT: Duration = Duration::from_secs(5);
+
+/// What recovery could not read; kept until somebody removes it by id.
+pub(crate) struct Quarantined {
+    pub(crate) id: PodId,
+    pub(crate) effects: Vec<Effect>,
+}
+
+pub(crate) async fn open(
+    config: Config,
+    network: Arc<dyn Network>,
+    launcher: Arc<dyn Launch>,
+    probe: Option<Arc<dyn Probe>>,
+) -> Result<(Arc<Node>, Vec<Quarantined>), Error> {
+    check(&config)?;
+    let cgroup_root = cgroup::find_root(&config.cgroup_root)?;
+    for folder in [&config.root, &config.state] {
+        make_folder(folder)?;
+    }
+    let lock = lock(&config.root.join("lock")).await?;
+    let pods = config.root.join("pods");
+    let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
+    let journal = Journal::open(pods.clone(), probe).map_err(|e| failed("open", &pods, e))?;
+    let node = Arc::new(Node {
+        cgroup_root,
+        boot_id: process::boot_id(),
+        network,
+        launcher,
+        scratch: Scratch::new(config.root.clone(), config.scratch_size),
+        registry: Registry::default(),
+        starts: Semaphore::new(config.starts_at_once()),
+        shutdown: CancellationToken::new(),
+        journal: journal.clone(),
+        _lock: lock,
+        config,
+    });
+    let found = {
+        let journal = journal.clone();
+        blocking(move || journal.load()).await.map_err(|e| failed("read", &pods, e))?
+    };
+    let mut quarantined = Vec::new();
+    let mut loaded = Vec::new();
+    for found in found {
+        match found {
+            Found::Empty { id } => {
+                let _ = journal.remove(&id);
+            }
+            Found::Quarantined { id, why, effects } => {
+                tracing::error!(
+                    pod = id,
+                    why,
+                    "pod is quarantined: its record is not understood; remove the pod to free \
+                     what it holds"
+                );
+                quarantined.push(Quarantined { id, effects });
+            }
+            Found::Pod { pod, boot_id } => loaded.push(settle(*pod, boot_id == node.boot_id)),
+        }
+    }
+    for pod in &loaded {
+        enter(&node, pod);
+    }
+    remove_strangers(&node, &quarantined).await;
+    for pod in loaded {
+        let id = pod.id.clone();
+        let (handle, owner) = pod::new(node.clone(), pod, Begin::Recover);
+        node.registry.set_handle(&id, handle);
+        tokio::spawn(owner);
+    }
+    Ok((node, quarantined))
+}
+
+fn check(config: &Config) -> Result<(), Error> {
+    let longest = config.state.join("pods").join("0".repeat(ID_LENGTH)).join("control.sock");
+    if longest.as_os_str().len() > MAX_PATH {
+        return Err(Error::invalid(format!(
+            "state folder {} is too long: with a pod's id its sockets exceed {MAX_PATH} bytes",
+            config.state.display()
+        )));
+    }
+    if config.default_vcpus == 0 || config.default_memory_mib == 0 || config.uid_range == 0 {
+        return Err(Error::invalid(
+            "default_vcpus, default_memory_mib and uid_range must not be 0",
+        ));
+    }
+    Ok(())
+}
+
+fn make_folder(path: &Path) -> Result<(), Error> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(path)
+        .map_err(|e| Error::io(format!("make {}", path.display()), e))
+}
+
+async fn lock(path: &Path) -> Result<Flock<File>, Error> {
+    let until = tokio::time::Instant::now() + LOCK_LIMIT;
+    loop {
+        let file = File::create(path);
+        let file = file.map_err(|e| Error::io(format!("create {}", path.display()), e))?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((_, nix::Error::EWOULDBLOCK)) if tokio::time::Instant::now() < until => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Err(_) => {
+                return Err(Error::precondition(format!(
+                    "another nacelled works on {}",
+                    path.parent().unwrap_or(path).display()
+                )));
+            }
+        }
+    }
+}
+
+/// Undoes in memory what a reboot has undone in fact, and ends what cannot end any more.
+fn settle(mut pod: Pod, same_boot: bool) -> Pod {
+    let at = std::time::SystemTime::now();
+    if !same_boot {
+        let vmm: Vec<Effect> =
+            pod.ledger.iter().filter(|e| matches!(e, Effect::Vmm { .. })).cloned().collect();
+        let died = Change::VmDied { reason: "the host was rebooted".into(), at };
+        let changes = std::iter::once(died).chain(vmm.into_iter().map(Change::Undone));
+        for change in changes {
+            // Neither refuses any state.
+            let _ = pod.apply(change);
+        }
+    }
+    if pod.phase != Phase::Ready {
+        for container in pod.containers.values_mut() {
+            container.drained = true;
+        }
+    }
+    pod
+}
+
+fn enter(node: &Node, pod: &Pod) {
+    let registry = &node.registry;
+    registry.enter_pod(&pod.id, &pod.spec.meta, pod.uid);
+    for container in pod.containers.values() {
+        // Names were given once; a limit lowered since then does not take them back.
+        let _ =
+            registry.reserve_container(&pod.id, &container.id, &container.spec.meta, usize::MAX);
+    }
+}
+
+/// What no record knows: sockets of pods, networks.
+async fn remove_strangers(node: &Arc<Node>, quarantined: &[Quarantined]) {
+    let mut known = node.registry.pod_ids();
+    known.extend(quarantined.iter().map(|q| q.id.clone()));
+    if let Ok(entries) = fs::read_dir(node.config.state.join("pods")) {
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            if !known.iter().any(|id| name == id.as_str()) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+    if let Err(error) = node.network.collect(&known).await {
+        tracing::warn!(%error, "networks of unknown pods could not all be freed");
+    }
+}

@@ -1,0 +1,218 @@
+//! CreateContainer: disks into the VM, volumes into the guest, the process prepared.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use agent_api::v1;
+use oci_spec::runtime::LinuxResources;
+use tokio_util::sync::CancellationToken;
+
+use super::disks;
+use super::handle::Handle;
+use super::run_pod::ETC_VOLUME;
+use crate::error::Error;
+use crate::host::volumes::{Shape, shape};
+use crate::host::{absent_is_fine, blocking, etc};
+use crate::logs::{self, LogWriter, Source};
+use crate::model::{ContainerId, ContainerSpec, PidMode};
+use crate::policy::{Change, Container, ContainerPhase, Pod};
+
+/// Undoing in a guest that may be the reason of the failure.
+const UNDO_LIMIT: Duration = Duration::from_secs(5);
+
+/// A container as it begins.
+pub(crate) fn new_container(pod: &Pod, id: ContainerId, spec: ContainerSpec) -> Container {
+    let log_path = if spec.log_path.is_empty() || pod.spec.log_directory.is_empty() {
+        PathBuf::new()
+    } else {
+        Path::new(&pod.spec.log_directory).join(&spec.log_path)
+    };
+    let limits = spec.oci.linux().as_ref().and_then(|l| l.resources().clone());
+    Container {
+        id,
+        phase: ContainerPhase::Creating,
+        created_at: SystemTime::now(),
+        started_at: None,
+        exit: None,
+        drained: false,
+        oom: false,
+        log_path,
+        resources: limits.unwrap_or_else(LinuxResources::default),
+        spec: Arc::new(spec),
+    }
+}
+
+pub(super) async fn create_container(
+    handle: &Arc<Handle>,
+    container: Container,
+    cancel: &CancellationToken,
+) -> Result<(), Error> {
+    let id = container.id.clone();
+    let result = match handle.commit(vec![Change::ContainerPlanned(Box::new(container))]).await {
+        Err(e) => Err(e),
+        Ok(()) => {
+            let made = tokio::select! {
+                result = create(handle, &id) => result,
+                () = cancel.cancelled() => Err(Error::Cancelled { what: "creation of the container" }),
+                () = handle.closing.cancelled() => Err(Error::precondition("the pod was stopped")),
+            };
+            let made = match made {
+                Ok(()) => handle.commit(vec![Change::ContainerCreated { id: id.clone() }]).await,
+                Err(e) => Err(e),
+            };
+            if made.is_err() {
+                undo(handle, &id).await;
+            }
+            made
+        }
+    };
+    if result.is_err() && handle.pod().containers.get(&id).is_none() {
+        handle.node.registry.forget_container(&id);
+    }
+    result
+}
+
+async fn create(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
+    let container = handle.container(id)?;
+    let spec = &container.spec;
+    let scratch = match spec.rootfs.read_only {
+        true => None,
+        false => {
+            let (handle, path) = (handle.clone(), handle.paths.scratch(id));
+            Some(blocking(move || handle.node.scratch.clone_to(&path)).await?)
+        }
+    };
+    let has_scratch = scratch.is_some();
+    disks::plug(handle, &spec.rootfs.image, id, scratch).await?;
+    let volumes = volumes(handle, spec).await?;
+    let request = request(id, spec, volumes, has_scratch)?;
+    handle
+        .guest
+        .call("create the container", |mut c| async move { c.create_container(request).await })
+        .await?;
+    start_log(handle, &container).await
+}
+
+/// Takes up the container's output where its log ends.
+pub(super) async fn start_log(handle: &Handle, container: &Container) -> Result<(), Error> {
+    let path = Some(container.log_path.clone()).filter(|p| !p.as_os_str().is_empty());
+    let sidecar = handle.paths.sidecar(&container.id);
+    let shown = container.log_path.display().to_string();
+    let writer = blocking(move || LogWriter::open(path, &sidecar)).await;
+    let writer = writer.map_err(|e| Error::io(format!("open the container's log {shown}"), e))?;
+    let source = Source {
+        socket: handle.guest.socket().to_owned(),
+        container: container.id.clone(),
+        tty: container.spec.tty,
+    };
+    handle.set_log(&container.id, logs::start(source, writer));
+    Ok(())
+}
+
+async fn volumes(handle: &Handle, spec: &ContainerSpec) -> Result<Vec<v1::VolumeMount>, Error> {
+    let mut mounts = Vec::new();
+    let mut taken: HashSet<PathBuf> =
+        spec.oci.mounts().iter().flatten().map(|m| m.destination().clone()).collect();
+    for copy in &spec.copies {
+        let source = copy.host_path.clone();
+        let sub_path = match blocking(move || shape(&source)).await? {
+            Shape::File { name } => name,
+            Shape::Folder => String::new(),
+        };
+        disks::copy_volume(handle, &copy.host_path).await?;
+        taken.insert(PathBuf::from(&copy.container_path));
+        mounts.push(v1::VolumeMount {
+            volume_id: disks::volume_id(&copy.host_path),
+            destination: copy.container_path.clone(),
+            sub_path,
+            read_only: copy.read_only,
+        });
+    }
+    for (name, destination) in etc::FILES {
+        if !taken.contains(Path::new(destination)) {
+            mounts.push(v1::VolumeMount {
+                volume_id: ETC_VOLUME.to_owned(),
+                destination: destination.to_owned(),
+                sub_path: name.to_owned(),
+                read_only: spec.rootfs.read_only,
+            });
+        }
+    }
+    Ok(mounts)
+}
+
+fn request(
+    id: &str,
+    spec: &ContainerSpec,
+    volumes: Vec<v1::VolumeMount>,
+    has_scratch: bool,
+) -> Result<v1::CreateContainerRequest, Error> {
+    let (pid_mode, pid_target) = match &spec.pid {
+        PidMode::Container => (v1::PidMode::Container, String::new()),
+        PidMode::Pod => (v1::PidMode::Pod, String::new()),
+        PidMode::Target(id) => (v1::PidMode::Target, id.clone()),
+    };
+    let oci_spec = serde_json::to_vec(&spec.oci).map_err(|e| Error::Internal(e.into()))?;
+    let process = spec.oci.process().as_ref();
+    let cwd = process.map(|p| p.cwd().to_string_lossy().into_owned()).unwrap_or_default();
+    let upper = if has_scratch { disks::scratch_serial(id) } else { String::new() };
+    let size = process.and_then(|p| p.console_size());
+    Ok(v1::CreateContainerRequest {
+        container_id: id.to_owned(),
+        oci_spec,
+        rootfs: Some(v1::RootFs {
+            lower_serial: disks::image_serial(&spec.rootfs.image),
+            upper_serial: upper,
+            read_only: spec.rootfs.read_only,
+        }),
+        user: spec.user.clone(),
+        pid_mode: pid_mode.into(),
+        pid_target,
+        stdin: spec.stdin,
+        tty: spec.tty,
+        volumes,
+        tty_width: size.map_or(0, |s| s.width() as u32),
+        tty_height: size.map_or(0, |s| s.height() as u32),
+        stdin_once: spec.stdin_once,
+        cwd,
+    })
+}
+
+/// Takes back a creation, as far as it came; goes on past failures.
+pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
+    handle.drop_log(id);
+    let Ok(container) = handle.container(id) else { return };
+    if !handle.closing.is_cancelled() {
+        let request = v1::RemoveContainerRequest { container_id: id.to_owned() };
+        let removed =
+            handle.guest.call_within(UNDO_LIMIT, "remove the container", |mut c| async move {
+                c.remove_container(request).await
+            });
+        if let Err(error) = removed.await {
+            tracing::warn!(container = id, %error, "guest keeps a container that failed");
+        }
+        if let Err(error) = disks::unplug(handle, &container.spec.rootfs.image, id).await {
+            tracing::warn!(container = id, %error, "a disk stays in the VM");
+        }
+    }
+    if let Err(error) = forget(handle, id).await {
+        tracing::warn!(container = id, %error, "files of a container stay until the pod goes");
+    }
+}
+
+/// Removes a container's files, then the container from the journal, then its name.
+pub(super) async fn forget(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
+    let paths = [handle.paths.scratch(id), handle.paths.sidecar(id)];
+    blocking(move || {
+        paths.iter().try_for_each(|path| {
+            absent_is_fine(std::fs::remove_file(path))
+                .map_err(|e| Error::io(format!("remove {}", path.display()), e))
+        })
+    })
+    .await?;
+    handle.commit(vec![Change::ContainerGone { id: id.to_owned() }]).await?;
+    handle.node.registry.forget_container(&id.to_owned());
+    Ok(())
+}

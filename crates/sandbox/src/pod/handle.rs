@@ -1,0 +1,225 @@
+//! What a pod looks like from outside of its owner task.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use agent_api::v1::Exit;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::owner::{Msg, Request};
+use crate::error::Error;
+use crate::guest::Guest;
+use crate::logs::LogHandle;
+use crate::model::{ContainerId, PodId};
+use crate::node::Node;
+use crate::policy::{Change, Container, Phase, Pod};
+use crate::stats::PodStatsView;
+use crate::vmm::Vmm;
+
+/// Files of a pod.
+#[derive(Debug, Clone)]
+pub(crate) struct Paths {
+    pub(crate) folder: PathBuf,
+    pub(crate) state_dir: PathBuf,
+    pub(crate) control: PathBuf,
+    pub(crate) vsock: PathBuf,
+    pub(crate) console: PathBuf,
+    pub(crate) status: PathBuf,
+    pub(crate) log: PathBuf,
+}
+
+impl Paths {
+    pub(crate) fn new(node: &Node, pod: &str) -> Self {
+        let (folder, state_dir) = (node.journal.folder(pod), node.state_dir(pod));
+        Self {
+            control: state_dir.join("control.sock"),
+            vsock: state_dir.join("vsock.sock"),
+            console: folder.join("console.ring"),
+            status: folder.join("vmm-status.json"),
+            log: folder.join("vmm.log"),
+            folder,
+            state_dir,
+        }
+    }
+
+    pub(crate) fn scratch(&self, container: &str) -> PathBuf {
+        self.folder.join(format!("scratch-{container}.img"))
+    }
+
+    /// Beside the log: how far it goes.
+    pub(crate) fn sidecar(&self, container: &str) -> PathBuf {
+        self.folder.join(format!("log-{container}.state"))
+    }
+}
+
+/// The end of an exec'd process.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ExecEnd {
+    pub(crate) code: i32,
+    pub(crate) oom_killed: bool,
+    pub(crate) at: SystemTime,
+}
+
+/// What lives as long as the VM does, and only in memory.
+#[derive(Default)]
+struct Live {
+    logs: HashMap<ContainerId, LogHandle>,
+    /// By exec id.
+    execs: HashMap<String, oneshot::Sender<ExecEnd>>,
+    stats: Option<PodStatsView>,
+}
+
+pub(crate) struct Handle {
+    pub(crate) id: PodId,
+    pub(crate) node: Arc<Node>,
+    pub(crate) paths: Paths,
+    pub(crate) guest: Guest,
+    pub(crate) vmm: Vmm,
+    /// Set when the pod stops: work on its containers gives up.
+    pub(crate) closing: CancellationToken,
+    /// Held for reading by work on containers; who removes the pod's files takes it for writing.
+    pub(crate) gate: Arc<tokio::sync::RwLock<()>>,
+    /// Plugging and pulling disks is one thing at a time, so that a disk is not pulled for one
+    /// container just when another has found it there.
+    pub(crate) plugs: tokio::sync::Mutex<()>,
+    requests: mpsc::Sender<Msg>,
+    state: watch::Receiver<Arc<Pod>>,
+    live: Mutex<Live>,
+}
+
+impl Handle {
+    pub(super) fn new(
+        node: Arc<Node>,
+        id: PodId,
+        requests: mpsc::Sender<Msg>,
+        state: watch::Receiver<Arc<Pod>>,
+    ) -> Self {
+        let paths = Paths::new(&node, &id);
+        Self {
+            guest: Guest::new(paths.vsock.clone(), node.config.guest_call_deadline()),
+            vmm: Vmm::new(paths.control.clone(), node.config.vmm_call_deadline()),
+            closing: node.shutdown.child_token(),
+            gate: Arc::default(),
+            plugs: tokio::sync::Mutex::default(),
+            live: Mutex::default(),
+            id,
+            node,
+            paths,
+            requests,
+            state,
+        }
+    }
+
+    /// The pod as last published.
+    pub(crate) fn pod(&self) -> Arc<Pod> {
+        self.state.borrow().clone()
+    }
+
+    pub(crate) fn container(&self, id: &str) -> Result<Container, Error> {
+        let pod = self.pod();
+        let found = pod.containers.get(id).cloned();
+        found.ok_or_else(|| Error::NotFound { what: "container", id: id.to_owned() })
+    }
+
+    /// The pod, if a guest runs in it.
+    pub(crate) fn ready_pod(&self) -> Result<Arc<Pod>, Error> {
+        let pod = self.pod();
+        if pod.phase == Phase::Ready {
+            return Ok(pod);
+        }
+        let why = if pod.reason.is_empty() { "it was stopped" } else { &pod.reason };
+        Err(Error::precondition(format!("pod {} is not ready: {why}", self.id)))
+    }
+
+    /// Waits until `done` says so about the pod; false when the pod is gone instead.
+    pub(crate) async fn wait_for(&self, mut done: impl FnMut(&Pod) -> bool) -> bool {
+        self.state.clone().wait_for(|pod| done(pod)).await.is_ok()
+    }
+
+    /// Asks the owner for something and waits for the answer.
+    pub(crate) async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> Request,
+    ) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || Error::NotFound { what: "pod", id: self.id.clone() };
+        self.requests.send(Msg::Request(request(reply))).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Has changes journaled and published; all of them or none.
+    pub(crate) async fn commit(&self, changes: Vec<Change>) -> Result<(), Error> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || Error::unavailable(format!("pod {} is gone", self.id));
+        self.requests.send(Msg::Commit { changes, reply }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Resolves when the owner task is no more.
+    pub(crate) async fn owner_ended(&self) {
+        self.requests.closed().await;
+    }
+
+    pub(super) async fn tell(&self, msg: Msg) {
+        let _ = self.requests.send(msg).await;
+    }
+
+    fn live(&self) -> MutexGuard<'_, Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn log(&self, container: &str) -> Option<LogHandle> {
+        self.live().logs.get(container).cloned()
+    }
+
+    pub(super) fn set_log(&self, container: &str, log: LogHandle) {
+        self.live().logs.insert(container.to_owned(), log);
+    }
+
+    /// Ends the container's log task.
+    pub(super) fn drop_log(&self, container: &str) {
+        self.live().logs.remove(container);
+    }
+
+    pub(super) fn logs(&self) -> Vec<LogHandle> {
+        self.live().logs.values().cloned().collect()
+    }
+
+    /// Says where the end of an exec is to be reported. Must come before the exec itself.
+    pub(crate) fn expect_exec(&self, exec: &str) -> oneshot::Receiver<ExecEnd> {
+        let (sender, receiver) = oneshot::channel();
+        self.live().execs.insert(exec.to_owned(), sender);
+        receiver
+    }
+
+    pub(crate) fn forget_exec(&self, exec: &str) {
+        self.live().execs.remove(exec);
+    }
+
+    pub(super) fn exec_ended(&self, exit: &Exit, at: SystemTime) {
+        if let Some(sender) = self.live().execs.remove(&exit.exec_id) {
+            let _ = sender.send(ExecEnd { code: exit.code, oom_killed: exit.oom_killed, at });
+        }
+    }
+
+    pub(crate) fn knows_exec(&self, exec: &str) -> bool {
+        self.live().execs.contains_key(exec)
+    }
+
+    /// The VM is gone: nobody waits any longer, no log task goes on.
+    pub(super) fn clear_live(&self) {
+        let live = std::mem::take(&mut *self.live());
+        drop(live);
+    }
+
+    pub(crate) fn stats(&self) -> Option<PodStatsView> {
+        self.live().stats.clone()
+    }
+
+    pub(super) fn set_stats(&self, stats: PodStatsView) {
+        self.live().stats = Some(stats);
+    }
+}

@@ -1,0 +1,31 @@
+//! One pod: an owner task that alone changes its state, jobs that do the work, and a handle through
+//! which everybody else asks and looks.
+//!
+//! ```text
+//! API ──Request──> owner ──spawns──> job ──Commit(changes)──> owner ──> journal ──> watch
+//!                    ^                                                               │
+//!  watchers (VMM's end, guest's events, pings) ──Commit──┘        listings, jobs <───┘
+//! ```
+
+mod create_container;
+mod disks;
+mod events;
+mod handle;
+mod owner;
+mod recover;
+mod remove_container;
+mod remove_pod;
+mod run_pod;
+mod start_container;
+mod stats;
+mod stop_container;
+mod stop_pod;
+mod undo;
+mod update_container;
+mod watch;
+
+pub(crate) use create_container::new_container;
+pub(crate) use handle::{ExecEnd, Handle};
+pub(crate) use owner::{Begin, Request, new};
+pub(crate) use stop_container::stop_container;
+pub(crate) use undo::undo_quarantined;

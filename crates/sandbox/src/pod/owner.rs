@@ -1,0 +1,429 @@
+//! The task that owns a pod: requests and changes in, published state out.
+//!
+//! It never waits for a guest, a boot or the network: that is what its jobs do. So a stop that
+//! arrives during a start is seen at once.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use oci_spec::runtime::LinuxResources;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::handle::Handle;
+use super::{
+    create_container, recover, remove_container, remove_pod, run_pod, start_container, stop_pod,
+    update_container, watch as watchers,
+};
+use crate::error::Error;
+use crate::host::blocking;
+use crate::host::process::Process;
+use crate::model::{ContainerId, PodId};
+use crate::node::Node;
+use crate::policy::{Change, Container, Misfit, Phase, Pod};
+
+/// Requests that wait for the owner; more of them wait at the sender.
+const QUEUE: usize = 64;
+/// A removal that failed is tried again after this time.
+const REMOVE_AGAIN: Duration = Duration::from_secs(20);
+/// A record that could not be written is tried again after this time.
+const WRITE_AGAIN: Duration = Duration::from_secs(1);
+
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+pub(crate) enum Request {
+    Stop(Reply<()>),
+    Remove(Reply<()>),
+    CreateContainer { container: Box<Container>, cancel: CancellationToken, reply: Reply<()> },
+    StartContainer { id: ContainerId, reply: Reply<()> },
+    RemoveContainer { id: ContainerId, reply: Reply<()> },
+    UpdateContainer { id: ContainerId, resources: Box<LinuxResources>, reply: Reply<()> },
+}
+
+pub(crate) enum Msg {
+    Request(Request),
+    Commit {
+        changes: Vec<Change>,
+        reply: Reply<()>,
+    },
+    /// The VM is gone; output has been read as far as it came.
+    VmmEnded {
+        reason: String,
+    },
+    /// The guest has missed its pings.
+    GuestSilent,
+}
+
+/// What a fresh owner task begins with.
+pub(crate) enum Begin {
+    Start {
+        reply: Reply<PodId>,
+        cancel: CancellationToken,
+    },
+    /// A pod of the journal.
+    Recover,
+}
+
+pub(super) enum JobEnd {
+    Started(Result<Arc<Process>, Error>),
+    Reattached(Option<Arc<Process>>),
+    Stopped(Result<(), Error>),
+    Removed(Result<(), Error>),
+    Other,
+}
+
+/// The one big thing that a pod does at a time.
+enum Activity {
+    Idle,
+    Starting { cancel: CancellationToken },
+    Reattaching,
+    Stopping,
+    Removing,
+}
+
+struct Owner {
+    handle: Arc<Handle>,
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    publish: watch::Sender<Arc<Pod>>,
+    activity: Activity,
+    jobs: JoinSet<JobEnd>,
+    /// Tasks that live as long as the VM.
+    watchers: JoinSet<()>,
+    process: Option<Arc<Process>>,
+    silent: bool,
+    start_reply: Option<Reply<PodId>>,
+    /// Why the start failed, until it is unwound.
+    start_error: Option<Error>,
+    stop_waiters: Vec<Reply<()>>,
+    remove_waiters: Vec<Reply<()>>,
+    /// The record on disk is older than what we know.
+    dirty: bool,
+    remove_again: bool,
+    gone: bool,
+}
+
+/// Makes a pod's handle and the future that owns it.
+pub(crate) fn new(
+    node: Arc<Node>,
+    pod: Pod,
+    begin: Begin,
+) -> (Arc<Handle>, impl Future<Output = ()> + Send) {
+    let (requests, incoming) = mpsc::channel(QUEUE);
+    let pod = Arc::new(pod);
+    let (publish, state) = watch::channel(pod.clone());
+    let handle = Arc::new(Handle::new(node.clone(), pod.id.clone(), requests, state));
+    let owner = Owner {
+        handle: handle.clone(),
+        node,
+        pod,
+        publish,
+        activity: Activity::Idle,
+        jobs: JoinSet::new(),
+        watchers: JoinSet::new(),
+        process: None,
+        silent: false,
+        start_reply: None,
+        start_error: None,
+        stop_waiters: Vec::new(),
+        remove_waiters: Vec::new(),
+        dirty: false,
+        remove_again: false,
+        gone: false,
+    };
+    (handle, owner.run(begin, incoming))
+}
+
+impl Owner {
+    async fn run(mut self, begin: Begin, mut incoming: mpsc::Receiver<Msg>) {
+        let shutdown = self.node.shutdown.clone();
+        self.begin(begin);
+        while !self.gone {
+            let pause = match (self.dirty, self.remove_again) {
+                (true, _) => WRITE_AGAIN,
+                (false, true) => REMOVE_AGAIN,
+                (false, false) => Duration::MAX,
+            };
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                Some(end) = self.jobs.join_next() => self.job_ended(end),
+                Some(msg) = incoming.recv() => self.handle(msg).await,
+                () = tokio::time::sleep(pause), if pause != Duration::MAX => self.again().await,
+            }
+        }
+        self.handle.clear_live();
+        self.node.registry.forget_pod(&self.handle.id);
+        for waiter in self.stop_waiters.drain(..).chain(self.remove_waiters.drain(..)) {
+            let _ = waiter.send(Ok(()));
+        }
+        self.answer_failed_start();
+    }
+
+    fn begin(&mut self, begin: Begin) {
+        match begin {
+            Begin::Start { reply, cancel } => {
+                self.start_reply = Some(reply);
+                self.activity = Activity::Starting { cancel: cancel.clone() };
+                let handle = self.handle.clone();
+                self.jobs.spawn(async move {
+                    JobEnd::Started(run_pod::run_pod(&handle, &cancel).await)
+                });
+            }
+            Begin::Recover => match self.pod.phase {
+                Phase::Starting | Phase::Removing => self.begin_remove(),
+                Phase::Stopping => self.begin_stop(),
+                Phase::NotReady => {}
+                Phase::Ready => {
+                    self.activity = Activity::Reattaching;
+                    let handle = self.handle.clone();
+                    self.jobs
+                        .spawn(async move { JobEnd::Reattached(recover::find_vm(&handle).await) });
+                }
+            },
+        }
+    }
+
+    async fn again(&mut self) {
+        if self.dirty {
+            self.dirty = self.write(&self.pod.clone()).await.is_err();
+        } else if self.remove_again && matches!(self.activity, Activity::Idle) {
+            self.begin_remove();
+        }
+    }
+
+    async fn handle(&mut self, msg: Msg) {
+        match msg {
+            Msg::Request(request) => self.request(request),
+            Msg::Commit { changes, reply } => {
+                let result = self.commit(changes).await;
+                let _ = reply.send(result);
+            }
+            Msg::VmmEnded { reason } => {
+                let reason =
+                    if self.silent { "the guest stopped answering".into() } else { reason };
+                if self.pod.phase == Phase::Ready {
+                    tracing::error!(pod = self.handle.id, reason, "VM has died");
+                }
+                let change = Change::VmDied { reason, at: std::time::SystemTime::now() };
+                let _ = self.commit(vec![change]).await;
+                self.handle.clear_live();
+            }
+            Msg::GuestSilent => {
+                tracing::error!(pod = self.handle.id, "guest does not answer; killing its VM");
+                self.silent = true;
+                if let Some(process) = &self.process
+                    && let Err(error) = process.kill()
+                {
+                    tracing::error!(pod = self.handle.id, %error, "cannot kill the VMM");
+                }
+            }
+        }
+    }
+
+    fn request(&mut self, request: Request) {
+        match request {
+            Request::Stop(reply) => {
+                self.stop_waiters.push(reply);
+                match &self.activity {
+                    Activity::Starting { cancel } => cancel.cancel(),
+                    Activity::Idle => self.begin_stop(),
+                    Activity::Reattaching | Activity::Stopping | Activity::Removing => {}
+                }
+            }
+            Request::Remove(reply) => {
+                self.remove_waiters.push(reply);
+                match &self.activity {
+                    Activity::Starting { cancel } => cancel.cancel(),
+                    Activity::Idle => self.begin_remove(),
+                    Activity::Reattaching | Activity::Stopping | Activity::Removing => {}
+                }
+            }
+            Request::CreateContainer { container, cancel, reply } => {
+                let handle = self.handle.clone();
+                self.container_job(reply, async move {
+                    create_container::create_container(&handle, *container, &cancel).await
+                });
+            }
+            Request::StartContainer { id, reply } => {
+                let handle = self.handle.clone();
+                self.container_job(reply, async move {
+                    start_container::start_container(&handle, &id).await
+                });
+            }
+            Request::RemoveContainer { id, reply } => {
+                let handle = self.handle.clone();
+                self.container_job(reply, async move {
+                    remove_container::remove_container(&handle, &id).await
+                });
+            }
+            Request::UpdateContainer { id, resources, reply } => {
+                let handle = self.handle.clone();
+                self.container_job(reply, async move {
+                    update_container::update_container(&handle, &id, *resources).await
+                });
+            }
+        }
+    }
+
+    /// Work on a container goes on when its caller has gone, and gates the removal of the pod.
+    fn container_job(
+        &mut self,
+        reply: Reply<()>,
+        work: impl Future<Output = Result<(), Error>> + Send + 'static,
+    ) {
+        let gate = self.handle.gate.clone();
+        self.jobs.spawn(async move {
+            let held = gate.read_owned().await;
+            let result = work.await;
+            drop(held);
+            let _ = reply.send(result);
+            JobEnd::Other
+        });
+    }
+
+    fn begin_stop(&mut self) {
+        if matches!(self.pod.phase, Phase::NotReady) && self.pod.to_undo(false).is_empty() {
+            for waiter in self.stop_waiters.drain(..) {
+                let _ = waiter.send(Ok(()));
+            }
+            return;
+        }
+        self.activity = Activity::Stopping;
+        let handle = self.handle.clone();
+        self.jobs.spawn(async move { JobEnd::Stopped(stop_pod::stop_pod(&handle).await) });
+    }
+
+    fn begin_remove(&mut self) {
+        self.remove_again = false;
+        self.activity = Activity::Removing;
+        let handle = self.handle.clone();
+        self.jobs.spawn(async move { JobEnd::Removed(remove_pod::remove_pod(&handle).await) });
+    }
+
+    fn job_ended(&mut self, end: Result<JobEnd, tokio::task::JoinError>) {
+        let end = end.unwrap_or_else(|error| {
+            let error = Error::Internal(anyhow::Error::new(error).context("a pod's job panicked"));
+            tracing::error!(pod = self.handle.id, %error, "job failed");
+            match self.activity {
+                Activity::Idle => JobEnd::Other,
+                Activity::Starting { .. } => JobEnd::Started(Err(error)),
+                Activity::Reattaching => JobEnd::Reattached(None),
+                Activity::Stopping => JobEnd::Stopped(Err(error)),
+                Activity::Removing => JobEnd::Removed(Err(error)),
+            }
+        });
+        match end {
+            JobEnd::Started(Ok(process)) => {
+                self.activity = Activity::Idle;
+                self.watch_vm(process, false);
+                if let Some(reply) = self.start_reply.take() {
+                    let _ = reply.send(Ok(self.handle.id.clone()));
+                }
+                self.next();
+            }
+            JobEnd::Started(Err(error)) => {
+                self.start_error = Some(error);
+                self.begin_remove();
+            }
+            JobEnd::Reattached(process) => {
+                self.activity = Activity::Idle;
+                if let Some(process) = process {
+                    self.watch_vm(process, true);
+                }
+                self.next();
+            }
+            JobEnd::Stopped(result) => {
+                self.activity = Activity::Idle;
+                self.watchers.abort_all();
+                self.handle.clear_live();
+                answer(&mut self.stop_waiters, result);
+                self.next();
+            }
+            JobEnd::Removed(Ok(())) => self.gone = true,
+            JobEnd::Removed(Err(error)) => {
+                self.activity = Activity::Idle;
+                self.remove_again = true;
+                tracing::error!(pod = self.handle.id, %error, "removal failed, will be tried again");
+                answer(&mut self.stop_waiters, Err(again(&error)));
+                answer(&mut self.remove_waiters, Err(error));
+                self.answer_failed_start();
+            }
+            JobEnd::Other => {}
+        }
+    }
+
+    /// What was asked for while something else went on.
+    fn next(&mut self) {
+        if !self.remove_waiters.is_empty() {
+            self.begin_remove();
+        } else if !self.stop_waiters.is_empty() {
+            self.begin_stop();
+        }
+    }
+
+    fn watch_vm(&mut self, process: Arc<Process>, reattach: bool) {
+        self.process = Some(process.clone());
+        watchers::start(&mut self.watchers, &self.handle, process, reattach);
+    }
+
+    fn answer_failed_start(&mut self) {
+        if let (Some(reply), Some(error)) = (self.start_reply.take(), self.start_error.take()) {
+            let _ = reply.send(Err(error));
+        }
+    }
+
+    async fn commit(&mut self, changes: Vec<Change>) -> Result<(), Error> {
+        let observed = changes.iter().all(Change::is_observation);
+        let durable = changes.iter().any(Change::is_durable);
+        let mut next = (*self.pod).clone();
+        for change in changes {
+            next.apply(change).map_err(misfit)?;
+        }
+        let next = Arc::new(next);
+        let written = if durable { self.write(&next).await } else { Ok(()) };
+        if written.is_ok() && durable {
+            self.dirty = false;
+        }
+        if written.is_err() {
+            if !observed {
+                return written;
+            }
+            self.dirty = true;
+        }
+        self.pod = next;
+        self.publish.send_replace(self.pod.clone());
+        written
+    }
+
+    async fn write(&self, pod: &Arc<Pod>) -> Result<(), Error> {
+        let (node, pod) = (self.node.clone(), pod.clone());
+        blocking(move || node.journal.write(&pod, &node.boot_id))
+            .await
+            .map_err(|e| Error::io(format!("journal pod {}", self.handle.id), e))
+    }
+}
+
+fn misfit(misfit: Misfit) -> Error {
+    match misfit {
+        Misfit::NoContainer { id } => Error::NotFound { what: "container", id },
+        other => Error::precondition(other.to_string()),
+    }
+}
+
+/// The same failure for a further waiter.
+fn again(error: &Error) -> Error {
+    Error::Internal(anyhow::anyhow!("{error}"))
+}
+
+fn answer(waiters: &mut Vec<Reply<()>>, result: Result<(), Error>) {
+    let mut result = Some(result);
+    while let Some(waiter) = waiters.pop() {
+        let this = match &result {
+            Some(Err(error)) if !waiters.is_empty() => Err(again(error)),
+            Some(Ok(())) if !waiters.is_empty() => Ok(()),
+            _ => result.take().unwrap_or(Ok(())),
+        };
+        let _ = waiter.send(this);
+    }
+}

@@ -1,0 +1,365 @@
+//! RunPod: from a reserved name to a guest that is ready.
+//!
+//! Every step's undo stands in the ledger before the step; a start that fails or is given up is
+//! unwound by the owner from there, exactly as a crash of the daemon in the middle of it would be.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use agent_api::v1;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::SockType;
+use tokio_util::sync::CancellationToken;
+use vmm_api::{Fd, JailConfig, NetConfig, VmConfig, VsockConfig};
+
+use super::disks::write_volume;
+use super::handle::{Handle, Paths};
+use crate::error::Error;
+use crate::host::process::{Process, start_time};
+use crate::host::{blocking, cgroup, etc, sockets};
+use crate::launcher::Program;
+use crate::model::TracePhase;
+use crate::node::Node;
+use crate::policy::{Change, Effect, Pod};
+use crate::ports::Attachment;
+use crate::vmm;
+
+/// Volume with the pod's /etc files, in the guest.
+pub(super) const ETC_VOLUME: &str = "etc";
+/// Bytes of entropy for the guest, more than twice what its RNG holds.
+const ENTROPY: usize = 128;
+/// Number of the program's first descriptor (see [`crate::launcher`]).
+const FIRST_FD: i32 = 3;
+
+/// Measures the phases of a start.
+struct Trace {
+    began: Instant,
+    phases: Vec<TracePhase>,
+}
+
+impl Trace {
+    async fn phase<T>(&mut self, name: &str, work: impl Future<Output = T>) -> T {
+        let start = self.began.elapsed();
+        let value = work.await;
+        let duration = self.began.elapsed() - start;
+        self.phases.push(TracePhase {
+            name: name.to_owned(),
+            start_us: start.as_micros() as u64,
+            duration_us: duration.as_micros() as u64,
+        });
+        tracing::debug!(phase = name, ?duration, "start phase");
+        value
+    }
+}
+
+pub(super) async fn run_pod(
+    handle: &Arc<Handle>,
+    cancel: &CancellationToken,
+) -> Result<Arc<Process>, Error> {
+    let cancelled = || Error::Cancelled { what: "start of the pod" };
+    let mut trace = Trace { began: Instant::now(), phases: Vec::new() };
+    let node = &handle.node;
+    let pod = handle.pod();
+
+    let admitted = trace.phase("admission", async {
+        tokio::select! {
+            permit = node.starts.acquire() => permit.map_err(|_| cancelled()),
+            () = cancel.cancelled() => Err(cancelled()),
+        }
+    });
+    let permit = admitted.await?;
+
+    let leaf = cgroup::leaf(&node.cgroup_root, &pod.spec.cgroup_parent, &pod.id)?;
+    let parents = cgroup::missing_parents(&node.cgroup_root, &leaf);
+    let effects = vec![
+        Effect::StateDir { path: handle.paths.state_dir.clone() },
+        Effect::Network,
+        Effect::Cgroup { leaf: leaf.clone(), parents },
+    ];
+    trace.phase("journal", handle.commit(vec![Change::Planned(effects)])).await?;
+
+    // Not given up half-way: a CNI plugin that still runs would race with its own undoing.
+    let attachment = trace.phase("network", node.network.attach(&pod.id, &pod.spec)).await;
+    let attachment = Arc::new(attachment.map_err(|e| network_failed("attach", e))?);
+    if cancel.is_cancelled() {
+        return Err(cancelled());
+    }
+
+    let launched = trace.phase("launch", launch(handle, &pod, &attachment, &leaf)).await?;
+    let (process, started) = launched;
+    let change = Change::VmmStarted { pid: process.pid, started };
+    trace.phase("journal", handle.commit(vec![change])).await?;
+
+    let limit = node.config.boot_deadline();
+    let boot = trace.phase("boot", async {
+        tokio::select! {
+            () = handle.guest.wait_until_up() => Ok(()),
+            () = process.ended() => Err(died(&handle.paths)),
+            () = cancel.cancelled() => Err(cancelled()),
+            () = tokio::time::sleep(limit) => Err(silent(&handle.paths, limit)),
+        }
+    });
+    boot.await?;
+    drop(permit);
+
+    let configured = trace.phase("configure", async {
+        tokio::select! {
+            result = configure(handle, &pod, &attachment) => result,
+            () = process.ended() => Err(died(&handle.paths)),
+            () = cancel.cancelled() => Err(cancelled()),
+        }
+    });
+    let kernel_release = configured.await?;
+    let change = Change::Ready { attachment, kernel_release, trace: trace.phases };
+    handle.commit(vec![change]).await?;
+    tracing::info!(pod = pod.id, elapsed = ?trace.began.elapsed(), "pod is ready");
+    Ok(process)
+}
+
+pub(super) fn network_failed(what: &str, error: crate::ports::PortError) -> Error {
+    let error: anyhow::Error = error.into();
+    Error::Internal(error.context(format!("network: {what}")))
+}
+
+fn died(paths: &Paths) -> Error {
+    Error::unavailable(format!(
+        "the VM ended while it started: {}{}",
+        vmm::exit_reason(&paths.status),
+        log_tail(paths)
+    ))
+}
+
+fn silent(paths: &Paths, limit: Duration) -> Error {
+    let console = File::open(&paths.console)
+        .and_then(|file| vmm_api::console_ring::read(&file, 0))
+        .map(|(bytes, _)| vmm::clean(&String::from_utf8_lossy(&bytes), 1024))
+        .unwrap_or_default();
+    Error::unavailable(format!(
+        "the guest's agent did not answer within {limit:?}; its console ends with: {console:?}{}",
+        log_tail(paths)
+    ))
+}
+
+/// The VMM's own last words, when it did not get as far as a status.
+fn log_tail(paths: &Paths) -> String {
+    let text = fs::read(&paths.log).unwrap_or_default();
+    let text = vmm::clean(&String::from_utf8_lossy(&text), 1024);
+    if text.is_empty() { String::new() } else { format!("; VMM's log: {text}") }
+}
+
+/// Makes the files and sockets, starts the VMM with them.
+async fn launch(
+    handle: &Arc<Handle>,
+    pod: &Pod,
+    attachment: &Attachment,
+    leaf: &std::path::Path,
+) -> Result<(Arc<Process>, u64), Error> {
+    let node = &handle.node;
+    let taps = node.network.open_taps(&pod.id, attachment).await;
+    let taps = taps.map_err(|e| network_failed("open the taps", e))?;
+    let program = {
+        let (handle, pod) = (handle.clone(), pod.clone());
+        let (attachment, leaf) = (attachment.clone(), leaf.to_owned());
+        blocking(move || program(&handle, &pod, &attachment, &leaf, taps)).await?
+    };
+    let launched = node.launcher.launch(program).await?;
+    let failed = |e| Error::io("watch the VMM", e);
+    let process = Process::new(launched.pid, launched.pidfd).map_err(failed)?;
+    match start_time(launched.pid) {
+        Ok(started) => Ok((Arc::new(process), started)),
+        // It has ended and is reaped: there is nothing to be found again.
+        Err(_) => Err(died(&handle.paths)),
+    }
+}
+
+/// Descriptors in the order in which the VMM finds them.
+#[derive(Default)]
+struct FdTable(Vec<OwnedFd>);
+
+impl FdTable {
+    fn add(&mut self, fd: impl Into<OwnedFd>) -> Fd {
+        self.0.push(fd.into());
+        Fd(FIRST_FD + self.0.len() as i32 - 1)
+    }
+}
+
+fn program(
+    handle: &Handle,
+    pod: &Pod,
+    attachment: &Attachment,
+    leaf: &std::path::Path,
+    taps: Vec<OwnedFd>,
+) -> Result<Program, Error> {
+    let (paths, node) = (&handle.paths, &handle.node);
+    let failed =
+        |what: &str, path: &std::path::Path, e| Error::io(format!("{what} {}", path.display()), e);
+    for folder in [&paths.state_dir, &paths.folder] {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .map_err(|e| failed("make", folder, e))?;
+    }
+    let new_file = |path: &std::path::Path| {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(true).mode(0o600);
+        options.open(path).map_err(|e| failed("create", path, e))
+    };
+    let existing = |path: &std::path::Path| File::open(path).map_err(|e| failed("open", path, e));
+    let socket = |path: &std::path::Path, kind| {
+        sockets::listen_at(path, kind).map_err(|e| failed("listen at", path, e))
+    };
+    if taps.len() != attachment.interfaces.len() {
+        let (got, want) = (taps.len(), attachment.interfaces.len());
+        return Err(Error::Internal(anyhow::anyhow!("{got} taps for {want} interfaces")));
+    }
+
+    let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&paths.log);
+    let log = log.map_err(|e| failed("create", &paths.log, e))?;
+    let kvm = OpenOptions::new().read(true).write(true).open(&node.config.kvm);
+    let kvm = kvm.map_err(|e| failed("open", &node.config.kvm, e))?;
+    let mut fds = FdTable::default();
+    let config_file = memfd_create(c"vm-config", MFdFlags::MFD_CLOEXEC)
+        .map_err(|e| Error::io("make a memory file", e.into()))?;
+    let config_fd = fds.add(config_file.try_clone().map_err(|e| Error::io("dup", e))?);
+    let config = vm_config(handle, pod, |what| {
+        Ok(match what {
+            Wanted::Kernel => fds.add(existing(&node.config.kernel)?),
+            Wanted::Initramfs => fds.add(existing(&node.config.initramfs)?),
+            Wanted::Kvm => fds.add(kvm.try_clone().map_err(|e| Error::io("dup", e))?),
+            Wanted::Control => fds.add(socket(&paths.control, SockType::SeqPacket)?),
+            Wanted::Vsock => fds.add(socket(&paths.vsock, SockType::Stream)?),
+            Wanted::Status => fds.add(new_file(&paths.status)?),
+            Wanted::Console => fds.add(new_file(&paths.console)?),
+            Wanted::Log => fds.add(log.try_clone().map_err(|e| Error::io("dup", e))?),
+        })
+    })?;
+    let nets = taps.into_iter().zip(&attachment.interfaces).map(|(tap, interface)| NetConfig {
+        id: interface.name.clone(),
+        tap: fds.add(tap),
+        mac: interface.mac,
+        mtu: interface.mtu,
+    });
+    let config = VmConfig { nets: nets.collect(), ..config };
+
+    let text = serde_json::to_vec(&config).map_err(|e| Error::Internal(e.into()))?;
+    let mut file = File::from(config_file);
+    std::io::Write::write_all(&mut file, &text).map_err(|e| Error::io("write the VM's", e))?;
+    std::io::Seek::rewind(&mut file).map_err(|e| Error::io("rewind the VM's", e))?;
+    let cgroup = cgroup::make(leaf).map_err(|e| failed("make cgroup", leaf, e))?;
+    Ok(Program {
+        exe: node.config.vmm.clone(),
+        args: vec!["--config-fd".into(), config_fd.0.to_string()],
+        cgroup: cgroup.into(),
+        stderr: log.into(),
+        fds: fds.0,
+        isolate: true,
+    })
+}
+
+enum Wanted {
+    Kernel,
+    Initramfs,
+    Kvm,
+    Control,
+    Vsock,
+    Status,
+    Console,
+    Log,
+}
+
+fn vm_config(
+    handle: &Handle,
+    pod: &Pod,
+    mut fd: impl FnMut(Wanted) -> Result<Fd, Error>,
+) -> Result<VmConfig, Error> {
+    let config = &handle.node.config;
+    let vcpus = pod.spec.vcpus.unwrap_or(config.default_vcpus).max(1);
+    Ok(VmConfig {
+        version: vmm_api::VERSION,
+        name: pod.id.clone(),
+        vcpus,
+        max_vcpus: vcpus,
+        memory_mib: pod.spec.memory_mib.unwrap_or(config.default_memory_mib),
+        kernel: fd(Wanted::Kernel)?,
+        initramfs: Some(fd(Wanted::Initramfs)?),
+        cmdline: config.cmdline_extra.clone(),
+        kvm: fd(Wanted::Kvm)?,
+        control: fd(Wanted::Control)?,
+        status: fd(Wanted::Status)?,
+        console: fd(Wanted::Console)?,
+        log: Some(fd(Wanted::Log)?),
+        vsock: Some(VsockConfig { guest_cid: agent_api::GUEST_CID, listener: fd(Wanted::Vsock)? }),
+        disks: Vec::new(),
+        nets: Vec::new(),
+        serial_console: false,
+        jail: Some(JailConfig { uid: pod.uid, gid: pod.uid }),
+    })
+}
+
+/// Gives the guest its identity; answers its kernel's release.
+async fn configure(handle: &Handle, pod: &Pod, attachment: &Attachment) -> Result<String, Error> {
+    let guest = &handle.guest;
+    let hello = guest.hello(handle.node.config.guest_call_deadline()).await?;
+    let mut entropy = vec![0; ENTROPY];
+    getrandom(&mut entropy)?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let request = v1::ConfigurePodRequest {
+        pod_id: pod.id.clone(),
+        hostname: pod.spec.hostname.clone(),
+        unix_time_ns: now.as_nanos() as i64,
+        entropy,
+        sysctls: pod.spec.sysctls.clone().into_iter().collect(),
+        interfaces: attachment.interfaces.iter().map(interface).collect(),
+        routes: attachment.routes.iter().map(route).collect(),
+        shm_size: 0,
+    };
+    guest.call("configure the pod", |mut c| async move { c.configure_pod(request).await }).await?;
+    write_volume(guest, ETC_VOLUME, etc_files(handle.node.as_ref(), pod, attachment)).await?;
+    Ok(vmm::clean(&hello.kernel_release, 128))
+}
+
+fn etc_files(node: &Node, pod: &Pod, attachment: &Attachment) -> Vec<v1::VolumeFile> {
+    let host = fs::read_to_string(&node.config.resolv_conf).unwrap_or_default();
+    let spec = &pod.spec;
+    let texts = [
+        etc::hosts(&spec.hostname, &attachment.addresses),
+        format!("{}\n", spec.hostname),
+        etc::resolv_conf(&spec.dns, &attachment.dns, &host),
+    ];
+    let files = etc::FILES.iter().zip(texts).map(|((name, _), text)| v1::VolumeFile {
+        path: (*name).to_owned(),
+        mode: libc::S_IFREG | 0o644,
+        uid: 0,
+        gid: 0,
+        content: text.into_bytes(),
+        append: false,
+    });
+    files.collect()
+}
+
+fn interface(interface: &crate::ports::Interface) -> v1::Interface {
+    v1::Interface {
+        mac: interface.mac.map(|b| format!("{b:02x}")).join(":"),
+        name: interface.name.clone(),
+        mtu: interface.mtu.into(),
+        addresses: interface.addresses.clone(),
+    }
+}
+
+fn route(route: &crate::ports::Route) -> v1::Route {
+    v1::Route {
+        destination: route.destination.clone(),
+        gateway: route.gateway.clone(),
+        interface: route.interface.clone(),
+    }
+}
+
+fn getrandom(bytes: &mut [u8]) -> Result<(), Error> {
+    File::open("/dev/urandom")
+        .and_then(|mut file| std::io::Read::read_exact(&mut file, bytes))
+        .map_err(|e| Error::io("read /dev/urandom", e))
+}

@@ -1,0 +1,59 @@
+//! StopPod: containers killed, the guest asked to power off, the VMM killed, the network freed.
+//! Every step has a limit, and none waits for the success of the one before.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use agent_api::v1;
+
+use super::handle::Handle;
+use super::stop_container::kill;
+use super::undo::undo;
+use crate::error::Error;
+use crate::host::process::Process;
+use crate::policy::{Change, Phase};
+
+/// What killed containers get to end and have their exits told.
+const CONTAINERS_LIMIT: Duration = Duration::from_secs(3);
+
+pub(super) async fn stop_pod(handle: &Arc<Handle>) -> Result<(), Error> {
+    let was_ready = handle.pod().phase == Phase::Ready;
+    handle.commit(vec![Change::Stopping]).await?;
+    handle.closing.cancel();
+    if was_ready {
+        end_guest(handle).await;
+    }
+    let (mut changes, result) = undo(handle, false).await;
+    changes.push(Change::Stopped { at: SystemTime::now() });
+    handle.commit(changes).await?;
+    result
+}
+
+/// Gives containers an exit code of their own and the guest a chance to end by itself. What it
+/// does not do, the undoing of the VMM does.
+pub(super) async fn end_guest(handle: &Arc<Handle>) {
+    let pod = handle.pod();
+    let Some((pid, started)) = pod.vmm() else { return };
+    let Ok(Some(process)) = Process::find(pid, started) else { return };
+    let running: Vec<_> = pod.containers.values().filter(|c| c.is_running()).collect();
+    if !running.is_empty() {
+        let kills = running.iter().map(|c| kill(handle, &c.id));
+        let ended = handle
+            .wait_for(|pod| !pod.containers.values().any(|c| c.started_at.is_some() && !c.drained));
+        let all = async {
+            futures_util::future::join_all(kills).await;
+            ended.await
+        };
+        let _ = tokio::time::timeout(CONTAINERS_LIMIT, all).await;
+    }
+    let limit = handle.node.config.shutdown_deadline();
+    let asked = handle.guest.call_within(limit, "shut down", |mut c| async move {
+        c.shutdown(v1::ShutdownRequest {}).await
+    });
+    let powered_off = async {
+        // The reply may be lost: the VM's end is the proof.
+        let _ = asked.await;
+        process.ended().await;
+    };
+    let _ = tokio::time::timeout(limit, powered_off).await;
+}

@@ -1,0 +1,110 @@
+//! Undoing what stands in a ledger: one way for a failed start, a stop, a removal and a crash.
+
+use std::fs;
+use std::time::Duration;
+
+use super::handle::Handle;
+use super::run_pod::network_failed;
+use crate::error::Error;
+use crate::host::process::Process;
+use crate::host::{absent_is_fine, blocking, cgroup};
+use crate::node::Node;
+use crate::policy::{Change, Effect};
+
+/// A killed VMM is gone within this time: it has to give its memory back first.
+const KILL_LIMIT: Duration = Duration::from_secs(15);
+
+/// Undoes effects, the last first; goes on past failures and reports them all. Gives the changes
+/// that say what is gone.
+pub(super) async fn undo(handle: &Handle, all: bool) -> (Vec<Change>, Result<(), Error>) {
+    let pod = handle.pod();
+    let (mut done, mut failures) = (Vec::new(), Vec::new());
+    for effect in pod.to_undo(all) {
+        let result = match &effect {
+            Effect::Network => {
+                let detached = handle.node.network.detach(&pod.id, &pod.spec).await;
+                detached.map_err(|e| network_failed("detach", e))
+            }
+            Effect::ContainerFiles { container } => {
+                remove_files(vec![handle.paths.scratch(container), handle.paths.sidecar(container)])
+                    .await
+            }
+            other => undo_on_host(other).await,
+        };
+        match result {
+            Ok(()) => done.push(Change::Undone(effect)),
+            Err(error) => {
+                tracing::error!(pod = pod.id, ?effect, %error, "cannot be undone");
+                failures.push(error);
+            }
+        }
+    }
+    (done, all_of(failures))
+}
+
+/// What needs no port.
+async fn undo_on_host(effect: &Effect) -> Result<(), Error> {
+    match effect {
+        Effect::Vmm { pid, started } => {
+            let failed = |e| Error::io(format!("kill VMM {pid}"), e);
+            match Process::find(*pid, *started).map_err(failed)? {
+                Some(process) => process.kill_and_wait(KILL_LIMIT).await.map_err(failed),
+                None => Ok(()),
+            }
+        }
+        Effect::Cgroup { leaf, parents } => cgroup::remove(leaf, parents)
+            .await
+            .map_err(|e| Error::io(format!("remove cgroup {}", leaf.display()), e)),
+        Effect::StateDir { path } => {
+            let path = path.clone();
+            blocking(move || {
+                absent_is_fine(fs::remove_dir_all(&path))
+                    .map_err(|e| Error::io(format!("remove {}", path.display()), e))
+            })
+            .await
+        }
+        Effect::Network | Effect::ContainerFiles { .. } => Ok(()),
+    }
+}
+
+async fn remove_files(paths: Vec<std::path::PathBuf>) -> Result<(), Error> {
+    blocking(move || {
+        paths.iter().try_for_each(|path| {
+            absent_is_fine(fs::remove_file(path))
+                .map_err(|e| Error::io(format!("remove {}", path.display()), e))
+        })
+    })
+    .await
+}
+
+/// One error that tells all.
+pub(super) fn all_of(mut failures: Vec<Error>) -> Result<(), Error> {
+    match failures.len() {
+        0 => Ok(()),
+        1 => Err(failures.remove(0)),
+        _ => {
+            let texts: Vec<_> = failures.iter().map(Error::to_string).collect();
+            Err(Error::Internal(anyhow::anyhow!(texts.join("; "))))
+        }
+    }
+}
+
+/// Frees what can be read of a quarantined pod's ledger, then its folder. The network is freed by
+/// the port's own collection, once the pod is unknown.
+pub(crate) async fn undo_quarantined(
+    node: &Node,
+    id: &str,
+    effects: &[Effect],
+) -> Result<(), Error> {
+    let mut failures = Vec::new();
+    for effect in effects.iter().rev() {
+        if let Err(error) = undo_on_host(effect).await {
+            failures.push(error);
+        }
+    }
+    all_of(failures)?;
+    let (journal, pod) = (node.journal.clone(), id.to_owned());
+    blocking(move || journal.remove(&pod))
+        .await
+        .map_err(|e| Error::io(format!("remove the record of pod {id}"), e))
+}

@@ -1,0 +1,68 @@
+//! UpdateContainer: new limits for a container's cgroup in the guest.
+
+use std::sync::Arc;
+
+use agent_api::v1;
+use oci_spec::runtime::LinuxResources;
+
+use super::handle::Handle;
+use crate::error::Error;
+use crate::policy::Change;
+
+pub(super) async fn update_container(
+    handle: &Arc<Handle>,
+    id: &str,
+    resources: LinuxResources,
+) -> Result<(), Error> {
+    handle.ready_pod()?;
+    let container = handle.container(id)?;
+    if container.exit.is_some() {
+        return Err(Error::precondition(format!("container {id} has exited")));
+    }
+    let json = serde_json::to_vec(&resources).map_err(|e| Error::Internal(e.into()))?;
+    let request = v1::UpdateContainerRequest { container_id: id.to_owned(), linux_resources: json };
+    handle
+        .guest
+        .call("update the container", |mut c| async move { c.update_container(request).await })
+        .await?;
+    let merged = merge(&container.resources, &resources);
+    let resources = Box::new(merged.unwrap_or(resources));
+    handle.commit(vec![Change::ContainerResources { id: id.to_owned(), resources }]).await
+}
+
+/// The old limits, with those that the update names in their place.
+fn merge(old: &LinuxResources, new: &LinuxResources) -> Option<LinuxResources> {
+    let mut base = serde_json::to_value(old).ok()?;
+    overlay(&mut base, serde_json::to_value(new).ok()?);
+    serde_json::from_value(base).ok()
+}
+
+fn overlay(base: &mut serde_json::Value, new: serde_json::Value) {
+    use serde_json::Value;
+    match (base, new) {
+        (Value::Object(base), Value::Object(new)) => {
+            for (key, value) in new {
+                overlay(base.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (_, Value::Null) => {}
+        (base, new) => *base = new,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_that_an_update_does_not_name_stay() {
+        let old: LinuxResources =
+            serde_json::from_str(r#"{"memory":{"limit":100},"cpu":{"shares":2,"quota":5}}"#)
+                .unwrap();
+        let new = serde_json::from_str(r#"{"cpu":{"quota":7}}"#).unwrap();
+        let merged = merge(&old, &new).unwrap();
+        assert_eq!(merged.memory().unwrap().limit(), Some(100));
+        assert_eq!(merged.cpu().as_ref().unwrap().quota(), Some(7));
+        assert_eq!(merged.cpu().as_ref().unwrap().shares(), Some(2));
+    }
+}

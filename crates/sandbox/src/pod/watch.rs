@@ -1,0 +1,60 @@
+//! Tasks that live as long as a pod's VM: its end, its silence, its events, its usage.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+
+use super::handle::Handle;
+use super::owner::Msg;
+use super::{events, recover, stats};
+use crate::host::process::Process;
+use crate::vmm;
+
+/// After a VM's end, what its containers printed last gets this long to reach their logs.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Starts them all; with `reattach` the containers are taken up first.
+pub(super) fn start(
+    tasks: &mut JoinSet<()>,
+    handle: &Arc<Handle>,
+    process: Arc<Process>,
+    reattach: bool,
+) {
+    tasks.spawn(until_vm_ends(handle.clone(), process));
+    tasks.spawn(ping(handle.clone()));
+    tasks.spawn(stats::poll(handle.clone()));
+    let handle = handle.clone();
+    tasks.spawn(async move {
+        if reattach {
+            recover::reattach(&handle).await;
+        }
+        events::consume(&handle).await;
+    });
+}
+
+async fn until_vm_ends(handle: Arc<Handle>, process: Arc<Process>) {
+    process.ended().await;
+    let logs = handle.logs();
+    let drained = futures_util::future::join_all(logs.iter().map(|log| log.drained()));
+    let _ = tokio::time::timeout(LAST_WORDS, drained).await;
+    let reason = vmm::exit_reason(&handle.paths.status);
+    handle.tell(Msg::VmmEnded { reason }).await;
+}
+
+async fn ping(handle: Arc<Handle>) {
+    let config = &handle.node.config;
+    let interval = config.ping_interval().max(Duration::from_millis(10));
+    let mut missed = 0;
+    while missed < config.ping_misses.max(1) {
+        tokio::time::sleep(interval).await;
+        match handle.guest.hello(interval).await {
+            Ok(_) => missed = 0,
+            Err(error) => {
+                missed += 1;
+                tracing::warn!(pod = handle.id, missed, %error, "guest missed a ping");
+            }
+        }
+    }
+    handle.tell(Msg::GuestSilent).await;
+}

@@ -1,0 +1,395 @@
+//! What a pod may do, as a plain value: no lock, no I/O, no clock.
+//!
+//! ```text
+//! pod         Starting ──ready──> Ready ──stop──> Stopping ──stopped──> NotReady
+//!                │                  │                                     ^   │
+//!                │                  └──────── VM died ────────────────────┘   │
+//!                └─fails, cancelled──> Removing <───────────── remove ────────┘ (from any)
+//!                                         └──> gone
+//! container   Creating ──created──> Created ──started──> Running ──ended──> Exited
+//!                └─fails──> gone       └────────── remove ──> Removing <──────┘
+//! ```
+//!
+//! A [`Pod`] changes through [`Pod::apply`] only. Every [`Change`] is journaled before anybody sees
+//! its effect, except those that are observations: they have happened, written down or not.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use oci_spec::runtime::LinuxResources;
+
+use crate::model::{
+    ContainerId, ContainerSpec, ContainerState, ContainerView, ExitView, PodId, PodSpec, PodState,
+    PodView, TracePhase,
+};
+use crate::ports::Attachment;
+
+/// Exit code of a container whose VM died with it.
+pub(crate) const CODE_LOST: i32 = -1;
+/// Exit code of a container whose process could not be started (as runc and containerd say it).
+pub(crate) const CODE_START_ERROR: i32 = 128;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Phase {
+    Starting,
+    Ready,
+    Stopping,
+    NotReady,
+    Removing,
+}
+
+/// Something on the host that exists because of the pod. It is in the ledger before it exists and
+/// until it is gone; undoing is idempotent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// Folder of the pod's sockets.
+    StateDir { path: PathBuf },
+    /// Whatever the network port makes.
+    Network,
+    /// The leaf, and those ancestors that were made for it.
+    Cgroup { leaf: PathBuf, parents: Vec<PathBuf> },
+    /// The VMM, once its pid is known; before that, killing the cgroup finds it.
+    Vmm { pid: u32, started: u64 },
+    /// A container's writable layer and its log's sidecar.
+    ContainerFiles { container: ContainerId },
+}
+
+impl Effect {
+    /// Freed when the pod stops; the others live until they are removed.
+    pub(crate) fn ends_with_vm(&self) -> bool {
+        !matches!(self, Self::ContainerFiles { .. })
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum ContainerPhase {
+    Creating,
+    Present,
+    Removing,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Container {
+    pub(crate) id: ContainerId,
+    pub(crate) spec: Arc<ContainerSpec>,
+    pub(crate) phase: ContainerPhase,
+    pub(crate) created_at: SystemTime,
+    pub(crate) started_at: Option<SystemTime>,
+    pub(crate) exit: Option<ExitView>,
+    /// All output stands in the log; an exit is shown to others only then. Not journaled.
+    pub(crate) drained: bool,
+    pub(crate) oom: bool,
+    pub(crate) log_path: PathBuf,
+    pub(crate) resources: LinuxResources,
+}
+
+impl Container {
+    pub(crate) fn is_running(&self) -> bool {
+        self.started_at.is_some() && self.exit.is_none()
+    }
+
+    pub(crate) fn state(&self) -> ContainerState {
+        match (&self.exit, self.started_at) {
+            (Some(_), _) if self.drained => ContainerState::Exited,
+            (_, Some(_)) => ContainerState::Running,
+            (Some(_), None) => ContainerState::Exited,
+            (None, None) => ContainerState::Created,
+        }
+    }
+
+    pub(crate) fn view(&self, pod: &PodId) -> ContainerView {
+        let state = self.state();
+        ContainerView {
+            id: self.id.clone(),
+            pod: pod.clone(),
+            spec: (*self.spec).clone(),
+            state,
+            created_at: self.created_at,
+            started_at: self.started_at,
+            exit: self.exit.clone().filter(|_| state == ContainerState::Exited),
+            log_path: self.log_path.clone(),
+            resources: self.resources.clone(),
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Pod {
+    pub(crate) id: PodId,
+    pub(crate) spec: Arc<PodSpec>,
+    pub(crate) created_at: SystemTime,
+    pub(crate) phase: Phase,
+    pub(crate) reason: String,
+    /// Lease of a uid for the VMM's jail; ends with the pod.
+    pub(crate) uid: u32,
+    pub(crate) netns: PathBuf,
+    pub(crate) ledger: Vec<Effect>,
+    pub(crate) attachment: Arc<Attachment>,
+    pub(crate) kernel_release: String,
+    pub(crate) trace: Vec<TracePhase>,
+    pub(crate) containers: BTreeMap<ContainerId, Container>,
+}
+
+/// The only ways in which a pod changes.
+#[derive(Debug, Clone)]
+pub(crate) enum Change {
+    Planned(Vec<Effect>),
+    Undone(Effect),
+    VmmStarted {
+        pid: u32,
+        started: u64,
+    },
+    Ready {
+        attachment: Arc<Attachment>,
+        kernel_release: String,
+        trace: Vec<TracePhase>,
+    },
+    Stopping,
+    Stopped {
+        at: SystemTime,
+    },
+    Removing,
+    /// Observation.
+    VmDied {
+        reason: String,
+        at: SystemTime,
+    },
+    ContainerPlanned(Box<Container>),
+    ContainerCreated {
+        id: ContainerId,
+    },
+    ContainerStarted {
+        id: ContainerId,
+        at: SystemTime,
+    },
+    /// Observation.
+    ContainerOom {
+        id: ContainerId,
+    },
+    /// Observation.
+    ContainerEnded {
+        id: ContainerId,
+        exit: ExitView,
+    },
+    /// Observation, not journaled.
+    LogsDrained {
+        id: ContainerId,
+    },
+    ContainerResources {
+        id: ContainerId,
+        resources: Box<LinuxResources>,
+    },
+    ContainerRemoving {
+        id: ContainerId,
+    },
+    ContainerGone {
+        id: ContainerId,
+    },
+}
+
+impl Change {
+    /// It has happened on its own: kept in memory even when it cannot be written down yet.
+    pub(crate) fn is_observation(&self) -> bool {
+        matches!(
+            self,
+            Self::VmDied { .. }
+                | Self::ContainerOom { .. }
+                | Self::ContainerEnded { .. }
+                | Self::LogsDrained { .. }
+        )
+    }
+
+    pub(crate) fn is_durable(&self) -> bool {
+        !matches!(self, Self::LogsDrained { .. })
+    }
+}
+
+/// A change that does not fit the state; the caller's request came too late or twice.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Misfit {
+    #[error("pod is {phase:?}")]
+    Pod { phase: Phase },
+    #[error("no container {id:?} in the pod")]
+    NoContainer { id: ContainerId },
+    #[error("container {id:?} is {state}")]
+    Container { id: ContainerId, state: &'static str },
+}
+
+impl Pod {
+    pub(crate) fn apply(&mut self, change: Change) -> Result<(), Misfit> {
+        match change {
+            Change::Planned(effects) => {
+                for effect in effects {
+                    if !self.ledger.contains(&effect) {
+                        self.ledger.push(effect);
+                    }
+                }
+            }
+            Change::Undone(effect) => self.ledger.retain(|e| *e != effect),
+            Change::VmmStarted { pid, started } => {
+                self.expect(&[Phase::Starting])?;
+                self.ledger.push(Effect::Vmm { pid, started });
+            }
+            Change::Ready { attachment, kernel_release, trace } => {
+                self.expect(&[Phase::Starting])?;
+                self.phase = Phase::Ready;
+                self.attachment = attachment;
+                self.kernel_release = kernel_release;
+                self.trace = trace;
+            }
+            Change::Stopping => {
+                self.expect(&[Phase::Ready, Phase::NotReady, Phase::Stopping])?;
+                self.phase = Phase::Stopping;
+            }
+            Change::Stopped { at } => {
+                self.expect(&[Phase::Stopping])?;
+                self.phase = Phase::NotReady;
+                self.lose_containers("pod was stopped", at);
+            }
+            Change::Removing => self.phase = Phase::Removing,
+            Change::VmDied { reason, at } => {
+                if self.phase == Phase::Ready {
+                    self.phase = Phase::NotReady;
+                    self.lose_containers(&reason, at);
+                    self.reason = reason;
+                }
+            }
+            other => self.apply_to_container(other)?,
+        }
+        Ok(())
+    }
+
+    fn apply_to_container(&mut self, change: Change) -> Result<(), Misfit> {
+        match change {
+            Change::ContainerPlanned(container) => {
+                self.expect(&[Phase::Ready])?;
+                let id = container.id.clone();
+                self.ledger.push(Effect::ContainerFiles { container: id.clone() });
+                self.containers.insert(id, *container);
+            }
+            Change::ContainerCreated { id } => {
+                self.expect(&[Phase::Ready])?;
+                let container = self.container_mut(&id)?;
+                container.expect_phase(ContainerPhase::Creating)?;
+                container.phase = ContainerPhase::Present;
+            }
+            Change::ContainerStarted { id, at } => {
+                let container = self.container_mut(&id)?;
+                container.expect_phase(ContainerPhase::Present)?;
+                container.started_at.get_or_insert(at);
+            }
+            Change::ContainerOom { id } => self.container_mut(&id)?.oom = true,
+            Change::ContainerEnded { id, mut exit } => {
+                let container = self.container_mut(&id)?;
+                if container.oom && !exit.oom_killed {
+                    exit.oom_killed = exit.code == 137;
+                }
+                if exit.oom_killed {
+                    exit.reason = "OOMKilled".into();
+                }
+                container.exit.get_or_insert(exit);
+            }
+            Change::LogsDrained { id } => self.container_mut(&id)?.drained = true,
+            Change::ContainerResources { id, resources } => {
+                self.container_mut(&id)?.resources = *resources;
+            }
+            Change::ContainerRemoving { id } => {
+                self.container_mut(&id)?.phase = ContainerPhase::Removing;
+            }
+            Change::ContainerGone { id } => {
+                self.containers.remove(&id);
+                let files = Effect::ContainerFiles { container: id };
+                self.ledger.retain(|e| *e != files);
+            }
+            Change::Planned(_)
+            | Change::Undone(_)
+            | Change::VmmStarted { .. }
+            | Change::Ready { .. }
+            | Change::Stopping
+            | Change::Stopped { .. }
+            | Change::Removing
+            | Change::VmDied { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// What has not ended by now never will say how.
+    fn lose_containers(&mut self, why: &str, at: SystemTime) {
+        for container in self.containers.values_mut() {
+            if container.exit.is_none() {
+                let (code, reason) = (CODE_LOST, "VmDied");
+                container.exit = Some(ExitView {
+                    code,
+                    oom_killed: false,
+                    at,
+                    reason: reason.into(),
+                    message: why.into(),
+                });
+            }
+            container.drained = true;
+        }
+    }
+
+    fn expect(&self, phases: &[Phase]) -> Result<(), Misfit> {
+        if phases.contains(&self.phase) { Ok(()) } else { Err(Misfit::Pod { phase: self.phase }) }
+    }
+
+    fn container_mut(&mut self, id: &str) -> Result<&mut Container, Misfit> {
+        self.containers.get_mut(id).ok_or_else(|| Misfit::NoContainer { id: id.to_owned() })
+    }
+
+    /// What undoing the pod comes to, last effect first.
+    pub(crate) fn to_undo(&self, all: bool) -> Vec<Effect> {
+        self.ledger.iter().rev().filter(|e| all || e.ends_with_vm()).cloned().collect()
+    }
+
+    pub(crate) fn vmm(&self) -> Option<(u32, u64)> {
+        self.ledger.iter().find_map(|e| match e {
+            Effect::Vmm { pid, started } => Some((*pid, *started)),
+            _ => None,
+        })
+    }
+
+    /// Pods that are not there yet, or no longer, are in no listing.
+    pub(crate) fn is_listed(&self) -> bool {
+        !matches!(self.phase, Phase::Starting | Phase::Removing)
+    }
+
+    pub(crate) fn state(&self) -> PodState {
+        match self.phase {
+            Phase::Starting => PodState::Reserved,
+            Phase::Ready => PodState::Ready,
+            Phase::Stopping | Phase::NotReady | Phase::Removing => PodState::NotReady,
+        }
+    }
+
+    pub(crate) fn view(&self) -> PodView {
+        PodView {
+            id: self.id.clone(),
+            spec: (*self.spec).clone(),
+            state: self.state(),
+            created_at: self.created_at,
+            reason: self.reason.clone(),
+            addresses: self.attachment.addresses.clone(),
+            netns: Some(self.netns.clone()).filter(|p| !p.as_os_str().is_empty()),
+            vmm_pid: self.vmm().map(|(pid, _)| pid),
+            kernel_release: self.kernel_release.clone(),
+        }
+    }
+}
+
+impl Container {
+    fn expect_phase(&self, phase: ContainerPhase) -> Result<(), Misfit> {
+        if self.phase == phase {
+            return Ok(());
+        }
+        let state = match self.phase {
+            ContainerPhase::Creating => "being created",
+            ContainerPhase::Present => "there already",
+            ContainerPhase::Removing => "being removed",
+        };
+        Err(Misfit::Container { id: self.id.clone(), state })
+    }
+}

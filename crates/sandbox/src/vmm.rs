@@ -1,0 +1,165 @@
+//! The VMM of a pod: its configuration, its control socket, its last words.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+use vmm_api::client::{Client, ClientError};
+use vmm_api::{DiskConfig, ExitReason, Fd, Reply, Request, VmExit, VmStatus};
+
+use crate::error::Error;
+use crate::host::blocking;
+
+/// A status file is one small object; a VMM under a guest's control may write more.
+const MAX_STATUS: u64 = 64 << 10;
+/// Console lines that go into a reason, bytes.
+const TAIL: usize = 1024;
+
+/// Control of one VMM; each call has a connection and a deadline of its own.
+#[derive(Debug, Clone)]
+pub(crate) struct Vmm {
+    control: PathBuf,
+    limit: Duration,
+}
+
+impl Vmm {
+    pub(crate) fn new(control: PathBuf, limit: Duration) -> Self {
+        Self { control, limit }
+    }
+
+    async fn call(&self, request: Request, fd: Option<OwnedFd>) -> Result<Reply, ClientError> {
+        let (control, limit) = (self.control.clone(), self.limit);
+        blocking(move || {
+            let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+            Client::connect(&control, limit)?.call(&request, &fds)
+        })
+        .await
+    }
+
+    pub(crate) async fn status(&self) -> Result<VmStatus, Error> {
+        match self.call(Request::Status, None).await {
+            Ok(Reply::Status(status)) => Ok(status),
+            Ok(got) => Err(Error::unavailable(format!("VMM answered {got:?} to a status request"))),
+            Err(e) => Err(failed("status", e)),
+        }
+    }
+
+    /// Plugs a disk; one that is there already is fine.
+    pub(crate) async fn add_disk(
+        &self,
+        serial: &str,
+        file: File,
+        read_only: bool,
+    ) -> Result<(), Error> {
+        let disk = DiskConfig { serial: serial.to_owned(), file: Fd(-1), read_only };
+        match self.call(Request::AddDisk { disk }, Some(file.into())).await {
+            Ok(_) | Err(ClientError::Refused(vmm_api::Error::Exists { .. })) => Ok(()),
+            Err(ClientError::Refused(e @ vmm_api::Error::BusFull { .. })) => {
+                Err(Error::ResourceExhausted { message: e.to_string() })
+            }
+            Err(e) => Err(failed("plug a disk", e)),
+        }
+    }
+
+    /// Pulls a device; one that is not there is fine.
+    pub(crate) async fn remove_device(&self, id: &str) -> Result<(), Error> {
+        match self.call(Request::RemoveDevice { id: id.to_owned() }, None).await {
+            Ok(_) | Err(ClientError::Refused(vmm_api::Error::NoSuchDevice { .. })) => Ok(()),
+            Err(e) => Err(failed("pull a device", e)),
+        }
+    }
+}
+
+fn failed(what: &str, error: ClientError) -> Error {
+    match error {
+        ClientError::Deadline { limit } => Error::Deadline { what: format!("VMM: {what}"), limit },
+        ClientError::Connect { .. } | ClientError::Transport(_) => {
+            Error::unavailable(format!("VMM: {what}: {:#}", anyhow::Error::new(error)))
+        }
+        other => Error::Internal(anyhow::Error::new(other).context(format!("VMM: {what}"))),
+    }
+}
+
+/// Serial of a disk: 20 ASCII bytes at most (virtio 1.2, 5.2.6.1: VIRTIO_BLK_T_GET_ID), so a hash
+/// stands for the name.
+pub(crate) fn serial(prefix: char, name: &[u8]) -> String {
+    let digest = Sha256::digest(name);
+    let hex: String = digest.iter().take(9).map(|b| format!("{b:02x}")).collect();
+    format!("{prefix}{hex}")
+}
+
+/// Why a VM ended, for people. `status` is the file in which the VMM leaves its last words.
+pub(crate) fn exit_reason(status: &Path) -> String {
+    let Some(exit) = read_exit(status) else {
+        return "the VMM was killed (it left no status)".into();
+    };
+    let what = match exit.reason {
+        ExitReason::Shutdown => "the guest powered off",
+        ExitReason::Reset => "the guest reset itself",
+        ExitReason::Panic => "the guest's kernel panicked",
+        ExitReason::Killed => "the VMM was told to end",
+        ExitReason::TripleFault => "a vCPU triple-faulted",
+        ExitReason::Error => "the VMM failed",
+    };
+    let mut text = what.to_owned();
+    if !exit.message.is_empty() {
+        text.push_str(": ");
+        text.push_str(&clean(&exit.message, TAIL));
+    }
+    if matches!(exit.reason, ExitReason::Panic | ExitReason::TripleFault | ExitReason::Error)
+        && !exit.console_tail.is_empty()
+    {
+        text.push_str("; console: ");
+        text.push_str(&clean(&exit.console_tail, TAIL));
+    }
+    text
+}
+
+fn read_exit(path: &Path) -> Option<VmExit> {
+    let mut bytes = Vec::new();
+    File::open(path).ok()?.take(MAX_STATUS).read_to_end(&mut bytes).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+/// The last `limit` bytes of a text that a guest wrote, without its control characters.
+pub(crate) fn clean(text: &str, limit: usize) -> String {
+    let mut start = text.len().saturating_sub(limit);
+    while !text.is_char_boundary(start) {
+        start += 1;
+    }
+    let kept = text[start..].trim();
+    kept.chars().map(|c| if c.is_control() && c != '\n' { '?' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_serial_fits_into_a_virtio_id_and_tells_disks_apart() {
+        let a = serial('e', b"/images/a");
+        assert!(a.len() <= 20 && a.is_ascii(), "{a}");
+        assert_ne!(a, serial('e', b"/images/b"));
+        assert_ne!(a, serial('s', b"/images/a"));
+    }
+
+    #[test]
+    fn a_panic_is_told_with_the_consoles_end_and_rubbish_with_a_guess() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("status");
+        let exit = VmExit {
+            reason: ExitReason::Panic,
+            message: "Kernel panic - not syncing".into(),
+            console_tail: format!("{}é\x1b[31mlast line\n", "x".repeat(2000)),
+        };
+        std::fs::write(&path, serde_json::to_vec(&exit).unwrap()).unwrap();
+        let text = exit_reason(&path);
+        assert!(text.starts_with("the guest's kernel panicked: Kernel panic"), "{text}");
+        assert!(text.ends_with("?[31mlast line") && text.len() < 2 * TAIL + 200, "{text}");
+        std::fs::write(&path, "{").unwrap();
+        assert!(exit_reason(&path).contains("killed"));
+    }
+}
