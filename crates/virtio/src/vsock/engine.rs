@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::EventSet;
 
-use super::MAX_CONNECTIONS;
 use super::connection::{BUFFER, Connection, Phase, Want};
 use super::spec::{HEADER_LEN, HOST_CID, Header, TYPE_STREAM, op};
 use crate::chain::Chain;
@@ -51,6 +50,7 @@ const LAST_PORT: u32 = (1 << 31) - 1;
 pub(super) struct VsockEngine {
     // Fixed.
     guest_cid: u64,
+    max_connections: usize,
     // Glue.
     listener: UnixListener,
     rx: VirtQueue,
@@ -73,12 +73,14 @@ pub(super) struct VsockEngine {
 impl VsockEngine {
     pub(super) fn new(
         guest_cid: u64,
+        max_connections: usize,
         listener: UnixListener,
         [rx, tx, event]: [VirtQueue; 3],
         counters: Arc<DeviceCounters>,
     ) -> Self {
         Self {
             guest_cid,
+            max_connections,
             listener,
             rx,
             tx,
@@ -157,7 +159,7 @@ impl VsockEngine {
 
     fn accept(&mut self, poll: &mut Poll<'_>) {
         for _ in 0..ACCEPT_BUDGET {
-            if self.connections.len() >= MAX_CONNECTIONS {
+            if self.connections.len() >= self.max_connections {
                 // Others wait in the listener's backlog until somebody leaves.
                 return self.stop_accepting(poll);
             }

@@ -84,6 +84,6 @@ impl VirtioDevice for Vsock {
         let queues = take_queues(activation.queues)?;
         let listener = self.listener.try_clone()?;
         let counters = self.counters.clone();
-        Ok(Box::new(VsockEngine::new(self.guest_cid, listener, queues, counters)))
+        Ok(Box::new(VsockEngine::new(self.guest_cid, MAX_CONNECTIONS, listener, queues, counters)))
     }
 }
