@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 /// A layer as it goes into a layout.
+#[derive(Clone)]
 pub struct Layer {
     pub media_type: &'static str,
     /// Compressed as the media type says.

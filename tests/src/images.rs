@@ -1,0 +1,266 @@
+//! The images that the stories run: real programs from Debian's packages, as OCI layouts.
+//!
+//! Each has three layers: Debian's essential packages (the same blob in every image), the program's
+//! own files, and a small one that only takes away: a whiteout of a file, one of a folder, and an
+//! opaque folder ([`WHITED_OUT`]). `busybox` is smaller: the C library, the program with its
+//! applets as hard links, a whiteout. `python` has zstd layers, all others gzip.
+//!
+//! Made once ([`make_all`], some minutes) and kept in nacelle's cache. Needs root, mmdebstrap and
+//! tar; no loop devices.
+
+mod layers;
+mod trees;
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use self::layers::Compression;
+use crate::layout;
+
+/// Raised when images change in a way that [`IMAGES`] does not show.
+const RECIPE: &str = "1";
+
+/// What the last layer takes away from the Debian ones.
+pub const WHITED_OUT: &[&str] =
+    &["/etc/issue.net", "/usr/share/common-licenses", "/usr/share/base-files/motd"];
+
+/// A program on top of Debian's essential packages.
+struct Recipe {
+    name: &'static str,
+    packages: &'static [&'static str],
+    compression: Compression,
+    /// Shell lines that finish the tree, which is `$1`.
+    finish: &'static str,
+    /// The `config` member of the image's configuration.
+    config: fn() -> Value,
+}
+
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+const IMAGES: &[Recipe] = &[
+    Recipe {
+        name: "nginx",
+        packages: &["nginx-light"],
+        compression: Compression::Gzip,
+        // The logs go where the container's go.
+        finish: r#"ln -sf /dev/stdout "$1/var/log/nginx/access.log"
+            ln -sf /dev/stderr "$1/var/log/nginx/error.log""#,
+        config: || {
+            json!({
+                "Entrypoint": ["nginx"], "Cmd": ["-g", "daemon off;"], "Env": [PATH],
+                "ExposedPorts": {"80/tcp": {}}, "StopSignal": "SIGQUIT", "WorkingDir": "/",
+            })
+        },
+    },
+    Recipe {
+        name: "redis",
+        packages: &["redis-server", "redis-tools"],
+        compression: Compression::Gzip,
+        finish: "",
+        config: || {
+            json!({
+                "Entrypoint": ["redis-server"],
+                "Cmd": ["--bind", "*", "-::*", "--protected-mode", "no", "--save", ""],
+                "Env": [PATH], "User": "redis", "WorkingDir": "/var/lib/redis",
+                "ExposedPorts": {"6379/tcp": {}}, "StopSignal": "SIGTERM",
+            })
+        },
+    },
+    Recipe {
+        name: "postgres",
+        packages: &["postgresql-15", "postgresql-client-15"],
+        compression: Compression::Gzip,
+        // The cluster is in the image: making one takes minutes in a nested virtual machine. The
+        // start script makes it all the same when its folder is empty, as on a fresh volume.
+        finish: r#"cat > "$1/usr/local/bin/start-postgres" <<'END'
+#!/bin/sh
+set -e
+if [ ! -s "$PGDATA/PG_VERSION" ]; then
+    initdb -D "$PGDATA" -U postgres -E UTF8 --locale=C.UTF-8 --auth=trust
+    echo "host all all all trust" >> "$PGDATA/pg_hba.conf"
+fi
+exec postgres -D "$PGDATA" -c listen_addresses='*' -c jit=off "$@"
+END
+            chmod 755 "$1/usr/local/bin/start-postgres"
+            install -d -o postgres -g postgres "$1/run/postgresql"
+            chroot "$1" setpriv --reuid=postgres --regid=postgres --init-groups \
+                /usr/lib/postgresql/15/bin/initdb -D /var/lib/postgresql/data -U postgres \
+                -E UTF8 --locale=C.UTF-8 --auth=trust --no-sync > /dev/null
+            echo "host all all all trust" >> "$1/var/lib/postgresql/data/pg_hba.conf""#,
+        config: || {
+            json!({
+                "Entrypoint": ["start-postgres"],
+                "Env": [
+                    format!("{PATH}:/usr/lib/postgresql/15/bin"),
+                    "PGDATA=/var/lib/postgresql/data",
+                ],
+                "User": "postgres", "WorkingDir": "/var/lib/postgresql",
+                "ExposedPorts": {"5432/tcp": {}},
+                // Ends sessions and stops in order; SIGTERM would wait for clients to leave.
+                "StopSignal": "SIGINT",
+            })
+        },
+    },
+    Recipe {
+        name: "python",
+        packages: &["python3"],
+        compression: Compression::Zstd,
+        finish: "",
+        config: || json!({"Cmd": ["python3"], "Env": [PATH, "LANG=C.UTF-8"], "WorkingDir": "/srv"}),
+    },
+];
+
+/// Folder of an image's OCI layout.
+pub fn layout(name: &str) -> Result<PathBuf> {
+    let top =
+        std::env::var_os("NACELLE_IMAGES").map_or_else(|| "/nacelle/images".into(), PathBuf::from);
+    let folder = top.join(name);
+    if !folder.join("index.json").exists() {
+        bail!(
+            "there is no image {name} in {}: make them with `nacelle-tests images DIR` and name \
+             the folder in NACELLE_IMAGES",
+            top.display()
+        );
+    }
+    Ok(folder)
+}
+
+/// Puts all images into `folder`, a layout each; makes them first if the cache has none.
+pub fn make_all(folder: &Path) -> Result<()> {
+    let made = cache()?.join(format!("images/{}", key()));
+    if !made.exists() {
+        let parent = made.parent().context("a folder in the cache has a parent")?;
+        fs::create_dir_all(parent)?;
+        let scratch = tempfile::Builder::new().prefix("new-").tempdir_in(parent)?;
+        let ready = scratch.path().join("ready");
+        make(&scratch.path().join("trees"), &ready)?;
+        // Another one may have been quicker; both are the same.
+        if fs::rename(&ready, &made).is_err() && !made.exists() {
+            bail!("cannot move the images to {}", made.display());
+        }
+    }
+    fs::create_dir_all(folder)?;
+    copy(&made, folder)
+}
+
+/// Names what the images are made of, so that a changed recipe makes new ones.
+fn key() -> String {
+    let mut text = format!("{RECIPE} {WHITED_OUT:?} {}", trees::RECIPE);
+    for image in IMAGES {
+        text.push_str(&format!(
+            "\n{} {:?} {:?} {} {}",
+            image.name,
+            image.packages,
+            image.compression,
+            image.finish,
+            (image.config)()
+        ));
+    }
+    layout::digest(text.as_bytes()).trim_start_matches("sha256:")[..16].to_owned()
+}
+
+/// As `cargo xtask` has it.
+fn cache() -> Result<PathBuf> {
+    let of = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    of("NACELLE_CACHE")
+        .or_else(|| Some(of("XDG_CACHE_HOME")?.join("nacelle")))
+        .or_else(|| Some(of("HOME")?.join(".cache/nacelle")))
+        .context("neither HOME nor NACELLE_CACHE is set")
+}
+
+fn make(scratch: &Path, ready: &Path) -> Result<()> {
+    let sources = Some(cache()?.join("apt/sources.list")).filter(|file| file.exists());
+    let tree = |name: &str| scratch.join(name);
+    std::thread::scope(|scope| -> Result<()> {
+        let base = scope.spawn(|| trees::debian(&tree("base"), &[], "", sources.as_deref()));
+        let busybox = scope.spawn(|| busybox(&tree("busybox"), ready, sources.as_deref()));
+        // dpkg leaves the processors idle half of the time, and downloads do so all of it.
+        let others: Vec<_> = IMAGES
+            .iter()
+            .map(|image| {
+                let (tree, sources) = (tree(image.name), sources.as_deref());
+                scope.spawn(move || trees::debian(&tree, image.packages, image.finish, sources))
+            })
+            .collect();
+        for handle in others.into_iter().chain([base, busybox]) {
+            handle.join().map_err(|_| anyhow::anyhow!("a thread making an image panicked"))??;
+        }
+        Ok(())
+    })?;
+    let base = trees::files(&tree("base"))?;
+    let taken_away = layers::taking_away(&scratch.join("away"), WHITED_OUT)?;
+    for kind in [Compression::Gzip, Compression::Zstd] {
+        let below = layers::pack(&tree("base"), &base, kind)?;
+        let above = layers::pack(&taken_away.0, &taken_away.1, kind)?;
+        for image in IMAGES.iter().filter(|image| image.compression == kind) {
+            let own = trees::changed(&tree(image.name), &tree("base"))?;
+            let own = layers::pack(&tree(image.name), &own, kind)?;
+            let layers = [below.clone(), own, above.clone()];
+            layout::write(&ready.join(image.name), &layers, &(image.config)())
+                .with_context(|| format!("writing the image {}", image.name))?;
+        }
+    }
+    share_blobs(ready)
+}
+
+/// Makes one file of a blob that several images have, so that it is kept and carried once.
+fn share_blobs(ready: &Path) -> Result<()> {
+    let mut first: HashMap<OsString, PathBuf> = HashMap::new();
+    for image in fs::read_dir(ready)? {
+        for blob in fs::read_dir(image?.path().join("blobs/sha256"))? {
+            let blob = blob?;
+            match first.entry(blob.file_name()) {
+                Entry::Occupied(same) => {
+                    fs::remove_file(blob.path())?;
+                    fs::hard_link(same.get(), blob.path())?;
+                }
+                Entry::Vacant(new) => {
+                    new.insert(blob.path());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn busybox(tree: &Path, ready: &Path, sources: Option<&Path>) -> Result<()> {
+    let (library, program) = trees::busybox(tree, sources)?;
+    let away = layers::taking_away(&tree.with_extension("away"), &["/bin/taken-away"])?;
+    let layers = [
+        layers::pack(tree, &library, Compression::Gzip)?,
+        layers::pack(tree, &program, Compression::Gzip)?,
+        layers::pack(&away.0, &away.1, Compression::Gzip)?,
+    ];
+    let config = json!({"Cmd": ["sh"], "Env": [PATH], "WorkingDir": "/"});
+    layout::write(&ready.join("busybox"), &layers, &config).context("writing the image busybox")?;
+    Ok(())
+}
+
+/// Copies a folder; the blobs become links where that is possible, and one blob of several images
+/// is one file.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    let entries = fs::read_dir(from).with_context(|| format!("reading {}", from.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy(&entry.path(), &target)?;
+        } else {
+            if target.exists() {
+                fs::remove_file(&target)?;
+            }
+            if fs::hard_link(entry.path(), &target).is_err() {
+                fs::copy(entry.path(), &target)
+                    .with_context(|| format!("writing {}", target.display()))?;
+            }
+        }
+    }
+    Ok(())
+}
