@@ -56,8 +56,10 @@ fn base(agent: &[u8]) -> Archive {
     for folder in FOLDERS {
         archive.directory(folder);
     }
-    // The kernel opens it for /init before anything is mounted.
+    // The kernel opens the console for /init before anything is mounted; where there is none, the
+    // Rust runtime fills the three descriptors with /dev/null, and aborts if that is missing too.
     archive.character_device("dev/console", 0o600, 5, 1);
+    archive.character_device("dev/null", 0o666, 1, 3);
     archive.file("init", 0o755, agent);
     archive
 }
