@@ -114,7 +114,11 @@ fn on_a_development_machine(folder: &Path) -> Result<()> {
         .doing(|| "mount cgroup v2".to_owned())?;
     let config = Config {
         base: base.to_owned(),
-        cgroup: "nacelle-agent-test".to_owned(),
+        // Several agents may be tested at once.
+        cgroup: match folder.file_name().and_then(|name| name.to_str()) {
+            Some(name) => format!("nacelle-agent-{}", name.trim_start_matches('.')),
+            None => "nacelle-agent-test".to_owned(),
+        },
         folders_as_disks: true,
         is_guest: false,
     };

@@ -1,4 +1,4 @@
-//! Short-lived helper processes: the agent started again under another name (`argv[1]`), so that
+//! Short-lived helper processes: the agent started again with a verb (`argv[1]`), so that
 //! PID 1 never forks itself, never changes its namespaces, and its reaping does not collide with
 //! the waits of libcontainer. What a helper leaves behind becomes PID 1's child.
 //!
@@ -10,6 +10,7 @@
 #![allow(unsafe_code)] // descriptors arrive as numbers in the helper
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -29,7 +30,10 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// From "run the program" until it runs or has failed.
 const START_DEADLINE: Duration = Duration::from_secs(20);
 
-/// What a helper is to do; travels as JSON in its argument.
+/// Variable that holds a helper's [`Order`].
+const ORDER: &str = "NACELLE_ORDER";
+
+/// What a helper is to do; travels as JSON in a variable.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Order<T> {
     pub(super) reply: RawFd,
@@ -128,9 +132,11 @@ pub(super) async fn run<T: Serialize>(
             fcntl(fd.as_fd(), FcntlArg::F_SETFD(FdFlag::empty())).doing(doing)?;
         }
         let child = Command::new("/proc/self/exe")
+            .arg0("nacelle")
             .arg(verb)
-            .arg(order)
             .env_clear()
+            // Not an argument: `ps` in a container would show it.
+            .env(ORDER, order)
             .stdin(streams.stdin)
             .stdout(streams.stdout)
             .stderr(streams.stderr)
@@ -162,8 +168,9 @@ pub(super) async fn run<T: Serialize>(
 
 /// The other side: runs if the process was started as a helper, and does not return then.
 pub fn main_if_helper() {
-    let mut args = std::env::args().skip(1);
-    let (Some(verb), Some(order)) = (args.next(), args.next()) else { return };
+    let (Some(verb), Ok(order)) = (std::env::args().nth(1), std::env::var(ORDER)) else {
+        return;
+    };
     match verb.as_str() {
         create::VERB => become_helper(&order, create::main),
         exec::VERB => become_helper(&order, exec::main),

@@ -163,18 +163,21 @@ pub fn complete_process(
             format!("{} is not absolute", process.cwd().display()),
         ));
     }
+    let mut account = process.user().clone();
+    let mut groups = account.additional_gids().clone().unwrap_or_default();
     if !user.is_empty() {
         let Identity { uid, gid, additional } = users.resolve(user)?;
-        let mut account = process.user().clone();
         // Supplemental groups of the pod stay, those of the image's user join them.
-        let mut groups = account.additional_gids().clone().unwrap_or_default();
         groups.extend(additional);
-        groups.sort_unstable();
-        groups.dedup();
-        account.set_uid(uid).set_gid(gid).set_additional_gids(Some(groups));
-        account.set_username(None);
-        process.set_user(account);
+        account.set_uid(uid).set_gid(gid).set_username(None);
     }
+    // The primary group is a supplementary one too: a process that changes its primary group must
+    // not escape a file's "this group may not" (negative group permissions).
+    groups.push(account.gid());
+    groups.sort_unstable();
+    groups.dedup();
+    account.set_additional_gids(Some(groups));
+    process.set_user(account);
     let uid = process.user().uid();
     let mut env = deduplicate(process.env().clone().unwrap_or_default());
     let missing = |env: &[String], name: &str| {

@@ -94,15 +94,19 @@ async fn serve_input(mut conn: Conn, input: &Input) -> std::io::Result<()> {
         if !input.is_current(connection) {
             return Ok(());
         }
+        let forward = async {
+            let n = conn.read(&mut buffer).await?;
+            // A process that has closed its stdin: the host is told by the connection's end.
+            input.write(&buffer[..n]).await?;
+            Ok::<_, std::io::Error>(n)
+        };
         tokio::select! {
-            read = conn.read(&mut buffer) => match read? {
-                0 => {
+            forwarded = forward => {
+                if forwarded? == 0 {
                     input.end(connection);
                     return Ok(());
                 }
-                // The process closed its stdin: the host is told by the end of the connection.
-                n => input.write(&buffer[..n]).await?,
-            },
+            }
             () = changed => {}
         }
     }

@@ -1,0 +1,307 @@
+//! Runs the agent as an ordinary process in namespaces of its own, and is its host: a client of
+//! the gRPC service and of the streams. Wants root and a static busybox
+//! (Debian: busybox-static); says so when they are missing.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use agent_api::stdio::{Kind, Open, Status};
+use agent_api::v1;
+use agent_api::v1::agent_client::AgentClient;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub struct Guest {
+    child: Child,
+    pub dir: tempfile::TempDir,
+    pub client: AgentClient<Channel>,
+}
+
+/// None, with a reason on standard output, where this cannot run.
+pub async fn guest() -> Option<Guest> {
+    let Some(busybox) = busybox() else {
+        println!("SKIP: no static busybox (apt-get install busybox-static)");
+        return None;
+    };
+    if !nix::unistd::getuid().is_root() {
+        println!("SKIP: not root");
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    make_root(&dir.path().join("root"), &busybox);
+    let child = Command::new("unshare")
+        .args(["-mpuiCn", "--fork", "--mount-proc", "--kill-child"])
+        .arg(env!("CARGO_BIN_EXE_nacelle-agent"))
+        .arg("--listen-unix")
+        .arg(dir.path())
+        .env("NACELLE_LOG", "debug")
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let socket = dir.path().join("control.sock");
+    let start = Instant::now();
+    let stdio = dir.path().join("stdio.sock");
+    while !(socket.exists() && stdio.exists()) {
+        assert!(start.elapsed() < PATIENCE, "the agent does not listen");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let channel = Endpoint::from_static("http://agent")
+        .connect_with_connector(tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        }))
+        .await
+        .unwrap();
+    let client = AgentClient::new(channel).max_decoding_message_size(agent_api::MAX_MESSAGE);
+    Some(Guest { child, dir, client })
+}
+
+fn busybox() -> Option<PathBuf> {
+    let path = PathBuf::from("/usr/bin/busybox");
+    let text = Command::new("ldd").arg(&path).output().ok()?;
+    // ldd says so on standard error, and fails.
+    let is_static = !text.status.success() || text.stdout.starts_with(b"\tstatically");
+    (path.exists() && is_static).then_some(path)
+}
+
+fn make_root(root: &Path, busybox: &Path) {
+    for dir in ["bin", "etc", "tmp", "dev", "proc", "sys", "home/web"] {
+        std::fs::create_dir_all(root.join(dir)).unwrap();
+    }
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o1777);
+    std::fs::set_permissions(root.join("tmp"), open).unwrap();
+    std::fs::copy(busybox, root.join("bin/busybox")).unwrap();
+    let output = Command::new(busybox).arg("--list").output().unwrap();
+    for applet in String::from_utf8(output.stdout).unwrap().lines() {
+        let _ = std::os::unix::fs::symlink("busybox", root.join("bin").join(applet));
+    }
+    let passwd = "root:x:0:0::/root:/bin/sh\nweb:x:101:102::/home/web:/bin/sh\n";
+    std::fs::write(root.join("etc/passwd"), passwd).unwrap();
+    std::fs::write(root.join("etc/group"), "root:x:0:\nweb:x:102:\nlog:x:200:web\n").unwrap();
+    std::fs::write(root.join("bin/text"), "not a program\n").unwrap();
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let name = self.dir.path().file_name().unwrap().to_str().unwrap();
+        remove_cgroup(&format!("nacelle-agent-{}", name.trim_start_matches('.')));
+    }
+}
+
+/// The agent dies with its PID namespace, and leaves its empty cgroups.
+fn remove_cgroup(name: &str) {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let Some(mount) = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")) else {
+        return;
+    };
+    let dir = Path::new(mount.split(' ').nth(1).unwrap()).join(name);
+    let start = Instant::now();
+    while dir.exists() && start.elapsed() < PATIENCE {
+        for entry in std::fs::read_dir(&dir).unwrap().flatten() {
+            let _ = std::fs::remove_dir(entry.path());
+        }
+        let _ = std::fs::remove_dir(&dir);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A container specification that runs a shell script; `extra` is merged over it.
+pub fn spec(script: &str, extra: serde_json::Value) -> serde_json::Value {
+    let mut spec = serde_json::json!({
+        "ociVersion": "1.1.0",
+        "process": {
+            "cwd": "/", "args": ["sh", "-c", script], "user": {"uid": 0, "gid": 0},
+            "env": ["PATH=/bin"],
+            "capabilities": {
+                "bounding": ["CAP_KILL", "CAP_SETUID", "CAP_SETGID"],
+                "effective": ["CAP_KILL", "CAP_SETUID", "CAP_SETGID"],
+                "permitted": ["CAP_KILL", "CAP_SETUID", "CAP_SETGID"],
+            },
+        },
+        "linux": {
+            "maskedPaths": ["/proc/kcore", "/proc/keys"],
+            "readonlyPaths": ["/proc/sys"],
+        },
+    });
+    merge(&mut spec, extra);
+    spec
+}
+
+fn merge(into: &mut serde_json::Value, from: serde_json::Value) {
+    match (into, from) {
+        (serde_json::Value::Object(into), serde_json::Value::Object(from)) => {
+            for (name, value) in from {
+                merge(into.entry(name).or_insert(serde_json::Value::Null), value);
+            }
+        }
+        (into, from) => *into = from,
+    }
+}
+
+impl Guest {
+    pub fn request(&self, id: &str, spec: &serde_json::Value) -> v1::CreateContainerRequest {
+        v1::CreateContainerRequest {
+            container_id: id.into(),
+            oci_spec: spec.to_string().into_bytes(),
+            rootfs: Some(v1::RootFs {
+                lower_serial: format!("dir:{}", self.dir.path().join("root").display()),
+                upper_serial: String::new(),
+                read_only: false,
+            }),
+            ..Default::default()
+        }
+    }
+
+    pub async fn configure(&mut self) {
+        let request = v1::ConfigurePodRequest {
+            pod_id: "pod".into(),
+            hostname: "pod-host".into(),
+            ..Default::default()
+        };
+        self.client.configure_pod(request).await.unwrap();
+    }
+
+    pub async fn create(&mut self, request: v1::CreateContainerRequest) -> u32 {
+        self.client.create_container(request).await.unwrap().into_inner().pid
+    }
+
+    pub async fn start(&mut self, id: &str) -> Result<(), tonic::Status> {
+        let request = v1::StartContainerRequest { container_id: id.into() };
+        self.client.start_container(request).await.map(|_| ())
+    }
+
+    pub async fn remove(&mut self, id: &str) -> Result<(), tonic::Status> {
+        let request = v1::RemoveContainerRequest { container_id: id.into() };
+        self.client.remove_container(request).await.map(|_| ())
+    }
+
+    /// Runs a container from creation to its exit; what it wrote and the exit.
+    pub async fn run(&mut self, request: v1::CreateContainerRequest) -> (String, v1::Exit) {
+        let id = request.container_id.clone();
+        self.create(request).await;
+        let mut stdout = self.open(Kind::Stdout, &id, "", 0).await;
+        self.start(&id).await.unwrap();
+        let output = stdout.read_all().await;
+        let exit = self.exit(&id, "").await;
+        (String::from_utf8(output).unwrap(), exit)
+    }
+
+    pub async fn exec(
+        &mut self,
+        id: &str,
+        exec_id: &str,
+        process: serde_json::Value,
+    ) -> Result<(), tonic::Status> {
+        let request = v1::ExecRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            oci_process: process.to_string().into_bytes(),
+            ..Default::default()
+        };
+        self.client.exec(request).await.map(|_| ())
+    }
+
+    /// Waits for an exit without acknowledging it.
+    pub async fn exit(&mut self, id: &str, exec_id: &str) -> v1::Exit {
+        let events = self.events_until(id, exec_id).await;
+        match events.last().unwrap().event.clone().unwrap() {
+            v1::event::Event::Exit(exit) => exit,
+            v1::event::Event::Oom(_) => unreachable!("the last event is the exit"),
+        }
+    }
+
+    /// All kept events up to the exit.
+    pub async fn events_until(&mut self, id: &str, exec_id: &str) -> Vec<v1::Event> {
+        let mut stream = self.client.events(v1::EventsRequest {}).await.unwrap().into_inner();
+        let mut all = Vec::new();
+        loop {
+            let next = tokio::time::timeout(PATIENCE, stream.message());
+            let event = next.await.expect("no exit came").unwrap().expect("events ended");
+            all.push(event.clone());
+            if let Some(v1::event::Event::Exit(exit)) = event.event
+                && exit.container_id == id
+                && exit.exec_id == exec_id
+            {
+                return all;
+            }
+        }
+    }
+
+    pub async fn open(&self, kind: Kind, id: &str, exec_id: &str, offset: u64) -> Stream {
+        self.try_open(kind, id, exec_id, offset).await.unwrap()
+    }
+
+    pub async fn try_open(
+        &self,
+        kind: Kind,
+        id: &str,
+        exec_id: &str,
+        offset: u64,
+    ) -> Result<Stream, Status> {
+        let path = self.dir.path().join("stdio.sock");
+        let mut conn = UnixStream::connect(path).await.unwrap();
+        let header =
+            Open { kind, offset, container_id: id.into(), exec_id: exec_id.into() }.encode();
+        conn.write_all(&header).await.unwrap();
+        match Status::try_from(conn.read_u8().await.unwrap()).unwrap() {
+            Status::Ok => Ok(Stream { conn, offset }),
+            status => Err(status),
+        }
+    }
+}
+
+/// The host's side of one stream.
+pub struct Stream {
+    pub conn: UnixStream,
+    pub offset: u64,
+}
+
+impl Stream {
+    /// Some bytes, without acknowledging them; none: the end.
+    pub async fn read(&mut self) -> Vec<u8> {
+        let mut buffer = vec![0; 65536];
+        let read = tokio::time::timeout(PATIENCE, self.conn.read(&mut buffer));
+        let n = read.await.expect("no output came").unwrap();
+        self.offset += n as u64;
+        buffer.truncate(n);
+        buffer
+    }
+
+    pub async fn acknowledge(&mut self) {
+        self.conn.write_all(&self.offset.to_le_bytes()).await.unwrap();
+    }
+
+    /// Everything to the end, acknowledged as it comes.
+    pub async fn read_all(&mut self) -> Vec<u8> {
+        let mut all = Vec::new();
+        loop {
+            let bytes = self.read().await;
+            if bytes.is_empty() {
+                return all;
+            }
+            all.extend(bytes);
+            self.acknowledge().await;
+        }
+    }
+
+    /// Until this text has come.
+    pub async fn read_until(&mut self, text: &str) -> String {
+        let mut all = Vec::new();
+        loop {
+            let bytes = self.read().await;
+            assert!(!bytes.is_empty(), "ended after {:?}", String::from_utf8_lossy(&all));
+            all.extend(bytes);
+            let seen = String::from_utf8_lossy(&all).into_owned();
+            if seen.contains(text) {
+                return seen;
+            }
+        }
+    }
+}
