@@ -77,7 +77,7 @@ impl Layout {
         let room = end_of_space - PCI_WINDOW_64_SIZE;
         let size = u64::from(memory_mib) * MIB;
         let (ram, end) = if size <= HOLE.start {
-            (vec![0..size], HOLE.end)
+            (std::iter::once(0..size).collect(), HOLE.end)
         } else {
             let end = HOLE.end + (size - HOLE.start);
             (vec![0..HOLE.start, HOLE.end..end], end)

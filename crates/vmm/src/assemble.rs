@@ -244,13 +244,25 @@ fn load(
     Ok(kernel.entry)
 }
 
-/// Blocks the signals that end a VM (in all threads to come) and returns their descriptor.
-fn ending_signals() -> Result<OwnedFd, AssembleError> {
+/// The signals that end a VM.
+fn ending() -> SigSet {
     let mut set = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         set.add(signal);
     }
-    set.thread_block().map_err(os("blocking signals"))?;
+    set
+}
+
+/// Blocks the signals that end a VM, in this thread and those it starts from now on. [`run`] does
+/// so itself; whoever starts threads before it must do it earlier.
+pub fn block_signals() -> Result<(), AssembleError> {
+    ending().thread_block().map_err(os("blocking signals"))
+}
+
+/// A descriptor for the signals that end a VM, which are blocked.
+fn ending_signals() -> Result<OwnedFd, AssembleError> {
+    block_signals()?;
+    let set = ending();
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
     Ok(OwnedFd::from(SignalFd::with_flags(&set, flags).map_err(os("signalfd"))?))
 }

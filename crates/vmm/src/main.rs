@@ -94,6 +94,8 @@ fn from_options(options: &Options, started: Instant) -> Result<ExitCode> {
     };
     let (config, console) = boot::open(options)?;
     let resources = config::take(config).context("the VM cannot be started")?;
+    // A signal must not find the follower, which would let it kill the process.
+    assemble::block_signals()?;
     let follower = Follower::start(console).context("cannot follow the console")?;
     let (exit, mut status) = assemble::run(resources, policy, started);
     follower.finish();

@@ -46,7 +46,7 @@ pub enum FilterError {
 #[derive(Debug, Clone, Copy)]
 enum When {
     Always,
-    /// Argument 1 is this (ioctl requests).
+    /// Argument 1 is this (requests of ioctl and fcntl).
     Request(u32),
     /// Argument 2 has none of these bits (protection flags).
     Without(u32),
@@ -67,6 +67,7 @@ const COMMON: &[Call] = &[
     (libc::SYS_read, When::Always, "eventfds"),
     (libc::SYS_write, When::Always, "eventfds, log lines"),
     (libc::SYS_close, When::Always, "devices that go, descriptors of clients"),
+    (libc::SYS_fcntl, When::Request(libc::F_GETFD as u32), "debug builds, before every close"),
     (libc::SYS_clock_gettime, When::Always, "hosts whose clock is not in the vDSO"),
     (libc::SYS_getrandom, When::Always, "seeds of hash tables; the guest's entropy"),
     (libc::SYS_rt_sigprocmask, When::Always, "a thread's end, abort"),
@@ -85,7 +86,9 @@ const COMMON: &[Call] = &[
 /// makes them, workers and whoever holds the last reference drop them.
 const DEVICES: &[Call] = &[
     (libc::SYS_eventfd2, When::Always, "doorbells and vectors"),
-    (libc::SYS_fcntl, When::Always, "duplicates of doorbells for an engine; O_NONBLOCK"),
+    (libc::SYS_fcntl, When::Request(F_DUPFD_CLOEXEC), "duplicates of doorbells for an engine"),
+    (libc::SYS_fcntl, When::Request(libc::F_GETFL as u32), "a disk's access mode"),
+    (libc::SYS_fcntl, When::Request(libc::F_SETFL as u32), "non-blocking descriptors"),
     (libc::SYS_dup, When::Always, "duplicates of doorbells for an engine"),
     (libc::SYS_io_uring_setup, When::Always, "a disk's ring"),
     (libc::SYS_io_uring_register, When::Always, "a disk's ring"),
@@ -168,6 +171,7 @@ const BLKSSZGET: u32 = 0x1268;
 const BLKDISCARD: u32 = 0x1277;
 const BLKZEROOUT: u32 = 0x127f;
 const FIONBIO: u32 = 0x5421;
+const F_DUPFD_CLOEXEC: u32 = libc::F_DUPFD_CLOEXEC as u32;
 
 fn calls(role: Role) -> impl Iterator<Item = &'static Call> {
     let (own, devices) = match role {
