@@ -1,5 +1,5 @@
 //! Disk requests by plain system calls, each finished when `run` returns.
-#![allow(unsafe_code)] // preadv, pwritev2 and fallocate on iovecs over guest memory
+#![allow(unsafe_code)] // preadv, pwritev and fallocate on iovecs over guest memory
 
 use std::fs::File;
 use std::io;
@@ -36,10 +36,13 @@ impl Direct {
             }
             Io::Write { offset, data, durable } => {
                 let (iovecs, count) = self.array(data, mem);
-                let flags = if *durable { libc::RWF_DSYNC } else { 0 };
                 let offset = *offset as libc::off_t;
                 // SAFETY: as for preadv.
-                check(unsafe { libc::pwritev2(fd, iovecs, count, offset, flags) })
+                let written = check(unsafe { libc::pwritev(fd, iovecs, count, offset) });
+                match written {
+                    Ok(_) if *durable => self.file.sync_data().and(written),
+                    written => written,
+                }
             }
             Io::Sync => self.file.sync_data().map(|()| 0),
             Io::Fallocate { mode, offset, len } => {

@@ -300,7 +300,7 @@ fn a_full_disk_is_an_io_error_that_is_counted() {
             Backend::open(&full, usize::from(QUEUE_SIZE))
         };
         *rig.block.backend.lock().unwrap() = Some(backend);
-        rig.mem.write_slice(&[0; 0x8000], GuestAddress(0)).unwrap();
+        rig.mem.write_slice(&vec![0; 0x8000], GuestAddress(0)).unwrap();
         let fresh = queues(&rig.mem, 0x1000, rig.block.queue_sizes());
         let made = activation(&rig.block, &fresh, rig.interrupt.clone(), features::COMMON);
         rig.runner = Runner::start(rig.block.activate(made).unwrap()).unwrap();

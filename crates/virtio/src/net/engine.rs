@@ -46,8 +46,8 @@ pub(super) struct NetEngine {
     iovecs: Vec<libc::iovec>,
 }
 
-// SAFETY: `iovecs` is scratch space, cleared before each use; nothing in it outlives a call.
 #[allow(unsafe_code)] // raw pointers in iovecs
+// SAFETY: `iovecs` is scratch space, cleared before each use; nothing in it outlives a call.
 unsafe impl Send for NetEngine {}
 
 impl NetEngine {

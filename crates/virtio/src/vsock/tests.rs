@@ -212,13 +212,13 @@ fn a_client_that_writes_and_leaves_at_once_is_heard_in_full() {
     let mut rig = rig();
     let (mut client, port) = rig.join();
     client.set_nonblocking(false).unwrap();
-    client.write_all(&[3; 100_000]).unwrap();
+    client.write_all(&vec![3; 100_000]).unwrap();
     drop(client);
     rig.until("everything", |guest| {
         guest.consume(port, 10_000);
         guest.sockets[&port].reset
     });
-    assert_eq!(rig.guest.sockets[&port].received, [3; 100_000]);
+    assert_eq!(rig.guest.sockets[&port].received, vec![3; 100_000]);
 }
 
 #[test]

@@ -1,0 +1,123 @@
+#![no_main]
+
+use std::io;
+use std::sync::{Arc, OnceLock};
+
+use arbitrary::{Result, Unstructured};
+use libfuzzer_sys::fuzz_target;
+use pci::{Bus, Doorbells, MsixMessage, Vectors};
+use virtio::mock::memory;
+use virtio::pci::VirtioPci;
+use virtio::rng::Rng;
+use virtio::{Worker, WorkerHandle};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+const WINDOW: u64 = 0x40_0000_0000;
+/// Slot 1 in ECAM.
+const SLOT: u64 = 1 << 15;
+
+struct Nowhere;
+
+impl Vectors for Nowhere {
+    fn program(&self, vector: u16, message: MsixMessage) -> io::Result<()> {
+        assert!(vector < 2);
+        // A guest can write messages that KVM refuses.
+        if message.data & 1 == 0 { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    }
+
+    fn trigger(&self, vector: u16) -> io::Result<()> {
+        assert!(vector < 2);
+        Ok(())
+    }
+}
+
+impl Doorbells for Nowhere {
+    fn bind(&self, address: u64, _event: &EventFd) -> io::Result<()> {
+        if address % 8 == 0 { Ok(()) } else { Err(io::ErrorKind::AlreadyExists.into()) }
+    }
+
+    fn unbind(&self, _address: u64, _event: &EventFd) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn worker() -> WorkerHandle {
+    static WORKER: OnceLock<Worker> = OnceLock::new();
+    WORKER.get_or_init(|| Worker::spawn("fuzz", || {}).expect("a thread")).handle()
+}
+
+fn value(u: &mut Unstructured<'_>) -> Result<[u8; 8]> {
+    let wide = match u.int_in_range(0..=3u8)? {
+        0 => u.arbitrary::<u64>()?,
+        1 => u64::from(u.arbitrary::<u8>()?),
+        2 => 0x1000 * u64::from(u.arbitrary::<u8>()?),
+        _ => *u.choose(&[0, 1, 3, 11, 15, 0x3000_0000, u64::MAX])?,
+    };
+    Ok(wide.to_le_bytes())
+}
+
+/// The steps of a good driver, which the others then disturb.
+fn bring_up(bus: &Bus) {
+    let write = |at: u64, data: &[u8]| bus.mmio_write(WINDOW + at, data);
+    bus.ecam_write(SLOT | 4, &[6, 0]);
+    write(0x14, &[3]);
+    write(0x08, &1u32.to_le_bytes());
+    write(0x0c, &1u32.to_le_bytes());
+    write(0x14, &[11]);
+    write(0x16, &[0, 0]);
+    write(0x20, &0x1000u64.to_le_bytes());
+    write(0x28, &0x2000u64.to_le_bytes());
+    write(0x30, &0x3000u64.to_le_bytes());
+    write(0x1c, &[1, 0]);
+    write(0x14, &[15]);
+}
+
+fn step(bus: &Bus, mem: &GuestMemoryMmap, u: &mut Unstructured<'_>) -> Result<()> {
+    let len = *u.choose(&[1usize, 2, 4, 8])?;
+    let mut data = value(u)?;
+    let data = &mut data[..len];
+    let register = u64::from(u.arbitrary::<u8>()?);
+    let bar = match u.int_in_range(0..=3u8)? {
+        0 => u64::from(u.arbitrary::<u16>()?),
+        1 => 0x4000 + register,
+        _ => register % 0x40,
+    };
+    match u.int_in_range(0..=9u8)? {
+        0 => bus.ecam_read(SLOT | register, data),
+        1 => bus.ecam_write(SLOT | register, data),
+        2 => bus.port_write(0xcf8 + u.int_in_range(0..=7u16)?, data),
+        3 => bus.port_read(0xcf8 + u.int_in_range(0..=7u16)?, data),
+        4 => {
+            bus.mmio_read(WINDOW.wrapping_add(bar), data);
+        }
+        5 => {
+            let at = u64::from(u.arbitrary::<u16>()?);
+            let _ = mem.write_slice(data, GuestAddress(at));
+        }
+        6 => bring_up(bus),
+        7 => {
+            bus.mmio_write(WINDOW + 0x3000, data);
+        }
+        _ => {
+            bus.mmio_write(WINDOW.wrapping_add(bar), data);
+        }
+    }
+    Ok(())
+}
+
+fuzz_target!(|data: &[u8]| {
+    let mut u = Unstructured::new(data);
+    let mem = memory(1 << 16);
+    let nowhere = Arc::new(Nowhere);
+    let rng = Box::new(Rng::new().expect("rng"));
+    let device = VirtioPci::new(rng, (*mem).clone(), nowhere.clone(), nowhere, worker());
+    let bus = Bus::new(WINDOW..WINDOW + (1 << 20));
+    let slot = bus.add(Box::new(device.expect("device"))).expect("a free slot");
+    for _ in 0..400 {
+        if u.is_empty() || step(&bus, &mem, &mut u).is_err() {
+            break;
+        }
+    }
+    bus.remove(slot).expect("the device");
+});
