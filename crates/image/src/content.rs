@@ -73,6 +73,11 @@ impl Content {
         fs::metadata(self.path(digest)).is_ok_and(|metadata| metadata.len() == size)
     }
 
+    /// Zero for a blob that is not here.
+    pub fn size(&self, digest: &Digest) -> u64 {
+        fs::metadata(self.path(digest)).map_or(0, |metadata| metadata.len())
+    }
+
     pub fn lease(&self, digest: Digest) -> Lease {
         *self.0.leases.lock().expect("no holder panics").entry(digest).or_default() += 1;
         Lease { content: self.clone(), digest }

@@ -122,7 +122,8 @@ impl Error {
         match source.host_fault() {
             Some((path, e)) => {
                 // The path and kind say it all; the original cannot be taken out of its wrapping.
-                let copy = e.raw_os_error().map_or_else(|| e.kind().into(), io::Error::from_raw_os_error);
+                let copy =
+                    e.raw_os_error().map_or_else(|| e.kind().into(), io::Error::from_raw_os_error);
                 Self::io("write", path, copy)
             }
             None => Self::Layer { digest, source },

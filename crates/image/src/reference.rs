@@ -183,8 +183,27 @@ mod tests {
     fn bad_names_are_refused() {
         let long = "a".repeat(300);
         for bad in [
-            "", ":", "@", "a:", "a@", "a@sha256:12", "UPPER", "a//b", "a/../b", "/a", "a/", "a b",
-            "-a", "a:b:c", "host:99999/a", "host:/a", "a:-x", "a\n", &long, "a___b", "a._b",
+            "",
+            ":",
+            "@",
+            "a:",
+            "a@",
+            "a@sha256:12",
+            "UPPER",
+            "a//b",
+            "a/../b",
+            "/a",
+            "a/",
+            "a b",
+            "-a",
+            "a:b:c",
+            "host:99999/a",
+            "host:/a",
+            "a:-x",
+            "a\n",
+            &long,
+            "a___b",
+            "a._b",
             "ho_st.io/a",
         ] {
             assert!(bad.parse::<Reference>().is_err(), "{bad:?}");

@@ -13,7 +13,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::path::{display, split};
+use crate::path::display;
 
 /// Follows at most this many symlinks in one path, as the kernel does.
 const MAX_SYMLINKS: u32 = 40;
@@ -101,13 +101,7 @@ impl<F> Tree<F> {
     pub fn new(max_nodes: u64, max_metadata: u64) -> Self {
         let metadata = Metadata { mode: 0o755, ..Metadata::default() };
         let root = Node { metadata, kind: Kind::Directory(BTreeMap::new()), links: 1 };
-        Self {
-            nodes: vec![root],
-            layer: 0,
-            max_nodes,
-            metadata_left: max_metadata,
-            max_metadata,
-        }
+        Self { nodes: vec![root], layer: 0, max_nodes, metadata_left: max_metadata, max_metadata }
     }
 
     /// What is added from here on belongs to the next layer.
@@ -119,22 +113,13 @@ impl<F> Tree<F> {
         &self.nodes[id as usize]
     }
 
-    /// Nodes ever made; ids are below.
-    pub fn len(&self) -> usize {
-        self.nodes.len()
-    }
-
     /// Nodes without a name.
     pub fn hidden(&self) -> impl Iterator<Item = &Node<F>> {
         self.nodes.iter().filter(|node| node.links == 0)
     }
 
     /// Puts a directory at `path` (split and checked by [`split`]).
-    pub fn add_directory(
-        &mut self,
-        path: &[&[u8]],
-        metadata: Metadata,
-    ) -> Result<(), TreeError> {
+    pub fn add_directory(&mut self, path: &[&[u8]], metadata: Metadata) -> Result<(), TreeError> {
         let Some((name, parents)) = path.split_last() else {
             self.nodes[ROOT as usize].metadata = metadata;
             return Ok(());
@@ -383,9 +368,10 @@ impl<F> Tree<F> {
     }
 
     /// The node at `path`, no symlink followed.
+    #[cfg(test)]
     pub fn lookup(&self, path: &str) -> Option<&Node<F>> {
         let mut at = ROOT;
-        for component in split(path.as_bytes()).ok()? {
+        for component in crate::path::split(path.as_bytes()).ok()? {
             let Kind::Directory(children) = &self.nodes[at as usize].kind else { return None };
             at = children.get(component)?.node;
         }

@@ -323,12 +323,7 @@ impl Placer {
     }
 
     /// Takes blocks for `chunks` chunks that begin at the file's block `first`.
-    fn push_data(
-        &mut self,
-        out: &mut DataArea,
-        chunks: u64,
-        first: u64,
-    ) -> Result<u32, DataError> {
+    fn push_data(&mut self, out: &mut DataArea, chunks: u64, first: u64) -> Result<u32, DataError> {
         // The last chunk ends with the file.
         let blocks = (chunks * self.chunk_blocks).min(self.total_blocks - first);
         let start = out.allocate(blocks)?;

@@ -357,4 +357,3 @@ pub fn uuid(id: &[u8; 32]) -> Uuid {
     uuid[8] = (uuid[8] & 0x3f) | 0x80;
     uuid
 }
-

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use sha2::{Digest as _, Sha256};
 
-use super::compression::decompress;
 use super::archive::{Entry, EntryKind, TarError, TarReader};
+use super::compression::decompress;
 use crate::digest::Digest;
 use crate::erofs::{DataArea, DataError, FileData, encode_device, split_xattr_name};
 use crate::path::{PathError, shown, split};
@@ -217,14 +217,9 @@ fn check_symlink(target: &[u8]) -> Result<(), PathError> {
     Ok(())
 }
 
-fn metadata(
-    entry: &mut Entry,
-    path: &[u8],
-    applied: &mut Applied,
-) -> Result<Metadata, LayerError> {
-    let owner = |id: u64| {
-        u32::try_from(id).map_err(|_| LayerError::BadOwner { path: shown(path), id })
-    };
+fn metadata(entry: &mut Entry, path: &[u8], applied: &mut Applied) -> Result<Metadata, LayerError> {
+    let owner =
+        |id: u64| u32::try_from(id).map_err(|_| LayerError::BadOwner { path: shown(path), id });
     let too_large = |size: usize, limit: usize| {
         Err(LayerError::XattrTooLarge { path: shown(path), size, limit })
     };

@@ -73,6 +73,12 @@ pub struct Entry {
     sparse: Option<Vec<(u64, u64)>>,
 }
 
+impl Entry {
+    pub fn is_sparse(&self) -> bool {
+        self.sparse.is_some()
+    }
+}
+
 pub struct TarReader<R> {
     input: R,
     /// Bytes of the present entry, padding included, that were not read.
@@ -106,6 +112,21 @@ impl<R: Read> TarReader<R> {
     /// its holes.
     pub fn content<'a>(&'a mut self, entry: &'a Entry) -> Content<'a, R> {
         Content { reader: self, size: entry.size, position: 0, segments: entry.sparse.as_deref() }
+    }
+
+    /// What is being read; it stands behind the header of the last entry.
+    pub fn get_ref(&self) -> &R {
+        &self.input
+    }
+
+    pub fn get_mut(&mut self) -> &mut R {
+        &mut self.input
+    }
+
+    /// For input that can seek: the length of the present entry's unread part, padding included,
+    /// which the caller then skips.
+    pub fn take_rest(&mut self) -> u64 {
+        std::mem::take(&mut self.left)
     }
 
     /// What follows the end of the archive.

@@ -7,6 +7,7 @@ mod header;
 mod pax;
 
 pub use apply::{Applied, LayerError, Limits, apply};
+pub use archive::{EntryKind, TarError, TarReader};
 
 #[cfg(test)]
 mod tests;

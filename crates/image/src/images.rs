@@ -1,0 +1,397 @@
+//! The image service: pull, import, look up, remove.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use oci_spec::image::ImageConfiguration;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+
+use crate::config::Config;
+use crate::content::Content;
+use crate::digest::Digest;
+use crate::error::Error;
+use crate::files::{create_directory, usage};
+use crate::import;
+use crate::progress::{Progress, ProgressSender, Tracker};
+use crate::pull::pull;
+use crate::reference::Reference;
+use crate::registry::{Auth, Registries, run_blocking};
+use crate::store::{Entry, Store};
+
+/// Digest of an image's configuration; prints as `sha256:<hex>`.
+pub type ImageId = Digest;
+
+/// A cheap handle on the images of this machine.
+#[derive(Debug, Clone)]
+pub struct Images(Arc<Inner>);
+
+#[derive(Debug, Clone)]
+pub struct ImageInfo {
+    /// `sha256:<hex>`.
+    pub id: String,
+    /// Complete names with tags.
+    pub repo_tags: Vec<String>,
+    /// Complete names with the digest of a manifest or index.
+    pub repo_digests: Vec<String>,
+    /// Bytes that the image takes on this machine's disk.
+    pub size: u64,
+    /// As the image's configuration has it: user, uid, and group in one string; may be empty.
+    pub user: String,
+    pub config: Arc<ImageConfiguration>,
+    /// The image as a read-only file system.
+    pub erofs_path: PathBuf,
+    /// Seconds since the epoch at which the image came here.
+    pub added: u64,
+}
+
+/// How much room the images take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FsInfo {
+    pub used_bytes: u64,
+    pub inodes_used: u64,
+    /// The directory that holds everything.
+    pub mountpoint: PathBuf,
+}
+
+/// What a collection found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Garbage {
+    pub images: u64,
+    pub blobs: u64,
+    pub bytes: u64,
+}
+
+/// Keeps an image's file on the disk; see [`Images::hold`].
+#[derive(Debug)]
+pub struct Hold {
+    inner: Arc<Inner>,
+    id: Digest,
+    path: PathBuf,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub config: Arc<Config>,
+    pub content: Content,
+    pub registries: Registries,
+    store: Mutex<Store>,
+    flights: Mutex<HashMap<FlightKey, Flight>>,
+    next_flight: std::sync::atomic::AtomicU64,
+    locks: Mutex<HashMap<(Purpose, Digest), Weak<tokio::sync::Mutex<()>>>>,
+    /// Locked for as long as this process uses the directory.
+    _lock: File,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Purpose {
+    Build,
+    Blob,
+}
+
+/// Pulls are shared only between callers with the same credentials: who may not see an image must
+/// not get it because somebody else may.
+type FlightKey = (Reference, Auth);
+type Outcome = Option<Result<Digest, Arc<Error>>>;
+
+/// A pull under way.
+#[derive(Debug)]
+struct Flight {
+    number: u64,
+    waiters: usize,
+    abort: AbortHandle,
+    outcome: watch::Receiver<Outcome>,
+    progress: watch::Receiver<Progress>,
+}
+
+impl Images {
+    /// Opens the directory, which must not be open in another process, and removes what a killed
+    /// one left half-done.
+    pub async fn open(config: Config) -> Result<Self, Error> {
+        run_blocking(move || {
+            create_directory(&config.root)?;
+            let lock = lock(&config.root)?;
+            let content = Content::open(&config.root.join("content"))?;
+            let store = Store::open(&config.root.join("images"), &content)?;
+            content.sweep()?;
+            let config = Arc::new(config);
+            Ok(Self(Arc::new(Inner {
+                registries: Registries::new(Arc::clone(&config)),
+                config,
+                content,
+                store: Mutex::new(store),
+                flights: Mutex::default(),
+                next_flight: Default::default(),
+                locks: Mutex::default(),
+                _lock: lock,
+            })))
+        })
+        .await
+    }
+
+    /// Pulls an image. Callers that ask for the same at the same time share one pull, which ends
+    /// early when all of them have dropped their futures.
+    pub async fn pull(
+        &self,
+        reference: &str,
+        auth: Option<Auth>,
+        progress: Option<ProgressSender>,
+    ) -> Result<ImageId, Error> {
+        let reference: Reference = reference.parse()?;
+        let mut waiter = self.join_flight(reference, auth.unwrap_or_default());
+        loop {
+            if let (Some(sender), Some(updates)) = (&progress, &mut waiter.progress) {
+                sender.send_replace(updates.borrow_and_update().clone());
+            }
+            if let Some(outcome) = waiter.outcome.borrow_and_update().clone() {
+                return outcome.map_err(|e| match Arc::try_unwrap(e) {
+                    Ok(e) => e,
+                    Err(shared) => Error::Shared(shared),
+                });
+            }
+            let progressed = async {
+                match &mut waiter.progress {
+                    Some(updates) if progress.is_some() => updates.changed().await,
+                    _ => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                // The pull was aborted from outside: its runtime is going down.
+                gone = waiter.outcome.changed() => gone.map_err(|_| Error::Cancelled)?,
+                ended = progressed => {
+                    if ended.is_err() {
+                        waiter.progress = None;
+                    }
+                }
+            }
+        }
+    }
+
+    fn join_flight(&self, reference: Reference, auth: Auth) -> Waiter {
+        let key = (reference.clone(), auth.clone());
+        let mut flights = self.0.flights.lock().expect("no holder panics");
+        let flight = flights.entry(key.clone()).or_insert_with(|| {
+            let number = self.0.next_flight.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let tracker = Tracker::new();
+            let progress = tracker.subscribe();
+            let (done, outcome) = watch::channel(None);
+            let (inner, key) = (Arc::clone(&self.0), key.clone());
+            let task = tokio::spawn(async move {
+                let result = pull(Arc::clone(&inner), reference, auth, tracker).await;
+                // From here on a new caller starts a new pull.
+                let mut flights = inner.flights.lock().expect("no holder panics");
+                if flights.get(&key).is_some_and(|flight| flight.number == number) {
+                    flights.remove(&key);
+                }
+                drop(flights);
+                done.send_replace(Some(result.map_err(Arc::new)));
+            });
+            Flight { number, waiters: 0, abort: task.abort_handle(), outcome, progress }
+        });
+        flight.waiters += 1;
+        Waiter {
+            inner: Arc::clone(&self.0),
+            number: flight.number,
+            outcome: flight.outcome.clone(),
+            progress: Some(flight.progress.clone()),
+            key,
+        }
+    }
+
+    /// Imports an OCI layout (directory or tar) or a docker archive. `name` names the image where
+    /// there is only one; otherwise the names in the archive count.
+    pub async fn import(&self, path: &Path, name: Option<&str>) -> Result<Vec<ImageId>, Error> {
+        let name = name.map(str::parse).transpose()?;
+        let (inner, path) = (Arc::clone(&self.0), path.to_owned());
+        import::import(inner, path, name).await
+    }
+
+    /// Finds an image by name, id, or the first digits of its id.
+    pub fn image(&self, reference_or_id: &str) -> Option<ImageInfo> {
+        let store = self.0.store();
+        let id = find(&store, reference_or_id)?;
+        store.get(&id).map(|entry| info(&store, entry))
+    }
+
+    pub fn images(&self) -> Vec<ImageInfo> {
+        let store = self.0.store();
+        store.images().map(|entry| info(&store, entry)).collect()
+    }
+
+    /// Removes the image that a name or id stands for, with all its names, as containerd's CRI
+    /// does. Succeeds when there is none.
+    pub async fn remove(&self, reference: &str) -> Result<(), Error> {
+        let (inner, reference) = (Arc::clone(&self.0), reference.to_owned());
+        run_blocking(move || {
+            let mut store = inner.store();
+            match find(&store, &reference) {
+                Some(id) => store.remove(&id),
+                None => Ok(()),
+            }
+        })
+        .await
+    }
+
+    /// Takes one name away; the image goes with its last name.
+    pub async fn untag(&self, reference: &str) -> Result<(), Error> {
+        let name = reference.parse::<Reference>()?.to_string();
+        let inner = Arc::clone(&self.0);
+        run_blocking(move || {
+            let mut store = inner.store();
+            let Some(id) = store.resolve(&name) else { return Ok(()) };
+            store.untag(&name)?;
+            // What is left of a pulled image without tags is the name with its digest.
+            let tagged = store.names(&id).any(|name| !name.contains('@'));
+            if tagged { Ok(()) } else { store.remove(&id) }
+        })
+        .await
+    }
+
+    /// Keeps the files of an image until the hold is dropped, also when the image is removed
+    /// meanwhile. `None`: there is no such image. An image whose removal waits for its holders is
+    /// found by its whole id only, so that containers of an earlier process keep it.
+    pub fn hold(&self, reference_or_id: &str) -> Option<Hold> {
+        let mut store = self.0.store();
+        let id = find(&store, reference_or_id).or_else(|| reference_or_id.parse().ok())?;
+        store.hold(&id).then(|| Hold { inner: Arc::clone(&self.0), id, path: store.rootfs(&id) })
+    }
+
+    pub fn fs_info(&self) -> FsInfo {
+        let root = &self.0.config.root;
+        let (content, images) = (usage(&root.join("content")), usage(&root.join("images")));
+        FsInfo {
+            used_bytes: content.0 + images.0,
+            inodes_used: content.1 + images.1,
+            mountpoint: root.clone(),
+        }
+    }
+
+    /// Deletes removed images that nobody holds and blobs that nothing refers to. To be called
+    /// once after a start, when the containers that live on hold their images again.
+    pub async fn collect_garbage(&self) -> Result<Garbage, Error> {
+        let inner = Arc::clone(&self.0);
+        run_blocking(move || {
+            let (images, image_bytes) = inner.store().reap_all()?;
+            let (blobs, blob_bytes) = inner.content.sweep()?;
+            Ok(Garbage { images, blobs, bytes: image_bytes + blob_bytes })
+        })
+        .await
+    }
+}
+
+impl Inner {
+    pub fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().expect("no holder panics")
+    }
+
+    /// Whether the image is here, waiting for its removal or not.
+    pub fn known(&self, id: &Digest) -> bool {
+        self.store().contains(id)
+    }
+
+    pub fn build_lock(&self, id: Digest) -> Arc<tokio::sync::Mutex<()>> {
+        self.lock(Purpose::Build, id)
+    }
+
+    pub fn blob_lock(&self, digest: Digest) -> Arc<tokio::sync::Mutex<()>> {
+        self.lock(Purpose::Blob, digest)
+    }
+
+    fn lock(&self, purpose: Purpose, digest: Digest) -> Arc<tokio::sync::Mutex<()>> {
+        let mut locks = self.locks.lock().expect("no holder panics");
+        locks.retain(|_, lock| lock.strong_count() > 0);
+        if let Some(lock) = locks.get(&(purpose, digest)).and_then(Weak::upgrade) {
+            return lock;
+        }
+        let lock = Arc::default();
+        locks.insert((purpose, digest), Arc::downgrade(&lock));
+        lock
+    }
+}
+
+impl Hold {
+    pub fn id(&self) -> ImageId {
+        self.id
+    }
+
+    /// The image as a read-only file system.
+    pub fn erofs_path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let (inner, id) = (Arc::clone(&self.inner), self.id);
+        let release = move || {
+            if let Err(error) = inner.store().release(&id) {
+                tracing::warn!(image = %id, %error, "cannot delete a removed image");
+            }
+        };
+        // Deleting a large file takes a while.
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(release)),
+            Err(_) => release(),
+        }
+    }
+}
+
+/// One caller's part in a pull.
+struct Waiter {
+    inner: Arc<Inner>,
+    key: FlightKey,
+    number: u64,
+    outcome: watch::Receiver<Outcome>,
+    progress: Option<watch::Receiver<Progress>>,
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        let mut flights = self.inner.flights.lock().expect("no holder panics");
+        let Some(flight) = flights.get_mut(&self.key).filter(|f| f.number == self.number) else {
+            return;
+        };
+        flight.waiters -= 1;
+        if flight.waiters == 0 {
+            flight.abort.abort();
+            flights.remove(&self.key);
+        }
+    }
+}
+
+fn lock(root: &Path) -> Result<File, Error> {
+    let path = root.join("images.lock");
+    let file = File::create(&path).map_err(|e| Error::io("create", &path, e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(Error::InUse { root: root.into() }),
+        Err(std::fs::TryLockError::Error(e)) => Err(Error::io("lock", &path, e)),
+    }
+}
+
+fn find(store: &Store, text: &str) -> Option<Digest> {
+    if let Ok(id) = text.parse::<Digest>() {
+        return store.get(&id).map(|entry| entry.record.id);
+    }
+    let named = text.parse::<Reference>().ok().and_then(|name| store.resolve(&name.to_string()));
+    named.or_else(|| store.by_prefix(text.strip_prefix("sha256:").unwrap_or(text)))
+}
+
+fn info(store: &Store, entry: &Entry) -> ImageInfo {
+    let id = entry.record.id;
+    let (repo_digests, repo_tags) =
+        store.names(&id).map(str::to_owned).partition(|name| name.contains('@'));
+    let user = entry.config.config().as_ref().and_then(|config| config.user().clone());
+    ImageInfo {
+        id: id.to_string(),
+        repo_tags,
+        repo_digests,
+        size: entry.disk_bytes,
+        user: user.unwrap_or_default(),
+        config: Arc::clone(&entry.config),
+        erofs_path: store.rootfs(&id),
+        added: entry.record.added,
+    }
+}

@@ -1,0 +1,369 @@
+//! Import of images from files: OCI layouts (image-spec v1.1, image-layout.md), as a directory or
+//! a tar, and the archives of `docker save`.
+//!
+//! Nothing is unpacked: members are read where they lie, layers go straight into the image.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::Deserialize;
+
+use crate::digest::Digest;
+use crate::error::Error;
+use crate::flatten::Flattener;
+use crate::images::Inner;
+use crate::layer::{EntryKind, TarReader};
+use crate::manifest::{Descriptor, Document, Index, Manifest, parse_config};
+use crate::path::{shown, split};
+use crate::reference::Reference;
+use crate::registry::run_blocking;
+use crate::store::{Layer, Record};
+
+/// Members of an archive; their names are kept in memory.
+const MAX_MEMBERS: usize = 100_000;
+/// Links from one member to another, followed at most this often (old archives share layers so).
+const MAX_LINKS: usize = 8;
+/// Where tools put an image's name into an index.
+const NAME_ANNOTATIONS: [&str; 2] =
+    ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
+
+/// Imports everything in `path`; `name` is for an archive of one image.
+pub async fn import(
+    inner: Arc<Inner>,
+    path: PathBuf,
+    name: Option<Reference>,
+) -> Result<Vec<Digest>, Error> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let _stop = StopOnDrop(Arc::clone(&stop));
+    run_blocking(move || {
+        let archive = Archive::open(&path)?;
+        let images = archive.images(&inner)?;
+        if images.is_empty() {
+            return Err(archive.not_one("it lists no image for linux/amd64"));
+        }
+        if name.is_some() && images.len() > 1 {
+            return Err(archive.not_one("a name was given, but it holds several images"));
+        }
+        let mut ids = Vec::new();
+        for image in images {
+            let names = match &name {
+                Some(name) => vec![name.clone()],
+                None => image.names.clone(),
+            };
+            ids.push(import_one(&inner, &archive, image, &names, &stop)?);
+        }
+        Ok(ids)
+    })
+    .await
+}
+
+/// An image as the archive describes it.
+struct Found {
+    names: Vec<Reference>,
+    config: Vec<u8>,
+    /// Layers: member name and, in OCI layouts, the descriptor.
+    layers: Vec<(String, Option<Descriptor>)>,
+    manifest: Option<Vec<u8>>,
+}
+
+fn import_one(
+    inner: &Arc<Inner>,
+    archive: &Archive,
+    image: Found,
+    names: &[Reference],
+    stop: &Arc<AtomicBool>,
+) -> Result<Digest, Error> {
+    let what = archive.path.display().to_string();
+    let (_, diff_ids) = parse_config(&image.config, image.layers.len(), &what)?;
+    let id = Digest::of(&image.config);
+    let manifest = image.manifest.as_deref().map(Digest::of);
+    let building = inner.build_lock(id);
+    let _building = building.blocking_lock();
+    if !inner.known(&id) {
+        let temporary = inner.store().temporary()?;
+        let mut flattener =
+            Flattener::create(&temporary.rootfs(), inner.config.limits(), Arc::clone(stop))
+                .map_err(|e| Error::data(&what, e))?;
+        let mut layers = Vec::new();
+        for ((member, descriptor), diff_id) in image.layers.iter().zip(&diff_ids) {
+            let (blob, size) = archive.member(member)?;
+            let digest = descriptor.as_ref().map_or(*diff_id, |d| d.digest);
+            if let Some(expected) = descriptor.as_ref().map(|d| d.size).filter(|&s| s != size) {
+                return Err(Error::SizeMismatch { what: member.clone(), expected, got: size });
+            }
+            layers.push(Layer { digest, size });
+            // The layer's content is checked against the configuration, whose digest is the
+            // image's id; the compressed form carries nothing else.
+            flattener.layer(blob, diff_id).map_err(|e| Error::layer(digest, e))?;
+        }
+        let summary = flattener.finish(&id).map_err(|e| Error::data(&what, e))?;
+        let mut record = Record::new(id, manifest, layers, false);
+        record.rootfs_bytes = summary.bytes;
+        record.inodes = summary.inodes;
+        let _config = inner.content.put(&image.config)?;
+        let _manifest = image.manifest.as_deref().map(|m| inner.content.put(m)).transpose()?;
+        inner.store().publish(temporary, record)?;
+    }
+    let mut all: Vec<String> = names.iter().map(Reference::to_string).collect();
+    if let Some(manifest) = manifest {
+        all.extend(names.iter().map(|name| name.with_digest(manifest).to_string()));
+    }
+    let mut store = inner.store();
+    store.revive(&id)?;
+    store.tag(&id, &all)?;
+    Ok(id)
+}
+
+struct Archive {
+    path: PathBuf,
+    /// Offset and length of the members of a tar; `None` for a directory.
+    members: Option<HashMap<String, Member>>,
+}
+
+enum Member {
+    File { offset: u64, size: u64 },
+    Link(String),
+}
+
+/// An entry of `manifest.json` in a docker archive.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct DockerImage {
+    config: String,
+    #[serde(default)]
+    repo_tags: Option<Vec<String>>,
+    layers: Vec<String>,
+}
+
+impl Archive {
+    fn open(path: &Path) -> Result<Self, Error> {
+        let metadata = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+        let mut archive = Self { path: path.into(), members: None };
+        if metadata.is_dir() {
+            return Ok(archive);
+        }
+        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        archive.members = Some(archive.scan(file)?);
+        Ok(archive)
+    }
+
+    fn scan(&self, mut file: File) -> Result<HashMap<String, Member>, Error> {
+        let mut start = [0; 6];
+        let read = file.read(&mut start).map_err(|e| Error::io("read", &self.path, e))?;
+        if matches!(&start[..read], [0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd, ..]) {
+            return Err(self.not_one("it is compressed; decompress it first"));
+        }
+        file.rewind().map_err(|e| Error::io("read", &self.path, e))?;
+        let mut members = HashMap::new();
+        let mut tar = TarReader::new(Positioned { file: BufReader::new(file), position: 0 });
+        loop {
+            let entry = match tar.next() {
+                Ok(Some(entry)) => entry,
+                Ok(None) => break,
+                Err(e) => return Err(self.not_one(&e.to_string())),
+            };
+            let Ok(name) = normal(&entry.path) else { continue };
+            let member = match entry.kind {
+                EntryKind::File if !entry.is_sparse() => {
+                    Member::File { offset: tar.get_ref().position, size: entry.size }
+                }
+                EntryKind::HardLink => match normal(&entry.link) {
+                    Ok(target) => Member::Link(target),
+                    Err(_) => continue,
+                },
+                EntryKind::Symlink => match relative(&name, &entry.link) {
+                    Some(target) => Member::Link(target),
+                    None => continue,
+                },
+                _ => continue,
+            };
+            members.insert(name, member);
+            if members.len() > MAX_MEMBERS {
+                return Err(self.not_one("it has too many members"));
+            }
+            let rest = tar.take_rest();
+            tar.get_mut().skip(rest).map_err(|e| Error::io("read", &self.path, e))?;
+        }
+        Ok(members)
+    }
+
+    fn not_one(&self, reason: &str) -> Error {
+        Error::NotAnArchive { path: self.path.clone(), reason: reason.into() }
+    }
+
+    fn has(&self, name: &str) -> bool {
+        match &self.members {
+            Some(members) => members.contains_key(name),
+            None => self.path.join(name).is_file(),
+        }
+    }
+
+    /// Opens a member; gives its size too.
+    fn member(&self, name: &str) -> Result<(BufReader<std::io::Take<File>>, u64), Error> {
+        let name = normal(name.as_bytes())?;
+        let open = |path: &Path| File::open(path).map_err(|e| Error::io("open", path, e));
+        let Some(members) = &self.members else {
+            let file = open(&self.path.join(&name))?;
+            let size = file.metadata().map_err(|e| Error::io("read", &self.path, e))?.len();
+            return Ok((BufReader::with_capacity(256 << 10, file.take(size)), size));
+        };
+        let mut at = name.clone();
+        for _ in 0..MAX_LINKS {
+            match members.get(&at) {
+                Some(Member::Link(target)) => at.clone_from(target),
+                Some(&Member::File { offset, size }) => {
+                    let mut file = open(&self.path)?;
+                    file.seek(SeekFrom::Start(offset))
+                        .map_err(|e| Error::io("read", &self.path, e))?;
+                    return Ok((BufReader::with_capacity(256 << 10, file.take(size)), size));
+                }
+                None => break,
+            }
+        }
+        Err(self.not_one(&format!("it has no member {:?}", shown(name.as_bytes()))))
+    }
+
+    fn small(&self, inner: &Inner, name: &str) -> Result<Vec<u8>, Error> {
+        let (mut reader, size) = self.member(name)?;
+        let limit = inner.config.max_manifest_bytes;
+        if size > limit {
+            let what = format!("the size of {name}");
+            return Err(Error::TooLarge { what, got: size, limit, setting: "max_manifest_bytes" });
+        }
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).map_err(|e| Error::io("read", &self.path, e))?;
+        Ok(bytes)
+    }
+
+    fn blob(&self, inner: &Inner, digest: &Digest) -> Result<Vec<u8>, Error> {
+        let name = format!("blobs/sha256/{}", digest.hex());
+        let bytes = self.small(inner, &name)?;
+        let got = Digest::of(&bytes);
+        if got != *digest {
+            return Err(Error::DigestMismatch { what: name, expected: *digest, got });
+        }
+        Ok(bytes)
+    }
+
+    fn images(&self, inner: &Inner) -> Result<Vec<Found>, Error> {
+        // Newer dockers write both; their index is the complete one, but the names with their
+        // registries stand in manifest.json.
+        if self.has("manifest.json") {
+            let bytes = self.small(inner, "manifest.json")?;
+            let list: Vec<DockerImage> = serde_json::from_slice(&bytes)
+                .map_err(|e| self.not_one(&format!("manifest.json: {e}")))?;
+            return list.into_iter().map(|image| self.docker_image(inner, image)).collect();
+        }
+        if self.has("index.json") {
+            let bytes = self.small(inner, "index.json")?;
+            let index: Index = serde_json::from_slice(&bytes)
+                .map_err(|e| self.not_one(&format!("index.json: {e}")))?;
+            return index
+                .manifests
+                .iter()
+                .filter_map(|d| self.oci_image(inner, d).transpose())
+                .collect();
+        }
+        Err(self.not_one("it has neither an index.json nor a manifest.json"))
+    }
+
+    fn docker_image(&self, inner: &Inner, image: DockerImage) -> Result<Found, Error> {
+        let tags = image.repo_tags.unwrap_or_default();
+        Ok(Found {
+            names: tags.iter().map(|tag| tag.parse()).collect::<Result<_, _>>()?,
+            config: self.small(inner, &image.config)?,
+            layers: image.layers.into_iter().map(|layer| (layer, None)).collect(),
+            manifest: None,
+        })
+    }
+
+    /// `None` for images of other platforms.
+    fn oci_image(&self, inner: &Inner, entry: &Descriptor) -> Result<Option<Found>, Error> {
+        let what = self.path.display().to_string();
+        if entry.platform.as_ref().is_some_and(|p| p.os != "linux" || p.architecture != "amd64") {
+            return Ok(None);
+        }
+        let mut bytes = self.blob(inner, &entry.digest)?;
+        let manifest: Manifest = match Document::parse(&bytes, &entry.media_type, &what)? {
+            Document::Manifest(manifest) => manifest,
+            Document::Index(index) => {
+                bytes = self.blob(inner, &index.select(&what)?.digest)?;
+                match Document::parse(&bytes, "", &what)? {
+                    Document::Manifest(manifest) => manifest,
+                    Document::Index(_) => return Err(self.not_one("its indexes are nested")),
+                }
+            }
+        };
+        manifest.check(&what, &inner.config)?;
+        let names = NAME_ANNOTATIONS.iter().find_map(|key| entry.annotations.as_ref()?.get(*key));
+        // Many tools write a bare tag there, which names nothing by itself.
+        let names = names.filter(|name| name.contains(['/', ':'])).map(|name| name.parse());
+        Ok(Some(Found {
+            names: names.into_iter().collect::<Result<_, _>>()?,
+            config: self.blob(inner, &manifest.config.digest)?,
+            layers: manifest
+                .layers
+                .into_iter()
+                .map(|layer| (format!("blobs/sha256/{}", layer.digest.hex()), Some(layer)))
+                .collect(),
+            manifest: Some(bytes),
+        }))
+    }
+}
+
+/// A member's name with one spelling.
+fn normal(path: &[u8]) -> Result<String, Error> {
+    let invalid = |reason: String| Error::InvalidImage { what: "the archive".into(), reason };
+    let components = split(path).map_err(|e| invalid(e.to_string()))?;
+    String::from_utf8(components.join(&b'/')).map_err(|e| invalid(e.to_string()))
+}
+
+/// What a symlink among the members points to.
+fn relative(name: &str, target: &[u8]) -> Option<String> {
+    let target = std::str::from_utf8(target).ok()?;
+    let mut parts: Vec<&str> = name.split('/').collect();
+    parts.pop();
+    for part in target.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()?),
+            part => parts.push(part),
+        }
+    }
+    Some(parts.join("/"))
+}
+
+/// Knows how far a file was read.
+struct Positioned {
+    file: BufReader<File>,
+    position: u64,
+}
+
+impl Read for Positioned {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        self.position += read as u64;
+        Ok(read)
+    }
+}
+
+impl Positioned {
+    fn skip(&mut self, bytes: u64) -> std::io::Result<()> {
+        let offset = i64::try_from(bytes).map_err(|_| std::io::ErrorKind::InvalidData)?;
+        self.file.seek_relative(offset)?;
+        self.position += bytes;
+        Ok(())
+    }
+}
+
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,269 @@
+//! One pull: manifest, configuration, layers in parallel, and the image built from the layers
+//! that are complete while others still come.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::sync::{Semaphore, oneshot};
+use tokio::task::JoinSet;
+
+use crate::content::Lease;
+use crate::digest::Digest;
+use crate::erofs::Summary;
+use crate::error::Error;
+use crate::flatten::Flattener;
+use crate::images::Inner;
+use crate::manifest::{Descriptor, Document, Manifest, parse_config};
+use crate::progress::{Phase, Tracker};
+use crate::reference::{Reference, Target};
+use crate::registry::{Auth, Session, run_blocking};
+use crate::store::{Layer, Record, Temporary};
+
+/// Pulls `reference` and returns the image's id.
+pub async fn pull(
+    inner: Arc<Inner>,
+    reference: Reference,
+    auth: Auth,
+    tracker: Tracker,
+) -> Result<Digest, Error> {
+    let what = reference.to_string();
+    let session = Arc::new(inner.registries.session(&reference, &auth)?);
+    let top = session.manifest(&reference.target).await?;
+    let (manifest_bytes, manifest) = match Document::parse(&top.bytes, &top.content_type, &what)? {
+        Document::Manifest(manifest) => (top.bytes, manifest),
+        Document::Index(index) => {
+            let chosen = index.select(&what)?;
+            let child = session.manifest(&Target::Digest(chosen.digest)).await?;
+            match Document::parse(&child.bytes, &child.content_type, &what)? {
+                Document::Manifest(manifest) => (child.bytes, manifest),
+                Document::Index(_) => {
+                    let reason = "its index points to another index".into();
+                    return Err(Error::InvalidImage { what, reason });
+                }
+            }
+        }
+    };
+    manifest.check(&what, &inner.config)?;
+    let id = manifest.config.digest;
+    // What the tag stands for today, as the registry and every other node know it.
+    let mut names = vec![reference.with_digest(top.digest).to_string()];
+    if let Target::Tag(_) = reference.target {
+        names.push(reference.to_string());
+    }
+
+    // Two names of one image, pulled at the same time, build it once.
+    let building = inner.build_lock(id);
+    let _building = building.lock().await;
+    if !inner.known(&id) {
+        build(&inner, &session, &manifest, manifest_bytes, &what, &tracker).await?;
+    }
+    let store = Arc::clone(&inner);
+    run_blocking(move || {
+        let mut store = store.store();
+        store.revive(&id)?;
+        store.tag(&id, &names)
+    })
+    .await?;
+    tracker.phase(Phase::Done);
+    tracing::info!(image = %id, reference = %what, "pulled");
+    Ok(id)
+}
+
+async fn build(
+    inner: &Arc<Inner>,
+    session: &Arc<Session>,
+    manifest: &Manifest,
+    manifest_bytes: Vec<u8>,
+    what: &str,
+    tracker: &Tracker,
+) -> Result<(), Error> {
+    let id = manifest.config.digest;
+    let config_bytes = session.small_blob(&id, manifest.config.size).await?;
+    let (_, diff_ids) = parse_config(&config_bytes, manifest.layers.len(), what)?;
+    tracker.layers(manifest.layers.iter().map(|layer| (layer.digest.to_string(), layer.size)));
+    tracker.phase(Phase::Fetching);
+
+    let leases: Vec<Lease> =
+        manifest.layers.iter().map(|layer| inner.content.lease(layer.digest)).collect();
+    let (ready, arrivals): (Vec<_>, Vec<_>) =
+        manifest.layers.iter().map(|_| oneshot::channel::<()>()).unzip();
+    let mut downloads = JoinSet::new();
+    let slots = Arc::new(Semaphore::new(inner.config.parallel_layers.max(1)));
+    for ((index, layer), ready) in manifest.layers.iter().cloned().enumerate().zip(ready) {
+        let (inner, session, tracker) = (Arc::clone(inner), Arc::clone(session), tracker.clone());
+        let slots = Arc::clone(&slots);
+        downloads.spawn(async move {
+            let _slot = slots.acquire_owned().await.map_err(|_| Error::Cancelled)?;
+            fetch_layer(&inner, &session, &layer, index, &tracker).await?;
+            // The builder may have given up; its own error tells why.
+            let _ = ready.send(());
+            Ok(())
+        });
+    }
+
+    // Dropped with this future: the builder stops at its next read.
+    let stop = StopOnDrop(Arc::default());
+    let temporary = inner.store().temporary()?;
+    let mut record = Record::new(
+        id,
+        Some(Digest::of(&manifest_bytes)),
+        manifest
+            .layers
+            .iter()
+            .map(|layer| Layer { digest: layer.digest, size: layer.size })
+            .collect(),
+        inner.config.keep_layers,
+    );
+    let job = Build {
+        inner: Arc::clone(inner),
+        layers: manifest.layers.iter().map(|layer| layer.digest).zip(diff_ids).collect(),
+        arrivals,
+        tracker: tracker.clone(),
+        stop: Arc::clone(&stop.0),
+        id,
+        // The files must stay until the builder has really ended.
+        _leases: leases,
+    };
+    let mut builder = tokio::task::spawn_blocking(move || {
+        let mut job = job;
+        let summary = job.run(&temporary)?;
+        Ok::<_, Error>((temporary, summary, job))
+    });
+    let built = loop {
+        tokio::select! {
+            // A failed download ends the builder too, but only the download knows why.
+            biased;
+            Some(done) = downloads.join_next(), if !downloads.is_empty() => {
+                done.map_err(|_| Error::Cancelled)??;
+                if downloads.is_empty() {
+                    tracker.phase(Phase::Building);
+                }
+            }
+            built = &mut builder => break built,
+        }
+    };
+    let (temporary, summary, job) = match built.map_err(|_| Error::Cancelled)? {
+        Ok(built) => built,
+        Err(Error::Cancelled) => {
+            while let Some(done) = downloads.join_next().await {
+                done.map_err(|_| Error::Cancelled)??;
+            }
+            return Err(Error::Cancelled);
+        }
+        Err(e) => return Err(e),
+    };
+    record.rootfs_bytes = summary.bytes;
+    record.inodes = summary.inodes;
+    let inner = Arc::clone(inner);
+    run_blocking(move || {
+        // The record takes its own leases; these bridge the time until then.
+        let _small = (inner.content.put(&config_bytes)?, inner.content.put(&manifest_bytes)?);
+        let published = inner.store().publish(temporary, record);
+        drop(job);
+        published
+    })
+    .await
+}
+
+async fn fetch_layer(
+    inner: &Inner,
+    session: &Session,
+    layer: &Descriptor,
+    index: usize,
+    tracker: &Tracker,
+) -> Result<(), Error> {
+    // A layer that another pull fetches at this moment, or that this image has twice.
+    let lock = inner.blob_lock(layer.digest);
+    let _locked = lock.lock().await;
+    if !inner.content.has(&layer.digest, layer.size) {
+        let progress = |bytes| tracker.fetched(index, bytes);
+        let durable = inner.config.keep_layers;
+        session.blob(&layer.digest, layer.size, &inner.content, durable, &progress).await?;
+    }
+    tracker.fetched(index, layer.size);
+    Ok(())
+}
+
+/// The blocking part of a pull.
+struct Build {
+    inner: Arc<Inner>,
+    /// Digest of the blob and of its uncompressed content.
+    layers: Vec<(Digest, Digest)>,
+    arrivals: Vec<oneshot::Receiver<()>>,
+    tracker: Tracker,
+    stop: Arc<AtomicBool>,
+    id: Digest,
+    _leases: Vec<Lease>,
+}
+
+impl Build {
+    fn run(&mut self, temporary: &Temporary) -> Result<Summary, Error> {
+        let limits = self.inner.config.limits();
+        let what = format!("image {}", self.id);
+        let mut flattener = Flattener::create(&temporary.rootfs(), limits, Arc::clone(&self.stop))
+            .map_err(|e| Error::data(&what, e))?;
+        let arrivals = std::mem::take(&mut self.arrivals);
+        for (index, ((digest, diff_id), arrival)) in self.layers.iter().zip(arrivals).enumerate() {
+            // The download failed, and the pull with it.
+            arrival.blocking_recv().map_err(|_| Error::Cancelled)?;
+            let file = self.inner.content.open_blob(digest)?;
+            let report = |bytes| self.tracker.applied(index, bytes);
+            let file = BufReader::with_capacity(256 << 10, file);
+            let blob = Counted { file, read: 0, report: &report };
+            let applied = flattener.layer(blob, diff_id).map_err(|e| Error::layer(*digest, e))?;
+            report(self.inner.content.size(digest));
+            tracing::debug!(layer = %digest, entries = applied.entries,
+                dropped_xattrs = applied.dropped_xattrs, "layer applied");
+        }
+        flattener.finish(&self.id).map_err(|e| Error::data(&what, e))
+    }
+}
+
+/// Tells the builder that nobody waits any more.
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A layer's blob; counts what was read.
+struct Counted<'a> {
+    file: BufReader<File>,
+    read: u64,
+    report: &'a dyn Fn(u64),
+}
+
+impl Read for Counted<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        self.consume_count(read);
+        Ok(read)
+    }
+}
+
+impl BufRead for Counted<'_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.file.fill_buf()
+    }
+
+    fn consume(&mut self, amount: usize) {
+        self.file.consume(amount);
+        self.consume_count(amount);
+    }
+}
+
+impl Counted<'_> {
+    fn consume_count(&mut self, amount: usize) {
+        // Reported in steps: every report wakes the progress display.
+        const STEP: u64 = 256 << 10;
+        let before = self.read;
+        self.read += amount as u64;
+        if before / STEP != self.read / STEP {
+            (self.report)(self.read);
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Blobs: streamed, hashed and counted on the way, resumed where the connection broke.
+
+use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
+use reqwest::{Response, StatusCode};
+use tokio::time::sleep;
+
+use super::session::{Endpoint, Session, back_off, is_transient};
+use crate::content::{Content, Ingest};
+use crate::digest::Digest;
+use crate::error::Error;
+
+/// Attempts at one blob whatever their progress: a server that sends one byte a connection must
+/// not keep a pull alive for ever.
+const MAX_ATTEMPTS: u32 = 100;
+const WRITE_SIZE: usize = 512 << 10;
+
+impl Session {
+    /// Fetches a small blob into memory.
+    pub async fn small_blob(&self, digest: &Digest, size: u64) -> Result<Vec<u8>, Error> {
+        let mut failures = Failures::default();
+        for endpoint in &self.endpoints {
+            match self.small_blob_from(endpoint, digest, size).await {
+                Ok(bytes) => return Ok(bytes),
+                Err(e) => failures.add(e)?,
+            }
+        }
+        Err(failures.into_error())
+    }
+
+    async fn small_blob_from(
+        &self,
+        endpoint: &Endpoint,
+        digest: &Digest,
+        size: u64,
+    ) -> Result<Vec<u8>, Error> {
+        let what = format!("blob {digest}");
+        let path = format!("blobs/{digest}");
+        let mut attempt = 0;
+        let bytes = loop {
+            let response = self.get(endpoint, &path, &HeaderMap::new(), &what).await?;
+            let limit = self.config.max_manifest_bytes;
+            match self.body(endpoint, response, &what, limit).await {
+                Ok(bytes) => break bytes,
+                Err(e) if attempt + 1 < self.config.attempts && is_transient(&e) => {
+                    sleep(back_off(attempt)).await;
+                    attempt += 1;
+                }
+                Err(e) => return Err(e),
+            }
+        };
+        let got = bytes.len() as u64;
+        if got != size {
+            return Err(Error::SizeMismatch { what, expected: size, got });
+        }
+        let got = Digest::of(&bytes);
+        if got != *digest {
+            return Err(Error::DigestMismatch { what, expected: *digest, got });
+        }
+        Ok(bytes)
+    }
+
+    /// Fetches a blob into the store; `progress` hears of every byte count reached.
+    pub async fn blob(
+        &self,
+        digest: &Digest,
+        size: u64,
+        content: &Content,
+        durable: bool,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<(), Error> {
+        let mut failures = Failures::default();
+        for endpoint in &self.endpoints {
+            let mut sink = Sink { ingest: Some(content.ingest()?), pending: Vec::new() };
+            let fetched = match self.download(endpoint, digest, size, &mut sink, progress).await {
+                Ok(()) => sink.commit(digest, durable).await,
+                Err(e) => Err(e),
+            };
+            match fetched {
+                Ok(()) => return Ok(()),
+                Err(e) => failures.add(e)?,
+            }
+        }
+        Err(failures.into_error())
+    }
+
+    async fn download(
+        &self,
+        endpoint: &Endpoint,
+        digest: &Digest,
+        size: u64,
+        sink: &mut Sink,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<(), Error> {
+        let what = format!("blob {digest}");
+        let mut failures = 0;
+        for _ in 0..MAX_ATTEMPTS {
+            let before = sink.written();
+            let result = self.transfer(endpoint, digest, size, sink, progress, &what).await;
+            let error = match result {
+                Ok(()) if sink.written() == size => return Ok(()),
+                Ok(()) => {
+                    let got = sink.written();
+                    Error::SizeMismatch { what: what.clone(), expected: size, got }
+                }
+                Err(e) => e,
+            };
+            // A body that ends early may be a broken connection that looks like a proper end.
+            let short = matches!(error, Error::SizeMismatch { got, .. } if got < size);
+            if !short && !is_transient(&error) {
+                return Err(error);
+            }
+            failures = if sink.written() > before { 0 } else { failures + 1 };
+            if failures >= self.config.attempts {
+                return Err(error);
+            }
+            tracing::debug!(%digest, offset = sink.written(), %error, "transfer broke, resuming");
+            sleep(back_off(failures)).await;
+        }
+        Err(Error::Protocol {
+            registry: endpoint.authority(),
+            reason: format!("{what} did not arrive in {MAX_ATTEMPTS} connections"),
+        })
+    }
+
+    /// One request from where the last one ended.
+    async fn transfer(
+        &self,
+        endpoint: &Endpoint,
+        digest: &Digest,
+        size: u64,
+        sink: &mut Sink,
+        progress: &(dyn Fn(u64) + Sync),
+        what: &str,
+    ) -> Result<(), Error> {
+        let offset = sink.written();
+        let mut headers = HeaderMap::new();
+        if offset > 0 {
+            let range = HeaderValue::try_from(format!("bytes={offset}-")).expect("digits");
+            headers.insert(RANGE, range);
+        }
+        let path = format!("blobs/{digest}");
+        let mut response = match self.get(endpoint, &path, &headers, what).await {
+            // The server cannot resume.
+            Err(Error::Status { status: 416, .. }) if offset > 0 => {
+                sink.reset()?;
+                self.get(endpoint, &path, &HeaderMap::new(), what).await?
+            }
+            other => other?,
+        };
+        if sink.written() > 0 && !continues(&response, offset) {
+            sink.reset()?;
+            if response.status() == StatusCode::PARTIAL_CONTENT {
+                response = self.get(endpoint, &path, &HeaderMap::new(), what).await?;
+            }
+        }
+        while let Some(chunk) = self.chunk(endpoint, &mut response, what).await? {
+            let chunk = chunk.as_ref();
+            let got = sink.written() + chunk.len() as u64;
+            if got > size {
+                return Err(Error::SizeMismatch { what: what.into(), expected: size, got });
+            }
+            sink.pending.extend_from_slice(chunk);
+            if sink.pending.len() >= WRITE_SIZE {
+                sink.flush().await?;
+            }
+            progress(sink.written());
+        }
+        Ok(())
+    }
+}
+
+/// The most telling error of several endpoints: the first that is more than silence or absence.
+#[derive(Default)]
+struct Failures(Option<Error>);
+
+impl Failures {
+    /// Fails at once where another endpoint cannot help.
+    fn add(&mut self, error: Error) -> Result<(), Error> {
+        let rank = |error: &Error| match error {
+            Error::Transport { .. } => 0,
+            Error::NotFound { .. } => 1,
+            _ => 2,
+        };
+        match &self.0 {
+            _ if matches!(error, Error::StorageFull { .. } | Error::Io { .. }) => {
+                return Err(error);
+            }
+            Some(before) if rank(before) >= rank(&error) => {}
+            _ => self.0 = Some(error),
+        }
+        Ok(())
+    }
+
+    fn into_error(self) -> Error {
+        self.0.expect("there is at least one endpoint")
+    }
+}
+
+/// Collects a blob's bytes and writes them where blocking does no harm.
+struct Sink {
+    /// Away while a write is under way.
+    ingest: Option<Ingest>,
+    pending: Vec<u8>,
+}
+
+impl Sink {
+    fn written(&self) -> u64 {
+        self.ingest.as_ref().map_or(0, Ingest::written) + self.pending.len() as u64
+    }
+
+    async fn flush(&mut self) -> Result<(), Error> {
+        let mut ingest = self.ingest.take().expect("one write at a time");
+        let pending = std::mem::take(&mut self.pending);
+        let (ingest, pending) = run_blocking(move || {
+            ingest.write(&pending)?;
+            Ok((ingest, pending))
+        })
+        .await?;
+        self.ingest = Some(ingest);
+        self.pending = pending;
+        self.pending.clear();
+        Ok(())
+    }
+
+    async fn commit(mut self, digest: &Digest, durable: bool) -> Result<(), Error> {
+        self.flush().await?;
+        let ingest = self.ingest.take().expect("flushing puts it back");
+        let (digest, what) = (*digest, format!("blob {digest}"));
+        run_blocking(move || ingest.commit(&digest, &what, durable)).await
+    }
+
+    fn reset(&mut self) -> Result<(), Error> {
+        self.pending.clear();
+        self.ingest.as_mut().expect("no write is under way").reset()
+    }
+}
+
+/// Whether the response goes on at `offset` (RFC 9110, section 14.4).
+fn continues(response: &Response, offset: u64) -> bool {
+    response.status() == StatusCode::PARTIAL_CONTENT
+        && response
+            .headers()
+            .get(CONTENT_RANGE)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.strip_prefix("bytes "))
+            .and_then(|value| value.split('-').next())
+            .and_then(|start| start.trim().parse().ok())
+            == Some(offset)
+}
+
+/// Runs file work where it may block.
+pub async fn run_blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(e) => match e.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(Error::Cancelled),
+        },
+    }
+}

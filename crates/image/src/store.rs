@@ -1,0 +1,370 @@
+//! What is known of the images on this machine: one record an image, and one file with the names.
+//!
+//! ```text
+//! images/<id>/record.json     written once, before the directory gets its name
+//! images/<id>/rootfs.erofs
+//! images/refs.json            name -> id, replaced as a whole: a tag moves atomically
+//! ```
+//!
+//! Blocking; callers bring their own thread and lock.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use oci_spec::image::ImageConfiguration;
+use serde::{Deserialize, Serialize};
+
+use crate::content::{Content, Lease};
+use crate::digest::Digest;
+use crate::error::Error;
+use crate::files::{create_directory, list, sync_directory, write_atomic};
+
+/// Of both kinds of file. A newer version's files are refused, not guessed at.
+const VERSION: u64 = 1;
+/// Directories in the making or on their way out; nobody's after a restart.
+const TEMPORARY: &str = ".tmp-";
+const RECORD: &str = "record.json";
+const ROOTFS: &str = "rootfs.erofs";
+const REFS: &str = "refs.json";
+
+/// An image's record as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    pub version: u64,
+    /// Digest of the configuration, which is in the content store.
+    pub id: Digest,
+    /// Manifest that the image came with; archives of docker have none.
+    pub manifest: Option<Digest>,
+    pub layers: Vec<Layer>,
+    /// Whether the compressed layers are kept.
+    pub layers_kept: bool,
+    /// Length of the image file.
+    pub rootfs_bytes: u64,
+    pub inodes: u64,
+    /// Seconds since the epoch.
+    pub added: u64,
+    /// Removed by the user while something still held it: gone from every list, its files go with
+    /// the last holder.
+    pub removed: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    pub digest: Digest,
+    pub size: u64,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Refs {
+    version: u64,
+    refs: BTreeMap<String, Digest>,
+}
+
+/// An image in memory.
+#[derive(Debug)]
+pub struct Entry {
+    pub record: Record,
+    pub config: Arc<ImageConfiguration>,
+    /// Blocks of the host's file system under the image file.
+    pub disk_bytes: u64,
+    holds: usize,
+    _leases: Vec<Lease>,
+}
+
+#[derive(Debug)]
+pub struct Store {
+    root: PathBuf,
+    content: Content,
+    images: BTreeMap<Digest, Entry>,
+    refs: BTreeMap<String, Digest>,
+    next_temporary: u64,
+}
+
+impl Store {
+    pub fn open(root: &Path, content: &Content) -> Result<Self, Error> {
+        create_directory(root)?;
+        let mut store = Self {
+            root: root.into(),
+            content: content.clone(),
+            images: BTreeMap::new(),
+            refs: BTreeMap::new(),
+            next_temporary: 0,
+        };
+        for (name, entry) in list(root)? {
+            let path = entry.path();
+            if name.starts_with(TEMPORARY) {
+                fs::remove_dir_all(&path).map_err(|e| Error::io("remove", &path, e))?;
+            } else if let Some(id) = Digest::from_hex(&name) {
+                let record = read_record(&path.join(RECORD))?;
+                match store.load(record) {
+                    Ok(entry) => drop(store.images.insert(id, entry)),
+                    // One bad image must not keep the node from starting; it can be pulled again.
+                    Err(e) => {
+                        tracing::warn!(image = %id, error = %e, "image is damaged, removing it");
+                        store.discard(&path)?;
+                    }
+                }
+            }
+        }
+        let path = root.join(REFS);
+        if let Some(bytes) = read_if_there(&path)? {
+            let refs: Refs = parse_versioned(&path, &bytes)?;
+            store.refs = refs.refs;
+            store.refs.retain(|_, id| store.images.get(id).is_some_and(|e| !e.record.removed));
+        }
+        Ok(store)
+    }
+
+    fn load(&self, record: Record) -> Result<Entry, Error> {
+        let mut leases = vec![self.content.lease(record.id)];
+        leases.extend(record.manifest.map(|digest| self.content.lease(digest)));
+        if record.layers_kept {
+            leases.extend(record.layers.iter().map(|layer| self.content.lease(layer.digest)));
+        }
+        let bytes = self.content.read(&record.id)?;
+        let path = self.content.path(&record.id);
+        let config = serde_json::from_slice(&bytes)
+            .map_err(|e| Error::Record { path, reason: e.to_string() })?;
+        let rootfs = self.rootfs(&record.id);
+        let metadata = fs::metadata(&rootfs).map_err(|e| Error::io("read", &rootfs, e))?;
+        if metadata.len() != record.rootfs_bytes {
+            let reason = format!("{} bytes, not {}", metadata.len(), record.rootfs_bytes);
+            return Err(Error::Record { path: rootfs, reason });
+        }
+        use std::os::unix::fs::MetadataExt;
+        Ok(Entry {
+            record,
+            config: Arc::new(config),
+            disk_bytes: metadata.blocks() * 512,
+            holds: 0,
+            _leases: leases,
+        })
+    }
+
+    pub fn rootfs(&self, id: &Digest) -> PathBuf {
+        self.root.join(id.hex()).join(ROOTFS)
+    }
+
+    /// A directory in which an image can be built; see [`Store::publish`].
+    pub fn temporary(&mut self) -> Result<Temporary, Error> {
+        self.next_temporary += 1;
+        let path = self.root.join(format!("{TEMPORARY}{}", self.next_temporary));
+        create_directory(&path)?;
+        Ok(Temporary(path))
+    }
+
+    /// Puts a finished image in its place. The configuration's blob must be in the content store.
+    pub fn publish(&mut self, build: Temporary, record: Record) -> Result<(), Error> {
+        let id = record.id;
+        let target = self.root.join(id.hex());
+        if self.images.contains_key(&id) {
+            // The same bytes; only a pending removal has to be taken back.
+            return self.revive(&id);
+        }
+        write_record(&build.0.join(RECORD), &record)?;
+        fs::rename(&build.0, &target).map_err(|e| Error::io("rename", &target, e))?;
+        sync_directory(&self.root)?;
+        let entry = self.load(record)?;
+        self.images.insert(id, entry);
+        Ok(())
+    }
+
+    /// Takes back a removal that waits for the last holder.
+    pub fn revive(&mut self, id: &Digest) -> Result<(), Error> {
+        let path = self.root.join(id.hex()).join(RECORD);
+        let Some(entry) = self.images.get_mut(id) else { return Ok(()) };
+        if entry.record.removed {
+            let record = Record { removed: false, ..entry.record.clone() };
+            write_record(&path, &record)?;
+            entry.record = record;
+        }
+        Ok(())
+    }
+
+    /// Whether the image's files are here, its removal pending or not.
+    pub fn contains(&self, id: &Digest) -> bool {
+        self.images.contains_key(id)
+    }
+
+    /// An image that is not being removed.
+    pub fn get(&self, id: &Digest) -> Option<&Entry> {
+        self.images.get(id).filter(|entry| !entry.record.removed)
+    }
+
+    pub fn images(&self) -> impl Iterator<Item = &Entry> {
+        self.images.values().filter(|entry| !entry.record.removed)
+    }
+
+    /// Names of an image.
+    pub fn names(&self, id: &Digest) -> impl Iterator<Item = &str> {
+        self.refs.iter().filter(move |(_, target)| *target == id).map(|(name, _)| name.as_str())
+    }
+
+    pub fn resolve(&self, name: &str) -> Option<Digest> {
+        self.refs.get(name).copied()
+    }
+
+    /// The one image whose id begins with these digits.
+    pub fn by_prefix(&self, prefix: &str) -> Option<Digest> {
+        let hex = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
+        if prefix.is_empty() || !prefix.chars().all(hex) {
+            return None;
+        }
+        let mut matching = self.images().filter(|e| e.record.id.hex().starts_with(prefix));
+        let first = matching.next()?;
+        matching.next().is_none().then_some(first.record.id)
+    }
+
+    /// Points names at an image, wherever they pointed before.
+    pub fn tag(&mut self, id: &Digest, names: &[String]) -> Result<(), Error> {
+        if names.iter().all(|name| self.refs.get(name) == Some(id)) {
+            return Ok(());
+        }
+        let mut refs = self.refs.clone();
+        refs.extend(names.iter().map(|name| (name.clone(), *id)));
+        self.write_refs(refs)
+    }
+
+    /// Takes one name away.
+    pub fn untag(&mut self, name: &str) -> Result<(), Error> {
+        let mut refs = self.refs.clone();
+        if refs.remove(name).is_none() {
+            return Ok(());
+        }
+        self.write_refs(refs)
+    }
+
+    /// Removes an image with all its names; its files stay while it is held.
+    pub fn remove(&mut self, id: &Digest) -> Result<(), Error> {
+        let Some(entry) = self.images.get_mut(id) else { return Ok(()) };
+        if !entry.record.removed {
+            let record = Record { removed: true, ..entry.record.clone() };
+            write_record(&self.root.join(id.hex()).join(RECORD), &record)?;
+            entry.record = record;
+            let mut refs = self.refs.clone();
+            refs.retain(|_, target| target != id);
+            self.write_refs(refs)?;
+        }
+        self.reap(id)
+    }
+
+    /// Counts a holder; false when there is no such image.
+    pub fn hold(&mut self, id: &Digest) -> bool {
+        let Some(entry) = self.images.get_mut(id) else { return false };
+        entry.holds += 1;
+        true
+    }
+
+    pub fn release(&mut self, id: &Digest) -> Result<(), Error> {
+        if let Some(entry) = self.images.get_mut(id) {
+            entry.holds -= 1;
+        }
+        self.reap(id)
+    }
+
+    /// Deletes the files of removed images that nobody holds; returns their number and bytes.
+    pub fn reap_all(&mut self) -> Result<(u64, u64), Error> {
+        let removed = self.images.values().filter(|e| e.record.removed && e.holds == 0);
+        let removed: BTreeSet<_> = removed.map(|e| (e.record.id, e.disk_bytes)).collect();
+        for (id, _) in &removed {
+            self.reap(id)?;
+        }
+        Ok((removed.len() as u64, removed.iter().map(|(_, bytes)| bytes).sum()))
+    }
+
+    fn reap(&mut self, id: &Digest) -> Result<(), Error> {
+        if self.images.get(id).is_some_and(|e| e.record.removed && e.holds == 0) {
+            self.discard(&self.root.join(id.hex()))?;
+            // Its leases go with it, and their blobs.
+            self.images.remove(id);
+        }
+        Ok(())
+    }
+
+    /// Renamed first: a directory without its record would not be understood after a crash.
+    fn discard(&mut self, path: &Path) -> Result<(), Error> {
+        self.next_temporary += 1;
+        let doomed = self.root.join(format!("{TEMPORARY}{}", self.next_temporary));
+        fs::rename(path, &doomed).map_err(|e| Error::io("rename", path, e))?;
+        fs::remove_dir_all(&doomed).map_err(|e| Error::io("remove", &doomed, e))
+    }
+
+    fn write_refs(&mut self, refs: BTreeMap<String, Digest>) -> Result<(), Error> {
+        let stored = Refs { version: VERSION, refs };
+        let bytes = serde_json::to_vec_pretty(&stored).expect("strings and digests");
+        write_atomic(&self.root.join(REFS), &bytes)?;
+        self.refs = stored.refs;
+        Ok(())
+    }
+}
+
+impl Record {
+    pub fn new(id: Digest, manifest: Option<Digest>, layers: Vec<Layer>, kept: bool) -> Self {
+        let since_epoch = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        Self {
+            version: VERSION,
+            id,
+            manifest,
+            layers,
+            layers_kept: kept,
+            rootfs_bytes: 0,
+            inodes: 0,
+            added: since_epoch.as_secs(),
+            removed: false,
+        }
+    }
+}
+
+/// A directory that vanishes with its owner unless it was published.
+#[derive(Debug)]
+pub struct Temporary(PathBuf);
+
+impl Temporary {
+    pub fn rootfs(&self) -> PathBuf {
+        self.0.join(ROOTFS)
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // Gone already when it was published.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn write_record(path: &Path, record: &Record) -> Result<(), Error> {
+    write_atomic(path, &serde_json::to_vec_pretty(record).expect("numbers and strings"))
+}
+
+fn read_record(path: &Path) -> Result<Record, Error> {
+    let bytes = read_if_there(path)?
+        .ok_or_else(|| Error::Record { path: path.into(), reason: "the file is missing".into() })?;
+    parse_versioned(path, &bytes)
+}
+
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io("read", path, e)),
+    }
+}
+
+fn parse_versioned<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, Error> {
+    #[derive(Deserialize)]
+    struct Probe {
+        version: u64,
+    }
+    let bad = |e: serde_json::Error| Error::Record { path: path.into(), reason: e.to_string() };
+    let Probe { version } = serde_json::from_slice(bytes).map_err(bad)?;
+    if version != VERSION {
+        return Err(Error::RecordVersion { path: path.into(), found: version, known: VERSION });
+    }
+    serde_json::from_slice(bytes).map_err(bad)
+}
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;
