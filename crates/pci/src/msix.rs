@@ -3,6 +3,8 @@
 //! Shared by the vCPU threads that program it and the device threads that trigger it. A vector that
 //! is triggered while masked becomes pending and fires when it is unmasked.
 
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{MsixMessage, Vectors};
@@ -18,6 +20,9 @@ const CONTROL_MASK_ALL: u8 = 1 << 6;
 /// One device's MSI-X state.
 pub struct Msix {
     vectors: Arc<dyn Vectors>,
+    /// A failure has been logged: a guest that writes messages the host refuses must not fill its
+    /// log.
+    complained: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -42,7 +47,11 @@ impl Msix {
         let entry =
             Entry { address: 0, data: 0, control: ENTRY_MASKED, pending: false, programmed: None };
         let entries = vec![entry; usize::from(count)];
-        Self { vectors, state: Mutex::new(State { enabled: false, mask_all: false, entries }) }
+        Self {
+            vectors,
+            complained: AtomicBool::new(false),
+            state: Mutex::new(State { enabled: false, mask_all: false, entries }),
+        }
     }
 
     /// Raises a vector, or makes it pending. Unknown vectors are ignored.
@@ -125,7 +134,7 @@ impl Msix {
             let (address, data) = message;
             let message = MsixMessage { address, data, masked: false };
             if let Err(error) = self.vectors.program(vector as u16, message) {
-                tracing::warn!(vector, %error, "MSI-X vector cannot be programmed");
+                self.complain(vector, &error);
                 return;
             }
             entry.programmed = Some((address, data));
@@ -141,9 +150,15 @@ impl Msix {
             if let Some((address, data)) = entry.programmed.take() {
                 let message = MsixMessage { address, data, masked: true };
                 if let Err(error) = self.vectors.program(vector as u16, message) {
-                    tracing::warn!(vector, %error, "MSI-X vector cannot be released");
+                    self.complain(vector, &error);
                 }
             }
+        }
+    }
+
+    fn complain(&self, vector: usize, error: &io::Error) {
+        if !self.complained.swap(true, Ordering::Relaxed) {
+            tracing::warn!(vector, %error, "host refuses an MSI-X vector's message");
         }
     }
 
@@ -177,8 +192,7 @@ impl Entry {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
 
     use super::*;
 

@@ -44,10 +44,21 @@ pub enum WorkerError {
 
 enum Command {
     Attach { id: u32, engine: Box<dyn Engine>, interrupt: Arc<dyn Interrupt> },
-    Detach { id: u32, done: Arc<AtomicBool> },
+    Detach { id: u32, gone: Gone },
     Pause { done: Sender<()> },
     Resume,
     Stop,
+}
+
+/// Says that an engine is gone when it is dropped, wherever that happens: with the engine, or with
+/// an order that a stopping worker never read.
+#[derive(Debug)]
+struct Gone(Arc<AtomicBool>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 /// The owner's end; dropping it stops the thread without waiting for it.
@@ -197,9 +208,8 @@ impl Attachment {
     /// Tells the worker to let the engine go. Does not wait.
     pub fn detach(self) -> Detached {
         let done = Arc::new(AtomicBool::new(false));
-        if self.worker.order(Command::Detach { id: self.id, done: done.clone() }).is_err() {
-            done.store(true, Ordering::Release);
-        }
+        // A worker that has stopped has dropped the engine, and drops this order.
+        let _ = self.worker.order(Command::Detach { id: self.id, gone: Gone(done.clone()) });
         Detached { done }
     }
 }
@@ -211,7 +221,7 @@ struct Running {
 }
 
 struct Leaving {
-    done: Arc<AtomicBool>,
+    _gone: Option<Gone>,
     until: Instant,
 }
 
@@ -241,7 +251,7 @@ impl Run {
         for running in self.engines.values_mut() {
             running.engine.drain();
             let until = Instant::now() + DRAIN_LIMIT;
-            running.leaving.get_or_insert(Leaving { done: Arc::default(), until });
+            running.leaving.get_or_insert(Leaving { _gone: None, until });
         }
         while !self.engines.is_empty() {
             self.let_go();
@@ -352,13 +362,13 @@ impl Run {
                 }
                 self.engines.insert(id, Running { engine, poll, leaving: None });
             }
-            Command::Detach { id, done } => match self.engines.get_mut(&id) {
+            Command::Detach { id, gone } => match self.engines.get_mut(&id) {
                 Some(running) => {
                     running.engine.drain();
                     let until = Instant::now() + DRAIN_LIMIT;
-                    running.leaving = Some(Leaving { done, until });
+                    running.leaving = Some(Leaving { _gone: Some(gone), until });
                 }
-                None => done.store(true, Ordering::Release),
+                None => drop(gone),
             },
             Command::Pause { done } => {
                 self.paused = true;
@@ -399,9 +409,10 @@ impl Run {
             running.poll.remove_all(&self.epoll);
             let Running { engine, leaving, .. } = running;
             drop(engine);
-            if let Some(Leaving { done, .. }) = leaving {
-                done.store(true, Ordering::Release);
-            }
+            drop(leaving);
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
