@@ -18,7 +18,7 @@ pub use runtime::{Health, Runtime};
 pub use server::{ListenError, MAX_MESSAGE, Shutdown, listen, serve};
 
 /// Types, servers and clients generated from proto/cri/v1/api.proto.
-#[allow(unreachable_pub, clippy::all)]
+#[allow(unreachable_pub, unused_qualifications, clippy::all)]
 pub mod v1 {
     tonic::include_proto!("runtime.v1");
 }

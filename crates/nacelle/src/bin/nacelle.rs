@@ -1,0 +1,5 @@
+//! The command for people.
+
+fn main() -> std::process::ExitCode {
+    nacelle::cli::main()
+}

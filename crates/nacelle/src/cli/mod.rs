@@ -1,0 +1,2 @@
+//! `nacelle`.
+pub fn main() -> std::process::ExitCode { std::process::ExitCode::SUCCESS }

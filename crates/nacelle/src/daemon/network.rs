@@ -1,0 +1,157 @@
+//! The life cycle's network port on CNI: the same facts in two crates' words.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use ::network::Cni;
+use async_trait::async_trait;
+use sandbox::model::{Dns, PodId, PodSpec, Protocol};
+use sandbox::ports::{Attachment, Interface, Network, PortError, Route};
+
+pub(super) struct CniNetwork(pub(super) Cni);
+
+#[async_trait]
+impl Network for CniNetwork {
+    fn netns_path(&self, pod: &PodId) -> PathBuf {
+        self.0.netns_path(pod)
+    }
+
+    async fn attach(&self, pod: &PodId, spec: &PodSpec) -> Result<Attachment, PortError> {
+        self.0.attach(to_pod(pod, spec)).await.map(from_attachment).map_err(port_error)
+    }
+
+    async fn open_taps(
+        &self,
+        pod: &PodId,
+        attachment: &Attachment,
+    ) -> Result<Vec<OwnedFd>, PortError> {
+        self.0.open_taps(pod, &to_attachment(attachment)).await.map_err(port_error)
+    }
+
+    async fn detach(&self, pod: &PodId, _: &PodSpec) -> Result<(), PortError> {
+        self.0.detach(pod).await.map_err(port_error)
+    }
+
+    async fn trouble(&self) -> Option<String> {
+        self.0.trouble().await
+    }
+
+    async fn collect(&self, known: &[PodId]) -> Result<(), PortError> {
+        self.0.collect(known).await.map_err(port_error)
+    }
+}
+
+fn port_error(error: ::network::Error) -> PortError {
+    PortError(error.into())
+}
+
+fn to_pod(id: &PodId, spec: &PodSpec) -> ::network::Pod {
+    ::network::Pod {
+        id: id.clone(),
+        name: spec.meta.name.clone(),
+        namespace: spec.meta.namespace.clone(),
+        uid: spec.meta.uid.clone(),
+        annotations: spec.meta.annotations.clone(),
+        ports: spec
+            .ports
+            .iter()
+            .map(|port| ::network::PortMapping {
+                protocol: match port.protocol {
+                    Protocol::Tcp => ::network::Protocol::Tcp,
+                    Protocol::Udp => ::network::Protocol::Udp,
+                    Protocol::Sctp => ::network::Protocol::Sctp,
+                },
+                container_port: port.container_port,
+                host_port: port.host_port,
+                host_ip: port.host_ip,
+            })
+            .collect(),
+        dns: to_dns(&spec.dns),
+    }
+}
+
+fn to_dns(dns: &Dns) -> ::network::Dns {
+    ::network::Dns {
+        servers: dns.servers.clone(),
+        searches: dns.searches.clone(),
+        options: dns.options.clone(),
+    }
+}
+
+fn from_attachment(made: ::network::Attachment) -> Attachment {
+    let ::network::Attachment { netns, interfaces, routes, addresses, dns } = made;
+    Attachment {
+        netns,
+        interfaces: interfaces
+            .into_iter()
+            .map(|::network::Interface { name, mac, mtu, addresses }| Interface {
+                name,
+                mac,
+                mtu,
+                addresses,
+            })
+            .collect(),
+        routes: routes
+            .into_iter()
+            .map(|::network::Route { destination, gateway, interface }| Route {
+                destination,
+                gateway,
+                interface,
+            })
+            .collect(),
+        addresses,
+        dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
+    }
+}
+
+fn to_attachment(known: &Attachment) -> ::network::Attachment {
+    let Attachment { netns, interfaces, routes, addresses, dns } = known.clone();
+    ::network::Attachment {
+        netns,
+        interfaces: interfaces
+            .into_iter()
+            .map(|Interface { name, mac, mtu, addresses }| ::network::Interface {
+                name,
+                mac,
+                mtu,
+                addresses,
+            })
+            .collect(),
+        routes: routes
+            .into_iter()
+            .map(|Route { destination, gateway, interface }| ::network::Route {
+                destination,
+                gateway,
+                interface,
+            })
+            .collect(),
+        addresses,
+        dns: to_dns(&dns),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attachment_survives_the_way_there_and_back() {
+        let made = ::network::Attachment {
+            netns: "/run/netns/x".into(),
+            interfaces: vec![::network::Interface {
+                name: "eth0".into(),
+                mac: [2, 0, 0, 0, 0, 1],
+                mtu: 1400,
+                addresses: vec!["10.0.0.2/24".into()],
+            }],
+            routes: vec![::network::Route {
+                destination: String::new(),
+                gateway: "10.0.0.1".into(),
+                interface: "eth0".into(),
+            }],
+            addresses: vec!["10.0.0.2".parse().unwrap()],
+            dns: ::network::Dns { servers: vec!["10.0.0.53".into()], ..Default::default() },
+        };
+        assert_eq!(to_attachment(&from_attachment(made.clone())), made);
+    }
+}

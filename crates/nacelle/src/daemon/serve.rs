@@ -1,0 +1,107 @@
+//! From settings to a served socket, and down again in order.
+
+use std::os::unix::fs::DirBuilderExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use image::Images;
+use sandbox::Sandboxes;
+use sandbox::ports::Network;
+use tokio::signal::unix::{SignalKind, signal};
+use tonic::service::Routes;
+
+use super::debug::Debug;
+use super::health::NodeHealth;
+use super::network::CniNetwork;
+use super::{logging, notify};
+use crate::api::debug_server::DebugServer;
+use crate::settings::Settings;
+
+/// Requests under way get this long to end; pods do not depend on it.
+const LAST_REQUESTS: Duration = Duration::from_secs(5);
+
+pub(super) fn serve(settings: Settings) -> Result<()> {
+    logging::start(&settings.log)?;
+    for folder in [&settings.root, &settings.state] {
+        // Images, logs of pods and control sockets are nobody else's business; pods' users reach
+        // their own files by descriptors and by paths they can pass through.
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(folder)
+            .with_context(|| format!("making {}", folder.display()))?;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("nacelled")
+        .build()
+        .context("starting threads")?;
+    let outcome = runtime.block_on(work(settings));
+    // Blocking work that hangs (a plugin, a dead disk) must not keep us from ending.
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    outcome
+}
+
+async fn work(settings: Settings) -> Result<()> {
+    // First, for it tells whether another daemon serves here.
+    let listener = cri::listen(&settings.socket)?;
+    let network: Arc<dyn Network> =
+        Arc::new(CniNetwork(::network::Cni::new(settings.network.clone())));
+    let images = Images::open(settings.images.clone()).await.context("opening the image store")?;
+    let sandboxes = Sandboxes::open(settings.pods.clone(), network.clone())
+        .await
+        .context("opening the pods' records")?;
+    let health = Arc::new(NodeHealth::watch(&settings, network));
+    let debug = Debug::new(sandboxes.clone(), images.clone(), health.clone());
+    let runtime =
+        cri::Runtime::new(sandboxes.clone(), images.clone(), health, settings.cri.clone());
+    let service = cri::Image::new(images);
+    let beside = Routes::new(
+        DebugServer::new(debug)
+            .max_decoding_message_size(cri::MAX_MESSAGE)
+            .max_encoding_message_size(cri::MAX_MESSAGE),
+    );
+
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut told = stopped.clone();
+    let shutdown: cri::Shutdown = Box::pin(async move {
+        let _ = told.wait_for(|stop| *stop).await;
+    });
+    let mut server = tokio::spawn(cri::serve(listener, runtime, service, beside, shutdown));
+    notify::send("READY=1");
+    tracing::info!(
+        socket = %settings.socket.display(),
+        root = %settings.root.display(),
+        pods = sandboxes.pods(&sandbox::model::Filter::default()).len(),
+        version = env!("CARGO_PKG_VERSION"),
+        "nacelled serves"
+    );
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let ended = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        outcome = &mut server => Some(outcome),
+    };
+    notify::send("STOPPING=1");
+    let outcome = match ended {
+        Some(outcome) => outcome,
+        None => {
+            tracing::info!("nacelled stops; pods keep running");
+            let _ = stop.send(true);
+            match tokio::time::timeout(LAST_REQUESTS, &mut server).await {
+                Ok(outcome) => outcome,
+                // A follower of a console never ends by itself.
+                Err(_) => {
+                    server.abort();
+                    Ok(Ok(()))
+                }
+            }
+        }
+    };
+    sandboxes.shutdown().await;
+    let _ = std::fs::remove_file(&settings.socket);
+    outcome.context("the server panicked")?.context("serving")
+}
