@@ -34,7 +34,7 @@ fn user(text: &str) -> (Option<v1::Int64Value>, String) {
 /// What `crictl inspecti` shows.
 pub fn info(info: &ImageInfo) -> BTreeMap<String, String> {
     let facts = serde_json::json!({
-        "imageSpec": info.config,
+        "imageSpec": &*info.config,
         "rootfs": info.erofs_path,
     });
     [("info".to_string(), facts.to_string())].into()

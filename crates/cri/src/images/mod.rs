@@ -83,9 +83,8 @@ impl v1::image_service_server::ImageService for Image {
     ) -> Result<Response<v1::PullImageResponse>, Status> {
         let request = request.into_inner();
         let name = named(request.image)?;
-        let image_ref =
-            self.images.pull(&name, auth(request.auth), None).await.map_err(image_status)?;
-        Ok(Response::new(v1::PullImageResponse { image_ref }))
+        let id = self.images.pull(&name, auth(request.auth), None).await.map_err(image_status)?;
+        Ok(Response::new(v1::PullImageResponse { image_ref: id.to_string() }))
     }
 
     /// An unknown image is no error.

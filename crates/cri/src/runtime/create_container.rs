@@ -23,10 +23,12 @@ impl Runtime {
         let image = self.images.image(&name).ok_or_else(|| {
             Status::not_found(format!("no image {name:?} on this node: pull it first"))
         })?;
+        // A removal of the image meanwhile leaves its file until the pod has opened it.
+        let _held = self.images.hold(&image.id);
         let parts = ImageParts {
             id: &image.id,
             rootfs: image.erofs_path.clone(),
-            configuration: Some(&image.config),
+            configuration: Some(&*image.config),
         };
         let spec =
             to_spec(&config, &pod.spec.hostname, &parts, &self.config).map_err(refusal_status)?;

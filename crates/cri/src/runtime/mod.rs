@@ -9,6 +9,7 @@ mod stats;
 mod status;
 mod update_container_resources;
 
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -41,6 +42,8 @@ pub struct Runtime {
     pub(crate) health: Arc<dyn Health>,
     pub(crate) config: Arc<Config>,
     pub(crate) host_cpus: usize,
+    /// Folder of images and writable layers.
+    pub(crate) storage: PathBuf,
 }
 
 impl Runtime {
@@ -49,9 +52,10 @@ impl Runtime {
         images: Images,
         health: Arc<dyn Health>,
         config: Config,
+        storage: PathBuf,
     ) -> Self {
         let host_cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Self { sandboxes, images, health, config: Arc::new(config), host_cpus }
+        Self { sandboxes, images, health, config: Arc::new(config), host_cpus, storage }
     }
 }
 

@@ -113,6 +113,6 @@ impl Runtime {
 
     /// The file system that writable layers are on.
     fn mountpoint(&self) -> String {
-        self.images.fs_info().mountpoint.to_string_lossy().into_owned()
+        self.storage.to_string_lossy().into_owned()
     }
 }

@@ -54,8 +54,13 @@ async fn work(settings: Settings) -> Result<()> {
         .context("opening the pods' records")?;
     let health = Arc::new(NodeHealth::watch(&settings, network));
     let debug = Debug::new(sandboxes.clone(), images.clone(), health.clone());
-    let runtime =
-        cri::Runtime::new(sandboxes.clone(), images.clone(), health, settings.cri.clone());
+    let runtime = cri::Runtime::new(
+        sandboxes.clone(),
+        images.clone(),
+        health,
+        settings.cri.clone(),
+        settings.root.clone(),
+    );
     let service = cri::Image::new(images);
     let beside = Routes::new(
         DebugServer::new(debug)

@@ -107,7 +107,8 @@ impl api::debug_server::Debug for Debug {
             return Err(Status::invalid_argument(format!("path: {path:?} is not absolute")));
         }
         let name = Some(request.name.as_str()).filter(|name| !name.is_empty());
-        let image_ids = self.images.import(path, name).await.map_err(image_status)?;
+        let ids = self.images.import(path, name).await.map_err(image_status)?;
+        let image_ids = ids.iter().map(ToString::to_string).collect();
         Ok(Response::new(api::ImportReply { image_ids }))
     }
 }

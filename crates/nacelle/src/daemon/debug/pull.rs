@@ -36,7 +36,7 @@ pub(super) fn pull(images: Images, request: api::PullRequest) -> Streamed<api::P
             }
         };
         let last = outcome
-            .map(|image_id| api::PullProgress { image_id, ..to_api(&seen.borrow()) })
+            .map(|id| api::PullProgress { image_id: id.to_string(), ..to_api(&seen.borrow()) })
             .map_err(image_status);
         let _ = sender.send(last).await;
     });
