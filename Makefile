@@ -53,7 +53,7 @@ lab-shell: deps ## a shell in that VM
 
 .PHONY: demo
 demo: assets images ## a pod's life, shown
-	@$(XTASK) lab --auto --images --timeout $(TIMEOUT) --share demo -- 'bash demo.sh'
+	@$(XTASK) lab --auto --images --timeout $(TIMEOUT) --share tests/demo -- 'bash demo.sh'
 
 .PHONY: unit
 unit: deps ## the tests that need neither root nor KVM
