@@ -12,7 +12,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use agent_api::v1;
-use nix::sys::wait::WaitStatus;
 use tokio::sync::{Notify, OwnedMutexGuard};
 
 use crate::containers::Container;
@@ -22,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::events::EventLog;
 use crate::guest::volumes::Volumes;
 use crate::oci::cgroup::Cgroup;
+use crate::reaper::Ended;
 use crate::stdio::input::Input;
 use crate::stdio::output::Output;
 
@@ -69,7 +69,7 @@ pub struct State {
     pub pod_pid: Option<i32>,
     pids: HashMap<i32, Owner>,
     /// Children that ended before their helper had told their pids.
-    early: HashMap<i32, WaitStatus>,
+    early: HashMap<i32, Ended>,
     /// Helpers at work.
     expected: usize,
 }
@@ -156,7 +156,7 @@ impl Agent {
     }
 
     /// Called by the reaper for every child that has ended.
-    pub fn child_ended(&self, pid: i32, status: WaitStatus) {
+    pub fn child_ended(&self, pid: i32, status: Ended) {
         {
             let mut state = self.lock();
             match state.pids.remove(&pid) {
@@ -252,7 +252,7 @@ impl State {
             .ok_or_else(|| Error::NotFound { what: "exec", id: exec.to_owned() })
     }
 
-    fn process_ended(&mut self, container_id: &str, exec_id: &str, status: WaitStatus) {
+    fn process_ended(&mut self, container_id: &str, exec_id: &str, status: Ended) {
         let Some(container) = self.containers.get_mut(container_id) else { return };
         // The verdict before the exit, so that whoever sees the exit knows why.
         if let Some(oom) = container.new_oom(container_id) {

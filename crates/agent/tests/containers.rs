@@ -163,7 +163,6 @@ async fn execs_join_the_container_with_and_without_a_terminal() {
         user: "0:0".into(),
         tty_width: 80,
         tty_height: 24,
-        ..Default::default()
     };
     guest.client.exec(request).await.unwrap();
     let output = guest.open(Kind::Stdout, "c", "e2", 0).await.read_all().await;
@@ -399,6 +398,20 @@ async fn signals_reach_one_process_or_all() {
     guest.client.signal_process(signal(9, true)).await.unwrap();
     let exit = guest.exit("c", "").await;
     assert_eq!((exit.code, exit.signal), (137, 9));
+    // A real-time signal is one like the others.
+    let request = guest.request("d", &spec("exec sleep 1000", json!({})));
+    guest.create(request).await;
+    guest.start("d").await.unwrap();
+    guest.exec("d", "e", json!({"args": ["sleep", "1000"]})).await.unwrap();
+    let request = v1::SignalProcessRequest {
+        container_id: "d".into(),
+        exec_id: "e".into(),
+        signal: 37,
+        all: false,
+    };
+    guest.client.signal_process(request).await.unwrap();
+    let exit = guest.exit("d", "e").await;
+    assert_eq!((exit.code, exit.signal), (165, 37));
 }
 
 #[tokio::test]

@@ -15,12 +15,12 @@ pub mod update;
 use std::collections::BTreeMap;
 
 use agent_api::v1;
-use nix::sys::wait::WaitStatus;
 use oci_spec::runtime::{LinuxSeccomp, Process as OciProcess};
 
 use crate::oci::cgroup::Cgroup;
 use crate::oci::create::Bundle;
 use crate::oci::helper::StartPipe;
+use crate::reaper::Ended;
 use process::Process;
 use rootfs::Rootfs;
 
@@ -62,17 +62,12 @@ impl Container {
     }
 
     /// Records the end of a process; after init's, everything else in the container is killed.
-    pub fn process_ended(
-        &mut self,
-        id: &str,
-        exec_id: &str,
-        status: WaitStatus,
-    ) -> Option<v1::Exit> {
+    pub fn process_ended(&mut self, id: &str, exec_id: &str, status: Ended) -> Option<v1::Exit> {
         let kills = self.oom_kills;
         if !exec_id.is_empty() {
             let process = self.execs.get_mut(exec_id)?;
-            let oom = kills > process.oom_kills_before && process::killed(status);
-            return process.ended(id, exec_id, status, oom);
+            let oom = kills > process.oom_kills_before && status.by_kill();
+            return Some(process.ended(id, exec_id, status, oom));
         }
         // Its own PID namespace would see to it, a shared one does not.
         if let Some(cgroup) = &self.parts.cgroup
@@ -81,6 +76,6 @@ impl Container {
             tracing::error!(container = id, error = %error.chain(), "cannot kill the rest");
         }
         self.start = None;
-        self.init.ended(id, "", status, kills > 0)
+        Some(self.init.ended(id, "", status, kills > 0))
     }
 }

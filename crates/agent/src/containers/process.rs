@@ -5,10 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_api::v1;
-use nix::sys::signal::Signal;
-use nix::sys::wait::WaitStatus;
 
 use crate::error::{Error, Result};
+use crate::reaper::Ended;
 use crate::stdio::input::Input;
 use crate::stdio::output::Output;
 use crate::stdio::{Channel, pty};
@@ -37,11 +36,6 @@ pub struct Process {
     ended_at: Option<Instant>,
 }
 
-/// Whether SIGKILL ended it, which is what the OOM killer sends.
-pub fn killed(status: WaitStatus) -> bool {
-    matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _))
-}
-
 fn unix_time_ns() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
@@ -65,13 +59,12 @@ impl Process {
         &mut self,
         container_id: &str,
         exec_id: &str,
-        status: WaitStatus,
+        status: Ended,
         oom_killed: bool,
-    ) -> Option<v1::Exit> {
+    ) -> v1::Exit {
         let (code, signal) = match status {
-            WaitStatus::Exited(_, code) => (code, 0),
-            WaitStatus::Signaled(_, signal, _) => (128 + signal as i32, signal as u32),
-            _ => return None,
+            Ended::Exited(code) => (code, 0),
+            Ended::Signaled(signal) => (128 + signal, signal.unsigned_abs()),
         };
         let exit = v1::Exit {
             container_id: container_id.to_owned(),
@@ -88,7 +81,7 @@ impl Process {
             stdin.close();
         }
         self.terminal = None;
-        Some(exit)
+        exit
     }
 
     pub fn is_ended(&self) -> bool {

@@ -106,6 +106,17 @@ fn parameter(cmdline: &str, name: &str) -> Option<String> {
         .next_back()
 }
 
+/// What containers inherit unless their specifications say otherwise. The kernel's own are sized by
+/// the VM's memory, or date from when 1024 files were many.
+fn limits() -> Result<()> {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+    let what = || "set resource limits".to_owned();
+    // The soft limit stays where programs that close every possible file are still quick.
+    setrlimit(Resource::RLIMIT_NOFILE, 65536, 1 << 20).doing(what)?;
+    setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY).doing(what)?;
+    setrlimit(Resource::RLIMIT_SIGPENDING, RLIM_INFINITY, RLIM_INFINITY).doing(what)
+}
+
 /// All of it. Errors are told on the console; the caller goes on, as a guest that answers with an
 /// error is worth more than a panic.
 pub fn run() -> Vec<crate::error::Error> {
@@ -127,6 +138,12 @@ pub fn run() -> Vec<crate::error::Error> {
     errors.extend(super::network::loopback_up().err());
     // Every container may have as many processes and files as its own limits allow.
     let _ = fs::write("/proc/sys/kernel/pid_max", "4194304");
+    errors.extend(limits().err());
+    if parameter(&cmdline, "nacelle.log").is_none() {
+        // Containers can provoke kernel messages (each OOM kill is one), and each costs a dozen VM
+        // exits. A panic or an oops is printed whatever this says.
+        let _ = fs::write("/proc/sys/kernel/printk", "2");
+    }
     errors
 }
 

@@ -29,6 +29,8 @@ pub(super) fn main(_: Job, start: OwnedFd) -> std::result::Result<i32, String> {
         ForkResult::Parent { child } => Ok(child.as_raw()),
         ForkResult::Child => {
             drop(start);
+            // Its end would be the end of all containers that share it.
+            let _ = std::fs::write("/proc/self/oom_score_adj", "-998");
             // Ignoring SIGCHLD makes the kernel reap; PID 1 ignores all other signals by default.
             let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::SA_NOCLDWAIT, SigSet::empty());
             // SAFETY: ignoring a signal installs no handler.

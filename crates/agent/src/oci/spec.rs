@@ -80,6 +80,10 @@ pub fn complete(
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }
+    // libcontainer refuses any profile on a kernel without AppArmor, but these ask for none.
+    if matches!(process.apparmor_profile().as_deref(), Some("" | "unconfined")) {
+        process.set_apparmor_profile(None);
+    }
     spec.set_process(Some(process));
 
     let root = RootBuilder::default()

@@ -1,6 +1,8 @@
-//! Runs the agent as an ordinary process in namespaces of its own, and is its host: a client of
-//! the gRPC service and of the streams. Wants root and a static busybox
-//! (Debian: busybox-static); says so when they are missing.
+//! The host's side of an agent: a client of the gRPC service and of the streams. The agent is
+//! either an ordinary process in namespaces of its own (`guest`; wants root and Debian's
+//! busybox-static), or PID 1 of a microVM (`boot`; wants KVM, nacelle-vmm and a guest kernel).
+//! What is missing is said.
+#![allow(dead_code)] // each test binary uses a part of it
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -14,12 +16,58 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
-pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Guests inside an emulated machine are slow.
+pub const PATIENCE: Duration = Duration::from_secs(40);
 
 pub struct Guest {
-    child: Child,
+    pub child: Child,
     pub dir: tempfile::TempDir,
     pub client: AgentClient<Channel>,
+    /// Serial of the containers' image.
+    lower: String,
+    door: Door,
+}
+
+/// How the agent is reached.
+#[derive(Debug, Clone)]
+enum Door {
+    /// A folder with a socket a port.
+    Folder(PathBuf),
+    /// nacelle-vmm's socket for vsock: `CONNECT <port>`, answered with `OK <port>`.
+    Vsock(PathBuf),
+}
+
+impl Door {
+    async fn connect(&self, port: u32) -> std::io::Result<UnixStream> {
+        match self {
+            Self::Folder(dir) => {
+                let name =
+                    if port == agent_api::STDIO_PORT { "stdio.sock" } else { "control.sock" };
+                UnixStream::connect(dir.join(name)).await
+            }
+            Self::Vsock(path) => {
+                let mut conn = UnixStream::connect(path).await?;
+                conn.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+                let mut answer = Vec::new();
+                while !answer.ends_with(b"\n") {
+                    answer.push(conn.read_u8().await?);
+                }
+                assert!(answer.starts_with(b"OK "), "{}", String::from_utf8_lossy(&answer));
+                Ok(conn)
+            }
+        }
+    }
+
+    async fn client(&self) -> Result<AgentClient<Channel>, tonic::transport::Error> {
+        let door = self.clone();
+        let channel = Endpoint::from_static("http://agent")
+            .connect_with_connector(tower::service_fn(move |_| {
+                let door = door.clone();
+                async move { door.connect(agent_api::CONTROL_PORT).await.map(TokioIo::new) }
+            }))
+            .await?;
+        Ok(AgentClient::new(channel).max_decoding_message_size(agent_api::MAX_MESSAGE))
+    }
 }
 
 /// None, with a reason on standard output, where this cannot run.
@@ -50,15 +98,72 @@ pub async fn guest() -> Option<Guest> {
         assert!(start.elapsed() < PATIENCE, "the agent does not listen");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let channel = Endpoint::from_static("http://agent")
-        .connect_with_connector(tower::service_fn(move |_| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        }))
-        .await
+    let lower = format!("dir:{}", dir.path().join("root").display());
+    let door = Door::Folder(dir.path().to_owned());
+    let client = door.client().await.unwrap();
+    Some(Guest { child, dir, client, lower, door })
+}
+
+/// VMs one after the other: two at once in an emulated machine only make both slower.
+pub async fn turn() -> tokio::sync::MutexGuard<'static, ()> {
+    static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    TURN.lock().await
+}
+
+/// Boots a microVM with an EROFS disk (`disk0`) and an empty ext4 disk (`disk1`). None, with a
+/// reason on standard output, where this cannot run.
+pub async fn boot() -> Option<Guest> {
+    let Some(assets) = std::env::var_os("NACELLE_GUEST").map(PathBuf::from) else {
+        println!("SKIP: NACELLE_GUEST names no folder with vmlinux and initramfs.cpio");
+        return None;
+    };
+    for tool in ["nacelle-vmm", "mkfs.erofs", "mke2fs"] {
+        if Command::new(tool).arg("--version").output().is_err() {
+            println!("SKIP: {tool} is not in the search path");
+            return None;
+        }
+    }
+    let Some(busybox) = busybox() else {
+        println!("SKIP: no static busybox (apt-get install busybox-static)");
+        return None;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    make_root(&path("root"), &busybox);
+    let image = Command::new("mkfs.erofs").arg(path("image")).arg(path("root")).output().unwrap();
+    assert!(image.status.success(), "{image:?}");
+    std::fs::File::create(path("scratch")).unwrap().set_len(256 << 20).unwrap();
+    let scratch = Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(path("scratch")).output();
+    assert!(scratch.unwrap().status.success());
+    let child = Command::new("nacelle-vmm")
+        .arg("boot")
+        .arg("--kernel")
+        .arg(assets.join("vmlinux"))
+        .arg("--initramfs")
+        .arg(assets.join("initramfs.cpio"))
+        .arg("--disk")
+        .arg(format!("{}:ro", path("image").display()))
+        .arg("--disk")
+        .arg(path("scratch"))
+        .arg("--vsock-path")
+        .arg(path("vsock"))
+        .args(["--memory", "512", "--vcpus", "2", "--cmdline", "nacelle.log=debug"])
+        .arg("--status")
+        .arg(path("status.json"))
+        .stdin(Stdio::null())
+        .spawn()
         .unwrap();
-    let client = AgentClient::new(channel).max_decoding_message_size(agent_api::MAX_MESSAGE);
-    Some(Guest { child, dir, client })
+    let door = Door::Vsock(path("vsock"));
+    let start = Instant::now();
+    let client = loop {
+        match door.client().await {
+            Ok(client) => break client,
+            Err(error) => assert!(start.elapsed() < 3 * PATIENCE, "no agent answers: {error:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    println!("the agent answers after {:?}", start.elapsed());
+    Some(Guest { child, dir, client, lower: "disk0".to_owned(), door })
 }
 
 fn busybox() -> Option<PathBuf> {
@@ -151,7 +256,7 @@ impl Guest {
             container_id: id.into(),
             oci_spec: spec.to_string().into_bytes(),
             rootfs: Some(v1::RootFs {
-                lower_serial: format!("dir:{}", self.dir.path().join("root").display()),
+                lower_serial: self.lower.clone(),
                 upper_serial: String::new(),
                 read_only: false,
             }),
@@ -245,8 +350,7 @@ impl Guest {
         exec_id: &str,
         offset: u64,
     ) -> Result<Stream, Status> {
-        let path = self.dir.path().join("stdio.sock");
-        let mut conn = UnixStream::connect(path).await.unwrap();
+        let mut conn = self.door.connect(agent_api::STDIO_PORT).await.unwrap();
         let header =
             Open { kind, offset, container_id: id.into(), exec_id: exec_id.into() }.encode();
         conn.write_all(&header).await.unwrap();

@@ -1,0 +1,222 @@
+//! The agent as PID 1 of a microVM: boot, disks, limits, OOM verdicts, device rules, hot removal,
+//! power-off, streams. Two boots for all of it, as booting is what takes the time.
+//!
+//! Assumes: KVM, root, nacelle-vmm, mkfs.erofs and mke2fs in the search path, a static busybox,
+//! and NACELLE_GUEST with the guest's kernel and initramfs. In the lab all of these are there.
+
+mod common;
+
+use agent_api::stdio::Kind;
+use agent_api::v1;
+use common::{Guest, boot, spec};
+use serde_json::json;
+
+#[tokio::test]
+async fn a_guest_boots_keeps_its_limits_and_powers_off() {
+    let _one_at_a_time = common::turn().await;
+    let Some(mut guest) = boot().await else { return };
+    identity(&mut guest).await;
+    disks(&mut guest).await;
+    memory_limit(&mut guest).await;
+    process_limit(&mut guest).await;
+    cpu_limit(&mut guest).await;
+    device_rules(&mut guest).await;
+    release(&mut guest).await;
+    power_off(&mut guest).await;
+}
+
+#[tokio::test]
+async fn a_guest_serves_many_execs_and_much_output() {
+    let _one_at_a_time = common::turn().await;
+    let Some(mut guest) = boot().await else { return };
+    many_execs(&mut guest).await;
+    throughput(&mut guest).await;
+    power_off(&mut guest).await;
+}
+
+async fn power_off(guest: &mut Guest) {
+    let _ = guest.client.shutdown(v1::ShutdownRequest {}).await;
+    let start = std::time::Instant::now();
+    let status = loop {
+        if let Some(status) = guest.child.try_wait().unwrap() {
+            break status;
+        }
+        assert!(start.elapsed() < common::PATIENCE, "the VM does not end");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    };
+    assert!(status.success(), "{status}");
+}
+
+async fn identity(guest: &mut Guest) {
+    let hello = guest.client.hello(v1::HelloRequest { protocol: 1 }).await.unwrap().into_inner();
+    println!("kernel {}, up {} ms", hello.kernel_release, hello.uptime_ms);
+    assert!(!hello.configured);
+    let request = v1::ConfigurePodRequest {
+        pod_id: "pod".into(),
+        hostname: "pod-host".into(),
+        unix_time_ns: 2_000_000_000_000_000_000,
+        entropy: vec![7; 64],
+        sysctls: [("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned())].into(),
+        ..Default::default()
+    };
+    guest.client.configure_pod(request.clone()).await.unwrap();
+    guest.client.configure_pod(request.clone()).await.unwrap();
+    let other = v1::ConfigurePodRequest { pod_id: "other".into(), ..request.clone() };
+    let error = guest.client.configure_pod(other).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::AlreadyExists);
+    let bad = v1::ConfigurePodRequest {
+        sysctls: [("vm.swappiness".to_owned(), "0".to_owned())].into(),
+        ..request
+    };
+    let error = guest.client.configure_pod(bad).await.unwrap_err();
+    assert!(error.message().contains("vm.swappiness"), "{error}");
+}
+
+async fn disks(guest: &mut Guest) {
+    let script = "hostname; date +%Y; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; \
+                  touch /new && ls /new; df -k / | tail -1 | awk '{print $1}'; \
+                  dd if=/dev/zero of=/big bs=1M count=20 2>/dev/null; ls /dev/vda 2>&1; \
+                  cat /proc/self/cgroup; mount | grep -c cgroup2; sleep 1000";
+    let mut request = guest.request("disks", &spec(script, json!({})));
+    request.rootfs.as_mut().unwrap().upper_serial = "disk1".into();
+    guest.create(request.clone()).await;
+    guest.start("disks").await.unwrap();
+    let mut stdout = guest.open(Kind::Stdout, "disks", "", 0).await;
+    let text = stdout.read_until("0::/\n1\n").await;
+    for line in ["pod-host\n2033\n0\n/new\noverlay\n", "/dev/vda: No such file"] {
+        assert!(text.contains(line), "{line:?} is not in {text:?}");
+    }
+    let stats = guest.client.stats(v1::StatsRequest {}).await.unwrap().into_inner();
+    let own = stats.containers.iter().find(|each| each.container_id == "disks").unwrap();
+    let layer = own.writable_layer.unwrap();
+    assert!(layer.used_bytes > 20 << 20 && layer.used_bytes < 100 << 20, "{layer:?}");
+    assert!(own.pids >= 1 && own.memory.unwrap().usage > 0 && own.cpu.unwrap().usage_ns > 0);
+    let error = guest.client.release_device(release_of("disk1")).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::FailedPrecondition);
+    guest.remove("disks").await.unwrap();
+}
+
+fn release_of(serial: &str) -> v1::ReleaseDeviceRequest {
+    v1::ReleaseDeviceRequest { disk_serial: serial.into(), ..Default::default() }
+}
+
+async fn memory_limit(guest: &mut Guest) {
+    let limit = json!({"linux": {"resources": {"memory": {"limit": 32 << 20}}}});
+    // A child is killed first; init, which survives it, is told of no exit by it.
+    let script = "tail /dev/zero; echo child $?; exec tail /dev/zero";
+    let request = guest.request("oom", &spec(script, limit));
+    guest.create(request).await;
+    guest.start("oom").await.unwrap();
+    let events = guest.events_until("oom", "").await;
+    let kinds: Vec<_> = events
+        .iter()
+        .filter_map(|event| match event.event.as_ref()? {
+            v1::event::Event::Oom(oom) => (oom.container_id == "oom").then_some("oom"),
+            v1::event::Event::Exit(exit) => (exit.container_id == "oom").then_some("exit"),
+        })
+        .collect();
+    assert_eq!(kinds.last(), Some(&"exit"));
+    assert!(kinds.len() >= 2 && kinds[..kinds.len() - 1].iter().all(|kind| *kind == "oom"));
+    let exit = guest.exit("oom", "").await;
+    assert_eq!((exit.code, exit.signal, exit.oom_killed), (137, 9, true));
+    let output = guest.open(Kind::Stdout, "oom", "", 0).await.read_all().await;
+    assert_eq!(String::from_utf8(output).unwrap(), "child 137\n");
+    guest.remove("oom").await.unwrap();
+}
+
+async fn process_limit(guest: &mut Guest) {
+    let limit = json!({"linux": {"resources": {"pids": {"limit": 6}}}});
+    let script = "for i in 1 2 3 4 5 6 7 8 9; do sleep 1000 & done; echo started; wait";
+    let request = guest.request("pids", &spec(script, limit));
+    guest.create(request).await;
+    guest.start("pids").await.unwrap();
+    let mut stderr = guest.open(Kind::Stderr, "pids", "", 0).await;
+    stderr.read_until("fork").await;
+    let stats = guest.client.stats(v1::StatsRequest {}).await.unwrap().into_inner();
+    let own = stats.containers.iter().find(|each| each.container_id == "pids").unwrap();
+    assert!(own.pids <= 6, "{}", own.pids);
+    guest.remove("pids").await.unwrap();
+}
+
+async fn cpu_limit(guest: &mut Guest) {
+    let limit = json!({"linux": {"resources": {"cpu": {"quota": 10_000, "period": 100_000}}}});
+    let script = "cat /sys/fs/cgroup/cpu.max; while :; do :; done";
+    let request = guest.request("cpu", &spec(script, limit));
+    guest.create(request).await;
+    guest.start("cpu").await.unwrap();
+    let mut stdout = guest.open(Kind::Stdout, "cpu", "", 0).await;
+    assert_eq!(stdout.read_until("\n").await, "10000 100000\n");
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    let stats = guest.client.stats(v1::StatsRequest {}).await.unwrap().into_inner();
+    let own = stats.containers.iter().find(|each| each.container_id == "cpu").unwrap();
+    let cpu = own.cpu.unwrap();
+    assert!(cpu.throttled_periods > 0, "{cpu:?}");
+    let update = v1::UpdateContainerRequest {
+        container_id: "cpu".into(),
+        linux_resources: br#"{"cpu":{"quota":20000,"period":100000}}"#.to_vec(),
+    };
+    guest.client.update_container(update).await.unwrap();
+    guest.exec("cpu", "see", json!({"args": ["cat", "/sys/fs/cgroup/cpu.max"]})).await.unwrap();
+    let seen = guest.open(Kind::Stdout, "cpu", "see", 0).await.read_all().await;
+    assert_eq!(seen, b"20000 100000\n");
+    guest.remove("cpu").await.unwrap();
+}
+
+async fn device_rules(guest: &mut Guest) {
+    let rules = json!({
+        "process": {"capabilities": {
+            "bounding": ["CAP_MKNOD"], "effective": ["CAP_MKNOD"], "permitted": ["CAP_MKNOD"],
+        }},
+        "linux": {"resources": {"devices": [{"allow": false, "access": "rwm"}]}},
+    });
+    let script = "mknod /tmp/disk b 254 0 && echo made; dd if=/tmp/disk count=1 2>&1; \
+                  echo x > /dev/null && echo null";
+    let request = guest.request("devices", &spec(script, rules));
+    let (output, _) = guest.run(request).await;
+    assert!(output.contains("made\n") && output.contains("null\n"), "{output}");
+    assert!(output.contains("Operation not permitted"), "{output}");
+    guest.remove("devices").await.unwrap();
+}
+
+async fn many_execs(guest: &mut Guest) {
+    let request = guest.request("execs", &spec("sleep 1000", json!({})));
+    guest.create(request).await;
+    guest.start("execs").await.unwrap();
+    let start = std::time::Instant::now();
+    for round in 0..20 {
+        let id = format!("e{round}");
+        guest.exec("execs", &id, json!({"args": ["echo", "x"]})).await.unwrap();
+        assert_eq!(guest.open(Kind::Stdout, "execs", &id, 0).await.read_all().await, b"x\n");
+        guest.open(Kind::Stderr, "execs", &id, 0).await.read_all().await;
+        let events = guest.events_until("execs", &id).await;
+        let sequence = events.last().unwrap().sequence;
+        guest.client.ack_events(v1::AckEventsRequest { sequence }).await.unwrap();
+    }
+    println!("an exec round trip takes {:?}", start.elapsed() / 20);
+    let list = guest.client.list_processes(v1::ListProcessesRequest {}).await.unwrap();
+    let left = list.into_inner().processes.len();
+    assert_eq!(left, 1, "collected execs are forgotten");
+    guest.remove("execs").await.unwrap();
+}
+
+async fn throughput(guest: &mut Guest) {
+    const MIB: usize = 16;
+    let script = format!("dd if=/dev/zero bs=1M count={MIB} 2>/dev/null");
+    let request = guest.request("bulk", &spec(&script, json!({})));
+    let start = std::time::Instant::now();
+    let (output, _) = guest.run(request).await;
+    assert_eq!(output.len(), MIB << 20);
+    println!("{MIB} MiB of output take {:?}", start.elapsed());
+    guest.remove("bulk").await.unwrap();
+}
+
+async fn release(guest: &mut Guest) {
+    for serial in ["disk0", "disk1"] {
+        guest.client.release_device(release_of(serial)).await.unwrap();
+        // Again: it is gone, which is what was asked for.
+        guest.client.release_device(release_of(serial)).await.unwrap();
+    }
+    let request = guest.request("none", &spec("true", json!({})));
+    let error = guest.client.create_container(request).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::NotFound, "{error}");
+}
