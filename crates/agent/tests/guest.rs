@@ -6,6 +6,8 @@
 
 mod common;
 
+use std::os::fd::AsFd;
+
 use agent_api::stdio::Kind;
 use agent_api::v1;
 use common::{Guest, boot, spec};
@@ -33,6 +35,105 @@ async fn a_guest_serves_many_execs_and_much_output() {
     throughput(&mut guest).await;
     power_off(&mut guest).await;
 }
+
+#[tokio::test]
+async fn a_stock_distribution_kernel_runs_containers_too() {
+    let _one_at_a_time = common::turn().await;
+    let boot = common::boot_with("debian/vmlinuz", "initramfs-debian.cpio", &[]);
+    let Some(mut guest) = boot.await else { return };
+    identity(&mut guest).await;
+    disks(&mut guest).await;
+    memory_limit(&mut guest).await;
+    power_off(&mut guest).await;
+}
+
+#[tokio::test]
+async fn disks_come_and_go_while_the_guest_runs() {
+    let _one_at_a_time = common::turn().await;
+    let Some(mut guest) = boot().await else { return };
+    let control = guest.dir.path().join("control");
+    let vmm = vmm_api::client::Client::connect(&control, common::PATIENCE).unwrap();
+    let scratch = guest.dir.path().join("scratch");
+    for round in 0..3 {
+        let serial = format!("hot-{round}");
+        let file = guest.dir.path().join(&serial);
+        std::fs::copy(&scratch, &file).unwrap();
+        let file = std::fs::File::options().read(true).write(true).open(file).unwrap();
+        let disk =
+            vmm_api::DiskConfig { serial: serial.clone(), file: vmm_api::Fd(0), read_only: false };
+        vmm.call(&vmm_api::Request::AddDisk { disk }, &[file.as_fd()]).unwrap();
+        let rescan =
+            v1::RescanDevicesRequest { disk_serials: vec![serial.clone()], macs: Vec::new() };
+        guest.client.rescan_devices(rescan).await.unwrap();
+        let mut request = guest.request("hot", &spec("touch /x; df / | wc -l", json!({})));
+        request.rootfs.as_mut().unwrap().upper_serial = serial.clone();
+        assert_eq!(guest.run(request).await.0, "2\n");
+        guest.remove("hot").await.unwrap();
+        guest.client.release_device(release_of(&serial)).await.unwrap();
+        vmm.order(&vmm_api::Request::RemoveDevice { id: serial }).unwrap();
+    }
+    power_off(&mut guest).await;
+}
+
+/// A card that is there from the start; the host's end is a tap.
+#[tokio::test]
+async fn a_card_is_named_addressed_and_routed() {
+    let _one_at_a_time = common::turn().await;
+    let boot = common::boot_with("vmlinux", "initramfs.cpio", &["--tap", TAP]);
+    let Some(mut guest) = boot.await else { return };
+    for args in [
+        &["address", "add", "10.55.0.1/24", "dev", TAP][..],
+        &["address", "add", "fd55::1/64", "dev", TAP, "nodad"],
+        &["address", "add", "10.66.0.1/32", "dev", "lo"],
+        &["link", "set", TAP, "up"],
+    ] {
+        assert!(std::process::Command::new("ip").args(args).status().unwrap().success());
+    }
+    let request = guest.request("mac", &spec("cat /sys/class/net/eth0/address", json!({})));
+    let mac = guest.run(request).await.0.trim().to_owned();
+    let route = |destination: &str, gateway: &str| v1::Route {
+        destination: destination.into(),
+        gateway: gateway.into(),
+        interface: "pod0".into(),
+    };
+    let request = v1::ConfigurePodRequest {
+        pod_id: "pod".into(),
+        interfaces: vec![v1::Interface {
+            mac,
+            name: "pod0".into(),
+            mtu: 1400,
+            addresses: vec!["10.55.0.2/24".into(), "fd55::2/64".into()],
+        }],
+        // The second gateway lies in none of the interface's prefixes.
+        routes: vec![route("", "10.55.0.1"), route("10.77.0.0/16", "10.66.0.1")],
+        ..Default::default()
+    };
+    guest.client.configure_pod(request.clone()).await.unwrap();
+    guest.client.configure_pod(request).await.unwrap();
+    let mut replies = Vec::new();
+    for (id, address) in [("v4", "10.55.0.1"), ("routed", "10.66.0.1"), ("v6", "fd55::1")] {
+        let host = tokio::net::TcpListener::bind((address, 0)).await.unwrap();
+        let port = host.local_addr().unwrap().port();
+        let script = format!("ip route; cat /sys/class/net/pod0/mtu; nc {address} {port}");
+        tokio::spawn(async move {
+            use tokio::io::AsyncWriteExt;
+            host.accept().await.unwrap().0.write_all(b"hello from the host").await.unwrap();
+        });
+        let request = guest.request(id, &spec(&script, json!({})));
+        replies.push(guest.run(request).await.0);
+    }
+    for reply in &replies {
+        assert!(reply.contains("default via 10.55.0.1 dev pod0"), "{reply}");
+        assert!(reply.contains("10.77.0.0/16 via 10.66.0.1 dev pod0 onlink"), "{reply}");
+        assert!(reply.ends_with("1400\nhello from the host"), "{reply}");
+    }
+    let stats = guest.client.stats(v1::StatsRequest {}).await.unwrap().into_inner();
+    let card = &stats.pod.unwrap().interfaces[0];
+    assert!(card.name == "pod0" && card.rx_bytes > 0 && card.tx_bytes > 0, "{card:?}");
+    power_off(&mut guest).await;
+}
+
+const TAP: &str = "ncagent0";
 
 async fn power_off(guest: &mut Guest) {
     let _ = guest.client.shutdown(v1::ShutdownRequest {}).await;

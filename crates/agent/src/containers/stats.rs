@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use agent_api::v1;
 
 use crate::agent::Agent;
+use crate::guest::devices;
 
 pub fn stats(agent: &Agent) -> v1::StatsReply {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -27,7 +28,10 @@ pub fn stats(agent: &Agent) -> v1::StatsReply {
         cpu: Some(agent.pod_cgroup.cpu()),
         memory: Some(agent.pod_cgroup.memory()),
         pids: agent.pod_cgroup.pids(),
-        interfaces: interfaces(&std::fs::read_to_string("/proc/net/dev").unwrap_or_default()),
+        interfaces: interfaces(
+            &std::fs::read_to_string("/proc/net/dev").unwrap_or_default(),
+            devices::is_card,
+        ),
     };
     v1::StatsReply {
         unix_time_ns: i64::try_from(now.as_nanos()).unwrap_or(i64::MAX),
@@ -36,15 +40,16 @@ pub fn stats(agent: &Agent) -> v1::StatsReply {
     }
 }
 
-/// Parses `/proc/net/dev`; loopback is left out.
-fn interfaces(text: &str) -> Vec<v1::NetworkStats> {
+/// Parses `/proc/net/dev`; only cards count: what loopback, bridges and tunnels inside the pod carry
+/// has not left it, or is counted on a card.
+fn interfaces(text: &str, is_card: impl Fn(&str) -> bool) -> Vec<v1::NetworkStats> {
     text.lines()
         .filter_map(|line| {
             let (name, numbers) = line.split_once(':')?;
             let numbers: Vec<u64> =
                 numbers.split_whitespace().map_while(|number| number.parse().ok()).collect();
             let name = name.trim();
-            if name == "lo" || numbers.len() < 11 {
+            if numbers.len() < 11 || !is_card(name) {
                 return None;
             }
             Some(v1::NetworkStats {
@@ -68,7 +73,7 @@ mod tests {
             face |bytes    packets errs drop fifo frame compressed multicast|bytes\n    \
             lo:    1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1\n  \
             eth0: 100 2 3 0 0 0 0 0 200 4 5 0 0 0 0 0\n";
-        let all = interfaces(text);
+        let all = interfaces(text, |name| name != "lo");
         assert_eq!(all.len(), 1);
         assert_eq!((all[0].rx_bytes, all[0].rx_errors), (100, 3));
         assert_eq!((all[0].tx_bytes, all[0].tx_errors), (200, 5));

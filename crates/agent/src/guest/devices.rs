@@ -54,7 +54,12 @@ fn check_serial(serial: &str) -> Result<()> {
     Ok(())
 }
 
-/// sysfs folder and name of the interface with this MAC address.
+/// Whether an interface is a card, not made of software.
+pub fn is_card(name: &str) -> bool {
+    !name.contains('/') && Path::new("/sys/class/net").join(name).join("device").exists()
+}
+
+/// Name of the interface with this MAC address.
 pub fn interface(mac: &str) -> Option<String> {
     entries("/sys/class/net").into_iter().find_map(|path| {
         let address = attribute(path.join("address"))?;

@@ -110,13 +110,24 @@ pub async fn turn() -> tokio::sync::MutexGuard<'static, ()> {
     TURN.lock().await
 }
 
+/// `boot_with` our own kernel.
+pub async fn boot() -> Option<Guest> {
+    boot_with("vmlinux", "initramfs.cpio", &[]).await
+}
+
 /// Boots a microVM with an EROFS disk (`disk0`) and an empty ext4 disk (`disk1`). None, with a
 /// reason on standard output, where this cannot run.
-pub async fn boot() -> Option<Guest> {
+pub async fn boot_with(kernel: &str, initramfs: &str, extra: &[&str]) -> Option<Guest> {
     let Some(assets) = std::env::var_os("NACELLE_GUEST").map(PathBuf::from) else {
         println!("SKIP: NACELLE_GUEST names no folder with vmlinux and initramfs.cpio");
         return None;
     };
+    for asset in [kernel, initramfs] {
+        if !assets.join(asset).exists() {
+            println!("SKIP: no {asset} in {}", assets.display());
+            return None;
+        }
+    }
     for tool in ["nacelle-vmm", "mkfs.erofs", "mke2fs"] {
         if Command::new(tool).arg("--version").output().is_err() {
             println!("SKIP: {tool} is not in the search path");
@@ -138,15 +149,18 @@ pub async fn boot() -> Option<Guest> {
     let child = Command::new("nacelle-vmm")
         .arg("boot")
         .arg("--kernel")
-        .arg(assets.join("vmlinux"))
+        .arg(assets.join(kernel))
         .arg("--initramfs")
-        .arg(assets.join("initramfs.cpio"))
+        .arg(assets.join(initramfs))
         .arg("--disk")
         .arg(format!("{}:ro", path("image").display()))
         .arg("--disk")
         .arg(path("scratch"))
         .arg("--vsock-path")
         .arg(path("vsock"))
+        .arg("--control")
+        .arg(path("control"))
+        .args(extra)
         .args(["--memory", "512", "--vcpus", "2", "--cmdline", "nacelle.log=debug"])
         .arg("--status")
         .arg(path("status.json"))
