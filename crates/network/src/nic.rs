@@ -1,6 +1,6 @@
 //! The joint between what CNI made and what the guest gets. In the pod's network namespace:
 //! ```text
-//!   host bridge ── veth ═══ eth0 ⇄ nacelle0 (tap) ── VMM ── guest's eth0
+//!   host bridge ── veth ═══ eth0 ⇄ tap0 ── VMM ── guest's eth0
 //!                            └ tc ingress, mirred redirect, both ways
 //! ```
 //! The guest's NIC has the MAC, MTU, addresses and routes of the interface, so to the network the
@@ -56,7 +56,7 @@ pub enum NicError {
 }
 
 fn tap_name(n: usize) -> String {
-    format!("nacelle{n}")
+    format!("tap{n}")
 }
 
 /// Joins every interface of the calling thread's namespace to a tap of its own.

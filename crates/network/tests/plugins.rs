@@ -101,7 +101,7 @@ fn a_pod_gets_what_the_plugin_made_and_gives_all_of_it_back() {
         assert!(text(&busy).contains("another VMM"), "{}", text(&busy));
         drop(taps);
         // The tap is still there after its user has gone, with the same MTU.
-        let link = run_in(&a.netns, "ip", &["link", "show", "nacelle0"]);
+        let link = run_in(&a.netns, "ip", &["link", "show", "tap0"]);
         assert!(link.contains("mtu 1400"), "{link}");
         host.runtime.block_on(cni.open_taps("p1", &a)).unwrap();
         host.runtime.block_on(cni.check("p1", &a)).unwrap();
