@@ -5,18 +5,21 @@
 //! (`MAP_NORESERVE`; tmpfs takes pages on first touch), so only touched pages cost anything. Left
 //! out of core dumps: it is the tenant's data.
 //!
-//! No huge pages are asked for. An idle guest touches its memory sparsely: with 2 MiB pages it was
-//! seen to cost 42 to 44 MiB instead of 36. An operator who wants them sets the host's
-//! `transparent_hugepage/shmem_enabled` to `always`.
-#![allow(unsafe_code)] // madvise is not wrapped by vm-memory; its argument is a mapping we own
+//! Huge pages are asked for, and it is the operator who grants them: `shmem_enabled` is `never` on
+//! most hosts, `advise` lets this advice count. Measured for a lean kernel up to its init: 9,300
+//! exits become 2,050 and the boot takes half the time, for 39 instead of 32 MiB of touched memory.
+#![allow(unsafe_code)] // madvise takes a raw address
 
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestRegionCollectionError, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
+};
 
 use crate::Ram;
 use crate::layout::Layout;
@@ -27,8 +30,8 @@ pub enum MemoryError {
     Memfd { size: u64, source: io::Error },
     #[error("cannot map {size} bytes of guest memory")]
     Map { size: u64, source: MmapRegionError },
-    #[error("cannot keep guest memory out of core dumps")]
-    Advise(#[source] nix::Error),
+    #[error("cannot advise the kernel about guest memory")]
+    Advise(#[source] Errno),
     #[error("guest memory does not form an address space")]
     Collection(#[from] GuestRegionCollectionError),
 }
@@ -48,17 +51,25 @@ pub fn allocate(layout: &Layout) -> Result<Ram, MemoryError> {
             .with_file_offset(FileOffset::from_arc(file.clone(), offset))
             .build()
             .map_err(|source| MemoryError::Map { size, source })?;
-        // SAFETY: `region` is a mapping of exactly this address and length, alive during the call;
-        // MADV_DONTDUMP changes no contents.
-        let done =
-            unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_DONTDUMP) };
-        nix::errno::Errno::result(done).map_err(MemoryError::Advise)?;
+        advise(&region, libc::MADV_DONTDUMP).map_err(MemoryError::Advise)?;
+        match advise(&region, libc::MADV_HUGEPAGE) {
+            // A kernel without transparent huge pages.
+            Ok(()) | Err(Errno::EINVAL) => {}
+            Err(e) => return Err(MemoryError::Advise(e)),
+        }
         let region = GuestRegionMmap::new(region, GuestAddress(piece.start))
             .ok_or(MemoryError::Collection(GuestRegionCollectionError::NoMemoryRegion))?;
         regions.push(region);
         offset += size;
     }
     Ok(Ram::from_regions(regions)?)
+}
+
+fn advise(region: &MmapRegion, advice: libc::c_int) -> nix::Result<()> {
+    // SAFETY: `region` is a mapping of exactly this address and length, alive during the call; the
+    // kinds of advice used here change no contents.
+    let done = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
+    Errno::result(done).map(drop)
 }
 
 fn memfd(size: u64) -> io::Result<File> {

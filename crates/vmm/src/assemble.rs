@@ -6,8 +6,8 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use machine::acpi::AcpiError;
@@ -121,6 +121,9 @@ fn report_panics(end: &End) {
     }));
 }
 
+/// The VM, for as long as the process lives.
+static KEPT: OnceLock<Arc<Running>> = OnceLock::new();
+
 struct Parts {
     config: vmm_api::VmConfig,
     kernel: File,
@@ -141,7 +144,6 @@ impl Parts {
         policy: Policy,
         started: Instant,
     ) -> Result<(), AssembleError> {
-        jail::frugal_allocator();
         let signals = ending_signals()?;
         let filters = Filters::new(policy)?;
         machine::vcpu::install_kick_handler().map_err(os("signal handler"))?;
@@ -206,6 +208,9 @@ impl Parts {
             init,
         )?;
         filters.apply(Role::Main)?;
+        // Taking a VM apart piece by piece (a grace period for each doorbell) would only delay its
+        // end: the kernel does it faster when the process goes.
+        let _ = KEPT.set(running.clone());
         running.processors.resume();
         Ok(server.run()?)
     }

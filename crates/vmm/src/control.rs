@@ -265,7 +265,7 @@ fn timeout(now: Instant, wake: Option<Instant>) -> EpollTimeout {
     let Some(wake) = wake else { return EpollTimeout::NONE };
     // Rounded up, so that it is really due then.
     let millis = wake.saturating_duration_since(now).as_millis() + 1;
-    EpollTimeout::try_from(millis.min(60_000) as u16).unwrap_or(EpollTimeout::ZERO)
+    EpollTimeout::from(millis.min(60_000) as u16)
 }
 
 fn nonblocking(fd: &OwnedFd) -> nix::Result<()> {

@@ -34,6 +34,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let started = Instant::now();
+    vmm::jail::stay_small();
     // The daemon's way in, without the argument parser: it would be a third of the start-up time
     // and stay in memory.
     let mut arguments = std::env::args_os().skip(1);

@@ -120,7 +120,7 @@ fn network_interfaces_are_checked() {
 fn a_configuration_that_is_no_json_or_has_unknown_keys_is_refused() {
     for text in ["", "{", "{\"version\":1,\"fly\":true}"] {
         let mut file = tempfile::tempfile().unwrap();
-        std::io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+        io::Write::write_all(&mut file, text.as_bytes()).unwrap();
         assert!(matches!(read(file.into_raw_fd()), Err(ConfigError::Json(_))), "{text:?}");
     }
     assert!(matches!(read(9999), Err(ConfigError::NotOpen { .. })));

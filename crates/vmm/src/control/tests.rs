@@ -112,7 +112,8 @@ fn a_descriptor_reaches_the_vm_and_a_missing_one_is_refused() {
 fn rubbish_is_answered_with_an_error_and_the_connection_goes_on() {
     let running = Running::new();
     let client = running.client();
-    for bad in [&b"{"[..], &[0xff; 100], &[b'x'; vmm_api::transport::MAX_PACKET]] {
+    let long = vec![b'x'; vmm_api::transport::MAX_PACKET];
+    for bad in [&b"{"[..], &[0xff; 100], &long] {
         let raw = connect(&running);
         nix::unistd::write(&raw, bad).unwrap();
         let (reply, _) = receive::<Reply>(raw.as_fd()).unwrap();
