@@ -4,7 +4,7 @@
 //! Descriptors are copied out of guest memory before anything is decided on them, so a driver that
 //! rewrites them meanwhile changes nothing. This is the only module that turns guest addresses into
 //! host pointers.
-#![allow(unsafe_code)] // iovecs over guest memory for readv, writev and io_uring
+#![allow(unsafe_code)] // writev from iovecs over guest memory
 
 use virtio_queue::DescriptorChain;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
@@ -23,7 +23,7 @@ pub enum ChainError {
     OutsideMemory { addr: u64, len: u32 },
     #[error("a device-readable buffer stands after a device-writable one")]
     Order,
-    #[error("chain has no descriptor in guest memory")]
+    #[error("chain has no bytes")]
     Empty,
 }
 
@@ -176,23 +176,6 @@ impl Buffer {
         });
     }
 
-    /// One `readv` into the first `len` bytes.
-    pub fn readv(
-        &self,
-        mem: &GuestMemoryMmap,
-        fd: std::os::fd::RawFd,
-        len: usize,
-        scratch: &mut Vec<libc::iovec>,
-    ) -> std::io::Result<usize> {
-        scratch.clear();
-        self.iovecs(mem, len, scratch);
-        let count = scratch.len().min(libc::UIO_MAXIOV as usize);
-        // SAFETY: the iovecs point into guest memory that `mem` keeps mapped during the call, with
-        // lengths checked against its regions by get_slices.
-        let done = unsafe { libc::readv(fd, scratch.as_ptr(), count as libc::c_int) };
-        usize::try_from(done).map_err(|_| std::io::Error::last_os_error())
-    }
-
     /// One `writev` of all bytes.
     pub fn writev(
         &self,
@@ -203,8 +186,120 @@ impl Buffer {
         scratch.clear();
         self.iovecs(mem, self.len, scratch);
         let count = scratch.len().min(libc::UIO_MAXIOV as usize);
-        // SAFETY: as in readv.
+        // SAFETY: the iovecs point into guest memory that `mem` keeps mapped during the call, with
+        // lengths checked against its regions by get_slices.
         let done = unsafe { libc::writev(fd, scratch.as_ptr(), count as libc::c_int) };
         usize::try_from(done).map_err(|_| std::io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+    use virtio_queue::QueueOwnedT;
+
+    use super::*;
+    use crate::mock::{MockQueue, memory};
+
+    const END: u64 = 1 << 20;
+
+    fn read(mem: &Arc<GuestMemoryMmap>, queue: &MockQueue) -> Result<Chain, ChainError> {
+        let mut device = queue.queue(false);
+        let descriptors = device.iter(&**mem).unwrap().next().unwrap();
+        Chain::read(mem, descriptors)
+    }
+
+    fn chain(readable: &[(u64, u32)], writable: &[(u64, u32)]) -> Result<Chain, ChainError> {
+        let mem = memory(END as usize);
+        let mut queue = MockQueue::new(mem.clone(), 0x1000, 16);
+        queue.add(readable, writable);
+        read(&mem, &queue)
+    }
+
+    #[test]
+    fn buffers_outside_memory_are_refused_up_to_the_last_byte() {
+        assert_eq!(chain(&[(END - 8, 8)], &[]).unwrap().readable.len(), 8);
+        for (addr, len) in [(END - 8, 9), (END, 1), (u64::MAX, 1), (u64::MAX - 3, 8), (0, u32::MAX)]
+        {
+            let refused = chain(&[(addr, len)], &[]);
+            assert_eq!(refused, Err(ChainError::OutsideMemory { addr, len }));
+        }
+    }
+
+    #[test]
+    fn empty_buffers_are_skipped_wherever_they_point() {
+        let read = chain(&[(u64::MAX, 0), (0x8000, 4)], &[(END, 0)]).unwrap();
+        assert_eq!((read.readable.len(), read.writable.len()), (4, 0));
+        assert_eq!(chain(&[(0x8000, 0)], &[]), Err(ChainError::Empty));
+    }
+
+    #[test]
+    fn a_readable_buffer_after_a_writable_one_is_refused() {
+        let mem = memory(END as usize);
+        let mut queue = MockQueue::new(mem.clone(), 0x1000, 16);
+        queue.write_desc(0, 0x8000, 8, 3, 1);
+        queue.write_desc(1, 0x9000, 8, 0, 0);
+        queue.publish(0);
+        assert_eq!(read(&mem, &queue), Err(ChainError::Order));
+    }
+
+    #[test]
+    fn a_loop_of_descriptors_ends() {
+        let mem = memory(END as usize);
+        let mut queue = MockQueue::new(mem.clone(), 0x1000, 16);
+        queue.write_desc(0, 0x8000, 8, 1, 1);
+        queue.write_desc(1, 0x9000, 8, 1, 0);
+        queue.publish(0);
+        assert_eq!(read(&mem, &queue).unwrap().readable.len(), 16 * 8);
+    }
+
+    #[test]
+    fn an_indirect_table_longer_than_the_cap_is_refused() {
+        let mem = memory(END as usize);
+        let mut queue = MockQueue::new(mem.clone(), 0x1000, 16);
+        let parts = vec![(0x8000, 1); MAX_SEGMENTS + 1];
+        queue.add_indirect(0x10000, &parts, &[]);
+        assert_eq!(read(&mem, &queue), Err(ChainError::TooLong));
+        let mut queue = MockQueue::new(mem.clone(), 0x1000, 16);
+        queue.add_indirect(0x10000, &parts[1..], &[]);
+        assert_eq!(read(&mem, &queue).unwrap().readable.len(), MAX_SEGMENTS);
+    }
+
+    proptest! {
+        /// A buffer behaves like the run of bytes it stands for, however it is cut up.
+        #[test]
+        fn a_buffer_is_its_bytes(
+            lens in prop::collection::vec(0u32..50, 1..8),
+            at in 0usize..400,
+            offset in 0usize..400,
+            len in 0usize..400,
+        ) {
+            let mem = memory(END as usize);
+            let mut buffer = Buffer::default();
+            for (n, len) in lens.iter().enumerate() {
+                buffer.push(GuestAddress(0x1000 * n as u64), *len as usize);
+            }
+            let model: Vec<u8> = (0..buffer.len()).map(|n| n as u8).collect();
+            prop_assert_eq!(buffer.write(&mem, 0, &model), model.len());
+
+            let (before, after) = buffer.split_at(at);
+            let cut = at.min(model.len());
+            prop_assert_eq!((before.len(), after.len()), (cut, model.len() - cut));
+            let mut tail = vec![0; after.len()];
+            prop_assert_eq!(after.read(&mem, 0, &mut tail), tail.len());
+            prop_assert_eq!(&tail[..], &model[cut..]);
+
+            let mut out = vec![0; len];
+            let got = buffer.read(&mem, offset, &mut out);
+            let wanted = model.get(offset..).unwrap_or(&[]);
+            prop_assert_eq!(&out[..got], &wanted[..wanted.len().min(len)]);
+
+            let mut iovecs = Vec::new();
+            buffer.iovecs(&mem, len, &mut iovecs);
+            let total: usize = iovecs.iter().map(|v| v.iov_len).sum();
+            prop_assert_eq!(total, len.min(model.len()));
+        }
     }
 }

@@ -230,7 +230,7 @@ fn unknown_types_are_unsupported_and_short_headers_fail() {
 fn a_full_queue_of_requests_completes_with_few_interrupts() {
     let mut rig = rig();
     for round in 0..8u64 {
-        let count = 85; // of 256 descriptors, three a request
+        let count = 42; // of 128 descriptors, three a request
         for n in 0..count {
             let (header, status) = (HEADER + 32 * n, DATA + 0x40000 + n);
             let at = DATA + 0x400 * n;
@@ -250,8 +250,8 @@ fn a_full_queue_of_requests_completes_with_few_interrupts() {
             assert_eq!(rig.disk(n * 512, 512), [(n + round) as u8; 512]);
         }
     }
-    assert!(rig.interrupt.queues.load(Ordering::Relaxed) <= 8 * 85);
-    assert_eq!(rig.block.counters().operations(), 8 * 85);
+    assert!(rig.interrupt.queues.load(Ordering::Relaxed) <= 8 * 42);
+    assert_eq!(rig.block.counters().operations(), 8 * 42);
 }
 
 #[test]
