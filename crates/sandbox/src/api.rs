@@ -4,6 +4,7 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use nix::fcntl::Flock;
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -17,7 +18,7 @@ use crate::model::{
     PodView, TracePhase,
 };
 use crate::node::Node;
-use crate::open::{self, Quarantined};
+use crate::open::{self, Opened, Quarantined};
 use crate::pod::{self, Begin, Handle, Request};
 use crate::policy::{ContainerPhase, Phase, Pod};
 use crate::ports::Network;
@@ -34,6 +35,7 @@ const MAX_HOSTNAME: usize = 64;
 pub struct Sandboxes {
     node: Arc<Node>,
     quarantined: Arc<Mutex<Vec<Quarantined>>>,
+    _lock: Arc<Flock<File>>,
 }
 
 fn new_id() -> String {
@@ -64,8 +66,9 @@ impl Sandboxes {
         launcher: Arc<dyn Launch>,
         probe: Option<Arc<dyn Probe>>,
     ) -> Result<Self, Error> {
-        let (node, quarantined) = open::open(config, network, launcher, probe).await?;
-        Ok(Self { node, quarantined: Arc::new(Mutex::new(quarantined)) })
+        let Opened { node, quarantined, lock } =
+            open::open(config, network, launcher, probe).await?;
+        Ok(Self { node, quarantined: Arc::new(Mutex::new(quarantined)), _lock: Arc::new(lock) })
     }
 
     /// Starts a pod. A caller that goes away before it is ready has it unwound.

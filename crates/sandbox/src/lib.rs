@@ -23,6 +23,8 @@ pub mod ports;
 mod registry;
 pub mod session;
 pub mod stats;
+#[cfg(test)]
+mod tests;
 mod vmm;
 
 pub use api::Sandboxes;

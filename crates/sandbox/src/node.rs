@@ -27,8 +27,6 @@ pub(crate) struct Node {
     pub(crate) starts: Semaphore,
     /// The daemon ends; pods go on.
     pub(crate) shutdown: CancellationToken,
-    /// Held for the daemon's life: no second one works on the same journal.
-    pub(crate) _lock: nix::fcntl::Flock<std::fs::File>,
 }
 
 impl Node {

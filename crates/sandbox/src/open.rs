@@ -35,12 +35,19 @@ pub(crate) struct Quarantined {
     pub(crate) effects: Vec<Effect>,
 }
 
+pub(crate) struct Opened {
+    pub(crate) node: Arc<Node>,
+    pub(crate) quarantined: Vec<Quarantined>,
+    /// While it is held, no other daemon works on the same journal.
+    pub(crate) lock: Flock<File>,
+}
+
 pub(crate) async fn open(
     config: Config,
     network: Arc<dyn Network>,
     launcher: Arc<dyn Launch>,
     probe: Option<Arc<dyn Probe>>,
-) -> Result<(Arc<Node>, Vec<Quarantined>), Error> {
+) -> Result<Opened, Error> {
     check(&config)?;
     let cgroup_root = cgroup::find_root(&config.cgroup_root)?;
     for folder in [&config.root, &config.state] {
@@ -60,7 +67,6 @@ pub(crate) async fn open(
         starts: Semaphore::new(config.starts_at_once()),
         shutdown: CancellationToken::new(),
         journal: journal.clone(),
-        _lock: lock,
         config,
     });
     let found = {
@@ -96,7 +102,7 @@ pub(crate) async fn open(
         node.registry.set_handle(&id, handle);
         tokio::spawn(owner);
     }
-    Ok((node, quarantined))
+    Ok(Opened { node, quarantined, lock })
 }
 
 fn check(config: &Config) -> Result<(), Error> {

@@ -171,11 +171,11 @@ async fn signal_exec(
     call.await.map(drop)
 }
 
-fn running(handle: &Handle, id: &str) -> Result<Container, Error> {
+fn running(handle: &Handle, id: &str) -> Result<(), Error> {
     handle.ready_pod()?;
     let container = handle.container(id)?;
     match container.state() {
-        ContainerState::Running if container.exit.is_none() => Ok(container),
+        ContainerState::Running if container.exit.is_none() => Ok(()),
         state => Err(Error::precondition(format!(
             "container {id} is not running: it is {}",
             format!("{state:?}").to_lowercase()
@@ -193,7 +193,7 @@ pub(crate) async fn exec(
     id: &str,
     spec: ExecSpec,
 ) -> Result<ExecSession, Error> {
-    let container = running(handle, id)?;
+    running(handle, id)?;
     if spec.command.is_empty() {
         return Err(Error::invalid("a command to run is missing"));
     }
@@ -210,7 +210,7 @@ pub(crate) async fn exec(
     let request = v1::ExecRequest {
         container_id: id.to_owned(),
         exec_id: exec.clone(),
-        oci_process: oci_process(&container, &spec),
+        oci_process: oci_process(&spec),
         stdin: spec.stdin,
         tty: spec.tty,
         tty_width: width.into(),
@@ -249,14 +249,12 @@ pub(crate) async fn exec(
     })
 }
 
-/// OCI Process (runtime-spec, config.md); what is left out comes from the container's own.
-fn oci_process(container: &Container, spec: &ExecSpec) -> Vec<u8> {
-    let own = container.spec.oci.process().as_ref();
+/// OCI Process (runtime-spec, config.md); what is left out comes from the container's own, and
+/// variables are added to the container's.
+fn oci_process(spec: &ExecSpec) -> Vec<u8> {
     let mut process = serde_json::json!({ "args": spec.command, "terminal": spec.tty });
     if !spec.env.is_empty() {
-        let mut env = own.and_then(|p| p.env().clone()).unwrap_or_default();
-        env.extend(spec.env.iter().cloned());
-        process["env"] = env.into();
+        process["env"] = spec.env.clone().into();
     }
     if !spec.cwd.is_empty() {
         process["cwd"] = spec.cwd.clone().into();

@@ -93,7 +93,7 @@ impl Process {
 mod pidfd {
     use super::*;
 
-    pub(super) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
         // SAFETY: pidfd_open takes two integers and touches no memory of ours.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, 0) };
         if fd < 0 {
@@ -120,7 +120,11 @@ mod pidfd {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
-use pidfd::{pidfd_kill, pidfd_open, watch};
+#[cfg(test)]
+pub(crate) use pidfd::pidfd_open;
+#[cfg(not(test))]
+use pidfd::pidfd_open;
+use pidfd::{pidfd_kill, watch};
 
 #[cfg(test)]
 mod tests {

@@ -86,7 +86,7 @@ async fn create(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     };
     let has_scratch = scratch.is_some();
     disks::plug(handle, &spec.rootfs.image, id, scratch).await?;
-    let volumes = volumes(handle, spec).await?;
+    let volumes = volumes(handle, id, spec).await?;
     let request = request(id, spec, volumes, has_scratch)?;
     handle
         .guest
@@ -111,20 +111,25 @@ pub(super) async fn start_log(handle: &Handle, container: &Container) -> Result<
     Ok(())
 }
 
-async fn volumes(handle: &Handle, spec: &ContainerSpec) -> Result<Vec<v1::VolumeMount>, Error> {
+async fn volumes(
+    handle: &Handle,
+    id: &str,
+    spec: &ContainerSpec,
+) -> Result<Vec<v1::VolumeMount>, Error> {
     let mut mounts = Vec::new();
     let mut taken: HashSet<PathBuf> =
         spec.oci.mounts().iter().flatten().map(|m| m.destination().clone()).collect();
-    for copy in &spec.copies {
+    for (n, copy) in spec.copies.iter().enumerate() {
         let source = copy.host_path.clone();
         let sub_path = match blocking(move || shape(&source)).await? {
             Shape::File { name } => name,
             Shape::Folder => String::new(),
         };
-        disks::copy_volume(handle, &copy.host_path).await?;
+        let volume_id = disks::volume_id(id, n);
+        disks::copy_volume(handle, &volume_id, &copy.host_path).await?;
         taken.insert(PathBuf::from(&copy.container_path));
         mounts.push(v1::VolumeMount {
-            volume_id: disks::volume_id(&copy.host_path),
+            volume_id,
             destination: copy.container_path.clone(),
             sub_path,
             read_only: copy.read_only,

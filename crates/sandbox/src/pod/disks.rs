@@ -88,9 +88,10 @@ async fn is_plugged(handle: &Handle, serial: &str) -> bool {
     }
 }
 
-/// Name of a copied volume in the guest: containers that mount the same source share the copy.
-pub(super) fn volume_id(source: &Path) -> String {
-    serial('v', source.as_os_str().as_encoded_bytes())
+/// Name of a container's n-th volume in the guest; the guest frees those that begin with a
+/// container's id together with it.
+pub(super) fn volume_id(container: &str, n: usize) -> String {
+    format!("{container}.{n}")
 }
 
 /// Writes a volume that is already in memory.
@@ -116,12 +117,11 @@ async fn send(
 }
 
 /// Copies a file or folder of the host into the guest, piece by piece.
-pub(super) async fn copy_volume(handle: &Handle, source: &Path) -> Result<(), Error> {
+pub(super) async fn copy_volume(handle: &Handle, id: &str, source: &Path) -> Result<(), Error> {
     let config = &handle.node.config;
     let limits = Limits { bytes: config.volume_bytes, files: config.volume_files };
     // Blocks of the tmpfs and its inodes' share come on top of the content.
     let size_limit = 2 * limits.bytes;
-    let id = volume_id(source);
     let (sender, mut batches) = tokio::sync::mpsc::channel(1);
     let source = source.to_owned();
     let reader = tokio::task::spawn_blocking(move || {
@@ -131,8 +131,8 @@ pub(super) async fn copy_volume(handle: &Handle, source: &Path) -> Result<(), Er
         })
     });
     while let Some(files) = batches.recv().await {
-        send(&handle.guest, &id, files, size_limit, true).await?;
+        send(&handle.guest, id, files, size_limit, true).await?;
     }
     reader.await.map_err(|e| Error::Internal(e.into()))??;
-    send(&handle.guest, &id, Vec::new(), size_limit, false).await
+    send(&handle.guest, id, Vec::new(), size_limit, false).await
 }

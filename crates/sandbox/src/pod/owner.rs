@@ -147,7 +147,7 @@ impl Owner {
             };
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                Some(end) = self.jobs.join_next() => self.job_ended(end),
+                Some(end) = self.jobs.join_next() => self.job_ended(end).await,
                 Some(msg) = incoming.recv() => self.handle(msg).await,
                 () = tokio::time::sleep(pause), if pause != Duration::MAX => self.again().await,
             }
@@ -301,7 +301,7 @@ impl Owner {
         self.jobs.spawn(async move { JobEnd::Removed(remove_pod::remove_pod(&handle).await) });
     }
 
-    fn job_ended(&mut self, end: Result<JobEnd, tokio::task::JoinError>) {
+    async fn job_ended(&mut self, end: Result<JobEnd, tokio::task::JoinError>) {
         let end = end.unwrap_or_else(|error| {
             let error = Error::Internal(anyhow::Error::new(error).context("a pod's job panicked"));
             tracing::error!(pod = self.handle.id, %error, "job failed");
@@ -340,8 +340,15 @@ impl Owner {
                 answer(&mut self.stop_waiters, result);
                 self.next();
             }
-            JobEnd::Removed(Ok(())) => self.gone = true,
-            JobEnd::Removed(Err(error)) => {
+            JobEnd::Removed(result) => {
+                let result = match result {
+                    Ok(()) => self.remove_record().await,
+                    Err(error) => Err(error),
+                };
+                let Err(error) = result else {
+                    self.gone = true;
+                    return;
+                };
                 self.activity = Activity::Idle;
                 self.remove_again = true;
                 tracing::error!(pod = self.handle.id, %error, "removal failed, will be tried again");
@@ -394,6 +401,13 @@ impl Owner {
         self.pod = next;
         self.publish.send_replace(self.pod.clone());
         written
+    }
+
+    async fn remove_record(&self) -> Result<(), Error> {
+        let (journal, id) = (self.node.journal.clone(), self.handle.id.clone());
+        blocking(move || journal.remove(&id))
+            .await
+            .map_err(|e| Error::io(format!("remove the record of pod {}", self.handle.id), e))
     }
 
     async fn write(&self, pod: &Arc<Pod>) -> Result<(), Error> {

@@ -1,0 +1,387 @@
+//! A guest that does what the first argument says: `print TEXT` prints and ends with 0, `fail N`
+//! ends with N, `forever` runs until it is signalled, `stubborn` until it is killed, `print-forever
+//! TEXT` prints and then runs.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use agent_api::stdio::{FIXED, Kind, Open, Status as StreamStatus};
+use agent_api::v1;
+use agent_api::v1::agent_server::{Agent, AgentServer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Notify;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+
+type Answer<T> = Result<Response<T>, Status>;
+
+#[derive(Default)]
+pub(super) struct Guest {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) processes: BTreeMap<(String, String), Process>,
+    events: Vec<v1::Event>,
+    acked: u64,
+    pub(super) silent: bool,
+    pub(super) configured: u32,
+    pub(super) refuse_create: bool,
+    pub(super) volumes: BTreeMap<String, u32>,
+    pub(super) create: Option<v1::CreateContainerRequest>,
+}
+
+#[derive(Default)]
+pub(super) struct Process {
+    args: Vec<String>,
+    running: bool,
+    pub(super) exit: Option<v1::Exit>,
+    stdout: Vec<u8>,
+    pub(super) stdout_acked: u64,
+}
+
+impl Guest {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    fn run(&self, key: (String, String)) {
+        let mut state = self.lock();
+        let process = state.processes.get_mut(&key).unwrap();
+        process.running = true;
+        let args = process.args.clone();
+        match args[0].as_str() {
+            "print" | "print-forever" => process.stdout.extend(args[1].bytes()),
+            _ => {}
+        }
+        match args[0].as_str() {
+            "print" => self.end(&mut state, &key, 0),
+            "fail" => self.end(&mut state, &key, args[1].parse().unwrap()),
+            _ => {}
+        }
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
+    pub(super) fn print(&self, container: &str, text: &str) {
+        let mut state = self.lock();
+        let process = state.processes.get_mut(&(container.to_owned(), String::new())).unwrap();
+        process.stdout.extend(text.bytes());
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
+    fn end(&self, state: &mut State, key: &(String, String), code: i32) {
+        let process = state.processes.get_mut(key).unwrap();
+        if process.exit.is_some() {
+            return;
+        }
+        process.running = false;
+        let exit = v1::Exit {
+            container_id: key.0.clone(),
+            exec_id: key.1.clone(),
+            code,
+            unix_time_ns: 1_700_000_000_000_000_000,
+            ..Default::default()
+        };
+        process.exit = Some(exit.clone());
+        let event = Some(v1::event::Event::Exit(exit));
+        let sequence = state.events.len() as u64 + 1;
+        state.events.push(v1::Event { sequence, event });
+    }
+
+    /// Serves the hybrid vsock listener until dropped.
+    pub(super) async fn serve(self: Arc<Self>, listener: UnixListener) {
+        let (grpc, incoming) = tokio::sync::mpsc::channel::<std::io::Result<UnixStream>>(8);
+        let service = AgentServer::from_arc(Arc::new(Served(self.clone())))
+            .max_decoding_message_size(agent_api::MAX_MESSAGE);
+        let incoming = tokio_stream::wrappers::ReceiverStream::new(incoming);
+        let server =
+            tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
+        let accept = async {
+            let mut streams = tokio::task::JoinSet::new();
+            while let Ok((mut stream, _)) = listener.accept().await {
+                if self.lock().silent {
+                    continue;
+                }
+                let mut line = Vec::new();
+                while !line.ends_with(b"\n") {
+                    match stream.read_u8().await {
+                        Ok(byte) => line.push(byte),
+                        Err(_) => break,
+                    }
+                }
+                if stream.write_all(b"OK 5\n").await.is_err() {
+                    continue;
+                }
+                if line == b"CONNECT 1024\n" {
+                    let _ = grpc.send(Ok(stream)).await;
+                } else {
+                    let guest = self.clone();
+                    streams.spawn(async move {
+                        let _ = guest.stream(stream).await;
+                    });
+                }
+            }
+        };
+        tokio::select! {
+            _ = server => {}
+            () = accept => {}
+        }
+    }
+
+    async fn stream(&self, mut stream: UnixStream) -> std::io::Result<()> {
+        let mut fixed = [0; FIXED];
+        stream.read_exact(&mut fixed).await?;
+        let (a, b) = Open::id_lengths(&fixed).unwrap();
+        let mut ids = vec![0; a + b];
+        stream.read_exact(&mut ids).await?;
+        let open = Open::decode(&fixed, &ids).unwrap();
+        let key = (open.container_id, open.exec_id);
+        if !self.lock().processes.contains_key(&key) {
+            return stream.write_all(&[StreamStatus::NoSuchStream as u8]).await;
+        }
+        stream.write_all(&[StreamStatus::Ok as u8]).await?;
+        let (mut read, mut write) = stream.into_split();
+        let send = async {
+            let mut at = open.offset as usize;
+            loop {
+                let changed = self.changed.notified();
+                let (bytes, over) = {
+                    let state = self.lock();
+                    let Some(process) = state.processes.get(&key) else { return };
+                    let out = if open.kind == Kind::Stdout { &process.stdout[..] } else { &[] };
+                    (out[at.min(out.len())..].to_vec(), process.exit.is_some())
+                };
+                at += bytes.len();
+                if write.write_all(&bytes).await.is_err() {
+                    return;
+                }
+                if over {
+                    let _ = write.shutdown().await;
+                    return std::future::pending().await;
+                }
+                let _ = tokio::time::timeout(Duration::from_millis(20), changed).await;
+            }
+        };
+        let acks = async {
+            while let Ok(ack) = read.read_u64_le().await {
+                if open.kind == Kind::Stdout
+                    && let Some(process) = self.lock().processes.get_mut(&key)
+                {
+                    process.stdout_acked = process.stdout_acked.max(ack);
+                }
+            }
+        };
+        tokio::select! { () = send => {}, () = acks => {} }
+        Ok(())
+    }
+}
+
+struct Served(Arc<Guest>);
+
+impl Served {
+    async fn alive(&self) {
+        while self.0.lock().silent {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn signal(&self, key: (String, String), signal: u32) -> Result<(), Status> {
+        let mut state = self.0.lock();
+        let process = state.processes.get(&key).ok_or_else(|| Status::not_found("process"))?;
+        let stubborn = process.args[0] == "stubborn" && signal != 9;
+        if process.running && !stubborn {
+            self.0.end(&mut state, &key, 128 + signal as i32);
+        }
+        drop(state);
+        self.0.changed.notify_waiters();
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl Agent for Served {
+    async fn hello(&self, _: Request<v1::HelloRequest>) -> Answer<v1::HelloReply> {
+        self.alive().await;
+        Ok(Response::new(v1::HelloReply {
+            protocol: 1,
+            kernel_release: "6.1.0-fake".into(),
+            ..Default::default()
+        }))
+    }
+
+    async fn configure_pod(
+        &self,
+        request: Request<v1::ConfigurePodRequest>,
+    ) -> Answer<v1::ConfigurePodReply> {
+        assert!(request.get_ref().entropy.len() >= 64);
+        self.0.lock().configured += 1;
+        Ok(Response::new(v1::ConfigurePodReply {}))
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<v1::CreateContainerRequest>,
+    ) -> Answer<v1::CreateContainerReply> {
+        let request = request.into_inner();
+        let spec: oci_spec::runtime::Spec = serde_json::from_slice(&request.oci_spec).unwrap();
+        let args = spec.process().as_ref().unwrap().args().clone().unwrap();
+        let mut state = self.0.lock();
+        if state.refuse_create {
+            return Err(Status::invalid_argument("no such user"));
+        }
+        let key = (request.container_id.clone(), String::new());
+        state.create = Some(request);
+        state.processes.insert(key, Process { args, ..Default::default() });
+        Ok(Response::new(v1::CreateContainerReply { pid: 7 }))
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<v1::StartContainerRequest>,
+    ) -> Answer<v1::StartContainerReply> {
+        let key = (request.into_inner().container_id, String::new());
+        if self.0.lock().processes.get(&key).is_some_and(|p| p.args[0] == "missing") {
+            return Err(Status::not_found("no such program"));
+        }
+        self.0.run(key);
+        Ok(Response::new(v1::StartContainerReply {}))
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<v1::RemoveContainerRequest>,
+    ) -> Answer<v1::RemoveContainerReply> {
+        let id = request.into_inner().container_id;
+        self.0.lock().processes.retain(|(container, _), _| *container != id);
+        Ok(Response::new(v1::RemoveContainerReply {}))
+    }
+
+    async fn update_container(
+        &self,
+        _: Request<v1::UpdateContainerRequest>,
+    ) -> Answer<v1::UpdateContainerReply> {
+        Ok(Response::new(v1::UpdateContainerReply {}))
+    }
+
+    async fn exec(&self, request: Request<v1::ExecRequest>) -> Answer<v1::ExecReply> {
+        let request = request.into_inner();
+        let process: serde_json::Value = serde_json::from_slice(&request.oci_process).unwrap();
+        let args = serde_json::from_value(process["args"].clone()).unwrap();
+        let key = (request.container_id, request.exec_id);
+        let process = Process { args, ..Default::default() };
+        self.0.lock().processes.insert(key.clone(), process);
+        self.0.run(key);
+        Ok(Response::new(v1::ExecReply { pid: 8 }))
+    }
+
+    async fn signal_process(
+        &self,
+        request: Request<v1::SignalProcessRequest>,
+    ) -> Answer<v1::SignalProcessReply> {
+        let request = request.into_inner();
+        self.signal((request.container_id, request.exec_id), request.signal)?;
+        Ok(Response::new(v1::SignalProcessReply {}))
+    }
+
+    async fn resize_tty(&self, _: Request<v1::ResizeTtyRequest>) -> Answer<v1::ResizeTtyReply> {
+        Ok(Response::new(v1::ResizeTtyReply {}))
+    }
+
+    async fn list_processes(
+        &self,
+        _: Request<v1::ListProcessesRequest>,
+    ) -> Answer<v1::ListProcessesReply> {
+        let state = self.0.lock();
+        let processes = state.processes.iter().map(|((container, exec), p)| {
+            let process_state = match (&p.exit, p.running) {
+                (Some(_), _) => v1::ProcessState::Ended,
+                (None, true) => v1::ProcessState::Running,
+                (None, false) => v1::ProcessState::Created,
+            };
+            v1::Process {
+                container_id: container.clone(),
+                exec_id: exec.clone(),
+                pid: 9,
+                state: process_state.into(),
+                exit: p.exit.clone(),
+            }
+        });
+        Ok(Response::new(v1::ListProcessesReply { processes: processes.collect() }))
+    }
+
+    type EventsStream = Pin<Box<dyn Stream<Item = Result<v1::Event, Status>> + Send>>;
+
+    async fn events(&self, _: Request<v1::EventsRequest>) -> Answer<Self::EventsStream> {
+        let guest = self.0.clone();
+        let (sender, receiver) = tokio::sync::mpsc::channel(4);
+        let mut next = guest.lock().acked as usize;
+        tokio::spawn(async move {
+            loop {
+                let events = guest.lock().events[next..].to_vec();
+                next += events.len();
+                for event in events {
+                    if sender.send(Ok(event)).await.is_err() {
+                        return;
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(tokio_stream::wrappers::ReceiverStream::new(receiver))))
+    }
+
+    async fn ack_events(
+        &self,
+        request: Request<v1::AckEventsRequest>,
+    ) -> Answer<v1::AckEventsReply> {
+        self.0.lock().acked = request.into_inner().sequence;
+        Ok(Response::new(v1::AckEventsReply {}))
+    }
+
+    async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsReply> {
+        self.alive().await;
+        let state = self.0.lock();
+        let containers = state.processes.keys().map(|(id, _)| v1::ContainerStats {
+            container_id: id.clone(),
+            pids: 3,
+            ..Default::default()
+        });
+        let containers = containers.collect();
+        Ok(Response::new(v1::StatsReply { unix_time_ns: 5, containers, pod: None }))
+    }
+
+    async fn rescan_devices(
+        &self,
+        _: Request<v1::RescanDevicesRequest>,
+    ) -> Answer<v1::RescanDevicesReply> {
+        Ok(Response::new(v1::RescanDevicesReply {}))
+    }
+
+    async fn release_device(
+        &self,
+        _: Request<v1::ReleaseDeviceRequest>,
+    ) -> Answer<v1::ReleaseDeviceReply> {
+        Ok(Response::new(v1::ReleaseDeviceReply {}))
+    }
+
+    async fn write_volume(
+        &self,
+        request: Request<v1::WriteVolumeRequest>,
+    ) -> Answer<v1::WriteVolumeReply> {
+        let request = request.into_inner();
+        *self.0.lock().volumes.entry(request.volume_id).or_default() += request.files.len() as u32;
+        Ok(Response::new(v1::WriteVolumeReply {}))
+    }
+
+    async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Answer<v1::ShutdownReply> {
+        self.alive().await;
+        Ok(Response::new(v1::ShutdownReply {}))
+    }
+}

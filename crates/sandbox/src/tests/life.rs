@@ -1,0 +1,177 @@
+//! The ordinary course of things.
+
+use std::time::Duration;
+
+use super::world::{eventually, story};
+use crate::Error;
+use crate::model::{ContainerState, CopyMount, ExecSpec, Filter, PodState};
+
+pub(super) fn exec(args: &[&str]) -> ExecSpec {
+    ExecSpec {
+        command: args.iter().map(|a| (*a).to_owned()).collect(),
+        tty: false,
+        stdin: false,
+        env: Vec::new(),
+        user: String::new(),
+        cwd: String::new(),
+        tty_size: None,
+    }
+}
+
+#[test]
+fn a_pod_lives_prints_ends_and_leaves_nothing() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("web")).await.unwrap();
+        let view = daemon.pod(&pod[..12]).unwrap();
+        assert_eq!((view.state, view.kernel_release.as_str()), (PodState::Ready, "6.1.0-fake"));
+        assert_eq!(view.addresses.len(), 1);
+        let phases: Vec<_> = daemon.trace(&pod).unwrap().into_iter().map(|p| p.name).collect();
+        for phase in ["network", "launch", "boot", "configure"] {
+            assert!(phases.contains(&phase.to_owned()), "{phases:?}");
+        }
+
+        let spec = world.container_spec("app", &["print", "one\ntwo\n"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Created);
+        daemon.start_container(&id).await.unwrap();
+        eventually("exit", || daemon.container(&id).unwrap().state == ContainerState::Exited).await;
+        let exit = daemon.container(&id).unwrap().exit.unwrap();
+        assert_eq!((exit.code, exit.reason.as_str()), (0, "Completed"));
+        assert_eq!(world.log("app.log"), ["one", "two"]);
+
+        daemon.remove_container(&id).await.unwrap();
+        daemon.remove_container(&id).await.unwrap();
+        assert!(daemon.containers(&Filter::default()).is_empty());
+        assert!(world.inner.devices.lock().unwrap().is_empty(), "disks stay plugged");
+
+        // The same pod takes the next attempt, after its last container is gone.
+        let mut spec = world.container_spec("app", &["fail", "3"]);
+        spec.meta.attempt = 1;
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+        eventually("exit", || daemon.container(&id).unwrap().exit.is_some()).await;
+        assert_eq!(daemon.container(&id).unwrap().exit.unwrap().code, 3);
+
+        daemon.stop_pod(&pod).await.unwrap();
+        daemon.stop_pod(&pod).await.unwrap();
+        assert_eq!(daemon.pod(&pod).unwrap().state, PodState::NotReady);
+        assert_eq!(daemon.container(&id).unwrap().exit.unwrap().code, 3);
+        daemon.remove_pod(&pod).await.unwrap();
+        daemon.remove_pod(&pod).await.unwrap();
+        assert!(daemon.pods(&Filter::default()).is_empty());
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn stopping_asks_first_and_kills_after_the_grace() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        for (name, args, code) in [("soft", "forever", 143), ("hard", "stubborn", 137)] {
+            let spec = world.container_spec(name, &[args]);
+            let id = daemon.create_container(&pod, spec).await.unwrap();
+            daemon.start_container(&id).await.unwrap();
+            daemon.stop_container(&id, Duration::from_millis(200)).await.unwrap();
+            daemon.stop_container(&id, Duration::from_millis(200)).await.unwrap();
+            assert_eq!(daemon.container(&id).unwrap().exit.unwrap().code, code, "{name}");
+        }
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn commands_run_time_out_and_have_their_output_cut() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["forever"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        let early = daemon.exec_sync(&id, exec(&["print", "x"]), None, 100).await;
+        assert!(matches!(early, Err(Error::FailedPrecondition { .. })), "{early:?}");
+        daemon.start_container(&id).await.unwrap();
+        let output = daemon.exec_sync(&id, exec(&["print", "hello"]), None, 4).await.unwrap();
+        assert_eq!((output.stdout.as_slice(), output.code), (&b"hell"[..], 0));
+        let output = daemon.exec_sync(&id, exec(&["fail", "7"]), None, 100).await.unwrap();
+        assert_eq!(output.code, 7);
+        let limit = Some(Duration::from_millis(200));
+        let late = daemon.exec_sync(&id, exec(&["forever"]), limit, 100).await;
+        assert!(matches!(late, Err(Error::ExecTimeout { .. })), "{late:?}");
+        let guest = world.guest(&pod);
+        eventually("the command is killed", || {
+            let state = guest.lock();
+            state.processes.iter().all(|((_, exec), p)| exec.is_empty() || p.exit.is_some())
+        })
+        .await;
+        let stats = daemon.container_stats(&id).await.unwrap();
+        assert_eq!(stats.pids, 3);
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
+#[test]
+fn host_files_and_the_pods_own_reach_the_guest() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        std::fs::create_dir(world.path("config")).unwrap();
+        std::fs::write(world.path("config/key"), "value").unwrap();
+        let mut spec = world.container_spec("app", &["forever"]);
+        let copy = |host: &str, inside: &str| CopyMount {
+            host_path: world.path(host),
+            container_path: inside.into(),
+            read_only: true,
+        };
+        spec.copies = vec![copy("config", "/config"), copy("config/key", "/etc/hosts")];
+        daemon.create_container(&pod, spec).await.unwrap();
+        let guest = world.guest(&pod);
+        let request = guest.lock().create.clone().unwrap();
+        let mounts: Vec<_> = request
+            .volumes
+            .iter()
+            .map(|v| (v.destination.as_str(), v.sub_path.as_str(), v.read_only))
+            .collect();
+        assert_eq!(
+            mounts,
+            [
+                ("/config", "", true),
+                ("/etc/hosts", "file", true),
+                ("/etc/hostname", "hostname", false),
+                ("/etc/resolv.conf", "resolv.conf", false)
+            ]
+        );
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
+#[test]
+fn an_attached_client_sees_output_from_then_on_and_rotation_loses_none() {
+    use tokio::io::AsyncReadExt;
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["print-forever", "begin\n"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        let mut attached = daemon.attach(&id).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+        let mut out = attached.stdout.take().unwrap();
+        let mut text = [0; 6];
+        out.read_exact(&mut text).await.unwrap();
+        assert_eq!(&text, b"begin\n");
+        eventually("log", || world.log("app.log") == ["begin"]).await;
+        std::fs::rename(world.path("logs/app.log"), world.path("logs/app.log.1")).unwrap();
+        daemon.reopen_log(&id).await.unwrap();
+        world.guest(&pod).print(&id, "more\n");
+        eventually("new log", || world.log("app.log") == ["more"]).await;
+        assert_eq!(world.log("app.log.1"), ["begin"]);
+        daemon.stop_container(&id, Duration::from_secs(1)).await.unwrap();
+        assert_eq!(attached.process.wait().await.unwrap().code, 143);
+        let mut rest = String::new();
+        out.read_to_string(&mut rest).await.unwrap();
+        assert_eq!(rest, "more\n");
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}

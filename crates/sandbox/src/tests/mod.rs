@@ -1,0 +1,9 @@
+//! Stories of the whole crate, with a fake network, a fake VMM (a sleeping process with a control
+//! socket) and a fake agent behind its vsock listener. They assume root and cgroup v2, nothing
+//! else of a host; no KVM.
+
+mod agent;
+mod crash;
+mod life;
+mod trouble;
+mod world;

@@ -1,0 +1,163 @@
+//! What goes wrong, and that it leaves nothing.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::world::{eventually, story};
+use crate::Error;
+use crate::model::{ContainerState, Filter, PodState};
+
+#[test]
+fn of_twenty_pods_with_one_name_one_is_made() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let tries = (0..20).map(|_| daemon.run_pod(world.pod_spec("same")));
+        let results = futures_util::future::join_all(tries).await;
+        let made: Vec<_> = results.iter().filter_map(|r| r.as_ref().ok()).collect();
+        assert_eq!(made.len(), 1);
+        assert!(results.iter().all(|r| matches!(r, Ok(_) | Err(Error::Exists { .. }))));
+        daemon.remove_pod(made[0]).await.unwrap();
+        let again = daemon.run_pod(world.pod_spec("same")).await.unwrap();
+        daemon.remove_pod(&again).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_stop_during_the_boot_does_not_wait_for_it() {
+    story(|world| async move {
+        *world.inner.mute.lock().unwrap() = true;
+        let daemon = world.daemon().await;
+        let starting = tokio::spawn({
+            let (daemon, spec) = (daemon.clone(), world.pod_spec("slow"));
+            async move { daemon.run_pod(spec).await }
+        });
+        eventually("launch", || !world.inner.guests.lock().unwrap().is_empty()).await;
+        assert!(daemon.pods(&Filter::default()).is_empty(), "a pod that starts is not listed");
+        let pod = world.inner.guests.lock().unwrap().keys().next().unwrap().clone();
+        let began = Instant::now();
+        daemon.stop_pod(&pod).await.unwrap();
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert!(matches!(starting.await.unwrap(), Err(Error::Cancelled { .. })));
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_caller_that_goes_away_has_its_pod_unwound() {
+    story(|world| async move {
+        *world.inner.mute.lock().unwrap() = true;
+        let daemon = world.daemon().await;
+        let start = daemon.run_pod(world.pod_spec("gone"));
+        assert!(tokio::time::timeout(Duration::from_millis(300), start).await.is_err());
+        eventually("unwound", || world.leftovers().is_empty()).await;
+    });
+}
+
+#[test]
+fn a_network_that_fails_and_a_vmm_that_dies_fail_the_start_with_the_reason() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        *world.inner.fail_network.lock().unwrap() = true;
+        let error = daemon.run_pod(world.pod_spec("a")).await.unwrap_err().to_string();
+        assert!(error.contains("no more addresses"), "{error}");
+        *world.inner.fail_network.lock().unwrap() = false;
+        *world.inner.mute.lock().unwrap() = true;
+        let start = tokio::spawn({
+            let (daemon, spec) = (daemon.clone(), world.pod_spec("b"));
+            async move { daemon.run_pod(spec).await }
+        });
+        eventually("launch", || !world.inner.guests.lock().unwrap().is_empty()).await;
+        let pid = world.inner.guests.lock().unwrap().values().next().unwrap().0;
+        kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
+        let error = start.await.unwrap().unwrap_err().to_string();
+        assert!(error.contains("the VM ended while it started"), "{error}");
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_killed_vmm_turns_the_pod_not_ready_with_a_reason() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["print-forever", "last words\n"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+        eventually("log", || world.log("app.log").len() == 1).await;
+        kill(Pid::from_raw(world.vmm_pid(&pod) as i32), Signal::SIGKILL).unwrap();
+        eventually("not ready", || daemon.pod(&pod).unwrap().state == PodState::NotReady).await;
+        assert!(daemon.pod(&pod).unwrap().reason.contains("killed"));
+        let container = daemon.container(&id).unwrap();
+        assert_eq!(container.state, ContainerState::Exited);
+        assert_eq!(container.exit.unwrap().reason, "VmDied");
+        let refused = daemon.create_container(&pod, world.container_spec("b", &["forever"])).await;
+        assert!(matches!(refused, Err(Error::FailedPrecondition { .. })));
+        daemon.stop_pod(&pod).await.unwrap();
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_guest_that_falls_silent_is_killed_and_listing_does_not_wait_for_it() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        world.guest(&pod).lock().silent = true;
+        let began = Instant::now();
+        assert_eq!(daemon.pods(&Filter::default()).len(), 1);
+        assert!(began.elapsed() < Duration::from_millis(50));
+        eventually("not ready", || daemon.pod(&pod).unwrap().state == PodState::NotReady).await;
+        assert!(daemon.pod(&pod).unwrap().reason.contains("stopped answering"));
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_container_that_cannot_be_made_leaves_its_name_and_its_disks_free() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        world.guest(&pod).lock().refuse_create = true;
+        let spec = world.container_spec("app", &["forever"]);
+        let error = daemon.create_container(&pod, spec.clone()).await.unwrap_err();
+        assert!(matches!(error, Error::InvalidArgument { .. }), "{error:?}");
+        assert!(world.inner.devices.lock().unwrap().is_empty());
+        world.guest(&pod).lock().refuse_create = false;
+        let id = daemon.create_container(&pod, spec.clone()).await.unwrap();
+        let twice = daemon.create_container(&pod, spec).await;
+        assert!(matches!(twice, Err(Error::Exists { .. })));
+        let mut spec = world.container_spec("bad", &["missing"]);
+        spec.log_path = String::new();
+        let bad = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&bad).await.unwrap_err();
+        assert_eq!(daemon.container(&bad).unwrap().exit.unwrap().reason, "StartError");
+        daemon.start_container(&id).await.unwrap();
+        let twice = daemon.start_container(&id).await;
+        assert!(matches!(twice, Err(Error::FailedPrecondition { .. })));
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_record_that_is_not_understood_is_kept_until_it_is_removed_by_id() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        daemon.shutdown().await;
+        drop(daemon);
+        let record = world.path("r/pods").join(&pod).join("record.json");
+        let text = std::fs::read_to_string(&record).unwrap();
+        std::fs::write(&record, text.replace("\"version\":1", "\"version\":99")).unwrap();
+        let daemon = world.daemon().await;
+        assert!(daemon.pods(&Filter::default()).is_empty());
+        assert!(!world.leftovers().is_empty(), "nothing is destroyed unasked");
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}

@@ -1,0 +1,316 @@
+//! What outlives a daemon: fake VMs, the fake network, the folders. And a daemon that can crash.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::future::Future;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use vmm_api::transport::{receive, send};
+use vmm_api::{DeviceStatus, Phase, Reply, VmConfig, VmStatus};
+
+use super::agent::Guest;
+use crate::host::process::pidfd_open;
+use crate::launcher::{Launch, Launched, Program};
+use crate::model::{ContainerSpec, Meta, PidMode, PodId, PodSpec, RootfsSpec};
+use crate::ports::{Attachment, Network, PortError};
+use crate::{Config, Error, Sandboxes};
+
+/// Runs the guests of all worlds: they outlive daemons.
+fn guests() -> &'static tokio::runtime::Runtime {
+    static RUNTIME: OnceLock<tokio::runtime::Runtime> = OnceLock::new();
+    RUNTIME.get_or_init(|| {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.worker_threads(2).enable_all().build().unwrap()
+    })
+}
+
+#[derive(Clone)]
+pub(super) struct World {
+    pub(super) inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub(super) dir: tempfile::TempDir,
+    pub(super) attached: Mutex<BTreeSet<PodId>>,
+    pub(super) guests: Mutex<HashMap<PodId, (u32, Arc<Guest>)>>,
+    pub(super) devices: Arc<Mutex<Vec<String>>>,
+    /// The next guest never comes up.
+    pub(super) mute: Mutex<bool>,
+    pub(super) fail_network: Mutex<bool>,
+    cgroup: String,
+}
+
+impl World {
+    pub(super) fn new() -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() || crate::host::cgroup::find_root("".as_ref()).is_err()
+        {
+            eprintln!("SKIP: needs root and cgroup v2");
+            return None;
+        }
+        let dir = tempfile::Builder::new().prefix("n").tempdir().unwrap();
+        std::fs::write(dir.path().join("image"), "erofs").unwrap();
+        let inner = Inner {
+            cgroup: format!("nacelle-test-{}", uuid::Uuid::new_v4().simple()),
+            dir,
+            attached: Mutex::default(),
+            guests: Mutex::default(),
+            devices: Arc::default(),
+            mute: Mutex::new(false),
+            fail_network: Mutex::new(false),
+        };
+        Some(Self { inner: Arc::new(inner) })
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.inner.dir.path().join(name)
+    }
+
+    pub(super) fn config(&self) -> Config {
+        let asset = self.path("image");
+        Config {
+            root: self.path("r"),
+            state: self.path("s"),
+            kernel: asset.clone(),
+            initramfs: asset.clone(),
+            kvm: asset.clone(),
+            vmm: asset,
+            scratch_size: 16 << 20,
+            boot_deadline_ms: 5_000,
+            guest_call_deadline_ms: 3_000,
+            shutdown_deadline_ms: 50,
+            ping_interval_ms: 100,
+            ping_misses: 3,
+            stats_interval_ms: 100,
+            ..Config::default()
+        }
+    }
+
+    pub(super) async fn daemon(&self) -> Sandboxes {
+        let this = Arc::new(self.clone());
+        Sandboxes::open_with(self.config(), this.clone(), this).await.unwrap()
+    }
+
+    pub(super) fn pod_spec(&self, name: &str) -> PodSpec {
+        PodSpec {
+            meta: Meta { name: name.into(), namespace: "test".into(), ..Meta::default() },
+            hostname: name.into(),
+            handler: String::new(),
+            cgroup_parent: self.inner.cgroup.clone(),
+            log_directory: self.path("logs").display().to_string(),
+            sysctls: Default::default(),
+            dns: Default::default(),
+            ports: Vec::new(),
+            vcpus: None,
+            memory_mib: None,
+            origin: serde_json::Value::Null,
+        }
+    }
+
+    pub(super) fn container_spec(&self, name: &str, args: &[&str]) -> ContainerSpec {
+        let process = serde_json::json!({
+            "ociVersion": "1.0.2",
+            "process": { "args": args, "cwd": "/", "user": { "uid": 0, "gid": 0 } },
+        });
+        ContainerSpec {
+            meta: Meta { name: name.into(), ..Meta::default() },
+            rootfs: RootfsSpec { image: self.path("image"), read_only: false },
+            oci: serde_json::from_value(process).unwrap(),
+            user: String::new(),
+            pid: PidMode::Container,
+            stdin: false,
+            stdin_once: false,
+            tty: false,
+            log_path: format!("{name}.log"),
+            copies: Vec::new(),
+            image_name: "image".into(),
+            image_id: "sha256:0".into(),
+            stop_signal: 15,
+            origin: serde_json::Value::Null,
+        }
+    }
+
+    pub(super) fn guest(&self, pod: &str) -> Arc<Guest> {
+        self.inner.guests.lock().unwrap()[pod].1.clone()
+    }
+
+    pub(super) fn vmm_pid(&self, pod: &str) -> u32 {
+        self.inner.guests.lock().unwrap()[pod].0
+    }
+
+    /// Texts of a log's entries.
+    pub(super) fn log(&self, name: &str) -> Vec<String> {
+        let text = std::fs::read_to_string(self.path("logs").join(name)).unwrap_or_default();
+        text.lines().map(|l| l.splitn(4, ' ').nth(3).unwrap().to_owned()).collect()
+    }
+
+    /// Everything on the host that pods leave, of this world.
+    pub(super) fn leftovers(&self) -> Vec<String> {
+        let mut left = Vec::new();
+        for folder in ["r/pods", "s/pods"] {
+            for entry in std::fs::read_dir(self.path(folder)).into_iter().flatten().flatten() {
+                left.push(entry.path().display().to_string());
+            }
+        }
+        left.extend(self.inner.attached.lock().unwrap().iter().map(|id| format!("network {id}")));
+        for (pid, _) in self.inner.guests.lock().unwrap().values() {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            if stat.contains("(sleep) S") {
+                left.push(format!("VMM {pid}"));
+            }
+        }
+        let root = crate::host::cgroup::find_root("".as_ref()).unwrap();
+        let cgroup = root.join(&self.inner.cgroup);
+        if cgroup.exists() {
+            left.push(cgroup.display().to_string());
+        }
+        left
+    }
+}
+
+#[async_trait]
+impl Network for World {
+    fn netns_path(&self, pod: &PodId) -> PathBuf {
+        PathBuf::from("/run/netns").join(pod)
+    }
+
+    async fn attach(&self, pod: &PodId, _: &PodSpec) -> Result<Attachment, PortError> {
+        self.inner.attached.lock().unwrap().insert(pod.clone());
+        if *self.inner.fail_network.lock().unwrap() {
+            return Err(PortError(anyhow::anyhow!("no more addresses")));
+        }
+        let addresses = vec!["10.1.2.3".parse().unwrap()];
+        Ok(Attachment { addresses, ..Attachment::default() })
+    }
+
+    async fn open_taps(&self, _: &PodId, _: &Attachment) -> Result<Vec<OwnedFd>, PortError> {
+        Ok(Vec::new())
+    }
+
+    async fn detach(&self, pod: &PodId, _: &PodSpec) -> Result<(), PortError> {
+        self.inner.attached.lock().unwrap().remove(pod);
+        Ok(())
+    }
+
+    async fn trouble(&self) -> Option<String> {
+        None
+    }
+
+    async fn collect(&self, known: &[PodId]) -> Result<(), PortError> {
+        self.inner.attached.lock().unwrap().retain(|id| known.contains(id));
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Launch for World {
+    async fn launch(&self, program: Program) -> Result<Launched, Error> {
+        let mut fds: Vec<_> = program.fds.into_iter().map(Some).collect();
+        let mut take = |number: i32| fds[number as usize - 3].take().unwrap();
+        let mut text = Vec::new();
+        File::from(take(3)).read_to_end(&mut text).unwrap();
+        let config: VmConfig = serde_json::from_slice(&text).unwrap();
+        let mut child = Command::new("sleep")
+            .arg("600")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let procs = format!("/proc/self/fd/{}/cgroup.procs", program.cgroup.as_raw_fd());
+        std::fs::write(procs, child.id().to_string()).unwrap();
+        let pidfd = pidfd_open(child.id()).unwrap();
+        let pid = child.id();
+
+        let guest = Arc::new(Guest::default());
+        self.inner.guests.lock().unwrap().insert(config.name.clone(), (pid, guest.clone()));
+        let listener =
+            std::os::unix::net::UnixListener::from(take(config.vsock.unwrap().listener.0));
+        listener.set_nonblocking(true).unwrap();
+        let mute = *self.inner.mute.lock().unwrap();
+        let served = guests().spawn(async move {
+            let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+            if mute {
+                std::future::pending::<()>().await;
+            }
+            guest.serve(listener).await;
+        });
+        let control = take(config.control.0);
+        let devices = self.inner.devices.clone();
+        std::thread::spawn(move || serve_control(&control, &devices));
+        std::thread::spawn(move || {
+            let _ = child.wait();
+            served.abort();
+        });
+        Ok(Launched { pid, pidfd })
+    }
+}
+
+/// Answers until the listener is shut down with the process' end (or the test's).
+fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>) {
+    while let Ok(fd) = nix::sys::socket::accept(control.as_raw_fd()) {
+        let connection = own(fd);
+        while let Ok((request, _fds)) = receive::<vmm_api::Request>(connection.as_fd()) {
+            let mut devices = devices.lock().unwrap();
+            let reply = match request {
+                vmm_api::Request::AddDisk { disk } if devices.contains(&disk.serial) => {
+                    Reply::Error(vmm_api::Error::Exists { id: disk.serial })
+                }
+                vmm_api::Request::AddDisk { disk } => {
+                    devices.push(disk.serial);
+                    Reply::Added { pci: "0000:00:04.0".into() }
+                }
+                vmm_api::Request::RemoveDevice { id } => {
+                    devices.retain(|d| *d != id);
+                    Reply::Done
+                }
+                vmm_api::Request::Status => Reply::Status(VmStatus {
+                    version: 1,
+                    phase: Phase::Running,
+                    pid: 1,
+                    vcpus: 1,
+                    memory_mib: 1,
+                    devices: devices.iter().map(device).collect(),
+                }),
+                _ => Reply::Done,
+            };
+            let _ = send(connection.as_fd(), &reply, &[]);
+        }
+    }
+}
+
+fn device(id: &String) -> DeviceStatus {
+    DeviceStatus { id: id.clone(), kind: "blk".into(), pci: String::new(), active: true }
+}
+
+#[allow(unsafe_code)] // nix' accept gives a plain number
+fn own(fd: i32) -> OwnedFd {
+    use std::os::fd::FromRawFd;
+    // SAFETY: accept has just made this descriptor, and only this place knows its number.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Waits for something that another task brings about.
+pub(super) async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < Duration::from_secs(15), "never: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Runs a story on a runtime of its own.
+pub(super) fn story<F: Future<Output = ()>>(tell: impl FnOnce(World) -> F) {
+    let Some(world) = World::new() else { return };
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        tokio::time::timeout(Duration::from_secs(60), tell(world)).await.expect("story hangs");
+    });
+    runtime.shutdown_background();
+}
