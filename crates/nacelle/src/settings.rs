@@ -127,7 +127,11 @@ impl Settings {
                     path: path.to_owned(),
                     section: section.into(),
                     key: key.into(),
-                    instead: if instead.is_empty() { "nothing: it is fixed".into() } else { instead.into() },
+                    instead: if instead.is_empty() {
+                        "nothing: it is fixed".into()
+                    } else {
+                        instead.into()
+                    },
                 });
             }
         }
@@ -177,7 +181,10 @@ impl Settings {
         .into_iter()
         .find(|(_, path, _)| !path.is_file())
         .map(|(key, path, advice)| {
-            format!("{key}: {} is not there; {advice}, or set `{key}` in the configuration", path.display())
+            format!(
+                "{key}: {} is not there; {advice}, or set `{key}` in the configuration",
+                path.display()
+            )
         })
     }
 }

@@ -16,6 +16,8 @@ use clap::{Parser, Subcommand};
 
 use crate::settings::{Overrides, Settings, TEMPLATE};
 
+pub(crate) use health::probe;
+
 #[derive(Debug, Parser)]
 #[command(name = "nacelled", version, about = "Runs each Kubernetes pod in its own microVM")]
 struct Arguments {

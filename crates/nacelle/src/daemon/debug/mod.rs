@@ -35,10 +35,7 @@ type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[async_trait]
 impl api::debug_server::Debug for Debug {
-    async fn info(
-        &self,
-        _: Request<api::InfoRequest>,
-    ) -> Result<Response<api::InfoReply>, Status> {
+    async fn info(&self, _: Request<api::InfoRequest>) -> Result<Response<api::InfoReply>, Status> {
         Ok(Response::new(api::InfoReply {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),

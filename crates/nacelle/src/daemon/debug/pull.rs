@@ -56,9 +56,5 @@ fn to_api(progress: &Progress) -> api::PullProgress {
         fetched: layer.fetched,
         applied: layer.applied,
     });
-    api::PullProgress {
-        phase: phase.into(),
-        layers: layers.collect(),
-        image_id: String::new(),
-    }
+    api::PullProgress { phase: phase.into(), layers: layers.collect(), image_id: String::new() }
 }

@@ -1,0 +1,148 @@
+//! A nacelled of our own, for `nacelle run` on a machine where none runs.
+//!
+//! There is one a machine, with folders of its own, so that images stay from run to run. Every
+//! `nacelle run` that uses it holds a shared lock; the one that can have it alone at its end, with
+//! no pod left running, stops the daemon.
+
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use cri::v1;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::connect::Client;
+use super::find;
+use crate::api::InfoRequest;
+use crate::settings::SOCKET_NAME;
+
+const ROOT: &str = "/var/lib/nacelle/private";
+const STATE: &str = "/run/nacelle-private";
+const START_LIMIT: Duration = Duration::from_secs(30);
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+pub(super) fn socket() -> PathBuf {
+    Path::new(STATE).join(SOCKET_NAME)
+}
+
+pub(super) struct Private {
+    /// Shared while we use the daemon.
+    lock: Flock<File>,
+}
+
+fn lock_file() -> Result<File> {
+    std::fs::create_dir_all(STATE).with_context(|| {
+        format!("making {STATE}: a nacelled of our own needs root; use sudo, or start nacelled")
+    })?;
+    let path = Path::new(STATE).join("lock");
+    File::create(&path).with_context(|| path.display().to_string())
+}
+
+fn flock(file: File, how: FlockArg) -> Result<Flock<File>> {
+    Flock::lock(file, how).map_err(|(_, error)| error).context("locking the private nacelled")
+}
+
+impl Private {
+    /// Takes part in using a private daemon that runs; none when there is none.
+    pub(super) fn join() -> Option<Self> {
+        if std::os::unix::net::UnixStream::connect(socket()).is_err() {
+            return None;
+        }
+        let lock = flock(lock_file().ok()?, FlockArg::LockShared).ok()?;
+        Some(Self { lock })
+    }
+
+    /// Starts the daemon unless another run has done so meanwhile.
+    pub(super) async fn start() -> Result<Self> {
+        let file = lock_file()?;
+        let lock =
+            tokio::task::spawn_blocking(move || flock(file, FlockArg::LockExclusive)).await??;
+        if Client::dial(&socket()).await.is_err() {
+            spawn().await?;
+        }
+        lock.relock(FlockArg::LockShared).context("sharing the private nacelled")?;
+        Ok(Self { lock })
+    }
+
+    pub(super) async fn connect(&self) -> Result<Client> {
+        Client::dial(&socket()).await
+    }
+
+    /// Stops the daemon if nobody else uses it and no pod runs in it.
+    pub(super) async fn leave(self, client: &mut Client) {
+        if self.lock.relock(FlockArg::LockExclusiveNonblock).is_err() {
+            return;
+        }
+        let ready = v1::PodSandboxState::SandboxReady as i32;
+        let busy = match find::all_pods(client).await {
+            Ok(pods) => pods.iter().any(|pod| pod.state == ready),
+            Err(_) => return,
+        };
+        if busy {
+            return;
+        }
+        let Ok(info) = client.debug.info(InfoRequest {}).await else { return };
+        let Ok(pid) = i32::try_from(info.into_inner().pid) else { return };
+        if kill(Pid::from_raw(pid), Signal::SIGTERM).is_err() {
+            return;
+        }
+        // The lock is held until it has ended, so that the next one starts afresh.
+        let begin = Instant::now();
+        while begin.elapsed() < STOP_LIMIT && kill(Pid::from_raw(pid), None).is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+async fn spawn() -> Result<()> {
+    let program = nacelled();
+    let conf_dir = Path::new(ROOT).join("cni");
+    std::fs::create_dir_all(&conf_dir).with_context(|| conf_dir.display().to_string())?;
+    let conflist =
+        network::default_conflist(Some(network::DEFAULT_IPV4), Some(network::DEFAULT_IPV6))?;
+    std::fs::write(conf_dir.join("10-nacelle.conflist"), conflist)?;
+    let log_path = Path::new(STATE).join("nacelled.log");
+    let log = File::create(&log_path).with_context(|| log_path.display().to_string())?;
+    let mut daemon = Command::new(&program)
+        .args(["--root", ROOT, "--state", STATE, "--cni-conf-dir"])
+        .arg(&conf_dir)
+        // Our own variables name somebody else's socket.
+        .env_remove("NACELLE_SOCKET")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        // Ctrl-C is for us.
+        .process_group(0)
+        .spawn()
+        .with_context(|| format!("starting {}", program.display()))?;
+    let begin = Instant::now();
+    loop {
+        if Client::dial(&socket()).await.is_ok() {
+            return Ok(());
+        }
+        if let Some(status) = daemon.try_wait()? {
+            let said = std::fs::read_to_string(&log_path).unwrap_or_default();
+            let last = said.lines().last().unwrap_or("it said nothing");
+            bail!("a nacelled of our own ended at once ({status}): {last}");
+        }
+        if begin.elapsed() > START_LIMIT {
+            let _ = daemon.kill();
+            bail!(
+                "a nacelled of our own did not answer within {START_LIMIT:?}: see {}",
+                log_path.display()
+            );
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Beside us, or wherever the shell would find it.
+fn nacelled() -> PathBuf {
+    let beside = std::env::current_exe().ok().map(|own| own.with_file_name("nacelled"));
+    beside.filter(|path| path.is_file()).unwrap_or_else(|| "nacelled".into())
+}

@@ -1,0 +1,85 @@
+//! `nacelle stop` and `nacelle rm`, for pods and containers.
+
+use anyhow::{Result, bail};
+use cri::v1;
+
+use super::connect::{Client, told};
+use super::find::{self, Found};
+
+/// Pods that `nacelle run` made carry this annotation with the folder of their logs.
+pub(super) const LOGS_ANNOTATION: &str = "nacelle.run/logs";
+
+pub(super) async fn stop(client: &mut Client, names: &[String], grace: i64) -> Result<()> {
+    for name in names {
+        match find::any(client, name).await? {
+            Found::Container(container) => stop_container(client, &container.id, grace).await?,
+            Found::Pod(pod) => {
+                // In turn, with the grace; what the pod's end would do without asking.
+                for container in find::all_containers(client).await? {
+                    let running = container.state == v1::ContainerState::ContainerRunning as i32;
+                    if container.pod_sandbox_id == pod.id && running {
+                        stop_container(client, &container.id, grace).await?;
+                    }
+                }
+                stop_pod(client, &pod.id).await?;
+            }
+        }
+        println!("{name}");
+    }
+    Ok(())
+}
+
+pub(super) async fn stop_container(client: &mut Client, id: &str, grace: i64) -> Result<()> {
+    let request = v1::StopContainerRequest { container_id: id.into(), timeout: grace };
+    client.runtime.stop_container(request).await.map(drop).map_err(told)
+}
+
+pub(super) async fn stop_pod(client: &mut Client, id: &str) -> Result<()> {
+    let request = v1::StopPodSandboxRequest { pod_sandbox_id: id.into() };
+    client.runtime.stop_pod_sandbox(request).await.map(drop).map_err(told)
+}
+
+pub(super) async fn remove(client: &mut Client, names: &[String], force: bool) -> Result<()> {
+    for name in names {
+        match find::any(client, name).await? {
+            Found::Container(container) => {
+                let running = container.state == v1::ContainerState::ContainerRunning as i32;
+                if running && !force {
+                    bail!("{name} still runs: stop it first, or use `nacelle rm -f {name}`");
+                }
+                let request = v1::RemoveContainerRequest { container_id: container.id };
+                client.runtime.remove_container(request).await.map_err(told)?;
+            }
+            Found::Pod(pod) => {
+                let ready = pod.state == v1::PodSandboxState::SandboxReady as i32;
+                let busy = ready
+                    && find::all_containers(client).await?.iter().any(|container| {
+                        container.pod_sandbox_id == pod.id
+                            && container.state == v1::ContainerState::ContainerRunning as i32
+                    });
+                if busy && !force {
+                    bail!("{name} still runs: stop it first, or use `nacelle rm -f {name}`");
+                }
+                remove_pod(client, &pod).await?;
+            }
+        }
+        println!("{name}");
+    }
+    Ok(())
+}
+
+/// The pod, and its logs if they are ours; a kubelet takes care of its own.
+pub(super) async fn remove_pod(client: &mut Client, pod: &v1::PodSandbox) -> Result<()> {
+    stop_pod(client, &pod.id).await?;
+    let request = v1::RemovePodSandboxRequest { pod_sandbox_id: pod.id.clone() };
+    client.runtime.remove_pod_sandbox(request).await.map_err(told)?;
+    if let Some(folder) = pod.annotations.get(LOGS_ANNOTATION) {
+        match std::fs::remove_dir_all(folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                eprintln!("nacelle: the logs in {folder} are left: {error}");
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
