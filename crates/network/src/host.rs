@@ -26,7 +26,7 @@ use crate::plugin::reply::Success;
 use crate::record::{Record, RecordError, Records};
 use crate::tap;
 
-/// Marks the namespaces that are ours among those of other runtimes.
+/// Tells people which namespaces are pods of ours.
 pub const PREFIX: &str = "nacelle-";
 
 #[derive(Debug, thiserror::Error)]
@@ -270,8 +270,9 @@ impl Host {
         Ok(self.runner.check(&record.network, &record.params, result)?)
     }
 
-    /// Frees what belongs to pods that nobody knows: by record and by the name of the namespace,
-    /// then by the plugins' own GC.
+    /// Frees what belongs to pods that nobody knows, then lets the plugins do their own GC. The
+    /// records say what is ours: they are older than what they speak of and outlive it, while a
+    /// namespace with our prefix may be another daemon's.
     pub fn collect(&self, known: &[String]) -> Result<(), Error> {
         let mut errors: Vec<Error> = Vec::new();
         let mut ids: BTreeSet<String> = BTreeSet::new();
@@ -279,7 +280,6 @@ impl Host {
             Ok(found) => ids.extend(found),
             Err(e) => errors.push(e.into()),
         }
-        ids.extend(self.namespaces());
         let mut kept: Vec<(String, String)> = Vec::new();
         for id in ids {
             // Busy: somebody knows it well.
@@ -313,14 +313,6 @@ impl Host {
         valid.sort();
         valid.dedup();
         self.runner.gc(&network, &valid).into_iter().map(Error::from).collect()
-    }
-
-    fn namespaces(&self) -> Vec<String> {
-        let Ok(entries) = std::fs::read_dir(&self.config.netns_dir) else { return Vec::new() };
-        entries
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .filter_map(|name| name.strip_prefix(PREFIX).map(str::to_owned))
-            .collect()
     }
 
     /// What keeps pods from being attached, in words.
