@@ -98,6 +98,7 @@ async fn build(
         .take()
         .ok_or_else(|| Error::invalid("oci_spec.process", "is missing"))?;
     make_cwd(&root, process.cwd(), &binds)?;
+    make_targets(&root, &binds)?;
     spec.set_process(Some(process.clone()));
     let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
 
@@ -204,6 +205,20 @@ fn make_cwd(root: &Root, cwd: &Path, binds: &[Bind]) -> Result<()> {
         Some((bind, below)) if bind.source.is_dir() => Root::open(&bind.source)?.make_dirs(below),
         _ => root.make_dirs(cwd),
     }
+}
+
+/// What volumes are mounted on, unless it lies in another volume: then libcontainer makes it.
+fn make_targets(root: &Root, binds: &[Bind]) -> Result<()> {
+    for bind in binds {
+        let nested = binds.iter().any(|other| {
+            other.destination != bind.destination
+                && bind.destination.starts_with(&other.destination)
+        });
+        if !nested && !bind.destination.starts_with("/dev") {
+            root.make_target(&bind.destination, bind.source.is_dir())?;
+        }
+    }
+    Ok(())
 }
 
 impl Parts {

@@ -106,6 +106,9 @@ impl Rootfs {
         let at = target.clone();
         blocking(move || {
             let (data, work) = (upper.join("data"), upper.join("work"));
+            // A disk that was used before carries the mark of a volatile mount, which overlayfs
+            // refuses; within one boot what was written is there all the same.
+            let _ = fs::remove_dir_all(&work);
             for dir in [&data, &work] {
                 fs::create_dir_all(dir).doing(|| format!("make {}", dir.display()))?;
             }

@@ -5,13 +5,37 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2, readlinkat};
 use nix::sys::stat::{Mode, mkdirat};
 
 use crate::error::{Doing, Result};
+
+/// Symlinks followed by hand; the kernel follows 40.
+const MAX_LINKS: usize = 16;
+
+fn how(flags: OFlag) -> OpenHow {
+    OpenHow::new()
+        .flags(flags | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS)
+}
+
+/// The path without `..`, taken lexically, and below the root.
+fn plain(path: &Path) -> PathBuf {
+    let mut out = PathBuf::from(".");
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => out.push(name),
+            Component::ParentDir if out != Path::new(".") => {
+                out.pop();
+            }
+            _ => {}
+        }
+    }
+    out
+}
 
 /// A directory that paths are resolved in.
 #[derive(Debug)]
@@ -24,10 +48,7 @@ impl Root {
     }
 
     fn openat(&self, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
-        let how = OpenHow::new()
-            .flags(flags | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        openat2(self.0.as_fd(), path, how)
+        openat2(self.0.as_fd(), path, how(flags))
     }
 
     /// Content of a file, at most `limit` bytes of it; None if there is no such file.
@@ -45,13 +66,43 @@ impl Root {
 
     /// Makes a directory and its parents; those that exist stay as they are.
     pub fn make_dirs(&self, path: &Path) -> Result<()> {
-        let mut done = std::path::PathBuf::from(".");
+        let mut done = PathBuf::from(".");
         for component in path.components() {
             let Component::Normal(name) = component else { continue };
             self.make_dir(&done, name)?;
             done.push(name);
         }
         Ok(())
+    }
+
+    /// Makes what something is to be mounted on: a file or a folder. A symlink that leads nowhere
+    /// (`/etc/resolv.conf` of many images) gets what it points to, inside the root.
+    pub fn make_target(&self, path: &Path, directory: bool) -> Result<()> {
+        let what = || format!("make mount target {}", path.display());
+        let mut path = plain(path);
+        for _ in 0..MAX_LINKS {
+            match self.openat(&path, OFlag::O_PATH) {
+                Ok(_) => return Ok(()),
+                Err(Errno::ENOENT) => {}
+                Err(error) => return Err(error).doing(what),
+            }
+            let parent = path.parent().unwrap_or(Path::new(".")).to_owned();
+            match self.openat(&path, OFlag::O_PATH | OFlag::O_NOFOLLOW) {
+                Ok(link) => {
+                    let target = readlinkat(&link, "").doing(what)?;
+                    path = plain(&parent.join(target));
+                }
+                Err(Errno::ENOENT) if directory => return self.make_dirs(&path),
+                Err(Errno::ENOENT) => {
+                    self.make_dirs(&parent)?;
+                    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
+                    let how = how(flags).mode(Mode::from_bits_truncate(0o644));
+                    return openat2(self.0.as_fd(), &path, how).map(drop).doing(what);
+                }
+                Err(error) => return Err(error).doing(what),
+            }
+        }
+        Err(Errno::ELOOP).doing(what)
     }
 
     fn make_dir(&self, parent: &Path, name: &OsStr) -> Result<()> {
@@ -93,6 +144,25 @@ mod tests {
         opened.make_dirs(Path::new("/var/lib/../data")).unwrap();
         assert!(root.join("real/lib").is_dir());
         assert!(root.join("real/lib/data").is_dir() || root.join("real/data").is_dir());
+    }
+
+    #[test]
+    fn a_mount_target_behind_a_dangling_symlink_is_made_inside_the_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        std::fs::create_dir_all(root.join("etc")).unwrap();
+        symlink("../run/resolve/stub.conf", root.join("etc/resolv.conf")).unwrap();
+        symlink("/../../../outside", root.join("etc/hosts")).unwrap();
+        symlink("loop", root.join("etc/loop")).unwrap();
+        let opened = Root::open(&root).unwrap();
+        opened.make_target(Path::new("/etc/resolv.conf"), false).unwrap();
+        assert!(root.join("run/resolve/stub.conf").is_file());
+        opened.make_target(Path::new("/etc/hosts"), false).unwrap();
+        assert!(root.join("outside").is_file() && !dir.path().join("outside").exists());
+        opened.make_target(Path::new("/data/x"), true).unwrap();
+        opened.make_target(Path::new("/data/x"), true).unwrap();
+        assert!(root.join("data/x").is_dir());
+        assert!(opened.make_target(Path::new("/etc/loop"), false).is_err());
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! Runs the program of a container or an exec: the last step of its process, inside the container.
 //! Failures are worded as callers of other runtimes know them, and travel through the start pipe.
 
+#![allow(unsafe_code)] // sigaction
+
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::{AccessFlags, access, execve};
 use oci_spec::runtime::Process;
 use serde::{Deserialize, Serialize};
@@ -97,8 +100,20 @@ fn run(process: &Process) -> Failure {
     let Ok(path) = CString::new(text.as_bytes()) else {
         return Failure { missing: true, message: format!("exec: {name:?}: holds a NUL byte") };
     };
+    default_signals();
     let Err(errno) = execve(&path, &strings(args), &strings(env));
     failure(name, errno, &format!("exec {text}: "))
+}
+
+/// Dispositions and masks survive execve(2), and Rust's runtime ignores SIGPIPE: `yes | head` would
+/// never end in a container.
+fn default_signals() {
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    for signal in Signal::iterator() {
+        // SAFETY: the default disposition runs no code of this process.
+        let _ = unsafe { sigaction(signal, &default) };
+    }
+    let _ = SigSet::empty().thread_set_mask();
 }
 
 /// Becomes the program, or reports why not and ends the process. The start pipe is closed by the
