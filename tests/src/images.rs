@@ -37,6 +37,8 @@ struct Recipe {
     compression: Compression,
     /// Shell lines that finish the tree, which is `$1`.
     finish: &'static str,
+    /// Folders below /run, which mmdebstrap leaves empty, with their owners.
+    folders: &'static [(&'static str, &'static str)],
     /// The `config` member of the image's configuration.
     config: fn() -> Value,
 }
@@ -51,6 +53,7 @@ const IMAGES: &[Recipe] = &[
         // The logs go where the container's go.
         finish: r#"ln -sf /dev/stdout "$1/var/log/nginx/access.log"
             ln -sf /dev/stderr "$1/var/log/nginx/error.log""#,
+        folders: &[],
         config: || {
             json!({
                 "Entrypoint": ["nginx"], "Cmd": ["-g", "daemon off;"], "Env": [PATH],
@@ -63,6 +66,7 @@ const IMAGES: &[Recipe] = &[
         packages: &["redis-server", "redis-tools"],
         compression: Compression::Gzip,
         finish: "",
+        folders: &[],
         config: || {
             json!({
                 "Entrypoint": ["redis-server"],
@@ -88,16 +92,17 @@ fi
 exec postgres -D "$PGDATA" -c listen_addresses='*' -c jit=off "$@"
 END
             chmod 755 "$1/usr/local/bin/start-postgres"
-            install -d -o postgres -g postgres "$1/run/postgresql"
             chroot "$1" setpriv --reuid=postgres --regid=postgres --init-groups \
                 /usr/lib/postgresql/15/bin/initdb -D /var/lib/postgresql/data -U postgres \
                 -E UTF8 --locale=C.UTF-8 --auth=trust --no-sync > /dev/null
             echo "host all all all trust" >> "$1/var/lib/postgresql/data/pg_hba.conf""#,
+        folders: &[("/run/postgresql", "postgres")],
         config: || {
             json!({
                 "Entrypoint": ["start-postgres"],
                 "Env": [
-                    format!("{PATH}:/usr/lib/postgresql/15/bin"),
+                    // Before Debian's wrappers, which choose between versions with a lot of Perl.
+                    PATH.replace("PATH=", "PATH=/usr/lib/postgresql/15/bin:"),
                     "PGDATA=/var/lib/postgresql/data",
                 ],
                 "User": "postgres", "WorkingDir": "/var/lib/postgresql",
@@ -112,6 +117,7 @@ END
         packages: &["python3"],
         compression: Compression::Zstd,
         finish: "",
+        folders: &[],
         config: || json!({"Cmd": ["python3"], "Env": [PATH, "LANG=C.UTF-8"], "WorkingDir": "/srv"}),
     },
 ];
@@ -154,9 +160,10 @@ fn key() -> String {
     let mut text = format!("{RECIPE} {WHITED_OUT:?} {}", trees::RECIPE);
     for image in IMAGES {
         text.push_str(&format!(
-            "\n{} {:?} {:?} {} {}",
+            "\n{} {:?} {:?} {:?} {} {}",
             image.name,
             image.packages,
+            image.folders,
             image.compression,
             image.finish,
             (image.config)()
@@ -185,7 +192,13 @@ fn make(scratch: &Path, ready: &Path) -> Result<()> {
             .iter()
             .map(|image| {
                 let (tree, sources) = (tree(image.name), sources.as_deref());
-                scope.spawn(move || trees::debian(&tree, image.packages, image.finish, sources))
+                scope.spawn(move || {
+                    trees::debian(&tree, image.packages, image.finish, sources)?;
+                    image
+                        .folders
+                        .iter()
+                        .try_for_each(|(path, owner)| trees::folder(&tree, path, owner))
+                })
             })
             .collect();
         for handle in others.into_iter().chain([base, busybox]) {

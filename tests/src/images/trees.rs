@@ -140,6 +140,17 @@ fn mmdebstrap(tree: &Path, options: &[String], sources: Option<&Path>) -> Result
     Ok(())
 }
 
+/// Makes a folder that belongs to a user of the tree.
+pub fn folder(tree: &Path, path: &str, owner: &str) -> Result<()> {
+    let status = Command::new("chroot")
+        .arg(tree)
+        .args(["install", "-d", "-o", owner, "-g", owner, path])
+        .status()
+        .context("running chroot")?;
+    ensure!(status.success(), "making {path} in {} failed", tree.display());
+    Ok(())
+}
+
 /// All that is worth a layer, parents first.
 pub fn files(tree: &Path) -> Result<Vec<PathBuf>> {
     walk(tree, &is_wanted)

@@ -76,7 +76,8 @@ impl Host {
         assert_eq!(self.names("netns"), Vec::<String>::new(), "namespaces are left");
         assert_eq!(self.names("cache/attachments"), Vec::<String>::new(), "records are left");
         let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
-        assert!(!mounts.contains("nacelle-"), "mounts are left:\n{mounts}");
+        let ours = self.path("netns").join("nacelle-").display().to_string();
+        assert!(!mounts.contains(&ours), "mounts are left:\n{mounts}");
     }
 }
 
