@@ -190,3 +190,44 @@ impl Doorbells {
         Ok(self.vm.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::tests::vm;
+
+    #[test]
+    fn a_dropped_lines_number_is_used_again_and_its_route_forgotten() {
+        let Some(vm) = vm() else { return };
+        let interrupts = Interrupts::new(vm);
+        let (first, second) = (interrupts.line().unwrap(), interrupts.line().unwrap());
+        let message = Message { address: 0xfee0_0000, data: 0x41 };
+        first.unmask(message).unwrap();
+        second.unmask(message).unwrap();
+        assert_eq!((first.gsi, second.gsi), (0, 1));
+        drop(first);
+        let third = interrupts.line().unwrap();
+        assert_eq!(third.gsi, 0);
+        assert_eq!(interrupts.shared.lock()[0], Slot::Taken(None));
+        third.unmask(message).unwrap();
+    }
+
+    #[test]
+    fn what_is_raised_while_masked_stays_pending() {
+        let Some(vm) = vm() else { return };
+        let line = Interrupts::new(vm).line().unwrap();
+        line.unmask(Message { address: 0xfee0_0000, data: 0x41 }).unwrap();
+        line.mask().unwrap();
+        line.trigger().unwrap();
+        line.trigger().unwrap();
+        assert_eq!(line.event.read().unwrap(), 2);
+    }
+
+    #[test]
+    fn lines_run_out_with_an_error() {
+        let Some(vm) = vm() else { return };
+        let interrupts = Interrupts::new(vm);
+        *interrupts.shared.lock() = vec![Slot::Taken(None); LINES_MAX];
+        assert!(matches!(interrupts.line(), Err(InterruptError::Exhausted)));
+    }
+}

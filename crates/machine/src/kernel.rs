@@ -37,8 +37,12 @@ pub enum KernelError {
     Entry { entry: u64 },
     #[error("kernel speaks boot protocol {version:#x}; a 64-bit kernel with 0x20c is needed")]
     Protocol { version: u16 },
-    #[error("kernel image is malformed or does not fit into guest memory ending at {ram_end:#x}")]
-    Load { ram_end: u64, source: linux_loader::loader::Error },
+    // The loader's error prints its own causes.
+    #[error(
+        "kernel image is malformed or does not fit into guest memory ending at {ram_end:#x}: \
+         {error}"
+    )]
+    Load { ram_end: u64, error: linux_loader::loader::Error },
     #[error(
         "kernel needs memory up to {needs:#x}, the guest has {ram_end:#x}; give the VM more memory"
     )]
@@ -89,7 +93,7 @@ fn load_elf(ram: &Ram, file: &mut File, machine: u16, ram_end: u64) -> Result<Ke
         return Err(KernelError::Machine { machine });
     }
     let loaded = Elf::load(ram, None, file, Some(GuestAddress(HIGH_RAM)))
-        .map_err(|source| KernelError::Load { ram_end, source })?;
+        .map_err(|error| KernelError::Load { ram_end, error })?;
     let (entry, end) = (loaded.kernel_load.0, loaded.kernel_end);
     if entry >= end {
         return Err(KernelError::Entry { entry });
@@ -108,7 +112,7 @@ fn load_bzimage(ram: &Ram, file: &mut File, ram_end: u64) -> Result<Kernel, Kern
         return Err(KernelError::TooBig { needs: at, ram_end });
     }
     let loaded = BzImage::load(ram, Some(GuestAddress(at)), file, None)
-        .map_err(|source| KernelError::Load { ram_end, source })?;
+        .map_err(|error| KernelError::Load { ram_end, error })?;
     let header = loaded.setup_header.unwrap_or_default();
     let (version, flags) = (header.version, header.xloadflags);
     if version < PROTOCOL_2_12 || flags & XLF_KERNEL_64 == 0 {

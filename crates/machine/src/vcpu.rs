@@ -330,3 +330,52 @@ impl Drop for Vcpu {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::Ram;
+    use crate::vm::tests::host;
+
+    struct Deaf;
+
+    impl Bus for Deaf {
+        fn port_read(&self, _: u16, _: &mut [u8]) {}
+        fn port_write(&self, _: u16, _: &[u8]) {}
+        fn mmio_read(&self, _: u64, _: &mut [u8]) {}
+        fn mmio_write(&self, _: u64, _: &[u8]) {}
+    }
+
+    #[test]
+    fn a_kick_brings_a_spinning_vcpu_back_and_one_before_the_run_is_not_lost() {
+        let Some(host) = host() else { return };
+        install_kick_handler().unwrap();
+        let vm = host.create_vm(1).unwrap();
+        let ram = Ram::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap();
+        // jmp to itself.
+        ram.write_slice(&[0xeb, 0xfe], GuestAddress(0x1000)).unwrap();
+        crate::vm::map_ram(&vm, &ram).unwrap();
+        let table = crate::cpuid::table(host.cpuid(), 0, 1).unwrap();
+        let mut vcpu = Vcpu::new(&vm, 0, &table).unwrap();
+        vcpu.real_mode(0x1000, 0).unwrap();
+        let own = vcpu.adopt();
+        own.kick();
+        assert_eq!(vcpu.step(&Deaf).unwrap(), Step::Interrupted);
+        let (sender, receiver) = channel();
+        let kicker = std::thread::spawn(move || {
+            // Until it has worked: the first may come between two runs.
+            while receiver.recv_timeout(Duration::from_millis(20)).is_err() {
+                own.kick();
+            }
+        });
+        assert_eq!(vcpu.step(&Deaf).unwrap(), Step::Interrupted);
+        sender.send(()).unwrap();
+        kicker.join().unwrap();
+        assert!(vcpu.exits().all().contains(&("signal", 2)));
+    }
+}

@@ -131,3 +131,43 @@ pub fn map_ram(vm: &VmFd, ram: &Ram) -> Result<(), VmError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// The host's KVM; tests that need it are skipped, loudly, where it is missing.
+    pub(crate) fn host() -> Option<Host> {
+        let device = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+        match device.map(|device| Host::new(device.into())) {
+            Ok(Ok(host)) => Some(host),
+            Ok(Err(error)) => {
+                println!("SKIP: {error}");
+                None
+            }
+            Err(error) => {
+                println!("SKIP: /dev/kvm: {error}");
+                None
+            }
+        }
+    }
+
+    pub(crate) fn vm() -> Option<Arc<VmFd>> {
+        Some(host()?.create_vm(1).unwrap())
+    }
+
+    #[test]
+    fn more_vcpus_than_kvm_has_are_refused_and_address_bits_are_sane() {
+        let Some(host) = host() else { return };
+        assert!((32..=52).contains(&host.address_bits()));
+        if host.kvm.get_max_vcpus() < 255 {
+            assert!(matches!(host.create_vm(255), Err(VmError::TooManyVcpus { got: 255, .. })));
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_not_kvm_is_refused() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        assert!(matches!(Host::new(null.into()), Err(VmError::ApiVersion { got: -1 })));
+    }
+}

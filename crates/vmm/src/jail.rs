@@ -137,6 +137,7 @@ fn capabilities() -> Result<u64, Errno> {
 /// - One allocator arena: an arena a thread would cost more than everything it holds.
 /// - Stacks of 256 KiB where a library does not say otherwise: with huge pages enabled, the first
 ///   touch of a default stack of 2 MiB takes all of it.
+#[allow(clippy::disallowed_methods)] // the environment: no other thread can be reading it yet
 pub fn stay_small() {
     // SAFETY: mallopt changes allocator parameters; no other thread exists yet.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
