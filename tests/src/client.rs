@@ -1,6 +1,5 @@
 //! A CRI client as a story likes it: blocking, every call with a deadline.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -251,7 +250,7 @@ pub fn pod(name: &str, logs: &Path) -> v1::PodSandboxConfig {
         }),
         hostname: name.into(),
         log_directory: logs.join(name).display().to_string(),
-        labels: HashMap::from([("story".into(), name.into())]),
+        labels: [("story".into(), name.into())].into(),
         linux: Some(v1::LinuxPodSandboxConfig::default()),
         ..Default::default()
     }
