@@ -154,6 +154,14 @@ async fn execs_join_the_container_with_and_without_a_terminal() {
     assert!(text.ends_with("/home/web y\n"), "{text}");
     assert_eq!(guest.exit("c", "e1").await.code, 5);
 
+    // Short and silent: its streams are there for a host that acknowledges first.
+    guest.exec("c", "e0", json!({"args": ["true"]})).await.unwrap();
+    guest.exit("c", "e0").await;
+    guest.client.ack_events(v1::AckEventsRequest { sequence: 100 }).await.unwrap();
+    for kind in [Kind::Stdout, Kind::Stderr] {
+        assert_eq!(guest.open(kind, "c", "e0", 0).await.read_all().await, b"");
+    }
+
     let request = v1::ExecRequest {
         container_id: "c".into(),
         exec_id: "e2".into(),

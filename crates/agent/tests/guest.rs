@@ -166,11 +166,11 @@ async fn identity(guest: &mut Guest) {
     let error = guest.client.configure_pod(other).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::AlreadyExists);
     let bad = v1::ConfigurePodRequest {
-        sysctls: [("vm.swappiness".to_owned(), "0".to_owned())].into(),
+        sysctls: [("kernel.core_pattern".to_owned(), "|/x".to_owned())].into(),
         ..request
     };
     let error = guest.client.configure_pod(bad).await.unwrap_err();
-    assert!(error.message().contains("vm.swappiness"), "{error}");
+    assert!(error.message().contains("kernel.core_pattern"), "{error}");
 }
 
 async fn disks(guest: &mut Guest) {

@@ -15,10 +15,16 @@ use crate::error::{Doing, Error, Result};
 const MAX_ENTROPY: usize = 512;
 /// Longest host name (__NEW_UTS_LEN).
 const MAX_HOSTNAME: usize = 64;
-/// Sysctls that belong to a pod: those of the namespaces that a pod has of its own on any runtime.
-/// The guest's kernel is the pod's alone, but a pod must not learn to rely on more.
-const SYSCTLS: [&str; 7] =
-    ["kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.", "net.", "kernel.domainname", "user."];
+/// Sysctls that name a program for the kernel to run outside of every container, as root and beside
+/// the agent. All others are the pod's to set: its kernel is its own.
+const FORBIDDEN: [&str; 6] = [
+    "kernel.core_pattern",
+    "kernel.hotplug",
+    "kernel.modprobe",
+    "kernel.poweroff_cmd",
+    "kernel.usermodehelper",
+    "fs.binfmt_misc",
+];
 
 pub fn set_clock(unix_time_ns: i64) -> Result<()> {
     if unix_time_ns <= 0 {
@@ -77,8 +83,9 @@ pub fn set_hostname(name: &str) -> Result<()> {
 
 fn sysctl_path(name: &str) -> Result<PathBuf> {
     let bad = |why: &str| Error::invalid("sysctls", format!("{name:?} {why}"));
-    if !SYSCTLS.iter().any(|prefix| name.replace('/', ".").starts_with(prefix)) {
-        return Err(bad("is not one that a pod may set"));
+    let dotted = name.replace('/', ".");
+    if FORBIDDEN.iter().any(|prefix| dotted.starts_with(prefix)) {
+        return Err(bad("would have the kernel run a program outside of the containers"));
     }
     // Both spellings, as sysctl(8): the first separator decides. With dots, a slash stands for a
     // dot inside a name (`net.ipv4.conf.eth0/1.mtu`).
@@ -124,12 +131,13 @@ mod tests {
             ("net.ipv4.ip_forward", "/proc/sys/net/ipv4/ip_forward"),
             ("net/ipv4/ip_forward", "/proc/sys/net/ipv4/ip_forward"),
             ("net.ipv4.conf.eth0/1.forwarding", "/proc/sys/net/ipv4/conf/eth0.1/forwarding"),
+            ("vm.max_map_count", "/proc/sys/vm/max_map_count"),
             ("kernel.shmmax", "/proc/sys/kernel/shmmax"),
         ] {
             assert_eq!(sysctl_path(name).unwrap(), Path::new(path), "{name}");
         }
         for name in
-            ["net/../kernel/core_pattern", "kernel.core_pattern", "", "net..x", "vm.swappiness"]
+            ["net/../kernel/core_pattern", "kernel.core_pattern", "kernel/modprobe", "", "net..x"]
         {
             assert!(sysctl_path(name).is_err(), "{name}");
         }

@@ -98,10 +98,11 @@ impl Output {
         }
     }
 
-    /// Whether everything was read from the process and acknowledged by the host.
+    /// Whether everything was read from the process and acknowledged by the host. Until the host
+    /// has come once, even nothing is something it may ask for.
     pub fn is_consumed(&self) -> bool {
         let state = self.lock();
-        state.finished && state.window.is_empty()
+        state.finished && state.window.is_empty() && state.connection > 0
     }
 
     pub fn is_attached(&self) -> bool {
