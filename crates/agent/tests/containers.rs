@@ -469,3 +469,55 @@ async fn bad_requests_are_refused_and_leave_nothing() {
         assert_eq!(guest.start(id).await.unwrap_err().code(), Code::NotFound);
     }
 }
+
+#[tokio::test]
+async fn many_containers_and_execs_at_once_do_not_mix_up() {
+    let Some(guest) = guest().await else { return };
+    let guest = std::sync::Arc::new(guest);
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..8 {
+        let guest = guest.clone();
+        tasks.spawn(async move {
+            let mut client = guest.client.clone();
+            let id = format!("c{n}");
+            let request = guest.request(&id, &spec("sleep 1000", json!({})));
+            client.create_container(request).await.unwrap();
+            let start = v1::StartContainerRequest { container_id: id.clone() };
+            client.start_container(start).await.unwrap();
+            let mut execs = tokio::task::JoinSet::new();
+            for m in 0..8 {
+                let (guest, id) = (guest.clone(), id.clone());
+                execs.spawn(async move {
+                    let script =
+                        format!("i=0; while [ $i -lt 2000 ]; do echo {n}.{m}; i=$((i+1)); done");
+                    let process = json!({"args": ["sh", "-c", script]});
+                    let request = v1::ExecRequest {
+                        container_id: id.clone(),
+                        exec_id: format!("e{m}"),
+                        oci_process: process.to_string().into_bytes(),
+                        ..Default::default()
+                    };
+                    guest.client.clone().exec(request).await.unwrap();
+                    let mut stdout = guest.open(Kind::Stdout, &id, &format!("e{m}"), 0).await;
+                    let output = String::from_utf8(stdout.read_all().await).unwrap();
+                    assert_eq!(output, format!("{n}.{m}\n").repeat(2000));
+                });
+            }
+            execs.join_all().await;
+            let remove = v1::RemoveContainerRequest { container_id: id };
+            client.remove_container(remove).await.unwrap();
+        });
+    }
+    tasks.join_all().await;
+    let mut client = guest.client.clone();
+    let mut events = client.events(v1::EventsRequest {}).await.unwrap().into_inner();
+    let mut seen = std::collections::BTreeSet::new();
+    while seen.len() < 8 * 9 {
+        let next = tokio::time::timeout(common::PATIENCE, events.message());
+        let event = next.await.expect("an exit is missing").unwrap().unwrap();
+        let Some(v1::event::Event::Exit(exit)) = event.event else { continue };
+        let code = if exit.exec_id.is_empty() { 137 } else { 0 };
+        assert_eq!(exit.code, code, "{exit:?}");
+        assert!(seen.insert((exit.container_id, exit.exec_id)), "told twice");
+    }
+}
