@@ -170,7 +170,7 @@ pub fn changed(tree: &Path, base: &Path) -> Result<Vec<PathBuf>> {
 fn is_wanted(path: &Path) -> bool {
     let text = path.to_string_lossy();
     let inside = |folder: &&str| text.starts_with(*folder) && text[folder.len()..].starts_with('/');
-    !EMPTIED.iter().any(|folder| inside(folder)) && !DROPPED.iter().any(|p| text.starts_with(p))
+    !EMPTIED.iter().any(inside) && !DROPPED.iter().any(|p| text.starts_with(p))
 }
 
 fn walk(tree: &Path, wanted: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
