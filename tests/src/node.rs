@@ -62,7 +62,8 @@ impl Node {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let mut node = Self {
             root: path("root"),
-            state: path("run"),
+            // Short: a unix socket's path has room for 107 bytes.
+            state: format!("/run/nclt{}-{number}", std::process::id()).into(),
             logs: path("logs"),
             daemon: None,
             cri: None,
@@ -249,6 +250,7 @@ impl Drop for Node {
             let _ = daemon.kill();
             let _ = daemon.wait();
         }
+        let _ = fs::remove_dir_all(&self.state);
         let _ = Command::new("ip").args(["link", "del", &format!("nclt{}", self.number)]).output();
     }
 }
