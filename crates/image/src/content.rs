@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use sha2::{Digest as _, Sha256};
@@ -25,12 +25,15 @@ struct Inner {
     blobs: PathBuf,
     ingest: PathBuf,
     leases: Mutex<HashMap<Digest, usize>>,
+    /// Whether a blob goes with its last lease. Not before the store is open as a whole, and not
+    /// when the process ends: then leases go, but images stay.
+    live: AtomicBool,
     next: AtomicU64,
 }
 
 impl Content {
     /// Opens the store and removes what a killed process left half-written. Blobs stay until
-    /// [`Content::sweep`], so that images can take their leases first.
+    /// [`Content::start`], so that images can take their leases first.
     pub fn open(root: &Path) -> Result<Self, Error> {
         let blobs = root.join("blobs/sha256");
         let ingest = root.join("ingest");
@@ -43,8 +46,21 @@ impl Content {
             blobs,
             ingest,
             leases: Mutex::default(),
+            live: AtomicBool::new(false),
             next: AtomicU64::new(0),
         })))
+    }
+
+    /// From here on blobs go with their last lease; what has none already goes now.
+    pub fn start(&self) -> Result<(), Error> {
+        self.sweep()?;
+        self.0.live.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// From here on leases that are dropped take nothing along.
+    pub fn stop(&self) {
+        self.0.live.store(false, Ordering::Relaxed);
     }
 
     /// Removes every blob without a lease; returns their number and bytes.
@@ -145,8 +161,10 @@ impl Drop for Lease {
         *count -= 1;
         if *count == 0 {
             leases.remove(&self.digest);
-            // Often not there: the download failed.
-            let _ = fs::remove_file(self.content.path(&self.digest));
+            if self.content.0.live.load(Ordering::Relaxed) {
+                // Often not there: the download failed.
+                let _ = fs::remove_file(self.content.path(&self.digest));
+            }
         }
     }
 }

@@ -79,6 +79,14 @@ pub enum ErrorKind {
 }
 
 impl Error {
+    /// The error itself where several callers share it.
+    pub fn inner(&self) -> &Self {
+        match self {
+            Self::Shared(inner) => inner.inner(),
+            own => own,
+        }
+    }
+
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::InvalidReference { .. } | Self::NotAnArchive { .. } => ErrorKind::InvalidArgument,

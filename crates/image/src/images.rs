@@ -80,7 +80,7 @@ pub(crate) struct Inner {
     store: Mutex<Store>,
     flights: Mutex<HashMap<FlightKey, Flight>>,
     next_flight: std::sync::atomic::AtomicU64,
-    locks: Mutex<HashMap<(Purpose, Digest), Weak<tokio::sync::Mutex<()>>>>,
+    locks: Mutex<HashMap<(Purpose, Digest), Weak<Lock>>>,
     /// Locked for as long as this process uses the directory.
     _lock: File,
 }
@@ -94,6 +94,7 @@ enum Purpose {
 /// Pulls are shared only between callers with the same credentials: who may not see an image must
 /// not get it because somebody else may.
 type FlightKey = (Reference, Auth);
+type Lock = tokio::sync::Mutex<()>;
 type Outcome = Option<Result<Digest, Arc<Error>>>;
 
 /// A pull under way.
@@ -115,7 +116,7 @@ impl Images {
             let lock = lock(&config.root)?;
             let content = Content::open(&config.root.join("content"))?;
             let store = Store::open(&config.root.join("images"), &content)?;
-            content.sweep()?;
+            content.start()?;
             let config = Arc::new(config);
             Ok(Self(Arc::new(Inner {
                 registries: Registries::new(Arc::clone(&config)),
@@ -291,15 +292,15 @@ impl Inner {
         self.store().contains(id)
     }
 
-    pub fn build_lock(&self, id: Digest) -> Arc<tokio::sync::Mutex<()>> {
+    pub fn build_lock(&self, id: Digest) -> Arc<Lock> {
         self.lock(Purpose::Build, id)
     }
 
-    pub fn blob_lock(&self, digest: Digest) -> Arc<tokio::sync::Mutex<()>> {
+    pub fn blob_lock(&self, digest: Digest) -> Arc<Lock> {
         self.lock(Purpose::Blob, digest)
     }
 
-    fn lock(&self, purpose: Purpose, digest: Digest) -> Arc<tokio::sync::Mutex<()>> {
+    fn lock(&self, purpose: Purpose, digest: Digest) -> Arc<Lock> {
         let mut locks = self.locks.lock().expect("no holder panics");
         locks.retain(|_, lock| lock.strong_count() > 0);
         if let Some(lock) = locks.get(&(purpose, digest)).and_then(Weak::upgrade) {
@@ -308,6 +309,12 @@ impl Inner {
         let lock = Arc::default();
         locks.insert((purpose, digest), Arc::downgrade(&lock));
         lock
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.content.stop();
     }
 }
 

@@ -364,7 +364,3 @@ fn parse_versioned<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) ->
     }
     serde_json::from_slice(bytes).map_err(bad)
 }
-
-#[cfg(test)]
-#[path = "store_tests.rs"]
-mod tests;

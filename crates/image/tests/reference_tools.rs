@@ -334,7 +334,7 @@ async fn a_real_registry_serves_what_skopeo_pushed() {
     assert_eq!(watch.borrow().phase, image::Phase::Done);
     assert!(watch.borrow().layers.iter().all(|l| l.fetched == l.size && l.applied == l.size));
     let info = images.image(&name).unwrap();
-    assert_eq!(info.repo_tags, [name.clone()]);
+    assert_eq!(info.repo_tags, std::slice::from_ref(&name));
     assert_eq!(info.user, "1000");
     run("fsck.erofs", &[text(&info.erofs_path)]);
     let by_digest = info.repo_digests[0].clone();

@@ -293,7 +293,7 @@ impl Placer {
                 (None, target) => write = target.map(|to| (position, to)),
             }
             self.index += 1;
-            if self.index % self.chunk_blocks == 0 || self.index == self.total_blocks {
+            if self.index.is_multiple_of(self.chunk_blocks) || self.index == self.total_blocks {
                 self.pending_zero += u64::from(self.current.take().is_none());
             }
         }

@@ -20,7 +20,7 @@ pub const NULL_BLOCK: u32 = u32::MAX;
 
 const _: () = assert!(SUPER_OFFSET + SUPER_SIZE <= BLOCK);
 const _: () = assert!(BLOCK == 1 << BLOCK_BITS);
-const _: () = assert!(INODE_SIZE as u64 % SLOT == 0);
+const _: () = assert!((INODE_SIZE as u64).is_multiple_of(SLOT));
 
 pub const COMPAT_SB_CHECKSUM: u32 = 1;
 pub const COMPAT_MTIME: u32 = 2;
@@ -122,7 +122,7 @@ impl RawInode {
 /// 20 of minor) has no representation.
 pub fn encode_device(major: u32, minor: u32) -> Option<u32> {
     (major < 1 << 12 && minor < 1 << 20)
-        .then(|| (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12))
+        .then_some((minor & 0xff) | (major << 8) | ((minor & !0xff) << 12))
 }
 
 /// Splits an attribute name into the index of a known prefix and the rest; `None` for name spaces

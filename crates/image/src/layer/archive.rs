@@ -312,7 +312,7 @@ fn header_is_v7_directory(header: &RawHeader, path: &[u8]) -> bool {
 
 /// Checks the map: in order, not overlapping, inside of the file, adding up to the data stored.
 fn set_sparse(entry: &mut Entry, size: u64, map: &[u64]) -> Result<(), TarError> {
-    if map.len() % 2 != 0 || map.len() > 2 * MAX_SEGMENTS {
+    if !map.len().is_multiple_of(2) || map.len() > 2 * MAX_SEGMENTS {
         return Err(TarError::BadSparse);
     }
     let (mut end, mut stored) = (0u64, 0u64);

@@ -12,6 +12,8 @@ use crate::error::Error;
 /// Attempts at one blob whatever their progress: a server that sends one byte a connection must
 /// not keep a pull alive for ever.
 const MAX_ATTEMPTS: u32 = 100;
+/// A connection that brought less than this counts as a failed attempt.
+const MIN_PROGRESS: u64 = 64 << 10;
 const WRITE_SIZE: usize = 512 << 10;
 
 impl Session {
@@ -109,7 +111,7 @@ impl Session {
             if !short && !is_transient(&error) {
                 return Err(error);
             }
-            failures = if sink.written() > before { 0 } else { failures + 1 };
+            failures = if sink.written() >= before + MIN_PROGRESS { 0 } else { failures + 1 };
             if failures >= self.config.attempts {
                 return Err(error);
             }

@@ -1,7 +1,7 @@
 //! How to reach a registry: the endpoints for a name, and an HTTP client for each.
 
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use reqwest::Url;
@@ -111,8 +111,7 @@ fn tls_config(settings: &Registry) -> Result<ClientConfig, String> {
             .with_no_client_auth());
     }
     let mut roots = RootCertStore::empty();
-    // A machine without CA certificates can still use plain http and its own CA.
-    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    roots.roots.clone_from(&system_roots().roots);
     if let Some(path) = &settings.ca {
         let bad = |e: &dyn std::fmt::Display| format!("CA file {}: {e}", path.display());
         let mut found = false;
@@ -125,6 +124,17 @@ fn tls_config(settings: &Registry) -> Result<ClientConfig, String> {
         }
     }
     Ok(builder.with_root_certificates(roots).with_no_client_auth())
+}
+
+/// The machine's certificate authorities, parsed once. Without any it can still use plain http and
+/// authorities of its own.
+fn system_roots() -> &'static RootCertStore {
+    static ROOTS: OnceLock<RootCertStore> = OnceLock::new();
+    ROOTS.get_or_init(|| {
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        roots
+    })
 }
 
 /// For registries whose administrator asked for no verification.

@@ -396,7 +396,8 @@ impl Session {
         let body = self.body(endpoint, response, what, MAX_SMALL_BODY).await?;
         let token: Token =
             serde_json::from_slice(&body).map_err(|e| protocol(format!("its token: {e}")))?;
-        let token = token.token.or(token.access_token).filter(|token| !token.is_empty());
+        let mut given = [token.token, token.access_token].into_iter().flatten();
+        let token = given.find(|token| !token.is_empty());
         let token = token.ok_or_else(|| protocol("its token service sent no token".into()))?;
         Ok(format!("Bearer {token}"))
     }
