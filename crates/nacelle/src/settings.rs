@@ -135,10 +135,15 @@ impl Settings {
                 });
             }
         }
+        // Where these are not given they follow from others, which the defaults already did.
         let cache_given = table.get("network").and_then(|v| v.get("cache_dir")).is_some();
+        let socket_given = table.contains_key("socket");
         let mut settings: Self = toml::from_str(text).map_err(wrong)?;
         if !cache_given {
             settings.network.cache_dir = PathBuf::new();
+        }
+        if !socket_given {
+            settings.socket = PathBuf::new();
         }
         let put = |place: &mut PathBuf, value: &Option<PathBuf>| {
             if let Some(value) = value {

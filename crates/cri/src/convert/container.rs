@@ -25,6 +25,7 @@ pub struct ImageParts<'a> {
     pub configuration: Option<&'a ImageConfiguration>,
 }
 
+#[allow(deprecated)] // old kubelets still name profiles in the deprecated field
 pub fn to_spec(
     request: &v1::ContainerConfig,
     hostname: &str,
@@ -178,7 +179,7 @@ fn oci_spec(
     let mut inner = Linux::default();
     inner.set_namespaces(Some(namespaces(pid_mode(context))?));
     inner.set_resources(Some(limits));
-    inner.set_seccomp(profile);
+    inner.set_seccomp(profile.map(seccomp::for_guest));
     inner.set_devices(None);
     let paths = |given: &[String], default: &[&str]| {
         let list = if given.is_empty() {

@@ -28,6 +28,7 @@ pub enum Choice {
 }
 
 /// Which profile a container asks for. A privileged one has none, whatever it asks for.
+#[allow(deprecated)] // old kubelets still name profiles in the deprecated field
 pub fn choose(
     security: &v1::LinuxContainerSecurityContext,
     default: DefaultSeccomp,
@@ -137,6 +138,26 @@ pub fn default_profile(capabilities: &Capabilities) -> LinuxSeccomp {
         .unwrap_or_default()
 }
 
+/// The profile as the guest's runtime reads it. In profiles as people write them, and as runc reads
+/// them, a masked comparison has its mask in `value` and what is to be left under it in `valueTwo`;
+/// libcontainer (0.7) has them the other way round, and would make `clone` impossible.
+pub fn for_guest(mut profile: LinuxSeccomp) -> LinuxSeccomp {
+    let Some(mut rules) = profile.syscalls().clone() else { return profile };
+    for rule in &mut rules {
+        let Some(args) = rule.args().clone() else { continue };
+        let turned = args.iter().map(|given| match given.op() {
+            LinuxSeccompOperator::ScmpCmpMaskedEq => {
+                let (mask, left) = (given.value(), given.value_two().unwrap_or(0));
+                argument(given.index(), given.op(), left, Some(mask))
+            }
+            _ => given.clone(),
+        });
+        rule.set_args(Some(turned.collect()));
+    }
+    profile.set_syscalls(Some(rules));
+    profile
+}
+
 fn rule<'a>(
     names: impl IntoIterator<Item = &'a str>,
     action: LinuxSeccompAction,
@@ -220,6 +241,18 @@ mod tests {
             let denied = names(&profile, LinuxSeccompAction::ScmpActErrno);
             assert_eq!(allowed.intersection(&denied).next(), None);
         }
+    }
+
+    #[test]
+    fn masked_comparisons_are_turned_for_the_guest_and_others_are_not() {
+        let profile = for_guest(default_profile(&Capabilities::new()));
+        let rules = profile.syscalls().as_ref().unwrap();
+        let of = |name: &str| {
+            let rule = rules.iter().find(|r| r.names().iter().any(|n| n == name)).unwrap();
+            rule.args().as_ref().unwrap()[0].clone()
+        };
+        assert_eq!((of("clone").value(), of("clone").value_two()), (0, Some(CLONE_NAMESPACES)));
+        assert_eq!((of("socket").value(), of("socket").value_two()), (AF_VSOCK, None));
     }
 
     fn asks(kind: i32, path: &str) -> v1::LinuxContainerSecurityContext {

@@ -128,11 +128,7 @@ async fn cni(settings: &Settings, daemon: Option<&InfoReply>) -> Result<String, 
     };
     match trouble {
         None => Ok(format!("configured in {}", settings.network.conf_dir.display())),
-        Some(trouble) => Err(format!(
-            "{trouble} (apt install containernetworking-plugins; `nacelled config cni > \
-             {}/10-nacelle.conflist`)",
-            settings.network.conf_dir.display()
-        )),
+        Some(trouble) => Err(trouble),
     }
 }
 

@@ -17,6 +17,8 @@ use crate::settings::SOCKET_NAME;
 const MAX_REPLY: usize = 64 << 20;
 
 pub(super) struct Client {
+    /// Where it answers.
+    pub(super) socket: PathBuf,
     pub(super) runtime: RuntimeServiceClient<Channel>,
     pub(super) images: ImageServiceClient<Channel>,
     pub(super) debug: DebugClient<Channel>,
@@ -59,6 +61,7 @@ impl Client {
             .await
             .with_context(|| format!("connecting to {}", path.display()))?;
         Ok(Self {
+            socket: path.to_owned(),
             runtime: RuntimeServiceClient::new(channel.clone())
                 .max_decoding_message_size(MAX_REPLY),
             images: ImageServiceClient::new(channel.clone()).max_decoding_message_size(MAX_REPLY),

@@ -48,9 +48,9 @@ fn flock(file: File, how: FlockArg) -> Result<Flock<File>> {
 }
 
 impl Private {
-    /// Takes part in using a private daemon that runs; none when there is none.
-    pub(super) fn join() -> Option<Self> {
-        if std::os::unix::net::UnixStream::connect(socket()).is_err() {
+    /// Takes part in using the private daemon, if it is the one that the client talks to.
+    pub(super) fn join(client: &Client) -> Option<Self> {
+        if client.socket != socket() {
             return None;
         }
         let lock = flock(lock_file().ok()?, FlockArg::LockShared).ok()?;
@@ -74,12 +74,14 @@ impl Private {
     }
 
     /// Stops the daemon if nobody else uses it and no pod runs in it.
-    pub(super) async fn leave(self, client: &mut Client) {
+    pub(super) async fn leave(self) {
         if self.lock.relock(FlockArg::LockExclusiveNonblock).is_err() {
             return;
         }
+        // By its own socket: no other daemon may be stopped by mistake.
+        let Ok(mut client) = self.connect().await else { return };
         let ready = v1::PodSandboxState::SandboxReady as i32;
-        let busy = match find::all_pods(client).await {
+        let busy = match find::all_pods(&mut client).await {
             Ok(pods) => pods.iter().any(|pod| pod.state == ready),
             Err(_) => return,
         };

@@ -1,10 +1,13 @@
 //! `nacelle stop` and `nacelle rm`, for pods and containers.
 
-use anyhow::{Result, bail};
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
 use cri::v1;
 
 use super::connect::{Client, told};
 use super::find::{self, Found};
+use crate::api::InfoRequest;
 
 /// Pods that `nacelle run` made carry this annotation with the folder of their logs.
 pub(super) const LOGS_ANNOTATION: &str = "nacelle.run/logs";
@@ -73,13 +76,46 @@ pub(super) async fn remove_pod(client: &mut Client, pod: &v1::PodSandbox) -> Res
     stop_pod(client, &pod.id).await?;
     let request = v1::RemovePodSandboxRequest { pod_sandbox_id: pod.id.clone() };
     client.runtime.remove_pod_sandbox(request).await.map_err(told)?;
-    if let Some(folder) = pod.annotations.get(LOGS_ANNOTATION) {
-        match std::fs::remove_dir_all(folder) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                eprintln!("nacelle: the logs in {folder} are left: {error}");
+    if let Some(folder) = pod.annotations.get(LOGS_ANNOTATION).map(Path::new) {
+        // Anybody who makes pods can write the annotation: only a folder right in ours is removed.
+        if is_right_in(folder, &logs_folder(client).await?) {
+            match std::fs::remove_dir_all(folder) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    eprintln!("nacelle: the logs in {} are left: {error}", folder.display());
+                }
+                _ => {}
             }
-            _ => {}
         }
     }
     Ok(())
+}
+
+/// Where the logs of pods that `nacelle run` makes are.
+pub(super) async fn logs_folder(client: &mut Client) -> Result<PathBuf> {
+    let info = client.debug.info(InfoRequest {}).await.map_err(told)?.into_inner();
+    let config: serde_json::Value = serde_json::from_str(&info.config)?;
+    let root = config["root"].as_str().context("nacelled does not tell its root folder")?;
+    Ok(Path::new(root).join("logs"))
+}
+
+fn is_right_in(path: &Path, folder: &Path) -> bool {
+    let mut inside = match path.strip_prefix(folder) {
+        Ok(rest) => rest.components(),
+        Err(_) => return false,
+    };
+    matches!((inside.next(), inside.next()), (Some(Component::Normal(_)), None))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_folders_right_in_ours_are_removed_with_a_pod() {
+        let ours = Path::new("/r/logs");
+        assert!(is_right_in(Path::new("/r/logs/web_1"), ours));
+        for path in ["/etc", "/r/logs", "/r/logs/..", "/r/logs/../pods", "/r/logs/a/b", "logs/a"] {
+            assert!(!is_right_in(Path::new(path), ours), "{path}");
+        }
+    }
 }

@@ -15,8 +15,8 @@ use super::private::Private;
 use super::remove::{self, LOGS_ANNOTATION};
 use super::session::{self, Carry};
 use super::{find, images, volume};
+use crate::api::AttachStart;
 use crate::api::session_input::Input;
-use crate::api::{AttachStart, InfoRequest};
 
 /// Namespace of pods that people start by hand.
 const NAMESPACE: &str = "nacelle";
@@ -49,7 +49,10 @@ pub(super) async fn run(socket: Option<&Path>, options: Run) -> Result<ExitCode>
         bail!("--detach goes neither with --rm nor with --interactive");
     }
     let (mut client, private) = match Client::connect(socket).await {
-        Ok(client) => (client, Private::join()),
+        Ok(client) => {
+            let private = Private::join(&client);
+            (client, private)
+        }
         Err(error) if socket.is_some() => return Err(error),
         Err(_) => {
             let private = Private::start().await?;
@@ -58,7 +61,7 @@ pub(super) async fn run(socket: Option<&Path>, options: Run) -> Result<ExitCode>
     };
     let outcome = run_with(&mut client, &options).await;
     if let Some(private) = private {
-        private.leave(&mut client).await;
+        private.leave().await;
     }
     outcome
 }
@@ -277,10 +280,7 @@ async fn make_pod(
     if find::all_pods(client).await?.iter().any(taken) {
         bail!("{name} is there already: choose another name, or `nacelle rm -f {name}` first");
     }
-    let info = client.debug.info(InfoRequest {}).await.map_err(told)?.into_inner();
-    let config: serde_json::Value = serde_json::from_str(&info.config).unwrap_or_default();
-    let root = config["root"].as_str().unwrap_or("/var/lib/nacelle");
-    let logs = Path::new(root).join("logs").join(format!("{name}_{}", &uid[..8]));
+    let logs = remove::logs_folder(client).await?.join(format!("{name}_{}", &uid[..8]));
     let logs = logs.to_string_lossy().into_owned();
     let metadata = v1::PodSandboxMetadata { name, uid, namespace: NAMESPACE.into(), attempt: 0 };
     let request = v1::PodSandboxConfig {
