@@ -393,3 +393,6 @@ impl Container {
         Err(Misfit::Container { id: self.id.clone(), state })
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

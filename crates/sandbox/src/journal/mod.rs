@@ -146,3 +146,6 @@ fn load_one(folder: &Path, id: PodId) -> io::Result<Found> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -138,7 +138,7 @@ async fn run(
     } else {
         open(Kind::Stderr, "stderr", progress.stderr)
     };
-    drop(open);
+    // Only the readers hold the channel open now.
     drop(chunks);
     let mut pump = Pump {
         container: source.container,

@@ -61,7 +61,7 @@ impl State {
 
 /// Tells a sidecar from anything else that may stand in the file; not a defence.
 fn checksum(words: &[u64]) -> u64 {
-    words.iter().fold(0x6e61_6365_6c6c_65, |sum, w| (sum ^ w).wrapping_mul(0x0100_0000_01b3))
+    words.iter().fold(0x006e_6163_656c_6c65, |sum, w| (sum ^ w).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// Entries on their way into the log, and what the log holds after them.

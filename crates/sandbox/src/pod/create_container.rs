@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use agent_api::v1;
-use oci_spec::runtime::LinuxResources;
 use tokio_util::sync::CancellationToken;
 
 use super::disks;
@@ -39,7 +38,7 @@ pub(crate) fn new_container(pod: &Pod, id: ContainerId, spec: ContainerSpec) -> 
         drained: false,
         oom: false,
         log_path,
-        resources: limits.unwrap_or_else(LinuxResources::default),
+        resources: limits.unwrap_or_default(),
         spec: Arc::new(spec),
     }
 }
@@ -68,7 +67,7 @@ pub(super) async fn create_container(
             made
         }
     };
-    if result.is_err() && handle.pod().containers.get(&id).is_none() {
+    if result.is_err() && !handle.pod().containers.contains_key(&id) {
         handle.node.registry.forget_container(&id);
     }
     result

@@ -100,7 +100,8 @@ fn crash_and_recover(write: usize, before: bool) -> Option<bool> {
         let (world, promised) = (world.clone(), promised.clone());
         let life = tokio::spawn(async move { whole_life(&daemon, &world, &promised).await });
         tokio::select! {
-            _ = crash => false,
+            biased;
+            Ok(()) = crash => false,
             _ = life => true,
         }
     });
@@ -139,7 +140,14 @@ fn crash_and_recover(write: usize, before: bool) -> Option<bool> {
             assert!(began.elapsed() < Duration::from_secs(10), "{at}: {:?}", world.leftovers());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        let again = daemon.run_pod(world.pod_spec("p")).await.expect("the name is free");
+        // The name is free as soon as nothing is left, give or take a moment.
+        let again = loop {
+            match daemon.run_pod(world.pod_spec("p")).await {
+                Ok(again) => break again,
+                Err(e) => assert!(began.elapsed() < Duration::from_secs(10), "{at}: {e}"),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
         daemon.remove_pod(&again).await.unwrap();
     });
     second.shutdown_background();

@@ -275,7 +275,7 @@ fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>) {
                     pid: 1,
                     vcpus: 1,
                     memory_mib: 1,
-                    devices: devices.iter().map(device).collect(),
+                    devices: devices.iter().map(|id| device(id)).collect(),
                 }),
                 _ => Reply::Done,
             };
@@ -284,8 +284,8 @@ fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>) {
     }
 }
 
-fn device(id: &String) -> DeviceStatus {
-    DeviceStatus { id: id.clone(), kind: "blk".into(), pci: String::new(), active: true }
+fn device(id: &str) -> DeviceStatus {
+    DeviceStatus { id: id.to_owned(), kind: "blk".into(), pci: String::new(), active: true }
 }
 
 #[allow(unsafe_code)] // nix' accept gives a plain number

@@ -1,0 +1,87 @@
+use super::*;
+use crate::policy::{Change, tests as samples};
+
+fn journal() -> (tempfile::TempDir, Journal) {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path().join("pods"), None).unwrap();
+    (dir, journal)
+}
+
+fn sample() -> Pod {
+    let mut pod = samples::pod();
+    let effects = vec![
+        Effect::StateDir { path: "/run/x".into() },
+        Effect::Network,
+        Effect::Cgroup { leaf: "/cg/a/b".into(), parents: vec!["/cg/a".into()] },
+    ];
+    let ready = Change::Ready {
+        attachment: Default::default(),
+        kernel_release: "6.1".into(),
+        trace: Vec::new(),
+    };
+    for change in [
+        Change::Planned(effects),
+        Change::VmmStarted { pid: 42, started: 99 },
+        ready,
+        Change::ContainerPlanned(Box::new(samples::container("c"))),
+    ] {
+        pod.apply(change).unwrap();
+    }
+    pod
+}
+
+fn only(journal: &Journal) -> Found {
+    let mut found = journal.load().unwrap();
+    assert_eq!(found.len(), 1);
+    found.remove(0)
+}
+
+#[test]
+fn a_pod_comes_back_as_it_was_written() {
+    let (_dir, journal) = journal();
+    journal.write(&sample(), "boot").unwrap();
+    let Found::Pod { pod, boot_id } = only(&journal) else { panic!("not understood") };
+    assert_eq!(boot_id, "boot");
+    assert_eq!(pod.ledger, sample().ledger);
+    assert_eq!(pod.view(), sample().view());
+    assert_eq!(pod.containers["c"].view(&pod.id), sample().containers["c"].view(&pod.id));
+    journal.remove(&pod.id).unwrap();
+    journal.remove(&pod.id).unwrap();
+    assert!(journal.load().unwrap().is_empty());
+}
+
+#[test]
+fn a_record_cut_anywhere_is_quarantined_and_never_guessed_at() {
+    let (_dir, journal) = journal();
+    journal.write(&sample(), "boot").unwrap();
+    let path = journal.folder("pod").join(RECORD);
+    let bytes = fs::read(&path).unwrap();
+    for cut in (0..bytes.len()).step_by(97) {
+        fs::write(&path, &bytes[..cut]).unwrap();
+        assert!(matches!(only(&journal), Found::Quarantined { .. }), "cut at {cut}");
+    }
+}
+
+#[test]
+fn the_ledger_of_a_later_version_can_be_undone() {
+    let (_dir, journal) = journal();
+    journal.write(&sample(), "boot").unwrap();
+    let path = journal.folder("pod").join(RECORD);
+    let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    value["version"] = 2.into();
+    value["ledger"].as_array_mut().unwrap().push(serde_json::json!({ "effect": "portal" }));
+    fs::write(&path, value.to_string()).unwrap();
+    let Found::Quarantined { effects, why, .. } = only(&journal) else { panic!("understood") };
+    assert_eq!(effects, sample().ledger);
+    assert!(why.contains("version 2"), "{why}");
+}
+
+#[test]
+fn a_folder_without_a_record_is_empty_and_a_torn_new_one_does_not_count() {
+    let (_dir, journal) = journal();
+    fs::create_dir(journal.folder("pod")).unwrap();
+    fs::write(journal.folder("pod").join("record.new"), "{").unwrap();
+    assert!(matches!(only(&journal), Found::Empty { .. }));
+    journal.write(&sample(), "boot").unwrap();
+    assert!(matches!(only(&journal), Found::Pod { .. }));
+}

@@ -1,0 +1,244 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::model::{Meta, PidMode, RootfsSpec};
+
+pub(crate) fn pod() -> Pod {
+    let spec = PodSpec {
+        meta: Meta { name: "p".into(), ..Meta::default() },
+        hostname: "p".into(),
+        handler: String::new(),
+        cgroup_parent: String::new(),
+        log_directory: String::new(),
+        sysctls: Default::default(),
+        dns: Default::default(),
+        ports: Vec::new(),
+        vcpus: None,
+        memory_mib: None,
+        origin: serde_json::Value::Null,
+    };
+    Pod {
+        id: "pod".into(),
+        spec: Arc::new(spec),
+        created_at: SystemTime::UNIX_EPOCH,
+        phase: Phase::Starting,
+        reason: String::new(),
+        uid: 7,
+        netns: PathBuf::new(),
+        ledger: Vec::new(),
+        attachment: Arc::default(),
+        kernel_release: String::new(),
+        trace: Vec::new(),
+        containers: BTreeMap::new(),
+    }
+}
+
+pub(crate) fn container(id: &str) -> Container {
+    let spec = ContainerSpec {
+        meta: Meta::default(),
+        rootfs: RootfsSpec { image: PathBuf::from("/i"), read_only: false },
+        oci: oci_spec::runtime::Spec::default(),
+        user: String::new(),
+        pid: PidMode::Container,
+        stdin: false,
+        stdin_once: false,
+        tty: false,
+        log_path: String::new(),
+        copies: Vec::new(),
+        image_name: String::new(),
+        image_id: String::new(),
+        stop_signal: 15,
+        origin: serde_json::Value::Null,
+    };
+    Container {
+        id: id.into(),
+        spec: Arc::new(spec),
+        phase: ContainerPhase::Creating,
+        created_at: SystemTime::UNIX_EPOCH,
+        started_at: None,
+        exit: None,
+        drained: false,
+        oom: false,
+        log_path: PathBuf::new(),
+        resources: LinuxResources::default(),
+    }
+}
+
+fn exit(code: i32) -> ExitView {
+    ExitView {
+        code,
+        oom_killed: false,
+        at: SystemTime::UNIX_EPOCH,
+        reason: "Error".into(),
+        message: String::new(),
+    }
+}
+
+fn ready() -> Change {
+    Change::Ready { attachment: Arc::default(), kernel_release: String::new(), trace: Vec::new() }
+}
+
+const AT: SystemTime = SystemTime::UNIX_EPOCH;
+
+fn died() -> Change {
+    Change::VmDied { reason: "panic".into(), at: AT }
+}
+
+fn run(changes: Vec<Change>) -> Pod {
+    let mut pod = pod();
+    for change in changes {
+        pod.apply(change).unwrap();
+    }
+    pod
+}
+
+#[test]
+fn the_phases_follow_the_drawing_and_nothing_else() {
+    use Phase::*;
+    let table: [(Phase, Change, Result<Phase, ()>); 12] = [
+        (Starting, ready(), Ok(Ready)),
+        (Ready, ready(), Err(())),
+        (Removing, ready(), Err(())),
+        (Starting, Change::Stopping, Err(())),
+        (Ready, Change::Stopping, Ok(Stopping)),
+        (NotReady, Change::Stopping, Ok(Stopping)),
+        (Stopping, Change::Stopped { at: AT }, Ok(NotReady)),
+        (Ready, Change::Stopped { at: AT }, Err(())),
+        (Ready, died(), Ok(NotReady)),
+        (Stopping, died(), Ok(Stopping)),
+        (Starting, died(), Ok(Starting)),
+        (NotReady, Change::Removing, Ok(Removing)),
+    ];
+    for (from, change, to) in table {
+        let mut pod = Pod { phase: from, ..pod() };
+        let text = format!("{from:?} {change:?}");
+        let result = pod.apply(change).map(|()| pod.phase).map_err(|_| ());
+        assert_eq!(result, to, "{text}");
+    }
+}
+
+#[test]
+fn an_exit_that_comes_before_the_start_is_known_is_not_lost() {
+    let id = || "c".to_owned();
+    let pod = run(vec![
+        ready(),
+        Change::ContainerPlanned(Box::new(container("c"))),
+        Change::ContainerCreated { id: id() },
+        Change::ContainerEnded { id: id(), exit: exit(4) },
+        Change::ContainerStarted { id: id(), at: AT },
+        Change::LogsDrained { id: id() },
+    ]);
+    let view = pod.containers["c"].view(&pod.id);
+    assert_eq!(view.state, ContainerState::Exited);
+    assert_eq!(view.exit.unwrap().code, 4);
+}
+
+#[test]
+fn an_exit_is_shown_when_the_log_is_complete() {
+    let id = || "c".to_owned();
+    let mut pod = run(vec![
+        ready(),
+        Change::ContainerPlanned(Box::new(container("c"))),
+        Change::ContainerCreated { id: id() },
+        Change::ContainerStarted { id: id(), at: AT },
+        Change::ContainerEnded { id: id(), exit: exit(0) },
+    ]);
+    let view = pod.containers["c"].view(&pod.id);
+    assert_eq!((view.state, view.exit), (ContainerState::Running, None));
+    pod.apply(Change::LogsDrained { id: id() }).unwrap();
+    assert_eq!(pod.containers["c"].state(), ContainerState::Exited);
+}
+
+#[test]
+fn an_oom_verdict_marks_the_kill_that_follows_and_no_other_end() {
+    for (code, reason) in [(137, "OOMKilled"), (1, "Error")] {
+        let id = || "c".to_owned();
+        let pod = run(vec![
+            ready(),
+            Change::ContainerPlanned(Box::new(container("c"))),
+            Change::ContainerOom { id: id() },
+            Change::ContainerEnded { id: id(), exit: exit(code) },
+        ]);
+        assert_eq!(pod.containers["c"].exit.as_ref().unwrap().reason, reason);
+    }
+}
+
+#[test]
+fn effects_are_undone_last_first_and_files_outlive_the_vm() {
+    let state = Effect::StateDir { path: "/s".into() };
+    let mut pod = run(vec![
+        Change::Planned(vec![state.clone(), Effect::Network]),
+        Change::Planned(vec![Effect::Network]),
+        Change::VmmStarted { pid: 1, started: 2 },
+        ready(),
+        Change::ContainerPlanned(Box::new(container("c"))),
+    ]);
+    let vmm = Effect::Vmm { pid: 1, started: 2 };
+    assert_eq!(pod.to_undo(false), [vmm.clone(), Effect::Network, state]);
+    assert_eq!(pod.to_undo(true).len(), 4);
+    pod.apply(Change::Undone(vmm)).unwrap();
+    assert_eq!(pod.vmm(), None);
+    pod.apply(Change::ContainerGone { id: "c".into() }).unwrap();
+    assert_eq!(pod.to_undo(true).len(), 2);
+}
+
+fn any_change() -> impl Strategy<Value = Change> {
+    let id = || "c".to_owned();
+    prop_oneof![
+        Just(ready()),
+        Just(Change::Stopping),
+        Just(Change::Stopped { at: AT }),
+        Just(Change::Removing),
+        Just(died()),
+        Just(Change::Planned(vec![Effect::Network])),
+        Just(Change::Undone(Effect::Network)),
+        Just(Change::VmmStarted { pid: 1, started: 2 }),
+        Just(Change::ContainerPlanned(Box::new(container("c")))),
+        Just(Change::ContainerCreated { id: id() }),
+        Just(Change::ContainerStarted { id: id(), at: AT }),
+        (0..3i32).prop_map(move |code| Change::ContainerEnded { id: id(), exit: exit(code) }),
+        Just(Change::LogsDrained { id: id() }),
+        Just(Change::ContainerRemoving { id: id() }),
+        Just(Change::ContainerGone { id: id() }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_the_invariants_hold(
+        changes in proptest::collection::vec(any_change(), 0..40)
+    ) {
+        let mut pod = pod();
+        for change in changes {
+            let before = pod.clone();
+            let observation = change.is_observation();
+            let durable = change.is_durable();
+            if pod.apply(change).is_err() {
+                // A refusal changes nothing.
+                prop_assert_eq!(before.phase, pod.phase);
+                prop_assert_eq!(before.containers.len(), pod.containers.len());
+                prop_assert_eq!(&before.ledger, &pod.ledger);
+            }
+            // Nobody comes back from a removal.
+            prop_assert!(before.phase != Phase::Removing || pod.phase == Phase::Removing);
+            // What an observation says is on disk or says nothing about effects.
+            prop_assert!(durable || observation);
+            for (id, container) in &pod.containers {
+                // A first exit stays.
+                if let Some(old) = before.containers.get(id).and_then(|c| c.exit.as_ref())
+                    && before.containers[id].phase != ContainerPhase::Removing
+                    && container.phase != ContainerPhase::Creating
+                {
+                    prop_assert_eq!(Some(old), container.exit.as_ref());
+                }
+                // Files of a container that is there are in the ledger.
+                let files = Effect::ContainerFiles { container: id.clone() };
+                prop_assert!(pod.ledger.contains(&files));
+                // In a pod that has stopped, nothing runs.
+                if pod.phase == Phase::NotReady && before.phase != Phase::NotReady {
+                    prop_assert!(!container.is_running());
+                }
+            }
+        }
+    }
+}

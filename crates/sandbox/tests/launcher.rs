@@ -1,0 +1,118 @@
+//! The launcher as the process it is: this program is both the daemon that asks and, called with
+//! `launcher`, the launcher itself. Assumes root and cgroup v2.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::pipe;
+use sandbox::launcher::{Launch, Launched, LauncherProcess, Program};
+
+fn main() {
+    if std::env::args().nth(1).as_deref() == Some("launcher") {
+        let socket = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+        sandbox::launcher::main(socket).unwrap();
+        return;
+    }
+    let Some(cgroup) = cgroup() else {
+        println!("SKIP: launcher: needs root and cgroup v2");
+        return;
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let launcher = || {
+        let exe = std::env::current_exe().unwrap();
+        LauncherProcess::start(vec![exe.into(), "launcher".into()]).unwrap()
+    };
+    let story = |name: &str, tell: &dyn Fn(&LauncherProcess, &Path)| {
+        tell(&launcher(), &cgroup);
+        println!("test {name} ... ok");
+    };
+    let ask = |launcher: &LauncherProcess, program| runtime.block_on(launcher.launch(program));
+
+    story(
+        "a program is born into its cgroup and namespaces with its descriptors alone",
+        &|l, c| {
+            let (read, write) = pipe().unwrap();
+            let script = "echo $(ls /proc/self/fd) >&3; cat /proc/self/cgroup >&3; \
+                      readlink /proc/self/ns/net >&3; cut -d' ' -f5,6 /proc/self/stat >&3";
+            let _child = ask(l, program(c, &["-c", script], vec![write])).unwrap();
+            let mut text = String::new();
+            File::from(read).read_to_string(&mut text).unwrap();
+            let lines: Vec<&str> = text.lines().collect();
+            // 4 is the folder that ls itself reads; /proc is the host's, so pids may be absent.
+            assert!(lines[0].starts_with("0 1 2 3 "), "{text}");
+            assert!(lines[0].split_whitespace().count() <= 5, "stray descriptors: {text}");
+            let name = c.file_name().unwrap().to_str().unwrap();
+            assert!(lines.iter().any(|l| l.ends_with(name)), "{text}");
+            let ours = fs::read_link("/proc/self/ns/net").unwrap();
+            assert!(!lines.contains(&ours.to_str().unwrap()), "{text}");
+        },
+    );
+    story("a program that is not there is an error with its name", &|l, c| {
+        let mut missing = program(c, &[], vec![]);
+        missing.exe = "/no/such/vmm".into();
+        let error = ask(l, missing).unwrap_err().to_string();
+        assert!(error.contains("exec of /no/such/vmm"), "{error}");
+    });
+    story("what was launched outlives the launcher, and another launcher takes over", &|l, c| {
+        let first = ask(l, program(c, &["-c", "sleep 60"], vec![])).unwrap();
+        kill_launchers();
+        assert!(!ended(&first, Duration::from_millis(300)));
+        let second = ask(l, program(c, &["-c", "exit 0"], vec![])).unwrap();
+        assert!(ended(&second, Duration::from_secs(10)));
+        assert!(!ended(&first, Duration::ZERO));
+        fs::write(c.join("cgroup.kill"), "1").unwrap();
+        assert!(ended(&first, Duration::from_secs(10)));
+    });
+    let until = Instant::now() + Duration::from_secs(10);
+    while fs::remove_dir(&cgroup).is_err() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(!cgroup.exists(), "processes stay in {}", cgroup.display());
+}
+
+fn cgroup() -> Option<PathBuf> {
+    let root = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .into_iter()
+        .find(|p| Path::new(p).join("cgroup.procs").exists() && is_v2(p))?;
+    let path = Path::new(root).join(format!("nacelle-launcher-{}", std::process::id()));
+    fs::create_dir(&path).ok()?;
+    Some(path)
+}
+
+fn is_v2(path: &str) -> bool {
+    use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+    statfs(path).is_ok_and(|s| s.filesystem_type() == CGROUP2_SUPER_MAGIC)
+}
+
+fn program(cgroup: &Path, args: &[&str], fds: Vec<OwnedFd>) -> Program {
+    Program {
+        exe: "/bin/sh".into(),
+        args: args.iter().map(|a| (*a).to_owned()).collect(),
+        cgroup: File::open(cgroup).unwrap().into(),
+        stderr: std::io::stderr().as_fd().try_clone_to_owned().unwrap(),
+        fds,
+        isolate: true,
+    }
+}
+
+fn ended(launched: &Launched, limit: Duration) -> bool {
+    let mut fds = [PollFd::new(launched.pidfd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::try_from(limit).unwrap()).unwrap() > 0
+}
+
+/// Those that are children of this process, by their pids.
+fn kill_launchers() {
+    let me = std::process::id();
+    let children = fs::read_to_string(format!("/proc/{me}/task/{me}/children")).unwrap();
+    for pid in children.split_whitespace() {
+        let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if command.contains("launcher") {
+            let pid = nix::unistd::Pid::from_raw(pid.parse().unwrap());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        }
+    }
+}
