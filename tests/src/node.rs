@@ -131,6 +131,7 @@ conf_dir = "{folder}/cni"
             .append(true)
             .open(self.path("nacelled.log"))?;
         let mut daemon = Command::new(bin("nacelled"))
+            .env_remove("NACELLE_SOCKET")
             .arg("--config")
             .arg(self.path("config.toml"))
             .stdin(Stdio::null())

@@ -129,6 +129,7 @@ fn no_kernel() -> Result<()> {
 fn second_daemon() -> Result<()> {
     let node = Node::start()?;
     let output = Command::new(crate::node::bin("nacelled"))
+        .env_remove("NACELLE_SOCKET")
         .arg("--config")
         .arg(node.path("config.toml"))
         .output()?;
