@@ -79,8 +79,9 @@ fn fill(root: &Path) {
     sparse.set_len(1100 << 20).unwrap();
     sparse.write_all_at(b"far away", 1090 << 20).unwrap();
     sparse.write_all_at(&noise(10_000), 123_456).unwrap();
+    // More inline data than the writer buffers, of odd lengths.
     for i in 0..3000 {
-        file(&format!("many/{i:0>width$}", width = 1 + i % 200), b"x");
+        file(&format!("many/{i:0>width$}", width = 1 + i % 200), &noise(501 + i % 2));
     }
     for i in 0..40 {
         file(&format!("middle/name-{i}-{}", "m".repeat(80)), b"x");
@@ -186,9 +187,14 @@ fn describe(root: &Path) -> Vec<String> {
         let kind = meta.file_type();
         let name = path.strip_prefix(root).unwrap().to_owned();
         let content = if kind.is_symlink() {
-            fs::read_link(&path).unwrap().display().to_string()
+            fs::read_link(&path).unwrap_or_else(|e| panic!("{name:?}: {e}")).display().to_string()
         } else if kind.is_file() {
-            format!("{} {} {}", meta.size(), meta.nlink(), sha256(&fs::read(&path).unwrap()))
+            format!(
+                "{} {} {}",
+                meta.size(),
+                meta.nlink(),
+                sha256(&fs::read(&path).unwrap_or_else(|e| panic!("{name:?}: {e}")))
+            )
         } else if kind.is_char_device() || kind.is_block_device() {
             meta.rdev().to_string()
         } else {
@@ -357,4 +363,40 @@ async fn a_real_registry_serves_what_skopeo_pushed() {
     third.import(&archive, None).await.unwrap();
     let info = third.image("some/name:2").expect("named by the archive");
     run("fsck.erofs", &[text(&info.erofs_path)]);
+}
+
+#[tokio::test]
+async fn real_images_look_as_umoci_unpacks_them() {
+    let Ok(folder) = std::env::var("NACELLE_IMAGES") else {
+        println!("SKIP: NACELLE_IMAGES does not name a folder of OCI layouts");
+        return;
+    };
+    if missing(&["umoci", "fsck.erofs"]) || !is_root() {
+        return;
+    }
+    for layout in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+        let dir = tempfile::tempdir().unwrap();
+        let images = images(&dir.path().join("store")).await;
+        let id = images.import(&layout, Some("real/image:1")).await.unwrap()[0];
+        let rootfs = images.image(&id.to_string()).unwrap().erofs_path;
+        run("fsck.erofs", &[text(&rootfs)]);
+        // umoci finds images by a name in the index only.
+        let copy = dir.path().join("layout");
+        run("cp", &["-rL", text(&layout), text(&copy)]);
+        let index = fs::read_to_string(copy.join("index.json")).unwrap();
+        let mut index: serde_json::Value = serde_json::from_str(&index).unwrap();
+        index["manifests"][0]["annotations"] =
+            serde_json::json!({"org.opencontainers.image.ref.name": "tag"});
+        fs::write(copy.join("index.json"), index.to_string()).unwrap();
+        let source = format!("{}:tag", text(&copy));
+        let bundle = dir.path().join("bundle");
+        run("umoci", &["unpack", "--image", &source, text(&bundle)]);
+        let Some(mounted) = mount(&rootfs, &dir.path().join("mnt")) else { return };
+        // umoci writes down when it changed the root last; the image keeps what its layer says.
+        let root = |line: &String| !line.starts_with("\"\" ");
+        let [expected, got] = [&bundle.join("rootfs"), &mounted.0]
+            .map(|path| describe(path).into_iter().filter(root).collect::<Vec<_>>());
+        println!("{}: {} files", layout.display(), got.len());
+        same(&expected, &got);
+    }
 }

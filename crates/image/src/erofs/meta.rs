@@ -73,7 +73,7 @@ pub fn write_metadata(
                 out.write_at(target, u64::from(place.dir_block) << BLOCK_BITS)?;
             }
             Kind::File(data) if place.layout == Layout::ChunkBased => {
-                meta.align(4);
+                // Inode and attributes are whole words long, so the map is aligned as it must be.
                 meta.push_chunk_map(&data.runs, data.chunk_bits);
             }
             Kind::File(data) => meta.push(&data.tail),
@@ -320,10 +320,6 @@ impl MetaWriter {
         }
         self.buffer.resize((offset - self.base) as usize, 0);
         Ok(())
-    }
-
-    fn align(&mut self, to: usize) {
-        self.buffer.resize(self.buffer.len().next_multiple_of(to), 0);
     }
 
     fn push(&mut self, bytes: &[u8]) {
