@@ -14,6 +14,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Component, Path, PathBuf};
 
@@ -221,8 +222,6 @@ fn write_file(dir: &Path, file: &v1::VolumeFile, swap: bool) -> Result<()> {
         other => Err(Error::invalid("volume file mode", format!("{other:#o} is not supported"))),
     }
 }
-
-use std::os::unix::ffi::OsStrExt;
 
 /// Opens below `dir` without following any symlink.
 fn beneath(
