@@ -3,6 +3,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use agent_api::stdio::Kind;
@@ -48,6 +49,8 @@ pub struct ExecProcess {
     handle: Arc<Handle>,
     container: String,
     exec: String,
+    /// How far stdout and stderr have been read.
+    read: [Arc<AtomicU64>; 2],
     end: Option<oneshot::Receiver<ExecEnd>>,
     ended: Option<ExitView>,
 }
@@ -91,11 +94,25 @@ impl Drop for ExecProcess {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let (handle, container, exec) =
             (self.handle.clone(), self.container.clone(), self.exec.clone());
+        let read = self.read.clone();
         runtime.spawn(async move {
             if let Err(error) = signal_exec(&handle, &container, &exec, SIGKILL).await {
                 tracing::debug!(container, exec, %error, "abandoned command");
             }
+            let drained = drain(&handle, container, exec, read);
+            let _ = tokio::time::timeout(DRAIN_LIMIT, drained).await;
         });
+    }
+}
+
+/// Takes what is left of a command's output: the guest keeps it, and the command's record, until
+/// somebody has.
+async fn drain(handle: &Handle, container: String, exec: String, read: [Arc<AtomicU64>; 2]) {
+    for (kind, read) in [Kind::Stdout, Kind::Stderr].into_iter().zip(read) {
+        let id = StreamId { container: container.clone(), exec: exec.clone(), kind };
+        if let Ok(mut output) = Output::open(handle.guest.socket(), &id, read).await {
+            let _ = tokio::io::copy(&mut output, &mut tokio::io::sink()).await;
+        }
     }
 }
 
@@ -203,6 +220,7 @@ pub(crate) async fn exec(
         handle: handle.clone(),
         container: id.to_owned(),
         exec: exec.clone(),
+        read: Default::default(),
         end: Some(end),
         ended: None,
     };
@@ -228,9 +246,16 @@ pub(crate) async fn exec(
     let socket = handle.guest.socket();
     let stream = |kind| StreamId { container: id.to_owned(), exec: exec.clone(), kind };
     let (out_id, err_id, in_id) = (stream(Kind::Stdout), stream(Kind::Stderr), stream(Kind::Stdin));
+    let [out_read, err_read] = process.read.clone();
     let (stdout, stderr, stdin) = tokio::join!(
-        Output::open(socket, &out_id),
-        async { if spec.tty { Ok(None) } else { Output::open(socket, &err_id).await.map(Some) } },
+        Output::open(socket, &out_id, out_read),
+        async {
+            if spec.tty {
+                Ok(None)
+            } else {
+                Output::open(socket, &err_id, err_read).await.map(Some)
+            }
+        },
         async { if spec.stdin { open_stdin(socket, &in_id).await.map(Some) } else { Ok(None) } },
     );
     let stdout = stdout.map_err(|e| refused("standard output", e))?;

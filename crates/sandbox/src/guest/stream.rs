@@ -3,7 +3,9 @@
 use std::io;
 use std::path::Path;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
 
 use agent_api::STDIO_PORT;
 use agent_api::stdio::{Kind, Open, Status, WINDOW};
@@ -78,15 +80,22 @@ impl StreamReader {
 /// An output stream that acknowledges what has been read from it.
 pub(crate) struct Output {
     stream: UnixStream,
-    read: u64,
+    read: Arc<AtomicU64>,
     acked: u64,
     /// An acknowledgement on its way, and how much of it is written.
     pending: Option<([u8; 8], usize)>,
 }
 
 impl Output {
-    pub(crate) async fn open(socket: &Path, id: &StreamId) -> Result<Self, Refused> {
-        Ok(Self { stream: open(socket, id, 0).await?, read: 0, acked: 0, pending: None })
+    /// Opens the stream where `read` says that it has been read to, and keeps that up to date, so
+    /// that it can be opened again.
+    pub(crate) async fn open(
+        socket: &Path,
+        id: &StreamId,
+        read: Arc<AtomicU64>,
+    ) -> Result<Self, Refused> {
+        let acked = read.load(Ordering::Relaxed);
+        Ok(Self { stream: open(socket, id, acked).await?, read, acked, pending: None })
     }
 
     /// Writes acknowledgements as far as the socket takes them. A peer that has gone is noticed by
@@ -95,11 +104,14 @@ impl Output {
         loop {
             let (bytes, done) = match self.pending {
                 Some(pending) => pending,
-                None if self.read > self.acked => {
-                    self.acked = self.read;
-                    (self.read.to_le_bytes(), 0)
+                None => {
+                    let read = self.read.load(Ordering::Relaxed);
+                    if read == self.acked {
+                        return;
+                    }
+                    self.acked = read;
+                    (read.to_le_bytes(), 0)
                 }
-                None => return,
             };
             self.pending = Some((bytes, done));
             match Pin::new(&mut self.stream).poll_write(cx, &bytes[done..]) {
@@ -126,11 +138,12 @@ impl AsyncRead for Output {
         let this = &mut *self;
         let before = buf.filled().len();
         let polled = Pin::new(&mut this.stream).poll_read(cx, buf);
-        if polled.is_pending() || this.read - this.acked >= ACK_AFTER {
+        let got = (buf.filled().len() - before) as u64;
+        let read = this.read.fetch_add(got, Ordering::Relaxed) + got;
+        // Also at the end: the guest keeps a process until its last byte is acknowledged.
+        if got == 0 || read - this.acked >= ACK_AFTER {
             this.flush_acks(cx);
         }
-        ready!(polled)?;
-        this.read += (buf.filled().len() - before) as u64;
-        Poll::Ready(Ok(()))
+        polled
     }
 }

@@ -151,6 +151,7 @@ fn crash_and_recover(write: usize, before: bool) -> Option<bool> {
         daemon.remove_pod(&again).await.unwrap();
     });
     second.shutdown_background();
+    world.clean();
     Some(over)
 }
 

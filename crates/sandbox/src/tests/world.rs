@@ -295,6 +295,17 @@ fn own(fd: i32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
+impl World {
+    /// A story that failed leaves processes, and every daemon that crashed holds its world.
+    pub(super) fn clean(&self) {
+        for (pid, _) in self.inner.guests.lock().unwrap().values() {
+            let pid = nix::unistd::Pid::from_raw(*pid as i32);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        let _ = std::fs::remove_dir_all(self.inner.dir.path());
+    }
+}
+
 /// Waits for something that another task brings about.
 pub(super) async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let began = Instant::now();
@@ -305,12 +316,18 @@ pub(super) async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// Runs a story on a runtime of its own.
-pub(super) fn story<F: Future<Output = ()>>(tell: impl FnOnce(World) -> F) {
+pub(super) fn story<F: Future<Output = ()> + Send + 'static>(tell: impl FnOnce(World) -> F) {
     let Some(world) = World::new() else { return };
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    runtime.block_on(async {
-        tokio::time::timeout(Duration::from_secs(60), tell(world)).await.expect("story hangs");
+    let told = runtime.block_on(async {
+        let story = tokio::spawn(tell(world.clone()));
+        tokio::time::timeout(Duration::from_secs(60), story).await
     });
     runtime.shutdown_background();
+    world.clean();
+    match told.expect("story hangs") {
+        Ok(()) => {}
+        Err(e) => std::panic::resume_unwind(e.into_panic()),
+    }
 }
