@@ -54,10 +54,8 @@ pub struct LogLine {
 impl Cri {
     /// Connects once the daemon listens.
     pub fn connect(socket: &Path) -> Result<Self> {
-        let tokio = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()?;
+        let tokio =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let path = socket.to_owned();
         let connector = tower::service_fn(move |_| {
             let path = path.clone();
@@ -71,8 +69,7 @@ impl Cri {
             )
             .with_context(|| format!("connecting to {}", socket.display()))?;
         Ok(Self {
-            runtime: RuntimeServiceClient::new(channel.clone())
-                .max_decoding_message_size(64 << 20),
+            runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(64 << 20),
             image: ImageServiceClient::new(channel),
             tokio,
         })
@@ -125,11 +122,7 @@ impl Cri {
             .map(|reply| reply.items)
     }
 
-    pub fn create(
-        &self,
-        pod: &str,
-        config: v1::ContainerConfig,
-    ) -> Result<String, tonic::Status> {
+    pub fn create(&self, pod: &str, config: v1::ContainerConfig) -> Result<String, tonic::Status> {
         let request = v1::CreateContainerRequest {
             pod_sandbox_id: pod.into(),
             config: Some(config),

@@ -26,10 +26,11 @@ pub fn make(folder: &Path) -> Result<Vec<(&'static str, PathBuf)>> {
     let mut wrong = layer(&entry("fine", b'0', "", b"x"))?;
     wrong.diff_id = digest(b"something else");
     add("wrong-diff-id", wrong)?;
-    let mut cut = layer(&entry("fine", b'0', "", &[7; 100_000]))?;
+    let mut cut = layer(&entry("fine", b'0', "", &vec![7; 100_000]))?;
     cut.blob.truncate(cut.blob.len() / 2);
     add("cut-gzip", cut)?;
-    let noise: Vec<u8> = (0..4096u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let noise: Vec<u8> =
+        (0..4096u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     add("not-a-tar", layer(&noise)?)?;
     add("bomb", bomb()?)?;
     Ok(made)
@@ -53,7 +54,8 @@ fn entry(path: &str, kind: u8, link: &str, content: &[u8]) -> Vec<u8> {
 
 fn header(path: &str, kind: u8, link: &str, size: u64) -> Vec<u8> {
     let mut block = vec![0u8; 512];
-    let mut put = |at: usize, text: &str| block[at..at + text.len()].copy_from_slice(text.as_bytes());
+    let mut put =
+        |at: usize, text: &str| block[at..at + text.len()].copy_from_slice(text.as_bytes());
     put(0, path);
     put(100, "0000644\0");
     put(108, "0000000\0");

@@ -44,8 +44,7 @@ pub fn write(folder: &Path, layers: &[Layer], config: &Value) -> Result<PathBuf>
         "architecture": "amd64", "os": "linux", "config": config,
         "rootfs": {"type": "layers", "diff_ids": diff_ids},
     });
-    let config =
-        put(config.to_string().as_bytes(), "application/vnd.oci.image.config.v1+json")?;
+    let config = put(config.to_string().as_bytes(), "application/vnd.oci.image.config.v1+json")?;
     let kind = "application/vnd.oci.image.manifest.v1+json";
     let manifest =
         json!({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": described});

@@ -105,7 +105,9 @@ fn rules() -> BTreeSet<String> {
         // Per-pod chains and rules; the plugins' shared top chains stay and carry no pod's id.
         found.extend(
             text.lines()
-                .filter(|line| line.contains("CNI-DN-") || line.contains("CNI-SN-") || line.contains("-s 10."))
+                .filter(|line| {
+                    line.contains("CNI-DN-") || line.contains("CNI-SN-") || line.contains("-s 10.")
+                })
                 .map(|line| format!("{tool}: {line}")),
         );
     }

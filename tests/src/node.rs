@@ -126,10 +126,8 @@ conf_dir = "{folder}/cni"
 
     /// Starts the daemon (again) and waits until it answers.
     pub fn start_daemon(&mut self) -> Result<()> {
-        let log = fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.path("nacelled.log"))?;
+        let log =
+            fs::OpenOptions::new().create(true).append(true).open(self.path("nacelled.log"))?;
         let mut daemon = Command::new(bin("nacelled"))
             .env_remove("NACELLE_SOCKET")
             .arg("--config")

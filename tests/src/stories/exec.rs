@@ -45,7 +45,8 @@ fn time_out() -> Result<()> {
         ensure!(status.code() == Code::DeadlineExceeded, "{status}");
         ensure!(begin.elapsed() < Duration::from_secs(20), "took {:?}", begin.elapsed());
         std::thread::sleep(Duration::from_millis(300));
-        let left = node.cri().shell(id, "grep -l 777 /proc/[0-9]*/cmdline | grep -v self | wc -l")?;
+        let left =
+            node.cri().shell(id, "grep -l 777 /proc/[0-9]*/cmdline | grep -v self | wc -l")?;
         // The shell that asks names 777 itself.
         ensure!(left.parse::<u32>()? <= 1, "the process was left behind");
         Ok(())

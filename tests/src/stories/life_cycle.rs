@@ -75,7 +75,8 @@ fn init_container() -> Result<()> {
     let image = node.image("busybox")?;
     let pod = node.pod("init")?;
     let cri = node.cri();
-    let init = cri.run(&pod, container("init", &image, &["sh", "-c", "echo ready > /dev/shm/x"]))?;
+    let init =
+        cri.run(&pod, container("init", &image, &["sh", "-c", "echo ready > /dev/shm/x"]))?;
     ensure!(cri.exited(&init)?.exit_code == 0, "init container failed");
     let main = cri.run(&pod, container("main", &image, &["cat", "/dev/shm/x"]))?;
     ensure!(cri.exited(&main)?.exit_code == 0, "main container failed");
@@ -95,7 +96,10 @@ fn comes_back() -> Result<()> {
         let id = cri.run(&pod, config)?;
         ensure!(cri.exited(&id)?.exit_code == 1, "attempt {attempt}");
         let log = cri.log(&id)?;
-        ensure!(log.iter().all(|l| l.stream == "stderr"), "attempt {attempt} sees old files: {log:?}");
+        ensure!(
+            log.iter().all(|l| l.stream == "stderr"),
+            "attempt {attempt} sees old files: {log:?}"
+        );
         cri.remove(&id)?;
     }
     ensure!(cri.containers()?.is_empty(), "containers are left");
@@ -169,7 +173,11 @@ fn same_name() -> Result<()> {
     node.finish()
 }
 
-fn with_pid(mut config: v1::ContainerConfig, mode: v1::NamespaceMode, target: &str) -> v1::ContainerConfig {
+fn with_pid(
+    mut config: v1::ContainerConfig,
+    mode: v1::NamespaceMode,
+    target: &str,
+) -> v1::ContainerConfig {
     config.linux.get_or_insert_default().security_context =
         Some(v1::LinuxContainerSecurityContext {
             namespace_options: Some(v1::NamespaceOption {
@@ -220,8 +228,11 @@ fn soak() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
     let cri = node.cri();
-    let descriptors =
-        || Ok::<_, anyhow::Error>(std::fs::read_dir(format!("/proc/{}/fd", node.daemon_pid()))?.count());
+    let descriptors = || {
+        Ok::<_, anyhow::Error>(
+            std::fs::read_dir(format!("/proc/{}/fd", node.daemon_pid()))?.count(),
+        )
+    };
     let mut after_first = 0;
     for round in 0..20 {
         let pod = node.pod(&format!("soak{round}"))?;

@@ -41,13 +41,17 @@ fn memory() -> Result<()> {
     let status = node.cri().exited(&id)?;
     ensure!(status.reason == "OOMKilled" && status.exit_code == 137, "{status:?}");
     let free = node.cri().run(&pod, container("free", &image, &hungry))?;
-    ensure!(node.cri().exited(&free)?.reason == "Completed", "a limit hits a container without one");
+    ensure!(
+        node.cri().exited(&free)?.reason == "Completed",
+        "a limit hits a container without one"
+    );
     node.finish()
 }
 
 /// Rounds of work that `id` does in two seconds.
 fn work(cri: &Cri, id: &str) -> Result<u64> {
-    let line = "t=$(($(date +%s)+3)); i=0; while [ $(date +%s) -lt $t ]; do i=$((i+1)); done; echo $i";
+    let line =
+        "t=$(($(date +%s)+3)); i=0; while [ $(date +%s) -lt $t ]; do i=$((i+1)); done; echo $i";
     Ok(cri.shell(id, line)?.parse()?)
 }
 
@@ -56,8 +60,11 @@ fn cpu() -> Result<()> {
     let image = node.image("busybox")?;
     let pod = node.pod("cpu")?;
     let cri = node.cri();
-    let resources =
-        v1::LinuxContainerResources { cpu_period: 100_000, cpu_quota: 10_000, ..Default::default() };
+    let resources = v1::LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 10_000,
+        ..Default::default()
+    };
     let slow = cri.run(&pod, limited("slow", &image, &["sleep", "1000"], resources))?;
     let fast = cri.run(&pod, container("fast", &image, &["sleep", "1000"]))?;
     ensure!(

@@ -25,7 +25,8 @@ pub const STORIES: &[Story] = &[
 
 /// A busybox web server that answers every request with `text`.
 fn server(image: &str, text: &str, port: u16) -> v1::ContainerConfig {
-    let line = format!("mkdir /www; echo {text} > /www/index.html; exec httpd -f -p {port} -h /www");
+    let line =
+        format!("mkdir /www; echo {text} > /www/index.html; exec httpd -f -p {port} -h /www");
     container("web", image, &["sh", "-c", &line])
 }
 
@@ -139,7 +140,11 @@ impl Outside {
             "-n outside link set eth0 up",
         ] {
             let output = std::process::Command::new("ip").args(line.split(' ')).output()?;
-            ensure!(output.status.success(), "ip {line}: {:?}", String::from_utf8_lossy(&output.stderr));
+            ensure!(
+                output.status.success(),
+                "ip {line}: {:?}",
+                String::from_utf8_lossy(&output.stderr)
+            );
         }
         Ok(this)
     }
@@ -194,11 +199,15 @@ fn name_files() -> Result<()> {
 }
 
 fn broken_plugin() -> Result<()> {
-    let node = Node::start_with(|config| config + "bin_dirs = [\"/var/lib/nacelle-stories/broken\"]\n")?;
+    let node =
+        Node::start_with(|config| config + "bin_dirs = [\"/var/lib/nacelle-stories/broken\"]\n")?;
     let folder = std::path::Path::new("/var/lib/nacelle-stories/broken");
     std::fs::create_dir_all(folder)?;
     for (script, words) in [
-        ("#!/bin/sh\nif [ $CNI_COMMAND = DEL ]; then exit 0; fi\necho '{\"cniVersion\":\"1.0.0\",\"code\":11,\"msg\":\"no more wires\"}'; exit 1\n", "no more wires"),
+        (
+            "#!/bin/sh\nif [ $CNI_COMMAND = DEL ]; then exit 0; fi\necho '{\"cniVersion\":\"1.0.0\",\"code\":11,\"msg\":\"no more wires\"}'; exit 1\n",
+            "no more wires",
+        ),
         ("#!/bin/sh\nif [ $CNI_COMMAND = DEL ]; then exit 0; fi\necho rubbish\n", "rubbish"),
     ] {
         for plugin in ["bridge", "portmap", "loopback", "host-local"] {

@@ -45,10 +45,7 @@ fn users() -> Result<()> {
     };
     let id = cri.run(&pod, secured("numbers", &image, context))?;
     let status = cri.shell(&id, "grep -E '^(Uid|Gid|Groups)' /proc/1/status")?;
-    ensure!(
-        status.contains("Uid:\t1234\t1234") && status.contains("Gid:\t2345\t2345"),
-        "{status}"
-    );
+    ensure!(status.contains("Uid:\t1234\t1234") && status.contains("Gid:\t2345\t2345"), "{status}");
     ensure!(status.lines().any(|l| l.starts_with("Groups:") && l.contains("3456")), "{status}");
     ensure!(cri.shell(&id, "id -u")? == "1234", "exec runs as another user");
     let context = v1::LinuxContainerSecurityContext {
@@ -115,8 +112,7 @@ fn read_only_root() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
     let pod = node.pod("ro")?;
-    let context =
-        v1::LinuxContainerSecurityContext { readonly_rootfs: true, ..Default::default() };
+    let context = v1::LinuxContainerSecurityContext { readonly_rootfs: true, ..Default::default() };
     let id = node.cri().run(&pod, secured("c", &image, context))?;
     let write = node.cri().exec(&id, &["touch", "/x"])?;
     ensure!(write.code != 0 && write.stderr.contains("Read-only"), "{write:?}");
@@ -130,7 +126,10 @@ fn seccomp() -> Result<()> {
     let pod = node.pod("seccomp")?;
     let cri = node.cri();
     let profile = |kind: v1::security_profile::ProfileType| v1::LinuxContainerSecurityContext {
-        seccomp: Some(v1::SecurityProfile { profile_type: kind as i32, localhost_ref: String::new() }),
+        seccomp: Some(v1::SecurityProfile {
+            profile_type: kind as i32,
+            localhost_ref: String::new(),
+        }),
         ..Default::default()
     };
     let mode = |id: &str| cri.shell(id, "grep ^Seccomp: /proc/1/status | cut -f2");
@@ -153,7 +152,8 @@ fn no_new_privs() -> Result<()> {
     let context = v1::LinuxContainerSecurityContext { no_new_privs: true, ..Default::default() };
     let id = cri.run(&pod, secured("set", &image, context))?;
     ensure!(flag(&id)? == "1", "no_new_privs is not set");
-    let id = cri.run(&pod, secured("unset", &image, v1::LinuxContainerSecurityContext::default()))?;
+    let id =
+        cri.run(&pod, secured("unset", &image, v1::LinuxContainerSecurityContext::default()))?;
     ensure!(flag(&id)? == "0", "no_new_privs is set without being asked");
     node.finish()
 }
@@ -194,6 +194,9 @@ fn refused() -> Result<()> {
         ..Default::default()
     }];
     let status = node.cri().create(&pod, config).unwrap_err();
-    ensure!(status.message().contains("/host") || status.message().contains("propagation"), "{status}");
+    ensure!(
+        status.message().contains("/host") || status.message().contains("propagation"),
+        "{status}"
+    );
     node.finish()
 }

@@ -28,14 +28,17 @@ fn nacelle(node: &Node, words: &[&str]) -> Result<(i32, String, String)> {
 fn run() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
-    let (code, out, err) =
-        nacelle(&node, &["run", "--rm", "-e", "A=b", &image, "sh", "-c", "echo $A; echo e >&2; exit 4"])?;
+    let (code, out, err) = nacelle(
+        &node,
+        &["run", "--rm", "-e", "A=b", &image, "sh", "-c", "echo $A; echo e >&2; exit 4"],
+    )?;
     ensure!(code == 4 && out == "b\n", "code {code}, output {out:?}, errors {err:?}");
     ensure!(err.contains("e\n"), "{err:?}");
     let file = tempfile::NamedTempFile::new()?;
     std::fs::write(file.path(), "from the host\n")?;
     let volume = format!("{}:/in/file:ro", file.path().display());
-    let (code, out, err) = nacelle(&node, &["run", "--rm", "-v", &volume, &image, "cat", "/in/file"])?;
+    let (code, out, err) =
+        nacelle(&node, &["run", "--rm", "-v", &volume, &image, "cat", "/in/file"])?;
     ensure!(code == 0 && out == "from the host\n", "{out:?} {err:?}");
     ensure!(node.cri().pods()?.is_empty(), "--rm leaves a pod");
     node.finish()

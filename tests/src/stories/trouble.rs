@@ -24,20 +24,32 @@ fn malformed() -> Result<()> {
     let image = node.image("busybox")?;
     let cri = node.cri();
     let status = cri.run_pod(v1::PodSandboxConfig::default()).unwrap_err();
-    ensure!(status.code() == Code::InvalidArgument && status.message().contains("metadata"), "{status}");
+    ensure!(
+        status.code() == Code::InvalidArgument && status.message().contains("metadata"),
+        "{status}"
+    );
     let mut config = pod("bad", &node.logs);
     config.hostname = "x".repeat(300);
     let status = cri.run_pod(config).unwrap_err();
-    ensure!(status.code() == Code::InvalidArgument && status.message().contains("hostname"), "{status}");
+    ensure!(
+        status.code() == Code::InvalidArgument && status.message().contains("hostname"),
+        "{status}"
+    );
     let id = node.pod("good")?;
     let status = cri.create(&id, v1::ContainerConfig::default()).unwrap_err();
     ensure!(status.code() == Code::InvalidArgument, "{status}");
     let status = cri.create(&id, container("c", "no-such-image", &["true"])).unwrap_err();
-    ensure!(status.code() == Code::NotFound && status.message().contains("no-such-image"), "{status}");
+    ensure!(
+        status.code() == Code::NotFound && status.message().contains("no-such-image"),
+        "{status}"
+    );
     let mut config = container("c", &image, &["true"]);
     config.log_path = "../../../../etc/escape".into();
     let status = cri.create(&id, config).unwrap_err();
-    ensure!(status.code() == Code::InvalidArgument && status.message().contains("log_path"), "{status}");
+    ensure!(
+        status.code() == Code::InvalidArgument && status.message().contains("log_path"),
+        "{status}"
+    );
     ensure!(cri.containers()?.is_empty(), "a refused container is listed");
     node.finish()
 }

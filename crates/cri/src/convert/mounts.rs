@@ -64,7 +64,8 @@ fn copy(mount: &v1::Mount) -> Result<CopyMount, Refusal> {
             ),
         ));
     }
-    if !mount.readonly && !(kind.is_file() && PRIVATE_FILES.contains(&target.as_str())) {
+    let private = kind.is_file() && PRIVATE_FILES.contains(&target.as_str());
+    if !mount.readonly && !private {
         return Err(Refusal::unsupported(
             "readonly",
             format!(

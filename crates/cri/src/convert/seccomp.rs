@@ -150,7 +150,7 @@ pub fn for_guest(mut profile: LinuxSeccomp) -> LinuxSeccomp {
                 let (mask, left) = (given.value(), given.value_two().unwrap_or(0));
                 argument(given.index(), given.op(), left, Some(mask))
             }
-            _ => given.clone(),
+            _ => *given,
         });
         rule.set_args(Some(turned.collect()));
     }
@@ -249,7 +249,7 @@ mod tests {
         let rules = profile.syscalls().as_ref().unwrap();
         let of = |name: &str| {
             let rule = rules.iter().find(|r| r.names().iter().any(|n| n == name)).unwrap();
-            rule.args().as_ref().unwrap()[0].clone()
+            rule.args().as_ref().unwrap()[0]
         };
         assert_eq!((of("clone").value(), of("clone").value_two()), (0, Some(CLONE_NAMESPACES)));
         assert_eq!((of("socket").value(), of("socket").value_two()), (AF_VSOCK, None));

@@ -69,7 +69,7 @@ fn condition(kind: &str, reason: &str, trouble: Option<String>) -> v1::RuntimeCo
     v1::RuntimeCondition {
         r#type: kind.to_string(),
         status: trouble.is_none(),
-        reason: trouble.is_some().then(|| reason.to_string()).unwrap_or_default(),
+        reason: trouble.as_ref().map_or(String::new(), |_| reason.to_string()),
         message: trouble.unwrap_or_default(),
     }
 }
