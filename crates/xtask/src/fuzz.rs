@@ -1,4 +1,4 @@
-//! Short runs of the fuzz targets in `fuzz/`, a workspace of its own: they are built with the
+//! Short runs of the fuzz targets in `crates/virtio/fuzz/`, a workspace of its own: they are built with the
 //! coverage hooks of libFuzzer, which plain `rustc` can emit, so that no nightly compiler and no
 //! further tool is needed. Corpora grow in the cache; a crash is copied into the repository's
 //! `build/` and fails the run.
@@ -33,7 +33,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<i32> {
-    let dir = paths::repo().join("fuzz");
+    let dir = paths::repo().join("crates/virtio/fuzz");
     if !dir.join("Cargo.toml").exists() {
         eprintln!("SKIP: there are no fuzz targets");
         return Ok(0);
@@ -56,7 +56,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
         )
     })?;
     let mut names: Vec<String> = fs::read_dir(dir.join("fuzz_targets"))
-        .context("fuzz/fuzz_targets holds the targets")?
+        .context("crates/virtio/fuzz/fuzz_targets holds the targets")?
         .filter_map(|entry| {
             let path = entry.ok()?.path();
             (path.extension()? == "rs")
