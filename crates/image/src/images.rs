@@ -287,11 +287,6 @@ impl Inner {
         self.store.lock().expect("no holder panics")
     }
 
-    /// Whether the image is here, waiting for its removal or not.
-    pub fn known(&self, id: &Digest) -> bool {
-        self.store().contains(id)
-    }
-
     pub fn build_lock(&self, id: Digest) -> Arc<Lock> {
         self.lock(Purpose::Build, id)
     }

@@ -83,7 +83,8 @@ fn import_one(
     let manifest = image.manifest.as_deref().map(Digest::of);
     let building = inner.build_lock(id);
     let _building = building.blocking_lock();
-    if !inner.known(&id) {
+    let here = inner.store().revive(&id)?;
+    if !here {
         let temporary = inner.store().temporary()?;
         let mut flattener =
             Flattener::create(&temporary.rootfs(), inner.config.limits(), Arc::clone(stop))
@@ -112,10 +113,8 @@ fn import_one(
     if let Some(manifest) = manifest {
         all.extend(names.iter().map(|name| name.with_digest(manifest).to_string()));
     }
-    let mut store = inner.store();
-    store.revive(&id)?;
-    store.tag(&id, &all)?;
-    Ok(id)
+    // Removed by somebody between the two steps: that is as good as right after.
+    if inner.store().tag(&id, &all)? { Ok(id) } else { Err(Error::Cancelled) }
 }
 
 struct Archive {

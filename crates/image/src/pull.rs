@@ -56,16 +56,15 @@ pub async fn pull(
     // Two names of one image, pulled at the same time, build it once.
     let building = inner.build_lock(id);
     let _building = building.lock().await;
-    if !inner.known(&id) {
+    let here = Arc::clone(&inner);
+    if !run_blocking(move || here.store().revive(&id)).await? {
         build(&inner, &session, &manifest, manifest_bytes, &what, &tracker).await?;
     }
-    let store = Arc::clone(&inner);
-    run_blocking(move || {
-        let mut store = store.store();
-        store.revive(&id)?;
-        store.tag(&id, &names)
-    })
-    .await?;
+    let tagging = Arc::clone(&inner);
+    if !run_blocking(move || tagging.store().tag(&id, &names)).await? {
+        // Somebody removed it between the two steps: that is as good as right after.
+        return Err(Error::Cancelled);
+    }
     tracker.phase(Phase::Done);
     tracing::info!(image = %id, reference = %what, "pulled");
     Ok(id)

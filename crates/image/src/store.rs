@@ -161,7 +161,7 @@ impl Store {
         let target = self.root.join(id.hex());
         if self.images.contains_key(&id) {
             // The same bytes; only a pending removal has to be taken back.
-            return self.revive(&id);
+            return self.revive(&id).map(drop);
         }
         write_record(&build.0.join(RECORD), &record)?;
         fs::rename(&build.0, &target).map_err(|e| Error::io("rename", &target, e))?;
@@ -171,21 +171,16 @@ impl Store {
         Ok(())
     }
 
-    /// Takes back a removal that waits for the last holder.
-    pub fn revive(&mut self, id: &Digest) -> Result<(), Error> {
+    /// Whether the image is here; takes back a removal that waits for the last holder.
+    pub fn revive(&mut self, id: &Digest) -> Result<bool, Error> {
         let path = self.root.join(id.hex()).join(RECORD);
-        let Some(entry) = self.images.get_mut(id) else { return Ok(()) };
+        let Some(entry) = self.images.get_mut(id) else { return Ok(false) };
         if entry.record.removed {
             let record = Record { removed: false, ..entry.record.clone() };
             write_record(&path, &record)?;
             entry.record = record;
         }
-        Ok(())
-    }
-
-    /// Whether the image's files are here, its removal pending or not.
-    pub fn contains(&self, id: &Digest) -> bool {
-        self.images.contains_key(id)
+        Ok(true)
     }
 
     /// An image that is not being removed.
@@ -217,14 +212,23 @@ impl Store {
         matching.next().is_none().then_some(first.record.id)
     }
 
-    /// Points names at an image, wherever they pointed before.
-    pub fn tag(&mut self, id: &Digest, names: &[String]) -> Result<(), Error> {
+    /// Points names at an image, wherever they pointed before. False when the image is not here
+    /// (any more).
+    pub fn tag(&mut self, id: &Digest, names: &[String]) -> Result<bool, Error> {
+        if self.get(id).is_none() {
+            return Ok(false);
+        }
         if names.iter().all(|name| self.refs.get(name) == Some(id)) {
-            return Ok(());
+            return Ok(true);
         }
         let mut refs = self.refs.clone();
         refs.extend(names.iter().map(|name| (name.clone(), *id)));
-        self.write_refs(refs)
+        let written = self.write_refs(refs);
+        if written.is_err() && !names.is_empty() && self.names(id).next().is_none() {
+            // New, and nobody would find it: better not there than half there.
+            let _ = self.remove(id);
+        }
+        written.map(|()| true)
     }
 
     /// Takes one name away.
@@ -239,15 +243,19 @@ impl Store {
     /// Removes an image with all its names; its files stay while it is held.
     pub fn remove(&mut self, id: &Digest) -> Result<(), Error> {
         let Some(entry) = self.images.get_mut(id) else { return Ok(()) };
-        if !entry.record.removed {
+        if entry.holds == 0 {
+            // The files first: on a full disk nothing can be written before. Names without an
+            // image are dropped when the store opens.
+            entry.record.removed = true;
+            self.reap(id)?;
+        } else if !entry.record.removed {
             let record = Record { removed: true, ..entry.record.clone() };
             write_record(&self.root.join(id.hex()).join(RECORD), &record)?;
             entry.record = record;
-            let mut refs = self.refs.clone();
-            refs.retain(|_, target| target != id);
-            self.write_refs(refs)?;
         }
-        self.reap(id)
+        let mut refs = self.refs.clone();
+        refs.retain(|_, target| target != id);
+        self.write_refs(refs)
     }
 
     /// Counts a holder; false when there is no such image.

@@ -390,6 +390,12 @@ async fn real_images_look_as_umoci_unpacks_them() {
         fs::write(copy.join("index.json"), index.to_string()).unwrap();
         let source = format!("{}:tag", text(&copy));
         let bundle = dir.path().join("bundle");
+        let manifest = index["manifests"][0]["digest"].as_str().unwrap();
+        let manifest = copy.join("blobs").join(manifest.replace(':', "/"));
+        if fs::read_to_string(manifest).unwrap().contains("+zstd") {
+            println!("SKIP: umoci cannot unpack {}, it is compressed with zstd", layout.display());
+            continue;
+        }
         run("umoci", &["unpack", "--image", &source, text(&bundle)]);
         let Some(mounted) = mount(&rootfs, &dir.path().join("mnt")) else { return };
         // umoci writes down when it changed the root last; the image keeps what its layer says.

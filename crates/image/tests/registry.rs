@@ -526,6 +526,13 @@ async fn a_full_disk_is_told_with_the_path_and_leaves_the_store_usable() {
         registry.image_as("small", &[layer("a", b"x")], "small");
         let small = format!("{}/test/image:small", registry.authority());
         images.pull(&small, None, None).await.unwrap();
+        // An image can be removed when there is no room for anything.
+        let fill = disk.0.path().join("images/.tmp-fill");
+        let _ = std::fs::write(&fill, vec![1; 8 << 20]);
+        images.remove(&small).await.unwrap();
+        assert!(images.images().is_empty());
+        std::fs::remove_file(&fill).unwrap();
+        assert_clean(disk.0.path());
     }
 }
 
@@ -584,4 +591,37 @@ async fn tls_proxy(certified: &rcgen::CertifiedKey<rcgen::KeyPair>, target: u16)
         }
     });
     port
+}
+
+#[tokio::test]
+async fn archives_that_are_none_are_refused_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let images = open(&dir.path().join("store")).await;
+    let file = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path
+    };
+    let docker = |manifest: &str| {
+        let mut builder = tar::Builder::new(layer("manifest.json", manifest.as_bytes()));
+        builder.get_mut().truncate(512 + manifest.len().next_multiple_of(512));
+        builder.into_inner().unwrap()
+    };
+    let escape = r#"[{"Config":"../../etc/passwd","Layers":[]}]"#;
+    let absent = r#"[{"Config":"c.json","Layers":[]}]"#;
+    for (bytes, reason) in [
+        (b"no tar at all".to_vec(), "neither an OCI layout nor a docker archive"),
+        (layer("x", b"y"), "index.json"),
+        (vec![0x1f, 0x8b, 8, 0, 0, 0], "compressed"),
+        (docker(escape), ".."),
+        (docker(absent), "c.json"),
+        (docker("{"), "manifest.json"),
+    ] {
+        let error = images.import(&file("archive", &bytes), None).await.unwrap_err();
+        assert!(explain(&error).contains(reason), "{reason}: {}", explain(&error));
+    }
+    assert!(images.import(&dir.path().join("nowhere"), None).await.is_err());
+    let error = images.import(&file("archive", b""), Some("BAD name")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert_clean(&dir.path().join("store"));
 }
