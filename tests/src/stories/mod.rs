@@ -22,7 +22,6 @@ pub const UNPROVEN: &[&str] = &[
     "vmm::an idle VMM is jailed: no root, no capabilities, seccomp, own namespaces",
     "exec::exec that takes too long is ended and told",
     // These rooms were not run to their end.
-    "network",
     "images",
     "kills",
     "trouble",
