@@ -180,8 +180,8 @@ impl Settings {
     pub fn missing_files(&self) -> Option<String> {
         [
             ("vmm", &self.vmm, "install nacelle-vmm there"),
-            ("kernel", &self.kernel, "build it with `make guest` and install it there"),
-            ("initramfs", &self.initramfs, "build it with `make guest` and install it there"),
+            ("kernel", &self.kernel, "build it with `make guest-kernel` and install it there"),
+            ("initramfs", &self.initramfs, "build it with `make guest-image` and install it there"),
         ]
         .into_iter()
         .find(|(_, path, _)| !path.is_file())
