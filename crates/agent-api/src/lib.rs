@@ -1,8 +1,9 @@
 //! The guest protocol: messages and gRPC stubs generated from `proto/agent/v1/agent.proto`, and
-//! the framing of process streams.
+//! the framing of process streams and forwarded connections.
 //!
 //! Knows no KVM, no CRI, no transport: it is handed byte streams.
 
+pub mod forward;
 pub mod stdio;
 
 /// Generated from `proto/agent/v1/agent.proto`.
@@ -17,6 +18,10 @@ pub const PROTOCOL: u32 = 1;
 pub const CONTROL_PORT: u32 = 1024;
 /// vsock port of process streams.
 pub const STDIO_PORT: u32 = 1025;
+/// vsock port of forwarded connections ([`forward`]).
+pub const FORWARD_PORT: u32 = 1026;
+/// Tag of the pod's virtio-fs device, whose top-level entries are the shared volumes.
+pub const SHARE_TAG: &str = "nacelle";
 /// vsock CID of every guest. CIDs are private to a VMM here, so one value serves all.
 pub const GUEST_CID: u64 = 3;
 /// Largest gRPC message either side takes, bytes. A hostile peer can make the other side hold this

@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status};
 use crate::agent::Agent;
 use crate::containers::{create, exec, remove, signal, start, stats, update};
 use crate::error::{Error, Result};
-use crate::guest::{devices, identity, network, shutdown};
+use crate::guest::{cpus, devices, identity, network, shutdown};
 
 #[derive(Debug, Clone)]
 pub struct AgentService {
@@ -119,8 +119,7 @@ impl Service for AgentService {
     ) -> Answer<v1::CreateContainerReply> {
         let request = request.into_inner();
         self.run(|agent| async move {
-            let pid = create::create(&agent, request).await?.unsigned_abs();
-            Ok(v1::CreateContainerReply { pid })
+            create::create(&agent, request).await
         })
         .await
     }
@@ -281,6 +280,31 @@ impl Service for AgentService {
     ) -> Answer<v1::WriteVolumeReply> {
         let result = self.agent.lock().volumes.write(request.get_ref());
         answer(result.map(|()| v1::WriteVolumeReply {}))
+    }
+
+    async fn read_volume_file(
+        &self,
+        request: Request<v1::ReadVolumeFileRequest>,
+    ) -> Answer<v1::ReadVolumeFileReply> {
+        let v1::ReadVolumeFileRequest { volume_id, path, limit } = request.into_inner();
+        let result = self.agent.lock().volumes.read(&volume_id, &path, limit);
+        answer(result.map(|content| v1::ReadVolumeFileReply { content }))
+    }
+
+    async fn resize_pod(
+        &self,
+        request: Request<v1::ResizePodRequest>,
+    ) -> Answer<v1::ResizePodReply> {
+        let wanted = request.into_inner().cpus;
+        self.run(move |_| async move {
+            let task = tokio::task::spawn_blocking(move || cpus::resize(wanted));
+            let cpus = task.await.map_err(|error| Error::Helper {
+                doing: "switch CPUs",
+                why: error.to_string(),
+            })??;
+            Ok(v1::ResizePodReply { cpus })
+        })
+        .await
     }
 
     async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Answer<v1::ShutdownReply> {

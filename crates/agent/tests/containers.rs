@@ -362,6 +362,7 @@ async fn volumes_are_mounted_and_change_under_a_running_container() {
         destination: destination.into(),
         sub_path: sub_path.into(),
         read_only,
+        ..Default::default()
     };
     request.volumes = vec![
         volume("pod", "/etc/hosts", "hosts", true),

@@ -114,8 +114,12 @@ pub struct ContainerSpec {
     pub tty: bool,
     /// Relative to the pod's log folder; empty: no log.
     pub log_path: String,
-    /// Files and folders of the host that are copied into the guest (read-only volumes).
-    pub copies: Vec<CopyMount>,
+    /// Files, folders and images mounted into the container, parents before what lies in them.
+    pub volumes: Vec<Volume>,
+    /// Block devices of the host.
+    pub devices: Vec<BlockDevice>,
+    /// Only the groups that `oci.process.user` names, not those of the image's /etc/group.
+    pub strict_groups: bool,
     /// Image as the caller named it, and its id; given back in the view.
     pub image_name: String,
     pub image_id: String,
@@ -132,10 +136,83 @@ pub struct RootfsSpec {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CopyMount {
+pub struct Volume {
+    pub container_path: String,
+    pub source: VolumeSource,
+    pub access: Access,
+    pub propagation: Propagation,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VolumeSource {
+    /// Small files of the host, copied into a tmpfs of the guest once.
+    Copied { host_path: PathBuf },
+    /// A folder that its writer replaces atomically behind `..data` (ConfigMap, Secret, projected,
+    /// downward API): copied, and kept in step while the container lives.
+    Synced { host_path: PathBuf },
+    /// A file that the container writes and the host reads after its end (termination log): a copy
+    /// that is written back when the container ends.
+    WrittenBack { host_path: PathBuf },
+    /// A file or folder of the host itself, shared with it.
+    Shared { host_path: PathBuf },
+    /// An EROFS image on the host, or a folder or file inside it; always read-only.
+    Image { image: PathBuf, sub_path: String },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    ReadWrite,
+    /// Mounts of the host below the source stay as they are.
+    ReadOnly,
+    ReadOnlyRecursive,
+}
+
+/// mount_namespaces(7), between the host and the container.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Propagation {
+    #[default]
+    Private,
+    /// What the host mounts below the source later appears in the container.
+    HostToContainer,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockDevice {
     pub host_path: PathBuf,
     pub container_path: String,
-    pub read_only: bool,
+    /// Access as cgroups name it: of `rwm`.
+    pub permissions: String,
+}
+
+/// The process' user as the guest resolved it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub uid: u32,
+    pub gid: u32,
+    /// Primary group first.
+    pub groups: Vec<u32>,
+}
+
+/// A change of a pod or container, for those who follow them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EventKind {
+    Created,
+    Started,
+    Stopped,
+    Deleted,
+}
+
+/// Told after the change is journaled and visible in listings.
+#[derive(Debug, Clone)]
+pub struct Event {
+    pub kind: EventKind,
+    pub at: SystemTime,
+    pub pod: PodId,
+    /// None: the pod itself.
+    pub container: Option<ContainerId>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,6 +245,8 @@ pub struct ContainerView {
     pub log_path: PathBuf,
     /// Limits as last set.
     pub resources: oci_spec::runtime::LinuxResources,
+    /// None until the guest has made the process.
+    pub user: Option<Identity>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -21,8 +21,8 @@ use std::time::SystemTime;
 use oci_spec::runtime::LinuxResources;
 
 use crate::model::{
-    ContainerId, ContainerSpec, ContainerState, ContainerView, ExitView, PodId, PodSpec, PodState,
-    PodView, TracePhase,
+    ContainerId, ContainerSpec, ContainerState, ContainerView, ExitView, Identity, PodId, PodSpec,
+    PodState, PodView, TracePhase,
 };
 use crate::ports::Attachment;
 
@@ -83,6 +83,7 @@ pub(crate) struct Container {
     pub(crate) oom: bool,
     pub(crate) log_path: PathBuf,
     pub(crate) resources: LinuxResources,
+    pub(crate) user: Option<Identity>,
 }
 
 impl Container {
@@ -111,6 +112,7 @@ impl Container {
             exit: self.exit.clone().filter(|_| state == ContainerState::Exited),
             log_path: self.log_path.clone(),
             resources: self.resources.clone(),
+            user: self.user.clone(),
         }
     }
 }
@@ -159,6 +161,7 @@ pub(crate) enum Change {
     ContainerPlanned(Box<Container>),
     ContainerCreated {
         id: ContainerId,
+        user: Identity,
     },
     ContainerStarted {
         id: ContainerId,
@@ -269,11 +272,12 @@ impl Pod {
                 self.ledger.push(Effect::ContainerFiles { container: id.clone() });
                 self.containers.insert(id, *container);
             }
-            Change::ContainerCreated { id } => {
+            Change::ContainerCreated { id, user } => {
                 self.expect(&[Phase::Ready])?;
                 let container = self.container_mut(&id)?;
                 container.expect_phase(ContainerPhase::Creating)?;
                 container.phase = ContainerPhase::Present;
+                container.user = Some(user);
             }
             Change::ContainerStarted { id, at } => {
                 let container = self.container_mut(&id)?;

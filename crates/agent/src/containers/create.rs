@@ -25,8 +25,11 @@ const MAX_CONTAINERS: usize = 512;
 /// Volumes of one container.
 const MAX_VOLUMES: usize = 512;
 
-/// Returns the pid of the init process.
-pub async fn create(agent: &Arc<Agent>, request: v1::CreateContainerRequest) -> Result<i32> {
+/// Answers the init process' pid and user.
+pub async fn create(
+    agent: &Arc<Agent>,
+    request: v1::CreateContainerRequest,
+) -> Result<v1::CreateContainerReply> {
     let id = request.container_id.clone();
     crate::ids::check("container_id", &id)?;
     let _turn = agent.verb(&id).await;
@@ -46,7 +49,7 @@ pub async fn create(agent: &Arc<Agent>, request: v1::CreateContainerRequest) -> 
         .map_err(|error| Error::invalid("oci_spec", error.to_string()))?;
     let mut parts = Parts::default();
     match build(agent, &request, spec, &mut parts).await {
-        Ok(pid) => Ok(pid),
+        Ok(reply) => Ok(reply),
         Err(error) => {
             if let Err(second) = parts.dismantle(agent).await {
                 tracing::error!(container = id, error = %second.chain(), "left behind");
@@ -65,7 +68,7 @@ async fn build(
     request: &v1::CreateContainerRequest,
     spec: Spec,
     parts: &mut Parts,
-) -> Result<i32> {
+) -> Result<v1::CreateContainerReply> {
     let id = &request.container_id;
     let wanted = request.rootfs.as_ref().ok_or_else(|| Error::invalid("rootfs", "is missing"))?;
     let rootfs = parts.rootfs.insert(Rootfs::mount(agent, id, wanted).await?).path();
@@ -124,6 +127,15 @@ async fn build(
         }
         (None, None) => {}
     }
+    let user = process.user();
+    let others = user.additional_gids().clone().unwrap_or_default();
+    let others = others.into_iter().filter(|gid| *gid != user.gid());
+    let reply = v1::CreateContainerReply {
+        pid: made.pid.unsigned_abs(),
+        uid: user.uid(),
+        gid: user.gid(),
+        groups: std::iter::once(user.gid()).chain(others).collect(),
+    };
     agent.oom.add(id, &cgroup);
     let container = Container {
         init,
@@ -137,7 +149,7 @@ async fn build(
     agent.lock().containers.insert(id.clone(), container);
     agent.adopt(made.pid, Owner::Process { container: id.clone(), exec: String::new() });
     drop(expecting);
-    Ok(made.pid)
+    Ok(reply)
 }
 
 fn binds(agent: &Agent, volumes: &[v1::VolumeMount]) -> Result<Vec<Bind>> {

@@ -167,6 +167,8 @@ impl Rootfs {
         v1::FsUsage {
             used_bytes: (stat.blocks() - stat.blocks_free()) * stat.fragment_size(),
             inodes_used: stat.files() - stat.files_free(),
+            capacity: stat.blocks() * stat.fragment_size(),
+            inodes: stat.files(),
         }
     }
 

@@ -21,6 +21,7 @@ pub fn stats(agent: &Agent) -> v1::StatsReply {
                 memory: Some(cgroup.memory()),
                 pids: cgroup.pids(),
                 writable_layer: container.parts.rootfs.as_ref().map(|rootfs| rootfs.usage()),
+                ..Default::default()
             })
         })
         .collect();
@@ -32,6 +33,7 @@ pub fn stats(agent: &Agent) -> v1::StatsReply {
             &std::fs::read_to_string("/proc/net/dev").unwrap_or_default(),
             devices::is_card,
         ),
+        ..Default::default()
     };
     v1::StatsReply {
         unix_time_ns: i64::try_from(now.as_nanos()).unwrap_or(i64::MAX),
@@ -49,7 +51,7 @@ fn interfaces(text: &str, is_card: impl Fn(&str) -> bool) -> Vec<v1::NetworkStat
             let numbers: Vec<u64> =
                 numbers.split_whitespace().map_while(|number| number.parse().ok()).collect();
             let name = name.trim();
-            if numbers.len() < 11 || !is_card(name) {
+            if numbers.len() < 12 || !is_card(name) {
                 return None;
             }
             Some(v1::NetworkStats {
@@ -58,6 +60,10 @@ fn interfaces(text: &str, is_card: impl Fn(&str) -> bool) -> Vec<v1::NetworkStat
                 rx_errors: numbers[2],
                 tx_bytes: numbers[8],
                 tx_errors: numbers[10],
+                rx_packets: numbers[1],
+                rx_dropped: numbers[3],
+                tx_packets: numbers[9],
+                tx_dropped: numbers[11],
             })
         })
         .collect()

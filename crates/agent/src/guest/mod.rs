@@ -1,6 +1,7 @@
 //! The guest as a machine: what stands before and below the containers.
 
 pub mod boot;
+pub mod cpus;
 pub mod devices;
 pub mod identity;
 pub mod inroot;

@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -35,6 +35,9 @@ const MAX_SIZE: u64 = 16 << 30;
 const MAX_INODES: u64 = 65536;
 /// Volumes of a pod; each is a mount, and mounts slow down every container's start.
 const MAX_VOLUMES: usize = 1024;
+
+/// Bytes of one [`Volumes::read`]; well below a message's limit.
+const MAX_READ: u64 = 1 << 20;
 
 const DATA: &str = "..data";
 const DATA_NEW: &str = "..data_tmp";
@@ -107,6 +110,25 @@ impl Volumes {
             let _ = fs::remove_dir_all(&stage);
         }
         done
+    }
+
+    /// At most `limit` bytes of a regular file in a volume.
+    pub fn read(&self, id: &str, path: &str, limit: u64) -> Result<Vec<u8>> {
+        if !self.volumes.contains_key(id) {
+            return Err(Error::NotFound { what: "volume", id: id.to_owned() });
+        }
+        let what = || format!("read {path:?} in volume {id}");
+        let root = open_dir(&self.base.join(id))?;
+        // O_NONBLOCK: what a container has put there may be a pipe.
+        let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
+        let file = File::from(beneath(&root, relative(path)?, flags, Mode::empty()).doing(what)?);
+        if !file.metadata().doing(what)?.is_file() {
+            return Err(Error::invalid("path", format!("{path:?} is no regular file")));
+        }
+        let limit = if limit == 0 { MAX_READ } else { limit.min(MAX_READ) };
+        let mut content = Vec::new();
+        file.take(limit).read_to_end(&mut content).doing(what)?;
+        Ok(content)
     }
 
     /// Resolves `sub_path` inside a volume, for a mount.
@@ -340,8 +362,11 @@ mod tests {
         let mut more = file("hosts", "+");
         more.append = true;
         volumes.write(&request(vec![more], false, false)).unwrap();
+        assert_eq!(volumes.read("v", "hosts", 0).unwrap(), b"new+");
+        assert_eq!(volumes.read("v", "hosts", 2).unwrap(), b"ne");
+        assert!(volumes.read("v", "../v/hosts", 0).is_err());
         let mut seen = String::new();
-        std::io::Read::read_to_string(&mut &open, &mut seen).unwrap();
+        Read::read_to_string(&mut &open, &mut seen).unwrap();
         assert_eq!(seen, "new+");
     }
 

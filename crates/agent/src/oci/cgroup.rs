@@ -155,26 +155,51 @@ impl Cgroup {
             throttled_ns: microseconds("throttled_usec"),
             periods: value_of(&text, "nr_periods").unwrap_or(0),
             throttled_periods: value_of(&text, "nr_throttled").unwrap_or(0),
+            user_ns: microseconds("user_usec"),
+            system_ns: microseconds("system_usec"),
+            pressure: self.pressure("cpu.pressure"),
         }
     }
 
     pub fn memory(&self) -> v1::Memory {
         let stat = self.read("memory.stat").unwrap_or_default();
+        let of = |key| value_of(&stat, key).unwrap_or(0);
+        let events = self.read("memory.events").unwrap_or_default();
         let usage = self.number("memory.current").unwrap_or(0);
-        let working_set = usage.saturating_sub(value_of(&stat, "inactive_file").unwrap_or(0));
+        let working_set = usage.saturating_sub(of("inactive_file"));
         v1::Memory {
             usage,
             working_set,
             // "max" does not parse: no limit, so nothing to say.
             available: self.number("memory.max").map_or(0, |max| max.saturating_sub(working_set)),
-            rss: value_of(&stat, "anon").unwrap_or(0),
-            page_faults: value_of(&stat, "pgfault").unwrap_or(0),
-            major_page_faults: value_of(&stat, "pgmajfault").unwrap_or(0),
+            rss: of("anon"),
+            page_faults: of("pgfault"),
+            major_page_faults: of("pgmajfault"),
+            cache: of("file"),
+            mapped_file: of("file_mapped"),
+            swap: self.number("memory.swap.current").unwrap_or(0),
+            kernel: of("kernel"),
+            limit: self.number("memory.max").unwrap_or(0),
+            failures: value_of(&events, "max").unwrap_or(0),
+            peak: self.number("memory.peak").unwrap_or(0),
+            total_active_file: of("active_file"),
+            total_inactive_file: of("inactive_file"),
+            pressure: self.pressure("memory.pressure"),
         }
     }
 
     pub fn pids(&self) -> u64 {
         self.number("pids.current").unwrap_or_else(|| self.processes().len() as u64)
+    }
+
+    /// None where the kernel keeps no pressure information.
+    pub fn pressure(&self, file: &str) -> Option<v1::Pressure> {
+        let text = self.read(file)?;
+        let total = |kind: &str| {
+            let line = text.lines().find(|line| line.starts_with(kind))?;
+            line.rsplit_once("total=")?.1.trim().parse().ok()
+        };
+        Some(v1::Pressure { some_us: total("some")?, full_us: total("full").unwrap_or(0) })
     }
 
     fn number(&self, file: &str) -> Option<u64> {

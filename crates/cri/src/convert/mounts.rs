@@ -11,7 +11,7 @@
 
 use std::path::{Path, PathBuf};
 
-use sandbox::model::CopyMount;
+use sandbox::model::{Access, Propagation, Volume, VolumeSource};
 
 use super::{Refusal, known};
 use crate::v1;
@@ -22,7 +22,7 @@ const PRIVATE_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.co
 /// use stays below a hundred.
 const MAX_MOUNTS: usize = 512;
 
-pub fn copies(mounts: &[v1::Mount]) -> Result<Vec<CopyMount>, Refusal> {
+pub fn volumes(mounts: &[v1::Mount]) -> Result<Vec<Volume>, Refusal> {
     if mounts.len() > MAX_MOUNTS {
         return Err(Refusal::invalid(
             "mounts",
@@ -36,7 +36,7 @@ pub fn copies(mounts: &[v1::Mount]) -> Result<Vec<CopyMount>, Refusal> {
         .collect()
 }
 
-fn copy(mount: &v1::Mount) -> Result<CopyMount, Refusal> {
+fn copy(mount: &v1::Mount) -> Result<Volume, Refusal> {
     let target = container_path(&mount.container_path)?;
     unsupported_parts(mount)?;
     if mount.host_path.is_empty() {
@@ -75,7 +75,12 @@ fn copy(mount: &v1::Mount) -> Result<CopyMount, Refusal> {
             ),
         ));
     }
-    Ok(CopyMount { host_path, container_path: target, read_only: mount.readonly })
+    Ok(Volume {
+        container_path: target,
+        source: VolumeSource::Copied { host_path },
+        access: if mount.readonly { Access::ReadOnlyRecursive } else { Access::ReadWrite },
+        propagation: Propagation::Private,
+    })
 }
 
 fn unsupported_parts(mount: &v1::Mount) -> Result<(), Refusal> {
@@ -149,7 +154,7 @@ mod tests {
     }
 
     fn refused(mount: v1::Mount) -> String {
-        copies(&[mount]).unwrap_err().to_string()
+        volumes(&[mount]).unwrap_err().to_string()
     }
 
     #[test]
@@ -158,12 +163,13 @@ mod tests {
         let root = dir.path().canonicalize().unwrap();
         std::fs::write(root.join("file"), "x").unwrap();
         std::os::unix::fs::symlink("file", root.join("link")).unwrap();
-        let found = copies(&[mount(&root, "/etc//x/."), mount(&root.join("link"), "y")]).unwrap();
-        assert_eq!(found[0].host_path, root);
+        let found = volumes(&[mount(&root, "/etc//x/."), mount(&root.join("link"), "y")]).unwrap();
+        let from = |path: PathBuf| VolumeSource::Copied { host_path: path };
+        assert_eq!(found[0].source, from(root.clone()));
         assert_eq!(found[0].container_path, "/etc/x");
-        assert_eq!(found[1].host_path, root.join("file"));
+        assert_eq!(found[1].source, from(root.join("file")));
         assert_eq!(found[1].container_path, "/y");
-        assert!(found.iter().all(|copy| copy.read_only));
+        assert!(found.iter().all(|volume| volume.access == Access::ReadOnlyRecursive));
     }
 
     #[test]
@@ -173,7 +179,7 @@ mod tests {
         std::fs::write(&file, "x").unwrap();
         let writable = |path: &str| v1::Mount { readonly: false, ..mount(&file, path) };
         for path in PRIVATE_FILES {
-            assert!(!copies(&[writable(path)]).unwrap()[0].read_only);
+            assert_eq!(volumes(&[writable(path)]).unwrap()[0].access, Access::ReadWrite);
         }
         assert!(refused(writable("/data")).starts_with("mounts[0].readonly"));
         assert!(refused(writable("/dev/termination-log")).contains("never see"));

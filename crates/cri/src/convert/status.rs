@@ -204,7 +204,9 @@ mod tests {
                 stdin_once: false,
                 tty: false,
                 log_path: "web/2.log".into(),
-                copies: vec![],
+                volumes: vec![],
+                devices: vec![],
+                strict_groups: false,
                 image_name: "nginx:1".into(),
                 image_id: "sha256:00".into(),
                 stop_signal: 3,
@@ -222,6 +224,7 @@ mod tests {
             }),
             log_path: "/logs/web/2.log".into(),
             resources: oci_spec::runtime::LinuxResources::default(),
+            user: None,
         }
     }
 

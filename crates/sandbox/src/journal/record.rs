@@ -10,12 +10,12 @@ use std::time::SystemTime;
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{ContainerSpec, ExitView, PodSpec, TracePhase};
+use crate::model::{ContainerSpec, ExitView, Identity, PodSpec, TracePhase};
 use crate::policy::{Container, ContainerPhase, Effect, Phase, Pod};
 use crate::ports::Attachment;
 
 /// Of this layout. A record of another one is quarantined, never guessed at.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BadRecord {
@@ -89,6 +89,7 @@ struct StoredContainer {
     oom: bool,
     log_path: PathBuf,
     resources: LinuxResources,
+    user: Option<Identity>,
     spec: ContainerSpec,
 }
 
@@ -244,6 +245,7 @@ impl From<Container> for StoredContainer {
             oom,
             log_path,
             resources,
+            user,
         } = container;
         let phase = match phase {
             ContainerPhase::Creating => StoredContainerPhase::Creating,
@@ -258,7 +260,7 @@ impl From<Container> for StoredContainer {
             message,
         });
         let spec = (*spec).clone();
-        Self { id, phase, created_at, started_at, exit, oom, log_path, resources, spec }
+        Self { id, phase, created_at, started_at, exit, oom, log_path, resources, user, spec }
     }
 }
 
@@ -273,6 +275,7 @@ impl From<StoredContainer> for Container {
             oom,
             log_path,
             resources,
+            user,
             spec,
         } = stored;
         let phase = match phase {
@@ -298,6 +301,7 @@ impl From<StoredContainer> for Container {
             oom,
             log_path,
             resources,
+            user,
         }
     }
 }

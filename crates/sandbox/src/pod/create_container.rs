@@ -15,9 +15,11 @@ use crate::error::Error;
 use crate::host::volumes::{Shape, shape};
 use crate::host::{absent_is_fine, blocking, etc};
 use crate::logs::{self, LogWriter, Source};
-use crate::model::{ContainerId, ContainerSpec, PidMode};
+use crate::model::{Access, ContainerId, ContainerSpec, Identity, PidMode, VolumeSource};
 use crate::policy::{Change, Container, ContainerPhase, Pod};
 
+/// Supplementary groups the kernel takes (NGROUPS_MAX); a guest may name any number.
+const MAX_GROUPS: usize = 65536;
 /// Undoing in a guest that may be the reason of the failure.
 const UNDO_LIMIT: Duration = Duration::from_secs(5);
 
@@ -39,6 +41,7 @@ pub(crate) fn new_container(pod: &Pod, id: ContainerId, spec: ContainerSpec) -> 
         oom: false,
         log_path,
         resources: limits.unwrap_or_default(),
+        user: None,
         spec: Arc::new(spec),
     }
 }
@@ -58,7 +61,10 @@ pub(super) async fn create_container(
                 () = handle.closing.cancelled() => Err(Error::precondition("the pod was stopped")),
             };
             let made = match made {
-                Ok(()) => handle.commit(vec![Change::ContainerCreated { id: id.clone() }]).await,
+                Ok(user) => {
+                    let created = Change::ContainerCreated { id: id.clone(), user };
+                    handle.commit(vec![created]).await
+                }
                 Err(e) => Err(e),
             };
             if made.is_err() {
@@ -73,7 +79,7 @@ pub(super) async fn create_container(
     result
 }
 
-async fn create(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
+async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
     let container = handle.container(id)?;
     let spec = &container.spec;
     let scratch = match spec.rootfs.read_only {
@@ -87,11 +93,14 @@ async fn create(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     disks::plug(handle, &spec.rootfs.image, id, scratch).await?;
     let volumes = volumes(handle, id, spec).await?;
     let request = request(id, spec, volumes, has_scratch)?;
-    handle
+    let made = handle
         .guest
         .call("create the container", |mut c| async move { c.create_container(request).await })
         .await?;
-    start_log(handle, &container).await
+    start_log(handle, &container).await?;
+    let v1::CreateContainerReply { pid: _, uid, gid, mut groups } = made;
+    groups.truncate(MAX_GROUPS);
+    Ok(Identity { uid, gid, groups })
 }
 
 /// Takes up the container's output where its log ends.
@@ -118,20 +127,26 @@ async fn volumes(
     let mut mounts = Vec::new();
     let mut taken: HashSet<PathBuf> =
         spec.oci.mounts().iter().flatten().map(|m| m.destination().clone()).collect();
-    for (n, copy) in spec.copies.iter().enumerate() {
-        let source = copy.host_path.clone();
+    for (n, volume) in spec.volumes.iter().enumerate() {
+        let VolumeSource::Copied { host_path } = &volume.source else {
+            return Err(Error::Unsupported {
+                message: format!("volume {}: only copied volumes are there", volume.container_path),
+            });
+        };
+        let source = host_path.clone();
         let sub_path = match blocking(move || shape(&source)).await? {
             Shape::File { name } => name,
             Shape::Folder => String::new(),
         };
         let volume_id = disks::volume_id(id, n);
-        disks::copy_volume(handle, &volume_id, &copy.host_path).await?;
-        taken.insert(PathBuf::from(&copy.container_path));
+        disks::copy_volume(handle, &volume_id, host_path).await?;
+        taken.insert(PathBuf::from(&volume.container_path));
         mounts.push(v1::VolumeMount {
             volume_id,
-            destination: copy.container_path.clone(),
+            destination: volume.container_path.clone(),
             sub_path,
-            read_only: copy.read_only,
+            read_only: volume.access != Access::ReadWrite,
+            ..Default::default()
         });
     }
     for (name, destination) in etc::FILES {
@@ -141,6 +156,7 @@ async fn volumes(
                 destination: destination.to_owned(),
                 sub_path: name.to_owned(),
                 read_only: spec.rootfs.read_only,
+                ..Default::default()
             });
         }
     }
@@ -181,6 +197,8 @@ fn request(
         tty_height: size.map_or(0, |s| s.height() as u32),
         stdin_once: spec.stdin_once,
         cwd,
+        strict_groups: spec.strict_groups,
+        block_devices: Vec::new(),
     })
 }
 

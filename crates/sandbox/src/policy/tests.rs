@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{Meta, PidMode, RootfsSpec};
+use crate::model::{Identity, Meta, PidMode, RootfsSpec};
 
 pub(crate) fn pod() -> Pod {
     let spec = PodSpec {
@@ -44,7 +44,9 @@ pub(crate) fn container(id: &str) -> Container {
         stdin_once: false,
         tty: false,
         log_path: String::new(),
-        copies: Vec::new(),
+        volumes: Vec::new(),
+        devices: Vec::new(),
+        strict_groups: false,
         image_name: String::new(),
         image_id: String::new(),
         stop_signal: 15,
@@ -60,6 +62,7 @@ pub(crate) fn container(id: &str) -> Container {
         drained: false,
         oom: false,
         log_path: PathBuf::new(),
+        user: None,
         resources: LinuxResources::default(),
     }
 }
@@ -123,7 +126,7 @@ fn an_exit_that_comes_before_the_start_is_known_is_not_lost() {
     let pod = run(vec![
         ready(),
         Change::ContainerPlanned(Box::new(container("c"))),
-        Change::ContainerCreated { id: id() },
+        Change::ContainerCreated { id: id(), user: Identity::default() },
         Change::ContainerEnded { id: id(), exit: exit(4) },
         Change::ContainerStarted { id: id(), at: AT },
         Change::LogsDrained { id: id() },
@@ -139,7 +142,7 @@ fn an_exit_is_shown_when_the_log_is_complete() {
     let mut pod = run(vec![
         ready(),
         Change::ContainerPlanned(Box::new(container("c"))),
-        Change::ContainerCreated { id: id() },
+        Change::ContainerCreated { id: id(), user: Identity::default() },
         Change::ContainerStarted { id: id(), at: AT },
         Change::ContainerEnded { id: id(), exit: exit(0) },
     ]);
@@ -194,7 +197,7 @@ fn any_change() -> impl Strategy<Value = Change> {
         Just(Change::Undone(Effect::Network)),
         Just(Change::VmmStarted { pid: 1, started: 2 }),
         Just(Change::ContainerPlanned(Box::new(container("c")))),
-        Just(Change::ContainerCreated { id: id() }),
+        Just(Change::ContainerCreated { id: id(), user: Identity::default() }),
         Just(Change::ContainerStarted { id: id(), at: AT }),
         (0..3i32).prop_map(move |code| Change::ContainerEnded { id: id(), exit: exit(code) }),
         Just(Change::LogsDrained { id: id() }),

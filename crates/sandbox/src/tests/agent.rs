@@ -239,7 +239,7 @@ impl Agent for Served {
         let key = (request.container_id.clone(), String::new());
         state.create = Some(request);
         state.processes.insert(key, Process { args, ..Default::default() });
-        Ok(Response::new(v1::CreateContainerReply { pid: 7 }))
+        Ok(Response::new(v1::CreateContainerReply { pid: 7, ..Default::default() }))
     }
 
     async fn start_container(
@@ -378,6 +378,22 @@ impl Agent for Served {
         let request = request.into_inner();
         *self.0.lock().volumes.entry(request.volume_id).or_default() += request.files.len() as u32;
         Ok(Response::new(v1::WriteVolumeReply {}))
+    }
+
+    async fn read_volume_file(
+        &self,
+        _: Request<v1::ReadVolumeFileRequest>,
+    ) -> Answer<v1::ReadVolumeFileReply> {
+        self.alive().await;
+        Err(Status::not_found("no such file"))
+    }
+
+    async fn resize_pod(
+        &self,
+        request: Request<v1::ResizePodRequest>,
+    ) -> Answer<v1::ResizePodReply> {
+        self.alive().await;
+        Ok(Response::new(v1::ResizePodReply { cpus: request.into_inner().cpus }))
     }
 
     async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Answer<v1::ShutdownReply> {

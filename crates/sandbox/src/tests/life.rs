@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use super::world::{eventually, story};
 use crate::Error;
-use crate::model::{ContainerState, CopyMount, ExecSpec, Filter, PodState};
+use crate::model::{
+    Access, ContainerState, ExecSpec, Filter, PodState, Propagation, Volume, VolumeSource,
+};
 
 pub(super) fn exec(args: &[&str]) -> ExecSpec {
     ExecSpec {
@@ -119,12 +121,13 @@ fn host_files_and_the_pods_own_reach_the_guest() {
         std::fs::create_dir(world.path("config")).unwrap();
         std::fs::write(world.path("config/key"), "value").unwrap();
         let mut spec = world.container_spec("app", &["forever"]);
-        let copy = |host: &str, inside: &str| CopyMount {
-            host_path: world.path(host),
+        let copy = |host: &str, inside: &str| Volume {
             container_path: inside.into(),
-            read_only: true,
+            source: VolumeSource::Copied { host_path: world.path(host) },
+            access: Access::ReadOnlyRecursive,
+            propagation: Propagation::Private,
         };
-        spec.copies = vec![copy("config", "/config"), copy("config/key", "/etc/hosts")];
+        spec.volumes = vec![copy("config", "/config"), copy("config/key", "/etc/hosts")];
         daemon.create_container(&pod, spec).await.unwrap();
         let guest = world.guest(&pod);
         let request = guest.lock().create.clone().unwrap();

@@ -153,7 +153,7 @@ fn a_record_that_is_not_understood_is_kept_until_it_is_removed_by_id() {
         drop(daemon);
         let record = world.path("r/pods").join(&pod).join("record.json");
         let text = std::fs::read_to_string(&record).unwrap();
-        std::fs::write(&record, text.replace("\"version\":1", "\"version\":99")).unwrap();
+        std::fs::write(&record, text.replace("\"version\":2", "\"version\":99")).unwrap();
         let daemon = world.daemon().await;
         assert!(daemon.pods(&Filter::default()).is_empty());
         assert!(!world.leftovers().is_empty(), "nothing is destroyed unasked");
