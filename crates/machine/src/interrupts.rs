@@ -151,6 +151,11 @@ impl Line {
         Ok(())
     }
 
+    /// A duplicate of what raises the interrupt, for another process.
+    pub fn event(&self) -> io::Result<EventFd> {
+        self.event.try_clone()
+    }
+
     /// Raises the interrupt.
     pub fn trigger(&self) -> io::Result<()> {
         match self.event.write(1) {

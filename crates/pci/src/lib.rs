@@ -70,6 +70,10 @@ pub trait Vectors: Send + Sync {
     fn program(&self, vector: u16, message: MsixMessage) -> io::Result<()>;
     /// Raises the interrupt. Only called for vectors whose last `program` was unmasked.
     fn trigger(&self, vector: u16) -> io::Result<()>;
+    /// What raises the interrupt by being written to, past the masks kept here; for another process.
+    fn event(&self, _vector: u16) -> io::Result<EventFd> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// Addresses at which any guest write signals an event without leaving the kernel.

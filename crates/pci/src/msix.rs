@@ -7,6 +7,8 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::{MsixMessage, Vectors};
 
 /// Bytes of a table entry: address, data, vector control.
@@ -68,6 +70,11 @@ impl Msix {
 
     pub fn enabled(&self) -> bool {
         self.lock().enabled
+    }
+
+    /// See [`Vectors::event`].
+    pub fn event(&self, vector: u16) -> io::Result<EventFd> {
+        self.vectors.event(vector)
     }
 
     /// The high byte of message control was written.

@@ -14,6 +14,7 @@ use std::time::Instant;
 
 pub use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::queue::VirtQueue;
 
@@ -26,6 +27,7 @@ pub enum DeviceKind {
     Console = 3,
     Rng = 4,
     Vsock = 19,
+    Fs = 26,
 }
 
 impl DeviceKind {
@@ -37,6 +39,7 @@ impl DeviceKind {
             Self::Console => "console",
             Self::Rng => "rng",
             Self::Vsock => "vsock",
+            Self::Fs => "fs",
         }
     }
 
@@ -44,7 +47,7 @@ impl DeviceKind {
     pub fn class(self) -> [u8; 3] {
         match self {
             Self::Net => [0x02, 0x00, 0x00],
-            Self::Block => [0x01, 0x80, 0x00],
+            Self::Block | Self::Fs => [0x01, 0x80, 0x00],
             Self::Console => [0x07, 0x80, 0x00],
             Self::Rng => [0xff, 0x00, 0x00],
             Self::Vsock => [0x02, 0x80, 0x00],
@@ -93,6 +96,12 @@ pub trait Interrupt: Send + Sync {
     fn config(&self);
     /// Sets DEVICE_NEEDS_RESET (section 2.1.2) and tells the driver.
     fn needs_reset(&self);
+    /// What raises the interrupt of queue `index` by being written to, for a device that another
+    /// process serves; none where only [`Self::queue`] does. It goes past a mask of that one vector:
+    /// a driver has to bear an interrupt that was on its way when it masked the vector anyhow.
+    fn event(&self, _index: u16) -> Option<EventFd> {
+        None
+    }
 }
 
 /// What an engine is made from.

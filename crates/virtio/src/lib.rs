@@ -1,4 +1,4 @@
-//! Virtio 1.2 devices over PCI: block, net, vsock, rng, console.
+//! Virtio 1.2 devices over PCI: block, net, vsock, fs (served by another process), rng, console.
 //!
 //! The guest is hostile: every byte in its memory and every register write is an attack until
 //! checked. A malformed descriptor chain is handed back unused and counted; an impossible ring
@@ -17,6 +17,7 @@ pub mod chain;
 pub mod console;
 pub mod device;
 pub mod features;
+pub mod fs;
 pub mod limit;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;

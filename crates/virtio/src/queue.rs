@@ -6,6 +6,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
@@ -19,6 +20,15 @@ use crate::limit::LogLimit;
 /// Malformed chains that one [`VirtQueue::pop`] hands back before it gives up for this round.
 /// Attack: a ring full of rubbish, to keep the worker from serving other devices.
 const MAX_BAD_A_POP: usize = 64;
+
+/// Where a queue's parts stand in guest memory, known to lie in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rings {
+    pub size: u16,
+    pub desc: u64,
+    pub driver: u64,
+    pub device: u64,
+}
 
 /// One queue of an active device.
 pub struct VirtQueue {
@@ -63,6 +73,35 @@ impl VirtQueue {
 
     pub fn size(&self) -> u16 {
         self.queue.size()
+    }
+
+    /// The rings, for whoever serves them in place of this; none if the driver does not use them.
+    pub fn rings(&self) -> Option<Rings> {
+        let Self { queue, .. } = self;
+        queue.ready().then(|| Rings {
+            size: queue.size(),
+            desc: queue.desc_table(),
+            driver: queue.avail_ring(),
+            device: queue.used_ring(),
+        })
+    }
+
+    /// Goes on where somebody else stopped who used every chain in order.
+    pub fn take_over(&mut self) {
+        if self.broken {
+            return;
+        }
+        match self.queue.used_idx(&*self.mem, Ordering::Acquire) {
+            Ok(used) => {
+                self.queue.set_next_used(used.0);
+                self.queue.set_next_avail(used.0);
+            }
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
     }
 
     /// Becomes readable when the driver kicks.

@@ -115,6 +115,16 @@ pub enum Request {
     AddNet {
         net: NetConfig,
     },
+    /// A file system that another process serves: the descriptor that comes with the packet is a
+    /// unix socket connected to it, over which it is told (vhost-user) of the guest's memory and
+    /// queues once the guest's driver is ready. A backend that goes away fails the guest's requests
+    /// with ENOTCONN; it cannot be replaced but by a new device.
+    AddFs {
+        /// Device id in this API.
+        id: String,
+        /// What the guest mounts it by, 1 to 36 bytes.
+        tag: String,
+    },
     /// Pulls a device by id (a disk's serial). The guest must have released it first.
     RemoveDevice {
         id: String,
@@ -152,7 +162,7 @@ pub struct VmStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStatus {
     pub id: String,
-    /// `blk`, `net`, `vsock`, `rng`, `console`.
+    /// `blk`, `net`, `vsock`, `fs`, `rng`, `console`.
     pub kind: String,
     pub pci: String,
     /// The guest's driver has set DRIVER_OK.

@@ -292,6 +292,9 @@ impl Running {
             Request::AddNet { net } => {
                 self.devices.add_net(config::hot_net(&net, fd).map_err(refused)?)
             }
+            Request::AddFs { id, tag } => {
+                self.devices.add_fs(config::hot_fs(&id, &tag, fd).map_err(refused)?)
+            }
             other => {
                 Err(vmm_api::Error::Failed { message: format!("{other:?} takes no descriptor") })
             }

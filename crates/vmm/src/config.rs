@@ -15,7 +15,7 @@ use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::sys::stat::{SFlag, fstat};
 use vmm_api::{DiskConfig, Fd, JailConfig, NetConfig, VERSION, VmConfig};
 
-use crate::devices::{Disk, NetDevice};
+use crate::devices::{Disk, FsDevice, NetDevice};
 use machine::layout::VCPUS_MAX;
 
 /// Longest configuration, bytes. Attack: a daemon that is tricked into passing an endless file.
@@ -169,6 +169,15 @@ pub fn hot_net(net: &NetConfig, tap: OwnedFd) -> Result<NetDevice, ConfigError> 
     Ok(NetDevice { id: net.id.clone(), tap, mac: net.mac, mtu: net.mtu })
 }
 
+/// A file system from the control socket.
+pub fn hot_fs(id: &str, tag: &str, backend: OwnedFd) -> Result<FsDevice, ConfigError> {
+    if !printable(id, ID_MAX) {
+        return Err(ConfigError::Id { id: id.to_owned() });
+    }
+    examine(&format!("fs {id:?}"), &backend, Kind::Stream)?;
+    Ok(FsDevice { id: id.to_owned(), tag: tag.to_owned(), backend })
+}
+
 fn check(config: &VmConfig) -> Result<(), ConfigError> {
     if config.version != VERSION {
         return Err(ConfigError::Version { got: config.version });
@@ -234,6 +243,8 @@ enum Kind {
     Character,
     Tap,
     Listener(SockType),
+    /// A stream socket that somebody is connected to.
+    Stream,
 }
 
 /// Descriptors already taken over.
@@ -285,6 +296,12 @@ fn examine(what: &str, owned: &OwnedFd, kind: Kind) -> Result<(), ConfigError> {
         ),
         Kind::Character => (format == SFlag::S_IFCHR, "a character device"),
         Kind::Tap => (format == SFlag::S_IFCHR && device == TUN_DEVICE, "a tap of /dev/net/tun"),
+        Kind::Stream => (
+            format == SFlag::S_IFSOCK
+                && getsockopt(owned, sockopt::SockType) == Ok(SockType::Stream)
+                && getsockopt(owned, sockopt::AcceptConn) == Ok(false),
+            "a connected SOCK_STREAM socket",
+        ),
         Kind::Listener(SockType::Stream) => {
             (listens(SockType::Stream), "a listening SOCK_STREAM socket")
         }

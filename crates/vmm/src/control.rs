@@ -186,7 +186,7 @@ impl Server {
             }
         };
         let want = match request {
-            Request::AddDisk { .. } | Request::AddNet { .. } => 1,
+            Request::AddDisk { .. } | Request::AddNet { .. } | Request::AddFs { .. } => 1,
             _ => 0,
         };
         if fds.len() != want {

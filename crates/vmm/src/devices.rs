@@ -1,7 +1,7 @@
 //! The devices of a VM: made from descriptors, plugged, pulled, listed. The only file here that
 //! knows virtio.
 //!
-//! Two workers share the devices: `disk` (block, rng, console) and `net` (net, vsock), so that a
+//! Two workers share the devices: `disk` (block, rng, console, fs) and `net` (net, vsock), so that a
 //! burst of packets does not delay the disk. Plugging and pulling may wait for a worker; listing
 //! never does: it reads atomics under a lock that is held for moments only.
 
@@ -16,6 +16,7 @@ use machine::Ram;
 use machine::interrupts::Interrupts;
 use virtio::blk::Block;
 use virtio::console::Console as ConsoleDevice;
+use virtio::fs::Fs;
 use virtio::net::Net;
 use virtio::pci::{DeviceView, VirtioPci, vector_count};
 use virtio::rng::Rng;
@@ -64,6 +65,15 @@ pub struct Disk {
     pub read_only: bool,
 }
 
+/// A file system to plug.
+#[derive(Debug)]
+pub struct FsDevice {
+    pub id: String,
+    pub tag: String,
+    /// Connected to the process that serves it.
+    pub backend: OwnedFd,
+}
+
 impl Devices {
     /// Starts the workers; `init` runs on each of their threads first.
     pub fn new(
@@ -94,6 +104,12 @@ impl Devices {
     pub fn add_net(&self, net: NetDevice) -> Result<String, Error> {
         let NetDevice { id, tap, mac, mtu } = net;
         let device = Net::new(File::from(tap), mac, mtu).map_err(|e| failed(&e))?;
+        self.plug(id, Box::new(device), true)
+    }
+
+    pub fn add_fs(&self, fs: FsDevice) -> Result<String, Error> {
+        let FsDevice { id, tag, backend } = fs;
+        let device = Fs::new(&tag, backend).map_err(|e| failed(&e))?;
         self.plug(id, Box::new(device), true)
     }
 
@@ -199,7 +215,9 @@ impl Devices {
     fn worker(&self, kind: DeviceKind) -> WorkerHandle {
         match kind {
             DeviceKind::Net | DeviceKind::Vsock => self.net.handle(),
-            DeviceKind::Block | DeviceKind::Console | DeviceKind::Rng => self.disk.handle(),
+            DeviceKind::Block | DeviceKind::Console | DeviceKind::Rng | DeviceKind::Fs => {
+                self.disk.handle()
+            }
         }
     }
 

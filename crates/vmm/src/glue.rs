@@ -31,6 +31,10 @@ impl pci::Vectors for Vectors {
     fn trigger(&self, vector: u16) -> io::Result<()> {
         self.line(vector)?.trigger()
     }
+
+    fn event(&self, vector: u16) -> io::Result<EventFd> {
+        self.line(vector)?.event()
+    }
 }
 
 /// The VM's doorbells.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use pci::Msix;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::spec::{ISR_CONFIG, ISR_QUEUE, NO_VECTOR, status};
 use crate::device::Interrupt;
@@ -97,5 +98,13 @@ impl Interrupt for Signals {
         if self.live() {
             self.shared.needs_reset();
         }
+    }
+
+    fn event(&self, index: u16) -> Option<EventFd> {
+        let vector = self.shared.queue_vectors.get(usize::from(index))?.load(Ordering::Acquire);
+        if vector == NO_VECTOR || !self.shared.msix.enabled() {
+            return None;
+        }
+        self.shared.msix.event(vector).ok()
     }
 }

@@ -127,3 +127,18 @@ fn a_configuration_that_is_no_json_or_has_unknown_keys_is_refused() {
     let endless = File::open("/dev/zero").unwrap().into_raw_fd();
     assert!(matches!(read(endless), Err(ConfigError::TooLong)));
 }
+
+#[test]
+fn a_file_system_comes_with_a_stream_socket_that_does_not_listen() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let taken = hot_fs("shares", "nacelle", ours.into()).unwrap();
+    assert_eq!((taken.id.as_str(), taken.tag.as_str()), ("shares", "nacelle"));
+    let listener = UnixListener::bind(dir.path().join("l")).unwrap();
+    let refused = hot_fs("shares", "nacelle", listener.into()).unwrap_err();
+    assert!(matches!(refused, ConfigError::WrongKind { .. }));
+    let file = tempfile::tempfile().unwrap();
+    assert!(hot_fs("shares", "nacelle", file.into()).is_err());
+    let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    assert!(matches!(hot_fs("a b", "t", ours.into()), Err(ConfigError::Id { .. })));
+}

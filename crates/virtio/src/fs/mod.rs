@@ -1,0 +1,95 @@
+//! File system device (virtio 1.2, section 5.11) whose requests another process answers: this side
+//! is a vhost-user frontend, so not a byte of FUSE is read here while that process lives.
+//!
+//! - [`spec`]: the specifications' numbers; [`connection`]: messages to the backend;
+//! - [`engine`]: the rings' way to the backend and back; [`orphan`]: what requests get when it died.
+//!
+//! The backend (`nacelle-fs`) has the tenant's files and the rights to them; the VMM has neither.
+//! It gets the guest's memory, one eventfd a queue that the guest's doorbell signals, and one that
+//! is the guest's interrupt: requests go past the VMM's threads in both directions.
+
+mod connection;
+mod engine;
+mod orphan;
+mod spec;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use self::connection::Connection;
+use self::engine::FsEngine;
+pub use self::spec::TAG_LEN;
+use self::spec::{CONFIG_LEN, QUEUES};
+use crate::device::{
+    Activation, DeviceCounters, DeviceKind, Engine, VirtioDevice, read_config_bytes, take_queues,
+};
+use crate::features;
+
+/// High priority (forgets, interrupts), then requests. Linux puts as many pages into a request as
+/// the queue is long, up to 256; both queues cost the guest memory only where it has shares.
+const QUEUE_SIZES: [u16; QUEUES] = [128, 512];
+/// Section 5.11.4.
+const REQUEST_QUEUES: u32 = 1;
+
+#[derive(Debug, thiserror::Error)]
+pub enum FsError {
+    #[error("tag {tag:?} is not 1 to {TAG_LEN} bytes without a NUL")]
+    Tag { tag: String },
+}
+
+/// The device.
+pub struct Fs {
+    config: [u8; CONFIG_LEN],
+    /// Between activations; none once it has failed.
+    home: Arc<Mutex<Option<Connection>>>,
+    counters: Arc<DeviceCounters>,
+}
+
+impl Fs {
+    /// A file system that the guest mounts by `tag`; `backend` is connected to who serves it.
+    pub fn new(tag: &str, backend: OwnedFd) -> Result<Self, FsError> {
+        if !(1..=TAG_LEN).contains(&tag.len()) || tag.contains('\0') {
+            return Err(FsError::Tag { tag: tag.to_owned() });
+        }
+        let mut config = [0; CONFIG_LEN];
+        config[..tag.len()].copy_from_slice(tag.as_bytes());
+        config[TAG_LEN..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
+        let home = Arc::new(Mutex::new(Some(Connection::new(backend))));
+        Ok(Self { config, home, counters: Arc::default() })
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Fs
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    /// Offered without asking: the backend says what it can when the driver is ready, and one that
+    /// cannot do this much is as good as gone.
+    fn features(&self) -> u64 {
+        features::COMMON
+    }
+
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        read_config_bytes(&self.config, offset, data);
+    }
+
+    fn counters(&self) -> Arc<DeviceCounters> {
+        self.counters.clone()
+    }
+
+    fn activate(&mut self, activation: Activation) -> io::Result<Box<dyn Engine>> {
+        let Activation { queues, interrupt, features } = activation;
+        let queues = take_queues::<QUEUES>(queues)?;
+        let connection = self.home.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (home, counters) = (self.home.clone(), self.counters.clone());
+        Ok(Box::new(FsEngine::new(queues, interrupt, features, connection, home, counters)))
+    }
+}

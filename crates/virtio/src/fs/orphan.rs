@@ -1,0 +1,25 @@
+//! What requests get when the process that answered them is gone: ENOTCONN, as from any FUSE file
+//! system whose server died. A request without an answer would hang its process in the guest for
+//! ever, past every signal.
+
+use vm_memory::GuestMemoryMmap;
+
+use super::spec::{FUSE_IN_UNIQUE, FUSE_OUT_LEN};
+use crate::chain::Chain;
+
+/// Answers a request; returns how much was written. Those that want no answer (forgets) have no
+/// room for one.
+pub(super) fn refuse(mem: &GuestMemoryMmap, chain: &Chain) -> u32 {
+    let mut unique = [0; 8];
+    if chain.readable.read(mem, FUSE_IN_UNIQUE, &mut unique) < unique.len() {
+        return 0;
+    }
+    if chain.writable.len() < FUSE_OUT_LEN {
+        return 0;
+    }
+    let mut answer = [0; FUSE_OUT_LEN];
+    answer[..4].copy_from_slice(&(FUSE_OUT_LEN as u32).to_le_bytes());
+    answer[4..8].copy_from_slice(&(-libc::ENOTCONN).to_le_bytes());
+    answer[8..].copy_from_slice(&unique);
+    chain.writable.write(mem, 0, &answer) as u32
+}
