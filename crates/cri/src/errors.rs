@@ -20,7 +20,7 @@ pub fn sandbox_status(error: SandboxError) -> Status {
         SandboxError::FailedPrecondition { .. } => Code::FailedPrecondition,
         SandboxError::Deadline { .. } | SandboxError::ExecTimeout { .. } => Code::DeadlineExceeded,
         SandboxError::ResourceExhausted { .. } => Code::ResourceExhausted,
-        SandboxError::Unavailable { .. } => Code::Unavailable,
+        SandboxError::Unavailable { .. } | SandboxError::NotListening { .. } => Code::Unavailable,
         SandboxError::Cancelled { .. } => Code::Cancelled,
         SandboxError::Unsupported { .. } => Code::Unimplemented,
         SandboxError::Internal(_) => Code::Unknown,

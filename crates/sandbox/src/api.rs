@@ -6,15 +6,16 @@ use std::time::{Duration, SystemTime};
 
 use nix::fcntl::Flock;
 use oci_spec::runtime::LinuxResources;
-use tokio::sync::oneshot;
+use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::error::Error;
+use crate::forward::{self, ByteStream};
 use crate::journal::Probe;
 use crate::launcher::{Launch, LauncherProcess};
 use crate::model::{
-    ContainerId, ContainerSpec, ContainerView, ExecOutput, ExecSpec, Filter, PodId, PodSpec,
+    ContainerId, ContainerSpec, ContainerView, Event, ExecOutput, ExecSpec, Filter, PodId, PodSpec,
     PodView, TracePhase,
 };
 use crate::node::Node;
@@ -253,6 +254,19 @@ impl Sandboxes {
     pub async fn attach(&self, id: &str) -> Result<AttachSession, Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
         session::attach(&handle, &id).await
+    }
+
+    /// A connection to a TCP port of the pod's loopback interface; [`Error::NotListening`] when it is
+    /// refused there.
+    pub async fn port_forward(&self, pod: &str, port: u16) -> Result<ByteStream, Error> {
+        let handle = self.node.registry.find_pod(pod)?;
+        forward::port_forward(&handle, port).await
+    }
+
+    /// Changes of pods and containers from now on. A receiver that does not keep up loses the
+    /// oldest ones and is told so ([`broadcast::error::RecvError::Lagged`]); nobody waits for it.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.node.events.subscribe()
     }
 
     /// Goes on writing the log at its path, in a new file if the old one has been renamed.

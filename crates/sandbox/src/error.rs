@@ -23,6 +23,8 @@ pub enum Error {
     /// The guest or its VMM does not answer; may pass.
     #[error("{message}")]
     Unavailable { message: String },
+    #[error("nothing listens at port {port} in pod {pod}")]
+    NotListening { pod: String, port: u16 },
     #[error("command did not end within {limit:?} and was killed")]
     ExecTimeout { limit: Duration },
     #[error("{what} was cancelled")]

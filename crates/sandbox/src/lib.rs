@@ -9,6 +9,7 @@
 mod api;
 mod config;
 mod error;
+pub mod forward;
 mod guest;
 mod host;
 mod journal;

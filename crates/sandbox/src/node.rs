@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, broadcast};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::host::scratch::Scratch;
 use crate::journal::Journal;
 use crate::launcher::Launch;
+use crate::model::Event;
 use crate::ports::Network;
 use crate::registry::Registry;
 
@@ -25,6 +26,8 @@ pub(crate) struct Node {
     pub(crate) registry: Registry,
     /// Admits starts; a start holds one permit until its guest is up.
     pub(crate) starts: Semaphore,
+    /// What has happened to pods and containers, for those who follow.
+    pub(crate) events: broadcast::Sender<Event>,
     /// The daemon ends; pods go on.
     pub(crate) shutdown: CancellationToken,
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, broadcast};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
@@ -26,6 +26,8 @@ use crate::registry::Registry;
 
 /// Length of a pod's id, characters.
 pub(crate) const ID_LENGTH: usize = 64;
+/// Events kept for receivers that lag; one that lags more loses the oldest.
+const EVENTS: usize = 4096;
 /// A daemon that was just killed may hold the lock for a moment.
 const LOCK_LIMIT: Duration = Duration::from_secs(5);
 
@@ -65,6 +67,7 @@ pub(crate) async fn open(
         scratch: Scratch::new(config.root.clone(), config.scratch_size),
         registry: Registry::default(),
         starts: Semaphore::new(config.starts_at_once()),
+        events: broadcast::Sender::new(EVENTS),
         shutdown: CancellationToken::new(),
         journal: journal.clone(),
         config,

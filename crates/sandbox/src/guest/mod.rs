@@ -4,6 +4,7 @@
 //! a hostile guest can make us hold [`agent_api::MAX_MESSAGE`] bytes a call, no more.
 
 mod connect;
+mod forward;
 mod stream;
 
 use std::future::Future;
@@ -23,6 +24,7 @@ use tonic::{Response, Status};
 use crate::error::Error;
 
 pub(crate) use connect::connect;
+pub(crate) use forward::{Unconnected, forward};
 pub(crate) use stream::{Output, Refused, StreamId, StreamReader, open_stdin};
 
 /// A handshake takes this long at most before it is tried anew.

@@ -7,6 +7,7 @@
 //!  watchers (VMM's end, guest's events, pings) ──Commit──┘        listings, jobs <───┘
 //! ```
 
+mod announce;
 mod create_container;
 mod disks;
 mod events;

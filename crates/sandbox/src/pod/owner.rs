@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::announce::Told;
 use super::handle::Handle;
 use super::{
     create_container, recover, remove_container, remove_pod, run_pod, start_container, stop_pod,
@@ -19,7 +20,7 @@ use super::{
 use crate::error::Error;
 use crate::host::blocking;
 use crate::host::process::Process;
-use crate::model::{ContainerId, PodId};
+use crate::model::{ContainerId, Event, PodId};
 use crate::node::Node;
 use crate::policy::{Change, Container, Misfit, Phase, Pod};
 
@@ -87,6 +88,7 @@ struct Owner {
     node: Arc<Node>,
     pod: Arc<Pod>,
     publish: watch::Sender<Arc<Pod>>,
+    told: Told,
     activity: Activity,
     jobs: JoinSet<JobEnd>,
     /// Tasks that live as long as the VM.
@@ -117,6 +119,7 @@ pub(crate) fn new(
     let owner = Owner {
         handle: handle.clone(),
         node,
+        told: Told::of(&pod),
         pod,
         publish,
         activity: Activity::Idle,
@@ -154,6 +157,8 @@ impl Owner {
         }
         self.handle.clear_live();
         self.node.registry.forget_pod(&self.handle.id);
+        let events = self.told.gone(&self.pod);
+        self.announce(events);
         for waiter in self.stop_waiters.drain(..).chain(self.remove_waiters.drain(..)) {
             let _ = waiter.send(Ok(()));
         }
@@ -398,9 +403,18 @@ impl Owner {
             }
             self.dirty = true;
         }
-        self.pod = next;
+        let before = std::mem::replace(&mut self.pod, next);
         self.publish.send_replace(self.pod.clone());
+        let events = self.told.changed(&before, &self.pod);
+        self.announce(events);
         written
+    }
+
+    fn announce(&self, events: Vec<Event>) {
+        for event in events {
+            // Nobody may follow.
+            let _ = self.node.events.send(event);
+        }
     }
 
     async fn remove_record(&self) -> Result<(), Error> {

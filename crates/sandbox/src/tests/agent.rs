@@ -16,6 +16,9 @@ use tokio::sync::Notify;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
+/// Port at which the pod listens.
+pub(super) const LISTENING: u16 = 8080;
+
 type Answer<T> = Result<Response<T>, Status>;
 
 #[derive(Default)]
@@ -121,6 +124,10 @@ impl Guest {
                 }
                 if line == b"CONNECT 1024\n" {
                     let _ = grpc.send(Ok(stream)).await;
+                } else if line == b"CONNECT 1026\n" {
+                    streams.spawn(async move {
+                        let _ = forward(stream).await;
+                    });
                 } else {
                     let guest = self.clone();
                     streams.spawn(async move {
@@ -181,6 +188,20 @@ impl Guest {
         tokio::select! { () = send => {}, () = acks => {} }
         Ok(())
     }
+}
+
+/// An echo at [`LISTENING`], nobody at other ports.
+async fn forward(mut stream: UnixStream) -> std::io::Result<()> {
+    use agent_api::forward::{LENGTH, Open, Status};
+    let mut header = [0; LENGTH];
+    stream.read_exact(&mut header).await?;
+    if Open::decode(header).unwrap().port != LISTENING {
+        return stream.write_all(&[Status::Refused as u8]).await;
+    }
+    stream.write_all(&[Status::Ok as u8]).await?;
+    let (mut read, mut write) = stream.into_split();
+    tokio::io::copy(&mut read, &mut write).await?;
+    write.shutdown().await
 }
 
 struct Served(Arc<Guest>);

@@ -4,6 +4,7 @@
 
 mod agent;
 mod crash;
+mod follow;
 mod life;
 mod trouble;
 mod world;
