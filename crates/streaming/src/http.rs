@@ -1,0 +1,322 @@
+//! From a request to an upgraded connection: the token, the transport and the protocol.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::header::{
+    ALLOW, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_ACCEPT,
+    SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, UPGRADE,
+};
+use hyper::upgrade::OnUpgrade;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::sync::mpsc;
+
+use crate::backend::Backend;
+use crate::config::Config;
+use crate::link::Peer;
+use crate::pending::{self, Pending};
+use crate::port_forward::{self, PORTS_LIMIT};
+use crate::remote_command::{self, CHANNELS};
+use crate::spdy;
+use crate::status::Form;
+use crate::websocket::{self, Codec, Protocol};
+
+const SPDY: &str = "SPDY/3.1";
+const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("x-stream-protocol-version");
+const ACCEPTED_VERSIONS: HeaderName =
+    HeaderName::from_static("x-accepted-stream-protocol-versions");
+
+/// SPDY's protocols of exec and attach, each with its form of errors and whether it can resize.
+const COMMAND_SPDY: &[(&str, (Form, bool))] = &[
+    ("v5.channel.k8s.io", (Form::Status, true)),
+    ("v4.channel.k8s.io", (Form::Status, true)),
+    ("v3.channel.k8s.io", (Form::Text, true)),
+    ("v2.channel.k8s.io", (Form::Text, false)),
+    ("channel.k8s.io", (Form::Text, false)),
+];
+const FORWARD_SPDY: &[(&str, ())] = &[("portforward.k8s.io", ())];
+
+const BINARY: Protocol = Protocol { codec: Codec::Binary, close_signal: false };
+const BASE64: Protocol = Protocol { codec: Codec::Base64, close_signal: false };
+const CLOSING: Protocol = Protocol { codec: Codec::Binary, close_signal: true };
+
+/// WebSocket's protocols of exec and attach. The empty name is that of a client that asks for none.
+const COMMAND_WEBSOCKET: &[(&str, (Form, Protocol))] = &[
+    ("v5.channel.k8s.io", (Form::Status, CLOSING)),
+    ("v4.channel.k8s.io", (Form::Status, BINARY)),
+    ("v4.base64.channel.k8s.io", (Form::Status, BASE64)),
+    ("channel.k8s.io", (Form::Text, BINARY)),
+    ("base64.channel.k8s.io", (Form::Text, BASE64)),
+    ("", (Form::Text, BINARY)),
+];
+
+#[derive(Clone, Copy)]
+enum Forward {
+    Tunnel,
+    Channels(Protocol),
+}
+
+const FORWARD_WEBSOCKET: &[(&str, Forward)] = &[
+    ("SPDY/3.1+portforward.k8s.io", Forward::Tunnel),
+    ("v2.portforward.k8s.io", Forward::Tunnel),
+    ("v4.channel.k8s.io", Forward::Channels(BINARY)),
+    ("v4.base64.channel.k8s.io", Forward::Channels(BASE64)),
+    ("portforward.k8s.io", Forward::Channels(BINARY)),
+    ("", Forward::Channels(BINARY)),
+];
+
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) pending: Arc<Pending>,
+    pub(crate) backend: Arc<dyn Backend>,
+}
+
+/// A session that begins once the connection is handed over.
+pub(crate) struct Upgrade {
+    handover: OnUpgrade,
+    plan: Plan,
+}
+
+enum Plan {
+    SpdyCommand(pending::Request, (Form, bool)),
+    WebsocketCommand(pending::Request, Form, Protocol),
+    SpdyForward { pod: String },
+    TunnelForward { pod: String },
+    ChannelForward { pod: String, ports: Vec<u16>, protocol: Protocol },
+}
+
+type Answer = Response<Full<Bytes>>;
+
+/// Answers the one request of a connection. A session to run goes to `upgrades`.
+pub(crate) async fn respond<B>(
+    request: Request<B>,
+    shared: Arc<Shared>,
+    upgrades: mpsc::Sender<Upgrade>,
+) -> Result<Answer, Infallible> {
+    Ok(match negotiate(request, &shared) {
+        Ok((answer, upgrade)) => {
+            // There is room: a connection carries one request.
+            let _ = upgrades.try_send(upgrade);
+            answer
+        }
+        Err(refusal) => refusal,
+    })
+}
+
+fn refuse(status: StatusCode, words: &str) -> Answer {
+    let mut answer = Response::new(Full::from(format!("{words}\n")));
+    *answer.status_mut() = status;
+    let text = HeaderValue::from_static("text/plain; charset=utf-8");
+    answer.headers_mut().insert(CONTENT_TYPE, text);
+    answer
+}
+
+fn negotiate<B>(mut request: Request<B>, shared: &Shared) -> Result<(Answer, Upgrade), Answer> {
+    let path = request.uri().path().to_owned();
+    let (verb, token) = match path.trim_start_matches('/').split_once('/') {
+        Some((verb @ ("exec" | "attach" | "portforward"), token)) => (verb, token),
+        _ => return Err(refuse(StatusCode::NOT_FOUND, "no such path")),
+    };
+    if request.method() != Method::GET && request.method() != Method::POST {
+        let mut answer = refuse(StatusCode::METHOD_NOT_ALLOWED, "only GET and POST are served");
+        answer.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, POST"));
+        return Err(answer);
+    }
+    let unknown =
+        || refuse(StatusCode::NOT_FOUND, "the URL is unknown, has expired, or was used before");
+    let wanted = shared.pending.look(verb, token).ok_or_else(unknown)?;
+    let headers = request.headers();
+    let (answer, plan) = match Transport::of(headers) {
+        Some(Transport::Spdy) => over_spdy(headers, wanted)?,
+        Some(Transport::Websocket) => over_websocket(request.method(), headers, wanted)?,
+        None => {
+            let words = "this URL serves upgrades to SPDY/3.1 or WebSocket only";
+            return Err(refuse(StatusCode::BAD_REQUEST, words));
+        }
+    };
+    // Only now, so that a client whose protocol is refused may come back with another.
+    if !shared.pending.take(token) {
+        return Err(unknown());
+    }
+    Ok((answer, Upgrade { handover: hyper::upgrade::on(&mut request), plan }))
+}
+
+enum Transport {
+    Spdy,
+    Websocket,
+}
+
+impl Transport {
+    fn of(headers: &HeaderMap) -> Option<Transport> {
+        let has = |name, word: &str| items(headers, &name).any(|i| i.eq_ignore_ascii_case(word));
+        match () {
+            () if !has(CONNECTION, "upgrade") => None,
+            () if has(UPGRADE, "websocket") => Some(Transport::Websocket),
+            () if has(UPGRADE, SPDY) => Some(Transport::Spdy),
+            () => None,
+        }
+    }
+}
+
+/// The parts of a header that lists with commas, or is there several times.
+fn items<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
+    headers
+        .get_all(name)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+        .filter(|item| !item.is_empty())
+}
+
+/// The first of the client's that is ours.
+fn choose<'a, T: Copy>(
+    mut asked: impl Iterator<Item = &'a str>,
+    ours: &[(&'static str, T)],
+) -> Option<(&'static str, T)> {
+    asked.find_map(|name| ours.iter().find(|(our, _)| *our == name)).copied()
+}
+
+fn switch(upgrade: &'static str) -> Answer {
+    let mut answer = Response::new(Full::default());
+    *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    answer.headers_mut().insert(UPGRADE, HeaderValue::from_static(upgrade));
+    answer
+}
+
+fn over_spdy(headers: &HeaderMap, wanted: pending::Request) -> Result<(Answer, Plan), Answer> {
+    let (protocol, plan) = match wanted {
+        pending::Request::PortForward(params) => {
+            let (protocol, ()) = choose_spdy(headers, FORWARD_SPDY)?;
+            (protocol, Plan::SpdyForward { pod: params.pod })
+        }
+        command => {
+            let (protocol, form) = choose_spdy(headers, COMMAND_SPDY)?;
+            (protocol, Plan::SpdyCommand(command, form))
+        }
+    };
+    let mut answer = switch(SPDY);
+    answer.headers_mut().insert(PROTOCOL_VERSION, HeaderValue::from_static(protocol));
+    Ok((answer, plan))
+}
+
+fn choose_spdy<T: Copy>(
+    headers: &HeaderMap,
+    ours: &[(&'static str, T)],
+) -> Result<(&'static str, T), Answer> {
+    if items(headers, &PROTOCOL_VERSION).next().is_none() {
+        let words = format!("unable to upgrade: header {PROTOCOL_VERSION} is missing");
+        return Err(refuse(StatusCode::BAD_REQUEST, &words));
+    }
+    choose(items(headers, &PROTOCOL_VERSION), ours).ok_or_else(|| {
+        let words = "unable to upgrade: none of the client's protocols is served";
+        let mut answer = refuse(StatusCode::FORBIDDEN, words);
+        for (name, _) in ours {
+            answer.headers_mut().append(ACCEPTED_VERSIONS, HeaderValue::from_static(name));
+        }
+        answer
+    })
+}
+
+fn over_websocket(
+    method: &Method,
+    headers: &HeaderMap,
+    wanted: pending::Request,
+) -> Result<(Answer, Plan), Answer> {
+    let bad = |words: &str| refuse(StatusCode::BAD_REQUEST, words);
+    if method != Method::GET {
+        return Err(bad("a WebSocket begins with GET"));
+    }
+    if items(headers, &SEC_WEBSOCKET_VERSION).next() != Some("13") {
+        let mut answer = refuse(StatusCode::UPGRADE_REQUIRED, "WebSocket version 13 is served");
+        answer.headers_mut().insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        return Err(answer);
+    }
+    let key = headers.get(SEC_WEBSOCKET_KEY).ok_or_else(|| bad("Sec-WebSocket-Key is missing"))?;
+    let accept = HeaderValue::try_from(websocket::accept_key(key.as_bytes()))
+        .map_err(|_| bad("Sec-WebSocket-Key is not text"))?;
+    let (protocol, plan) = match wanted {
+        pending::Request::PortForward(params) => {
+            let pod = params.pod;
+            match choose_websocket(headers, FORWARD_WEBSOCKET)? {
+                (protocol, Forward::Tunnel) => (protocol, Plan::TunnelForward { pod }),
+                (name, Forward::Channels(protocol)) => {
+                    if !(1..=PORTS_LIMIT).contains(&params.ports.len()) {
+                        let words = format!(
+                            "this protocol needs a URL made for 1 to {PORTS_LIMIT} ports, not {}",
+                            params.ports.len()
+                        );
+                        return Err(bad(&words));
+                    }
+                    (name, Plan::ChannelForward { pod, ports: params.ports, protocol })
+                }
+            }
+        }
+        command => {
+            let (name, (form, protocol)) = choose_websocket(headers, COMMAND_WEBSOCKET)?;
+            (name, Plan::WebsocketCommand(command, form, protocol))
+        }
+    };
+    let mut answer = switch("websocket");
+    answer.headers_mut().insert(SEC_WEBSOCKET_ACCEPT, accept);
+    if !protocol.is_empty() {
+        answer.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
+    }
+    Ok((answer, plan))
+}
+
+fn choose_websocket<T: Copy>(
+    headers: &HeaderMap,
+    ours: &[(&'static str, T)],
+) -> Result<(&'static str, T), Answer> {
+    let asks = items(headers, &SEC_WEBSOCKET_PROTOCOL).next().is_some();
+    let nothing = (!asks).then_some("").into_iter();
+    choose(items(headers, &SEC_WEBSOCKET_PROTOCOL).chain(nothing), ours).ok_or_else(|| {
+        let words = "unable to upgrade: none of the client's WebSocket protocols is served";
+        refuse(StatusCode::FORBIDDEN, words)
+    })
+}
+
+/// Runs the session to its end.
+pub(crate) async fn run(upgrade: Upgrade, shared: &Shared, peer: Peer) {
+    let socket = match upgrade.handover.await {
+        Ok(upgraded) => TokioIo::new(upgraded),
+        Err(error) => {
+            tracing::debug!(%error, "upgrade");
+            return;
+        }
+    };
+    let Shared { config, backend, .. } = shared;
+    let idle_timeout = config.stream_idle_timeout;
+    let creation_limit = config.limits.stream_creation;
+    let spdy_options =
+        |accept, peer| spdy::Options { accept, limits: config.limits.clone(), idle_timeout, peer };
+    match upgrade.plan {
+        Plan::SpdyCommand(request, form) => {
+            let link = spdy::start(socket, spdy_options(remote_command::accept, peer));
+            remote_command::over_spdy(&**backend, request, link, form, creation_limit).await;
+        }
+        Plan::WebsocketCommand(request, form, protocol) => {
+            let link = websocket::open(socket, protocol, CHANNELS, idle_timeout, peer);
+            remote_command::over_websocket(&**backend, request, link, form).await;
+        }
+        Plan::SpdyForward { pod } => {
+            let link = spdy::start(socket, spdy_options(port_forward::accept, peer));
+            port_forward::over_spdy(backend.clone(), &pod, link, creation_limit).await;
+        }
+        Plan::TunnelForward { pod } => {
+            let inside = websocket::tunnel(socket, idle_timeout, peer.clone());
+            let link = spdy::start(inside, spdy_options(port_forward::accept, peer));
+            port_forward::over_spdy(backend.clone(), &pod, link, creation_limit).await;
+        }
+        Plan::ChannelForward { pod, ports, protocol } => {
+            let channels = u8::try_from(2 * ports.len()).unwrap_or(u8::MAX - 1);
+            let link = websocket::open(socket, protocol, channels, idle_timeout, peer);
+            port_forward::over_websocket(backend.clone(), &pod, &ports, link).await;
+        }
+    }
+}
