@@ -202,7 +202,7 @@ conf_dir = "{folder}/cni"
         let status = self.cri().pod_status(pod)?;
         let info = status.info.get("info").context("verbose status has no info")?;
         let info: serde_json::Value = serde_json::from_str(info)?;
-        let pid = info["vmmPid"].as_i64().with_context(|| format!("no vmmPid in {info}"))?;
+        let pid = info["pid"].as_i64().with_context(|| format!("no pid in {info}"))?;
         Ok(pid.try_into()?)
     }
 
