@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 pub struct Config {
     /// Runtime handlers accepted besides the empty one; a RuntimeClass names one of them.
     pub handlers: Vec<String>,
-    /// What a container gets that says nothing about seccomp.
+    /// What a container gets whose request says nothing about seccomp. A kubelet always says, by
+    /// its own seccompDefault; for others silence means unconfined, as with containerd.
     pub default_seccomp: DefaultSeccomp,
     /// Added to a pod's memory limit for the guest's kernel and agent, when the request states no
     /// overhead of its own.
@@ -21,8 +22,8 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DefaultSeccomp {
-    #[default]
     RuntimeDefault,
+    #[default]
     Unconfined,
 }
 
@@ -30,7 +31,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             handlers: vec!["nacelle".into()],
-            default_seccomp: DefaultSeccomp::RuntimeDefault,
+            default_seccomp: DefaultSeccomp::Unconfined,
             guest_overhead_mib: 128,
             min_memory_mib: 128,
             exec_output_limit: 16 << 20,

@@ -3,14 +3,20 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::image::ImageConfiguration;
+use oci_spec::image::{Config as ImageConfig, ImageConfiguration};
 use oci_spec::runtime::{
-    Linux, LinuxDeviceCgroupBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
-    Mount, MountBuilder, Process, Spec, SpecBuilder, User,
+    Linux, LinuxCapabilities, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxNamespace,
+    LinuxNamespaceBuilder, LinuxNamespaceType, Mount, MountBuilder, Process, Spec, SpecBuilder,
+    User,
 };
 use sandbox::model::{ContainerSpec, Meta, PidMode, RootfsSpec};
 
-use super::{Refusal, mounts, process, resources, seccomp, security, signal};
+use super::devices::{self, Devices};
+use super::security::Selinux;
+use super::userns::{UserNamespace, user_namespace};
+use super::{
+    Refusal, check_meta, check_name, mounts, process, resources, seccomp, security, signal,
+};
 use crate::config::Config;
 use crate::v1;
 
@@ -25,33 +31,71 @@ pub struct ImageParts<'a> {
     pub configuration: Option<&'a ImageConfiguration>,
 }
 
+/// The pod as far as a container of it needs it.
+#[derive(Debug)]
+pub struct PodParts<'a> {
+    pub hostname: &'a str,
+    /// As it was asked for.
+    pub request: &'a v1::PodSandboxConfig,
+}
+
+/// An image that is mounted as a volume.
+#[derive(Debug)]
+pub struct ImageVolume {
+    pub id: String,
+    pub rootfs: PathBuf,
+}
+
+/// Finds an image of this node by a name or an id.
+pub type FindImage<'a> = &'a dyn Fn(&str) -> Option<ImageVolume>;
+
+const CONTEXT: &str = "linux.security_context";
+
+/// Looks at the host's files that the request names. Blocks.
 #[allow(deprecated)] // old kubelets still name profiles in the deprecated field
 pub fn to_spec(
     request: &v1::ContainerConfig,
-    hostname: &str,
+    pod: &PodParts<'_>,
     image: &ImageParts<'_>,
+    find_image: FindImage<'_>,
     config: &Config,
 ) -> Result<ContainerSpec, Refusal> {
     let (name, attempt) = metadata(request.metadata.as_ref())?;
+    check_meta(&request.labels, &request.annotations)?;
     unsupported_parts(request)?;
     let linux = request.linux.clone().unwrap_or_default();
     let context = linux.security_context.clone().unwrap_or_default();
+    let image_config = image.configuration.and_then(|c| c.config().as_ref());
+    let in_context = |refusal: Refusal| refusal.inside(CONTEXT);
     security::namespaces(context.namespace_options.as_ref())
         .and_then(|()| {
             security::mandatory_access(
                 context.selinux_options.as_ref(),
+                Selinux::of_host(),
                 context.apparmor.as_ref(),
                 &context.apparmor_profile,
             )
         })
-        .map_err(|refusal| refusal.inside("linux.security_context"))?;
-
-    let image_config = image.configuration.and_then(|c| c.config().as_ref());
+        .map_err(in_context)?;
+    let user_namespace = own_user_namespace(&context, pod).map_err(in_context)?;
     let image_user = image_config.and_then(|c| c.user().as_deref()).unwrap_or_default();
-    let identity = process::identity(&context, image_user)
-        .map_err(|refusal| refusal.inside("linux.security_context"))?;
-    let oci = oci_spec(request, &linux, &context, &identity, hostname, image_config, config)?;
+    let identity = process::identity(&context, image_user).map_err(in_context)?;
+
+    let devices = devices::devices(&request.devices, context.privileged)?;
+    let blocks = devices.blocks.clone();
+    let asked = Asked { request, linux: &linux, context: &context, image: image_config };
+    let oci = oci_spec(&asked, &identity, user_namespace, devices, pod.hostname, config)?;
     let stop = image_config.and_then(|c| c.stop_signal().as_deref());
+    let stop_signal = signal::stop_signal(request.stop_signal, stop)?;
+    let log_path = log_path(&request.log_path)?;
+    let volumes = mounts::volumes(
+        &request.mounts,
+        &mounts::Around {
+            annotations: &request.annotations,
+            user_namespace,
+            images: &|name| find_image(name).map(|found| found.rootfs),
+        },
+    )?;
     Ok(ContainerSpec {
         meta: Meta {
             name,
@@ -67,15 +111,47 @@ pub fn to_spec(
         stdin: request.stdin,
         stdin_once: request.stdin_once,
         tty: request.tty,
-        log_path: log_path(&request.log_path)?,
-        volumes: mounts::volumes(&request.mounts)?,
-        devices: Vec::new(),
-        strict_groups: false,
+        log_path,
+        volumes,
+        devices: blocks,
+        strict_groups: identity.strict,
         image_name: request.image.as_ref().map(named).unwrap_or_default(),
         image_id: image.id.to_string(),
-        stop_signal: signal::stop_signal(request.stop_signal, stop)?,
-        origin: serde_json::to_value(request).unwrap_or_default(),
+        stop_signal,
+        origin: origin(request, find_image),
     })
+}
+
+/// A container has the user namespace of its pod.
+fn own_user_namespace(
+    context: &v1::LinuxContainerSecurityContext,
+    pod: &PodParts<'_>,
+) -> Result<Option<UserNamespace>, Refusal> {
+    let of_pod = pod.request.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    if context.privileged && !of_pod.is_some_and(|pod| pod.privileged) {
+        return Err(Refusal::invalid(
+            "privileged",
+            "the pod's own security context does not say so; a privileged container needs a \
+             privileged pod",
+        ));
+    }
+    let own = user_namespace(context.namespace_options.as_ref())?;
+    if own != user_namespace(of_pod.and_then(|pod| pod.namespace_options.as_ref()))? {
+        return Err(Refusal::invalid(
+            "namespace_options.userns_options",
+            "not those of the pod; all its containers share one user namespace",
+        ));
+    }
+    Ok(own)
+}
+
+/// The request as it is given back in statuses: with the ids of images that are mounted.
+fn origin(request: &v1::ContainerConfig, find_image: FindImage<'_>) -> serde_json::Value {
+    let mut request = request.clone();
+    for image in request.mounts.iter_mut().filter_map(|mount| mount.image.as_mut()) {
+        image.image_ref = find_image(&image.image).map(|found| found.id).unwrap_or_default();
+    }
+    serde_json::to_value(request).unwrap_or_default()
 }
 
 /// The name people know the image by, for they read it in listings.
@@ -87,6 +163,7 @@ fn named(spec: &v1::ImageSpec) -> String {
 fn metadata(metadata: Option<&v1::ContainerMetadata>) -> Result<(String, u32), Refusal> {
     match metadata {
         Some(metadata) if !metadata.name.is_empty() => {
+            check_name("metadata.name", &metadata.name)?;
             Ok((metadata.name.clone(), metadata.attempt))
         }
         _ => Err(Refusal::invalid("metadata.name", "empty; a container needs a name")),
@@ -94,12 +171,6 @@ fn metadata(metadata: Option<&v1::ContainerMetadata>) -> Result<(String, u32), R
 }
 
 fn unsupported_parts(request: &v1::ContainerConfig) -> Result<(), Refusal> {
-    if let Some(device) = request.devices.first() {
-        return Err(Refusal::unsupported(
-            "devices",
-            format!("{}: devices of the host do not reach into a pod's VM", device.host_path),
-        ));
-    }
     if let Some(device) = request.cdi_devices.first() {
         return Err(Refusal::unsupported(
             "CDI_devices",
@@ -137,19 +208,28 @@ fn pid_mode(context: &v1::LinuxContainerSecurityContext) -> PidMode {
     }
 }
 
+/// The request taken apart, and what the image says.
+struct Asked<'a> {
+    request: &'a v1::ContainerConfig,
+    linux: &'a v1::LinuxContainerConfig,
+    context: &'a v1::LinuxContainerSecurityContext,
+    image: Option<&'a ImageConfig>,
+}
+
 fn oci_spec(
-    request: &v1::ContainerConfig,
-    linux: &v1::LinuxContainerConfig,
-    context: &v1::LinuxContainerSecurityContext,
+    asked: &Asked<'_>,
     identity: &process::Identity,
+    user_namespace: Option<UserNamespace>,
+    devices: Devices,
     hostname: &str,
-    image: Option<&oci_spec::image::Config>,
     config: &Config,
 ) -> Result<Spec, Refusal> {
-    let capabilities = security::capabilities(context)
-        .map_err(|refusal| refusal.inside("linux.security_context"))?;
+    let context = asked.context;
+    let Devices { blocks: _, nodes, rules } = devices;
+    let capabilities =
+        security::capabilities(context).map_err(|refusal| refusal.inside(CONTEXT))?;
     let profile = match seccomp::choose(context, config.default_seccomp)
-        .map_err(|refusal| refusal.inside("linux.security_context"))?
+        .map_err(|refusal| refusal.inside(CONTEXT))?
     {
         seccomp::Choice::Default => {
             Some(seccomp::default_profile(&capabilities.bounding().clone().unwrap_or_default()))
@@ -157,47 +237,31 @@ fn oci_spec(
         seccomp::Choice::Unconfined => None,
         seccomp::Choice::File(path) => Some(seccomp::load(&path)?),
     };
-    let requested = linux.resources.clone().unwrap_or_default();
+    let requested = asked.linux.resources.clone().unwrap_or_default();
     let mut limits =
         resources::to_oci(&requested).map_err(|refusal| refusal.inside("linux.resources"))?;
-    device_rules(&mut limits, context.privileged)?;
-
-    let mut user = User::default();
-    user.set_uid(identity.uid);
-    user.set_gid(identity.gid);
-    user.set_additional_gids(Some(identity.groups.clone()).filter(|groups| !groups.is_empty()));
-    let mut process = Process::default();
-    process.set_terminal(Some(request.tty));
-    process.set_user(user);
-    process.set_args(Some(process::command_line(&request.command, &request.args, image)?));
-    process.set_env(Some(process::environment(hostname, request.tty, &request.envs, image)?));
-    process.set_cwd(process::working_dir(&request.working_dir, image)?);
-    process.set_capabilities(Some(capabilities));
-    process.set_rlimits(None);
-    process.set_no_new_privileges(Some(context.no_new_privs));
-    process.set_apparmor_profile(None);
-    process.set_oom_score_adj(i32::try_from(requested.oom_score_adj).ok());
+    limits.set_devices(Some(device_rules(rules, context.privileged)?));
 
     let mut inner = Linux::default();
-    inner.set_namespaces(Some(namespaces(pid_mode(context))?));
+    inner.set_namespaces(Some(namespaces(&pid_mode(context), user_namespace)?));
+    if let Some(ids) = user_namespace {
+        inner.set_uid_mappings(Some(ids.uids.to_oci()?));
+        inner.set_gid_mappings(Some(ids.gids.to_oci()?));
+    }
     inner.set_resources(Some(limits));
     inner.set_seccomp(profile.map(seccomp::for_guest));
-    inner.set_devices(None);
-    let paths = |given: &[String], default: &[&str]| {
-        let list = if given.is_empty() {
-            default.iter().map(ToString::to_string).collect()
-        } else {
-            given.to_vec()
-        };
-        Some(list).filter(|_| !context.privileged)
+    inner.set_devices(Some(nodes).filter(|nodes| !nodes.is_empty()));
+    // None are given for `procMount: Unmasked`, and then none are meant.
+    let paths = |given: &[String]| {
+        Some(given.to_vec()).filter(|given| !given.is_empty() && !context.privileged)
     };
-    inner.set_masked_paths(paths(&context.masked_paths, &security::MASKED_PATHS));
-    inner.set_readonly_paths(paths(&context.readonly_paths, &security::READONLY_PATHS));
+    inner.set_masked_paths(paths(&context.masked_paths));
+    inner.set_readonly_paths(paths(&context.readonly_paths));
 
     SpecBuilder::default()
         .version(OCI_VERSION)
         .hostname(hostname)
-        .process(process)
+        .process(process_of(asked, identity, capabilities, hostname)?)
         .mounts(default_mounts(context.privileged)?)
         .linux(inner)
         .build()
@@ -208,11 +272,38 @@ fn oci_spec(
         .map_err(internal)
 }
 
+fn process_of(
+    asked: &Asked<'_>,
+    identity: &process::Identity,
+    capabilities: LinuxCapabilities,
+    hostname: &str,
+) -> Result<Process, Refusal> {
+    let Asked { request, linux, context, image } = asked;
+    let mut user = User::default();
+    user.set_additional_gids(Some(identity.groups.clone()).filter(|groups| !groups.is_empty()));
+    let mut process = Process::default();
+    process.set_terminal(Some(request.tty));
+    process.set_user(user);
+    process.set_args(Some(process::command_line(&request.command, &request.args, *image)?));
+    process.set_env(Some(process::environment(hostname, request.tty, &request.envs, *image)?));
+    process.set_cwd(process::working_dir(&request.working_dir, *image)?);
+    process.set_capabilities(Some(capabilities));
+    process.set_rlimits(None);
+    process.set_no_new_privileges(Some(context.no_new_privs));
+    process.set_apparmor_profile(None);
+    let score = linux.resources.as_ref().map_or(0, |resources| resources.oom_score_adj);
+    process.set_oom_score_adj(i32::try_from(score).ok());
+    Ok(process)
+}
+
 /// Network, IPC and UTS belong to the pod: the guest joins the container to them.
-fn namespaces(pid: PidMode) -> Result<Vec<oci_spec::runtime::LinuxNamespace>, Refusal> {
+fn namespaces(pid: &PidMode, user: Option<UserNamespace>) -> Result<Vec<LinuxNamespace>, Refusal> {
     let mut types = vec![LinuxNamespaceType::Mount, LinuxNamespaceType::Cgroup];
-    if pid == PidMode::Container {
+    if *pid == PidMode::Container {
         types.push(LinuxNamespaceType::Pid);
+    }
+    if user.is_some() {
+        types.push(LinuxNamespaceType::User);
     }
     types
         .into_iter()
@@ -220,16 +311,18 @@ fn namespaces(pid: PidMode) -> Result<Vec<oci_spec::runtime::LinuxNamespace>, Re
         .collect()
 }
 
-/// Everything for a privileged container, else only what the guest's runtime adds by itself (null,
-/// zero, full, random, urandom, tty, ptys).
-fn device_rules(limits: &mut LinuxResources, privileged: bool) -> Result<(), Refusal> {
-    let rule = LinuxDeviceCgroupBuilder::default()
+/// Everything for a privileged container, else what was asked for beside what the guest's runtime
+/// adds by itself (null, zero, full, random, urandom, tty, ptys).
+fn device_rules(
+    asked: Vec<LinuxDeviceCgroup>,
+    privileged: bool,
+) -> Result<Vec<LinuxDeviceCgroup>, Refusal> {
+    let all = LinuxDeviceCgroupBuilder::default()
         .allow(privileged)
         .access("rwm")
         .build()
         .map_err(internal)?;
-    limits.set_devices(Some(vec![rule]));
-    Ok(())
+    Ok(std::iter::once(all).chain(asked.into_iter().filter(|_| !privileged)).collect())
 }
 
 /// What containerd mounts into every container. /dev/shm is the pod's and comes from the guest.
@@ -291,9 +384,30 @@ mod tests {
     }
 
     fn convert(request: &v1::ContainerConfig) -> Result<ContainerSpec, Refusal> {
+        convert_in(request, &v1::PodSandboxConfig::default())
+    }
+
+    fn convert_in(
+        request: &v1::ContainerConfig,
+        pod: &v1::PodSandboxConfig,
+    ) -> Result<ContainerSpec, Refusal> {
         let image = image();
         let parts = ImageParts { id: "sha256:1", rootfs: "/e".into(), configuration: Some(&image) };
-        to_spec(request, "pod", &parts, &Config::default())
+        let pod = PodParts { hostname: "pod", request: pod };
+        let find = |name: &str| {
+            (name == "data").then(|| ImageVolume { id: "sha256:d".into(), rootfs: "/d".into() })
+        };
+        to_spec(request, &pod, &parts, &find, &Config::default())
+    }
+
+    fn pod(context: v1::LinuxSandboxSecurityContext) -> v1::PodSandboxConfig {
+        let linux =
+            v1::LinuxPodSandboxConfig { security_context: Some(context), ..Default::default() };
+        v1::PodSandboxConfig { linux: Some(linux), ..Default::default() }
+    }
+
+    fn privileged_pod() -> v1::PodSandboxConfig {
+        pod(v1::LinuxSandboxSecurityContext { privileged: true, ..Default::default() })
     }
 
     fn secured(context: v1::LinuxContainerSecurityContext) -> v1::ContainerConfig {
@@ -309,8 +423,8 @@ mod tests {
         assert_eq!((spec.user.as_str(), spec.stop_signal), ("web", 3));
         assert_eq!(spec.pid, PidMode::Container);
         let linux = spec.oci.linux().as_ref().unwrap();
-        assert!(linux.seccomp().is_some());
-        assert_eq!(linux.masked_paths().as_ref().unwrap().len(), security::MASKED_PATHS.len());
+        assert!(linux.seccomp().is_none() && linux.masked_paths().is_none());
+        assert!(linux.devices().is_none() && !spec.strict_groups);
         let process = spec.oci.process().as_ref().unwrap();
         assert_eq!(process.args().as_ref().unwrap(), &["/bin/server"]);
         assert_eq!(process.no_new_privileges(), Some(false));
@@ -322,17 +436,91 @@ mod tests {
 
     #[test]
     fn a_privileged_container_has_no_masks_and_no_filter() {
-        let spec = convert(&secured(v1::LinuxContainerSecurityContext {
+        let asked = secured(v1::LinuxContainerSecurityContext {
             privileged: true,
+            masked_paths: vec!["/proc/keys".into()],
+            readonly_paths: vec!["/proc/sys".into()],
+            seccomp: Some(v1::SecurityProfile::default()),
             ..Default::default()
-        }))
-        .unwrap();
+        });
+        let spec = convert_in(&asked, &privileged_pod()).unwrap();
         let linux = spec.oci.linux().as_ref().unwrap();
         assert!(linux.seccomp().is_none() && linux.masked_paths().is_none());
         assert!(linux.readonly_paths().is_none());
         assert!(linux.resources().as_ref().unwrap().devices().as_ref().unwrap()[0].allow());
+        assert!(linux.devices().as_ref().is_some_and(|nodes| !nodes.is_empty()));
         let mounts = spec.oci.mounts().as_ref().unwrap();
         assert!(!mounts.iter().any(|m| m.options().iter().flatten().any(|o| o == "ro")));
+        let refusal = convert(&asked).unwrap_err().to_string();
+        assert!(refusal.contains("privileged pod"), "{refusal}");
+    }
+
+    #[test]
+    fn masks_filters_and_devices_are_those_that_are_asked_for() {
+        let mut asked = secured(v1::LinuxContainerSecurityContext {
+            masked_paths: vec!["/bin/ls".into()],
+            readonly_paths: vec!["/tmp".into()],
+            seccomp: Some(v1::SecurityProfile::default()),
+            supplemental_groups: vec![7],
+            supplemental_groups_policy: 1,
+            ..Default::default()
+        });
+        asked.devices = vec![v1::Device { host_path: "/dev/fuse".into(), ..Default::default() }];
+        let spec = convert(&asked).unwrap();
+        let linux = spec.oci.linux().as_ref().unwrap();
+        assert_eq!(linux.masked_paths().as_deref(), Some(&["/bin/ls".to_string()][..]));
+        assert_eq!(linux.readonly_paths().as_deref(), Some(&["/tmp".to_string()][..]));
+        assert!(linux.seccomp().is_some() && spec.strict_groups);
+        assert_eq!(linux.devices().as_ref().unwrap().len(), 1);
+        let rules = linux.resources().as_ref().unwrap().devices().clone().unwrap();
+        assert!(!rules[0].allow() && rules[1].allow() && rules[1].minor() == Some(229));
+        let user = spec.oci.process().as_ref().unwrap().user();
+        assert_eq!(user.additional_gids().as_deref(), Some(&[7][..]));
+    }
+
+    #[test]
+    fn a_container_has_the_user_namespace_of_its_pod() {
+        let mapping = vec![v1::IdMapping { container_id: 0, host_id: 1000, length: 100_000 }];
+        let options = v1::NamespaceOption {
+            pid: 1,
+            userns_options: Some(v1::UserNamespace {
+                mode: 0,
+                uids: mapping.clone(),
+                gids: mapping,
+            }),
+            ..Default::default()
+        };
+        let asked = secured(v1::LinuxContainerSecurityContext {
+            namespace_options: Some(options.clone()),
+            ..Default::default()
+        });
+        let pod = pod(v1::LinuxSandboxSecurityContext {
+            namespace_options: Some(options),
+            ..Default::default()
+        });
+        let spec = convert_in(&asked, &pod).unwrap();
+        let linux = spec.oci.linux().as_ref().unwrap();
+        assert_eq!(linux.uid_mappings().as_ref().unwrap()[0].host_id(), 1000);
+        assert_eq!(linux.gid_mappings().as_ref().unwrap()[0].size(), 100_000);
+        let user = |n: &LinuxNamespace| n.typ() == LinuxNamespaceType::User;
+        assert!(linux.namespaces().as_ref().unwrap().iter().any(user));
+        for (container, pod) in [(&asked, &privileged_pod()), (&request(), &pod)] {
+            let refusal = convert_in(container, pod).unwrap_err().to_string();
+            assert!(refusal.contains("not those of the pod"), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn mounted_images_are_told_with_their_ids() {
+        let mount = v1::Mount {
+            container_path: "/data".into(),
+            readonly: true,
+            image: Some(v1::ImageSpec { image: "data".into(), ..Default::default() }),
+            ..Default::default()
+        };
+        let spec = convert(&v1::ContainerConfig { mounts: vec![mount], ..request() }).unwrap();
+        assert_eq!(spec.origin["mounts"][0]["image"]["image_ref"], "sha256:d");
+        assert_eq!(spec.volumes.len(), 1);
     }
 
     #[test]
@@ -365,6 +553,20 @@ mod tests {
             (v1::ContainerConfig { log_path: "../x".into(), ..request() }, "log_path"),
             (v1::ContainerConfig { log_path: "/x".into(), ..request() }, "log_path"),
             (v1::ContainerConfig { devices: vec![v1::Device::default()], ..request() }, "devices"),
+            (
+                v1::ContainerConfig {
+                    metadata: Some(v1::ContainerMetadata { name: "a/b".into(), attempt: 0 }),
+                    ..request()
+                },
+                "metadata.name",
+            ),
+            (
+                v1::ContainerConfig {
+                    annotations: [("big".to_string(), "x".repeat(2 << 20))].into(),
+                    ..request()
+                },
+                "annotations",
+            ),
             (
                 v1::ContainerConfig { cdi_devices: vec![v1::CdiDevice::default()], ..request() },
                 "CDI_devices",

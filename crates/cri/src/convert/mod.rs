@@ -2,11 +2,15 @@
 //! looking at host paths that a request names.
 //!
 //! Refused, because a pod in a microVM has no part in the host or because it is not there yet:
-//! host namespaces, user namespaces, devices and CDI, writable host mounts, mount propagation,
-//! image volumes, SELinux labels, AppArmor profiles of the host, huge pages, Windows.
+//! host namespaces, character devices of the host and CDI, sockets of the host, mounts that appear
+//! on the host, SELinux labels where the host has SELinux, AppArmor profiles, huge pages, Windows.
+
+use std::collections::BTreeMap;
 
 pub mod container;
+pub mod devices;
 pub mod image;
+mod mountinfo;
 pub mod mounts;
 pub mod pod;
 pub mod process;
@@ -18,6 +22,7 @@ pub mod signal;
 pub mod stats;
 pub mod status;
 pub mod time;
+pub mod userns;
 
 /// A request that is not carried out: what about it, and why.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -55,4 +60,43 @@ impl Refusal {
 /// An enum's value from its number on the wire.
 pub(crate) fn known<T: TryFrom<i32>>(field: &str, value: i32) -> Result<T, Refusal> {
     T::try_from(value).map_err(|_| Refusal::invalid(field, format!("{value} has no meaning")))
+}
+
+/// Labels and annotations of one pod or container, bytes. They are written to the journal and given
+/// back with every listing; Kubernetes' own limit is 256 KiB for annotations.
+const MAX_META: usize = 1 << 20;
+/// A name; Kubernetes' own limit is 253 characters.
+const MAX_NAME: usize = 1024;
+
+pub(crate) fn check_meta(
+    labels: &BTreeMap<String, String>,
+    annotations: &BTreeMap<String, String>,
+) -> Result<(), Refusal> {
+    for (field, map) in [("labels", labels), ("annotations", annotations)] {
+        let size: usize = map.iter().map(|(key, value)| key.len() + value.len()).sum();
+        if size > MAX_META {
+            return Err(Refusal::invalid(
+                field,
+                format!("{size} bytes; at most {MAX_META} are taken"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Names are shown to people and passed to CNI plugins; they are no paths.
+pub(crate) fn check_name(field: &str, name: &str) -> Result<(), Refusal> {
+    if name.len() > MAX_NAME {
+        return Err(Refusal::invalid(
+            field,
+            format!("{} bytes; at most {MAX_NAME} are taken", name.len()),
+        ));
+    }
+    if name.chars().any(|c| c == '/' || c == ';' || c.is_control()) {
+        return Err(Refusal::invalid(
+            field,
+            format!("{name:?} holds a slash, a semicolon or a control character"),
+        ));
+    }
+    Ok(())
 }

@@ -5,17 +5,40 @@ use std::path::{Component, Path};
 
 use sandbox::model::{Dns, Meta, PodSpec, PortMapping, Protocol};
 
-use super::{Refusal, known, resources, security};
+use super::security::Selinux;
+use super::userns::user_namespace;
+use super::{Refusal, check_meta, check_name, known, resources, security};
 use crate::config::Config;
 use crate::v1;
 
 /// HOST_NAME_MAX of Linux, hostname(7).
 const MAX_HOSTNAME: usize = 64;
 
+/// Sysctls that containerd sets in each pod that says nothing else: any user may open any port, and
+/// ping.
+const ANY_PORT: (&str, &str) = ("net.ipv4.ip_unprivileged_port_start", "0");
+const ANY_PING: (&str, &str) = ("net.ipv4.ping_group_range", "0 2147483647");
+
+/// What of the node counts for a pod.
+#[derive(Debug, Clone)]
+pub struct Host {
+    pub cpus: usize,
+    /// Pods that bring no name have the node's.
+    pub hostname: String,
+}
+
+impl Host {
+    pub fn here() -> Self {
+        let hostname = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let hostname = self::hostname(hostname.trim()).unwrap_or_default();
+        Self { cpus: std::thread::available_parallelism().map_or(1, |n| n.get()), hostname }
+    }
+}
+
 pub fn to_spec(
     request: &v1::PodSandboxConfig,
     handler: &str,
-    host_cpus: usize,
+    host: &Host,
     config: &Config,
 ) -> Result<PodSpec, Refusal> {
     if !handler.is_empty() && !config.handlers.iter().any(|known| known == handler) {
@@ -33,23 +56,27 @@ pub fn to_spec(
         .and_then(|()| {
             security::mandatory_access(
                 context.selinux_options.as_ref(),
+                Selinux::of_host(),
                 context.apparmor.as_ref(),
                 "",
             )
         })
         .map_err(|refusal| refusal.inside("linux.security_context"))?;
+    let user_namespace = user_namespace(context.namespace_options.as_ref())
+        .map_err(|refusal| refusal.inside("linux.security_context"))?;
     let size =
-        resources::vm_size(linux.resources.as_ref(), linux.overhead.as_ref(), host_cpus, config)?;
+        resources::vm_size(linux.resources.as_ref(), linux.overhead.as_ref(), host.cpus, config)?;
     check_sysctls(&linux.sysctls)?;
     let dns = request.dns_config.clone().unwrap_or_default();
     check_dns(&dns)?;
+    let name = hostname(&request.hostname)?;
     Ok(PodSpec {
         meta: metadata(request)?,
-        hostname: hostname(&request.hostname)?,
+        hostname: if name.is_empty() { host.hostname.clone() } else { name },
         handler: handler.to_string(),
         cgroup_parent: inner_path("linux.cgroup_parent", &linux.cgroup_parent)?,
         log_directory: log_directory(&request.log_directory)?,
-        sysctls: linux.sysctls,
+        sysctls: with_usual_sysctls(linux.sysctls, user_namespace.is_some()),
         dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
         ports: ports(&request.port_mappings)?,
         vcpus: size.vcpus,
@@ -58,11 +85,34 @@ pub fn to_spec(
     })
 }
 
+fn with_usual_sysctls(
+    mut sysctls: BTreeMap<String, String>,
+    user_namespace: bool,
+) -> BTreeMap<String, String> {
+    // The groups of a user namespace are not all those of the range.
+    let ping = Some(ANY_PING).filter(|_| !user_namespace);
+    for (name, value) in [Some(ANY_PORT), ping].into_iter().flatten() {
+        let slashes = name.replace('.', "/");
+        if !sysctls.contains_key(name) && !sysctls.contains_key(&slashes) {
+            sysctls.insert(name.to_string(), value.to_string());
+        }
+    }
+    sysctls
+}
+
 fn metadata(request: &v1::PodSandboxConfig) -> Result<Meta, Refusal> {
     let metadata = request.metadata.clone().unwrap_or_default();
     if metadata.name.is_empty() {
         return Err(Refusal::invalid("metadata.name", "empty; a pod needs a name"));
     }
+    for (field, text) in [
+        ("metadata.name", &metadata.name),
+        ("metadata.namespace", &metadata.namespace),
+        ("metadata.uid", &metadata.uid),
+    ] {
+        check_name(field, text)?;
+    }
+    check_meta(&request.labels, &request.annotations)?;
     Ok(Meta {
         name: metadata.name,
         namespace: metadata.namespace,
@@ -185,7 +235,11 @@ mod tests {
     }
 
     fn convert(request: &v1::PodSandboxConfig) -> Result<PodSpec, Refusal> {
-        to_spec(request, "", 4, &Config::default())
+        to_spec(request, "", &host(), &Config::default())
+    }
+
+    fn host() -> Host {
+        Host { cpus: 4, hostname: "node".into() }
     }
 
     fn linux(linux: v1::LinuxPodSandboxConfig) -> v1::PodSandboxConfig {
@@ -201,10 +255,32 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_without_a_name_of_its_own_has_the_nodes() {
+        assert_eq!(convert(&request()).unwrap().hostname, "node");
+        let named = v1::PodSandboxConfig { hostname: "web".into(), ..request() };
+        assert_eq!(convert(&named).unwrap().hostname, "web");
+        assert!(Host::here().cpus > 0);
+    }
+
+    #[test]
+    fn any_user_may_open_ports_and_ping_unless_the_pod_says_otherwise() {
+        let sysctls = |asked: &[(&str, &str)], user_namespace| {
+            let asked = asked.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            with_usual_sysctls(asked, user_namespace)
+        };
+        let usual = sysctls(&[], false);
+        assert_eq!(usual["net.ipv4.ip_unprivileged_port_start"], "0");
+        assert_eq!(usual["net.ipv4.ping_group_range"], "0 2147483647");
+        assert!(!sysctls(&[], true).contains_key("net.ipv4.ping_group_range"));
+        let own = sysctls(&[("net/ipv4/ping_group_range", "1 0"), (ANY_PORT.0, "1024")], false);
+        assert_eq!((own.len(), own[ANY_PORT.0].as_str()), (2, "1024"));
+    }
+
+    #[test]
     fn only_configured_handlers_are_known() {
         let config = Config::default();
-        assert_eq!(to_spec(&request(), "nacelle", 4, &config).unwrap().handler, "nacelle");
-        assert!(to_spec(&request(), "runc", 4, &config).is_err());
+        assert_eq!(to_spec(&request(), "nacelle", &host(), &config).unwrap().handler, "nacelle");
+        assert!(to_spec(&request(), "runc", &host(), &config).is_err());
     }
 
     #[test]
@@ -239,6 +315,24 @@ mod tests {
         let table = [
             (v1::PodSandboxConfig { metadata: None, ..base.clone() }, "metadata.name"),
             (v1::PodSandboxConfig { hostname: "a b".into(), ..base.clone() }, "hostname"),
+            (
+                v1::PodSandboxConfig {
+                    metadata: Some(v1::PodSandboxMetadata {
+                        name: "web".into(),
+                        namespace: "../x".into(),
+                        ..Default::default()
+                    }),
+                    ..base.clone()
+                },
+                "metadata.namespace",
+            ),
+            (
+                v1::PodSandboxConfig {
+                    labels: [("l".to_string(), "x".repeat(2 << 20))].into(),
+                    ..base.clone()
+                },
+                "labels",
+            ),
             (v1::PodSandboxConfig { hostname: "a".repeat(65), ..base.clone() }, "hostname"),
             (v1::PodSandboxConfig { log_directory: "x".into(), ..base.clone() }, "log_directory"),
             (v1::PodSandboxConfig { log_directory: "/a/../b".into(), ..base }, "log_directory"),

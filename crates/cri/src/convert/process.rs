@@ -10,6 +10,11 @@ use crate::v1;
 /// For an image that names none; what containerd and Docker give.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// The user of an image that names none; as a number it is looked up for its groups only.
+const ROOT: &str = "0";
+/// NGROUPS_MAX of Linux.
+const MAX_GROUPS: usize = 65536;
+
 /// | request has | what runs |
 /// |---|---|
 /// | nothing | entrypoint + cmd of the image |
@@ -104,39 +109,46 @@ pub fn working_dir(requested: &str, image: Option<&ImageConfig>) -> Result<PathB
 /// Who the process is, as far as the host can tell.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Identity {
-    /// `user[:group]` to look up inside the root file system; empty: `uid` and `gid` count.
+    /// `user[:group]` to look up inside the root file system.
     pub lookup: String,
-    pub uid: u32,
-    pub gid: u32,
+    /// Groups beside those that the image's `/etc/group` gives the user.
     pub groups: Vec<u32>,
+    /// Policy Strict: the image's `/etc/group` gives none.
+    pub strict: bool,
 }
 
-/// The request's numeric user, else its user name, else the image's user, else root.
-///
-/// Groups that the image's `/etc/group` gives the user are joined in (policy Merge) by the lookup
-/// in the guest. Under Strict there must be nothing to look up.
+/// The request's user name, else its number, else the image's user, else root; as containerd has it.
 pub fn identity(
     security: &v1::LinuxContainerSecurityContext,
     image_user: &str,
 ) -> Result<Identity, Refusal> {
     let id = |field: &str, value: i64| {
+        // The last one says "leave as it is" to setresuid(2).
         u32::try_from(value)
-            .map_err(|_| Refusal::invalid(field, format!("{value} is outside of 0..2^32-1")))
+            .ok()
+            .filter(|id| *id != u32::MAX)
+            .ok_or_else(|| Refusal::invalid(field, format!("{value} is outside of 0..2^32-2")))
     };
     let group = security.run_as_group.map(|group| id("run_as_group", group.value)).transpose()?;
-    let user = match (security.run_as_user, security.run_as_username.as_str()) {
-        (Some(user), _) => Some(id("run_as_user", user.value)?.to_string()),
-        (None, "") => None,
-        (None, name) if name.contains([':', '/', '\0', ' ']) => {
+    let number = security.run_as_user.map(|user| id("run_as_user", user.value)).transpose()?;
+    let user = match security.run_as_username.as_str() {
+        "" => number.map(|number| number.to_string()),
+        name if name.contains([':', '/', '\0', ' ']) => {
             return Err(Refusal::invalid("run_as_username", format!("{name:?} is no user name")));
         }
-        (None, name) => Some(name.to_string()),
+        name => Some(name.to_string()),
     };
     let groups = security
         .supplemental_groups
         .iter()
         .map(|group| id("supplemental_groups", *group))
         .collect::<Result<Vec<_>, _>>()?;
+    if groups.len() > MAX_GROUPS {
+        return Err(Refusal::invalid(
+            "supplemental_groups",
+            format!("{} of them; at most {MAX_GROUPS} are taken", groups.len()),
+        ));
+    }
     let lookup = match (user, group) {
         (Some(user), Some(group)) => format!("{user}:{group}"),
         (Some(user), None) => user,
@@ -146,28 +158,14 @@ pub fn identity(
                 "given without run_as_user or run_as_username",
             ));
         }
-        (None, None) => image_user.trim().to_string(),
+        (None, None) => match image_user.trim() {
+            "" => ROOT.to_string(),
+            user => user.to_string(),
+        },
     };
-    let strict = super::known::<v1::SupplementalGroupsPolicy>(
-        "supplemental_groups_policy",
-        security.supplemental_groups_policy,
-    )? == v1::SupplementalGroupsPolicy::Strict;
-    if !strict {
-        return Ok(Identity { lookup, groups, ..Identity::default() });
-    }
-    let numbers = match lookup.split_once(':') {
-        None if lookup.is_empty() => Some((0, 0)),
-        Some((user, group)) => user.parse().ok().zip(group.parse().ok()),
-        None => None,
-    };
-    let Some((uid, gid)) = numbers else {
-        return Err(Refusal::unsupported(
-            "supplemental_groups_policy",
-            "Strict needs run_as_user and run_as_group as numbers, so that nothing has to be \
-             looked up in the image",
-        ));
-    };
-    Ok(Identity { lookup: String::new(), uid, gid, groups })
+    let policy: v1::SupplementalGroupsPolicy =
+        super::known("supplemental_groups_policy", security.supplemental_groups_policy)?;
+    Ok(Identity { lookup, groups, strict: policy == v1::SupplementalGroupsPolicy::Strict })
 }
 
 #[cfg(test)]
@@ -252,33 +250,35 @@ mod tests {
         assert_eq!(of(security()).unwrap(), "www-data");
         let numeric = v1::LinuxContainerSecurityContext { run_as_user: number(7), ..security() };
         assert_eq!(of(numeric.clone()).unwrap(), "7");
-        let both = v1::LinuxContainerSecurityContext { run_as_group: number(8), ..numeric };
+        let both = v1::LinuxContainerSecurityContext { run_as_group: number(8), ..numeric.clone() };
         assert_eq!(of(both).unwrap(), "7:8");
-        let name =
-            v1::LinuxContainerSecurityContext { run_as_username: "redis".into(), ..security() };
-        assert_eq!(of(name).unwrap(), "redis");
+        let name = v1::LinuxContainerSecurityContext { run_as_username: "redis".into(), ..numeric };
+        assert_eq!(of(name).unwrap(), "redis", "a name comes before a number");
+        assert_eq!(identity(&security(), " ").unwrap().lookup, "0");
         let group = v1::LinuxContainerSecurityContext { run_as_group: number(8), ..security() };
         assert!(of(group).is_err());
-        let negative = v1::LinuxContainerSecurityContext { run_as_user: number(-1), ..security() };
-        assert!(of(negative).is_err());
+        for wrong in [-1, i64::from(u32::MAX), 1 << 40] {
+            let user =
+                v1::LinuxContainerSecurityContext { run_as_user: number(wrong), ..security() };
+            assert!(of(user).is_err(), "{wrong}");
+        }
     }
 
     #[test]
-    fn strict_groups_leave_nothing_to_look_up() {
-        let strict = v1::LinuxContainerSecurityContext {
-            supplemental_groups_policy: v1::SupplementalGroupsPolicy::Strict as i32,
-            supplemental_groups: vec![5],
-            ..security()
+    fn groups_of_the_image_are_left_out_where_the_policy_is_strict() {
+        let of = |policy| {
+            identity(
+                &v1::LinuxContainerSecurityContext {
+                    supplemental_groups_policy: policy,
+                    supplemental_groups: vec![5],
+                    ..security()
+                },
+                "www-data",
+            )
         };
-        assert!(identity(&strict, "www-data").is_err());
-        let numeric = v1::LinuxContainerSecurityContext {
-            run_as_user: Some(v1::Int64Value { value: 7 }),
-            run_as_group: Some(v1::Int64Value { value: 8 }),
-            ..strict
-        };
-        assert_eq!(
-            identity(&numeric, "www-data").unwrap(),
-            Identity { lookup: String::new(), uid: 7, gid: 8, groups: vec![5] }
-        );
+        let merged = Identity { lookup: "www-data".into(), groups: vec![5], ..Identity::default() };
+        assert_eq!(of(0), Ok(merged));
+        assert!(of(1).unwrap().strict);
+        assert!(of(2).is_err());
     }
 }

@@ -153,43 +153,96 @@ fn parse_list(field: &str, names: &[String]) -> Result<(bool, HashSet<Capability
     Ok((all, set))
 }
 
-/// SELinux and AppArmor live in a kernel; a guest's has neither policy nor profiles of the host.
-/// AppArmor's `RuntimeDefault` is the runtime's choice, and nacelle's is none: the VM is the wall.
+/// The host's SELinux, as far as it decides what a label means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Selinux {
+    Off,
+    On,
+}
+
+impl Selinux {
+    /// selinuxfs is mounted where a policy may be loaded.
+    pub fn of_host() -> Self {
+        match std::path::Path::new("/sys/fs/selinux/enforce").exists() {
+            true => Self::On,
+            false => Self::Off,
+        }
+    }
+}
+
+/// SELinux and AppArmor live in a kernel, and a guest's has neither policy nor profiles.
+///
+/// Labels are checked, and mean nothing where the host has no SELinux, as with containerd; where it
+/// has, a pod in a VM would escape the policy, so they are refused. Of AppArmor only "unconfined" and
+/// silence are taken, as containerd does on a host without it.
 pub fn mandatory_access(
     selinux: Option<&v1::SeLinuxOption>,
+    host: Selinux,
     apparmor: Option<&v1::SecurityProfile>,
     deprecated_apparmor: &str,
 ) -> Result<(), Refusal> {
     if let Some(label) = selinux {
-        let parts = [&label.user, &label.role, &label.r#type, &label.level];
-        if parts.iter().any(|part| !part.is_empty()) {
-            return Err(Refusal::unsupported(
-                "selinux_options",
-                "a pod's VM runs without SELinux; leave the label away",
-            ));
-        }
+        check_label(label, host)?;
     }
     let no_profiles = |name: &str| {
         Refusal::unsupported(
             "apparmor",
-            format!(
-                "profile {name:?} is not loaded in the pod's VM; use RuntimeDefault or Unconfined"
-            ),
+            format!("profile {name:?}: the kernel of a pod's VM has no AppArmor; use Unconfined"),
         )
     };
     match apparmor {
         Some(profile) => match known("apparmor.profile_type", profile.profile_type)? {
-            v1::security_profile::ProfileType::RuntimeDefault
-            | v1::security_profile::ProfileType::Unconfined => Ok(()),
+            v1::security_profile::ProfileType::Unconfined => Ok(()),
+            v1::security_profile::ProfileType::RuntimeDefault => Err(no_profiles("RuntimeDefault")),
             v1::security_profile::ProfileType::Localhost => {
                 Err(no_profiles(&profile.localhost_ref))
             }
         },
         None => match deprecated_apparmor {
-            "" | "runtime/default" | "unconfined" => Ok(()),
+            "" | "unconfined" => Ok(()),
             other => Err(no_profiles(other)),
         },
     }
+}
+
+fn check_label(label: &v1::SeLinuxOption, host: Selinux) -> Result<(), Refusal> {
+    if !label.level.is_empty() && !is_level(&label.level) {
+        return Err(Refusal::invalid(
+            "selinux_options.level",
+            format!("{:?} is not a level like s0:c4,c5", label.level),
+        ));
+    }
+    let given = [&label.user, &label.role, &label.r#type, &label.level];
+    if given.iter().all(|part| part.is_empty()) {
+        return Ok(());
+    }
+    match host {
+        Selinux::Off => {
+            tracing::debug!(?label, "an SELinux label means nothing: SELinux is off on this host");
+            Ok(())
+        }
+        Selinux::On => Err(Refusal::unsupported(
+            "selinux_options",
+            "a pod's VM runs without SELinux, so the label would not be enforced; leave it away",
+        )),
+    }
+}
+
+/// `s0`, `s0-s1:c0.c1023`, `s0:c4,c5`: one sensitivity or two, and categories.
+fn is_level(level: &str) -> bool {
+    let numbered = |word: &str, letter: char, most: usize| {
+        word.strip_prefix(letter).is_some_and(|digits| {
+            (1..=most).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit())
+        })
+    };
+    let (sensitivities, categories) = match level.split_once(':') {
+        Some((sensitivities, categories)) => (sensitivities, Some(categories)),
+        None => (level, None),
+    };
+    let mut range = sensitivities.splitn(2, '-');
+    let category = |word: &str| word.splitn(2, '.').all(|end| numbered(end, 'c', 4));
+    range.all(|word| numbered(word, 's', 1))
+        && categories.is_none_or(|categories| categories.split(',').all(category))
 }
 
 /// Namespaces that the pod's VM can give. `place` is the path of the message that holds them.
@@ -199,8 +252,8 @@ pub fn namespaces(options: Option<&v1::NamespaceOption>) -> Result<(), Refusal> 
         Refusal::unsupported(
             format!("namespace_options.{field}"),
             format!(
-                "NODE ({name}): a pod in a microVM has no part in the host's {what}; run it with a \
-                 runtime class that is not a VM"
+                "NODE ({name}): a pod in a microVM has no part in the host's {what}. Pods of the \
+                 host's own are not there yet: run it with a runtime class that is not a VM"
             ),
         )
     };
@@ -230,15 +283,7 @@ pub fn namespaces(options: Option<&v1::NamespaceOption>) -> Result<(), Refusal> 
         }
         v1::NamespaceMode::Pod | v1::NamespaceMode::Container | v1::NamespaceMode::Target => {}
     }
-    let Some(user) = &options.userns_options else { return Ok(()) };
-    match mode("userns_options.mode", user.mode)? {
-        v1::NamespaceMode::Node => Ok(()),
-        _ => Err(Refusal::unsupported(
-            "namespace_options.userns_options",
-            "user namespaces are not served: root in a pod is root of its own VM only, so set \
-             hostUsers to true or leave it away",
-        )),
-    }
+    super::userns::user_namespace(Some(options)).map(drop)
 }
 
 #[cfg(test)]
@@ -317,13 +362,6 @@ mod tests {
             (v1::NamespaceOption { network: node, ..none.clone() }, "hostNetwork"),
             (v1::NamespaceOption { pid: node, ..none.clone() }, "hostPID"),
             (v1::NamespaceOption { ipc: node, ..none.clone() }, "hostIPC"),
-            (
-                v1::NamespaceOption {
-                    userns_options: Some(v1::UserNamespace::default()),
-                    ..none.clone()
-                },
-                "hostUsers",
-            ),
             (v1::NamespaceOption { pid: 3, ..none.clone() }, "target_id"),
             (v1::NamespaceOption { network: 1, ..none.clone() }, "use POD"),
             (v1::NamespaceOption { ipc: 77, ..none.clone() }, "77"),
@@ -331,20 +369,43 @@ mod tests {
             let text = namespaces(Some(&options)).unwrap_err().to_string();
             assert!(text.contains(word), "{text}");
         }
+        let no_mapping = v1::NamespaceOption {
+            userns_options: Some(v1::UserNamespace::default()),
+            ..none.clone()
+        };
+        assert!(namespaces(Some(&no_mapping)).unwrap_err().to_string().contains("mapping"));
         let host_users = v1::UserNamespace { mode: node, ..Default::default() };
         let usual = v1::NamespaceOption { pid: 1, userns_options: Some(host_users), ..none };
         assert_eq!(namespaces(Some(&usual)), Ok(()));
     }
 
     #[test]
-    fn labels_and_profiles_of_the_host_are_refused() {
-        let label = v1::SeLinuxOption { level: "s0".into(), ..Default::default() };
-        assert!(mandatory_access(Some(&label), None, "").is_err());
-        assert!(mandatory_access(Some(&v1::SeLinuxOption::default()), None, "").is_ok());
-        let local = v1::SecurityProfile { profile_type: 2, localhost_ref: "mine".into() };
-        assert!(mandatory_access(None, Some(&local), "").unwrap_err().to_string().contains("mine"));
-        let default = v1::SecurityProfile::default();
-        assert!(mandatory_access(None, Some(&default), "localhost/x").is_ok());
-        assert!(mandatory_access(None, None, "localhost/x").is_err());
+    fn a_label_is_checked_and_counts_only_where_the_host_has_selinux() {
+        let level = |level: &str| v1::SeLinuxOption { level: level.into(), ..Default::default() };
+        let check = |label: &v1::SeLinuxOption, host| mandatory_access(Some(label), host, None, "");
+        for sound in ["s0", "s0-s3", "s0:c4,c5", "s0-s0:c0.c1023", "s1:c1,c2.c9"] {
+            assert_eq!(check(&level(sound), Selinux::Off), Ok(()), "{sound}");
+            let refusal = check(&level(sound), Selinux::On).unwrap_err();
+            assert!(matches!(refusal, Refusal::Unsupported { .. }));
+        }
+        for wrong in ["s0,c4,c5", "s", "s10", "s0-s1-s2", "s0:", "s0:c", "s0:c12345", "x0"] {
+            let refusal = check(&level(wrong), Selinux::Off).unwrap_err().to_string();
+            assert!(refusal.starts_with("selinux_options.level"), "{wrong}: {refusal}");
+        }
+        assert!(check(&v1::SeLinuxOption::default(), Selinux::On).is_ok());
+    }
+
+    #[test]
+    fn profiles_of_apparmor_are_refused_unless_they_ask_for_none() {
+        let of = |kind: i32, deprecated: &str| {
+            let profile = v1::SecurityProfile { profile_type: kind, localhost_ref: "mine".into() };
+            mandatory_access(None, Selinux::Off, Some(&profile), deprecated)
+        };
+        assert!(of(2, "").unwrap_err().to_string().contains("mine"));
+        assert!(of(0, "").is_err() && of(7, "").is_err());
+        assert!(of(1, "localhost/x").is_ok(), "the newer field counts");
+        let old = |text: &str| mandatory_access(None, Selinux::Off, None, text);
+        assert!(old("").is_ok() && old("unconfined").is_ok());
+        assert!(old("localhost/x").is_err() && old("runtime/default").is_err());
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use sandbox::model::{ContainerState, ContainerView, PodState, PodView};
+use serde_json::json;
 
 use super::time::nanos;
 use super::{resources, signal};
@@ -78,25 +79,47 @@ pub fn pod_status(view: &PodView) -> v1::PodSandboxStatus {
     }
 }
 
-/// What `crictl inspectp` shows.
+/// What `crictl inspectp` shows; `pid`, `config`, `runtimeSpec` and `cniResult` stand where scripts
+/// written for containerd look for them. `pid` is the pod's VMM.
 pub fn pod_info(view: &PodView) -> BTreeMap<String, String> {
-    let info = serde_json::json!({
+    let network = json!({ "type": "network", "path": view.netns });
+    let addresses: Vec<_> = view.addresses.iter().map(|address| json!({ "IP": address })).collect();
+    let info = json!({
         "pid": view.vmm_pid,
         "state": view.state,
         "reason": view.reason,
         "netns": view.netns,
+        "netNamespaceClosed": view.netns.is_none(),
         "addresses": view.addresses,
+        "cniResult": { "Interfaces": { "eth0": { "IPConfigs": addresses } } },
         "kernel": view.kernel_release,
         "vcpus": view.spec.vcpus,
         "memoryMiB": view.spec.memory_mib,
         "runtimeHandler": view.spec.handler,
+        "runtimeType": "nacelle",
+        "runtimeSpec": {
+            "hostname": view.spec.hostname,
+            "linux": { "namespaces": [network], "sysctl": view.spec.sysctls },
+        },
         "config": view.spec.origin,
     });
     [("info".to_string(), info.to_string())].into()
 }
 
-fn image_spec(view: &ContainerView) -> v1::ImageSpec {
-    v1::ImageSpec { image: view.spec.image_name.clone(), ..Default::default() }
+/// The name people use, for they read it in listings; a kubelet asks with the image's id.
+fn image_spec(view: &ContainerView, asked: &v1::ContainerConfig) -> v1::ImageSpec {
+    let asked = asked.image.clone().unwrap_or_default();
+    v1::ImageSpec {
+        image: view.spec.image_name.clone(),
+        annotations: asked.annotations,
+        user_specified_image: asked.user_specified_image,
+        runtime_handler: asked.runtime_handler,
+        image_ref: String::new(),
+    }
+}
+
+fn asked(view: &ContainerView) -> v1::ContainerConfig {
+    serde_json::from_value(view.spec.origin.clone()).unwrap_or_default()
 }
 
 /// `image_ref` is what the container was made from, for certain: the image's id, unless its
@@ -106,7 +129,7 @@ pub fn container_item(view: &ContainerView) -> v1::Container {
         id: view.id.clone(),
         pod_sandbox_id: view.pod.clone(),
         metadata: Some(container_metadata(view)),
-        image: Some(image_spec(view)),
+        image: Some(image_spec(view, &asked(view))),
         image_ref: view.spec.image_id.clone(),
         state: container_state(view.state) as i32,
         created_at: nanos(view.created_at),
@@ -117,8 +140,7 @@ pub fn container_item(view: &ContainerView) -> v1::Container {
 }
 
 pub fn container_status(view: &ContainerView, image_ref: String) -> v1::ContainerStatus {
-    let asked: v1::ContainerConfig =
-        serde_json::from_value(view.spec.origin.clone()).unwrap_or_default();
+    let asked = asked(view);
     let exit = view.exit.as_ref();
     v1::ContainerStatus {
         id: view.id.clone(),
@@ -128,7 +150,7 @@ pub fn container_status(view: &ContainerView, image_ref: String) -> v1::Containe
         started_at: view.started_at.map_or(0, nanos),
         finished_at: exit.map_or(0, |exit| nanos(exit.at)),
         exit_code: exit.map_or(0, |exit| exit.code),
-        image: Some(image_spec(view)),
+        image: Some(image_spec(view, &asked)),
         image_ref,
         reason: exit.map(|exit| exit.reason.clone()).unwrap_or_default(),
         message: exit.map(|exit| exit.message.clone()).unwrap_or_default(),
@@ -137,13 +159,7 @@ pub fn container_status(view: &ContainerView, image_ref: String) -> v1::Containe
         mounts: asked.mounts,
         log_path: view.log_path.to_string_lossy().into_owned(),
         resources: Some(v1::ContainerResources {
-            linux: Some(v1::LinuxContainerResources {
-                oom_score_adj: asked
-                    .linux
-                    .and_then(|linux| linux.resources)
-                    .map_or(0, |resources| resources.oom_score_adj),
-                ..resources::from_oci(&view.resources)
-            }),
+            linux: Some(limits(view, asked.linux.and_then(|linux| linux.resources))),
             windows: None,
         }),
         image_id: view.spec.image_id.clone(),
@@ -152,29 +168,42 @@ pub fn container_status(view: &ContainerView, image_ref: String) -> v1::Containe
     }
 }
 
-/// None where only the guest knows, because a name had to be looked up in the image.
-fn user(view: &ContainerView) -> Option<v1::ContainerUser> {
-    let of_process = view.spec.oci.process().as_ref()?.user();
-    let (uid, gid) = match view.spec.user.split_once(':') {
-        None if view.spec.user.is_empty() => (of_process.uid(), of_process.gid()),
-        Some((user, group)) => (user.parse().ok()?, group.parse().ok()?),
-        None => return None,
-    };
-    let groups = of_process.additional_gids().clone().unwrap_or_default();
-    let linux = v1::LinuxContainerUser {
-        uid: i64::from(uid),
-        gid: i64::from(gid),
-        supplemental_groups: groups.into_iter().map(i64::from).collect(),
-    };
-    Some(v1::ContainerUser { linux: Some(linux) })
+/// Limits in force; those that a guest has no file for are given back as they were asked for.
+fn limits(
+    view: &ContainerView,
+    asked: Option<v1::LinuxContainerResources>,
+) -> v1::LinuxContainerResources {
+    let asked = asked.unwrap_or_default();
+    v1::LinuxContainerResources {
+        oom_score_adj: asked.oom_score_adj,
+        memory_swap_limit_in_bytes: asked.memory_swap_limit_in_bytes,
+        cpuset_mems: asked.cpuset_mems,
+        hugepage_limits: asked.hugepage_limits,
+        ..resources::from_oci(&view.resources)
+    }
 }
 
-/// What `crictl inspect` shows.
-pub fn container_info(view: &ContainerView) -> BTreeMap<String, String> {
-    let info = serde_json::json!({
+/// As the guest resolved it; none before it has, for a name may have to be looked up in the image.
+fn user(view: &ContainerView) -> Option<v1::ContainerUser> {
+    let user = view.user.as_ref()?;
+    Some(v1::ContainerUser {
+        linux: Some(v1::LinuxContainerUser {
+            uid: i64::from(user.uid),
+            gid: i64::from(user.gid),
+            supplemental_groups: user.groups.iter().copied().map(i64::from).collect(),
+        }),
+    })
+}
+
+/// What `crictl inspect` shows. `pid` is the VMM that the container runs in: its own process has no
+/// number on this host.
+pub fn container_info(view: &ContainerView, vmm_pid: Option<u32>) -> BTreeMap<String, String> {
+    let info = json!({
         "sandboxID": view.pod,
+        "pid": vmm_pid,
         "state": view.state,
         "rootfs": view.spec.rootfs,
+        "runtimeType": "nacelle",
         "runtimeSpec": view.spec.oci,
         "config": view.spec.origin,
     });
@@ -185,7 +214,7 @@ pub fn container_info(view: &ContainerView) -> BTreeMap<String, String> {
 mod tests {
     use std::time::{Duration, UNIX_EPOCH};
 
-    use sandbox::model::{ContainerSpec, ExitView, Meta, PidMode, RootfsSpec};
+    use sandbox::model::{ContainerSpec, ExitView, Identity, Meta, PidMode, RootfsSpec};
 
     use super::*;
 
@@ -210,7 +239,11 @@ mod tests {
                 image_name: "nginx:1".into(),
                 image_id: "sha256:00".into(),
                 stop_signal: 3,
-                origin: serde_json::json!({ "mounts": [{ "container_path": "/x" }] }),
+                origin: json!({
+                    "mounts": [{ "container_path": "/x", "image": { "image_ref": "sha256:d" } }],
+                    "image": { "image": "sha256:00", "user_specified_image": "nginx:1" },
+                    "linux": { "resources": { "memory_swap_limit_in_bytes": 7 } },
+                }),
             },
             state: ContainerState::Exited,
             created_at: at(1),
@@ -237,17 +270,31 @@ mod tests {
         assert_eq!(status.stop_signal(), v1::Signal::Sigquit);
         assert_eq!(status.mounts[0].container_path, "/x");
         assert_eq!(status.metadata.unwrap().attempt, 2);
-        assert_eq!(status.user.unwrap().linux.unwrap().uid, 0);
+        assert_eq!(status.mounts[0].image.as_ref().unwrap().image_ref, "sha256:d");
+        assert_eq!(status.resources.unwrap().linux.unwrap().memory_swap_limit_in_bytes, 7);
+        let image = status.image.unwrap();
+        assert_eq!(
+            (image.image.as_str(), image.user_specified_image.as_str()),
+            ("nginx:1", "nginx:1")
+        );
+        assert_eq!(status.image_id, "sha256:00");
     }
 
     #[test]
-    fn a_user_that_the_guest_looked_up_is_not_made_up() {
-        let named =
-            ContainerView { spec: ContainerSpec { user: "redis".into(), ..view().spec }, ..view() };
-        assert_eq!(container_status(&named, String::new()).user, None);
-        let numeric =
-            ContainerView { spec: ContainerSpec { user: "7:8".into(), ..view().spec }, ..view() };
-        let user = container_status(&numeric, String::new()).user.unwrap().linux.unwrap();
-        assert_eq!((user.uid, user.gid), (7, 8));
+    fn the_user_is_told_as_the_guest_resolved_it_and_not_made_up_before() {
+        assert_eq!(container_status(&view(), String::new()).user, None);
+        let user = Identity { uid: 1000, gid: 1000, groups: vec![1000, 50_000] };
+        let resolved = ContainerView { user: Some(user), ..view() };
+        let user = container_status(&resolved, String::new()).user.unwrap().linux.unwrap();
+        assert_eq!((user.uid, user.gid), (1000, 1000));
+        assert_eq!(user.supplemental_groups, [1000, 50_000]);
+    }
+
+    #[test]
+    fn what_inspect_shows_has_the_keys_that_scripts_look_for() {
+        let info = &container_info(&view(), Some(42))["info"];
+        let info: serde_json::Value = serde_json::from_str(info).unwrap();
+        assert_eq!((&info["pid"], &info["sandboxID"]), (&json!(42), &json!("p")));
+        assert!(info["runtimeSpec"]["ociVersion"].is_string());
     }
 }

@@ -91,16 +91,29 @@ impl Runtime {
         request: v1::ContainerStatusRequest,
     ) -> Result<v1::ContainerStatusResponse, Status> {
         let view = self.sandboxes.container(&request.container_id).map_err(sandbox_status)?;
+        let info = if request.verbose {
+            let vmm_pid = self.sandboxes.pod(&view.pod).ok().and_then(|pod| pod.vmm_pid);
+            status::container_info(&view, vmm_pid)
+        } else {
+            Default::default()
+        };
+        Ok(v1::ContainerStatusResponse { status: Some(self.status_of(&view)), info })
+    }
+
+    pub(super) fn status_of(&self, view: &ContainerView) -> v1::ContainerStatus {
         // The digest in a registry says more than our own id; without it the id has to do.
         let image_ref = self
             .images
             .image(&view.spec.image_id)
             .and_then(|image| image.repo_digests.first().cloned())
             .unwrap_or_else(|| view.spec.image_id.clone());
-        Ok(v1::ContainerStatusResponse {
-            status: Some(status::container_status(&view, image_ref)),
-            info: if request.verbose { status::container_info(&view) } else { Default::default() },
-        })
+        status::container_status(view, image_ref)
+    }
+
+    /// Of all containers of a pod.
+    pub(super) fn statuses_of(&self, pod: &str) -> Vec<v1::ContainerStatus> {
+        let views = self.container_views(String::new(), pod, Default::default());
+        views.iter().map(|view| self.status_of(view)).collect()
     }
 
     pub(super) async fn reopen_container_log(

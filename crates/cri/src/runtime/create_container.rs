@@ -1,10 +1,13 @@
 //! CreateContainer.
 
+use std::sync::Arc;
+
+use sandbox::model::{ContainerSpec, ContainerState, PidMode, PodState, PodView};
 use tonic::Status;
 
 use super::Runtime;
 use crate::convert::Refusal;
-use crate::convert::container::{ImageParts, to_spec};
+use crate::convert::container::{ImageParts, ImageVolume, PodParts, to_spec};
 use crate::errors::{refusal_status, sandbox_status};
 use crate::v1;
 
@@ -20,20 +23,66 @@ impl Runtime {
             return Err(missing("config.image.image"));
         }
         let pod = self.sandboxes.pod(&request.pod_sandbox_id).map_err(sandbox_status)?;
+        if pod.state != PodState::Ready {
+            return Err(Status::failed_precondition(format!("pod {} is not running", pod.id)));
+        }
         let image = self.images.image(&name).ok_or_else(|| {
             Status::not_found(format!("no image {name:?} on this node: pull it first"))
         })?;
-        // A removal of the image meanwhile leaves its file until the pod has opened it.
-        let _held = self.images.hold(&image.id);
-        let parts = ImageParts {
-            id: &image.id,
-            rootfs: image.erofs_path.clone(),
-            configuration: Some(&*image.config),
-        };
-        let spec =
-            to_spec(&config, &pod.spec.hostname, &parts, &self.config).map_err(refusal_status)?;
+        // A removal of an image meanwhile leaves its file until the pod has opened it.
+        let mounted = config.mounts.iter().filter_map(|mount| mount.image.as_ref());
+        let names = mounted.map(|image| image.image.as_str()).chain([image.id.as_str()]);
+        let _held: Vec<_> = names.map(|name| self.images.hold(name)).collect();
+        let (config, images) = (Arc::new(config), self.images.clone());
+        let (pod_id, settings) = (pod.id.clone(), self.config.clone());
+        // Looks at the host's files, which may lie on a network.
+        let spec = tokio::task::spawn_blocking(move || {
+            let parts = ImageParts {
+                id: &image.id,
+                rootfs: image.erofs_path.clone(),
+                configuration: Some(&*image.config),
+            };
+            let find = |name: &str| {
+                let found = images.image(name)?;
+                Some(ImageVolume { id: found.id, rootfs: found.erofs_path })
+            };
+            convert(&config, &pod, &parts, &find, &settings)
+        })
+        .await
+        .map_err(|error| Status::internal(format!("reading the request: {error}")))?
+        .map_err(refusal_status)?;
+        self.check_target(&pod_id, &spec)?;
         let container_id =
-            self.sandboxes.create_container(&pod.id, spec).await.map_err(sandbox_status)?;
+            self.sandboxes.create_container(&pod_id, spec).await.map_err(sandbox_status)?;
         Ok(v1::CreateContainerResponse { container_id })
     }
+
+    /// Processes can be shared with a container that runs in the same pod.
+    fn check_target(&self, pod: &str, spec: &ContainerSpec) -> Result<(), Status> {
+        let PidMode::Target(target) = &spec.pid else { return Ok(()) };
+        let view = self.sandboxes.container(target).map_err(sandbox_status)?;
+        if view.pod != pod {
+            return Err(Status::invalid_argument(format!(
+                "target container {target} is not of pod {pod}"
+            )));
+        }
+        if view.state != ContainerState::Running {
+            return Err(Status::failed_precondition(format!(
+                "target container {target} is not running"
+            )));
+        }
+        Ok(())
+    }
+}
+
+fn convert(
+    config: &v1::ContainerConfig,
+    pod: &PodView,
+    image: &ImageParts<'_>,
+    find: crate::convert::container::FindImage<'_>,
+    settings: &crate::Config,
+) -> Result<ContainerSpec, Refusal> {
+    let request = serde_json::from_value(pod.spec.origin.clone()).unwrap_or_default();
+    let parts = PodParts { hostname: &pod.spec.hostname, request: &request };
+    to_spec(config, &parts, image, find, settings)
 }

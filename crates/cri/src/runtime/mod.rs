@@ -20,6 +20,7 @@ use sandbox::Sandboxes;
 use tonic::{Request, Response, Status};
 
 use crate::config::Config;
+use crate::convert::pod::Host;
 use crate::errors::unimplemented;
 use crate::v1;
 
@@ -41,7 +42,7 @@ pub struct Runtime {
     pub(crate) images: Images,
     pub(crate) health: Arc<dyn Health>,
     pub(crate) config: Arc<Config>,
-    pub(crate) host_cpus: usize,
+    pub(crate) host: Arc<Host>,
     /// Folder of images and writable layers.
     pub(crate) storage: PathBuf,
 }
@@ -54,8 +55,8 @@ impl Runtime {
         config: Config,
         storage: PathBuf,
     ) -> Self {
-        let host_cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Self { sandboxes, images, health, config: Arc::new(config), host_cpus, storage }
+        let host = Arc::new(Host::here());
+        Self { sandboxes, images, health, config: Arc::new(config), host, storage }
     }
 }
 

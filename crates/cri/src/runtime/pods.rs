@@ -39,8 +39,8 @@ impl Runtime {
         Ok(v1::PodSandboxStatusResponse {
             status: Some(status::pod_status(&view)),
             info: if request.verbose { status::pod_info(&view) } else { Default::default() },
-            // For kubelets that listen to container events, which nacelled does not send.
-            containers_statuses: vec![],
+            // A kubelet that listens to container events takes these, and asks for no others.
+            containers_statuses: self.statuses_of(&view.id),
             timestamp: nanos(std::time::SystemTime::now()),
         })
     }

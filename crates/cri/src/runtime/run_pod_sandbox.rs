@@ -15,7 +15,7 @@ impl Runtime {
         let config = request.config.ok_or_else(|| {
             refusal_status(Refusal::invalid("config.metadata", "the request holds no config"))
         })?;
-        let spec = pod::to_spec(&config, &request.runtime_handler, self.host_cpus, &self.config)
+        let spec = pod::to_spec(&config, &request.runtime_handler, &self.host, &self.config)
             .map_err(refusal_status)?;
         let pod_sandbox_id = self.sandboxes.run_pod(spec).await.map_err(sandbox_status)?;
         Ok(v1::RunPodSandboxResponse { pod_sandbox_id })

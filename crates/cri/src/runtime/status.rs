@@ -32,11 +32,8 @@ impl Runtime {
             condition("RuntimeReady", "HostCannotRunVms", self.health.runtime().await),
             condition("NetworkReady", "NetworkNotReady", self.health.network().await),
         ];
-        let features = v1::RuntimeHandlerFeatures {
-            // Copies hold no mounts, so a read-only one is read-only all the way down.
-            recursive_read_only_mounts: true,
-            user_namespaces: false,
-        };
+        let features =
+            v1::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false };
         let handler =
             |name: &str| v1::RuntimeHandler { name: name.to_string(), features: Some(features) };
         let mut info = std::collections::BTreeMap::new();
@@ -49,7 +46,10 @@ impl Runtime {
             runtime_handlers: std::iter::once(handler(""))
                 .chain(self.config.handlers.iter().map(|name| handler(name)))
                 .collect(),
-            features: Some(v1::RuntimeFeatures::default()),
+            features: Some(v1::RuntimeFeatures {
+                supplemental_groups_policy: true,
+                ..Default::default()
+            }),
         })
     }
 

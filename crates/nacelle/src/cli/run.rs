@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow, bail};
+use cri::convert::security::{MASKED_PATHS, READONLY_PATHS};
 use cri::v1;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -173,6 +174,13 @@ fn container_config(options: &Run) -> Result<v1::ContainerConfig> {
             pid: v1::NamespaceMode::Container as i32,
             ..Default::default()
         }),
+        // What a kubelet asks for by default; silence would mean none of it.
+        seccomp: Some(v1::SecurityProfile {
+            profile_type: v1::security_profile::ProfileType::RuntimeDefault as i32,
+            ..Default::default()
+        }),
+        masked_paths: MASKED_PATHS.map(String::from).into(),
+        readonly_paths: READONLY_PATHS.map(String::from).into(),
         ..Default::default()
     };
     if let Some(user) = &options.user {
@@ -252,12 +260,22 @@ fn random() -> Result<String> {
 async fn start_pod(client: &mut Client, options: &Run) -> Result<v1::PodSandbox> {
     let ports = options.publish.iter().map(|text| volume::port(text)).collect::<Result<_>>()?;
     let limits = limits(options.cpus, options.memory.as_deref())?;
-    make_pod(client, options.name.as_deref(), options.hostname.as_deref(), ports, limits).await
+    let context = v1::LinuxSandboxSecurityContext {
+        privileged: options.privileged,
+        ..Default::default()
+    };
+    let linux = v1::LinuxPodSandboxConfig {
+        resources: Some(limits),
+        security_context: Some(context),
+        ..Default::default()
+    };
+    make_pod(client, options.name.as_deref(), options.hostname.as_deref(), ports, linux).await
 }
 
 pub(super) async fn run_pod(client: &mut Client, options: RunPod) -> Result<()> {
     let limits = limits(options.cpus, options.memory.as_deref())?;
-    let pod = make_pod(client, options.name.as_deref(), None, vec![], limits).await?;
+    let linux = v1::LinuxPodSandboxConfig { resources: Some(limits), ..Default::default() };
+    let pod = make_pod(client, options.name.as_deref(), None, vec![], linux).await?;
     println!("{}", pod.id);
     Ok(())
 }
@@ -267,7 +285,7 @@ async fn make_pod(
     given: Option<&str>,
     hostname: Option<&str>,
     port_mappings: Vec<v1::PortMapping>,
-    limits: v1::LinuxContainerResources,
+    linux: v1::LinuxPodSandboxConfig,
 ) -> Result<v1::PodSandbox> {
     let uid = random()?;
     let name = match given {
@@ -290,7 +308,7 @@ async fn make_pod(
         port_mappings,
         annotations: BTreeMap::from([(LOGS_ANNOTATION.to_string(), logs)]),
         dns_config: host_dns(),
-        linux: Some(v1::LinuxPodSandboxConfig { resources: Some(limits), ..Default::default() }),
+        linux: Some(linux),
         ..Default::default()
     };
     let request =

@@ -1,0 +1,221 @@
+//! Devices of a container: block devices of the host become disks of the pod's VM; character
+//! devices are the guest's own, so only those that a guest's kernel has can be had.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use oci_spec::runtime::{
+    LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType,
+};
+use sandbox::model::BlockDevice;
+
+use super::Refusal;
+use super::mounts::container_path;
+use crate::v1;
+
+/// Each block device takes a slot of the VM's PCI bus.
+const MAX_DEVICES: usize = 128;
+const ANY_ACCESS: &str = "rwm";
+const EVERYBODY: u32 = 0o666;
+
+/// A character device of the guest, with what asks for it. Numbers: Documentation/admin-guide/
+/// devices.txt of Linux.
+struct Known {
+    path: &'static str,
+    major: i64,
+    minor: i64,
+    /// Every container has it, so it needs no node of its own.
+    usual: bool,
+}
+
+const fn usual(path: &'static str, major: i64, minor: i64) -> Known {
+    Known { path, major, minor, usual: true }
+}
+
+const fn extra(path: &'static str, major: i64, minor: i64) -> Known {
+    Known { path, major, minor, usual: false }
+}
+
+const GUEST_DEVICES: [Known; 10] = [
+    usual("/dev/null", 1, 3),
+    usual("/dev/zero", 1, 5),
+    usual("/dev/full", 1, 7),
+    usual("/dev/random", 1, 8),
+    usual("/dev/urandom", 1, 9),
+    usual("/dev/tty", 5, 0),
+    extra("/dev/kmsg", 1, 11), // a kubelet in a pod reads the kernel's log
+    extra("/dev/net/tun", 10, 200), // VPN sidecars
+    extra("/dev/fuse", 10, 229), // rootless image builders, file systems of users
+    extra("/dev/loop-control", 10, 237), // image builders
+];
+
+#[derive(Debug, Default)]
+pub struct Devices {
+    pub blocks: Vec<BlockDevice>,
+    pub nodes: Vec<LinuxDevice>,
+    /// Accesses that the container has beyond the usual ones.
+    pub rules: Vec<LinuxDeviceCgroup>,
+}
+
+/// Looks at the host's devices. Blocks.
+pub fn devices(requested: &[v1::Device], privileged: bool) -> Result<Devices, Refusal> {
+    if requested.len() > MAX_DEVICES {
+        return Err(Refusal::invalid(
+            "devices",
+            format!("{} of them; at most {MAX_DEVICES} are taken", requested.len()),
+        ));
+    }
+    let mut devices = Devices::default();
+    for (index, device) in requested.iter().enumerate() {
+        add(&mut devices, device)
+            .map_err(|refusal| refusal.inside(&format!("devices[{index}]")))?;
+    }
+    if privileged {
+        for known in GUEST_DEVICES.iter().filter(|known| !known.usual) {
+            let path = Path::new(known.path);
+            if !devices.nodes.iter().any(|node| node.path() == path) {
+                devices.nodes.push(node(known, known.path)?);
+            }
+        }
+    }
+    Ok(devices)
+}
+
+fn add(devices: &mut Devices, device: &v1::Device) -> Result<(), Refusal> {
+    if device.host_path.is_empty() {
+        return Err(Refusal::invalid("host_path", "empty"));
+    }
+    let target = match device.container_path.as_str() {
+        "" => &device.host_path,
+        given => given,
+    };
+    let target = container_path(target)?;
+    let permissions = match device.permissions.as_str() {
+        "" => ANY_ACCESS,
+        given if given.bytes().all(|letter| ANY_ACCESS.as_bytes().contains(&letter)) => given,
+        other => {
+            return Err(Refusal::invalid("permissions", format!("{other:?} is not of r, w and m")));
+        }
+    };
+    if let Some(known) = GUEST_DEVICES.iter().find(|known| known.path == device.host_path) {
+        if !target.starts_with("/dev/") {
+            return Err(Refusal::unsupported(
+                "container_path",
+                format!("{target}: a device node of the guest stands below /dev"),
+            ));
+        }
+        if !known.usual || target != known.path {
+            devices.nodes.push(node(known, &target)?);
+        }
+        devices.rules.push(rule(known, permissions)?);
+        return Ok(());
+    }
+    let host_path = Path::new(&device.host_path)
+        .canonicalize()
+        .map_err(|error| Refusal::invalid("host_path", format!("{}: {error}", device.host_path)))?;
+    let kind = host_path
+        .symlink_metadata()
+        .map_err(|error| Refusal::invalid("host_path", format!("{}: {error}", device.host_path)))?
+        .file_type();
+    if kind.is_block_device() {
+        let permissions = permissions.to_string();
+        devices.blocks.push(BlockDevice { host_path, container_path: target, permissions });
+        return Ok(());
+    }
+    let reason = if kind.is_char_device() {
+        "is a character device of the host, which does not reach into a pod's VM"
+    } else if kind.is_dir() {
+        "is a folder: name each block device in it"
+    } else {
+        "is not a device"
+    };
+    Err(Refusal::unsupported("host_path", format!("{} {reason}", device.host_path)))
+}
+
+fn node(known: &Known, path: &str) -> Result<LinuxDevice, Refusal> {
+    LinuxDeviceBuilder::default()
+        .path(path)
+        .typ(LinuxDeviceType::C)
+        .major(known.major)
+        .minor(known.minor)
+        .file_mode(EVERYBODY)
+        .uid(0u32)
+        .gid(0u32)
+        .build()
+        .map_err(internal)
+}
+
+fn rule(known: &Known, permissions: &str) -> Result<LinuxDeviceCgroup, Refusal> {
+    LinuxDeviceCgroupBuilder::default()
+        .allow(true)
+        .typ(LinuxDeviceType::C)
+        .major(known.major)
+        .minor(known.minor)
+        .access(permissions)
+        .build()
+        .map_err(internal)
+}
+
+fn internal(error: oci_spec::OciSpecError) -> Refusal {
+    Refusal::invalid("devices", error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(host: &str, container: &str, permissions: &str) -> v1::Device {
+        v1::Device {
+            host_path: host.into(),
+            container_path: container.into(),
+            permissions: permissions.into(),
+        }
+    }
+
+    #[test]
+    fn devices_that_a_guest_has_are_the_guests() {
+        let found =
+            devices(&[device("/dev/fuse", "", "rw"), device("/dev/null", "", "rwm")], false)
+                .unwrap();
+        assert_eq!(found.nodes.len(), 1, "each container has a null device anyway");
+        let fuse = &found.nodes[0];
+        assert_eq!((fuse.path(), fuse.major(), fuse.minor()), (&"/dev/fuse".into(), 10, 229));
+        assert_eq!(found.rules[0].access().as_deref(), Some("rw"));
+        let elsewhere = devices(&[device("/dev/null", "/dev/hole", "")], false).unwrap();
+        assert_eq!(elsewhere.nodes[0].path(), Path::new("/dev/hole"));
+        assert_eq!(elsewhere.rules[0].access().as_deref(), Some("rwm"));
+    }
+
+    #[test]
+    fn a_privileged_container_has_all_of_them_once() {
+        let found = devices(&[device("/dev/fuse", "", "rwm")], true).unwrap();
+        let mut paths: Vec<_> = found.nodes.iter().map(|node| node.path().clone()).collect();
+        paths.sort();
+        let expected = ["/dev/fuse", "/dev/kmsg", "/dev/loop-control", "/dev/net/tun"];
+        assert_eq!(paths, expected.map(std::path::PathBuf::from));
+        assert!(devices(&[], false).unwrap().nodes.is_empty());
+    }
+
+    #[test]
+    fn what_is_no_disk_of_the_host_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let file = file.to_string_lossy();
+        let table = [
+            (device("", "/dev/x", "r"), "devices[0].host_path"),
+            (device("/dev/missing-device", "/dev/x", "r"), "devices[0].host_path"),
+            (device(&file, "/dev/x", "r"), "devices[0].host_path"),
+            (device("/dev", "/dev/x", "r"), "devices[0].host_path"),
+            (device("/dev/ptmx", "/dev/x", "r"), "devices[0].host_path"),
+            (device("/dev/fuse", "/dev/fuse", "rx"), "devices[0].permissions"),
+            (device("/dev/fuse", "/x/../y", "r"), "devices[0].container_path"),
+            (device("/dev/fuse", "/x", "r"), "devices[0].container_path"),
+        ];
+        for (device, field) in table {
+            let text = devices(&[device], false).unwrap_err().to_string();
+            assert!(text.starts_with(field), "{text}");
+        }
+        assert!(devices(&vec![device("/dev/fuse", "", ""); MAX_DEVICES + 1], false).is_err());
+    }
+}

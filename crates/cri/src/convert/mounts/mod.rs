@@ -1,0 +1,292 @@
+//! Mounts of a container, by containerd's rules (internal/cri/opts/spec_linux_opts.go) where a VM
+//! can follow them.
+//!
+//! | what is mounted | how it reaches the container |
+//! |---|---|
+//! | ConfigMap, Secret, projected: a read-only folder with a `..data` link | copied and kept in step |
+//! | a small file on /etc/hosts, /etc/hostname or /etc/resolv.conf | copied |
+//! | the termination log | a copy that is written back at the end |
+//! | an image | its EROFS disk |
+//! | any other file or folder of the host | shared |
+//!
+//! Refused: sockets, pipes and devices of the host, for they are ends of something in its kernel;
+//! BIDIRECTIONAL propagation, for a guest's mounts cannot appear on the host; mount options.
+//! `selinux_relabel` has nothing to do: where labels count, [`super::security`] has refused before.
+
+use std::collections::BTreeMap;
+use std::fs::{FileType, Metadata};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use sandbox::model::{Access, Propagation, Volume, VolumeSource};
+
+use super::userns::UserNamespace;
+use super::{Refusal, known, mountinfo};
+use crate::v1;
+
+#[cfg(test)]
+mod tests;
+
+/// A kubelet writes them for each pod (the first) or might; a copy saves the pod a shared folder.
+const SMALL_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
+/// Larger files are shared instead of copied into a guest's memory.
+const SMALL: u64 = 1 << 20;
+/// Where containers leave their last words, unless an annotation says otherwise.
+const TERMINATION_LOG: &str = "/dev/termination-log";
+const TERMINATION_LOG_ANNOTATION: &str = "io.kubernetes.container.terminationMessagePath";
+/// The link that a kubelet turns to a folder's new content (its AtomicWriter).
+const ATOMIC_LINK: &str = "..data";
+/// A request that names a hundred thousand folders would have the host look at them all;
+/// Kubernetes' own use stays below a hundred.
+const MAX_MOUNTS: usize = 512;
+/// How a kubelet recognises the failure (cri-api, pkg/errors).
+const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
+
+/// What of the rest of the request counts here.
+pub struct Around<'a> {
+    pub annotations: &'a BTreeMap<String, String>,
+    pub user_namespace: Option<UserNamespace>,
+    /// An image's EROFS file by its name or id.
+    pub images: &'a dyn Fn(&str) -> Option<PathBuf>,
+}
+
+/// Looks at the host's paths, and makes folders that are missing, as containerd does; only after
+/// every mount has been found sound by itself. Blocks.
+pub fn volumes(mounts: &[v1::Mount], around: &Around<'_>) -> Result<Vec<Volume>, Refusal> {
+    if mounts.len() > MAX_MOUNTS {
+        return Err(Refusal::invalid(
+            "mounts",
+            format!("{} of them; at most {MAX_MOUNTS} are taken", mounts.len()),
+        ));
+    }
+    let each = |index: usize, refusal: Refusal| refusal.inside(&format!("mounts[{index}]"));
+    let mut sound = Vec::with_capacity(mounts.len());
+    for (index, mount) in mounts.iter().enumerate() {
+        sound.push(check(mount, around).map_err(|refusal| each(index, refusal))?);
+    }
+    let mut volumes = Vec::with_capacity(mounts.len());
+    for (index, (mount, sound)) in mounts.iter().zip(sound).enumerate() {
+        volumes.push(volume(mount, sound, around).map_err(|refusal| each(index, refusal))?);
+    }
+    // What lies in another one has to come after it.
+    volumes.sort_by_key(|volume| Path::new(&volume.container_path).components().count());
+    Ok(volumes)
+}
+
+/// What can be told of a mount without looking at the host.
+struct Sound {
+    container_path: String,
+    access: Access,
+    propagation: Propagation,
+}
+
+fn check(mount: &v1::Mount, around: &Around<'_>) -> Result<Sound, Refusal> {
+    let container_path = container_path(&mount.container_path)?;
+    let propagation = known("propagation", mount.propagation)?;
+    let access = access(mount, propagation)?;
+    let propagation = match propagation {
+        v1::MountPropagation::PropagationPrivate => Propagation::Private,
+        v1::MountPropagation::PropagationHostToContainer => Propagation::HostToContainer,
+        v1::MountPropagation::PropagationBidirectional => {
+            return Err(Refusal::unsupported(
+                "propagation",
+                "PROPAGATION_BIDIRECTIONAL: what a container mounts is mounted in its VM and \
+                 cannot appear on the host; use PROPAGATION_HOST_TO_CONTAINER, or run the pod \
+                 with a runtime class that is not a VM",
+            ));
+        }
+    };
+    if !mount.mount_options.is_empty() {
+        return Err(Refusal::unsupported(
+            "mount_options",
+            format!("{:?}: options of mounts are not served", mount.mount_options),
+        ));
+    }
+    check_mapping(mount, around.user_namespace)?;
+    check_source(mount)?;
+    Ok(Sound { container_path, access, propagation })
+}
+
+fn access(mount: &v1::Mount, propagation: v1::MountPropagation) -> Result<Access, Refusal> {
+    match (mount.readonly, mount.recursive_read_only) {
+        (false, false) => Ok(Access::ReadWrite),
+        (true, false) => Ok(Access::ReadOnly),
+        (false, true) => Err(Refusal::invalid("recursive_read_only", "needs readonly")),
+        (true, true) if propagation != v1::MountPropagation::PropagationPrivate => {
+            Err(Refusal::invalid(
+                "recursive_read_only",
+                format!("needs PROPAGATION_PRIVATE and not {}", propagation.as_str_name()),
+            ))
+        }
+        (true, true) => Ok(Access::ReadOnlyRecursive),
+    }
+}
+
+/// A mount is mapped as its pod is, or not at all.
+fn check_mapping(mount: &v1::Mount, pod: Option<UserNamespace>) -> Result<(), Refusal> {
+    if mount.uid_mappings.is_empty() && mount.gid_mappings.is_empty() {
+        return Ok(());
+    }
+    let pods =
+        pod.is_some_and(|pod| pod.uids.is(&mount.uid_mappings) && pod.gids.is(&mount.gid_mappings));
+    if pods {
+        return Ok(());
+    }
+    Err(Refusal::unsupported(
+        "uidMappings",
+        "only the mapping of the pod's own user namespace is served",
+    ))
+}
+
+fn check_source(mount: &v1::Mount) -> Result<(), Refusal> {
+    let Some(image) = &mount.image else {
+        if !mount.image_sub_path.is_empty() {
+            return Err(Refusal::invalid("image_sub_path", "given without an image"));
+        }
+        if mount.host_path.is_empty() {
+            return Err(Refusal::invalid("host_path", "empty, and no image is named either"));
+        }
+        let path = Path::new(&mount.host_path);
+        if !path.is_absolute() || mount.host_path.contains('\0') {
+            return Err(Refusal::invalid("host_path", format!("{path:?} is not absolute")));
+        }
+        return Ok(());
+    };
+    let wrong =
+        |reason: &str| Err(Refusal::invalid("image", format!("{IMAGE_VOLUME_FAILED}: {reason}")));
+    if image.image.is_empty() {
+        return wrong("no image is named");
+    }
+    if !mount.host_path.is_empty() {
+        return wrong("host_path has to be empty beside it");
+    }
+    if !mount.readonly {
+        return wrong("an image can only be mounted with readonly");
+    }
+    if leads_upwards(Path::new(&mount.image_sub_path)) || mount.image_sub_path.contains('\0') {
+        return wrong("image_sub_path leads out of it");
+    }
+    Ok(())
+}
+
+fn leads_upwards(path: &Path) -> bool {
+    path.components().any(|part| part == std::path::Component::ParentDir)
+}
+
+fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume, Refusal> {
+    let Sound { container_path, access, propagation } = sound;
+    if let Some(spec) = &mount.image {
+        let image = (around.images)(&spec.image).ok_or_else(|| {
+            Refusal::invalid(
+                "image",
+                format!("{IMAGE_VOLUME_FAILED}: {:?} is not on this node: pull it", spec.image),
+            )
+        })?;
+        let sub_path = mount.image_sub_path.trim_start_matches('/').to_string();
+        let source = VolumeSource::Image { image, sub_path };
+        return Ok(Volume {
+            container_path,
+            source,
+            access: Access::ReadOnlyRecursive,
+            propagation,
+        });
+    }
+    let (host_path, metadata) = resolve(Path::new(&mount.host_path))?;
+    let kind = metadata.file_type();
+    if let Some(name) = special(kind) {
+        return Err(Refusal::unsupported(
+            "host_path",
+            format!(
+                "{} is {name}: its other end is in the host's kernel, which a pod in a VM does \
+                 not reach",
+                mount.host_path
+            ),
+        ));
+    }
+    let small = kind.is_file() && metadata.len() <= SMALL;
+    let private = propagation == Propagation::Private;
+    let source = if small && SMALL_FILES.contains(&container_path.as_str()) {
+        VolumeSource::Copied { host_path }
+    } else if small && !mount.readonly && is_termination_log(&container_path, around.annotations) {
+        VolumeSource::WrittenBack { host_path }
+    } else if kind.is_dir() && mount.readonly && private && is_atomic(&host_path) {
+        VolumeSource::Synced { host_path }
+    } else {
+        if propagation == Propagation::HostToContainer {
+            check_propagates(&host_path)?;
+        }
+        VolumeSource::Shared { host_path }
+    };
+    Ok(Volume { container_path, source, access, propagation })
+}
+
+/// What the path leads to now; a link put there later leads nowhere else.
+fn resolve(path: &Path) -> Result<(PathBuf, Metadata), Refusal> {
+    let failed = |what: &str, error: std::io::Error| {
+        Refusal::invalid("host_path", format!("{}: {what}{error}", path.display()))
+    };
+    if let Err(error) = std::fs::metadata(path) {
+        if error.kind() != std::io::ErrorKind::NotFound {
+            return Err(failed("", error));
+        }
+        std::fs::create_dir_all(path).map_err(|error| failed("making the folder: ", error))?;
+    }
+    let real = path.canonicalize().map_err(|error| failed("", error))?;
+    let metadata = real.symlink_metadata().map_err(|error| failed("", error))?;
+    Ok((real, metadata))
+}
+
+fn special(kind: FileType) -> Option<&'static str> {
+    match kind {
+        kind if kind.is_file() || kind.is_dir() => None,
+        kind if kind.is_socket() => Some("a socket"),
+        kind if kind.is_fifo() => Some("a pipe"),
+        kind if kind.is_block_device() => Some("a block device (ask for it in `devices`)"),
+        _ => Some("a device"),
+    }
+}
+
+fn is_termination_log(container_path: &str, annotations: &BTreeMap<String, String>) -> bool {
+    let asked = annotations.get(TERMINATION_LOG_ANNOTATION).filter(|path| !path.is_empty());
+    container_path == asked.map_or(TERMINATION_LOG, String::as_str)
+}
+
+fn is_atomic(folder: &Path) -> bool {
+    folder.join(ATOMIC_LINK).symlink_metadata().is_ok_and(|found| found.is_symlink())
+}
+
+/// Mounts reach a container only from a place that passes them on.
+fn check_propagates(path: &Path) -> Result<(), Refusal> {
+    let mount = mountinfo::of(path).map_err(|error| {
+        Refusal::invalid("propagation", format!("/proc/self/mountinfo: {error}"))
+    })?;
+    match mount {
+        Some(mount) if mount.shared || mount.slave => Ok(()),
+        mount => Err(Refusal::invalid(
+            "propagation",
+            format!(
+                "{} lies on the mount {}, which is neither shared nor slave: make it shared \
+                 (mount --make-rshared), or use PROPAGATION_PRIVATE",
+                path.display(),
+                mount.map_or(PathBuf::from("/"), |mount| mount.point).display()
+            ),
+        )),
+    }
+}
+
+/// Absolute, and without a way up: the guest resolves it inside the container's root.
+pub fn container_path(path: &str) -> Result<String, Refusal> {
+    // Kubernetes takes a relative path as one from the root.
+    let absolute = Path::new("/").join(path);
+    if path.is_empty() || path.contains('\0') || absolute == Path::new("/") {
+        return Err(Refusal::invalid(
+            "container_path",
+            format!("{path:?} is no place for a mount"),
+        ));
+    }
+    if leads_upwards(&absolute) {
+        return Err(Refusal::invalid("container_path", format!("{path:?} leads upwards")));
+    }
+    let clean: PathBuf = absolute.components().collect();
+    Ok(clean.to_string_lossy().into_owned())
+}

@@ -1,0 +1,190 @@
+use super::*;
+use crate::convert::userns::Range;
+
+fn mount(host: &Path, container: &str) -> v1::Mount {
+    v1::Mount {
+        host_path: host.to_string_lossy().into_owned(),
+        container_path: container.into(),
+        ..Default::default()
+    }
+}
+
+fn read_only(host: &Path, container: &str) -> v1::Mount {
+    v1::Mount { readonly: true, ..mount(host, container) }
+}
+
+fn image(name: &str, sub_path: &str) -> v1::Mount {
+    v1::Mount {
+        image: Some(v1::ImageSpec { image: name.into(), ..Default::default() }),
+        image_sub_path: sub_path.into(),
+        ..read_only(Path::new(""), "/x")
+    }
+}
+
+fn convert(mounts: &[v1::Mount]) -> Result<Vec<Volume>, Refusal> {
+    convert_with(mounts, &BTreeMap::new(), None)
+}
+
+fn convert_with(
+    mounts: &[v1::Mount],
+    annotations: &BTreeMap<String, String>,
+    user_namespace: Option<UserNamespace>,
+) -> Result<Vec<Volume>, Refusal> {
+    let images = |name: &str| (name == "here").then(|| PathBuf::from("/images/here.erofs"));
+    volumes(mounts, &Around { annotations, user_namespace, images: &images })
+}
+
+fn source(mount: v1::Mount) -> VolumeSource {
+    convert(&[mount]).unwrap().remove(0).source
+}
+
+fn refused(mount: v1::Mount) -> String {
+    convert(&[mount]).unwrap_err().to_string()
+}
+
+/// A folder without links in its path.
+fn folder() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().canonicalize().unwrap();
+    (dir, path)
+}
+
+#[test]
+fn files_and_folders_of_the_host_are_shared_from_where_links_lead() {
+    let (_dir, root) = folder();
+    std::fs::write(root.join("file"), "x").unwrap();
+    std::os::unix::fs::symlink("file", root.join("link")).unwrap();
+    let found = convert(&[read_only(&root, "/etc//x/."), mount(&root.join("link"), "y")]).unwrap();
+    let from = |host_path| VolumeSource::Shared { host_path };
+    // Those with fewer parts come first.
+    assert_eq!((found[0].container_path.as_str(), found[0].access), ("/y", Access::ReadWrite));
+    assert_eq!(found[0].source, from(root.join("file")));
+    assert_eq!((found[1].container_path.as_str(), found[1].access), ("/etc/x", Access::ReadOnly));
+    assert_eq!(found[1].source, from(root.clone()));
+    let rro = v1::Mount { recursive_read_only: true, ..read_only(&root, "/x") };
+    assert_eq!(convert(&[rro]).unwrap()[0].access, Access::ReadOnlyRecursive);
+}
+
+#[test]
+fn a_folder_that_is_missing_is_made_unless_another_mount_is_wrong() {
+    let (_dir, root) = folder();
+    let missing = root.join("a/b");
+    let wrong = mount(Path::new("relative"), "/y");
+    assert!(convert(&[mount(&missing, "/x"), wrong]).is_err());
+    assert!(!missing.exists());
+    assert_eq!(source(mount(&missing, "/x")), VolumeSource::Shared { host_path: missing.clone() });
+    assert!(missing.is_dir());
+}
+
+#[test]
+fn what_a_kubelet_writes_is_copied_in_the_way_it_is_used() {
+    let (_dir, root) = folder();
+    std::os::unix::fs::symlink("..2024", root.join("..data")).unwrap();
+    assert_eq!(
+        source(read_only(&root, "/config")),
+        VolumeSource::Synced { host_path: root.clone() }
+    );
+    assert_eq!(source(mount(&root, "/config")), VolumeSource::Shared { host_path: root.clone() });
+
+    let hosts = root.join("etc-hosts");
+    std::fs::write(&hosts, "127.0.0.1 localhost").unwrap();
+    for path in SMALL_FILES {
+        assert_eq!(source(mount(&hosts, path)), VolumeSource::Copied { host_path: hosts.clone() });
+    }
+    std::fs::File::options().write(true).open(&hosts).unwrap().set_len(SMALL + 1).unwrap();
+    assert_eq!(
+        source(mount(&hosts, "/etc/hosts")),
+        VolumeSource::Shared { host_path: hosts.clone() }
+    );
+}
+
+#[test]
+fn the_termination_log_is_written_back_wherever_it_is_asked_for() {
+    let (_dir, root) = folder();
+    let log = root.join("log");
+    std::fs::write(&log, "").unwrap();
+    let back = VolumeSource::WrittenBack { host_path: log.clone() };
+    let shared = VolumeSource::Shared { host_path: log.clone() };
+    let elsewhere = [(TERMINATION_LOG_ANNOTATION.to_string(), "/tmp/last".to_string())].into();
+    for (annotations, path, expected) in [
+        (&BTreeMap::new(), TERMINATION_LOG, &back),
+        (&BTreeMap::new(), "/tmp/last", &shared),
+        (&elsewhere, "/tmp/last", &back),
+        (&elsewhere, TERMINATION_LOG, &shared),
+    ] {
+        let found = convert_with(&[mount(&log, path)], annotations, None).unwrap();
+        assert_eq!(&found[0].source, expected, "{path}");
+    }
+}
+
+#[test]
+fn an_image_is_a_read_only_volume_with_an_optional_folder_in_it() {
+    let expected = |sub_path: &str| VolumeSource::Image {
+        image: "/images/here.erofs".into(),
+        sub_path: sub_path.into(),
+    };
+    assert_eq!(source(image("here", "")), expected(""));
+    assert_eq!(source(image("here", "/etc/ssl")), expected("etc/ssl"));
+    for wrong in [
+        image("", ""),
+        image("elsewhere", ""),
+        image("here", "../x"),
+        v1::Mount { readonly: false, ..image("here", "") },
+        v1::Mount { host_path: "/tmp".into(), ..image("here", "") },
+    ] {
+        let text = refused(wrong);
+        assert!(text.starts_with("mounts[0].image: ImageVolumeMountFailed: "), "{text}");
+    }
+}
+
+#[test]
+fn a_mounts_mapping_is_its_pods_or_none() {
+    let (_dir, root) = folder();
+    let ids = vec![v1::IdMapping { container_id: 0, host_id: 1000, length: 10 }];
+    let mapped =
+        v1::Mount { uid_mappings: ids.clone(), gid_mappings: ids, ..mount(&root, "/data") };
+    let range = |host| Range { host, length: 10 };
+    let pod = |host| Some(UserNamespace { uids: range(host), gids: range(host) });
+    let none = BTreeMap::new();
+    assert!(convert_with(std::slice::from_ref(&mapped), &none, pod(1000)).is_ok());
+    for other in [pod(2000), None] {
+        let refusal = convert_with(std::slice::from_ref(&mapped), &none, other).unwrap_err();
+        assert!(refusal.to_string().starts_with("mounts[0].uidMappings"));
+    }
+}
+
+#[test]
+fn what_cannot_be_had_is_refused_by_name() {
+    let (_dir, root) = folder();
+    let _socket = std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
+    std::fs::write(root.join("file"), "").unwrap();
+    let base = mount(&root, "/x");
+    let two_way = v1::MountPropagation::PropagationBidirectional as i32;
+    let one_way = v1::MountPropagation::PropagationHostToContainer as i32;
+    let rro = v1::Mount { recursive_read_only: true, readonly: true, ..base.clone() };
+    let table = [
+        (v1::Mount { propagation: two_way, ..base.clone() }, "propagation"),
+        (v1::Mount { propagation: 9, ..base.clone() }, "propagation"),
+        (v1::Mount { propagation: one_way, ..rro.clone() }, "recursive_read_only"),
+        (v1::Mount { propagation: two_way, ..rro.clone() }, "recursive_read_only"),
+        (v1::Mount { readonly: false, ..rro }, "recursive_read_only"),
+        (v1::Mount { image_sub_path: "x".into(), ..base.clone() }, "image_sub_path"),
+        (v1::Mount { mount_options: vec!["noexec".into()], ..base.clone() }, "mount_options"),
+        (v1::Mount { uid_mappings: vec![v1::IdMapping::default()], ..base }, "uidMappings"),
+        (mount(Path::new(""), "/x"), "host_path"),
+        (mount(Path::new("relative"), "/x"), "host_path"),
+        (mount(&root.join("file/below"), "/x"), "host_path"),
+        (mount(&root.join("socket"), "/x"), "host_path"),
+        (mount(Path::new("/dev/null"), "/x"), "host_path"),
+        (mount(&root, ""), "container_path"),
+        (mount(&root, "/"), "container_path"),
+        (mount(&root, "/a/../b"), "container_path"),
+    ];
+    for (mount, field) in table {
+        let text = refused(mount);
+        assert!(text.starts_with(&format!("mounts[0].{field}: ")), "{text}");
+    }
+    assert!(refused(mount(&root.join("socket"), "/x")).contains("a socket"));
+    let many = vec![mount(&root, "/x"); MAX_MOUNTS + 1];
+    assert!(convert(&many).unwrap_err().to_string().starts_with("mounts: "));
+}
