@@ -1,6 +1,5 @@
 //! Settings of the image service, as they stand in the daemon's configuration file.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -12,9 +11,12 @@ use crate::layer::Limits;
 pub struct Config {
     /// Holds `content/` and `images/`.
     pub root: PathBuf,
-    /// By registry as it stands in references, e.g. `docker.io` or `registry.local:5000`; an
-    /// endpoint's host is looked up here too.
-    pub registries: BTreeMap<String, Registry>,
+    /// Folders with how to reach registries, with colons between them: in each, a folder a
+    /// registry with a `hosts.toml` or certificates, as containerd reads them. Looked at anew for
+    /// each pull.
+    pub config_path: String,
+    /// References of images that a kubelet must not remove to make room.
+    pub pinned: Vec<String>,
     /// Keep compressed layers after an image is made. Off: a pull of an image that shares layers
     /// with another fetches them again, but the disk holds every file once instead of twice.
     pub keep_layers: bool,
@@ -30,6 +32,9 @@ pub struct Config {
     pub max_layers: usize,
     /// Of all layers of an image as the registry stores them.
     pub max_compressed_bytes: u64,
+    /// Of layers that came in part, kept so that a later pull goes on with them; the oldest go
+    /// first.
+    pub max_partial_bytes: u64,
     /// Of all files of an image with their holes, and of all its uncompressed layers: a small blob
     /// can expand a thousandfold.
     pub max_unpacked_bytes: u64,
@@ -39,25 +44,12 @@ pub struct Config {
     pub max_metadata_bytes: u64,
 }
 
-/// How to reach one registry.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Registry {
-    /// Mirrors, tried in this order before the registry itself, e.g. `https://mirror.local`.
-    pub endpoints: Vec<String>,
-    /// Speak http without TLS. Always allowed for loopback addresses.
-    pub plain_http: bool,
-    /// Accept any certificate.
-    pub skip_verify: bool,
-    /// PEM file with further certificate authorities.
-    pub ca: Option<PathBuf>,
-}
-
 impl Default for Config {
     fn default() -> Self {
         Self {
             root: PathBuf::from("/var/lib/nacelle"),
-            registries: BTreeMap::new(),
+            config_path: "/etc/nacelle/certs.d:/etc/containerd/certs.d".into(),
+            pinned: Vec::new(),
             keep_layers: false,
             parallel_layers: 3,
             connect_timeout_seconds: 15,
@@ -66,6 +58,7 @@ impl Default for Config {
             max_manifest_bytes: 4 << 20,
             max_layers: 256,
             max_compressed_bytes: 64 << 30,
+            max_partial_bytes: 8 << 30,
             max_unpacked_bytes: 128 << 30,
             max_files: 1_000_000,
             max_metadata_bytes: 512 << 20,

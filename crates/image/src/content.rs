@@ -3,19 +3,29 @@
 //! A blob lives as long as somebody holds a [`Lease`] on it: a pull under way, or an image that
 //! refers to it. The last lease to go takes the file along, so garbage only comes from a process
 //! that was killed, and is swept when the store opens.
+//!
+//! A blob that came in part stays in `content/ingest/` under its digest, so that a later pull can
+//! go on with it: for a day at most, and within a limit of bytes, the oldest going first. Its bytes
+//! are believed only once the whole has the right digest.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime};
 
 use sha2::{Digest as _, Sha256};
 
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::files::{create_directory, list, sync_directory};
+
+/// Less is not worth a file.
+const MIN_PARTIAL: u64 = 64 << 10;
+const PARTIAL_LIFE: Duration = Duration::from_secs(24 * 3600);
 
 #[derive(Debug, Clone)]
 pub struct Content(Arc<Inner>);
@@ -24,31 +34,65 @@ pub struct Content(Arc<Inner>);
 struct Inner {
     blobs: PathBuf,
     ingest: PathBuf,
-    leases: Mutex<HashMap<Digest, usize>>,
+    max_partial: u64,
+    state: Mutex<State>,
     /// Whether a blob goes with its last lease. Not before the store is open as a whole, and not
     /// when the process ends: then leases go, but images stay.
     live: AtomicBool,
     next: AtomicU64,
 }
 
+#[derive(Debug, Default)]
+struct State {
+    leases: HashMap<Digest, usize>,
+    /// Room on the disk of the blobs that are here.
+    blobs: HashMap<Digest, u64>,
+    /// Files in `ingest` by name.
+    ingests: HashMap<String, Partial>,
+}
+
+#[derive(Debug)]
+struct Partial {
+    bytes: u64,
+    touched: SystemTime,
+    /// Somebody writes it.
+    open: bool,
+}
+
 impl Content {
-    /// Opens the store and removes what a killed process left half-written. Blobs stay until
-    /// [`Content::start`], so that images can take their leases first.
-    pub fn open(root: &Path) -> Result<Self, Error> {
+    /// Opens the store and removes what a killed process left half-written, except for partial
+    /// blobs. Blobs stay until [`Content::start`], so that images can take their leases first.
+    pub fn open(root: &Path, max_partial: u64) -> Result<Self, Error> {
         let blobs = root.join("blobs/sha256");
         let ingest = root.join("ingest");
         create_directory(&blobs)?;
         create_directory(&ingest)?;
-        for (_, entry) in list(&ingest)? {
-            fs::remove_file(entry.path()).map_err(|e| Error::io("remove", &entry.path(), e))?;
+        let mut state = State::default();
+        for (name, entry) in list(&ingest)? {
+            let metadata = entry.metadata().map_err(|e| Error::io("read", &entry.path(), e))?;
+            if Digest::from_hex(&name).is_some() && metadata.is_file() {
+                let touched = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+                let partial = Partial { bytes: metadata.len(), touched, open: false };
+                state.ingests.insert(name, partial);
+            } else {
+                fs::remove_file(entry.path()).map_err(|e| Error::io("remove", &entry.path(), e))?;
+            }
         }
-        Ok(Self(Arc::new(Inner {
+        for (name, entry) in list(&blobs)? {
+            if let Some(digest) = Digest::from_hex(&name) {
+                state.blobs.insert(digest, entry.metadata().map_or(0, |m| m.blocks() * 512));
+            }
+        }
+        let content = Self(Arc::new(Inner {
             blobs,
             ingest,
-            leases: Mutex::default(),
+            max_partial,
+            state: Mutex::new(state),
             live: AtomicBool::new(false),
             next: AtomicU64::new(0),
-        })))
+        }));
+        content.trim(max_partial);
+        Ok(content)
     }
 
     /// From here on blobs go with their last lease; what has none already goes now.
@@ -63,21 +107,62 @@ impl Content {
         self.0.live.store(false, Ordering::Relaxed);
     }
 
-    /// Removes every blob without a lease; returns their number and bytes.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().expect("no holder panics")
+    }
+
+    /// Removes every blob without a lease, and partial ones that are too old; returns the blobs'
+    /// number and bytes.
     pub fn sweep(&self) -> Result<(u64, u64), Error> {
         let (mut blobs, mut bytes) = (0, 0);
         for (name, entry) in list(&self.0.blobs)? {
             // Held for one file at a time: nobody can take a lease between check and removal.
-            let leases = self.0.leases.lock().expect("no holder panics");
-            if Digest::from_hex(&name).is_some_and(|digest| leases.contains_key(&digest)) {
+            let mut state = self.state();
+            let digest = Digest::from_hex(&name);
+            if digest.is_some_and(|digest| state.leases.contains_key(&digest)) {
                 continue;
             }
             let size = entry.metadata().map_or(0, |metadata| metadata.len());
             fs::remove_file(entry.path()).map_err(|e| Error::io("remove", &entry.path(), e))?;
+            if let Some(digest) = digest {
+                state.blobs.remove(&digest);
+            }
             blobs += 1;
             bytes += size;
         }
+        self.trim(self.0.max_partial);
         Ok((blobs, bytes))
+    }
+
+    /// Removes partial blobs that are too old, and the oldest of the others until `limit` is kept.
+    fn trim(&self, limit: u64) {
+        let mut state = self.state();
+        let mut idle: Vec<_> = state
+            .ingests
+            .iter()
+            .filter(|(_, partial)| !partial.open)
+            .map(|(name, partial)| (partial.touched, name.clone(), partial.bytes))
+            .collect();
+        idle.sort();
+        let mut total: u64 = idle.iter().map(|(_, _, bytes)| bytes).sum();
+        for (touched, name, bytes) in idle {
+            // A clock that was set back makes files of the future; they are old then.
+            let age = touched.elapsed().unwrap_or(PARTIAL_LIFE);
+            if age < PARTIAL_LIFE && total <= limit {
+                continue;
+            }
+            total -= bytes;
+            state.ingests.remove(&name);
+            let _ = fs::remove_file(self.0.ingest.join(name));
+        }
+    }
+
+    /// Bytes on the disk and number of files, from memory.
+    pub fn usage(&self) -> (u64, u64) {
+        let state = self.state();
+        let bytes: u64 = state.blobs.values().sum();
+        let ingests: u64 = state.ingests.values().map(|partial| partial.bytes).sum();
+        (bytes + ingests, (state.blobs.len() + state.ingests.len()) as u64)
     }
 
     pub fn path(&self, digest: &Digest) -> PathBuf {
@@ -89,13 +174,18 @@ impl Content {
         fs::metadata(self.path(digest)).is_ok_and(|metadata| metadata.len() == size)
     }
 
+    /// Room on the disk of a blob; zero for one that is not here.
+    pub fn room(&self, digest: &Digest) -> u64 {
+        self.state().blobs.get(digest).copied().unwrap_or_default()
+    }
+
     /// Zero for a blob that is not here.
     pub fn size(&self, digest: &Digest) -> u64 {
         fs::metadata(self.path(digest)).map_or(0, |metadata| metadata.len())
     }
 
     pub fn lease(&self, digest: Digest) -> Lease {
-        *self.0.leases.lock().expect("no holder panics").entry(digest).or_default() += 1;
+        *self.state().leases.entry(digest).or_default() += 1;
         Lease { content: self.clone(), digest }
     }
 
@@ -119,19 +209,59 @@ impl Content {
         Ok(bytes)
     }
 
-    /// Starts a blob.
+    /// Starts a blob that leaves nothing behind when it does not come to its end.
     pub fn ingest(&self) -> Result<Ingest, Error> {
         let name = self.0.next.fetch_add(1, Ordering::Relaxed).to_string();
-        let path = self.0.ingest.join(name);
+        let path = self.0.ingest.join(&name);
         let file = File::create(&path).map_err(|e| Error::io("create", &path, e))?;
-        Ok(Ingest {
+        Ok(self.new_ingest(name, path, file))
+    }
+
+    /// Starts a blob, or goes on with what is there of it; what comes of it stays for the next.
+    pub fn resume(&self, digest: &Digest) -> Result<Ingest, Error> {
+        let name = digest.hex();
+        let path = self.0.ingest.join(&name);
+        {
+            let mut state = self.state();
+            let partial = Partial { bytes: 0, touched: SystemTime::now(), open: true };
+            match state.ingests.get_mut(&name) {
+                // Its writer was given up a moment ago and has not noticed yet.
+                Some(known) if known.open => {
+                    drop(state);
+                    return self.ingest();
+                }
+                Some(known) => known.open = true,
+                None => drop(state.ingests.insert(name.clone(), partial)),
+            }
+        }
+        let opened =
+            File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let file = match opened {
+            Ok(file) => file,
+            Err(e) => {
+                self.state().ingests.remove(&name);
+                return Err(Error::io("create", &path, e));
+            }
+        };
+        let mut ingest = self.new_ingest(name, path, file);
+        ingest.keep = true;
+        ingest.rehash()?;
+        Ok(ingest)
+    }
+
+    fn new_ingest(&self, name: String, path: PathBuf, file: File) -> Ingest {
+        let partial = Partial { bytes: 0, touched: SystemTime::now(), open: true };
+        self.state().ingests.insert(name.clone(), partial);
+        Ingest {
             content: self.clone(),
+            name,
             file,
             path,
             hash: Sha256::new(),
             written: 0,
+            keep: false,
             committed: false,
-        })
+        }
     }
 
     /// Stores a small blob durably.
@@ -156,12 +286,13 @@ pub struct Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let mut leases = self.content.0.leases.lock().expect("no holder panics");
-        let count = leases.get_mut(&self.digest).expect("this lease is counted");
+        let mut state = self.content.state();
+        let count = state.leases.get_mut(&self.digest).expect("this lease is counted");
         *count -= 1;
         if *count == 0 {
-            leases.remove(&self.digest);
+            state.leases.remove(&self.digest);
             if self.content.0.live.load(Ordering::Relaxed) {
+                state.blobs.remove(&self.digest);
                 // Often not there: the download failed.
                 let _ = fs::remove_file(self.content.path(&self.digest));
             }
@@ -169,14 +300,17 @@ impl Drop for Lease {
     }
 }
 
-/// A blob being written; removed when dropped before [`Ingest::commit`].
+/// A blob being written; see [`Content::ingest`] and [`Content::resume`].
 #[derive(Debug)]
 pub struct Ingest {
     content: Content,
+    name: String,
     file: File,
     path: PathBuf,
     hash: Sha256,
     written: u64,
+    /// Whether what is here stays when the rest does not come.
+    keep: bool,
     committed: bool,
 }
 
@@ -186,9 +320,15 @@ impl Ingest {
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.file.write_all(bytes).map_err(|e| Error::io("write", &self.path, e))?;
+        if let Err(e) = self.file.write_all(bytes) {
+            // On a full disk half a blob is only in the way, and so are all others.
+            self.keep = false;
+            self.content.trim(0);
+            return Err(Error::io("write", &self.path, e));
+        }
         self.hash.update(bytes);
         self.written += bytes.len() as u64;
+        self.note();
         Ok(())
     }
 
@@ -201,21 +341,56 @@ impl Ingest {
             .map_err(|e| Error::io("truncate", &self.path, e))?;
         self.hash = Sha256::new();
         self.written = 0;
+        self.note();
         Ok(())
+    }
+
+    /// Takes in what the file holds already.
+    fn rehash(&mut self) -> Result<(), Error> {
+        let mut buffer = vec![0; 256 << 10];
+        loop {
+            let read = self.file.read(&mut buffer).map_err(|e| Error::io("read", &self.path, e))?;
+            if read == 0 {
+                self.note();
+                return Ok(());
+            }
+            self.hash.update(&buffer[..read]);
+            self.written += read as u64;
+        }
+    }
+
+    fn note(&self) {
+        if let Some(partial) = self.content.state().ingests.get_mut(&self.name) {
+            partial.bytes = self.written;
+            partial.touched = SystemTime::now();
+        }
+    }
+
+    /// Fails when the blob is not what it should be.
+    pub fn check(&self, expected: &Digest, what: &str) -> Result<(), Error> {
+        let got = Digest::from_hash(self.hash.clone().finalize().into());
+        if got == *expected {
+            return Ok(());
+        }
+        Err(Error::DigestMismatch { what: what.into(), expected: *expected, got })
     }
 
     /// Gives the blob its name, if it is what `expected` says. Blobs that do not outlive the
     /// process need not be `durable`: syncing gigabytes of layers would double a pull's time.
     pub fn commit(mut self, expected: &Digest, what: &str, durable: bool) -> Result<(), Error> {
-        let got = Digest::from_hash(std::mem::take(&mut self.hash).finalize().into());
-        if got != *expected {
-            return Err(Error::DigestMismatch { what: what.into(), expected: *expected, got });
-        }
+        self.keep = false;
+        self.check(expected, what)?;
         let target = self.content.path(expected);
         if durable {
             self.file.sync_all().map_err(|e| Error::io("sync", &self.path, e))?;
         }
-        fs::rename(&self.path, &target).map_err(|e| Error::io("rename", &target, e))?;
+        let room = self.file.metadata().map_or(self.written, |metadata| metadata.blocks() * 512);
+        {
+            let mut state = self.content.state();
+            fs::rename(&self.path, &target).map_err(|e| Error::io("rename", &target, e))?;
+            state.blobs.insert(*expected, room);
+            state.ingests.remove(&self.name);
+        }
         self.committed = true;
         if durable { sync_directory(&self.content.0.blobs) } else { Ok(()) }
     }
@@ -223,8 +398,99 @@ impl Ingest {
 
 impl Drop for Ingest {
     fn drop(&mut self) {
-        if !self.committed {
-            let _ = fs::remove_file(&self.path);
+        if self.committed {
+            return;
         }
+        let mut state = self.content.state();
+        match state.ingests.get_mut(&self.name) {
+            Some(partial) if self.keep && self.written >= MIN_PARTIAL => partial.open = false,
+            _ => {
+                let _ = fs::remove_file(&self.path);
+                state.ingests.remove(&self.name);
+                return;
+            }
+        }
+        drop(state);
+        self.content.trim(self.content.0.max_partial);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn content(dir: &Path, max_partial: u64) -> Content {
+        let content = Content::open(dir, max_partial).unwrap();
+        content.start().unwrap();
+        content
+    }
+
+    fn digest(name: u8) -> Digest {
+        Digest::of(&[name])
+    }
+
+    fn leave(content: &Content, name: u8, bytes: usize) {
+        let mut ingest = content.resume(&digest(name)).unwrap();
+        ingest.write(&vec![name; bytes]).unwrap();
+    }
+
+    #[test]
+    fn a_partial_blob_is_gone_on_with_also_by_the_next_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let whole = vec![7; 200_000];
+        let expected = Digest::of(&whole);
+        let first = content(dir.path(), 1 << 20);
+        first.resume(&expected).unwrap().write(&whole[..100_000]).unwrap();
+        assert_eq!(first.usage(), (100_000, 1));
+        drop(first);
+        let next = content(dir.path(), 1 << 20);
+        let _lease = next.lease(expected);
+        let mut ingest = next.resume(&expected).unwrap();
+        assert_eq!(ingest.written(), 100_000);
+        // A second writer does not get in its way.
+        assert_eq!(next.resume(&expected).unwrap().written(), 0);
+        ingest.write(&whole[100_000..]).unwrap();
+        ingest.commit(&expected, "blob", false).unwrap();
+        assert!(next.has(&expected, 200_000));
+        assert_eq!(next.usage().1, 1);
+    }
+
+    #[test]
+    fn the_oldest_partial_blobs_make_room_and_small_ones_are_not_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = content(dir.path(), 250_000);
+        leave(&content, 1, 100_000);
+        leave(&content, 2, 100_000);
+        leave(&content, 3, 1_000);
+        assert_eq!(content.usage(), (200_000, 2));
+        leave(&content, 4, 100_000);
+        assert_eq!(content.usage(), (200_000, 2));
+        assert_eq!(content.resume(&digest(1)).unwrap().written(), 0, "the oldest went");
+        assert_eq!(content.resume(&digest(4)).unwrap().written(), 100_000);
+        let names = fs::read_dir(dir.path().join("ingest")).unwrap().count();
+        assert_eq!(names, 2);
+    }
+
+    #[test]
+    fn a_partial_blob_of_yesterday_is_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = content(dir.path(), 1 << 20);
+        leave(&content, 1, 100_000);
+        content.state().ingests.get_mut(&digest(1).hex()).unwrap().touched =
+            SystemTime::now() - PARTIAL_LIFE;
+        content.sweep().unwrap();
+        assert_eq!(content.usage(), (0, 0));
+        assert_eq!(fs::read_dir(dir.path().join("ingest")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_blob_that_is_something_else_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = content(dir.path(), 1 << 20);
+        let mut ingest = content.resume(&digest(1)).unwrap();
+        ingest.write(&vec![0; 100_000]).unwrap();
+        assert!(ingest.commit(&digest(1), "blob", false).is_err());
+        assert_eq!(content.usage(), (0, 0));
+        assert_eq!(content.resume(&digest(1)).unwrap().written(), 0);
     }
 }

@@ -56,6 +56,10 @@ pub enum Error {
     RecordVersion { path: PathBuf, found: u64, known: u64 },
     #[error("{} is neither an OCI layout nor a docker archive: {reason}", path.display())]
     NotAnArchive { path: PathBuf, reason: String },
+    #[error("{what} came from none of its places: {}", list(tried))]
+    Endpoints { what: String, tried: Vec<(String, Error)> },
+    #[error("credentials: the auth field is not the base64 of a user name, a colon and a password")]
+    GarbledAuth,
     #[error("the pull was cancelled")]
     Cancelled,
     #[error(transparent)]
@@ -89,7 +93,9 @@ impl Error {
 
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::InvalidReference { .. } | Self::NotAnArchive { .. } => ErrorKind::InvalidArgument,
+            Self::InvalidReference { .. } | Self::NotAnArchive { .. } | Self::GarbledAuth => {
+                ErrorKind::InvalidArgument
+            }
             Self::NotFound { .. } => ErrorKind::NotFound,
             Self::Denied { .. } => ErrorKind::PermissionDenied,
             Self::Status { .. } | Self::Transport { .. } | Self::Protocol { .. } => {
@@ -109,6 +115,9 @@ impl Error {
             | Self::InUse { .. }
             | Self::Record { .. }
             | Self::RecordVersion { .. } => ErrorKind::Internal,
+            Self::Endpoints { tried, .. } => {
+                most_telling(tried).map_or(ErrorKind::Internal, Self::kind)
+            }
             Self::Shared(inner) => inner.kind(),
         }
     }
@@ -144,4 +153,30 @@ impl Error {
             other => Self::InvalidImage { what: what.into(), reason: other.to_string() },
         }
     }
+}
+
+/// Of several places' errors: an answer says more than silence, and of equals the last, which is
+/// the registry itself.
+fn most_telling(tried: &[(String, Error)]) -> Option<&Error> {
+    let rank = |error: &Error| match error {
+        Error::Transport { .. } => 0,
+        Error::Stalled { .. } | Error::Status { .. } => 1,
+        Error::NotFound { .. } => 2,
+        _ => 3,
+    };
+    tried.iter().map(|(_, error)| error).max_by_key(|error| rank(error))
+}
+
+/// Each place with its error and the causes.
+fn list(tried: &[(String, Error)]) -> String {
+    let one = |(place, error): &(String, Error)| {
+        let mut text = format!("{place}: {error}");
+        let mut source = std::error::Error::source(error);
+        while let Some(cause) = source {
+            text = format!("{text}: {cause}");
+            source = cause.source();
+        }
+        text
+    };
+    tried.iter().map(one).collect::<Vec<_>>().join("; ")
 }

@@ -30,6 +30,10 @@ pub fn create_directory(path: &Path) -> Result<(), Error> {
     fs::create_dir_all(path).map_err(|e| Error::io("create", path, e))
 }
 
+pub fn remove_directory(path: &Path) -> Result<(), Error> {
+    fs::remove_dir_all(path).map_err(|e| Error::io("remove", path, e))
+}
+
 /// Entries of a directory with their names; those that are not UTF-8 are nobody's.
 pub fn list(path: &Path) -> Result<Vec<(String, fs::DirEntry)>, Error> {
     let entries = fs::read_dir(path).map_err(|e| Error::io("list", path, e))?;
@@ -43,9 +47,11 @@ pub fn list(path: &Path) -> Result<Vec<(String, fs::DirEntry)>, Error> {
     Ok(list)
 }
 
-/// Bytes on the disk and number of files below `path`. What vanishes meanwhile is not counted.
+/// Bytes on the disk and number of files of `path` and below it. What vanishes meanwhile is not
+/// counted.
 pub fn usage(path: &Path) -> (u64, u64) {
-    let (mut bytes, mut inodes) = (0, 0);
+    let (mut bytes, mut inodes) =
+        fs::symlink_metadata(path).map_or((0, 0), |metadata| (metadata.blocks() * 512, 1));
     let mut directories = vec![path.to_owned()];
     while let Some(directory) = directories.pop() {
         let Ok(entries) = fs::read_dir(&directory) else { continue };

@@ -36,8 +36,13 @@ impl Flattener {
         })
     }
 
-    /// Applies the next layer, the lowest one first.
-    pub fn layer(&mut self, blob: impl BufRead, diff_id: &Digest) -> Result<Applied, LayerError> {
+    /// Applies the next layer, the lowest one first. Without a `diff_id` the caller has checked the
+    /// blob itself.
+    pub fn layer(
+        &mut self,
+        blob: impl BufRead,
+        diff_id: Option<&Digest>,
+    ) -> Result<Applied, LayerError> {
         let out = self.out.as_mut().expect("present until the end");
         apply(
             blob,

@@ -1,6 +1,6 @@
 //! The image service: pull, import, look up, remove.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -13,8 +13,9 @@ use crate::config::Config;
 use crate::content::Content;
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::files::{create_directory, usage};
+use crate::files::{create_directory, remove_directory};
 use crate::import;
+use crate::manifest::chain_id;
 use crate::progress::{Progress, ProgressSender, Tracker};
 use crate::pull::pull;
 use crate::reference::Reference;
@@ -36,10 +37,14 @@ pub struct ImageInfo {
     pub repo_tags: Vec<String>,
     /// Complete names with the digest of a manifest or index.
     pub repo_digests: Vec<String>,
-    /// Bytes that the image takes on this machine's disk.
+    /// Bytes that the image takes on this machine's disk: the file system, the configuration, the
+    /// manifest, and the layers if they are kept.
     pub size: u64,
+    /// A kubelet must not remove it to make room.
+    pub pinned: bool,
     /// As the image's configuration has it: user, uid, and group in one string; may be empty.
     pub user: String,
+    /// An artifact's is empty.
     pub config: Arc<ImageConfiguration>,
     /// The image as a read-only file system.
     pub erofs_path: PathBuf,
@@ -75,6 +80,8 @@ pub struct Hold {
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub config: Arc<Config>,
+    /// Complete names and ids.
+    pinned: BTreeSet<String>,
     pub content: Content,
     pub registries: Registries,
     store: Mutex<Store>,
@@ -114,13 +121,15 @@ impl Images {
         run_blocking(move || {
             create_directory(&config.root)?;
             let lock = lock(&config.root)?;
-            let content = Content::open(&config.root.join("content"))?;
+            let pinned = config.pinned.iter().map(|name| pinned(name)).collect::<Result<_, _>>()?;
+            let content = Content::open(&config.root.join("content"), config.max_partial_bytes)?;
             let store = Store::open(&config.root.join("images"), &content)?;
             content.start()?;
             let config = Arc::new(config);
             Ok(Self(Arc::new(Inner {
                 registries: Registries::new(Arc::clone(&config)),
                 config,
+                pinned,
                 content,
                 store: Mutex::new(store),
                 flights: Mutex::default(),
@@ -213,12 +222,12 @@ impl Images {
     pub fn image(&self, reference_or_id: &str) -> Option<ImageInfo> {
         let store = self.0.store();
         let id = find(&store, reference_or_id)?;
-        store.get(&id).map(|entry| info(&store, entry))
+        store.get(&id).map(|entry| self.0.info(&store, entry))
     }
 
     pub fn images(&self) -> Vec<ImageInfo> {
         let store = self.0.store();
-        store.images().map(|entry| info(&store, entry)).collect()
+        store.images().map(|entry| self.0.info(&store, entry)).collect()
     }
 
     /// Removes the image that a name or id stands for, with all its names, as containerd's CRI
@@ -226,11 +235,10 @@ impl Images {
     pub async fn remove(&self, reference: &str) -> Result<(), Error> {
         let (inner, reference) = (Arc::clone(&self.0), reference.to_owned());
         run_blocking(move || {
-            let mut store = inner.store();
-            match find(&store, &reference) {
+            inner.change(|store| match find(store, &reference) {
                 Some(id) => store.remove(&id),
                 None => Ok(()),
-            }
+            })
         })
         .await
     }
@@ -240,12 +248,13 @@ impl Images {
         let name = reference.parse::<Reference>()?.to_string();
         let inner = Arc::clone(&self.0);
         run_blocking(move || {
-            let mut store = inner.store();
-            let Some(id) = store.resolve(&name) else { return Ok(()) };
-            store.untag(&name)?;
-            // What is left of a pulled image without tags is the name with its digest.
-            let tagged = store.names(&id).any(|name| !name.contains('@'));
-            if tagged { Ok(()) } else { store.remove(&id) }
+            inner.change(|store| {
+                let Some(id) = store.resolve(&name) else { return Ok(()) };
+                store.untag(&name)?;
+                // What is left of a pulled image without tags is the name with its digest.
+                let tagged = store.names(&id).any(|name| !name.contains('@'));
+                if tagged { Ok(()) } else { store.remove(&id) }
+            })
         })
         .await
     }
@@ -259,9 +268,10 @@ impl Images {
         store.hold(&id).then(|| Hold { inner: Arc::clone(&self.0), id, path: store.rootfs(&id) })
     }
 
+    /// From what is counted in memory; cheap enough for every call.
     pub fn fs_info(&self) -> FsInfo {
         let root = &self.0.config.root;
-        let (content, images) = (usage(&root.join("content")), usage(&root.join("images")));
+        let (content, images) = (self.0.content.usage(), self.0.store().usage());
         FsInfo {
             used_bytes: content.0 + images.0,
             inodes_used: content.1 + images.1,
@@ -274,7 +284,7 @@ impl Images {
     pub async fn collect_garbage(&self) -> Result<Garbage, Error> {
         let inner = Arc::clone(&self.0);
         run_blocking(move || {
-            let (images, image_bytes) = inner.store().reap_all()?;
+            let (images, image_bytes) = inner.change(Store::reap_all)?;
             let (blobs, blob_bytes) = inner.content.sweep()?;
             Ok(Garbage { images, blobs, bytes: image_bytes + blob_bytes })
         })
@@ -285,6 +295,36 @@ impl Images {
 impl Inner {
     pub fn store(&self) -> MutexGuard<'_, Store> {
         self.store.lock().expect("no holder panics")
+    }
+
+    /// Changes the store, and deletes what that gave up once others can go on.
+    pub fn change<T>(&self, work: impl FnOnce(&mut Store) -> Result<T, Error>) -> Result<T, Error> {
+        let (result, doomed) = {
+            let mut store = self.store();
+            (work(&mut store), store.take_doomed())
+        };
+        let deleted = doomed.iter().try_for_each(|path| remove_directory(path));
+        result.and_then(|value| deleted.map(|()| value))
+    }
+
+    fn info(&self, store: &Store, entry: &Entry) -> ImageInfo {
+        let id = entry.record.id;
+        let (repo_digests, repo_tags): (Vec<_>, Vec<_>) =
+            store.names(&id).map(str::to_owned).partition(|name| name.contains('@'));
+        let user = entry.config.config().as_ref().and_then(|config| config.user().clone());
+        let mut names = repo_digests.iter().chain(&repo_tags);
+        ImageInfo {
+            pinned: names.any(|name| self.pinned.contains(name))
+                || self.pinned.contains(&id.to_string()),
+            id: id.to_string(),
+            repo_tags,
+            repo_digests,
+            size: entry.size,
+            user: user.unwrap_or_default(),
+            config: Arc::clone(&entry.config),
+            erofs_path: store.rootfs(&id),
+            added: entry.record.added,
+        }
     }
 
     pub fn build_lock(&self, id: Digest) -> Arc<Lock> {
@@ -328,7 +368,7 @@ impl Drop for Hold {
     fn drop(&mut self) {
         let (inner, id) = (Arc::clone(&self.inner), self.id);
         let release = move || {
-            if let Err(error) = inner.store().release(&id) {
+            if let Err(error) = inner.change(|store| store.release(&id)) {
                 tracing::warn!(image = %id, %error, "cannot delete a removed image");
             }
         };
@@ -381,19 +421,17 @@ fn find(store: &Store, text: &str) -> Option<Digest> {
     named.or_else(|| store.by_prefix(text.strip_prefix("sha256:").unwrap_or(text)))
 }
 
-fn info(store: &Store, entry: &Entry) -> ImageInfo {
-    let id = entry.record.id;
-    let (repo_digests, repo_tags) =
-        store.names(&id).map(str::to_owned).partition(|name| name.contains('@'));
-    let user = entry.config.config().as_ref().and_then(|config| config.user().clone());
-    ImageInfo {
-        id: id.to_string(),
-        repo_tags,
-        repo_digests,
-        size: entry.disk_bytes,
-        user: user.unwrap_or_default(),
-        config: Arc::clone(&entry.config),
-        erofs_path: store.rootfs(&id),
-        added: entry.record.added,
+/// A reference as names are kept, or an id.
+fn pinned(text: &str) -> Result<String, Error> {
+    match text.parse::<Digest>() {
+        Ok(id) => Ok(id.to_string()),
+        Err(_) => Ok(text.parse::<Reference>()?.to_string()),
+    }
+}
+
+impl ImageInfo {
+    /// Name of the image's stack of layers; empty without layers.
+    pub fn chain_id(&self) -> String {
+        chain_id(&self.config)
     }
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
 
 use crate::digest::Digest;
 use crate::error::Error;
@@ -64,7 +65,8 @@ pub async fn import(
 /// An image as the archive describes it.
 struct Found {
     names: Vec<Reference>,
-    config: Vec<u8>,
+    /// An artifact has none.
+    config: Option<Vec<u8>>,
     /// Layers: member name and, in OCI layouts, the descriptor.
     layers: Vec<(String, Option<Descriptor>)>,
     manifest: Option<Vec<u8>>,
@@ -78,12 +80,20 @@ fn import_one(
     stop: &Arc<AtomicBool>,
 ) -> Result<Digest, Error> {
     let what = archive.path.display().to_string();
-    let (_, diff_ids) = parse_config(&image.config, image.layers.len(), &what)?;
-    let id = Digest::of(&image.config);
     let manifest = image.manifest.as_deref().map(Digest::of);
+    let (id, diff_ids) = match &image.config {
+        Some(config) => {
+            let (_, diff_ids) = parse_config(config, image.layers.len(), &what)?;
+            (Digest::of(config), diff_ids.into_iter().map(Some).collect())
+        }
+        None => {
+            let id = manifest.ok_or_else(|| archive.not_one("it has no configuration"))?;
+            (id, vec![None; image.layers.len()])
+        }
+    };
     let building = inner.build_lock(id);
     let _building = building.blocking_lock();
-    let here = inner.store().revive(&id)?;
+    let here = inner.change(|store| store.revive(&id))?;
     if !here {
         let temporary = inner.store().temporary()?;
         let mut flattener =
@@ -92,29 +102,34 @@ fn import_one(
         let mut layers = Vec::new();
         for ((member, descriptor), diff_id) in image.layers.iter().zip(&diff_ids) {
             let (blob, size) = archive.member(member)?;
-            let digest = descriptor.as_ref().map_or(*diff_id, |d| d.digest);
+            let digest = descriptor.as_ref().map(|d| d.digest).or(*diff_id);
+            let digest = digest.ok_or_else(|| archive.not_one("a layer has no digest"))?;
+            if diff_id.is_none() {
+                archive.check(member, &digest)?;
+            }
             if let Some(expected) = descriptor.as_ref().map(|d| d.size).filter(|&s| s != size) {
                 return Err(Error::SizeMismatch { what: member.clone(), expected, got: size });
             }
             layers.push(Layer { digest, size });
             // The layer's content is checked against the configuration, whose digest is the
             // image's id; the compressed form carries nothing else.
-            flattener.layer(blob, diff_id).map_err(|e| Error::layer(digest, e))?;
+            flattener.layer(blob, diff_id.as_ref()).map_err(|e| Error::layer(digest, e))?;
         }
         let summary = flattener.finish(&id).map_err(|e| Error::data(&what, e))?;
         let mut record = Record::new(id, manifest, layers, false);
         record.rootfs_bytes = summary.bytes;
         record.inodes = summary.inodes;
-        let _config = inner.content.put(&image.config)?;
+        record.artifact = image.config.is_none();
+        let _config = image.config.as_deref().map(|c| inner.content.put(c)).transpose()?;
         let _manifest = image.manifest.as_deref().map(|m| inner.content.put(m)).transpose()?;
-        inner.store().publish(temporary, record)?;
+        inner.change(|store| store.publish(temporary, record))?;
     }
     let mut all: Vec<String> = names.iter().map(Reference::to_string).collect();
     if let Some(manifest) = manifest {
         all.extend(names.iter().map(|name| name.with_digest(manifest).to_string()));
     }
     // Removed by somebody between the two steps: that is as good as right after.
-    if inner.store().tag(&id, &all)? { Ok(id) } else { Err(Error::Cancelled) }
+    if inner.change(|store| store.tag(&id, &all))? { Ok(id) } else { Err(Error::Cancelled) }
 }
 
 struct Archive {
@@ -226,6 +241,18 @@ impl Archive {
         Err(self.not_one(&format!("it has no member {:?}", shown(name.as_bytes()))))
     }
 
+    /// Reads a member whole to see whether it is what it should be.
+    fn check(&self, name: &str, expected: &Digest) -> Result<(), Error> {
+        let (mut reader, _) = self.member(name)?;
+        let mut hash = Sha256::new();
+        std::io::copy(&mut reader, &mut hash).map_err(|e| Error::io("read", &self.path, e))?;
+        let got = Digest::from_hash(hash.finalize().into());
+        if got == *expected {
+            return Ok(());
+        }
+        Err(Error::DigestMismatch { what: name.into(), expected: *expected, got })
+    }
+
     fn small(&self, inner: &Inner, name: &str) -> Result<Vec<u8>, Error> {
         let (mut reader, size) = self.member(name)?;
         let limit = inner.config.max_manifest_bytes;
@@ -274,7 +301,7 @@ impl Archive {
         let tags = image.repo_tags.unwrap_or_default();
         Ok(Found {
             names: tags.iter().map(|tag| tag.parse()).collect::<Result<_, _>>()?,
-            config: self.small(inner, &image.config)?,
+            config: Some(self.small(inner, &image.config)?),
             layers: image.layers.into_iter().map(|layer| (layer, None)).collect(),
             manifest: None,
         })
@@ -303,7 +330,10 @@ impl Archive {
         let names = names.filter(|name| name.contains(['/', ':'])).map(|name| name.parse());
         Ok(Some(Found {
             names: names.into_iter().collect::<Result<_, _>>()?,
-            config: self.blob(inner, &manifest.config.digest)?,
+            config: match manifest.is_artifact() {
+                true => None,
+                false => Some(self.blob(inner, &manifest.config.digest)?),
+            },
             layers: manifest
                 .layers
                 .into_iter()

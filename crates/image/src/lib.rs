@@ -34,7 +34,7 @@ mod registry;
 mod store;
 mod tree;
 
-pub use config::{Config, Registry};
+pub use config::Config;
 pub use digest::{BadDigest, Digest};
 pub use erofs::DataError;
 pub use error::{Error, ErrorKind};

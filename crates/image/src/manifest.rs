@@ -14,6 +14,8 @@ pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+/// An index may point to another one this often.
+pub const MAX_NESTING: usize = 4;
 const CONFIGS: [&str; 2] =
     ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
 
@@ -38,7 +40,9 @@ pub struct Descriptor {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Platform {
+    #[serde(default)]
     pub architecture: String,
+    #[serde(default)]
     pub os: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
@@ -104,26 +108,17 @@ impl Document {
 impl Index {
     /// The entry for this machine. Entries without a platform are taken last.
     pub fn select(&self, reference: &str) -> Result<&Descriptor, Error> {
-        let fits = |descriptor: &&Descriptor| {
-            descriptor
-                .platform
-                .as_ref()
-                .is_some_and(|p| p.os == "linux" && p.architecture == "amd64")
+        let rank = |d: &Descriptor| match &d.platform {
+            Some(p) => rank(&p.os, &p.architecture, p.variant.as_deref().unwrap_or_default()),
+            None => Some(u32::MAX),
         };
-        // x86-64-v2 and later variants may need instructions that the machine lacks.
-        let plain = |descriptor: &&Descriptor| {
-            let variant = descriptor.platform.as_ref().and_then(|p| p.variant.as_deref());
-            matches!(variant, None | Some("" | "v1"))
-        };
-        let fitting = || self.manifests.iter().filter(fits);
-        fitting()
-            .find(plain)
-            .or_else(|| fitting().next())
-            .or_else(|| self.manifests.iter().find(|descriptor| descriptor.platform.is_none()))
-            .ok_or_else(|| Error::NoPlatform {
-                reference: reference.into(),
-                offered: self.offered(),
-            })
+        // The first of equals.
+        let best =
+            self.manifests.iter().filter_map(|d| Some((rank(d)?, d))).min_by_key(|(r, _)| *r);
+        best.map(|(_, descriptor)| descriptor).ok_or_else(|| Error::NoPlatform {
+            reference: reference.into(),
+            offered: self.offered(),
+        })
     }
 
     fn offered(&self) -> String {
@@ -131,7 +126,11 @@ impl Index {
             .manifests
             .iter()
             .filter_map(|d| d.platform.as_ref())
-            .map(|p| format!("{:.20}/{:.20}", p.os, p.architecture))
+            .map(|p| {
+                let variant = p.variant.as_deref().filter(|variant| !variant.is_empty());
+                let variant = variant.map(|variant| format!("/{variant:.20}")).unwrap_or_default();
+                format!("{:.20}/{:.20}{variant}", p.os, p.architecture)
+            })
             .collect();
         platforms.sort();
         platforms.dedup();
@@ -140,7 +139,49 @@ impl Index {
     }
 }
 
+/// How well an image for a platform runs here, the lowest best: as containerd chooses on amd64,
+/// with variants as far as this machine's CPU goes, and images of i386 when there is nothing else.
+fn rank(os: &str, architecture: &str, variant: &str) -> Option<u32> {
+    if !matches!(os, "linux" | "") {
+        return None;
+    }
+    match (architecture, variant) {
+        ("amd64" | "x86_64" | "x86-64" | "", "" | "v1") => Some(0),
+        ("amd64" | "x86_64" | "x86-64", variant) => {
+            let level: u32 = variant.strip_prefix('v')?.parse().ok()?;
+            (level <= cpu_level()).then_some(level)
+        }
+        ("386" | "i386", _) => Some(10),
+        _ => None,
+    }
+}
+
+/// Micro-architecture level of the x86-64 psABI.
+fn cpu_level() -> u32 {
+    use std::arch::is_x86_feature_detected as has;
+    if !(has!("sse4.2") && has!("ssse3") && has!("popcnt") && has!("cmpxchg16b")) {
+        1
+    } else if !(has!("avx2") && has!("bmi1") && has!("bmi2") && has!("fma") && has!("movbe")) {
+        2
+    } else if !(has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl")) {
+        3
+    } else {
+        4
+    }
+}
+
 impl Manifest {
+    /// Whether its configuration describes a container. An artifact has none, or an empty one, so
+    /// it takes its identity from its manifest, and nothing tells what its layers unpack to.
+    pub fn is_artifact(&self) -> bool {
+        !CONFIGS.contains(&&self.config.media_type[..]) || self.config.digest == Digest::of(b"{}")
+    }
+
+    /// The image's id; `bytes` are this manifest's own.
+    pub fn id(&self, bytes: &[u8]) -> Digest {
+        if self.is_artifact() { Digest::of(bytes) } else { self.config.digest }
+    }
+
     /// Checks what can be told before anything is fetched.
     pub fn check(&self, what: &str, config: &Config) -> Result<(), Error> {
         let invalid = |reason: String| Error::InvalidImage { what: what.into(), reason };
@@ -150,10 +191,13 @@ impl Manifest {
             limit,
             setting,
         };
-        if !CONFIGS.contains(&&self.config.media_type[..]) {
-            let media_type: String = self.config.media_type.chars().take(100).collect();
+        if self.is_artifact()
+            && let Some(layer) = self.layers.iter().find(|layer| !is_tar(&layer.media_type))
+        {
+            let config: String = self.config.media_type.chars().take(100).collect();
+            let layer: String = layer.media_type.chars().take(100).collect();
             return Err(invalid(format!(
-                "its config is {media_type:?}, so it is no container image"
+                "its config is {config:?} and it has a layer of {layer:?}, so it holds no files"
             )));
         }
         let layers = self.layers.len();
@@ -183,6 +227,34 @@ impl Manifest {
     }
 }
 
+/// Layers of artifacts are believed to be what they say; those of images are looked at.
+fn is_tar(media_type: &str) -> bool {
+    [".tar", ".tar+gzip", ".tar.gzip", ".tar+zstd", ".tar.zstd"]
+        .iter()
+        .any(|end| media_type.ends_with(end))
+}
+
+/// The configuration of what has none.
+pub fn empty_config() -> ImageConfiguration {
+    read_config(b"{}").expect("defaults are complete")
+}
+
+/// Reads an image's configuration. What it must have but often lacks is taken to be right.
+pub fn read_config(bytes: &[u8]) -> Result<ImageConfiguration, serde_json::Error> {
+    let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(bytes)?;
+    for (field, default) in [
+        ("os", "linux".into()),
+        ("architecture", "amd64".into()),
+        ("rootfs", serde_json::json!({"type": "layers", "diff_ids": []})),
+    ] {
+        let value = fields.entry(field).or_insert(serde_json::Value::Null);
+        if value.is_null() || *value == "" {
+            *value = default;
+        }
+    }
+    serde_json::from_value(fields.into())
+}
+
 /// Parses an image's configuration; gives the digests of its uncompressed layers, which must be
 /// `layers` many.
 pub fn parse_config(
@@ -191,10 +263,10 @@ pub fn parse_config(
     what: &str,
 ) -> Result<(ImageConfiguration, Vec<Digest>), Error> {
     let invalid = |reason: String| Error::InvalidImage { what: what.into(), reason };
-    let config: ImageConfiguration =
-        serde_json::from_slice(bytes).map_err(|e| invalid(format!("its configuration: {e}")))?;
+    let config = read_config(bytes).map_err(|e| invalid(format!("its configuration: {e}")))?;
     let platform = (config.os().to_string(), config.architecture().to_string());
-    if platform != ("linux".into(), "amd64".into()) {
+    let variant = config.variant().as_deref().unwrap_or_default();
+    if rank(&platform.0, &platform.1, variant).is_none() {
         return Err(Error::NoPlatform {
             reference: what.into(),
             offered: format!("{:.20}/{:.20}", platform.0, platform.1),
@@ -214,6 +286,13 @@ pub fn parse_config(
         )));
     }
     Ok((config, diff_ids))
+}
+
+/// The name that a stack of layers has (OCI image-spec v1.1, config.md, "Layer ChainID").
+pub fn chain_id(config: &ImageConfiguration) -> String {
+    let mut ids = config.rootfs().diff_ids().iter();
+    let lowest = ids.next().cloned().unwrap_or_default();
+    ids.fold(lowest, |chain, id| Digest::of(format!("{chain} {id}").as_bytes()).to_string())
 }
 
 #[cfg(test)]
@@ -243,6 +322,23 @@ mod tests {
             entry("linux", "amd64", None, 3),
         ];
         assert_eq!(Index { manifests }.select("x").unwrap().digest, Digest::of(&[3]));
+        let manifests = vec![
+            Descriptor { platform: None, ..entry("", "", None, 9) },
+            entry("linux", "386", None, 0),
+            entry("linux", "amd64", Some("v1"), 1),
+        ];
+        assert_eq!(Index { manifests }.select("x").unwrap().digest, Digest::of(&[1]));
+        let manifests = vec![
+            Descriptor { platform: None, ..entry("", "", None, 9) },
+            entry("linux", "amd64", Some("v9"), 2),
+            entry("linux", "386", None, 0),
+        ];
+        assert_eq!(Index { manifests }.select("x").unwrap().digest, Digest::of(&[0]));
+        let manifests = vec![
+            entry("unknown", "unknown", None, 1),
+            Descriptor { platform: None, ..entry("", "", None, 9) },
+        ];
+        assert_eq!(Index { manifests }.select("x").unwrap().digest, Digest::of(&[9]));
         let manifests =
             vec![entry("linux", "s390x", None, 0), entry("unknown", "unknown", None, 1)];
         let error = Index { manifests }.select("x").unwrap_err().to_string();
@@ -259,5 +355,27 @@ mod tests {
     fn digests_in_manifests_are_checked_when_parsed() {
         let bad = br#"{"schemaVersion":2,"config":{"mediaType":"x","digest":"sha256:../../x","size":1},"layers":[]}"#;
         assert!(Document::parse(bad, OCI_MANIFEST, "x").is_err());
+    }
+
+    #[test]
+    fn a_configuration_may_lack_what_everybody_knows() {
+        for text in ["{}", r#"{"os":"","architecture":null,"rootfs":null}"#] {
+            let (config, ids) = parse_config(text.as_bytes(), 0, "x").unwrap();
+            assert_eq!((config.architecture().to_string(), ids.len()), ("amd64".into(), 0));
+        }
+        assert!(parse_config(br#"{"architecture":"386","os":"linux"}"#, 0, "x").is_ok());
+        assert!(parse_config(br#"{"architecture":"arm64"}"#, 0, "x").is_err());
+        assert!(parse_config(b"[]", 0, "x").is_err());
+        assert!(parse_config(b"{}", 1, "x").is_err());
+    }
+
+    #[test]
+    fn a_chain_of_layers_is_named_as_the_specification_says() {
+        let ids = [Digest::of(b"a"), Digest::of(b"b")].map(|id| id.to_string());
+        let json = serde_json::json!({"rootfs": {"type": "layers", "diff_ids": ids}}).to_string();
+        let config = read_config(json.as_bytes()).unwrap();
+        let expected = Digest::of(format!("{} {}", ids[0], ids[1]).as_bytes()).to_string();
+        assert_eq!(chain_id(&config), expected);
+        assert_eq!(chain_id(&empty_config()), "");
     }
 }

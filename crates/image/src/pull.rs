@@ -15,7 +15,7 @@ use crate::erofs::Summary;
 use crate::error::Error;
 use crate::flatten::Flattener;
 use crate::images::Inner;
-use crate::manifest::{Descriptor, Document, Manifest, parse_config};
+use crate::manifest::{Descriptor, Document, MAX_NESTING, Manifest, parse_config};
 use crate::progress::{Phase, Tracker};
 use crate::reference::{Reference, Target};
 use crate::registry::{Auth, Session, run_blocking};
@@ -29,26 +29,31 @@ pub async fn pull(
     tracker: Tracker,
 ) -> Result<Digest, Error> {
     let what = reference.to_string();
-    let session = Arc::new(inner.registries.session(&reference, &auth)?);
+    let (opening, name) = (Arc::clone(&inner), reference.clone());
+    let session = run_blocking(move || opening.registries.session(&name, &auth)).await?;
+    let session = Arc::new(session);
     let top = session.manifest(&reference.target).await?;
-    let (manifest_bytes, manifest) = match Document::parse(&top.bytes, &top.content_type, &what)? {
-        Document::Manifest(manifest) => (top.bytes, manifest),
-        Document::Index(index) => {
-            let chosen = index.select(&what)?;
-            let child = session.manifest(&Target::Digest(chosen.digest)).await?;
-            match Document::parse(&child.bytes, &child.content_type, &what)? {
-                Document::Manifest(manifest) => (child.bytes, manifest),
-                Document::Index(_) => {
-                    let reason = "its index points to another index".into();
-                    return Err(Error::InvalidImage { what, reason });
-                }
+    let top_digest = top.digest;
+    let mut document = top;
+    let mut depth = 0;
+    let (manifest_bytes, manifest) = loop {
+        match Document::parse(&document.bytes, &document.content_type, &what)? {
+            Document::Manifest(manifest) => break (document.bytes, manifest),
+            Document::Index(_) if depth == MAX_NESTING => {
+                let reason = format!("its index points to an index {MAX_NESTING} times");
+                return Err(Error::InvalidImage { what, reason });
+            }
+            Document::Index(index) => {
+                depth += 1;
+                let chosen = index.select(&what)?.digest;
+                document = session.manifest(&Target::Digest(chosen)).await?;
             }
         }
     };
     manifest.check(&what, &inner.config)?;
-    let id = manifest.config.digest;
+    let id = manifest.id(&manifest_bytes);
     // What the tag stands for today, as the registry and every other node know it.
-    let mut names = vec![reference.with_digest(top.digest).to_string()];
+    let mut names = vec![reference.with_digest(top_digest).to_string()];
     if let Target::Tag(_) = reference.target {
         names.push(reference.to_string());
     }
@@ -57,11 +62,11 @@ pub async fn pull(
     let building = inner.build_lock(id);
     let _building = building.lock().await;
     let here = Arc::clone(&inner);
-    if !run_blocking(move || here.store().revive(&id)).await? {
-        build(&inner, &session, &manifest, manifest_bytes, &what, &tracker).await?;
+    if !run_blocking(move || here.change(|store| store.revive(&id))).await? {
+        build(&inner, &session, id, &manifest, manifest_bytes, &what, &tracker).await?;
     }
     let tagging = Arc::clone(&inner);
-    if !run_blocking(move || tagging.store().tag(&id, &names)).await? {
+    if !run_blocking(move || tagging.change(|store| store.tag(&id, &names))).await? {
         // Somebody removed it between the two steps: that is as good as right after.
         return Err(Error::Cancelled);
     }
@@ -73,14 +78,19 @@ pub async fn pull(
 async fn build(
     inner: &Arc<Inner>,
     session: &Arc<Session>,
+    id: Digest,
     manifest: &Manifest,
     manifest_bytes: Vec<u8>,
     what: &str,
     tracker: &Tracker,
 ) -> Result<(), Error> {
-    let id = manifest.config.digest;
-    let config_bytes = session.small_blob(&id, manifest.config.size).await?;
-    let (_, diff_ids) = parse_config(&config_bytes, manifest.layers.len(), what)?;
+    let (config_bytes, diff_ids) = if manifest.is_artifact() {
+        (None, vec![None; manifest.layers.len()])
+    } else {
+        let bytes = session.small_blob(&id, manifest.config.size).await?;
+        let (_, diff_ids) = parse_config(&bytes, manifest.layers.len(), what)?;
+        (Some(bytes), diff_ids.into_iter().map(Some).collect())
+    };
     tracker.layers(manifest.layers.iter().map(|layer| (layer.digest.to_string(), layer.size)));
     tracker.phase(Phase::Fetching);
 
@@ -115,6 +125,7 @@ async fn build(
             .collect(),
         inner.config.keep_layers,
     );
+    record.artifact = manifest.is_artifact();
     let job = Build {
         inner: Arc::clone(inner),
         layers: manifest.layers.iter().map(|layer| layer.digest).zip(diff_ids).collect(),
@@ -158,8 +169,9 @@ async fn build(
     let inner = Arc::clone(inner);
     run_blocking(move || {
         // The record takes its own leases; these bridge the time until then.
-        let _small = (inner.content.put(&config_bytes)?, inner.content.put(&manifest_bytes)?);
-        let published = inner.store().publish(temporary, record);
+        let _config = config_bytes.map(|bytes| inner.content.put(&bytes)).transpose()?;
+        let _manifest = inner.content.put(&manifest_bytes)?;
+        let published = inner.change(|store| store.publish(temporary, record));
         drop(job);
         published
     })
@@ -188,8 +200,8 @@ async fn fetch_layer(
 /// The blocking part of a pull.
 struct Build {
     inner: Arc<Inner>,
-    /// Digest of the blob and of its uncompressed content.
-    layers: Vec<(Digest, Digest)>,
+    /// Digest of the blob and, where it is known, of its uncompressed content.
+    layers: Vec<(Digest, Option<Digest>)>,
     arrivals: Vec<oneshot::Receiver<()>>,
     tracker: Tracker,
     stop: Arc<AtomicBool>,
@@ -211,7 +223,8 @@ impl Build {
             let report = |bytes| self.tracker.applied(index, bytes);
             let file = BufReader::with_capacity(256 << 10, file);
             let blob = Counted { file, read: 0, report: &report };
-            let applied = flattener.layer(blob, diff_id).map_err(|e| Error::layer(*digest, e))?;
+            let applied =
+                flattener.layer(blob, diff_id.as_ref()).map_err(|e| Error::layer(*digest, e))?;
             report(self.inner.content.size(digest));
             tracing::debug!(layer = %digest, entries = applied.entries,
                 dropped_xattrs = applied.dropped_xattrs, "layer applied");

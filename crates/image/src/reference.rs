@@ -74,6 +74,9 @@ impl FromStr for Reference {
         if name.len() > MAX_NAME {
             return Err(bad("its name is longer than 255 bytes"));
         }
+        if Digest::from_hex(name).is_some() {
+            return Err(bad("sixty-four hexadecimal digits are an image's id"));
+        }
         let (registry, repository) = match name.split_once('/') {
             Some((first, rest)) if is_registry(first) => (first, rest),
             _ => (DEFAULT_REGISTRY, name),
@@ -205,6 +208,7 @@ mod tests {
             "a___b",
             "a._b",
             "ho_st.io/a",
+            &"0a".repeat(32),
         ] {
             assert!(bad.parse::<Reference>().is_err(), "{bad:?}");
         }

@@ -10,8 +10,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,8 @@ use serde::{Deserialize, Serialize};
 use crate::content::{Content, Lease};
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::files::{create_directory, list, sync_directory, write_atomic};
+use crate::files::{create_directory, list, remove_directory, sync_directory, usage, write_atomic};
+use crate::manifest::{empty_config, read_config};
 
 /// Of both kinds of file. A newer version's files are refused, not guessed at.
 const VERSION: u64 = 1;
@@ -33,8 +35,12 @@ const REFS: &str = "refs.json";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     pub version: u64,
-    /// Digest of the configuration, which is in the content store.
+    /// Digest of the configuration, which is in the content store; of an artifact, that of the
+    /// manifest.
     pub id: Digest,
+    /// Has no configuration.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub artifact: bool,
     /// Manifest that the image came with; archives of docker have none.
     pub manifest: Option<Digest>,
     pub layers: Vec<Layer>,
@@ -67,8 +73,10 @@ struct Refs {
 pub struct Entry {
     pub record: Record,
     pub config: Arc<ImageConfiguration>,
-    /// Blocks of the host's file system under the image file.
-    pub disk_bytes: u64,
+    /// Room on the host's disk of the image file and the blobs that belong to the image.
+    pub size: u64,
+    /// Room of what is in the image's directory, and the number of files with the directory.
+    room: (u64, u64),
     holds: usize,
     _leases: Vec<Lease>,
 }
@@ -80,6 +88,10 @@ pub struct Store {
     images: BTreeMap<Digest, Entry>,
     refs: BTreeMap<String, Digest>,
     next_temporary: u64,
+    /// Images in the making.
+    temporaries: Vec<Weak<PathBuf>>,
+    /// Directories that nothing refers to any more; see [`Store::take_doomed`].
+    doomed: Vec<PathBuf>,
 }
 
 impl Store {
@@ -91,6 +103,8 @@ impl Store {
             images: BTreeMap::new(),
             refs: BTreeMap::new(),
             next_temporary: 0,
+            temporaries: Vec::new(),
+            doomed: Vec::new(),
         };
         for (name, entry) in list(root)? {
             let path = entry.path();
@@ -108,6 +122,9 @@ impl Store {
                 }
             }
         }
+        for path in store.take_doomed() {
+            remove_directory(&path)?;
+        }
         let path = root.join(REFS);
         if let Some(bytes) = read_if_there(&path)? {
             let refs: Refs = parse_versioned(&path, &bytes)?;
@@ -123,24 +140,45 @@ impl Store {
         if record.layers_kept {
             leases.extend(record.layers.iter().map(|layer| self.content.lease(layer.digest)));
         }
-        let bytes = self.content.read(&record.id)?;
-        let path = self.content.path(&record.id);
-        let config = serde_json::from_slice(&bytes)
-            .map_err(|e| Error::Record { path, reason: e.to_string() })?;
+        let config = if record.artifact {
+            empty_config()
+        } else {
+            let bytes = self.content.read(&record.id)?;
+            let path = self.content.path(&record.id);
+            read_config(&bytes).map_err(|e| Error::Record { path, reason: e.to_string() })?
+        };
         let rootfs = self.rootfs(&record.id);
         let metadata = fs::metadata(&rootfs).map_err(|e| Error::io("read", &rootfs, e))?;
         if metadata.len() != record.rootfs_bytes {
             let reason = format!("{} bytes, not {}", metadata.len(), record.rootfs_bytes);
             return Err(Error::Record { path: rootfs, reason });
         }
-        use std::os::unix::fs::MetadataExt;
+        let room = usage(&self.root.join(record.id.hex()));
+        let mut blobs = BTreeSet::from([record.id]);
+        blobs.extend(record.manifest);
+        if record.layers_kept {
+            blobs.extend(record.layers.iter().map(|layer| layer.digest));
+        }
+        let blobs: u64 = blobs.iter().map(|digest| self.content.room(digest)).sum();
         Ok(Entry {
+            size: metadata.blocks() * 512 + blobs,
+            room,
             record,
             config: Arc::new(config),
-            disk_bytes: metadata.blocks() * 512,
             holds: 0,
             _leases: leases,
         })
+    }
+
+    /// Bytes on the disk and number of files, known without a look but for the images in the
+    /// making.
+    pub fn usage(&self) -> (u64, u64) {
+        let making = self.temporaries.iter().filter_map(Weak::upgrade).map(|path| {
+            // Gone already: published, or given up.
+            fs::metadata(path.join(ROOTFS)).map_or((0, 0), |m| (m.blocks() * 512, 2))
+        });
+        let made = self.images.values().map(|entry| entry.room);
+        made.chain(making).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
     }
 
     pub fn rootfs(&self, id: &Digest) -> PathBuf {
@@ -152,6 +190,9 @@ impl Store {
         self.next_temporary += 1;
         let path = self.root.join(format!("{TEMPORARY}{}", self.next_temporary));
         create_directory(&path)?;
+        let path = Arc::new(path);
+        self.temporaries.retain(|temporary| temporary.strong_count() > 0);
+        self.temporaries.push(Arc::downgrade(&path));
         Ok(Temporary(path))
     }
 
@@ -164,7 +205,7 @@ impl Store {
             return self.revive(&id).map(drop);
         }
         write_record(&build.0.join(RECORD), &record)?;
-        fs::rename(&build.0, &target).map_err(|e| Error::io("rename", &target, e))?;
+        fs::rename(&*build.0, &target).map_err(|e| Error::io("rename", &target, e))?;
         sync_directory(&self.root)?;
         let entry = self.load(record)?;
         self.images.insert(id, entry);
@@ -272,10 +313,10 @@ impl Store {
         self.reap(id)
     }
 
-    /// Deletes the files of removed images that nobody holds; returns their number and bytes.
+    /// Gives up the files of removed images that nobody holds; returns their number and bytes.
     pub fn reap_all(&mut self) -> Result<(u64, u64), Error> {
         let removed = self.images.values().filter(|e| e.record.removed && e.holds == 0);
-        let removed: BTreeSet<_> = removed.map(|e| (e.record.id, e.disk_bytes)).collect();
+        let removed: BTreeSet<_> = removed.map(|e| (e.record.id, e.room.0)).collect();
         for (id, _) in &removed {
             self.reap(id)?;
         }
@@ -291,12 +332,19 @@ impl Store {
         Ok(())
     }
 
-    /// Renamed first: a directory without its record would not be understood after a crash.
+    /// Renamed only: a directory without its record would not be understood after a crash, and
+    /// deleting a large file takes longer than anybody should wait for the store.
     fn discard(&mut self, path: &Path) -> Result<(), Error> {
         self.next_temporary += 1;
         let doomed = self.root.join(format!("{TEMPORARY}{}", self.next_temporary));
         fs::rename(path, &doomed).map_err(|e| Error::io("rename", path, e))?;
-        fs::remove_dir_all(&doomed).map_err(|e| Error::io("remove", &doomed, e))
+        self.doomed.push(doomed);
+        Ok(())
+    }
+
+    /// What to delete once the store is not locked any more.
+    pub fn take_doomed(&mut self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.doomed)
     }
 
     fn write_refs(&mut self, refs: BTreeMap<String, Digest>) -> Result<(), Error> {
@@ -314,6 +362,7 @@ impl Record {
         Self {
             version: VERSION,
             id,
+            artifact: false,
             manifest,
             layers,
             layers_kept: kept,
@@ -327,7 +376,7 @@ impl Record {
 
 /// A directory that vanishes with its owner unless it was published.
 #[derive(Debug)]
-pub struct Temporary(PathBuf);
+pub struct Temporary(Arc<PathBuf>);
 
 impl Temporary {
     pub fn rootfs(&self) -> PathBuf {
@@ -338,7 +387,7 @@ impl Temporary {
 impl Drop for Temporary {
     fn drop(&mut self) {
         // Gone already when it was published.
-        let _ = fs::remove_dir_all(&self.0);
+        let _ = fs::remove_dir_all(&*self.0);
     }
 }
 

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use image::{Auth, Error, ErrorKind};
-use support::{MANIFEST, Registry, Response, assert_clean, config, explain, layer, noise, open};
+use support::{
+    MANIFEST, Registry, Response, assert_clean, config, explain, hosts, layer, noise, open,
+};
 
 /// Pulls from a registry that must fail; checks that nothing is left and that a good pull works
 /// afterwards in the same store.
@@ -326,11 +328,10 @@ async fn mirrors_are_asked_first_and_need_not_be_complete() {
     });
     mirror.image(&[layer("a", b"x"), layer("b", &noise(5000))]);
     let dir = tempfile::tempdir().unwrap();
+    let certs = tempfile::tempdir().unwrap();
     let mut config = config(dir.path());
-    let endpoints = vec!["http://127.0.0.1:1".into(), format!("http://{}", mirror.authority())];
-    config
-        .registries
-        .insert(upstream.authority(), image::Registry { endpoints, ..Default::default() });
+    let toml = format!("[host.\"http://127.0.0.1:1\"]\n[host.\"http://{}\"]\n", mirror.authority());
+    config.config_path = hosts(certs.path(), &upstream.authority(), &toml);
     let images = image::Images::open(config).await.unwrap();
     images.pull(&upstream.name(), None, None).await.unwrap();
     assert!(mirror.count("/manifests/") >= 1);
@@ -547,22 +548,24 @@ async fn certificates_are_checked_against_the_configured_authority() {
     std::fs::write(&ca, certified.cert.pem()).unwrap();
     let authority = format!("localhost:{port}");
     let name = format!("{authority}/test/image:v1");
-    let pull = async |settings: image::Registry| {
-        let root = tempfile::tempdir().unwrap();
+    let pull = async |toml: &str| {
+        let (root, certs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let mut config = config(root.path());
-        config.registries.insert(authority.clone(), settings);
+        let server = format!("server = \"https://{authority}\"\n{toml}");
+        config.config_path = hosts(certs.path(), &authority, &server);
         image::Images::open(config).await.unwrap().pull(&name, None, None).await
     };
-    let trusted = image::Registry { ca: Some(ca), ..Default::default() };
-    assert_eq!(pull(trusted).await.unwrap().to_string(), id);
-    let blind = image::Registry { skip_verify: true, ..Default::default() };
-    assert_eq!(pull(blind).await.unwrap().to_string(), id);
-    // Loopback tries http first; what it says to TLS must not hide the certificate's fault.
-    let error = pull(image::Registry::default()).await.unwrap_err();
+    let trusted = format!("ca = {:?}", ca.to_str().unwrap());
+    assert_eq!(pull(&trusted).await.unwrap().to_string(), id);
+    assert_eq!(pull("skip_verify = true").await.unwrap().to_string(), id);
+    let error = pull("").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}");
-    let missing = image::Registry { ca: Some("/nowhere/ca.pem".into()), ..Default::default() };
-    let error = pull(missing).await.unwrap_err();
+    assert!(explain(&error).contains("certificate"), "{}", explain(&error));
+    let error = pull("ca = \"/nowhere/ca.pem\"").await.unwrap_err();
     assert!(error.to_string().contains("/nowhere/ca.pem"), "{error}");
+    // Nobody configured anything: on loopback any certificate does, as with containerd.
+    let root = tempfile::tempdir().unwrap();
+    assert_eq!(open(root.path()).await.pull(&name, None, None).await.unwrap().to_string(), id);
 }
 
 /// TLS in front of a plain registry.

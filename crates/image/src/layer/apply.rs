@@ -82,10 +82,11 @@ pub struct Applied {
     pub dropped_xattrs: u64,
 }
 
-/// Applies the layer `blob`; `unpacked_left` is what remains of [`Limits::unpacked`].
+/// Applies the layer `blob`, which must unpack to `diff_id` if one is given; `unpacked_left` is what
+/// remains of [`Limits::unpacked`].
 pub fn apply(
     blob: impl BufRead,
-    diff_id: &Digest,
+    diff_id: Option<&Digest>,
     tree: &mut Tree<FileData>,
     out: &mut DataArea,
     unpacked_left: &mut u64,
@@ -126,8 +127,8 @@ pub fn apply(
         other => other,
     })?;
     let got = Digest::from_hash(stream.hash.finalize().into());
-    if got != *diff_id {
-        return Err(LayerError::DiffId { expected: *diff_id, got });
+    if let Some(&expected) = diff_id.filter(|&expected| *expected != got) {
+        return Err(LayerError::DiffId { expected, got });
     }
     *unpacked_left = stream.left.min(files_left);
     Ok(applied)

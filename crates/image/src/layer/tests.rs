@@ -36,7 +36,7 @@ impl Image {
 
     fn raw(&mut self, blob: &[u8], diff_id: &Digest) -> Result<Applied, LayerError> {
         let Self { tree, out, left, limits, .. } = self;
-        apply(Cursor::new(blob), diff_id, tree, out, left, limits, &AtomicBool::new(false))
+        apply(Cursor::new(blob), Some(diff_id), tree, out, left, limits, &AtomicBool::new(false))
     }
 
     fn layer(&mut self, layer: Layer) -> Result<Applied, LayerError> {

@@ -39,30 +39,91 @@ pub enum Credentials {
 }
 
 impl Auth {
-    /// The credentials for a registry; none when they were given for another one.
-    pub fn credentials(&self, registry: &str) -> Credentials {
-        if !self.server_address.is_empty() && host_of(&self.server_address) != host_of(registry) {
+    /// The credentials for a host; none when they were given for another one. Of several forms the
+    /// first counts in containerd's order, and a registry token, which it does not know, last.
+    pub fn credentials(&self, host: &str) -> Credentials {
+        if !self.server_address.is_empty() && host_of(&self.server_address) != host_of(host) {
             return Credentials::None;
         }
-        if !self.registry_token.is_empty() {
-            return Credentials::Bearer(self.registry_token.clone());
+        let identity = || Credentials::Identity(self.identity_token.clone());
+        let basic = |username: &str, password: &str| Credentials::Basic {
+            username: username.into(),
+            password: password.into(),
+        };
+        // `<token>` stands where a user would, beside an identity token.
+        if !self.username.is_empty()
+            && (!self.password.is_empty() || self.identity_token.is_empty())
+        {
+            return basic(&self.username, &self.password);
         }
         if !self.identity_token.is_empty() {
-            return Credentials::Identity(self.identity_token.clone());
+            return identity();
         }
-        let decoded = (self.username.is_empty() && !self.auth.is_empty())
-            .then(|| STANDARD.decode(self.auth.trim()).ok())
-            .flatten()
-            .and_then(|bytes| String::from_utf8(bytes).ok());
-        if let Some((username, password)) = decoded.as_deref().and_then(|d| d.split_once(':')) {
-            let password = password.trim_end_matches('\0');
-            return Credentials::Basic { username: username.into(), password: password.into() };
-        }
-        match self.username.as_str() {
-            "" => Credentials::None,
-            username => {
-                Credentials::Basic { username: username.into(), password: self.password.clone() }
+        if !self.auth.is_empty() {
+            let decoded = STANDARD.decode(self.auth.trim()).ok();
+            let decoded = decoded.and_then(|bytes| String::from_utf8(bytes).ok());
+            if let Some((username, password)) = decoded.as_deref().and_then(|d| d.split_once(':')) {
+                return basic(username, password.trim_matches('\0'));
             }
+        }
+        match self.registry_token.as_str() {
+            "" => Credentials::None,
+            token => Credentials::Bearer(token.into()),
+        }
+    }
+
+    /// Whether the `auth` field is what would count and says nothing: better told than tried
+    /// without.
+    pub fn is_garbled(&self) -> bool {
+        !self.auth.is_empty()
+            && self.username.is_empty()
+            && self.identity_token.is_empty()
+            && !STANDARD
+                .decode(self.auth.trim())
+                .is_ok_and(|bytes| std::str::from_utf8(&bytes).is_ok() && bytes.contains(&b':'))
+    }
+}
+
+/// A way to ask a token service (distribution's token and oauth2 specifications).
+pub struct Grant {
+    pub post: bool,
+    pub parameters: Vec<(&'static str, String)>,
+    pub basic: Option<(String, String)>,
+}
+
+impl Credentials {
+    /// The ways in the order of trying, at least one.
+    pub fn grants(&self, service: &str, scope: &str) -> Vec<Grant> {
+        let get = |basic| {
+            let mut parameters = vec![("scope", scope.to_owned())];
+            if !service.is_empty() {
+                parameters.insert(0, ("service", service.to_owned()));
+            }
+            Grant { post: false, parameters, basic }
+        };
+        let post = |grant_type: &str, secrets: Vec<(&'static str, String)>| {
+            let mut parameters = vec![
+                ("grant_type", grant_type.to_owned()),
+                ("client_id", "nacelle".to_owned()),
+                ("service", service.to_owned()),
+                ("scope", scope.to_owned()),
+            ];
+            parameters.extend(secrets);
+            Grant { post: true, parameters, basic: None }
+        };
+        match self {
+            Self::None | Self::Bearer(_) => vec![get(None)],
+            Self::Basic { username, password } => vec![
+                get(Some((username.clone(), password.clone()))),
+                post(
+                    "password",
+                    vec![("username", username.clone()), ("password", password.clone())],
+                ),
+            ],
+            Self::Identity(token) => vec![
+                post("refresh_token", vec![("refresh_token", token.clone())]),
+                get(Some((String::new(), token.clone()))),
+            ],
         }
     }
 }
@@ -178,8 +239,36 @@ mod tests {
         let auth = Auth { auth: STANDARD.encode("user:pa:ss"), ..Auth::default() };
         let expected = Credentials::Basic { username: "user".into(), password: "pa:ss".into() };
         assert!(auth.credentials("x") == expected);
-        let auth = Auth { auth: "%%%".into(), ..Auth::default() };
-        assert!(auth.credentials("x") == Credentials::None);
+        assert!(!auth.is_garbled());
+        for garbled in ["%%%".to_owned(), STANDARD.encode("no colon"), STANDARD.encode([0xff])] {
+            let auth = Auth { auth: garbled, ..Auth::default() };
+            assert!(auth.credentials("x") == Credentials::None);
+            assert!(auth.is_garbled());
+        }
+    }
+
+    #[test]
+    fn of_several_forms_the_first_counts() {
+        let identity = Credentials::Identity("id".into());
+        let basic = Credentials::Basic { username: "u".into(), password: "p".into() };
+        let mut auth = Auth {
+            username: "u".into(),
+            password: "p".into(),
+            auth: STANDARD.encode("a:b\0"),
+            identity_token: "id".into(),
+            registry_token: "reg".into(),
+            ..Auth::default()
+        };
+        assert!(auth.credentials("x") == basic);
+        auth.password.clear();
+        assert!(auth.credentials("x") == identity, "a user without a password is a placeholder");
+        auth.username.clear();
+        assert!(auth.credentials("x") == identity);
+        auth.identity_token.clear();
+        let decoded = Credentials::Basic { username: "a".into(), password: "b".into() };
+        assert!(auth.credentials("x") == decoded);
+        auth.auth.clear();
+        assert!(auth.credentials("x") == Credentials::Bearer("reg".into()));
     }
 
     #[test]

@@ -19,14 +19,14 @@ const WRITE_SIZE: usize = 512 << 10;
 impl Session {
     /// Fetches a small blob into memory.
     pub async fn small_blob(&self, digest: &Digest, size: u64) -> Result<Vec<u8>, Error> {
-        let mut failures = Failures::default();
-        for endpoint in &self.endpoints {
+        let mut tries = self.blob_tries(digest)?;
+        while let Some(endpoint) = tries.next() {
             match self.small_blob_from(endpoint, digest, size).await {
                 Ok(bytes) => return Ok(bytes),
-                Err(e) => failures.add(e)?,
+                Err(e) => tries.failed(endpoint, e)?,
             }
         }
-        Err(failures.into_error())
+        Err(tries.into_error())
     }
 
     async fn small_blob_from(
@@ -70,19 +70,37 @@ impl Session {
         durable: bool,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<(), Error> {
-        let mut failures = Failures::default();
-        for endpoint in &self.endpoints {
-            let mut sink = Sink { ingest: Some(content.ingest()?), pending: Vec::new() };
-            let fetched = match self.download(endpoint, digest, size, &mut sink, progress).await {
-                Ok(()) => sink.commit(digest, durable).await,
-                Err(e) => Err(e),
-            };
-            match fetched {
-                Ok(()) => return Ok(()),
-                Err(e) => failures.add(e)?,
+        let mut tries = self.blob_tries(digest)?;
+        let mut sink = Sink::open(content, *digest, size).await?;
+        progress(sink.written());
+        while let Some(endpoint) = tries.next() {
+            loop {
+                // An earlier pull's, or another endpoint's, which may have lied.
+                let inherited = sink.written() > 0;
+                let fetched = match self.download(endpoint, digest, size, &mut sink, progress).await
+                {
+                    Ok(()) => sink.check(digest).await,
+                    Err(e) => Err(e),
+                };
+                let error = match fetched {
+                    Ok(()) => return sink.commit(digest, durable).await,
+                    Err(e) => e,
+                };
+                let wrong = match error {
+                    Error::DigestMismatch { .. } => true,
+                    Error::SizeMismatch { got, .. } => got > size,
+                    _ => false,
+                };
+                if wrong {
+                    sink.reset()?;
+                }
+                if !(wrong && inherited) {
+                    tries.failed(endpoint, error)?;
+                    break;
+                }
             }
         }
-        Err(failures.into_error())
+        Err(tries.into_error())
     }
 
     async fn download(
@@ -95,6 +113,9 @@ impl Session {
     ) -> Result<(), Error> {
         let what = format!("blob {digest}");
         let mut failures = 0;
+        if sink.written() == size && size > 0 {
+            return Ok(());
+        }
         for _ in 0..MAX_ATTEMPTS {
             let before = sink.written();
             let result = self.transfer(endpoint, digest, size, sink, progress, &what).await;
@@ -171,33 +192,6 @@ impl Session {
     }
 }
 
-/// The most telling error of several endpoints: the first that is more than silence or absence.
-#[derive(Default)]
-struct Failures(Option<Error>);
-
-impl Failures {
-    /// Fails at once where another endpoint cannot help.
-    fn add(&mut self, error: Error) -> Result<(), Error> {
-        let rank = |error: &Error| match error {
-            Error::Transport { .. } => 0,
-            Error::NotFound { .. } => 1,
-            _ => 2,
-        };
-        match &self.0 {
-            _ if matches!(error, Error::StorageFull { .. } | Error::Io { .. }) => {
-                return Err(error);
-            }
-            Some(before) if rank(before) >= rank(&error) => {}
-            _ => self.0 = Some(error),
-        }
-        Ok(())
-    }
-
-    fn into_error(self) -> Error {
-        self.0.expect("there is at least one endpoint")
-    }
-}
-
 /// Collects a blob's bytes and writes them where blocking does no harm.
 struct Sink {
     /// Away while a write is under way.
@@ -206,6 +200,25 @@ struct Sink {
 }
 
 impl Sink {
+    async fn open(content: &Content, digest: Digest, size: u64) -> Result<Self, Error> {
+        let content = content.clone();
+        let ingest = run_blocking(move || {
+            let mut ingest = content.resume(&digest)?;
+            if ingest.written() > size {
+                ingest.reset()?;
+            }
+            Ok(ingest)
+        })
+        .await?;
+        Ok(Self { ingest: Some(ingest), pending: Vec::new() })
+    }
+
+    async fn check(&mut self, digest: &Digest) -> Result<(), Error> {
+        self.flush().await?;
+        let ingest = self.ingest.as_ref().expect("flushing puts it back");
+        ingest.check(digest, &format!("blob {digest}"))
+    }
+
     fn written(&self) -> u64 {
         self.ingest.as_ref().map_or(0, Ingest::written) + self.pending.len() as u64
     }
@@ -225,8 +238,7 @@ impl Sink {
     }
 
     async fn commit(mut self, digest: &Digest, durable: bool) -> Result<(), Error> {
-        self.flush().await?;
-        let ingest = self.ingest.take().expect("flushing puts it back");
+        let ingest = self.ingest.take().expect("checked after the last write");
         let (digest, what) = (*digest, format!("blob {digest}"));
         run_blocking(move || ingest.commit(&digest, &what, durable)).await
     }

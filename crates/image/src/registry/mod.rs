@@ -5,7 +5,8 @@
 
 mod auth;
 mod blob;
-mod host;
+mod client;
+mod hosts;
 mod session;
 
 pub use auth::Auth;

@@ -1,7 +1,7 @@
 //! One pull's conversation with a registry: authentication, retries, mirrors.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
@@ -10,8 +10,9 @@ use reqwest::{Response, StatusCode, Url};
 use serde::Deserialize;
 use tokio::time::{sleep, timeout};
 
-use super::auth::{Auth, Challenge, Credentials};
-use super::host;
+use super::auth::{Auth, Challenge, Credentials, Grant};
+use super::client::{self, Clients};
+use super::hosts;
 use crate::config::Config;
 use crate::digest::Digest;
 use crate::error::Error;
@@ -26,47 +27,53 @@ const BACK_OFF: Duration = Duration::from_millis(250);
 const MAX_PAUSE: Duration = Duration::from_secs(20);
 
 /// All registries; shared by pulls so that connections are reused.
-#[derive(Debug)]
 pub struct Registries {
     config: Arc<Config>,
-    clients: Mutex<HashMap<String, reqwest::Client>>,
+    clients: Clients,
 }
 
 impl Registries {
     pub fn new(config: Arc<Config>) -> Self {
-        Self { config, clients: Mutex::default() }
+        Self { config, clients: Clients::default() }
     }
 
+    /// Reads where the registry is reached. Blocking.
     pub fn session(&self, reference: &Reference, auth: &Auth) -> Result<Session, Error> {
+        if auth.is_garbled() {
+            return Err(Error::GarbledAuth);
+        }
+        let bad = |reason| Error::RegistryConfig { registry: reference.registry.clone(), reason };
+        let hosts = hosts::hosts(&self.config.config_path, &reference.registry).map_err(bad)?;
+        let connect = Duration::from_secs(self.config.connect_timeout_seconds);
+        let last = hosts.iter().rposition(|host| !host.fallback).unwrap_or_default();
         let mut endpoints = Vec::new();
-        for url in host::endpoints(&self.config, &reference.registry)? {
-            let authority = host::authority(&url);
-            // A mirror is another party: it gets the credentials only when it is the registry.
-            let own = authority == reference.registry
-                || (reference.registry == "docker.io" && authority == "registry-1.docker.io");
+        for (index, host) in hosts.into_iter().enumerate() {
+            let authority = client::authority(&host.base);
             endpoints.push(Endpoint {
-                client: self.client(&authority)?,
-                credentials: if own {
-                    auth.credentials(&reference.registry)
-                } else {
-                    Credentials::None
-                },
-                mirror: !own,
-                url,
+                client: self.clients.client(&host, connect).map_err(bad)?,
+                // As in containerd, a mirror that asks gets what was not given for another host.
+                credentials: auth.credentials(&authority),
+                name: format!("{}://{authority}", host.base.scheme()),
+                base: host.base,
+                authority,
+                namespace: host.mirror.then(|| reference.registry.clone()),
+                headers: host.headers,
+                pull: host.pull,
+                resolve: host.resolve,
+                fallback: host.fallback,
+                replaceable: index < last,
+                down: AtomicBool::new(false),
+                foreign: AtomicBool::new(false),
                 authorization: tokio::sync::Mutex::default(),
             });
         }
         Ok(Session { config: Arc::clone(&self.config), reference: reference.clone(), endpoints })
     }
+}
 
-    fn client(&self, authority: &str) -> Result<reqwest::Client, Error> {
-        let mut clients = self.clients.lock().expect("no holder panics");
-        if let Some(client) = clients.get(authority) {
-            return Ok(client.clone());
-        }
-        let client = host::client(&self.config, authority)?;
-        clients.insert(authority.to_owned(), client.clone());
-        Ok(client)
+impl std::fmt::Debug for Registries {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Registries").finish_non_exhaustive()
     }
 }
 
@@ -78,12 +85,90 @@ pub struct Session {
 
 pub(super) struct Endpoint {
     client: reqwest::Client,
-    url: Url,
+    /// Root of the API.
+    base: Url,
+    /// For messages.
+    name: String,
+    authority: String,
+    /// The registry that a mirror stands for; it is told so that it can serve several.
+    namespace: Option<String>,
+    headers: HeaderMap,
     credentials: Credentials,
-    mirror: bool,
+    pull: bool,
+    resolve: bool,
+    /// See [`hosts::Host`].
+    fallback: bool,
+    /// Another one follows, so it is not worth waiting for this one to come back.
+    replaceable: bool,
+    /// Could not be reached in this pull.
+    down: AtomicBool,
+    /// Seems to speak another protocol, so its fallback is worth a try.
+    foreign: AtomicBool,
     /// The header that the last challenge led to. Locked while a token is fetched, so that layers
     /// in parallel fetch one.
     authorization: tokio::sync::Mutex<Option<HeaderValue>>,
+}
+
+/// The endpoints for one thing, in order, and what they said.
+pub(super) struct Tries<'a> {
+    endpoints: &'a [Endpoint],
+    wanted: fn(&Endpoint) -> bool,
+    /// Nobody was reachable before; all get another chance.
+    desperate: bool,
+    next: usize,
+    what: String,
+    failed: Vec<(String, Error)>,
+}
+
+impl<'a> Tries<'a> {
+    fn new(session: &'a Session, what: String, wanted: fn(&Endpoint) -> bool) -> Self {
+        let endpoints = &session.endpoints;
+        let desperate = endpoints.iter().filter(|e| wanted(e)).all(|e| e.is_down());
+        Self { endpoints, wanted, desperate, next: 0, what, failed: Vec::new() }
+    }
+
+    pub fn next(&mut self) -> Option<&'a Endpoint> {
+        loop {
+            let endpoint = self.endpoints.get(self.next)?;
+            let before = self.next.checked_sub(1).map(|index| &self.endpoints[index]);
+            self.next += 1;
+            let foreign = |before: &Endpoint| before.foreign.load(Ordering::Relaxed);
+            let needed = !endpoint.fallback || before.is_some_and(foreign);
+            if (self.wanted)(endpoint) && needed && (self.desperate || !endpoint.is_down()) {
+                return Some(endpoint);
+            }
+        }
+    }
+
+    /// Notes why an endpoint did not help; fails at once where no other can.
+    pub fn failed(&mut self, endpoint: &Endpoint, error: Error) -> Result<(), Error> {
+        match &error {
+            Error::StorageFull { .. } | Error::Io { .. } | Error::Cancelled => return Err(error),
+            Error::Stalled { .. } => endpoint.down.store(true, Ordering::Relaxed),
+            Error::Transport { .. } => {
+                endpoint.down.store(true, Ordering::Relaxed);
+                endpoint.foreign.store(true, Ordering::Relaxed);
+            }
+            // What many servers say when spoken to without TLS.
+            Error::Status { status: 400, .. }
+                if self.endpoints.get(self.next).is_some_and(|next| next.fallback) =>
+            {
+                endpoint.down.store(true, Ordering::Relaxed);
+                endpoint.foreign.store(true, Ordering::Relaxed);
+            }
+            _ => {}
+        }
+        tracing::debug!(endpoint = endpoint.name, what = self.what, %error, "endpoint failed");
+        self.failed.push((endpoint.name.clone(), error));
+        Ok(())
+    }
+
+    pub fn into_error(mut self) -> Error {
+        match self.failed.len() {
+            1 => self.failed.remove(0).1,
+            _ => Error::Endpoints { what: self.what, tried: self.failed },
+        }
+    }
 }
 
 /// A manifest as it came.
@@ -96,14 +181,31 @@ pub struct Fetched {
 impl Session {
     /// Fetches the manifest or index that `target` names.
     pub async fn manifest(&self, target: &Target) -> Result<Fetched, Error> {
-        let mut errors = Vec::new();
-        for endpoint in &self.endpoints {
+        let (name, wanted): (_, fn(&Endpoint) -> bool) = match target {
+            Target::Tag(tag) => (format!(":{tag}"), |endpoint| endpoint.resolve),
+            Target::Digest(digest) => (format!("@{digest}"), |endpoint| endpoint.pull),
+        };
+        let mut tries = self.tries(format!("{}{name}", self.reference.name()), wanted)?;
+        while let Some(endpoint) = tries.next() {
             match self.manifest_from(endpoint, target).await {
                 Ok(fetched) => return Ok(fetched),
-                Err(e) => errors.push((endpoint.mirror, e)),
+                Err(e) => tries.failed(endpoint, e)?,
             }
         }
-        Err(most_telling(errors))
+        Err(tries.into_error())
+    }
+
+    pub(super) fn blob_tries(&self, digest: &Digest) -> Result<Tries<'_>, Error> {
+        self.tries(format!("blob {digest} of {}", self.reference.name()), |endpoint| endpoint.pull)
+    }
+
+    fn tries(&self, what: String, wanted: fn(&Endpoint) -> bool) -> Result<Tries<'_>, Error> {
+        if !self.endpoints.iter().any(wanted) {
+            let reason = format!("its hosts.toml has no host that may be asked for {what}");
+            let registry = self.reference.registry.clone();
+            return Err(Error::RegistryConfig { registry, reason });
+        }
+        Ok(Tries::new(self, what, wanted))
     }
 
     async fn manifest_from(&self, endpoint: &Endpoint, target: &Target) -> Result<Fetched, Error> {
@@ -155,11 +257,12 @@ impl Session {
         headers: &HeaderMap,
         what: &str,
     ) -> Result<Response, Error> {
-        let url = endpoint.join(&format!("v2/{}/{path}", self.reference.repository), self)?;
+        let url = endpoint.url(&self.reference.repository, path);
         let mut authenticated = false;
         let mut attempt = 0;
         loop {
             let mut headers = headers.clone();
+            headers.extend(endpoint.headers.clone());
             let sent = endpoint.authorization.lock().await.clone();
             if let Some(value) = &sent {
                 headers.insert(AUTHORIZATION, value.clone());
@@ -169,9 +272,13 @@ impl Session {
             let error = match self.send(endpoint, request, what).await {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) if response.status() == StatusCode::UNAUTHORIZED && !authenticated => {
-                    authenticated = true;
-                    self.authenticate(endpoint, &response, sent).await?;
-                    continue;
+                    match self.authenticate(endpoint, &response, sent).await {
+                        Ok(()) => {
+                            authenticated = true;
+                            continue;
+                        }
+                        Err(e) => e,
+                    }
                 }
                 Ok(response) => {
                     pause = retry_after(&response).unwrap_or(pause);
@@ -180,7 +287,13 @@ impl Session {
                 Err(e) => e,
             };
             attempt += 1;
-            if attempt >= self.config.attempts || !is_transient(&error) || pause > MAX_PAUSE {
+            let unreachable =
+                matches!(&error, Error::Transport { source, .. } if source.is_connect());
+            if attempt >= self.config.attempts
+                || !is_transient(&error)
+                || pause > MAX_PAUSE
+                || (unreachable && endpoint.replaceable)
+            {
                 return Err(error);
             }
             tracing::debug!(%url, attempt, %error, "registry request failed, trying again");
@@ -197,7 +310,7 @@ impl Session {
         match timeout(self.stall(), request.send()).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(source)) => Err(Error::Transport {
-                registry: endpoint.authority(),
+                registry: endpoint.authority.clone(),
                 source: source.without_url(),
             }),
             Err(_) => Err(self.stalled(endpoint, what)),
@@ -210,7 +323,7 @@ impl Session {
 
     pub(super) fn stalled(&self, endpoint: &Endpoint, what: &str) -> Error {
         Error::Stalled {
-            registry: endpoint.authority(),
+            registry: endpoint.authority.clone(),
             what: what.into(),
             seconds: self.config.stall_timeout_seconds,
         }
@@ -226,7 +339,7 @@ impl Session {
         match timeout(self.stall(), response.chunk()).await {
             Ok(Ok(chunk)) => Ok(chunk),
             Ok(Err(source)) => Err(Error::Transport {
-                registry: endpoint.authority(),
+                registry: endpoint.authority.clone(),
                 source: source.without_url(),
             }),
             Err(_) => Err(self.stalled(endpoint, what)),
@@ -261,7 +374,7 @@ impl Session {
     }
 
     async fn status_error(&self, endpoint: &Endpoint, mut response: Response, what: &str) -> Error {
-        let registry = endpoint.authority();
+        let registry = endpoint.authority.clone();
         let status = response.status();
         let mut url = response.url().clone();
         // Signed URLs of storage behind a registry carry secrets here.
@@ -296,10 +409,13 @@ impl Session {
             return Ok(());
         }
         let challenges = response.headers().get_all(WWW_AUTHENTICATE);
-        let challenge =
-            challenges.iter().filter_map(|v| v.to_str().ok()).find_map(Challenge::parse);
+        // A token says less to whoever reads it than a password.
+        let challenge = challenges
+            .iter()
+            .filter_map(|value| Challenge::parse(value.to_str().ok()?))
+            .max_by_key(|challenge| matches!(challenge, Challenge::Bearer { .. }));
         let denied = |detail: &str| Error::Denied {
-            registry: endpoint.authority(),
+            registry: endpoint.authority.clone(),
             repository: self.reference.repository.clone(),
             detail: detail.into(),
         };
@@ -334,52 +450,35 @@ impl Session {
         service: Option<&str>,
         scope: &str,
     ) -> Result<String, Error> {
-        let protocol = |reason: String| Error::Protocol { registry: endpoint.authority(), reason };
-        let mut url: Url =
+        let protocol =
+            |reason: String| Error::Protocol { registry: endpoint.authority.clone(), reason };
+        let url: Url =
             realm.parse().map_err(|e| protocol(format!("its token service {realm:.100?}: {e}")))?;
         let secret = endpoint.credentials != Credentials::None;
         let plain = url.scheme() != "https";
         if plain
             && secret
-            && !host::is_loopback(&host::authority(&url))
-            && endpoint.url.scheme() == "https"
+            && !client::is_loopback(&client::authority(&url))
+            && endpoint.base.scheme() == "https"
         {
             return Err(protocol(
                 "it asks for the credentials to be sent without encryption".into(),
             ));
         }
         let what = "access token";
-        let request = match &endpoint.credentials {
-            Credentials::Identity(token) => {
-                let mut form = Url::parse("form:").expect("a constant");
-                form.query_pairs_mut()
-                    .append_pair("grant_type", "refresh_token")
-                    .append_pair("client_id", "nacelle")
-                    .append_pair("service", service.unwrap_or_default())
-                    .append_pair("scope", scope)
-                    .append_pair("refresh_token", token);
-                endpoint
-                    .client
-                    .post(url)
-                    .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
-                    .body(form.query().unwrap_or_default().to_owned())
+        let mut grants = endpoint.credentials.grants(service.unwrap_or_default(), scope);
+        let response = loop {
+            let grant = grants.remove(0);
+            let response = self.send(endpoint, endpoint.ask(url.clone(), &grant), what).await?;
+            // What services answer that know only one of the two ways.
+            let other_way = matches!(response.status().as_u16(), 404 | 405)
+                || (grant.post && matches!(response.status().as_u16(), 400 | 401));
+            if response.status().is_success() {
+                break response;
             }
-            credentials => {
-                if let Some(service) = service {
-                    url.query_pairs_mut().append_pair("service", service);
-                }
-                url.query_pairs_mut().append_pair("scope", scope);
-                let request = endpoint.client.get(url);
-                match credentials {
-                    Credentials::Basic { username, password } => {
-                        request.basic_auth(username, Some(password))
-                    }
-                    _ => request,
-                }
+            if other_way && !grants.is_empty() {
+                continue;
             }
-        };
-        let response = self.send(endpoint, request, what).await?;
-        if !response.status().is_success() {
             return Err(match self.status_error(endpoint, response, what).await {
                 Error::NotFound { registry, .. } => {
                     Error::Protocol { registry, reason: "its token service does not exist".into() }
@@ -392,7 +491,7 @@ impl Session {
                 },
                 e => e,
             });
-        }
+        };
         let body = self.body(endpoint, response, what, MAX_SMALL_BODY).await?;
         let token: Token =
             serde_json::from_slice(&body).map_err(|e| protocol(format!("its token: {e}")))?;
@@ -410,16 +509,43 @@ struct Token {
 }
 
 impl Endpoint {
-    pub(super) fn authority(&self) -> String {
-        host::authority(&self.url)
+    fn is_down(&self) -> bool {
+        self.down.load(Ordering::Relaxed)
     }
 
-    fn join(&self, path: &str, session: &Session) -> Result<Url, Error> {
-        let base = self.url.as_str().trim_end_matches('/');
-        format!("{base}/{path}").parse().map_err(|e| Error::RegistryConfig {
-            registry: session.reference.registry.clone(),
-            reason: format!("endpoint {base}: {e}"),
-        })
+    pub(super) fn authority(&self) -> String {
+        self.authority.clone()
+    }
+
+    /// `path` below a repository; both consist of characters that need no escaping.
+    fn url(&self, repository: &str, path: &str) -> Url {
+        let mut url = self.base.clone();
+        let root = url.path().trim_end_matches('/').to_owned();
+        url.set_path(&format!("{root}/{repository}/{path}"));
+        if let Some(namespace) = &self.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        url
+    }
+
+    /// A request for a token.
+    fn ask(&self, mut url: Url, grant: &Grant) -> reqwest::RequestBuilder {
+        if grant.post {
+            let mut form = Url::parse("form:").expect("a constant");
+            form.query_pairs_mut().extend_pairs(&grant.parameters);
+            return self
+                .client
+                .post(url)
+                .headers(self.headers.clone())
+                .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+                .body(form.query().unwrap_or_default().to_owned());
+        }
+        url.query_pairs_mut().extend_pairs(&grant.parameters);
+        let request = self.client.get(url).headers(self.headers.clone());
+        match &grant.basic {
+            Some((username, password)) => request.basic_auth(username, Some(password)),
+            None => request,
+        }
     }
 }
 
@@ -428,19 +554,6 @@ fn basic(username: &str, password: &str) -> String {
     let encoded =
         base64::engine::general_purpose::STANDARD.encode(format!("{username}:{password}"));
     format!("Basic {encoded}")
-}
-
-/// Of several endpoints' errors: an answer says more than silence, the registry more than a
-/// mirror.
-fn most_telling(errors: Vec<(bool, Error)>) -> Error {
-    let rank = |(mirror, error): &(bool, Error)| match error {
-        Error::Transport { .. } => (0, !mirror),
-        Error::Stalled { .. } | Error::Status { .. } => (1, !mirror),
-        _ => (2, !mirror),
-    };
-    // The last of equals would be https after http on loopback: prefer the first.
-    let best = errors.into_iter().rev().max_by_key(rank);
-    best.map(|(_, error)| error).expect("there is at least one endpoint")
 }
 
 /// Message of an error body (distribution-spec, "Error Codes"), or what stands there instead.

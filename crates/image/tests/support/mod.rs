@@ -280,11 +280,20 @@ pub fn noise(length: usize) -> Vec<u8> {
 pub fn config(root: &Path) -> Config {
     Config {
         root: root.into(),
+        config_path: String::new(),
         connect_timeout_seconds: 2,
         stall_timeout_seconds: 1,
         attempts: 3,
         ..Config::default()
     }
+}
+
+/// Writes how to reach a registry; gives the folder for `config_path`.
+pub fn hosts(dir: &Path, registry: &str, toml: &str) -> String {
+    let folder = dir.join(registry);
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("hosts.toml"), toml).unwrap();
+    dir.to_str().unwrap().to_owned()
 }
 
 pub async fn open(root: &Path) -> Images {

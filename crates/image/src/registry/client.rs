@@ -1,0 +1,234 @@
+//! HTTP clients: one for each way to speak TLS, so that connections are reused.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use reqwest::Url;
+use reqwest::redirect::Policy;
+use rustls::client::ResolvesClientCert;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+
+use super::hosts::{Host, Pem, Tls};
+
+const MAX_REDIRECTS: usize = 5;
+/// Clients that are kept: files of hosts that change all the time must not fill the memory.
+const MAX_CLIENTS: usize = 64;
+
+#[derive(Default)]
+pub struct Clients(Mutex<HashMap<Key, reqwest::Client>>);
+
+#[derive(PartialEq, Eq, Hash)]
+struct Key {
+    tls: Tls,
+    connect: Duration,
+    loopback: bool,
+}
+
+impl Clients {
+    /// The client for a host; an error is a sentence.
+    pub fn client(&self, host: &Host, connect: Duration) -> Result<reqwest::Client, String> {
+        let connect = host.dial_timeout.unwrap_or(connect);
+        let loopback = is_loopback(&authority(&host.base));
+        let key = Key { tls: host.tls.clone(), connect, loopback };
+        let mut clients = self.0.lock().expect("no holder panics");
+        if let Some(client) = clients.get(&key) {
+            return Ok(client.clone());
+        }
+        let client = build(&key)?;
+        if clients.len() >= MAX_CLIENTS {
+            clients.clear();
+        }
+        clients.insert(key, client.clone());
+        Ok(client)
+    }
+}
+
+/// Host and port as they stand in references.
+pub fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    match url.port() {
+        Some(port) => format!("{host}:{port}"),
+        None => host.to_owned(),
+    }
+}
+
+pub fn is_loopback(authority: &str) -> bool {
+    let host = match authority.rsplit_once(':') {
+        Some((host, port)) if port.parse::<u16>().is_ok() => host,
+        _ => authority,
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+fn build(key: &Key) -> Result<reqwest::Client, String> {
+    let mut builder = reqwest::Client::builder()
+        .tls_backend_preconfigured(tls_config(&key.tls)?)
+        .user_agent(concat!("nacelle/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(key.connect)
+        .redirect(Policy::custom(|attempt| {
+            let from_tls = attempt.previous().iter().any(|url| url.scheme() == "https");
+            if attempt.previous().len() > MAX_REDIRECTS {
+                attempt.error("too many redirects")
+            } else if from_tls && attempt.url().scheme() != "https" {
+                attempt.error("redirected from https to plain http")
+            } else {
+                attempt.follow()
+            }
+        }));
+    if key.loopback {
+        // A proxy's own loopback is another machine's.
+        builder = builder.no_proxy();
+    }
+    builder.build().map_err(|e| e.to_string())
+}
+
+fn tls_config(tls: &Tls) -> Result<ClientConfig, String> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .map_err(|e| e.to_string())?;
+    let builder = if tls.skip_verify {
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(AcceptAny(provider.clone())))
+    } else {
+        let mut roots = RootCertStore::empty();
+        roots.roots.clone_from(&system_roots().roots);
+        for file in &tls.authorities {
+            for certificate in chain(file)? {
+                roots.add(certificate).map_err(|e| wrong(file, &e))?;
+            }
+        }
+        builder.with_root_certificates(roots)
+    };
+    if tls.identities.is_empty() {
+        return Ok(builder.with_no_client_auth());
+    }
+    let identities = tls
+        .identities
+        .iter()
+        .map(|(certificate, key)| identity(certificate, key, &provider))
+        .collect::<Result<_, _>>()?;
+    Ok(builder.with_client_cert_resolver(Arc::new(Identities(identities))))
+}
+
+fn wrong(file: &Pem, reason: &dyn std::fmt::Display) -> String {
+    format!("{}: {reason}", file.path.display())
+}
+
+fn chain(file: &Pem) -> Result<Vec<CertificateDer<'static>>, String> {
+    let chain: Vec<_> = CertificateDer::pem_slice_iter(&file.bytes)
+        .collect::<Result<_, _>>()
+        .map_err(|e| wrong(file, &e))?;
+    if chain.is_empty() { Err(wrong(file, &"it has no certificate")) } else { Ok(chain) }
+}
+
+fn identity(
+    certificate: &Pem,
+    key: &Pem,
+    provider: &CryptoProvider,
+) -> Result<Arc<CertifiedKey>, String> {
+    let private = PrivateKeyDer::from_pem_slice(&key.bytes)
+        .map_err(|e| wrong(key, &format!("it has no private key that can be read: {e}")))?;
+    let identity = CertifiedKey::from_der(chain(certificate)?, private, provider)
+        .map_err(|e| format!("{} and its key: {e}", certificate.path.display()))?;
+    Ok(Arc::new(identity))
+}
+
+/// Several client certificates, of which the server names the authorities it trusts.
+#[derive(Debug)]
+struct Identities(Vec<Arc<CertifiedKey>>);
+
+impl ResolvesClientCert for Identities {
+    fn resolve(
+        &self,
+        authorities: &[&[u8]],
+        schemes: &[SignatureScheme],
+    ) -> Option<Arc<CertifiedKey>> {
+        let usable = || self.0.iter().filter(|one| one.key.choose_scheme(schemes).is_some());
+        // An issuer's name stands in a certificate as the server sends it.
+        let trusted = |one: &&Arc<CertifiedKey>| {
+            one.cert.iter().any(|certificate| {
+                authorities
+                    .iter()
+                    .any(|name| certificate.windows(name.len().max(1)).any(|part| part == *name))
+            })
+        };
+        usable().find(trusted).or_else(|| usable().next()).cloned()
+    }
+
+    fn has_certs(&self) -> bool {
+        !self.0.is_empty()
+    }
+}
+
+/// The machine's certificate authorities, parsed once. Without any it can still use plain http and
+/// authorities of its own.
+fn system_roots() -> &'static RootCertStore {
+    static ROOTS: OnceLock<RootCertStore> = OnceLock::new();
+    ROOTS.get_or_init(|| {
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        roots
+    })
+}
+
+/// For registries whose administrator asked for no verification.
+#[derive(Debug)]
+struct AcceptAny(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for AcceptAny {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_is_recognised_in_every_form() {
+        for host in ["localhost", "localhost:5000", "127.0.0.1", "127.8.9.1:1", "[::1]:5000"] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in ["localhost.evil.com", "128.0.0.1", "registry:5000", "[::2]:1"] {
+            assert!(!is_loopback(host), "{host}");
+        }
+    }
+}
