@@ -63,6 +63,17 @@ pub fn refusal_status(refusal: Refusal) -> Status {
     Status::new(code, refusal.to_string())
 }
 
+pub fn streaming_status(error: streaming::Error) -> Status {
+    let code = match &error {
+        streaming::Error::Invalid(_) => Code::InvalidArgument,
+        streaming::Error::TooManyPending { .. } => Code::ResourceExhausted,
+        streaming::Error::Bind { .. }
+        | streaming::Error::Pem { .. }
+        | streaming::Error::Tls { .. } => Code::Internal,
+    };
+    Status::new(code, with_causes(&error))
+}
+
 /// A verb that is in the interface and not in nacelle.
 pub fn unimplemented(sentence: &str) -> Status {
     Status::unimplemented(sentence)

@@ -11,11 +11,13 @@ pub mod errors;
 mod images;
 mod runtime;
 mod server;
+mod streams;
 
 pub use config::{Config, DefaultSeccomp};
 pub use images::Image;
 pub use runtime::{Health, Runtime};
 pub use server::{ListenError, MAX_MESSAGE, Shutdown, listen, serve};
+pub use streams::{Streaming, StreamsError, bind as bind_streams};
 
 /// Types, servers and clients generated from proto/cri/v1/api.proto.
 #[allow(unreachable_pub, unused_qualifications, clippy::all)]

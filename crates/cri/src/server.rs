@@ -79,6 +79,11 @@ pub async fn serve(
     beside: Routes,
     shutdown: Shutdown,
 ) -> Result<(), tonic::transport::Error> {
+    let stopping = runtime.stopping.clone();
+    let shutdown = async move {
+        shutdown.await;
+        stopping.cancel();
+    };
     let runtime = RuntimeServiceServer::new(runtime)
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(EXEC_REPLY);

@@ -23,6 +23,7 @@ pub struct Settings {
     pub log: Log,
     pub pods: sandbox::Config,
     pub cri: cri::Config,
+    pub streaming: cri::Streaming,
     pub network: network::Config,
     pub images: image::Config,
 }
@@ -86,6 +87,7 @@ impl Default for Settings {
             log: Log::default(),
             pods,
             cri: cri::Config::default(),
+            streaming: cri::Streaming::default(),
             network: network::Config { cache_dir: PathBuf::new(), ..network::Config::default() },
             images: image::Config::default(),
         };

@@ -212,6 +212,7 @@ pub fn container_info(view: &ContainerView, vmm_pid: Option<u32>) -> BTreeMap<St
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::{Duration, UNIX_EPOCH};
 
     use sandbox::model::{ContainerSpec, ExitView, Identity, Meta, PidMode, RootfsSpec};
@@ -223,7 +224,7 @@ mod tests {
         ContainerView {
             id: "c".into(),
             pod: "p".into(),
-            spec: ContainerSpec {
+            spec: Arc::new(ContainerSpec {
                 meta: Meta { name: "web".into(), attempt: 2, ..Meta::default() },
                 rootfs: RootfsSpec { image: "/i".into(), read_only: false },
                 oci: oci_spec::runtime::Spec::default(),
@@ -244,7 +245,7 @@ mod tests {
                     "image": { "image": "sha256:00", "user_specified_image": "nginx:1" },
                     "linux": { "resources": { "memory_swap_limit_in_bytes": 7 } },
                 }),
-            },
+            }),
             state: ContainerState::Exited,
             created_at: at(1),
             started_at: Some(at(2)),

@@ -2,21 +2,26 @@
 
 mod containers;
 mod create_container;
+mod events;
 mod exec_sync;
 mod pods;
 mod run_pod_sandbox;
 mod stats;
 mod status;
+mod streaming;
 mod update_container_resources;
+mod update_runtime_config;
 
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use ::streaming::Server;
 use async_trait::async_trait;
 use futures_util::Stream;
 use image::Images;
 use sandbox::Sandboxes;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::config::Config;
@@ -45,6 +50,9 @@ pub struct Runtime {
     pub(crate) host: Arc<Host>,
     /// Folder of images and writable layers.
     pub(crate) storage: PathBuf,
+    pub(crate) streams: Arc<Server>,
+    /// Ends answers that have no end of their own.
+    pub(crate) stopping: CancellationToken,
 }
 
 impl Runtime {
@@ -54,9 +62,12 @@ impl Runtime {
         health: Arc<dyn Health>,
         config: Config,
         storage: PathBuf,
+        streams: Server,
     ) -> Self {
         let host = Arc::new(Host::here());
-        Self { sandboxes, images, health, config: Arc::new(config), host, storage }
+        let (config, streams) = (Arc::new(config), Arc::new(streams));
+        let stopping = CancellationToken::new();
+        Self { sandboxes, images, health, config, host, storage, streams, stopping }
     }
 }
 
@@ -137,6 +148,10 @@ impl v1::runtime_service_server::RuntimeService for Runtime {
             -> UpdateContainerResourcesResponse;
         reopen_container_log(ReopenContainerLogRequest) -> ReopenContainerLogResponse;
         exec_sync(ExecSyncRequest) -> ExecSyncResponse;
+        exec(ExecRequest) -> ExecResponse;
+        attach(AttachRequest) -> AttachResponse;
+        port_forward(PortForwardRequest) -> PortForwardResponse;
+        update_runtime_config(UpdateRuntimeConfigRequest) -> UpdateRuntimeConfigResponse;
         container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
         list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
         pod_sandbox_stats(PodSandboxStatsRequest) -> PodSandboxStatsResponse;
@@ -144,18 +159,6 @@ impl v1::runtime_service_server::RuntimeService for Runtime {
     }
 
     absent! {
-        exec(ExecRequest) -> ExecResponse:
-            "Exec needs a streaming server, which nacelled does not have yet; use ExecSync \
-             (crictl exec -s), or `nacelle exec -it` on the node";
-        attach(AttachRequest) -> AttachResponse:
-            "Attach needs a streaming server, which nacelled does not have yet; read the \
-             container's log, or use `nacelle run -it` on the node";
-        port_forward(PortForwardRequest) -> PortForwardResponse:
-            "PortForward needs a streaming server, which nacelled does not have yet; use a host \
-             port, or the pod's address on the node";
-        update_runtime_config(UpdateRuntimeConfigRequest) -> UpdateRuntimeConfigResponse:
-            "nacelled takes pod addresses from the node's CNI configuration and not from the \
-             kubelet; put the pod CIDR there";
         checkpoint_container(CheckpointContainerRequest) -> CheckpointContainerResponse:
             "nacelle cannot checkpoint a container: it lives inside a VM";
         checkpoint_pod(CheckpointPodRequest) -> CheckpointPodResponse:
@@ -233,10 +236,7 @@ impl v1::runtime_service_server::RuntimeService for Runtime {
         &self,
         _: Request<v1::GetEventsRequest>,
     ) -> Result<Response<Self::GetContainerEventsStream>, Status> {
-        Err(unimplemented(
-            "nacelled does not publish container events yet; list containers instead, as a \
-             kubelet without EventedPLEG does",
-        ))
+        Ok(Response::new(self.container_events()))
     }
 }
 

@@ -260,10 +260,8 @@ fn random() -> Result<String> {
 async fn start_pod(client: &mut Client, options: &Run) -> Result<v1::PodSandbox> {
     let ports = options.publish.iter().map(|text| volume::port(text)).collect::<Result<_>>()?;
     let limits = limits(options.cpus, options.memory.as_deref())?;
-    let context = v1::LinuxSandboxSecurityContext {
-        privileged: options.privileged,
-        ..Default::default()
-    };
+    let context =
+        v1::LinuxSandboxSecurityContext { privileged: options.privileged, ..Default::default() };
     let linux = v1::LinuxPodSandboxConfig {
         resources: Some(limits),
         security_context: Some(context),

@@ -54,12 +54,16 @@ async fn work(settings: Settings) -> Result<()> {
         .context("opening the pods' records")?;
     let health = Arc::new(NodeHealth::watch(&settings, network));
     let debug = Debug::new(sandboxes.clone(), images.clone(), health.clone());
+    let streams = cri::bind_streams(&settings.streaming, sandboxes.clone())
+        .context("starting the streaming server")?;
+    tracing::info!(url = streams.base_url(), "exec, attach and port-forward are served");
     let runtime = cri::Runtime::new(
         sandboxes.clone(),
         images.clone(),
         health,
         settings.cri.clone(),
         settings.root.clone(),
+        streams,
     );
     let service = cri::Image::new(images);
     let beside = Routes::new(
