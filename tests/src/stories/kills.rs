@@ -135,7 +135,7 @@ fn vmm() -> Result<()> {
     ensure!(status.exit_code != 0, "a container that died with its VM has exit code 0");
     ensure!(!status.reason.is_empty(), "no reason");
     let exec = node.cri().exec(&id, &["true"]).unwrap_err();
-    ensure!(exec.message().contains("not running"), "{exec}");
+    ensure!(exec.message().contains("is not ready"), "{exec}");
     let other = node.pod("other")?;
     ensure!(node.cri().pod_ready(&other)?, "another pod suffers");
     node.finish()
