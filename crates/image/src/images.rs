@@ -268,6 +268,13 @@ impl Images {
         store.hold(&id).then(|| Hold { inner: Arc::clone(&self.0), id, path: store.rootfs(&id) })
     }
 
+    /// [`Images::hold`] by the file of the image.
+    pub fn hold_file(&self, path: &Path) -> Option<Hold> {
+        let id = Digest::from_hex(path.parent()?.file_name()?.to_str()?)?;
+        let here = self.0.store().rootfs(&id) == path;
+        here.then(|| self.hold(&id.to_string())).flatten()
+    }
+
     /// From what is counted in memory; cheap enough for every call.
     pub fn fs_info(&self) -> FsInfo {
         let root = &self.0.config.root;

@@ -16,17 +16,16 @@ pub fn to_cri(info: &ImageInfo) -> v1::Image {
         uid,
         username,
         spec: Some(v1::ImageSpec { image: info.id.clone(), ..Default::default() }),
-        pinned: false,
+        pinned: info.pinned,
     }
 }
 
 /// The image's user as a kubelet checks it against runAsNonRoot: a number, or a name. The group
-/// does not count, and no user at all is root.
+/// does not count; neither stands for an image that names no user.
 fn user(text: &str) -> (Option<v1::Int64Value>, String) {
-    let user = text.split(':').next().unwrap_or_default().trim();
-    match user.parse::<u32>() {
-        Ok(number) => (Some(v1::Int64Value { value: i64::from(number) }), String::new()),
-        Err(_) if user.is_empty() => (Some(v1::Int64Value { value: 0 }), String::new()),
+    let user = text.split(':').next().unwrap_or_default();
+    match user.parse() {
+        Ok(value) => (Some(v1::Int64Value { value }), String::new()),
         Err(_) => (None, user.to_string()),
     }
 }
@@ -34,6 +33,7 @@ fn user(text: &str) -> (Option<v1::Int64Value>, String) {
 /// What `crictl inspecti` shows.
 pub fn info(info: &ImageInfo) -> BTreeMap<String, String> {
     let facts = serde_json::json!({
+        "chainID": info.chain_id(),
         "imageSpec": &*info.config,
         "rootfs": info.erofs_path,
     });
@@ -61,7 +61,8 @@ mod tests {
     fn a_user_is_a_number_or_a_name_without_its_group() {
         let number = |value| Some(v1::Int64Value { value });
         for (text, uid, name) in [
-            ("", number(0), ""),
+            ("", None, ""),
+            ("0", number(0), ""),
             ("1000", number(1000), ""),
             ("1000:2000", number(1000), ""),
             ("redis:redis", None, "redis"),

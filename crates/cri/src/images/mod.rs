@@ -1,10 +1,14 @@
 //! ImageService.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use futures_util::Stream;
 use image::Images;
+use sandbox::Sandboxes;
 use tonic::{Request, Response, Status};
 
+use crate::config::Config;
 use crate::convert::Refusal;
 use crate::convert::image::{auth, info, to_cri};
 use crate::convert::time::nanos;
@@ -15,13 +19,26 @@ use crate::v1;
 #[derive(Clone)]
 pub struct Image {
     images: Images,
+    /// For what containers wrote beside the images.
+    sandboxes: Sandboxes,
+    /// Runtime handlers that an image can be pulled for.
+    handlers: Arc<Vec<String>>,
 }
 
 type Pages = std::pin::Pin<Box<dyn Stream<Item = Result<v1::StreamImagesResponse, Status>> + Send>>;
 
 impl Image {
-    pub fn new(images: Images) -> Self {
-        Self { images }
+    pub fn new(images: Images, sandboxes: Sandboxes, config: &Config) -> Self {
+        Self { images, sandboxes, handlers: Arc::new(config.handlers.clone()) }
+    }
+
+    fn check_handler(&self, spec: Option<&v1::ImageSpec>) -> Result<(), Status> {
+        let handler = spec.map(|spec| spec.runtime_handler.as_str()).unwrap_or_default();
+        if handler.is_empty() || self.handlers.iter().any(|known| known == handler) {
+            return Ok(());
+        }
+        let reason = format!("{handler:?} is no runtime handler of this node");
+        Err(refusal_status(Refusal::invalid("image.runtime_handler", &reason)))
     }
 
     fn list(&self, filter: Option<v1::ImageFilter>) -> Vec<v1::Image> {
@@ -82,6 +99,7 @@ impl v1::image_service_server::ImageService for Image {
         request: Request<v1::PullImageRequest>,
     ) -> Result<Response<v1::PullImageResponse>, Status> {
         let request = request.into_inner();
+        self.check_handler(request.image.as_ref())?;
         let name = named(request.image)?;
         let id = self.images.pull(&name, auth(request.auth), None).await.map_err(image_status)?;
         Ok(Response::new(v1::PullImageResponse { image_ref: id.to_string() }))
@@ -105,23 +123,25 @@ impl v1::image_service_server::ImageService for Image {
         &self,
         _: Request<v1::ImageFsInfoRequest>,
     ) -> Result<Response<v1::ImageFsInfoResponse>, Status> {
-        // Walks the store's folders.
-        let images = self.images.clone();
-        let info = tokio::task::spawn_blocking(move || images.fs_info())
-            .await
-            .map_err(|error| Status::internal(format!("measuring the image store: {error}")))?;
-        let usage = v1::FilesystemUsage {
-            timestamp: nanos(std::time::SystemTime::now()),
-            fs_id: Some(v1::FilesystemIdentifier {
-                mountpoint: info.mountpoint.to_string_lossy().into_owned(),
-            }),
-            used_bytes: Some(v1::UInt64Value { value: info.used_bytes }),
-            inodes_used: Some(v1::UInt64Value { value: info.inodes_used }),
+        let timestamp = nanos(std::time::SystemTime::now());
+        let info = self.images.fs_info();
+        let mountpoint = info.mountpoint.to_string_lossy().into_owned();
+        let usage = |used_bytes, inodes_used| v1::FilesystemUsage {
+            timestamp,
+            fs_id: Some(v1::FilesystemIdentifier { mountpoint: mountpoint.clone() }),
+            used_bytes: Some(v1::UInt64Value { value: used_bytes }),
+            inodes_used: Some(v1::UInt64Value { value: inodes_used }),
         };
+        // As the guests measured it last.
+        let (mut written, mut files) = (0, 0);
+        for container in self.sandboxes.all_stats().values().flat_map(|pod| &pod.containers) {
+            written += container.writable_layer.used_bytes;
+            files += container.writable_layer.inodes_used;
+        }
         // Writable layers stand on the same file system as images.
         Ok(Response::new(v1::ImageFsInfoResponse {
-            container_filesystems: vec![usage.clone()],
-            image_filesystems: vec![usage],
+            image_filesystems: vec![usage(info.used_bytes, info.inodes_used)],
+            container_filesystems: vec![usage(written, files)],
         }))
     }
 }

@@ -2,6 +2,7 @@
 
 mod debug;
 mod health;
+mod images;
 mod logging;
 mod network;
 mod notify;

@@ -13,6 +13,7 @@ use tonic::service::Routes;
 
 use super::debug::Debug;
 use super::health::NodeHealth;
+use super::images::Keeper;
 use super::network::CniNetwork;
 use super::{logging, notify};
 use crate::api::debug_server::DebugServer;
@@ -65,7 +66,8 @@ async fn work(settings: Settings) -> Result<()> {
         settings.root.clone(),
         streams,
     );
-    let service = cri::Image::new(images);
+    Keeper::start(sandboxes.clone(), images.clone()).await.context("collecting images")?;
+    let service = cri::Image::new(images, sandboxes.clone(), &settings.cri);
     let beside = Routes::new(
         DebugServer::new(debug)
             .max_decoding_message_size(cri::MAX_MESSAGE)
