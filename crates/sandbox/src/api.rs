@@ -1,5 +1,6 @@
 //! The door of the crate: one method a verb.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -70,6 +71,11 @@ impl Sandboxes {
         let Opened { node, quarantined, lock } =
             open::open(config, network, launcher, probe).await?;
         Ok(Self { node, quarantined: Arc::new(Mutex::new(quarantined)), _lock: Arc::new(lock) })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn node(&self) -> &Arc<Node> {
+        &self.node
     }
 
     /// Starts a pod. A caller that goes away before it is ready has it unwound.
@@ -280,7 +286,16 @@ impl Sandboxes {
 
     /// From a cache; a pod that has never been measured is measured now, with a short deadline.
     pub async fn pod_stats(&self, id: &str) -> Result<PodStatsView, Error> {
-        self.node.registry.find_pod(id)?.stats_or_measure().await
+        let stats = self.node.registry.find_pod(id)?.stats_or_measure().await?;
+        Ok(Arc::unwrap_or_clone(stats))
+    }
+
+    /// What has been measured of all pods that are ready, by id, from the cache only: a listing
+    /// waits for no guest. A pod that was not measured yet is not in it.
+    pub fn all_stats(&self) -> BTreeMap<PodId, Arc<PodStatsView>> {
+        let handles = self.node.registry.handles().into_iter();
+        let ready = handles.filter(|handle| handle.pod().phase == Phase::Ready);
+        ready.filter_map(|handle| Some((handle.id.clone(), handle.stats()?))).collect()
     }
 
     pub async fn container_stats(&self, id: &str) -> Result<ContainerStatsView, Error> {

@@ -16,6 +16,8 @@ pub struct Config {
     pub state: PathBuf,
     /// The `nacelle-vmm` binary.
     pub vmm: PathBuf,
+    /// The `nacelle-fs` binary, which shares folders of the host with a guest.
+    pub file_server: PathBuf,
     /// Command that runs [`crate::launcher::main`] with a socket as its standard input.
     pub launcher: Vec<OsString>,
     /// An ELF `vmlinux`.
@@ -67,6 +69,7 @@ impl Default for Config {
             root: "/var/lib/nacelle".into(),
             state: "/run/nacelle".into(),
             vmm: "/usr/lib/nacelle/nacelle-vmm".into(),
+            file_server: "/usr/lib/nacelle/nacelle-fs".into(),
             launcher: vec!["/proc/self/exe".into(), "launcher".into()],
             kernel: "/usr/lib/nacelle/vmlinux".into(),
             initramfs: "/usr/lib/nacelle/initramfs.cpio".into(),

@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
@@ -83,10 +84,11 @@ pub enum PodState {
     NotReady,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PodView {
     pub id: PodId,
-    pub spec: PodSpec,
+    /// Shared: a listing copies no specification.
+    pub spec: Arc<PodSpec>,
     pub state: PodState,
     pub created_at: SystemTime,
     /// Why the pod is not ready, for people; empty while it is, or when it was stopped on request.
@@ -232,11 +234,11 @@ pub enum ContainerState {
     Unknown,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ContainerView {
     pub id: ContainerId,
     pub pod: PodId,
-    pub spec: ContainerSpec,
+    pub spec: Arc<ContainerSpec>,
     pub state: ContainerState,
     pub created_at: SystemTime,
     pub started_at: Option<SystemTime>,

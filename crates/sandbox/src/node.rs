@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::host::scratch::Scratch;
+use crate::host::watch::Watcher;
 use crate::journal::Journal;
 use crate::launcher::Launch;
 use crate::model::Event;
@@ -24,6 +25,7 @@ pub(crate) struct Node {
     pub(crate) journal: Journal,
     pub(crate) scratch: Scratch,
     pub(crate) registry: Registry,
+    pub(crate) watcher: Watcher,
     /// Admits starts; a start holds one permit until its guest is up.
     pub(crate) starts: Semaphore,
     /// What has happened to pods and containers, for those who follow.

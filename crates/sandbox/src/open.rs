@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::host::scratch::Scratch;
 use crate::host::sockets::MAX_PATH;
+use crate::host::watch::Watcher;
 use crate::host::{blocking, cgroup, process};
 use crate::journal::{Found, Journal, Probe};
 use crate::launcher::Launch;
@@ -59,6 +60,7 @@ pub(crate) async fn open(
     let pods = config.root.join("pods");
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
     let journal = Journal::open(pods.clone(), probe).map_err(|e| failed("open", &pods, e))?;
+    let shutdown = CancellationToken::new();
     let node = Arc::new(Node {
         cgroup_root,
         boot_id: process::boot_id(),
@@ -68,7 +70,8 @@ pub(crate) async fn open(
         registry: Registry::default(),
         starts: Semaphore::new(config.starts_at_once()),
         events: broadcast::Sender::new(EVENTS),
-        shutdown: CancellationToken::new(),
+        watcher: Watcher::start(shutdown.clone()),
+        shutdown,
         journal: journal.clone(),
         config,
     });
@@ -156,10 +159,10 @@ async fn lock(path: &Path) -> Result<Flock<File>, Error> {
 fn settle(mut pod: Pod, same_boot: bool) -> Pod {
     let at = std::time::SystemTime::now();
     if !same_boot {
-        let vmm: Vec<Effect> =
-            pod.ledger.iter().filter(|e| matches!(e, Effect::Vmm { .. })).cloned().collect();
+        let is_process = |e: &&Effect| matches!(e, Effect::Vmm { .. } | Effect::FileServer { .. });
+        let processes: Vec<Effect> = pod.ledger.iter().filter(is_process).cloned().collect();
         let died = Change::VmDied { reason: "the host was rebooted".into(), at };
-        let changes = std::iter::once(died).chain(vmm.into_iter().map(Change::Undone));
+        let changes = std::iter::once(died).chain(processes.into_iter().map(Change::Undone));
         for change in changes {
             // Neither refuses any state.
             let _ = pod.apply(change);

@@ -52,6 +52,8 @@ pub(crate) enum Effect {
     Cgroup { leaf: PathBuf, parents: Vec<PathBuf> },
     /// The VMM, once its pid is known; before that, killing the cgroup finds it.
     Vmm { pid: u32, started: u64 },
+    /// The pod's file server; before its pid is known, killing the cgroup finds it.
+    FileServer { pid: u32, started: u64 },
     /// A container's writable layer and its log's sidecar.
     ContainerFiles { container: ContainerId },
 }
@@ -105,7 +107,7 @@ impl Container {
         ContainerView {
             id: self.id.clone(),
             pod: pod.clone(),
-            spec: (*self.spec).clone(),
+            spec: self.spec.clone(),
             state,
             created_at: self.created_at,
             started_at: self.started_at,
@@ -157,6 +159,10 @@ pub(crate) enum Change {
     VmDied {
         reason: String,
         at: SystemTime,
+    },
+    FileServerStarted {
+        pid: u32,
+        started: u64,
     },
     ContainerPlanned(Box<Container>),
     ContainerCreated {
@@ -259,6 +265,10 @@ impl Pod {
                     self.reason = reason;
                 }
             }
+            Change::FileServerStarted { pid, started } => {
+                self.expect(&[Phase::Ready])?;
+                self.ledger.push(Effect::FileServer { pid, started });
+            }
             other => self.apply_to_container(other)?,
         }
         Ok(())
@@ -314,6 +324,7 @@ impl Pod {
             | Change::Stopping
             | Change::Stopped { .. }
             | Change::Removing
+            | Change::FileServerStarted { .. }
             | Change::VmDied { .. } => {}
         }
         Ok(())
@@ -372,7 +383,7 @@ impl Pod {
     pub(crate) fn view(&self) -> PodView {
         PodView {
             id: self.id.clone(),
-            spec: (*self.spec).clone(),
+            spec: self.spec.clone(),
             state: self.state(),
             created_at: self.created_at,
             reason: self.reason.clone(),

@@ -64,6 +64,19 @@ impl Vmm {
         }
     }
 
+    /// Plugs a file system that `backend` is connected to; one that is there already is fine, and
+    /// keeps the backend it has. The guest finds it by `tag` once it has looked at its PCI bus.
+    pub(crate) async fn add_fs(&self, id: &str, tag: &str, backend: OwnedFd) -> Result<(), Error> {
+        let request = Request::AddFs { id: id.to_owned(), tag: tag.to_owned() };
+        match self.call(request, Some(backend)).await {
+            Ok(_) | Err(ClientError::Refused(vmm_api::Error::Exists { .. })) => Ok(()),
+            Err(ClientError::Refused(e @ vmm_api::Error::BusFull { .. })) => {
+                Err(Error::ResourceExhausted { message: e.to_string() })
+            }
+            Err(e) => Err(failed("plug a file system", e)),
+        }
+    }
+
     /// Pulls a device; one that is not there is fine.
     pub(crate) async fn remove_device(&self, id: &str) -> Result<(), Error> {
         match self.call(Request::RemoveDevice { id: id.to_owned() }, None).await {

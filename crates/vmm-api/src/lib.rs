@@ -7,10 +7,12 @@
 //! - [`Request`] / [`Reply`]: one JSON object a packet on a `SOCK_SEQPACKET` unix socket, the
 //!   descriptor of a plugged device attached as `SCM_RIGHTS` ([`transport`]).
 //! - [`VmExit`]: what the VMM leaves in its status file when it ends.
+//! - [`shares`]: the same for `nacelle-fs`, which serves files to a VM.
 //! - [`console_ring`]: the file in which the guest's console output stands.
 
 pub mod client;
 pub mod console_ring;
+pub mod shares;
 pub mod transport;
 
 use serde::{Deserialize, Serialize};

@@ -77,6 +77,22 @@ pub(crate) fn make(leaf: &Path) -> io::Result<File> {
     File::open(leaf)
 }
 
+/// Kills what lives in the leaf beside the process that is to stay. Blocks.
+pub(crate) fn kill_others(leaf: &Path, stays: Option<u32>) -> io::Result<()> {
+    let inside = || fs::read_to_string(leaf.join("cgroup.procs"));
+    for pid in inside()?.lines().filter_map(|line| line.parse().ok()) {
+        if Some(pid) == stays {
+            continue;
+        }
+        let Ok(pidfd) = super::process::pidfd_open(pid) else { continue };
+        // Looked at again with the pidfd held: it means a process that lives here.
+        if inside()?.lines().any(|line| line.parse() == Ok(pid)) {
+            super::process::kill(pidfd)?;
+        }
+    }
+    Ok(())
+}
+
 /// Kills what lives in the leaf and removes it, then those of `parents` that stand empty.
 pub(crate) async fn remove(leaf: &Path, parents: &[PathBuf]) -> io::Result<()> {
     let until = tokio::time::Instant::now() + EMPTY_LIMIT;

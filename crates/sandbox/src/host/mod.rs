@@ -5,8 +5,10 @@ pub(crate) mod cgroup;
 pub(crate) mod etc;
 pub(crate) mod process;
 pub(crate) mod scratch;
+pub(crate) mod share;
 pub(crate) mod sockets;
 pub(crate) mod volumes;
+pub(crate) mod watch;
 
 use std::fs::File;
 use std::io;

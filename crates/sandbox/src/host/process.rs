@@ -120,11 +120,16 @@ mod pidfd {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
-#[cfg(test)]
 pub(crate) use pidfd::pidfd_open;
-#[cfg(not(test))]
-use pidfd::pidfd_open;
 use pidfd::{pidfd_kill, watch};
+
+/// Kills the process that the pidfd means; one that has ended is fine.
+pub(crate) fn kill(pidfd: OwnedFd) -> io::Result<()> {
+    match pidfd_kill(pidfd.as_fd()) {
+        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        other => other,
+    }
+}
 
 #[cfg(test)]
 mod tests {

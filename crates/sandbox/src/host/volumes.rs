@@ -3,10 +3,11 @@
 //! Read in pieces and handed on at once: a volume never stands in our memory as a whole. Links are
 //! kept as links, so nothing outside of the named folder is ever read through one.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
 
 use agent_api::v1::VolumeFile;
 
@@ -33,6 +34,11 @@ pub(crate) enum Shape {
     Folder,
 }
 
+impl Shape {
+    /// What a copied file is called in its volume.
+    pub(crate) const FILE: &'static str = "file";
+}
+
 /// What stands at `path`, links followed: a mount's source is what it points to.
 pub(crate) fn shape(path: &Path) -> Result<Shape, Error> {
     let meta = fs::metadata(path)
@@ -40,7 +46,7 @@ pub(crate) fn shape(path: &Path) -> Result<Shape, Error> {
     if meta.is_dir() {
         Ok(Shape::Folder)
     } else if meta.is_file() {
-        Ok(Shape::File { name: "file".into() })
+        Ok(Shape::File { name: Shape::FILE.into() })
     } else {
         Err(special(path, meta.file_type()))
     }
@@ -73,6 +79,90 @@ pub(crate) fn read(
         Shape::Folder => walk.folder(path, &PathBuf::new(), 0)?,
     }
     walk.flush()
+}
+
+/// Where a kubelet's atomic writer keeps what is current: a link to one folder beside it.
+const DATA: &str = "..data";
+/// A folder whose writer replaces it faster than it can be read is given up.
+const TRIES: usize = 5;
+
+/// What such a folder holds at one moment.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Generation {
+    /// What `..data` points to; empty: nothing has been written yet.
+    pub(crate) name: OsString,
+    /// Each fits into a message.
+    pub(crate) batches: Vec<Vec<VolumeFile>>,
+}
+
+/// Name of the current generation. Blocks.
+pub(crate) fn current(folder: &Path) -> io::Result<OsString> {
+    match fs::read_link(folder.join(DATA)) {
+        Ok(target) => {
+            let mut parts = target.components();
+            match (parts.next(), parts.next()) {
+                (Some(Component::Normal(name)), None) => Ok(name.to_owned()),
+                // It must not lead out of the folder.
+                _ => Err(io::Error::new(io::ErrorKind::InvalidData, "..data points elsewhere")),
+            }
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound && folder.is_dir() => Ok(OsString::new()),
+        Err(e) => Err(e),
+    }
+}
+
+/// Reads the current generation, all of it from the same one. Such volumes are small, so here they
+/// do stand in memory. Blocks.
+pub(crate) fn generation(folder: &Path, limits: Limits) -> Result<Generation, Error> {
+    let failed = |e| Error::io(format!("read volume source {}", folder.display()), e);
+    let mut last = None;
+    for _ in 0..TRIES {
+        let name = current(folder).map_err(failed)?;
+        if name.is_empty() {
+            return Ok(Generation::default());
+        }
+        let path = folder.join(&name);
+        if fs::symlink_metadata(&path).is_ok_and(|m| !m.is_dir()) {
+            return Err(Error::invalid(format!("{} is no folder", path.display())));
+        }
+        let mut batches = Vec::new();
+        let done = read(&path, limits, &mut |files| {
+            batches.push(files);
+            Ok(())
+        });
+        match done {
+            Ok(()) if current(folder).map_err(failed)? == name => {
+                return Ok(Generation { name, batches });
+            }
+            // Replaced and removed while we read it.
+            Ok(()) => {}
+            Err(e @ (Error::Unsupported { .. } | Error::ResourceExhausted { .. })) => {
+                return Err(e);
+            }
+            Err(e) => last = Some(e),
+        }
+    }
+    Err(last.unwrap_or_else(|| {
+        Error::unavailable(format!("volume source {} changes all the time", folder.display()))
+    }))
+}
+
+/// Opens a file that is to be written later, never through a link in its place.
+pub(crate) fn open_for_writing(path: &Path) -> Result<File, Error> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
+    let opened = File::options().write(true).custom_flags(flags).open(path);
+    let file = opened.map_err(|e| Error::invalid(format!("{}: {e}", path.display())))?;
+    let meta = file.metadata().map_err(|e| Error::io(format!("look at {}", path.display()), e))?;
+    if !meta.is_file() {
+        return Err(Error::invalid(format!("{} is no regular file", path.display())));
+    }
+    Ok(file)
+}
+
+/// Gives a file this content. Blocks.
+pub(crate) fn overwrite(file: &File, content: &[u8]) -> io::Result<()> {
+    file.write_all_at(content, 0)?;
+    file.set_len(content.len() as u64)
 }
 
 #[derive(Default)]
@@ -254,6 +344,69 @@ mod tests {
         nix::unistd::mkfifo(&dir.path().join("p"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(matches!(collect(dir.path()), Err(Error::Unsupported { .. })));
         assert!(matches!(collect(&dir.path().join("p")), Err(Error::Unsupported { .. })));
+    }
+
+    /// As a kubelet's atomic writer does it.
+    fn publish(folder: &Path, name: &str, files: &[(&str, &str)]) {
+        fs::create_dir(folder.join(name)).unwrap();
+        for (file, text) in files {
+            fs::write(folder.join(name).join(file), text).unwrap();
+        }
+        std::os::unix::fs::symlink(name, folder.join("..data_tmp")).unwrap();
+        let old = fs::read_link(folder.join(DATA));
+        fs::rename(folder.join("..data_tmp"), folder.join(DATA)).unwrap();
+        if let Ok(old) = old {
+            fs::remove_dir_all(folder.join(old)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_generation_is_never_mixed_with_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(generation(dir.path(), LIMITS).unwrap(), Generation::default());
+        publish(dir.path(), "..0", &[("a", "0"), ("b", "0")]);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                for n in 1..200 {
+                    let text = n.to_string();
+                    publish(dir.path(), &format!("..{n}"), &[("a", &text), ("b", &text)]);
+                }
+            });
+            while !writer.is_finished() {
+                // A writer without a pause may outrun us.
+                let Ok(read) = generation(dir.path(), LIMITS) else { continue };
+                let contents: Vec<_> =
+                    read.batches.iter().flatten().map(|f| f.content.clone()).collect();
+                assert_eq!(contents.len(), 2);
+                assert_eq!(contents[0], contents[1]);
+                assert_eq!(read.name.to_str().unwrap().as_bytes()[2..], contents[0]);
+            }
+        });
+        assert_eq!(generation(dir.path(), LIMITS).unwrap().name, "..199");
+    }
+
+    #[test]
+    fn a_data_link_that_leads_out_of_the_folder_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        for target in ["/etc", "../x", "a/b"] {
+            let _ = fs::remove_file(dir.path().join(DATA));
+            std::os::unix::fs::symlink(target, dir.path().join(DATA)).unwrap();
+            assert!(generation(dir.path(), LIMITS).is_err(), "{target}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_overwritten_whole_and_a_link_in_its_place_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        fs::write(&path, "a long former text").unwrap();
+        let file = open_for_writing(&path).unwrap();
+        overwrite(&file, b"new").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new");
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(open_for_writing(&link).is_err());
+        assert!(open_for_writing(dir.path()).is_err());
     }
 
     #[test]

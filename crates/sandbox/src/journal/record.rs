@@ -67,6 +67,7 @@ enum StoredEffect {
     Network,
     Cgroup { leaf: PathBuf, parents: Vec<PathBuf> },
     Vmm { pid: u32, started: u64 },
+    FileServer { pid: u32, started: u64 },
     ContainerFiles { container: String },
 }
 
@@ -215,6 +216,7 @@ impl From<Effect> for StoredEffect {
             Effect::Network => Self::Network,
             Effect::Cgroup { leaf, parents } => Self::Cgroup { leaf, parents },
             Effect::Vmm { pid, started } => Self::Vmm { pid, started },
+            Effect::FileServer { pid, started } => Self::FileServer { pid, started },
             Effect::ContainerFiles { container } => Self::ContainerFiles { container },
         }
     }
@@ -227,6 +229,7 @@ impl From<StoredEffect> for Effect {
             StoredEffect::Network => Self::Network,
             StoredEffect::Cgroup { leaf, parents } => Self::Cgroup { leaf, parents },
             StoredEffect::Vmm { pid, started } => Self::Vmm { pid, started },
+            StoredEffect::FileServer { pid, started } => Self::FileServer { pid, started },
             StoredEffect::ContainerFiles { container } => Self::ContainerFiles { container },
         }
     }

@@ -1,6 +1,5 @@
 //! CreateContainer: disks into the VM, volumes into the guest, the process prepared.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -8,14 +7,13 @@ use std::time::{Duration, SystemTime};
 use agent_api::v1;
 use tokio_util::sync::CancellationToken;
 
-use super::disks;
 use super::handle::Handle;
-use super::run_pod::ETC_VOLUME;
+use super::volumes::{self, Prepared};
+use super::{disks, shares, sync};
 use crate::error::Error;
-use crate::host::volumes::{Shape, shape};
-use crate::host::{absent_is_fine, blocking, etc};
+use crate::host::{absent_is_fine, blocking};
 use crate::logs::{self, LogWriter, Source};
-use crate::model::{Access, ContainerId, ContainerSpec, Identity, PidMode, VolumeSource};
+use crate::model::{BlockDevice, ContainerId, ContainerSpec, Identity, PidMode};
 use crate::policy::{Change, Container, ContainerPhase, Pod};
 
 /// Supplementary groups the kernel takes (NGROUPS_MAX); a guest may name any number.
@@ -90,14 +88,15 @@ async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
         }
     };
     let has_scratch = scratch.is_some();
-    disks::plug(handle, &spec.rootfs.image, id, scratch).await?;
-    let volumes = volumes(handle, id, spec).await?;
-    let request = request(id, spec, volumes, has_scratch)?;
+    disks::plug(handle, id, spec, scratch).await?;
+    let Prepared { mounts, synced } = volumes::prepare(handle, id, spec).await?;
+    let request = request(id, spec, mounts, has_scratch)?;
     let made = handle
         .guest
         .call("create the container", |mut c| async move { c.create_container(request).await })
         .await?;
     start_log(handle, &container).await?;
+    sync::start(handle, id, synced);
     let v1::CreateContainerReply { pid: _, uid, gid, mut groups } = made;
     groups.truncate(MAX_GROUPS);
     Ok(Identity { uid, gid, groups })
@@ -117,50 +116,6 @@ pub(super) async fn start_log(handle: &Handle, container: &Container) -> Result<
     };
     handle.set_log(&container.id, logs::start(source, writer));
     Ok(())
-}
-
-async fn volumes(
-    handle: &Handle,
-    id: &str,
-    spec: &ContainerSpec,
-) -> Result<Vec<v1::VolumeMount>, Error> {
-    let mut mounts = Vec::new();
-    let mut taken: HashSet<PathBuf> =
-        spec.oci.mounts().iter().flatten().map(|m| m.destination().clone()).collect();
-    for (n, volume) in spec.volumes.iter().enumerate() {
-        let VolumeSource::Copied { host_path } = &volume.source else {
-            return Err(Error::Unsupported {
-                message: format!("volume {}: only copied volumes are there", volume.container_path),
-            });
-        };
-        let source = host_path.clone();
-        let sub_path = match blocking(move || shape(&source)).await? {
-            Shape::File { name } => name,
-            Shape::Folder => String::new(),
-        };
-        let volume_id = disks::volume_id(id, n);
-        disks::copy_volume(handle, &volume_id, host_path).await?;
-        taken.insert(PathBuf::from(&volume.container_path));
-        mounts.push(v1::VolumeMount {
-            volume_id,
-            destination: volume.container_path.clone(),
-            sub_path,
-            read_only: volume.access != Access::ReadWrite,
-            ..Default::default()
-        });
-    }
-    for (name, destination) in etc::FILES {
-        if !taken.contains(Path::new(destination)) {
-            mounts.push(v1::VolumeMount {
-                volume_id: ETC_VOLUME.to_owned(),
-                destination: destination.to_owned(),
-                sub_path: name.to_owned(),
-                read_only: spec.rootfs.read_only,
-                ..Default::default()
-            });
-        }
-    }
-    Ok(mounts)
 }
 
 fn request(
@@ -198,13 +153,21 @@ fn request(
         stdin_once: spec.stdin_once,
         cwd,
         strict_groups: spec.strict_groups,
-        block_devices: Vec::new(),
+        block_devices: spec.devices.iter().map(block_device).collect(),
     })
+}
+
+fn block_device(device: &BlockDevice) -> v1::BlockDevice {
+    v1::BlockDevice {
+        disk_serial: disks::device_serial(device),
+        path: device.container_path.clone(),
+        permissions: device.permissions.clone(),
+    }
 }
 
 /// Takes back a creation, as far as it came; goes on past failures.
 pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
-    handle.drop_log(id);
+    handle.drop_live(id);
     let Ok(container) = handle.container(id) else { return };
     if !handle.closing.is_cancelled() {
         let request = v1::RemoveContainerRequest { container_id: id.to_owned() };
@@ -215,7 +178,8 @@ pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
         if let Err(error) = removed.await {
             tracing::warn!(container = id, %error, "guest keeps a container that failed");
         }
-        if let Err(error) = disks::unplug(handle, &container.spec.rootfs.image, id).await {
+        shares::remove(handle, id, &container.spec).await;
+        if let Err(error) = disks::unplug(handle, id, &container.spec).await {
             tracing::warn!(container = id, %error, "a disk stays in the VM");
         }
     }

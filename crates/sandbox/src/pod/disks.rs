@@ -1,7 +1,11 @@
 //! Disks and volumes of a pod's containers, host and guest side together.
 
+use std::collections::BTreeSet;
 use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 
 use agent_api::v1;
 
@@ -10,6 +14,7 @@ use crate::error::Error;
 use crate::guest::Guest;
 use crate::host::blocking;
 use crate::host::volumes::{self, Limits};
+use crate::model::{BlockDevice, ContainerSpec, VolumeSource};
 use crate::policy::ContainerPhase;
 use crate::vmm::serial;
 
@@ -22,28 +27,93 @@ pub(super) fn scratch_serial(container: &str) -> String {
     serial('s', container.as_bytes())
 }
 
-/// Plugs both disks of a container and waits until the guest sees them.
+/// The disk of a host's device: one a pod and way of access, so that containers that share the
+/// device see one cache.
+pub(super) fn device_serial(device: &BlockDevice) -> String {
+    let kind = if is_written(device) { 'w' } else { 'r' };
+    serial(kind, device.host_path.as_os_str().as_encoded_bytes())
+}
+
+fn is_written(device: &BlockDevice) -> bool {
+    device.permissions.contains('w')
+}
+
+/// Images that a container reads: its root file system's and its volumes'.
+fn images(spec: &ContainerSpec) -> impl Iterator<Item = &Path> {
+    let volumes = spec.volumes.iter().filter_map(|v| match &v.source {
+        VolumeSource::Image { image, .. } => Some(image.as_path()),
+        _ => None,
+    });
+    std::iter::once(spec.rootfs.image.as_path()).chain(volumes)
+}
+
+/// Disks of a container that others may use as well.
+fn shared_serials(spec: &ContainerSpec) -> BTreeSet<String> {
+    images(spec).map(image_serial).chain(spec.devices.iter().map(device_serial)).collect()
+}
+
+struct Disk {
+    serial: String,
+    file: File,
+    read_only: bool,
+}
+
+/// Opens what a container's shared disks are made of. Blocks.
+fn open_shared(spec: &ContainerSpec) -> Result<Vec<Disk>, Error> {
+    let mut disks = Vec::new();
+    for image in images(spec) {
+        let file = File::open(image);
+        let file = file.map_err(|e| Error::io(format!("open image {}", image.display()), e))?;
+        disks.push(Disk { serial: image_serial(image), file, read_only: true });
+    }
+    for device in &spec.devices {
+        let read_only = !is_written(device);
+        let file = open_device(&device.host_path, read_only)?;
+        disks.push(Disk { serial: device_serial(device), file, read_only });
+    }
+    Ok(disks)
+}
+
+fn open_device(path: &Path, read_only: bool) -> Result<File, Error> {
+    let mut options = File::options();
+    // O_NONBLOCK: what stands there may be a pipe, until we have looked.
+    options.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+    let failed = |e| Error::io(format!("open device {}", path.display()), e);
+    let file = options.open(path).map_err(|e| match e.kind() {
+        ErrorKind::NotFound => Error::invalid(format!("device {}: {e}", path.display())),
+        _ => failed(e),
+    })?;
+    if !file.metadata().map_err(failed)?.file_type().is_block_device() {
+        return Err(Error::Unsupported {
+            message: format!(
+                "{} is no block device: others of the host cannot be given to a VM",
+                path.display()
+            ),
+        });
+    }
+    Ok(file)
+}
+
+/// Plugs all disks of a container and waits until the guest sees them.
 pub(super) async fn plug(
     handle: &Handle,
-    image: &Path,
     container: &str,
+    spec: &Arc<ContainerSpec>,
     scratch: Option<File>,
 ) -> Result<(), Error> {
     let _one_at_a_time = handle.plugs.lock().await;
-    let file = {
-        let image = image.to_owned();
-        blocking(move || {
-            File::open(&image).map_err(|e| Error::io(format!("open image {}", image.display()), e))
-        })
-        .await?
+    let mut disks = {
+        let spec = spec.clone();
+        blocking(move || open_shared(&spec)).await?
     };
-    let image = image_serial(image);
-    handle.vmm.add_disk(&image, file, true).await?;
-    let mut serials = vec![image];
-    if let Some(scratch) = scratch {
-        let serial = scratch_serial(container);
-        handle.vmm.add_disk(&serial, scratch, false).await?;
-        serials.push(serial);
+    let own = scratch.map(|file| (scratch_serial(container), file));
+    disks.extend(own.map(|(serial, file)| Disk { serial, file, read_only: false }));
+    let mut serials = Vec::new();
+    for Disk { serial, file, read_only } in disks {
+        if !serials.contains(&serial) {
+            handle.vmm.add_disk(&serial, file, read_only).await?;
+            serials.push(serial);
+        }
     }
     let request = v1::RescanDevicesRequest { disk_serials: serials, macs: Vec::new() };
     let call = handle
@@ -52,18 +122,27 @@ pub(super) async fn plug(
     call.await.map(drop)
 }
 
-/// Pulls a container's scratch disk, and its image's disk unless another container uses it. Goes
-/// on past failures; the VM's end frees what is left.
-pub(super) async fn unplug(handle: &Handle, image: &Path, container: &str) -> Result<(), Error> {
+/// Pulls a container's scratch disk, and those of its disks that no other container uses. Goes on
+/// past failures; the VM's end frees what is left.
+pub(super) async fn unplug(
+    handle: &Handle,
+    container: &str,
+    spec: &ContainerSpec,
+) -> Result<(), Error> {
     let _one_at_a_time = handle.plugs.lock().await;
-    let scratch = pull(handle, scratch_serial(container)).await;
     let pod = handle.pod();
-    let mut others = pod.containers.values().filter(|c| c.id != container);
-    if others.any(|c| c.spec.rootfs.image == image && c.phase != ContainerPhase::Removing) {
-        return scratch;
+    let others = pod
+        .containers
+        .values()
+        .filter(|c| c.id != container && c.phase != ContainerPhase::Removing)
+        .flat_map(|c| shared_serials(&c.spec));
+    let kept: BTreeSet<String> = others.collect();
+    let mut result = Ok(());
+    let own = std::iter::once(scratch_serial(container));
+    for serial in own.chain(shared_serials(spec).into_iter().filter(|s| !kept.contains(s))) {
+        result = result.and(pull(handle, serial).await);
     }
-    let shared = pull(handle, image_serial(image)).await;
-    scratch.and(shared)
+    result
 }
 
 async fn pull(handle: &Handle, serial: String) -> Result<(), Error> {
@@ -88,12 +167,6 @@ async fn is_plugged(handle: &Handle, serial: &str) -> bool {
     }
 }
 
-/// Name of a container's n-th volume in the guest; the guest frees those that begin with a
-/// container's id together with it.
-pub(super) fn volume_id(container: &str, n: usize) -> String {
-    format!("{container}.{n}")
-}
-
 /// Writes a volume that is already in memory.
 pub(super) async fn write_volume(
     guest: &Guest,
@@ -113,6 +186,44 @@ async fn send(
     let volume_id = id.to_owned();
     let request = v1::WriteVolumeRequest { volume_id, files, swap: false, size_limit, more };
     guest.call("write a volume", |mut c| async move { c.write_volume(request).await }).await?;
+    Ok(())
+}
+
+/// Replaces a volume's content in one step, by its `..data` link. A swap that was begun and not
+/// ended (`torn`) is given up first.
+pub(super) async fn swap_volume(
+    guest: &Guest,
+    id: &str,
+    mut batches: Vec<Vec<v1::VolumeFile>>,
+    size_limit: u64,
+    torn: bool,
+) -> Result<(), Error> {
+    if torn {
+        // Names that begin so are refused, and a refusal ends the swap it belongs to.
+        let path = "..".to_owned();
+        let reserved = v1::VolumeFile { path, mode: libc::S_IFREG, ..Default::default() };
+        match swap(guest, id, vec![reserved], size_limit, false).await {
+            Ok(()) | Err(Error::InvalidArgument { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let last = batches.pop().unwrap_or_default();
+    for batch in batches {
+        swap(guest, id, batch, size_limit, true).await?;
+    }
+    swap(guest, id, last, size_limit, false).await
+}
+
+async fn swap(
+    guest: &Guest,
+    id: &str,
+    files: Vec<v1::VolumeFile>,
+    size_limit: u64,
+    more: bool,
+) -> Result<(), Error> {
+    let volume_id = id.to_owned();
+    let request = v1::WriteVolumeRequest { volume_id, files, swap: true, size_limit, more };
+    guest.call("replace a volume", |mut c| async move { c.write_volume(request).await }).await?;
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use agent_api::v1;
 use agent_api::v1::event::Event as Kind;
 
 use super::handle::Handle;
+use super::write_back::write_back;
 use crate::error::Error;
 use crate::model::ExitView;
 use crate::policy::Change;
@@ -15,6 +16,8 @@ use crate::policy::Change;
 /// A container that has ended is shown as ended when its output stands in the log, or after this
 /// time: something else may hold its pipes open.
 const DRAIN_LIMIT: Duration = Duration::from_secs(3);
+/// A start that is not decided after this time does not hold back the container's end any more.
+const START_LIMIT: Duration = Duration::from_secs(5);
 /// Acknowledgements are gathered for this long: execs come in bursts.
 const ACK_AFTER: Duration = Duration::from_millis(20);
 const PAUSE: Duration = Duration::from_millis(250);
@@ -74,6 +77,11 @@ async fn take(handle: &Arc<Handle>, event: Kind) {
         Change::ContainerEnded { id, .. } => Some(id.clone()),
         _ => None,
     };
+    if let Some(id) = &id {
+        // A short program's end comes before the answer that it runs; and the end of one that could
+        // not be started is told by that answer.
+        let _ = tokio::time::timeout(START_LIMIT, handle.start_decided(id)).await;
+    }
     loop {
         match handle.commit(vec![change.clone()]).await {
             Ok(()) => break,
@@ -95,6 +103,7 @@ pub(super) async fn show_when_drained(handle: &Handle, id: String) {
     if let Some(log) = handle.log(&id) {
         let _ = tokio::time::timeout(DRAIN_LIMIT, log.drained()).await;
     }
+    write_back(handle, &id).await;
     let _ = handle.commit(vec![Change::LogsDrained { id }]).await;
 }
 

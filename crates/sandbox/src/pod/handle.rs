@@ -1,15 +1,18 @@
 //! What a pod looks like from outside of its owner task.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use agent_api::v1::Exit;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::owner::{Msg, Request};
+use super::shares::Server;
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::logs::LogHandle;
@@ -29,6 +32,8 @@ pub(crate) struct Paths {
     pub(crate) console: PathBuf,
     pub(crate) status: PathBuf,
     pub(crate) log: PathBuf,
+    /// Control socket of the file server.
+    pub(crate) shares: PathBuf,
 }
 
 impl Paths {
@@ -37,6 +42,7 @@ impl Paths {
         Self {
             control: state_dir.join("control.sock"),
             vsock: state_dir.join("vsock.sock"),
+            shares: state_dir.join("shares.sock"),
             console: folder.join("console.ring"),
             status: folder.join("vmm-status.json"),
             log: folder.join("vmm.log"),
@@ -69,7 +75,13 @@ struct Live {
     logs: HashMap<ContainerId, LogHandle>,
     /// By exec id.
     execs: HashMap<String, oneshot::Sender<ExecEnd>>,
-    stats: Option<PodStatsView>,
+    stats: Option<Arc<PodStatsView>>,
+    /// Containers whose start is not decided yet; the channel closes when it is.
+    starting: HashMap<ContainerId, watch::Receiver<()>>,
+    /// Keep a container's volumes in step.
+    syncs: HashMap<ContainerId, JoinSet<()>>,
+    /// Host sides of files that are written back, by the volume's number.
+    written_back: HashMap<(ContainerId, usize), Arc<File>>,
 }
 
 pub(crate) struct Handle {
@@ -85,9 +97,29 @@ pub(crate) struct Handle {
     /// Plugging and pulling disks is one thing at a time, so that a disk is not pulled for one
     /// container just when another has found it there.
     pub(crate) plugs: tokio::sync::Mutex<()>,
+    /// The file server, once it is needed. Held while it starts.
+    pub(super) shares: tokio::sync::Mutex<Option<Arc<Server>>>,
+    /// Measures once what nobody has measured yet.
+    pub(super) first_stats: tokio::sync::OnceCell<()>,
+    /// Containers that a former daemon has left: recovery looks at these, and not at those that
+    /// are being made meanwhile.
+    pub(super) recovered: BTreeSet<ContainerId>,
     requests: mpsc::Sender<Msg>,
     state: watch::Receiver<Arc<Pod>>,
     live: Mutex<Live>,
+}
+
+/// See [`Handle::begin_start`].
+pub(super) struct Starting {
+    handle: Arc<Handle>,
+    container: ContainerId,
+    _decided: watch::Sender<()>,
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        self.handle.live().starting.remove(&self.container);
+    }
 }
 
 impl Handle {
@@ -98,13 +130,17 @@ impl Handle {
         state: watch::Receiver<Arc<Pod>>,
     ) -> Self {
         let paths = Paths::new(&node, &id);
+        let recovered = state.borrow().containers.keys().cloned().collect();
         Self {
             guest: Guest::new(paths.vsock.clone(), node.config.guest_call_deadline()),
             vmm: Vmm::new(paths.control.clone(), node.config.vmm_call_deadline()),
             closing: node.shutdown.child_token(),
             gate: Arc::default(),
             plugs: tokio::sync::Mutex::default(),
+            shares: tokio::sync::Mutex::default(),
             live: Mutex::default(),
+            first_stats: tokio::sync::OnceCell::new(),
+            recovered,
             id,
             node,
             paths,
@@ -179,9 +215,39 @@ impl Handle {
         self.live().logs.insert(container.to_owned(), log);
     }
 
-    /// Ends the container's log task.
-    pub(super) fn drop_log(&self, container: &str) {
-        self.live().logs.remove(container);
+    /// Says that a container's start is going on, until the guard is dropped.
+    pub(super) fn begin_start(self: &Arc<Self>, container: &str) -> Starting {
+        let (decided, receiver) = watch::channel(());
+        self.live().starting.insert(container.to_owned(), receiver);
+        Starting { handle: self.clone(), container: container.to_owned(), _decided: decided }
+    }
+
+    /// Waits while a container's start goes on.
+    pub(super) async fn start_decided(&self, container: &str) {
+        let starting = self.live().starting.get(container).cloned();
+        if let Some(mut starting) = starting {
+            let _ = starting.changed().await;
+        }
+    }
+
+    pub(super) fn set_syncs(&self, container: &str, tasks: JoinSet<()>) {
+        self.live().syncs.insert(container.to_owned(), tasks);
+    }
+
+    pub(super) fn set_written_back(&self, container: &str, volume: usize, file: Arc<File>) {
+        self.live().written_back.insert((container.to_owned(), volume), file);
+    }
+
+    pub(super) fn written_back(&self, container: &str, volume: usize) -> Option<Arc<File>> {
+        self.live().written_back.get(&(container.to_owned(), volume)).cloned()
+    }
+
+    /// Ends the container's tasks.
+    pub(super) fn drop_live(&self, container: &str) {
+        let mut live = self.live();
+        live.logs.remove(container);
+        live.syncs.remove(container);
+        live.written_back.retain(|(id, _), _| id != container);
     }
 
     pub(super) fn logs(&self) -> Vec<LogHandle> {
@@ -215,11 +281,12 @@ impl Handle {
         drop(live);
     }
 
-    pub(crate) fn stats(&self) -> Option<PodStatsView> {
+    /// As last measured; asks nobody.
+    pub(crate) fn stats(&self) -> Option<Arc<PodStatsView>> {
         self.live().stats.clone()
     }
 
-    pub(super) fn set_stats(&self, stats: PodStatsView) {
+    pub(crate) fn set_stats(&self, stats: Arc<PodStatsView>) {
         self.live().stats = Some(stats);
     }
 }

@@ -17,13 +17,17 @@ mod recover;
 mod remove_container;
 mod remove_pod;
 mod run_pod;
+mod shares;
 mod start_container;
 mod stats;
 mod stop_container;
 mod stop_pod;
+mod sync;
 mod undo;
 mod update_container;
+mod volumes;
 mod watch;
+mod write_back;
 
 pub(crate) use create_container::new_container;
 pub(crate) use handle::{ExecEnd, Handle};

@@ -10,6 +10,7 @@ use super::create_container::{forget, start_log, undo};
 use super::events::{ended, show_when_drained};
 use super::handle::Handle;
 use super::remove_container::free_in_guest;
+use super::sync;
 use crate::error::Error;
 use crate::host::process::Process;
 use crate::model::ExitView;
@@ -63,7 +64,9 @@ async fn try_reattach(handle: &Arc<Handle>) -> Result<(), Error> {
         c.list_processes(v1::ListProcessesRequest {}).await
     });
     let processes = listed.await?.processes;
-    for container in handle.pod().containers.values() {
+    let pod = handle.pod();
+    let found = pod.containers.values().filter(|c| handle.recovered.contains(&c.id));
+    for container in found {
         match container.phase {
             ContainerPhase::Creating => undo(handle, &container.id).await,
             ContainerPhase::Removing => {
@@ -90,7 +93,9 @@ async fn take_up(
     if handle.log(&container.id).is_none() {
         start_log(handle, container).await?;
     }
-    if container.exit.is_some() {
+    if container.exit.is_none() {
+        sync::start_again(handle, container);
+    } else {
         show_when_drained(handle, container.id.clone()).await;
         return Ok(());
     }

@@ -6,9 +6,9 @@ use std::time::Duration;
 use agent_api::v1;
 
 use super::create_container::forget;
-use super::disks;
 use super::handle::Handle;
 use super::stop_container::stop_container;
+use super::{disks, shares};
 use crate::error::Error;
 use crate::policy::{Change, ContainerPhase, Phase};
 
@@ -40,19 +40,20 @@ pub(super) async fn remove_container(handle: &Arc<Handle>, id: &str) -> Result<(
             freed?;
         }
     }
-    handle.drop_log(id);
+    handle.drop_live(id);
     gone(forget(handle, id).await)
 }
 
 /// Also the end of a removal that a crash of the daemon cut short.
 pub(super) async fn free_in_guest(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
-    let image = handle.container(id)?.spec.rootfs.image.clone();
+    let spec = handle.container(id)?.spec;
     let request = v1::RemoveContainerRequest { container_id: id.to_owned() };
     handle
         .guest
         .call("remove the container", |mut c| async move { c.remove_container(request).await })
         .await?;
-    if let Err(error) = disks::unplug(handle, &image, id).await {
+    shares::remove(handle, id, &spec).await;
+    if let Err(error) = disks::unplug(handle, id, &spec).await {
         // The disk's slot stays taken until the VM ends; the container is gone all the same.
         tracing::warn!(container = id, %error, "a disk stays in the VM");
     }

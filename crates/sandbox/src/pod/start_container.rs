@@ -24,6 +24,7 @@ pub(super) async fn start_container(handle: &Arc<Handle>, id: &str) -> Result<()
             }
         )));
     }
+    let _starting = handle.begin_start(id);
     let request = v1::StartContainerRequest { container_id: id.to_owned() };
     let call = handle
         .guest

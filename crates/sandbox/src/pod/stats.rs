@@ -9,13 +9,18 @@ use agent_api::v1;
 
 use super::handle::Handle;
 use crate::error::Error;
-use crate::stats::{ContainerStatsView, CpuView, FsView, InterfaceView, MemoryView, PodStatsView};
+use crate::stats::{
+    BlockIoView, ContainerStatsView, CpuView, FsView, InterfaceView, MemoryView, PodStatsView,
+    PressureView, ProcessView,
+};
 
 const POLL_LIMIT: Duration = Duration::from_secs(2);
 /// A reader that finds the cache empty waits this long.
 const FIRST_LIMIT: Duration = Duration::from_millis(500);
 /// Entries taken from a guest's answer: a hostile one may send as many as a message holds.
 const MAX_ENTRIES: usize = 1024;
+/// Longest name of an interface (IFNAMSIZ) and room.
+const MAX_NAME: usize = 64;
 
 pub(super) async fn poll(handle: Arc<Handle>) {
     let interval = handle.node.config.stats_interval().max(Duration::from_millis(50));
@@ -31,53 +36,65 @@ pub(super) async fn poll(handle: Arc<Handle>) {
 }
 
 impl Handle {
-    async fn measure(&self, limit: Duration) -> Result<PodStatsView, Error> {
+    async fn measure(&self, limit: Duration) -> Result<Arc<PodStatsView>, Error> {
         let reply = self
             .guest
             .call_within(limit, "stats", |mut c| async move { c.stats(v1::StatsRequest {}).await });
         let reply = reply.await?;
-        let view = view(&self.id, reply, self.stats().as_ref());
+        let view = Arc::new(view(&self.id, reply, self.stats().as_deref()));
         self.set_stats(view.clone());
         Ok(view)
     }
 
-    /// From the cache; an empty one is filled now.
-    pub(crate) async fn stats_or_measure(&self) -> Result<PodStatsView, Error> {
-        match self.stats() {
-            Some(stats) => Ok(stats),
-            None => {
-                self.ready_pod()?;
-                self.measure(FIRST_LIMIT).await
-            }
+    /// From the cache; an empty one is filled now, once: if that fails, those who ask next do not
+    /// wait as well.
+    pub(crate) async fn stats_or_measure(&self) -> Result<Arc<PodStatsView>, Error> {
+        if let Some(stats) = self.stats() {
+            return Ok(stats);
         }
+        self.ready_pod()?;
+        let first = self.first_stats.get_or_init(|| async {
+            if let Err(error) = self.measure(FIRST_LIMIT).await {
+                tracing::debug!(pod = self.id, %error, "no first stats");
+            }
+        });
+        first.await;
+        let not_yet = || Error::unavailable(format!("pod {} was not measured yet", self.id));
+        self.stats().ok_or_else(not_yet)
     }
 
     /// As [`Self::stats_or_measure`], measured anew for a container that is younger than the cache.
     pub(crate) async fn container_stats(&self, id: &str) -> Result<ContainerStatsView, Error> {
-        let find = |stats: PodStatsView| stats.containers.into_iter().find(|c| c.id == id);
-        if let Some(found) = find(self.stats_or_measure().await?) {
+        let find = |stats: &PodStatsView| stats.containers.iter().find(|c| c.id == id).cloned();
+        if let Some(found) = find(&*self.stats_or_measure().await?) {
             return Ok(found);
         }
         self.ready_pod()?;
-        find(self.measure(FIRST_LIMIT).await?)
+        find(&*self.measure(FIRST_LIMIT).await?)
             .ok_or_else(|| Error::NotFound { what: "running container", id: id.to_owned() })
     }
 }
 
+/// A guest's clock may say anything.
+fn time(unix_ns: i64) -> Option<SystemTime> {
+    let since = u64::try_from(unix_ns).ok().filter(|ns| *ns > 0).map(Duration::from_nanos)?;
+    UNIX_EPOCH.checked_add(since)
+}
+
 fn view(pod: &str, reply: v1::StatsReply, last: Option<&PodStatsView>) -> PodStatsView {
-    let at = u64::try_from(reply.unix_time_ns)
-        .ok()
-        .and_then(|ns| UNIX_EPOCH.checked_add(Duration::from_nanos(ns)))
-        .unwrap_or_else(SystemTime::now);
+    let at = time(reply.unix_time_ns).unwrap_or_else(SystemTime::now);
     let containers = reply.containers.into_iter().take(MAX_ENTRIES).map(|c| {
         let before = last.and_then(|l| l.containers.iter().find(|b| b.id == c.container_id));
-        let layer = c.writable_layer.unwrap_or_default();
         ContainerStatsView {
             at,
             cpu: cpu(c.cpu, at, before.map(|b| (b.at, &b.cpu))),
             memory: memory(c.memory),
             pids: c.pids,
-            writable_layer: FsView { used_bytes: layer.used_bytes, inodes_used: layer.inodes_used },
+            writable_layer: layer(c.writable_layer),
+            processes: processes(c.processes),
+            block_io: c.block_io.into_iter().take(MAX_ENTRIES).map(block_io).collect(),
+            oom_events: c.oom_events,
+            started_at: time(c.started_unix_ns),
             id: c.container_id,
         }
     });
@@ -88,49 +105,133 @@ fn view(pod: &str, reply: v1::StatsReply, last: Option<&PodStatsView>) -> PodSta
         cpu: cpu(totals.cpu, at, last.map(|l| (l.at, &l.cpu))),
         memory: memory(totals.memory),
         pids: totals.pids,
-        interfaces: totals
-            .interfaces
-            .into_iter()
-            .take(MAX_ENTRIES)
-            .map(|i| InterfaceView {
-                name: i.name,
-                rx_bytes: i.rx_bytes,
-                rx_errors: i.rx_errors,
-                tx_bytes: i.tx_bytes,
-                tx_errors: i.tx_errors,
-            })
-            .collect(),
+        interfaces: totals.interfaces.into_iter().take(MAX_ENTRIES).map(interface).collect(),
+        io_pressure: totals.io_pressure.map(pressure),
         containers: containers.collect(),
     }
 }
 
+fn pressure(pressure: v1::Pressure) -> PressureView {
+    let v1::Pressure { some_us, full_us } = pressure;
+    PressureView { some_us, full_us }
+}
+
+fn layer(usage: Option<v1::FsUsage>) -> FsView {
+    let v1::FsUsage { used_bytes, inodes_used, capacity, inodes } = usage.unwrap_or_default();
+    FsView { used_bytes, inodes_used, capacity, inodes }
+}
+
+fn processes(stats: Option<v1::ProcessStats>) -> ProcessView {
+    let v1::ProcessStats {
+        processes,
+        threads,
+        threads_max,
+        file_descriptors,
+        sockets,
+        ulimit_soft_nofile,
+    } = stats.unwrap_or_default();
+    ProcessView { processes, threads, threads_max, file_descriptors, sockets, ulimit_soft_nofile }
+}
+
+fn block_io(io: v1::BlockIo) -> BlockIoView {
+    let v1::BlockIo { major, minor, read_bytes, written_bytes, reads, writes } = io;
+    BlockIoView { major, minor, read_bytes, written_bytes, reads, writes }
+}
+
+fn interface(stats: v1::NetworkStats) -> InterfaceView {
+    let v1::NetworkStats {
+        mut name,
+        rx_bytes,
+        rx_errors,
+        tx_bytes,
+        tx_errors,
+        rx_packets,
+        rx_dropped,
+        tx_packets,
+        tx_dropped,
+    } = stats;
+    // A hostile guest may send a name of megabytes.
+    if name.len() > MAX_NAME {
+        name.clear();
+    }
+    InterfaceView {
+        name,
+        rx_bytes,
+        rx_packets,
+        rx_errors,
+        rx_dropped,
+        tx_bytes,
+        tx_packets,
+        tx_errors,
+        tx_dropped,
+    }
+}
+
 fn cpu(now: Option<v1::Cpu>, at: SystemTime, before: Option<(SystemTime, &CpuView)>) -> CpuView {
-    let now = now.unwrap_or_default();
+    let v1::Cpu {
+        usage_ns,
+        throttled_ns,
+        periods,
+        throttled_periods,
+        user_ns,
+        system_ns,
+        pressure: waited,
+    } = now.unwrap_or_default();
     let usage_nano_cores = before.map_or(0, |(then, old)| {
         let passed = at.duration_since(then).map_or(0, |d| d.as_nanos());
-        let used = u128::from(now.usage_ns.saturating_sub(old.usage_ns));
+        let used = u128::from(usage_ns.saturating_sub(old.usage_ns));
         let rate = (used * 1_000_000_000).checked_div(passed);
         // The same measurement again says nothing new.
         rate.map_or(old.usage_nano_cores, |r| u64::try_from(r).unwrap_or(u64::MAX))
     });
     CpuView {
-        usage_ns: now.usage_ns,
+        usage_ns,
         usage_nano_cores,
-        throttled_ns: now.throttled_ns,
-        periods: now.periods,
-        throttled_periods: now.throttled_periods,
+        user_ns,
+        system_ns,
+        throttled_ns,
+        periods,
+        throttled_periods,
+        pressure: waited.map(pressure),
     }
 }
 
 fn memory(memory: Option<v1::Memory>) -> MemoryView {
-    let m = memory.unwrap_or_default();
+    let v1::Memory {
+        usage,
+        working_set,
+        available,
+        rss,
+        page_faults,
+        major_page_faults,
+        cache,
+        mapped_file,
+        swap,
+        kernel,
+        limit,
+        failures,
+        peak,
+        total_active_file,
+        total_inactive_file,
+        pressure: waited,
+    } = memory.unwrap_or_default();
     MemoryView {
-        usage: m.usage,
-        working_set: m.working_set,
-        available: m.available,
-        rss: m.rss,
-        page_faults: m.page_faults,
-        major_page_faults: m.major_page_faults,
+        usage,
+        working_set,
+        available,
+        rss,
+        cache,
+        mapped_file,
+        swap,
+        kernel,
+        limit,
+        peak,
+        failures,
+        page_faults,
+        major_page_faults,
+        total_active_file,
+        total_inactive_file,
+        pressure: waited.map(pressure),
     }
 }
 

@@ -45,8 +45,8 @@ pub(super) async fn undo(handle: &Handle, all: bool) -> (Vec<Change>, Result<(),
 /// What needs no port.
 async fn undo_on_host(effect: &Effect) -> Result<(), Error> {
     match effect {
-        Effect::Vmm { pid, started } => {
-            let failed = |e| Error::io(format!("kill VMM {pid}"), e);
+        Effect::Vmm { pid, started } | Effect::FileServer { pid, started } => {
+            let failed = |e| Error::io(format!("kill process {pid}"), e);
             match Process::find(*pid, *started).map_err(failed)? {
                 Some(process) => process.kill_and_wait(KILL_LIMIT).await.map_err(failed),
                 None => Ok(()),

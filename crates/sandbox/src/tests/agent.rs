@@ -35,8 +35,16 @@ pub(super) struct State {
     pub(super) silent: bool,
     pub(super) configured: u32,
     pub(super) refuse_create: bool,
-    pub(super) volumes: BTreeMap<String, u32>,
+    pub(super) refuse_writes: bool,
+    pub(super) volumes: BTreeMap<String, Volume>,
     pub(super) create: Option<v1::CreateContainerRequest>,
+}
+
+/// Files by path; a swap replaces them all with what has been staged.
+#[derive(Default)]
+pub(super) struct Volume {
+    pub(super) files: BTreeMap<String, Vec<u8>>,
+    staged: Option<BTreeMap<String, Vec<u8>>>,
 }
 
 #[derive(Default)]
@@ -260,7 +268,7 @@ impl Agent for Served {
         let key = (request.container_id.clone(), String::new());
         state.create = Some(request);
         state.processes.insert(key, Process { args, ..Default::default() });
-        Ok(Response::new(v1::CreateContainerReply { pid: 7, ..Default::default() }))
+        Ok(Response::new(v1::CreateContainerReply { pid: 7, uid: 5, gid: 6, groups: vec![6, 7] }))
     }
 
     async fn start_container(
@@ -397,16 +405,42 @@ impl Agent for Served {
         request: Request<v1::WriteVolumeRequest>,
     ) -> Answer<v1::WriteVolumeReply> {
         let request = request.into_inner();
-        *self.0.lock().volumes.entry(request.volume_id).or_default() += request.files.len() as u32;
+        let mut state = self.0.lock();
+        if state.refuse_writes {
+            return Err(Status::resource_exhausted("tmpfs is full"));
+        }
+        let volume = state.volumes.entry(request.volume_id).or_default();
+        if request.swap && request.files.iter().any(|f| f.path.starts_with("..")) {
+            volume.staged = None;
+            return Err(Status::invalid_argument("reserved name"));
+        }
+        let into = match request.swap {
+            true => volume.staged.get_or_insert_default(),
+            false => &mut volume.files,
+        };
+        for file in request.files {
+            let content = into.entry(file.path).or_default();
+            if !file.append {
+                content.clear();
+            }
+            content.extend(file.content);
+        }
+        if request.swap && !request.more {
+            volume.files = volume.staged.take().unwrap_or_default();
+        }
         Ok(Response::new(v1::WriteVolumeReply {}))
     }
 
     async fn read_volume_file(
         &self,
-        _: Request<v1::ReadVolumeFileRequest>,
+        request: Request<v1::ReadVolumeFileRequest>,
     ) -> Answer<v1::ReadVolumeFileReply> {
         self.alive().await;
-        Err(Status::not_found("no such file"))
+        let request = request.into_inner();
+        let state = self.0.lock();
+        let file = state.volumes.get(&request.volume_id).and_then(|v| v.files.get(&request.path));
+        let content = file.cloned().ok_or_else(|| Status::not_found("no such file"))?;
+        Ok(Response::new(v1::ReadVolumeFileReply { content }))
     }
 
     async fn resize_pod(

@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::volumes::{publish, volume};
 use super::world::{World, eventually};
 use crate::Sandboxes;
 use crate::journal::Probe;
-use crate::model::{ContainerState, Filter, PodState};
+use crate::model::{Access, ContainerState, Filter, PodState, Volume, VolumeSource};
 use crate::policy::Pod;
 
 struct CrashAt {
@@ -56,7 +57,8 @@ struct Promised {
 async fn whole_life(daemon: &Sandboxes, world: &World, promised: &Mutex<Promised>) {
     let Ok(pod) = daemon.run_pod(world.pod_spec("p")).await else { return };
     promised.lock().unwrap().pod = Some(pod.clone());
-    let spec = world.container_spec("app", &["print", "one\ntwo\n"]);
+    let mut spec = world.container_spec("app", &["print", "one\ntwo\n"]);
+    spec.volumes = volumes(world);
     let Ok(id) = daemon.create_container(&pod, spec).await else { return };
     promised.lock().unwrap().container = Some(id.clone());
     if daemon.start_container(&id).await.is_err() {
@@ -75,6 +77,24 @@ async fn whole_life(daemon: &Sandboxes, world: &World, promised: &Mutex<Promised
         return;
     }
     let _ = daemon.remove_pod(&pod).await;
+}
+
+/// One of each kind that lives on the host's side too.
+fn volumes(world: &World) -> Vec<Volume> {
+    let (config, message, shared) =
+        (world.path("config"), world.path("message"), world.path("shared"));
+    std::fs::write(&message, "before").unwrap();
+    std::fs::create_dir_all(&shared).unwrap();
+    if !config.exists() {
+        publish(&config, "..1", &[("a", "1")]);
+    }
+    [
+        VolumeSource::Synced { host_path: config },
+        VolumeSource::WrittenBack { host_path: message },
+        VolumeSource::Shared { host_path: shared },
+    ]
+    .map(|source| volume(source, Access::ReadWrite))
+    .into()
 }
 
 /// True when the life ended before the crash came.

@@ -6,5 +6,7 @@ mod agent;
 mod crash;
 mod follow;
 mod life;
+mod listing;
 mod trouble;
+mod volumes;
 mod world;

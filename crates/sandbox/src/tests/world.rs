@@ -40,6 +40,9 @@ pub(super) struct Inner {
     pub(super) attached: Mutex<BTreeSet<PodId>>,
     pub(super) guests: Mutex<HashMap<PodId, (u32, Arc<Guest>)>>,
     pub(super) devices: Arc<Mutex<Vec<String>>>,
+    /// Names of shares, and pids of file servers.
+    pub(super) shares: Arc<Mutex<BTreeSet<String>>>,
+    pub(super) file_servers: Mutex<Vec<u32>>,
     /// The next guest never comes up.
     pub(super) mute: Mutex<bool>,
     pub(super) fail_network: Mutex<bool>,
@@ -61,6 +64,8 @@ impl World {
             attached: Mutex::default(),
             guests: Mutex::default(),
             devices: Arc::default(),
+            shares: Arc::default(),
+            file_servers: Mutex::default(),
             mute: Mutex::new(false),
             fail_network: Mutex::new(false),
         };
@@ -145,6 +150,13 @@ impl World {
         self.inner.guests.lock().unwrap()[pod].0
     }
 
+    /// Of everything that was launched.
+    fn pids(&self) -> Vec<u32> {
+        let servers = self.inner.file_servers.lock().unwrap().clone();
+        let guests = self.inner.guests.lock().unwrap();
+        guests.values().map(|(pid, _)| *pid).chain(servers).collect()
+    }
+
     /// Texts of a log's entries.
     pub(super) fn log(&self, name: &str) -> Vec<String> {
         let text = std::fs::read_to_string(self.path("logs").join(name)).unwrap_or_default();
@@ -160,10 +172,10 @@ impl World {
             }
         }
         left.extend(self.inner.attached.lock().unwrap().iter().map(|id| format!("network {id}")));
-        for (pid, _) in self.inner.guests.lock().unwrap().values() {
+        for pid in self.pids() {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
             if stat.contains("(sleep) S") {
-                left.push(format!("VMM {pid}"));
+                left.push(format!("process {pid}"));
             }
         }
         let root = crate::host::cgroup::find_root("".as_ref()).unwrap();
@@ -214,9 +226,6 @@ impl Launch for World {
     async fn launch(&self, program: Program) -> Result<Launched, Error> {
         let mut fds: Vec<_> = program.fds.into_iter().map(Some).collect();
         let mut take = |number: i32| fds[number as usize - 3].take().unwrap();
-        let mut text = Vec::new();
-        File::from(take(3)).read_to_end(&mut text).unwrap();
-        let config: VmConfig = serde_json::from_slice(&text).unwrap();
         let mut child = Command::new("sleep")
             .arg("600")
             .stdin(Stdio::null())
@@ -228,7 +237,17 @@ impl Launch for World {
         std::fs::write(procs, child.id().to_string()).unwrap();
         let pidfd = pidfd_open(child.id()).unwrap();
         let pid = child.id();
-
+        if program.exe.ends_with("nacelle-fs") {
+            self.inner.file_servers.lock().unwrap().push(pid);
+            let (control, shares) = (take(3), self.inner.shares.clone());
+            shares.lock().unwrap().clear();
+            std::thread::spawn(move || serve_shares(&control, &shares));
+            std::thread::spawn(move || child.wait());
+            return Ok(Launched { pid, pidfd });
+        }
+        let mut text = Vec::new();
+        File::from(take(3)).read_to_end(&mut text).unwrap();
+        let config: VmConfig = serde_json::from_slice(&text).unwrap();
         let guest = Arc::new(Guest::default());
         self.inner.guests.lock().unwrap().insert(config.name.clone(), (pid, guest.clone()));
         let listener =
@@ -253,11 +272,38 @@ impl Launch for World {
     }
 }
 
+/// A file server that only remembers names.
+fn serve_shares(control: &OwnedFd, shares: &Mutex<BTreeSet<String>>) {
+    use vmm_api::shares::{Error, Reply, Request};
+    while let Ok(fd) = nix::sys::socket::accept(control.as_raw_fd()) {
+        let connection = own(fd);
+        while let Ok((request, fds)) = receive::<Request>(connection.as_fd()) {
+            let mut shares = shares.lock().unwrap();
+            let reply = match request {
+                Request::List => Reply::Shares { names: shares.iter().cloned().collect() },
+                Request::Add { name } if fds.len() != 1 || !vmm_api::shares::is_name(&name) => {
+                    Reply::Error(Error::Name { name })
+                }
+                Request::Add { name } if shares.contains(&name) => {
+                    Reply::Error(Error::Exists { name })
+                }
+                Request::Add { name } => {
+                    shares.insert(name);
+                    Reply::Done
+                }
+                Request::Remove { name } if shares.remove(&name) => Reply::Done,
+                Request::Remove { name } => Reply::Error(Error::NoSuchShare { name }),
+            };
+            let _ = send(connection.as_fd(), &reply, &[]);
+        }
+    }
+}
+
 /// Answers until the listener is shut down with the process' end (or the test's).
 fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>) {
     while let Ok(fd) = nix::sys::socket::accept(control.as_raw_fd()) {
         let connection = own(fd);
-        while let Ok((request, _fds)) = receive::<vmm_api::Request>(connection.as_fd()) {
+        while let Ok((request, fds)) = receive::<vmm_api::Request>(connection.as_fd()) {
             let mut devices = devices.lock().unwrap();
             let reply = match request {
                 vmm_api::Request::AddDisk { disk } if devices.contains(&disk.serial) => {
@@ -266,6 +312,11 @@ fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>) {
                 vmm_api::Request::AddDisk { disk } => {
                     devices.push(disk.serial);
                     Reply::Added { pci: "0000:00:04.0".into() }
+                }
+                vmm_api::Request::AddFs { id, tag } => {
+                    assert_eq!((tag.as_str(), fds.len()), (agent_api::SHARE_TAG, 1));
+                    devices.push(id);
+                    Reply::Added { pci: "0000:00:05.0".into() }
                 }
                 vmm_api::Request::RemoveDevice { id } => {
                     devices.retain(|d| *d != id);
@@ -300,8 +351,8 @@ fn own(fd: i32) -> OwnedFd {
 impl World {
     /// A story that failed leaves processes, and every daemon that crashed holds its world.
     pub(super) fn clean(&self) {
-        for (pid, _) in self.inner.guests.lock().unwrap().values() {
-            let pid = nix::unistd::Pid::from_raw(*pid as i32);
+        for pid in self.pids() {
+            let pid = nix::unistd::Pid::from_raw(pid as i32);
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         }
         let _ = std::fs::remove_dir_all(self.inner.dir.path());

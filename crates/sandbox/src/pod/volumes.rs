@@ -1,0 +1,121 @@
+//! Volumes of a container: each kind has its own way into the guest.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use agent_api::v1;
+
+use super::handle::Handle;
+use super::run_pod::ETC_VOLUME;
+use super::sync::{self, Synced};
+use super::{disks, shares, write_back};
+use crate::error::Error;
+use crate::host::volumes::{Shape, shape};
+use crate::host::{blocking, etc};
+use crate::model::{Access, ContainerSpec, Propagation, Volume, VolumeSource};
+
+/// Volumes of a container; each is a mount, and many are a device or a task of ours.
+const MAX_VOLUMES: usize = 256;
+
+/// What the guest is told to mount, and what is to be kept in step.
+pub(super) struct Prepared {
+    pub(super) mounts: Vec<v1::VolumeMount>,
+    pub(super) synced: Vec<Synced>,
+}
+
+/// Name of a container's n-th volume in the guest; the guest frees those that begin with a
+/// container's id together with it.
+pub(super) fn volume_id(container: &str, n: usize) -> String {
+    format!("{container}.{n}")
+}
+
+/// Brings a container's volumes into the guest; its disks are plugged already. What fails half-way
+/// is undone with the container.
+pub(super) async fn prepare(
+    handle: &Arc<Handle>,
+    id: &str,
+    spec: &ContainerSpec,
+) -> Result<Prepared, Error> {
+    if spec.volumes.len() > MAX_VOLUMES {
+        let got = spec.volumes.len();
+        return Err(Error::invalid(format!("{got} volumes, {MAX_VOLUMES} are allowed")));
+    }
+    let mut prepared = Prepared { mounts: Vec::new(), synced: Vec::new() };
+    let mut taken: HashSet<PathBuf> =
+        spec.oci.mounts().iter().flatten().map(|m| m.destination().clone()).collect();
+    for (n, volume) in spec.volumes.iter().enumerate() {
+        taken.insert(PathBuf::from(&volume.container_path));
+        prepared.add(handle, id, n, volume).await?;
+    }
+    for (name, destination) in etc::FILES {
+        if !taken.contains(Path::new(destination)) {
+            prepared.mounts.push(v1::VolumeMount {
+                volume_id: ETC_VOLUME.to_owned(),
+                destination: destination.to_owned(),
+                sub_path: name.to_owned(),
+                read_only: spec.rootfs.read_only,
+                ..Default::default()
+            });
+        }
+    }
+    Ok(prepared)
+}
+
+impl Prepared {
+    async fn add(
+        &mut self,
+        handle: &Arc<Handle>,
+        container: &str,
+        n: usize,
+        volume: &Volume,
+    ) -> Result<(), Error> {
+        let id = volume_id(container, n);
+        let mut mount = v1::VolumeMount {
+            volume_id: id.clone(),
+            destination: volume.container_path.clone(),
+            read_only: volume.access != Access::ReadWrite,
+            recursive_read_only: volume.access == Access::ReadOnlyRecursive,
+            ..Default::default()
+        };
+        match &volume.source {
+            VolumeSource::Copied { host_path } => {
+                mount.sub_path = sub_path(host_path).await?;
+                disks::copy_volume(handle, &id, host_path).await?;
+            }
+            VolumeSource::Synced { host_path } => {
+                self.synced.push(sync::first(handle, id, host_path.clone()).await?);
+            }
+            VolumeSource::WrittenBack { host_path } => {
+                write_back::open(handle, container, n, host_path).await?;
+                mount.sub_path = sub_path(host_path).await?;
+                disks::copy_volume(handle, &id, host_path).await?;
+            }
+            VolumeSource::Shared { host_path } => {
+                mount.volume_id = shares::name(&id);
+                mount.set_source(v1::VolumeSource::Share);
+                if volume.propagation == Propagation::HostToContainer {
+                    mount.set_propagation(v1::Propagation::Slave);
+                }
+                shares::add(handle, &mount.volume_id, host_path, volume).await?;
+            }
+            VolumeSource::Image { image, sub_path } => {
+                mount.volume_id = disks::image_serial(image);
+                mount.set_source(v1::VolumeSource::Image);
+                mount.sub_path = sub_path.clone();
+                mount.read_only = true;
+            }
+        }
+        self.mounts.push(mount);
+        Ok(())
+    }
+}
+
+/// Of a copy: a file is mounted by its name in the volume.
+async fn sub_path(source: &Path) -> Result<String, Error> {
+    let source = source.to_owned();
+    Ok(match blocking(move || shape(&source)).await? {
+        Shape::File { name } => name,
+        Shape::Folder => String::new(),
+    })
+}

@@ -1,0 +1,81 @@
+//! Files that a container writes and the host reads after its end (a termination log): copied in at
+//! creation, read back from the guest before the end is shown.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_api::v1;
+
+use super::handle::Handle;
+use super::volumes::volume_id;
+use crate::error::Error;
+use crate::host::blocking;
+use crate::host::volumes::{Shape, open_for_writing, overwrite, shape};
+use crate::model::VolumeSource;
+
+/// Bytes taken from the guest; a kubelet reads 4 KiB of a termination log.
+const MAX_BYTES: usize = 64 << 10;
+/// All files of a container together: an end must not wait long for a guest that is slow.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Opens the host's side once, so that what stands at its path later does not matter.
+pub(super) async fn open(
+    handle: &Handle,
+    container: &str,
+    n: usize,
+    path: &Path,
+) -> Result<(), Error> {
+    let path = path.to_owned();
+    let file = blocking(move || match shape(&path)? {
+        Shape::File { .. } => open_for_writing(&path),
+        Shape::Folder => Err(Error::invalid(format!("{} is a folder", path.display()))),
+    });
+    let file = file.await?;
+    handle.set_written_back(container, n, Arc::new(file));
+    Ok(())
+}
+
+/// Brings everything that the container has written back to the host, as far as that goes.
+pub(super) async fn write_back(handle: &Handle, id: &str) {
+    let Ok(container) = handle.container(id) else { return };
+    if container.started_at.is_none() {
+        return;
+    }
+    let all = async {
+        for (n, volume) in container.spec.volumes.iter().enumerate() {
+            let VolumeSource::WrittenBack { host_path } = &volume.source else { continue };
+            if let Err(error) = one(handle, id, n, host_path).await {
+                let path = host_path.display();
+                tracing::warn!(container = id, %path, %error, "file is not written back");
+            }
+        }
+    };
+    if tokio::time::timeout(LIMIT, all).await.is_err() {
+        tracing::warn!(container = id, "guest is slow, files are not written back");
+    }
+}
+
+async fn one(handle: &Handle, container: &str, n: usize, path: &Path) -> Result<(), Error> {
+    let request = v1::ReadVolumeFileRequest {
+        volume_id: volume_id(container, n),
+        path: Shape::FILE.to_owned(),
+        limit: MAX_BYTES as u64,
+    };
+    let read =
+        handle.guest.call("read a file", |mut c| async move { c.read_volume_file(request).await });
+    let mut content = read.await?.content;
+    content.truncate(MAX_BYTES);
+    let opened: Option<Arc<File>> = handle.written_back(container, n);
+    let path = path.to_owned();
+    blocking(move || {
+        let file = match opened {
+            Some(file) => file,
+            // Opened by a daemon before us.
+            None => Arc::new(open_for_writing(&path)?),
+        };
+        overwrite(&file, &content).map_err(|e| Error::io(format!("write {}", path.display()), e))
+    })
+    .await
+}

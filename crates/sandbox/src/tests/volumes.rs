@@ -1,0 +1,296 @@
+//! Volumes of every kind, and devices.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use agent_api::v1;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::world::{World, eventually, story};
+use crate::Error;
+use crate::model::{
+    Access, BlockDevice, ContainerState, Identity, Propagation, Volume, VolumeSource,
+};
+
+pub(super) fn volume(source: VolumeSource, access: Access) -> Volume {
+    let propagation = Propagation::Private;
+    Volume { container_path: "/v".into(), source, access, propagation }
+}
+
+/// As a kubelet's atomic writer does it.
+pub(super) fn publish(folder: &Path, name: &str, files: &[(&str, &str)]) {
+    fs::create_dir_all(folder.join(name)).unwrap();
+    for (file, text) in files {
+        fs::write(folder.join(name).join(file), text).unwrap();
+        let _ = symlink(Path::new("..data").join(file), folder.join(file));
+    }
+    symlink(name, folder.join("..data_tmp")).unwrap();
+    let old = fs::read_link(folder.join("..data"));
+    fs::rename(folder.join("..data_tmp"), folder.join("..data")).unwrap();
+    if let Ok(old) = old {
+        fs::remove_dir_all(folder.join(old)).unwrap();
+    }
+}
+
+/// Files of a container's first volume as the guest has them.
+fn in_guest(world: &World, pod: &str, container: &str) -> Vec<(String, String)> {
+    let guest = world.guest(pod);
+    let state = guest.lock();
+    let files = state.volumes.get(&format!("{container}.0")).map(|v| &v.files);
+    let text = |bytes: &Vec<u8>| String::from_utf8(bytes.clone()).unwrap();
+    files.into_iter().flatten().map(|(path, bytes)| (path.clone(), text(bytes))).collect()
+}
+
+fn pairs(files: &[(&str, &str)]) -> Vec<(String, String)> {
+    files.iter().map(|(path, text)| ((*path).to_owned(), (*text).to_owned())).collect()
+}
+
+#[test]
+fn a_synced_volume_follows_its_source_until_the_container_ends_and_over_a_restart() {
+    story(|world| async move {
+        let folder = world.path("config");
+        publish(&folder, "..1", &[("a", "1")]);
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let mut ids = Vec::new();
+        for name in ["one", "two"] {
+            let mut spec = world.container_spec(name, &["forever"]);
+            let source = VolumeSource::Synced { host_path: folder.clone() };
+            spec.volumes = vec![volume(source, Access::ReadOnly)];
+            let id = daemon.create_container(&pod, spec).await.unwrap();
+            daemon.start_container(&id).await.unwrap();
+            assert_eq!(in_guest(&world, &pod, &id), pairs(&[("a", "1")]));
+            ids.push(id);
+        }
+        publish(&folder, "..2", &[("a", "2"), ("b", "2")]);
+        let second = pairs(&[("a", "2"), ("b", "2")]);
+        for id in &ids {
+            eventually("second", || in_guest(&world, &pod, id) == second).await;
+        }
+
+        // A guest that refuses for a while is tried again.
+        world.guest(&pod).lock().refuse_writes = true;
+        publish(&folder, "..3", &[("a", "3")]);
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        assert_eq!(in_guest(&world, &pod, &ids[0]), second);
+        world.guest(&pod).lock().refuse_writes = false;
+        for id in &ids {
+            eventually("third", || in_guest(&world, &pod, id) == pairs(&[("a", "3")])).await;
+        }
+
+        daemon.stop_container(&ids[0], std::time::Duration::from_secs(1)).await.unwrap();
+        daemon.shutdown().await;
+        drop(daemon);
+        publish(&folder, "..4", &[("a", "4")]);
+        let daemon = world.daemon().await;
+        eventually("fourth", || in_guest(&world, &pod, &ids[1]) == pairs(&[("a", "4")])).await;
+        publish(&folder, "..5", &[("a", "5")]);
+        eventually("fifth", || in_guest(&world, &pod, &ids[1]) == pairs(&[("a", "5")])).await;
+        assert_eq!(in_guest(&world, &pod, &ids[0]), pairs(&[("a", "3")]));
+
+        // What a kubelet tears down is not taken away from a container that still runs.
+        fs::remove_dir_all(&folder).unwrap();
+        fs::create_dir(&folder).unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        assert_eq!(in_guest(&world, &pod, &ids[1]), pairs(&[("a", "5")]));
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_large_synced_volume_comes_in_pieces_and_appears_whole() {
+    story(|world| async move {
+        let folder = world.path("large");
+        let text = "x".repeat(5 << 20);
+        publish(&folder, "..1", &[("a", &text), ("b", "small")]);
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let mut spec = world.container_spec("app", &["forever"]);
+        let source = VolumeSource::Synced { host_path: folder.clone() };
+        spec.volumes = vec![volume(source, Access::ReadOnly)];
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        assert!(in_guest(&world, &pod, &id) == pairs(&[("a", &text), ("b", "small")]));
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
+/// What the guest's container has written into its only volume's file.
+fn write(world: &World, pod: &str, container: &str, text: Vec<u8>) {
+    let guest = world.guest(pod);
+    let mut state = guest.lock();
+    let volume = state.volumes.get_mut(&format!("{container}.0")).unwrap();
+    volume.files.insert("file".into(), text);
+}
+
+#[test]
+fn what_a_container_wrote_is_on_the_host_before_its_end_is_shown() {
+    story(|world| async move {
+        let (path, other, kept) = (world.path("message"), world.path("other"), world.path("kept"));
+        fs::write(&other, "untouched").unwrap();
+        let mut daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        // (daemon is restarted, a link stands at the path when the container ends)
+        for (n, (restart, link)) in [(false, true), (true, true), (true, false)].iter().enumerate()
+        {
+            let _ = fs::remove_file(&path);
+            fs::write(&path, "before").unwrap();
+            let mut spec = world.container_spec(&format!("c{n}"), &["forever"]);
+            let source = VolumeSource::WrittenBack { host_path: path.clone() };
+            spec.volumes = vec![volume(source, Access::ReadWrite)];
+            let id = daemon.create_container(&pod, spec).await.unwrap();
+            daemon.start_container(&id).await.unwrap();
+            write(&world, &pod, &id, vec![b'x'; 100 << 10]);
+            if *restart {
+                daemon.shutdown().await;
+                drop(daemon);
+                daemon = world.daemon().await;
+            }
+            if *link {
+                fs::rename(&path, &kept).unwrap();
+                symlink(&other, &path).unwrap();
+            }
+            daemon.stop_container(&id, std::time::Duration::from_secs(1)).await.unwrap();
+            assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Exited);
+            let written = fs::read(if *link { &kept } else { &path }).unwrap();
+            // A new daemon has only the path, and follows no link there.
+            let expected =
+                if *restart && *link { b"before".to_vec() } else { vec![b'x'; 64 << 10] };
+            assert!(written == expected, "{restart} {link}: {} bytes", written.len());
+            assert_eq!(fs::read_to_string(&other).unwrap(), "untouched");
+        }
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn images_and_devices_are_plugged_once_and_pulled_with_their_last_user() {
+    story(|world| async move {
+        fs::write(world.path("data"), "erofs").unwrap();
+        let device = Path::new("/dev/loop0");
+        let device = fs::File::open(device).is_ok().then(|| device.to_owned());
+        if device.is_none() {
+            eprintln!("SKIP: /dev/loop0 cannot be opened: no block device to try");
+        }
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let plugged = || world.inner.devices.lock().unwrap().len();
+        let mut ids = Vec::new();
+        for name in ["one", "two"] {
+            let mut spec = world.container_spec(name, &["forever"]);
+            let source = VolumeSource::Image { image: world.path("data"), sub_path: "etc".into() };
+            spec.volumes = vec![volume(source, Access::ReadWrite)];
+            spec.devices = device
+                .iter()
+                .map(|path| BlockDevice {
+                    host_path: path.clone(),
+                    container_path: "/dev/data".into(),
+                    permissions: "rm".into(),
+                })
+                .collect();
+            ids.push(daemon.create_container(&pod, spec).await.unwrap());
+            let request = world.guest(&pod).lock().create.clone().unwrap();
+            let mount = &request.volumes[0];
+            assert_eq!(mount.source(), v1::VolumeSource::Image);
+            assert_eq!((mount.sub_path.as_str(), mount.read_only), ("etc", true));
+            let disks = world.inner.devices.lock().unwrap().clone();
+            assert!(disks.contains(&mount.volume_id), "{disks:?}");
+            for device in &request.block_devices {
+                assert!(disks.contains(&device.disk_serial), "{disks:?}");
+                assert_eq!(
+                    (device.path.as_str(), device.permissions.as_str()),
+                    ("/dev/data", "rm")
+                );
+            }
+            assert_eq!(request.block_devices.len(), usize::from(device.is_some()));
+        }
+        // Both images once, the device once, a writable layer each.
+        let shared = 2 + usize::from(device.is_some());
+        assert_eq!(plugged(), shared + 2);
+        daemon.remove_container(&ids[0]).await.unwrap();
+        assert_eq!(plugged(), shared + 1);
+        daemon.remove_container(&ids[1]).await.unwrap();
+        assert_eq!(plugged(), 0);
+
+        let mut spec = world.container_spec("file", &["forever"]);
+        let (host_path, container_path) = (world.path("data"), "/dev/x".into());
+        spec.devices = vec![BlockDevice { host_path, container_path, permissions: "rw".into() }];
+        let refused = daemon.create_container(&pod, spec).await.unwrap_err();
+        assert!(matches!(refused, Error::Unsupported { .. }), "{refused}");
+        assert_eq!(plugged(), 0);
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+fn shared(world: &World, access: Access, propagation: Propagation) -> Volume {
+    let source = VolumeSource::Shared { host_path: world.path("shared") };
+    Volume { propagation, ..volume(source, access) }
+}
+
+#[test]
+fn one_file_server_serves_a_pods_shares_and_outlives_the_daemon() {
+    story(|world| async move {
+        fs::create_dir(world.path("shared")).unwrap();
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let mut spec = world.container_spec("one", &["forever"]);
+        spec.volumes = vec![
+            shared(&world, Access::ReadWrite, Propagation::HostToContainer),
+            shared(&world, Access::ReadOnlyRecursive, Propagation::Private),
+        ];
+        let one = daemon.create_container(&pod, spec).await.unwrap();
+        let request = world.guest(&pod).lock().create.clone().unwrap();
+        let names = || world.inner.shares.lock().unwrap().clone();
+        let mounts = &request.volumes[..2];
+        assert!(mounts.iter().all(|m| m.source() == v1::VolumeSource::Share));
+        assert!(mounts.iter().all(|m| names().contains(&m.volume_id)));
+        assert_eq!(mounts[0].propagation(), v1::Propagation::Slave);
+        assert!(!mounts[0].read_only && mounts[1].read_only && mounts[1].recursive_read_only);
+        assert_eq!(names().len(), 2);
+
+        daemon.shutdown().await;
+        drop(daemon);
+        let daemon = world.daemon().await;
+        let mut spec = world.container_spec("two", &["forever"]);
+        spec.volumes = vec![shared(&world, Access::ReadWrite, Propagation::Private)];
+        let two = daemon.create_container(&pod, spec.clone()).await.unwrap();
+        assert_eq!((names().len(), world.inner.file_servers.lock().unwrap().len()), (3, 1));
+        daemon.remove_container(&one).await.unwrap();
+        assert_eq!(names().len(), 1);
+
+        // The server's end is told to those who want a share, the pod goes on.
+        let server = world.inner.file_servers.lock().unwrap()[0];
+        kill(Pid::from_raw(server as i32), Signal::SIGKILL).unwrap();
+        let gone = || !Path::new(&format!("/proc/{server}")).exists();
+        eventually("file server ends", gone).await;
+        spec.meta.name = "three".into();
+        let refused = daemon.create_container(&pod, spec).await.unwrap_err();
+        assert!(refused.to_string().contains("file server has ended"), "{refused}");
+        daemon.remove_container(&two).await.unwrap();
+        let plain = daemon.create_container(&pod, world.container_spec("four", &["forever"])).await;
+        daemon.start_container(&plain.unwrap()).await.unwrap();
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn the_user_that_the_guest_resolved_is_shown_and_kept() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let id = daemon.create_container(&pod, world.container_spec("app", &["forever"])).await;
+        let id = id.unwrap();
+        let user = Some(Identity { uid: 5, gid: 6, groups: vec![6, 7] });
+        assert_eq!(daemon.container(&id).unwrap().user, user);
+        daemon.shutdown().await;
+        drop(daemon);
+        let daemon = world.daemon().await;
+        assert_eq!(daemon.container(&id).unwrap().user, user);
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
