@@ -82,10 +82,11 @@ pub struct Session {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StdinEnd {
-    /// The process's input is shut down: exec, and attach where a container's stdin is for one
+    /// The process's input is shut down and dropped: exec, and attach where a container's stdin is for one
     /// client only and no terminal.
     Close,
-    /// The process's input stays open for others, and this session is over.
+    /// The process's input is dropped without being shut down, stays open for others, and this
+    /// session is over.
     Detach,
 }
 

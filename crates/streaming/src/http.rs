@@ -111,6 +111,8 @@ fn refuse(status: StatusCode, words: &str) -> Answer {
     *answer.status_mut() = status;
     let text = HeaderValue::from_static("text/plain; charset=utf-8");
     answer.headers_mut().insert(CONTENT_TYPE, text);
+    // A connection carries one request.
+    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     answer
 }
 

@@ -102,6 +102,8 @@ pub(crate) enum Out {
     },
     /// The answer to a ping.
     Pong(Bytes),
+    /// Something that a client neither answers nor shows, see [`crate::link::deliver`].
+    Heartbeat,
     /// The last one: nothing more will come.
     Close(CloseReason),
 }

@@ -29,6 +29,8 @@ mod resize;
 mod server;
 mod spdy;
 mod status;
+#[cfg(test)]
+mod tests;
 mod websocket;
 
 pub use backend::{

@@ -17,8 +17,10 @@ use crate::io::{CHUNK, CloseReason, Out, Sender};
 /// After everything is sent, the client gets this long to close: a socket closed with unread
 /// input would be reset, and the client might lose the last bytes.
 const LINGER: Duration = Duration::from_secs(2);
-/// How often a connection that is held up is looked at.
-const PEER_CHECK: Duration = Duration::from_secs(1);
+/// How often a client is looked after whose input is held up.
+const PEER_CHECK: Duration = Duration::from_secs(2);
+/// How long the writer has for the last word to a client that broke the protocol.
+const LAST_WORD: Duration = Duration::from_millis(100);
 
 /// An upgraded connection. Dropping it closes it at once.
 pub(crate) struct Link {
@@ -66,8 +68,7 @@ impl Link {
                 if let Err(error) = reader.await {
                     tracing::debug!(%error, "streaming client broke the protocol");
                     let _ = queue.try_send(Out::Close(CloseReason::ProtocolError));
-                    // The writer gets a moment to say so.
-                    tokio::time::sleep(PEER_CHECK / 10).await;
+                    tokio::time::sleep(LAST_WORD).await;
                 }
                 gone.cancel();
             }
@@ -129,8 +130,10 @@ async fn write_loop(
 ) -> std::io::Result<()> {
     let mut bytes = BytesMut::with_capacity(2 * CHUNK);
     while let Some(mut next) = out.recv().await {
+        let mut moves = false;
         loop {
             let last = matches!(next, Out::Close(_));
+            moves |= !matches!(next, Out::Heartbeat | Out::Pong(_));
             encoder.encode(next, &mut bytes);
             if last {
                 socket.write_all(&bytes).await?;
@@ -146,7 +149,9 @@ async fn write_loop(
         }
         while !bytes.is_empty() {
             socket.write_buf(&mut bytes).await?;
-            activity.touch();
+            if moves {
+                activity.touch();
+            }
         }
         socket.flush().await?;
         bytes.clear();
@@ -162,23 +167,38 @@ pub(crate) enum Delivery {
     Gone,
 }
 
-pub(crate) async fn deliver(to: &Sender, chunk: Bytes, peer: &Peer) -> Delivery {
+/// Hands a chunk to its session, and waits for room if it has to. A link that waits does not read,
+/// so it would not learn that the client has closed, and a command that never reads its input
+/// would live on. Worse, the client's FIN is stuck behind the bytes that do not fit into our
+/// window. So the socket is looked at, and something is sent now and then: a closed socket
+/// answers with a reset.
+pub(crate) async fn deliver(to: &Sender, chunk: Bytes, context: &ReaderContext) -> Delivery {
     use mpsc::error::TrySendError::{Closed, Full};
-    match to.chunks.try_send(chunk) {
-        Ok(()) => Delivery::Sent,
-        Err(Closed(_)) => Delivery::Unwanted,
-        Err(Full(chunk)) => tokio::select! {
-            sent = to.chunks.send(chunk) => match sent {
-                Ok(()) => Delivery::Sent,
-                Err(_) => Delivery::Unwanted,
-            },
-            () = peer.hung_up() => Delivery::Gone,
+    let chunk = match to.chunks.try_send(chunk) {
+        Ok(()) => return Delivery::Sent,
+        Err(Closed(_)) => return Delivery::Unwanted,
+        Err(Full(chunk)) => chunk,
+    };
+    let gone = async {
+        loop {
+            tokio::time::sleep(PEER_CHECK).await;
+            if context.peer.has_hung_up().await {
+                return;
+            }
+            // A queue that is full has something to send already.
+            let _ = context.queue.try_send(Out::Heartbeat);
+        }
+    };
+    tokio::select! {
+        sent = to.chunks.send(chunk) => match sent {
+            Ok(()) => Delivery::Sent,
+            Err(_) => Delivery::Unwanted,
         },
+        () = gone => Delivery::Gone,
     }
 }
 
-/// A second descriptor of the client's socket. A link that is held up does not read, so it would
-/// not learn that the client has closed: a command that never reads its input would live on.
+/// A second descriptor of the client's socket, to look at what both tasks are too busy for.
 #[derive(Clone)]
 pub(crate) struct Peer(Arc<TcpStream>);
 
@@ -189,15 +209,13 @@ impl Peer {
         Ok(Peer(Arc::new(TcpStream::from_std(second)?)))
     }
 
-    async fn hung_up(&self) {
-        loop {
-            tokio::time::sleep(PEER_CHECK).await;
-            let ready = self.0.ready(Interest::READABLE);
-            match tokio::time::timeout(PEER_CHECK, ready).await {
-                Ok(Ok(ready)) if !ready.is_read_closed() => {}
-                Err(_) => {}
-                Ok(_) => return,
-            }
+    async fn has_hung_up(&self) -> bool {
+        // Ready at once if there ever was anything to read.
+        let ready = self.0.ready(Interest::READABLE);
+        match tokio::time::timeout(PEER_CHECK, ready).await {
+            Ok(Ok(ready)) => ready.is_read_closed(),
+            Ok(Err(_)) => true,
+            Err(_) => false,
         }
     }
 }

@@ -285,6 +285,8 @@ async fn input(from: Option<Incoming>, to: Option<ByteWriter>, at_end: StdinEnd)
     if let Err(error) = to.shutdown().await {
         tracing::debug!(%error, "end of input");
     }
+    // Of a pipe, only this is the end.
+    drop(to);
     std::future::pending().await
 }
 

@@ -202,7 +202,6 @@ async fn exchange(
     let service = service_fn(|request| http::respond(request, shared.clone(), upgrades.clone()));
     let limits = &shared.config.limits;
     http1::Builder::new()
-        .keep_alive(false)
         .max_buf_size(limits.http_header_bytes)
         .timer(TokioTimer::new())
         .header_read_timeout(limits.http_header_time)

@@ -234,6 +234,12 @@ impl Encoder for FrameEncoder {
                 control(into, kind::PING, id.len());
                 into.put_slice(&id);
             }
+            // Not a ping: spdystream's answer would wait for the input that is held up, and with
+            // it the frames behind. Settings that set nothing are read and forgotten.
+            Out::Heartbeat => {
+                control(into, kind::SETTINGS, 4);
+                into.put_u32(0);
+            }
             Out::Close(reason) => {
                 control(into, kind::GOAWAY, 8);
                 into.put_u32(self.last_stream);

@@ -155,7 +155,7 @@ impl Reader {
         if let Some(sender) = &entry.sender
             && !bytes.is_empty()
         {
-            match deliver(sender, bytes, &self.context.peer).await {
+            match deliver(sender, bytes, &self.context).await {
                 Delivery::Sent => {}
                 Delivery::Unwanted => entry.sender = None,
                 Delivery::Gone => return Err(Stop),

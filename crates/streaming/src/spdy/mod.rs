@@ -7,7 +7,7 @@
 
 mod dictionary;
 pub(crate) mod frame;
-mod headers;
+pub(crate) mod headers;
 mod link;
 
 pub(crate) use headers::Headers;

@@ -184,7 +184,7 @@ impl Reader {
         if bytes.is_empty() {
             return Ok(());
         }
-        match deliver(sender, bytes, &self.context.peer).await {
+        match deliver(sender, bytes, &self.context).await {
             Delivery::Sent => Ok(()),
             Delivery::Unwanted => {
                 *slot = None;
@@ -217,6 +217,8 @@ impl Encoder for ChannelEncoder {
                 }
             }
             Out::Pong(payload) => frame::put_pong(into, &payload),
+            // RFC 6455, section 5.5.3: one that nobody asked for needs no answer.
+            Out::Heartbeat => frame::put_pong(into, &[]),
             Out::Close(reason) => frame::put_close(into, reason),
             Out::Reply { .. } | Out::Refuse { .. } => {}
         }

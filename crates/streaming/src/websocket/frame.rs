@@ -161,7 +161,11 @@ impl Header {
 }
 
 fn unmask(bytes: &mut [u8], mask: [u8; 4]) {
-    for (byte, mask) in bytes.iter_mut().zip(mask.into_iter().cycle()) {
+    let (words, rest) = bytes.as_chunks_mut::<4>();
+    for word in words {
+        *word = (u32::from_ne_bytes(*word) ^ u32::from_ne_bytes(mask)).to_ne_bytes();
+    }
+    for (byte, mask) in rest.iter_mut().zip(mask) {
         *byte ^= mask;
     }
 }

@@ -1,0 +1,144 @@
+//! A backend whose containers are the host itself: commands are real processes, terminals real
+//! terminals, and a pod's ports are the host's.
+
+use std::os::fd::OwnedFd;
+use std::process::Stdio;
+
+use async_trait::async_trait;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::net::TcpStream;
+use tokio::net::unix::pipe;
+use tokio::process::{Child, Command};
+
+use crate::{
+    AttachParams, Backend, BackendError, ByteReader, ByteStream, ByteWriter, ExecParams, Process,
+    Session, StdinEnd, TtySize,
+};
+
+pub(crate) struct Host;
+
+struct HostProcess {
+    child: Child,
+    /// Path of the terminal.
+    tty: Option<String>,
+}
+
+fn start(
+    command: &[String],
+    tty: Option<Option<TtySize>>,
+    stdin: bool,
+) -> Result<Session, BackendError> {
+    match tty {
+        Some(size) => start_in_terminal(command, size, stdin),
+        None => start_with_pipes(command, stdin),
+    }
+}
+
+fn start_with_pipes(command: &[String], stdin: bool) -> Result<Session, BackendError> {
+    let mut child = Command::new(&command[0])
+        .args(&command[1..])
+        .stdin(if stdin { Stdio::piped() } else { Stdio::null() })
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(BackendError::new)?;
+    Ok(Session {
+        stdin: child.stdin.take().map(|s| Box::pin(s) as ByteWriter),
+        stdout: child.stdout.take().map(|s| Box::pin(s) as ByteReader),
+        stderr: child.stderr.take().map(|s| Box::pin(s) as ByteReader),
+        stdin_end: StdinEnd::Close,
+        process: Box::new(HostProcess { child, tty: None }),
+    })
+}
+
+fn start_in_terminal(
+    command: &[String],
+    size: Option<TtySize>,
+    stdin: bool,
+) -> Result<Session, BackendError> {
+    let size = size.map(|size| nix::pty::Winsize {
+        ws_row: size.height,
+        ws_col: size.width,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    });
+    let pty = nix::pty::openpty(&size, None).map_err(BackendError::new)?;
+    let path = nix::unistd::ttyname(&pty.slave).map_err(BackendError::new)?;
+    let slave = || pty.slave.try_clone().map(Stdio::from).map_err(BackendError::new);
+    let child = Command::new("setsid")
+        .arg("--ctty")
+        .args(command)
+        .stdin(slave()?)
+        .stdout(slave()?)
+        .stderr(slave()?)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(BackendError::new)?;
+    drop(pty.slave);
+    fcntl(&pty.master, FcntlArg::F_SETFL(OFlag::O_NONBLOCK | OFlag::O_RDWR))
+        .map_err(BackendError::new)?;
+    let second: OwnedFd = pty.master.try_clone().map_err(BackendError::new)?;
+    let stdout = pipe::Receiver::from_owned_fd_unchecked(pty.master).map_err(BackendError::new)?;
+    let input = pipe::Sender::from_owned_fd_unchecked(second).map_err(BackendError::new)?;
+    Ok(Session {
+        stdin: stdin.then(|| Box::pin(input) as ByteWriter),
+        stdout: Some(Box::pin(stdout)),
+        stderr: None,
+        stdin_end: StdinEnd::Close,
+        process: Box::new(HostProcess {
+            child,
+            tty: Some(path.to_str().expect("a path in /dev").to_owned()),
+        }),
+    })
+}
+
+#[async_trait]
+impl Backend for Host {
+    async fn exec(
+        &self,
+        params: ExecParams,
+        size: Option<TtySize>,
+    ) -> Result<Session, BackendError> {
+        start(&params.command, params.tty.then_some(size), params.stdin)
+    }
+
+    /// The container's name is the command; one whose stdin stays open ends with `&`.
+    async fn attach(
+        &self,
+        params: AttachParams,
+        size: Option<TtySize>,
+    ) -> Result<Session, BackendError> {
+        let detach = params.container.ends_with('&');
+        let command = params.container.trim_end_matches('&').to_owned();
+        let command = ["sh".to_owned(), "-c".to_owned(), command];
+        let session = start(&command, params.tty.then_some(size), params.stdin)?;
+        let stdin_end = if detach { StdinEnd::Detach } else { StdinEnd::Close };
+        Ok(Session { stdin_end, ..session })
+    }
+
+    async fn port_forward(&self, _: &str, port: u16) -> Result<ByteStream, BackendError> {
+        let stream = TcpStream::connect(("127.0.0.1", port)).await;
+        Ok(Box::pin(stream.map_err(BackendError::new)?))
+    }
+}
+
+#[async_trait]
+impl Process for HostProcess {
+    async fn resize(&mut self, size: TtySize) -> Result<(), BackendError> {
+        let Some(tty) = &self.tty else { return Err(BackendError::new("no terminal")) };
+        let (rows, columns) = (size.height.to_string(), size.width.to_string());
+        let stty = Command::new("stty")
+            .args(["-F", tty, "rows", &rows, "cols", &columns])
+            .status()
+            .await
+            .map_err(BackendError::new)?;
+        if stty.success() { Ok(()) } else { Err(BackendError::new("stty failed")) }
+    }
+
+    async fn wait(&mut self) -> Result<i32, BackendError> {
+        use std::os::unix::process::ExitStatusExt;
+        let status = self.child.wait().await.map_err(BackendError::new)?;
+        Ok(status.code().or_else(|| status.signal().map(|s| 128 + s)).unwrap_or(255))
+    }
+}
