@@ -15,12 +15,14 @@ use agent_api::v1;
 use tokio::sync::{Notify, OwnedMutexGuard};
 
 use crate::containers::Container;
+use crate::containers::images::Images;
 use crate::containers::process::Process;
-use crate::containers::rootfs::Disks;
 use crate::error::{Error, Result};
 use crate::events::EventLog;
+use crate::guest::share::{self, Share};
 use crate::guest::volumes::Volumes;
 use crate::oci::cgroup::Cgroup;
+use crate::oci::userns::UserNamespace;
 use crate::reaper::Ended;
 use crate::stdio::input::Input;
 use crate::stdio::output::Output;
@@ -34,6 +36,8 @@ pub struct Config {
     pub cgroup: String,
     /// `dir:` instead of a disk's serial, for tests without disks.
     pub folders_as_disks: bool,
+    /// Where the pod's shared volumes come from.
+    pub share: share::Source,
     /// The machine is the agent's own: it may be powered off.
     pub is_guest: bool,
 }
@@ -78,7 +82,10 @@ pub struct State {
 pub struct Agent {
     pub config: Config,
     pub pod_cgroup: Cgroup,
-    pub disks: tokio::sync::Mutex<Disks>,
+    pub images: tokio::sync::Mutex<Images>,
+    pub share: Arc<tokio::sync::Mutex<Share>>,
+    /// Made when the first container asks for it.
+    pub userns: tokio::sync::Mutex<Option<Arc<UserNamespace>>>,
     /// Makes the pod's PID namespace once.
     pub pod_pid_making: tokio::sync::Mutex<()>,
     state: Mutex<State>,
@@ -94,9 +101,12 @@ pub struct Agent {
 impl Agent {
     pub fn new(config: Config) -> Result<Arc<Self>> {
         let pod_cgroup = Cgroup::pod(&config.cgroup)?;
+        let share = Share::new(config.share.clone(), config.base.join("shares"));
         Ok(Arc::new(Self {
             pod_cgroup,
-            disks: tokio::sync::Mutex::default(),
+            images: tokio::sync::Mutex::default(),
+            share: Arc::new(tokio::sync::Mutex::new(share)),
+            userns: tokio::sync::Mutex::default(),
             pod_pid_making: tokio::sync::Mutex::default(),
             state: Mutex::new(State {
                 pod: None,

@@ -3,6 +3,7 @@
 //! ```text
 //!  host --vsock 1024, gRPC--> service --> containers --> oci --helper process--> container's init
 //!       --vsock 1025, bytes-> stdio  <---------------------pipes, terminals--------------'
+//!       --vsock 1026, bytes-> forward --TCP--> 127.0.0.1, ::1
 //!                              guest: boot, devices, network, identity, volumes, power-off
 //! ```
 //! One thread runs everything (`run`); what may block on a disk goes to a short-lived second one.
@@ -14,6 +15,7 @@ mod agent;
 mod containers;
 mod error;
 mod events;
+mod forward;
 mod guest;
 mod ids;
 mod listen;
@@ -28,7 +30,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agent_api::v1::agent_server::AgentServer;
-use agent_api::{CONTROL_PORT, MAX_MESSAGE, STDIO_PORT};
+use agent_api::{CONTROL_PORT, FORWARD_PORT, MAX_MESSAGE, STDIO_PORT};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use agent::{Agent, Config};
@@ -76,14 +78,18 @@ fn in_a_guest() -> ! {
             base: PathBuf::from(BASE),
             cgroup: "pod".to_owned(),
             folders_as_disks: false,
+            share: guest::share::Source::Device,
             is_guest: true,
         };
         let result = std::panic::catch_unwind(|| {
             block_on(config, || {
-                Ok((
-                    Listener::vsock(CONTROL_PORT).doing(|| "listen on vsock".to_owned())?,
-                    Listener::vsock(STDIO_PORT).doing(|| "listen on vsock".to_owned())?,
-                ))
+                let listen =
+                    |port| Listener::vsock(port).doing(|| format!("listen on vsock port {port}"));
+                Ok(Doors {
+                    control: listen(CONTROL_PORT)?,
+                    stdio: listen(STDIO_PORT)?,
+                    forward: listen(FORWARD_PORT)?,
+                })
             })
         });
         // Whatever happened, the kernel must not lose its PID 1: the host sees that nobody answers
@@ -97,7 +103,7 @@ fn in_a_guest() -> ! {
     }
 }
 
-/// Serves on Unix sockets `control.sock` and `stdio.sock` in `folder`. Wants mount, PID, UTS, IPC
+/// Serves on Unix sockets `control.sock`, `stdio.sock` and `forward.sock` in `folder`. Wants mount, PID, UTS, IPC
 /// and cgroup namespaces of its own, and cgroup v2 at its usual place.
 fn on_a_development_machine(folder: &Path) -> Result<()> {
     log::install(std::env::var("NACELLE_LOG").ok().as_deref());
@@ -112,6 +118,8 @@ fn on_a_development_machine(folder: &Path) -> Result<()> {
     let _ = umount2(oci::cgroup::MOUNT, MntFlags::MNT_DETACH);
     mount(Some("cgroup2"), oci::cgroup::MOUNT, Some("cgroup2"), MsFlags::empty(), None::<&str>)
         .doing(|| "mount cgroup v2".to_owned())?;
+    // Up already in the machine's own network namespace.
+    guest::network::loopback_up()?;
     let config = Config {
         base: base.to_owned(),
         // Several agents may be tested at once.
@@ -120,6 +128,7 @@ fn on_a_development_machine(folder: &Path) -> Result<()> {
             None => "nacelle-agent-test".to_owned(),
         },
         folders_as_disks: true,
+        share: guest::share::Source::Folder(folder.join("shares")),
         is_guest: false,
     };
     block_on(config, || {
@@ -127,11 +136,23 @@ fn on_a_development_machine(folder: &Path) -> Result<()> {
             let path = folder.join(name);
             Listener::unix(&path).doing(|| format!("listen on {}", path.display()))
         };
-        Ok((listen("control.sock")?, listen("stdio.sock")?))
+        Ok(Doors {
+            stdio: listen("stdio.sock")?,
+            forward: listen("forward.sock")?,
+            // The last one: who sees it may use the others.
+            control: listen("control.sock")?,
+        })
     })
 }
 
-fn block_on(config: Config, listen: impl FnOnce() -> Result<(Listener, Listener)>) -> Result<()> {
+/// Where the host comes in.
+struct Doors {
+    control: Listener,
+    stdio: Listener,
+    forward: Listener,
+}
+
+fn block_on(config: Config, listen: impl FnOnce() -> Result<Doors>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
@@ -142,10 +163,11 @@ fn block_on(config: Config, listen: impl FnOnce() -> Result<(Listener, Listener)
         let ended = reaper::children().doing(|| "watch for ended children".to_owned())?;
         let agent = Agent::new(config)?;
         guest::shm::set_up(&agent.config.base.join("shm"), 0)?;
-        let (control, stdio) = listen()?;
+        let Doors { control, stdio, forward } = listen()?;
         tokio::spawn(reaper::run(ended, Arc::clone(&agent)));
         tokio::spawn(containers::oom::run(Arc::clone(&agent)));
         tokio::spawn(stdio::serve::run(stdio, Arc::clone(&agent)));
+        tokio::spawn(forward::run(forward));
         let service = AgentServer::new(service::AgentService::new(agent))
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE);

@@ -118,10 +118,7 @@ impl Service for AgentService {
         request: Request<v1::CreateContainerRequest>,
     ) -> Answer<v1::CreateContainerReply> {
         let request = request.into_inner();
-        self.run(|agent| async move {
-            create::create(&agent, request).await
-        })
-        .await
+        self.run(|agent| async move { create::create(&agent, request).await }).await
     }
 
     async fn start_container(
@@ -251,6 +248,10 @@ impl Service for AgentService {
     ) -> Answer<v1::RescanDevicesReply> {
         let request = request.into_inner();
         self.run(|_| async move {
+            if request.disk_serials.is_empty() && request.macs.is_empty() {
+                // The share has no name to wait for; whoever mounts it waits.
+                devices::look_for_new().await?;
+            }
             devices::rescan(&request.disk_serials, &request.macs).await?;
             Ok(v1::RescanDevicesReply {})
         })

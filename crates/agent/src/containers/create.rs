@@ -1,14 +1,15 @@
 //! CreateContainer: root, cgroup, volumes, specification, and an init process that waits.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use agent_api::v1;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxDevice, LinuxResources, Process as OciProcess, Spec};
 
 use super::process::{Life, Process};
 use super::rootfs::Rootfs;
-use super::{Container, Parts, streams};
+use super::volumes::Staged;
+use super::{Container, Parts, namespaces, streams};
 use crate::agent::{Agent, Owner};
 use crate::error::{Error, Result};
 use crate::guest::inroot::Root;
@@ -16,14 +17,13 @@ use crate::oci::cgroup::Cgroup;
 use crate::oci::console::ConsoleSocket;
 use crate::oci::create::Bundle;
 use crate::oci::helper::Streams;
-use crate::oci::spec::{Bind, PidNamespace, Surroundings, complete};
+use crate::oci::spec::{Bind, InUserNamespace, Surroundings, complete};
 use crate::oci::user::Database;
-use crate::oci::{device_filter, pod_pid};
+use crate::oci::userns::{Mapping, UserNamespace};
+use crate::oci::{device_filter, devices};
 
 /// Containers of a pod, ended ones included: each holds mounts, a cgroup and buffers.
 const MAX_CONTAINERS: usize = 512;
-/// Volumes of one container.
-const MAX_VOLUMES: usize = 512;
 
 /// Answers the init process' pid and user.
 pub async fn create(
@@ -71,12 +71,29 @@ async fn build(
 ) -> Result<v1::CreateContainerReply> {
     let id = &request.container_id;
     let wanted = request.rootfs.as_ref().ok_or_else(|| Error::invalid("rootfs", "is missing"))?;
-    let rootfs = parts.rootfs.insert(Rootfs::mount(agent, id, wanted).await?).path();
+    let mapping = spec.linux().as_ref().map(Mapping::of).transpose()?.flatten();
+    let userns = match mapping {
+        Some(mapping) => Some(namespaces::user_namespace(agent, mapping).await?),
+        None => None,
+    };
+    let rootfs = Rootfs::mount(agent, id, wanted, userns.as_ref()).await?;
+    let rootfs = parts.rootfs.insert(rootfs).path();
     let cgroup = parts.cgroup.insert(agent.pod_cgroup.create(id)?).clone();
-    let binds = binds(agent, &request.volumes)?;
-    let pid_namespace = pid_namespace(agent, request).await?;
+    let volumes = parts.volumes.insert(Staged::new(agent, id));
+    let binds = volumes.stage(agent, &request.volumes, userns.as_ref()).await?;
+    let pid = namespaces::pid_namespace(agent, request, userns.as_deref()).await?;
     let hostname = agent.lock().pod.as_ref().map(|pod| pod.hostname.clone()).unwrap_or_default();
-    let root = Root::open(&rootfs)?;
+    let mut root = Root::open(&rootfs)?;
+    if let Some(userns) = &userns {
+        root = root.owned_by(userns.mapping.root());
+    }
+    let asked = spec.linux().as_ref().and_then(|linux| linux.resources().clone());
+    let extra = Devices::find(request, &asked.unwrap_or_default(), userns.is_some())?;
+    let (mqueue, userns_path) =
+        (agent.config.base.join("mqueue"), userns.as_ref().map(|u| u.path()));
+    if userns.is_some() {
+        crate::guest::shm::mount_mqueue(&mqueue)?;
+    }
     let (mut spec, resources) = complete(
         spec,
         &Database::read(&root),
@@ -84,46 +101,58 @@ async fn build(
             rootfs: &rootfs,
             read_only: wanted.read_only,
             cgroup: cgroup.path(),
-            pid: pid_namespace,
+            pid,
             shm: &agent.config.base.join("shm"),
             binds: &binds,
+            shared_mounts: Staged::is_shared(&request.volumes),
+            devices: extra.in_dev,
+            userns: userns.as_ref().zip(userns_path.as_ref()).map(|(userns, path)| {
+                InUserNamespace { path, mapping: &userns.mapping, mqueue: &mqueue }
+            }),
             hostname: &hostname,
             tty: request.tty,
             user: &request.user,
+            strict_groups: request.strict_groups,
             cwd: &request.cwd,
         },
     )?;
-    cgroup.apply(&resources)?;
-    let rules = resources.devices().clone().unwrap_or_default();
+    let mut rules = resources.devices().clone().unwrap_or_default();
+    rules.extend(extra.rules);
     device_filter::attach(&rules, &cgroup.dir())?;
+    cgroup.apply(&resources)?;
     let process = spec
         .process_mut()
         .take()
         .ok_or_else(|| Error::invalid("oci_spec.process", "is missing"))?;
     make_cwd(&root, process.cwd(), &binds)?;
     make_targets(&root, &binds)?;
-    spec.set_process(Some(process.clone()));
+    for node in &extra.elsewhere {
+        root.make_node(node)?;
+    }
     let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
+    let rlimits = limits_before(&process, userns.is_some());
+    spec.set_process(Some(inside(process.clone(), userns.is_some())));
 
     let number = agent.lock().number();
     let bundle = parts.bundle.insert(Bundle::new(&agent.config.base, number, &spec)?);
     let console = if request.tty { Some(ConsoleSocket::new(bundle.dir())?) } else { None };
+    let owner = owner(&process, userns.as_deref())?;
     let (given, ends) = if request.tty {
         (Streams::null(), None)
     } else {
-        let user = process.user();
-        let (given, ends) = streams::pipes(request.stdin, user.uid(), user.gid())?;
+        let (given, ends) = streams::pipes(request.stdin, owner)?;
         (given, Some(ends))
     };
     let expecting = agent.expect_child();
     let path = console.as_ref().map(|console| console.path().to_owned());
-    let made = bundle.create(given, path, |pid| agent.know_helper(pid)).await?;
+    let made = bundle.create(given, path, rlimits, |pid| agent.know_helper(pid)).await?;
     let mut init = Process::new(made.pid, Life::Created);
     match (ends, &console) {
         (Some(ends), _) => ends.connect(&mut init, request.stdin_once)?,
         (None, Some(console)) => {
             let size = (request.tty_width, request.tty_height);
-            streams::connect_terminal(console.receive()?, request.stdin, size, &mut init)?;
+            let master = console.receive()?;
+            streams::connect_terminal(master, request.stdin, size, owner, &mut init)?;
         }
         (None, None) => {}
     }
@@ -145,6 +174,7 @@ async fn build(
         start: Some(made.start),
         process,
         seccomp,
+        userns,
     };
     agent.lock().containers.insert(id.clone(), container);
     agent.adopt(made.pid, Owner::Process { container: id.clone(), exec: String::new() });
@@ -152,59 +182,66 @@ async fn build(
     Ok(reply)
 }
 
-fn binds(agent: &Agent, volumes: &[v1::VolumeMount]) -> Result<Vec<Bind>> {
-    if volumes.len() > MAX_VOLUMES {
-        return Err(Error::Exhausted { what: "volumes of a container", limit: MAX_VOLUMES as u64 });
-    }
-    let mut state = agent.lock();
-    volumes
-        .iter()
-        .map(|volume| {
-            Ok(Bind {
-                source: state.volumes.source(&volume.volume_id, &volume.sub_path)?,
-                destination: PathBuf::from(&volume.destination),
-                read_only: volume.read_only,
-            })
-        })
-        .collect()
+/// Devices beyond those that every container has.
+#[derive(Default)]
+struct Devices {
+    /// libcontainer makes these.
+    in_dev: Vec<LinuxDevice>,
+    /// ... and refuses these, whose nodes are made in the root file system.
+    elsewhere: Vec<LinuxDevice>,
+    rules: Vec<oci_spec::runtime::LinuxDeviceCgroup>,
 }
 
-async fn pid_namespace(
-    agent: &Arc<Agent>,
-    request: &v1::CreateContainerRequest,
-) -> Result<PidNamespace> {
-    let of = |pid: i32| PidNamespace::Join(PathBuf::from(format!("/proc/{pid}/ns/pid")));
-    match v1::PidMode::try_from(request.pid_mode) {
-        Ok(v1::PidMode::Container) => Ok(PidNamespace::Own),
-        Ok(v1::PidMode::Node) => Ok(PidNamespace::Guest),
-        Ok(v1::PidMode::Pod) => Ok(of(pod_pid_1(agent).await?)),
-        Ok(v1::PidMode::Target) => {
-            let state = agent.lock();
-            let target = &state.container(&request.pid_target)?.init;
-            if target.is_ended() {
-                return Err(Error::Precondition(format!(
-                    "container {:?}, whose processes were to be shared, has ended",
-                    request.pid_target
-                )));
-            }
-            Ok(of(target.pid))
+impl Devices {
+    fn find(
+        request: &v1::CreateContainerRequest,
+        resources: &LinuxResources,
+        in_user_namespace: bool,
+    ) -> Result<Self> {
+        if in_user_namespace && !request.block_devices.is_empty() {
+            return Err(Error::invalid(
+                "block_devices",
+                "nobody in a user namespace could open them",
+            ));
         }
-        Err(_) => Err(Error::invalid("pid_mode", format!("{} is unknown", request.pid_mode))),
+        let mut found = Self::default();
+        if devices::allows_all(resources) {
+            found.in_dev = devices::all();
+        }
+        for volume in devices::block_volumes(&request.block_devices)? {
+            let place = if volume.node.path().starts_with("/dev") {
+                &mut found.in_dev
+            } else {
+                &mut found.elsewhere
+            };
+            place.push(volume.node);
+            found.rules.push(volume.rule);
+        }
+        Ok(found)
     }
 }
 
-/// PID 1 of the pod's shared PID namespace, made at first use.
-async fn pod_pid_1(agent: &Arc<Agent>) -> Result<i32> {
-    let _making = agent.pod_pid_making.lock().await;
-    if let Some(pid) = agent.lock().pod_pid {
-        return Ok(pid);
+/// The guest's ids of a process' user.
+pub(super) fn owner(process: &OciProcess, userns: Option<&UserNamespace>) -> Result<(u32, u32)> {
+    let (uid, gid) = (process.user().uid(), process.user().gid());
+    userns.map_or(Ok((uid, gid)), |userns| userns.mapping.outside(uid, gid))
+}
+
+/// Limits that the process' maker has to have before it enters a user namespace, where nobody may
+/// raise any.
+fn limits_before(
+    process: &OciProcess,
+    in_user_namespace: bool,
+) -> Vec<oci_spec::runtime::PosixRlimit> {
+    if in_user_namespace { process.rlimits().clone().unwrap_or_default() } else { Vec::new() }
+}
+
+/// See [`limits_before`].
+fn inside(mut process: OciProcess, in_user_namespace: bool) -> OciProcess {
+    if in_user_namespace {
+        process.set_rlimits(None);
     }
-    let expecting = agent.expect_child();
-    let pid = pod_pid::make(|pid| agent.know_helper(pid)).await?;
-    agent.lock().pod_pid = Some(pid);
-    agent.adopt(pid, Owner::PodPid);
-    drop(expecting);
-    Ok(pid)
+    process
 }
 
 /// A working directory that the image does not hold is made, in the volume if it lies in one.
@@ -214,7 +251,7 @@ fn make_cwd(root: &Root, cwd: &Path, binds: &[Bind]) -> Result<()> {
         .filter_map(|bind| Some((bind, cwd.strip_prefix(&bind.destination).ok()?)))
         .max_by_key(|(bind, _)| bind.destination.components().count());
     match mount {
-        Some((bind, below)) if bind.source.is_dir() => Root::open(&bind.source)?.make_dirs(below),
+        Some((bind, below)) if bind.directory => Root::open(&bind.source)?.make_dirs(below),
         _ => root.make_dirs(cwd),
     }
 }
@@ -227,7 +264,7 @@ fn make_targets(root: &Root, binds: &[Bind]) -> Result<()> {
                 && bind.destination.starts_with(&other.destination)
         });
         if !nested && !bind.destination.starts_with("/dev") {
-            root.make_target(&bind.destination, bind.source.is_dir())?;
+            root.make_target(&bind.destination, bind.directory)?;
         }
     }
     Ok(())
@@ -244,6 +281,12 @@ impl Parts {
         if let Some(cgroup) = &self.cgroup {
             match Cgroup::remove(cgroup).await {
                 Ok(()) => self.cgroup = None,
+                Err(error) => result = Err(error),
+            }
+        }
+        if let Some(volumes) = &mut self.volumes {
+            match volumes.unstage(agent).await {
+                Ok(()) => self.volumes = None,
                 Err(error) => result = Err(error),
             }
         }

@@ -12,9 +12,9 @@ use super::streams;
 use crate::agent::{Agent, Owner};
 use crate::error::{Doing, Error, Result};
 use crate::guest::inroot::Root;
-use crate::oci::exec::{self, Program};
+use crate::oci::exec::{self, Program, Target};
 use crate::oci::helper::Streams;
-use crate::oci::spec::complete_process;
+use crate::oci::spec::{Groups, complete_process};
 use crate::oci::user::Database;
 use crate::stdio::pty;
 
@@ -26,7 +26,7 @@ const MAX_EXECS: usize = 512;
 pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
     crate::ids::check("exec_id", &request.exec_id)?;
     agent.sweep_execs();
-    let (target, cgroup, base, seccomp, hostname, number) = {
+    let (target, userns, base, seccomp, hostname, number) = {
         let mut state = agent.lock();
         let number = state.number();
         let full = state.events.is_full();
@@ -47,20 +47,25 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
                 limit: MAX_EXECS as u64,
             });
         }
-        let Some(cgroup) = container.parts.cgroup.clone() else {
+        let Some(cgroup) = &container.parts.cgroup else {
             return Err(Error::Precondition("the container is being removed".to_owned()));
         };
         let base = container.process.clone();
-        (container.init.pid, cgroup, base, container.seccomp.clone(), hostname, number)
+        let userns = container.userns.clone();
+        let target =
+            Target { pid: container.init.pid, cgroup: cgroup.dir(), userns: userns.is_some() };
+        (target, userns, base, container.seccomp.clone(), hostname, number)
     };
     // As the container sees it: something may be mounted over the image's /etc.
-    let users = Root::open(format!("/proc/{target}/root").as_ref())
+    let users = Root::open(format!("/proc/{}/root", target.pid).as_ref())
         .map(|root| Database::read(&root))
         .unwrap_or_default();
     let mut process = merge(&base, &request.oci_process)?;
     process.set_terminal(Some(request.tty));
-    complete_process(&mut process, &users, &request.user, &hostname)?;
-    let (uid, gid) = (process.user().uid(), process.user().gid());
+    // The container's own groups are complete.
+    let groups = if request.user.is_empty() { Groups::Given } else { Groups::Merged };
+    complete_process(&mut process, &users, &request.user, groups, &hostname)?;
+    let owner = super::create::owner(&process, userns.as_deref())?;
     let program = Program { process, seccomp };
 
     let (given, ends, sockets) = if request.tty {
@@ -68,13 +73,13 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
             .doing(|| "make a console socket".to_owned())?;
         (Streams::null(), None, Some(pair))
     } else {
-        let (given, ends) = streams::pipes(request.stdin, uid, gid)?;
+        let (given, ends) = streams::pipes(request.stdin, owner)?;
         (given, Some(ends), None)
     };
     let (receiver, sender) = sockets.unzip();
     let file = agent.config.base.join(format!("exec-{number}.json"));
     let expecting = agent.expect_child();
-    let made = exec::start(target, cgroup.dir(), &program, &file, given, sender, |pid| {
+    let made = exec::start(target, &program, &file, given, sender, |pid| {
         agent.know_helper(pid);
     })
     .await?;
@@ -86,7 +91,7 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
         (None, Some(receiver)) => {
             let size = (request.tty_width, request.tty_height);
             let master = pty::receive(receiver)?;
-            streams::connect_terminal(master, request.stdin, size, &mut process)?;
+            streams::connect_terminal(master, request.stdin, size, owner, &mut process)?;
         }
         (None, None) => {}
     }

@@ -2,6 +2,8 @@
 
 pub mod create;
 pub mod exec;
+pub mod images;
+mod namespaces;
 pub mod oom;
 pub mod process;
 pub mod remove;
@@ -11,8 +13,10 @@ pub mod start;
 pub mod stats;
 mod streams;
 pub mod update;
+pub mod volumes;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use agent_api::v1;
 use oci_spec::runtime::{LinuxSeccomp, Process as OciProcess};
@@ -20,14 +24,17 @@ use oci_spec::runtime::{LinuxSeccomp, Process as OciProcess};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::create::Bundle;
 use crate::oci::helper::StartPipe;
+use crate::oci::userns::UserNamespace;
 use crate::reaper::Ended;
 use process::Process;
 use rootfs::Rootfs;
+use volumes::Staged;
 
 /// What a container stands on; taken down in reverse, also when only some of it was built.
 #[derive(Debug, Default)]
 pub struct Parts {
     pub rootfs: Option<Rootfs>,
+    pub volumes: Option<Staged>,
     pub cgroup: Option<Cgroup>,
     pub bundle: Option<Bundle>,
 }
@@ -42,6 +49,7 @@ pub struct Container {
     /// As completed; execs take from it what they do not say themselves.
     pub process: OciProcess,
     pub seccomp: Option<LinuxSeccomp>,
+    pub userns: Option<Arc<UserNamespace>>,
     /// OOM kills that were told.
     pub oom_kills: u64,
 }

@@ -1,18 +1,24 @@
 //! A container's root file system: the image's EROFS disk below, an ext4 scratch disk (or a tmpfs)
 //! above, joined by overlayfs at `<base>/containers/<id>/rootfs`.
 
-use std::collections::HashMap;
 use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use agent_api::v1;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use super::images::{self, Image};
 use crate::agent::Agent;
 use crate::error::{Doing, Error, Result};
 use crate::guest::devices;
+use crate::guest::tree::Tree;
+use crate::guest::volumes::open_dir;
+use crate::oci::userns::UserNamespace;
 
 /// A container's mount namespace goes away a moment after its last process.
 const BUSY_DEADLINE: Duration = Duration::from_secs(5);
@@ -21,20 +27,15 @@ const BUSY_DEADLINE: Duration = Duration::from_secs(5);
 /// barriers; what is deleted is given back to the host.
 const EXT4_OPTIONS: &str = "discard,nobarrier";
 
-/// Mounted EROFS images and how many containers stand on each, by serial.
-#[derive(Debug, Default)]
-pub struct Disks(HashMap<String, usize>);
-
 #[derive(Debug)]
 pub struct Rootfs {
     dir: PathBuf,
-    /// Serial of the image whose count this container raises.
-    image: Option<String>,
+    image: Option<Image>,
     /// What is mounted, in order.
     mounted: Vec<PathBuf>,
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     // Disks are read and written while mounting: not on the thread that serves streams.
@@ -43,13 +44,19 @@ async fn blocking<T: Send + 'static>(
         .map_err(|error| Error::Helper { doing: "mount", why: error.to_string() })?
 }
 
-fn mount_at(source: &Path, target: &Path, kind: &str, flags: MsFlags, data: &str) -> Result<()> {
+pub(super) fn mount_at(
+    source: &Path,
+    target: &Path,
+    kind: &str,
+    flags: MsFlags,
+    data: &str,
+) -> Result<()> {
     let what = || format!("mount {} ({kind}) at {}", source.display(), target.display());
     fs::create_dir_all(target).doing(what)?;
     mount(Some(source), target, Some(kind), flags, Some(data)).doing(what)
 }
 
-async fn unmount(target: &Path) -> Result<()> {
+pub(super) async fn unmount(target: &Path) -> Result<()> {
     let deadline = tokio::time::Instant::now() + BUSY_DEADLINE;
     let mut pause = Duration::from_millis(1);
     loop {
@@ -70,13 +77,19 @@ async fn unmount(target: &Path) -> Result<()> {
 }
 
 impl Rootfs {
-    pub async fn mount(agent: &Agent, id: &str, wanted: &v1::RootFs) -> Result<Self> {
+    /// With a user namespace the image's files belong to its ids, and so does what is written.
+    pub async fn mount(
+        agent: &Agent,
+        id: &str,
+        wanted: &v1::RootFs,
+        userns: Option<&Arc<UserNamespace>>,
+    ) -> Result<Self> {
         let mut rootfs = Self {
             dir: agent.config.base.join("containers").join(id),
             image: None,
             mounted: Vec::new(),
         };
-        match rootfs.build(agent, wanted).await {
+        match rootfs.build(agent, wanted, userns).await {
             Ok(()) => Ok(rootfs),
             Err(error) => {
                 if let Err(second) = rootfs.unmount(agent).await {
@@ -87,8 +100,22 @@ impl Rootfs {
         }
     }
 
-    async fn build(&mut self, agent: &Agent, wanted: &v1::RootFs) -> Result<()> {
-        let lower = self.lower(agent, &wanted.lower_serial).await?;
+    async fn build(
+        &mut self,
+        agent: &Agent,
+        wanted: &v1::RootFs,
+        userns: Option<&Arc<UserNamespace>>,
+    ) -> Result<()> {
+        let image = images::take(agent, &wanted.lower_serial).await?;
+        let mut lower = self.image.insert(image).path().clone();
+        if let Some(userns) = userns {
+            let (image, userns) = (lower, Arc::clone(userns));
+            lower = self.dir.join("lower");
+            let at = lower.clone();
+            blocking(move || mount_mapped(&image, &at, &userns)).await?;
+            self.mounted.push(lower.clone());
+        }
+        let (uid, gid) = userns.map_or((0, 0), |userns| userns.mapping.root());
         let upper = self.dir.join("upper");
         let source = wanted.upper_serial.clone();
         let target = upper.clone();
@@ -112,6 +139,8 @@ impl Rootfs {
             for dir in [&data, &work] {
                 fs::create_dir_all(dir).doing(|| format!("make {}", dir.display()))?;
             }
+            // Overlayfs shows it as the container's `/`.
+            chown(&data, Some(uid), Some(gid)).doing(|| "give the root to its user".to_owned())?;
             // metacopy off: a file's metadata must not depend on the image staying attached.
             // volatile: the layer dies with the pod, so syncing it is of no use to anybody.
             let data = format!(
@@ -125,33 +154,6 @@ impl Rootfs {
         .await?;
         self.mounted.push(target);
         Ok(())
-    }
-
-    /// Folder with the image's content.
-    async fn lower(&mut self, agent: &Agent, serial: &str) -> Result<PathBuf> {
-        if let Some(folder) = serial.strip_prefix("dir:") {
-            if !agent.config.folders_as_disks {
-                return Err(Error::invalid("lower_serial", "names a folder, not a disk"));
-            }
-            return Ok(PathBuf::from(folder));
-        }
-        let node = devices::disk_node(serial)?;
-        let target = agent.config.base.join("images").join(serial);
-        let mut disks = agent.disks.lock().await;
-        let users = disks.0.entry(serial.to_owned()).or_insert(0);
-        if *users == 0 {
-            let at = target.clone();
-            let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
-            let result = blocking(move || mount_at(&node, &at, "erofs", flags, "")).await;
-            if let Err(error) = result {
-                disks.0.remove(serial);
-                let _ = fs::remove_dir(&target);
-                return Err(error);
-            }
-        }
-        *users += 1;
-        self.image = Some(serial.to_owned());
-        Ok(target)
     }
 
     /// The joined root.
@@ -189,8 +191,8 @@ impl Rootfs {
         }
         self.mounted = left;
         if self.mounted.is_empty() {
-            if let Some(serial) = self.image.take() {
-                result = release_image(agent, &serial).await;
+            if let Some(image) = self.image.take() {
+                result = images::release(agent, image).await;
             }
             let _ = fs::remove_dir(self.dir.join("upper"));
             let _ = fs::remove_dir(&self.dir);
@@ -199,16 +201,11 @@ impl Rootfs {
     }
 }
 
-async fn release_image(agent: &Agent, serial: &str) -> Result<()> {
-    let mut disks = agent.disks.lock().await;
-    let Some(users) = disks.0.get_mut(serial) else { return Ok(()) };
-    *users -= 1;
-    if *users > 0 {
-        return Ok(());
-    }
-    disks.0.remove(serial);
-    let target = agent.config.base.join("images").join(serial);
-    unmount(&target).await?;
-    let _ = fs::remove_dir(&target);
-    Ok(())
+/// The image as the user namespace sees it.
+fn mount_mapped(image: &Path, at: &Path, userns: &UserNamespace) -> Result<()> {
+    let what = || format!("map the ids of image {}", image.display());
+    fs::create_dir_all(at).doing(what)?;
+    let tree = Tree::copy(open_dir(image)?.as_fd()).doing(what)?;
+    tree.map_ids(userns.as_fd()).doing(what)?;
+    tree.attach(at).doing(what)
 }

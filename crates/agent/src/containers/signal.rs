@@ -29,6 +29,10 @@ pub fn signal(agent: &Agent, id: &str, exec_id: &str, signal: u32, all: bool) ->
     if process.is_ended() {
         return Err(Error::Precondition("the process has ended".to_owned()));
     }
+    if !exec_id.is_empty() && signal == SIGKILL {
+        // A command is the leader of a session: one that is given up takes along what it started.
+        send(-process.pid, signal)?;
+    }
     send(process.pid, signal)
 }
 

@@ -23,7 +23,7 @@ pub(super) struct Ends {
 }
 
 /// Pipes that belong to the process' user, so that it may open `/dev/stdout` again.
-pub(super) fn pipes(stdin: bool, uid: u32, gid: u32) -> Result<(Streams, Ends)> {
+pub(super) fn pipes(stdin: bool, (uid, gid): (u32, u32)) -> Result<(Streams, Ends)> {
     let what = || "make the pipes of a process".to_owned();
     let pipe = || -> Result<(OwnedFd, OwnedFd)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).doing(what)?;
@@ -60,15 +60,17 @@ impl Ends {
     }
 }
 
-/// Connects a terminal: one output, and an input that a connection's end leaves open.
+/// Connects a terminal that belongs to `owner`: one output, and an input that a connection's end leaves open.
 pub(super) fn connect_terminal(
     master: OwnedFd,
     stdin: bool,
     (width, height): (u32, u32),
+    (owner, _): (u32, u32),
     process: &mut Process,
 ) -> Result<()> {
     use std::os::fd::AsFd;
     pty::resize(master.as_fd(), width, height)?;
+    pty::give(master.as_fd(), owner)?;
     let terminal = channel(master).doing(|| "watch the terminal".to_owned())?;
     process.stdout = Some(Output::start(Arc::clone(&terminal)));
     if stdin {

@@ -75,6 +75,18 @@ fn missing(serials: &[String], macs: &[String]) -> Option<String> {
     disk.or_else(card).cloned()
 }
 
+/// Has the kernel look for plugged devices of every kind. Blocks while drivers probe.
+pub fn rescan_bus() -> std::io::Result<()> {
+    fs::write("/sys/bus/pci/rescan", "1")
+}
+
+/// The same, without keeping the thread that serves streams: probing takes milliseconds a device.
+pub async fn look_for_new() -> Result<()> {
+    tokio::task::spawn_blocking(|| rescan_bus().doing(|| "rescan the PCI bus".to_owned()))
+        .await
+        .map_err(|error| Error::Helper { doing: "rescan", why: error.to_string() })?
+}
+
 /// Waits for disks and cards, after having had the PCI bus looked over if one is missing.
 pub async fn rescan(serials: &[String], macs: &[String]) -> Result<()> {
     for serial in serials {
@@ -83,12 +95,7 @@ pub async fn rescan(serials: &[String], macs: &[String]) -> Result<()> {
     if missing(serials, macs).is_none() {
         return Ok(());
     }
-    // Probing drivers takes milliseconds each: not on the thread that serves streams.
-    tokio::task::spawn_blocking(|| {
-        fs::write("/sys/bus/pci/rescan", "1").doing(|| "rescan the PCI bus".to_owned())
-    })
-    .await
-    .map_err(|error| Error::Helper { doing: "rescan", why: error.to_string() })??;
+    look_for_new().await?;
     let deadline = tokio::time::Instant::now() + PLUG_DEADLINE;
     let mut pause = Duration::from_millis(1);
     while let Some(name) = missing(serials, macs) {

@@ -8,8 +8,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2, readlinkat};
-use nix::sys::stat::{Mode, mkdirat};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat2, readlinkat};
+use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmodat, makedev, mkdirat, mknodat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, unlinkat};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 
 use crate::error::{Doing, Result};
 
@@ -39,16 +41,36 @@ fn plain(path: &Path) -> PathBuf {
 
 /// A directory that paths are resolved in.
 #[derive(Debug)]
-pub struct Root(OwnedFd);
+pub struct Root {
+    dir: OwnedFd,
+    /// Of what is made.
+    owner: (u32, u32),
+}
 
 impl Root {
     pub fn open(path: &Path) -> Result<Self> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        open(path, flags, Mode::empty()).map(Self).doing(|| format!("open root {}", path.display()))
+        open(path, flags, Mode::empty())
+            .map(|dir| Self { dir, owner: (0, 0) })
+            .doing(|| format!("open root {}", path.display()))
+    }
+
+    /// User and group of what is made from now on; else root's.
+    pub fn owned_by(self, owner: (u32, u32)) -> Self {
+        Self { owner, ..self }
+    }
+
+    fn give(&self, parent: &OwnedFd, name: &OsStr) -> nix::Result<()> {
+        let (uid, gid) = self.owner;
+        if self.owner == (0, 0) {
+            return Ok(());
+        }
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        fchownat(parent, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)
     }
 
     fn openat(&self, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
-        openat2(self.0.as_fd(), path, how(flags))
+        openat2(self.dir.as_fd(), path, how(flags))
     }
 
     /// Content of a file, at most `limit` bytes of it; None if there is no such file.
@@ -97,7 +119,10 @@ impl Root {
                     self.make_dirs(&parent)?;
                     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
                     let how = how(flags).mode(Mode::from_bits_truncate(0o644));
-                    return openat2(self.0.as_fd(), &path, how).map(drop).doing(what);
+                    let file = openat2(self.dir.as_fd(), &path, how).doing(what)?;
+                    let (uid, gid) = self.owner;
+                    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+                    return fchown(&file, Some(uid), Some(gid)).doing(what);
                 }
                 Err(error) => return Err(error).doing(what),
             }
@@ -115,10 +140,36 @@ impl Root {
         }
         let parent = self.openat(parent, OFlag::O_PATH | OFlag::O_DIRECTORY).doing(what)?;
         match mkdirat(&parent, name, Mode::from_bits_truncate(0o755)) {
-            // EEXIST here is a dangling symlink: the process will say so if it needs the folder.
-            Ok(()) | Err(Errno::EEXIST) => Ok(()),
+            Ok(()) => self.give(&parent, name).doing(what),
+            // A dangling symlink: the process will say so if it needs the folder.
+            Err(Errno::EEXIST) => Ok(()),
             Err(error) => Err(error).doing(what),
         }
+    }
+
+    /// Makes a device node, in the place of what the image has there.
+    pub fn make_node(&self, node: &LinuxDevice) -> Result<()> {
+        let what = || format!("make device node {}", node.path().display());
+        let path = plain(node.path());
+        let parent = path.parent().unwrap_or(Path::new("."));
+        let name = path.file_name().unwrap_or_default();
+        self.make_dirs(parent)?;
+        let parent = self.openat(parent, OFlag::O_PATH | OFlag::O_DIRECTORY).doing(what)?;
+        match unlinkat(&parent, name, UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(error) => return Err(error).doing(what),
+        }
+        let kind = match node.typ() {
+            LinuxDeviceType::B => SFlag::S_IFBLK,
+            _ => SFlag::S_IFCHR,
+        };
+        let number = makedev(node.major().unsigned_abs(), node.minor().unsigned_abs());
+        let mode = Mode::from_bits_truncate(node.file_mode().unwrap_or(0o600));
+        mknodat(&parent, name, kind, mode, number).doing(what)?;
+        let (uid, gid) = (node.uid().map(Uid::from_raw), node.gid().map(Gid::from_raw));
+        fchownat(&parent, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW).doing(what)?;
+        // After mknod: the agent's umask has no say in it.
+        fchmodat(&parent, name, mode, FchmodatFlags::FollowSymlink).doing(what)
     }
 }
 

@@ -8,6 +8,8 @@ pub mod inroot;
 pub mod modules;
 mod netlink;
 pub mod network;
+pub mod share;
 pub mod shm;
 pub mod shutdown;
+pub mod tree;
 pub mod volumes;

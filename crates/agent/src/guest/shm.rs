@@ -1,11 +1,14 @@
-//! The pod's `/dev/shm`: one tmpfs for all of its containers, as the IPC namespace is one.
+//! What containers share by having one IPC namespace: `/dev/shm`, one tmpfs for all of a pod, and
+//! the message queues.
 
 use std::fs;
+use std::os::unix::fs::chown;
 use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 
 use crate::error::{Doing, Result};
+use crate::oci::userns::Mapping;
 
 const DEFAULT_SIZE: u64 = 64 << 20;
 
@@ -20,6 +23,24 @@ pub fn set_up(path: &Path, size: u64) -> Result<()> {
         flags |= MsFlags::MS_REMOUNT;
     }
     mount(Some("shm"), path, Some("tmpfs"), flags, Some(data.as_str())).doing(what)
+}
+
+/// Gives it to the root of the pod's user namespace.
+pub fn open_to(path: &Path, mapping: &Mapping) -> Result<()> {
+    let (uid, gid) = mapping.root();
+    chown(path, Some(uid), Some(gid)).doing(|| "give /dev/shm to the pod's root".to_owned())
+}
+
+/// Mounts the pod's message queues (`/dev/mqueue`) where containers that may not mount them
+/// themselves can have them from.
+pub fn mount_mqueue(path: &Path) -> Result<()> {
+    let what = || "mount the pod's message queues".to_owned();
+    fs::create_dir_all(path).doing(what)?;
+    if is_mount_point(path) {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("mqueue"), path, Some("mqueue"), flags, None::<&str>).doing(what)
 }
 
 fn is_mount_point(path: &Path) -> bool {

@@ -26,13 +26,14 @@ pub async fn power_off(populated: impl Fn() -> bool) {
     tracing::error!(%error, "cannot power off");
 }
 
-/// Unmounts what stands on block devices, the newest first.
+/// Unmounts what stands on block devices and on the host's folders, the newest first.
 fn unmount_disks() {
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     for line in mounts.lines().rev() {
         let mut fields = line.split(' ');
         let (Some(source), Some(target)) = (fields.next(), fields.next()) else { continue };
-        if source.starts_with("/dev/") || source == "overlay" {
+        let is_share = fields.next() == Some("virtiofs");
+        if source.starts_with("/dev/") || source == "overlay" || is_share {
             let _ = umount2(target, MntFlags::MNT_DETACH);
         }
     }

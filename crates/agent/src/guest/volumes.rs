@@ -15,7 +15,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
 
 use agent_api::v1;
@@ -26,6 +26,7 @@ use nix::sys::stat::{Mode, fchmod, mkdirat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, symlinkat, unlinkat};
 
 use crate::error::{Doing, Error, Result};
+use crate::oci::userns::Mapping;
 
 const DEFAULT_SIZE: u64 = 64 << 20;
 /// tmpfs pages are the pod's own memory; this keeps a wrong number from making one tmpfs that
@@ -46,6 +47,8 @@ const DATA_NEW: &str = "..data_tmp";
 pub struct Volumes {
     base: PathBuf,
     volumes: HashMap<String, Volume>,
+    /// Of the pod's user namespace: who owns the files.
+    mapping: Option<Mapping>,
 }
 
 #[derive(Debug, Default)]
@@ -58,7 +61,7 @@ struct Volume {
 
 impl Volumes {
     pub fn new(base: PathBuf) -> Self {
-        Self { base, volumes: HashMap::new() }
+        Self { base, volumes: HashMap::new(), mapping: None }
     }
 
     /// The folder of a volume, made (empty) if there is none.
@@ -80,27 +83,67 @@ impl Volumes {
             let _ = fs::remove_dir(&dir);
             return Err(error).doing(what);
         }
+        // Containers that ask for it see each other's mounts in it.
+        let shared = mount(None::<&str>, &dir, None::<&str>, MsFlags::MS_SHARED, None::<&str>);
+        if let Err(error) = shared {
+            let _ = umount2(&dir, MntFlags::MNT_DETACH);
+            let _ = fs::remove_dir(&dir);
+            return Err(error).doing(what);
+        }
         self.volumes.insert(id.to_owned(), Volume::default());
+        if let Some(mapping) = &self.mapping {
+            give(&dir, mapping).doing(what)?;
+        }
         Ok(dir)
+    }
+
+    /// From now on the volumes' files belong to the ids that a user namespace maps those of the
+    /// requests to: tmpfs takes no id-mapped mounts before Linux 6.3.
+    pub fn belong_to(&mut self, mapping: &Mapping) -> Result<()> {
+        if self.mapping.is_some() {
+            return Ok(());
+        }
+        for id in self.volumes.keys() {
+            let dir = self.base.join(id);
+            give(&dir, mapping).doing(|| format!("map the owners in volume {id}"))?;
+        }
+        self.mapping = Some(mapping.clone());
+        Ok(())
     }
 
     /// Writes files; a failed swap leaves the former content in place.
     pub fn write(&mut self, request: &v1::WriteVolumeRequest) -> Result<()> {
         let dir = self.ensure(&request.volume_id, request.size_limit)?;
         let Some(volume) = self.volumes.get_mut(&request.volume_id) else { return Ok(()) };
+        let owner = |file: &v1::VolumeFile| {
+            let owner = (file.uid, file.gid);
+            // Ids that are not mapped stay as they are: nobody's, in the containers.
+            self.mapping
+                .as_ref()
+                .and_then(|mapping| mapping.outside(owner.0, owner.1).ok())
+                .unwrap_or(owner)
+        };
         if !request.swap {
-            return request.files.iter().try_for_each(|file| write_file(&dir, file, false));
+            return request
+                .files
+                .iter()
+                .try_for_each(|file| write_file(&dir, file, owner(file), false));
         }
         let stage = match volume.staged.take() {
             Some(stage) => stage,
             None => {
                 volume.generation += 1;
                 let stage = dir.join(format!("..v{}", volume.generation));
-                fs::create_dir(&stage).doing(|| format!("make {}", stage.display()))?;
+                let what = || format!("make {}", stage.display());
+                fs::create_dir(&stage).doing(what)?;
+                if let Some(mapping) = &self.mapping {
+                    give(&stage, mapping).doing(what)?;
+                }
                 stage
             }
         };
-        let written = request.files.iter().try_for_each(|file| write_file(&stage, file, true));
+        let written =
+            request.files.iter().try_for_each(|file| write_file(&stage, file, owner(file), true));
         if written.is_ok() && request.more {
             volume.staged = Some(stage);
             return Ok(());
@@ -131,26 +174,23 @@ impl Volumes {
         Ok(content)
     }
 
-    /// Resolves `sub_path` inside a volume, for a mount.
-    pub fn source(&mut self, id: &str, sub_path: &str) -> Result<PathBuf> {
-        let dir = self.ensure(id, 0)?;
+    /// An O_PATH descriptor of a volume, or of what `sub_path` names in it; a missing folder is
+    /// made.
+    pub fn open(&mut self, id: &str, sub_path: &str) -> Result<OwnedFd> {
+        let root = open_dir(&self.ensure(id, 0)?)?;
         if sub_path.is_empty() {
-            return Ok(dir);
+            return Ok(root);
         }
         let path = relative(sub_path)?;
-        let root = open_dir(&dir)?;
+        let what = || format!("find {sub_path:?} in volume {id}");
         // The volume's own `..data` links are followed, out of the volume leads none.
         let how = OpenHow::new()
             .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
         match openat2(root.as_fd(), path, how) {
-            Ok(_) => {}
-            Err(Errno::ENOENT) => {
-                fs::create_dir_all(dir.join(path)).doing(|| format!("make {sub_path:?}"))?;
-            }
-            Err(error) => return Err(error).doing(|| format!("find {sub_path:?} in {id}")),
+            Err(Errno::ENOENT) => make_parents(&root, path).doing(what),
+            result => result.doing(what),
         }
-        fs::canonicalize(dir.join(path)).doing(|| format!("find {sub_path:?} in {id}"))
     }
 
     /// Removes the volumes that belong to a container: those called like it, or like it and more
@@ -183,13 +223,13 @@ impl Volumes {
     }
 }
 
-fn open_dir(dir: &Path) -> Result<OwnedFd> {
+pub fn open_dir(dir: &Path) -> Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     open(dir, flags, Mode::empty()).doing(|| format!("open {}", dir.display()))
 }
 
 /// A relative path without `..`.
-fn relative(text: &str) -> Result<&Path> {
+pub fn relative(text: &str) -> Result<&Path> {
     let path = Path::new(text);
     let plain = path.components().all(|part| matches!(part, Component::Normal(_)));
     if text.is_empty() || !plain || text.contains('\0') {
@@ -201,7 +241,25 @@ fn relative(text: &str) -> Result<&Path> {
     Ok(path)
 }
 
-fn write_file(dir: &Path, file: &v1::VolumeFile, swap: bool) -> Result<()> {
+/// Changes the owners of everything in a folder, once, to the ids they are mapped to. The tree is
+/// as large as [`MAX_INODES`] lets it be.
+fn give(dir: &Path, mapping: &Mapping) -> std::io::Result<()> {
+    let mut left = vec![dir.to_owned()];
+    while let Some(path) = left.pop() {
+        let meta = fs::symlink_metadata(&path)?;
+        if let Ok((uid, gid)) = mapping.outside(meta.uid(), meta.gid()) {
+            lchown(&path, Some(uid), Some(gid))?;
+        }
+        if meta.is_dir() {
+            for entry in fs::read_dir(&path)? {
+                left.push(entry?.path());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn write_file(dir: &Path, file: &v1::VolumeFile, (uid, gid): (u32, u32), swap: bool) -> Result<()> {
     let path = relative(&file.path)?;
     let first = path.components().next().map(|part| part.as_os_str().as_encoded_bytes());
     if swap && first.is_some_and(|name| name.starts_with(b"..")) {
@@ -213,7 +271,7 @@ fn write_file(dir: &Path, file: &v1::VolumeFile, swap: bool) -> Result<()> {
     let name = path.file_name().unwrap_or_default();
     let parent = make_parents(&root, parent).doing(what)?;
     let mode = Mode::from_bits_truncate(file.mode & 0o7777);
-    let (uid, gid) = (Some(Uid::from_raw(file.uid)), Some(Gid::from_raw(file.gid)));
+    let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
     match file.mode & libc::S_IFMT {
         libc::S_IFDIR => {
             match mkdirat(&parent, name, mode) {
@@ -379,7 +437,10 @@ mod tests {
             assert!(result.is_err() || path == "./x", "{path:?}");
         }
         assert!(!dir.path().join("x").exists());
-        assert!(volumes.source("v", "up").is_err());
-        assert!(volumes.source("v", "../v").is_err());
+        assert!(volumes.open("v", "up").is_err());
+        assert!(volumes.open("v", "up/new").is_err());
+        assert!(volumes.open("v", "../v").is_err());
+        volumes.open("v", "new/folder").unwrap();
+        assert!(dir.path().join("v/new/folder").is_dir());
     }
 }

@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::syscall::syscall::SyscallType;
+use libcontainer::syscall::syscall::{SyscallType, create_syscall};
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{PosixRlimit, Spec};
 use serde::{Deserialize, Serialize};
 
 use super::command::{self, Failure};
@@ -31,6 +31,8 @@ pub(super) struct Job {
     /// Folder that holds `config.json`.
     bundle: PathBuf,
     console: Option<PathBuf>,
+    /// Taken on before anything else.
+    rlimits: Vec<PosixRlimit>,
 }
 
 /// Where a container's files for libcontainer are.
@@ -64,6 +66,7 @@ impl Bundle {
         &self,
         streams: Streams,
         console: Option<PathBuf>,
+        rlimits: Vec<PosixRlimit>,
         spawned: impl FnOnce(i32),
     ) -> Result<Made> {
         let job = Job {
@@ -71,6 +74,7 @@ impl Bundle {
             state: self.state.clone(),
             bundle: self.dir.clone(),
             console,
+            rlimits,
         };
         helper::run(VERB, job, streams, None, spawned).await
     }
@@ -96,6 +100,10 @@ impl Bundle {
 }
 
 pub(super) fn main(job: Job, start: OwnedFd) -> std::result::Result<i32, String> {
+    let syscall = create_syscall();
+    for rlimit in &job.rlimits {
+        syscall.set_rlimit(rlimit).map_err(|error| format!("rlimit: {error}"))?;
+    }
     let executor = Program { start: Arc::new(start) };
     let build = || {
         let container = ContainerBuilder::new(job.name, SyscallType::default())

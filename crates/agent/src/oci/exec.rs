@@ -32,6 +32,8 @@ pub(super) struct Job {
     cgroup: PathBuf,
     /// File with a [`Program`]; arguments may be too long for a command line.
     program: PathBuf,
+    /// The container lives in the pod's user namespace.
+    userns: bool,
     /// Socket for the terminal's master side.
     console: Option<RawFd>,
 }
@@ -43,10 +45,18 @@ pub struct Program {
     pub seccomp: Option<LinuxSeccomp>,
 }
 
-/// Starts a process in the container whose init is `target`. `file` is written and removed.
+/// Whose process an exec joins.
+#[derive(Debug)]
+pub struct Target {
+    /// The container's init.
+    pub pid: i32,
+    pub cgroup: PathBuf,
+    pub userns: bool,
+}
+
+/// Starts a process in a container. `file` is written and removed.
 pub async fn start(
-    target: i32,
-    cgroup: PathBuf,
+    target: Target,
     program: &Program,
     file: &Path,
     streams: Streams,
@@ -57,8 +67,9 @@ pub async fn start(
     let text = serde_json::to_vec(program).map_err(std::io::Error::from).doing(what)?;
     std::fs::write(file, text).doing(what)?;
     let job = Job {
-        target,
-        cgroup,
+        target: target.pid,
+        cgroup: target.cgroup,
+        userns: target.userns,
         program: file.to_owned(),
         console: console.as_ref().map(AsRawFd::as_raw_fd),
     };
@@ -66,6 +77,9 @@ pub async fn start(
     let _ = std::fs::remove_file(file);
     made
 }
+
+const ROOT: Uid = Uid::from_raw(0);
+const ROOT_GROUP: Gid = Gid::from_raw(0);
 
 type Step<T> = std::result::Result<T, String>;
 
@@ -80,11 +94,15 @@ pub(super) fn main(job: Job, start: OwnedFd) -> Step<i32> {
         step(std::fs::write("/proc/self/oom_score_adj", score.to_string()), "oom_score_adj")?;
     }
     join_cgroup(&job)?;
-    join_namespaces(job.target)?;
+    if job.userns {
+        // Nobody may raise a limit in there.
+        set_limits(&program.process)?;
+    }
+    join_namespaces(job.target, job.userns)?;
     // SAFETY: this process has one thread, so the child may go on using everything.
     match step(unsafe { fork() }, "fork")? {
         ForkResult::Parent { child } => Ok(child.as_raw()),
-        ForkResult::Child => match become_process(&program, job.console) {
+        ForkResult::Child => match become_process(&program, job.userns, job.console) {
             Ok(()) => command::execute(&program.process, &start),
             Err(why) => {
                 command::fail(&start, &Failure { missing: false, message: format!("exec: {why}") })
@@ -108,26 +126,41 @@ fn join_cgroup(job: &Job) -> Step<()> {
     }
 }
 
-fn join_namespaces(target: i32) -> Step<()> {
+fn set_limits(process: &Process) -> Step<()> {
+    let syscall = create_syscall();
+    process
+        .rlimits()
+        .iter()
+        .flatten()
+        .try_for_each(|rlimit| step(syscall.set_rlimit(rlimit), "rlimit"))
+}
+
+fn join_namespaces(target: i32, userns: bool) -> Step<()> {
     // SAFETY: pidfd_open has no pointer arguments.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, target, 0) };
     let fd = step(Errno::result(fd), "the container's init process")?;
     // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
     let init = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
     // All at once: the order in which rights would be lost does not matter then.
-    let all = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWCGROUP;
+    let mut all = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWCGROUP;
+    all.set(CloneFlags::CLONE_NEWUSER, userns);
     step(nix::sched::setns(&init, all), "join the container's namespaces")
 }
 
-fn become_process(program: &Program, console: Option<RawFd>) -> Step<()> {
+fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> Step<()> {
     let process = &program.process;
     let syscall = create_syscall();
     step(setsid(), "new session")?;
+    if userns {
+        // The agent's own root is nobody in there.
+        step(setresgid(ROOT_GROUP, ROOT_GROUP, ROOT_GROUP), "group")?;
+        step(setresuid(ROOT, ROOT, ROOT), "user")?;
+    }
     if let Some(socket) = console {
         step(tty::setup_console(&*syscall, socket, false), "terminal")?;
     }
-    for rlimit in process.rlimits().iter().flatten() {
-        step(syscall.set_rlimit(rlimit), "rlimit")?;
+    if !userns {
+        set_limits(process)?;
     }
     if process.apparmor_profile().as_ref().is_some_and(|profile| !profile.is_empty()) {
         let profile = process.apparmor_profile().as_deref().unwrap_or_default();

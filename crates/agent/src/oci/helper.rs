@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 
-use super::{command, create, exec, pod_pid};
+use super::{command, create, exec, pod_pid, userns};
 use crate::error::{Doing, Error, Result};
 
 /// Longest message of a helper, bytes: it may quote what an image holds.
@@ -175,6 +175,7 @@ pub fn main_if_helper() {
         create::VERB => become_helper(&order, create::main),
         exec::VERB => become_helper(&order, exec::main),
         pod_pid::VERB => become_helper(&order, pod_pid::main),
+        userns::VERB => become_helper(&order, userns::main),
         _ => {}
     }
 }

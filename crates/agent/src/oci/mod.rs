@@ -1,6 +1,7 @@
-//! From an OCI runtime specification to a running process: completing the specification (`spec`),
-//! users (`user`), cgroups (`cgroup`, `limits`, `device_filter`), and the short-lived helper
-//! processes that build containers and execs (`helper`, `create`, `exec`, `command`, `pod_pid`).
+//! From an OCI runtime specification to a running process: completing the specification (`spec`,
+//! `mounts`, `devices`), users (`user`), cgroups (`cgroup`, `limits`, `device_filter`), and the short-lived helper
+//! processes that build containers and execs (`helper`, `create`, `exec`, `command`, `pod_pid`,
+//! `userns`).
 //!
 //! Containers are built by libcontainer: namespaces, mounts, devices, masked paths, seccomp,
 //! capabilities, terminals. What is done here instead, and why:
@@ -14,12 +15,15 @@ mod command;
 pub mod console;
 pub mod create;
 pub mod device_filter;
+pub mod devices;
 pub mod exec;
 pub mod helper;
 pub mod limits;
+mod mounts;
 pub mod pod_pid;
 pub mod spec;
 pub mod user;
+pub mod userns;
 
 /// kill(2) with any signal number: nix names no real-time signals.
 pub fn raw_kill(pid: i32, signal: i32) -> nix::Result<()> {

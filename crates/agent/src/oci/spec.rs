@@ -1,14 +1,16 @@
 //! Completes the host's OCI specification for this guest: what the host cannot know (root, pod
 //! namespaces, the image's users) is filled in, what cannot be had here is refused by name.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Mount, MountBuilder,
+    LinuxDevice, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
     Process, RootBuilder, Spec,
 };
 
+use super::mounts;
 use super::user::{Database, Identity};
+use super::userns::Mapping;
 use crate::error::{Error, Result};
 
 /// Search path of a container that sets none.
@@ -32,7 +34,17 @@ pub enum PidNamespace {
 pub struct Bind {
     pub source: PathBuf,
     pub destination: PathBuf,
-    pub read_only: bool,
+    /// Else it is mounted on a file.
+    pub directory: bool,
+}
+
+/// The pod's user namespace.
+#[derive(Debug)]
+pub struct InUserNamespace<'a> {
+    pub path: &'a Path,
+    pub mapping: &'a Mapping,
+    /// A mount of the guest's message queues.
+    pub mqueue: &'a Path,
 }
 
 /// What the guest knows and the host does not.
@@ -44,10 +56,17 @@ pub struct Surroundings<'a> {
     pub pid: PidNamespace,
     pub shm: &'a Path,
     pub binds: &'a [Bind],
+    /// Mounts made by the container are seen by others that share a volume.
+    pub shared_mounts: bool,
+    /// Nodes beside those of the specification.
+    pub devices: Vec<LinuxDevice>,
+    pub userns: Option<InUserNamespace<'a>>,
     pub hostname: &'a str,
     pub tty: bool,
     /// Image form, overrides the specification's user unless empty.
     pub user: &'a str,
+    /// Only the specification's groups.
+    pub strict_groups: bool,
     pub cwd: &'a str,
 }
 
@@ -74,12 +93,14 @@ pub fn complete(
         process.set_cwd(PathBuf::from(around.cwd));
     }
     process.set_terminal(Some(around.tty));
-    complete_process(&mut process, users, around.user, around.hostname)?;
+    let groups = if around.strict_groups { Groups::Given } else { Groups::Merged };
+    complete_process(&mut process, users, around.user, groups, around.hostname)?;
     // Absent and false mean the same, but libcontainer loads the seccomp filter too late for a
     // process without privileges when it reads "false".
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }
+    check_labels(&spec, &process)?;
     // libcontainer refuses any profile on a kernel without AppArmor, but these ask for none.
     if matches!(process.apparmor_profile().as_deref(), Some("" | "unconfined")) {
         process.set_apparmor_profile(None);
@@ -92,19 +113,34 @@ pub fn complete(
         .build()
         .map_err(|error| Error::invalid("oci_spec.root", error.to_string()))?;
     spec.set_root(Some(root));
-    let mounts = mounts(spec.mounts().clone().unwrap_or_default(), around)?;
+    let mounts = mounts::complete(spec.mounts().clone().unwrap_or_default(), around)?;
     spec.set_mounts(Some(mounts));
 
     let mut linux = spec.linux().clone().unwrap_or_default();
     for namespace in linux.namespaces().iter().flatten() {
-        if matches!(namespace.typ(), LinuxNamespaceType::User | LinuxNamespaceType::Time) {
+        if namespace.typ() == LinuxNamespaceType::Time {
             return Err(Error::invalid(
                 "oci_spec.linux.namespaces",
                 format!("a {} namespace is not supported", namespace.typ()),
             ));
         }
     }
-    linux.set_namespaces(Some(namespaces(&around.pid)?));
+    linux.set_namespaces(Some(namespaces(around)?));
+    // Written when the pod's user namespace was made.
+    linux.set_uid_mappings(None);
+    linux.set_gid_mappings(None);
+    if around.shared_mounts {
+        linux.set_rootfs_propagation(Some("shared".to_owned()));
+    }
+    if !around.devices.is_empty() {
+        let mut devices = linux.devices().clone().unwrap_or_default();
+        for device in &around.devices {
+            // The later one of a path counts.
+            devices.retain(|known| known.path() != device.path());
+            devices.push(device.clone());
+        }
+        linux.set_devices(Some(devices));
+    }
     linux.set_cgroups_path(Some(around.cgroup.to_owned()));
     linux.set_sysctl(None);
     let resources = linux.resources().clone().unwrap_or_default();
@@ -113,11 +149,42 @@ pub fn complete(
     Ok((spec, resources))
 }
 
+/// What asks for a security module that this kernel does not run is refused, as ignoring it would
+/// leave a container less confined than its owner believes.
+fn check_labels(spec: &Spec, process: &Process) -> Result<()> {
+    let label = process.selinux_label().as_deref().unwrap_or_default();
+    let mount_label =
+        spec.linux().as_ref().and_then(|linux| linux.mount_label().as_deref()).unwrap_or_default();
+    for (field, label) in
+        [("oci_spec.process.selinuxLabel", label), ("oci_spec.linux.mountLabel", mount_label)]
+    {
+        if !label.is_empty() {
+            return Err(Error::invalid(
+                field,
+                format!("{label:?}: the guest kernel has no SELinux"),
+            ));
+        }
+    }
+    let profile = process.apparmor_profile().as_deref().unwrap_or_default();
+    if !matches!(profile, "" | "unconfined") && !app_armor_runs() {
+        return Err(Error::invalid(
+            "oci_spec.process.apparmorProfile",
+            format!("{profile:?}: the guest kernel runs without AppArmor"),
+        ));
+    }
+    Ok(())
+}
+
+fn app_armor_runs() -> bool {
+    std::fs::read_to_string("/sys/module/apparmor/parameters/enabled")
+        .is_ok_and(|enabled| enabled.starts_with('Y'))
+}
+
 fn is_read_only(root: &oci_spec::runtime::Root) -> bool {
     root.readonly().unwrap_or(false)
 }
 
-fn namespaces(pid: &PidNamespace) -> Result<Vec<LinuxNamespace>> {
+fn namespaces(around: &Surroundings<'_>) -> Result<Vec<LinuxNamespace>> {
     let namespace = |typ, path: Option<&Path>| {
         let mut builder = LinuxNamespaceBuilder::default().typ(typ);
         if let Some(path) = path {
@@ -131,7 +198,10 @@ fn namespaces(pid: &PidNamespace) -> Result<Vec<LinuxNamespace>> {
         namespace(LinuxNamespaceType::Mount, None)?,
         namespace(LinuxNamespaceType::Cgroup, None)?,
     ];
-    match pid {
+    if let Some(userns) = &around.userns {
+        all.push(namespace(LinuxNamespaceType::User, Some(userns.path))?);
+    }
+    match &around.pid {
         PidNamespace::Own => all.push(namespace(LinuxNamespaceType::Pid, None)?),
         PidNamespace::Join(path) => all.push(namespace(LinuxNamespaceType::Pid, Some(path))?),
         PidNamespace::Guest => {}
@@ -139,11 +209,20 @@ fn namespaces(pid: &PidNamespace) -> Result<Vec<LinuxNamespace>> {
     Ok(all)
 }
 
+/// Which supplementary groups a process has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Groups {
+    /// Those given, and those that the image's `/etc/group` lists for the user.
+    Merged,
+    Given,
+}
+
 /// User, environment and folder of a process; used for execs too.
 pub fn complete_process(
     process: &mut Process,
     users: &Database,
     user: &str,
+    which: Groups,
     hostname: &str,
 ) -> Result<()> {
     let args = process.args().as_deref().unwrap_or_default();
@@ -169,11 +248,15 @@ pub fn complete_process(
     }
     let mut account = process.user().clone();
     let mut groups = account.additional_gids().clone().unwrap_or_default();
-    if !user.is_empty() {
+    let memberships = if user.is_empty() {
+        users.groups_of(account.uid())
+    } else {
         let Identity { uid, gid, additional } = users.resolve(user)?;
-        // Supplemental groups of the pod stay, those of the image's user join them.
-        groups.extend(additional);
         account.set_uid(uid).set_gid(gid).set_username(None);
+        additional
+    };
+    if which == Groups::Merged {
+        groups.extend(memberships);
     }
     // The primary group is a supplementary one too: a process that changes its primary group must
     // not escape a file's "this group may not" (negative group permissions).
@@ -213,86 +296,15 @@ fn deduplicate(env: Vec<String>) -> Vec<String> {
     kept
 }
 
-fn mount(destination: &str, typ: &str, source: &str, options: &[&str]) -> Result<Mount> {
-    MountBuilder::default()
-        .destination(destination)
-        .typ(typ)
-        .source(source)
-        .options(options.iter().map(|option| (*option).to_owned()).collect::<Vec<_>>())
-        .build()
-        .map_err(|error| Error::invalid("oci_spec.mounts", error.to_string()))
-}
-
-fn mounts(given: Vec<Mount>, around: &Surroundings<'_>) -> Result<Vec<Mount>> {
-    let base = [
-        mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
-        mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
-        mount(
-            "/dev/pts",
-            "devpts",
-            "devpts",
-            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
-        )?,
-        mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
-        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"])?,
-        mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "ro"])?,
-    ];
-    let shm = around.shm.to_str().ok_or_else(|| Error::invalid("shm", "path is not UTF-8"))?;
-    let shm = mount("/dev/shm", "bind", shm, &["rbind", "nosuid", "noexec", "nodev"])?;
-    let mut all: Vec<Mount> = Vec::new();
-    // The basic mounts come first, each as the host gave it if it did; then the host's own.
-    for default in base {
-        let own = given.iter().find(|mount| mount.destination() == default.destination());
-        all.push(own.cloned().unwrap_or(default));
-    }
-    // One /dev/shm for all containers of the pod, whatever kind the specification asks for.
-    all.push(shm);
-    for mount in given {
-        let destination = mount.destination();
-        check_destination(destination)?;
-        if !all.iter().any(|present| present.destination() == destination) {
-            all.push(mount);
-        }
-    }
-    let mut binds: Vec<&Bind> = around.binds.iter().collect();
-    // A mount below another one has to come after it.
-    binds.sort_by_key(|bind| bind.destination.components().count());
-    for bind in binds {
-        check_destination(&bind.destination)?;
-        let options = if bind.read_only { ["rbind", "ro"] } else { ["rbind", "rw"] };
-        let (Some(source), Some(destination)) = (bind.source.to_str(), bind.destination.to_str())
-        else {
-            return Err(Error::invalid("volumes", "a path is not UTF-8"));
-        };
-        all.retain(|present| present.destination() != &bind.destination);
-        all.push(mount(destination, "bind", source, &options)?);
-    }
-    Ok(all)
-}
-
-fn check_destination(path: &Path) -> Result<()> {
-    let plain = path.is_absolute()
-        && path != Path::new("/")
-        && !path.components().any(|component| component == Component::ParentDir);
-    if plain {
-        Ok(())
-    } else {
-        Err(Error::invalid(
-            "mount destination",
-            format!("{} is not an absolute path below /", path.display()),
-        ))
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     fn spec(json: &str) -> Spec {
         serde_json::from_str(json).unwrap()
     }
 
-    fn around<'a>(binds: &'a [Bind]) -> Surroundings<'a> {
+    pub(in super::super) fn around<'a>(binds: &'a [Bind]) -> Surroundings<'a> {
         Surroundings {
             rootfs: Path::new("/r"),
             read_only: false,
@@ -300,9 +312,13 @@ mod tests {
             pid: PidNamespace::Own,
             shm: Path::new("/run/nacelle/shm"),
             binds,
+            shared_mounts: false,
+            devices: Vec::new(),
+            userns: None,
             hostname: "web-0",
             tty: false,
             user: "",
+            strict_groups: false,
             cwd: "",
         }
     }
@@ -338,33 +354,11 @@ mod tests {
     }
 
     #[test]
-    fn every_container_gets_the_pods_shm_and_volumes_in_order() {
-        let binds = [
-            Bind { source: "/v/b".into(), destination: "/data/x/y".into(), read_only: true },
-            Bind { source: "/v/a".into(), destination: "/data".into(), read_only: false },
-        ];
-        let mut with_shm = spec(MINIMAL);
-        with_shm.set_mounts(Some(vec![
-            mount("/dev/shm", "tmpfs", "shm", &[]).unwrap(),
-            mount("/sys", "sysfs", "sysfs", &["rw"]).unwrap(),
-            mount("/tmp", "tmpfs", "tmpfs", &[]).unwrap(),
-        ]));
-        let (spec, _) = complete(with_shm, &Database::default(), &around(&binds)).unwrap();
-        let mounts = spec.mounts().clone().unwrap();
-        let at = |path: &str| {
-            mounts.iter().position(|mount| mount.destination() == Path::new(path)).unwrap()
-        };
-        assert_eq!(mounts[at("/dev/shm")].source().as_deref(), Some(Path::new("/run/nacelle/shm")));
-        assert_eq!(mounts[at("/sys")].options().as_deref().unwrap(), ["rw"]);
-        assert!(at("/proc") < at("/tmp") && at("/tmp") < at("/data"));
-        assert!(at("/data") < at("/data/x/y"));
-        assert_eq!(mounts.iter().filter(|m| m.destination() == Path::new("/dev/shm")).count(), 1);
-    }
-
-    #[test]
     fn what_cannot_be_had_is_refused_by_name() {
         for (json, word) in [
-            (MINIMAL.replace("\"network\"", "\"user\""), "user"),
+            (MINIMAL.replace("\"network\"", "\"time\""), "time"),
+            (MINIMAL.replace("\"cwd\"", "\"selinuxLabel\":\"a:b:c\",\"cwd\""), "SELinux"),
+            (MINIMAL.replace("\"cwd\"", "\"apparmorProfile\":\"nosuch\",\"cwd\""), "nosuch"),
             (MINIMAL.replace("[\"sh\"]", "[]"), "command"),
             (MINIMAL.replace("\"cwd\":\"/\"", "\"cwd\":\"x\""), "absolute"),
             (
@@ -375,7 +369,5 @@ mod tests {
             let error = complete(spec(&json), &Database::default(), &around(&[])).unwrap_err();
             assert!(error.to_string().contains(word), "{error}");
         }
-        let up = [Bind { source: "/v".into(), destination: "/a/../b".into(), read_only: false }];
-        assert!(complete(spec(MINIMAL), &Database::default(), &around(&up)).is_err());
     }
 }

@@ -67,12 +67,13 @@ impl Database {
             Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
             None => (text, None),
         };
-        // A name may consist of digits: a listed name counts before a number.
+        // A number is one even if a user is called like it: a pod's `runAsUser` must not become
+        // somebody else by what an image says. containerd has it so.
         let number = user.parse::<u32>().ok();
-        let entry = self
-            .entries()
-            .find(|entry| entry.name == user)
-            .or_else(|| self.entries().find(|entry| Some(entry.uid) == number));
+        let entry = self.entries().find(|entry| match number {
+            Some(number) => entry.uid == number,
+            None => entry.name == user,
+        });
         let (uid, primary, name) = match (&entry, number) {
             (Some(entry), _) => (entry.uid, entry.gid, entry.name),
             (None, Some(uid)) => (uid, 0, ""),
@@ -84,29 +85,28 @@ impl Database {
                 ));
             }
         };
-        let Some(group) = group else {
-            return Ok(Identity { uid, gid: primary, additional: self.memberships(name) });
-        };
-        let number = group.parse::<u32>().ok();
-        let gid = self
-            .groups()
-            .find(|(name, ..)| *name == group)
-            .map(|(_, gid, _)| gid)
-            .or(number)
-            .ok_or_else(|| {
-                Error::invalid("user", format!("no group {group:?} in the image's /etc/group"))
-            })?;
-        // An explicit group is the only one, as in `docker run --user`.
-        Ok(Identity { uid, gid, additional: Vec::new() })
+        let additional = self.memberships(name);
+        let Some(group) = group else { return Ok(Identity { uid, gid: primary, additional }) };
+        let listed = || self.groups().find(|(name, ..)| *name == group).map(|(_, gid, _)| gid);
+        let gid = group.parse::<u32>().ok().or_else(listed).ok_or_else(|| {
+            Error::invalid("user", format!("no group {group:?} in the image's /etc/group"))
+        })?;
+        Ok(Identity { uid, gid, additional })
+    }
+
+    /// Groups that list the user of this number as a member.
+    pub fn groups_of(&self, uid: u32) -> Vec<u32> {
+        let entry = self.entries().find(|entry| entry.uid == uid);
+        entry.map(|entry| self.memberships(entry.name)).unwrap_or_default()
     }
 
     /// Groups that list the user as a member.
-    pub fn memberships(&self, name: &str) -> Vec<u32> {
+    fn memberships(&self, name: &str) -> Vec<u32> {
         if name.is_empty() {
             return Vec::new();
         }
         self.groups()
-            .filter(|(_, _, members)| members.split(',').any(|member| member == name))
+            .filter(|(_, _, members)| members.split(',').any(|member| member.trim() == name))
             .map(|(_, gid, _)| gid)
             .take(MAX_GROUPS)
             .collect()
@@ -145,12 +145,13 @@ mod tests {
         for (text, want) in [
             ("web", identity(101, 102, &[200, 65534])),
             ("101", identity(101, 102, &[200, 65534])),
-            ("web:log", identity(101, 200, &[])),
-            ("web:4242", identity(101, 4242, &[])),
+            ("web:log", identity(101, 200, &[200, 65534])),
+            ("web:4242", identity(101, 4242, &[200, 65534])),
             ("0:0", identity(0, 0, &[])),
             ("5000", identity(5000, 0, &[])),
             ("5000:", identity(5000, 0, &[])),
-            ("77", identity(1077, 1078, &[])),
+            ("77", identity(77, 0, &[])),
+            ("1077", identity(1077, 1078, &[])),
             (":log", identity(0, 200, &[])),
         ] {
             assert_eq!(database.resolve(text).unwrap(), want, "{text}");

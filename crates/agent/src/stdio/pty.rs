@@ -1,12 +1,14 @@
 //! Terminals: the slave side is made inside the container (so that its `/dev/pts` knows it), the
 //! master side comes here through a Unix socket.
-#![allow(unsafe_code)] // TIOCSWINSZ has no safe wrapper; a received descriptor is a bare number
+#![allow(unsafe_code)] // TIOCSWINSZ and TIOCGPTPEER have no safe wrapper; a received descriptor is a bare number
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::errno::Errno;
 use nix::pty::Winsize;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::unistd::{Uid, fchown};
 
 use crate::error::{Doing, Error, Result};
 
@@ -25,6 +27,19 @@ pub fn resize(master: BorrowedFd<'_>, width: u32, height: u32) -> Result<()> {
     unsafe { ioctl::tiocswinsz(master.as_raw_fd(), &raw const size) }
         .doing(|| format!("set terminal size to {width}x{height}"))?;
     Ok(())
+}
+
+/// Gives the terminal to a user, who may then open it again by its name. Its group stays that of
+/// terminals.
+pub fn give(master: BorrowedFd<'_>, uid: u32) -> Result<()> {
+    let what = || "give the terminal to its user".to_owned();
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: TIOCGPTPEER takes open flags by value and returns a new descriptor.
+    let slave = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) };
+    let slave = Errno::result(slave).doing(what)?;
+    // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
+    let slave = unsafe { OwnedFd::from_raw_fd(slave) };
+    fchown(&slave, Some(Uid::from_raw(uid)), None).doing(what)
 }
 
 /// Takes the master side from the socket it was sent to; it was sent before, so nothing is waited

@@ -9,8 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use agent_api::stdio::{Kind, Open, Status};
-use agent_api::v1;
 use agent_api::v1::agent_client::AgentClient;
+use agent_api::{forward, v1};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -41,8 +41,11 @@ impl Door {
     async fn connect(&self, port: u32) -> std::io::Result<UnixStream> {
         match self {
             Self::Folder(dir) => {
-                let name =
-                    if port == agent_api::STDIO_PORT { "stdio.sock" } else { "control.sock" };
+                let name = match port {
+                    agent_api::STDIO_PORT => "stdio.sock",
+                    agent_api::FORWARD_PORT => "forward.sock",
+                    _ => "control.sock",
+                };
                 UnixStream::connect(dir.join(name)).await
             }
             Self::Vsock(path) => {
@@ -82,7 +85,7 @@ pub async fn guest() -> Option<Guest> {
     }
     let dir = tempfile::tempdir().unwrap();
     make_root(&dir.path().join("root"), &busybox);
-    let child = Command::new("unshare")
+    let mut child = Command::new("unshare")
         .args(["-mpuiCn", "--fork", "--mount-proc", "--kill-child"])
         .arg(env!("CARGO_BIN_EXE_nacelle-agent"))
         .arg("--listen-unix")
@@ -91,16 +94,20 @@ pub async fn guest() -> Option<Guest> {
         .stdin(Stdio::null())
         .spawn()
         .unwrap();
-    let socket = dir.path().join("control.sock");
-    let start = Instant::now();
-    let stdio = dir.path().join("stdio.sock");
-    while !(socket.exists() && stdio.exists()) {
-        assert!(start.elapsed() < PATIENCE, "the agent does not listen");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
     let lower = format!("dir:{}", dir.path().join("root").display());
     let door = Door::Folder(dir.path().to_owned());
-    let client = door.client().await.unwrap();
+    let start = Instant::now();
+    // The control socket is the last to be made; it is there a moment before it listens.
+    let client = loop {
+        match door.client().await {
+            Ok(client) => break client,
+            Err(error) if start.elapsed() > PATIENCE => {
+                let _ = (child.kill(), child.wait());
+                panic!("the agent does not listen: {error}");
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
     Some(Guest { child, dir, client, lower, door })
 }
 
@@ -201,7 +208,8 @@ fn make_root(root: &Path, busybox: &Path) {
     }
     let passwd = "root:x:0:0::/root:/bin/sh\nweb:x:101:102::/home/web:/bin/sh\n";
     std::fs::write(root.join("etc/passwd"), passwd).unwrap();
-    std::fs::write(root.join("etc/group"), "root:x:0:\nweb:x:102:\nlog:x:200:web\n").unwrap();
+    let group = "root:x:0:\nweb:x:102:web\nlog:x:200:web\nwheel:x:10:root\n";
+    std::fs::write(root.join("etc/group"), group).unwrap();
     std::fs::write(root.join("bin/text"), "not a program\n").unwrap();
 }
 
@@ -351,6 +359,35 @@ impl Guest {
                 return all;
             }
         }
+    }
+
+    /// The agent, as this process sees it.
+    pub fn agent_pid(&self) -> u32 {
+        let unshare = self.child.id();
+        let children = format!("/proc/{unshare}/task/{unshare}/children");
+        std::fs::read_to_string(children).unwrap().trim().parse().unwrap()
+    }
+
+    /// Listens in the pod's network namespace.
+    pub fn listen(&self, address: &str) -> tokio::net::TcpListener {
+        let namespace = std::fs::File::open(format!("/proc/{}/ns/net", self.agent_pid())).unwrap();
+        let address = address.to_owned();
+        // A thread of its own, which alone is in that namespace.
+        let bind = std::thread::spawn(move || {
+            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            std::net::TcpListener::bind(address).unwrap()
+        });
+        let listener = bind.join().unwrap();
+        listener.set_nonblocking(true).unwrap();
+        tokio::net::TcpListener::from_std(listener).unwrap()
+    }
+
+    /// A connection that the agent forwards to a port of the pod's loopback.
+    pub async fn forward(&self, header: &[u8]) -> (forward::Status, UnixStream) {
+        let mut conn = self.door.connect(agent_api::FORWARD_PORT).await.unwrap();
+        conn.write_all(header).await.unwrap();
+        let status = tokio::time::timeout(PATIENCE, conn.read_u8()).await.expect("no answer");
+        (forward::Status::try_from(status.unwrap()).unwrap(), conn)
     }
 
     pub async fn open(&self, kind: Kind, id: &str, exec_id: &str, offset: u64) -> Stream {

@@ -1,0 +1,83 @@
+//! The namespaces that containers of a pod share, made at first use.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use agent_api::v1;
+
+use crate::agent::{Agent, Owner};
+use crate::error::{Error, Result};
+use crate::oci::pod_pid;
+use crate::oci::spec::PidNamespace;
+use crate::oci::userns::{Mapping, UserNamespace};
+
+pub(super) async fn pid_namespace(
+    agent: &Arc<Agent>,
+    request: &v1::CreateContainerRequest,
+    userns: Option<&UserNamespace>,
+) -> Result<PidNamespace> {
+    let of = |pid: i32| PidNamespace::Join(PathBuf::from(format!("/proc/{pid}/ns/pid")));
+    match v1::PidMode::try_from(request.pid_mode) {
+        Ok(v1::PidMode::Container) => Ok(PidNamespace::Own),
+        Ok(v1::PidMode::Node) if userns.is_some() => Err(Error::invalid(
+            "pid_mode",
+            "processes of the node cannot be shared with a user namespace",
+        )),
+        Ok(v1::PidMode::Node) => Ok(PidNamespace::Guest),
+        Ok(v1::PidMode::Pod) => Ok(of(pod_pid_1(agent, userns).await?)),
+        Ok(v1::PidMode::Target) => {
+            let state = agent.lock();
+            let target = &state.container(&request.pid_target)?.init;
+            if target.is_ended() {
+                return Err(Error::Precondition(format!(
+                    "container {:?}, whose processes were to be shared, has ended",
+                    request.pid_target
+                )));
+            }
+            Ok(of(target.pid))
+        }
+        Err(_) => Err(Error::invalid("pid_mode", format!("{} is unknown", request.pid_mode))),
+    }
+}
+
+/// PID 1 of the pod's shared PID namespace, made at first use.
+async fn pod_pid_1(agent: &Arc<Agent>, userns: Option<&UserNamespace>) -> Result<i32> {
+    let _making = agent.pod_pid_making.lock().await;
+    if let Some(pid) = agent.lock().pod_pid {
+        return Ok(pid);
+    }
+    let expecting = agent.expect_child();
+    let pid = pod_pid::make(userns.map(UserNamespace::path), |pid| agent.know_helper(pid)).await?;
+    agent.lock().pod_pid = Some(pid);
+    agent.adopt(pid, Owner::PodPid);
+    drop(expecting);
+    Ok(pid)
+}
+
+/// The pod's user namespace. All containers that have one have the same.
+pub(super) async fn user_namespace(
+    agent: &Arc<Agent>,
+    mapping: Mapping,
+) -> Result<Arc<UserNamespace>> {
+    let mut made = agent.userns.lock().await;
+    let userns = match &*made {
+        Some(userns) if userns.mapping == mapping => Arc::clone(userns),
+        Some(_) => {
+            return Err(Error::invalid(
+                "oci_spec.linux.uidMappings",
+                "another container of the pod has other ones",
+            ));
+        }
+        None => {
+            let expecting = agent.expect_child();
+            let userns =
+                UserNamespace::make(mapping, |pid| agent.adopt(pid, Owner::Helper)).await?;
+            drop(expecting);
+            Arc::clone(made.insert(Arc::new(userns)))
+        }
+    };
+    let shm = agent.config.base.join("shm");
+    crate::guest::shm::open_to(&shm, &userns.mapping)?;
+    agent.lock().volumes.belong_to(&userns.mapping)?;
+    Ok(userns)
+}

@@ -1,0 +1,236 @@
+//! A container's volumes, each staged as a mount of its own at `<base>/binds/<container>/<n>`: with
+//! its propagation, write protection and id mapping as they are to be in the container, where
+//! libcontainer only has to bind it.
+//!
+//! ```text
+//! written  <base>/volumes/<id>  (tmpfs)     \
+//! share    <base>/shares/<id>   (virtio-fs)  > sub_path, resolved beneath -> copy of the tree -> stage
+//! image    <base>/images/<serial> (EROFS)   /
+//! ```
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use agent_api::v1;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::mount::{MntFlags, MsFlags, umount2};
+
+use super::images::{self, Image};
+use super::rootfs::blocking;
+use crate::agent::Agent;
+use crate::error::{Doing, Error, Result};
+use crate::guest::tree::{Reach, Tree};
+use crate::guest::volumes::{open_dir, relative};
+use crate::oci::spec::Bind;
+use crate::oci::userns::UserNamespace;
+
+/// Volumes of one container.
+const MAX_VOLUMES: usize = 512;
+
+/// What has to be taken down with the container.
+#[derive(Debug, Default)]
+pub struct Staged {
+    dir: PathBuf,
+    mounted: Vec<PathBuf>,
+    images: Vec<Image>,
+}
+
+/// Checked once, so that the rest may rely on it.
+struct Kind {
+    source: v1::VolumeSource,
+    propagation: v1::Propagation,
+}
+
+fn kind(volume: &v1::VolumeMount, in_user_namespace: bool) -> Result<Kind> {
+    let source = v1::VolumeSource::try_from(volume.source)
+        .map_err(|_| Error::invalid("volumes.source", format!("{} is unknown", volume.source)))?;
+    let propagation = v1::Propagation::try_from(volume.propagation).map_err(|_| {
+        Error::invalid("volumes.propagation", format!("{} is unknown", volume.propagation))
+    })?;
+    let at = &volume.destination;
+    if volume.recursive_read_only && !volume.read_only {
+        let why = format!("{at}: recursive, but the volume itself is not read-only");
+        return Err(Error::invalid("volumes.recursive_read_only", why));
+    }
+    if volume.recursive_read_only && propagation != v1::Propagation::Private {
+        let why =
+            format!("{at}: what is mounted later would be writable; wants private propagation");
+        return Err(Error::invalid("volumes.recursive_read_only", why));
+    }
+    if propagation == v1::Propagation::Shared && in_user_namespace {
+        let why = format!("{at}: mounts do not leave a user namespace, so they cannot be shared");
+        return Err(Error::invalid("volumes.propagation", why));
+    }
+    Ok(Kind { source, propagation })
+}
+
+impl Staged {
+    pub fn new(agent: &Agent, container: &str) -> Self {
+        let dir = agent.config.base.join("binds").join(container);
+        Self { dir, ..Self::default() }
+    }
+
+    /// Whether any of these wants mounts of the container to be seen outside of it.
+    pub fn is_shared(volumes: &[v1::VolumeMount]) -> bool {
+        volumes.iter().any(|volume| volume.propagation == v1::Propagation::Shared as i32)
+    }
+
+    /// Stages all; what is done when one fails is left for `unstage`.
+    pub async fn stage(
+        &mut self,
+        agent: &Agent,
+        volumes: &[v1::VolumeMount],
+        userns: Option<&Arc<UserNamespace>>,
+    ) -> Result<Vec<Bind>> {
+        if volumes.len() > MAX_VOLUMES {
+            return Err(Error::Exhausted {
+                what: "volumes of a container",
+                limit: MAX_VOLUMES as u64,
+            });
+        }
+        let mut binds = Vec::new();
+        for (n, volume) in volumes.iter().enumerate() {
+            let kind = kind(volume, userns.is_some())?;
+            let source = self.open(agent, volume, kind.source).await?;
+            let target = self.dir.join(n.to_string());
+            let at = target.clone();
+            let wanted = volume.clone();
+            // tmpfs of older kernels takes no id mapping: its files belong to the mapped ids.
+            let userns = userns.filter(|_| kind.source != v1::VolumeSource::Written).cloned();
+            let directory =
+                blocking(move || attach(&source, &wanted, &kind, userns.as_deref(), &at)).await?;
+            self.mounted.push(target.clone());
+            binds.push(Bind {
+                source: target,
+                destination: PathBuf::from(&volume.destination),
+                directory,
+            });
+        }
+        Ok(binds)
+    }
+
+    /// An O_PATH descriptor of what is to be mounted.
+    async fn open(
+        &mut self,
+        agent: &Agent,
+        volume: &v1::VolumeMount,
+        source: v1::VolumeSource,
+    ) -> Result<OwnedFd> {
+        let (id, sub_path) = (&volume.volume_id, &volume.sub_path);
+        match source {
+            v1::VolumeSource::Written => agent.lock().volumes.open(id, sub_path),
+            v1::VolumeSource::Share => {
+                // Held while blocking: the first one mounts for the others.
+                let mut share = Arc::clone(&agent.share).lock_owned().await;
+                let (id, sub_path) = (id.clone(), sub_path.clone());
+                let submounts = volume.submounts.clone();
+                blocking(move || {
+                    share.mount()?;
+                    share.open(&id, &sub_path, &submounts)
+                })
+                .await
+            }
+            v1::VolumeSource::Image => {
+                let image = images::take(agent, id).await?;
+                let path = image.path().clone();
+                self.images.push(image);
+                let (id, sub_path) = (id.clone(), sub_path.clone());
+                blocking(move || open_in_image(&path, &id, &sub_path)).await
+            }
+        }
+    }
+
+    /// Takes everything down; goes on past failures, may be repeated after one.
+    pub async fn unstage(&mut self, agent: &Agent) -> Result<()> {
+        let mut result = Ok(());
+        let mut left = Vec::new();
+        for target in std::mem::take(&mut self.mounted).into_iter().rev() {
+            // Detached: what was mounted inside goes too, and a mount namespace that is just
+            // going away may still hold a copy.
+            match umount2(&target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+                Err(error) => {
+                    result = Err(error).doing(|| format!("unmount {}", target.display()));
+                    left.insert(0, target);
+                }
+            }
+        }
+        self.mounted = left;
+        if self.mounted.is_empty() {
+            let _ = fs::remove_dir_all(&self.dir);
+            for image in std::mem::take(&mut self.images) {
+                if let Err(error) = images::release(agent, image).await {
+                    result = Err(error);
+                }
+            }
+        }
+        result
+    }
+}
+
+/// Symlinks of the image lead to places inside the image.
+fn open_in_image(root: &Path, id: &str, sub_path: &str) -> Result<OwnedFd> {
+    let dir = open_dir(root)?;
+    if sub_path.is_empty() {
+        return Ok(dir);
+    }
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    match openat2(dir.as_fd(), relative(sub_path)?, how) {
+        Err(Errno::ENOENT | Errno::ENOTDIR) => {
+            let id = sub_path.to_owned();
+            Err(Error::NotFound { what: "path in the image of the volume", id })
+        }
+        result => result.doing(|| format!("open {sub_path:?} in image {id}")),
+    }
+}
+
+/// Mounts a copy of what `source` is on `target`, which is made; answers whether it is a folder.
+fn attach(
+    source: &OwnedFd,
+    volume: &v1::VolumeMount,
+    kind: &Kind,
+    userns: Option<&UserNamespace>,
+    target: &Path,
+) -> Result<bool> {
+    let what = || format!("prepare the volume for {}", volume.destination);
+    let directory =
+        fs::metadata(format!("/proc/self/fd/{}", source.as_raw_fd())).doing(what)?.is_dir();
+    let tree = Tree::copy(source.as_fd()).doing(what)?;
+    if let Some(userns) = userns {
+        match tree.map_ids(userns.as_fd()) {
+            Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => {
+                return Err(Error::Precondition(format!(
+                    "{}: this guest kernel cannot map the ids of the volume's file system into \
+                     the pod's user namespace",
+                    volume.destination
+                )));
+            }
+            result => result.doing(what)?,
+        }
+    }
+    tree.propagation(match kind.propagation {
+        v1::Propagation::Private => MsFlags::MS_PRIVATE,
+        v1::Propagation::Slave => MsFlags::MS_SLAVE,
+        v1::Propagation::Shared => MsFlags::MS_SHARED,
+    })
+    .doing(what)?;
+    if volume.recursive_read_only {
+        tree.read_only(Reach::All).doing(what)?;
+    } else if volume.read_only || kind.source == v1::VolumeSource::Image {
+        tree.read_only(Reach::Top).doing(what)?;
+    }
+    let parent = target.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent).doing(what)?;
+    if directory {
+        fs::create_dir(target).doing(what)?;
+    } else {
+        fs::File::create_new(target).doing(what)?;
+    }
+    tree.attach(target).doing(what)?;
+    Ok(directory)
+}
