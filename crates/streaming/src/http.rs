@@ -25,6 +25,7 @@ use crate::status::Form;
 use crate::websocket::{self, Codec, Protocol};
 
 const SPDY: &str = "SPDY/3.1";
+const WEBSOCKET_VERSION: &str = "13";
 const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("x-stream-protocol-version");
 const ACCEPTED_VERSIONS: HeaderName =
     HeaderName::from_static("x-accepted-stream-protocol-versions");
@@ -102,46 +103,95 @@ pub(crate) async fn respond<B>(
             let _ = upgrades.try_send(upgrade);
             answer
         }
-        Err(refusal) => refusal,
+        Err(refusal) => refusal.answer(),
     })
 }
 
-fn refuse(status: StatusCode, words: &str) -> Answer {
-    let mut answer = Response::new(Full::from(format!("{words}\n")));
-    *answer.status_mut() = status;
-    let text = HeaderValue::from_static("text/plain; charset=utf-8");
-    answer.headers_mut().insert(CONTENT_TYPE, text);
-    // A connection carries one request.
-    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-    answer
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("no such path")]
+    Path,
+    #[error("only GET and POST are served")]
+    Method,
+    #[error("the URL is unknown, has expired, or was used before")]
+    Token,
+    #[error("this URL serves upgrades to {SPDY} or WebSocket only")]
+    NoUpgrade,
+    #[error("unable to upgrade: header {PROTOCOL_VERSION} is missing")]
+    NoVersion,
+    #[error("unable to upgrade: none of the client's protocols is served")]
+    Protocol { ours: Vec<&'static str> },
+    #[error("a WebSocket begins with GET")]
+    WebsocketMethod,
+    #[error("WebSocket version {WEBSOCKET_VERSION} is served")]
+    WebsocketVersion,
+    #[error("Sec-WebSocket-Key is missing")]
+    WebsocketKey,
+    #[error("unable to upgrade: none of the client's WebSocket protocols is served")]
+    WebsocketProtocol,
+    #[error("this protocol needs a URL made for 1 to {PORTS_LIMIT} ports, not {ports}")]
+    Ports { ports: usize },
 }
 
-fn negotiate<B>(mut request: Request<B>, shared: &Shared) -> Result<(Answer, Upgrade), Answer> {
+impl Refusal {
+    fn status(&self) -> StatusCode {
+        match self {
+            Refusal::Path | Refusal::Token => StatusCode::NOT_FOUND,
+            Refusal::Method => StatusCode::METHOD_NOT_ALLOWED,
+            Refusal::Protocol { .. } | Refusal::WebsocketProtocol => StatusCode::FORBIDDEN,
+            Refusal::WebsocketVersion => StatusCode::UPGRADE_REQUIRED,
+            Refusal::NoUpgrade
+            | Refusal::NoVersion
+            | Refusal::WebsocketMethod
+            | Refusal::WebsocketKey
+            | Refusal::Ports { .. } => StatusCode::BAD_REQUEST,
+        }
+    }
+
+    fn answer(&self) -> Answer {
+        let mut answer = Response::new(Full::from(format!("{self}\n")));
+        *answer.status_mut() = self.status();
+        let headers = answer.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        // A connection carries one request.
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        match self {
+            Refusal::Method => {
+                headers.insert(ALLOW, HeaderValue::from_static("GET, POST"));
+            }
+            Refusal::WebsocketVersion => {
+                let version = HeaderValue::from_static(WEBSOCKET_VERSION);
+                headers.insert(SEC_WEBSOCKET_VERSION, version);
+            }
+            Refusal::Protocol { ours } => {
+                for name in ours {
+                    headers.append(ACCEPTED_VERSIONS, HeaderValue::from_static(name));
+                }
+            }
+            _ => {}
+        }
+        answer
+    }
+}
+
+fn negotiate<B>(mut request: Request<B>, shared: &Shared) -> Result<(Answer, Upgrade), Refusal> {
     let path = request.uri().path().to_owned();
     let (verb, token) = match path.trim_start_matches('/').split_once('/') {
         Some((verb @ ("exec" | "attach" | "portforward"), token)) => (verb, token),
-        _ => return Err(refuse(StatusCode::NOT_FOUND, "no such path")),
+        _ => return Err(Refusal::Path),
     };
     if request.method() != Method::GET && request.method() != Method::POST {
-        let mut answer = refuse(StatusCode::METHOD_NOT_ALLOWED, "only GET and POST are served");
-        answer.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, POST"));
-        return Err(answer);
+        return Err(Refusal::Method);
     }
-    let unknown =
-        || refuse(StatusCode::NOT_FOUND, "the URL is unknown, has expired, or was used before");
-    let wanted = shared.pending.look(verb, token).ok_or_else(unknown)?;
+    let wanted = shared.pending.look(verb, token).ok_or(Refusal::Token)?;
     let headers = request.headers();
-    let (answer, plan) = match Transport::of(headers) {
-        Some(Transport::Spdy) => over_spdy(headers, wanted)?,
-        Some(Transport::Websocket) => over_websocket(request.method(), headers, wanted)?,
-        None => {
-            let words = "this URL serves upgrades to SPDY/3.1 or WebSocket only";
-            return Err(refuse(StatusCode::BAD_REQUEST, words));
-        }
+    let (answer, plan) = match Transport::of(headers).ok_or(Refusal::NoUpgrade)? {
+        Transport::Spdy => over_spdy(headers, wanted)?,
+        Transport::Websocket => over_websocket(request.method(), headers, wanted)?,
     };
     // Only now, so that a client whose protocol is refused may come back with another.
     if !shared.pending.take(token) {
-        return Err(unknown());
+        return Err(Refusal::Token);
     }
     Ok((answer, Upgrade { handover: hyper::upgrade::on(&mut request), plan }))
 }
@@ -190,7 +240,7 @@ fn switch(upgrade: &'static str) -> Answer {
     answer
 }
 
-fn over_spdy(headers: &HeaderMap, wanted: pending::Request) -> Result<(Answer, Plan), Answer> {
+fn over_spdy(headers: &HeaderMap, wanted: pending::Request) -> Result<(Answer, Plan), Refusal> {
     let (protocol, plan) = match wanted {
         pending::Request::PortForward(params) => {
             let (protocol, ()) = choose_spdy(headers, FORWARD_SPDY)?;
@@ -209,38 +259,28 @@ fn over_spdy(headers: &HeaderMap, wanted: pending::Request) -> Result<(Answer, P
 fn choose_spdy<T: Copy>(
     headers: &HeaderMap,
     ours: &[(&'static str, T)],
-) -> Result<(&'static str, T), Answer> {
+) -> Result<(&'static str, T), Refusal> {
     if items(headers, &PROTOCOL_VERSION).next().is_none() {
-        let words = format!("unable to upgrade: header {PROTOCOL_VERSION} is missing");
-        return Err(refuse(StatusCode::BAD_REQUEST, &words));
+        return Err(Refusal::NoVersion);
     }
-    choose(items(headers, &PROTOCOL_VERSION), ours).ok_or_else(|| {
-        let words = "unable to upgrade: none of the client's protocols is served";
-        let mut answer = refuse(StatusCode::FORBIDDEN, words);
-        for (name, _) in ours {
-            answer.headers_mut().append(ACCEPTED_VERSIONS, HeaderValue::from_static(name));
-        }
-        answer
-    })
+    choose(items(headers, &PROTOCOL_VERSION), ours)
+        .ok_or_else(|| Refusal::Protocol { ours: ours.iter().map(|(name, _)| *name).collect() })
 }
 
 fn over_websocket(
     method: &Method,
     headers: &HeaderMap,
     wanted: pending::Request,
-) -> Result<(Answer, Plan), Answer> {
-    let bad = |words: &str| refuse(StatusCode::BAD_REQUEST, words);
+) -> Result<(Answer, Plan), Refusal> {
     if method != Method::GET {
-        return Err(bad("a WebSocket begins with GET"));
+        return Err(Refusal::WebsocketMethod);
     }
-    if items(headers, &SEC_WEBSOCKET_VERSION).next() != Some("13") {
-        let mut answer = refuse(StatusCode::UPGRADE_REQUIRED, "WebSocket version 13 is served");
-        answer.headers_mut().insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
-        return Err(answer);
+    if items(headers, &SEC_WEBSOCKET_VERSION).next() != Some(WEBSOCKET_VERSION) {
+        return Err(Refusal::WebsocketVersion);
     }
-    let key = headers.get(SEC_WEBSOCKET_KEY).ok_or_else(|| bad("Sec-WebSocket-Key is missing"))?;
+    let key = headers.get(SEC_WEBSOCKET_KEY).ok_or(Refusal::WebsocketKey)?;
     let accept = HeaderValue::try_from(websocket::accept_key(key.as_bytes()))
-        .map_err(|_| bad("Sec-WebSocket-Key is not text"))?;
+        .map_err(|_| Refusal::WebsocketKey)?;
     let (protocol, plan) = match wanted {
         pending::Request::PortForward(params) => {
             let pod = params.pod;
@@ -248,11 +288,7 @@ fn over_websocket(
                 (protocol, Forward::Tunnel) => (protocol, Plan::TunnelForward { pod }),
                 (name, Forward::Channels(protocol)) => {
                     if !(1..=PORTS_LIMIT).contains(&params.ports.len()) {
-                        let words = format!(
-                            "this protocol needs a URL made for 1 to {PORTS_LIMIT} ports, not {}",
-                            params.ports.len()
-                        );
-                        return Err(bad(&words));
+                        return Err(Refusal::Ports { ports: params.ports.len() });
                     }
                     (name, Plan::ChannelForward { pod, ports: params.ports, protocol })
                 }
@@ -274,13 +310,11 @@ fn over_websocket(
 fn choose_websocket<T: Copy>(
     headers: &HeaderMap,
     ours: &[(&'static str, T)],
-) -> Result<(&'static str, T), Answer> {
+) -> Result<(&'static str, T), Refusal> {
     let asks = items(headers, &SEC_WEBSOCKET_PROTOCOL).next().is_some();
     let nothing = (!asks).then_some("").into_iter();
-    choose(items(headers, &SEC_WEBSOCKET_PROTOCOL).chain(nothing), ours).ok_or_else(|| {
-        let words = "unable to upgrade: none of the client's WebSocket protocols is served";
-        refuse(StatusCode::FORBIDDEN, words)
-    })
+    choose(items(headers, &SEC_WEBSOCKET_PROTOCOL).chain(nothing), ours)
+        .ok_or(Refusal::WebsocketProtocol)
 }
 
 /// Runs the session to its end.

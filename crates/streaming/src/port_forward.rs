@@ -222,7 +222,7 @@ async fn join(stream: ByteStream, incoming: Incoming, outgoing: &Outgoing, half_
             _ = outwards => {}
             () = async {
                 let _ = inwards.await;
-                std::future::pending().await
+                std::future::pending::<()>().await;
             } => {}
         },
     }

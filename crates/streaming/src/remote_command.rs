@@ -263,20 +263,15 @@ async fn input(from: Option<Incoming>, to: Option<ByteWriter>, at_end: StdinEnd)
         // What comes is discarded, and its end means nothing.
         return std::future::pending().await;
     };
-    loop {
-        match from.next().await {
-            Ok(Some(chunk)) => {
-                let written = async {
-                    to.write_all(&chunk).await?;
-                    to.flush().await
-                };
-                if let Err(error) = written.await {
-                    tracing::debug!(%error, "process takes no more input");
-                    drop(from);
-                    return std::future::pending().await;
-                }
-            }
-            Ok(None) | Err(_) => break,
+    while let Ok(Some(chunk)) = from.next().await {
+        let written = async {
+            to.write_all(&chunk).await?;
+            to.flush().await
+        };
+        if let Err(error) = written.await {
+            tracing::debug!(%error, "process takes no more input");
+            drop(from);
+            return std::future::pending().await;
         }
     }
     if at_end == StdinEnd::Detach {
@@ -287,7 +282,7 @@ async fn input(from: Option<Incoming>, to: Option<ByteWriter>, at_end: StdinEnd)
     }
     // Of a pipe, only this is the end.
     drop(to);
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// Reads a process's output to its end. What the client does not want is read all the same: the

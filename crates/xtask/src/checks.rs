@@ -50,6 +50,11 @@ const WALLS: &[(&str, &[&str], &str)] = &[
     ),
     ("network", &["sandbox", "vmm-api", "agent-api", "cri"], "the network knows no VMs"),
     ("image", &["sandbox", "network", "cri", "vmm-api", "agent-api"], "images know no sandboxes"),
+    (
+        "streaming",
+        &["sandbox", "network", "image", "cri", "vmm-api", "agent-api", "tonic"],
+        "streaming carries bytes of processes that it has never heard of",
+    ),
 ];
 
 /// Crates that must not be linked at all.

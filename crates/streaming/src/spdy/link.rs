@@ -129,7 +129,7 @@ impl Reader {
     }
 
     async fn open(&mut self, id: u32, headers: Headers, end: bool) -> Result<(), Stop> {
-        if id % 2 == 0 || id <= self.last_opened {
+        if id.is_multiple_of(2) || id <= self.last_opened {
             return self.send(Out::Refuse { id, status: reset::PROTOCOL_ERROR }).await;
         }
         self.last_opened = id;

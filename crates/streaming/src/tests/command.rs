@@ -273,7 +273,7 @@ async fn a_client_that_vanishes_while_its_input_is_held_up_is_noticed() {
     // Until nothing moves any more.
     let flood = async {
         loop {
-            client.send(ids["stdin"], &[0; 32 << 10], false).await;
+            client.send(ids["stdin"], &[0; 8 << 10], false).await;
         }
     };
     tokio::time::timeout(Duration::from_millis(500), flood).await.unwrap_err();

@@ -58,7 +58,8 @@ async fn refusals_say_why_and_leave_the_url_as_it_is() {
     let old_websocket = [&WEBSOCKET[..2], &[("Sec-WebSocket-Version", "8")]].concat();
     let tunnelled_exec = with("Sec-WebSocket-Protocol", "SPDY/3.1+portforward.k8s.io");
     let portless = with("Sec-WebSocket-Protocol", "v4.channel.k8s.io");
-    let table: [(&str, &str, &[(&str, &str)], u16, &str); 13] = [
+    type Lines<'a> = &'a [(&'a str, &'a str)];
+    let table: [(&str, &str, Lines, u16, &str); 13] = [
         (&url, "POST", &[], 400, "serves upgrades to SPDY/3.1 or WebSocket"),
         (&url, "GET", &other_upgrade, 400, "serves upgrades"),
         (&url, "GET", &not_asked, 400, "serves upgrades"),

@@ -236,7 +236,9 @@ mod tests {
     }
 
     /// Messages as (bytes, whole), control events in between, and whether decoding failed.
-    fn decode(wire: &[u8], piece: usize) -> (Vec<(Vec<u8>, bool)>, Vec<Event>, bool) {
+    type Decoded = (Vec<(Vec<u8>, bool)>, Vec<Event>, bool);
+
+    fn decode(wire: &[u8], piece: usize) -> Decoded {
         let mut decoder = Decoder::default();
         let mut bytes = BytesMut::new();
         let (mut messages, mut controls) = (Vec::new(), Vec::new());

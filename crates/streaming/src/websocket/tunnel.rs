@@ -42,7 +42,7 @@ async fn inwards(mut incoming: Incoming, mut inside: WriteHalf<DuplexStream>) {
             break;
         }
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 async fn outwards(mut inside: ReadHalf<DuplexStream>, outgoing: Outgoing) {
