@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 pub mod container;
 pub mod devices;
 pub mod image;
+pub mod metrics;
 mod mountinfo;
 pub mod mounts;
 pub mod pod;
@@ -21,6 +22,8 @@ pub mod security;
 pub mod signal;
 pub mod stats;
 pub mod status;
+#[cfg(test)]
+mod tests;
 pub mod time;
 pub mod userns;
 

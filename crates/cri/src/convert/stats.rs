@@ -2,7 +2,7 @@
 
 use sandbox::model::{ContainerView, PodView};
 use sandbox::stats::{
-    ContainerStatsView, CpuView, FsView, InterfaceView, MemoryView, PodStatsView,
+    ContainerStatsView, CpuView, FsView, InterfaceView, MemoryView, PodStatsView, PressureView,
 };
 
 use super::status::{container_metadata, pod_metadata};
@@ -16,12 +16,20 @@ fn value(value: u64) -> Option<v1::UInt64Value> {
     Some(v1::UInt64Value { value })
 }
 
+/// Totals only, in nanoseconds: a guest keeps no averages for us.
+fn pressure(view: Option<PressureView>) -> Option<v1::PsiStats> {
+    let data = |microseconds: u64| {
+        Some(v1::PsiData { total: microseconds.saturating_mul(1000), ..Default::default() })
+    };
+    view.map(|view| v1::PsiStats { full: data(view.full_us), some: data(view.some_us) })
+}
+
 fn cpu(view: &CpuView, timestamp: i64) -> v1::CpuUsage {
     v1::CpuUsage {
         timestamp,
         usage_core_nano_seconds: value(view.usage_ns),
         usage_nano_cores: value(view.usage_nano_cores),
-        psi: None,
+        psi: pressure(view.pressure),
     }
 }
 
@@ -34,8 +42,13 @@ fn memory(view: &MemoryView, timestamp: i64) -> v1::MemoryUsage {
         rss_bytes: value(view.rss),
         page_faults: value(view.page_faults),
         major_page_faults: value(view.major_page_faults),
-        psi: None,
+        psi: pressure(view.pressure),
     }
+}
+
+/// A guest has no swap to give.
+fn swap(view: &MemoryView, timestamp: i64) -> v1::SwapUsage {
+    v1::SwapUsage { timestamp, swap_available_bytes: value(0), swap_usage_bytes: value(view.swap) }
 }
 
 fn writable_layer(view: &FsView, timestamp: i64, mountpoint: &str) -> v1::FilesystemUsage {
@@ -84,7 +97,7 @@ pub fn container(
         cpu: stats.map(|stats| cpu(&stats.cpu, at)),
         memory: stats.map(|stats| memory(&stats.memory, at)),
         writable_layer: stats.map(|stats| writable_layer(&stats.writable_layer, at, mountpoint)),
-        swap: None,
+        swap: stats.map(|stats| swap(&stats.memory, at)),
         io: None,
     }
 }
@@ -102,7 +115,9 @@ pub fn pod(
             network: Some(network(&stats.interfaces, at)),
             process: Some(v1::ProcessUsage { timestamp: at, process_count: value(stats.pids) }),
             containers,
-            io: None,
+            io: stats
+                .io_pressure
+                .map(|view| v1::IoUsage { timestamp: at, psi: pressure(Some(view)) }),
         }
     });
     v1::PodSandboxStats {
@@ -120,6 +135,13 @@ pub fn pod(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pressure_is_told_in_nanoseconds_and_only_where_it_is_known() {
+        assert_eq!(pressure(None), None);
+        let told = pressure(Some(PressureView { some_us: 7, full_us: 3 })).unwrap();
+        assert_eq!((told.some.unwrap().total, told.full.unwrap().total), (7000, 3000));
+    }
 
     #[test]
     fn the_pods_own_interface_stands_apart_from_further_ones() {

@@ -212,54 +212,18 @@ pub fn container_info(view: &ContainerView, vmm_pid: Option<u32>) -> BTreeMap<St
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::time::{Duration, UNIX_EPOCH};
-
-    use sandbox::model::{ContainerSpec, ExitView, Identity, Meta, PidMode, RootfsSpec};
-
     use super::*;
+    use crate::convert::tests::{container as view, pod};
+    use sandbox::model::Identity;
 
-    fn view() -> ContainerView {
-        let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
-        ContainerView {
-            id: "c".into(),
-            pod: "p".into(),
-            spec: Arc::new(ContainerSpec {
-                meta: Meta { name: "web".into(), attempt: 2, ..Meta::default() },
-                rootfs: RootfsSpec { image: "/i".into(), read_only: false },
-                oci: oci_spec::runtime::Spec::default(),
-                user: String::new(),
-                pid: PidMode::Pod,
-                stdin: false,
-                stdin_once: false,
-                tty: false,
-                log_path: "web/2.log".into(),
-                volumes: vec![],
-                devices: vec![],
-                strict_groups: false,
-                image_name: "nginx:1".into(),
-                image_id: "sha256:00".into(),
-                stop_signal: 3,
-                origin: json!({
-                    "mounts": [{ "container_path": "/x", "image": { "image_ref": "sha256:d" } }],
-                    "image": { "image": "sha256:00", "user_specified_image": "nginx:1" },
-                    "linux": { "resources": { "memory_swap_limit_in_bytes": 7 } },
-                }),
-            }),
-            state: ContainerState::Exited,
-            created_at: at(1),
-            started_at: Some(at(2)),
-            exit: Some(ExitView {
-                code: 137,
-                oom_killed: true,
-                at: at(3),
-                reason: "OOMKilled".into(),
-                message: "too much".into(),
-            }),
-            log_path: "/logs/web/2.log".into(),
-            resources: oci_spec::runtime::LinuxResources::default(),
-            user: None,
-        }
+    #[test]
+    fn a_pods_first_address_is_its_primary_one() {
+        let network = pod_status(&pod()).network.unwrap();
+        assert_eq!(network.ip, "10.0.0.2");
+        assert_eq!(network.additional_ips[0].ip, "fd00::2");
+        let info: serde_json::Value = serde_json::from_str(&pod_info(&pod())["info"]).unwrap();
+        assert_eq!(info["pid"], 42);
+        assert_eq!(info["runtimeSpec"]["linux"]["namespaces"][0]["path"], "/run/netns/p");
     }
 
     #[test]

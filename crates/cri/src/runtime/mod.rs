@@ -156,6 +156,8 @@ impl v1::runtime_service_server::RuntimeService for Runtime {
         list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
         pod_sandbox_stats(PodSandboxStatsRequest) -> PodSandboxStatsResponse;
         list_pod_sandbox_stats(ListPodSandboxStatsRequest) -> ListPodSandboxStatsResponse;
+        list_metric_descriptors(ListMetricDescriptorsRequest) -> ListMetricDescriptorsResponse;
+        list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse;
     }
 
     absent! {
@@ -165,10 +167,6 @@ impl v1::runtime_service_server::RuntimeService for Runtime {
             "nacelle cannot checkpoint a pod yet";
         restore_pod(RestorePodRequest) -> RestorePodResponse:
             "nacelle cannot restore a pod from a checkpoint yet";
-        list_metric_descriptors(ListMetricDescriptorsRequest) -> ListMetricDescriptorsResponse:
-            "nacelled does not publish CRI metrics yet; use the statistics verbs";
-        list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse:
-            "nacelled does not publish CRI metrics yet; use the statistics verbs";
         update_pod_sandbox_resources(UpdatePodSandboxResourcesRequest)
             -> UpdatePodSandboxResourcesResponse:
             "the size of a pod's VM cannot be changed yet; containers inside it can be resized \
@@ -227,7 +225,10 @@ impl v1::runtime_service_server::RuntimeService for Runtime {
         &self,
         _: Request<v1::StreamPodSandboxMetricsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxMetricsStream>, Status> {
-        Err(unimplemented("nacelled does not publish CRI metrics yet; use the statistics verbs"))
+        let items = self.all_metrics().await;
+        Ok(Response::new(paged(items, |pod_sandbox_metrics| v1::StreamPodSandboxMetricsResponse {
+            pod_sandbox_metrics,
+        })))
     }
 
     type GetContainerEventsStream = Streamed<v1::ContainerEventResponse>;

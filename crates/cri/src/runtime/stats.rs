@@ -1,17 +1,27 @@
-//! ContainerStats, ListContainerStats, PodSandboxStats, ListPodSandboxStats: what the guests have
-//! last reported, from a cache.
+//! ContainerStats, PodSandboxStats, their listings, and metrics: what the guests have last reported,
+//! from a cache.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use futures_util::future::join_all;
 use sandbox::model::{ContainerState, ContainerView, Filter, PodState, PodView};
-use sandbox::stats::{ContainerStatsView, PodStatsView};
+use sandbox::stats::PodStatsView;
 use tonic::Status;
 
 use super::Runtime;
-use crate::convert::stats;
+use crate::convert::{metrics, stats};
 use crate::errors::sandbox_status;
 use crate::v1;
+
+/// What is younger than this may not be in the cache yet, and is measured now. For all others no
+/// listing asks a guest, whatever the guest leaves out.
+const YOUNG: Duration = Duration::from_secs(15);
+
+fn young(since: Option<SystemTime>) -> bool {
+    since.and_then(|since| since.elapsed().ok()).is_some_and(|age| age < YOUNG)
+}
 
 impl Runtime {
     pub(super) async fn container_stats(
@@ -47,21 +57,19 @@ impl Runtime {
         let mut views =
             self.container_views(filter.id, &filter.pod_sandbox_id, filter.label_selector);
         views.retain(|view| view.state == ContainerState::Running);
-        let mut pods: Vec<&str> = views.iter().map(|view| view.pod.as_str()).collect();
-        pods.sort_unstable();
-        pods.dedup();
-        // A pod that cannot be measured now is left out; the others are still worth telling.
-        let measured = join_all(pods.into_iter().map(|pod| self.sandboxes.pod_stats(pod))).await;
-        let by_id: HashMap<String, ContainerStatsView> = measured
-            .into_iter()
-            .flatten()
-            .flat_map(|pod| pod.containers)
-            .map(|container| (container.id.clone(), container))
-            .collect();
+        let mut by_pod: BTreeMap<String, Vec<ContainerView>> = BTreeMap::new();
+        for view in views {
+            by_pod.entry(view.pod.clone()).or_default().push(view);
+        }
+        // A pod that cannot be measured now is listed without numbers; the others keep theirs.
+        let mut cache = self.sandboxes.all_stats();
+        let measured = by_pod.iter().map(|(pod, views)| self.renewed(cache.remove(pod), views));
+        let measured = join_all(measured).await;
         let mountpoint = self.mountpoint();
-        let listed =
-            |view: &ContainerView| stats::container(view, by_id.get(&view.id), &mountpoint);
-        Ok(views.iter().map(listed).collect())
+        let listed = by_pod.values().zip(&measured).flat_map(|(views, measured)| {
+            views.iter().map(|view| of_container(view, measured.as_deref(), &mountpoint))
+        });
+        Ok(listed.collect())
     }
 
     pub(super) async fn pod_sandbox_stats(
@@ -69,8 +77,11 @@ impl Runtime {
         request: v1::PodSandboxStatsRequest,
     ) -> Result<v1::PodSandboxStatsResponse, Status> {
         let view = self.sandboxes.pod(&request.pod_sandbox_id).map_err(sandbox_status)?;
+        let running = self.running_in(&view.id);
         let measured = self.sandboxes.pod_stats(&view.id).await.map_err(sandbox_status)?;
-        Ok(v1::PodSandboxStatsResponse { stats: Some(self.pod_usage(&view, Some(&measured))) })
+        let measured = self.renewed(Some(Arc::new(measured)), &running).await;
+        let stats = self.pod_usage(&view, &running, measured.as_deref());
+        Ok(v1::PodSandboxStatsResponse { stats: Some(stats) })
     }
 
     pub(super) async fn list_pod_sandbox_stats(
@@ -85,34 +96,106 @@ impl Runtime {
         filter: Option<v1::PodSandboxStatsFilter>,
     ) -> Result<Vec<v1::PodSandboxStats>, Status> {
         let filter = filter.unwrap_or_default();
-        let mut views = self.sandboxes.pods(&Filter {
+        let filter = Filter {
             id: Some(filter.id).filter(|id| !id.is_empty()),
             pod: None,
             labels: filter.label_selector,
-        });
-        views.retain(|view| view.state == PodState::Ready);
-        let measured = join_all(views.iter().map(|view| self.sandboxes.pod_stats(&view.id))).await;
-        let listed = views.iter().zip(&measured);
-        Ok(listed.map(|(view, stats)| self.pod_usage(view, stats.as_ref().ok())).collect())
+        };
+        let pods = self.measured_pods(&filter).await;
+        let usage = |(view, running, measured): &Measured| {
+            self.pod_usage(view, running, measured.as_deref())
+        };
+        Ok(pods.iter().map(usage).collect())
     }
 
-    fn pod_usage(&self, view: &PodView, measured: Option<&PodStatsView>) -> v1::PodSandboxStats {
-        let mountpoint = self.mountpoint();
-        let containers =
-            self.container_views(String::new(), &view.id, std::collections::BTreeMap::new());
-        let of = |container: &ContainerView| {
-            measured.and_then(|pod| pod.containers.iter().find(|known| known.id == container.id))
+    pub(super) async fn list_metric_descriptors(
+        &self,
+        _: v1::ListMetricDescriptorsRequest,
+    ) -> Result<v1::ListMetricDescriptorsResponse, Status> {
+        Ok(v1::ListMetricDescriptorsResponse { descriptors: metrics::descriptors() })
+    }
+
+    pub(super) async fn list_pod_sandbox_metrics(
+        &self,
+        _: v1::ListPodSandboxMetricsRequest,
+    ) -> Result<v1::ListPodSandboxMetricsResponse, Status> {
+        Ok(v1::ListPodSandboxMetricsResponse { pod_metrics: self.all_metrics().await })
+    }
+
+    /// Of pods that are up and have been measured.
+    pub(super) async fn all_metrics(&self) -> Vec<v1::PodSandboxMetrics> {
+        let pods = self.measured_pods(&Filter::default()).await;
+        let told = |(view, running, measured): &Measured| {
+            measured.as_ref().map(|measured| metrics::of_pod(view, measured, running))
         };
-        let usage = containers
-            .iter()
-            .filter(|container| container.state == ContainerState::Running)
-            .map(|container| stats::container(container, of(container), &mountpoint))
-            .collect();
-        stats::pod(view, measured, usage)
+        pods.iter().filter_map(told).collect()
+    }
+
+    async fn measured_pods(&self, filter: &Filter) -> Vec<Measured> {
+        let mut views = self.sandboxes.pods(filter);
+        views.retain(|view| view.state == PodState::Ready);
+        let mut cache = self.sandboxes.all_stats();
+        join_all(views.into_iter().map(|view| {
+            let cached = cache.remove(&view.id);
+            async {
+                let running = self.running_in(&view.id);
+                let mut measured = self.renewed(cached, &running).await;
+                if measured.is_none() && young(Some(view.created_at)) {
+                    measured = self.sandboxes.pod_stats(&view.id).await.ok().map(Arc::new);
+                }
+                (view, running, measured)
+            }
+        }))
+        .await
+    }
+
+    fn running_in(&self, pod: &str) -> Vec<ContainerView> {
+        let mut views = self.container_views(String::new(), pod, BTreeMap::new());
+        views.retain(|view| view.state == ContainerState::Running);
+        views
+    }
+
+    /// The last measurement of a pod; a new one if a container has only just begun to run.
+    async fn renewed(
+        &self,
+        cached: Option<Arc<PodStatsView>>,
+        running: &[ContainerView],
+    ) -> Option<Arc<PodStatsView>> {
+        let known = |view: &ContainerView| {
+            cached.as_ref().is_some_and(|pod| pod.containers.iter().any(|c| c.id == view.id))
+        };
+        let missing = running.iter().find(|view| young(view.started_at) && !known(view));
+        let Some(view) = missing else { return cached };
+        // Fills the cache.
+        let _ = self.sandboxes.container_stats(&view.id).await;
+        self.sandboxes.pod_stats(&view.pod).await.ok().map(Arc::new).or(cached)
+    }
+
+    fn pod_usage(
+        &self,
+        view: &PodView,
+        running: &[ContainerView],
+        measured: Option<&PodStatsView>,
+    ) -> v1::PodSandboxStats {
+        let mountpoint = self.mountpoint();
+        let usage = running.iter().map(|container| of_container(container, measured, &mountpoint));
+        stats::pod(view, measured, usage.collect())
     }
 
     /// The file system that writable layers are on.
     fn mountpoint(&self) -> String {
         self.storage.to_string_lossy().into_owned()
     }
+}
+
+/// A pod, its containers that run, and what was measured of them.
+type Measured = (PodView, Vec<ContainerView>, Option<Arc<PodStatsView>>);
+
+fn of_container(
+    view: &ContainerView,
+    measured: Option<&PodStatsView>,
+    mountpoint: &str,
+) -> v1::ContainerStats {
+    let known = measured.and_then(|pod| pod.containers.iter().find(|known| known.id == view.id));
+    stats::container(view, known, mountpoint)
 }
