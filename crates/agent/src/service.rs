@@ -239,7 +239,7 @@ impl Service for AgentService {
     }
 
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsReply> {
-        Ok(Response::new(stats::stats(&self.agent)))
+        self.run(|agent| async move { stats::stats(&agent).await }).await
     }
 
     async fn rescan_devices(

@@ -387,6 +387,33 @@ async fn volumes_are_mounted_and_change_under_a_running_container() {
 }
 
 #[tokio::test]
+async fn statistics_count_processes_threads_and_files() {
+    let Some(mut guest) = guest().await else { return };
+    let script = "sleep 1000 & exec 7</dev/null 8</dev/null; nc -l -p 7009 & sleep 0.2; \
+                  echo ready; wait";
+    let extra = json!({"process": {
+        "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200}],
+    }});
+    let request = guest.request("c", &spec(script, extra));
+    guest.create(request).await;
+    let created = guest.client.stats(v1::StatsRequest {}).await.unwrap().into_inner();
+    assert_eq!(created.containers[0].started_unix_ns, 0);
+    guest.start("c").await.unwrap();
+    guest.open(Kind::Stdout, "c", "", 0).await.read_until("ready").await;
+    let reply = guest.client.stats(v1::StatsRequest {}).await.unwrap().into_inner();
+    let own = &reply.containers[0];
+    let processes = own.processes.unwrap();
+    assert_eq!((processes.processes, processes.sockets), (3, 1), "{processes:?}");
+    assert!(processes.threads >= 3, "{processes:?}");
+    // Three streams each, and what the script opens.
+    assert!((11..=20).contains(&processes.file_descriptors), "{processes:?}");
+    assert_eq!(processes.ulimit_soft_nofile, 100);
+    let age = reply.unix_time_ns - own.started_unix_ns;
+    assert!(own.started_unix_ns > 0 && (0..60_000_000_000).contains(&age), "{age}");
+    assert_eq!(own.oom_events, 0);
+}
+
+#[tokio::test]
 async fn signals_reach_one_process_or_all() {
     let Some(mut guest) = guest().await else { return };
     let script = "trap 'echo caught; exit 9' TERM; sleep 1000 & echo ready; wait";

@@ -119,6 +119,9 @@ async fn build(
     let mut rules = resources.devices().clone().unwrap_or_default();
     rules.extend(extra.rules);
     device_filter::attach(&rules, &cgroup.dir())?;
+    if let Some(userns) = &userns {
+        cgroup.delegate(userns.mapping.root())?;
+    }
     cgroup.apply(&resources)?;
     let process = spec
         .process_mut()

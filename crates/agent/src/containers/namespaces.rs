@@ -7,6 +7,7 @@ use agent_api::v1;
 
 use crate::agent::{Agent, Owner};
 use crate::error::{Error, Result};
+use crate::guest::identity;
 use crate::oci::pod_pid;
 use crate::oci::spec::PidNamespace;
 use crate::oci::userns::{Mapping, UserNamespace};
@@ -73,6 +74,7 @@ pub(super) async fn user_namespace(
             let userns =
                 UserNamespace::make(mapping, |pid| agent.adopt(pid, Owner::Helper)).await?;
             drop(expecting);
+            identity::open_network_to_all()?;
             Arc::clone(made.insert(Arc::new(userns)))
         }
     };

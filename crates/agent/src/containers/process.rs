@@ -34,9 +34,11 @@ pub struct Process {
     /// OOM kills of the container when the process started.
     pub oom_kills_before: u64,
     ended_at: Option<Instant>,
+    /// When its program was started; 0: not yet.
+    pub started_unix_ns: i64,
 }
 
-fn unix_time_ns() -> i64 {
+pub(super) fn unix_time_ns() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
@@ -52,6 +54,7 @@ impl Process {
             terminal: None,
             oom_kills_before: 0,
             ended_at: None,
+            started_unix_ns: 0,
         }
     }
 

@@ -161,17 +161,9 @@ impl Rootfs {
         self.dir.join("rootfs")
     }
 
-    /// Used bytes and inodes of the writable layer.
-    pub fn usage(&self) -> v1::FsUsage {
-        let Ok(stat) = nix::sys::statvfs::statvfs(&self.dir.join("upper")) else {
-            return v1::FsUsage::default();
-        };
-        v1::FsUsage {
-            used_bytes: (stat.blocks() - stat.blocks_free()) * stat.fragment_size(),
-            inodes_used: stat.files() - stat.files_free(),
-            capacity: stat.blocks() * stat.fragment_size(),
-            inodes: stat.files(),
-        }
+    /// What is written goes here.
+    pub fn layer(&self) -> PathBuf {
+        self.dir.join("upper")
     }
 
     /// Takes everything down; goes on past failures, may be repeated after one.

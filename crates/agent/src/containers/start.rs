@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::process::Life;
+use super::process::{Life, unix_time_ns};
 use crate::agent::Agent;
 use crate::error::{Error, Result};
 
@@ -29,9 +29,11 @@ pub async fn start(agent: &Arc<Agent>, id: &str) -> Result<()> {
         }
         pipe
     };
+    let started = unix_time_ns();
     pipe.wait().await?;
     let mut state = agent.lock();
     let container = state.container_mut(id)?;
+    container.init.started_unix_ns = started;
     // A short program may have ended by now.
     if container.init.life == Life::Created {
         container.init.life = Life::Running;

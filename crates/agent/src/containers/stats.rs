@@ -1,45 +1,132 @@
 //! Stats: what the cgroups, the interfaces and the writable layers say now.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use agent_api::v1;
 
+use super::Container;
+use super::process::unix_time_ns;
+use super::rootfs::{Rootfs, blocking};
 use crate::agent::Agent;
+use crate::error::Result;
 use crate::guest::devices;
+use crate::oci::cgroup::Cgroup;
 
-pub fn stats(agent: &Agent) -> v1::StatsReply {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let state = agent.lock();
-    let containers = state
-        .containers
-        .iter()
-        .filter_map(|(id, container)| {
-            let cgroup = container.parts.cgroup.as_ref()?;
-            Some(v1::ContainerStats {
-                container_id: id.clone(),
-                cpu: Some(cgroup.cpu()),
-                memory: Some(cgroup.memory()),
-                pids: cgroup.pids(),
-                writable_layer: container.parts.rootfs.as_ref().map(|rootfs| rootfs.usage()),
-                ..Default::default()
+/// Open files looked at in one request, all containers together: each costs a system call, and how
+/// many there are is up to the containers.
+const MAX_FILES: usize = 16384;
+/// Processes of one container that are looked at.
+const MAX_PROCESSES: usize = 4096;
+
+/// What has to be known of a container to look at the rest without the agent's state.
+struct Subject {
+    id: String,
+    cgroup: Cgroup,
+    layer: Option<PathBuf>,
+    init: i32,
+    started_unix_ns: i64,
+}
+
+pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
+    let subjects: Vec<Subject> = {
+        let state = agent.lock();
+        let subject = |(id, container): (&String, &Container)| {
+            Some(Subject {
+                id: id.clone(),
+                cgroup: container.parts.cgroup.clone()?,
+                layer: container.parts.rootfs.as_ref().map(Rootfs::layer),
+                init: container.init.pid,
+                started_unix_ns: container.init.started_unix_ns,
             })
-        })
-        .collect();
-    let pod = v1::PodStats {
-        cpu: Some(agent.pod_cgroup.cpu()),
-        memory: Some(agent.pod_cgroup.memory()),
-        pids: agent.pod_cgroup.pids(),
-        interfaces: interfaces(
-            &std::fs::read_to_string("/proc/net/dev").unwrap_or_default(),
-            devices::is_card,
-        ),
-        ..Default::default()
+        };
+        state.containers.iter().filter_map(subject).collect()
     };
-    v1::StatsReply {
-        unix_time_ns: i64::try_from(now.as_nanos()).unwrap_or(i64::MAX),
-        containers,
-        pod: Some(pod),
+    let pod = agent.pod_cgroup.clone();
+    // Hundreds of small files: not on the thread that serves streams.
+    blocking(move || {
+        let mut files = MAX_FILES;
+        let containers = subjects.iter().map(|subject| container(subject, &mut files)).collect();
+        Ok(v1::StatsReply {
+            unix_time_ns: unix_time_ns(),
+            containers,
+            pod: Some(v1::PodStats {
+                cpu: Some(pod.cpu()),
+                memory: Some(pod.memory()),
+                pids: pod.pids(),
+                interfaces: interfaces(
+                    &fs::read_to_string("/proc/net/dev").unwrap_or_default(),
+                    devices::is_card,
+                ),
+                io_pressure: pod.pressure("io.pressure"),
+            }),
+        })
+    })
+    .await
+}
+
+fn container(subject: &Subject, files: &mut usize) -> v1::ContainerStats {
+    let cgroup = &subject.cgroup;
+    v1::ContainerStats {
+        container_id: subject.id.clone(),
+        cpu: Some(cgroup.cpu()),
+        memory: Some(cgroup.memory()),
+        pids: cgroup.pids(),
+        writable_layer: subject.layer.as_deref().map(usage),
+        processes: Some(processes(cgroup, subject.init, files)),
+        block_io: cgroup.block_io(),
+        oom_events: cgroup.oom_kills(),
+        started_unix_ns: subject.started_unix_ns,
     }
+}
+
+/// Used bytes and inodes of a writable layer.
+fn usage(layer: &Path) -> v1::FsUsage {
+    let Ok(stat) = nix::sys::statvfs::statvfs(layer) else { return v1::FsUsage::default() };
+    v1::FsUsage {
+        used_bytes: (stat.blocks() - stat.blocks_free()) * stat.fragment_size(),
+        inodes_used: stat.files() - stat.files_free(),
+        capacity: stat.blocks() * stat.fragment_size(),
+        inodes: stat.files(),
+    }
+}
+
+/// Counts what the processes of a container hold open, until `files` are used up.
+fn processes(cgroup: &Cgroup, init: i32, files: &mut usize) -> v1::ProcessStats {
+    let pids = cgroup.some_processes(MAX_PROCESSES);
+    let (mut open, mut sockets) = (0, 0);
+    for pid in &pids {
+        // A process may be gone by now.
+        let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
+        for entry in entries.flatten() {
+            if *files == 0 {
+                break;
+            }
+            *files -= 1;
+            open += 1;
+            let target = fs::read_link(entry.path()).unwrap_or_default();
+            if target.as_os_str().as_encoded_bytes().starts_with(b"socket:") {
+                sockets += 1;
+            }
+        }
+    }
+    let limits = fs::read_to_string(format!("/proc/{init}/limits")).unwrap_or_default();
+    v1::ProcessStats {
+        processes: pids.len() as u64,
+        // The kernel counts every thread.
+        threads: cgroup.pids(),
+        threads_max: cgroup.pids_max(),
+        file_descriptors: open,
+        sockets,
+        ulimit_soft_nofile: soft_limit(&limits, "Max open files"),
+    }
+}
+
+/// Parses `/proc/<pid>/limits`; 0: unlimited or not known.
+fn soft_limit(text: &str, name: &str) -> u64 {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0)
 }
 
 /// Parses `/proc/net/dev`; only cards count: what loopback, bridges and tunnels inside the pod carry
@@ -72,6 +159,16 @@ fn interfaces(text: &str, is_card: impl Fn(&str) -> bool) -> Vec<v1::NetworkStat
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_soft_limit_is_read_from_proc() {
+        let text = "Limit                     Soft Limit           Hard Limit           Units\n\
+                    Max processes             unlimited            unlimited            processes\n\
+                    Max open files            1024                 4096                 files\n";
+        assert_eq!(soft_limit(text, "Max open files"), 1024);
+        assert_eq!(soft_limit(text, "Max processes"), 0);
+        assert_eq!(soft_limit("", "Max open files"), 0);
+    }
 
     #[test]
     fn interfaces_are_read_from_proc() {

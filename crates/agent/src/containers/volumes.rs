@@ -99,7 +99,8 @@ impl Staged {
             let at = target.clone();
             let wanted = volume.clone();
             // tmpfs of older kernels takes no id mapping: its files belong to the mapped ids.
-            let userns = userns.filter(|_| kind.source != v1::VolumeSource::Written).cloned();
+            let mapped = kind.source == v1::VolumeSource::Written || volume.ids_mapped;
+            let userns = userns.filter(|_| !mapped).cloned();
             let directory =
                 blocking(move || attach(&source, &wanted, &kind, userns.as_deref(), &at)).await?;
             self.mounted.push(target.clone());

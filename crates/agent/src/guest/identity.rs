@@ -121,6 +121,25 @@ pub fn set_sysctls(sysctls: &HashMap<String, String>) -> Result<()> {
     Ok(())
 }
 
+/// Sysctls, the kernel's default, and what lets processes without privileges in the guest do what
+/// root of a container expects.
+const FOR_ALL: [(&str, &str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "1024", "0"),
+    ("net.ipv4.ping_group_range", "1\t0", "0\t2147483647"),
+];
+
+/// The pod's network namespace is not its user namespace's, so root in there has no privileges
+/// over it: low ports and ping are opened to everybody, unless the pod has its own will about them.
+pub fn open_network_to_all() -> Result<()> {
+    for (name, default, value) in FOR_ALL {
+        let path = sysctl_path(name)?;
+        if fs::read_to_string(&path).is_ok_and(|now| now.trim() == default) {
+            fs::write(&path, value).doing(|| format!("set sysctl {name} to {value:?}"))?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

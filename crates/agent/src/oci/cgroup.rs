@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,6 +15,8 @@ use crate::error::{Doing, Error, Result};
 
 /// Where cgroup v2 is mounted; libcontainer knows no other place.
 pub const MOUNT: &str = "/sys/fs/cgroup";
+/// Devices told of in statistics; a pod has a few dozen disks.
+const MAX_DEVICES: usize = 256;
 /// Removing a cgroup waits this long for its killed processes to go.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -112,11 +115,23 @@ impl Cgroup {
 
     /// All processes, those of sub-cgroups included.
     pub fn processes(&self) -> Vec<i32> {
+        self.some_processes(usize::MAX)
+    }
+
+    /// The same, but at most `limit`: a container chooses how many it has, and how many sub-cgroups
+    /// they are spread over.
+    pub fn some_processes(&self, limit: usize) -> Vec<i32> {
         let mut pids = Vec::new();
         let mut dirs = vec![self.dir()];
+        let mut seen: usize = 0;
         while let Some(dir) = dirs.pop() {
             let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
             pids.extend(procs.lines().filter_map(|line| line.parse::<i32>().ok()));
+            seen += 1;
+            if pids.len() >= limit || seen >= limit {
+                pids.truncate(limit);
+                break;
+            }
             dirs.extend(children(&dir));
         }
         pids
@@ -202,6 +217,27 @@ impl Cgroup {
         Some(v1::Pressure { some_us: total("some")?, full_us: total("full").unwrap_or(0) })
     }
 
+    /// Gives the container's user namespace what a manager of sub-cgroups has to write to
+    /// (kernel Documentation/admin-guide/cgroup-v2.rst, "Model of Delegation").
+    pub fn delegate(&self, (uid, gid): (u32, u32)) -> Result<()> {
+        let dir = self.dir();
+        let what = || format!("delegate cgroup {}", self.path.display());
+        chown(&dir, Some(uid), Some(gid)).doing(what)?;
+        for file in ["cgroup.procs", "cgroup.subtree_control", "cgroup.threads"] {
+            chown(dir.join(file), Some(uid), Some(gid)).doing(what)?;
+        }
+        Ok(())
+    }
+
+    /// pids.max; 0: no limit.
+    pub fn pids_max(&self) -> u64 {
+        self.number("pids.max").unwrap_or(0)
+    }
+
+    pub fn block_io(&self) -> Vec<v1::BlockIo> {
+        block_io(&self.read("io.stat").unwrap_or_default())
+    }
+
     fn number(&self, file: &str) -> Option<u64> {
         self.read(file)?.trim().parse().ok()
     }
@@ -212,6 +248,33 @@ fn value_of(text: &str, key: &str) -> Option<u64> {
         let (name, value) = line.split_once(' ')?;
         if name == key { value.trim().parse().ok() } else { None }
     })
+}
+
+/// Parses `io.stat`: `254:0 rbytes=1 wbytes=2 rios=3 wios=4 ...`, a line a device.
+fn block_io(text: &str) -> Vec<v1::BlockIo> {
+    text.lines()
+        .filter_map(|line| {
+            let mut words = line.split(' ');
+            let (major, minor) = words.next()?.split_once(':')?;
+            let mut io = v1::BlockIo {
+                major: major.parse().ok()?,
+                minor: minor.parse().ok()?,
+                ..Default::default()
+            };
+            for (key, value) in words.filter_map(|word| word.split_once('=')) {
+                let value = value.parse().unwrap_or(0);
+                match key {
+                    "rbytes" => io.read_bytes = value,
+                    "wbytes" => io.written_bytes = value,
+                    "rios" => io.reads = value,
+                    "wios" => io.writes = value,
+                    _ => {}
+                }
+            }
+            Some(io)
+        })
+        .take(MAX_DEVICES)
+        .collect()
 }
 
 fn children(dir: &Path) -> Vec<PathBuf> {
@@ -245,6 +308,15 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn block_io_is_read_by_device() {
+        let text = "254:0 rbytes=4096 wbytes=8192 rios=1 wios=2 dbytes=0 dios=0\n7:0\nrubbish\n";
+        let all = block_io(text);
+        assert_eq!(all.len(), 2);
+        assert_eq!((all[0].major, all[0].read_bytes, all[0].written_bytes), (254, 4096, 8192));
+        assert_eq!((all[0].reads, all[0].writes, all[1].major), (1, 2, 7));
+    }
 
     #[test]
     fn values_are_found_by_their_whole_key() {

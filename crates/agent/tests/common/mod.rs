@@ -261,7 +261,7 @@ pub fn spec(script: &str, extra: serde_json::Value) -> serde_json::Value {
     spec
 }
 
-fn merge(into: &mut serde_json::Value, from: serde_json::Value) {
+pub fn merge(into: &mut serde_json::Value, from: serde_json::Value) {
     match (into, from) {
         (serde_json::Value::Object(into), serde_json::Value::Object(from)) => {
             for (name, value) in from {
