@@ -580,20 +580,7 @@ async fn tls_proxy(certified: &rcgen::CertifiedKey<rcgen::KeyPair>, target: u16)
         .with_single_cert(vec![certified.cert.der().clone()], PrivateKeyDer::Pkcs8(key))
         .unwrap();
     let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(tls));
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            let acceptor = acceptor.clone();
-            tokio::spawn(async move {
-                let Ok(mut tls) = acceptor.accept(stream).await else { return };
-                let mut plain =
-                    tokio::net::TcpStream::connect(("127.0.0.1", target)).await.unwrap();
-                let _ = tokio::io::copy_bidirectional(&mut tls, &mut plain).await;
-            });
-        }
-    });
-    port
+    support::proxy(acceptor, target).await
 }
 
 #[tokio::test]

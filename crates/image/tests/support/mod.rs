@@ -1,6 +1,9 @@
 //! A registry that does as it is told, lies included: one thread a connection, HTTP/1.1 by hand so
 //! that every byte can be wrong.
 
+// Each test program uses a part of it.
+#![allow(dead_code)]
+
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -154,6 +157,25 @@ impl Registry {
         id
     }
 
+    /// Digest of what is served under a tag.
+    pub fn digest_of(&self, tag: &str) -> String {
+        let files = self.shared.files.lock().unwrap();
+        Digest::of(&files[&format!("/v2/test/image/manifests/{tag}")].body).to_string()
+    }
+
+    /// Serves an index with one entry, to which `more` is added; returns its digest.
+    pub fn put_index(&self, tag: &str, entry: &str, more: &str) -> String {
+        let index =
+            format!(r#"{{"schemaVersion":2,"manifests":[{{"digest":"{entry}","size":1{more}}}]}}"#);
+        self.manifest(tag, index.as_bytes(), "application/vnd.oci.image.index.v1+json")
+    }
+
+    /// Serves under another path what lies under `from`.
+    pub fn move_files(&self, from: &str, to: &str) {
+        let mut files = self.shared.files.lock().unwrap();
+        *files = files.drain().map(|(path, file)| (path.replacen(from, to, 1), file)).collect();
+    }
+
     pub fn requests(&self) -> Vec<Request> {
         self.shared.requests.lock().unwrap().clone()
     }
@@ -249,6 +271,24 @@ fn read_request(reader: &mut BufReader<TcpStream>) -> Option<Request> {
     Some(Request { method, path, headers, body: String::from_utf8_lossy(&body).into_owned() })
 }
 
+/// TLS in front of a plain server.
+pub async fn proxy(acceptor: tokio_rustls::TlsAcceptor, target: u16) -> u16 {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(mut tls) = acceptor.accept(stream).await else { return };
+                let mut plain =
+                    tokio::net::TcpStream::connect(("127.0.0.1", target)).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut tls, &mut plain).await;
+            });
+        }
+    });
+    port
+}
+
 /// A tar with one file.
 pub fn layer(path: &str, content: &[u8]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
@@ -298,6 +338,19 @@ pub fn hosts(dir: &Path, registry: &str, toml: &str) -> String {
 
 pub async fn open(root: &Path) -> Images {
     Images::open(config(root)).await.unwrap()
+}
+
+/// Opens a store whose last user is just going.
+pub async fn reopen(config: Config) -> Images {
+    let start = std::time::Instant::now();
+    loop {
+        match Images::open(config.clone()).await {
+            Err(image::Error::InUse { .. }) if start.elapsed() < Duration::from_secs(30) => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            opened => return opened.unwrap(),
+        }
+    }
 }
 
 /// An error with all its causes.
