@@ -21,6 +21,8 @@ pub fn sandbox_status(error: SandboxError) -> Status {
         SandboxError::Deadline { .. } | SandboxError::ExecTimeout { .. } => Code::DeadlineExceeded,
         SandboxError::ResourceExhausted { .. } => Code::ResourceExhausted,
         SandboxError::Unavailable { .. } | SandboxError::NotListening { .. } => Code::Unavailable,
+        // Not UNIMPLEMENTED: a kubelet would go on as if it had been done.
+        SandboxError::OutOfRange { .. } => Code::OutOfRange,
         SandboxError::Cancelled { .. } => Code::Cancelled,
         SandboxError::Unsupported { .. } => Code::Unimplemented,
         SandboxError::Internal(_) => Code::Unknown,

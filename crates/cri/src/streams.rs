@@ -131,13 +131,13 @@ impl Backend for Streams {
     ) -> Result<Session, BackendError> {
         let AttachParams { container, tty, stdin, stdout, stderr } = params;
         let view = self.sandboxes.container(&container).map_err(told)?;
-        let session = self.sandboxes.attach(&view.id).await.map_err(told)?;
+        let session = self.sandboxes.attach(&view.id, stdin).await.map_err(told)?;
         if let Some(TtySize { width, height }) = size.filter(|_| tty) {
             session.process.resize(width, height).await.map_err(told)?;
         }
         let once = view.spec.stdin_once && !view.spec.tty;
         Ok(Session {
-            stdin: session.stdin.filter(|_| stdin),
+            stdin: session.stdin,
             stdout: session.stdout.filter(|_| stdout),
             stderr: session.stderr.filter(|_| stderr),
             stdin_end: if once { StdinEnd::Close } else { StdinEnd::Detach },

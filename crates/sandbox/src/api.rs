@@ -16,8 +16,8 @@ use crate::forward::{self, ByteStream};
 use crate::journal::Probe;
 use crate::launcher::{Launch, LauncherProcess};
 use crate::model::{
-    ContainerId, ContainerSpec, ContainerView, Event, ExecOutput, ExecSpec, Filter, PodId, PodSpec,
-    PodView, TracePhase,
+    ContainerId, ContainerSpec, ContainerView, Event, ExecOutput, ExecSpec, Filter, PodId,
+    PodResources, PodSpec, PodView, TracePhase,
 };
 use crate::node::Node;
 use crate::open::{self, Opened, Quarantined};
@@ -233,6 +233,12 @@ impl Sandboxes {
         found
     }
 
+    /// Resizes a running pod. What its VM cannot become is refused: [`Error::OutOfRange`].
+    pub async fn update_pod(&self, id: &str, change: PodResources) -> Result<(), Error> {
+        let handle = self.node.registry.find_pod(id)?;
+        handle.ask(|reply| Request::UpdatePod { change, reply }).await
+    }
+
     pub async fn update_container(&self, id: &str, resources: LinuxResources) -> Result<(), Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
         let resources = Box::new(resources);
@@ -257,9 +263,11 @@ impl Sandboxes {
         session::exec_sync(&handle, &id, spec, timeout, output_limit).await
     }
 
-    pub async fn attach(&self, id: &str) -> Result<AttachSession, Error> {
+    /// The streams of a container's own process from now on; `stdin` takes its standard input over
+    /// from the client that has it.
+    pub async fn attach(&self, id: &str, stdin: bool) -> Result<AttachSession, Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
-        session::attach(&handle, &id).await
+        session::attach(&handle, &id, stdin).await
     }
 
     /// A connection to a TCP port of the pod's loopback interface; [`Error::NotListening`] when it is

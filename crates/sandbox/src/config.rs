@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+/// What a VMM takes ([`vmm_api::VmConfig::max_vcpus`]).
+const MAX_VCPUS: u8 = 64;
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -34,6 +37,9 @@ pub struct Config {
     pub cgroup_root: PathBuf,
     pub default_vcpus: u8,
     pub default_memory_mib: u32,
+    /// vCPUs that a pod can be given while it runs, as far as the host has so many. Each costs the
+    /// guest some 100 KiB from the start, whether it runs or not.
+    pub max_vcpus: u8,
     /// Pods this node holds at most; a further one is refused.
     pub max_pods: usize,
     /// Containers in a pod at most; bounds the record and the guest's devices.
@@ -79,6 +85,7 @@ impl Default for Config {
             cgroup_root: PathBuf::new(),
             default_vcpus: 2,
             default_memory_mib: 2048,
+            max_vcpus: 16,
             max_pods: 1024,
             max_containers: 64,
             scratch_size: 10 << 30,
@@ -121,6 +128,13 @@ impl Config {
 
     pub fn stats_interval(&self) -> Duration {
         Duration::from_millis(self.stats_interval_ms)
+    }
+
+    /// vCPUs of a VM that starts with `vcpus`, parked ones included.
+    pub(crate) fn vcpus_at_most(&self, vcpus: u8) -> u8 {
+        let host = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let host = u8::try_from(host).unwrap_or(u8::MAX);
+        self.max_vcpus.min(host).min(MAX_VCPUS).max(vcpus)
     }
 
     /// [`Self::start_parallelism`] with its 0 resolved.

@@ -20,6 +20,9 @@ pub enum Error {
     /// Disk full, or one of our own limits.
     #[error("{message}")]
     ResourceExhausted { message: String },
+    /// More than the pod's VM can become.
+    #[error("{message}")]
+    OutOfRange { message: String },
     /// The guest or its VMM does not answer; may pass.
     #[error("{message}")]
     Unavailable { message: String },

@@ -49,8 +49,34 @@ pub struct PodSpec {
     pub vcpus: Option<u8>,
     /// Memory of the VM, MiB; none: the configured default.
     pub memory_mib: Option<u32>,
+    /// What the VM may take of the host's CPUs.
+    #[serde(default)]
+    pub cpu: CpuLimits,
     /// Whole request as the caller gave it (JSON), for verbose status.
     pub origin: serde_json::Value,
+}
+
+/// Limits of a cgroup (cgroup-v2.rst, "CPU Interface Files").
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuLimits {
+    /// Microseconds of CPU time in a period; none: no cap.
+    pub quota_us: Option<u64>,
+    /// None: the kernel's default, 100 ms.
+    pub period_us: Option<u64>,
+    /// Share among those who want more than there is, as cgroup v1 counts it: 2 to 262144; none:
+    /// 1024.
+    pub shares: Option<u64>,
+}
+
+/// A change of what a running pod has; what is none stays as it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PodResources {
+    /// CPUs that run in the VM.
+    pub vcpus: Option<u8>,
+    /// Memory, MiB. The VM keeps what it was started with: more cannot be had, less is a promise
+    /// that the containers' limits keep.
+    pub memory_mib: Option<u32>,
+    pub cpu: Option<CpuLimits>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -21,8 +21,8 @@ use std::time::SystemTime;
 use oci_spec::runtime::LinuxResources;
 
 use crate::model::{
-    ContainerId, ContainerSpec, ContainerState, ContainerView, ExitView, Identity, PodId, PodSpec,
-    PodState, PodView, TracePhase,
+    ContainerId, ContainerSpec, ContainerState, ContainerView, ExitView, Identity, PodId,
+    PodResources, PodSpec, PodState, PodView, TracePhase,
 };
 use crate::ports::Attachment;
 
@@ -150,6 +150,9 @@ pub(crate) enum Change {
         kernel_release: String,
         trace: Vec<TracePhase>,
     },
+    Resized {
+        change: PodResources,
+    },
     Stopping,
     Stopped {
         at: SystemTime,
@@ -248,6 +251,14 @@ impl Pod {
                 self.kernel_release = kernel_release;
                 self.trace = trace;
             }
+            Change::Resized { change } => {
+                self.expect(&[Phase::Ready])?;
+                let spec = Arc::make_mut(&mut self.spec);
+                let PodResources { vcpus, memory_mib, cpu } = change;
+                spec.vcpus = vcpus.or(spec.vcpus);
+                spec.memory_mib = memory_mib.or(spec.memory_mib);
+                spec.cpu = cpu.unwrap_or(spec.cpu);
+            }
             Change::Stopping => {
                 self.expect(&[Phase::Ready, Phase::NotReady, Phase::Stopping])?;
                 self.phase = Phase::Stopping;
@@ -321,6 +332,7 @@ impl Pod {
             | Change::Undone(_)
             | Change::VmmStarted { .. }
             | Change::Ready { .. }
+            | Change::Resized { .. }
             | Change::Stopping
             | Change::Stopped { .. }
             | Change::Removing

@@ -21,6 +21,8 @@ pub type ByteReader = Pin<Box<dyn AsyncRead + Send>>;
 pub type ByteWriter = Pin<Box<dyn AsyncWrite + Send>>;
 
 const SIGKILL: u32 = 9;
+/// A killed command is gone within this time, or the guest is sick.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
 /// After its end, a command's last output gets this long to arrive: a child of its own may hold
 /// the pipes open.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
@@ -53,6 +55,8 @@ pub struct ExecProcess {
     read: [Arc<AtomicU64>; 2],
     end: Option<oneshot::Receiver<ExecEnd>>,
     ended: Option<ExitView>,
+    /// Its output is left to us.
+    abandoned: bool,
 }
 
 /// Handle on a container's own process.
@@ -85,18 +89,35 @@ impl ExecProcess {
     }
 }
 
+impl ExecProcess {
+    /// Ends the command with what it has started, and waits until it is gone.
+    async fn kill(&mut self) {
+        let killed = async {
+            if let Err(error) = self.signal(SIGKILL).await {
+                tracing::warn!(container = self.container, %error, "command is not killed");
+            }
+            let _ = self.wait().await;
+        };
+        if tokio::time::timeout(KILL_LIMIT, killed).await.is_err() {
+            tracing::warn!(container = self.container, "killed command does not end");
+        }
+        self.abandoned = true;
+    }
+}
+
 impl Drop for ExecProcess {
     fn drop(&mut self) {
         self.handle.forget_exec(&self.exec);
-        if self.end.is_none() {
+        if self.end.is_none() && !self.abandoned {
             return;
         }
+        let ended = self.end.is_none();
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let (handle, container, exec) =
             (self.handle.clone(), self.container.clone(), self.exec.clone());
         let read = self.read.clone();
         runtime.spawn(async move {
-            if let Err(error) = signal_exec(&handle, &container, &exec, SIGKILL).await {
+            if !ended && let Err(error) = signal_exec(&handle, &container, &exec, SIGKILL).await {
                 tracing::debug!(container, exec, %error, "abandoned command");
             }
             let drained = drain(&handle, container, exec, read);
@@ -193,11 +214,18 @@ fn running(handle: &Handle, id: &str) -> Result<(), Error> {
     let container = handle.container(id)?;
     match container.state() {
         ContainerState::Running if container.exit.is_none() => Ok(()),
-        state => Err(Error::precondition(format!(
-            "container {id} is not running: it is {}",
-            format!("{state:?}").to_lowercase()
-        ))),
+        state => Err(not_running(id, state)),
     }
+}
+
+fn not_running(id: &str, state: ContainerState) -> Error {
+    let state = match state {
+        ContainerState::Created => "is created and was not started",
+        // An end whose last output is still on its way is shown as running.
+        ContainerState::Exited | ContainerState::Running => "has exited",
+        ContainerState::Unknown => "is in an unknown state",
+    };
+    Error::precondition(format!("container {id} is not running: it {state}"))
 }
 
 fn refused(what: &str, error: Refused) -> Error {
@@ -223,6 +251,7 @@ pub(crate) async fn exec(
         read: Default::default(),
         end: Some(end),
         ended: None,
+        abandoned: false,
     };
     let (width, height) = spec.tty_size.unwrap_or_default();
     let request = v1::ExecRequest {
@@ -318,7 +347,7 @@ pub(crate) async fn exec_sync(
         Some(limit) => match tokio::time::timeout(limit, run).await {
             Ok(result) => result?,
             Err(_) => {
-                // Killed by the session's end.
+                session.process.kill().await;
                 return Err(Error::ExecTimeout { limit });
             }
         },
@@ -337,21 +366,30 @@ async fn keep(stream: Option<ByteReader>, into: &mut Vec<u8>, limit: usize) {
     }
 }
 
-/// Joins a container's own streams, also before it starts.
-pub(crate) async fn attach(handle: &Arc<Handle>, id: &str) -> Result<AttachSession, Error> {
+/// Joins a container's own streams, also before it starts. Who does not ask for standard input does
+/// not take it from who has it.
+pub(crate) async fn attach(
+    handle: &Arc<Handle>,
+    id: &str,
+    stdin: bool,
+) -> Result<AttachSession, Error> {
     handle.ready_pod()?;
     let container = handle.container(id)?;
     if container.exit.is_some() {
-        return Err(Error::precondition(format!("container {id} has exited")));
+        return Err(not_running(id, ContainerState::Exited));
     }
     let log = handle
         .log(id)
         .ok_or_else(|| Error::unavailable(format!("output of container {id} is not there yet")))?;
     let (stdout, stderr) = log.attach().await?;
-    let stdin = if container.spec.stdin {
+    let stdin = if stdin && container.spec.stdin {
         let stream = StreamId { container: id.to_owned(), exec: String::new(), kind: Kind::Stdin };
-        let stdin = open_stdin(handle.guest.socket(), &stream).await;
-        Some(Box::pin(stdin.map_err(|e| refused("standard input", e))?) as ByteWriter)
+        match open_stdin(handle.guest.socket(), &stream).await {
+            Ok(stdin) => Some(Box::pin(stdin) as ByteWriter),
+            // Closed by an earlier client (stdin once), or the container is just ending.
+            Err(Refused::Status(_)) => Some(Box::pin(tokio::io::sink()) as ByteWriter),
+            Err(e) => return Err(refused("standard input", e)),
+        }
     } else {
         None
     };

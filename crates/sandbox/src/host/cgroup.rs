@@ -11,9 +11,15 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::absent_is_fine;
 use crate::error::Error;
+use crate::model::CpuLimits;
 
 /// Parent of pods whose caller names none.
 const DEFAULT_PARENT: &str = "nacelle";
+/// cpu.max, microseconds: the kernel's default period, and the least quota that it takes.
+const DEFAULT_PERIOD: u64 = 100_000;
+const MIN_QUOTA: u64 = 1000;
+/// cpu.weight of a cgroup that nobody has changed.
+const DEFAULT_WEIGHT: u64 = 100;
 /// A killed VMM is gone within this time, or the kernel holds it for good.
 const EMPTY_LIMIT: Duration = Duration::from_secs(10);
 
@@ -75,6 +81,49 @@ pub(crate) fn missing_parents(root: &Path, leaf: &Path) -> Vec<PathBuf> {
 pub(crate) fn make(leaf: &Path) -> io::Result<File> {
     fs::create_dir_all(leaf)?;
     File::open(leaf)
+}
+
+/// Sets the leaf's CPU limits, and takes back those that are no longer asked for. Blocks.
+pub(crate) fn limit_cpu(root: &Path, leaf: &Path, limits: CpuLimits) -> io::Result<()> {
+    let asked = limits != CpuLimits::default();
+    if asked {
+        delegate(root, leaf, "cpu")?;
+    }
+    let CpuLimits { quota_us, period_us, shares } = limits;
+    let quota = quota_us.map_or("max".to_owned(), |q| q.max(MIN_QUOTA).to_string());
+    let period = period_us.unwrap_or(DEFAULT_PERIOD);
+    for (file, text) in [
+        ("cpu.max", format!("{quota} {period}")),
+        ("cpu.weight", shares.map_or(DEFAULT_WEIGHT, weight).to_string()),
+    ] {
+        let path = leaf.join(file);
+        if asked || path.exists() {
+            fs::write(&path, text)
+                .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+        }
+    }
+    Ok(())
+}
+
+/// cgroup v1's shares on v2's scale: 2..=262144 to 1..=10000, as runc has it.
+fn weight(shares: u64) -> u64 {
+    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
+}
+
+/// Has a controller work in the leaf: every ancestor has to hand it down.
+fn delegate(root: &Path, leaf: &Path, controller: &str) -> io::Result<()> {
+    let mut ancestors: Vec<&Path> =
+        leaf.ancestors().skip(1).take_while(|p| p.starts_with(root)).collect();
+    ancestors.reverse();
+    for folder in ancestors {
+        let file = folder.join("cgroup.subtree_control");
+        let has = fs::read_to_string(&file)?;
+        if !has.split_whitespace().any(|c| c == controller) {
+            fs::write(&file, format!("+{controller}"))
+                .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", file.display())))?;
+        }
+    }
+    Ok(())
 }
 
 /// Kills what lives in the leaf beside the process that is to stay. Blocks.
@@ -139,6 +188,31 @@ mod tests {
     #[test]
     fn a_parent_that_climbs_is_refused() {
         assert!(leaf(Path::new("/cg"), "/a/../../etc", "p").is_err());
+    }
+
+    #[test]
+    fn shares_become_weights_as_runc_has_it() {
+        assert_eq!([2, 1024, 262_144, 0].map(weight), [1, 39, 10_000, 1]);
+    }
+
+    #[test]
+    fn limits_are_set_and_taken_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let leaf = dir.path().join("a/b");
+        fs::create_dir_all(&leaf).unwrap();
+        for folder in [dir.path(), &dir.path().join("a")] {
+            fs::write(folder.join("cgroup.subtree_control"), "memory").unwrap();
+        }
+        limit_cpu(dir.path(), &leaf, CpuLimits::default()).unwrap();
+        assert!(!leaf.join("cpu.max").exists());
+        let half = CpuLimits { quota_us: Some(50_000), period_us: None, shares: Some(1024) };
+        limit_cpu(dir.path(), &leaf, half).unwrap();
+        let read = |file: &str| fs::read_to_string(leaf.join(file)).unwrap();
+        assert_eq!((read("cpu.max"), read("cpu.weight")), ("50000 100000".into(), "39".into()));
+        let handed = fs::read_to_string(dir.path().join("a/cgroup.subtree_control")).unwrap();
+        assert_eq!(handed, "+cpu");
+        limit_cpu(dir.path(), &leaf, CpuLimits::default()).unwrap();
+        assert_eq!((read("cpu.max"), read("cpu.weight")), ("max 100000".into(), "100".into()));
     }
 
     #[test]

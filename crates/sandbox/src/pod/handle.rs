@@ -97,6 +97,8 @@ pub(crate) struct Handle {
     /// Plugging and pulling disks is one thing at a time, so that a disk is not pulled for one
     /// container just when another has found it there.
     pub(crate) plugs: tokio::sync::Mutex<()>,
+    /// Held while the VM is resized.
+    pub(super) resizing: tokio::sync::Mutex<()>,
     /// The file server, once it is needed. Held while it starts.
     pub(super) shares: tokio::sync::Mutex<Option<Arc<Server>>>,
     /// Measures once what nobody has measured yet.
@@ -137,6 +139,7 @@ impl Handle {
             closing: node.shutdown.child_token(),
             gate: Arc::default(),
             plugs: tokio::sync::Mutex::default(),
+            resizing: tokio::sync::Mutex::default(),
             shares: tokio::sync::Mutex::default(),
             live: Mutex::default(),
             first_stats: tokio::sync::OnceCell::new(),

@@ -25,6 +25,7 @@ mod stop_pod;
 mod sync;
 mod undo;
 mod update_container;
+mod update_pod;
 mod volumes;
 mod watch;
 mod write_back;

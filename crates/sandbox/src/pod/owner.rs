@@ -15,12 +15,12 @@ use super::announce::Told;
 use super::handle::Handle;
 use super::{
     create_container, recover, remove_container, remove_pod, run_pod, start_container, stop_pod,
-    update_container, watch as watchers,
+    update_container, update_pod, watch as watchers,
 };
 use crate::error::Error;
 use crate::host::blocking;
 use crate::host::process::Process;
-use crate::model::{ContainerId, Event, PodId};
+use crate::model::{ContainerId, Event, PodId, PodResources};
 use crate::node::Node;
 use crate::policy::{Change, Container, Misfit, Phase, Pod};
 
@@ -40,6 +40,7 @@ pub(crate) enum Request {
     StartContainer { id: ContainerId, reply: Reply<()> },
     RemoveContainer { id: ContainerId, reply: Reply<()> },
     UpdateContainer { id: ContainerId, resources: Box<LinuxResources>, reply: Reply<()> },
+    UpdatePod { change: PodResources, reply: Reply<()> },
 }
 
 pub(crate) enum Msg {
@@ -261,6 +262,13 @@ impl Owner {
                 self.container_job(reply, async move {
                     remove_container::remove_container(&handle, &id).await
                 });
+            }
+            Request::UpdatePod { change, reply } => {
+                let handle = self.handle.clone();
+                self.container_job(
+                    reply,
+                    async move { update_pod::update_pod(&handle, change).await },
+                );
             }
             Request::UpdateContainer { id, resources, reply } => {
                 let handle = self.handle.clone();

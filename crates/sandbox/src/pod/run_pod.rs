@@ -6,6 +6,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -21,7 +22,7 @@ use crate::error::Error;
 use crate::host::process::{Process, start_time};
 use crate::host::{blocking, cgroup, etc, sockets};
 use crate::launcher::Program;
-use crate::model::TracePhase;
+use crate::model::{CpuLimits, TracePhase};
 use crate::node::Node;
 use crate::policy::{Change, Effect, Pod};
 use crate::ports::Attachment;
@@ -113,10 +114,21 @@ pub(super) async fn run_pod(
         }
     });
     let kernel_release = configured.await?;
+    // Not before: a boot under a tight cap takes seconds.
+    limit_cpu(&leaf, &node.cgroup_root, pod.spec.cpu).await;
     let change = Change::Ready { attachment, kernel_release, trace: trace.phases };
     handle.commit(vec![change]).await?;
     tracing::info!(pod = pod.id, elapsed = ?trace.began.elapsed(), "pod is ready");
     Ok(process)
+}
+
+/// Caps the VM's CPU time on the host. Where that cannot be, the guest's own limits still hold.
+pub(super) async fn limit_cpu(leaf: &Path, root: &Path, limits: CpuLimits) {
+    let (folder, root) = (leaf.to_owned(), root.to_owned());
+    let limited = blocking(move || cgroup::limit_cpu(&root, &folder, limits)).await;
+    if let Err(error) = limited {
+        tracing::warn!(cgroup = %leaf.display(), %error, "CPU limits of a pod are not set");
+    }
 }
 
 pub(super) fn network_failed(what: &str, error: crate::ports::PortError) -> Error {
@@ -155,7 +167,7 @@ async fn launch(
     handle: &Arc<Handle>,
     pod: &Pod,
     attachment: &Attachment,
-    leaf: &std::path::Path,
+    leaf: &Path,
 ) -> Result<(Arc<Process>, u64), Error> {
     let node = &handle.node;
     let taps = node.network.open_taps(&pod.id, attachment).await;
@@ -190,12 +202,11 @@ fn program(
     handle: &Handle,
     pod: &Pod,
     attachment: &Attachment,
-    leaf: &std::path::Path,
+    leaf: &Path,
     taps: Vec<OwnedFd>,
 ) -> Result<Program, Error> {
     let (paths, node) = (&handle.paths, &handle.node);
-    let failed =
-        |what: &str, path: &std::path::Path, e| Error::io(format!("{what} {}", path.display()), e);
+    let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
     for folder in [&paths.state_dir, &paths.folder] {
         fs::DirBuilder::new()
             .recursive(true)
@@ -203,13 +214,13 @@ fn program(
             .create(folder)
             .map_err(|e| failed("make", folder, e))?;
     }
-    let new_file = |path: &std::path::Path| {
+    let new_file = |path: &Path| {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(true).mode(0o600);
         options.open(path).map_err(|e| failed("create", path, e))
     };
-    let existing = |path: &std::path::Path| File::open(path).map_err(|e| failed("open", path, e));
-    let socket = |path: &std::path::Path, kind| {
+    let existing = |path: &Path| File::open(path).map_err(|e| failed("open", path, e));
+    let socket = |path: &Path, kind| {
         sockets::listen_at(path, kind).map_err(|e| failed("listen at", path, e))
     };
     if taps.len() != attachment.interfaces.len() {
@@ -282,7 +293,7 @@ fn vm_config(
         version: vmm_api::VERSION,
         name: pod.id.clone(),
         vcpus,
-        max_vcpus: vcpus,
+        max_vcpus: config.vcpus_at_most(vcpus),
         memory_mib: pod.spec.memory_mib.unwrap_or(config.default_memory_mib),
         kernel: fd(Wanted::Kernel)?,
         initramfs: Some(fd(Wanted::Initramfs)?),

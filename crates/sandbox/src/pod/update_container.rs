@@ -6,6 +6,7 @@ use agent_api::v1;
 use oci_spec::runtime::LinuxResources;
 
 use super::handle::Handle;
+use super::update_pod::make_room;
 use crate::error::Error;
 use crate::policy::Change;
 
@@ -19,14 +20,16 @@ pub(super) async fn update_container(
     if container.exit.is_some() {
         return Err(Error::precondition(format!("container {id} has exited")));
     }
+    let merged = merge(&container.resources, &resources);
+    let resources_after = merged.unwrap_or_else(|| resources.clone());
+    make_room(handle, id, &container.resources, &resources_after).await?;
     let json = serde_json::to_vec(&resources).map_err(|e| Error::Internal(e.into()))?;
     let request = v1::UpdateContainerRequest { container_id: id.to_owned(), linux_resources: json };
     handle
         .guest
         .call("update the container", |mut c| async move { c.update_container(request).await })
         .await?;
-    let merged = merge(&container.resources, &resources);
-    let resources = Box::new(merged.unwrap_or(resources));
+    let resources = Box::new(resources_after);
     handle.commit(vec![Change::ContainerResources { id: id.to_owned(), resources }]).await
 }
 

@@ -15,6 +15,7 @@ pub(crate) fn pod() -> Pod {
         ports: Vec::new(),
         vcpus: None,
         memory_mib: None,
+        cpu: Default::default(),
         origin: serde_json::Value::Null,
     };
     Pod {

@@ -36,6 +36,10 @@ pub(super) struct State {
     pub(super) configured: u32,
     pub(super) refuse_create: bool,
     pub(super) refuse_writes: bool,
+    /// CPUs that run, and that there are.
+    pub(super) cpus: u32,
+    pub(super) max_cpus: u32,
+    pub(super) update: Option<v1::UpdateContainerRequest>,
     pub(super) volumes: BTreeMap<String, Volume>,
     pub(super) create: Option<v1::CreateContainerRequest>,
 }
@@ -53,6 +57,8 @@ pub(super) struct Process {
     running: bool,
     pub(super) exit: Option<v1::Exit>,
     stdout: Vec<u8>,
+    pub(super) stdin: Vec<u8>,
+    pub(super) stdin_connections: u32,
     pub(super) stdout_acked: u64,
 }
 
@@ -162,6 +168,13 @@ impl Guest {
             return stream.write_all(&[StreamStatus::NoSuchStream as u8]).await;
         }
         stream.write_all(&[StreamStatus::Ok as u8]).await?;
+        if open.kind == Kind::Stdin {
+            self.lock().processes.get_mut(&key).unwrap().stdin_connections += 1;
+            while let Ok(byte) = stream.read_u8().await {
+                self.lock().processes.get_mut(&key).unwrap().stdin.push(byte);
+            }
+            return Ok(());
+        }
         let (mut read, mut write) = stream.into_split();
         let send = async {
             let mut at = open.offset as usize;
@@ -276,7 +289,11 @@ impl Agent for Served {
         request: Request<v1::StartContainerRequest>,
     ) -> Answer<v1::StartContainerReply> {
         let key = (request.into_inner().container_id, String::new());
-        if self.0.lock().processes.get(&key).is_some_and(|p| p.args[0] == "missing") {
+        let missing = self.0.lock().processes.get(&key).is_some_and(|p| p.args[0] == "missing");
+        if missing {
+            // The process that should have become the program ends, and is reported before that.
+            self.0.end(&mut self.0.lock(), &key, 1);
+            tokio::time::sleep(Duration::from_millis(50)).await;
             return Err(Status::not_found("no such program"));
         }
         self.0.run(key);
@@ -294,8 +311,9 @@ impl Agent for Served {
 
     async fn update_container(
         &self,
-        _: Request<v1::UpdateContainerRequest>,
+        request: Request<v1::UpdateContainerRequest>,
     ) -> Answer<v1::UpdateContainerReply> {
+        self.0.lock().update = Some(request.into_inner());
         Ok(Response::new(v1::UpdateContainerReply {}))
     }
 
@@ -448,7 +466,9 @@ impl Agent for Served {
         request: Request<v1::ResizePodRequest>,
     ) -> Answer<v1::ResizePodReply> {
         self.alive().await;
-        Ok(Response::new(v1::ResizePodReply { cpus: request.into_inner().cpus }))
+        let mut state = self.0.lock();
+        state.cpus = request.into_inner().cpus.min(state.max_cpus);
+        Ok(Response::new(v1::ResizePodReply { cpus: state.cpus }))
     }
 
     async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Answer<v1::ShutdownReply> {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::agent::Process;
 use super::world::{eventually, story};
 use crate::Error;
 use crate::model::{
@@ -102,13 +103,16 @@ fn commands_run_time_out_and_have_their_output_cut() {
         let late = daemon.exec_sync(&id, exec(&["forever"]), limit, 100).await;
         assert!(matches!(late, Err(Error::ExecTimeout { .. })), "{late:?}");
         let guest = world.guest(&pod);
-        eventually("the command is killed", || {
-            let state = guest.lock();
-            state.processes.iter().all(|((_, exec), p)| exec.is_empty() || p.exit.is_some())
-        })
-        .await;
+        let killed =
+            |((_, exec), p): (&(String, String), &Process)| exec.is_empty() || p.exit.is_some();
+        assert!(guest.lock().processes.iter().all(killed), "told before it was killed");
         let stats = daemon.container_stats(&id).await.unwrap();
         assert_eq!(stats.pids, 3);
+        daemon.stop_container(&id, Duration::from_secs(1)).await.unwrap();
+        let late = daemon.exec_sync(&id, exec(&["print", "x"]), None, 100).await.unwrap_err();
+        assert!(late.to_string().contains("is not running: it has exited"), "{late}");
+        let late = daemon.attach(&id, false).await.err().unwrap();
+        assert!(late.to_string().contains("is not running: it has exited"), "{late}");
         daemon.remove_pod(&pod).await.unwrap();
     });
 }
@@ -157,7 +161,7 @@ fn an_attached_client_sees_output_from_then_on_and_rotation_loses_none() {
         let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
         let spec = world.container_spec("app", &["print-forever", "begin\n"]);
         let id = daemon.create_container(&pod, spec).await.unwrap();
-        let mut attached = daemon.attach(&id).await.unwrap();
+        let mut attached = daemon.attach(&id, false).await.unwrap();
         daemon.start_container(&id).await.unwrap();
         let mut out = attached.stdout.take().unwrap();
         let mut text = [0; 6];
@@ -176,5 +180,42 @@ fn an_attached_client_sees_output_from_then_on_and_rotation_loses_none() {
         assert_eq!(rest, "more\n");
         daemon.remove_pod(&pod).await.unwrap();
         assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn several_clients_see_all_output_and_only_who_asks_for_it_has_the_input() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let mut spec = world.container_spec("app", &["forever"]);
+        spec.stdin = true;
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+        let mut writer = daemon.attach(&id, true).await.unwrap();
+        let mut reader = daemon.attach(&id, false).await.unwrap();
+        assert!(writer.stdin.is_some() && reader.stdin.is_none());
+        let guest = world.guest(&pod);
+        let key = (id.clone(), String::new());
+        writer.stdin.as_mut().unwrap().write_all(b"input").await.unwrap();
+        eventually("input", || guest.lock().processes[&key].stdin == b"input").await;
+        assert_eq!(guest.lock().processes[&key].stdin_connections, 1);
+        guest.print(&id, "to all\n");
+        for session in [&mut writer, &mut reader] {
+            let mut text = [0; 7];
+            session.stdout.as_mut().unwrap().read_exact(&mut text).await.unwrap();
+            assert_eq!(&text, b"to all\n");
+        }
+        // One that leaves takes nothing from the other.
+        drop(writer);
+        guest.print(&id, "to one\n");
+        let mut text = [0; 7];
+        reader.stdout.as_mut().unwrap().read_exact(&mut text).await.unwrap();
+        assert_eq!(&text, b"to one\n");
+        daemon.stop_container(&id, Duration::from_secs(1)).await.unwrap();
+        assert_eq!(reader.process.wait().await.unwrap().code, 143);
+        assert_eq!(reader.stdout.take().unwrap().read(&mut text).await.unwrap(), 0);
+        daemon.remove_pod(&pod).await.unwrap();
     });
 }

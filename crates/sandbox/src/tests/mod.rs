@@ -7,6 +7,7 @@ mod crash;
 mod follow;
 mod life;
 mod listing;
+mod resize;
 mod trouble;
 mod volumes;
 mod world;

@@ -134,8 +134,12 @@ fn a_container_that_cannot_be_made_leaves_its_name_and_its_disks_free() {
         let mut spec = world.container_spec("bad", &["missing"]);
         spec.log_path = String::new();
         let bad = daemon.create_container(&pod, spec).await.unwrap();
-        daemon.start_container(&bad).await.unwrap_err();
-        assert_eq!(daemon.container(&bad).unwrap().exit.unwrap().reason, "StartError");
+        let error = daemon.start_container(&bad).await.unwrap_err().to_string();
+        assert!(error.contains("no such program"), "{error}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let exit = daemon.container(&bad).unwrap().exit.unwrap();
+        assert_eq!((exit.code, exit.reason.as_str()), (128, "StartError"));
+        assert!(exit.message.contains("no such program"), "{}", exit.message);
         daemon.start_container(&id).await.unwrap();
         let twice = daemon.start_container(&id).await;
         assert!(matches!(twice, Err(Error::FailedPrecondition { .. })));

@@ -113,6 +113,7 @@ impl World {
             ports: Vec::new(),
             vcpus: None,
             memory_mib: None,
+            cpu: Default::default(),
             origin: serde_json::Value::Null,
         }
     }
@@ -144,6 +145,12 @@ impl World {
 
     pub(super) fn guest(&self, pod: &str) -> Arc<Guest> {
         self.inner.guests.lock().unwrap()[pod].1.clone()
+    }
+
+    /// File of a pod's cgroup on the host.
+    pub(super) fn cgroup_file(&self, pod: &str, file: &str) -> PathBuf {
+        let root = crate::host::cgroup::find_root("".as_ref()).unwrap();
+        root.join(&self.inner.cgroup).join(format!("nacelle-{pod}")).join(file)
     }
 
     pub(super) fn vmm_pid(&self, pod: &str) -> u32 {
@@ -249,6 +256,10 @@ impl Launch for World {
         File::from(take(3)).read_to_end(&mut text).unwrap();
         let config: VmConfig = serde_json::from_slice(&text).unwrap();
         let guest = Arc::new(Guest::default());
+        {
+            let mut state = guest.lock();
+            (state.cpus, state.max_cpus) = (config.vcpus.into(), config.max_vcpus.into());
+        }
         self.inner.guests.lock().unwrap().insert(config.name.clone(), (pid, guest.clone()));
         let listener =
             std::os::unix::net::UnixListener::from(take(config.vsock.unwrap().listener.0));
@@ -263,7 +274,8 @@ impl Launch for World {
         });
         let control = take(config.control.0);
         let devices = self.inner.devices.clone();
-        std::thread::spawn(move || serve_control(&control, &devices));
+        let memory = config.memory_mib;
+        std::thread::spawn(move || serve_control(&control, &devices, memory));
         std::thread::spawn(move || {
             let _ = child.wait();
             served.abort();
@@ -300,7 +312,7 @@ fn serve_shares(control: &OwnedFd, shares: &Mutex<BTreeSet<String>>) {
 }
 
 /// Answers until the listener is shut down with the process' end (or the test's).
-fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>) {
+fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>, memory_mib: u32) {
     while let Ok(fd) = nix::sys::socket::accept(control.as_raw_fd()) {
         let connection = own(fd);
         while let Ok((request, fds)) = receive::<vmm_api::Request>(connection.as_fd()) {
@@ -327,7 +339,7 @@ fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>) {
                     phase: Phase::Running,
                     pid: 1,
                     vcpus: 1,
-                    memory_mib: 1,
+                    memory_mib,
                     devices: devices.iter().map(|id| device(id)).collect(),
                 }),
                 _ => Reply::Done,

@@ -104,7 +104,7 @@ pub(super) async fn attach(
     let Some(Input::Attach(start)) = first(&mut inputs).await? else {
         return Err(Status::invalid_argument("the first message has to be `attach`"));
     };
-    let session = sandboxes.attach(&start.container).await.map_err(sandbox_status)?;
+    let session = sandboxes.attach(&start.container, true).await.map_err(sandbox_status)?;
     Ok(run(
         Session {
             stdin: session.stdin,

@@ -1,0 +1,120 @@
+//! Pods and containers that are given more, or less.
+
+use oci_spec::runtime::LinuxResources;
+
+use super::world::story;
+use crate::Error;
+use crate::model::{CpuLimits, PodResources};
+
+const MIB: i64 = 1 << 20;
+
+fn limits(text: &str) -> LinuxResources {
+    serde_json::from_str(text).unwrap()
+}
+
+fn vcpus(count: u8) -> PodResources {
+    PodResources { vcpus: Some(count), ..PodResources::default() }
+}
+
+#[test]
+fn a_pod_gets_parked_cpus_gives_them_back_and_keeps_what_it_was_given_over_a_restart() {
+    story(|world| async move {
+        if std::thread::available_parallelism().unwrap().get() < 2 {
+            eprintln!("SKIP: this host has no second CPU to be given to a pod");
+            return;
+        }
+        let daemon = world.daemon().await;
+        let mut spec = world.pod_spec("p");
+        spec.vcpus = Some(1);
+        spec.memory_mib = Some(256);
+        let pod = daemon.run_pod(spec).await.unwrap();
+        let guest = world.guest(&pod);
+        let cpus = || guest.lock().cpus;
+        assert_eq!(cpus(), 1);
+        daemon.update_pod(&pod, vcpus(2)).await.unwrap();
+        assert_eq!((cpus(), daemon.pod(&pod).unwrap().spec.vcpus), (2, Some(2)));
+        let refused = daemon.update_pod(&pod, vcpus(200)).await.unwrap_err();
+        assert!(matches!(refused, Error::OutOfRange { .. }), "{refused}");
+        assert_eq!((cpus(), daemon.pod(&pod).unwrap().spec.vcpus), (2, Some(2)));
+
+        let memory = |mib| PodResources { memory_mib: Some(mib), ..PodResources::default() };
+        daemon.update_pod(&pod, memory(128)).await.unwrap();
+        daemon.update_pod(&pod, memory(256)).await.unwrap();
+        let refused = daemon.update_pod(&pod, memory(257)).await.unwrap_err().to_string();
+        assert!(refused.contains("257 MiB") && refused.contains("256 MiB"), "{refused}");
+
+        daemon.shutdown().await;
+        drop(daemon);
+        let daemon = world.daemon().await;
+        let view = daemon.pod(&pod).unwrap();
+        assert_eq!((view.spec.vcpus, view.spec.memory_mib), (Some(2), Some(256)));
+        daemon.update_pod(&pod, vcpus(1)).await.unwrap();
+        assert_eq!(cpus(), 1);
+        daemon.stop_pod(&pod).await.unwrap();
+        let stopped = daemon.update_pod(&pod, vcpus(2)).await.unwrap_err();
+        assert!(matches!(stopped, Error::FailedPrecondition { .. }), "{stopped}");
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn the_pods_cgroup_is_capped_once_the_guest_is_ready_and_the_cap_can_be_changed() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let mut spec = world.pod_spec("p");
+        let cap = |quota| CpuLimits { quota_us: quota, period_us: None, shares: Some(2048) };
+        spec.cpu = cap(Some(150_000));
+        let pod = daemon.run_pod(spec).await.unwrap();
+        let Ok(max) = std::fs::read_to_string(world.cgroup_file(&pod, "cpu.max")) else {
+            eprintln!("SKIP: no cpu controller in this host's cgroup v2");
+            return daemon.remove_pod(&pod).await.unwrap();
+        };
+        assert_eq!(max.trim(), "150000 100000");
+        for (quota, text) in [(Some(50_000), "50000 100000"), (None, "max 100000")] {
+            let change = PodResources { cpu: Some(cap(quota)), ..PodResources::default() };
+            daemon.update_pod(&pod, change).await.unwrap();
+            let max = std::fs::read_to_string(world.cgroup_file(&pod, "cpu.max")).unwrap();
+            assert_eq!(max.trim(), text);
+        }
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_containers_new_limits_bring_cpus_and_are_refused_beyond_the_vms_memory() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let mut spec = world.pod_spec("p");
+        spec.vcpus = Some(1);
+        spec.memory_mib = Some(256);
+        let pod = daemon.run_pod(spec).await.unwrap();
+        let mut spec = world.container_spec("app", &["forever"]);
+        let mut linux = oci_spec::runtime::Linux::default();
+        let small = format!(r#"{{"memory":{{"limit":{}}},"cpu":{{"quota":50000}}}}"#, 64 * MIB);
+        linux.set_resources(Some(limits(&small)));
+        spec.oci.set_linux(Some(linux));
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+
+        let more = limits(&format!(r#"{{"memory":{{"limit":{}}}}}"#, 300 * MIB));
+        let refused = daemon.update_container(&id, more).await.unwrap_err();
+        assert!(matches!(refused, Error::OutOfRange { .. }), "{refused}");
+        assert!(world.guest(&pod).lock().update.is_none(), "the guest was asked all the same");
+        let memory = |id: &str| daemon.container(id).unwrap().resources.memory().unwrap().limit();
+        assert_eq!(memory(&id), Some(64 * MIB));
+
+        let more = limits(&format!(r#"{{"memory":{{"limit":{}}}}}"#, 200 * MIB));
+        daemon.update_container(&id, more).await.unwrap();
+        assert_eq!(memory(&id), Some(200 * MIB));
+        daemon.update_container(&id, limits(r#"{"cpu":{"quota":170000}}"#)).await.unwrap();
+        let host = std::thread::available_parallelism().unwrap().get().min(2) as u32;
+        assert_eq!(world.guest(&pod).lock().cpus, host);
+        assert_eq!(daemon.pod(&pod).unwrap().spec.vcpus, Some(host as u8));
+        // CPUs stay when a container wants less: another may have been promised them.
+        daemon.update_container(&id, limits(r#"{"cpu":{"quota":20000}}"#)).await.unwrap();
+        assert_eq!(world.guest(&pod).lock().cpus, host);
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
