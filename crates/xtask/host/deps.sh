@@ -12,9 +12,9 @@ set -eu
 cache=${NACELLE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/nacelle}
 apt=$cache/apt
 
-# What the build runs: the C linker, protoc, the static libseccomp of the agent, and the C++
-# compiler that libFuzzer is built with.
-build="gcc g++ make protobuf-compiler libseccomp-dev"
+# What the build runs: the C linker, protoc, the static libseccomp of the agent and libcap-ng of the
+# file server, and the C++ compiler that libFuzzer is built with.
+build="gcc g++ make protobuf-compiler libseccomp-dev libcap-ng-dev"
 # What the guest kernel's build runs.
 kernel="flex bison bc libelf-dev libssl-dev xz-utils lz4 cpio patch"
 # What makes images: the lab's root file system, scratch disks, EROFS images.

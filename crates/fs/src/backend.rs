@@ -1,0 +1,64 @@
+//! The backend as the VMM meets it: `virtiofsd`'s, without what this server has no use for: state
+//! transfer, dirty logging, requests to the VMM.
+
+use std::io;
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost_user_backend::VhostUserBackend;
+use virtiofsd::vhost_user::VhostUserFsBackend;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
+
+use crate::files::Files;
+
+type Inner = VhostUserFsBackend<Files>;
+type Bitmap = <Inner as VhostUserBackend>::Bitmap;
+
+/// Dirty logging, for migration (vhost-user, `VHOST_F_LOG_ALL`).
+const F_LOG_ALL: u64 = 1 << 26;
+
+pub(crate) struct Backend(pub(crate) Inner);
+
+impl VhostUserBackend for Backend {
+    type Bitmap = Bitmap;
+    type Vring = <Inner as VhostUserBackend>::Vring;
+
+    fn num_queues(&self) -> usize {
+        self.0.num_queues()
+    }
+
+    fn max_queue_size(&self) -> usize {
+        self.0.max_queue_size()
+    }
+
+    fn features(&self) -> u64 {
+        self.0.features() & !F_LOG_ALL
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::empty()
+    }
+
+    fn set_event_idx(&self, enabled: bool) {
+        self.0.set_event_idx(enabled);
+    }
+
+    fn update_memory(&self, mem: GuestMemoryAtomic<GuestMemoryMmap<Bitmap>>) -> io::Result<()> {
+        self.0.update_memory(mem)
+    }
+
+    fn exit_event(&self, thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        self.0.exit_event(thread)
+    }
+
+    fn handle_event(
+        &self,
+        event: u16,
+        set: EventSet,
+        vrings: &[Self::Vring],
+        thread: usize,
+    ) -> io::Result<()> {
+        self.0.handle_event(event, set, vrings, thread)
+    }
+}

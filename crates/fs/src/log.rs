@@ -1,0 +1,64 @@
+//! Log lines on standard error, few of them: a guest can provoke most of what the file system says.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use log::{LevelFilter, Log, Metadata, Record};
+
+/// Lines let through in a [`WINDOW`].
+/// Attack: a guest that sends requests which are logged, to fill the host's log disk.
+const LINES: u64 = 16;
+const WINDOW_SECONDS: u64 = 10;
+
+struct Lines {
+    start: Instant,
+    /// Number of the window (high half) and lines in it (low half).
+    used: AtomicU64,
+}
+
+impl Lines {
+    fn allow(&self, window: u64) -> bool {
+        let count = |used: u64| {
+            let lines = if used >> 32 == window { used & u64::from(u32::MAX) } else { 0 };
+            Some(window << 32 | (lines + 1).min(u64::from(u32::MAX)))
+        };
+        let before = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count);
+        let before = before.unwrap_or_else(|used| used);
+        before >> 32 != window || before & u64::from(u32::MAX) < LINES
+    }
+}
+
+impl Log for Lines {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if self.allow(self.start.elapsed().as_secs() / WINDOW_SECONDS + 1) {
+            eprintln!("nacelle-fs: {}: {}", record.level(), record.args());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// From here on warnings and errors of the libraries are written.
+pub fn init() {
+    let lines = Lines { start: Instant::now(), used: AtomicU64::new(0) };
+    // A second call changes nothing.
+    if log::set_boxed_logger(Box::new(lines)).is_ok() {
+        log::set_max_level(LevelFilter::Warn);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_is_cut_off_until_the_next_window() {
+        let lines = Lines { start: Instant::now(), used: AtomicU64::new(0) };
+        assert_eq!((0..100).filter(|_| lines.allow(1)).count() as u64, LINES);
+        assert!(lines.allow(2));
+    }
+}

@@ -1,0 +1,172 @@
+//! The mounter: puts mounts that the daemon hands it below /shares, and takes them away.
+//!
+//! It sees no byte that a guest wrote, and follows no path into a share: entries are made and
+//! removed in a tmpfs that the server cannot write to, by names without a slash.
+
+use std::collections::BTreeSet;
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{SockFlag, accept4};
+use nix::sys::stat::{Mode, SFlag, fstat, mkdirat, mknodat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
+use vmm_api::shares::{Error, Reply, Request, SHARES_MAX, is_name};
+use vmm_api::transport::{TransportError, receive, send};
+
+use crate::jail::Entries;
+use crate::sys;
+
+/// Most connections. The daemon makes one a call; what is over waits in the listener's queue.
+const CLIENTS_MAX: usize = 8;
+
+/// The shares that there are.
+pub struct Mounter {
+    entries: Entries,
+    shares: BTreeSet<String>,
+}
+
+impl Mounter {
+    pub fn new(entries: Entries) -> Self {
+        Self { entries, shares: BTreeSet::new() }
+    }
+
+    /// Carries out a request.
+    pub fn perform(&mut self, request: Request, fds: Vec<OwnedFd>) -> Reply {
+        let done = match (request, <[OwnedFd; 1]>::try_from(fds)) {
+            (Request::Add { name }, Ok([tree])) => self.add(name, &tree),
+            (Request::Remove { name }, Err(fds)) if fds.is_empty() => self.remove(&name),
+            (Request::List, Err(fds)) if fds.is_empty() => {
+                return Reply::Shares { names: self.shares.iter().cloned().collect() };
+            }
+            (Request::Add { .. }, Err(fds)) => Err(Error::Descriptors { got: fds.len(), want: 1 }),
+            (_, Ok(_)) => Err(Error::Descriptors { got: 1, want: 0 }),
+            (_, Err(fds)) => Err(Error::Descriptors { got: fds.len(), want: 0 }),
+        };
+        match done {
+            Ok(()) => Reply::Done,
+            Err(error) => Reply::Error(error),
+        }
+    }
+
+    fn add(&mut self, name: String, tree: &OwnedFd) -> Result<(), Error> {
+        if !is_name(&name) {
+            return Err(Error::Name { name });
+        }
+        if self.shares.contains(&name) {
+            return Err(Error::Exists { name });
+        }
+        if self.shares.len() >= SHARES_MAX {
+            return Err(Error::Full { limit: SHARES_MAX });
+        }
+        let failed = |what: &str, e: Errno| Error::Failed {
+            message: format!("{what} {name}: {}", e.desc()),
+        };
+        let stat = fstat(tree).map_err(|e| failed("look at", e))?;
+        let folder = match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
+            SFlag::S_IFDIR => true,
+            SFlag::S_IFREG => false,
+            _ => return Err(Error::Kind { name }),
+        };
+        let target = CString::new(format!("{}/{name}", crate::SHARES)).unwrap_or_default();
+        let (entries, mode) = (&self.entries.0, Mode::from_bits_truncate(0o755));
+        let made = match folder {
+            true => mkdirat(entries, name.as_str(), mode),
+            false => mknodat(entries, name.as_str(), SFlag::S_IFREG, mode, 0),
+        };
+        made.map_err(|e| failed("make an entry for", e))?;
+        if let Err(e) = sys::attach_mount(tree.as_fd(), &target) {
+            let error = failed("mount", e);
+            self.drop_entry(&name)?;
+            return Err(error);
+        }
+        self.shares.insert(name);
+        Ok(())
+    }
+
+    fn remove(&mut self, name: &str) -> Result<(), Error> {
+        if !self.shares.contains(name) {
+            return Err(Error::NoSuchShare { name: name.to_owned() });
+        }
+        let path = format!("{}/{name}", crate::SHARES);
+        let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+        match umount2(path.as_str(), flags) {
+            // Gone before: removing its entry failed then.
+            Ok(()) | Err(Errno::EINVAL) => {}
+            Err(e) => {
+                let message = format!("unmount {name}: {}", e.desc());
+                return Err(Error::Failed { message });
+            }
+        }
+        self.drop_entry(name)?;
+        self.shares.remove(name);
+        Ok(())
+    }
+
+    fn drop_entry(&self, name: &str) -> Result<(), Error> {
+        let entries = &self.entries.0;
+        let result = match unlinkat(entries, name, UnlinkatFlags::RemoveDir) {
+            Err(Errno::ENOTDIR) => unlinkat(entries, name, UnlinkatFlags::NoRemoveDir),
+            other => other,
+        };
+        match result {
+            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Err(e) => Err(Error::Failed { message: format!("remove {name}: {}", e.desc()) }),
+        }
+    }
+
+    /// Serves the control socket until the server ends.
+    pub fn run(mut self, listener: OwnedFd, server: OwnedFd) -> nix::Result<()> {
+        let mut clients: Vec<OwnedFd> = Vec::new();
+        loop {
+            let room = clients.len() < CLIENTS_MAX;
+            let mut waiting = vec![
+                PollFd::new(server.as_fd(), PollFlags::POLLIN),
+                PollFd::new(
+                    listener.as_fd(),
+                    if room { PollFlags::POLLIN } else { PollFlags::empty() },
+                ),
+            ];
+            waiting.extend(clients.iter().map(|c| PollFd::new(c.as_fd(), PollFlags::POLLIN)));
+            match poll(&mut waiting, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(e) => return Err(e),
+            }
+            let ready: Vec<bool> = waiting.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+            if ready[0] {
+                return Ok(());
+            }
+            let mut number = 2;
+            clients.retain(|client| {
+                let stays = !ready[number] || self.answer(client);
+                number += 1;
+                stays
+            });
+            if ready[1] {
+                let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+                if let Ok(client) = accept4(listener.as_raw_fd(), flags) {
+                    clients.push(own(client));
+                }
+            }
+        }
+    }
+
+    /// Answers one request; `false` when the client is to be hung up on.
+    fn answer(&mut self, client: &OwnedFd) -> bool {
+        let reply = match receive::<Request>(client.as_fd()) {
+            Ok((request, fds)) => self.perform(request, fds),
+            Err(TransportError::Socket(Errno::EAGAIN | Errno::EINTR)) => return true,
+            Err(TransportError::Closed | TransportError::Socket(_)) => return false,
+            Err(error) => Reply::Error(Error::Failed { message: error.to_string() }),
+        };
+        send(client.as_fd(), &reply, &[]).is_ok()
+    }
+}
+
+#[allow(unsafe_code)] // accept4 returns a plain number
+fn own(fd: i32) -> OwnedFd {
+    // SAFETY: accept4 has just returned this descriptor; nothing else knows its number.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}

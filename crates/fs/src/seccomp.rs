@@ -1,0 +1,236 @@
+//! System calls each of the two processes may make; any other kills it.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch,
+};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Mounter,
+    /// All threads of the server.
+    Server,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum FilterError {
+    #[error("seccomp filter of the {role:?}")]
+    Build { role: Role, source: BackendError },
+    #[error("kernel refuses the seccomp filter of the {role:?}")]
+    Apply { role: Role, source: seccompiler::Error },
+}
+
+/// Condition on an argument beyond the call's number.
+#[derive(Debug, Clone, Copy)]
+enum When {
+    Always,
+    /// Argument 0 is this (options of prctl).
+    Option(u32),
+    /// Argument 1 is this (requests of fcntl).
+    Request(u32),
+    /// Argument 2 has none of these bits (protection flags).
+    Without(u32),
+}
+
+use When::{Always, Option, Request, Without};
+
+type Call = (i64, When, &'static str);
+
+const COMMON: &[Call] = &[
+    (libc::SYS_brk, Always, "allocator"),
+    (libc::SYS_mmap, Without(libc::PROT_EXEC as u32), "allocator; the guest's memory"),
+    (libc::SYS_mprotect, Without(libc::PROT_EXEC as u32), "allocator"),
+    (libc::SYS_munmap, Always, "allocator; the guest's memory"),
+    (libc::SYS_mremap, Always, "allocator"),
+    (libc::SYS_madvise, Always, "allocator, a thread's stack at its end"),
+    (libc::SYS_futex, Always, "locks"),
+    (libc::SYS_sched_yield, Always, "contended locks"),
+    (libc::SYS_read, Always, "eventfds"),
+    (libc::SYS_write, Always, "eventfds, log lines"),
+    (libc::SYS_close, Always, "files, clients"),
+    (libc::SYS_fcntl, Request(libc::F_GETFD as u32), "debug builds, before every close"),
+    (libc::SYS_fstat, Always, "what a descriptor is"),
+    (libc::SYS_newfstatat, Always, "fstat of newer C libraries"),
+    (libc::SYS_recvmsg, Always, "requests and messages"),
+    (libc::SYS_sendmsg, Always, "replies"),
+    (libc::SYS_clock_gettime, Always, "hosts whose clock is not in the vDSO"),
+    (libc::SYS_getrandom, Always, "seeds of hash tables"),
+    (libc::SYS_rt_sigprocmask, Always, "a thread's end, abort"),
+    (libc::SYS_rt_sigaction, Always, "abort"),
+    (libc::SYS_rt_sigreturn, Always, "end of a signal handler"),
+    (libc::SYS_sigaltstack, Always, "a thread's end"),
+    (libc::SYS_gettid, Always, "abort"),
+    (libc::SYS_getpid, Always, "abort"),
+    (libc::SYS_tgkill, Always, "abort"),
+    (libc::SYS_restart_syscall, Always, "waits interrupted by stop and continue"),
+    (libc::SYS_exit, Always, "a thread's end"),
+    (libc::SYS_exit_group, Always, "the end"),
+];
+
+const MOUNTER: &[Call] = &[
+    (libc::SYS_poll, Always, "waiting for clients and for the server's end"),
+    (libc::SYS_ppoll, Always, "as above"),
+    (libc::SYS_accept4, Always, "clients of the control socket"),
+    (libc::SYS_mkdirat, Always, "entry of a folder"),
+    (libc::SYS_mknodat, Always, "entry of a file"),
+    (libc::SYS_unlinkat, Always, "an entry goes"),
+    (libc::SYS_move_mount, Always, "a share comes"),
+    (libc::SYS_umount2, Always, "a share goes"),
+    (libc::SYS_waitid, Always, "how the server ended"),
+];
+
+const SERVER: &[Call] = &[
+    (libc::SYS_epoll_wait, Always, "rings"),
+    (libc::SYS_epoll_pwait, Always, "rings"),
+    (libc::SYS_epoll_ctl, Always, "rings start and stop"),
+    (libc::SYS_openat, Always, "lookup, open, opendir"),
+    (libc::SYS_openat2, Always, "lookup that stays below its folder"),
+    (libc::SYS_statx, Always, "lookup, getattr"),
+    (libc::SYS_fstatfs, Always, "statfs"),
+    (libc::SYS_readlinkat, Always, "readlink"),
+    (libc::SYS_getdents64, Always, "readdir"),
+    (libc::SYS_lseek, Always, "readdir, holes of sparse files"),
+    (libc::SYS_pread64, Always, "read"),
+    (libc::SYS_preadv, Always, "read"),
+    (libc::SYS_preadv2, Always, "read"),
+    (libc::SYS_readv, Always, "read"),
+    (libc::SYS_pwrite64, Always, "write"),
+    (libc::SYS_pwritev, Always, "write"),
+    (libc::SYS_pwritev2, Always, "append"),
+    (libc::SYS_writev, Always, "write"),
+    (libc::SYS_copy_file_range, Always, "copy_file_range"),
+    (libc::SYS_fallocate, Always, "fallocate"),
+    (libc::SYS_ftruncate, Always, "truncate"),
+    (libc::SYS_fsync, Always, "fsync"),
+    (libc::SYS_fdatasync, Always, "fdatasync"),
+    (libc::SYS_syncfs, Always, "syncfs"),
+    (libc::SYS_mkdirat, Always, "mkdir"),
+    (libc::SYS_mknodat, Always, "mknod"),
+    (libc::SYS_symlinkat, Always, "symlink"),
+    (libc::SYS_linkat, Always, "link"),
+    (libc::SYS_unlinkat, Always, "unlink, rmdir"),
+    (libc::SYS_renameat, Always, "rename"),
+    (libc::SYS_renameat2, Always, "rename with flags"),
+    (libc::SYS_fchmod, Always, "chmod of an open file"),
+    (libc::SYS_fchmodat, Always, "chmod"),
+    (libc::SYS_fchownat, Always, "chown"),
+    (libc::SYS_utimensat, Always, "utimes"),
+    (libc::SYS_fchdir, Always, "xattrs, by way of the own descriptors"),
+    (libc::SYS_getxattr, Always, "getxattr"),
+    (libc::SYS_setxattr, Always, "setxattr"),
+    (libc::SYS_listxattr, Always, "listxattr"),
+    (libc::SYS_removexattr, Always, "removexattr"),
+    (libc::SYS_fgetxattr, Always, "getxattr of an open file"),
+    (libc::SYS_fsetxattr, Always, "setxattr of an open file"),
+    (libc::SYS_flistxattr, Always, "listxattr of an open file"),
+    (libc::SYS_fremovexattr, Always, "file capabilities go when a file changes"),
+    (libc::SYS_geteuid, Always, "a file is made as the guest's user"),
+    (libc::SYS_getegid, Always, "as above"),
+    (libc::SYS_setresuid, Always, "as above"),
+    (libc::SYS_setresgid, Always, "as above"),
+    (libc::SYS_setgroups, Always, "as above, with the process' further groups"),
+    (libc::SYS_capget, Always, "setuid bits go when a file changes: FSETID is put aside"),
+    (libc::SYS_capset, Always, "as above, and its return"),
+    (libc::SYS_prctl, Option(libc::PR_CAPBSET_READ as u32), "as above: what libcap-ng looks at"),
+    (libc::SYS_prctl, Option(libc::PR_CAP_AMBIENT as u32), "as above"),
+    (libc::SYS_prctl, Option(libc::PR_GET_SECUREBITS as u32), "as above"),
+    (libc::SYS_prctl, Option(libc::PR_SET_NAME as u32), "a thread that is just beginning"),
+    (libc::SYS_rseq, Always, "a thread that is just beginning"),
+    (libc::SYS_set_robust_list, Always, "a thread that is just beginning"),
+    (libc::SYS_sched_getaffinity, Always, "a thread that is just beginning"),
+    (libc::SYS_umask, Always, "the guest's modes are taken as they are"),
+    (libc::SYS_eventfd2, Always, "events of the rings"),
+    (libc::SYS_dup, Always, "duplicates of descriptors"),
+    (libc::SYS_fcntl, Request(libc::F_DUPFD_CLOEXEC as u32), "duplicates of descriptors"),
+    (libc::SYS_fcntl, Request(libc::F_GETFL as u32), "flags of an open file"),
+    (libc::SYS_fcntl, Request(libc::F_SETFL as u32), "flags of an open file"),
+];
+
+fn calls(role: Role) -> impl Iterator<Item = &'static Call> {
+    let own = match role {
+        Role::Mounter => MOUNTER,
+        Role::Server => SERVER,
+    };
+    COMMON.iter().chain(own)
+}
+
+/// Binds all threads of the process.
+pub fn apply(role: Role) -> Result<(), FilterError> {
+    let program = compile(role).map_err(|source| FilterError::Build { role, source })?;
+    seccompiler::apply_filter_all_threads(&program)
+        .map_err(|source| FilterError::Apply { role, source })
+}
+
+fn compile(role: Role) -> Result<BpfProgram, BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    for (call, when, _) in calls(role) {
+        let conditions = rules.entry(*call).or_default();
+        let word = SeccompCmpArgLen::Dword;
+        let condition = match when {
+            Always => continue,
+            Option(option) => SeccompCondition::new(0, word, SeccompCmpOp::Eq, u64::from(*option))?,
+            Request(request) => {
+                SeccompCondition::new(1, word, SeccompCmpOp::Eq, u64::from(*request))?
+            }
+            Without(bits) => {
+                SeccompCondition::new(2, word, SeccompCmpOp::MaskedEq(u64::from(*bits)), 0)?
+            }
+        };
+        conditions.push(SeccompRule::new(vec![condition])?);
+    }
+    let (kill, allow) = (SeccompAction::KillProcess, SeccompAction::Allow);
+    SeccompFilter::new(rules, kill, allow, TargetArch::x86_64)?.try_into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_roles_compile_and_no_call_is_listed_both_with_and_without_a_condition() {
+        for role in [Role::Mounter, Role::Server] {
+            compile(role).unwrap();
+            let always: Vec<i64> = calls(role)
+                .filter(|(_, when, _)| matches!(when, Always))
+                .map(|(call, ..)| *call)
+                .collect();
+            for (call, when, why) in calls(role) {
+                let free = matches!(when, Always);
+                assert!(free || !always.contains(call), "{role:?}: {why}: condition is void");
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_starts_programs_and_who_sees_the_guests_bytes_cannot_mount() {
+        let nobody = [
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_clone,
+            libc::SYS_clone3,
+            libc::SYS_fork,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_ptrace,
+            libc::SYS_bpf,
+            libc::SYS_mount,
+            libc::SYS_setns,
+            libc::SYS_unshare,
+        ];
+        let server = [
+            libc::SYS_move_mount,
+            libc::SYS_umount2,
+            libc::SYS_open_tree,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_accept4,
+        ];
+        for role in [Role::Mounter, Role::Server] {
+            for (call, _, why) in calls(role) {
+                assert!(!nobody.contains(call), "{role:?}: {why}");
+                assert!(role == Role::Mounter || !server.contains(call), "{why}");
+            }
+        }
+    }
+}

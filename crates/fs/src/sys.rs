@@ -1,0 +1,91 @@
+//! System calls that nix does not wrap: mounts as descriptors (open_tree(2), move_mount(2)),
+//! capabilities (capget(2), capset(2)).
+#![allow(unsafe_code)] // raw system calls
+
+use std::ffi::CStr;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+
+/// A detached copy of the mount at `path`, without what is mounted below it; its root is `path`,
+/// and no `..` leads out of it.
+pub(crate) fn clone_mount(path: &CStr) -> nix::Result<OwnedFd> {
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    // SAFETY: `path` is NUL-terminated and outlives the call, which writes no memory.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: the kernel has just made this descriptor for us; nothing else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Mounts the detached `tree` at `target`, whose last component is not followed if it is a link.
+pub(crate) fn attach_mount(tree: BorrowedFd<'_>, target: &CStr) -> nix::Result<()> {
+    // SAFETY: both strings are NUL-terminated and outlive the call, which writes no memory.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            target.as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    Errno::result(done).map(drop)
+}
+
+/// `struct __user_cap_header_struct`, version 3, for the calling thread.
+const HEADER: [u32; 2] = [0x2008_0522, 0];
+
+/// Makes `caps` (a bit each) the calling thread's effective and permitted capabilities.
+pub(crate) fn set_capabilities(caps: u64) -> nix::Result<()> {
+    let (low, high) = (caps as u32, (caps >> 32) as u32);
+    let data = [[low, low, 0], [high, high, 0]];
+    // SAFETY: version 3 reads a header of two words and two records of three words.
+    let done = unsafe { libc::syscall(libc::SYS_capset, HEADER.as_ptr(), data.as_ptr()) };
+    Errno::result(done).map(drop)
+}
+
+/// Takes every capability that is not in `caps` out of the bounding set, and all out of the ambient
+/// one.
+pub(crate) fn bound_capabilities(caps: u64) -> nix::Result<()> {
+    for cap in (0..64u32).filter(|cap| caps & 1 << cap == 0) {
+        // SAFETY: PR_CAPBSET_DROP takes a number and touches no memory.
+        match Errno::result(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, cap, 0, 0, 0) }) {
+            Ok(_) => {}
+            // The kernel knows no more capabilities than this.
+            Err(Errno::EINVAL) if cap > 0 => break,
+            Err(e) => return Err(e),
+        }
+    }
+    let clear = libc::PR_CAP_AMBIENT_CLEAR_ALL;
+    // SAFETY: takes numbers only.
+    Errno::result(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, clear, 0, 0, 0) }).map(drop)
+}
+
+/// A descriptor that becomes readable when the process ends.
+pub fn pidfd_open(pid: nix::unistd::Pid) -> nix::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two integers and touches no memory of ours.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+    // SAFETY: the kernel has just made this descriptor for us; nothing else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// A descriptor that the launcher gave us by number.
+pub fn adopt(fd: i32) -> nix::Result<OwnedFd> {
+    // SAFETY: F_GETFD touches no memory; it is how a number is found out to be a descriptor.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
+    // SAFETY: it is open, was opened for us by who started us, and nothing has adopted it before:
+    // `main` calls this once for each number, first of all.
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    let cloexec = nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC);
+    nix::fcntl::fcntl(&owned, cloexec)?;
+    Ok(owned)
+}
+
+/// For a process that has a single thread.
+pub fn fork() -> nix::Result<nix::unistd::ForkResult> {
+    // SAFETY: with one thread (`main` has started none) no lock can be held by a thread that the
+    // child lacks, so it may do what its parent may.
+    unsafe { nix::unistd::fork() }
+}

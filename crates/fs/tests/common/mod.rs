@@ -1,0 +1,305 @@
+//! A guest for one server: the VMM's file system device over plain memory, and FUSE requests
+//! (linux/fuse.h) in its queue; and the daemon's part beside it.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+};
+use virtio::VirtioDevice;
+use virtio::fs::Fs;
+use virtio::mock::{MockInterrupt, MockQueue, Runner, activation, queues};
+use vm_memory_of_virtio::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_api::shares::{Error, Reply, Request};
+use vmm_api::transport::{receive, send};
+
+pub mod op {
+    pub const LOOKUP: u32 = 1;
+    pub const MKDIR: u32 = 9;
+    pub const UNLINK: u32 = 10;
+    pub const OPEN: u32 = 14;
+    pub const READ: u32 = 15;
+    pub const WRITE: u32 = 16;
+    pub const SETXATTR: u32 = 21;
+    pub const GETXATTR: u32 = 22;
+    pub const INIT: u32 = 26;
+    pub const CREATE: u32 = 35;
+}
+
+pub const ROOT: u64 = 1;
+/// `fuse_attr.flags`: the root of a file system of its own.
+pub const ATTR_SUBMOUNT: u32 = 1;
+
+const MEMORY: u64 = 8 << 20;
+const IN: u64 = 4 << 20;
+const OUT: u64 = 6 << 20;
+const ROOM: u32 = 1 << 20;
+
+/// Whether mounts and namespaces can be made here; says so when not.
+pub fn can_run() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        eprintln!("SKIP: the file server needs root");
+    }
+    root
+}
+
+pub struct Server {
+    _dir: tempfile::TempDir,
+    child: Child,
+    control: PathBuf,
+    vhost: Option<OwnedFd>,
+}
+
+impl Server {
+    /// Started as the launcher does, in namespaces of its own.
+    pub fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (control, peer) = (dir.path().join("c"), dir.path().join("p"));
+        let listener = |path: &Path, kind| {
+            let fd = socket(AddressFamily::Unix, kind, SockFlag::empty(), None).unwrap();
+            bind(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+            listen(&fd, Backlog::new(8).unwrap()).unwrap();
+            fd
+        };
+        let (a, b) = (listener(&control, SockType::SeqPacket), listener(&peer, SockType::Stream));
+        let vhost = UnixStream::connect(&peer).unwrap();
+        let child = Command::new("unshare")
+            .args(["--pid", "--fork", "--kill-child", "--mount", "--ipc", "--uts", "--net"])
+            .arg(env!("CARGO_BIN_EXE_nacelle-fs"))
+            .args(["--control-fd", &a.as_raw_fd().to_string()])
+            .args(["--vhost-fd", &b.as_raw_fd().to_string()])
+            .spawn()
+            .unwrap();
+        for fd in [&a, &b] {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+        }
+        let server = Self { _dir: dir, child, control, vhost: Some(vhost.into()) };
+        assert_eq!(server.call(&Request::List, None), Reply::Shares { names: vec![] });
+        server
+    }
+
+    pub fn call(&self, request: &Request, tree: Option<OwnedFd>) -> Reply {
+        let kind = SockType::SeqPacket;
+        let fd = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        connect(fd.as_raw_fd(), &UnixAddr::new(&self.control).unwrap()).unwrap();
+        let fds: Vec<_> = tree.iter().map(AsFd::as_fd).collect();
+        send(fd.as_fd(), request, &fds).unwrap();
+        receive::<Reply>(fd.as_fd()).unwrap().0
+    }
+
+    pub fn add(&self, name: &str, source: &Path) -> Reply {
+        self.call(&Request::Add { name: name.into() }, Some(tree(source)))
+    }
+
+    pub fn remove(&self, name: &str) -> Reply {
+        self.call(&Request::Remove { name: name.into() }, None)
+    }
+
+    /// Pids of the mounter and of the server.
+    pub fn pids(&self) -> (u32, u32) {
+        let only_child = |pid: u32| -> u32 {
+            let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+            text.trim().parse().unwrap()
+        };
+        let mounter = only_child(self.child.id());
+        (mounter, only_child(mounter))
+    }
+
+    pub fn guest(&mut self) -> Guest {
+        Guest::new(self.vhost.take().unwrap())
+    }
+
+    pub fn ended(&mut self) -> bool {
+        let end = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < end {
+            if self.child.try_wait().unwrap().is_some() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        false
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub fn refused(reply: Reply) -> Error {
+    match reply {
+        Reply::Error(error) => error,
+        other => panic!("{other:?} is no refusal"),
+    }
+}
+
+/// A detached copy of a mount, as the daemon makes it.
+#[allow(unsafe_code)] // open_tree is in no library
+pub fn tree(source: &Path) -> OwnedFd {
+    let path = CString::new(source.as_os_str().as_encoded_bytes()).unwrap();
+    let flags =
+        libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_RECURSIVE as libc::c_uint;
+    // SAFETY: the path is NUL-terminated and outlives the call, which writes no memory.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    assert!(fd >= 0, "open_tree {}: {}", source.display(), std::io::Error::last_os_error());
+    // SAFETY: made just now, and wrapped once.
+    unsafe { OwnedFd::from_raw_fd(fd as i32) }
+}
+
+/// What a lookup says.
+#[derive(Debug, Clone, Copy)]
+pub struct Entry {
+    pub node: u64,
+    pub mode: u32,
+    pub flags: u32,
+    pub size: u64,
+}
+
+pub struct Guest {
+    mem: Arc<GuestMemoryMmap>,
+    queues: Vec<MockQueue>,
+    runner: Runner,
+    _fs: Fs,
+    unique: u64,
+    pub uid: u32,
+}
+
+impl Guest {
+    fn new(vhost: OwnedFd) -> Self {
+        let file = File::from(memfd_create(c"guest", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(MEMORY).unwrap();
+        let range = (GuestAddress(0), MEMORY as usize, Some(FileOffset::new(file, 0)));
+        let mem = Arc::new(GuestMemoryMmap::from_ranges_with_files([range]).unwrap());
+        let mut device = Fs::new("test", vhost).unwrap();
+        let queues = queues(&mem, 0x1000, device.queue_sizes());
+        let interrupt = Arc::new(MockInterrupt::default());
+        let made = activation(&device, &queues, interrupt, device.features());
+        let runner = Runner::start(device.activate(made).unwrap()).unwrap();
+        let mut guest = Self { mem, queues, runner, _fs: device, unique: 1, uid: 0 };
+        guest.init();
+        guest
+    }
+
+    fn init(&mut self) {
+        // 7.36, a page of readahead, SUBMOUNTS and HANDLE_KILLPRIV_V2.
+        let mut body = Vec::new();
+        for word in [7u32, 36, 4096, 1 << 27 | 1 << 28] {
+            body.extend(word.to_le_bytes());
+        }
+        let answer = self.ask(op::INIT, 0, &body).unwrap();
+        assert_eq!(answer[..4], 7u32.to_le_bytes());
+    }
+
+    /// One request; its answer without the header, or the error's number.
+    pub fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+        self.unique += 1;
+        let mut request = Vec::new();
+        for word in [40 + body.len() as u32, opcode] {
+            request.extend(word.to_le_bytes());
+        }
+        for wide in [self.unique, node] {
+            request.extend(wide.to_le_bytes());
+        }
+        for word in [self.uid, self.uid, 1, 0] {
+            request.extend(word.to_le_bytes());
+        }
+        request.extend(body);
+        self.mem.write_slice(&request, GuestAddress(IN)).unwrap();
+        let queue = &mut self.queues[1];
+        queue.add(&[(IN, request.len() as u32)], &[(OUT, ROOM)]);
+        queue.kick();
+        let mut used = None;
+        let answered = self.runner.until(|| {
+            used = queue.used();
+            used.is_some()
+        });
+        assert!(answered, "no answer to opcode {opcode}");
+        let mut answer = vec![0; used.unwrap().1 as usize];
+        self.mem.read_slice(&mut answer, GuestAddress(OUT)).unwrap();
+        let word = |at: usize| i32::from_le_bytes(answer[at..at + 4].try_into().unwrap());
+        assert_eq!(word(0) as usize, answer.len());
+        assert_eq!(answer[8..16], self.unique.to_le_bytes());
+        match word(4) {
+            0 => Ok(answer[16..].to_vec()),
+            error => Err(-error),
+        }
+    }
+
+    pub fn lookup(&mut self, parent: u64, name: &str) -> Result<Entry, i32> {
+        let answer = self.ask(op::LOOKUP, parent, &text(name))?;
+        Ok(entry(&answer))
+    }
+
+    pub fn mkdir(&mut self, parent: u64, name: &str) -> Result<Entry, i32> {
+        let mut body = Vec::new();
+        for word in [0o755u32, 0] {
+            body.extend(word.to_le_bytes());
+        }
+        body.extend(text(name));
+        Ok(entry(&self.ask(op::MKDIR, parent, &body)?))
+    }
+
+    /// Makes and opens a file; its node and handle.
+    pub fn create(&mut self, parent: u64, name: &str, mode: u32) -> Result<(u64, u64), i32> {
+        let mut body = Vec::new();
+        for word in [(libc::O_RDWR | libc::O_CREAT) as u32, libc::S_IFREG | mode, 0, 0] {
+            body.extend(word.to_le_bytes());
+        }
+        body.extend(text(name));
+        let answer = self.ask(op::CREATE, parent, &body)?;
+        let handle = u64::from_le_bytes(answer[128..136].try_into().unwrap());
+        Ok((entry(&answer).node, handle))
+    }
+
+    pub fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
+        let body = [(flags as u32).to_le_bytes(), [0; 4]].concat();
+        let answer = self.ask(op::OPEN, node, &body)?;
+        Ok(u64::from_le_bytes(answer[..8].try_into().unwrap()))
+    }
+
+    /// `flags`: 4 for a write that takes setuid bits away.
+    pub fn write(&mut self, node: u64, handle: u64, data: &[u8], flags: u32) -> Result<u32, i32> {
+        let mut body = Vec::new();
+        body.extend(handle.to_le_bytes());
+        body.extend(0u64.to_le_bytes());
+        for word in [data.len() as u32, flags, 0, 0, 0, 0] {
+            body.extend(word.to_le_bytes());
+        }
+        body.extend(data);
+        let answer = self.ask(op::WRITE, node, &body)?;
+        Ok(u32::from_le_bytes(answer[..4].try_into().unwrap()))
+    }
+
+    pub fn read(&mut self, node: u64, handle: u64) -> Result<Vec<u8>, i32> {
+        let mut body = Vec::new();
+        body.extend(handle.to_le_bytes());
+        body.extend(0u64.to_le_bytes());
+        for word in [4096u32, 0, 0, 0, 0, 0] {
+            body.extend(word.to_le_bytes());
+        }
+        self.ask(op::READ, node, &body)
+    }
+}
+
+pub fn text(name: &str) -> Vec<u8> {
+    CString::new(name).unwrap().into_bytes_with_nul()
+}
+
+/// `struct fuse_entry_out`.
+fn entry(answer: &[u8]) -> Entry {
+    let wide = |at: usize| u64::from_le_bytes(answer[at..at + 8].try_into().unwrap());
+    let word = |at: usize| u32::from_le_bytes(answer[at..at + 4].try_into().unwrap());
+    Entry { node: wide(0), size: wide(48), mode: word(100), flags: word(124) }
+}

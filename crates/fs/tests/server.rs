@@ -1,0 +1,268 @@
+//! The file server as the processes it is, with the VMM's own device as its other side. Assumes
+//! root and `unshare`.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use common::{ATTR_SUBMOUNT, ROOT, Server, can_run, op, refused, text};
+use nix::mount::{MsFlags, mount, umount};
+use vmm_api::shares::{Error, Reply, Request};
+
+#[test]
+fn a_guest_reads_and_writes_the_files_of_a_share() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("host"), "from the host").unwrap();
+    assert_eq!(server.add("data", dir.path()), Reply::Done);
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap();
+    assert_eq!(share.mode & libc::S_IFMT, libc::S_IFDIR);
+    assert_ne!(share.flags & ATTR_SUBMOUNT, 0);
+    let file = guest.lookup(share.node, "host").unwrap();
+    assert_eq!((file.size, file.flags & ATTR_SUBMOUNT), (13, 0));
+    let handle = guest.open(file.node, libc::O_RDONLY).unwrap();
+    assert_eq!(guest.read(file.node, handle).unwrap(), b"from the host");
+
+    let (node, handle) = guest.create(share.node, "guest", 0o640).unwrap();
+    assert_eq!(guest.write(node, handle, b"from the guest", 0).unwrap(), 14);
+    assert_eq!(fs::read_to_string(dir.path().join("guest")).unwrap(), "from the guest");
+    let mode = fs::metadata(dir.path().join("guest")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o640);
+    guest.ask(op::UNLINK, share.node, &text("guest")).unwrap();
+    assert!(!dir.path().join("guest").exists());
+    assert_eq!(guest.lookup(share.node, "guest").unwrap_err(), libc::ENOENT);
+}
+
+#[test]
+fn files_belong_to_the_guests_user_and_lose_setuid_when_written() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    server.add("data", dir.path());
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap();
+    guest.uid = 1234;
+    let (node, handle) = guest.create(share.node, "mine", 0o4755).unwrap();
+    let host = dir.path().join("mine");
+    let found = fs::metadata(&host).unwrap();
+    assert_eq!((found.uid(), found.gid()), (1234, 1234));
+    guest.write(node, handle, b"x", 4).unwrap();
+    assert_eq!(fs::metadata(&host).unwrap().permissions().mode() & 0o7000, 0);
+    // Back to root for the next one.
+    guest.uid = 0;
+    guest.mkdir(share.node, "roots").unwrap();
+    assert_eq!(fs::metadata(dir.path().join("roots")).unwrap().uid(), 0);
+}
+
+#[test]
+fn xattrs_reach_the_host() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    server.add("data", dir.path());
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap();
+    let (node, _) = guest.create(share.node, "file", 0o644).unwrap();
+    let mut body = Vec::new();
+    for word in [5u32, 0] {
+        body.extend(word.to_le_bytes());
+    }
+    body.extend(text("user.colour"));
+    body.extend(b"green");
+    match guest.ask(op::SETXATTR, node, &body) {
+        Ok(_) => {}
+        Err(libc::EOPNOTSUPP) => return eprintln!("SKIP: no user xattrs in {:?}", dir.path()),
+        Err(e) => panic!("setxattr: {e}"),
+    }
+    let mut body = Vec::new();
+    for word in [64u32, 0] {
+        body.extend(word.to_le_bytes());
+    }
+    body.extend(text("user.colour"));
+    assert_eq!(guest.ask(op::GETXATTR, node, &body).unwrap(), b"green");
+}
+
+#[test]
+fn shares_come_and_go_while_the_guest_looks_and_their_folder_is_not_its_own() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let mut guest = server.guest();
+    assert_eq!(guest.lookup(ROOT, "late").unwrap_err(), libc::ENOENT);
+    assert_eq!(guest.mkdir(ROOT, "mine").unwrap_err(), libc::EROFS);
+    assert_eq!(guest.create(ROOT, "mine", 0o644).unwrap_err(), libc::EROFS);
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "text").unwrap();
+
+    assert_eq!(server.add("late", dir.path()), Reply::Done);
+    assert_eq!(server.add("single", &file), Reply::Done);
+    let names = vec!["late".to_owned(), "single".to_owned()];
+    assert_eq!(server.call(&Request::List, None), Reply::Shares { names });
+    let share = guest.lookup(ROOT, "late").unwrap();
+    let (node, handle) = guest.create(share.node, "open", 0o644).unwrap();
+    let single = guest.lookup(ROOT, "single").unwrap();
+    assert_eq!(single.mode & libc::S_IFMT, libc::S_IFREG);
+    let reader = guest.open(single.node, libc::O_RDONLY).unwrap();
+    assert_eq!(guest.read(single.node, reader).unwrap(), b"text");
+
+    let exists = refused(server.add("late", dir.path()));
+    assert!(matches!(exists, Error::Exists { .. }));
+    for name in ["late", "single"] {
+        assert_eq!(server.remove(name), Reply::Done);
+        assert_eq!(guest.lookup(ROOT, name).unwrap_err(), libc::ENOENT);
+        assert!(matches!(refused(server.remove(name)), Error::NoSuchShare { .. }));
+    }
+    // What was open stays so.
+    assert_eq!(guest.write(node, handle, b"late words", 0).unwrap(), 10);
+    assert_eq!(fs::read_to_string(dir.path().join("open")).unwrap(), "late words");
+    assert_eq!(server.add("late", dir.path()), Reply::Done);
+    assert!(guest.lookup(ROOT, "late").is_ok());
+}
+
+#[test]
+fn no_name_leads_out_of_a_share() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("/proc/1/root", dir.path().join("link")).unwrap();
+    server.add("data", dir.path());
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap();
+    for name in ["a/b", "/etc", "link/etc", "../../etc", ""] {
+        assert!(guest.lookup(share.node, name).is_err(), "{name:?}");
+    }
+    // A folder is its own root for a lookup, and a share's parent is the folder of shares.
+    for name in ["..", "../..", "/"] {
+        assert_eq!(guest.lookup(share.node, name).unwrap().node, share.node, "{name:?}");
+    }
+    assert_eq!(guest.lookup(ROOT, "..").unwrap().node, ROOT);
+    let victim = dir.path().parent().unwrap().join(format!("victim-{}", std::process::id()));
+    fs::write(&victim, "").unwrap();
+    let name = format!("../{}", victim.file_name().unwrap().to_string_lossy());
+    assert!(guest.ask(op::UNLINK, share.node, &text(&name)).is_err());
+    assert!(guest.mkdir(share.node, "../new").is_err());
+    assert!(victim.exists());
+    fs::remove_file(victim).unwrap();
+    let link = guest.lookup(share.node, "link").unwrap();
+    assert_eq!(link.mode & libc::S_IFMT, libc::S_IFLNK);
+    assert!(guest.open(link.node, libc::O_RDONLY).is_err());
+    assert!(guest.lookup(link.node, "etc").is_err());
+}
+
+#[test]
+fn hostile_requests_of_the_daemons_socket_are_refused() {
+    if !can_run() {
+        return;
+    }
+    let server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["", "..", "a/b", ".hidden", &"x".repeat(65)] {
+        assert!(matches!(refused(server.add(name, dir.path())), Error::Name { .. }), "{name:?}");
+    }
+    let add = Request::Add { name: "a".into() };
+    assert!(matches!(refused(server.call(&add, None)), Error::Descriptors { got: 0, want: 1 }));
+    let file = fs::File::open(dir.path()).unwrap();
+    let error = refused(server.call(&add, Some(file.into())));
+    assert!(matches!(error, Error::Failed { .. }), "{error}");
+    assert!(matches!(refused(server.add("null", Path::new("/dev/null"))), Error::Kind { .. }));
+    assert_eq!(server.add("a", dir.path()), Reply::Done);
+}
+
+#[test]
+fn both_processes_are_jailed() {
+    if !can_run() {
+        return;
+    }
+    let server = Server::start();
+    let (mounter, serving) = server.pids();
+    let masks: [(u32, &[(u32, &str)]); 2] =
+        [(mounter, &nacelle_fs::jail::MOUNTER), (serving, &nacelle_fs::jail::SERVER)];
+    for (pid, kept) in masks {
+        let mask = kept.iter().fold(0, |mask, (cap, _)| mask | 1u64 << cap);
+        for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+            let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+            let field = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+                line.trim().to_owned()
+            };
+            for set in ["CapPrm:", "CapEff:", "CapBnd:"] {
+                assert_eq!(u64::from_str_radix(&field(set), 16).unwrap(), mask, "{set}");
+            }
+            assert_eq!(field("CapInh:"), "0000000000000000");
+            assert_eq!(field("CapAmb:"), "0000000000000000");
+            assert_eq!((field("NoNewPrivs:"), field("Seccomp:")), ("1".into(), "2".into()));
+        }
+        let mut names: Vec<_> = fs::read_dir(format!("/proc/{pid}/root"))
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(names, ["proc", "shares"]);
+        assert_eq!(fs::read_dir(format!("/proc/{pid}/root/proc")).unwrap().count(), 0);
+        for space in ["mnt", "pid", "ipc", "uts", "net"] {
+            let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{space}")).unwrap();
+            assert_ne!(of(&pid.to_string()), of("self"), "{space}");
+        }
+    }
+    // Two sockets, two events and the like, but no file of the host.
+    for fd in fs::read_dir(format!("/proc/{serving}/fd")).unwrap() {
+        let target = fs::read_link(fd.unwrap().path()).unwrap();
+        let target = target.to_string_lossy().into_owned();
+        let known = ["socket:", "anon_inode:", "pipe:", "/dev/null", "/dev/pts", "/proc", "/"];
+        assert!(known.iter().any(|k| target.starts_with(k)), "{target}");
+    }
+}
+
+#[test]
+fn the_server_ends_with_its_vmm_and_the_mounter_with_the_server() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    drop(server.guest());
+    assert!(server.ended());
+
+    let mut server = Server::start();
+    let mut guest = server.guest();
+    let (_, serving) = server.pids();
+    let pid = nix::unistd::Pid::from_raw(serving as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    assert!(server.ended());
+    assert_eq!(guest.lookup(ROOT, "x").unwrap_err(), libc::ENOTCONN);
+}
+
+#[test]
+fn what_is_mounted_below_a_share_is_seen_as_it_was() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let below = dir.path().join("below");
+    fs::create_dir(&below).unwrap();
+    let flags = MsFlags::empty();
+    mount(Some("none"), &below, Some("tmpfs"), flags, None::<&str>).unwrap();
+    fs::write(below.join("file"), "deep").unwrap();
+    server.add("data", dir.path());
+    umount(&below).unwrap();
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap();
+    let below = guest.lookup(share.node, "below").unwrap();
+    assert_ne!(below.flags & ATTR_SUBMOUNT, 0);
+    assert_eq!(guest.lookup(below.node, "file").unwrap().size, 4);
+}
