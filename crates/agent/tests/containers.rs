@@ -387,6 +387,31 @@ async fn volumes_are_mounted_and_change_under_a_running_container() {
 }
 
 #[tokio::test]
+async fn an_exec_beside_an_ending_container_says_that_it_is_not_running() {
+    let Some(mut guest) = guest().await else { return };
+    for round in 0..10 {
+        let id = format!("c{round}");
+        let request = guest.request(&id, &spec("read x", json!({})));
+        guest.create(v1::CreateContainerRequest { stdin: true, ..request }).await;
+        guest.start(&id).await.unwrap();
+        drop(guest.open(Kind::Stdin, &id, "", 0).await);
+        let mut client = guest.client.clone();
+        let signal =
+            v1::SignalProcessRequest { container_id: id.clone(), signal: 9, ..Default::default() };
+        let killed = async { client.signal_process(signal).await.map(drop) };
+        let started = guest.exec(&id, "e", json!({"args": ["true"]}));
+        let (_, started) = tokio::join!(killed, started);
+        if let Err(error) = started {
+            assert_eq!(error.code(), tonic::Code::FailedPrecondition, "{error}");
+        }
+        guest.exit(&id, "").await;
+        let error = guest.exec(&id, "f", json!({"args": ["true"]})).await.unwrap_err();
+        assert_eq!(error.code(), tonic::Code::FailedPrecondition);
+        assert!(error.message().contains("is not running"), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn statistics_count_processes_threads_and_files() {
     let Some(mut guest) = guest().await else { return };
     let script = "sleep 1000 & exec 7</dev/null 8</dev/null; nc -l -p 7009 & sleep 0.2; \

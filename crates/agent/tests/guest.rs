@@ -1,5 +1,5 @@
 //! The agent as PID 1 of a microVM: boot, disks, limits, OOM verdicts, device rules, hot removal,
-//! power-off, streams. Two boots for all of it, as booting is what takes the time.
+//! power-off, streams, volumes on disks, user namespaces. Two boots for all of it, as booting is what takes the time.
 //!
 //! Assumes: KVM, root, nacelle-vmm, mkfs.erofs and mke2fs in the search path, a static busybox,
 //! and NACELLE_GUEST with the guest's kernel and initramfs. In the lab all of these are there.
@@ -23,6 +23,8 @@ async fn a_guest_boots_keeps_its_limits_and_powers_off() {
     process_limit(&mut guest).await;
     cpu_limit(&mut guest).await;
     device_rules(&mut guest).await;
+    images_and_block_volumes(&mut guest).await;
+    user_namespace(&mut guest).await;
     release(&mut guest).await;
     power_off(&mut guest).await;
 }
@@ -131,6 +133,102 @@ async fn a_card_is_named_addressed_and_routed() {
     let card = &stats.pod.unwrap().interfaces[0];
     assert!(card.name == "pod0" && card.rx_bytes > 0 && card.tx_bytes > 0, "{card:?}");
     power_off(&mut guest).await;
+}
+
+/// For a machine that has the two disks itself: the agent is an ordinary process on it.
+#[tokio::test]
+async fn disks_serve_an_agent_without_a_vm_too() {
+    let serials: Vec<_> = std::fs::read_dir("/sys/block")
+        .unwrap()
+        .filter_map(|entry| std::fs::read_to_string(entry.ok()?.path().join("serial")).ok())
+        .collect();
+    if !["disk0", "disk1"].iter().all(|disk| serials.iter().any(|serial| serial.trim() == *disk)) {
+        println!("SKIP: this machine has no disks with the serials disk0 and disk1");
+        return;
+    }
+    let Some(mut guest) = common::guest().await else { return };
+    guest.use_lower("disk0");
+    guest.configure().await;
+    images_and_block_volumes(&mut guest).await;
+    user_namespace(&mut guest).await;
+}
+
+async fn images_and_block_volumes(guest: &mut Guest) {
+    let image = |sub_path: &str, destination: &str| v1::VolumeMount {
+        volume_id: "disk0".into(),
+        destination: destination.into(),
+        sub_path: sub_path.into(),
+        source: v1::VolumeSource::Image as i32,
+        ..Default::default()
+    };
+    let disk = |path: &str, permissions: &str| v1::BlockDevice {
+        disk_serial: "disk1".into(),
+        path: path.into(),
+        permissions: permissions.into(),
+    };
+    let script = "/i/bin/ls /e/passwd; touch /i/x 2>&1; ls -l /dev/xvda | cut -c1-10; \
+                  dd if=/dev/xvda bs=1k skip=1 count=1 2>/dev/null | wc -c; \
+                  dd if=/dev/zero of=/srv/disk bs=1k count=1 2>&1 | grep -c permitted; \
+                  cat /srv/disk | head -c 10 | wc -c";
+    let mut request = guest.request("volumes", &spec(script, json!({})));
+    request.volumes = vec![image("", "/i"), image("etc", "/e")];
+    request.block_devices = vec![disk("/dev/xvda", "r"), disk("/srv/disk", "rm")];
+    let (output, _) = guest.run(request.clone()).await;
+    let lines = "/e/passwd\ntouch: /i/x: Read-only file system\nbrw-rw----\n1024\n1\n10\n";
+    assert_eq!(output, lines);
+    guest.remove("volumes").await.unwrap();
+    request.volumes = vec![image("nosuch", "/i")];
+    let error = guest.client.create_container(request).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::NotFound, "{error}");
+}
+
+async fn user_namespace(guest: &mut Guest) {
+    let maps = json!([{"containerID": 0, "hostID": 1000, "size": 100_000}]);
+    let capabilities = ["CAP_DAC_OVERRIDE", "CAP_CHOWN", "CAP_FOWNER"];
+    let extra = json!({
+        "process": {"capabilities": {
+            "bounding": capabilities, "effective": capabilities, "permitted": capabilities,
+        }},
+        "linux": {"namespaces": [{"type": "user"}], "uidMappings": maps, "gidMappings": maps},
+    });
+    let script = "cat /proc/self/uid_map; stat -c %u:%g / /etc/passwd /v/key /i/etc/passwd; \
+                  chown 101:102 /etc/passwd; echo x >> /etc/passwd; stat -c %u:%g /etc/passwd; \
+                  touch /fresh; stat -c %u:%g /fresh";
+    for (id, upper) in [("mapped", "disk1"), ("mapped-tmpfs", "")] {
+        let mut request = guest.request(id, &spec(script, extra.clone()));
+        request.rootfs.as_mut().unwrap().upper_serial = upper.into();
+        guest
+            .client
+            .write_volume(v1::WriteVolumeRequest {
+                volume_id: "mapped.v".into(),
+                files: vec![v1::VolumeFile {
+                    path: "key".into(),
+                    mode: 0o100_644,
+                    uid: 7,
+                    ..Default::default()
+                }],
+                ..Default::default()
+            })
+            .await
+            .unwrap();
+        request.volumes = vec![
+            v1::VolumeMount {
+                volume_id: "mapped.v".into(),
+                destination: "/v".into(),
+                ..Default::default()
+            },
+            v1::VolumeMount {
+                volume_id: "disk0".into(),
+                destination: "/i".into(),
+                source: v1::VolumeSource::Image as i32,
+                ..Default::default()
+            },
+        ];
+        let (output, _) = guest.run(request).await;
+        let lines = "         0       1000     100000\n0:0\n0:0\n7:0\n0:0\n101:102\n0:0\n";
+        assert_eq!(output, lines, "{id}");
+        guest.remove(id).await.unwrap();
+    }
 }
 
 const TAP: &str = "ncagent0";

@@ -1,6 +1,7 @@
 //! Exec: a further process in a running container.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use agent_api::v1;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -22,6 +23,9 @@ use crate::stdio::pty;
 /// output.
 const MAX_EXECS: usize = 512;
 
+/// From an init process' death until it is known here.
+const ENDING: Duration = Duration::from_millis(200);
+
 /// Returns the pid.
 pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
     crate::ids::check("exec_id", &request.exec_id)?;
@@ -33,10 +37,7 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
         let hostname = state.pod.as_ref().map(|pod| pod.hostname.clone()).unwrap_or_default();
         let container = state.container(&request.container_id)?;
         if container.init.life != Life::Running {
-            return Err(Error::Precondition(format!(
-                "container {:?} is not running",
-                request.container_id
-            )));
+            return Err(stopped(&request.container_id));
         }
         if container.execs.contains_key(&request.exec_id) {
             return Err(Error::Exists { what: "exec", id: request.exec_id });
@@ -81,8 +82,11 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
     let expecting = agent.expect_child();
     let made = exec::start(target, &program, &file, given, sender, |pid| {
         agent.know_helper(pid);
-    })
-    .await?;
+    });
+    let made = match made.await {
+        Ok(made) => made,
+        Err(error) => return Err(not_running(agent, &request.container_id).await.unwrap_or(error)),
+    };
     // Its end is kept aside until it is adopted below, or forgotten if it failed to start.
     made.start.wait().await?;
     let mut process = Process::new(made.pid, Life::Running);
@@ -105,6 +109,24 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
     agent.adopt(made.pid, owner);
     drop(expecting);
     Ok(made.pid)
+}
+
+fn stopped(container: &str) -> Error {
+    Error::Precondition(format!("container {container:?} is not running"))
+}
+
+/// A command that fails to come up beside an init that is just ending has failed because of that.
+async fn not_running(agent: &Agent, container: &str) -> Option<Error> {
+    let ended = async {
+        loop {
+            let reaped = agent.reaped.notified();
+            if !agent.lock().containers.get(container).is_some_and(|all| !all.init.is_ended()) {
+                return;
+            }
+            reaped.await;
+        }
+    };
+    tokio::time::timeout(ENDING, ended).await.ok().map(|()| stopped(container))
 }
 
 /// The request's process over the container's: fields that it does not have are the container's,

@@ -273,6 +273,11 @@ pub fn merge(into: &mut serde_json::Value, from: serde_json::Value) {
 }
 
 impl Guest {
+    /// A disk as the image of the containers to come.
+    pub fn use_lower(&mut self, serial: &str) {
+        serial.clone_into(&mut self.lower);
+    }
+
     pub fn request(&self, id: &str, spec: &serde_json::Value) -> v1::CreateContainerRequest {
         v1::CreateContainerRequest {
             container_id: id.into(),
