@@ -42,6 +42,11 @@ const WALLS: &[(&str, &[&str], &str)] = &[
         &["tokio", "tonic", "sandbox", "image", "network", "cri", "agent-api"],
         "the VMM knows no pods, and runs on threads and epoll",
     ),
+    (
+        "fs",
+        &["kvm-ioctls", "tokio", "sandbox", "agent-api"],
+        "the file server knows neither VMs nor pods",
+    ),
     ("agent", &["kvm-ioctls", "cri", "sandbox", "machine"], "the guest knows neither KVM nor CRI"),
     (
         "sandbox",

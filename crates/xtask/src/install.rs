@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use crate::{paths, run};
 
 /// What a node runs; the agent is inside the initramfs.
-const BINARIES: &[&str] = &["nacelle", "nacelled", "nacelle-vmm"];
+const BINARIES: &[&str] = &["nacelle", "nacelled", "nacelle-vmm", "nacelle-fs"];
 const GUEST_FILES: &[&str] = &["vmlinux", "vmlinux.version", "initramfs.cpio"];
 
 #[derive(clap::Args)]

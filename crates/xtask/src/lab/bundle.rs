@@ -15,6 +15,7 @@ const BINARIES: &[&str] = &[
     "nacelle",
     "nacelled",
     "nacelle-vmm",
+    "nacelle-fs",
     "nacelle-agent",
     "containerd-shim-nacelle-v2",
     "nacelle-tests",
