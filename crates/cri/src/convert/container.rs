@@ -81,7 +81,7 @@ pub fn to_spec(
     let image_user = image_config.and_then(|c| c.user().as_deref()).unwrap_or_default();
     let identity = process::identity(&context, image_user).map_err(in_context)?;
 
-    let devices = devices::devices(&request.devices, context.privileged)?;
+    let devices = devices::devices(&request.devices)?;
     let blocks = devices.blocks.clone();
     let asked = Asked { request, linux: &linux, context: &context, image: image_config };
     let oci = oci_spec(&asked, &identity, user_namespace, devices, pod.hostname, config)?;
@@ -448,7 +448,6 @@ mod tests {
         assert!(linux.seccomp().is_none() && linux.masked_paths().is_none());
         assert!(linux.readonly_paths().is_none());
         assert!(linux.resources().as_ref().unwrap().devices().as_ref().unwrap()[0].allow());
-        assert!(linux.devices().as_ref().is_some_and(|nodes| !nodes.is_empty()));
         let mounts = spec.oci.mounts().as_ref().unwrap();
         assert!(!mounts.iter().any(|m| m.options().iter().flatten().any(|o| o == "ro")));
         let refusal = convert(&asked).unwrap_err().to_string();

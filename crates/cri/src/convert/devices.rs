@@ -57,8 +57,9 @@ pub struct Devices {
     pub rules: Vec<LinuxDeviceCgroup>,
 }
 
-/// Looks at the host's devices. Blocks.
-pub fn devices(requested: &[v1::Device], privileged: bool) -> Result<Devices, Refusal> {
+/// Looks at the host's devices. Blocks. A privileged container has all devices of its guest anyway:
+/// the guest knows them.
+pub fn devices(requested: &[v1::Device]) -> Result<Devices, Refusal> {
     if requested.len() > MAX_DEVICES {
         return Err(Refusal::invalid(
             "devices",
@@ -69,14 +70,6 @@ pub fn devices(requested: &[v1::Device], privileged: bool) -> Result<Devices, Re
     for (index, device) in requested.iter().enumerate() {
         add(&mut devices, device)
             .map_err(|refusal| refusal.inside(&format!("devices[{index}]")))?;
-    }
-    if privileged {
-        for known in GUEST_DEVICES.iter().filter(|known| !known.usual) {
-            let path = Path::new(known.path);
-            if !devices.nodes.iter().any(|node| node.path() == path) {
-                devices.nodes.push(node(known, known.path)?);
-            }
-        }
     }
     Ok(devices)
 }
@@ -175,25 +168,14 @@ mod tests {
     #[test]
     fn devices_that_a_guest_has_are_the_guests() {
         let found =
-            devices(&[device("/dev/fuse", "", "rw"), device("/dev/null", "", "rwm")], false)
-                .unwrap();
+            devices(&[device("/dev/fuse", "", "rw"), device("/dev/null", "", "rwm")]).unwrap();
         assert_eq!(found.nodes.len(), 1, "each container has a null device anyway");
         let fuse = &found.nodes[0];
         assert_eq!((fuse.path(), fuse.major(), fuse.minor()), (&"/dev/fuse".into(), 10, 229));
         assert_eq!(found.rules[0].access().as_deref(), Some("rw"));
-        let elsewhere = devices(&[device("/dev/null", "/dev/hole", "")], false).unwrap();
+        let elsewhere = devices(&[device("/dev/null", "/dev/hole", "")]).unwrap();
         assert_eq!(elsewhere.nodes[0].path(), Path::new("/dev/hole"));
         assert_eq!(elsewhere.rules[0].access().as_deref(), Some("rwm"));
-    }
-
-    #[test]
-    fn a_privileged_container_has_all_of_them_once() {
-        let found = devices(&[device("/dev/fuse", "", "rwm")], true).unwrap();
-        let mut paths: Vec<_> = found.nodes.iter().map(|node| node.path().clone()).collect();
-        paths.sort();
-        let expected = ["/dev/fuse", "/dev/kmsg", "/dev/loop-control", "/dev/net/tun"];
-        assert_eq!(paths, expected.map(std::path::PathBuf::from));
-        assert!(devices(&[], false).unwrap().nodes.is_empty());
     }
 
     #[test]
@@ -213,9 +195,9 @@ mod tests {
             (device("/dev/fuse", "/x", "r"), "devices[0].container_path"),
         ];
         for (device, field) in table {
-            let text = devices(&[device], false).unwrap_err().to_string();
+            let text = devices(&[device]).unwrap_err().to_string();
             assert!(text.starts_with(field), "{text}");
         }
-        assert!(devices(&vec![device("/dev/fuse", "", ""); MAX_DEVICES + 1], false).is_err());
+        assert!(devices(&vec![device("/dev/fuse", "", ""); MAX_DEVICES + 1]).is_err());
     }
 }

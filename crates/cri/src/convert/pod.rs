@@ -81,7 +81,7 @@ pub fn to_spec(
         ports: ports(&request.port_mappings)?,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
-        cpu: sandbox::model::CpuLimits::default(),
+        cpu: resources::cpu_limits(linux.resources.as_ref(), linux.overhead.as_ref()),
         origin: serde_json::to_value(request).unwrap_or_default(),
     })
 }

@@ -10,6 +10,8 @@ use oci_spec::runtime::{
     LinuxCpu, LinuxCpuBuilder, LinuxMemory, LinuxResources, LinuxResourcesBuilder,
 };
 
+use sandbox::model::CpuLimits;
+
 use super::Refusal;
 use crate::config::Config;
 use crate::v1;
@@ -211,6 +213,27 @@ pub fn vm_size(
     Ok(Size { vcpus, memory_mib })
 }
 
+/// What the VM may take of the host's CPUs: the containers' limits and what the pod itself costs.
+pub fn cpu_limits(
+    resources: Option<&v1::LinuxContainerResources>,
+    overhead: Option<&v1::LinuxContainerResources>,
+) -> CpuLimits {
+    let none = v1::LinuxContainerResources::default();
+    let (asked, overhead) = (resources.unwrap_or(&none), overhead.unwrap_or(&none));
+    let period = if asked.cpu_period > 0 { asked.cpu_period } else { DEFAULT_PERIOD };
+    let more = match (overhead.cpu_quota, overhead.cpu_period) {
+        (..=0, _) => 0,
+        (quota, ..=0) => quota.saturating_mul(period) / DEFAULT_PERIOD,
+        (quota, of) => quota.saturating_mul(period) / of,
+    };
+    let shares = asked.cpu_shares.saturating_add(overhead.cpu_shares);
+    CpuLimits {
+        quota_us: positive(asked.cpu_quota).map(|quota| quota.saturating_add_signed(more)),
+        period_us: positive(asked.cpu_quota).and(positive(period)),
+        shares: positive(asked.cpu_shares).and(positive(shares)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -316,6 +339,28 @@ mod tests {
         assert_eq!(size, Size { vcpus: Some(3), memory_mib: Some(612) });
         // No more CPUs than the host has.
         assert_eq!(vm_size(Some(&limits), None, 1, &config).unwrap().vcpus, Some(1));
+    }
+
+    #[test]
+    fn a_vm_takes_of_the_hosts_cpus_what_its_pod_may_and_what_it_costs() {
+        let limits = v1::LinuxContainerResources {
+            cpu_quota: 25_000,
+            cpu_period: 50_000,
+            cpu_shares: 512,
+            ..request()
+        };
+        let overhead = v1::LinuxContainerResources {
+            cpu_quota: 25_000,
+            cpu_period: 100_000,
+            cpu_shares: 256,
+            ..request()
+        };
+        let expected =
+            CpuLimits { quota_us: Some(37_500), period_us: Some(50_000), shares: Some(768) };
+        assert_eq!(cpu_limits(Some(&limits), Some(&overhead)), expected);
+        // Overhead alone is no limit.
+        assert_eq!(cpu_limits(None, Some(&overhead)), CpuLimits::default());
+        assert_eq!(cpu_limits(None, None), CpuLimits::default());
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod stats;
 mod status;
 mod streaming;
 mod update_container_resources;
+mod update_pod_sandbox_resources;
 mod update_runtime_config;
 
 use std::path::PathBuf;
@@ -152,6 +153,8 @@ impl v1::runtime_service_server::RuntimeService for Runtime {
         attach(AttachRequest) -> AttachResponse;
         port_forward(PortForwardRequest) -> PortForwardResponse;
         update_runtime_config(UpdateRuntimeConfigRequest) -> UpdateRuntimeConfigResponse;
+        update_pod_sandbox_resources(UpdatePodSandboxResourcesRequest)
+            -> UpdatePodSandboxResourcesResponse;
         container_stats(ContainerStatsRequest) -> ContainerStatsResponse;
         list_container_stats(ListContainerStatsRequest) -> ListContainerStatsResponse;
         pod_sandbox_stats(PodSandboxStatsRequest) -> PodSandboxStatsResponse;
@@ -167,10 +170,6 @@ impl v1::runtime_service_server::RuntimeService for Runtime {
             "nacelle cannot checkpoint a pod yet";
         restore_pod(RestorePodRequest) -> RestorePodResponse:
             "nacelle cannot restore a pod from a checkpoint yet";
-        update_pod_sandbox_resources(UpdatePodSandboxResourcesRequest)
-            -> UpdatePodSandboxResourcesResponse:
-            "the size of a pod's VM cannot be changed yet; containers inside it can be resized \
-             with UpdateContainerResources";
     }
 
     type StreamPodSandboxesStream = Streamed<v1::StreamPodSandboxesResponse>;
