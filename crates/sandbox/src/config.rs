@@ -19,7 +19,8 @@ pub struct Config {
     pub state: PathBuf,
     /// The `nacelle-vmm` binary.
     pub vmm: PathBuf,
-    /// The `nacelle-fs` binary, which shares folders of the host with a guest.
+    /// The `nacelle-fs` binary, which shares folders of the host with a guest; empty: beside the
+    /// VMM.
     pub file_server: PathBuf,
     /// Command that runs [`crate::launcher::main`] with a socket as its standard input.
     pub launcher: Vec<OsString>,
@@ -75,7 +76,7 @@ impl Default for Config {
             root: "/var/lib/nacelle".into(),
             state: "/run/nacelle".into(),
             vmm: "/usr/lib/nacelle/nacelle-vmm".into(),
-            file_server: "/usr/lib/nacelle/nacelle-fs".into(),
+            file_server: PathBuf::new(),
             launcher: vec!["/proc/self/exe".into(), "launcher".into()],
             kernel: "/usr/lib/nacelle/vmlinux".into(),
             initramfs: "/usr/lib/nacelle/initramfs.cpio".into(),
@@ -128,6 +129,15 @@ impl Config {
 
     pub fn stats_interval(&self) -> Duration {
         Duration::from_millis(self.stats_interval_ms)
+    }
+
+    /// [`Self::file_server`] with its emptiness resolved.
+    pub(crate) fn file_server(&self) -> PathBuf {
+        if self.file_server.as_os_str().is_empty() {
+            self.vmm.with_file_name("nacelle-fs")
+        } else {
+            self.file_server.clone()
+        }
     }
 
     /// vCPUs of a VM that starts with `vcpus`, parked ones included.

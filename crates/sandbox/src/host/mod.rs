@@ -3,6 +3,7 @@
 
 pub(crate) mod cgroup;
 pub(crate) mod etc;
+pub(crate) mod mounts;
 pub(crate) mod process;
 pub(crate) mod scratch;
 pub(crate) mod share;

@@ -132,6 +132,15 @@ async fn server(handle: &Arc<Handle>) -> Result<Arc<Server>, Error> {
     };
     let server = Arc::new(server);
     *slot = Some(server.clone());
+    let (watched, pod, closing) = (server.clone(), handle.id.clone(), handle.closing.clone());
+    tokio::spawn(async move {
+        tokio::select! {
+            () = closing.cancelled() => {}
+            () = watched.process.ended() => {
+                tracing::error!(pod, "file server has ended: the pod's shared volumes are lost");
+            }
+        }
+    });
     Ok(server)
 }
 
@@ -167,7 +176,7 @@ async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
     let started = ShareServer::start(
         &*handle.node.launcher,
         Start {
-            exe: handle.node.config.file_server.clone(),
+            exe: handle.node.config.file_server(),
             control: handle.paths.shares.clone(),
             cgroup: OwnedFd::from(cgroup),
             stderr: stderr.into(),

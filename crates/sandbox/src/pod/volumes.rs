@@ -12,11 +12,14 @@ use super::sync::{self, Synced};
 use super::{disks, shares, write_back};
 use crate::error::Error;
 use crate::host::volumes::{Shape, shape};
-use crate::host::{blocking, etc};
+use crate::host::{blocking, etc, mounts};
 use crate::model::{Access, ContainerSpec, Propagation, Volume, VolumeSource};
 
 /// Volumes of a container; each is a mount, and many are a device or a task of ours.
 const MAX_VOLUMES: usize = 256;
+
+/// Mounts below a share that the guest is told of: as many as it takes.
+const MAX_SUBMOUNTS: usize = 256;
 
 /// What the guest is told to mount, and what is to be kept in step.
 pub(super) struct Prepared {
@@ -98,6 +101,9 @@ impl Prepared {
                     mount.set_propagation(v1::Propagation::Slave);
                 }
                 shares::add(handle, &mount.volume_id, host_path, volume).await?;
+                if volume.access == Access::ReadOnly {
+                    mount.submounts = submounts(host_path).await?;
+                }
             }
             VolumeSource::Image { image, sub_path } => {
                 mount.volume_id = disks::image_serial(image);
@@ -109,6 +115,14 @@ impl Prepared {
         self.mounts.push(mount);
         Ok(())
     }
+}
+
+/// Mounts of the host below a share, which stay as they are when it is read-only.
+async fn submounts(source: &Path) -> Result<Vec<String>, Error> {
+    let path = source.to_owned();
+    blocking(move || mounts::below(&path, MAX_SUBMOUNTS))
+        .await
+        .map_err(|e| Error::io(format!("look for mounts below {}", source.display()), e))
 }
 
 /// Of a copy: a file is mounted by its name in the volume.
