@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use sandbox::model::{ContainerState, ContainerView, PodState, PodView};
+use serde::Deserialize;
 use serde_json::json;
 
 use super::time::nanos;
@@ -57,13 +58,8 @@ pub fn pod_status(view: &PodView) -> v1::PodSandboxStatus {
         ip: addresses.next().unwrap_or_default(),
         additional_ips: addresses.map(|ip| v1::PodIp { ip }).collect(),
     };
-    let asked: v1::PodSandboxConfig =
-        serde_json::from_value(view.spec.origin.clone()).unwrap_or_default();
-    let options = asked
-        .linux
-        .and_then(|linux| linux.security_context)
-        .and_then(|context| context.namespace_options)
-        .unwrap_or_default();
+    let asked = &view.spec.origin["linux"]["security_context"]["namespace_options"];
+    let options = v1::NamespaceOption::deserialize(asked).unwrap_or_default();
     v1::PodSandboxStatus {
         id: view.id.clone(),
         metadata: Some(pod_metadata(view)),
@@ -106,20 +102,15 @@ pub fn pod_info(view: &PodView) -> BTreeMap<String, String> {
     [("info".to_string(), info.to_string())].into()
 }
 
-/// The name people use, for they read it in listings; a kubelet asks with the image's id.
-fn image_spec(view: &ContainerView, asked: &v1::ContainerConfig) -> v1::ImageSpec {
-    let asked = asked.image.clone().unwrap_or_default();
-    v1::ImageSpec {
-        image: view.spec.image_name.clone(),
-        annotations: asked.annotations,
-        user_specified_image: asked.user_specified_image,
-        runtime_handler: asked.runtime_handler,
-        image_ref: String::new(),
-    }
+/// The name people use, for they read it in listings; a kubelet asks with the image's id. Of the
+/// request only this part is read: listings are long.
+fn image_spec(view: &ContainerView) -> v1::ImageSpec {
+    let asked = v1::ImageSpec::deserialize(&view.spec.origin["image"]).unwrap_or_default();
+    v1::ImageSpec { image: view.spec.image_name.clone(), image_ref: String::new(), ..asked }
 }
 
 fn asked(view: &ContainerView) -> v1::ContainerConfig {
-    serde_json::from_value(view.spec.origin.clone()).unwrap_or_default()
+    v1::ContainerConfig::deserialize(&view.spec.origin).unwrap_or_default()
 }
 
 /// `image_ref` is what the container was made from, for certain: the image's id, unless its
@@ -129,7 +120,7 @@ pub fn container_item(view: &ContainerView) -> v1::Container {
         id: view.id.clone(),
         pod_sandbox_id: view.pod.clone(),
         metadata: Some(container_metadata(view)),
-        image: Some(image_spec(view, &asked(view))),
+        image: Some(image_spec(view)),
         image_ref: view.spec.image_id.clone(),
         state: container_state(view.state) as i32,
         created_at: nanos(view.created_at),
@@ -150,7 +141,7 @@ pub fn container_status(view: &ContainerView, image_ref: String) -> v1::Containe
         started_at: view.started_at.map_or(0, nanos),
         finished_at: exit.map_or(0, |exit| nanos(exit.at)),
         exit_code: exit.map_or(0, |exit| exit.code),
-        image: Some(image_spec(view, &asked)),
+        image: Some(image_spec(view)),
         image_ref,
         reason: exit.map(|exit| exit.reason.clone()).unwrap_or_default(),
         message: exit.map(|exit| exit.message.clone()).unwrap_or_default(),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use sandbox::model::{ContainerSpec, ContainerState, PidMode, PodState, PodView};
+use serde::Deserialize;
 use tonic::Status;
 
 use super::Runtime;
@@ -82,7 +83,7 @@ fn convert(
     find: crate::convert::container::FindImage<'_>,
     settings: &crate::Config,
 ) -> Result<ContainerSpec, Refusal> {
-    let request = serde_json::from_value(pod.spec.origin.clone()).unwrap_or_default();
+    let request = v1::PodSandboxConfig::deserialize(&pod.spec.origin).unwrap_or_default();
     let parts = PodParts { hostname: &pod.spec.hostname, request: &request };
     to_spec(config, &parts, image, find, settings)
 }

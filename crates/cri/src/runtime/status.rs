@@ -33,7 +33,7 @@ impl Runtime {
             condition("NetworkReady", "NetworkNotReady", self.health.network().await),
         ];
         let features =
-            v1::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false };
+            v1::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: true };
         let handler =
             |name: &str| v1::RuntimeHandler { name: name.to_string(), features: Some(features) };
         let mut info = std::collections::BTreeMap::new();
