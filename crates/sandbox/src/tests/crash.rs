@@ -9,7 +9,7 @@ use super::volumes::{publish, volume};
 use super::world::{World, eventually};
 use crate::Sandboxes;
 use crate::journal::Probe;
-use crate::model::{Access, ContainerState, Filter, PodState, Volume, VolumeSource};
+use crate::model::{Access, ContainerState, Filter, PodResources, PodState, Volume, VolumeSource};
 use crate::policy::Pod;
 
 struct CrashAt {
@@ -48,6 +48,7 @@ impl Probe for CrashAt {
 #[derive(Debug, Default, Clone)]
 struct Promised {
     pod: Option<String>,
+    resized: bool,
     container: Option<String>,
     started: bool,
     exited: bool,
@@ -57,6 +58,11 @@ struct Promised {
 async fn whole_life(daemon: &Sandboxes, world: &World, promised: &Mutex<Promised>) {
     let Ok(pod) = daemon.run_pod(world.pod_spec("p")).await else { return };
     promised.lock().unwrap().pod = Some(pod.clone());
+    let change = PodResources { memory_mib: Some(1024), ..PodResources::default() };
+    if daemon.update_pod(&pod, change).await.is_err() {
+        return;
+    }
+    promised.lock().unwrap().resized = true;
     let mut spec = world.container_spec("app", &["print", "one\ntwo\n"]);
     spec.volumes = volumes(world);
     let Ok(id) = daemon.create_container(&pod, spec).await else { return };
@@ -135,7 +141,9 @@ fn crash_and_recover(write: usize, before: bool) -> Option<bool> {
         if let Some(pod) = &promised.pod
             && !promised.going
         {
-            assert_eq!(daemon.pod(pod).unwrap().state, PodState::Ready, "{at}");
+            let view = daemon.pod(pod).unwrap();
+            assert_eq!(view.state, PodState::Ready, "{at}");
+            assert!(!promised.resized || view.spec.memory_mib == Some(1024), "{at}");
             if let Some(id) = &promised.container {
                 let container = daemon.container(id).unwrap();
                 if promised.started || promised.exited {
@@ -145,6 +153,7 @@ fn crash_and_recover(write: usize, before: bool) -> Option<bool> {
                     .await;
                     assert_eq!(daemon.container(id).unwrap().exit.unwrap().code, 0, "{at}");
                     assert_eq!(world.log("app.log"), ["one", "two"], "{at}");
+                    assert_eq!(world.inner.file_servers.lock().unwrap().len(), 1, "{at}");
                 } else {
                     assert!(container.exit.is_none() || container.exit.unwrap().code == 0, "{at}");
                 }
