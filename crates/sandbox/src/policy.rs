@@ -80,7 +80,8 @@ pub(crate) struct Container {
     pub(crate) created_at: SystemTime,
     pub(crate) started_at: Option<SystemTime>,
     pub(crate) exit: Option<ExitView>,
-    /// All output stands in the log; an exit is shown to others only then. Not journaled.
+    /// All output stands in the log; an exit is shown to others only then, and stays shown over a
+    /// restart of the daemon.
     pub(crate) drained: bool,
     pub(crate) oom: bool,
     pub(crate) log_path: PathBuf,
@@ -185,7 +186,7 @@ pub(crate) enum Change {
         id: ContainerId,
         exit: ExitView,
     },
-    /// Observation, not journaled.
+    /// Observation.
     LogsDrained {
         id: ContainerId,
     },
@@ -211,10 +212,6 @@ impl Change {
                 | Self::ContainerEnded { .. }
                 | Self::LogsDrained { .. }
         )
-    }
-
-    pub(crate) fn is_durable(&self) -> bool {
-        !matches!(self, Self::LogsDrained { .. })
     }
 }
 

@@ -87,6 +87,7 @@ struct StoredContainer {
     created_at: SystemTime,
     started_at: Option<SystemTime>,
     exit: Option<StoredExit>,
+    drained: bool,
     oom: bool,
     log_path: PathBuf,
     resources: LinuxResources,
@@ -244,7 +245,7 @@ impl From<Container> for StoredContainer {
             created_at,
             started_at,
             exit,
-            drained: _, // found out anew from the log's sidecar
+            drained,
             oom,
             log_path,
             resources,
@@ -263,7 +264,19 @@ impl From<Container> for StoredContainer {
             message,
         });
         let spec = (*spec).clone();
-        Self { id, phase, created_at, started_at, exit, oom, log_path, resources, user, spec }
+        Self {
+            id,
+            phase,
+            created_at,
+            started_at,
+            exit,
+            drained,
+            oom,
+            log_path,
+            resources,
+            user,
+            spec,
+        }
     }
 }
 
@@ -275,6 +288,7 @@ impl From<StoredContainer> for Container {
             created_at,
             started_at,
             exit,
+            drained,
             oom,
             log_path,
             resources,
@@ -300,7 +314,7 @@ impl From<StoredContainer> for Container {
             created_at,
             started_at,
             exit,
-            drained: false,
+            drained,
             oom,
             log_path,
             resources,

@@ -395,22 +395,16 @@ impl Owner {
 
     async fn commit(&mut self, changes: Vec<Change>) -> Result<(), Error> {
         let observed = changes.iter().all(Change::is_observation);
-        let durable = changes.iter().any(Change::is_durable);
         let mut next = (*self.pod).clone();
         for change in changes {
             next.apply(change).map_err(misfit)?;
         }
         let next = Arc::new(next);
-        let written = if durable { self.write(&next).await } else { Ok(()) };
-        if written.is_ok() && durable {
-            self.dirty = false;
+        let written = self.write(&next).await;
+        if written.is_err() && !observed {
+            return written;
         }
-        if written.is_err() {
-            if !observed {
-                return written;
-            }
-            self.dirty = true;
-        }
+        self.dirty = written.is_err();
         let before = std::mem::replace(&mut self.pod, next);
         self.publish.send_replace(self.pod.clone());
         let events = self.told.changed(&before, &self.pod);
