@@ -254,7 +254,9 @@ fn make_cwd(root: &Root, cwd: &Path, binds: &[Bind]) -> Result<()> {
         .filter_map(|bind| Some((bind, cwd.strip_prefix(&bind.destination).ok()?)))
         .max_by_key(|(bind, _)| bind.destination.components().count());
     match mount {
-        Some((bind, below)) if bind.directory => Root::open(&bind.source)?.make_dirs(below),
+        Some((bind, below)) if bind.directory => {
+            Root::open(&bind.source)?.owned_by(root.owner()).make_dirs(below)
+        }
         _ => root.make_dirs(cwd),
     }
 }

@@ -120,7 +120,7 @@ async fn not_running(agent: &Agent, container: &str) -> Option<Error> {
     let ended = async {
         loop {
             let reaped = agent.reaped.notified();
-            if !agent.lock().containers.get(container).is_some_and(|all| !all.init.is_ended()) {
+            if agent.lock().containers.get(container).is_none_or(|found| found.init.is_ended()) {
                 return;
             }
             reaped.await;

@@ -161,7 +161,7 @@ impl Staged {
         }
         self.mounted = left;
         if self.mounted.is_empty() {
-            let _ = fs::remove_dir_all(&self.dir);
+            remove_places(&self.dir);
             for image in std::mem::take(&mut self.images) {
                 if let Err(error) = images::release(agent, image).await {
                     result = Err(error);
@@ -170,6 +170,14 @@ impl Staged {
         }
         result
     }
+}
+
+/// Removes what was mounted on. Not recursively: whatever is still mounted is somebody's data.
+fn remove_places(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let _ = fs::remove_dir(entry.path()).or_else(|_| fs::remove_file(entry.path()));
+    }
+    let _ = fs::remove_dir(dir);
 }
 
 /// Symlinks of the image lead to places inside the image.

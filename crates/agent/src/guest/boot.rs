@@ -136,6 +136,7 @@ pub fn run() -> Vec<crate::error::Error> {
         errors.extend(fs::create_dir_all(folder).doing(|| format!("make {folder}")).err());
     }
     errors.extend(super::network::loopback_up().err());
+    errors.extend(crate::oci::apparmor::set_up().err());
     // Every container may have as many processes and files as its own limits allow.
     let _ = fs::write("/proc/sys/kernel/pid_max", "4194304");
     errors.extend(limits().err());

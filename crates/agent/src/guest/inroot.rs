@@ -60,6 +60,10 @@ impl Root {
         Self { owner, ..self }
     }
 
+    pub fn owner(&self) -> (u32, u32) {
+        self.owner
+    }
+
     fn give(&self, parent: &OwnedFd, name: &OsStr) -> nix::Result<()> {
         let (uid, gid) = self.owner;
         if self.owner == (0, 0) {

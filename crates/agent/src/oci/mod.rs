@@ -1,7 +1,7 @@
 //! From an OCI runtime specification to a running process: completing the specification (`spec`,
-//! `mounts`, `devices`), users (`user`), cgroups (`cgroup`, `limits`, `device_filter`), and the short-lived helper
-//! processes that build containers and execs (`helper`, `create`, `exec`, `command`, `pod_pid`,
-//! `userns`).
+//! `mounts`, `devices`, `apparmor`), users (`user`), cgroups (`cgroup`, `limits`,
+//! `device_filter`), and the short-lived helper processes that build containers and execs
+//! (`helper`, `create`, `exec`, `command`, `pod_pid`, `userns`).
 //!
 //! Containers are built by libcontainer: namespaces, mounts, devices, masked paths, seccomp,
 //! capabilities, terminals. What is done here instead, and why:
@@ -10,6 +10,7 @@
 //! - **exec**: libcontainer's tenant container drops the container's seccomp filter.
 //! - **running the program**: its errors reach the caller of StartContainer and Exec as such.
 
+pub mod apparmor;
 pub mod cgroup;
 mod command;
 pub mod console;

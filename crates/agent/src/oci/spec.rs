@@ -8,9 +8,9 @@ use oci_spec::runtime::{
     Process, RootBuilder, Spec,
 };
 
-use super::mounts;
 use super::user::{Database, Identity};
 use super::userns::Mapping;
+use super::{apparmor, mounts};
 use crate::error::{Error, Result};
 
 /// Search path of a container that sets none.
@@ -166,18 +166,19 @@ fn check_labels(spec: &Spec, process: &Process) -> Result<()> {
         }
     }
     let profile = process.apparmor_profile().as_deref().unwrap_or_default();
-    if !matches!(profile, "" | "unconfined") && !app_armor_runs() {
-        return Err(Error::invalid(
-            "oci_spec.process.apparmorProfile",
-            format!("{profile:?}: the guest kernel runs without AppArmor"),
-        ));
+    if matches!(profile, "" | "unconfined") {
+        return Ok(());
+    }
+    let bad = |why: &str| {
+        Error::invalid("oci_spec.process.apparmorProfile", format!("{profile:?}: {why}"))
+    };
+    if !apparmor::runs() {
+        return Err(bad("the guest kernel runs without AppArmor"));
+    }
+    if !apparmor::has(profile) {
+        return Err(bad("no such profile is loaded in the guest"));
     }
     Ok(())
-}
-
-fn app_armor_runs() -> bool {
-    std::fs::read_to_string("/sys/module/apparmor/parameters/enabled")
-        .is_ok_and(|enabled| enabled.starts_with('Y'))
 }
 
 fn is_read_only(root: &oci_spec::runtime::Root) -> bool {
