@@ -12,6 +12,8 @@ mod images;
 mod runtime;
 mod server;
 mod streams;
+#[cfg(test)]
+mod tests;
 
 pub use config::{Config, DefaultSeccomp};
 pub use images::Image;

@@ -74,7 +74,7 @@ pub fn to_spec(
         meta: metadata(request)?,
         hostname: if name.is_empty() { host.hostname.clone() } else { name },
         handler: handler.to_string(),
-        cgroup_parent: cgroup_parent(&linux.cgroup_parent)?,
+        cgroup_parent: inner_path("linux.cgroup_parent", &linux.cgroup_parent)?,
         log_directory: log_directory(&request.log_directory)?,
         sysctls: with_usual_sysctls(linux.sysctls, user_namespace.is_some()),
         dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
@@ -133,20 +133,6 @@ fn hostname(name: &str) -> Result<String, Refusal> {
         ));
     }
     Ok(name.to_string())
-}
-
-/// A path below the cgroup root, or the name of a slice as a kubelet with systemd's cgroup driver
-/// gives it: `a-b.slice` lies in `a.slice` (systemd.slice(5)).
-fn cgroup_parent(path: &str) -> Result<String, Refusal> {
-    let path = inner_path("linux.cgroup_parent", path)?;
-    let Some(name) = path.strip_suffix(".slice").filter(|name| !name.contains('/')) else {
-        return Ok(path);
-    };
-    if name.is_empty() || name.split('-').any(str::is_empty) {
-        return Err(Refusal::invalid("linux.cgroup_parent", format!("{path:?} is no slice")));
-    }
-    let dashes = name.match_indices('-').map(|(at, _)| at).chain([name.len()]);
-    Ok(dashes.map(|end| format!("/{}.slice", &name[..end])).collect())
 }
 
 fn log_directory(path: &str) -> Result<String, Refusal> {
@@ -289,22 +275,6 @@ mod tests {
         assert!(!sysctls(&[], true).contains_key("net.ipv4.ping_group_range"));
         let own = sysctls(&[("net/ipv4/ping_group_range", "1 0"), (ANY_PORT.0, "1024")], false);
         assert_eq!((own.len(), own[ANY_PORT.0].as_str()), (2, "1024"));
-    }
-
-    #[test]
-    fn a_slice_of_systemd_lies_where_its_name_says() {
-        for (asked, found) in [
-            ("", ""),
-            ("/kubepods/burstable/pod1", "/kubepods/burstable/pod1"),
-            ("test.slice", "/test.slice"),
-            ("kubepods-pod1_2.slice", "/kubepods.slice/kubepods-pod1_2.slice"),
-            ("/kubepods.slice/a.slice", "/kubepods.slice/a.slice"),
-        ] {
-            assert_eq!(cgroup_parent(asked).as_deref(), Ok(found));
-        }
-        for wrong in ["a--b.slice", ".slice", "-a.slice", "/a/../b"] {
-            assert!(cgroup_parent(wrong).is_err(), "{wrong}");
-        }
     }
 
     #[test]

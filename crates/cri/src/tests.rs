@@ -1,0 +1,228 @@
+//! The services on a real socket, on a node without pods: what a client is told before any VM runs.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use hyper_util::rt::TokioIo;
+use image::Images;
+use sandbox::Sandboxes;
+use sandbox::launcher::{Launch, Launched, Program};
+use sandbox::model::{PodId, PodSpec};
+use sandbox::ports::{Attachment, Network, PortError};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, service::Routes};
+
+use crate::v1::runtime_service_client::RuntimeServiceClient;
+use crate::{Config, Health, Image, Runtime, Shutdown, Streaming, bind_streams, listen, serve, v1};
+
+/// A node that runs no VMs and gives no networks.
+struct Nothing;
+
+fn no(what: &str) -> PortError {
+    PortError(std::io::Error::other(what.to_string()).into())
+}
+
+#[async_trait]
+impl Network for Nothing {
+    fn netns_path(&self, pod: &PodId) -> std::path::PathBuf {
+        Path::new("/nowhere").join(pod)
+    }
+
+    async fn attach(&self, _: &PodId, _: &PodSpec) -> Result<Attachment, PortError> {
+        Err(no("no network"))
+    }
+
+    async fn open_taps(
+        &self,
+        _: &PodId,
+        _: &Attachment,
+    ) -> Result<Vec<std::os::fd::OwnedFd>, PortError> {
+        Err(no("no taps"))
+    }
+
+    async fn detach(&self, _: &PodId, _: &PodSpec) -> Result<(), PortError> {
+        Ok(())
+    }
+
+    async fn trouble(&self) -> Option<String> {
+        Some("no CNI configuration".into())
+    }
+
+    async fn collect(&self, _: &[PodId]) -> Result<(), PortError> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Launch for Nothing {
+    async fn launch(&self, _: Program) -> Result<Launched, sandbox::Error> {
+        Err(sandbox::Error::Unavailable { message: "no VMs".into() })
+    }
+}
+
+#[async_trait]
+impl Health for Nothing {
+    async fn runtime(&self) -> Option<String> {
+        None
+    }
+
+    async fn network(&self) -> Option<String> {
+        Network::trouble(self).await
+    }
+
+    fn facts(&self) -> serde_json::Value {
+        serde_json::json!({ "root": "/somewhere" })
+    }
+}
+
+struct Node {
+    client: RuntimeServiceClient<Channel>,
+    stop: tokio::sync::oneshot::Sender<()>,
+    server: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
+    _dir: tempfile::TempDir,
+}
+
+impl Node {
+    /// None, said out loud, where the life cycle cannot be opened.
+    async fn start() -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().to_owned();
+        let pods = sandbox::Config {
+            root: root.join("root"),
+            state: root.join("state"),
+            ..sandbox::Config::default()
+        };
+        let opened = Sandboxes::open_with(pods, Arc::new(Nothing), Arc::new(Nothing)).await;
+        let sandboxes = match opened {
+            Ok(sandboxes) => sandboxes,
+            Err(error @ sandbox::Error::FailedPrecondition { .. }) => {
+                eprintln!("SKIP: {error}");
+                return None;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let images = image::Config { root: root.join("images"), ..image::Config::default() };
+        let images = Images::open(images).await.unwrap();
+        let streams = bind_streams(&Streaming::default(), sandboxes.clone()).unwrap();
+        let config = Config::default();
+        let service = Image::new(images.clone(), sandboxes.clone(), &config);
+        let runtime = Runtime::new(sandboxes, images, Arc::new(Nothing), config, root, streams);
+        let socket = dir.path().join("cri.sock");
+        let listener = listen(&socket).unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let shutdown: Shutdown = Box::pin(async {
+            let _ = stopped.await;
+        });
+        let server = tokio::spawn(serve(listener, runtime, service, Routes::default(), shutdown));
+        let connector = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        let channel = Endpoint::from_static("http://node").connect_with_connector(connector).await;
+        let client = RuntimeServiceClient::new(channel.unwrap());
+        Some(Self { client, stop, server, _dir: dir })
+    }
+}
+
+fn id() -> String {
+    "0123456789abcdef".into()
+}
+
+#[tokio::test]
+async fn ending_and_removing_what_is_not_there_succeeds() {
+    let Some(mut node) = Node::start().await else { return };
+    let pod = || v1::StopPodSandboxRequest { pod_sandbox_id: id() };
+    node.client.stop_pod_sandbox(pod()).await.unwrap();
+    let pod = v1::RemovePodSandboxRequest { pod_sandbox_id: id() };
+    node.client.remove_pod_sandbox(pod).await.unwrap();
+    let container = v1::StopContainerRequest { container_id: id(), timeout: 0 };
+    node.client.stop_container(container).await.unwrap();
+    let container = v1::RemoveContainerRequest { container_id: id() };
+    node.client.remove_container(container).await.unwrap();
+}
+
+#[tokio::test]
+async fn asking_about_what_is_not_there_is_told_so() {
+    let Some(mut node) = Node::start().await else { return };
+    let client = &mut node.client;
+    let container = v1::ContainerStatusRequest { container_id: id(), verbose: true };
+    let mut codes = vec![client.container_status(container).await.unwrap_err().code()];
+    let exec = v1::ExecRequest {
+        container_id: id(),
+        cmd: vec!["true".into()],
+        stdout: true,
+        ..Default::default()
+    };
+    codes.push(client.exec(exec).await.unwrap_err().code());
+    let attach = v1::AttachRequest { container_id: id(), stdout: true, ..Default::default() };
+    codes.push(client.attach(attach).await.unwrap_err().code());
+    let forward = v1::PortForwardRequest { pod_sandbox_id: id(), port: vec![80] };
+    codes.push(client.port_forward(forward).await.unwrap_err().code());
+    let update =
+        v1::UpdatePodSandboxResourcesRequest { pod_sandbox_id: id(), ..Default::default() };
+    codes.push(client.update_pod_sandbox_resources(update).await.unwrap_err().code());
+    let stats = v1::PodSandboxStatsRequest { pod_sandbox_id: id() };
+    codes.push(client.pod_sandbox_stats(stats).await.unwrap_err().code());
+    assert!(codes.iter().all(|code| *code == Code::NotFound), "{codes:?}");
+}
+
+#[tokio::test]
+async fn the_status_says_what_is_wrong_and_what_can_be_asked_for() {
+    let Some(mut node) = Node::start().await else { return };
+    let request = v1::StatusRequest { verbose: true };
+    let reply = node.client.status(request).await.unwrap().into_inner();
+    let conditions = reply.status.unwrap().conditions;
+    let of = |kind: &str| conditions.iter().find(|found| found.r#type == kind).unwrap();
+    assert!(of("RuntimeReady").status);
+    assert_eq!(of("NetworkReady").message, "no CNI configuration");
+    let features = reply.runtime_handlers[0].features.unwrap();
+    assert!(reply.runtime_handlers[0].name.is_empty());
+    assert!(features.recursive_read_only_mounts && features.user_namespaces);
+    assert!(reply.features.unwrap().supplemental_groups_policy);
+    assert!(reply.info["config"].contains("/somewhere"));
+}
+
+#[tokio::test]
+async fn requests_that_make_no_sense_are_refused_by_name() {
+    let Some(mut node) = Node::start().await else { return };
+    let client = &mut node.client;
+    let run = v1::RunPodSandboxRequest::default();
+    let refused = client.run_pod_sandbox(run).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(refused.message().contains("config"), "{}", refused.message());
+    let state = v1::PodSandboxStateValue { state: 99 };
+    let filter = v1::PodSandboxFilter { state: Some(state), ..Default::default() };
+    let list = v1::ListPodSandboxRequest { filter: Some(filter) };
+    assert_eq!(client.list_pod_sandbox(list).await.unwrap_err().code(), Code::InvalidArgument);
+    let network = v1::NetworkConfig { pod_cidr: "all of them".into() };
+    let config = v1::RuntimeConfig { network_config: Some(network) };
+    let update = v1::UpdateRuntimeConfigRequest { runtime_config: Some(config) };
+    let refused = client.update_runtime_config(update).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    let checkpoint = v1::CheckpointContainerRequest::default();
+    let refused = client.checkpoint_container(checkpoint).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unimplemented);
+}
+
+#[tokio::test]
+async fn an_empty_node_has_metrics_to_describe_and_none_to_tell() {
+    let Some(mut node) = Node::start().await else { return };
+    let described = node.client.list_metric_descriptors(v1::ListMetricDescriptorsRequest {});
+    assert!(described.await.unwrap().into_inner().descriptors.len() > 45);
+    let told = node.client.list_pod_sandbox_metrics(v1::ListPodSandboxMetricsRequest {});
+    assert!(told.await.unwrap().into_inner().pod_metrics.is_empty());
+}
+
+#[tokio::test]
+async fn those_who_follow_events_do_not_hold_up_the_end_of_the_server() {
+    let Some(mut node) = Node::start().await else { return };
+    let request = v1::GetEventsRequest {};
+    let mut events = node.client.get_container_events(request).await.unwrap().into_inner();
+    node.stop.send(()).unwrap();
+    let limit = std::time::Duration::from_secs(3);
+    let end = tokio::time::timeout(limit, events.message()).await.expect("the stream ends");
+    assert!(matches!(end, Ok(None)), "{end:?}");
+    drop(node.client);
+    tokio::time::timeout(limit, node.server).await.expect("the server ends").unwrap().unwrap();
+}
