@@ -1,0 +1,14 @@
+#![no_main]
+//! The requests of a guest whose file server is gone: the only ones that the VMM reads itself.
+
+use std::os::unix::net::UnixStream;
+
+use libfuzzer_sys::fuzz_target;
+use virtio::fs::Fs;
+
+fuzz_target!(|data: &[u8]| {
+    let (ours, theirs) = UnixStream::pair().expect("sockets");
+    drop(theirs);
+    let mut fs = Fs::new("fuzz", ours.into()).expect("fs");
+    nacelle_fuzz::play(data, &mut fs, |_, _| Ok(()));
+});
