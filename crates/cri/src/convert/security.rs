@@ -187,7 +187,7 @@ pub fn mandatory_access(
     let no_profiles = |name: &str| {
         Refusal::unsupported(
             "apparmor",
-            format!("profile {name:?}: the kernel of a pod's VM has no AppArmor; use Unconfined"),
+            format!("profile {name:?}: a pod's VM runs without AppArmor; use Unconfined"),
         )
     };
     match apparmor {

@@ -127,7 +127,7 @@ pub(super) struct Run {
     /// Variable: NAME=value, or NAME to pass our own on
     #[arg(long, short)]
     pub(super) env: Vec<String>,
-    /// File or folder to copy into the container: /here:/there:ro
+    /// File or folder to share with the container: /here:/there[:ro]
     #[arg(long, short)]
     pub(super) volume: Vec<String>,
     /// Port of the host to publish: [address:]host:container[/udp]

@@ -3,25 +3,19 @@
 use anyhow::{Context, Result, anyhow, bail};
 use cri::v1;
 
-/// `/here:/there:ro`. Only read-only ones exist: they are copied into the pod's VM.
+/// `/here:/there`, `/here:/there:ro`: a file or folder of the host, shared with the container.
 pub(super) fn volume(text: &str) -> Result<v1::Mount> {
     let parts: Vec<&str> = text.split(':').collect();
-    let (host, container, mode) = match parts.as_slice() {
-        [host, container] => (*host, *container, ""),
-        [host, container, mode] => (*host, *container, *mode),
-        _ => bail!("volume {text:?}: write /here:/there:ro"),
+    let (host, container, readonly) = match parts.as_slice() {
+        [host, container] | [host, container, "rw"] => (*host, *container, false),
+        [host, container, "ro"] => (*host, *container, true),
+        _ => bail!("volume {text:?}: write /here:/there or /here:/there:ro"),
     };
-    if mode != "ro" {
-        bail!(
-            "volume {text:?}: only read-only volumes are there yet, for they are copied into the \
-             pod's VM; write {host}:{container}:ro"
-        );
-    }
     let host_path = std::path::absolute(host).with_context(|| format!("volume {text:?}"))?;
     Ok(v1::Mount {
         host_path: host_path.to_string_lossy().into_owned(),
         container_path: container.to_string(),
-        readonly: true,
+        readonly,
         ..Default::default()
     })
 }
@@ -75,12 +69,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn volumes_are_read_only_or_refused() {
-        let mount = volume("/a:/b:ro").unwrap();
+    fn volumes_are_writable_unless_they_say_otherwise() {
+        let mount = volume("/a:/b").unwrap();
         assert_eq!((mount.host_path.as_str(), mount.container_path.as_str()), ("/a", "/b"));
-        assert!(mount.readonly);
-        assert!(volume("/a:/b").unwrap_err().to_string().contains("/a:/b:ro"));
-        assert!(volume("/a").is_err() && volume("/a:/b:rw").is_err());
+        assert!(!mount.readonly && !volume("/a:/b:rw").unwrap().readonly);
+        assert!(volume("/a:/b:ro").unwrap().readonly);
+        assert!(volume("/a").is_err() && volume("/a:/b:z").is_err());
     }
 
     #[test]
