@@ -3,13 +3,13 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe;
-use sandbox::launcher::{Launch, Launched, LauncherProcess, Program};
+use sandbox::launcher::{IdRange, Launch, Launched, LauncherProcess, Program};
 
 fn main() {
     if std::env::args().nth(1).as_deref() == Some("launcher") {
@@ -66,6 +66,36 @@ fn main() {
         assert!(!ended(&first, Duration::ZERO));
         fs::write(c.join("cgroup.kill"), "1").unwrap();
         assert!(ended(&first, Duration::from_secs(10)));
+    });
+    story("a user namespace is made with its maps, and nobody stays in it", &|l, _| {
+        let range = |inside, outside, count| IdRange { inside, outside, count };
+        let uids = vec![range(0, 65_536, 1000), range(5000, 200_000, 1)];
+        let make = |uids, gids| runtime.block_on(l.user_namespace(uids, gids));
+        let namespace = make(uids, vec![range(0, 131_072, 65_536)]).unwrap();
+        let path = format!("/proc/self/fd/{}", namespace.as_raw_fd());
+        let ours = fs::metadata("/proc/self/ns/user").unwrap();
+        let theirs = fs::metadata(&path).unwrap();
+        assert_ne!(
+            std::os::unix::fs::MetadataExt::ino(&ours),
+            std::os::unix::fs::MetadataExt::ino(&theirs)
+        );
+        let overlapping = vec![range(0, 1000, 10), range(5, 5000, 10)];
+        let good = vec![range(0, 1000, 10)];
+        for (uids, gids) in [(vec![], good.clone()), (overlapping, good.clone())] {
+            let error = make(uids, gids).unwrap_err().to_string();
+            assert!(error.contains("map"), "{error}");
+        }
+        // Only itself is left of what it made.
+        let me = std::process::id();
+        let launchers = fs::read_to_string(format!("/proc/{me}/task/{me}/children")).unwrap();
+        for pid in launchers.split_whitespace() {
+            let until = Instant::now() + Duration::from_secs(10);
+            let children = || fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+            while children().is_ok_and(|text| !text.is_empty()) {
+                assert!(Instant::now() < until, "processes stay in user namespaces");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
     });
     let until = Instant::now() + Duration::from_secs(10);
     while fs::remove_dir(&cgroup).is_err() && Instant::now() < until {

@@ -126,8 +126,32 @@ impl ShareServer {
     /// Shares `source` (links in it are followed, now) as `name`. One that is there already stays
     /// as it is: a name stands for a source and a mode.
     pub(crate) async fn add(&self, name: &str, source: &Path, share: Share) -> Result<Kind, Error> {
+        self.add_as(name, source, share, None).await
+    }
+
+    /// The same with ids mapped by a user namespace ([`Launch::user_namespace`]): what stands on the
+    /// disk as an id in it has the id outside of it in the guest, and the other way round. Ids that
+    /// it does not know belong to nobody. Refused where the host's file system cannot do it.
+    #[allow(dead_code)] // the pod logic asks for it once pods have user namespaces
+    pub(crate) async fn add_mapped(
+        &self,
+        name: &str,
+        source: &Path,
+        share: Share,
+        ids: OwnedFd,
+    ) -> Result<Kind, Error> {
+        self.add_as(name, source, share, Some(ids)).await
+    }
+
+    async fn add_as(
+        &self,
+        name: &str,
+        source: &Path,
+        share: Share,
+        ids: Option<OwnedFd>,
+    ) -> Result<Kind, Error> {
         let (path, limit) = (source.to_owned(), self.limit);
-        let made = blocking(move || mount_of(&path, share));
+        let made = blocking(move || mount_of(&path, share, ids.as_ref()));
         // A source on a server that does not answer blocks for ever; that thread is lost.
         let (tree, kind) = match tokio::time::timeout(limit, made).await {
             Ok(made) => made?,
@@ -218,7 +242,7 @@ fn exchange(
 }
 
 /// A detached copy of the mount at `source` with what is mounted below it.
-fn mount_of(source: &Path, share: Share) -> Result<(OwnedFd, Kind), Error> {
+fn mount_of(source: &Path, share: Share, ids: Option<&OwnedFd>) -> Result<(OwnedFd, Kind), Error> {
     let failed = |e: nix::Error| match e {
         nix::Error::ENOENT | nix::Error::ENOTDIR | nix::Error::ELOOP => {
             Error::precondition(format!("{}: {}", source.display(), e.desc()))
@@ -244,7 +268,31 @@ fn mount_of(source: &Path, share: Share) -> Result<(OwnedFd, Kind), Error> {
     let (top, below) = attributes(share);
     sys::set_attributes(&tree, &below, true).map_err(failed)?;
     sys::set_attributes(&tree, &top, false).map_err(failed)?;
+    if let Some(ids) = ids {
+        map_ids(&tree, ids).map_err(|e| Error::Unsupported {
+            message: format!(
+                "{}: {}; its file system cannot map ids for a pod with a user namespace",
+                source.display(),
+                e.desc()
+            ),
+        })?;
+    }
     Ok((tree, kind))
+}
+
+/// Of everything, if all file systems below can do it, or else of the top alone: what is mounted
+/// there belongs to nobody then.
+fn map_ids(tree: &OwnedFd, ids: &OwnedFd) -> nix::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: ids.as_raw_fd() as u64,
+    };
+    match sys::set_attributes(tree, &attributes, true) {
+        Err(nix::Error::EINVAL) => sys::set_attributes(tree, &attributes, false),
+        other => other,
+    }
 }
 
 /// What the top mount gets, and what all of them get. Nothing on the host is ever run or opened as
@@ -340,13 +388,13 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a"), "one").unwrap();
-        let (tree, kind) = mount_of(dir.path(), PLAIN).unwrap();
+        let (tree, kind) = mount_of(dir.path(), PLAIN, None).unwrap();
         assert_eq!(kind, Kind::Folder);
         assert_eq!(fs::read_to_string(inside(&tree).join("a")).unwrap(), "one");
         fs::write(inside(&tree).join("b"), "two").unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("b")).unwrap(), "two");
         for read_only in [ReadOnly::Top, ReadOnly::Recursive] {
-            let (tree, _) = mount_of(dir.path(), Share { read_only, ..PLAIN }).unwrap();
+            let (tree, _) = mount_of(dir.path(), Share { read_only, ..PLAIN }, None).unwrap();
             let refused = fs::write(inside(&tree).join("c"), "").unwrap_err();
             assert_eq!(refused.raw_os_error(), Some(libc::EROFS), "{read_only:?}");
         }
@@ -365,7 +413,7 @@ mod tests {
         }
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&good, &link).unwrap();
-        let (tree, _) = mount_of(&link, PLAIN).unwrap();
+        let (tree, _) = mount_of(&link, PLAIN, None).unwrap();
         fs::remove_file(&link).unwrap();
         std::os::unix::fs::symlink(&evil, &link).unwrap();
         assert_eq!(fs::read_to_string(inside(&tree).join("file")).unwrap(), "good");
@@ -379,14 +427,54 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "text").unwrap();
-        let (tree, kind) = mount_of(&file, PLAIN).unwrap();
+        let (tree, kind) = mount_of(&file, PLAIN, None).unwrap();
         assert_eq!(kind, Kind::File);
         assert_eq!(fs::read_to_string(inside(&tree)).unwrap(), "text");
         let path = dir.path().join("socket");
         let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        assert!(matches!(mount_of(&path, PLAIN), Err(Error::Unsupported { .. })));
-        let error = mount_of(Path::new("/no/such"), PLAIN).unwrap_err();
+        assert!(matches!(mount_of(&path, PLAIN, None), Err(Error::Unsupported { .. })));
+        let error = mount_of(Path::new("/no/such"), PLAIN, None).unwrap_err();
         assert!(matches!(error, Error::FailedPrecondition { .. }), "{error}");
+    }
+
+    /// A namespace in which ids from 0 on stand for those from 70,000 on.
+    fn namespace() -> OwnedFd {
+        let mut child =
+            std::process::Command::new("unshare").args(["--user", "sleep", "60"]).spawn().unwrap();
+        let proc = PathBuf::from(format!("/proc/{}", child.id()));
+        let ours = fs::read_link("/proc/self/ns/user").unwrap();
+        while fs::read_link(proc.join("ns/user")).unwrap() == ours {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for map in ["uid_map", "gid_map"] {
+            fs::write(proc.join(map), "0 70000 1000").unwrap();
+        }
+        let namespace = fs::File::open(proc.join("ns/user")).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        namespace.into()
+    }
+
+    #[test]
+    fn ids_are_mapped_both_ways_where_the_file_system_can() {
+        use std::os::unix::fs::{MetadataExt, chown};
+        if !root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        chown(dir.path(), Some(5), Some(6)).unwrap();
+        let ids = namespace();
+        let (tree, _) = match mount_of(dir.path(), PLAIN, Some(&ids)) {
+            Ok(made) => made,
+            Err(Error::Unsupported { message }) => return eprintln!("SKIP: {message}"),
+            Err(e) => panic!("{e}"),
+        };
+        let seen = fs::metadata(inside(&tree)).unwrap();
+        assert_eq!((seen.uid(), seen.gid()), (70_005, 70_006));
+        chown(inside(&tree), Some(70_007), None).unwrap();
+        assert_eq!(fs::metadata(dir.path()).unwrap().uid(), 7);
+        let error = mount_of(Path::new("/proc"), PLAIN, Some(&ids)).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     }
 
     #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -17,7 +17,7 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 use vmm_api::transport;
 
-use super::{Order, Outcome};
+use super::{IdRange, Order, Outcome};
 use crate::error::Error;
 use crate::host::blocking;
 
@@ -47,6 +47,15 @@ pub struct Launched {
 #[async_trait]
 pub trait Launch: Send + Sync {
     async fn launch(&self, program: Program) -> Result<Launched, Error>;
+
+    /// A user namespace with these maps, for a mount whose ids are mapped.
+    async fn user_namespace(
+        &self,
+        _uids: Vec<IdRange>,
+        _gids: Vec<IdRange>,
+    ) -> Result<OwnedFd, Error> {
+        Err(Error::Unsupported { message: "no user namespaces are made here".into() })
+    }
 }
 
 /// The real thing: one launcher process, started anew when it dies.
@@ -76,7 +85,8 @@ impl LauncherProcess {
         Ok(Self { command, running: Arc::new(Mutex::new(Some(running))) })
     }
 
-    fn launch_blocking(&self, program: Program) -> Result<Launched, Error> {
+    /// Has an order carried out by the launcher, or by a new one if it has ended.
+    fn order<T>(&self, ask: impl FnOnce(&OwnedFd) -> Result<T, Error>) -> Result<T, Error> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let alive = match &mut *running {
             Some(r) => matches!(r.child.try_wait(), Ok(None)),
@@ -90,7 +100,7 @@ impl LauncherProcess {
         let Some(launcher) = &*running else {
             return Err(Error::unavailable("no launcher"));
         };
-        let result = ask(&launcher.socket, program);
+        let result = ask(&launcher.socket);
         if matches!(result, Err(Error::Unavailable { .. })) {
             // An answer that comes late must not be taken for that of the next order.
             *running = None;
@@ -103,7 +113,20 @@ impl LauncherProcess {
 impl Launch for LauncherProcess {
     async fn launch(&self, program: Program) -> Result<Launched, Error> {
         let this = self.clone();
-        blocking(move || this.launch_blocking(program)).await
+        blocking(move || this.order(|socket| launch(socket, program))).await
+    }
+
+    async fn user_namespace(
+        &self,
+        uids: Vec<IdRange>,
+        gids: Vec<IdRange>,
+    ) -> Result<OwnedFd, Error> {
+        let (this, order) = (self.clone(), Order::UserNamespace { uids, gids });
+        let answer = blocking(move || this.order(|socket| ask(socket, &order, &[]))).await?;
+        match answer {
+            (Outcome::Namespace, Some(namespace)) => Ok(namespace),
+            _ => Err(Error::unavailable("launcher sent no namespace")),
+        }
     }
 }
 
@@ -128,21 +151,31 @@ fn start(command: &[OsString]) -> Result<Running, Error> {
     Ok(Running { socket: ours, child })
 }
 
-fn ask(socket: &OwnedFd, program: Program) -> Result<Launched, Error> {
-    let broken = |e: transport::TransportError| {
-        Error::unavailable(format!("launcher: {:#}", anyhow::Error::new(e)))
-    };
+fn launch(socket: &OwnedFd, program: Program) -> Result<Launched, Error> {
     let Program { exe, args, cgroup, stderr, fds, isolate } = program;
     let mut all = vec![cgroup.as_fd(), stderr.as_fd()];
     all.extend(fds.iter().map(AsFd::as_fd));
-    let order = Order { exe, args, isolate };
-    transport::send(socket.as_fd(), &order, &all).map_err(broken)?;
-    let (outcome, mut received) = transport::receive::<Outcome>(socket.as_fd()).map_err(broken)?;
-    match (outcome, received.pop()) {
+    match ask(socket, &Order::Program { exe, args, isolate }, &all)? {
         (Outcome::Started { pid }, Some(pidfd)) => Ok(Launched { pid, pidfd }),
-        (Outcome::Started { .. }, None) => Err(Error::unavailable("launcher sent no pidfd")),
-        (Outcome::Failed { what, errno }, _) => {
+        _ => Err(Error::unavailable("launcher sent no pidfd")),
+    }
+}
+
+/// Sends an order; its outcome and the descriptor that comes with it. A failure is an `Err`.
+fn ask(
+    socket: &OwnedFd,
+    order: &Order,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(Outcome, Option<OwnedFd>), Error> {
+    let broken = |e: transport::TransportError| {
+        Error::unavailable(format!("launcher: {:#}", anyhow::Error::new(e)))
+    };
+    transport::send(socket.as_fd(), order, fds).map_err(broken)?;
+    let (outcome, mut received) = transport::receive::<Outcome>(socket.as_fd()).map_err(broken)?;
+    match outcome {
+        Outcome::Failed { what, errno } => {
             Err(Error::io(format!("launch: {what}"), io::Error::from_raw_os_error(errno)))
         }
+        outcome => Ok((outcome, received.pop())),
     }
 }

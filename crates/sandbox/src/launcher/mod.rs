@@ -1,4 +1,5 @@
-//! The small process that spawns VMMs, so that the daemon never forks itself.
+//! The small process that spawns VMMs and file servers, and makes user namespaces to map a share's
+//! ids by, so that the daemon never forks itself.
 //!
 //! It is started early, has one thread, holds no pod's descriptors, and obeys one peer over a
 //! `SOCK_SEQPACKET` socket: an [`Order`] in, the new process' pid and pidfd out. It ends when the
@@ -7,6 +8,7 @@
 
 mod client;
 mod spawn;
+mod userns;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,15 +18,30 @@ use vmm_api::transport::{self, TransportError};
 
 pub use client::{Launch, Launched, LauncherProcess, Program};
 
-/// What to start. The descriptors come with the packet: the cgroup's folder, standard error, then
-/// those that the program finds from number 3 on.
-#[derive(Debug, Serialize, Deserialize)]
+/// A run of ids that stand for others (user_namespaces(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Order {
-    exe: std::path::PathBuf,
-    args: Vec<String>,
-    /// Own pid, mount, ipc, uts and net namespaces.
-    isolate: bool,
+pub struct IdRange {
+    /// First id in the namespace: of a share, what stands on the disk.
+    pub inside: u32,
+    /// First id outside of it: of a share, what the guest sees.
+    pub outside: u32,
+    pub count: u32,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "order", rename_all = "snake_case", deny_unknown_fields)]
+enum Order {
+    /// Start a program. The descriptors come with the packet: the cgroup's folder, standard error,
+    /// then those that the program finds from number 3 on.
+    Program {
+        exe: std::path::PathBuf,
+        args: Vec<String>,
+        /// Own pid, mount, ipc, uts and net namespaces.
+        isolate: bool,
+    },
+    /// Make a user namespace in which nobody is.
+    UserNamespace { uids: Vec<IdRange>, gids: Vec<IdRange> },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -34,14 +51,22 @@ enum Outcome {
     Started {
         pid: u32,
     },
+    /// The namespace comes with the packet.
+    Namespace,
     Failed {
         what: String,
         errno: i32,
     },
 }
 
-/// Descriptors of an [`Order`] besides the program's own.
+/// Descriptors of an [`Order::Program`] besides the program's own.
 const OWN_FDS: usize = 2;
+
+impl Outcome {
+    fn failed(what: String, error: &io::Error) -> Self {
+        Self::Failed { what, errno: error.raw_os_error().unwrap_or(libc::EIO) }
+    }
+}
 
 /// Entry of the launcher process; returns when the daemon has closed its end of the socket.
 ///
@@ -53,14 +78,20 @@ pub fn main(socket: OwnedFd) -> io::Result<()> {
         .or_else(|e| if e == nix::Error::EPERM { Ok(nix::unistd::getpid()) } else { Err(e) })?;
     spawn::leave_children_to_the_kernel()?;
     loop {
-        let (outcome, pidfd) = match transport::receive::<Order>(socket.as_fd()) {
-            Ok((order, fds)) => spawn::spawn(&order, fds),
+        let (outcome, fd) = match transport::receive::<Order>(socket.as_fd()) {
+            Ok((Order::Program { exe, args, isolate }, fds)) => {
+                spawn::spawn(&exe, &args, isolate, fds)
+            }
+            Ok((Order::UserNamespace { uids, gids }, _)) => match userns::make(&uids, &gids) {
+                Ok(namespace) => (Outcome::Namespace, Some(namespace)),
+                Err((what, e)) => (Outcome::failed(what, &e), None),
+            },
             Err(TransportError::Closed) => return Ok(()),
             Err(TransportError::Socket(nix::Error::EINTR)) => continue,
             Err(TransportError::Socket(e)) => return Err(e.into()),
             Err(e) => (Outcome::Failed { what: e.to_string(), errno: libc::EPROTO }, None),
         };
-        let fds: Vec<_> = pidfd.iter().map(AsFd::as_fd).collect();
+        let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
         match transport::send(socket.as_fd(), &outcome, &fds) {
             Ok(()) => {}
             Err(TransportError::Socket(nix::Error::EPIPE | nix::Error::ECONNRESET)) => {

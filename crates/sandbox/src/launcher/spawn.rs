@@ -8,8 +8,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
-use super::{OWN_FDS, Order, Outcome};
+use super::{OWN_FDS, Outcome};
 
 /// clone(2); libc's constant does not fit its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -27,12 +28,15 @@ pub(super) fn leave_children_to_the_kernel() -> io::Result<()> {
     }
 }
 
-pub(super) fn spawn(order: &Order, fds: Vec<OwnedFd>) -> (Outcome, Option<OwnedFd>) {
-    match try_spawn(order, fds) {
+pub(super) fn spawn(
+    exe: &Path,
+    args: &[String],
+    isolate: bool,
+    fds: Vec<OwnedFd>,
+) -> (Outcome, Option<OwnedFd>) {
+    match try_spawn(exe, args, isolate, fds) {
         Ok((pid, pidfd)) => (Outcome::Started { pid }, Some(pidfd)),
-        Err((what, e)) => {
-            (Outcome::Failed { what, errno: e.raw_os_error().unwrap_or(libc::EIO) }, None)
-        }
+        Err((what, e)) => (Outcome::failed(what, &e), None),
     }
 }
 
@@ -48,7 +52,12 @@ struct Plan {
     isolate: bool,
 }
 
-fn try_spawn(order: &Order, mut fds: Vec<OwnedFd>) -> Result<(u32, OwnedFd), (String, io::Error)> {
+fn try_spawn(
+    exe: &Path,
+    args: &[String],
+    isolate: bool,
+    mut fds: Vec<OwnedFd>,
+) -> Result<(u32, OwnedFd), (String, io::Error)> {
     let invalid = |what: &str| (what.to_owned(), io::Error::from_raw_os_error(libc::EINVAL));
     if fds.len() < OWN_FDS {
         return Err(invalid("order without descriptors"));
@@ -56,9 +65,9 @@ fn try_spawn(order: &Order, mut fds: Vec<OwnedFd>) -> Result<(u32, OwnedFd), (St
     let rest = fds.split_off(OWN_FDS);
     let [cgroup, stderr] = <[OwnedFd; OWN_FDS]>::try_from(fds).map_err(|_| invalid("order"))?;
     let text = |bytes: &[u8]| CString::new(bytes).map_err(|_| invalid("argument with a NUL"));
-    let exe = text(order.exe.as_os_str().as_bytes())?;
-    let words: Vec<CString> =
-        order.args.iter().map(|a| text(a.as_bytes())).collect::<Result<_, _>>()?;
+    let path = exe;
+    let exe = text(path.as_os_str().as_bytes())?;
+    let words: Vec<CString> = args.iter().map(|a| text(a.as_bytes())).collect::<Result<_, _>>()?;
     let mut args = vec![exe.as_ptr()];
     args.extend(words.iter().map(|w| w.as_ptr()));
     args.push(std::ptr::null());
@@ -67,7 +76,7 @@ fn try_spawn(order: &Order, mut fds: Vec<OwnedFd>) -> Result<(u32, OwnedFd), (St
     let (failed, failure) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
         .map_err(|e| ("make a pipe".to_owned(), e.into()))?;
     let env = [std::ptr::null()];
-    let plan = Plan { exe, args, env, null, stderr, fds: rest, failure, isolate: order.isolate };
+    let plan = Plan { exe, args, env, null, stderr, fds: rest, failure, isolate };
     let (pid, pidfd) = clone_into(&cgroup, &plan).map_err(|e| ("clone3".to_owned(), e))?;
     drop(plan);
     // The pipe closes with the exec; what comes through it before is the step that failed.
@@ -78,7 +87,7 @@ fn try_spawn(order: &Order, mut fds: Vec<OwnedFd>) -> Result<(u32, OwnedFd), (St
             let [step, errno] = [&report[..4], &report[4..]]
                 .map(|b| i32::from_le_bytes(b.try_into().unwrap_or_default()));
             let step = STEPS.get(step as usize).copied().unwrap_or("?");
-            let what = format!("{step} of {}", order.exe.display());
+            let what = format!("{step} of {}", path.display());
             Err((what, io::Error::from_raw_os_error(errno)))
         }
         Err(_) => Ok((pid, pidfd)),
