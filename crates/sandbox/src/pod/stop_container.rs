@@ -7,11 +7,28 @@ use agent_api::v1;
 
 use super::handle::Handle;
 use crate::error::Error;
-use crate::policy::Pod;
+use crate::policy::{Container, Pod};
 
 const SIGKILL: u32 = 9;
 /// A killed container is gone within this time, or the guest is sick.
 const KILL_LIMIT: Duration = Duration::from_secs(20);
+
+/// The kernel drops a signal to PID 1 that it has no handler for, and a program installs its
+/// handlers a moment after it was started: one that is stopped this early is asked twice.
+const YOUNG: Duration = Duration::from_secs(5);
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+
+fn is_young(container: &Container) -> bool {
+    let age = container.started_at.and_then(|at| at.elapsed().ok());
+    age.is_some_and(|age| age < YOUNG)
+}
+
+async fn ask(handle: &Handle, container: &Container) {
+    let id = &container.id;
+    if let Err(error) = signal(handle, id, container.spec.stop_signal, false).await {
+        tracing::debug!(container = id, %error, "stop signal");
+    }
+}
 
 fn has_ended(pod: &Pod, id: &str) -> bool {
     use crate::model::ContainerState::{Created, Exited};
@@ -29,11 +46,15 @@ pub(crate) async fn stop_container(
     }
     let ended = || handle.wait_for(|pod| has_ended(pod, id));
     if !grace.is_zero() {
-        let signalled = signal(handle, id, container.spec.stop_signal, false).await;
-        if let Err(error) = signalled {
-            tracing::debug!(container = id, %error, "stop signal");
+        ask(handle, &container).await;
+        let asked_again = grace.min(ASK_AGAIN);
+        if tokio::time::timeout(asked_again, ended()).await.is_ok() {
+            return Ok(());
         }
-        if tokio::time::timeout(grace, ended()).await.is_ok() {
+        if is_young(&container) {
+            ask(handle, &container).await;
+        }
+        if tokio::time::timeout(grace - asked_again, ended()).await.is_ok() {
             return Ok(());
         }
     }
