@@ -59,6 +59,12 @@ impl VhostUserBackend for Backend {
         vrings: &[Self::Vring],
         thread: usize,
     ) -> io::Result<()> {
-        self.0.handle_event(event, set, vrings, thread)
+        let handled = self.0.handle_event(event, set, vrings, thread);
+        if let Err(error) = &handled {
+            // The thread would end, and the guest wait for ever; a server that is gone is noticed.
+            eprintln!("nacelle-fs: ring {event} cannot be served: {error}");
+            std::process::exit(1);
+        }
+        handled
     }
 }

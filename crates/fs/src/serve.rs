@@ -71,6 +71,11 @@ fn config(descriptors: File, files: u64) -> Config {
 ///
 /// To be called by the process' only thread.
 pub fn run(listener: UnixListener, ready: OwnedFd) -> Result<(), ServeError> {
+    // A server that lost a thread would leave the guest waiting; one that is gone is noticed.
+    std::panic::set_hook(Box::new(|info| {
+        eprintln!("nacelle-fs: the server is broken: {info}");
+        std::process::exit(101);
+    }));
     let files = jail::open_files()?;
     let descriptors = jail::own_descriptors()?;
     jail::keep(&jail::SERVER)?;
