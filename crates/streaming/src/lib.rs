@@ -17,6 +17,8 @@
 //! queues: who does not read or write is held up by TCP, and holds up nobody else.
 
 mod backend;
+#[cfg(any(test, feature = "client"))]
+pub mod client;
 mod config;
 mod error;
 mod http;

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use futures_util::{SinkExt, StreamExt};
+use futures_util::SinkExt;
 use serde_json::json;
 use tokio_tungstenite::tungstenite::Message;
 
-use super::client::{Received, Spdy, Websocket};
-use super::{attach, dies, exec, lives, noise, server, within};
+use super::{attach, dies, exec, lives, noise, server};
+use crate::client::{Received, Spdy, Websocket};
 use crate::spdy::frame::Frame;
 
 const SPDY: [&str; 5] = [
@@ -101,34 +101,9 @@ async fn a_large_binary_goes_both_ways_over_websocket_and_ends_with_its_input() 
     let url = exec(&server, "ioe", "cat; exit 3");
     let client = Websocket::connect(&url, "v5.channel.k8s.io").await;
     let input = noise(20 << 20);
-    let (mut sink, stream) = client.0.split();
-    let sent = input.clone();
-    let sending = tokio::spawn(async move {
-        // One message may be as large as it likes.
-        let (head, tail) = sent.split_at(8 << 20);
-        for chunk in std::iter::once(head).chain(tail.chunks(32 << 10)) {
-            sink.send(Message::binary([&[0], chunk].concat())).await.unwrap();
-        }
-        sink.send(Message::binary(&[255, 0][..])).await.unwrap();
-        sink
-    });
-    let mut output = Vec::with_capacity(input.len());
-    let mut stream = stream;
-    let status = within(async {
-        loop {
-            match stream.next().await.unwrap().unwrap() {
-                Message::Binary(bytes) if bytes[0] == 1 => output.extend_from_slice(&bytes[1..]),
-                Message::Binary(bytes) if bytes[0] == 3 => {
-                    break serde_json::from_slice::<serde_json::Value>(&bytes[1..]).unwrap();
-                }
-                _ => {}
-            }
-        }
-    })
-    .await;
-    drop(sending.await.unwrap());
-    assert!(output == input, "the same bytes come back");
-    assert_eq!(status["details"]["causes"][0]["message"], "3");
+    let received = client.rest_while_sending(input.clone()).await;
+    assert!(received.of(1) == input, "the same bytes come back");
+    assert_exit_code("v5", &received, 3, 3);
 }
 
 #[tokio::test]

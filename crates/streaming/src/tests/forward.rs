@@ -7,10 +7,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::tungstenite::Message;
 
-use super::client::{Received, Spdy, Websocket};
 use super::{noise, port_forward, server, server_with, within};
+use crate::client::{Pair, Spdy, Websocket};
 use crate::spdy::frame::Frame;
-use crate::{ByteStream, Config, Limits};
+use crate::{Config, Limits};
 
 /// Reads each connection to its end, then sends everything back and closes.
 async fn echo_after_end() -> u16 {
@@ -39,47 +39,20 @@ async fn closed_port() -> u16 {
     listen().await.1
 }
 
-struct Pair {
-    error: u32,
-    data: u32,
-}
-
-async fn open_pair(client: &mut Spdy, port: u16, request: u32) -> Pair {
-    let (port, request) = (port.to_string(), request.to_string());
-    let headers =
-        |kind| [("streamtype", kind), ("port", port.as_str()), ("requestid", request.as_str())];
-    let error = client.open(&headers("error")).await;
-    client.send(error, b"", true).await;
-    let data = client.open(&headers("data")).await;
-    Pair { error, data }
-}
-
-/// Until both streams of every pair have ended.
-async fn until_ended(client: &mut Spdy, pairs: &[Pair]) -> Received {
-    let mut received = Received::default();
-    while !pairs
-        .iter()
-        .all(|p| received.ended.contains(&p.data) && received.ended.contains(&p.error))
-    {
-        received.add(client.next().await.expect("the connection stays"));
-    }
-    received
-}
-
 async fn many_and_refused(mut client: Spdy) {
     let port = echo_after_end().await;
     let mut pairs = Vec::new();
     for request in 0..20 {
-        pairs.push(open_pair(&mut client, port, request).await);
+        pairs.push(client.open_pair(port, request).await);
     }
-    let refused = open_pair(&mut client, closed_port().await, 99).await;
+    let refused = client.open_pair(closed_port().await, 99).await;
     for (n, pair) in pairs.iter().enumerate() {
         let payload = noise(1000 * n);
         client.send(pair.data, &payload, false).await;
         client.send(pair.data, b"end", true).await;
     }
     pairs.push(refused);
-    let received = until_ended(&mut client, &pairs).await;
+    let received = client.until_ended(&pairs).await;
     let refused = pairs.pop().unwrap();
     for (n, pair) in pairs.iter().enumerate() {
         let expected = [&noise(1000 * n)[..], b"end"].concat();
@@ -91,9 +64,9 @@ async fn many_and_refused(mut client: Spdy) {
     assert!(words.starts_with("error forwarding port"), "{words}");
     assert!(words.contains("to pod pod: Connection refused"), "{words}");
     // The connection is as good as before.
-    let again = open_pair(&mut client, port, 100).await;
+    let again = client.open_pair(port, 100).await;
     client.send(again.data, b"again", true).await;
-    let received = until_ended(&mut client, std::slice::from_ref(&again)).await;
+    let received = client.until_ended(std::slice::from_ref(&again)).await;
     assert_eq!(received.text(again.data), "again");
 }
 
@@ -103,46 +76,12 @@ async fn many_connections_share_one_of_spdy_and_a_refused_one_does_no_harm() {
     many_and_refused(Spdy::connect(&port_forward(&server, &[]), "portforward.k8s.io").await).await;
 }
 
-/// The SPDY connection inside of a WebSocket.
-async fn through_tunnel(url: &str, protocol: &str) -> Spdy {
-    let Websocket(websocket) = Websocket::connect(url, protocol).await;
-    let (ours, theirs) = tokio::io::duplex(64 << 10);
-    tokio::spawn(async move {
-        use futures_util::StreamExt;
-        let (mut sink, mut stream) = websocket.split();
-        let (mut inside, mut outside) = tokio::io::split(theirs);
-        let out = async {
-            let mut buffer = vec![0; 8 << 10];
-            loop {
-                match inside.read(&mut buffer).await {
-                    Ok(n @ 1..) => {
-                        // In messages of odd sizes: they mean nothing.
-                        for part in buffer[..n].chunks(1001) {
-                            sink.send(Message::binary(part.to_vec())).await.unwrap();
-                        }
-                    }
-                    _ => return,
-                }
-            }
-        };
-        let back = async {
-            while let Some(Ok(message)) = stream.next().await {
-                if let Message::Binary(bytes) = message {
-                    outside.write_all(&bytes).await.unwrap();
-                }
-            }
-        };
-        tokio::select! { () = out => {} () = back => {} }
-    });
-    let stream: ByteStream = Box::pin(ours);
-    Spdy::raw(stream)
-}
-
 #[tokio::test]
 async fn many_connections_share_one_of_spdy_inside_a_websocket() {
     let server = server();
     for protocol in ["SPDY/3.1+portforward.k8s.io", "v2.portforward.k8s.io"] {
-        many_and_refused(through_tunnel(&port_forward(&server, &[]), protocol).await).await;
+        many_and_refused(Spdy::through_websocket(&port_forward(&server, &[]), protocol).await)
+            .await;
     }
 }
 
@@ -152,7 +91,7 @@ async fn each_direction_ends_on_its_own() {
     let (listener, port) = listen().await;
     let url = port_forward(&server, &[]);
     let mut client = Spdy::connect(&url, "portforward.k8s.io").await;
-    let pair = open_pair(&mut client, port, 0).await;
+    let pair = client.open_pair(port, 0).await;
     let (mut pod, _) = within(listener.accept()).await.unwrap();
     // The pod ends first, and still listens.
     pod.shutdown().await.unwrap();
@@ -170,7 +109,7 @@ async fn a_stream_that_the_client_resets_closes_the_pods_connection() {
     let url = port_forward(&server, &[]);
     let mut client = Spdy::connect(&url, "portforward.k8s.io").await;
     for end_first in [false, true] {
-        let pair = open_pair(&mut client, port, u32::from(end_first)).await;
+        let pair = client.open_pair(port, u32::from(end_first)).await;
         let (mut pod, _) = within(listener.accept()).await.unwrap();
         if end_first {
             client.send(pair.data, b"", true).await;
@@ -189,7 +128,7 @@ async fn a_client_that_vanishes_closes_the_pods_connections() {
     let (listener, port) = listen().await;
     let url = port_forward(&server, &[]);
     let mut client = Spdy::connect(&url, "portforward.k8s.io").await;
-    open_pair(&mut client, port, 0).await;
+    client.open_pair(port, 0).await;
     let (mut pod, _) = within(listener.accept()).await.unwrap();
     drop(client);
     let mut heard = Vec::new();
@@ -223,7 +162,7 @@ async fn streams_that_are_no_ports_are_refused_and_lonely_ones_time_out() {
     let error = client.open(&[("streamtype", "error"), ("port", &port)]).await;
     let data = client.open(&[("streamtype", "data"), ("port", &port)]).await;
     client.send(data, b"old", true).await;
-    let received = until_ended(&mut client, &[Pair { error, data }]).await;
+    let received = client.until_ended(&[Pair { error, data }]).await;
     assert_eq!(received.text(data), "old");
 }
 

@@ -6,9 +6,9 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
-use super::client::{Spdy, address, connect, fetch, spdy_upgrade};
 use super::host::Host;
 use super::{attach, exec, port_forward, server, server_with, within};
+use crate::client::{Spdy, address, connect, fetch, spdy_upgrade};
 use crate::{
     AttachParams, ByteStream, Config, Error, ExecParams, Limits, PortForwardParams, Server, Tls,
 };

@@ -9,8 +9,8 @@ use proptest::test_runner::TestRunner;
 use tokio::io::AsyncWriteExt;
 use tokio_tungstenite::tungstenite::Message;
 
-use super::client::{Spdy, Websocket, data_frame};
 use super::{dies, exec, port_forward, server, server_with, within};
+use crate::client::{Spdy, Websocket, data_frame};
 use crate::spdy::frame::{Frame, kind};
 use crate::{Config, Limits, Server};
 

@@ -1,7 +1,6 @@
 //! The server over loopback TCP, against real processes and real terminals, with clients that
 //! speak the protocols by themselves. They need `sh`, `setsid` and `stty`, no rights and no KVM.
 
-mod client;
 mod command;
 mod forward;
 mod host;
@@ -11,11 +10,9 @@ mod limits;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::client::{noise, within};
 use crate::{AttachParams, Config, ExecParams, PortForwardParams, Server};
 use host::Host;
-
-/// A test that takes longer hangs.
-const DEADLINE: Duration = Duration::from_secs(60);
 
 fn server() -> Server {
     server_with(Config::default())
@@ -51,22 +48,6 @@ fn attach(server: &Server, streams: &str, script: &str) -> String {
 
 fn port_forward(server: &Server, ports: &[u16]) -> String {
     server.port_forward_url(PortForwardParams { pod: "pod".into(), ports: ports.into() }).unwrap()
-}
-
-async fn within<T>(what: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, what).await.expect("done within the deadline")
-}
-
-/// Bytes that do not repeat in a way that hides a lost or doubled chunk.
-fn noise(length: usize) -> Vec<u8> {
-    let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    let words = std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    });
-    words.flatten().take(length).collect()
 }
 
 /// Whether a process is there and not a zombie.

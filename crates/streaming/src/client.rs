@@ -1,20 +1,40 @@
-//! Clients: SPDY by hand, WebSocket through tungstenite, and plain HTTP.
+//! Clients for tests, here and end to end: SPDY by hand, WebSocket through tungstenite, and plain
+//! HTTP. They panic where a server does not behave; no program has any use for them.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use futures_util::{SinkExt, StreamExt};
+use futures_util::{SinkExt, Stream, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::{self, Message};
 
-use super::within;
 use crate::ByteStream;
 use crate::spdy::frame::{Decoder, FLAG_FIN, Frame, kind};
 use crate::spdy::headers::Deflater;
+
+/// What takes longer hangs.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+pub(crate) async fn within<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(DEADLINE, what).await.expect("done within the deadline")
+}
+
+/// Bytes that do not repeat in a way that hides a lost or doubled chunk.
+pub fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.flatten().take(length).collect()
+}
 
 pub(crate) fn address(url: &str) -> SocketAddr {
     let rest = url.split_once("://").unwrap().1;
@@ -28,13 +48,13 @@ pub(crate) fn path(url: &str) -> &str {
 
 /// Head of an HTTP response.
 #[derive(Debug)]
-pub(crate) struct Head {
-    pub(crate) status: u16,
+pub struct Head {
+    pub status: u16,
     text: String,
 }
 
 impl Head {
-    pub(crate) fn headers(&self, name: &str) -> Vec<&str> {
+    pub fn headers(&self, name: &str) -> Vec<&str> {
         let lines = self.text.lines().skip(1).filter_map(|line| line.split_once(": "));
         lines.filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value).collect()
     }
@@ -66,7 +86,7 @@ pub(crate) async fn connect(url: &str) -> ByteStream {
 }
 
 /// A request of its own on a connection of its own: status and body.
-pub(crate) async fn fetch(url: &str, method: &str, headers: &[(&str, &str)]) -> (Head, String) {
+pub async fn fetch(url: &str, method: &str, headers: &[(&str, &str)]) -> (Head, String) {
     let mut socket = connect(url).await;
     let head = request(&mut socket, method, path(url), headers).await;
     let mut body = String::new();
@@ -76,11 +96,11 @@ pub(crate) async fn fetch(url: &str, method: &str, headers: &[(&str, &str)]) -> 
     (head, body)
 }
 
-pub(crate) fn spdy_upgrade(protocol: &str) -> [(&str, &str); 3] {
+pub fn spdy_upgrade(protocol: &str) -> [(&str, &str); 3] {
     [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("X-Stream-Protocol-Version", protocol)]
 }
 
-pub(crate) struct Spdy {
+pub struct Spdy {
     pub(crate) socket: ByteStream,
     decoder: Decoder,
     bytes: BytesMut,
@@ -89,7 +109,7 @@ pub(crate) struct Spdy {
 }
 
 impl Spdy {
-    pub(crate) async fn connect(url: &str, protocol: &str) -> Spdy {
+    pub async fn connect(url: &str, protocol: &str) -> Spdy {
         Spdy::over(connect(url).await, url, protocol).await
     }
 
@@ -111,8 +131,42 @@ impl Spdy {
         }
     }
 
+    /// The SPDY connection inside of a WebSocket.
+    pub async fn through_websocket(url: &str, protocol: &str) -> Spdy {
+        let Websocket(websocket) = Websocket::connect(url, protocol).await;
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        tokio::spawn(async move {
+            let (mut sink, mut stream) = websocket.split();
+            let (mut inside, mut outside) = tokio::io::split(theirs);
+            let out = async {
+                let mut buffer = vec![0; 8 << 10];
+                loop {
+                    match inside.read(&mut buffer).await {
+                        Ok(n @ 1..) => {
+                            // In messages of odd sizes: they mean nothing.
+                            for part in buffer[..n].chunks(1001) {
+                                sink.send(Message::binary(part.to_vec())).await.unwrap();
+                            }
+                        }
+                        _ => return,
+                    }
+                }
+            };
+            let back = async {
+                while let Some(Ok(message)) = stream.next().await {
+                    if let Message::Binary(bytes) = message {
+                        outside.write_all(&bytes).await.unwrap();
+                    }
+                }
+            };
+            tokio::select! { () = out => {} () = back => {} }
+        });
+        let stream: ByteStream = Box::pin(ours);
+        Spdy::raw(stream)
+    }
+
     /// Opens exec's or attach's streams, in the order of clients: error first.
-    pub(crate) async fn open_all(&mut self, kinds: &[&'static str]) -> HashMap<&'static str, u32> {
+    pub async fn open_all(&mut self, kinds: &[&'static str]) -> HashMap<&'static str, u32> {
         let mut ids = HashMap::new();
         for kind in kinds {
             ids.insert(*kind, self.open(&[("streamtype", kind)]).await);
@@ -145,14 +199,14 @@ impl Spdy {
         self.socket.write_all(&frame).await.unwrap();
     }
 
-    pub(crate) async fn reset(&mut self, id: u32) {
+    pub async fn reset(&mut self, id: u32) {
         let mut payload = BytesMut::new();
         payload.put_u32(id);
         payload.put_u32(5);
         self.control(kind::RST_STREAM, &payload).await;
     }
 
-    pub(crate) async fn send(&mut self, id: u32, data: &[u8], end: bool) {
+    pub async fn send(&mut self, id: u32, data: &[u8], end: bool) {
         self.socket.write_all(&data_frame(id, data, end)).await.unwrap();
     }
 
@@ -169,7 +223,7 @@ impl Spdy {
     }
 
     /// The next data of a stream, or None at its end. Other streams' is thrown away.
-    pub(crate) async fn data_of(&mut self, stream: u32) -> Option<Bytes> {
+    pub async fn data_of(&mut self, stream: u32) -> Option<Bytes> {
         loop {
             match self.next().await? {
                 Frame::Data { id, bytes, .. } if id == stream && !bytes.is_empty() => {
@@ -184,7 +238,7 @@ impl Spdy {
     }
 
     /// Everything until the server closes: the streams' bytes, and those that were ended.
-    pub(crate) async fn rest(&mut self) -> Received {
+    pub async fn rest(&mut self) -> Received {
         let mut received = Received::default();
         while let Some(frame) = self.next().await {
             received.add(frame);
@@ -193,7 +247,7 @@ impl Spdy {
     }
 
     /// Sends input in a task of its own while everything is read.
-    pub(crate) async fn rest_while_sending(self, id: u32, input: Vec<u8>) -> Received {
+    pub async fn rest_while_sending(self, id: u32, input: Vec<u8>) -> Received {
         let Spdy { socket, decoder, bytes, deflater, next_id } = self;
         let (read_half, mut write_half) = tokio::io::split(socket);
         let sending = tokio::spawn(async move {
@@ -213,6 +267,38 @@ impl Spdy {
     }
 }
 
+/// The two streams of a forwarded connection.
+#[derive(Debug)]
+pub struct Pair {
+    pub error: u32,
+    pub data: u32,
+}
+
+impl Spdy {
+    /// Opens a forwarded connection.
+    pub async fn open_pair(&mut self, port: u16, request: u32) -> Pair {
+        let (port, request) = (port.to_string(), request.to_string());
+        let headers =
+            |kind| [("streamtype", kind), ("port", port.as_str()), ("requestid", request.as_str())];
+        let error = self.open(&headers("error")).await;
+        self.send(error, b"", true).await;
+        let data = self.open(&headers("data")).await;
+        Pair { error, data }
+    }
+
+    /// Everything until both streams of every pair have ended.
+    pub async fn until_ended(&mut self, pairs: &[Pair]) -> Received {
+        let mut received = Received::default();
+        while !pairs
+            .iter()
+            .all(|p| received.ended.contains(&p.data) && received.ended.contains(&p.error))
+        {
+            received.add(self.next().await.expect("the connection stays"));
+        }
+        received
+    }
+}
+
 pub(crate) fn data_frame(id: u32, data: &[u8], end: bool) -> BytesMut {
     let mut frame = BytesMut::new();
     frame.put_u32(id);
@@ -222,7 +308,7 @@ pub(crate) fn data_frame(id: u32, data: &[u8], end: bool) -> BytesMut {
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct Received {
+pub struct Received {
     data: HashMap<u32, Vec<u8>>,
     pub(crate) ended: Vec<u32>,
     pub(crate) reset: Vec<u32>,
@@ -242,23 +328,23 @@ impl Received {
         }
     }
 
-    pub(crate) fn of(&self, id: u32) -> &[u8] {
+    pub fn of(&self, id: u32) -> &[u8] {
         self.data.get(&id).map_or(&[], Vec::as_slice)
     }
 
-    pub(crate) fn text(&self, id: u32) -> &str {
+    pub fn text(&self, id: u32) -> &str {
         std::str::from_utf8(self.of(id)).unwrap()
     }
 
-    pub(crate) fn status(&self, id: u32) -> serde_json::Value {
+    pub fn status(&self, id: u32) -> serde_json::Value {
         serde_json::from_slice(self.of(id)).unwrap()
     }
 }
 
-pub(crate) struct Websocket(pub(crate) WebSocketStream<ByteStream>);
+pub struct Websocket(pub(crate) WebSocketStream<ByteStream>);
 
 impl Websocket {
-    pub(crate) async fn connect(url: &str, protocol: &str) -> Websocket {
+    pub async fn connect(url: &str, protocol: &str) -> Websocket {
         let mut request = url.replacen("http", "ws", 1).into_client_request().unwrap();
         if !protocol.is_empty() {
             request.headers_mut().insert("sec-websocket-protocol", protocol.parse().unwrap());
@@ -271,34 +357,56 @@ impl Websocket {
         Websocket(stream)
     }
 
-    pub(crate) async fn send(&mut self, channel: u8, data: &[u8]) {
+    pub async fn send(&mut self, channel: u8, data: &[u8]) {
         let message = [&[channel], data].concat();
         self.0.send(Message::binary(message)).await.unwrap();
     }
 
-    pub(crate) async fn next(&mut self) -> Option<Message> {
+    /// Sends input in a task of its own while everything is read, and closes it (version 5 only).
+    pub async fn rest_while_sending(self, input: Vec<u8>) -> Received {
+        let (mut sink, stream) = self.0.split();
+        let sending = tokio::spawn(async move {
+            // One message may be as large as it likes.
+            let (head, tail) = input.split_at(input.len() / 2);
+            for chunk in std::iter::once(head).chain(tail.chunks(32 << 10)) {
+                sink.send(Message::binary([&[0], chunk].concat())).await.unwrap();
+            }
+            sink.send(Message::binary(&[255, 0][..])).await.unwrap();
+            sink
+        });
+        let received = rest(stream).await;
+        drop(sending.await.unwrap());
+        received
+    }
+
+    pub async fn next(&mut self) -> Option<Message> {
         within(self.0.next()).await?.ok()
     }
 
     /// Everything until the server says goodbye: the channels' bytes.
-    pub(crate) async fn rest(&mut self) -> Received {
-        use base64::Engine;
-        let mut received = Received::default();
-        loop {
-            let (channel, bytes) = match self.next().await.expect("a goodbye") {
-                Message::Binary(mut bytes) => (bytes.split_to(1)[0], bytes),
-                Message::Text(text) => {
-                    let (digit, text) = text.split_at(1);
-                    let bytes = base64::engine::general_purpose::STANDARD.decode(text).unwrap();
-                    (digit.parse().unwrap(), bytes.into())
-                }
-                Message::Close(frame) => {
-                    assert_eq!(u16::from(frame.unwrap().code), 1000);
-                    return received;
-                }
-                _ => continue,
-            };
-            received.add(Frame::Data { id: channel.into(), bytes, end: false });
-        }
+    pub async fn rest(&mut self) -> Received {
+        rest(&mut self.0).await
+    }
+}
+
+async fn rest(mut stream: impl Stream<Item = tungstenite::Result<Message>> + Unpin) -> Received {
+    use base64::Engine;
+    let mut received = Received::default();
+    loop {
+        let message = within(stream.next()).await.expect("a goodbye").expect("a goodbye");
+        let (channel, bytes) = match message {
+            Message::Binary(mut bytes) => (bytes.split_to(1)[0], bytes),
+            Message::Text(text) => {
+                let (digit, text) = text.split_at(1);
+                let bytes = base64::engine::general_purpose::STANDARD.decode(text).unwrap();
+                (digit.parse().unwrap(), bytes.into())
+            }
+            Message::Close(frame) => {
+                assert_eq!(u16::from(frame.unwrap().code), 1000);
+                return received;
+            }
+            _ => continue,
+        };
+        received.add(Frame::Data { id: channel.into(), bytes, end: false });
     }
 }
