@@ -132,7 +132,6 @@ impl ShareServer {
     /// The same with ids mapped by a user namespace ([`Launch::user_namespace`]): what stands on the
     /// disk as an id in it has the id outside of it in the guest, and the other way round. Ids that
     /// it does not know belong to nobody. Refused where the host's file system cannot do it.
-    #[allow(dead_code)] // the pod logic asks for it once pods have user namespaces
     pub(crate) async fn add_mapped(
         &self,
         name: &str,

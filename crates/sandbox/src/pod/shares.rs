@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use agent_api::SHARE_TAG;
+use oci_spec::runtime::{LinuxIdMapping, Spec};
 
 use super::handle::Handle;
 use super::volumes::volume_id;
@@ -17,6 +18,7 @@ use crate::error::Error;
 use crate::host::process::{Process, start_time};
 use crate::host::share::{self, ReadOnly, ShareServer, Start, Started};
 use crate::host::{blocking, cgroup};
+use crate::launcher::IdRange;
 use crate::model::{Access, ContainerSpec, Propagation, Volume, VolumeSource};
 use crate::policy::{Change, Effect};
 use crate::vmm::serial;
@@ -36,12 +38,37 @@ pub(super) fn name(volume_id: &str) -> String {
     serial('f', volume_id.as_bytes())
 }
 
+/// How a container's user namespace maps ids; a share shows what stands on the disk as the guest
+/// knows those ids, so that the container sees them as they are.
+#[derive(Debug)]
+pub(super) struct Ids {
+    uids: Vec<IdRange>,
+    gids: Vec<IdRange>,
+}
+
+impl Ids {
+    /// None: the container has no user namespace.
+    pub(super) fn of(oci: &Spec) -> Option<Self> {
+        let linux = oci.linux().as_ref()?;
+        let ranges = |mappings: &Option<Vec<LinuxIdMapping>>| {
+            mappings.iter().flatten().map(range).collect::<Vec<_>>()
+        };
+        let ids = Self { uids: ranges(linux.uid_mappings()), gids: ranges(linux.gid_mappings()) };
+        (!ids.uids.is_empty() && !ids.gids.is_empty()).then_some(ids)
+    }
+}
+
+fn range(mapping: &LinuxIdMapping) -> IdRange {
+    IdRange { inside: mapping.container_id(), outside: mapping.host_id(), count: mapping.size() }
+}
+
 /// Shares a volume of the host under `name`.
 pub(super) async fn add(
     handle: &Arc<Handle>,
     name: &str,
     source: &Path,
     volume: &Volume,
+    ids: Option<Ids>,
 ) -> Result<(), Error> {
     let server = {
         // Goes on when our caller gives up: a server half started would be nobody's.
@@ -60,7 +87,14 @@ pub(super) async fn add(
             Propagation::HostToContainer => share::Propagation::Slave,
         },
     };
-    server.shares.add(name, source, share).await.map(drop)
+    let shared = match ids {
+        None => server.shares.add(name, source, share).await,
+        Some(Ids { uids, gids }) => {
+            let namespace = handle.node.launcher.user_namespace(uids, gids).await?;
+            server.shares.add_mapped(name, source, share, namespace).await
+        }
+    };
+    shared.map(drop)
 }
 
 /// Shares that a container has.

@@ -49,7 +49,7 @@ pub(super) async fn prepare(
         spec.oci.mounts().iter().flatten().map(|m| m.destination().clone()).collect();
     for (n, volume) in spec.volumes.iter().enumerate() {
         taken.insert(PathBuf::from(&volume.container_path));
-        prepared.add(handle, id, n, volume).await?;
+        prepared.add(handle, id, spec, n, volume).await?;
     }
     for (name, destination) in etc::FILES {
         if !taken.contains(Path::new(destination)) {
@@ -70,6 +70,7 @@ impl Prepared {
         &mut self,
         handle: &Arc<Handle>,
         container: &str,
+        spec: &ContainerSpec,
         n: usize,
         volume: &Volume,
     ) -> Result<(), Error> {
@@ -100,7 +101,9 @@ impl Prepared {
                 if volume.propagation == Propagation::HostToContainer {
                     mount.set_propagation(v1::Propagation::Slave);
                 }
-                shares::add(handle, &mount.volume_id, host_path, volume).await?;
+                let ids = shares::Ids::of(&spec.oci);
+                mount.ids_mapped = ids.is_some();
+                shares::add(handle, &mount.volume_id, host_path, volume, ids).await?;
                 if volume.access == Access::ReadOnly {
                     mount.submounts = submounts(host_path).await?;
                 }
