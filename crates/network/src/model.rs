@@ -19,6 +19,8 @@ pub struct Pod {
     pub ports: Vec<PortMapping>,
     /// What the pod's resolver is to use; told to plugins that ask for it.
     pub dns: Dns,
+    /// Told to plugins that ask for it.
+    pub cgroup_parent: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,4 +8,5 @@ pub mod chain;
 pub mod conf;
 pub mod exec;
 pub mod params;
+mod quantity;
 pub mod reply;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::conf::is_name;
+use super::quantity;
 use crate::model::Pod;
 
 /// Longer ids make file names that file systems refuse.
@@ -16,8 +17,11 @@ const MAX_ID: usize = 128;
 /// Annotations of the kubelet's own, honoured by containerd and CRI-O.
 const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
 const EGRESS: &str = "kubernetes.io/egress-bandwidth";
-/// Bits that may pass in one go above the rate; what the other runtimes use.
-const BURST_BITS: u64 = i32::MAX as u64;
+/// Bits that may pass in one go above the rate: as containerd says it, the most that the plugin
+/// takes.
+const BURST_BITS: u64 = u32::MAX as u64;
+/// Rates that make sense, in bits a second: 1k to 1P, as for a kubelet and containerd.
+const RATES: std::ops::RangeInclusive<i128> = 1_000..=1_000_000_000_000_000;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PodError {
@@ -32,6 +36,8 @@ pub enum PodError {
     Argument { what: &'static str, value: String },
     #[error("the annotation {key} is {value:?}, not a number of bits a second such as 10M")]
     Bandwidth { key: &'static str, value: String },
+    #[error("the annotation {key} is {value:?}; between 1k and 1P bits a second make sense")]
+    BandwidthRange { key: &'static str, value: String },
 }
 
 /// One pod on one network, as each plugin of the chain sees it. Kept on disk with the pod, so that
@@ -120,6 +126,9 @@ fn runtime(pod: &Pod) -> Result<Map<String, Value>, PodError> {
     if let Some(bandwidth) = bandwidth(&pod.annotations)? {
         known.insert("bandwidth".into(), bandwidth);
     }
+    if !pod.cgroup_parent.is_empty() {
+        known.insert("cgroupPath".into(), json!(pod.cgroup_parent));
+    }
     if !pod.annotations.is_empty() {
         known.insert("io.kubernetes.cri.pod-annotations".into(), json!(pod.annotations));
     }
@@ -132,36 +141,16 @@ fn bandwidth(annotations: &BTreeMap<String, String>) -> Result<Option<Value>, Po
         [(INGRESS, "ingressRate", "ingressBurst"), (EGRESS, "egressRate", "egressBurst")]
     {
         let Some(value) = annotations.get(key) else { continue };
-        let bits = quantity(value)
-            .filter(|bits| *bits > 0)
+        let bits = quantity::parse(value)
             .ok_or_else(|| PodError::Bandwidth { key, value: value.clone() })?;
+        let bits = u64::try_from(bits)
+            .ok()
+            .filter(|_| RATES.contains(&bits))
+            .ok_or_else(|| PodError::BandwidthRange { key, value: value.clone() })?;
         limits.insert(rate.into(), bits.into());
         limits.insert(burst.into(), BURST_BITS.into());
     }
     Ok((!limits.is_empty()).then_some(Value::Object(limits)))
-}
-
-/// A Kubernetes quantity that is a whole number, e.g. `10M`, `1.5G`, `512Ki`.
-fn quantity(text: &str) -> Option<u64> {
-    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, suffix) = text.split_at(split);
-    let unit: u64 = match suffix {
-        "" => 1,
-        "k" => 1_000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        "T" => 1_000_000_000_000,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        "Ti" => 1 << 40,
-        _ => return None,
-    };
-    if let Ok(whole) = number.parse::<u64>() {
-        return whole.checked_mul(unit);
-    }
-    let bits = number.parse::<f64>().ok()? * unit as f64;
-    (bits.is_finite() && bits < u64::MAX as f64).then_some(bits as u64)
 }
 
 #[cfg(test)]
@@ -213,6 +202,7 @@ mod tests {
             ports: vec![port(0, None), port(5353, Some("127.0.0.1".parse().unwrap()))],
             dns: Dns { servers: vec!["1.1.1.1".into()], ..Dns::default() },
             annotations: [(INGRESS.to_owned(), "1.5M".to_owned())].into(),
+            cgroup_parent: "/kubepods/pod1".into(),
             ..pod()
         })
         .unwrap();
@@ -222,16 +212,43 @@ mod tests {
         );
         assert_eq!(p.runtime["dns"]["servers"], json!(["1.1.1.1"]));
         assert_eq!(p.runtime["bandwidth"]["ingressRate"], json!(1_500_000));
+        assert_eq!(p.runtime["bandwidth"].get("egressRate"), None);
+        assert_eq!(p.runtime["cgroupPath"], json!("/kubepods/pod1"));
         assert!(params(&pod()).unwrap().runtime.is_empty());
     }
 
     #[test]
-    fn a_bandwidth_that_is_none_is_refused_rather_than_dropped() {
-        for value in ["fast", "10X", "0", "", "-5M", "99999999999T"] {
-            let annotations = [(EGRESS.to_owned(), value.to_owned())].into();
-            let e = params(&Pod { annotations, ..pod() }).unwrap_err();
-            assert!(matches!(e, PodError::Bandwidth { .. }), "{value}: {e}");
+    fn a_bandwidth_that_is_none_is_refused_by_the_annotations_name() {
+        let error = |key: &str, value: &str| {
+            let annotations = [(key.to_owned(), value.to_owned())].into();
+            params(&Pod { annotations, ..pod() }).unwrap_err()
+        };
+        for key in [INGRESS, EGRESS] {
+            for value in ["fast", "10X", "", "1K", "10 M"] {
+                let e = error(key, value);
+                assert!(matches!(e, PodError::Bandwidth { .. }), "{value}: {e}");
+                assert!(e.to_string().contains(key), "{e}");
+            }
+            for value in ["0", "999", "-5M", "1.1P", "1E", "1e99"] {
+                let e = error(key, value);
+                assert!(matches!(e, PodError::BandwidthRange { .. }), "{value}: {e}");
+                assert!(e.to_string().contains(key), "{e}");
+            }
         }
-        assert_eq!(quantity("512Ki"), Some(512 * 1024));
+    }
+
+    #[test]
+    fn the_smallest_and_the_largest_bandwidth_pass_with_the_burst_of_other_runtimes() {
+        let annotations = [(INGRESS.into(), "1k".into()), (EGRESS.into(), "1P".into())].into();
+        let p = params(&Pod { annotations, ..pod() }).unwrap();
+        assert_eq!(
+            p.runtime["bandwidth"],
+            json!({
+                "ingressRate": 1000,
+                "ingressBurst": u32::MAX,
+                "egressRate": 1_000_000_000_000_000_u64,
+                "egressBurst": u32::MAX,
+            })
+        );
     }
 }
