@@ -81,8 +81,16 @@ impl Cri {
     }
 
     pub fn pull(&self, image: &str) -> Result<String, tonic::Status> {
+        self.pull_as(image, None)
+    }
+
+    pub fn pull_as(
+        &self,
+        image: &str,
+        auth: Option<v1::AuthConfig>,
+    ) -> Result<String, tonic::Status> {
         let image = Some(v1::ImageSpec { image: image.into(), ..Default::default() });
-        call!(self.image.pull_image(v1::PullImageRequest { image, ..Default::default() }))
+        call!(self.image.pull_image(v1::PullImageRequest { image, auth, ..Default::default() }))
             .map(|reply| reply.image_ref)
     }
 
@@ -204,6 +212,52 @@ impl Cri {
         Ok(output.stdout.trim_end().to_owned())
     }
 
+    /// The address of a streaming exec. Letters of `streams`: i, o, e for stdin, stdout and stderr,
+    /// t for a terminal.
+    pub fn exec_url(
+        &self,
+        id: &str,
+        streams: &str,
+        command: &[&str],
+    ) -> Result<String, tonic::Status> {
+        let request = v1::ExecRequest {
+            container_id: id.into(),
+            cmd: command.iter().map(ToString::to_string).collect(),
+            tty: streams.contains('t'),
+            stdin: streams.contains('i'),
+            stdout: streams.contains('o'),
+            stderr: streams.contains('e'),
+        };
+        call!(self.runtime.exec(request)).map(|reply| reply.url)
+    }
+
+    pub fn attach_url(&self, id: &str, streams: &str) -> Result<String, tonic::Status> {
+        let request = v1::AttachRequest {
+            container_id: id.into(),
+            tty: streams.contains('t'),
+            stdin: streams.contains('i'),
+            stdout: streams.contains('o'),
+            stderr: streams.contains('e'),
+        };
+        call!(self.runtime.attach(request)).map(|reply| reply.url)
+    }
+
+    pub fn forward_url(&self, pod: &str, ports: &[u16]) -> Result<String, tonic::Status> {
+        let port = ports.iter().map(|port| i32::from(*port)).collect();
+        let request = v1::PortForwardRequest { pod_sandbox_id: pod.into(), port };
+        call!(self.runtime.port_forward(request)).map(|reply| reply.url)
+    }
+
+    /// Waits until a container's log has a line that begins so; that line.
+    pub fn logged(&self, id: &str, start: &str) -> Result<String> {
+        let what = format!("container {id} says {start:?}");
+        let found = wait::until(&what, Duration::from_secs(60), || {
+            let line = self.log(id)?.into_iter().find(|line| line.text.starts_with(start));
+            Ok(line.map(|line| line.text))
+        });
+        found.with_context(|| format!("{:?}", self.log(id)))
+    }
+
     /// Lines of a container's log as they stand.
     pub fn log(&self, id: &str) -> Result<Vec<LogLine>> {
         let path = self.status(id)?.log_path;
@@ -257,6 +311,15 @@ pub fn container(name: &str, image: &str, command: &[&str]) -> v1::ContainerConf
         command: command.iter().map(ToString::to_string).collect(),
         log_path: PathBuf::from(name).join("0.log").display().to_string(),
         linux: Some(v1::LinuxContainerConfig::default()),
+        ..Default::default()
+    }
+}
+
+/// A writable mount of a path of the host.
+pub fn mount(host: &Path, at: &str) -> v1::Mount {
+    v1::Mount {
+        host_path: host.display().to_string(),
+        container_path: at.into(),
         ..Default::default()
     }
 }

@@ -137,6 +137,20 @@ pub fn layout(name: &str) -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// Writes the layout of an image that has these files on top of the one named `base`.
+pub fn on_top(base: &str, folder: &Path, files: &[(&str, &str)]) -> Result<PathBuf> {
+    let (mut layers, config) = layout::read(&layout(base)?)?;
+    let tree = folder.join("tree");
+    for (path, text) in files {
+        let path = tree.join(path);
+        fs::create_dir_all(path.parent().context("a file is in a folder")?)?;
+        fs::write(path, text)?;
+    }
+    let paths: Vec<PathBuf> = files.iter().map(|(path, _)| PathBuf::from(path)).collect();
+    layers.push(layers::pack(&tree, &paths, Compression::Gzip)?);
+    layout::write(&folder.join("layout"), &layers, &config)
+}
+
 /// Puts all images into `folder`, a layout each; makes them first if the cache has none.
 pub fn make_all(folder: &Path) -> Result<()> {
     let made = cache()?.join(format!("images/{}", key()));

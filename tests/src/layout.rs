@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -53,4 +53,25 @@ pub fn write(folder: &Path, layers: &[Layer], config: &Value) -> Result<PathBuf>
     fs::write(folder.join("index.json"), index.to_string())?;
     fs::write(folder.join("oci-layout"), r#"{"imageLayoutVersion": "1.0.0"}"#)?;
     Ok(folder.to_owned())
+}
+
+/// The layers of an image whose layers are all gzip, and the `config` member of its configuration.
+pub fn read(folder: &Path) -> Result<(Vec<Layer>, Value)> {
+    let blob = |digest: &Value| -> Result<Vec<u8>> {
+        let digest = digest.as_str().context("a digest")?;
+        Ok(fs::read(folder.join("blobs/sha256").join(digest.trim_start_matches("sha256:")))?)
+    };
+    let json = |bytes: Vec<u8>| serde_json::from_slice::<Value>(&bytes);
+    let index = json(fs::read(folder.join("index.json"))?)?;
+    let manifest = json(blob(&index["manifests"][0]["digest"])?)?;
+    let config = json(blob(&manifest["config"]["digest"])?)?;
+    let layers = manifest["layers"].as_array().context("layers")?;
+    let diff_ids = config["rootfs"]["diff_ids"].as_array().context("diff_ids")?;
+    let layer = |(layer, diff_id): (&Value, &Value)| {
+        ensure!(layer["mediaType"] == TAR_GZIP, "{layer}");
+        let diff_id = diff_id.as_str().context("a diff_id")?.to_owned();
+        Ok(Layer { media_type: TAR_GZIP, blob: blob(&layer["digest"])?, diff_id })
+    };
+    let layers = layers.iter().zip(diff_ids).map(layer).collect::<Result<_>>()?;
+    Ok((layers, config["config"].clone()))
 }

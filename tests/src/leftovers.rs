@@ -44,14 +44,16 @@ fn entries(folder: &Path) -> BTreeSet<String> {
         .collect()
 }
 
-/// VMMs and CNI plugins that run; daemons come and go with the tests themselves.
+/// VMMs, file servers and CNI plugins that run; daemons come and go with the tests themselves.
 fn processes() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for pid in entries(Path::new("/proc")).into_iter().filter(|p| p.parse::<u32>().is_ok()) {
         let Ok(command) = std::fs::read(format!("/proc/{pid}/cmdline")) else { continue };
         let first = command.split(|&b| b == 0).next().unwrap_or_default();
         let name = String::from_utf8_lossy(first).into_owned();
-        if name.ends_with("nacelle-vmm") || name.contains("/cni/") {
+        if ["nacelle-vmm", "nacelle-fs"].iter().any(|ours| name.ends_with(ours))
+            || name.contains("/cni/")
+        {
             found.insert(format!("{pid} {name}"));
         }
     }

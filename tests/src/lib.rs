@@ -6,6 +6,7 @@
 //! `$NACELLE_GUEST`.
 
 pub mod client;
+pub mod host;
 pub mod hostile;
 pub mod images;
 pub mod layout;

@@ -13,18 +13,42 @@ pub struct Registry {
     process: Child,
     folder: tempfile::TempDir,
     pub port: u16,
+    locked: bool,
 }
+
+/// Who may use a locked registry.
+pub const USER: &str = "alice";
+pub const PASSWORD: &str = "wonderland";
+/// That user and password as htpasswd writes them, with bcrypt: the registry takes nothing else.
+const HTPASSWD: &str = "alice:$2y$05$abcdefghijklmnopqrstuuA0vov2GDneHB3.8.cv9UF9g.RdvScIW\n";
 
 impl Registry {
     /// Starts an empty registry on a free port.
     pub fn start() -> Result<Self> {
+        Self::launch(false)
+    }
+
+    /// One that wants [`USER`] and [`PASSWORD`].
+    pub fn locked() -> Result<Self> {
+        Self::launch(true)
+    }
+
+    fn launch(locked: bool) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let port = free_port()?;
-        let config = format!(
+        let mut config = format!(
             "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {root}}}\n  \
              delete: {{enabled: true}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n",
             root = folder.path().join("data").display(),
         );
+        if locked {
+            let users = folder.path().join("htpasswd");
+            std::fs::write(&users, HTPASSWD)?;
+            config.push_str(&format!(
+                "auth: {{htpasswd: {{realm: stories, path: {}}}}}\n",
+                users.display()
+            ));
+        }
         let file = folder.path().join("config.yml");
         std::fs::write(&file, config)?;
         let log = std::fs::File::create(folder.path().join("log"))?;
@@ -36,7 +60,7 @@ impl Registry {
             .stderr(log)
             .spawn()
             .context("starting docker-registry (Debian package docker-registry)")?;
-        let registry = Self { process, folder, port };
+        let registry = Self { process, folder, port, locked };
         wait::until("the registry listens", Duration::from_secs(30), || {
             Ok(std::net::TcpStream::connect(("127.0.0.1", port)).ok())
         })?;
@@ -46,8 +70,10 @@ impl Registry {
     /// Pushes an OCI layout; its name on the registry.
     pub fn push(&self, layout: &Path, name: &str) -> Result<String> {
         let target = self.name(name);
+        let credentials = format!("--dest-creds={USER}:{PASSWORD}");
         let output = Command::new("skopeo")
             .args(["copy", "--quiet", "--dest-tls-verify=false", "--insecure-policy"])
+            .args(self.locked.then_some(credentials))
             .arg(format!("oci:{}", layout.display()))
             .arg(format!("docker://{target}"))
             .output()

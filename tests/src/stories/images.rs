@@ -18,6 +18,9 @@ pub const STORIES: &[Story] = &[
     ("hostile layers are refused and leave nothing", hostile_layers),
     ("a removed image's container runs on", removed_while_used),
     ("the image file system's use is told", fs_info),
+    ("a mirror stands in for a registry, as certs.d says", mirror),
+    ("a registry that wants credentials gets those of the pull", credentials),
+    ("a pinned image is told as such", pinned),
     ("two pulls of one image are one image", pulled_twice_at_once),
 ];
 
@@ -165,6 +168,55 @@ fn fs_info() -> Result<()> {
     wait::until("its removal counts", std::time::Duration::from_secs(10), || {
         Ok((used()? < before + 500_000).then_some(()))
     })?;
+    node.finish()
+}
+
+fn mirror() -> Result<()> {
+    let certs = tempfile::tempdir()?;
+    let name = node::registry().push(&crate::images::layout("busybox")?, "busybox:latest")?;
+    let (address, _) = name.split_once('/').context("a registry")?;
+    let folder = certs.path().join("registry.example");
+    std::fs::create_dir(&folder)?;
+    let hosts = format!(
+        "server = \"https://registry.example\"\n\
+         [host.\"http://{address}\"]\ncapabilities = [\"pull\", \"resolve\"]\n"
+    );
+    std::fs::write(folder.join("hosts.toml"), hosts)?;
+    let path = certs.path().display().to_string();
+    let node =
+        Node::start_with(|config| format!("{config}\n[images]\nconfig_path = \"{path}\"\n"))?;
+    node.cri().pull("registry.example/busybox:latest")?;
+    let image = find(&node, "registry.example/busybox:latest")?.context("not found by its name")?;
+    ensure!(image.repo_tags == ["registry.example/busybox:latest"], "{image:?}");
+    node.finish()
+}
+
+fn credentials() -> Result<()> {
+    use crate::registry::{PASSWORD, USER};
+    let node = Node::start()?;
+    let registry = crate::registry::Registry::locked()?;
+    let name = registry.push(&crate::images::layout("busybox")?, "locked:1")?;
+    let with = |password: &str| v1::AuthConfig {
+        username: USER.into(),
+        password: password.into(),
+        ..Default::default()
+    };
+    for auth in [None, Some(with("guessed"))] {
+        let status = node.cri().pull_as(&name, auth).unwrap_err();
+        ensure!(status.message().to_lowercase().contains("auth"), "{status}");
+        ensure!(!status.message().contains("guessed"), "a password is told: {status}");
+    }
+    node.cri().pull_as(&name, Some(with(PASSWORD)))?;
+    ensure!(find(&node, &name)?.is_some(), "it is not there");
+    node.finish()
+}
+
+fn pinned() -> Result<()> {
+    let name = node::registry().name("busybox:latest");
+    let node = Node::start_with(|config| format!("{config}\n[images]\npinned = [\"{name}\"]\n"))?;
+    node.image("busybox")?;
+    let image = find(&node, &name)?.context("not found")?;
+    ensure!(image.pinned && list(&node)?.iter().all(|image| image.pinned), "{image:?}");
     node.finish()
 }
 

@@ -63,12 +63,13 @@ fn daemon_while_starting() -> Result<()> {
             node.cri().remove_pod(&left.id).with_context(|| format!("after {delay} ms"))?;
         }
         // The name is taken until what was begun has been unwound; a kubelet tries again too.
-        let again = wait::until("the pod's name is free", Duration::from_secs(60), || {
-            match node.cri().run_pod(pod(&name, &node.logs)) {
-                Ok(id) => Ok(Some(id)),
-                Err(status) if status.code() == tonic::Code::AlreadyExists => Ok(None),
-                Err(status) => Err(status).with_context(|| format!("again after {delay} ms")),
-            }
+        let again = wait::until("the pod's name is free", Duration::from_secs(60), || match node
+            .cri()
+            .run_pod(pod(&name, &node.logs))
+        {
+            Ok(id) => Ok(Some(id)),
+            Err(status) if status.code() == tonic::Code::AlreadyExists => Ok(None),
+            Err(status) => Err(status).with_context(|| format!("again after {delay} ms")),
         })?;
         ensure!(node.cri().pod_ready(&again)?, "after {delay} ms");
         node.cri().remove_pod(&again)?;

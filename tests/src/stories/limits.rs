@@ -14,6 +14,7 @@ pub const STORIES: &[Story] = &[
     ("a CPU quota slows a container down", cpu),
     ("a PID limit stops a fork storm and the pod lives on", pids),
     ("limits change while a container runs", update),
+    ("a pod gets a further CPU while it runs, and memory only up to its VM's", resize),
     ("stats tell what a container uses", stats),
 ];
 
@@ -125,6 +126,39 @@ fn update() -> Result<()> {
     let status = cri.status(&id)?;
     let linux = status.resources.and_then(|r| r.linux).context("status has no resources")?;
     ensure!(linux.memory_limit_in_bytes == 64 << 20, "{linux:?}");
+    node.finish()
+}
+
+fn resize() -> Result<()> {
+    let node = Node::start_with(|config| config + "\n[pods]\ndefault_vcpus = 1\nmax_vcpus = 2\n")?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("resize")?;
+    let cri = node.cri();
+    let id = cri.run(&pod, container("c", &image, &["sleep", "1000"]))?;
+    let ask = |resources: v1::LinuxContainerResources| {
+        let request = v1::UpdatePodSandboxResourcesRequest {
+            pod_sandbox_id: pod.clone(),
+            resources: Some(resources),
+            ..Default::default()
+        };
+        let mut client = cri.runtime.clone();
+        cri.block_on(async move { client.update_pod_sandbox_resources(request).await })
+    };
+    let cpus = |cpus: i64| v1::LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 100_000 * cpus,
+        ..Default::default()
+    };
+    ensure!(cri.shell(&id, "nproc")? == "1", "at first");
+    for wanted in [2, 1, 2] {
+        ask(cpus(wanted))?;
+        let found = cri.shell(&id, "nproc; grep -c ^processor /proc/cpuinfo")?;
+        ensure!(found == format!("{wanted}\n{wanted}"), "{wanted} CPUs were asked for: {found}");
+    }
+    let much = v1::LinuxContainerResources { memory_limit_in_bytes: 1 << 40, ..Default::default() };
+    let status = ask(much).unwrap_err();
+    ensure!(status.message().contains("memory") && status.message().contains("MiB"), "{status}");
+    ensure!(cri.pod_ready(&pod)? && cri.shell(&id, "nproc")? == "2", "the pod suffers");
     node.finish()
 }
 

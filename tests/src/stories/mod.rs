@@ -1,46 +1,40 @@
 //! The stories: each is a function that tells one thing a user relies on, and fails if it is not so.
 
+mod events;
 mod exec;
 mod images;
 mod kills;
+mod kubelet;
 mod life_cycle;
 mod limits;
 mod logs;
 mod network;
 mod programs;
 mod security;
+mod streaming;
 mod tool;
 mod trouble;
+mod userns;
 mod vmm;
-
-/// Stories that have not passed yet, by room (or room::name): written, not proven. They are skipped out
-/// loud, so that nobody takes them for promises; `NACELLE_ALL_STORIES=1` runs them too. See
-/// docs/status.md.
-pub const UNPROVEN: &[&str] = &[
-    // These three were run and failed.
-    "vmm::a VM of four CPUs uses them all",
-    "vmm::an idle VMM is jailed: no root, no capabilities, seccomp, own namespaces",
-    "exec::exec that takes too long is ended and told",
-    // These rooms were not run to their end.
-    "images",
-    "kills",
-    "trouble",
-    "programs",
-    "tool",
-];
+mod volumes;
 
 /// A story's name (a sentence) and what it does.
 pub type Story = (&'static str, fn() -> anyhow::Result<()>);
 
 /// Every story, those that others build on first.
 pub fn all() -> Vec<(&'static str, Story)> {
-    let rooms: [(&'static str, &[Story]); 12] = [
+    let rooms: [(&'static str, &[Story]); 17] = [
         ("vmm", vmm::STORIES),
         ("life_cycle", life_cycle::STORIES),
         ("exec", exec::STORIES),
+        ("streaming", streaming::STORIES),
         ("logs", logs::STORIES),
         ("limits", limits::STORIES),
+        ("events", events::STORIES),
         ("security", security::STORIES),
+        ("userns", userns::STORIES),
+        ("volumes", volumes::STORIES),
+        ("kubelet", kubelet::STORIES),
         ("network", network::STORIES),
         ("images", images::STORIES),
         ("kills", kills::STORIES),

@@ -9,6 +9,7 @@ use crate::node::Node;
 
 pub const STORIES: &[Story] = &[
     ("a container runs as the user and groups it is given", users),
+    ("groups of the image are merged in, or not, as the policy says", groups),
     ("capabilities are those asked for and no others", capabilities),
     ("protected paths are masked or read-only", protected_paths),
     ("a read-only root file system refuses writes", read_only_root),
@@ -61,6 +62,48 @@ fn users() -> Result<()> {
     let outcome = cri.run(&pod, secured("unknown", &image, context));
     let error = format!("{:#}", outcome.err().ok_or_else(|| anyhow::anyhow!("it ran"))?);
     ensure!(error.contains("nobody-knows"), "the error does not name the user: {error}");
+    node.finish()
+}
+
+fn groups() -> Result<()> {
+    let node = Node::start()?;
+    let folder = tempfile::tempdir()?;
+    let files = [
+        ("etc/passwd", "root:x:0:0::/:/bin/sh\nana:x:1500:1500::/:/bin/sh\n"),
+        ("etc/group", "root:x:0:\nana:x:1500:\ncrew:x:2000:ana\nothers:x:2001:root\n"),
+    ];
+    let layout = crate::images::on_top("busybox", folder.path(), &files)?;
+    let image = crate::node::registry().push(&layout, "groups:latest")?;
+    node.cri().pull(&image)?;
+    let pod = node.pod("groups")?;
+    let cri = node.cri();
+    for (name, policy, expected) in [
+        ("merge", v1::SupplementalGroupsPolicy::Merge, vec![1500, 2000, 3000]),
+        ("strict", v1::SupplementalGroupsPolicy::Strict, vec![1500, 3000]),
+    ] {
+        let context = v1::LinuxContainerSecurityContext {
+            run_as_user: value(1500),
+            run_as_group: value(1500),
+            supplemental_groups: vec![3000],
+            supplemental_groups_policy: policy as i32,
+            ..Default::default()
+        };
+        let id = cri.run(&pod, secured(name, &image, context))?;
+        let sorted = |mut groups: Vec<i64>| {
+            groups.sort_unstable();
+            groups.dedup();
+            groups
+        };
+        let inside = cri.shell(&id, "id -G")?;
+        let inside = inside.split(' ').map(str::parse).collect::<Result<Vec<i64>, _>>()?;
+        ensure!(sorted(inside.clone()) == expected, "{name}: {inside:?} inside");
+        let user = cri.status(&id)?.user.and_then(|user| user.linux);
+        let user = user.ok_or_else(|| anyhow::anyhow!("{name}: its status tells no user"))?;
+        ensure!((user.uid, user.gid) == (1500, 1500), "{name}: {user:?}");
+        let mut told = user.supplemental_groups.clone();
+        told.push(user.gid);
+        ensure!(sorted(told) == expected, "{name}: {user:?} is told");
+    }
     node.finish()
 }
 
@@ -186,17 +229,21 @@ fn refused() -> Result<()> {
     let status = node.cri().run_pod(config).unwrap_err();
     ensure!(status.message().to_lowercase().contains("network"), "{status}");
     let pod = node.pod("refused")?;
-    let mut config = container("c", &image, &["true"]);
-    config.mounts = vec![v1::Mount {
-        host_path: "/etc".into(),
-        container_path: "/host".into(),
-        propagation: v1::MountPropagation::PropagationBidirectional as i32,
-        ..Default::default()
-    }];
-    let status = node.cri().create(&pod, config).unwrap_err();
-    ensure!(
-        status.message().contains("/host") || status.message().contains("propagation"),
-        "{status}"
-    );
+    let socket = node.socket();
+    let mut with_socket = container("socket", &image, &["true"]);
+    with_socket.mounts = vec![crate::client::mount(&socket, "/run/daemon.sock")];
+    let mut with_profile = container("profile", &image, &["true"]);
+    with_profile.linux.get_or_insert_default().security_context =
+        Some(v1::LinuxContainerSecurityContext {
+            apparmor: Some(v1::SecurityProfile {
+                profile_type: v1::security_profile::ProfileType::Localhost as i32,
+                localhost_ref: "no-such-profile".into(),
+            }),
+            ..Default::default()
+        });
+    for (config, reason) in [(with_socket, "a socket"), (with_profile, "no-such-profile")] {
+        let status = node.cri().create(&pod, config).unwrap_err();
+        ensure!(status.message().contains(reason), "{status}");
+    }
     node.finish()
 }

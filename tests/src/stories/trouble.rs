@@ -8,13 +8,14 @@ use tonic::Code;
 
 use super::Story;
 use crate::client::{container, pod};
+use crate::host::Tmpfs;
 use crate::node::Node;
 
 pub const STORIES: &[Story] = &[
     ("malformed requests get an error that names the field", malformed),
     ("a command that does not exist is told, with the code kubelet expects", no_command),
     ("a full disk fails what needs it, clearly, and nothing else", full_disk),
-    ("what is not there yet says so", not_there_yet),
+    ("what a VM's container cannot have done to it says so", no_checkpoint),
     ("a daemon without its guest kernel says what to do", no_kernel),
     ("a second daemon on the same folders is refused", second_daemon),
 ];
@@ -74,30 +75,15 @@ fn no_command() -> Result<()> {
     node.finish()
 }
 
-/// A small file system mounted over a node's folder, for as long as this lives.
-struct Small(std::path::PathBuf);
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
-    }
-}
-
 fn full_disk() -> Result<()> {
     let mut small = None;
     let node = Node::start_with(|config| {
         let line = config.lines().find(|l| l.starts_with("root = ")).unwrap_or_default();
         let root: std::path::PathBuf = line.trim_start_matches("root = ").trim_matches('"').into();
-        std::fs::create_dir_all(&root).expect("node's root");
-        let output = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=64m", "tmpfs"])
-            .arg(&root)
-            .output()
-            .expect("mount");
-        assert!(output.status.success(), "mounting a small tmpfs");
-        small = Some(Small(root));
+        small = Some(Tmpfs::mount(&root, "size=64m"));
         config
     })?;
+    let _small = small.transpose()?;
     let image = node.image("busybox")?;
     let first = node.pod("first")?;
     let id = node.cri().run(&first, container("c", &image, &["sleep", "1000"]))?;
@@ -120,7 +106,7 @@ fn full_disk() -> Result<()> {
     node.finish()
 }
 
-fn not_there_yet() -> Result<()> {
+fn no_checkpoint() -> Result<()> {
     let node = Node::start()?;
     let mut client = node.cri().runtime.clone();
     let request = v1::CheckpointContainerRequest::default();

@@ -1,0 +1,50 @@
+//! Folders and mounts that a story makes on its host; each goes with its value.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+/// A folder on the host's disk.
+pub fn folder() -> Result<tempfile::TempDir> {
+    let top = Path::new("/var/lib/nacelle-stories");
+    std::fs::create_dir_all(top)?;
+    tempfile::tempdir_in(top).context("a folder on the host")
+}
+
+/// A tmpfs that is mounted on the host.
+pub struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    /// Makes the folder too.
+    pub fn mount(at: &Path, options: &str) -> Result<Self> {
+        std::fs::create_dir_all(at)?;
+        run("mount", &["-t", "tmpfs", "-o", options, "tmpfs"], at)?;
+        Ok(Self(at.to_owned()))
+    }
+
+    /// One whose later mounts reach other namespaces.
+    pub fn shared(at: &Path) -> Result<Self> {
+        let tmpfs = Self::mount(at, "size=16m")?;
+        run("mount", &["--make-shared"], at)?;
+        Ok(tmpfs)
+    }
+
+    /// Fails if anything still uses it.
+    pub fn unmount(self) -> Result<()> {
+        run("umount", &[], &self.0)
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+fn run(program: &str, options: &[&str], path: &Path) -> Result<()> {
+    let output = Command::new(program).args(options).arg(path).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{program} {options:?} {}: {said}", path.display());
+    Ok(())
+}
