@@ -4,6 +4,7 @@
 //! Knows no KVM, no CRI, no transport: it is handed byte streams.
 
 pub mod forward;
+pub mod host_pod;
 pub mod stdio;
 
 /// Generated from `proto/agent/v1/agent.proto`.

@@ -19,6 +19,7 @@ use crate::containers::images::Images;
 use crate::containers::process::Process;
 use crate::error::{Error, Result};
 use crate::events::EventLog;
+use crate::guest::host_mounts::HostMounts;
 use crate::guest::share::{self, Share};
 use crate::guest::volumes::Volumes;
 use crate::oci::cgroup::Cgroup;
@@ -36,10 +37,40 @@ pub struct Config {
     pub cgroup: String,
     /// `dir:` instead of a disk's serial, for tests without disks.
     pub folders_as_disks: bool,
+    /// None: a VM's kernel is the pod's own.
+    pub host: Option<Host>,
     /// Where the pod's shared volumes come from.
     pub share: share::Source,
     /// The machine is the agent's own: it may be powered off.
     pub is_guest: bool,
+}
+
+/// What a pod without a VM has of the host.
+#[derive(Debug, Clone)]
+pub struct Host {
+    pub mounts: Arc<HostMounts>,
+    pub network: bool,
+    pub ipc: bool,
+}
+
+impl Config {
+    /// Refuses what only a pod without a VM can have.
+    pub fn host(&self) -> Result<&Host> {
+        self.host.as_ref().ok_or_else(|| {
+            Error::Precondition("the pod has a VM: it knows no paths of the host".to_owned())
+        })
+    }
+
+    /// Refuses what would be done to the machine itself, which must be a VM.
+    pub fn has_devices(&self) -> Result<()> {
+        match self.host {
+            None => Ok(()),
+            Some(_) => Err(Error::Precondition(
+                "the pod has no VM: disks, cards, CPUs and user namespaces are not its own"
+                    .to_owned(),
+            )),
+        }
+    }
 }
 
 /// What ConfigurePod has set.
@@ -100,7 +131,10 @@ pub struct Agent {
 
 impl Agent {
     pub fn new(config: Config) -> Result<Arc<Self>> {
-        let pod_cgroup = Cgroup::pod(&config.cgroup)?;
+        let pod_cgroup = match config.host {
+            None => Cgroup::pod(&config.cgroup)?,
+            Some(_) => Cgroup::pod_of_host(&config.cgroup)?,
+        };
         let share = Share::new(config.share.clone(), config.base.join("shares"));
         Ok(Arc::new(Self {
             pod_cgroup,

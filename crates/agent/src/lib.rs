@@ -7,7 +7,8 @@
 //!                              guest: boot, devices, network, identity, volumes, power-off
 //! ```
 //! One thread runs everything (`run`); what may block on a disk goes to a short-lived second one.
-//! It is the only user space of the guest: no distribution, no shell, no configuration.
+//! It is the only user space of the guest: no distribution, no shell, no configuration. A pod that
+//! has the host's namespaces has no guest; its agent runs on the host (`host_pod`).
 //!
 //! Has never heard of KVM, CRI, images or pods other than its own.
 
@@ -17,6 +18,7 @@ mod error;
 mod events;
 mod forward;
 mod guest;
+mod host_pod;
 mod ids;
 mod listen;
 mod log;
@@ -55,6 +57,14 @@ pub fn main() {
                 std::process::exit(1);
             }
         },
+        [agent_api::host_pod::FLAG, ..] => {
+            let error = match host_pod::run(&args) {
+                Ok(()) => "the server has ended".to_owned(),
+                Err(error) => error.chain(),
+            };
+            eprintln!("nacelle-agent: {error}");
+            std::process::exit(1);
+        }
         // The kernel hands words of its command line that it does not know to PID 1.
         _ if std::process::id() == 1 => in_a_guest(),
         _ => {
@@ -78,6 +88,7 @@ fn in_a_guest() -> ! {
             base: PathBuf::from(BASE),
             cgroup: "pod".to_owned(),
             folders_as_disks: false,
+            host: None,
             share: guest::share::Source::Device,
             is_guest: true,
         };
@@ -128,6 +139,7 @@ fn on_a_development_machine(folder: &Path) -> Result<()> {
             None => "nacelle-agent-test".to_owned(),
         },
         folders_as_disks: true,
+        host: None,
         share: guest::share::Source::Folder(folder.join("shares")),
         is_guest: false,
     };
@@ -162,7 +174,11 @@ fn block_on(config: Config, listen: impl FnOnce() -> Result<Doors>) -> Result<()
     runtime.block_on(async {
         let ended = reaper::children().doing(|| "watch for ended children".to_owned())?;
         let agent = Agent::new(config)?;
-        guest::shm::set_up(&agent.config.base.join("shm"), 0)?;
+        let shm = agent.config.base.join("shm");
+        match &agent.config.host {
+            Some(host) if host.ipc => host_pod::share_shm(&shm)?,
+            _ => guest::shm::set_up(&shm, 0)?,
+        }
         let Doors { control, stdio, forward } = listen()?;
         tokio::spawn(reaper::run(ended, Arc::clone(&agent)));
         tokio::spawn(containers::oom::run(Arc::clone(&agent)));

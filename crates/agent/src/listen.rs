@@ -1,7 +1,8 @@
-//! Where the host's connections come from: vsock in a guest, Unix sockets when the agent is tested
-//! as an ordinary process.
+//! Where the host's connections come from: vsock in a guest, Unix sockets when the agent runs on the
+//! host.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -30,6 +31,13 @@ impl Listener {
 
     pub fn unix(path: &Path) -> io::Result<Self> {
         UnixListener::bind(path).map(Self::Unix)
+    }
+
+    /// A Unix socket that listens already.
+    pub fn inherited(socket: OwnedFd) -> io::Result<Self> {
+        let listener = std::os::unix::net::UnixListener::from(socket);
+        listener.set_nonblocking(true)?;
+        UnixListener::from_std(listener).map(Self::Unix)
     }
 
     pub async fn accept(&self) -> io::Result<Conn> {

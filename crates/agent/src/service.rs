@@ -72,6 +72,12 @@ async fn configure_pod(agent: Arc<Agent>, request: v1::ConfigurePodRequest) -> R
     {
         return Err(Error::Exists { what: "pod", id: pod.id.clone() });
     }
+    if let Some(host) = &agent.config.host {
+        crate::host_pod::configure(host, &agent.config.base, &request)?;
+        agent.lock().pod =
+            Some(crate::agent::Pod { id: request.pod_id, hostname: request.hostname });
+        return Ok(());
+    }
     // Clock and entropy first: what follows may write times and draw numbers.
     identity::set_clock(request.unix_time_ns)?;
     identity::add_entropy(&request.entropy)?;
@@ -247,7 +253,8 @@ impl Service for AgentService {
         request: Request<v1::RescanDevicesRequest>,
     ) -> Answer<v1::RescanDevicesReply> {
         let request = request.into_inner();
-        self.run(|_| async move {
+        self.run(|agent| async move {
+            agent.config.has_devices()?;
             if request.disk_serials.is_empty() && request.macs.is_empty() {
                 // The share has no name to wait for; whoever mounts it waits.
                 devices::look_for_new().await?;
@@ -263,7 +270,8 @@ impl Service for AgentService {
         request: Request<v1::ReleaseDeviceRequest>,
     ) -> Answer<v1::ReleaseDeviceReply> {
         let request = request.into_inner();
-        self.run(|_| async move {
+        self.run(|agent| async move {
+            agent.config.has_devices()?;
             if !request.disk_serial.is_empty() {
                 devices::release_disk(&request.disk_serial).await?;
             }
@@ -297,7 +305,8 @@ impl Service for AgentService {
         request: Request<v1::ResizePodRequest>,
     ) -> Answer<v1::ResizePodReply> {
         let wanted = request.into_inner().cpus;
-        self.run(move |_| async move {
+        self.run(move |agent| async move {
+            agent.config.has_devices()?;
             let task = tokio::task::spawn_blocking(move || cpus::resize(wanted));
             let cpus = task.await.map_err(|error| Error::Helper {
                 doing: "switch CPUs",

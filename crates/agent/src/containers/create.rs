@@ -88,6 +88,9 @@ async fn build(
         root = root.owned_by(userns.mapping.root());
     }
     let asked = spec.linux().as_ref().and_then(|linux| linux.resources().clone());
+    if !request.block_devices.is_empty() {
+        agent.config.has_devices()?;
+    }
     let extra = Devices::find(request, &asked.unwrap_or_default(), userns.is_some())?;
     let (mqueue, userns_path) =
         (agent.config.base.join("mqueue"), userns.as_ref().map(|u| u.path()));

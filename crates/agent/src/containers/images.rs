@@ -1,5 +1,6 @@
 //! EROFS images on disks, mounted once at `<base>/images/<serial>` whatever the number of
-//! containers that stand on one or have it as a volume.
+//! containers that stand on one or have it as a volume. In a pod without a VM they are files of the
+//! host, behind loop devices.
 
 use std::collections::HashMap;
 use std::fs;
@@ -9,12 +10,19 @@ use nix::mount::MsFlags;
 
 use super::rootfs::{blocking, mount_at, unmount};
 use crate::agent::Agent;
-use crate::error::{Error, Result};
+use crate::error::{Doing, Error, Result};
 use crate::guest::devices;
+use crate::guest::loop_device::Loop;
 
-/// How many uses each mounted image has, by serial.
+/// Mounted images by serial.
 #[derive(Debug, Default)]
-pub struct Images(HashMap<String, usize>);
+pub struct Images(HashMap<String, Mounted>);
+
+#[derive(Debug)]
+struct Mounted {
+    users: usize,
+    path: PathBuf,
+}
 
 /// An image in use; has to be given back with [`release`].
 #[derive(Debug)]
@@ -38,30 +46,52 @@ pub async fn take(agent: &Agent, serial: &str) -> Result<Image> {
         }
         return Ok(Image { serial: None, path: PathBuf::from(folder) });
     }
-    let node = devices::disk_node(serial)?;
-    let target = agent.config.base.join("images").join(serial);
     let mut images = agent.images.lock().await;
-    let users = images.0.entry(serial.to_owned()).or_insert(0);
-    if *users == 0 {
+    if let Some(mounted) = images.0.get_mut(serial) {
+        mounted.users += 1;
+        return Ok(Image { serial: Some(serial.to_owned()), path: mounted.path.clone() });
+    }
+    let path = mount(agent, serial).await?;
+    images.0.insert(serial.to_owned(), Mounted { users: 1, path: path.clone() });
+    Ok(Image { serial: Some(serial.to_owned()), path })
+}
+
+async fn mount(agent: &Agent, serial: &str) -> Result<PathBuf> {
+    let folder = agent.config.base.join("images");
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
+    let (target, result) = if let Some(file) = serial.strip_prefix(agent_api::host_pod::FILE) {
+        let mounts = agent.config.host()?.mounts.clone();
+        let target = folder.join(agent.lock().number().to_string());
+        let (file, at) = (PathBuf::from(file), target.clone());
+        let work = move || {
+            let image = mounts.open(&file)?;
+            let device = Loop::of(&image)
+                .doing(|| format!("set up a loop device for image {}", file.display()))?;
+            mount_at(device.node(), &at, "erofs", flags, "")
+        };
+        (target, blocking(work).await)
+    } else {
+        agent.config.has_devices()?;
+        let node = devices::disk_node(serial)?;
+        let target = folder.join(serial);
         let at = target.clone();
-        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
-        let result = blocking(move || mount_at(&node, &at, "erofs", flags, "")).await;
-        if let Err(error) = result {
-            images.0.remove(serial);
+        (target, blocking(move || mount_at(&node, &at, "erofs", flags, "")).await)
+    };
+    match result {
+        Ok(()) => Ok(target),
+        Err(error) => {
             let _ = fs::remove_dir(&target);
-            return Err(error);
+            Err(error)
         }
     }
-    *users += 1;
-    Ok(Image { serial: Some(serial.to_owned()), path: target })
 }
 
 pub async fn release(agent: &Agent, image: Image) -> Result<()> {
     let Some(serial) = image.serial else { return Ok(()) };
     let mut images = agent.images.lock().await;
-    let Some(users) = images.0.get_mut(&serial) else { return Ok(()) };
-    *users -= 1;
-    if *users > 0 {
+    let Some(mounted) = images.0.get_mut(&serial) else { return Ok(()) };
+    mounted.users -= 1;
+    if mounted.users > 0 {
         return Ok(());
     }
     images.0.remove(&serial);

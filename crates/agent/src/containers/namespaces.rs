@@ -60,6 +60,8 @@ pub(super) async fn user_namespace(
     agent: &Arc<Agent>,
     mapping: Mapping,
 ) -> Result<Arc<UserNamespace>> {
+    // Its sysctls would be the host's.
+    agent.config.has_devices()?;
     let mut made = agent.userns.lock().await;
     let userns = match &*made {
         Some(userns) if userns.mapping == mapping => Arc::clone(userns),

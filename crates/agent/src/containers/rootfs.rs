@@ -16,6 +16,7 @@ use super::images::{self, Image};
 use crate::agent::Agent;
 use crate::error::{Doing, Error, Result};
 use crate::guest::devices;
+use crate::guest::host_mounts::HostMounts;
 use crate::guest::tree::Tree;
 use crate::guest::volumes::open_dir;
 use crate::oci::userns::UserNamespace;
@@ -27,9 +28,55 @@ const BUSY_DEADLINE: Duration = Duration::from_secs(5);
 /// barriers; what is deleted is given back to the host.
 const EXT4_OPTIONS: &str = "discard,nobarrier";
 
+/// What is written by a container goes here.
+enum Layer {
+    Tmpfs,
+    /// A virtio-blk disk.
+    Disk(PathBuf),
+    /// Of the host, for a pod without a VM.
+    Folder {
+        mounts: Arc<HostMounts>,
+        folder: PathBuf,
+    },
+}
+
+impl Layer {
+    fn of(agent: &Agent, serial: &str) -> Result<Self> {
+        if serial.is_empty() {
+            return Ok(Self::Tmpfs);
+        }
+        if let Some(folder) = serial.strip_prefix(agent_api::host_pod::FOLDER) {
+            let mounts = agent.config.host()?.mounts.clone();
+            return Ok(Self::Folder { mounts, folder: folder.into() });
+        }
+        agent.config.has_devices()?;
+        devices::disk_node(serial).map(Self::Disk)
+    }
+
+    fn mount(&self, target: &Path) -> Result<()> {
+        let flags = MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
+        match self {
+            Self::Tmpfs => {
+                let flags = flags | MsFlags::MS_NOSUID;
+                mount_at(Path::new("upper"), target, "tmpfs", flags, "mode=0755")
+            }
+            Self::Disk(node) => mount_at(node, target, "ext4", flags, EXT4_OPTIONS),
+            Self::Folder { mounts, folder } => {
+                let what = || format!("mount {} at {}", folder.display(), target.display());
+                let (tree, _) = mounts.copy(folder)?;
+                tree.propagation(MsFlags::MS_PRIVATE).doing(what)?;
+                fs::create_dir_all(target).doing(what)?;
+                tree.attach(target).doing(what)
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 pub struct Rootfs {
     dir: PathBuf,
+    /// The writable layer shares its file system with others.
+    is_folder: bool,
     image: Option<Image>,
     /// What is mounted, in order.
     mounted: Vec<PathBuf>,
@@ -86,6 +133,7 @@ impl Rootfs {
     ) -> Result<Self> {
         let mut rootfs = Self {
             dir: agent.config.base.join("containers").join(id),
+            is_folder: false,
             image: None,
             mounted: Vec::new(),
         };
@@ -117,17 +165,10 @@ impl Rootfs {
         }
         let (uid, gid) = userns.map_or((0, 0), |userns| userns.mapping.root());
         let upper = self.dir.join("upper");
-        let source = wanted.upper_serial.clone();
+        let layer = Layer::of(agent, &wanted.upper_serial)?;
+        self.is_folder = matches!(layer, Layer::Folder { .. });
         let target = upper.clone();
-        blocking(move || {
-            let flags = MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
-            if source.is_empty() {
-                let flags = flags | MsFlags::MS_NOSUID;
-                return mount_at(Path::new("upper"), &target, "tmpfs", flags, "mode=0755");
-            }
-            mount_at(&devices::disk_node(&source)?, &target, "ext4", flags, EXT4_OPTIONS)
-        })
-        .await?;
+        blocking(move || layer.mount(&target)).await?;
         self.mounted.push(upper.clone());
         let target = self.path();
         let at = target.clone();
@@ -161,9 +202,9 @@ impl Rootfs {
         self.dir.join("rootfs")
     }
 
-    /// What is written goes here.
-    pub fn layer(&self) -> PathBuf {
-        self.dir.join("upper")
+    /// What is written goes here, and whether others write to its file system, too.
+    pub fn layer(&self) -> (PathBuf, bool) {
+        (self.dir.join("upper"), self.is_folder)
     }
 
     /// Takes everything down; goes on past failures, may be repeated after one.

@@ -1,6 +1,7 @@
 //! Stats: what the cgroups, the interfaces and the writable layers say now.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use agent_api::v1;
@@ -16,6 +17,9 @@ use crate::oci::cgroup::Cgroup;
 /// Open files looked at in one request, all containers together: each costs a system call, and how
 /// many there are is up to the containers.
 const MAX_FILES: usize = 16384;
+/// Files of a writable layer that are counted, where the file system does not count them: how many
+/// there are is up to the container.
+const MAX_INODES: u64 = 200_000;
 /// Processes of one container that are looked at.
 const MAX_PROCESSES: usize = 4096;
 
@@ -23,7 +27,8 @@ const MAX_PROCESSES: usize = 4096;
 struct Subject {
     id: String,
     cgroup: Cgroup,
-    layer: Option<PathBuf>,
+    /// And whether others write to its file system.
+    layer: Option<(PathBuf, bool)>,
     init: i32,
     started_unix_ns: i64,
 }
@@ -43,6 +48,7 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
         state.containers.iter().filter_map(subject).collect()
     };
     let pod = agent.pod_cgroup.clone();
+    let host = agent.config.host.as_ref().map(|host| host.network);
     // Hundreds of small files: not on the thread that serves streams.
     blocking(move || {
         let mut files = MAX_FILES;
@@ -56,7 +62,11 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
                 pids: pod.pids(),
                 interfaces: interfaces(
                     &fs::read_to_string("/proc/net/dev").unwrap_or_default(),
-                    devices::is_card,
+                    |name| match host {
+                        None => devices::is_card(name),
+                        // What plugins have made is no card; the host's are not the pod's.
+                        Some(has_hosts_network) => !has_hosts_network && name != "lo",
+                    },
                 ),
                 io_pressure: pod.pressure("io.pressure"),
             }),
@@ -72,12 +82,37 @@ fn container(subject: &Subject, files: &mut usize) -> v1::ContainerStats {
         cpu: Some(cgroup.cpu()),
         memory: Some(cgroup.memory()),
         pids: cgroup.pids(),
-        writable_layer: subject.layer.as_deref().map(usage),
+        writable_layer: subject
+            .layer
+            .as_ref()
+            .map(|(layer, is_folder)| if *is_folder { folder_usage(layer) } else { usage(layer) }),
         processes: Some(processes(cgroup, subject.init, files)),
         block_io: cgroup.block_io(),
         oom_events: cgroup.oom_kills(),
         started_unix_ns: subject.started_unix_ns,
     }
+}
+
+/// Of a writable layer that is a folder, counted; size and room are the file system's.
+fn folder_usage(layer: &Path) -> v1::FsUsage {
+    let mut found = v1::FsUsage { used_bytes: 0, inodes_used: 0, ..usage(layer) };
+    let mut folders = vec![layer.join("data")];
+    while let Some(folder) = folders.pop() {
+        let Ok(entries) = fs::read_dir(&folder) else { continue };
+        for entry in entries.flatten() {
+            // Of the entry itself, where it is a link.
+            let Ok(meta) = entry.metadata() else { continue };
+            if found.inodes_used >= MAX_INODES {
+                return found;
+            }
+            found.inodes_used += 1;
+            found.used_bytes += meta.blocks() * 512;
+            if meta.is_dir() {
+                folders.push(entry.path());
+            }
+        }
+    }
+    found
 }
 
 /// Used bytes and inodes of a writable layer.

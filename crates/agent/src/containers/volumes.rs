@@ -6,6 +6,7 @@
 //! written  <base>/volumes/<id>  (tmpfs)     \
 //! share    <base>/shares/<id>   (virtio-fs)  > sub_path, resolved beneath -> copy of the tree -> stage
 //! image    <base>/images/<serial> (EROFS)   /
+//! host     a path of the host, in a pod without a VM -> copy of the tree -> stage
 //! ```
 
 use std::fs;
@@ -16,7 +17,7 @@ use std::sync::Arc;
 use agent_api::v1;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
-use nix::mount::{MntFlags, MsFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::images::{self, Image};
 use super::rootfs::blocking;
@@ -36,6 +37,14 @@ pub struct Staged {
     dir: PathBuf,
     mounted: Vec<PathBuf>,
     images: Vec<Image>,
+}
+
+/// What is to be mounted.
+enum Place {
+    /// An O_PATH descriptor.
+    Here(OwnedFd),
+    /// Of the host; whether it is a folder.
+    Copied(Tree, bool),
 }
 
 /// Checked once, so that the rest may rely on it.
@@ -102,7 +111,7 @@ impl Staged {
             let mapped = kind.source == v1::VolumeSource::Written || volume.ids_mapped;
             let userns = userns.filter(|_| !mapped).cloned();
             let directory =
-                blocking(move || attach(&source, &wanted, &kind, userns.as_deref(), &at)).await?;
+                blocking(move || attach(source, &wanted, &kind, userns.as_deref(), &at)).await?;
             self.mounted.push(target.clone());
             binds.push(Bind {
                 source: target,
@@ -113,17 +122,23 @@ impl Staged {
         Ok(binds)
     }
 
-    /// An O_PATH descriptor of what is to be mounted.
     async fn open(
         &mut self,
         agent: &Agent,
         volume: &v1::VolumeMount,
         source: v1::VolumeSource,
-    ) -> Result<OwnedFd> {
+    ) -> Result<Place> {
         let (id, sub_path) = (&volume.volume_id, &volume.sub_path);
         match source {
+            v1::VolumeSource::Host => {
+                let mounts = agent.config.host()?.mounts.clone();
+                let path = PathBuf::from(id);
+                let (tree, directory) = blocking(move || mounts.copy(&path)).await?;
+                return Ok(Place::Copied(tree, directory));
+            }
             v1::VolumeSource::Written => agent.lock().volumes.open(id, sub_path),
             v1::VolumeSource::Share => {
+                agent.config.has_devices()?;
                 // Held while blocking: the first one mounts for the others.
                 let mut share = Arc::clone(&agent.share).lock_owned().await;
                 let (id, sub_path) = (id.clone(), sub_path.clone());
@@ -142,6 +157,7 @@ impl Staged {
                 blocking(move || open_in_image(&path, &id, &sub_path)).await
             }
         }
+        .map(Place::Here)
     }
 
     /// Takes everything down; goes on past failures, may be repeated after one.
@@ -149,6 +165,9 @@ impl Staged {
         let mut result = Ok(());
         let mut left = Vec::new();
         for target in std::mem::take(&mut self.mounted).into_iter().rev() {
+            // What is unmounted inside stays where its mounts are shared with others.
+            let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
+            let _ = mount(None::<&str>, &target, None::<&str>, slave, None::<&str>);
             // Detached: what was mounted inside goes too, and a mount namespace that is just
             // going away may still hold a copy.
             match umount2(&target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
@@ -200,16 +219,21 @@ fn open_in_image(root: &Path, id: &str, sub_path: &str) -> Result<OwnedFd> {
 
 /// Mounts a copy of what `source` is on `target`, which is made; answers whether it is a folder.
 fn attach(
-    source: &OwnedFd,
+    source: Place,
     volume: &v1::VolumeMount,
     kind: &Kind,
     userns: Option<&UserNamespace>,
     target: &Path,
 ) -> Result<bool> {
     let what = || format!("prepare the volume for {}", volume.destination);
-    let directory =
-        fs::metadata(format!("/proc/self/fd/{}", source.as_raw_fd())).doing(what)?.is_dir();
-    let tree = Tree::copy(source.as_fd()).doing(what)?;
+    let (tree, directory) = match source {
+        Place::Copied(tree, directory) => (tree, directory),
+        Place::Here(place) => {
+            let path = format!("/proc/self/fd/{}", place.as_raw_fd());
+            let directory = fs::metadata(path).doing(what)?.is_dir();
+            (Tree::copy(place.as_fd()).doing(what)?, directory)
+        }
+    };
     if let Some(userns) = userns {
         match tree.map_ids(userns.as_fd()) {
             Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => {

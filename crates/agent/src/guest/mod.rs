@@ -3,8 +3,10 @@
 pub mod boot;
 pub mod cpus;
 pub mod devices;
+pub mod host_mounts;
 pub mod identity;
 pub mod inroot;
+pub mod loop_device;
 pub mod modules;
 mod netlink;
 pub mod network;

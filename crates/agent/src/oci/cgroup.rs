@@ -15,6 +15,10 @@ use crate::error::{Doing, Error, Result};
 
 /// Where cgroup v2 is mounted; libcontainer knows no other place.
 pub const MOUNT: &str = "/sys/fs/cgroup";
+/// Of the agent itself, beside the containers of a pod without a VM.
+const AGENT: &str = "agent";
+/// Controllers that containers' limits need; the host's other ones are left as they are.
+const FOR_CONTAINERS: [&str; 6] = ["cpu", "cpuset", "memory", "io", "pids", "hugetlb"];
 /// Devices told of in statistics; a pod has a few dozen disks.
 const MAX_DEVICES: usize = 256;
 /// Removing a cgroup waits this long for its killed processes to go.
@@ -33,8 +37,16 @@ fn write(path: &Path, value: &str) -> Result<()> {
 /// Enables every controller there is for the children of `dir`. One by one: a controller that
 /// cannot be enabled must not take the others with it.
 pub fn enable_controllers(dir: &Path) {
-    let available = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
-    for controller in available.split_whitespace() {
+    enable_some(dir, |_| true);
+}
+
+fn enable_some(dir: &Path, wanted: impl Fn(&str) -> bool) {
+    let read = |file| fs::read_to_string(dir.join(file)).unwrap_or_default();
+    let (available, enabled) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
+    let missing = available
+        .split_whitespace()
+        .filter(|name| wanted(name) && !enabled.split_whitespace().any(|known| known == *name));
+    for controller in missing {
         let file = dir.join("cgroup.subtree_control");
         if let Err(error) = fs::write(&file, format!("+{controller}")) {
             tracing::warn!(controller, %error, "controller is not available to containers");
@@ -49,6 +61,23 @@ impl Cgroup {
         enable_controllers(Path::new(MOUNT));
         fs::create_dir_all(cgroup.dir()).doing(|| format!("make cgroup {name}"))?;
         enable_controllers(&cgroup.dir());
+        Ok(cgroup)
+    }
+
+    /// The cgroup that a pod without a VM was born in. Its processes go to one of their own, as a
+    /// cgroup with children that are limited may hold none (cgroup-v2.rst, "No Internal Process
+    /// Constraint").
+    pub fn pod_of_host(name: &str) -> Result<Self> {
+        let cgroup = Self { path: Path::new("/").join(name) };
+        let own = cgroup.create(AGENT)?;
+        write(&own.dir().join("cgroup.procs"), "0")?;
+        let dir = cgroup.dir();
+        let mut all: Vec<&Path> =
+            dir.ancestors().take_while(|path| path.starts_with(MOUNT)).collect();
+        all.reverse();
+        for dir in all {
+            enable_some(dir, |controller| FOR_CONTAINERS.contains(&controller));
+        }
         Ok(cgroup)
     }
 

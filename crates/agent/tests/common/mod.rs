@@ -75,6 +75,23 @@ impl Door {
 
 /// None, with a reason on standard output, where this cannot run.
 pub async fn guest() -> Option<Guest> {
+    let dir = root_folder()?;
+    let child = Command::new("unshare")
+        .args(["-mpuiCn", "--fork", "--mount-proc", "--kill-child"])
+        .arg(env!("CARGO_BIN_EXE_nacelle-agent"))
+        .arg("--listen-unix")
+        .arg(dir.path())
+        .env("NACELLE_LOG", "debug")
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let lower = format!("dir:{}", dir.path().join("root").display());
+    Some(Guest::in_folder(child, dir, lower).await)
+}
+
+/// A folder with a root file system in `root`; None, with a reason on standard output, where
+/// containers cannot be run as ordinary processes.
+pub fn root_folder() -> Option<tempfile::TempDir> {
     let Some(busybox) = busybox() else {
         println!("SKIP: no static busybox (apt-get install busybox-static)");
         return None;
@@ -85,30 +102,7 @@ pub async fn guest() -> Option<Guest> {
     }
     let dir = tempfile::tempdir().unwrap();
     make_root(&dir.path().join("root"), &busybox);
-    let mut child = Command::new("unshare")
-        .args(["-mpuiCn", "--fork", "--mount-proc", "--kill-child"])
-        .arg(env!("CARGO_BIN_EXE_nacelle-agent"))
-        .arg("--listen-unix")
-        .arg(dir.path())
-        .env("NACELLE_LOG", "debug")
-        .stdin(Stdio::null())
-        .spawn()
-        .unwrap();
-    let lower = format!("dir:{}", dir.path().join("root").display());
-    let door = Door::Folder(dir.path().to_owned());
-    let start = Instant::now();
-    // The control socket is the last to be made; it is there a moment before it listens.
-    let client = loop {
-        match door.client().await {
-            Ok(client) => break client,
-            Err(error) if start.elapsed() > PATIENCE => {
-                let _ = (child.kill(), child.wait());
-                panic!("the agent does not listen: {error}");
-            }
-            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
-        }
-    };
-    Some(Guest { child, dir, client, lower, door })
+    Some(dir)
 }
 
 /// VMs one after the other: two at once in an emulated machine only make both slower.
@@ -273,6 +267,24 @@ pub fn merge(into: &mut serde_json::Value, from: serde_json::Value) {
 }
 
 impl Guest {
+    /// The agent that listens in `dir`.
+    pub async fn in_folder(mut child: Child, dir: tempfile::TempDir, lower: String) -> Self {
+        let door = Door::Folder(dir.path().to_owned());
+        let start = Instant::now();
+        // The control socket is the last to be made; it is there a moment before it listens.
+        let client = loop {
+            match door.client().await {
+                Ok(client) => break client,
+                Err(error) if start.elapsed() > PATIENCE => {
+                    let _ = (child.kill(), child.wait());
+                    panic!("the agent does not listen: {error}");
+                }
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        };
+        Self { child, dir, client, lower, door }
+    }
+
     /// A disk as the image of the containers to come.
     pub fn use_lower(&mut self, serial: &str) {
         serial.clone_into(&mut self.lower);
