@@ -179,7 +179,8 @@ impl Host {
         }
         record.result = Some(success.raw.clone());
         self.records.write(record).map_err(|e| after(e.into()))?;
-        netns::within(path, || nic::join(path, &success)).map_err(|e| after(e.into()))
+        let primary = record.params.interface.as_str();
+        netns::within(path, || nic::join(path, primary, &success)).map_err(|e| after(e.into()))
     }
 
     /// After a failed attach. The namespace goes in any case, since nothing has run in it; the

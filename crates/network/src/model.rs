@@ -88,10 +88,11 @@ pub struct Route {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
     pub netns: PathBuf,
-    /// The n-th one is joined to the tap that [`crate::Cni::open_taps`] returns n-th.
+    /// The n-th one is joined to the tap that [`crate::Cni::open_taps`] returns n-th. First is the
+    /// one that the plugins were asked for.
     pub interfaces: Vec<Interface>,
     pub routes: Vec<Route>,
-    /// First is the primary address.
+    /// Of the first interface, in the plugins' order: first is the primary address.
     pub addresses: Vec<IpAddr>,
     /// From the plugins' result; empty when they said nothing.
     pub dns: Dns,

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use crate::cidr::Cidr;
 use crate::model::{Attachment, Interface, Route};
 use crate::netns::NetnsError;
-use crate::plugin::reply::Success;
+use crate::plugin::reply::{ResultIp, Success};
 use crate::rtnl::{Link, LinkAddress, LinkRoute, Rtnl, RtnlError};
 use crate::tap;
 
@@ -47,6 +47,8 @@ pub enum NicError {
          namespace {}", .netns.display()
     )]
     NoInterface { netns: PathBuf },
+    #[error("the network plugins reported success but gave the pod's interface {name} no address")]
+    NoAddress { name: String },
     #[error("the pod has {count} interfaces, {MAX_INTERFACES} at most are possible")]
     TooManyInterfaces { count: usize },
     #[error("the pod has {count} routes, {MAX_ROUTES} at most are possible")]
@@ -59,10 +61,11 @@ fn tap_name(n: usize) -> String {
     format!("tap{n}")
 }
 
-/// Joins every interface of the calling thread's namespace to a tap of its own.
-pub fn join(netns: &Path, result: &Success) -> Result<Attachment, NicError> {
+/// Joins every interface of the calling thread's namespace to a tap of its own. `primary` is the
+/// one the plugins were asked for.
+pub fn join(netns: &Path, primary: &str, result: &Success) -> Result<Attachment, NicError> {
     let mut rtnl = Rtnl::open()?;
-    let links = pod_links(&mut rtnl, result)?;
+    let links = pod_links(&mut rtnl, primary, result)?;
     if links.is_empty() {
         return Err(NicError::NoInterface { netns: netns.to_owned() });
     }
@@ -70,6 +73,10 @@ pub fn join(netns: &Path, result: &Success) -> Result<Attachment, NicError> {
         return Err(NicError::TooManyInterfaces { count: links.len() });
     }
     let attachment = describe(netns, &links, &rtnl.addresses()?, &rtnl.routes()?, result)?;
+    // A kubelet makes a pod without an address anew, over and over.
+    if attachment.addresses.is_empty() {
+        return Err(NicError::NoAddress { name: links[0].name.clone() });
+    }
     for (n, link) in links.iter().enumerate() {
         let name = tap_name(n);
         tap::create(&name).map_err(|source| NicError::Tap { name: name.clone(), source })?;
@@ -138,17 +145,14 @@ pub fn check(interfaces: &[Interface]) -> Result<(), NicError> {
     Ok(())
 }
 
-/// The interfaces that are the pod's: those the result names first, in its order, then others that
-/// are up (added by plugins that call plugins and report only the first network).
-fn pod_links(rtnl: &mut Rtnl, result: &Success) -> Result<Vec<Link>, NicError> {
+/// The interfaces that are the pod's: the primary, those the result names in its order, then others
+/// that are up (added by plugins that call plugins and report only the first network).
+fn pod_links(rtnl: &mut Rtnl, primary: &str, result: &Success) -> Result<Vec<Link>, NicError> {
     let mut links: Vec<Link> = rtnl.links()?.into_iter().filter(|l| !l.tun).collect();
     links.sort_by_key(|l| l.index);
-    let named: Vec<&str> = result
-        .interfaces
-        .iter()
-        .filter(|i| !i.sandbox.is_empty())
-        .map(|i| i.name.as_str())
-        .collect();
+    let reported = result.interfaces.iter().filter(|i| !i.sandbox.is_empty());
+    let named: Vec<&str> =
+        std::iter::once(primary).chain(reported.map(|i| i.name.as_str())).collect();
     let rank = |link: &Link| named.iter().position(|n| *n == link.name).unwrap_or(named.len());
     links.retain(|l| l.up || rank(l) < named.len());
     links.sort_by_key(rank);
@@ -180,19 +184,15 @@ fn describe(
             addresses: own.iter().map(Cidr::to_string).collect(),
         });
     }
-    let reported: Vec<IpAddr> = result.ips.iter().map(|ip| ip.address.ip).collect();
-    let mut all: Vec<IpAddr> = interfaces
-        .iter()
-        .flat_map(|i| &i.addresses)
-        .filter_map(|a| a.parse::<Cidr>().ok())
-        .map(|a| a.ip)
-        .collect();
-    all.sort_by_key(|ip| reported.iter().position(|r| r == ip).unwrap_or(usize::MAX));
+    // As other runtimes do it: a pod is known by the addresses of its primary interface.
+    let of_primary = interfaces.iter().take(1).flat_map(|i: &Interface| &i.addresses);
+    let addresses: Vec<IpAddr> =
+        of_primary.filter_map(|a| a.parse::<Cidr>().ok()).map(|a| a.ip).collect();
     Ok(Attachment {
         netns: netns.to_owned(),
         routes: describe_routes(links, routes, result)?,
         interfaces,
-        addresses: all,
+        addresses,
         dns: result.dns.clone(),
     })
 }
@@ -229,15 +229,19 @@ fn describe_routes(
         if known.contains(&destination) {
             continue;
         }
-        let family = |ip: IpAddr| ip.is_ipv4() == destination.ip.is_ipv4();
-        let of_address = result
-            .ips
-            .iter()
-            .filter(|ip| family(ip.address.ip))
-            .find_map(|ip| ip.gateway.map(|gateway| (gateway, ip.interface)));
-        let gateway = route.gateway.or(of_address.map(|(gateway, _)| gateway));
-        let interface = of_address
-            .and_then(|(_, index)| result.interfaces.get(index?))
+        let of_family =
+            result.ips.iter().filter(|ip| ip.address.ip.is_ipv4() == destination.ip.is_ipv4());
+        let beside = |ip: &&ResultIp| {
+            let gateway = route.gateway.and_then(|g| Cidr::new(g, ip.address.prefix));
+            gateway.is_some_and(|g| g.network() == ip.address.network())
+        };
+        let ip = of_family
+            .clone()
+            .find(beside)
+            .or_else(|| of_family.clone().find(|ip| ip.gateway.is_some()));
+        let gateway = route.gateway.or(ip.and_then(|ip| ip.gateway));
+        let interface = ip
+            .and_then(|ip| result.interfaces.get(ip.interface?))
             .and_then(|i| links.iter().find(|l| l.name == i.name))
             .unwrap_or(&links[0]);
         wanted.push((0, destination, gateway, &interface.name));

@@ -1,0 +1,183 @@
+//! Guests without a VM. A second network namespace plays the guest: it is configured from the
+//! attachment alone, and a pump between each of its taps and the pod's plays the VM's NIC,
+//! virtio-net headers and all.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use network::{Attachment, Cni, Pod};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns};
+
+use super::{Host, on_a_host, run, run_in};
+
+/// The largest frame with offloads, and its header.
+const FRAME: usize = 65_536 + 64;
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Runs a test where the plugins are, on a host with a network of the default form.
+pub fn on_a_network(body: impl FnOnce(&Host, &Cni) + Send + 'static) {
+    if !Path::new("/usr/lib/cni/bridge").exists() && !Path::new("/opt/cni/bin/bridge").exists() {
+        println!("SKIP: the CNI plugins are missing (Debian package containernetworking-plugins)");
+        return;
+    }
+    on_a_host(|host| {
+        let text = network::default_conflist(Some("10.99.0.0/24"), Some("fd99::/64")).unwrap();
+        host.conflist(&text);
+        body(host, &host.cni());
+    });
+}
+
+/// A stand-in for a VM: its own namespace, and a pump between two taps for
+/// each interface.
+pub struct Guest {
+    pub netns: PathBuf,
+    stop: Arc<AtomicBool>,
+    pumps: Vec<JoinHandle<()>>,
+}
+
+impl Guest {
+    pub fn boot(host: &Host, cni: &Cni, id: &str, attachment: &Attachment) -> Self {
+        let netns = host.path("netns").join(format!("guest-{id}"));
+        let name = netns.display().to_string();
+        std::fs::write(&netns, "").unwrap();
+        run("unshare", &["--net", "mount", "--bind", "/proc/self/ns/net", &name]);
+        let taps = host.runtime.block_on(cni.open_taps(id, attachment)).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let ip = |args: &[&str]| run_in(&netns, "ip", args);
+        ip(&["link", "set", "lo", "up"]);
+        let mut pairs = Vec::new();
+        for (interface, tap) in attachment.interfaces.iter().zip(taps) {
+            let name = interface.name.as_str();
+            pairs.push((inside(&netns, || super::tap::open(name)), tap));
+            let mac: Vec<String> = interface.mac.iter().map(|b| format!("{b:02x}")).collect();
+            let mtu = interface.mtu.to_string();
+            ip(&["link", "set", name, "address", &mac.join(":"), "mtu", &mtu]);
+            ip(&["link", "set", name, "up"]);
+            for address in &interface.addresses {
+                let mut args = vec!["addr", "add", address, "dev", name];
+                if address.contains(':') {
+                    args.push("nodad");
+                }
+                ip(&args);
+            }
+        }
+        for route in &attachment.routes {
+            let family = if route.gateway.contains(':') || route.destination.contains(':') {
+                "-6"
+            } else {
+                "-4"
+            };
+            let destination =
+                if route.destination.is_empty() { "default" } else { &route.destination };
+            let mut args = vec![family, "route", "add", destination, "dev", &route.interface];
+            if !route.gateway.is_empty() {
+                args.extend(["via", &route.gateway]);
+            }
+            ip(&args);
+        }
+        let pumps = pairs
+            .into_iter()
+            .map(|(ours, theirs)| {
+                let stop = stop.clone();
+                std::thread::spawn(move || pump(&ours, &theirs, &stop))
+            })
+            .collect();
+        Self { netns, stop, pumps }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for pump in self.pumps.drain(..) {
+            let _ = pump.join();
+        }
+        nix::mount::umount(&self.netns).unwrap();
+        std::fs::remove_file(&self.netns).unwrap();
+    }
+}
+
+/// Carries whole frames with their virtio-net headers both ways.
+fn pump(one: &OwnedFd, other: &OwnedFd, stop: &AtomicBool) {
+    let mut frame = vec![0; FRAME];
+    while !stop.load(Ordering::Relaxed) {
+        let mut fds = [
+            PollFd::new(one.as_fd(), PollFlags::POLLIN),
+            PollFd::new(other.as_fd(), PollFlags::POLLIN),
+        ];
+        let _ = poll(&mut fds, PollTimeout::from(50_u8));
+        let ready: Vec<bool> = fds.iter().map(|f| f.any() == Some(true)).collect();
+        for (from, to, ready) in [(one, other, ready[0]), (other, one, ready[1])] {
+            if ready && let Ok(n) = nix::unistd::read(from, &mut frame) {
+                // A full queue drops frames, as a wire does.
+                let _ = nix::unistd::write(to, &frame[..n]);
+            }
+        }
+    }
+}
+
+/// Runs something on a thread inside a namespace.
+pub fn inside<T: Send>(netns: &Path, work: impl FnOnce() -> T + Send) -> T {
+    let file = std::fs::File::open(netns).unwrap();
+    std::thread::scope(|scope| {
+        let job = scope.spawn(|| {
+            setns(file.as_fd(), CloneFlags::CLONE_NEWNET).unwrap();
+            work()
+        });
+        job.join().unwrap()
+    })
+}
+
+/// Answers each connection with the address it came from and all that it sent.
+pub fn serve(netns: &Path, address: &str) -> JoinHandle<()> {
+    let listener = inside(netns, || TcpListener::bind(address).unwrap());
+    std::thread::spawn(move || {
+        let (mut stream, peer) = listener.accept().unwrap();
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        stream.write_all(format!("{}\n", peer.ip().to_canonical()).as_bytes()).unwrap();
+        stream.write_all(&all).unwrap();
+    })
+}
+
+/// Sends a lot to a server of [`serve`] and checks that it comes back; the address it saw.
+pub fn ask(netns: Option<&Path>, address: &str) -> String {
+    let address: SocketAddr = address.parse().unwrap();
+    let connect = || {
+        TcpStream::connect_timeout(&address, PATIENCE)
+            .unwrap_or_else(|e| panic!("from {netns:?} to {address}: {e}"))
+    };
+    let mut stream = match netns {
+        Some(netns) => inside(netns, connect),
+        None => connect(),
+    };
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let sent: Vec<u8> = (0..400_000_u32).map(|i| (i % 251) as u8).collect();
+    stream.write_all(&sent).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    let end = answer.iter().position(|b| *b == b'\n').unwrap();
+    assert!(answer[end + 1..] == sent[..], "the bytes that came back are others");
+    String::from_utf8(answer[..end].to_vec()).unwrap()
+}
+
+pub fn address(attachment: &Attachment, v6: bool) -> String {
+    let ip = attachment.addresses.iter().find(|a| a.is_ipv6() == v6).unwrap();
+    if v6 { format!("[{ip}]") } else { ip.to_string() }
+}
+
+pub fn attach(host: &Host, cni: &Cni, pod: Pod) -> Attachment {
+    host.runtime.block_on(cni.attach(pod)).unwrap_or_else(|e| panic!("{e:?}"))
+}
+
+pub fn rules() -> String {
+    ["iptables-save", "ip6tables-save"].map(|program| run(program, &[])).concat()
+}
