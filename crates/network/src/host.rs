@@ -149,7 +149,7 @@ impl Host {
         let mut record = Record { network, params, result: None };
         self.records.write(&record)?;
         self.young().insert(pod.id.clone());
-        self.build(&path, &mut record).map_err(|Failed { error, reached }| {
+        self.build(&path, &mut record, pod.native).map_err(|Failed { error, reached }| {
             let undone = self.undo(&record, reached);
             self.young().remove(&pod.id);
             if let Err(e) = undone {
@@ -164,7 +164,7 @@ impl Host {
         })
     }
 
-    fn build(&self, path: &Path, record: &mut Record) -> Result<Attachment, Failed> {
+    fn build(&self, path: &Path, record: &mut Record, native: bool) -> Result<Attachment, Failed> {
         netns::create(path).map_err(Failed::before)?;
         netns::within(path, nic::set_up_loopback).map_err(Failed::before)?;
         let Record { network, params, .. } = &*record;
@@ -180,7 +180,8 @@ impl Host {
         record.result = Some(success.raw.clone());
         self.records.write(record).map_err(|e| after(e.into()))?;
         let primary = record.params.interface.as_str();
-        netns::within(path, || nic::join(path, primary, &success)).map_err(|e| after(e.into()))
+        let join = if native { nic::look } else { nic::join };
+        netns::within(path, || join(path, primary, &success)).map_err(|e| after(e.into()))
     }
 
     /// After a failed attach. The namespace goes in any case, since nothing has run in it; the

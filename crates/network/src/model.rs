@@ -21,6 +21,8 @@ pub struct Pod {
     pub dns: Dns,
     /// Told to plugins that ask for it.
     pub cgroup_parent: String,
+    /// Its processes live in the namespace itself: no taps are made, no interfaces told.
+    pub native: bool,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

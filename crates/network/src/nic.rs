@@ -65,18 +65,7 @@ fn tap_name(n: usize) -> String {
 /// one the plugins were asked for.
 pub fn join(netns: &Path, primary: &str, result: &Success) -> Result<Attachment, NicError> {
     let mut rtnl = Rtnl::open()?;
-    let links = pod_links(&mut rtnl, primary, result)?;
-    if links.is_empty() {
-        return Err(NicError::NoInterface { netns: netns.to_owned() });
-    }
-    if links.len() > MAX_INTERFACES {
-        return Err(NicError::TooManyInterfaces { count: links.len() });
-    }
-    let attachment = describe(netns, &links, &rtnl.addresses()?, &rtnl.routes()?, result)?;
-    // A kubelet makes a pod without an address anew, over and over.
-    if attachment.addresses.is_empty() {
-        return Err(NicError::NoAddress { name: links[0].name.clone() });
-    }
+    let (links, attachment) = find(&mut rtnl, netns, primary, result)?;
     for (n, link) in links.iter().enumerate() {
         let name = tap_name(n);
         tap::create(&name).map_err(|source| NicError::Tap { name: name.clone(), source })?;
@@ -94,6 +83,34 @@ pub fn join(netns: &Path, primary: &str, result: &Success) -> Result<Attachment,
         rtnl.redirect(tap.index, link.index)?;
     }
     Ok(attachment)
+}
+
+/// What the plugins have made, for processes that live in the calling thread's namespace: the
+/// interfaces are theirs as they are.
+pub fn look(netns: &Path, primary: &str, result: &Success) -> Result<Attachment, NicError> {
+    let (_, attachment) = find(&mut Rtnl::open()?, netns, primary, result)?;
+    Ok(Attachment { interfaces: Vec::new(), routes: Vec::new(), ..attachment })
+}
+
+fn find(
+    rtnl: &mut Rtnl,
+    netns: &Path,
+    primary: &str,
+    result: &Success,
+) -> Result<(Vec<Link>, Attachment), NicError> {
+    let links = pod_links(rtnl, primary, result)?;
+    if links.is_empty() {
+        return Err(NicError::NoInterface { netns: netns.to_owned() });
+    }
+    if links.len() > MAX_INTERFACES {
+        return Err(NicError::TooManyInterfaces { count: links.len() });
+    }
+    let attachment = describe(netns, &links, &rtnl.addresses()?, &rtnl.routes()?, result)?;
+    // A kubelet makes a pod without an address anew, over and over.
+    if attachment.addresses.is_empty() {
+        return Err(NicError::NoAddress { name: links[0].name.clone() });
+    }
+    Ok((links, attachment))
 }
 
 /// The loopback chain of other runtimes does no more than this.
