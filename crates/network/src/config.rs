@@ -30,6 +30,9 @@ pub struct Config {
     pub parallel: usize,
     /// Run the plugins' CHECK right after ADD.
     pub check_after_add: bool,
+    /// After a removal plugins are asked to collect garbage (GC, where the network's cniVersion is
+    /// 1.1.0 or later), but not more often than this.
+    pub gc_interval_ms: u64,
 }
 
 impl Default for Config {
@@ -44,6 +47,7 @@ impl Default for Config {
             plugin_output_limit: 1 << 20,
             parallel: 0,
             check_after_add: false,
+            gc_interval_ms: 300_000,
         }
     }
 }

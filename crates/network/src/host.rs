@@ -12,13 +12,14 @@ use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::alone::Queue;
 use crate::config::Config;
+use crate::garbage::Turns;
 use crate::model::{Attachment, Pod};
 use crate::netns::{self, NetnsError};
 use crate::nic::{self, NicError};
-use crate::peers;
 use crate::plugin::chain::{AddError, PluginError, Runner};
 use crate::plugin::conf::{ConfError, Network};
 use crate::plugin::params::{Params, PodError, check_id};
@@ -43,6 +44,8 @@ pub enum Error {
     Nic(#[from] NicError),
     #[error(transparent)]
     Record(#[from] RecordError),
+    #[error("plugins collect no garbage now, the pods of the network are not all known: {problem}")]
+    Unsure { problem: String },
     #[error("the plugins' stored result is damaged: {problem}")]
     Result { problem: String },
     #[error("the pod {id} is not attached to a network")]
@@ -64,7 +67,7 @@ impl Error {
         }
     }
 
-    fn all(mut errors: Vec<Error>) -> Result<(), Error> {
+    pub(crate) fn all(mut errors: Vec<Error>) -> Result<(), Error> {
         match errors.len() {
             0 => Ok(()),
             1 => Err(errors.remove(0)),
@@ -103,7 +106,7 @@ impl Failed {
 
 /// What becomes of the namespace when a plugin did not take back what it gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Leftover {
+pub(crate) enum Leftover {
     /// Somebody will call again, and the plugin may need it then to find what it has to undo.
     Keep,
     /// Nobody may ever call again.
@@ -112,11 +115,12 @@ enum Leftover {
 
 #[derive(Debug)]
 pub struct Host {
-    config: Config,
-    runner: Runner,
-    records: Records,
+    pub(crate) config: Config,
+    pub(crate) runner: Runner,
+    pub(crate) records: Records,
     /// Calls for one pod wait for each other.
-    pods: Queue,
+    pub(crate) pods: Queue,
+    pub(crate) turns: Turns,
     /// Attached by this process: younger than any list of known pods that a caller of
     /// [`Host::collect`] may hold.
     young: Mutex<BTreeSet<String>>,
@@ -128,6 +132,7 @@ impl Host {
             runner: Runner::new(&config),
             records: Records::new(&config.cache_dir),
             pods: Queue::default(),
+            turns: Turns::new(Duration::from_millis(config.gc_interval_ms)),
             young: Mutex::default(),
             config,
         }
@@ -141,6 +146,7 @@ impl Host {
         let path = self.netns_path(&pod.id);
         let params = Params::new(pod, &self.config.interface, &path)?;
         let _alone = self.pods.enter(&pod.id);
+        let _shared = self.turns.shared();
         if self.records.exists(&pod.id) || path.exists() {
             self.release(&pod.id, Leftover::Take)?;
         }
@@ -210,6 +216,7 @@ impl Host {
     pub fn detach(&self, id: &str) -> Result<(), Error> {
         check_id(id)?;
         let _alone = self.pods.enter(id);
+        let _shared = self.turns.shared();
         self.release(id, Leftover::Keep)?;
         self.young().remove(id);
         Ok(())
@@ -218,7 +225,7 @@ impl Host {
     /// Gives back what a pod was given. When a plugin fails, the others run all the same, and the
     /// record stays so that the next call tries again; `leftover` says whether the namespace stays
     /// with it.
-    fn release(&self, id: &str, leftover: Leftover) -> Result<(), Error> {
+    pub(crate) fn release(&self, id: &str, leftover: Leftover) -> Result<(), Error> {
         let path = self.netns_path(id);
         let mut errors: Vec<Error> = Vec::new();
         if path.exists() && !netns::is_mounted(&path) {
@@ -272,51 +279,6 @@ impl Host {
         Ok(self.runner.check(&record.network, &record.params, result)?)
     }
 
-    /// Frees what belongs to pods that nobody knows, then lets the plugins do their own GC. The
-    /// records say what is ours: they are older than what they speak of and outlive it, while a
-    /// namespace with our prefix may be another daemon's.
-    pub fn collect(&self, known: &[String]) -> Result<(), Error> {
-        let mut errors: Vec<Error> = Vec::new();
-        let mut ids: BTreeSet<String> = BTreeSet::new();
-        match self.records.ids() {
-            Ok(found) => ids.extend(found),
-            Err(e) => errors.push(e.into()),
-        }
-        let mut kept: Vec<(String, String)> = Vec::new();
-        for id in ids {
-            // Busy: somebody knows it well.
-            let Some(_alone) = self.pods.try_enter(&id) else { continue };
-            if known.contains(&id) || self.young().contains(&id) {
-                if let Ok(Some(record)) = self.records.read(&id) {
-                    kept.push((id, record.params.interface));
-                }
-                continue;
-            }
-            if check_id(&id).is_err() {
-                continue;
-            }
-            tracing::info!(pod = id, "collecting the network of a pod that is no more");
-            errors.extend(self.release(&id, Leftover::Take).err());
-        }
-        errors.extend(self.collect_by_plugins(kept));
-        Error::all(errors)
-    }
-
-    fn collect_by_plugins(&self, mut valid: Vec<(String, String)>) -> Vec<Error> {
-        let network = match Network::load(&self.config.conf_dir) {
-            Ok(network) => network,
-            Err(ConfError::None { .. }) => return Vec::new(),
-            Err(e) => return vec![e.into()],
-        };
-        // Pods that came while we were collecting.
-        valid.extend(self.young().iter().map(|id| (id.clone(), self.config.interface.clone())));
-        // Other runtimes may share the network; their pods must live.
-        valid.extend(peers::attachments(&network.name));
-        valid.sort();
-        valid.dedup();
-        self.runner.gc(&network, &valid).into_iter().map(Error::from).collect()
-    }
-
     /// What keeps pods from being attached, in words.
     pub fn trouble(&self) -> Option<String> {
         if let Some(trouble) = tap::trouble() {
@@ -334,7 +296,7 @@ impl Host {
             .map(|e| with_causes(&e))
     }
 
-    fn young(&self) -> MutexGuard<'_, BTreeSet<String>> {
+    pub(crate) fn young(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.young.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

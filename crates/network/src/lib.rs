@@ -12,6 +12,7 @@ mod alone;
 mod cidr;
 mod config;
 mod default;
+mod garbage;
 mod host;
 mod model;
 mod netns;
@@ -86,7 +87,13 @@ impl Cni {
     /// Undoes [`Cni::attach`]; goes on past failures and reports them all. An unknown pod is fine.
     pub async fn detach(&self, pod: &str) -> Result<(), Error> {
         let pod = pod.to_owned();
-        self.work(move |host| host.detach(&pod)).await
+        self.work(move |host| host.detach(&pod)).await?;
+        if self.host.is_sweep_due() {
+            let host = self.host.clone();
+            // Nobody waits for it: a removal is done when the pod's own things are gone.
+            drop(spawn_blocking(move || host.sweep()));
+        }
+        Ok(())
     }
 
     /// Whether the pod's network still stands as it was made.

@@ -3,8 +3,8 @@
 //! CRI-O and Podman use, keeps a file for each attachment here.
 
 use std::fs::{self, File};
-use std::io::Read;
-use std::path::Path;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -22,23 +22,41 @@ struct Cached {
     network_name: String,
 }
 
-/// Container ids and interfaces of the others on that network.
-pub fn attachments(network: &str) -> Vec<(String, String)> {
+/// Container ids and interfaces of the others on that network. The file or folder that may hold
+/// some but cannot be read (one being written, say) is the error: then nobody knows.
+pub fn attachments(network: &str) -> Result<Vec<(String, String)>, PathBuf> {
     attachments_in(Path::new(RESULTS), network)
 }
 
-fn attachments_in(dir: &Path, network: &str) -> Vec<(String, String)> {
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
-    entries
-        .filter_map(Result::ok)
-        .filter_map(|entry| {
-            let mut bytes = Vec::new();
-            File::open(entry.path()).ok()?.take(MAX_BYTES).read_to_end(&mut bytes).ok()?;
-            let cached: Cached = serde_json::from_slice(&bytes).ok()?;
-            (cached.kind == KIND && cached.network_name == network)
-                .then_some((cached.container_id, cached.if_name))
-        })
-        .collect()
+fn attachments_in(dir: &Path, network: &str) -> Result<Vec<(String, String)>, PathBuf> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(_) => return Err(dir.to_owned()),
+    };
+    // Names of files begin with the network's.
+    let prefix = format!("{network}-");
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|_| dir.to_owned())?.path();
+        let named =
+            path.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(prefix.as_bytes()));
+        match read(&path) {
+            Some(cached) if cached.kind == KIND && cached.network_name == network => {
+                found.push((cached.container_id, cached.if_name));
+            }
+            // Of a pod that went this moment.
+            None if named && path.exists() => return Err(path),
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+fn read(path: &Path) -> Option<Cached> {
+    let mut bytes = Vec::new();
+    File::open(path).ok()?.take(MAX_BYTES).read_to_end(&mut bytes).ok()?;
+    serde_json::from_slice(&bytes).ok()
 }
 
 #[cfg(test)]
@@ -46,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attachments_of_the_same_network_are_found_and_rubbish_is_passed_over() {
+    fn attachments_of_the_same_network_are_found_and_rubbish_of_others_is_passed_over() {
         let dir = tempfile::tempdir().unwrap();
         for (file, text) in [
             (
@@ -59,7 +77,13 @@ mod tests {
         ] {
             fs::write(dir.path().join(file), text).unwrap();
         }
-        assert_eq!(attachments_in(dir.path(), "n"), [("c1".to_owned(), "eth0".to_owned())]);
-        assert_eq!(attachments_in(Path::new("/nonexistent"), "n"), []);
+        let ours = [("c1".to_owned(), "eth0".to_owned())];
+        assert_eq!(attachments_in(dir.path(), "n").unwrap(), ours);
+        assert_eq!(attachments_in(Path::new("/nonexistent"), "n"), Ok(Vec::new()));
+        // Half written, and of this network by its name.
+        let half = dir.path().join("n-c3-eth0");
+        fs::write(&half, "{\"kind\":").unwrap();
+        assert_eq!(attachments_in(dir.path(), "n"), Err(half));
+        assert_eq!(attachments_in(dir.path(), "m").unwrap().len(), 1);
     }
 }

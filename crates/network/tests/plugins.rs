@@ -6,31 +6,8 @@ mod common;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use common::{Host, on_a_host, pod, run_in};
+use common::{GOOD, Host, conflist, json, on_a_host, pod, run_in, text};
 use network::{Cni, Config, Error, PluginError};
-
-/// Puts a veth pair with one address into the pod's namespace, as `bridge` would.
-const GOOD: &str = r#"
-LOG=$(dirname "$0")/../log
-echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME ${CNI_NETNS:-none} $CNI_ARGS" >> $LOG
-cat > $(dirname "$0")/../stdin.$CNI_COMMAND
-case $CNI_COMMAND in
-ADD)
-  ip link add h$$ type veth peer name $CNI_IFNAME netns $CNI_NETNS address 02:00:00:00:00:05 || exit 9
-  in="nsenter --net=$CNI_NETNS ip"
-  $in link set $CNI_IFNAME mtu 1400 up && ip link set h$$ up
-  $in addr add 10.9.0.5/24 dev $CNI_IFNAME
-  $in -6 addr add fd09::5/64 nodad dev $CNI_IFNAME
-  $in route add default via 10.9.0.1
-  echo '{"cniVersion":"1.0.0","interfaces":[{"name":"'$CNI_IFNAME'","sandbox":"'$CNI_NETNS'"}],
-    "ips":[{"address":"10.9.0.5/24","gateway":"10.9.0.1","interface":0},
-           {"address":"fd09::5/64","gateway":"fd09::1","interface":0}],
-    "routes":[{"dst":"0.0.0.0/0"},{"dst":"::/0","gw":"fd09::1"}],
-    "dns":{"nameservers":["10.9.0.1"],"search":["cluster"]}}';;
-DEL) test -n "$CNI_NETNS" && nsenter --net=$CNI_NETNS ip link del $CNI_IFNAME; exit 0;;
-VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["0.4.0","1.0.0","1.1.0"]}';;
-esac
-"#;
 
 /// Passes the previous result on, and notes that it ran.
 const SECOND: &str = r#"
@@ -43,30 +20,8 @@ VERSION) echo '{"supportedVersions":["1.0.0","1.1.0"]}';;
 esac
 "#;
 
-fn conflist(version: &str, kinds: &[&str]) -> String {
-    let plugins: Vec<String> = kinds
-        .iter()
-        .map(|k| format!(r#"{{"type":"{k}","capabilities":{{"portMappings":true}}}}"#))
-        .collect();
-    format!(r#"{{"cniVersion":"{version}","name":"test","plugins":[{}]}}"#, plugins.join(","))
-}
-
-fn json(host: &Host, file: &str) -> serde_json::Value {
-    serde_json::from_slice(&fs::read(host.path(file)).unwrap()).unwrap()
-}
-
 fn fails(host: &Host, cni: &Cni, id: &str) -> Error {
     host.runtime.block_on(cni.attach(pod(id))).unwrap_err()
-}
-
-fn text(error: &Error) -> String {
-    let mut all = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        all.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    all
 }
 
 #[test]
@@ -336,35 +291,87 @@ fn attaching_again_starts_by_undoing_what_is_there() {
 }
 
 #[test]
-fn gc_and_status_are_spoken_with_networks_of_1_1_only() {
+fn status_is_asked_of_networks_of_1_1_only_and_its_words_are_passed_on() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.1.0", &["good"]));
         let cni = host.cni();
-        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
-        host.clear_log();
-        host.runtime.block_on(cni.collect(&["p1".to_owned()])).unwrap();
-        assert!(host.log().starts_with("GC"), "{}", host.log());
-        assert_eq!(
-            json(host, "stdin.GC")["cni.dev/valid-attachments"],
-            serde_json::json!([{"containerID":"p1","ifname":"eth0"}])
-        );
         assert_eq!(host.runtime.block_on(cni.trouble()), None);
         assert!(host.log().contains("STATUS"), "{}", host.log());
-        host.plugin(
-            "good",
-            "case $CNI_COMMAND in STATUS) echo '{\"code\":50,\"msg\":\"daemon down\"}'; exit 1;;
-             VERSION) echo '{\"supportedVersions\":[\"1.1.0\"]}';; esac",
-        );
-        let trouble = host.runtime.block_on(cni.trouble()).unwrap();
-        assert!(trouble.contains("daemon down, code 50"), "{trouble}");
+        for (code, meaning) in [(50, "cannot serve pods now"), (51, "may have lost connectivity")] {
+            host.plugin(
+                "good",
+                &format!(
+                    "case $CNI_COMMAND in
+                     STATUS) echo '{{\"code\":{code},\"msg\":\"daemon down\"}}'; exit 1;;
+                     VERSION) echo '{{\"supportedVersions\":[\"1.1.0\"]}}';; esac"
+                ),
+            );
+            let trouble = host.runtime.block_on(cni.trouble()).unwrap();
+            assert!(trouble.contains(&format!("daemon down, code {code}")), "{trouble}");
+            assert!(trouble.contains(meaning), "{trouble}");
+        }
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good"]));
         host.clear_log();
-        host.runtime.block_on(cni.collect(&["p1".to_owned()])).unwrap();
         assert_eq!(host.runtime.block_on(cni.trouble()), None);
-        assert!(!host.log().contains("GC") && !host.log().contains("STATUS"), "{}", host.log());
+        assert!(!host.log().contains("STATUS"), "{}", host.log());
+    });
+}
+
+#[test]
+fn a_check_after_the_add_fails_the_pod_with_the_plugins_words() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        let checks = |script: &str| {
+            host.plugin(
+                "second",
+                &format!("[ $CNI_COMMAND = CHECK ] && {{ {script}; }}\n{SECOND}"),
+            );
+        };
+        checks(r#"echo '{"code":110,"msg":"the route is gone"}'; exit 1"#);
+        host.conflist(&conflist("1.0.0", &["good", "second"]));
+        let cni = Cni::new(Config { check_after_add: true, ..host.config() });
+        let error = text(&fails(host, &cni, "p1"));
+        assert!(error.contains("\"second\" failed at CHECK"), "{error}");
+        assert!(error.contains("the route is gone, code 110"), "{error}");
+        assert!(host.log().contains("second DEL\nDEL p1"), "{}", host.log());
+        host.nothing_left();
+        // A configuration may forbid it; and one that is content lets the pod pass.
+        let list = conflist("1.0.0", &["good", "second"]);
+        host.conflist(&list.replace("\"name\"", "\"disableCheck\":true,\"name\""));
+        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
         host.runtime.block_on(cni.detach("p1")).unwrap();
+        host.conflist(&list);
+        checks("cp /dev/stdin $(dirname $0)/../stdin.CHECK; exit 0");
+        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+        assert_eq!(json(host, "stdin.CHECK")["prevResult"]["ips"][0]["address"], "10.9.0.5/24");
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn a_configuration_that_comes_changes_or_goes_is_seen_at_once() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        let cni = host.cni();
+        let trouble = || host.runtime.block_on(cni.trouble());
+        let folder = host.path("conf").display().to_string();
+        let none = trouble().unwrap();
+        assert!(none.contains(&folder) && none.contains("nacelled config cni"), "{none}");
+        assert!(text(&fails(host, &cni, "p1")).contains(&folder));
+        host.conflist(&conflist("1.0.0", &["good"]));
+        assert_eq!(trouble(), None);
+        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+        host.conflist("{");
+        let broken = trouble().unwrap();
+        assert!(broken.contains("10-test.conflist is not JSON"), "{broken}");
+        fs::remove_file(host.path("conf/10-test.conflist")).unwrap();
+        assert!(trouble().unwrap().contains(&folder));
+        // A pod leaves with the configuration it came with.
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        assert!(host.log().contains("DEL p1"), "{}", host.log());
         host.nothing_left();
     });
 }

@@ -168,7 +168,7 @@ impl Runner {
     /// Frees what belongs to none of the (container id, interface) pairs. Nothing before 1.1.0 or
     /// when the configuration forbids it.
     pub fn gc(&self, network: &Network, valid: &[(String, String)]) -> Vec<PluginError> {
-        if network.disable_gc || network.version < SpecVersion::V1_1_0 {
+        if !network.collects() {
             return Vec::new();
         }
         let valid: Vec<Value> = valid
@@ -176,9 +176,11 @@ impl Runner {
             .map(|(id, interface)| json!({"containerID": id, "ifname": interface}))
             .collect();
         let mut extra = Map::new();
-        // Before the final text of 1.1 the key was spelled without its domain; plugins look at
-        // this one only.
-        extra.insert("cni.dev/valid-attachments".into(), valid.into());
+        // Drafts of 1.1 said the second; plugins look for either, as the reference library passes
+        // both.
+        for key in ["cni.dev/valid-attachments", "cni.dev/attachments"] {
+            extra.insert(key.into(), valid.clone().into());
+        }
         network
             .plugins
             .iter()

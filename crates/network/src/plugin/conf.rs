@@ -124,6 +124,11 @@ impl Network {
         Self::from_value(path, value)
     }
 
+    /// Whether its plugins may be asked for GC.
+    pub fn collects(&self) -> bool {
+        self.version >= SpecVersion::V1_1_0 && !self.disable_gc
+    }
+
     /// Takes a list apart, as read from a file or as kept with a pod.
     pub fn from_value(path: PathBuf, source: Value) -> Result<Self, ConfError> {
         match parse(&path, source) {

@@ -11,7 +11,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use network::{Cni, Config, Pod};
+use network::{Cni, Config, Error, Pod};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -134,4 +134,49 @@ pub fn run_in(netns: &Path, program: &str, args: &[&str]) -> String {
     let mut all = vec![format!("--net={}", netns.display()), program.to_owned()];
     all.extend(args.iter().map(|a| (*a).to_owned()));
     run("nsenter", &all.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// Puts a veth pair with one address into the pod's namespace, as `bridge` would.
+pub const GOOD: &str = r#"
+LOG=$(dirname "$0")/../log
+echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME ${CNI_NETNS:-none} $CNI_ARGS" >> $LOG
+cat > $(dirname "$0")/../stdin.$CNI_COMMAND
+case $CNI_COMMAND in
+ADD)
+  ip link add h$$ type veth peer name $CNI_IFNAME netns $CNI_NETNS address 02:00:00:00:00:05 || exit 9
+  in="nsenter --net=$CNI_NETNS ip"
+  $in link set $CNI_IFNAME mtu 1400 up && ip link set h$$ up
+  $in addr add 10.9.0.5/24 dev $CNI_IFNAME
+  $in -6 addr add fd09::5/64 nodad dev $CNI_IFNAME
+  $in route add default via 10.9.0.1
+  echo '{"cniVersion":"1.0.0","interfaces":[{"name":"'$CNI_IFNAME'","sandbox":"'$CNI_NETNS'"}],
+    "ips":[{"address":"10.9.0.5/24","gateway":"10.9.0.1","interface":0},
+           {"address":"fd09::5/64","gateway":"fd09::1","interface":0}],
+    "routes":[{"dst":"0.0.0.0/0"},{"dst":"::/0","gw":"fd09::1"}],
+    "dns":{"nameservers":["10.9.0.1"],"search":["cluster"]}}';;
+DEL) test -n "$CNI_NETNS" && nsenter --net=$CNI_NETNS ip link del $CNI_IFNAME; exit 0;;
+VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["0.4.0","1.0.0","1.1.0"]}';;
+esac
+"#;
+
+pub fn conflist(version: &str, kinds: &[&str]) -> String {
+    let plugins: Vec<String> = kinds
+        .iter()
+        .map(|k| format!(r#"{{"type":"{k}","capabilities":{{"portMappings":true}}}}"#))
+        .collect();
+    format!(r#"{{"cniVersion":"{version}","name":"test","plugins":[{}]}}"#, plugins.join(","))
+}
+
+pub fn json(host: &Host, file: &str) -> serde_json::Value {
+    serde_json::from_slice(&fs::read(host.path(file)).unwrap()).unwrap()
+}
+
+pub fn text(error: &Error) -> String {
+    let mut all = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        all.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    all
 }
