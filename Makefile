@@ -61,7 +61,7 @@ unit: deps ## the tests that need neither root nor KVM
 
 .PHONY: e2e
 e2e: assets images ## the stories end to end, on this host or in the lab: ONLY='filter'
-	@$(call timed,stories,$(XTASK) lab --auto --images --timeout 1500 -- "nacelle-tests $${ONLY:-}")
+	@$(call timed,stories,$(XTASK) lab --auto --images --timeout 2400 -- "nacelle-tests $${ONLY:-}")
 
 .PHONY: test
 test: ## everything: unit tests, then the stories
