@@ -152,6 +152,14 @@ impl Host {
         }
         let network = Network::load(&self.config.conf_dir)?;
         self.runner.check_binaries(&network)?;
+        for capability in params.unserved(&network) {
+            tracing::warn!(
+                pod = pod.id,
+                network = network.name,
+                "the pod asks for {capability}, but no plugin of {} has this capability: it gets none",
+                network.path.display()
+            );
+        }
         let mut record = Record { network, params, result: None };
         self.records.write(&record)?;
         self.young().insert(pod.id.clone());

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::conf::is_name;
+use super::conf::{Network, is_name};
 use super::quantity;
 use crate::model::Pod;
 
@@ -17,6 +17,8 @@ const MAX_ID: usize = 128;
 /// Annotations of the kubelet's own, honoured by containerd and CRI-O.
 const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
 const EGRESS: &str = "kubernetes.io/egress-bandwidth";
+/// Capabilities that stand for a wish of the pod; the others are for whom it may concern.
+const ASKED: [&str; 2] = ["portMappings", "bandwidth"];
 /// Bits that may pass in one go above the rate: as containerd says it, the most that the plugin
 /// takes.
 const BURST_BITS: u64 = u32::MAX as u64;
@@ -81,6 +83,13 @@ impl Params {
     /// For a pod of which nothing but the id is known any more.
     pub fn bare(id: &str, interface: &str, netns: &Path) -> Result<Self, PodError> {
         Self::new(&Pod { id: id.to_owned(), ..Pod::default() }, interface, netns)
+    }
+
+    /// What the pod asks for and no plugin of the network does, by capability. As with other
+    /// runtimes the pod runs without.
+    pub fn unserved<'a>(&'a self, network: &'a Network) -> impl Iterator<Item = &'a str> {
+        let served = |key: &str| network.plugins.iter().any(|p| p.capabilities.contains(key));
+        ASKED.into_iter().filter(move |key| self.runtime.contains_key(*key) && !served(key))
     }
 
     pub fn args(&self) -> String {
@@ -215,6 +224,20 @@ mod tests {
         assert_eq!(p.runtime["bandwidth"].get("egressRate"), None);
         assert_eq!(p.runtime["cgroupPath"], json!("/kubepods/pod1"));
         assert!(params(&pod()).unwrap().runtime.is_empty());
+    }
+
+    #[test]
+    fn wishes_that_no_plugin_serves_are_found() {
+        let network = |capabilities: Value| {
+            let plugin = json!({"type": "x", "capabilities": capabilities});
+            let list = json!({"cniVersion": "1.0.0", "name": "n", "plugins": [plugin]});
+            Network::from_value(PathBuf::new(), list).unwrap()
+        };
+        let annotations = [(INGRESS.to_owned(), "1M".to_owned())].into();
+        let p = params(&Pod { annotations, cgroup_parent: "/x".into(), ..pod() }).unwrap();
+        let unserved = |n: &Network| p.unserved(n).map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(unserved(&network(json!({"portMappings": true}))), ["bandwidth"]);
+        assert_eq!(unserved(&network(json!({"bandwidth": true}))), Vec::<String>::new());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 #![allow(dead_code)] // each test file uses a part
 
 pub mod guest;
+pub mod sctp;
 pub mod tap;
 
 use std::fs;
