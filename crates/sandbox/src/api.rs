@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -84,8 +85,12 @@ impl Sandboxes {
         let (id, config) = (new_id(), &self.node.config);
         let uids = config.uid_base..config.uid_base.saturating_add(config.uid_range);
         let uid = self.node.registry.reserve_pod(&id, &spec.meta, config.max_pods, uids)?;
+        let netns = match spec.host {
+            Some(host) if host.network => PathBuf::new(),
+            _ => self.node.network.netns_path(&id),
+        };
         let pod = Pod {
-            netns: self.node.network.netns_path(&id),
+            netns,
             id: id.clone(),
             spec: Arc::new(spec),
             created_at: SystemTime::now(),
@@ -319,6 +324,7 @@ impl Sandboxes {
     /// The guest's console from position `from` on, and the position to go on from.
     pub fn console(&self, pod: &str, from: u64) -> Result<(Vec<u8>, u64), Error> {
         let handle: Arc<Handle> = self.node.registry.find_pod(pod)?;
+        handle.machine.vmm()?;
         let path = &handle.paths.console;
         File::open(path)
             .and_then(|file| vmm_api::console_ring::read(&file, from))

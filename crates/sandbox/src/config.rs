@@ -22,6 +22,8 @@ pub struct Config {
     /// The `nacelle-fs` binary, which shares folders of the host with a guest; empty: beside the
     /// VMM.
     pub file_server: PathBuf,
+    /// The `nacelle-agent` binary, for pods without a VM; empty: beside the VMM.
+    pub agent: PathBuf,
     /// Command that runs [`crate::launcher::main`] with a socket as its standard input.
     pub launcher: Vec<OsString>,
     /// An ELF `vmlinux`.
@@ -77,6 +79,7 @@ impl Default for Config {
             state: "/run/nacelle".into(),
             vmm: "/usr/lib/nacelle/nacelle-vmm".into(),
             file_server: PathBuf::new(),
+            agent: PathBuf::new(),
             launcher: vec!["/proc/self/exe".into(), "launcher".into()],
             kernel: "/usr/lib/nacelle/vmlinux".into(),
             initramfs: "/usr/lib/nacelle/initramfs.cpio".into(),
@@ -137,6 +140,15 @@ impl Config {
             self.vmm.with_file_name("nacelle-fs")
         } else {
             self.file_server.clone()
+        }
+    }
+
+    /// [`Self::agent`] with its emptiness resolved.
+    pub(crate) fn agent(&self) -> PathBuf {
+        if self.agent.as_os_str().is_empty() {
+            self.vmm.with_file_name("nacelle-agent")
+        } else {
+            self.agent.clone()
         }
     }
 

@@ -25,7 +25,7 @@ pub(crate) async fn port_forward(handle: &Handle, port: u16) -> Result<ByteStrea
     if port == 0 {
         return Err(Error::invalid("port 0 cannot be forwarded"));
     }
-    let joined = tokio::time::timeout(CONNECT_LIMIT, forward(handle.guest.socket(), port));
+    let joined = tokio::time::timeout(CONNECT_LIMIT, forward(handle.guest.door(), port));
     match joined.await {
         Ok(Ok(stream)) => Ok(Box::pin(stream)),
         Ok(Err(Unconnected::Status(Status::Refused))) => {

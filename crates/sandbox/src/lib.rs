@@ -15,6 +15,7 @@ mod host;
 mod journal;
 pub mod launcher;
 mod logs;
+mod machine;
 pub mod model;
 mod node;
 mod open;

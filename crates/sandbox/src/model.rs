@@ -52,8 +52,21 @@ pub struct PodSpec {
     /// What the VM may take of the host's CPUs.
     #[serde(default)]
     pub cpu: CpuLimits,
+    /// The pod has namespaces of the host, so it runs there and not in a VM. Whether it may is its
+    /// caller's to decide.
+    #[serde(default)]
+    pub host: Option<HostNamespaces>,
     /// Whole request as the caller gave it (JSON), for verbose status.
     pub origin: serde_json::Value,
+}
+
+/// Namespaces that a pod has in common with its host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostNamespaces {
+    /// And the host's name.
+    pub network: bool,
+    pub pid: bool,
+    pub ipc: bool,
 }
 
 /// Limits of a cgroup (cgroup-v2.rst, "CPU Interface Files").
@@ -73,8 +86,8 @@ pub struct CpuLimits {
 pub struct PodResources {
     /// CPUs that run in the VM.
     pub vcpus: Option<u8>,
-    /// Memory, MiB. The VM keeps what it was started with: more cannot be had, less is a promise
-    /// that the containers' limits keep.
+    /// Memory, MiB, up to what the configuration allows. The VM keeps what it was started with: less
+    /// than that is a promise that the containers' limits keep.
     pub memory_mib: Option<u32>,
     pub cpu: Option<CpuLimits>,
 }
@@ -205,6 +218,8 @@ pub enum Propagation {
     Private,
     /// What the host mounts below the source later appears in the container.
     HostToContainer,
+    /// And what the container mounts appears on the host; of pods without a VM only.
+    Bidirectional,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -249,6 +264,8 @@ pub enum PidMode {
     Container,
     Pod,
     Target(ContainerId),
+    /// The host's; of pods that have it in common with the host only.
+    Node,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

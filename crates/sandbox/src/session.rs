@@ -131,7 +131,7 @@ impl Drop for ExecProcess {
 async fn drain(handle: &Handle, container: String, exec: String, read: [Arc<AtomicU64>; 2]) {
     for (kind, read) in [Kind::Stdout, Kind::Stderr].into_iter().zip(read) {
         let id = StreamId { container: container.clone(), exec: exec.clone(), kind };
-        if let Ok(mut output) = Output::open(handle.guest.socket(), &id, read).await {
+        if let Ok(mut output) = Output::open(handle.guest.door(), &id, read).await {
             let _ = tokio::io::copy(&mut output, &mut tokio::io::sink()).await;
         }
     }
@@ -272,20 +272,16 @@ pub(crate) async fn exec(
         }
         return Err(error);
     }
-    let socket = handle.guest.socket();
+    let door = handle.guest.door();
     let stream = |kind| StreamId { container: id.to_owned(), exec: exec.clone(), kind };
     let (out_id, err_id, in_id) = (stream(Kind::Stdout), stream(Kind::Stderr), stream(Kind::Stdin));
     let [out_read, err_read] = process.read.clone();
     let (stdout, stderr, stdin) = tokio::join!(
-        Output::open(socket, &out_id, out_read),
+        Output::open(door, &out_id, out_read),
         async {
-            if spec.tty {
-                Ok(None)
-            } else {
-                Output::open(socket, &err_id, err_read).await.map(Some)
-            }
+            if spec.tty { Ok(None) } else { Output::open(door, &err_id, err_read).await.map(Some) }
         },
-        async { if spec.stdin { open_stdin(socket, &in_id).await.map(Some) } else { Ok(None) } },
+        async { if spec.stdin { open_stdin(door, &in_id).await.map(Some) } else { Ok(None) } },
     );
     let stdout = stdout.map_err(|e| refused("standard output", e))?;
     let stderr = stderr.map_err(|e| refused("standard error", e))?;
@@ -384,7 +380,7 @@ pub(crate) async fn attach(
     let (stdout, stderr) = log.attach().await?;
     let stdin = if stdin && container.spec.stdin {
         let stream = StreamId { container: id.to_owned(), exec: String::new(), kind: Kind::Stdin };
-        match open_stdin(handle.guest.socket(), &stream).await {
+        match open_stdin(handle.guest.door(), &stream).await {
             Ok(stdin) => Some(Box::pin(stdin) as ByteWriter),
             // Closed by an earlier client (stdin once), or the container is just ending.
             Err(Refused::Status(_)) => Some(Box::pin(tokio::io::sink()) as ByteWriter),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe;
-use sandbox::launcher::{IdRange, Launch, Launched, LauncherProcess, Program};
+use sandbox::launcher::{IdRange, Launch, Launched, LauncherProcess, Namespaces, Program};
 
 fn main() {
     if std::env::args().nth(1).as_deref() == Some("launcher") {
@@ -125,7 +125,7 @@ fn program(cgroup: &Path, args: &[&str], fds: Vec<OwnedFd>) -> Program {
         cgroup: File::open(cgroup).unwrap().into(),
         stderr: std::io::stderr().as_fd().try_clone_to_owned().unwrap(),
         fds,
-        isolate: true,
+        own: Namespaces::ALL,
     }
 }
 

@@ -82,6 +82,7 @@ pub fn to_spec(
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
         cpu: resources::cpu_limits(linux.resources.as_ref(), linux.overhead.as_ref()),
+        host: None,
         origin: serde_json::to_value(request).unwrap_or_default(),
     })
 }

@@ -1,4 +1,4 @@
-//! The agent in a pod's guest, as a client with a deadline on every call.
+//! A pod's agent, in its guest, as a client with a deadline on every call.
 //!
 //! A connection that breaks is made anew by the next call. Messages are capped in both directions:
 //! a hostile guest can make us hold [`agent_api::MAX_MESSAGE`] bytes a call, no more.
@@ -9,7 +9,6 @@ mod stream;
 
 use std::future::Future;
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,7 +22,7 @@ use tonic::{Response, Status};
 
 use crate::error::Error;
 
-pub(crate) use connect::connect;
+pub(crate) use connect::{Door, SOCKETS, connect};
 pub(crate) use forward::{Unconnected, forward};
 pub(crate) use stream::{Output, Refused, StreamId, StreamReader, open_stdin};
 
@@ -35,7 +34,7 @@ const MAX_GUEST_TEXT: usize = 2048;
 /// Client of one guest; cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Guest {
-    socket: Arc<PathBuf>,
+    door: Arc<Door>,
     client: AgentClient<Channel>,
     /// A connection made while waiting for the boot, for the channel's first use.
     spare: Arc<Mutex<Option<UnixStream>>>,
@@ -43,10 +42,10 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    pub(crate) fn new(socket: PathBuf, deadline: Duration) -> Self {
-        let socket = Arc::new(socket);
+    pub(crate) fn new(door: Door, deadline: Duration) -> Self {
+        let door = Arc::new(door);
         let spare = Arc::new(Mutex::new(None::<UnixStream>));
-        let (path, first) = (socket.clone(), spare.clone());
+        let (path, first) = (door.clone(), spare.clone());
         let connector = tower::service_fn(move |_: Uri| {
             let (path, first) = (path.clone(), first.clone());
             async move {
@@ -63,11 +62,11 @@ impl Guest {
         let client = AgentClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE);
-        Self { socket, client, spare, deadline }
+        Self { door, client, spare, deadline }
     }
 
-    pub(crate) fn socket(&self) -> &Path {
-        &self.socket
+    pub(crate) fn door(&self) -> &Door {
+        &self.door
     }
 
     /// One call, with the ordinary deadline.
@@ -118,7 +117,7 @@ impl Guest {
     pub(crate) async fn wait_until_up(&self) {
         let mut pause = Duration::from_millis(4);
         loop {
-            if let Ok(stream) = connect_in_time(&self.socket).await {
+            if let Ok(stream) = connect_in_time(&self.door).await {
                 *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
                 return;
             }
@@ -128,8 +127,8 @@ impl Guest {
     }
 }
 
-async fn connect_in_time(socket: &Path) -> io::Result<UnixStream> {
-    match tokio::time::timeout(CONNECT_LIMIT, connect(socket, CONTROL_PORT)).await {
+async fn connect_in_time(door: &Door) -> io::Result<UnixStream> {
+    match tokio::time::timeout(CONNECT_LIMIT, connect(door, CONTROL_PORT)).await {
         Ok(result) => result,
         Err(_) => Err(io::ErrorKind::TimedOut.into()),
     }

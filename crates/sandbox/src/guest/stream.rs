@@ -1,7 +1,6 @@
 //! Process streams on their own vsock connections ([`agent_api::stdio`]).
 
 use std::io;
-use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +11,7 @@ use agent_api::stdio::{Kind, Open, Status, WINDOW};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::UnixStream;
 
-use super::connect;
+use super::{Door, connect};
 
 /// Acknowledge at the latest after this many bytes, so that the agent's window never closes on a
 /// reader that keeps up.
@@ -35,8 +34,8 @@ pub(crate) enum Refused {
     Status(Status),
 }
 
-async fn open(socket: &Path, id: &StreamId, offset: u64) -> Result<UnixStream, Refused> {
-    let mut stream = connect(socket, STDIO_PORT).await?;
+async fn open(door: &Door, id: &StreamId, offset: u64) -> Result<UnixStream, Refused> {
+    let mut stream = connect(door, STDIO_PORT).await?;
     let header = Open {
         kind: id.kind,
         offset,
@@ -52,8 +51,8 @@ async fn open(socket: &Path, id: &StreamId, offset: u64) -> Result<UnixStream, R
 }
 
 /// Opens a process' standard input; shutting the stream down closes it.
-pub(crate) async fn open_stdin(socket: &Path, id: &StreamId) -> Result<UnixStream, Refused> {
-    open(socket, id, 0).await
+pub(crate) async fn open_stdin(door: &Door, id: &StreamId) -> Result<UnixStream, Refused> {
+    open(door, id, 0).await
 }
 
 /// An output stream whose reader says itself what is stored.
@@ -62,8 +61,8 @@ pub(crate) struct StreamReader {
 }
 
 impl StreamReader {
-    pub(crate) async fn open(socket: &Path, id: &StreamId, offset: u64) -> Result<Self, Refused> {
-        Ok(Self { stream: open(socket, id, offset).await? })
+    pub(crate) async fn open(door: &Door, id: &StreamId, offset: u64) -> Result<Self, Refused> {
+        Ok(Self { stream: open(door, id, offset).await? })
     }
 
     /// Reads what is there; 0 is the end. Cancel-safe.
@@ -90,12 +89,12 @@ impl Output {
     /// Opens the stream where `read` says that it has been read to, and keeps that up to date, so
     /// that it can be opened again.
     pub(crate) async fn open(
-        socket: &Path,
+        door: &Door,
         id: &StreamId,
         read: Arc<AtomicU64>,
     ) -> Result<Self, Refused> {
         let acked = read.load(Ordering::Relaxed);
-        Ok(Self { stream: open(socket, id, acked).await?, read, acked, pending: None })
+        Ok(Self { stream: open(door, id, acked).await?, read, acked, pending: None })
     }
 
     /// Writes acknowledgements as far as the socket takes them. A peer that has gone is noticed by

@@ -148,7 +148,7 @@ pub(crate) async fn remove(leaf: &Path, parents: &[PathBuf]) -> io::Result<()> {
     loop {
         // cgroup.kill (Linux 5.14) ends every process in the subtree, also one that forks.
         absent_is_fine(fs::write(leaf.join("cgroup.kill"), "1"))?;
-        match absent_is_fine(fs::remove_dir(leaf)) {
+        match remove_below(leaf).and_then(|()| absent_is_fine(fs::remove_dir(leaf))) {
             Ok(()) => break,
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                 if tokio::time::Instant::now() > until {
@@ -166,6 +166,20 @@ pub(crate) async fn remove(leaf: &Path, parents: &[PathBuf]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Removes what an agent without a VM has made in its leaf, the deepest first. How deep that goes is
+/// up to its containers, so this does not recurse.
+fn remove_below(leaf: &Path) -> io::Result<()> {
+    let mut found = vec![leaf.to_owned()];
+    let mut next = 0;
+    while let Some(folder) = found.get(next) {
+        next += 1;
+        let Ok(entries) = fs::read_dir(folder) else { continue };
+        let folders = entries.flatten().filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir()));
+        found.extend(folders.map(|entry| entry.path()).collect::<Vec<_>>());
+    }
+    found.iter().skip(1).rev().try_for_each(|folder| absent_is_fine(fs::remove_dir(folder)))
 }
 
 #[cfg(test)]

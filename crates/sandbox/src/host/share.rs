@@ -29,7 +29,7 @@ use vmm_api::transport::{self, TransportError};
 
 use super::{absent_is_fine, blocking, sockets};
 use crate::error::Error;
-use crate::launcher::{Launch, Launched, Program};
+use crate::launcher::{Launch, Launched, Namespaces, Program};
 
 /// A server that is not ready by then is broken.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -103,7 +103,7 @@ impl ShareServer {
         let (listener, peer, vhost) = blocking(move || listen(&path)).await?;
         let args = ["--control-fd", "3", "--vhost-fd", "4"].map(str::to_owned).to_vec();
         let fds = vec![listener, peer];
-        let program = Program { exe, args, cgroup, stderr, fds, isolate: true };
+        let program = Program { exe, args, cgroup, stderr, fds, own: Namespaces::ALL };
         let process = launcher.launch(program).await?;
         let ready = Self { control: control.clone(), limit: START_LIMIT };
         match ready.call(Request::List, None).await {

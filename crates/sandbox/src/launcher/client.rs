@@ -17,7 +17,7 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 use vmm_api::transport;
 
-use super::{IdRange, Order, Outcome};
+use super::{IdRange, Namespaces, Order, Outcome};
 use crate::error::Error;
 use crate::host::blocking;
 
@@ -34,7 +34,7 @@ pub struct Program {
     pub stderr: OwnedFd,
     /// What it finds from number 3 on.
     pub fds: Vec<OwnedFd>,
-    pub isolate: bool,
+    pub own: Namespaces,
 }
 
 #[derive(Debug)]
@@ -152,10 +152,10 @@ fn start(command: &[OsString]) -> Result<Running, Error> {
 }
 
 fn launch(socket: &OwnedFd, program: Program) -> Result<Launched, Error> {
-    let Program { exe, args, cgroup, stderr, fds, isolate } = program;
+    let Program { exe, args, cgroup, stderr, fds, own } = program;
     let mut all = vec![cgroup.as_fd(), stderr.as_fd()];
     all.extend(fds.iter().map(AsFd::as_fd));
-    match ask(socket, &Order::Program { exe, args, isolate }, &all)? {
+    match ask(socket, &Order::Program { exe, args, own }, &all)? {
         (Outcome::Started { pid }, Some(pidfd)) => Ok(Launched { pid, pidfd }),
         _ => Err(Error::unavailable("launcher sent no pidfd")),
     }

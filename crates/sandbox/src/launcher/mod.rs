@@ -18,6 +18,21 @@ use vmm_api::transport::{self, TransportError};
 
 pub use client::{Launch, Launched, LauncherProcess, Program};
 
+/// Those that a program has of its own (namespaces(7)); the others are the daemon's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Namespaces {
+    pub mount: bool,
+    pub pid: bool,
+    pub ipc: bool,
+    pub uts: bool,
+    pub net: bool,
+}
+
+impl Namespaces {
+    pub const ALL: Self = Self { mount: true, pid: true, ipc: true, uts: true, net: true };
+}
+
 /// A run of ids that stand for others (user_namespaces(7)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,12 +49,7 @@ pub struct IdRange {
 enum Order {
     /// Start a program. The descriptors come with the packet: the cgroup's folder, standard error,
     /// then those that the program finds from number 3 on.
-    Program {
-        exe: std::path::PathBuf,
-        args: Vec<String>,
-        /// Own pid, mount, ipc, uts and net namespaces.
-        isolate: bool,
-    },
+    Program { exe: std::path::PathBuf, args: Vec<String>, own: Namespaces },
     /// Make a user namespace in which nobody is.
     UserNamespace { uids: Vec<IdRange>, gids: Vec<IdRange> },
 }
@@ -79,9 +89,7 @@ pub fn main(socket: OwnedFd) -> io::Result<()> {
     spawn::leave_children_to_the_kernel()?;
     loop {
         let (outcome, fd) = match transport::receive::<Order>(socket.as_fd()) {
-            Ok((Order::Program { exe, args, isolate }, fds)) => {
-                spawn::spawn(&exe, &args, isolate, fds)
-            }
+            Ok((Order::Program { exe, args, own }, fds)) => spawn::spawn(&exe, &args, own, fds),
             Ok((Order::UserNamespace { uids, gids }, _)) => match userns::make(&uids, &gids) {
                 Ok(namespace) => (Outcome::Namespace, Some(namespace)),
                 Err((what, e)) => (Outcome::failed(what, &e), None),

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::{OWN_FDS, Outcome};
+use super::{Namespaces, OWN_FDS, Outcome};
 
 /// clone(2); libc's constant does not fit its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -31,10 +31,10 @@ pub(super) fn leave_children_to_the_kernel() -> io::Result<()> {
 pub(super) fn spawn(
     exe: &Path,
     args: &[String],
-    isolate: bool,
+    own: Namespaces,
     fds: Vec<OwnedFd>,
 ) -> (Outcome, Option<OwnedFd>) {
-    match try_spawn(exe, args, isolate, fds) {
+    match try_spawn(exe, args, own, fds) {
         Ok((pid, pidfd)) => (Outcome::Started { pid }, Some(pidfd)),
         Err((what, e)) => (Outcome::failed(what, &e), None),
     }
@@ -49,13 +49,13 @@ struct Plan {
     stderr: OwnedFd,
     fds: Vec<OwnedFd>,
     failure: OwnedFd,
-    isolate: bool,
+    own: Namespaces,
 }
 
 fn try_spawn(
     exe: &Path,
     args: &[String],
-    isolate: bool,
+    own: Namespaces,
     mut fds: Vec<OwnedFd>,
 ) -> Result<(u32, OwnedFd), (String, io::Error)> {
     let invalid = |what: &str| (what.to_owned(), io::Error::from_raw_os_error(libc::EINVAL));
@@ -76,7 +76,7 @@ fn try_spawn(
     let (failed, failure) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
         .map_err(|e| ("make a pipe".to_owned(), e.into()))?;
     let env = [std::ptr::null()];
-    let plan = Plan { exe, args, env, null, stderr, fds: rest, failure, isolate };
+    let plan = Plan { exe, args, env, null, stderr, fds: rest, failure, own };
     let (pid, pidfd) = clone_into(&cgroup, &plan).map_err(|e| ("clone3".to_owned(), e))?;
     drop(plan);
     // The pipe closes with the exec; what comes through it before is the step that failed.
@@ -97,13 +97,17 @@ fn try_spawn(
 fn clone_into(cgroup: &OwnedFd, plan: &Plan) -> io::Result<(u32, OwnedFd)> {
     let mut pidfd: RawFd = -1;
     let mut flags = libc::CLONE_PIDFD as u64 | CLONE_INTO_CGROUP;
-    if plan.isolate {
-        let spaces = libc::CLONE_NEWPID
-            | libc::CLONE_NEWNS
-            | libc::CLONE_NEWIPC
-            | libc::CLONE_NEWUTS
-            | libc::CLONE_NEWNET;
-        flags |= spaces as u64;
+    let Namespaces { mount, pid, ipc, uts, net } = plan.own;
+    for (own, flag) in [
+        (mount, libc::CLONE_NEWNS),
+        (pid, libc::CLONE_NEWPID),
+        (ipc, libc::CLONE_NEWIPC),
+        (uts, libc::CLONE_NEWUTS),
+        (net, libc::CLONE_NEWNET),
+    ] {
+        if own {
+            flags |= flag as u64;
+        }
     }
     // SAFETY: clone_args is plain old data, for which all zeros is a valid value.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
@@ -156,7 +160,7 @@ fn prepare_and_exec(plan: &Plan) -> (i32, io::Error) {
     if let Err(e) = reset_signals() {
         return (1, e);
     }
-    if plan.isolate {
+    if plan.own.mount {
         // Nothing that this process mounts may show up on the host.
         let root = c"/".as_ptr();
         let (null, flags) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);

@@ -4,7 +4,6 @@
 //! channel and the guest's window are bounded: a disk that is full holds the container's own
 //! writes back, nothing is dropped.
 
-use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use agent_api::stdio::{Kind, Status};
@@ -15,7 +14,7 @@ use tokio::task::JoinSet;
 use super::format::{Cutter, Tag, write_entry};
 use super::writer::{Batch, LogWriter, Progress};
 use crate::error::Error;
-use crate::guest::{Refused, StreamId, StreamReader};
+use crate::guest::{Door, Refused, StreamId, StreamReader};
 use crate::host::blocking;
 use crate::session::ByteReader;
 
@@ -34,7 +33,7 @@ const RETRY_MOST: Duration = Duration::from_secs(5);
 /// Where a container's output comes from.
 #[derive(Debug, Clone)]
 pub(crate) struct Source {
-    pub(crate) socket: PathBuf,
+    pub(crate) door: Door,
     pub(crate) container: String,
     pub(crate) tty: bool,
 }
@@ -128,7 +127,7 @@ async fn run(
     let mut open = |kind, name, from| {
         let (ack, acks) = watch::channel(from);
         let id = StreamId { container: source.container.clone(), exec: String::new(), kind };
-        readers.spawn(read(source.socket.clone(), id, from, acks, chunks.clone()));
+        readers.spawn(read(source.door.clone(), id, from, acks, chunks.clone()));
         Stream { kind, name, cutter: Cutter::default(), received: from, ack }
     };
     let stdout = open(Kind::Stdout, "stdout", progress.stdout);
@@ -292,7 +291,7 @@ impl Client {
 
 /// Reads one stream to its end, over as many connections as it takes.
 async fn read(
-    socket: PathBuf,
+    door: Door,
     id: StreamId,
     mut offset: u64,
     mut acks: watch::Receiver<u64>,
@@ -300,7 +299,7 @@ async fn read(
 ) {
     let mut buffer = vec![0; PIECE];
     loop {
-        let mut reader = match StreamReader::open(&socket, &id, offset).await {
+        let mut reader = match StreamReader::open(&door, &id, offset).await {
             Ok(reader) => reader,
             Err(Refused::Status(status)) => {
                 if status != Status::NoSuchStream {

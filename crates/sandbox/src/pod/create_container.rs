@@ -8,10 +8,11 @@ use agent_api::v1;
 use tokio_util::sync::CancellationToken;
 
 use super::handle::Handle;
+use super::undo::remove_files;
 use super::volumes::{self, Prepared};
-use super::{disks, shares, sync};
+use super::{disks, host_pod, shares, sync};
 use crate::error::Error;
-use crate::host::{absent_is_fine, blocking};
+use crate::host::blocking;
 use crate::logs::{self, LogWriter, Source};
 use crate::model::{BlockDevice, ContainerId, ContainerSpec, Identity, PidMode};
 use crate::policy::{Change, Container, ContainerPhase, Pod};
@@ -80,17 +81,25 @@ pub(super) async fn create_container(
 async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
     let container = handle.container(id)?;
     let spec = &container.spec;
-    let scratch = match spec.rootfs.read_only {
-        true => None,
+    let (layer, scratch) = match spec.rootfs.read_only {
+        true => (String::new(), None),
+        false if handle.machine.host().is_some() => {
+            (host_pod::make_layer(handle.paths.layer(id)).await?, None)
+        }
         false => {
             let (handle, path) = (handle.clone(), handle.paths.scratch(id));
-            Some(blocking(move || handle.node.scratch.clone_to(&path)).await?)
+            let scratch = blocking(move || handle.node.scratch.clone_to(&path)).await?;
+            (disks::scratch_serial(id), Some(scratch))
         }
     };
-    let has_scratch = scratch.is_some();
     disks::plug(handle, id, spec, scratch).await?;
     let Prepared { mounts, synced } = volumes::prepare(handle, id, spec).await?;
-    let request = request(id, spec, mounts, has_scratch)?;
+    let rootfs = v1::RootFs {
+        lower_serial: handle.machine.image(&spec.rootfs.image),
+        upper_serial: layer,
+        read_only: spec.rootfs.read_only,
+    };
+    let request = request(id, spec, mounts, rootfs)?;
     let made = handle
         .guest
         .call("create the container", |mut c| async move { c.create_container(request).await })
@@ -110,7 +119,7 @@ pub(super) async fn start_log(handle: &Handle, container: &Container) -> Result<
     let writer = blocking(move || LogWriter::open(path, &sidecar)).await;
     let writer = writer.map_err(|e| Error::io(format!("open the container's log {shown}"), e))?;
     let source = Source {
-        socket: handle.guest.socket().to_owned(),
+        door: handle.guest.door().clone(),
         container: container.id.clone(),
         tty: container.spec.tty,
     };
@@ -122,26 +131,22 @@ fn request(
     id: &str,
     spec: &ContainerSpec,
     volumes: Vec<v1::VolumeMount>,
-    has_scratch: bool,
+    rootfs: v1::RootFs,
 ) -> Result<v1::CreateContainerRequest, Error> {
     let (pid_mode, pid_target) = match &spec.pid {
         PidMode::Container => (v1::PidMode::Container, String::new()),
         PidMode::Pod => (v1::PidMode::Pod, String::new()),
         PidMode::Target(id) => (v1::PidMode::Target, id.clone()),
+        PidMode::Node => (v1::PidMode::Node, String::new()),
     };
     let oci_spec = serde_json::to_vec(&spec.oci).map_err(|e| Error::Internal(e.into()))?;
     let process = spec.oci.process().as_ref();
     let cwd = process.map(|p| p.cwd().to_string_lossy().into_owned()).unwrap_or_default();
-    let upper = if has_scratch { disks::scratch_serial(id) } else { String::new() };
     let size = process.and_then(|p| p.console_size());
     Ok(v1::CreateContainerRequest {
         container_id: id.to_owned(),
         oci_spec,
-        rootfs: Some(v1::RootFs {
-            lower_serial: disks::image_serial(&spec.rootfs.image),
-            upper_serial: upper,
-            read_only: spec.rootfs.read_only,
-        }),
+        rootfs: Some(rootfs),
         user: spec.user.clone(),
         pid_mode: pid_mode.into(),
         pid_target,
@@ -190,14 +195,7 @@ pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
 
 /// Removes a container's files, then the container from the journal, then its name.
 pub(super) async fn forget(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
-    let paths = [handle.paths.scratch(id), handle.paths.sidecar(id)];
-    blocking(move || {
-        paths.iter().try_for_each(|path| {
-            absent_is_fine(std::fs::remove_file(path))
-                .map_err(|e| Error::io(format!("remove {}", path.display()), e))
-        })
-    })
-    .await?;
+    remove_files(&handle.paths, id).await?;
     handle.commit(vec![Change::ContainerGone { id: id.to_owned() }]).await?;
     handle.node.registry.forget_container(&id.to_owned());
     Ok(())

@@ -14,14 +14,10 @@ use crate::error::Error;
 use crate::guest::Guest;
 use crate::host::blocking;
 use crate::host::volumes::{self, Limits};
+use crate::machine::Machine;
 use crate::model::{BlockDevice, ContainerSpec, VolumeSource};
 use crate::policy::ContainerPhase;
 use crate::vmm::serial;
-
-/// The disk of an image: one a pod, shared by its containers.
-pub(super) fn image_serial(image: &Path) -> String {
-    serial('e', image.as_os_str().as_encoded_bytes())
-}
 
 pub(super) fn scratch_serial(container: &str) -> String {
     serial('s', container.as_bytes())
@@ -48,8 +44,9 @@ fn images(spec: &ContainerSpec) -> impl Iterator<Item = &Path> {
 }
 
 /// Disks of a container that others may use as well.
-fn shared_serials(spec: &ContainerSpec) -> BTreeSet<String> {
-    images(spec).map(image_serial).chain(spec.devices.iter().map(device_serial)).collect()
+fn shared_serials(machine: &Machine, spec: &ContainerSpec) -> BTreeSet<String> {
+    let images = images(spec).map(|image| machine.image(image));
+    images.chain(spec.devices.iter().map(device_serial)).collect()
 }
 
 struct Disk {
@@ -59,12 +56,12 @@ struct Disk {
 }
 
 /// Opens what a container's shared disks are made of. Blocks.
-fn open_shared(spec: &ContainerSpec) -> Result<Vec<Disk>, Error> {
+fn open_shared(machine: &Machine, spec: &ContainerSpec) -> Result<Vec<Disk>, Error> {
     let mut disks = Vec::new();
     for image in images(spec) {
         let file = File::open(image);
         let file = file.map_err(|e| Error::io(format!("open image {}", image.display()), e))?;
-        disks.push(Disk { serial: image_serial(image), file, read_only: true });
+        disks.push(Disk { serial: machine.image(image), file, read_only: true });
     }
     for device in &spec.devices {
         let read_only = !is_written(device);
@@ -101,17 +98,18 @@ pub(super) async fn plug(
     spec: &Arc<ContainerSpec>,
     scratch: Option<File>,
 ) -> Result<(), Error> {
+    let Machine::Vm(vmm) = &handle.machine else { return Ok(()) };
     let _one_at_a_time = handle.plugs.lock().await;
     let mut disks = {
-        let spec = spec.clone();
-        blocking(move || open_shared(&spec)).await?
+        let (machine, spec) = (handle.machine.clone(), spec.clone());
+        blocking(move || open_shared(&machine, &spec)).await?
     };
     let own = scratch.map(|file| (scratch_serial(container), file));
     disks.extend(own.map(|(serial, file)| Disk { serial, file, read_only: false }));
     let mut serials = Vec::new();
     for Disk { serial, file, read_only } in disks {
         if !serials.contains(&serial) {
-            handle.vmm.add_disk(&serial, file, read_only).await?;
+            vmm.add_disk(&serial, file, read_only).await?;
             serials.push(serial);
         }
     }
@@ -129,17 +127,20 @@ pub(super) async fn unplug(
     container: &str,
     spec: &ContainerSpec,
 ) -> Result<(), Error> {
+    let Machine::Vm(_) = &handle.machine else { return Ok(()) };
     let _one_at_a_time = handle.plugs.lock().await;
     let pod = handle.pod();
     let others = pod
         .containers
         .values()
         .filter(|c| c.id != container && c.phase != ContainerPhase::Removing)
-        .flat_map(|c| shared_serials(&c.spec));
+        .flat_map(|c| shared_serials(&handle.machine, &c.spec));
     let kept: BTreeSet<String> = others.collect();
     let mut result = Ok(());
     let own = std::iter::once(scratch_serial(container));
-    for serial in own.chain(shared_serials(spec).into_iter().filter(|s| !kept.contains(s))) {
+    for serial in
+        own.chain(shared_serials(&handle.machine, spec).into_iter().filter(|s| !kept.contains(s)))
+    {
         result = result.and(pull(handle, serial).await);
     }
     result
@@ -157,11 +158,12 @@ async fn pull(handle: &Handle, serial: String) -> Result<(), Error> {
         }
         Err(error) => return Err(error),
     }
-    handle.vmm.remove_device(&serial).await
+    handle.machine.vmm()?.remove_device(&serial).await
 }
 
 async fn is_plugged(handle: &Handle, serial: &str) -> bool {
-    match handle.vmm.status().await {
+    let Ok(vmm) = handle.machine.vmm() else { return false };
+    match vmm.status().await {
         Ok(status) => status.devices.iter().any(|d| d.id == serial),
         Err(_) => true,
     }

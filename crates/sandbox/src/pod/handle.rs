@@ -14,13 +14,14 @@ use tokio_util::sync::CancellationToken;
 use super::owner::{Msg, Request};
 use super::shares::Server;
 use crate::error::Error;
-use crate::guest::Guest;
+use crate::guest::{Door, Guest};
 use crate::logs::LogHandle;
+use crate::machine::Machine;
 use crate::model::{ContainerId, PodId};
 use crate::node::Node;
 use crate::policy::{Change, Container, Phase, Pod};
 use crate::stats::PodStatsView;
-use crate::vmm::Vmm;
+use crate::vmm::{self, Vmm};
 
 /// Files of a pod.
 #[derive(Debug, Clone)]
@@ -53,6 +54,11 @@ impl Paths {
 
     pub(crate) fn scratch(&self, container: &str) -> PathBuf {
         self.folder.join(format!("scratch-{container}.img"))
+    }
+
+    /// The same, of a pod without a VM: a folder.
+    pub(crate) fn layer(&self, container: &str) -> PathBuf {
+        self.folder.join(format!("layer-{container}"))
     }
 
     /// Beside the log: how far it goes.
@@ -90,6 +96,7 @@ pub(crate) struct Handle {
     pub(crate) paths: Paths,
     pub(crate) guest: Guest,
     pub(crate) vmm: Vmm,
+    pub(crate) machine: Machine,
     /// Set when the pod stops: work on its containers gives up.
     pub(crate) closing: CancellationToken,
     /// Held for reading by work on containers; who removes the pod's files takes it for writing.
@@ -133,9 +140,19 @@ impl Handle {
     ) -> Self {
         let paths = Paths::new(&node, &id);
         let recovered = state.borrow().containers.keys().cloned().collect();
+        let host = state.borrow().spec.host;
+        let (machine, door) = match host {
+            Some(namespaces) => (Machine::Host(namespaces), Door::Folder(paths.state_dir.clone())),
+            None => {
+                let limit = node.config.vmm_call_deadline();
+                let vmm = Vmm::new(paths.control.clone(), limit);
+                (Machine::Vm(vmm), Door::Vsock(paths.vsock.clone()))
+            }
+        };
         Self {
-            guest: Guest::new(paths.vsock.clone(), node.config.guest_call_deadline()),
+            guest: Guest::new(door, node.config.guest_call_deadline()),
             vmm: Vmm::new(paths.control.clone(), node.config.vmm_call_deadline()),
+            machine,
             closing: node.shutdown.child_token(),
             gate: Arc::default(),
             plugs: tokio::sync::Mutex::default(),
@@ -195,6 +212,14 @@ impl Handle {
         let gone = || Error::unavailable(format!("pod {} is gone", self.id));
         self.requests.send(Msg::Commit { changes, reply }).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
+    }
+
+    /// Why the VM has ended, or the agent of a pod without one, for people.
+    pub(super) fn last_words(&self) -> String {
+        match self.machine {
+            Machine::Vm(_) => vmm::exit_reason(&self.paths.status),
+            Machine::Host(_) => "the pod's agent on this host has ended".to_owned(),
+        }
     }
 
     /// Resolves when the owner task is no more.

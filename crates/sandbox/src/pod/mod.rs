@@ -12,6 +12,7 @@ mod create_container;
 mod disks;
 mod events;
 mod handle;
+mod host_pod;
 mod owner;
 mod recover;
 mod remove_container;

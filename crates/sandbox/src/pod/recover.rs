@@ -9,13 +9,13 @@ use agent_api::v1;
 use super::create_container::{forget, start_log, undo};
 use super::events::{ended, show_when_drained};
 use super::handle::Handle;
+use super::host_pod;
 use super::remove_container::free_in_guest;
 use super::sync;
 use crate::error::Error;
 use crate::host::process::Process;
 use crate::model::ExitView;
 use crate::policy::{Change, Container, ContainerPhase};
-use crate::vmm;
 
 const PAUSE: Duration = Duration::from_millis(500);
 const SIGKILL: u32 = 9;
@@ -29,7 +29,8 @@ pub(super) async fn find_vm(handle: &Arc<Handle>) -> Option<Arc<Process>> {
     match found {
         Ok(Some(process)) => Some(Arc::new(process)),
         Ok(None) => {
-            let reason = vmm::exit_reason(&handle.paths.status);
+            host_pod::end_rest(handle, &handle.pod()).await;
+            let reason = handle.last_words();
             let at = SystemTime::now();
             let _ = handle.commit(vec![Change::VmDied { reason, at }]).await;
             None

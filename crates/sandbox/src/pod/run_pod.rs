@@ -18,10 +18,12 @@ use vmm_api::{Fd, JailConfig, NetConfig, VmConfig, VsockConfig};
 
 use super::disks::write_volume;
 use super::handle::{Handle, Paths};
+use super::host_pod;
 use crate::error::Error;
 use crate::host::process::{Process, start_time};
 use crate::host::{blocking, cgroup, etc, sockets};
-use crate::launcher::Program;
+use crate::launcher::{Namespaces, Program};
+use crate::machine::Machine;
 use crate::model::{CpuLimits, TracePhase};
 use crate::node::Node;
 use crate::policy::{Change, Effect, Pod};
@@ -75,16 +77,23 @@ pub(super) async fn run_pod(
 
     let leaf = cgroup::leaf(&node.cgroup_root, &pod.spec.cgroup_parent, &pod.id)?;
     let parents = cgroup::missing_parents(&node.cgroup_root, &leaf);
-    let effects = vec![
-        Effect::StateDir { path: handle.paths.state_dir.clone() },
-        Effect::Network,
-        Effect::Cgroup { leaf: leaf.clone(), parents },
-    ];
+    let mut effects = vec![Effect::StateDir { path: handle.paths.state_dir.clone() }];
+    let own_network = !pod.spec.host.is_some_and(|host| host.network);
+    if own_network {
+        effects.push(Effect::Network);
+    }
+    effects.push(Effect::Cgroup { leaf: leaf.clone(), parents });
     trace.phase("journal", handle.commit(vec![Change::Planned(effects)])).await?;
 
     // Not given up half-way: a CNI plugin that still runs would race with its own undoing.
-    let attachment = trace.phase("network", node.network.attach(&pod.id, &pod.spec)).await;
-    let attachment = Arc::new(attachment.map_err(|e| network_failed("attach", e))?);
+    let attached = trace.phase("network", async {
+        if own_network {
+            node.network.attach(&pod.id, &pod.spec).await
+        } else {
+            Ok(Attachment::default())
+        }
+    });
+    let attachment = Arc::new(attached.await.map_err(|e| network_failed("attach", e))?);
     if cancel.is_cancelled() {
         return Err(cancelled());
     }
@@ -98,7 +107,7 @@ pub(super) async fn run_pod(
     let boot = trace.phase("boot", async {
         tokio::select! {
             () = handle.guest.wait_until_up() => Ok(()),
-            () = process.ended() => Err(died(&handle.paths)),
+            () = process.ended() => Err(died(handle)),
             () = cancel.cancelled() => Err(cancelled()),
             () = tokio::time::sleep(limit) => Err(silent(&handle.paths, limit)),
         }
@@ -109,13 +118,15 @@ pub(super) async fn run_pod(
     let configured = trace.phase("configure", async {
         tokio::select! {
             result = configure(handle, &pod, &attachment) => result,
-            () = process.ended() => Err(died(&handle.paths)),
+            () = process.ended() => Err(died(handle)),
             () = cancel.cancelled() => Err(cancelled()),
         }
     });
     let kernel_release = configured.await?;
-    // Not before: a boot under a tight cap takes seconds.
-    limit_cpu(&leaf, &node.cgroup_root, pod.spec.cpu).await;
+    if pod.spec.host.is_none() {
+        // Not before: a boot under a tight cap takes seconds.
+        limit_cpu(&leaf, &node.cgroup_root, pod.spec.cpu).await;
+    }
     let change = Change::Ready { attachment, kernel_release, trace: trace.phases };
     handle.commit(vec![change]).await?;
     tracing::info!(pod = pod.id, elapsed = ?trace.began.elapsed(), "pod is ready");
@@ -136,11 +147,11 @@ pub(super) fn network_failed(what: &str, error: crate::ports::PortError) -> Erro
     Error::Internal(error.context(format!("network: {what}")))
 }
 
-fn died(paths: &Paths) -> Error {
+fn died(handle: &Handle) -> Error {
     Error::unavailable(format!(
-        "the VM ended while it started: {}{}",
-        vmm::exit_reason(&paths.status),
-        log_tail(paths)
+        "the pod ended while it started: {}{}",
+        handle.last_words(),
+        log_tail(&handle.paths)
     ))
 }
 
@@ -155,11 +166,11 @@ fn silent(paths: &Paths, limit: Duration) -> Error {
     ))
 }
 
-/// The VMM's own last words, when it did not get as far as a status.
+/// The last words of a VMM that did not get as far as a status, or of an agent without a VM.
 fn log_tail(paths: &Paths) -> String {
     let text = fs::read(&paths.log).unwrap_or_default();
     let text = vmm::clean(&String::from_utf8_lossy(&text), 1024);
-    if text.is_empty() { String::new() } else { format!("; VMM's log: {text}") }
+    if text.is_empty() { String::new() } else { format!("; log: {text}") }
 }
 
 /// Makes the files and sockets, starts the VMM with them.
@@ -170,12 +181,19 @@ async fn launch(
     leaf: &Path,
 ) -> Result<(Arc<Process>, u64), Error> {
     let node = &handle.node;
-    let taps = node.network.open_taps(&pod.id, attachment).await;
+    let taps = match handle.machine {
+        Machine::Vm(_) => node.network.open_taps(&pod.id, attachment).await,
+        Machine::Host(_) => Ok(Vec::new()),
+    };
     let taps = taps.map_err(|e| network_failed("open the taps", e))?;
     let program = {
         let (handle, pod) = (handle.clone(), pod.clone());
         let (attachment, leaf) = (attachment.clone(), leaf.to_owned());
-        blocking(move || program(&handle, &pod, &attachment, &leaf, taps)).await?
+        blocking(move || match handle.machine.host() {
+            Some(own) => host_pod::program(&handle, own, &attachment, &leaf),
+            None => program(&handle, &pod, &attachment, &leaf, taps),
+        })
+        .await?
     };
     let launched = node.launcher.launch(program).await?;
     let failed = |e| Error::io("watch the VMM", e);
@@ -183,7 +201,7 @@ async fn launch(
     match start_time(launched.pid) {
         Ok(started) => Ok((Arc::new(process), started)),
         // It has ended and is reaped: there is nothing to be found again.
-        Err(_) => Err(died(&handle.paths)),
+        Err(_) => Err(died(handle)),
     }
 }
 
@@ -267,7 +285,7 @@ fn program(
         cgroup: cgroup.into(),
         stderr: log.into(),
         fds: fds.0,
-        isolate: true,
+        own: Namespaces::ALL,
     })
 }
 
@@ -336,8 +354,13 @@ async fn configure(handle: &Handle, pod: &Pod, attachment: &Attachment) -> Resul
 fn etc_files(node: &Node, pod: &Pod, attachment: &Attachment) -> Vec<v1::VolumeFile> {
     let host = fs::read_to_string(&node.config.resolv_conf).unwrap_or_default();
     let spec = &pod.spec;
+    let hosts = match spec.host {
+        // Names that the node knows, as its network is the pod's.
+        Some(host) if host.network => fs::read_to_string("/etc/hosts").ok(),
+        _ => None,
+    };
     let texts = [
-        etc::hosts(&spec.hostname, &attachment.addresses),
+        hosts.unwrap_or_else(|| etc::hosts(&spec.hostname, &attachment.addresses)),
         format!("{}\n", spec.hostname),
         etc::resolv_conf(&spec.dns, &attachment.dns, &host),
     ];

@@ -85,6 +85,9 @@ pub(super) async fn add(
         propagation: match volume.propagation {
             Propagation::Private => share::Propagation::Private,
             Propagation::HostToContainer => share::Propagation::Slave,
+            Propagation::Bidirectional => {
+                return Err(Error::invalid("mounts of a VM cannot appear on its host"));
+            }
         },
     };
     let shared = match ids {
@@ -146,7 +149,7 @@ async fn server(handle: &Arc<Handle>) -> Result<Arc<Server>, Error> {
         Some((pid, started)) => {
             let failed = |e| Error::io(format!("look for file server {pid}"), e);
             let process = Process::find(pid, started).map_err(failed)?;
-            if handle.vmm.status().await?.devices.iter().any(|d| d.id == DEVICE) {
+            if handle.machine.vmm()?.status().await?.devices.iter().any(|d| d.id == DEVICE) {
                 let process = process.ok_or_else(gone)?;
                 let limit = handle.node.config.vmm_call_deadline();
                 let shares = ShareServer::attach(handle.paths.shares.clone(), limit);
@@ -237,5 +240,5 @@ async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
 async fn plug(handle: &Handle, pid: u32, vhost: OwnedFd) -> Result<(), Error> {
     let started = start_time(pid).map_err(|_| gone())?;
     handle.commit(vec![Change::FileServerStarted { pid, started }]).await?;
-    handle.vmm.add_fs(DEVICE, SHARE_TAG, vhost).await
+    handle.machine.vmm()?.add_fs(DEVICE, SHARE_TAG, vhost).await
 }

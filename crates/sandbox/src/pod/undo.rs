@@ -1,9 +1,10 @@
 //! Undoing what stands in a ledger: one way for a failed start, a stop, a removal and a crash.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
-use super::handle::Handle;
+use super::handle::{Handle, Paths};
 use super::run_pod::network_failed;
 use crate::error::Error;
 use crate::host::process::Process;
@@ -25,10 +26,7 @@ pub(super) async fn undo(handle: &Handle, all: bool) -> (Vec<Change>, Result<(),
                 let detached = handle.node.network.detach(&pod.id, &pod.spec).await;
                 detached.map_err(|e| network_failed("detach", e))
             }
-            Effect::ContainerFiles { container } => {
-                remove_files(vec![handle.paths.scratch(container), handle.paths.sidecar(container)])
-                    .await
-            }
+            Effect::ContainerFiles { container } => remove_files(&handle.paths, container).await,
             other => undo_on_host(other).await,
         };
         match result {
@@ -67,12 +65,16 @@ async fn undo_on_host(effect: &Effect) -> Result<(), Error> {
     }
 }
 
-async fn remove_files(paths: Vec<std::path::PathBuf>) -> Result<(), Error> {
+/// Removes what a container has in the pod's folder.
+pub(super) async fn remove_files(paths: &Paths, container: &str) -> Result<(), Error> {
+    let files = [paths.scratch(container), paths.sidecar(container)];
+    let layer = paths.layer(container);
     blocking(move || {
-        paths.iter().try_for_each(|path| {
-            absent_is_fine(fs::remove_file(path))
-                .map_err(|e| Error::io(format!("remove {}", path.display()), e))
-        })
+        let failed = |path: &Path, e| Error::io(format!("remove {}", path.display()), e);
+        for path in &files {
+            absent_is_fine(fs::remove_file(path)).map_err(|e| failed(path, e))?;
+        }
+        absent_is_fine(fs::remove_dir_all(&layer)).map_err(|e| failed(&layer, e))
     })
     .await
 }

@@ -20,6 +20,11 @@ use crate::policy::{Change, Effect, Pod};
 const DEFAULT_PERIOD: u64 = 100_000;
 
 pub(super) async fn update_pod(handle: &Arc<Handle>, change: PodResources) -> Result<(), Error> {
+    if handle.machine.host().is_some() {
+        // It has no size of its own: its containers' limits are all there is.
+        handle.ready_pod()?;
+        return Ok(());
+    }
     let _one_at_a_time = handle.resizing.lock().await;
     let pod = handle.ready_pod()?;
     if change.vcpus == Some(0) {
@@ -116,6 +121,9 @@ pub(super) async fn make_room(
     old: &LinuxResources,
     new: &LinuxResources,
 ) -> Result<(), Error> {
+    if handle.machine.host().is_some() {
+        return Ok(());
+    }
     let memory = |r: &LinuxResources| r.memory().and_then(|m| m.limit()).filter(|l| *l > 0);
     if let Some(wanted) = memory(new)
         && memory(old).is_some_and(|has| wanted > has)

@@ -95,6 +95,15 @@ impl Prepared {
                 mount.sub_path = sub_path(host_path).await?;
                 disks::copy_volume(handle, &id, host_path).await?;
             }
+            VolumeSource::Shared { host_path } if handle.machine.host().is_some() => {
+                mount.volume_id = path_text(host_path)?;
+                mount.set_source(v1::VolumeSource::Host);
+                mount.set_propagation(match volume.propagation {
+                    Propagation::Private => v1::Propagation::Private,
+                    Propagation::HostToContainer => v1::Propagation::Slave,
+                    Propagation::Bidirectional => v1::Propagation::Shared,
+                });
+            }
             VolumeSource::Shared { host_path } => {
                 mount.volume_id = shares::name(&id);
                 mount.set_source(v1::VolumeSource::Share);
@@ -109,7 +118,7 @@ impl Prepared {
                 }
             }
             VolumeSource::Image { image, sub_path } => {
-                mount.volume_id = disks::image_serial(image);
+                mount.volume_id = handle.machine.image(image);
                 mount.set_source(v1::VolumeSource::Image);
                 mount.sub_path = sub_path.clone();
                 mount.read_only = true;
@@ -118,6 +127,12 @@ impl Prepared {
         self.mounts.push(mount);
         Ok(())
     }
+}
+
+/// As the agent is told it.
+fn path_text(path: &Path) -> Result<String, Error> {
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| Error::invalid(format!("{} is not UTF-8", path.display())))
 }
 
 /// Mounts of the host below a share, which stay as they are when it is read-only.

@@ -7,9 +7,8 @@ use tokio::task::JoinSet;
 
 use super::handle::Handle;
 use super::owner::Msg;
-use super::{events, recover, stats};
+use super::{events, host_pod, recover, stats};
 use crate::host::process::Process;
-use crate::vmm;
 
 /// After a VM's end, what its containers printed last gets this long to reach their logs.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -38,7 +37,8 @@ async fn until_vm_ends(handle: Arc<Handle>, process: Arc<Process>) {
     let logs = handle.logs();
     let drained = futures_util::future::join_all(logs.iter().map(|log| log.drained()));
     let _ = tokio::time::timeout(LAST_WORDS, drained).await;
-    let reason = vmm::exit_reason(&handle.paths.status);
+    host_pod::end_rest(&handle, &handle.pod()).await;
+    let reason = handle.last_words();
     handle.tell(Msg::VmmEnded { reason }).await;
 }
 

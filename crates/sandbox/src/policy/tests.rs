@@ -16,6 +16,7 @@ pub(crate) fn pod() -> Pod {
         vcpus: None,
         memory_mib: None,
         cpu: Default::default(),
+        host: None,
         origin: serde_json::Value::Null,
     };
     Pod {

@@ -42,6 +42,7 @@ pub(super) struct State {
     pub(super) update: Option<v1::UpdateContainerRequest>,
     pub(super) volumes: BTreeMap<String, Volume>,
     pub(super) create: Option<v1::CreateContainerRequest>,
+    pub(super) configure: Option<v1::ConfigurePodRequest>,
 }
 
 /// Files by path; a swap replaces them all with what has been staged.
@@ -147,6 +148,35 @@ impl Guest {
                     streams.spawn(async move {
                         let _ = guest.stream(stream).await;
                     });
+                }
+            }
+        };
+        tokio::select! {
+            _ = server => {}
+            () = accept => {}
+        }
+    }
+
+    /// Serves the sockets of a pod without a VM until dropped.
+    pub(super) async fn serve_sockets(
+        self: Arc<Self>,
+        [control, stdio, forwards]: [UnixListener; 3],
+    ) {
+        let service = AgentServer::from_arc(Arc::new(Served(self.clone())));
+        let incoming = tokio_stream::wrappers::UnixListenerStream::new(control);
+        let server =
+            tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
+        let accept = async {
+            let mut streams = tokio::task::JoinSet::new();
+            loop {
+                tokio::select! {
+                    Ok((stream, _)) = stdio.accept() => {
+                        let guest = self.clone();
+                        streams.spawn(async move { drop(guest.stream(stream).await) });
+                    }
+                    Ok((stream, _)) = forwards.accept() => {
+                        streams.spawn(async move { drop(forward(stream).await) });
+                    }
                 }
             }
         };
@@ -263,7 +293,9 @@ impl Agent for Served {
         request: Request<v1::ConfigurePodRequest>,
     ) -> Answer<v1::ConfigurePodReply> {
         assert!(request.get_ref().entropy.len() >= 64);
-        self.0.lock().configured += 1;
+        let mut state = self.0.lock();
+        state.configured += 1;
+        state.configure = Some(request.into_inner());
         Ok(Response::new(v1::ConfigurePodReply {}))
     }
 

@@ -5,6 +5,7 @@
 mod agent;
 mod crash;
 mod follow;
+mod host_pods;
 mod life;
 mod listing;
 mod resize;

@@ -22,7 +22,7 @@ use crate::ports::{Attachment, Network, PortError};
 use crate::{Config, Error, Sandboxes};
 
 /// Runs the guests of all worlds: they outlive daemons.
-fn guests() -> &'static tokio::runtime::Runtime {
+pub(super) fn guests() -> &'static tokio::runtime::Runtime {
     static RUNTIME: OnceLock<tokio::runtime::Runtime> = OnceLock::new();
     RUNTIME.get_or_init(|| {
         let mut builder = tokio::runtime::Builder::new_multi_thread();
@@ -114,6 +114,7 @@ impl World {
             vcpus: None,
             memory_mib: None,
             cpu: Default::default(),
+            host: None,
             origin: serde_json::Value::Null,
         }
     }
@@ -250,6 +251,11 @@ impl Launch for World {
             shares.lock().unwrap().clear();
             std::thread::spawn(move || serve_shares(&control, &shares));
             std::thread::spawn(move || child.wait());
+            return Ok(Launched { pid, pidfd });
+        }
+        if program.exe.ends_with("nacelle-agent") {
+            let sockets = [4, 5, 6].map(&mut take);
+            self.serve_host_pod(&program.args, sockets, child);
             return Ok(Launched { pid, pidfd });
         }
         let mut text = Vec::new();

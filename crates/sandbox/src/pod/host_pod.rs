@@ -1,0 +1,107 @@
+//! Pods that have namespaces of the host: their agent is a process of the host, started like a VMM
+//! and watched like one ([`agent_api::host_pod`]).
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use agent_api::host_pod::Start;
+use nix::sys::socket::SockType;
+
+use super::handle::Handle;
+use crate::error::Error;
+use crate::guest::SOCKETS;
+use crate::host::{absent_is_fine, blocking, cgroup, sockets};
+use crate::launcher::{Namespaces, Program};
+use crate::model::HostNamespaces;
+use crate::policy::{Effect, Pod};
+use crate::ports::Attachment;
+
+/// Name of the folder of a pod's sockets on which the agent mounts its root.
+const ROOT: &str = "root";
+
+/// Everything that the agent is started with. Blocks.
+pub(super) fn program(
+    handle: &Handle,
+    own: HostNamespaces,
+    attachment: &Attachment,
+    leaf: &Path,
+) -> Result<Program, Error> {
+    let (paths, node) = (&handle.paths, &handle.node);
+    let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
+    let root = paths.state_dir.join(ROOT);
+    for folder in [&paths.state_dir, &paths.folder, &root] {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .map_err(|e| failed("make", folder, e))?;
+    }
+    let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&paths.log);
+    let log = log.map_err(|e| failed("create", &paths.log, e))?;
+    let open =
+        |path: &Path| File::open(path).map(OwnedFd::from).map_err(|e| failed("open", path, e));
+    // Paths of volumes and images are those that this daemon knows.
+    let mut fds = vec![open(Path::new("/proc/self/ns/mnt"))?];
+    for (_, name) in SOCKETS {
+        let path = paths.state_dir.join(name);
+        let socket = sockets::listen_at(&path, SockType::Stream);
+        fds.push(socket.map_err(|e| failed("listen at", &path, e))?);
+    }
+    if !own.network {
+        fds.push(open(&attachment.netns)?);
+    }
+    let below = leaf.strip_prefix(&node.cgroup_root).unwrap_or(leaf);
+    let start = Start {
+        root,
+        cgroup_mount: node.cgroup_root.clone(),
+        cgroup: below.to_string_lossy().into_owned(),
+        network: own.network,
+        pid: own.pid,
+        ipc: own.ipc,
+    };
+    let cgroup = cgroup::make(leaf).map_err(|e| failed("make cgroup", leaf, e))?;
+    Ok(Program {
+        exe: node.config.agent(),
+        args: start.to_args(),
+        cgroup: cgroup.into(),
+        stderr: log.into(),
+        fds,
+        own: Namespaces {
+            mount: true,
+            pid: !own.pid,
+            ipc: !own.ipc,
+            // A node's network is known by the node's name.
+            uts: !own.network,
+            net: false,
+        },
+    })
+}
+
+/// The agent has ended; processes that it shared a PID namespace with the host for have not.
+pub(super) async fn end_rest(handle: &Handle, pod: &Pod) {
+    if handle.machine.host().is_none() {
+        return;
+    }
+    let leaf = pod.ledger.iter().find_map(|effect| match effect {
+        Effect::Cgroup { leaf, .. } => Some(leaf.clone()),
+        _ => None,
+    });
+    let Some(leaf) = leaf else { return };
+    let killed = blocking(move || absent_is_fine(fs::write(leaf.join("cgroup.kill"), "1"))).await;
+    if let Err(error) = killed {
+        tracing::error!(pod = handle.id, %error, "processes of a pod go on without their agent");
+    }
+}
+
+/// Makes the folder of a container's writable layer, empty; answers what the agent calls it.
+pub(super) async fn make_layer(path: PathBuf) -> Result<String, Error> {
+    let name = format!("{}{}", agent_api::host_pod::FOLDER, path.display());
+    let made = blocking(move || {
+        absent_is_fine(fs::remove_dir_all(&path))?;
+        fs::DirBuilder::new().mode(0o700).create(&path)
+    });
+    made.await.map_err(|e| Error::io("make a writable layer", e))?;
+    Ok(name)
+}
