@@ -49,6 +49,10 @@ pub enum NicError {
     NoInterface { netns: PathBuf },
     #[error("the network plugins reported success but gave the pod's interface {name} no address")]
     NoAddress { name: String },
+    #[error(
+        "the pod's interfaces {one} and {other} have the same MAC: a guest cannot tell them apart"
+    )]
+    SameMac { one: String, other: String },
     #[error("the pod has {count} interfaces, {MAX_INTERFACES} at most are possible")]
     TooManyInterfaces { count: usize },
     #[error("the pod has {count} routes, {MAX_ROUTES} at most are possible")]
@@ -66,6 +70,11 @@ fn tap_name(n: usize) -> String {
 pub fn join(netns: &Path, primary: &str, result: &Success) -> Result<Attachment, NicError> {
     let mut rtnl = Rtnl::open()?;
     let (links, attachment) = find(&mut rtnl, netns, primary, result)?;
+    for (n, link) in links.iter().enumerate() {
+        if let Some(one) = links[..n].iter().find(|l| l.mac == link.mac) {
+            return Err(NicError::SameMac { one: one.name.clone(), other: link.name.clone() });
+        }
+    }
     for (n, link) in links.iter().enumerate() {
         let name = tap_name(n);
         tap::create(&name).map_err(|source| NicError::Tap { name: name.clone(), source })?;

@@ -146,6 +146,45 @@ fn the_primary_comes_first_also_when_it_is_reported_last() {
 }
 
 #[test]
+fn interfaces_that_a_guest_cannot_tell_apart_are_refused() {
+    on_a_host(|host: &Host| {
+        host.plugin(
+            "reported",
+            &REPORTED.replace("$in link", "$in link set $n address 02:00:00:00:00:07; $in link"),
+        );
+        host.conflist(r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"reported"}]}"#);
+        let error = host.runtime.block_on(host.cni().attach(pod("a"))).unwrap_err().to_string();
+        assert!(error.contains("eth0 and net1 have the same MAC"), "{error}");
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn a_pod_without_a_vm_uses_the_interfaces_as_they_are() {
+    on_a_network(|host, cni| {
+        let a = attach(host, cni, network::Pod { native: true, ..pod("a") });
+        let b = attach(host, cni, pod("b"));
+        assert!(a.interfaces.is_empty() && a.routes.is_empty());
+        assert_eq!(a.addresses.len(), 2);
+        assert!(!run_in(&a.netns, "ip", &["link"]).contains("tap"), "nobody would read from a tap");
+        let guest = Guest::boot(host, cni, "b", &b);
+        gateways_are_sure();
+        for v6 in [false, true] {
+            let server = serve(&a.netns, if v6 { "[::]:7000" } else { "0.0.0.0:7000" });
+            let seen = ask(Some(&guest.netns), &format!("{}:7000", address(&a, v6)));
+            assert_eq!(seen, address(&b, v6).trim_matches(['[', ']']));
+            server.join().unwrap();
+        }
+        host.runtime.block_on(cni.check("a", &a)).unwrap();
+        drop(guest);
+        for id in ["a", "b"] {
+            host.runtime.block_on(cni.detach(id)).unwrap();
+        }
+        host.nothing_left();
+    });
+}
+
+#[test]
 fn an_interface_without_an_address_is_a_failure() {
     on_a_network(|host, cni| {
         host.conflist(
