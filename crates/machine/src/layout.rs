@@ -7,7 +7,8 @@
 //!  0x0002_0000  kernel command line          0xfee0_0000  local APICs
 //!  0x000e_0000  ACPI tables (to 1 MiB)       0xfffb_c000  KVM's own 4 pages (identity map, TSS)
 //!  0x0010_0000  kernel and up                4 GiB        high RAM
-//!  top of low RAM: initramfs                 above RAM    64-bit PCI window, 64 GiB
+//!  top of low RAM: initramfs                 above RAM    room to grow, if any
+//!                                            above that   64-bit PCI window, 64 GiB
 //! ```
 
 use std::ops::Range;
@@ -41,6 +42,11 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
 const PCI_WINDOW_64_SIZE: u64 = 64 * GIB;
+/// Linux adds memory by blocks of this size, and by larger ones in a VM with [`LARGE_VM`] of RAM
+/// (`probe_memory_block_size`): what begins or ends in the middle of a block could not be used.
+const MEMORY_BLOCK: u64 = 128 * MIB;
+const LARGE_MEMORY_BLOCK: u64 = 2 * GIB;
+const LARGE_VM: u64 = 64 * GIB;
 /// The kernel is loaded at 16 MiB, and must be able to unpack its initramfs.
 pub const MEMORY_MIN_MIB: u32 = 48;
 /// Most vCPUs: APIC ids stay far below 255, where x2APIC-only tables would begin.
@@ -69,6 +75,8 @@ const _: () = {
 pub struct Layout {
     /// RAM below and above the hole, in order; the second is missing in small VMs.
     pub ram: Vec<Range<u64>>,
+    /// Where memory can be plugged in later; nothing is there yet.
+    pub room: Option<Range<u64>>,
     /// For 64-bit BARs.
     pub pci_window_64: Range<u64>,
 }
@@ -76,6 +84,15 @@ pub struct Layout {
 impl Layout {
     /// Lays out `memory_mib` of RAM on a processor with `address_bits` guest-physical address bits.
     pub fn new(memory_mib: u32, address_bits: u8) -> Result<Self, LayoutError> {
+        Self::with_room(memory_mib, memory_mib, address_bits)
+    }
+
+    /// The same with room to grow to `max_memory_mib`, as far as there are addresses.
+    pub fn with_room(
+        memory_mib: u32,
+        max_memory_mib: u32,
+        address_bits: u8,
+    ) -> Result<Self, LayoutError> {
         let got = memory_mib;
         if memory_mib < MEMORY_MIN_MIB {
             return Err(LayoutError::TooSmall { got });
@@ -90,18 +107,34 @@ impl Layout {
             (vec![0..HOLE.start, HOLE.end..end], end)
         };
         // Aligned so that a BAR of any size up to the window's can be placed in it.
-        let start = end.next_multiple_of(PCI_WINDOW_64_SIZE);
-        if start > room {
+        if end.next_multiple_of(PCI_WINDOW_64_SIZE) > room {
             let limit = (room - (HOLE.end - HOLE.start)) / MIB;
             return Err(LayoutError::TooLarge { got, bits: address_bits, limit });
         }
-        Ok(Self { ram, pci_window_64: start..start + PCI_WINDOW_64_SIZE })
+        let block = memory_block(end);
+        let free = end.next_multiple_of(block)..room;
+        let grown = u64::from(max_memory_mib.saturating_sub(memory_mib)) * MIB;
+        let grown = grown.next_multiple_of(block);
+        let grown = grown.min(free.end.saturating_sub(free.start) / block * block);
+        let growth = (grown > 0).then(|| free.start..free.start + grown);
+        let end = growth.as_ref().map_or(end, |growth| growth.end);
+        let start = end.next_multiple_of(PCI_WINDOW_64_SIZE);
+        Ok(Self { ram, room: growth, pci_window_64: start..start + PCI_WINDOW_64_SIZE })
+    }
+
+    /// What the guest's kernel adds memory by.
+    pub fn memory_block(&self) -> u64 {
+        memory_block(self.ram.last().map_or(0, |piece| piece.end))
     }
 
     /// End of the RAM below 4 GiB.
     pub fn low_ram_end(&self) -> u64 {
         self.ram[0].end
     }
+}
+
+fn memory_block(ram_end: u64) -> u64 {
+    if ram_end < LARGE_VM { MEMORY_BLOCK } else { LARGE_MEMORY_BLOCK }
 }
 
 #[cfg(test)]
@@ -124,6 +157,24 @@ mod tests {
             assert!(layout.low_ram_end() <= HOLE.start);
             assert!(layout.pci_window_64.start >= layout.ram.last().unwrap().end);
         }
+    }
+
+    #[test]
+    fn room_to_grow_lies_between_ram_and_the_pci_window_and_ends_with_the_address_space() {
+        assert_eq!(Layout::new(512, 40).unwrap().room, None);
+        let small = Layout::with_room(512, 1025, 40).unwrap();
+        assert_eq!(small.room, Some(4 * GIB..4 * GIB + 640 * MIB));
+        for (now, most) in [(512, 300_000), (4000, 5000), (4001, 4002), (70_000, 80_000)] {
+            let layout = Layout::with_room(now, most, 46).unwrap();
+            let (room, block) = (layout.room.clone().unwrap(), layout.memory_block());
+            assert_eq!((room.start % block, room.end % block), (0, 0));
+            assert!(room.start >= layout.ram.last().unwrap().end && room.start >= HOLE.end);
+            assert!(room.end - room.start >= u64::from(most - now) * MIB);
+            assert!(layout.pci_window_64.start >= room.end);
+        }
+        let cut = Layout::with_room(512, u32::MAX, 40).unwrap();
+        assert_eq!(cut.pci_window_64.end, 1 << 40);
+        assert!(cut.room.unwrap().end <= cut.pci_window_64.start);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Guest RAM: one memfd, mapped shared, in one or two pieces.
+//! Guest RAM: one memfd, mapped shared, in one or two pieces; one more for the room to grow.
 //!
 //! Shared and from a memfd rather than anonymous: a template's memory can be mapped privately by
 //! others later, and a device in another process can be given the descriptor. Reserved in no way
@@ -12,6 +12,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -44,25 +45,35 @@ pub fn allocate(layout: &Layout) -> Result<Ram, MemoryError> {
     let mut offset = 0;
     let mut regions = Vec::new();
     for piece in &layout.ram {
-        let size = piece.end - piece.start;
-        let region = MmapRegionBuilder::new(size as usize)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
-            .build()
-            .map_err(|source| MemoryError::Map { size, source })?;
-        advise(&region, libc::MADV_DONTDUMP).map_err(MemoryError::Advise)?;
-        match advise(&region, libc::MADV_HUGEPAGE) {
-            // A kernel without transparent huge pages.
-            Ok(()) | Err(Errno::EINVAL) => {}
-            Err(e) => return Err(MemoryError::Advise(e)),
-        }
-        let region = GuestRegionMmap::new(region, GuestAddress(piece.start))
-            .ok_or(MemoryError::Collection(GuestRegionCollectionError::NoMemoryRegion))?;
-        regions.push(region);
-        offset += size;
+        regions.push(map(&file, offset, piece)?);
+        offset += piece.end - piece.start;
     }
     Ok(Ram::from_regions(regions)?)
+}
+
+/// Adds room to grow to `ram`, with a memfd of its own, from which pages can be taken again.
+pub fn add_room(ram: &Ram, room: &Range<u64>) -> Result<Ram, MemoryError> {
+    let size = room.end - room.start;
+    let file = memfd(size).map_err(|source| MemoryError::Memfd { size, source })?;
+    Ok(ram.insert_region(Arc::new(map(&Arc::new(file), 0, room)?))?)
+}
+
+fn map(file: &Arc<File>, offset: u64, piece: &Range<u64>) -> Result<GuestRegionMmap, MemoryError> {
+    let size = piece.end - piece.start;
+    let region = MmapRegionBuilder::new(size as usize)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_file_offset(FileOffset::from_arc(file.clone(), offset))
+        .build()
+        .map_err(|source| MemoryError::Map { size, source })?;
+    advise(&region, libc::MADV_DONTDUMP).map_err(MemoryError::Advise)?;
+    match advise(&region, libc::MADV_HUGEPAGE) {
+        // A kernel without transparent huge pages.
+        Ok(()) | Err(Errno::EINVAL) => {}
+        Err(e) => return Err(MemoryError::Advise(e)),
+    }
+    GuestRegionMmap::new(region, GuestAddress(piece.start))
+        .ok_or(MemoryError::Collection(GuestRegionCollectionError::NoMemoryRegion))
 }
 
 fn advise(region: &MmapRegion, advice: libc::c_int) -> nix::Result<()> {
@@ -99,6 +110,19 @@ mod tests {
         let file = region.file_offset().unwrap().file();
         assert_eq!(file.metadata().unwrap().st_blocks() * 512, 4096);
         assert!(file.set_len(4096).is_err(), "memory can be pulled from under the guest");
+    }
+
+    #[test]
+    fn room_to_grow_is_a_region_in_a_file_of_its_own_that_costs_nothing() {
+        let layout = Layout::with_room(512, 16_384, 46).unwrap();
+        let room = layout.room.clone().unwrap();
+        let ram = add_room(&allocate(&layout).unwrap(), &room).unwrap();
+        let region = ram.find_region(GuestAddress(room.start)).unwrap();
+        assert_eq!(region.len(), room.end - room.start);
+        let backing = region.file_offset().unwrap();
+        assert_eq!((backing.start(), backing.file().metadata().unwrap().st_blocks()), (0, 0));
+        assert!(ram.write_obj(1u8, GuestAddress(room.end - 1)).is_ok());
+        assert!(ram.write_obj(1u8, GuestAddress(room.start - 1)).is_err());
     }
 
     #[test]

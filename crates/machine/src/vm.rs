@@ -7,6 +7,7 @@
 //! of a boot), and finds none here. Reduced-hardware ACPI tells it not to look for PIC and PIT.
 #![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION takes a raw host address
 
+use std::ops::Range;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 use crate::{KvmError, Ram};
@@ -44,6 +45,8 @@ pub enum VmError {
     Missing { name: &'static str },
     #[error("{got} vCPUs are more than the {limit} this KVM can run")]
     TooManyVcpus { got: u8, limit: usize },
+    #[error("{part:#x?} is no memory of the VM")]
+    NotRam { part: Range<u64> },
 }
 
 /// `/dev/kvm`, checked.
@@ -115,21 +118,80 @@ impl Host {
 /// `ram` must be kept until `vm` and all its vCPUs are gone: whoever assembles the VM holds both.
 pub fn map_ram(vm: &VmFd, ram: &Ram) -> Result<(), VmError> {
     for (slot, region) in ram.iter().enumerate() {
-        let host = ram.get_host_address(region.start_addr()).map_or(0, |p| p as u64);
-        let slot = kvm_userspace_memory_region {
-            slot: slot as u32,
-            flags: 0,
-            guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
-            userspace_addr: host,
-        };
-        // SAFETY: address and size are those of a live mapping of `ram`, which the caller keeps
-        // as long as the VM; guest and VMM share it by design, and the VMM reaches it only through
-        // vm-memory's volatile accesses.
-        unsafe { vm.set_user_memory_region(slot) }
-            .map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION", "give the VM less memory"))?;
+        let start = region.start_addr();
+        show(vm, ram, slot as u32, start.raw_value()..start.raw_value() + region.len())?;
     }
     Ok(())
+}
+
+/// Shows a part of a region of `ram` to the guest.
+fn show(vm: &VmFd, ram: &Ram, slot: u32, part: Range<u64>) -> Result<(), VmError> {
+    let size = part.end - part.start;
+    let host = ram
+        .get_slice(GuestAddress(part.start), size as usize)
+        .map_err(|_| VmError::NotRam { part: part.clone() })?
+        .ptr_guard_mut()
+        .as_ptr() as u64;
+    let slot = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: part.start,
+        memory_size: size,
+        userspace_addr: host,
+    };
+    // SAFETY: address and size are those of a slice of a live mapping of `ram`, which the caller
+    // keeps as long as the VM; guest and VMM share it by design, and the VMM reaches it only through
+    // vm-memory's volatile accesses.
+    unsafe { vm.set_user_memory_region(slot) }
+        .map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION", "give the VM less memory"))?;
+    Ok(())
+}
+
+/// Slots for what a VM grows by; the last one takes all that is left. Linux before 5.11 has 509.
+const GROWTH_SLOTS: u32 = 64;
+
+/// Room to grow, of which a vCPU sees what was granted and no more: what lies beyond costs KVM
+/// nothing (before Linux 5.15 it keeps some 2.5 MiB of tables a GiB of slot), and a guest cannot
+/// have it by merely touching it.
+#[derive(Debug)]
+pub struct Room {
+    vm: Arc<VmFd>,
+    ram: Ram,
+    room: Range<u64>,
+    granted: u64,
+    slots: Range<u32>,
+}
+
+impl Room {
+    /// `ram` holds `room` as its last region; the others are shown to the guest already.
+    pub fn new(vm: Arc<VmFd>, ram: Ram, room: Range<u64>) -> Self {
+        let first = ram.num_regions() as u32 - 1;
+        Self { vm, ram, room, granted: 0, slots: first..first + GROWTH_SLOTS }
+    }
+
+    /// Bytes that the guest sees.
+    pub fn granted(&self) -> u64 {
+        self.granted
+    }
+
+    /// Shows at least the first `bytes` of the room to the guest. It is not taken away again: the
+    /// guest would have to have left it for certain.
+    pub fn grant(&mut self, bytes: u64) -> Result<(), VmError> {
+        let size = self.room.end - self.room.start;
+        if bytes <= self.granted {
+            return Ok(());
+        }
+        if bytes > size {
+            return Err(VmError::NotRam { part: self.room.start..self.room.start + bytes });
+        }
+        let last = self.slots.len() == 1;
+        let bytes = if last { size } else { bytes };
+        let part = self.room.start + self.granted..self.room.start + bytes;
+        show(&self.vm, &self.ram, self.slots.start, part)?;
+        self.slots.start += 1;
+        self.granted = bytes;
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -163,6 +225,24 @@ pub(crate) mod tests {
         if host.kvm.get_max_vcpus() < 255 {
             assert!(matches!(host.create_vm(255), Err(VmError::TooManyVcpus { got: 255, .. })));
         }
+    }
+
+    #[test]
+    fn room_is_granted_piece_by_piece_and_never_more_than_there_is() {
+        let Some(vm) = vm() else { return };
+        let layout = crate::layout::Layout::with_room(64, 64 + 10_240, 40).unwrap();
+        let (ram, range) = (crate::memory::allocate(&layout).unwrap(), layout.room.unwrap());
+        map_ram(&vm, &ram).unwrap();
+        let ram = crate::memory::add_room(&ram, &range).unwrap();
+        let mut room = Room::new(vm, ram, range);
+        room.grant(0).unwrap();
+        for mib in 1..=GROWTH_SLOTS as u64 {
+            room.grant(mib << 20).unwrap();
+            room.grant(1 << 20).unwrap();
+        }
+        assert_eq!(room.granted(), 10_240 << 20, "the last slot takes the rest");
+        room.grant(10_240 << 20).unwrap();
+        assert!(matches!(room.grant((10_240 << 20) + 1), Err(VmError::NotRam { .. })));
     }
 
     #[test]

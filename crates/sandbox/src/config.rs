@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 
 /// What a VMM takes ([`vmm_api::VmConfig::max_vcpus`]).
 const MAX_VCPUS: u8 = 64;
+/// What a pod can become unless the configuration says so.
+const GROWTH: u32 = 4;
+const GROWTH_AT_MOST_MIB: u32 = 16 << 10;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -43,6 +46,10 @@ pub struct Config {
     /// vCPUs that a pod can be given while it runs, as far as the host has so many. Each costs the
     /// guest some 100 KiB from the start, whether it runs or not.
     pub max_vcpus: u8,
+    /// Memory that a pod can be given while it runs. 0: four times what it starts with, but no more
+    /// than 16 GiB beyond that. What it is not given costs nothing; only the devices of a guest that
+    /// means harm could be made to fill it, which the limits of the pod's cgroup on the host bound.
+    pub max_memory_mib: u32,
     /// Pods this node holds at most; a further one is refused.
     pub max_pods: usize,
     /// Containers in a pod at most; bounds the record and the guest's devices.
@@ -90,6 +97,7 @@ impl Default for Config {
             default_vcpus: 2,
             default_memory_mib: 2048,
             max_vcpus: 16,
+            max_memory_mib: 0,
             max_pods: 1024,
             max_containers: 64,
             scratch_size: 10 << 30,
@@ -157,6 +165,16 @@ impl Config {
         let host = std::thread::available_parallelism().map_or(1, |n| n.get());
         let host = u8::try_from(host).unwrap_or(u8::MAX);
         self.max_vcpus.min(host).min(MAX_VCPUS).max(vcpus)
+    }
+
+    /// Memory that a VM which starts with `memory_mib` can become.
+    pub(crate) fn memory_at_most(&self, memory_mib: u32) -> u32 {
+        match self.max_memory_mib {
+            0 => {
+                memory_mib.saturating_mul(GROWTH).min(memory_mib.saturating_add(GROWTH_AT_MOST_MIB))
+            }
+            most => most.max(memory_mib),
+        }
     }
 
     /// [`Self::start_parallelism`] with its 0 resolved.

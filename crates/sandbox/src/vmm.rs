@@ -77,6 +77,17 @@ impl Vmm {
         }
     }
 
+    /// Asks the guest to have this much memory; answered before it has followed.
+    pub(crate) async fn resize_memory(&self, memory_mib: u32) -> Result<(), Error> {
+        match self.call(Request::ResizeMemory { memory_mib }, None).await {
+            Ok(_) => Ok(()),
+            Err(ClientError::Refused(e @ vmm_api::Error::Memory { .. })) => {
+                Err(Error::OutOfRange { message: e.to_string() })
+            }
+            Err(e) => Err(failed("resize memory", e)),
+        }
+    }
+
     /// Pulls a device; one that is not there is fine.
     pub(crate) async fn remove_device(&self, id: &str) -> Result<(), Error> {
         match self.call(Request::RemoveDevice { id: id.to_owned() }, None).await {

@@ -27,6 +27,7 @@ pub enum DeviceKind {
     Console = 3,
     Rng = 4,
     Vsock = 19,
+    Mem = 24,
     Fs = 26,
 }
 
@@ -39,6 +40,7 @@ impl DeviceKind {
             Self::Console => "console",
             Self::Rng => "rng",
             Self::Vsock => "vsock",
+            Self::Mem => "mem",
             Self::Fs => "fs",
         }
     }
@@ -49,7 +51,7 @@ impl DeviceKind {
             Self::Net => [0x02, 0x00, 0x00],
             Self::Block | Self::Fs => [0x01, 0x80, 0x00],
             Self::Console => [0x07, 0x80, 0x00],
-            Self::Rng => [0xff, 0x00, 0x00],
+            Self::Rng | Self::Mem => [0xff, 0x00, 0x00],
             Self::Vsock => [0x02, 0x80, 0x00],
         }
     }
@@ -123,6 +125,10 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// Reads device configuration; bytes past its end stay as they are (zero).
     fn read_config(&self, offset: usize, data: &mut [u8]);
+    /// Changes whenever the configuration does without the driver's doing (section 2.5.3).
+    fn config_generation(&self) -> u8 {
+        0
+    }
     fn counters(&self) -> Arc<DeviceCounters>;
     /// Makes the moving half. Never blocks: runs on a vCPU thread.
     fn activate(&mut self, activation: Activation) -> io::Result<Box<dyn Engine>>;

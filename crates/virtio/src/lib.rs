@@ -1,4 +1,5 @@
-//! Virtio 1.2 devices over PCI: block, net, vsock, fs (served by another process), rng, console.
+//! Virtio 1.2 devices over PCI: block, net, vsock, fs (served by another process), rng, console,
+//! mem.
 //!
 //! The guest is hostile: every byte in its memory and every register write is an attack until
 //! checked. A malformed descriptor chain is handed back unused and counted; an impossible ring
@@ -19,6 +20,7 @@ pub mod device;
 pub mod features;
 pub mod fs;
 pub mod limit;
+pub mod mem;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
 pub mod net;

@@ -39,6 +39,9 @@ pub struct VmConfig {
     pub max_vcpus: u8,
     /// Guest memory, MiB. Only touched pages cost anything.
     pub memory_mib: u32,
+    /// What [`Request::ResizeMemory`] can ask for, `memory_mib` at least; as far as the processor
+    /// has addresses. What is not asked for costs nothing.
+    pub max_memory_mib: u32,
     /// An ELF `vmlinux` (or a bzImage whose payload is extracted by the host side).
     pub kernel: Fd,
     pub initramfs: Option<Fd>,
@@ -131,6 +134,12 @@ pub enum Request {
     RemoveDevice {
         id: String,
     },
+    /// Asks the guest to have so much memory, between what the VM was started with (which it keeps)
+    /// and [`VmConfig::max_memory_mib`]. Answered at once; how far the guest has come is in
+    /// [`VmStatus::plugged_mib`].
+    ResizeMemory {
+        memory_mib: u32,
+    },
     Pause,
     Resume,
     /// Ends the VMM at once; the guest gets no warning.
@@ -157,14 +166,21 @@ pub struct VmStatus {
     pub phase: Phase,
     pub pid: u32,
     pub vcpus: u8,
+    /// Memory that was asked for last, in steps of 2 MiB above what the VM was started with.
     pub memory_mib: u32,
+    /// Memory that the guest has: as asked for, once it has followed.
+    #[serde(default)]
+    pub plugged_mib: u32,
+    /// The most that can be asked for; 0: the VMM is older than the question.
+    #[serde(default)]
+    pub max_memory_mib: u32,
     pub devices: Vec<DeviceStatus>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStatus {
     pub id: String,
-    /// `blk`, `net`, `vsock`, `fs`, `rng`, `console`.
+    /// `blk`, `net`, `vsock`, `fs`, `rng`, `console`, `mem`.
     pub kind: String,
     pub pci: String,
     /// The guest's driver has set DRIVER_OK.
@@ -212,6 +228,8 @@ pub enum Error {
     NotRemovable { id: String, why: String },
     #[error("packet carries {got} descriptors, {want} expected")]
     Descriptors { got: usize, want: usize },
+    #[error("{memory_mib} MiB of memory are more than the {limit_mib} MiB the VM can have")]
+    Memory { memory_mib: u32, limit_mib: u32 },
     #[error("{message}")]
     Failed { message: String },
 }

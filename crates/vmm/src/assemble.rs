@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use machine::acpi::AcpiError;
@@ -18,8 +18,8 @@ use machine::kernel::KernelError;
 use machine::layout::{Layout, LayoutError};
 use machine::memory::MemoryError;
 use machine::vcpu::{Vcpu, VcpuError};
-use machine::vm::{Host, VmError};
-use machine::{Ram, acpi, boot, cpuid, kernel, memory, vm};
+use machine::vm::{Host, Room, VmError};
+use machine::{Ram, acpi, boot, cpuid, kernel, vm};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_api::{Counters, ExitReason, Phase, Reply, Request, VERSION, VmExit, VmStatus};
@@ -30,6 +30,7 @@ use crate::control::{ControlError, Server, Vm};
 use crate::devices::Devices;
 use crate::end::{CONSOLE_WANTED, End};
 use crate::jail::{self, JailError};
+use crate::memory::{Growth, Memory};
 use crate::platform::Platform;
 use crate::processors::{ProcessorError, Processors};
 use crate::seccomp::{FilterError, Filters, Policy, Role};
@@ -153,9 +154,10 @@ impl Parts {
         jail::limits()?;
 
         let host = Host::new(self.kvm)?;
-        let layout = Layout::new(self.config.memory_mib, host.address_bits())?;
+        let (memory_mib, max) = (self.config.memory_mib, self.config.max_memory_mib);
+        let layout = Layout::with_room(memory_mib, max, host.address_bits())?;
         let fd = host.create_vm(self.config.max_vcpus)?;
-        let ram = memory::allocate(&layout)?;
+        let mut ram = machine::memory::allocate(&layout)?;
         vm::map_ram(&fd, &ram)?;
         let entry = load(&self.config, &ram, &layout, &mut self.kernel, &mut self.initramfs)?;
         drop((self.kernel, self.initramfs));
@@ -166,6 +168,13 @@ impl Parts {
         }
         vcpus[0].boot(entry)?;
 
+        let room = match &layout.room {
+            Some(room) => {
+                ram = machine::memory::add_room(&ram, room)?;
+                Some(Room::new(fd.clone(), ram.clone(), room.clone()))
+            }
+            None => None,
+        };
         let bus = Arc::new(pci::Bus::new(layout.pci_window_64.clone()));
         let (interrupts, doorbells) = (Interrupts::new(fd.clone()), Doorbells::new(fd));
         let worker = bound(&filters, end, Role::Worker);
@@ -180,6 +189,19 @@ impl Parts {
         if let Some((cid, listener)) = self.vsock {
             added("vsock", devices.add_vsock(cid, listener))?;
         }
+        let growth = match (room, &layout.room) {
+            (Some(room), Some(range)) => {
+                let device = devices.add_mem(range.clone());
+                let device = device
+                    .map_err(|source| AssembleError::Device { id: "mem".to_owned(), source })?;
+                // The room is cut where addresses end, and rounded up to whole blocks.
+                let size = u32::try_from((range.end - range.start) >> 20).unwrap_or(u32::MAX);
+                let limit_mib = size.min(max - memory_mib);
+                let (room, block) = (Mutex::new(room), layout.memory_block());
+                Some(Growth { limit_mib, room, device, block })
+            }
+            _ => None,
+        };
         for disk in self.disks {
             added(&disk.serial.clone(), devices.add_disk(disk))?;
         }
@@ -193,6 +215,7 @@ impl Parts {
             Processors::start(vcpus, &platform, end, bound(&filters, end, Role::Vcpu))?;
         let running = Arc::new(Running {
             config: self.config,
+            memory: Memory::new(memory_mib, growth),
             devices,
             processors,
             paused: AtomicBool::new(false),
@@ -275,6 +298,7 @@ fn ending_signals() -> Result<OwnedFd, AssembleError> {
 /// A VM that runs.
 struct Running {
     config: vmm_api::VmConfig,
+    memory: Memory,
     devices: Devices,
     processors: Processors,
     paused: AtomicBool,
@@ -334,7 +358,9 @@ impl Vm for Running {
             phase: if paused { Phase::Paused } else { Phase::Running },
             pid: std::process::id(),
             vcpus: self.config.vcpus,
-            memory_mib: self.config.memory_mib,
+            memory_mib: self.memory.wanted_mib(),
+            plugged_mib: self.memory.plugged_mib(),
+            max_memory_mib: self.memory.max_mib(),
             devices: self.devices.list(),
         }
     }
@@ -352,6 +378,7 @@ impl Vm for Running {
         match (request, fds.pop()) {
             (Request::Pause, _) => done(self.pause()),
             (Request::Resume, _) => done(self.resume()),
+            (Request::ResizeMemory { memory_mib }, _) => done(self.memory.resize(memory_mib)),
             (Request::RemoveDevice { id }, _) => done(self.devices.remove(&id)),
             (request, Some(fd)) => match self.add(request, fd) {
                 Ok(pci) => Reply::Added { pci },

@@ -46,6 +46,9 @@ pub struct Options {
     /// MiB
     #[arg(long, default_value_t = 256)]
     pub memory: u32,
+    /// MiB that the guest can be given later; default: as much as --memory
+    #[arg(long)]
+    pub max_memory: Option<u32>,
     /// Appended to the kernel command line
     #[arg(long, default_value = "")]
     pub cmdline: String,
@@ -119,6 +122,7 @@ pub fn open(options: &Options) -> Result<(VmConfig, File)> {
         vcpus: options.vcpus,
         max_vcpus: options.max_vcpus.unwrap_or(options.vcpus),
         memory_mib: options.memory,
+        max_memory_mib: options.max_memory.unwrap_or(options.memory),
         kernel: fd(open_file(&options.kernel)?),
         initramfs: options.initramfs.as_deref().map(open_file).transpose()?.map(fd),
         cmdline: options.cmdline.clone(),

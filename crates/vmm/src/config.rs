@@ -44,6 +44,8 @@ pub enum ConfigError {
     Vcpus { vcpus: u8, max: u8 },
     #[error("memory_mib is {got}, {} at least is needed", machine::layout::MEMORY_MIN_MIB)]
     Memory { got: u32 },
+    #[error("max_memory_mib is {max}, less than memory_mib, {memory}")]
+    MaxMemory { memory: u32, max: u32 },
     #[error("{what}: descriptor {fd} is not open; it must be inherited by the VMM")]
     NotOpen { what: String, fd: RawFd },
     #[error("{what}: descriptor {fd} is used twice in the configuration")]
@@ -189,6 +191,10 @@ fn check(config: &VmConfig) -> Result<(), ConfigError> {
     if config.memory_mib < machine::layout::MEMORY_MIN_MIB {
         return Err(ConfigError::Memory { got: config.memory_mib });
     }
+    let (memory, max) = (config.memory_mib, config.max_memory_mib);
+    if max < memory {
+        return Err(ConfigError::MaxMemory { memory, max });
+    }
     if let Some(vsock) = &config.vsock {
         // 0 to 2 are hypervisor, loopback and host; the highest is "any" (vsock(7)).
         let cid = vsock.guest_cid;
@@ -197,7 +203,7 @@ fn check(config: &VmConfig) -> Result<(), ConfigError> {
         }
     }
     // Names that the VMM's own devices have.
-    let mut ids: HashSet<&str> = ["vsock", "rng", "console"].into();
+    let mut ids: HashSet<&str> = ["vsock", "rng", "console", "mem"].into();
     config.disks.iter().try_for_each(check_disk)?;
     config.nets.iter().try_for_each(check_net)?;
     let serials = config.disks.iter().map(|disk| disk.serial.as_str());

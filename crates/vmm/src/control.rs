@@ -197,8 +197,9 @@ impl Server {
             Request::Status => self.reply(token, &Reply::Status(self.vm.status())),
             Request::Counters => self.reply(token, &Reply::Counters(self.vm.counters())),
             Request::Kill => {
-                self.reply(token, &Reply::Done);
+                // The loop ends with its next round: first the reply goes out.
                 self.end.set(ExitReason::Killed, "VM was killed on request");
+                self.reply(token, &Reply::Done);
             }
             request => {
                 self.listen_to(token, false);

@@ -1,12 +1,13 @@
 //! The devices of a VM: made from descriptors, plugged, pulled, listed. The only file here that
 //! knows virtio.
 //!
-//! Two workers share the devices: `disk` (block, rng, console, fs) and `net` (net, vsock), so that a
+//! Two workers share the devices: `disk` (block, rng, console, fs, mem) and `net` (net, vsock), so that a
 //! burst of packets does not delay the disk. Plugging and pulling may wait for a worker; listing
 //! never does: it reads atomics under a lock that is held for moments only.
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +18,7 @@ use machine::interrupts::Interrupts;
 use virtio::blk::Block;
 use virtio::console::Console as ConsoleDevice;
 use virtio::fs::Fs;
+use virtio::mem::{Mem, Resize};
 use virtio::net::Net;
 use virtio::pci::{DeviceView, VirtioPci, vector_count};
 use virtio::rng::Rng;
@@ -129,6 +131,14 @@ impl Devices {
         self.plug("console".to_owned(), Box::new(device), false)
     }
 
+    /// A device for memory that is plugged in later, which lies in the VM's as a region of its own.
+    pub fn add_mem(&self, room: Range<u64>) -> Result<Resize, Error> {
+        let device = Mem::new(&self.ram, room).map_err(|e| failed(&e))?;
+        let resize = device.resize();
+        self.plug("mem".to_owned(), Box::new(device), false)?;
+        Ok(resize)
+    }
+
     /// Plugs a device; returns its PCI address. Only one thread plugs and pulls at a time.
     fn plug(
         &self,
@@ -215,9 +225,11 @@ impl Devices {
     fn worker(&self, kind: DeviceKind) -> WorkerHandle {
         match kind {
             DeviceKind::Net | DeviceKind::Vsock => self.net.handle(),
-            DeviceKind::Block | DeviceKind::Console | DeviceKind::Rng | DeviceKind::Fs => {
-                self.disk.handle()
-            }
+            DeviceKind::Block
+            | DeviceKind::Console
+            | DeviceKind::Rng
+            | DeviceKind::Fs
+            | DeviceKind::Mem => self.disk.handle(),
         }
     }
 

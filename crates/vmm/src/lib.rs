@@ -20,6 +20,7 @@ pub mod end;
 mod glue;
 pub mod jail;
 pub mod log;
+mod memory;
 pub mod platform;
 pub mod processors;
 pub mod seccomp;

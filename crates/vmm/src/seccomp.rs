@@ -123,7 +123,10 @@ const MAIN: &[Call] = &[
     (libc::SYS_clock_nanosleep, When::Always, "`boot`: waiting for the output's follower"),
 ];
 
-const ORDERS: &[Call] = &[(libc::SYS_clock_nanosleep, When::Always, "waiting for an engine to go")];
+const ORDERS: &[Call] = &[
+    (libc::SYS_clock_nanosleep, When::Always, "waiting for an engine to go"),
+    (libc::SYS_ioctl, When::Request(KVM_SET_USER_MEMORY_REGION), "memory that the VM grows by"),
+];
 
 const VCPU: &[Call] = &[
     (libc::SYS_ioctl, When::Request(KVM_RUN), "the guest"),
@@ -144,7 +147,7 @@ const WORKER: &[Call] = &[
     (libc::SYS_preadv, When::Always, "disk without io_uring"),
     (libc::SYS_pwritev, When::Always, "disk without io_uring"),
     (libc::SYS_fdatasync, When::Always, "disk without io_uring: flush"),
-    (libc::SYS_fallocate, When::Always, "disk without io_uring: discard, write zeroes"),
+    (libc::SYS_fallocate, When::Always, "unplugged memory; disk without io_uring: discard"),
     (libc::SYS_ioctl, When::Request(BLKDISCARD), "block device: discard"),
     (libc::SYS_ioctl, When::Request(BLKZEROOUT), "block device: write zeroes"),
     (libc::SYS_accept4, When::Always, "vsock connections from the host"),
@@ -159,6 +162,7 @@ const WORKER: &[Call] = &[
 // Request numbers, <linux/kvm.h>, <linux/if_tun.h>, <linux/fs.h>.
 const KVM_RUN: u32 = 0xae80;
 const KVM_GET_REGS: u32 = 0x8090_ae81;
+const KVM_SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
 const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
 const KVM_IRQFD: u32 = 0x4020_ae76;
 const KVM_IOEVENTFD: u32 = 0x4040_ae79;

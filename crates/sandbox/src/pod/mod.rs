@@ -13,6 +13,7 @@ mod disks;
 mod events;
 mod handle;
 mod host_pod;
+mod memory;
 mod owner;
 mod recover;
 mod remove_container;

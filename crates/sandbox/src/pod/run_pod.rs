@@ -307,12 +307,14 @@ fn vm_config(
 ) -> Result<VmConfig, Error> {
     let config = &handle.node.config;
     let vcpus = pod.spec.vcpus.unwrap_or(config.default_vcpus).max(1);
+    let memory_mib = pod.spec.memory_mib.unwrap_or(config.default_memory_mib);
     Ok(VmConfig {
         version: vmm_api::VERSION,
         name: pod.id.clone(),
         vcpus,
         max_vcpus: config.vcpus_at_most(vcpus),
-        memory_mib: pod.spec.memory_mib.unwrap_or(config.default_memory_mib),
+        memory_mib,
+        max_memory_mib: config.memory_at_most(memory_mib),
         kernel: fd(Wanted::Kernel)?,
         initramfs: Some(fd(Wanted::Initramfs)?),
         cmdline: config.cmdline_extra.clone(),

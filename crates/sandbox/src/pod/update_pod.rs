@@ -1,8 +1,9 @@
-//! UpdatePod: CPUs brought online or parked, caps of the pod's cgroup on the host. Memory stays what
-//! the VM was started with.
+//! UpdatePod: memory plugged and unplugged, CPUs brought online or parked, caps of the pod's cgroup
+//! on the host.
 //!
 //! Growing begins on the host, shrinking in the guest, so that the guest never has CPUs that the
-//! host keeps it from using longer than it must.
+//! host keeps it from using longer than it must. More memory comes first, as it may be refused; less
+//! comes last, as it may be had in part only.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use agent_api::v1;
 use oci_spec::runtime::LinuxResources;
 
 use super::handle::Handle;
+use super::memory::{self, Shrunk};
 use super::run_pod::limit_cpu;
 use crate::error::Error;
 use crate::model::{CpuLimits, PodResources};
@@ -19,7 +21,10 @@ use crate::policy::{Change, Effect, Pod};
 /// cpu.max's default period, microseconds.
 const DEFAULT_PERIOD: u64 = 100_000;
 
-pub(super) async fn update_pod(handle: &Arc<Handle>, change: PodResources) -> Result<(), Error> {
+pub(super) async fn update_pod(
+    handle: &Arc<Handle>,
+    mut change: PodResources,
+) -> Result<(), Error> {
     if handle.machine.host().is_some() {
         // It has no size of its own: its containers' limits are all there is.
         handle.ready_pod()?;
@@ -30,9 +35,10 @@ pub(super) async fn update_pod(handle: &Arc<Handle>, change: PodResources) -> Re
     if change.vcpus == Some(0) {
         return Err(Error::invalid("a pod needs at least 1 vCPU"));
     }
-    if let Some(wanted) = change.memory_mib {
-        check_memory(handle, u64::from(wanted) << 20).await?;
-    }
+    let before = match change.memory_mib {
+        Some(wanted) => Some(memory::grow(handle, wanted.into()).await?),
+        None => None,
+    };
     let cap = change.cpu.filter(|new| *new != pod.spec.cpu);
     let raised = cap.filter(|new| share(*new) >= share(pod.spec.cpu));
     if let Some(limits) = raised {
@@ -46,12 +52,27 @@ pub(super) async fn update_pod(handle: &Arc<Handle>, change: PodResources) -> Re
         if raised.is_some() {
             set_cap(handle, &pod, pod.spec.cpu).await;
         }
+        if let Some(before) = before {
+            memory::ungrow(handle, before).await;
+        }
         return Err(error);
     }
     if let (Some(limits), None) = (cap, raised) {
         set_cap(handle, &pod, limits).await;
     }
-    handle.commit(vec![Change::Resized { change }]).await
+    let kept = match change.memory_mib {
+        Some(wanted) => match memory::shrink(handle, wanted).await? {
+            Shrunk::Done => None,
+            Shrunk::Kept(kept) => Some((change.memory_mib.replace(kept), kept)),
+        },
+        None => None,
+    };
+    handle.commit(vec![Change::Resized { change }]).await?;
+    let Some((wanted, kept)) = kept else { return Ok(()) };
+    Err(Error::precondition(format!(
+        "guest uses too much of its memory to be left with {} MiB; it has {kept} MiB now",
+        wanted.unwrap_or_default()
+    )))
 }
 
 /// CPUs that run in the guest.
@@ -73,21 +94,6 @@ async fn set_cap(handle: &Handle, pod: &Pod, limits: CpuLimits) {
     if let Some(leaf) = leaf {
         limit_cpu(leaf, &handle.node.cgroup_root, limits).await;
     }
-}
-
-/// A VM's memory cannot grow.
-pub(super) async fn check_memory(handle: &Handle, wanted: u64) -> Result<(), Error> {
-    let has = handle.vmm.status().await?.memory_mib;
-    if wanted > u64::from(has) << 20 {
-        return Err(Error::OutOfRange {
-            message: format!(
-                "{} MiB of memory are wanted, the pod's VM was started with {has} MiB and cannot \
-                 be given more: the pod has to be made anew",
-                wanted.div_ceil(1 << 20)
-            ),
-        });
-    }
-    Ok(())
 }
 
 async fn ask(handle: &Handle, cpus: u8) -> Result<u32, Error> {
@@ -114,7 +120,7 @@ async fn resize(handle: &Handle, pod: &Pod, wanted: u8) -> Result<(), Error> {
 }
 
 /// Limits of a container that are about to be raised: the VM must be able to keep them. Memory is
-/// checked, CPUs are brought online as far as there are more.
+/// plugged in if it has too little, CPUs are brought online as far as there are more.
 pub(super) async fn make_room(
     handle: &Arc<Handle>,
     id: &str,
@@ -124,14 +130,20 @@ pub(super) async fn make_room(
     if handle.machine.host().is_some() {
         return Ok(());
     }
-    let memory = |r: &LinuxResources| r.memory().and_then(|m| m.limit()).filter(|l| *l > 0);
-    if let Some(wanted) = memory(new)
-        && memory(old).is_some_and(|has| wanted > has)
-    {
-        check_memory(handle, u64::try_from(wanted).unwrap_or(u64::MAX)).await?;
-    }
     let _one_at_a_time = handle.resizing.lock().await;
     let pod = handle.ready_pod()?;
+    let limit = |r: &LinuxResources| r.memory().and_then(|m| m.limit()).filter(|l| *l > 0);
+    if let Some(wanted) = limit(new)
+        && limit(old).is_some_and(|has| wanted > has)
+    {
+        let mib = u64::try_from(wanted).unwrap_or(u64::MAX).div_ceil(1 << 20);
+        let before = memory::grow(handle, mib).await?;
+        if mib > before.into() {
+            let memory_mib = u32::try_from(mib).ok();
+            let change = PodResources { memory_mib, ..Default::default() };
+            handle.commit(vec![Change::Resized { change }]).await?;
+        }
+    }
     let others = pod.containers.values().filter(|c| c.id != id && c.exit.is_none());
     let wanted: u64 = others.map(|c| thousandths(&c.resources)).sum::<u64>() + thousandths(new);
     let most = handle.node.config.vcpus_at_most(1);

@@ -37,17 +37,11 @@ fn a_pod_gets_parked_cpus_gives_them_back_and_keeps_what_it_was_given_over_a_res
         assert!(matches!(refused, Error::OutOfRange { .. }), "{refused}");
         assert_eq!((cpus(), daemon.pod(&pod).unwrap().spec.vcpus), (2, Some(2)));
 
-        let memory = |mib| PodResources { memory_mib: Some(mib), ..PodResources::default() };
-        daemon.update_pod(&pod, memory(128)).await.unwrap();
-        daemon.update_pod(&pod, memory(256)).await.unwrap();
-        let refused = daemon.update_pod(&pod, memory(257)).await.unwrap_err().to_string();
-        assert!(refused.contains("257 MiB") && refused.contains("256 MiB"), "{refused}");
-
         daemon.shutdown().await;
         drop(daemon);
         let daemon = world.daemon().await;
         let view = daemon.pod(&pod).unwrap();
-        assert_eq!((view.spec.vcpus, view.spec.memory_mib), (Some(2), Some(256)));
+        assert_eq!(view.spec.vcpus, Some(2));
         daemon.update_pod(&pod, vcpus(1)).await.unwrap();
         assert_eq!(cpus(), 1);
         daemon.stop_pod(&pod).await.unwrap();
@@ -55,6 +49,67 @@ fn a_pod_gets_parked_cpus_gives_them_back_and_keeps_what_it_was_given_over_a_res
         assert!(matches!(stopped, Error::FailedPrecondition { .. }), "{stopped}");
         daemon.remove_pod(&pod).await.unwrap();
         assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_pods_memory_grows_and_shrinks_and_what_a_guest_does_not_do_is_told_and_kept() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let mut spec = world.pod_spec("p");
+        spec.memory_mib = Some(256);
+        let pod = daemon.run_pod(spec).await.unwrap();
+        let memory = |mib| PodResources { memory_mib: Some(mib), ..PodResources::default() };
+        let stubborn = |least, most| *world.inner.stubborn.lock().unwrap() = (least, most);
+        let journaled = |daemon: &crate::Sandboxes| daemon.pod(&pod).unwrap().spec.memory_mib;
+
+        for mib in [512, 300, 128, 256] {
+            daemon.update_pod(&pod, memory(mib)).await.unwrap();
+            assert_eq!(journaled(&daemon), Some(mib));
+        }
+        let refused = daemon.update_pod(&pod, memory(513)).await.unwrap_err();
+        assert!(matches!(refused, Error::OutOfRange { .. }), "{refused}");
+        let refused = refused.to_string();
+        assert!(refused.contains("513 MiB") && refused.contains("512 MiB"), "{refused}");
+
+        // The guest takes a part and stops: the rest is not left for it to take.
+        stubborn(0, 300);
+        let failed = daemon.update_pod(&pod, memory(400)).await.unwrap_err();
+        assert!(matches!(failed, Error::Unavailable { .. }), "{failed}");
+        assert!(failed.to_string().contains("300 of the 400 MiB"), "{failed}");
+        assert_eq!(journaled(&daemon), Some(256));
+        stubborn(0, u32::MAX);
+        daemon.update_pod(&pod, memory(400)).await.unwrap();
+
+        // The guest keeps more than it should: that is what the pod has, over a restart too.
+        stubborn(350, u32::MAX);
+        let kept = daemon.update_pod(&pod, memory(256)).await.unwrap_err();
+        assert!(matches!(kept, Error::FailedPrecondition { .. }), "{kept}");
+        assert_eq!(journaled(&daemon), Some(350));
+        daemon.shutdown().await;
+        drop(daemon);
+        let daemon = world.daemon().await;
+        assert_eq!(journaled(&daemon), Some(350));
+        stubborn(0, u32::MAX);
+        daemon.update_pod(&pod, memory(256)).await.unwrap();
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
+#[test]
+fn memory_that_came_with_cpus_that_did_not_goes_back() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let mut spec = world.pod_spec("p");
+        spec.memory_mib = Some(256);
+        let pod = daemon.run_pod(spec).await.unwrap();
+        let both =
+            PodResources { vcpus: Some(200), memory_mib: Some(512), ..PodResources::default() };
+        let refused = daemon.update_pod(&pod, both).await.unwrap_err();
+        assert!(matches!(refused, Error::OutOfRange { .. }), "{refused}");
+        assert_eq!(*world.inner.vm_memory.lock().unwrap(), 256);
+        assert_eq!(daemon.pod(&pod).unwrap().spec.memory_mib, Some(256));
+        daemon.remove_pod(&pod).await.unwrap();
     });
 }
 
@@ -83,7 +138,7 @@ fn the_pods_cgroup_is_capped_once_the_guest_is_ready_and_the_cap_can_be_changed(
 }
 
 #[test]
-fn a_containers_new_limits_bring_cpus_and_are_refused_beyond_the_vms_memory() {
+fn a_containers_new_limits_bring_cpus_and_memory_and_are_refused_beyond_what_can_be_had() {
     story(|world| async move {
         let daemon = world.daemon().await;
         let mut spec = world.pod_spec("p");
@@ -98,7 +153,7 @@ fn a_containers_new_limits_bring_cpus_and_are_refused_beyond_the_vms_memory() {
         let id = daemon.create_container(&pod, spec).await.unwrap();
         daemon.start_container(&id).await.unwrap();
 
-        let more = limits(&format!(r#"{{"memory":{{"limit":{}}}}}"#, 300 * MIB));
+        let more = limits(&format!(r#"{{"memory":{{"limit":{}}}}}"#, 513 * MIB));
         let refused = daemon.update_container(&id, more).await.unwrap_err();
         assert!(matches!(refused, Error::OutOfRange { .. }), "{refused}");
         assert!(world.guest(&pod).lock().update.is_none(), "the guest was asked all the same");
@@ -108,6 +163,11 @@ fn a_containers_new_limits_bring_cpus_and_are_refused_beyond_the_vms_memory() {
         let more = limits(&format!(r#"{{"memory":{{"limit":{}}}}}"#, 200 * MIB));
         daemon.update_container(&id, more).await.unwrap();
         assert_eq!(memory(&id), Some(200 * MIB));
+        assert_eq!(daemon.pod(&pod).unwrap().spec.memory_mib, Some(256));
+        let more = limits(&format!(r#"{{"memory":{{"limit":{}}}}}"#, 300 * MIB));
+        daemon.update_container(&id, more).await.unwrap();
+        assert_eq!(daemon.pod(&pod).unwrap().spec.memory_mib, Some(300));
+        assert_eq!(*world.inner.vm_memory.lock().unwrap(), 300);
         daemon.update_container(&id, limits(r#"{"cpu":{"quota":170000}}"#)).await.unwrap();
         let host = std::thread::available_parallelism().unwrap().get().min(2) as u32;
         assert_eq!(world.guest(&pod).lock().cpus, host);

@@ -73,7 +73,7 @@ fn a_network_that_fails_and_a_vmm_that_dies_fail_the_start_with_the_reason() {
         let pid = world.inner.guests.lock().unwrap().values().next().unwrap().0;
         kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
         let error = start.await.unwrap().unwrap_err().to_string();
-        assert!(error.contains("the VM ended while it started"), "{error}");
+        assert!(error.contains("the pod ended while it started"), "{error}");
         assert_eq!(world.leftovers(), Vec::<String>::new());
     });
 }

@@ -46,6 +46,10 @@ pub(super) struct Inner {
     /// The next guest never comes up.
     pub(super) mute: Mutex<bool>,
     pub(super) fail_network: Mutex<bool>,
+    /// Memory that guests have at least and at most, MiB, whatever is asked of them.
+    pub(super) stubborn: Arc<Mutex<(u32, u32)>>,
+    /// What the last VM was asked to have, MiB.
+    pub(super) vm_memory: Arc<Mutex<u32>>,
     cgroup: String,
 }
 
@@ -68,6 +72,8 @@ impl World {
             file_servers: Mutex::default(),
             mute: Mutex::new(false),
             fail_network: Mutex::new(false),
+            stubborn: Arc::new(Mutex::new((0, u32::MAX))),
+            vm_memory: Arc::default(),
         };
         Some(Self { inner: Arc::new(inner) })
     }
@@ -88,6 +94,7 @@ impl World {
             scratch_size: 16 << 20,
             boot_deadline_ms: 5_000,
             guest_call_deadline_ms: 3_000,
+            max_memory_mib: 512,
             shutdown_deadline_ms: 50,
             ping_interval_ms: 100,
             ping_misses: 3,
@@ -280,7 +287,13 @@ impl Launch for World {
         });
         let control = take(config.control.0);
         let devices = self.inner.devices.clone();
-        let memory = config.memory_mib;
+        let memory = FakeMemory {
+            boot: config.memory_mib,
+            wanted: self.inner.vm_memory.clone(),
+            most: config.max_memory_mib,
+            stubborn: self.inner.stubborn.clone(),
+        };
+        *memory.wanted.lock().unwrap() = memory.boot;
         std::thread::spawn(move || serve_control(&control, &devices, memory));
         std::thread::spawn(move || {
             let _ = child.wait();
@@ -317,8 +330,15 @@ fn serve_shares(control: &OwnedFd, shares: &Mutex<BTreeSet<String>>) {
     }
 }
 
+struct FakeMemory {
+    boot: u32,
+    wanted: Arc<Mutex<u32>>,
+    most: u32,
+    stubborn: Arc<Mutex<(u32, u32)>>,
+}
+
 /// Answers until the listener is shut down with the process' end (or the test's).
-fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>, memory_mib: u32) {
+fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>, memory: FakeMemory) {
     while let Ok(fd) = nix::sys::socket::accept(control.as_raw_fd()) {
         let connection = own(fd);
         while let Ok((request, fds)) = receive::<vmm_api::Request>(connection.as_fd()) {
@@ -340,14 +360,28 @@ fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>, memory_mib: u3
                     devices.retain(|d| *d != id);
                     Reply::Done
                 }
-                vmm_api::Request::Status => Reply::Status(VmStatus {
-                    version: 1,
-                    phase: Phase::Running,
-                    pid: 1,
-                    vcpus: 1,
-                    memory_mib,
-                    devices: devices.iter().map(|id| device(id)).collect(),
-                }),
+                vmm_api::Request::Status => {
+                    let (least, most) = *memory.stubborn.lock().unwrap();
+                    let memory_mib = *memory.wanted.lock().unwrap();
+                    Reply::Status(VmStatus {
+                        version: 1,
+                        phase: Phase::Running,
+                        pid: 1,
+                        vcpus: 1,
+                        memory_mib,
+                        plugged_mib: memory_mib.clamp(least, most),
+                        max_memory_mib: memory.most,
+                        devices: devices.iter().map(|id| device(id)).collect(),
+                    })
+                }
+                vmm_api::Request::ResizeMemory { memory_mib } if memory_mib > memory.most => {
+                    let limit_mib = memory.most;
+                    Reply::Error(vmm_api::Error::Memory { memory_mib, limit_mib })
+                }
+                vmm_api::Request::ResizeMemory { memory_mib } => {
+                    *memory.wanted.lock().unwrap() = memory_mib.max(memory.boot);
+                    Reply::Done
+                }
                 _ => Reply::Done,
             };
             let _ = send(connection.as_fd(), &reply, &[]);

@@ -26,8 +26,7 @@ impl VirtioPci {
                 }
                 u64::from(self.status())
             }
-            // The configuration of the devices here never changes.
-            (common::CONFIG_GENERATION, 1) => 0,
+            (common::CONFIG_GENERATION, 1) => u64::from(self.device.config_generation()),
             (common::QUEUE_SELECT, 2) => u64::from(self.queue_select),
             (common::QUEUE_SIZE, 2) => queue.map_or(0, |q| u64::from(q.size)),
             (common::QUEUE_VECTOR, 2) => {

@@ -30,6 +30,7 @@ fn config(dir: &tempfile::TempDir) -> VmConfig {
         vcpus: 1,
         max_vcpus: 2,
         memory_mib: 128,
+        max_memory_mib: 256,
         kernel: file(),
         initramfs: Some(file()),
         cmdline: String::new(),
@@ -69,6 +70,10 @@ fn sizes_out_of_range_are_named() {
     assert!(matches!(refusal(|c| c.vcpus = 3), ConfigError::Vcpus { vcpus: 3, max: 2 }));
     assert!(matches!(refusal(|c| c.max_vcpus = 65), ConfigError::Vcpus { max: 65, .. }));
     assert!(matches!(refusal(|c| c.memory_mib = 0), ConfigError::Memory { got: 0 }));
+    assert!(matches!(
+        refusal(|c| c.max_memory_mib = 127),
+        ConfigError::MaxMemory { memory: 128, max: 127 }
+    ));
     assert!(matches!(refusal(|c| c.version = 9), ConfigError::Version { got: 9 }));
     let cid = |c: &mut VmConfig| c.vsock.as_mut().unwrap().guest_cid = 2;
     assert!(matches!(refusal(cid), ConfigError::Cid { cid: 2 }));
@@ -97,7 +102,9 @@ fn device_names_are_checked_and_unique() {
     for serial in ["", "a b", "ä", "123456789012345678901"] {
         assert!(matches!(named(serial), ConfigError::Serial { .. }), "{serial:?} was taken");
     }
-    assert!(matches!(named("vsock"), ConfigError::DuplicateId { id } if id == "vsock"));
+    for own in ["vsock", "mem"] {
+        assert!(matches!(named(own), ConfigError::DuplicateId { id } if id == own));
+    }
     let twice = |c: &mut VmConfig| c.disks.push(DiskConfig { file: file(), ..c.disks[0].clone() });
     assert!(matches!(refusal(twice), ConfigError::DuplicateId { id } if id == "one"));
 }

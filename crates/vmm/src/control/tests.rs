@@ -17,8 +17,16 @@ struct Fake {
 
 impl Vm for Fake {
     fn status(&self) -> VmStatus {
-        let (pid, vcpus, memory_mib) = (1, 2, 256);
-        VmStatus { version: 1, phase: Phase::Running, pid, vcpus, memory_mib, devices: vec![] }
+        VmStatus {
+            version: 1,
+            phase: Phase::Running,
+            pid: 1,
+            vcpus: 2,
+            memory_mib: 256,
+            plugged_mib: 256,
+            max_memory_mib: 256,
+            devices: vec![],
+        }
     }
     fn counters(&self) -> Counters {
         Counters { start_us: 7, ..Default::default() }

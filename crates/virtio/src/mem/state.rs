@@ -1,0 +1,131 @@
+//! Which blocks of the region are plugged, and how many of them the host wants to be (virtio 1.2,
+//! section 5.15.5): arithmetic on what the guest asks, nothing else.
+
+use std::ops::Range;
+
+use super::BLOCK;
+use super::spec::{CONFIG_LEN, Plugged, Response};
+
+const BITS: usize = u64::BITS as usize;
+
+/// The region and its blocks.
+#[derive(Debug)]
+pub(super) struct State {
+    region: Range<u64>,
+    /// The part that the guest may plug in, bytes from the region's start; only grows.
+    usable: u64,
+    /// Bytes the guest shall plug.
+    requested: u64,
+    /// Bytes it has plugged.
+    plugged: u64,
+    /// A bit a block.
+    map: Vec<u64>,
+}
+
+impl State {
+    /// Nothing is plugged, and nothing wanted. The region's ends are multiples of [`BLOCK`].
+    pub(super) fn new(region: Range<u64>) -> Self {
+        let blocks = ((region.end - region.start) / BLOCK) as usize;
+        let map = vec![0; blocks.div_ceil(BITS)];
+        Self { region, usable: 0, requested: 0, plugged: 0, map }
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.region.end - self.region.start
+    }
+
+    pub(super) fn requested(&self) -> u64 {
+        self.requested
+    }
+
+    pub(super) fn plugged(&self) -> u64 {
+        self.plugged
+    }
+
+    /// Wants `bytes` to be plugged, and lets the guest use at least the first `usable` of the region
+    /// for that.
+    pub(super) fn resize(&mut self, bytes: u64, usable: u64) {
+        self.requested = bytes;
+        self.usable = self.usable.max(usable);
+    }
+
+    /// `struct virtio_mem_config`; there are no NUMA nodes.
+    pub(super) fn config(&self) -> [u8; CONFIG_LEN] {
+        let mut config = [0; CONFIG_LEN];
+        let node = 0;
+        let fields = [
+            BLOCK,
+            node,
+            self.region.start,
+            self.size(),
+            self.usable,
+            self.plugged,
+            self.requested,
+        ];
+        for (place, field) in config.chunks_exact_mut(8).zip(fields) {
+            place.copy_from_slice(&field.to_le_bytes());
+        }
+        config
+    }
+
+    /// Plugs `count` blocks at `addr`.
+    pub(super) fn plug(&mut self, addr: u64, count: u16) -> Response {
+        let Some(blocks) = self.blocks(addr, count) else { return Response::Error };
+        if blocks.clone().any(|block| self.has(block)) {
+            return Response::Error;
+        }
+        let bytes = u64::from(count) * BLOCK;
+        if self.plugged + bytes > self.requested {
+            return Response::Nack;
+        }
+        for block in blocks {
+            self.map[block / BITS] |= 1 << (block % BITS);
+        }
+        self.plugged += bytes;
+        Response::Ack
+    }
+
+    /// The blocks that a request to unplug `count` at `addr` is about: all of them plugged.
+    pub(super) fn to_unplug(&self, addr: u64, count: u16) -> Option<Range<usize>> {
+        let blocks = self.blocks(addr, count)?;
+        blocks.clone().all(|block| self.has(block)).then_some(blocks)
+    }
+
+    /// Blocks that may be plugged.
+    pub(super) fn end(&self) -> usize {
+        (self.usable / BLOCK) as usize
+    }
+
+    /// Notes that these blocks are unplugged, whatever they were.
+    pub(super) fn unplugged(&mut self, blocks: Range<usize>) {
+        for block in blocks {
+            if self.has(block) {
+                self.map[block / BITS] &= !(1 << (block % BITS));
+                self.plugged -= BLOCK;
+            }
+        }
+    }
+
+    /// What a range is; none for one that is not in the usable part.
+    pub(super) fn state(&self, addr: u64, count: u16) -> Option<Plugged> {
+        let mut blocks = self.blocks(addr, count)?;
+        let first = self.has(blocks.start);
+        Some(match (blocks.all(|block| self.has(block) == first), first) {
+            (true, true) => Plugged::All,
+            (true, false) => Plugged::None,
+            (false, _) => Plugged::Some,
+        })
+    }
+
+    fn has(&self, block: usize) -> bool {
+        self.map[block / BITS] >> (block % BITS) & 1 != 0
+    }
+
+    /// Attack: addresses and counts whose sum overflows or ends outside of the region.
+    fn blocks(&self, addr: u64, count: u16) -> Option<Range<usize>> {
+        let offset = addr.checked_sub(self.region.start)?;
+        let end = offset.checked_add(u64::from(count) * BLOCK)?;
+        let good = count > 0 && offset.is_multiple_of(BLOCK) && end <= self.usable;
+        good.then_some((offset / BLOCK) as usize..(end / BLOCK) as usize)
+    }
+}
