@@ -1,3 +1,5 @@
+//! What the callers of the server are refused, and what a backend says when it cannot serve.
+
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
