@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -78,17 +78,13 @@ pub fn run(args: &[String]) -> Result<()> {
 
 /// A descriptor that the launcher has put there; no helper inherits it again.
 fn inherited(number: i32) -> Result<OwnedFd> {
-    // SAFETY: called once a number, at the start, for descriptors that this process was given to
-    // own; if nothing stands there, fcntl says so before anybody uses it.
-    let fd = unsafe { OwnedFd::from_raw_fd(number) };
-    match fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)) {
-        Ok(_) => Ok(fd),
-        Err(error) => {
-            // Dropping it would close a number that is not ours.
-            std::mem::forget(fd);
-            Err(error).doing(|| format!("take over descriptor {number}"))
-        }
-    }
+    // SAFETY: borrowed for one system call, which says so if nothing stands there.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
+        .doing(|| format!("take over descriptor {number}"))?;
+    // SAFETY: it is open, and this process was given it to own; called once a number, at the start,
+    // before anything else could have been opened at it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Leaves the host's root for an empty one, and lets go of the host's mounts.

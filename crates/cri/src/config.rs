@@ -17,6 +17,31 @@ pub struct Config {
     pub min_memory_mib: u32,
     /// Bytes of each stream that ExecSync gives back; the rest of the output is thrown away.
     pub exec_output_limit: usize,
+    pub host_pods: HostPods,
+}
+
+/// Which pods may have namespaces of the host, and so run without a VM. All parts must hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HostPods {
+    pub enabled: bool,
+    /// Kubernetes namespaces they may be of; `*`: any.
+    pub namespaces: Vec<String>,
+    /// Runtime handlers they may be started with; empty: any.
+    pub handlers: Vec<String>,
+    /// An annotation that has to be `true`; empty: none.
+    pub annotation: String,
+}
+
+impl Default for HostPods {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            namespaces: vec!["kube-system".into()],
+            handlers: Vec::new(),
+            annotation: String::new(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +60,7 @@ impl Default for Config {
             guest_overhead_mib: 128,
             min_memory_mib: 128,
             exec_output_limit: 16 << 20,
+            host_pods: HostPods::default(),
         }
     }
 }

@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 
 use crate::{paths, run};
 
-/// What a node runs; the agent is inside the initramfs.
-const BINARIES: &[&str] = &["nacelle", "nacelled", "nacelle-vmm", "nacelle-fs"];
+/// What a node runs; the agent of VMs is inside the initramfs, this one is that of pods without.
+const BINARIES: &[&str] = &["nacelle", "nacelled", "nacelle-vmm", "nacelle-fs", "nacelle-agent"];
 const GUEST_FILES: &[&str] = &["vmlinux", "vmlinux.version", "initramfs.cpio"];
 
 #[derive(clap::Args)]

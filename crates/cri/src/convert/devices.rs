@@ -1,7 +1,8 @@
 //! Devices of a container: block devices of the host become disks of the pod's VM; character
-//! devices are the guest's own, so only those that a guest's kernel has can be had.
+//! devices are the guest's own, so only those that a guest's kernel has can be had. A pod without a
+//! VM has the host's own.
 
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use oci_spec::runtime::{
@@ -15,6 +16,8 @@ use crate::v1;
 
 /// Each block device takes a slot of the VM's PCI bus.
 const MAX_DEVICES: usize = 128;
+/// Folders of the host may hold any number.
+const MAX_HOST_DEVICES: usize = 4096;
 const ANY_ACCESS: &str = "rwm";
 const EVERYBODY: u32 = 0o666;
 
@@ -74,7 +77,85 @@ pub fn devices(requested: &[v1::Device]) -> Result<Devices, Refusal> {
     Ok(devices)
 }
 
-fn add(devices: &mut Devices, device: &v1::Device) -> Result<(), Refusal> {
+/// Those of the host, for a pod without a VM; a folder stands for all in it. Blocks.
+pub fn of_host(requested: &[v1::Device]) -> Result<Devices, Refusal> {
+    let mut devices = Devices::default();
+    for (index, device) in requested.iter().enumerate() {
+        let inside = |refusal: Refusal| refusal.inside(&format!("devices[{index}]"));
+        let (target, permissions) = place(device).map_err(inside)?;
+        if !Path::new(&target).starts_with("/dev") {
+            let reason = format!("{target}: device nodes stand below /dev");
+            return Err(inside(Refusal::unsupported("container_path", reason)));
+        }
+        let host = Path::new(&device.host_path);
+        add_of_host(&mut devices, host, Path::new(&target), permissions).map_err(inside)?;
+    }
+    Ok(devices)
+}
+
+fn add_of_host(
+    devices: &mut Devices,
+    host: &Path,
+    target: &Path,
+    permissions: &str,
+) -> Result<(), Refusal> {
+    let failed = |error: std::io::Error| {
+        Refusal::invalid("host_path", format!("{}: {error}", host.display()))
+    };
+    if devices.rules.len() >= MAX_HOST_DEVICES {
+        let reason = format!("more than {MAX_HOST_DEVICES} devices");
+        return Err(Refusal::invalid("host_path", reason));
+    }
+    let metadata = std::fs::metadata(host).map_err(failed)?;
+    let kind = match metadata.file_type() {
+        kind if kind.is_char_device() => LinuxDeviceType::C,
+        kind if kind.is_block_device() => LinuxDeviceType::B,
+        kind if kind.is_dir() => {
+            for entry in std::fs::read_dir(host).map_err(failed)?.flatten() {
+                let found = entry.file_type().is_ok_and(|kind| {
+                    kind.is_char_device() || kind.is_block_device() || kind.is_dir()
+                });
+                if found {
+                    let (from, to) = (entry.path(), target.join(entry.file_name()));
+                    add_of_host(devices, &from, &to, permissions)?;
+                }
+            }
+            return Ok(());
+        }
+        _ => {
+            let reason = format!("{} is not a device", host.display());
+            return Err(Refusal::invalid("host_path", reason));
+        }
+    };
+    let (major, minor) = numbers(metadata.rdev());
+    let node = LinuxDeviceBuilder::default()
+        .path(target)
+        .typ(kind)
+        .major(major)
+        .minor(minor)
+        .file_mode(metadata.mode() & 0o7777)
+        .uid(metadata.uid())
+        .gid(metadata.gid());
+    let rule = LinuxDeviceCgroupBuilder::default()
+        .allow(true)
+        .typ(kind)
+        .major(major)
+        .minor(minor)
+        .access(permissions);
+    devices.nodes.push(node.build().map_err(internal)?);
+    devices.rules.push(rule.build().map_err(internal)?);
+    Ok(())
+}
+
+/// Of a device, as glibc packs them (makedev(3)).
+fn numbers(device: u64) -> (i64, i64) {
+    let major = ((device >> 8) & 0xfff) | ((device >> 32) & 0xffff_f000);
+    let minor = (device & 0xff) | ((device >> 12) & 0xffff_ff00);
+    (major as i64, minor as i64)
+}
+
+/// Where a device is to be, and what may be done to it.
+fn place(device: &v1::Device) -> Result<(String, &str), Refusal> {
     if device.host_path.is_empty() {
         return Err(Refusal::invalid("host_path", "empty"));
     }
@@ -90,6 +171,11 @@ fn add(devices: &mut Devices, device: &v1::Device) -> Result<(), Refusal> {
             return Err(Refusal::invalid("permissions", format!("{other:?} is not of r, w and m")));
         }
     };
+    Ok((target, permissions))
+}
+
+fn add(devices: &mut Devices, device: &v1::Device) -> Result<(), Refusal> {
+    let (target, permissions) = place(device)?;
     if let Some(known) = GUEST_DEVICES.iter().find(|known| known.path == device.host_path) {
         if !target.starts_with("/dev/") {
             return Err(Refusal::unsupported(
@@ -176,6 +262,27 @@ mod tests {
         let elsewhere = devices(&[device("/dev/null", "/dev/hole", "")]).unwrap();
         assert_eq!(elsewhere.nodes[0].path(), Path::new("/dev/hole"));
         assert_eq!(elsewhere.rules[0].access().as_deref(), Some("rwm"));
+    }
+
+    #[test]
+    fn a_pod_without_a_vm_has_the_hosts_devices() {
+        let found = of_host(&[device("/dev/null", "/dev/hole", "r")]).unwrap();
+        let node = &found.nodes[0];
+        assert_eq!((node.path(), node.major(), node.minor()), (&"/dev/hole".into(), 1, 3));
+        assert_eq!(found.rules[0].access().as_deref(), Some("r"));
+        assert!(found.blocks.is_empty());
+        let all = of_host(&[device("/dev", "", "")]).unwrap();
+        assert!(all.nodes.iter().any(|node| node.path() == Path::new("/dev/null")));
+        for (device, field) in [
+            (device("/etc/passwd", "/dev/x", "r"), "devices[0].host_path"),
+            (device("/dev/null", "/x", "r"), "devices[0].container_path"),
+            (device("/dev/null", "", "x"), "devices[0].permissions"),
+        ] {
+            let text = of_host(&[device]).unwrap_err().to_string();
+            assert!(text.starts_with(field), "{text}");
+        }
+        // 259:300 as stat(2) packs it.
+        assert_eq!(numbers(0x11_032c), (259, 300));
     }
 
     #[test]

@@ -2,13 +2,15 @@
 //! looking at host paths that a request names.
 //!
 //! Refused, because a pod in a microVM has no part in the host or because it is not there yet:
-//! host namespaces, character devices of the host and CDI, sockets of the host, mounts that appear
-//! on the host, SELinux labels where the host has SELinux, AppArmor profiles, huge pages, Windows.
+//! character devices of the host and CDI, sockets of the host, mounts that appear on the host,
+//! SELinux labels where the host has SELinux, AppArmor profiles, huge pages, Windows. Pods with
+//! namespaces of the host have no VM ([`host_pod`]), so they have these devices, sockets and mounts.
 
 use std::collections::BTreeMap;
 
 pub mod container;
 pub mod devices;
+pub mod host_pod;
 pub mod image;
 pub mod metrics;
 mod mountinfo;

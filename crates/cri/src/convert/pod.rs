@@ -7,7 +7,7 @@ use sandbox::model::{Dns, Meta, PodSpec, PortMapping, Protocol};
 
 use super::security::Selinux;
 use super::userns::user_namespace;
-use super::{Refusal, check_meta, check_name, known, resources, security};
+use super::{Refusal, check_meta, check_name, host_pod, known, resources, security};
 use crate::config::Config;
 use crate::v1;
 
@@ -52,16 +52,21 @@ pub fn to_spec(
     }
     let linux = request.linux.clone().unwrap_or_default();
     let context = linux.security_context.clone().unwrap_or_default();
-    security::namespaces(context.namespace_options.as_ref())
-        .and_then(|()| {
-            security::mandatory_access(
-                context.selinux_options.as_ref(),
-                Selinux::of_host(),
-                context.apparmor.as_ref(),
-                "",
-            )
-        })
-        .map_err(|refusal| refusal.inside("linux.security_context"))?;
+    let in_context = |refusal: Refusal| refusal.inside("linux.security_context");
+    let meta = metadata(request)?;
+    let shared = security::namespaces(context.namespace_options.as_ref()).map_err(in_context)?;
+    if let Some(shared) = shared {
+        let (namespace, annotations) = (meta.namespace.as_str(), &meta.annotations);
+        let asking = host_pod::Asking { namespace, annotations, handler };
+        host_pod::check(shared, &asking, &config.host_pods).map_err(in_context)?;
+    }
+    security::mandatory_access(
+        context.selinux_options.as_ref(),
+        Selinux::of_host(),
+        context.apparmor.as_ref(),
+        "",
+    )
+    .map_err(in_context)?;
     let user_namespace = user_namespace(context.namespace_options.as_ref())
         .map_err(|refusal| refusal.inside("linux.security_context"))?;
     let size =
@@ -70,19 +75,24 @@ pub fn to_spec(
     let dns = request.dns_config.clone().unwrap_or_default();
     check_dns(&dns)?;
     let name = hostname(&request.hostname)?;
+    let has_hosts_network = shared.is_some_and(|shared| shared.network);
     Ok(PodSpec {
-        meta: metadata(request)?,
-        hostname: if name.is_empty() { host.hostname.clone() } else { name },
+        meta,
+        hostname: if name.is_empty() || has_hosts_network { host.hostname.clone() } else { name },
         handler: handler.to_string(),
         cgroup_parent: inner_path("linux.cgroup_parent", &linux.cgroup_parent)?,
         log_directory: log_directory(&request.log_directory)?,
-        sysctls: with_usual_sysctls(linux.sysctls, user_namespace.is_some()),
+        sysctls: if has_hosts_network {
+            linux.sysctls
+        } else {
+            with_usual_sysctls(linux.sysctls, user_namespace.is_some())
+        },
         dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
         ports: ports(&request.port_mappings)?,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
         cpu: resources::cpu_limits(linux.resources.as_ref(), linux.overhead.as_ref()),
-        host: None,
+        host: shared,
         origin: serde_json::to_value(request).unwrap_or_default(),
     })
 }
@@ -169,7 +179,7 @@ fn check_dns(dns: &v1::DnsConfig) -> Result<(), Refusal> {
 }
 
 /// In a pod's own kernel every sysctl is the pod's, so all names are taken; the guest refuses what
-/// its kernel does not have.
+/// its kernel does not have, and the agent of a pod without a VM what is the host's.
 fn check_sysctls(sysctls: &BTreeMap<String, String>) -> Result<(), Refusal> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-/".contains(&b);
     for (name, value) in sysctls {
@@ -222,6 +232,8 @@ fn ports(mappings: &[v1::PortMapping]) -> Result<Vec<PortMapping>, Refusal> {
 
 #[cfg(test)]
 mod tests {
+    use sandbox::model::HostNamespaces;
+
     use super::*;
 
     fn request() -> v1::PodSandboxConfig {
@@ -304,12 +316,34 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_of_the_hosts_network_is_allowed_or_not_and_has_its_name_and_sysctls() {
+        let asked = v1::PodSandboxConfig { hostname: "web".into(), ..linux(host_network()) };
+        let refusal = convert(&asked).unwrap_err().to_string();
+        assert!(refusal.starts_with("linux.security_context.namespace_options"), "{refusal}");
+        assert!(refusal.contains("hostNetwork") && refusal.contains("[cri.host_pods]"));
+        let mut config = Config::default();
+        config.host_pods.enabled = true;
+        config.host_pods.namespaces = vec!["shop".into()];
+        let spec = to_spec(&asked, "", &host(), &config).unwrap();
+        assert_eq!(spec.host, Some(HostNamespaces { network: true, pid: false, ipc: false }));
+        assert_eq!((spec.hostname.as_str(), spec.sysctls.len()), ("node", 0));
+        assert_eq!(to_spec(&request(), "", &host(), &config).unwrap().host, None);
+    }
+
+    fn host_network() -> v1::LinuxPodSandboxConfig {
+        let network = v1::NamespaceMode::Node as i32;
+        v1::LinuxPodSandboxConfig {
+            security_context: Some(v1::LinuxSandboxSecurityContext {
+                namespace_options: Some(v1::NamespaceOption { network, ..Default::default() }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
     fn what_is_malformed_is_refused_by_name() {
         let base = request();
-        let host_network = v1::LinuxSandboxSecurityContext {
-            namespace_options: Some(v1::NamespaceOption { network: 2, ..Default::default() }),
-            ..Default::default()
-        };
         let sysctl = |name: &str| v1::LinuxPodSandboxConfig {
             sysctls: [(name.to_string(), "1".to_string())].into(),
             ..Default::default()
@@ -357,13 +391,7 @@ mod tests {
                 }),
                 "linux.cgroup_parent",
             ),
-            (
-                linux(v1::LinuxPodSandboxConfig {
-                    security_context: Some(host_network),
-                    ..Default::default()
-                }),
-                "linux.security_context.namespace_options.network",
-            ),
+            (linux(host_network()), "linux.security_context.namespace_options"),
         ];
         for (request, field) in table {
             let text = convert(&request).unwrap_err().to_string();

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
 
+use sandbox::model::HostNamespaces;
+
 use super::{Refusal, known};
 use crate::v1;
 
@@ -245,18 +247,12 @@ fn is_level(level: &str) -> bool {
         && categories.is_none_or(|categories| categories.split(',').all(category))
 }
 
-/// Namespaces that the pod's VM can give. `place` is the path of the message that holds them.
-pub fn namespaces(options: Option<&v1::NamespaceOption>) -> Result<(), Refusal> {
-    let Some(options) = options else { return Ok(()) };
-    let host = |field: &str, name: &str, what: &str| {
-        Refusal::unsupported(
-            format!("namespace_options.{field}"),
-            format!(
-                "NODE ({name}): a pod in a microVM has no part in the host's {what}. Pods of the \
-                 host's own are not there yet: run it with a runtime class that is not a VM"
-            ),
-        )
-    };
+/// Checks the modes; answers which namespaces are asked for that are the host's, if there is one.
+pub fn namespaces(
+    options: Option<&v1::NamespaceOption>,
+) -> Result<Option<HostNamespaces>, Refusal> {
+    let Some(options) = options else { return Ok(None) };
+    let mut host = HostNamespaces::default();
     let mode = |field: &str, value: i32| {
         known::<v1::NamespaceMode>(&format!("namespace_options.{field}"), value)
     };
@@ -268,22 +264,30 @@ pub fn namespaces(options: Option<&v1::NamespaceOption>) -> Result<(), Refusal> 
     };
     match mode("network", options.network)? {
         v1::NamespaceMode::Pod => {}
-        v1::NamespaceMode::Node => return Err(host("network", "hostNetwork", "network")),
+        v1::NamespaceMode::Node => host.network = true,
         other => return Err(unusual("network", other)),
     }
     match mode("ipc", options.ipc)? {
         v1::NamespaceMode::Pod => {}
-        v1::NamespaceMode::Node => return Err(host("ipc", "hostIPC", "shared memory")),
+        v1::NamespaceMode::Node => host.ipc = true,
         other => return Err(unusual("ipc", other)),
     }
     match mode("pid", options.pid)? {
-        v1::NamespaceMode::Node => return Err(host("pid", "hostPID", "processes")),
+        v1::NamespaceMode::Node => host.pid = true,
         v1::NamespaceMode::Target if options.target_id.is_empty() => {
             return Err(Refusal::invalid("namespace_options.target_id", "empty with pid TARGET"));
         }
         v1::NamespaceMode::Pod | v1::NamespaceMode::Container | v1::NamespaceMode::Target => {}
     }
-    super::userns::user_namespace(Some(options)).map(drop)
+    let users = super::userns::user_namespace(Some(options))?;
+    let host = Some(host).filter(|host| *host != HostNamespaces::default());
+    if users.is_some() && host.is_some() {
+        return Err(Refusal::invalid(
+            "namespace_options.userns_options",
+            "a pod with namespaces of the host cannot have users of its own",
+        ));
+    }
+    Ok(host)
 }
 
 #[cfg(test)]
@@ -355,13 +359,28 @@ mod tests {
     }
 
     #[test]
-    fn namespaces_of_the_host_are_refused_with_the_pod_specs_word_for_them() {
+    fn namespaces_of_the_host_are_found_and_modes_that_make_no_sense_refused() {
         let node = v1::NamespaceMode::Node as i32;
         let none = v1::NamespaceOption::default();
+        let nothing = HostNamespaces::default();
+        for (options, host) in [
+            (none.clone(), None),
+            (
+                v1::NamespaceOption { network: node, ..none.clone() },
+                Some(HostNamespaces { network: true, ..nothing }),
+            ),
+            (
+                v1::NamespaceOption { pid: node, ..none.clone() },
+                Some(HostNamespaces { pid: true, ..nothing }),
+            ),
+            (
+                v1::NamespaceOption { ipc: node, ..none.clone() },
+                Some(HostNamespaces { ipc: true, ..nothing }),
+            ),
+        ] {
+            assert_eq!(namespaces(Some(&options)), Ok(host));
+        }
         for (options, word) in [
-            (v1::NamespaceOption { network: node, ..none.clone() }, "hostNetwork"),
-            (v1::NamespaceOption { pid: node, ..none.clone() }, "hostPID"),
-            (v1::NamespaceOption { ipc: node, ..none.clone() }, "hostIPC"),
             (v1::NamespaceOption { pid: 3, ..none.clone() }, "target_id"),
             (v1::NamespaceOption { network: 1, ..none.clone() }, "use POD"),
             (v1::NamespaceOption { ipc: 77, ..none.clone() }, "77"),
@@ -375,8 +394,13 @@ mod tests {
         };
         assert!(namespaces(Some(&no_mapping)).unwrap_err().to_string().contains("mapping"));
         let host_users = v1::UserNamespace { mode: node, ..Default::default() };
-        let usual = v1::NamespaceOption { pid: 1, userns_options: Some(host_users), ..none };
-        assert_eq!(namespaces(Some(&usual)), Ok(()));
+        let usual =
+            v1::NamespaceOption { pid: 1, userns_options: Some(host_users), ..none.clone() };
+        assert_eq!(namespaces(Some(&usual)), Ok(None));
+        let range = v1::IdMapping { host_id: 1000, container_id: 0, length: 10 };
+        let users = v1::UserNamespace { mode: 0, uids: vec![range], gids: vec![range] };
+        let both = v1::NamespaceOption { ipc: node, userns_options: Some(users), ..none };
+        assert!(namespaces(Some(&both)).unwrap_err().to_string().contains("users of its own"));
     }
 
     #[test]

@@ -67,7 +67,7 @@ fn to_pod(id: &PodId, spec: &PodSpec) -> ::network::Pod {
             })
             .collect(),
         dns: to_dns(&spec.dns),
-        native: false,
+        native: spec.host.is_some(),
         cgroup_parent: spec.cgroup_parent.clone(),
     }
 }

@@ -9,7 +9,7 @@ use oci_spec::runtime::{
     LinuxNamespaceBuilder, LinuxNamespaceType, Mount, MountBuilder, Process, Spec, SpecBuilder,
     User,
 };
-use sandbox::model::{ContainerSpec, Meta, PidMode, RootfsSpec};
+use sandbox::model::{ContainerSpec, HostNamespaces, Meta, PidMode, RootfsSpec};
 
 use super::devices::{self, Devices};
 use super::security::Selinux;
@@ -70,23 +70,25 @@ pub fn to_spec(
     let context = linux.security_context.clone().unwrap_or_default();
     let image_config = image.configuration.and_then(|c| c.config().as_ref());
     let in_context = |refusal: Refusal| refusal.inside(CONTEXT);
-    security::namespaces(context.namespace_options.as_ref())
-        .and_then(|()| {
-            security::mandatory_access(
-                context.selinux_options.as_ref(),
-                Selinux::of_host(),
-                context.apparmor.as_ref(),
-                &context.apparmor_profile,
-            )
-        })
-        .map_err(in_context)?;
+    let host = own_namespaces(&context, pod).map_err(in_context)?;
+    security::mandatory_access(
+        context.selinux_options.as_ref(),
+        Selinux::of_host(),
+        context.apparmor.as_ref(),
+        &context.apparmor_profile,
+    )
+    .map_err(in_context)?;
     let user_namespace = own_user_namespace(&context, pod).map_err(in_context)?;
     let image_user = image_config.and_then(|c| c.user().as_deref()).unwrap_or_default();
     let identity = process::identity(&context, image_user).map_err(in_context)?;
 
-    let devices = devices::devices(&request.devices)?;
+    let devices = match host {
+        None => devices::devices(&request.devices)?,
+        Some(_) => devices::of_host(&request.devices)?,
+    };
     let blocks = devices.blocks.clone();
-    let asked = Asked { request, linux: &linux, context: &context, image: image_config };
+    let pid = pid_mode(&context, host);
+    let asked = Asked { request, linux: &linux, context: &context, image: image_config, pid: &pid };
     let oci = oci_spec(&asked, &identity, user_namespace, devices, pod.hostname, config)?;
     let stop = image_config.and_then(|c| c.stop_signal().as_deref());
     let stop_signal = signal::stop_signal(request.stop_signal, stop)?;
@@ -96,6 +98,7 @@ pub fn to_spec(
         &mounts::Around {
             annotations: &request.annotations,
             user_namespace,
+            on_host: host.is_some(),
             images: &|name| find_image(name).map(|found| found.rootfs),
         },
     )?;
@@ -110,7 +113,7 @@ pub fn to_spec(
         rootfs: RootfsSpec { image: image.rootfs.clone(), read_only: context.readonly_rootfs },
         oci,
         user: identity.lookup,
-        pid: pid_mode(&context),
+        pid,
         stdin: request.stdin,
         stdin_once: request.stdin_once,
         tty: request.tty,
@@ -123,6 +126,30 @@ pub fn to_spec(
         stop_signal,
         origin: origin(request, find_image),
     })
+}
+
+/// Those of the host that the pod has; a container can have no others.
+fn own_namespaces(
+    context: &v1::LinuxContainerSecurityContext,
+    pod: &PodParts<'_>,
+) -> Result<Option<HostNamespaces>, Refusal> {
+    let own = security::namespaces(context.namespace_options.as_ref())?;
+    let of_pod = pod.request.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let of_pod = security::namespaces(of_pod.and_then(|pod| pod.namespace_options.as_ref()))?;
+    let (own, pods) = (own.unwrap_or_default(), of_pod.unwrap_or_default());
+    for (field, asked, has) in [
+        ("network", own.network, pods.network),
+        ("pid", own.pid, pods.pid),
+        ("ipc", own.ipc, pods.ipc),
+    ] {
+        if asked && !has {
+            return Err(Refusal::invalid(
+                format!("namespace_options.{field}"),
+                "NODE, which the pod itself has not asked for",
+            ));
+        }
+    }
+    Ok(of_pod)
 }
 
 /// A container has the user namespace of its pod.
@@ -202,12 +229,15 @@ fn log_path(path: &str) -> Result<String, Refusal> {
 
 /// A request without any word on namespaces gets processes of its own, as kubelets ask for by
 /// default; within the message POD is the interface's zero and means what it says.
-fn pid_mode(context: &v1::LinuxContainerSecurityContext) -> PidMode {
+fn pid_mode(context: &v1::LinuxContainerSecurityContext, host: Option<HostNamespaces>) -> PidMode {
     let Some(options) = &context.namespace_options else { return PidMode::Container };
     match options.pid() {
         v1::NamespaceMode::Container => PidMode::Container,
         v1::NamespaceMode::Target => PidMode::Target(options.target_id.clone()),
-        v1::NamespaceMode::Pod | v1::NamespaceMode::Node => PidMode::Pod,
+        // The pod's are the host's.
+        v1::NamespaceMode::Pod if host.is_some_and(|host| host.pid) => PidMode::Node,
+        v1::NamespaceMode::Pod => PidMode::Pod,
+        v1::NamespaceMode::Node => PidMode::Node,
     }
 }
 
@@ -217,6 +247,7 @@ struct Asked<'a> {
     linux: &'a v1::LinuxContainerConfig,
     context: &'a v1::LinuxContainerSecurityContext,
     image: Option<&'a ImageConfig>,
+    pid: &'a PidMode,
 }
 
 fn oci_spec(
@@ -246,7 +277,7 @@ fn oci_spec(
     limits.set_devices(Some(device_rules(rules, context.privileged)?));
 
     let mut inner = Linux::default();
-    inner.set_namespaces(Some(namespaces(&pid_mode(context), user_namespace)?));
+    inner.set_namespaces(Some(namespaces(asked.pid, user_namespace)?));
     if let Some(ids) = user_namespace {
         inner.set_uid_mappings(Some(ids.uids.to_oci()?));
         inner.set_gid_mappings(Some(ids.gids.to_oci()?));
@@ -281,7 +312,7 @@ fn process_of(
     capabilities: LinuxCapabilities,
     hostname: &str,
 ) -> Result<Process, Refusal> {
-    let Asked { request, linux, context, image } = asked;
+    let Asked { request, linux, context, image, pid: _ } = asked;
     let mut user = User::default();
     user.set_additional_gids(Some(identity.groups.clone()).filter(|groups| !groups.is_empty()));
     let mut process = Process::default();

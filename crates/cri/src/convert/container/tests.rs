@@ -1,4 +1,5 @@
 use oci_spec::image::{ConfigBuilder, ImageConfigurationBuilder};
+use sandbox::model::VolumeSource;
 
 use super::*;
 
@@ -172,6 +173,47 @@ fn pid_modes_are_kept() {
     let pod = with(0, "");
     assert!(pod.pid == PidMode::Pod && !own(&pod));
     assert_eq!(with(3, "abc").pid, PidMode::Target("abc".into()));
+}
+
+#[test]
+fn a_container_of_a_pod_on_the_host_has_what_its_pod_has_of_it() {
+    let node = v1::NamespaceMode::Node as i32;
+    let options = |pid, network| v1::NamespaceOption { pid, network, ..Default::default() };
+    let of_pod = |options| {
+        pod(v1::LinuxSandboxSecurityContext {
+            namespace_options: Some(options),
+            ..Default::default()
+        })
+    };
+    let ask = |own, pods| {
+        let context = v1::LinuxContainerSecurityContext {
+            namespace_options: Some(own),
+            ..Default::default()
+        };
+        let null = v1::Device { host_path: "/dev/null".into(), ..Default::default() };
+        let socket = v1::Mount {
+            host_path: "/dev/null".into(),
+            container_path: "/x".into(),
+            ..Default::default()
+        };
+        let request =
+            v1::ContainerConfig { devices: vec![null], mounts: vec![socket], ..secured(context) };
+        convert_in(&request, &of_pod(pods))
+    };
+    let spec = ask(options(0, node), options(node, node)).unwrap();
+    assert_eq!(spec.pid, PidMode::Node, "the pod's processes are the host's");
+    let shared = VolumeSource::Shared { host_path: "/dev/null".into() };
+    assert_eq!(spec.volumes[0].source, shared, "whatever it is");
+    assert_eq!(spec.oci.linux().as_ref().unwrap().devices().as_ref().unwrap().len(), 1);
+    assert_eq!(ask(options(node, 0), options(node, 0)).unwrap().pid, PidMode::Node);
+    assert_eq!(ask(options(0, 0), options(0, node)).unwrap().pid, PidMode::Pod);
+    for (own, pods, field) in [
+        (options(node, node), options(0, node), "namespace_options.pid"),
+        (options(0, node), options(node, 0), "namespace_options.network"),
+    ] {
+        let text = ask(own, pods).unwrap_err().to_string();
+        assert!(text.contains(field), "{text}");
+    }
 }
 
 #[test]

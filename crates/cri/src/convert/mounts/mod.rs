@@ -9,8 +9,11 @@
 //! | an image | its EROFS disk |
 //! | any other file or folder of the host | shared |
 //!
-//! Refused: sockets, pipes and devices of the host, for they are ends of something in its kernel;
-//! BIDIRECTIONAL propagation, for a guest's mounts cannot appear on the host; mount options.
+//! A pod without a VM has everything but images from the host itself.
+//!
+//! Refused in a VM: sockets, pipes and devices of the host, for they are ends of something in its
+//! kernel; BIDIRECTIONAL propagation, for a guest's mounts cannot appear on the host. Refused
+//! everywhere: mount options.
 //! `selinux_relabel` has nothing to do: where labels count, [`super::security`] has refused before.
 
 use std::collections::BTreeMap;
@@ -46,6 +49,8 @@ const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
 pub struct Around<'a> {
     pub annotations: &'a BTreeMap<String, String>,
     pub user_namespace: Option<UserNamespace>,
+    /// The pod has no VM.
+    pub on_host: bool,
     /// An image's EROFS file by its name or id.
     pub images: &'a dyn Fn(&str) -> Option<PathBuf>,
 }
@@ -87,6 +92,9 @@ fn check(mount: &v1::Mount, around: &Around<'_>) -> Result<Sound, Refusal> {
     let propagation = match propagation {
         v1::MountPropagation::PropagationPrivate => Propagation::Private,
         v1::MountPropagation::PropagationHostToContainer => Propagation::HostToContainer,
+        v1::MountPropagation::PropagationBidirectional if around.on_host => {
+            Propagation::Bidirectional
+        }
         v1::MountPropagation::PropagationBidirectional => {
             return Err(Refusal::unsupported(
                 "propagation",
@@ -193,6 +201,13 @@ fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume
     }
     let (host_path, metadata) = resolve(Path::new(&mount.host_path))?;
     let kind = metadata.file_type();
+    if around.on_host {
+        if propagation != Propagation::Private {
+            check_propagates(&host_path, propagation)?;
+        }
+        let source = VolumeSource::Shared { host_path };
+        return Ok(Volume { container_path, source, access, propagation });
+    }
     if let Some(name) = special(kind) {
         return Err(Refusal::unsupported(
             "host_path",
@@ -213,7 +228,7 @@ fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume
         VolumeSource::Synced { host_path }
     } else {
         if propagation == Propagation::HostToContainer {
-            check_propagates(&host_path)?;
+            check_propagates(&host_path, propagation)?;
         }
         VolumeSource::Shared { host_path }
     };
@@ -256,16 +271,17 @@ fn is_atomic(folder: &Path) -> bool {
 }
 
 /// Mounts reach a container only from a place that passes them on.
-fn check_propagates(path: &Path) -> Result<(), Refusal> {
+fn check_propagates(path: &Path, propagation: Propagation) -> Result<(), Refusal> {
     let mount = mountinfo::of(path).map_err(|error| {
         Refusal::invalid("propagation", format!("/proc/self/mountinfo: {error}"))
     })?;
     match mount {
-        Some(mount) if mount.shared || mount.slave => Ok(()),
+        Some(mount) if mount.shared => Ok(()),
+        Some(mount) if mount.slave && propagation != Propagation::Bidirectional => Ok(()),
         mount => Err(Refusal::invalid(
             "propagation",
             format!(
-                "{} lies on the mount {}, which is neither shared nor slave: make it shared \
+                "{} lies on the mount {}, which does not pass mounts on: make it shared \
                  (mount --make-rshared), or use PROPAGATION_PRIVATE",
                 path.display(),
                 mount.map_or(PathBuf::from("/"), |mount| mount.point).display()

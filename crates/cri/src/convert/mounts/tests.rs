@@ -31,7 +31,42 @@ fn convert_with(
     user_namespace: Option<UserNamespace>,
 ) -> Result<Vec<Volume>, Refusal> {
     let images = |name: &str| (name == "here").then(|| PathBuf::from("/images/here.erofs"));
-    volumes(mounts, &Around { annotations, user_namespace, images: &images })
+    volumes(mounts, &Around { annotations, user_namespace, on_host: false, images: &images })
+}
+
+#[test]
+fn a_pod_without_a_vm_has_everything_from_the_host_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().canonicalize().unwrap();
+    let socket = dir.join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    std::os::unix::fs::symlink("..1", dir.join("..data")).unwrap();
+    let log = dir.join("log");
+    std::fs::write(&log, "").unwrap();
+    let ask = |mount: v1::Mount| {
+        let none = BTreeMap::new();
+        let around =
+            Around { annotations: &none, user_namespace: None, on_host: true, images: &|_| None };
+        volumes(&[mount], &around).map(|mut volumes| volumes.remove(0))
+    };
+    for (path, mount) in [
+        (&socket, mount(&socket, "/run/socket")),
+        (&dir, read_only(&dir, "/config")),
+        (&log, mount(&log, TERMINATION_LOG)),
+        (&log, mount(&log, "/etc/hosts")),
+    ] {
+        let shared = VolumeSource::Shared { host_path: path.clone() };
+        assert_eq!(ask(mount).unwrap().source, shared);
+    }
+    let both = |path: &Path| {
+        let propagation = v1::MountPropagation::PropagationBidirectional as i32;
+        ask(v1::Mount { propagation, ..mount(path, "/x") })
+    };
+    let shared = mountinfo::of(&dir).unwrap().is_some_and(|mount| mount.shared);
+    match both(&dir) {
+        Ok(volume) => assert!(shared && volume.propagation == Propagation::Bidirectional),
+        Err(refusal) => assert!(!shared && refusal.to_string().contains("make-rshared")),
+    }
 }
 
 fn source(mount: v1::Mount) -> VolumeSource {
