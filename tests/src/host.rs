@@ -42,6 +42,11 @@ impl Drop for Tmpfs {
     }
 }
 
+/// Unmounts what somebody else has mounted.
+pub fn unmount(at: &Path) -> Result<()> {
+    run("umount", &[], at)
+}
+
 fn run(program: &str, options: &[&str], path: &Path) -> Result<()> {
     let output = Command::new(program).args(options).arg(path).output()?;
     let said = String::from_utf8_lossy(&output.stderr);

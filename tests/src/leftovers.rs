@@ -18,6 +18,7 @@ impl Inventory {
         kinds.insert("cgroup", cgroups(Path::new("/sys/fs/cgroup")));
         kinds.insert("address lease", leases());
         kinds.insert("packet filter rule", rules());
+        kinds.insert("loop device", loops(root));
         kinds.insert("pod folder", entries(&root.join("pods")));
         kinds.insert("pod socket folder", entries(&state.join("pods")));
         Self(kinds)
@@ -44,20 +45,30 @@ fn entries(folder: &Path) -> BTreeSet<String> {
         .collect()
 }
 
-/// VMMs, file servers and CNI plugins that run; daemons come and go with the tests themselves.
+/// VMMs, file servers, agents and CNI plugins that run; daemons come and go with the tests themselves.
 fn processes() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for pid in entries(Path::new("/proc")).into_iter().filter(|p| p.parse::<u32>().is_ok()) {
         let Ok(command) = std::fs::read(format!("/proc/{pid}/cmdline")) else { continue };
         let first = command.split(|&b| b == 0).next().unwrap_or_default();
         let name = String::from_utf8_lossy(first).into_owned();
-        if ["nacelle-vmm", "nacelle-fs"].iter().any(|ours| name.ends_with(ours))
+        if ["nacelle-vmm", "nacelle-fs", "nacelle-agent"].iter().any(|ours| name.ends_with(ours))
             || name.contains("/cni/")
         {
             found.insert(format!("{pid} {name}"));
         }
     }
     found
+}
+
+/// Those that show a file of the node.
+fn loops(root: &Path) -> BTreeSet<String> {
+    let all = entries(Path::new("/sys/block")).into_iter();
+    all.filter(|name| {
+        let file = Path::new("/sys/block").join(name).join("loop/backing_file");
+        std::fs::read_to_string(file).is_ok_and(|file| Path::new(&file).starts_with(root))
+    })
+    .collect()
 }
 
 fn mounts() -> BTreeSet<String> {

@@ -2,6 +2,7 @@
 
 mod events;
 mod exec;
+mod host_pods;
 mod images;
 mod kills;
 mod kubelet;
@@ -23,7 +24,7 @@ pub type Story = (&'static str, fn() -> anyhow::Result<()>);
 
 /// Every story, those that others build on first.
 pub fn all() -> Vec<(&'static str, Story)> {
-    let rooms: [(&'static str, &[Story]); 17] = [
+    let rooms: [(&'static str, &[Story]); 18] = [
         ("vmm", vmm::STORIES),
         ("life_cycle", life_cycle::STORIES),
         ("exec", exec::STORIES),
@@ -34,6 +35,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("security", security::STORIES),
         ("userns", userns::STORIES),
         ("volumes", volumes::STORIES),
+        ("host_pods", host_pods::STORIES),
         ("kubelet", kubelet::STORIES),
         ("network", network::STORIES),
         ("images", images::STORIES),

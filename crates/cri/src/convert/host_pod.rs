@@ -31,7 +31,7 @@ fn names(host: HostNamespaces) -> String {
 /// Whether such a pod may run here; a refusal says what to set.
 pub fn check(host: HostNamespaces, pod: &Asking<'_>, policy: &HostPods) -> Result<(), Refusal> {
     let refused = |why: String| {
-        Err(Refusal::unsupported(
+        Err(Refusal::invalid(
             "namespace_options",
             format!(
                 "{}: a pod with namespaces of the host runs there without a VM around it, and this \

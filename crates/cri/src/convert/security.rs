@@ -96,11 +96,17 @@ pub const READONLY_PATHS: [&str; 5] =
     ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// Capabilities of the container's first process. `ALL` stands for every one, in both lists, and is
-/// the ground on which the names are added and dropped; a name in both lists is dropped.
+/// the ground on which the names are added and dropped; a name in both lists is dropped. "Every one"
+/// is of those that can be given away: a VM's kernel has them all.
 pub fn capabilities(
     security: &v1::LinuxContainerSecurityContext,
+    held: Held,
 ) -> Result<LinuxCapabilities, Refusal> {
-    let all = || ALL_CAPABILITIES.into_iter().collect::<Capabilities>();
+    let numbered = || (0u32..).zip(ALL_CAPABILITIES);
+    let all = || {
+        let held = numbered().filter(|(number, _)| held.0 & (1 << number) != 0);
+        held.map(|(_, capability)| capability).collect::<Capabilities>()
+    };
     let none = v1::Capability::default();
     let request = security.capabilities.as_ref().unwrap_or(&none);
     let mut set: Capabilities =
@@ -134,6 +140,25 @@ pub fn capabilities(
         .set_inheritable(Some(ambient.clone()))
         .set_ambient(Some(ambient));
     Ok(capabilities)
+}
+
+/// A set of capabilities by their numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held(u64);
+
+impl Held {
+    pub const ALL: Self = Self(u64::MAX);
+
+    /// Those that this process may give to containers on this host (proc_pid_status(5), CapBnd).
+    pub fn here() -> Self {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        Self::parse(&status).unwrap_or(Self::ALL)
+    }
+
+    fn parse(status: &str) -> Option<Self> {
+        let digits = status.lines().find_map(|line| line.strip_prefix("CapBnd:"))?;
+        u64::from_str_radix(digits.trim(), 16).ok().map(Self)
+    }
 }
 
 /// Whether `ALL` is in the list, and all others.
@@ -296,7 +321,7 @@ mod tests {
 
     fn caps(privileged: bool, add: &[&str], drop: &[&str]) -> LinuxCapabilities {
         let list = |names: &[&str]| names.iter().map(ToString::to_string).collect();
-        capabilities(&v1::LinuxContainerSecurityContext {
+        let context = v1::LinuxContainerSecurityContext {
             privileged,
             capabilities: Some(v1::Capability {
                 add_capabilities: list(add),
@@ -304,8 +329,8 @@ mod tests {
                 ..Default::default()
             }),
             ..Default::default()
-        })
-        .unwrap()
+        };
+        capabilities(&context, Held::ALL).unwrap()
     }
 
     fn bounding(set: &LinuxCapabilities) -> HashSet<Capability> {
@@ -332,15 +357,25 @@ mod tests {
     }
 
     #[test]
+    fn on_the_host_a_privileged_container_has_what_there_is_to_give() {
+        let held = Held::parse("Name:\tx\nCapBnd:\t000001fffeffffff\nCapAmb:\t0\n").unwrap();
+        let context = v1::LinuxContainerSecurityContext { privileged: true, ..Default::default() };
+        let set = bounding(&capabilities(&context, held).unwrap());
+        assert_eq!(set.len(), ALL_CAPABILITIES.len() - 1);
+        assert!(!set.contains(&Capability::SysResource));
+        assert_ne!(Held::here(), Held(0));
+    }
+
+    #[test]
     fn ambient_capabilities_are_in_all_sets() {
-        let set = capabilities(&v1::LinuxContainerSecurityContext {
+        let context = v1::LinuxContainerSecurityContext {
             capabilities: Some(v1::Capability {
                 add_ambient_capabilities: vec!["NET_ADMIN".into()],
                 ..Default::default()
             }),
             ..Default::default()
-        })
-        .unwrap();
+        };
+        let set = capabilities(&context, Held::ALL).unwrap();
         for part in [set.ambient(), set.inheritable(), set.permitted(), set.bounding()] {
             assert!(part.as_ref().unwrap().contains(&Capability::NetAdmin));
         }

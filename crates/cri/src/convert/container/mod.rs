@@ -12,7 +12,7 @@ use oci_spec::runtime::{
 use sandbox::model::{ContainerSpec, HostNamespaces, Meta, PidMode, RootfsSpec};
 
 use super::devices::{self, Devices};
-use super::security::Selinux;
+use super::security::{Held, Selinux};
 use super::userns::{UserNamespace, user_namespace};
 use super::{
     Refusal, check_meta, check_name, mounts, process, resources, seccomp, security, signal,
@@ -88,7 +88,9 @@ pub fn to_spec(
     };
     let blocks = devices.blocks.clone();
     let pid = pid_mode(&context, host);
-    let asked = Asked { request, linux: &linux, context: &context, image: image_config, pid: &pid };
+    let held = if host.is_some() { Held::here() } else { Held::ALL };
+    let asked =
+        Asked { request, linux: &linux, context: &context, image: image_config, pid: &pid, held };
     let oci = oci_spec(&asked, &identity, user_namespace, devices, pod.hostname, config)?;
     let stop = image_config.and_then(|c| c.stop_signal().as_deref());
     let stop_signal = signal::stop_signal(request.stop_signal, stop)?;
@@ -248,6 +250,7 @@ struct Asked<'a> {
     context: &'a v1::LinuxContainerSecurityContext,
     image: Option<&'a ImageConfig>,
     pid: &'a PidMode,
+    held: Held,
 }
 
 fn oci_spec(
@@ -261,7 +264,7 @@ fn oci_spec(
     let context = asked.context;
     let Devices { blocks: _, nodes, rules } = devices;
     let capabilities =
-        security::capabilities(context).map_err(|refusal| refusal.inside(CONTEXT))?;
+        security::capabilities(context, asked.held).map_err(|refusal| refusal.inside(CONTEXT))?;
     let profile = match seccomp::choose(context, config.default_seccomp)
         .map_err(|refusal| refusal.inside(CONTEXT))?
     {
@@ -312,7 +315,7 @@ fn process_of(
     capabilities: LinuxCapabilities,
     hostname: &str,
 ) -> Result<Process, Refusal> {
-    let Asked { request, linux, context, image, pid: _ } = asked;
+    let Asked { request, linux, context, image, pid: _, held: _ } = asked;
     let mut user = User::default();
     user.set_additional_gids(Some(identity.groups.clone()).filter(|groups| !groups.is_empty()));
     let mut process = Process::default();
