@@ -95,7 +95,6 @@ pub(crate) struct Handle {
     pub(crate) node: Arc<Node>,
     pub(crate) paths: Paths,
     pub(crate) guest: Guest,
-    pub(crate) vmm: Vmm,
     pub(crate) machine: Machine,
     /// Set when the pod stops: work on its containers gives up.
     pub(crate) closing: CancellationToken,
@@ -151,7 +150,6 @@ impl Handle {
         };
         Self {
             guest: Guest::new(door, node.config.guest_call_deadline()),
-            vmm: Vmm::new(paths.control.clone(), node.config.vmm_call_deadline()),
             machine,
             closing: node.shutdown.child_token(),
             gate: Arc::default(),

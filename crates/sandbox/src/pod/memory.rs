@@ -21,7 +21,7 @@ pub(super) enum Shrunk {
 /// Sees to it that the VM has `wanted` MiB at least; answers what it was to have before. What the
 /// guest does not take in time is not left for it to take later.
 pub(super) async fn grow(handle: &Handle, wanted: u64) -> Result<u32, Error> {
-    let status = handle.vmm.status().await?;
+    let status = handle.machine.vmm()?.status().await?;
     let before = status.memory_mib;
     // A VMM that does not know of growing has what it was started with.
     let most = status.max_memory_mib.max(before);
@@ -39,7 +39,7 @@ pub(super) async fn grow(handle: &Handle, wanted: u64) -> Result<u32, Error> {
     if status.max_memory_mib == 0 || wanted <= before && wanted <= status.plugged_mib {
         return Ok(before);
     }
-    handle.vmm.resize_memory(wanted.max(before)).await?;
+    handle.machine.vmm()?.resize_memory(wanted.max(before)).await?;
     let got = match settle(handle).await {
         Ok(None) => return Ok(before),
         Ok(Some(got)) => Ok(got),
@@ -55,21 +55,22 @@ pub(super) async fn grow(handle: &Handle, wanted: u64) -> Result<u32, Error> {
 
 /// Undoes a [`grow`], as far as the guest does.
 pub(super) async fn ungrow(handle: &Handle, before: u32) {
-    if let Err(error) = handle.vmm.resize_memory(before).await {
+    let Ok(vmm) = handle.machine.vmm() else { return };
+    if let Err(error) = vmm.resize_memory(before).await {
         tracing::warn!(pod = handle.id, %error, "guest keeps memory that nobody wants");
     }
 }
 
 /// Lets the guest give back what it has beyond `wanted` MiB, or beyond what its VM was started with.
 pub(super) async fn shrink(handle: &Handle, wanted: u32) -> Result<Shrunk, Error> {
-    let status = handle.vmm.status().await?;
+    let status = handle.machine.vmm()?.status().await?;
     if status.max_memory_mib == 0 || wanted >= status.memory_mib.max(status.plugged_mib) {
         return Ok(Shrunk::Done);
     }
-    handle.vmm.resize_memory(wanted).await?;
+    handle.machine.vmm()?.resize_memory(wanted).await?;
     let Some(kept) = settle(handle).await? else { return Ok(Shrunk::Done) };
     // It would go on trying, and take from itself what the pod is now said to have.
-    handle.vmm.resize_memory(kept).await?;
+    handle.machine.vmm()?.resize_memory(kept).await?;
     Ok(Shrunk::Kept(kept))
 }
 
@@ -77,7 +78,7 @@ pub(super) async fn shrink(handle: &Handle, wanted: u32) -> Result<Shrunk, Error
 async fn settle(handle: &Handle) -> Result<Option<u32>, Error> {
     let end = tokio::time::Instant::now() + handle.node.config.guest_call_deadline();
     loop {
-        let VmStatus { memory_mib, plugged_mib, .. } = handle.vmm.status().await?;
+        let VmStatus { memory_mib, plugged_mib, .. } = handle.machine.vmm()?.status().await?;
         if plugged_mib == memory_mib {
             return Ok(None);
         }
