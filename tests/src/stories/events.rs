@@ -81,10 +81,11 @@ fn statistics() -> Result<()> {
     let image = node.image("busybox")?;
     let pod = node.pod("statistics")?;
     let cri = node.cri();
-    let line = "head -c 5000000 /dev/zero > /big; sleep 1000 & sleep 1000";
+    let line = "head -c 5000000 /dev/zero > /big; sleep 1000 & sleep 1000 & wait";
     let id = cri.run(&pod, container("c", &image, &["sh", "-c", line]))?;
     let value = |value: Option<v1::UInt64Value>| value.map_or(0, |value| value.value);
-    wait::until("the pod's statistics are whole", Duration::from_secs(30), || {
+    let mut last = String::new();
+    let whole = wait::until("the pod's statistics are whole", Duration::from_secs(30), || {
         let mut client = cri.runtime.clone();
         let request = v1::PodSandboxStatsRequest { pod_sandbox_id: pod.clone() };
         let reply = cri.block_on(async move { client.pod_sandbox_stats(request).await })?;
@@ -96,9 +97,11 @@ fn statistics() -> Result<()> {
         let memory = value(linux.memory.and_then(|m| m.working_set_bytes));
         let of_container = linux.containers.first().and_then(|c| c.writable_layer.clone());
         let layer = of_container.and_then(|layer| layer.used_bytes);
-        let whole = processes >= 3 && memory > 0 && value(layer) >= 5_000_000;
-        Ok((whole && value(network.rx_bytes) + value(network.tx_bytes) > 0).then_some(()))
-    })?;
+        let (layer, sent) = (value(layer), value(network.tx_bytes));
+        last = format!("{processes} processes, {memory} bytes, on disk {layer}, sent {sent}");
+        Ok((processes >= 3 && memory > 0 && layer >= 5_000_000 && sent > 0).then_some(()))
+    });
+    whole.context(last)?;
     metrics(cri, &pod, &id, &image)?;
     node.finish()
 }
