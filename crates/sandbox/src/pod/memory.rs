@@ -11,6 +11,10 @@ use crate::error::Error;
 /// How often a guest's progress is looked at.
 const LOOK: Duration = Duration::from_millis(25);
 
+/// What a guest may keep of the memory it gives back, MiB: a page of its kernel's own that came to
+/// lie in a block holds that block (of 2 MiB) for as long as it lives.
+const RESIDUE: u32 = 16;
+
 /// How a wish ended for less memory than the VM has.
 pub(super) enum Shrunk {
     Done,
@@ -40,7 +44,7 @@ pub(super) async fn grow(handle: &Handle, wanted: u64) -> Result<u32, Error> {
         return Ok(before);
     }
     handle.machine.vmm()?.resize_memory(wanted.max(before)).await?;
-    let got = match settle(handle).await {
+    let got = match settle(handle, |has, wanted| has >= wanted).await {
         Ok(None) => return Ok(before),
         Ok(Some(got)) => Ok(got),
         Err(error) => Err(error),
@@ -68,18 +72,21 @@ pub(super) async fn shrink(handle: &Handle, wanted: u32) -> Result<Shrunk, Error
         return Ok(Shrunk::Done);
     }
     handle.machine.vmm()?.resize_memory(wanted).await?;
-    let Some(kept) = settle(handle).await? else { return Ok(Shrunk::Done) };
+    // What is left of it the guest goes on trying to give back.
+    let settled = settle(handle, |has, wanted| has <= wanted.saturating_add(RESIDUE)).await?;
+    let Some(kept) = settled else { return Ok(Shrunk::Done) };
     // It would go on trying, and take from itself what the pod is now said to have.
     handle.machine.vmm()?.resize_memory(kept).await?;
     Ok(Shrunk::Kept(kept))
 }
 
-/// Waits until the guest has what was asked of it; answers what it has if that does not happen.
-async fn settle(handle: &Handle) -> Result<Option<u32>, Error> {
+/// Waits until what the guest has (the first) suits what was asked of it; answers what it has if that
+/// does not happen.
+async fn settle(handle: &Handle, suits: impl Fn(u32, u32) -> bool) -> Result<Option<u32>, Error> {
     let end = tokio::time::Instant::now() + handle.node.config.guest_call_deadline();
     loop {
         let VmStatus { memory_mib, plugged_mib, .. } = handle.machine.vmm()?.status().await?;
-        if plugged_mib == memory_mib {
+        if suits(plugged_mib, memory_mib) {
             return Ok(None);
         }
         if tokio::time::Instant::now() >= end {
