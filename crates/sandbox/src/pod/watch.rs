@@ -34,10 +34,10 @@ pub(super) fn start(
 
 async fn until_vm_ends(handle: Arc<Handle>, process: Arc<Process>) {
     process.ended().await;
+    host_pod::end_rest(&handle, &handle.pod()).await;
     let logs = handle.logs();
     let drained = futures_util::future::join_all(logs.iter().map(|log| log.drained()));
     let _ = tokio::time::timeout(LAST_WORDS, drained).await;
-    host_pod::end_rest(&handle, &handle.pod()).await;
     let reason = handle.last_words();
     handle.tell(Msg::VmmEnded { reason }).await;
 }
