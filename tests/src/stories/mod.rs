@@ -27,15 +27,6 @@ pub const UNPROVEN: &[(&str, &str)] = &[
         "streaming::exec carries eight MiB both ways and closes its input",
         "passes, but once in a few runs on a busy machine the guest stalls for minutes",
     ),
-    (
-        "volumes::the host's later mounts appear in a pod that asks for them, and nowhere else",
-        "mended, not run since",
-    ),
-    (
-        "volumes::a pod outlives its volumes' server, and is told why it gets no more",
-        "mended, not run since",
-    ),
-    ("images::a registry that wants credentials gets those of the pull", "mended, not run since"),
     ("host_pods", "not run to its end"),
 ];
 
