@@ -4,7 +4,11 @@
 # or on this host; every command that it prints can be typed by hand.
 set -euo pipefail
 
-dir=$(mktemp -d /tmp/nacelle-demo.XXXXXX)
+# Short: the paths of the sockets in it have room for 107 bytes.
+dir=$(mktemp -d /tmp/nd.XXXX)
+# On a disk: what the pods write is in it.
+mkdir -p /var/lib/nacelle
+root=$(mktemp -d /var/lib/nacelle/demo.XXXX)
 export NACELLE_SOCKET=$dir/run/nacelled.sock
 image=127.0.0.1:5055/nginx:demo
 pids=()
@@ -18,7 +22,7 @@ finish() {
     fi
     for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
     wait 2>/dev/null || true
-    rm -rf "$dir"
+    rm -rf "$dir" "$root"
     exit $status
 }
 trap finish EXIT
@@ -44,16 +48,17 @@ inventory() {
     printf 'VMM processes       %s\n' "$(pgrep -c -x nacelle-vmm || true)"
     printf 'network namespaces  %s\n' "$(find /run/netns -mindepth 1 2>/dev/null | wc -l)"
     printf 'taps and veths      %s\n' "$(ip -o link | grep -cE 'tun|tap|veth' || true)"
-    printf 'mounts              %s\n' "$(wc -l </proc/self/mounts)"
+    # /run/netns itself becomes a mount point with the host's first named namespace, and stays one.
+    printf 'mounts              %s\n' "$(grep -vc ' /run/netns ' /proc/self/mounts)"
     printf 'cgroups             %s\n' "$(find /sys/fs/cgroup -type d -path '*nacelle*pod*' | wc -l)"
-    printf 'pod folders         %s\n' "$(find "$dir/root/pods" -mindepth 1 -maxdepth 1 2>/dev/null | wc -l)"
+    printf 'pod folders         %s\n' "$(find "$root/pods" -mindepth 1 -maxdepth 1 2>/dev/null | wc -l)"
 }
 
 bin=$(dirname "$(command -v nacelled)")
 mkdir -p "$dir/cni" "$dir/registry"
 nacelled config cni >"$dir/cni/10-demo.conflist"
 cat >"$dir/config.toml" <<END
-root = "$dir/root"
+root = "$root"
 state = "$dir/run"
 vmm = "$bin/nacelle-vmm"
 kernel = "$NACELLE_GUEST/vmlinux"
