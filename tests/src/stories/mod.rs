@@ -27,7 +27,6 @@ pub const UNPROVEN: &[(&str, &str)] = &[
         "streaming::exec carries eight MiB both ways and closes its input",
         "passes, but once in a few runs on a busy machine the guest stalls for minutes",
     ),
-    ("host_pods", "not run to its end"),
 ];
 
 /// A story's name (a sentence) and what it does.
