@@ -9,8 +9,11 @@ use anyhow::{Context, Result};
 
 use crate::{paths, run};
 
-/// What a node runs; the agent of VMs is inside the initramfs, this one is that of pods without.
-const BINARIES: &[&str] = &["nacelle", "nacelled", "nacelle-vmm", "nacelle-fs", "nacelle-agent"];
+/// What people run.
+const COMMANDS: &[&str] = &["nacelle", "nacelled"];
+/// What nacelled starts, where its configuration looks for it; the agent of VMs is inside the
+/// initramfs, this one is that of pods without.
+const HELPERS: &[&str] = &["nacelle-vmm", "nacelle-fs", "nacelle-agent"];
 const GUEST_FILES: &[&str] = &["vmlinux", "vmlinux.version", "initramfs.cpio"];
 
 #[derive(clap::Args)]
@@ -24,17 +27,18 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<i32> {
-    let bin = args.prefix.join("bin");
-    for name in BINARIES {
+    let (bin, lib) = (args.prefix.join("bin"), args.root.join("usr/lib/nacelle"));
+    let commands = COMMANDS.iter().map(|name| (name, &bin));
+    for (name, folder) in commands.chain(HELPERS.iter().map(|name| (name, &lib))) {
         let built = paths::binaries("release").join(name);
         let lean = tempfile::NamedTempFile::new()?;
         run::quiet(
             Command::new("strip").arg("--strip-debug").arg("-o").arg(lean.path()).arg(&built),
         )?;
-        put(lean.path(), &bin.join(name), 0o755)?;
+        put(lean.path(), &folder.join(name), 0o755)?;
     }
     for name in GUEST_FILES {
-        put(&paths::guest().join(name), &args.root.join("usr/lib/nacelle").join(name), 0o644)?;
+        put(&paths::guest().join(name), &lib.join(name), 0o644)?;
     }
     let unit = paths::repo().join("crates/nacelle/dist/nacelled.service");
     if unit.exists() {
