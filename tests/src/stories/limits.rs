@@ -14,7 +14,7 @@ pub const STORIES: &[Story] = &[
     ("a CPU quota slows a container down", cpu),
     ("a PID limit stops a fork storm and the pod lives on", pids),
     ("limits change while a container runs", update),
-    ("a pod gets a further CPU while it runs, and memory only up to its VM's", resize),
+    ("a pod gets a further CPU and memory while it runs, and gives them back", resize),
     ("stats tell what a container uses", stats),
 ];
 
@@ -130,7 +130,8 @@ fn update() -> Result<()> {
 }
 
 fn resize() -> Result<()> {
-    let node = Node::start_with(|config| config + "\n[pods]\ndefault_vcpus = 1\nmax_vcpus = 2\n")?;
+    let sizes = "\n[pods]\ndefault_vcpus = 1\nmax_vcpus = 2\ndefault_memory_mib = 512\n";
+    let node = Node::start_with(|config| config + sizes)?;
     let image = node.image("busybox")?;
     let pod = node.pod("resize")?;
     let cri = node.cri();
@@ -155,8 +156,25 @@ fn resize() -> Result<()> {
         let found = cri.shell(&id, "nproc; grep -c ^processor /proc/cpuinfo")?;
         ensure!(found == format!("{wanted}\n{wanted}"), "{wanted} CPUs were asked for: {found}");
     }
-    let much = v1::LinuxContainerResources { memory_limit_in_bytes: 1 << 40, ..Default::default() };
-    let status = ask(much).unwrap_err();
+    let memory = |bytes: i64| v1::LinuxContainerResources {
+        memory_limit_in_bytes: bytes,
+        ..Default::default()
+    };
+    let total = || -> Result<u64> {
+        let line = cri.shell(&id, "grep MemTotal /proc/meminfo")?;
+        let kib = line.split_whitespace().nth(1).context("no MemTotal")?;
+        Ok(kib.parse::<u64>()? >> 10)
+    };
+    ensure!((400..512).contains(&total()?), "{} MiB at first", total()?);
+    for _ in 0..2 {
+        ask(memory(1 << 30))?;
+        ensure!(total()? >= 1024, "1 GiB was asked for: {} MiB", total()?);
+        // Used, given up, given back.
+        cri.shell(&id, "dd if=/dev/zero of=/dev/shm/big bs=1M count=48 && rm /dev/shm/big")?;
+        ask(memory(256 << 20))?;
+        ensure!(total()? < 512, "less was asked for: {} MiB", total()?);
+    }
+    let status = ask(memory(1 << 40)).unwrap_err();
     ensure!(status.message().contains("memory") && status.message().contains("MiB"), "{status}");
     ensure!(cri.pod_ready(&pod)? && cri.shell(&id, "nproc")? == "2", "the pod suffers");
     node.finish()
