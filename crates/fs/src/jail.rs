@@ -13,7 +13,8 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::unistd::{chdir, mkdir, pivot_root};
 
-use crate::sys;
+use crate::table::Table;
+use crate::{SHARES, SOURCES, sys};
 
 /// Where the new root is mounted for a moment; any directory that every system has.
 const STAGE: &str = "/proc";
@@ -36,7 +37,10 @@ pub const SERVER: [(u32, &str); 8] = [
     (31, "SETFCAP: programs with file capabilities are installed by package managers"),
 ];
 /// And of the mounter.
-pub const MOUNTER: [(u32, &str); 1] = [(21, "SYS_ADMIN: mounts, in a namespace of its own")];
+pub const MOUNTER: [(u32, &str); 2] = [
+    (2, "DAC_READ_SEARCH: the ways to what the host mounts below a share, past anybody's folders"),
+    (21, "SYS_ADMIN: mounts, in a namespace of its own"),
+];
 
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
@@ -48,12 +52,17 @@ pub(crate) fn step(step: &'static str) -> impl FnOnce(Errno) -> JailError {
     move |source| JailError::Step { step, source }
 }
 
-/// The way into the folder of shares that makes entries in it, where the server's own way is
-/// read-only: a guest cannot fill the host's memory with files outside of its shares.
+/// The ways into the folders of shares and of their sources that make entries in them, where the
+/// server's own way is read-only: a guest cannot fill the host's memory with files outside of its
+/// shares. And the table of what is mounted.
 #[derive(Debug)]
-pub struct Entries(pub OwnedFd);
+pub struct Entries {
+    pub(crate) shares: OwnedFd,
+    pub(crate) sources: OwnedFd,
+    pub(crate) table: Table,
+}
 
-/// Makes an empty tmpfs the root, with an empty folder of shares and a view of our processes, and
+/// Makes an empty tmpfs the root, with empty folders of shares and a view of our processes, and
 /// forgets the former root.
 pub fn empty_root() -> Result<Entries, JailError> {
     // The launcher has given us a mount namespace. If it did not (a person at a shell), get one:
@@ -76,18 +85,25 @@ pub fn empty_root() -> Result<Entries, JailError> {
     pivot_root(".", ".").map_err(step("change the root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(step("forget the old root"))?;
     chdir("/").map_err(step("enter the new root"))?;
-    for folder in [crate::SHARES, "/proc"] {
+    for folder in [SHARES, SOURCES, "/proc"] {
         mkdir(folder, nix::sys::stat::Mode::from_bits_truncate(0o755))
             .map_err(step("make a folder"))?;
     }
-    tmpfs(crate::SHARES, "size=64k,nr_inodes=1k,mode=0755").map_err(step("mount the shares"))?;
+    for folder in [SHARES, SOURCES] {
+        tmpfs(folder, "size=64k,nr_inodes=1k,mode=0755").map_err(step("mount the shares"))?;
+    }
     mount(Some("none"), "/proc", Some("proc"), flags, none).map_err(step("mount /proc"))?;
-    let entries = sys::clone_mount(c"/shares").map_err(step("keep a way to the shares"))?;
+    let shares = sys::clone_mount(c"/shares").map_err(step("keep a way to the shares"))?;
+    let sources = sys::clone_mount(c"/sources").map_err(step("keep a way to the sources"))?;
+    let table = Table::open().map_err(|e| {
+        let errno = e.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw);
+        step("open the table of mounts")(errno)
+    })?;
     let fixed = flags | MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
-    for folder in [crate::SHARES, "/"] {
+    for folder in [SHARES, SOURCES, "/"] {
         mount(none, folder, none, fixed, none).map_err(step("make a folder read-only"))?;
     }
-    Ok(Entries(entries))
+    Ok(Entries { shares, sources, table })
 }
 
 /// The server's way to open a file anew that it has as a path only: its own descriptors, as a mount
@@ -98,8 +114,8 @@ pub(crate) fn own_descriptors() -> Result<OwnedFd, JailError> {
     Ok(fds)
 }
 
-/// Opens as many files as the guest may want; returns how many it may have.
-pub(crate) fn open_files() -> Result<u64, JailError> {
+/// Lets as many files be open as the guest may want; returns how many it may have.
+pub fn open_files() -> Result<u64, JailError> {
     let (_, hard) =
         getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the limit of open files"))?;
     let most = fs::read_to_string("/proc/sys/fs/nr_open");

@@ -8,7 +8,8 @@
 //! Two processes, one a pod each, started when the pod's first share is needed:
 //!
 //! - [`mounter`]: first process of the pid namespace; puts what the daemon hands it below /shares
-//!   and takes it away again. Shares come and go while the guest runs.
+//!   and takes it away again. Shares come and go while the guest runs; in those that follow the
+//!   host's mounts it shows copies of what comes and goes there ([`mirror`]).
 //! - [`serve`]: answers the guest's FUSE requests with the `virtiofsd` crate's pass-through file
 //!   system, whose library interface has all that is needed. It holds the rights to act as any user
 //!   on the shared files and none to do anything else ([`jail`], [`seccomp`]).
@@ -23,12 +24,16 @@ mod backend;
 mod files;
 pub mod jail;
 pub mod log;
+mod mirror;
 pub mod mounter;
 pub mod seccomp;
 pub mod serve;
 mod sys;
+mod table;
 
 pub use sys::{adopt, fork, pidfd_open};
 
 /// Where the shares are, in the server's root.
 pub const SHARES: &str = "/shares";
+/// And what those that follow the host's mounts are copies of ([`mirror`]).
+pub(crate) const SOURCES: &str = "/sources";

@@ -69,6 +69,7 @@ fn mount_for(
         bail!("the server has ended before it began");
     }
     drop(ready);
+    jail::open_files()?;
     jail::keep(&jail::MOUNTER)?;
     seccomp::apply(Role::Mounter)?;
     Mounter::new(entries).run(control, ended)?;

@@ -1,7 +1,8 @@
 //! The mounter: puts mounts that the daemon hands it below /shares, and takes them away.
 //!
-//! It sees no byte that a guest wrote, and follows no path into a share: entries are made and
-//! removed in a tmpfs that the server cannot write to, by names without a slash.
+//! It sees no byte that a guest wrote: entries are made and removed in a tmpfs that the server
+//! cannot write to, by names without a slash. A path into a share is followed only to what the host
+//! has mounted there ([`crate::mirror`]).
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -17,6 +18,7 @@ use vmm_api::shares::{Error, Reply, Request, SHARES_MAX, is_name};
 use vmm_api::transport::{TransportError, receive, send};
 
 use crate::jail::Entries;
+use crate::mirror::Mirrors;
 use crate::sys;
 
 /// Most connections. The daemon makes one a call; what is over waits in the listener's queue.
@@ -26,11 +28,12 @@ const CLIENTS_MAX: usize = 8;
 pub struct Mounter {
     entries: Entries,
     shares: BTreeSet<String>,
+    mirrors: Mirrors,
 }
 
 impl Mounter {
     pub fn new(entries: Entries) -> Self {
-        Self { entries, shares: BTreeSet::new() }
+        Self { entries, shares: BTreeSet::new(), mirrors: Mirrors::default() }
     }
 
     /// Carries out a request.
@@ -70,54 +73,82 @@ impl Mounter {
             SFlag::S_IFREG => false,
             _ => return Err(Error::Kind { name }),
         };
-        let target = CString::new(format!("{}/{name}", crate::SHARES)).unwrap_or_default();
-        let (entries, mode) = (&self.entries.0, Mode::from_bits_truncate(0o755));
-        let made = match folder {
-            true => mkdirat(entries, name.as_str(), mode),
-            false => mknodat(entries, name.as_str(), SFlag::S_IFREG, mode, 0),
-        };
-        made.map_err(|e| failed("make an entry for", e))?;
-        if let Err(e) = sys::attach_mount(tree.as_fd(), &target) {
-            let error = failed("mount", e);
-            self.drop_entry(&name)?;
-            return Err(error);
+        for entries in [&self.entries.shares, &self.entries.sources] {
+            let mode = Mode::from_bits_truncate(0o755);
+            let made = match folder {
+                true => mkdirat(entries, name.as_str(), mode),
+                false => mknodat(entries, name.as_str(), SFlag::S_IFREG, mode, 0),
+            };
+            if let Err(e) = made {
+                self.drop_entries(&name)?;
+                return Err(failed("make an entry for", e));
+            }
+        }
+        if let Err(e) = self.mount(&name, tree) {
+            self.unmount(&name)?;
+            return Err(failed("mount", e));
         }
         self.shares.insert(name);
         Ok(())
+    }
+
+    /// First where the guest does not look: what it is can be seen only then.
+    fn mount(&mut self, name: &str, tree: &OwnedFd) -> nix::Result<()> {
+        let place = |folder: &str| CString::new(format!("{folder}/{name}")).unwrap_or_default();
+        sys::attach_mount(tree.as_fd(), &place(crate::SOURCES))?;
+        if Mirrors::follows(&self.entries.table, name)? {
+            self.mirrors.add(&self.entries.table, name)
+        } else {
+            sys::attach_mount(tree.as_fd(), &place(crate::SHARES))
+        }
     }
 
     fn remove(&mut self, name: &str) -> Result<(), Error> {
         if !self.shares.contains(name) {
             return Err(Error::NoSuchShare { name: name.to_owned() });
         }
-        let path = format!("{}/{name}", crate::SHARES);
-        let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
-        match umount2(path.as_str(), flags) {
-            // Gone before: removing its entry failed then.
-            Ok(()) | Err(Errno::EINVAL) => {}
-            Err(e) => {
-                let message = format!("unmount {name}: {}", e.desc());
-                return Err(Error::Failed { message });
-            }
-        }
-        self.drop_entry(name)?;
+        self.unmount(name)?;
         self.shares.remove(name);
         Ok(())
     }
 
-    fn drop_entry(&self, name: &str) -> Result<(), Error> {
-        let entries = &self.entries.0;
-        let result = match unlinkat(entries, name, UnlinkatFlags::RemoveDir) {
-            Err(Errno::ENOTDIR) => unlinkat(entries, name, UnlinkatFlags::NoRemoveDir),
-            other => other,
-        };
-        match result {
-            Ok(()) | Err(Errno::ENOENT) => Ok(()),
-            Err(e) => Err(Error::Failed { message: format!("remove {name}: {}", e.desc()) }),
+    /// May be repeated.
+    fn unmount(&mut self, name: &str) -> Result<(), Error> {
+        self.mirrors.remove(name);
+        for folder in [crate::SHARES, crate::SOURCES] {
+            let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+            // All that may lie on top of each other there.
+            loop {
+                match umount2(format!("{folder}/{name}").as_str(), flags) {
+                    Ok(()) => {}
+                    Err(Errno::EINVAL | Errno::ENOENT) => break,
+                    Err(e) => {
+                        let message = format!("unmount {name}: {}", e.desc());
+                        return Err(Error::Failed { message });
+                    }
+                }
+            }
         }
+        self.drop_entries(name)
     }
 
-    /// Serves the control socket until the server ends.
+    fn drop_entries(&self, name: &str) -> Result<(), Error> {
+        for entries in [&self.entries.shares, &self.entries.sources] {
+            let result = match unlinkat(entries, name, UnlinkatFlags::RemoveDir) {
+                Err(Errno::ENOTDIR) => unlinkat(entries, name, UnlinkatFlags::NoRemoveDir),
+                other => other,
+            };
+            match result {
+                Ok(()) | Err(Errno::ENOENT) => {}
+                Err(e) => {
+                    return Err(Error::Failed { message: format!("remove {name}: {}", e.desc()) });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves the control socket, and follows the host's mounts, until the server ends.
     pub fn run(mut self, listener: OwnedFd, server: OwnedFd) -> nix::Result<()> {
         let mut clients: Vec<OwnedFd> = Vec::new();
         loop {
@@ -129,6 +160,7 @@ impl Mounter {
                     if room { PollFlags::POLLIN } else { PollFlags::empty() },
                 ),
             ];
+            waiting.push(PollFd::new(self.entries.table.as_fd(), PollFlags::POLLPRI));
             waiting.extend(clients.iter().map(|c| PollFd::new(c.as_fd(), PollFlags::POLLIN)));
             match poll(&mut waiting, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
@@ -138,7 +170,12 @@ impl Mounter {
             if ready[0] {
                 return Ok(());
             }
-            let mut number = 2;
+            let mut number = 3;
+            if ready[2]
+                && let Err(error) = self.mirrors.update(&self.entries.table)
+            {
+                log::error!("what the host has mounted cannot be followed: {}", error.desc());
+            }
             clients.retain(|client| {
                 let stays = !ready[number] || self.answer(client);
                 number += 1;

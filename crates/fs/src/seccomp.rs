@@ -78,6 +78,13 @@ const MOUNTER: &[Call] = &[
     (libc::SYS_unlinkat, Always, "an entry goes"),
     (libc::SYS_move_mount, Always, "a share comes"),
     (libc::SYS_umount2, Always, "a share goes"),
+    (libc::SYS_pread64, Always, "the table of mounts"),
+    (libc::SYS_openat2, Always, "where something is mounted below a share"),
+    (libc::SYS_statx, Always, "whether it is what was meant"),
+    (libc::SYS_open_tree, Always, "a copy of it"),
+    (libc::SYS_mount_setattr, Always, "which follows nothing"),
+    (libc::SYS_fchdir, Always, "to the mount that goes, which umount2 knows by a path only"),
+    (libc::SYS_chdir, Always, "and back"),
     (libc::SYS_waitid, Always, "how the server ended"),
 ];
 
@@ -215,6 +222,7 @@ mod tests {
             libc::SYS_connect,
             libc::SYS_ptrace,
             libc::SYS_bpf,
+            libc::SYS_open_by_handle_at,
             libc::SYS_mount,
             libc::SYS_setns,
             libc::SYS_unshare,
@@ -223,7 +231,7 @@ mod tests {
             libc::SYS_move_mount,
             libc::SYS_umount2,
             libc::SYS_open_tree,
-            libc::SYS_open_by_handle_at,
+            libc::SYS_mount_setattr,
             libc::SYS_accept4,
         ];
         for role in [Role::Mounter, Role::Server] {

@@ -1,11 +1,14 @@
-//! System calls that nix does not wrap: mounts as descriptors (open_tree(2), move_mount(2)),
-//! capabilities (capget(2), capset(2)).
+//! System calls that nix does not wrap: mounts as descriptors (open_tree(2), move_mount(2),
+//! mount_setattr(2)), capabilities (capget(2), capset(2)).
 #![allow(unsafe_code)] // raw system calls
 
 use std::ffi::CStr;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
 
 /// A detached copy of the mount at `path`, without what is mounted below it; its root is `path`,
 /// and no `..` leads out of it.
@@ -16,6 +19,82 @@ pub(crate) fn clone_mount(path: &CStr) -> nix::Result<OwnedFd> {
     let fd = Errno::result(fd)?;
     // SAFETY: the kernel has just made this descriptor for us; nothing else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// The same of the mount that `place` is the root of, or lies on.
+pub(crate) fn copy_mount(place: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
+    let flags =
+        libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH as libc::c_uint;
+    // SAFETY: the path is NUL-terminated and static; no memory is written.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, place.as_raw_fd(), c"".as_ptr(), flags) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: the kernel has just made this descriptor for us; nothing else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Makes a mount follow no other; nothing in it is ever run or opened as a device.
+pub(crate) fn make_private(tree: BorrowedFd<'_>) -> nix::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
+    // SAFETY: the path is NUL-terminated and static, `attributes` is readable for the length that
+    // is named; no memory is written.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            std::ptr::from_ref(&attributes),
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Errno::result(done).map(drop)
+}
+
+/// Mounts the detached `tree` on `place`.
+pub(crate) fn attach_at(tree: BorrowedFd<'_>, place: BorrowedFd<'_>) -> nix::Result<()> {
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
+    // SAFETY: both paths are NUL-terminated and static; no memory is written.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            place.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+        )
+    };
+    Errno::result(done).map(drop)
+}
+
+/// What is at `path`, taken from the working directory and below it, through mounts but no links.
+pub(crate) fn place(path: &Path) -> nix::Result<OwnedFd> {
+    let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(resolve);
+    openat2(AT_FDCWD, path, how)
+}
+
+/// The number of the mount that `place` lies on, as /proc/self/mountinfo has it.
+pub(crate) fn mount_id(place: BorrowedFd<'_>) -> nix::Result<u64> {
+    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+    let mut found = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the path is NUL-terminated and static; the kernel writes one record into `found`.
+    let done = unsafe {
+        let mask = libc::STATX_MNT_ID;
+        libc::statx(place.as_raw_fd(), c"".as_ptr(), flags, mask, found.as_mut_ptr())
+    };
+    Errno::result(done)?;
+    // SAFETY: zeroed at first and filled since: integers only, for which every bit is fine.
+    let found = unsafe { found.assume_init() };
+    match found.stx_mask & libc::STATX_MNT_ID {
+        0 => Err(Errno::ENOSYS),
+        _ => Ok(found.stx_mnt_id),
+    }
 }
 
 /// Mounts the detached `tree` at `target`, whose last component is not followed if it is a link.

@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use common::{ATTR_SUBMOUNT, ROOT, Server, can_run, op, refused, text};
+use common::{ATTR_SUBMOUNT, Mounted, ROOT, Server, can_run, op, refused, text};
 use nix::mount::{MsFlags, mount, umount};
 use vmm_api::shares::{Error, Reply, Request};
 
@@ -212,7 +212,7 @@ fn both_processes_are_jailed() {
             .map(|e| e.unwrap().file_name().into_string().unwrap())
             .collect();
         names.sort();
-        assert_eq!(names, ["proc", "shares"]);
+        assert_eq!(names, ["proc", "shares", "sources"]);
         assert_eq!(fs::read_dir(format!("/proc/{pid}/root/proc")).unwrap().count(), 0);
         for space in ["mnt", "pid", "ipc", "uts", "net"] {
             let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{space}")).unwrap();
@@ -265,4 +265,150 @@ fn what_is_mounted_below_a_share_is_seen_as_it_was() {
     let below = guest.lookup(share.node, "below").unwrap();
     assert_ne!(below.flags & ATTR_SUBMOUNT, 0);
     assert_eq!(guest.lookup(below.node, "file").unwrap().size, 4);
+}
+
+#[test]
+fn mounts_of_the_host_come_and_go_in_a_share_and_are_never_held() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let _top = Mounted::shared(dir.path());
+    let early = Mounted::new(&dir.path().join("early"));
+    fs::write(early.0.join("file"), "early").unwrap();
+    assert_eq!(server.add_following("data", dir.path()), Reply::Done);
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap();
+    let folder = guest.lookup(share.node, "early").unwrap();
+    assert_ne!(folder.flags & ATTR_SUBMOUNT, 0);
+    let (node, handle) = guest.create(folder.node, "guest", 0o644).unwrap();
+    assert_eq!(fs::metadata(early.0.join("guest")).unwrap().len(), 0);
+    early.unmount();
+    let is_plain = |found: Result<common::Entry, i32>| found.unwrap().flags & ATTR_SUBMOUNT == 0;
+    let empty = guest.until(share.node, "early", is_plain).unwrap();
+    assert_eq!(guest.lookup(empty.node, "file").unwrap_err(), libc::ENOENT);
+    // What was open stays so.
+    assert_eq!(guest.write(node, handle, b"late words", 0).unwrap(), 10);
+    fs::remove_dir(dir.path().join("early")).unwrap();
+
+    // Over and over, at one place, and each time with files that the guest goes on to remember.
+    for round in 0..50 {
+        let later = Mounted::new(&dir.path().join("later"));
+        fs::write(later.0.join(format!("file{round}")), "x").unwrap();
+        let deep = Mounted::new(&later.0.join("a b/deep"));
+        fs::write(deep.0.join("file"), "xy").unwrap();
+        let is_mount = |found: Result<common::Entry, i32>| {
+            found.is_ok_and(|entry| entry.flags & ATTR_SUBMOUNT != 0)
+        };
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        let (folder, file) = loop {
+            // The last round's may still be there for a moment.
+            let folder = guest.until(share.node, "later", |found| found.is_ok()).unwrap();
+            if let Ok(file) = guest.lookup(folder.node, &format!("file{round}")) {
+                break (folder, file);
+            }
+            assert!(std::time::Instant::now() < end, "round {round}");
+        };
+        guest.open(file.node, libc::O_RDONLY).unwrap();
+        let middle = guest.lookup(folder.node, "a b").unwrap();
+        let below = guest.until(middle.node, "deep", is_mount).unwrap();
+        assert_eq!(guest.lookup(below.node, "file").unwrap().size, 2);
+        deep.unmount();
+        if round % 2 == 0 {
+            guest.until(middle.node, "deep", is_plain).unwrap();
+        }
+        later.unmount();
+        if round % 3 == 0 {
+            guest.until(share.node, "later", is_plain).unwrap();
+        }
+    }
+    assert_eq!(server.remove("data"), Reply::Done);
+    assert_eq!(server.mounts("/sources/").len() + server.mounts("/shares/").len(), 0);
+}
+
+#[test]
+fn what_lies_on_another_mount_is_seen_and_what_is_below_comes_back() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let _top = Mounted::shared(dir.path());
+    let place = dir.path().join("place");
+    let lower = Mounted::new(&place);
+    fs::write(place.join("lower"), "").unwrap();
+    let early = Mounted::new(&place);
+    fs::write(place.join("early"), "").unwrap();
+    assert_eq!(server.add_following("data", dir.path()), Reply::Done);
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap();
+    let has = |guest: &mut common::Guest, name: &str| {
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        loop {
+            let folder = guest.lookup(share.node, "place").unwrap();
+            if guest.lookup(folder.node, name).is_ok() {
+                return;
+            }
+            assert!(std::time::Instant::now() < end, "{name} is not there");
+        }
+    };
+    has(&mut guest, "early");
+    let late = Mounted::new(&place);
+    fs::write(place.join("late"), "").unwrap();
+    has(&mut guest, "late");
+    late.unmount();
+    has(&mut guest, "early");
+    early.unmount();
+    has(&mut guest, "lower");
+    lower.unmount();
+    fs::write(place.join("plain"), "").unwrap();
+    has(&mut guest, "plain");
+    // Over the share itself.
+    let whole = Mounted::new(dir.path());
+    fs::write(whole.0.join("whole"), "").unwrap();
+    let limit = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        let share = guest.lookup(ROOT, "data").unwrap();
+        if guest.lookup(share.node, "whole").is_ok() {
+            break;
+        }
+        assert!(std::time::Instant::now() < limit, "the share was not mounted over");
+    }
+    whole.unmount();
+    guest.until(share.node, "place", |found| found.is_ok()).unwrap();
+}
+
+#[test]
+fn a_folder_that_nobody_else_may_enter_and_a_link_in_the_way_of_a_mount() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let _top = Mounted::shared(dir.path());
+    let closed = dir.path().join("closed");
+    fs::create_dir(&closed).unwrap();
+    std::os::unix::fs::chown(&closed, Some(1234), None).unwrap();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
+    assert_eq!(server.add_following("data", dir.path()), Reply::Done);
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap();
+    let inner = Mounted::new(&closed.join("inner"));
+    let folder = guest.lookup(share.node, "closed").unwrap();
+    let is_mount = |found: Result<common::Entry, i32>| {
+        found.is_ok_and(|entry| entry.flags & ATTR_SUBMOUNT != 0)
+    };
+    guest.until(folder.node, "inner", is_mount).unwrap();
+    // As a guest moves a folder away and puts a link in its place.
+    fs::rename(&closed, dir.path().join("moved")).unwrap();
+    std::os::unix::fs::symlink("/proc", &closed).unwrap();
+    let _other = Mounted::new(&dir.path().join("other"));
+    guest.until(share.node, "other", is_mount).unwrap();
+    let folder = guest.lookup(share.node, "moved").unwrap();
+    guest.until(folder.node, "inner", is_mount).unwrap();
+    umount(&dir.path().join("moved/inner")).unwrap();
+    drop(inner);
+    let is_plain = |found: Result<common::Entry, i32>| found.unwrap().flags & ATTR_SUBMOUNT == 0;
+    guest.until(folder.node, "inner", is_plain).unwrap();
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
@@ -101,6 +102,13 @@ impl Server {
         self.call(&Request::Add { name: name.into() }, Some(tree(source)))
     }
 
+    /// As a HostToContainer volume is.
+    pub fn add_following(&self, name: &str, source: &Path) -> Reply {
+        let tree = tree(source);
+        follow(&tree);
+        self.call(&Request::Add { name: name.into() }, Some(tree))
+    }
+
     pub fn remove(&self, name: &str) -> Reply {
         self.call(&Request::Remove { name: name.into() }, None)
     }
@@ -113,6 +121,13 @@ impl Server {
         };
         let mounter = only_child(self.child.id());
         (mounter, only_child(mounter))
+    }
+
+    /// Where something is mounted below `folder`, in the server's root.
+    pub fn mounts(&self, folder: &str) -> Vec<String> {
+        let text = fs::read_to_string(format!("/proc/{}/mountinfo", self.pids().0)).unwrap();
+        let points = text.lines().filter_map(|line| line.split(' ').nth(4));
+        points.filter(|point| point.starts_with(folder)).map(str::to_owned).collect()
     }
 
     pub fn guest(&mut self) -> Guest {
@@ -156,6 +171,58 @@ pub fn tree(source: &Path) -> OwnedFd {
     assert!(fd >= 0, "open_tree {}: {}", source.display(), std::io::Error::last_os_error());
     // SAFETY: made just now, and wrapped once.
     unsafe { OwnedFd::from_raw_fd(fd as i32) }
+}
+
+#[allow(unsafe_code)] // mount_setattr is in no library
+fn follow(tree: &OwnedFd) {
+    let attributes =
+        libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_SLAVE, userns_fd: 0 };
+    // SAFETY: the path is static and NUL-terminated, the attributes are as long as is said.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            std::ptr::from_ref(&attributes),
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// A file system of its own, unmounted lazily at the end.
+pub struct Mounted(pub PathBuf, bool);
+
+impl Mounted {
+    pub fn new(at: &Path) -> Self {
+        fs::create_dir_all(at).unwrap();
+        mount(Some("none"), at, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        Self(at.to_owned(), true)
+    }
+
+    /// One whose mounts are seen by those that follow it.
+    pub fn shared(at: &Path) -> Self {
+        let mounted = Self::new(at);
+        let none = None::<&str>;
+        mount(none, at, none, MsFlags::MS_PRIVATE, none).unwrap();
+        mount(none, at, none, MsFlags::MS_SHARED, none).unwrap();
+        mounted
+    }
+
+    /// As `umount` does.
+    pub fn unmount(mut self) {
+        umount(&self.0).unwrap();
+        self.1 = false;
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if self.1 {
+            let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+        }
+    }
 }
 
 /// What a lookup says.
@@ -240,6 +307,24 @@ impl Guest {
     pub fn lookup(&mut self, parent: u64, name: &str) -> Result<Entry, i32> {
         let answer = self.ask(op::LOOKUP, parent, &text(name))?;
         Ok(entry(&answer))
+    }
+
+    /// Looks until what is there is so.
+    pub fn until(
+        &mut self,
+        parent: u64,
+        name: &str,
+        so: impl Fn(Result<Entry, i32>) -> bool,
+    ) -> Result<Entry, i32> {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            let found = self.lookup(parent, name);
+            if so(found) {
+                return found;
+            }
+            assert!(Instant::now() < end, "{name}: {found:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     pub fn mkdir(&mut self, parent: u64, name: &str) -> Result<Entry, i32> {

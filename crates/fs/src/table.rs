@@ -1,0 +1,139 @@
+//! The mounts of this namespace, as the kernel tells them: /proc/self/mountinfo
+//! (proc_pid_mountinfo(5)), with a notice when they change.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::uio::pread;
+
+/// Of the table. Attack: a host with mounts without end, or a pod that makes its node mount them.
+const TABLE_MAX: usize = 16 << 20;
+/// The kernel lets the table change while it is read, in pieces of about a page.
+const ATTEMPTS: usize = 8;
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Mount {
+    pub(crate) id: u64,
+    /// What it is mounted on.
+    pub(crate) parent: u64,
+    /// Number of the file system, and what of it is mounted.
+    device: Vec<u8>,
+    root: PathBuf,
+    /// Without the `/` before it.
+    pub(crate) point: PathBuf,
+    /// It gets mounts from elsewhere.
+    pub(crate) slave: bool,
+}
+
+/// Opened as long as there is a /proc.
+#[derive(Debug)]
+pub struct Table(File);
+
+impl Table {
+    pub(crate) fn open() -> std::io::Result<Self> {
+        File::open("/proc/self/mountinfo").map(Self)
+    }
+
+    /// POLLPRI comes from it when the table is another one than at the last poll.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    pub(crate) fn read(&self) -> nix::Result<Vec<Mount>> {
+        let mut text = self.text()?;
+        for _ in 1..ATTEMPTS {
+            if !self.has_changed()? {
+                break;
+            }
+            text = self.text()?;
+        }
+        Ok(text.split(|byte| *byte == b'\n').filter_map(parse).collect())
+    }
+
+    fn has_changed(&self) -> nix::Result<bool> {
+        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLPRI)];
+        match poll(&mut fds, PollTimeout::ZERO) {
+            Ok(count) => Ok(count > 0),
+            Err(Errno::EINTR) => Ok(true),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn text(&self) -> nix::Result<Vec<u8>> {
+        let (mut text, mut piece) = (Vec::new(), vec![0; 64 << 10]);
+        loop {
+            let got = match pread(&self.0, &mut piece, text.len().try_into().unwrap_or(i64::MAX)) {
+                Ok(0) => return Ok(text),
+                Ok(got) => got,
+                Err(Errno::EINTR) => continue,
+                Err(e) => return Err(e),
+            };
+            text.extend_from_slice(&piece[..got]);
+            if text.len() > TABLE_MAX {
+                return Err(Errno::EFBIG);
+            }
+        }
+    }
+}
+
+/// `id parent major:minor root point options [optional]* - type source options`
+fn parse(line: &[u8]) -> Option<Mount> {
+    let mut words = line.split(|byte| *byte == b' ');
+    let mut number = || std::str::from_utf8(words.next()?).ok()?.parse().ok();
+    let (id, parent) = (number()?, number()?);
+    let device = words.next()?.to_vec();
+    let (root, point) = (unescape(words.next()?), unescape(words.next()?));
+    let point = point.strip_prefix("/").ok()?.to_owned();
+    let slave =
+        words.skip(1).take_while(|word| *word != b"-").any(|word| word.starts_with(b"master:"));
+    Some(Mount { id, parent, device, root, point, slave })
+}
+
+/// White space and backslashes are written as `\` and three octal digits.
+fn unescape(word: &[u8]) -> PathBuf {
+    let mut plain = Vec::with_capacity(word.len());
+    let mut rest = word;
+    while let Some((&byte, after)) = rest.split_first() {
+        rest = after;
+        plain.push(match (byte, after) {
+            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', tail @ ..]) => {
+                rest = tail;
+                (a - b'0') << 6 | (b - b'0') << 3 | (c - b'0')
+            }
+            _ => byte,
+        });
+    }
+    PathBuf::from(OsString::from_vec(plain))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_read_with_odd_names_and_any_number_of_tags() {
+        let line =
+            br"36 35 98:0 /a\040b /sources/x\134y\012z rw,noatime shared:1 master:7 - ext3 /dev rw";
+        let mount = parse(line).unwrap();
+        assert_eq!((mount.id, mount.parent, mount.slave), (36, 35, true));
+        assert_eq!(mount.device, b"98:0");
+        assert_eq!(mount.root, PathBuf::from("/a b"));
+        assert_eq!(mount.point, PathBuf::from("sources/x\\y\nz"));
+        assert!(!parse(b"1 2 0:1 / / rw - tmpfs master:1 rw").unwrap().slave);
+        for bad in [&b""[..], b"1", b"x 2 0:1 / / rw - a b c", b"1 2 0:1 / nowhere rw - a b c"] {
+            assert_eq!(parse(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn the_table_has_the_mounts_of_this_process() {
+        let table = Table::open().unwrap();
+        let mounts = table.read().unwrap();
+        assert!(mounts.iter().any(|mount| mount.point.to_str() == Some("proc")));
+    }
+}
