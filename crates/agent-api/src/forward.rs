@@ -27,16 +27,9 @@ pub enum Status {
     Failed = 3,
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("header of a forwarded connection is malformed")]
 pub struct BadHeader;
-
-impl std::fmt::Display for BadHeader {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("header of a forwarded connection is malformed")
-    }
-}
-
-impl std::error::Error for BadHeader {}
 
 impl TryFrom<u8> for Status {
     type Error = BadHeader;

@@ -52,16 +52,9 @@ pub enum Status {
     BadHeader = 3,
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("stream header is malformed")]
 pub struct BadHeader;
-
-impl std::fmt::Display for BadHeader {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("stream header is malformed")
-    }
-}
-
-impl std::error::Error for BadHeader {}
 
 impl TryFrom<u8> for Status {
     type Error = BadHeader;

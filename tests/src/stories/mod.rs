@@ -19,14 +19,6 @@ mod userns;
 mod vmm;
 mod volumes;
 
-/// Stories that have not been seen to pass as they stand, by room or room::name, each with the
-/// reason. They are skipped out loud, so that nobody takes them for promises;
-/// `NACELLE_ALL_STORIES=1` runs them too. See docs/status.md.
-pub const UNPROVEN: &[(&str, &str)] = &[(
-    "streaming::exec carries eight MiB both ways and closes its input",
-    "passes, but once in a few runs on a busy machine the guest stalls for minutes",
-)];
-
 /// A story's name (a sentence) and what it does.
 pub type Story = (&'static str, fn() -> anyhow::Result<()>);
 
