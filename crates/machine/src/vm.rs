@@ -19,6 +19,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
+use crate::memory::{self, MemoryError};
 use crate::{KvmError, Ram};
 
 /// What must be there, and what its absence means in practice.
@@ -47,6 +48,8 @@ pub enum VmError {
     TooManyVcpus { got: u8, limit: usize },
     #[error("{part:#x?} is no memory of the VM")]
     NotRam { part: Range<u64> },
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
 }
 
 /// `/dev/kvm`, checked.
@@ -150,9 +153,9 @@ fn show(vm: &VmFd, ram: &Ram, slot: u32, part: Range<u64>) -> Result<(), VmError
 /// Slots for what a VM grows by; the last one takes all that is left. Linux before 5.11 has 509.
 const GROWTH_SLOTS: u32 = 64;
 
-/// Room to grow, of which a vCPU sees what was granted and no more: what lies beyond costs KVM
-/// nothing (before Linux 5.15 it keeps some 2.5 MiB of tables a GiB of slot), and a guest cannot
-/// have it by merely touching it.
+/// Room to grow, of which vCPUs and devices see what was granted and no more: what lies beyond costs
+/// KVM nothing (before Linux 5.15 it keeps some 2.5 MiB of tables a GiB of slot), and a guest cannot
+/// have it by merely touching it, nor by pointing a device at it.
 #[derive(Debug)]
 pub struct Room {
     vm: Arc<VmFd>,
@@ -187,6 +190,7 @@ impl Room {
         let last = self.slots.len() == 1;
         let bytes = if last { size } else { bytes };
         let part = self.room.start + self.granted..self.room.start + bytes;
+        memory::open(&self.ram, &part)?;
         show(&self.vm, &self.ram, self.slots.start, part)?;
         self.slots.start += 1;
         self.granted = bytes;
@@ -231,9 +235,9 @@ pub(crate) mod tests {
     fn room_is_granted_piece_by_piece_and_never_more_than_there_is() {
         let Some(vm) = vm() else { return };
         let layout = crate::layout::Layout::with_room(64, 64 + 10_240, 40).unwrap();
-        let (ram, range) = (crate::memory::allocate(&layout).unwrap(), layout.room.unwrap());
+        let (ram, range) = (memory::allocate(&layout).unwrap(), layout.room.unwrap());
         map_ram(&vm, &ram).unwrap();
-        let ram = crate::memory::add_room(&ram, &range).unwrap();
+        let ram = memory::add_room(&ram, &range).unwrap();
         let mut room = Room::new(vm, ram, range);
         room.grant(0).unwrap();
         for mib in 1..=GROWTH_SLOTS as u64 {

@@ -6,8 +6,8 @@
 //!
 //! The region lies in a file of its own; what the guest unplugs is punched out of it, which takes
 //! the pages from everybody who has the file mapped. Nothing here keeps a guest from touching blocks
-//! it has not plugged: that the region is visible to it no further than it was ever granted is the
-//! VM's affair, and the pod's cgroup counts every page.
+//! it has not plugged: that the region is visible to it and to devices no further than it was ever
+//! granted is the VM's affair, and the pod's cgroup counts every page.
 
 mod engine;
 mod spec;
