@@ -139,7 +139,17 @@ pub fn layout(name: &str) -> Result<PathBuf> {
 
 /// Writes the layout of an image that has these files on top of the one named `base`.
 pub fn on_top(base: &str, folder: &Path, files: &[(&str, &str)]) -> Result<PathBuf> {
-    let (mut layers, config) = layout::read(&layout(base)?)?;
+    with_volumes(base, folder, files, &[])
+}
+
+/// The same with volumes of its own.
+pub fn with_volumes(
+    base: &str,
+    folder: &Path,
+    files: &[(&str, &str)],
+    volumes: &[&str],
+) -> Result<PathBuf> {
+    let (mut layers, mut config) = layout::read(&layout(base)?)?;
     let tree = folder.join("tree");
     for (path, text) in files {
         let path = tree.join(path);
@@ -148,6 +158,9 @@ pub fn on_top(base: &str, folder: &Path, files: &[(&str, &str)]) -> Result<PathB
     }
     let paths: Vec<PathBuf> = files.iter().map(|(path, _)| PathBuf::from(path)).collect();
     layers.push(layers::pack(&tree, &paths, Compression::Gzip)?);
+    if !volumes.is_empty() {
+        config["Volumes"] = volumes.iter().map(|path| ((*path).to_owned(), json!({}))).collect();
+    }
     layout::write(&folder.join("layout"), &layers, &config)
 }
 

@@ -300,3 +300,45 @@ async fn what_the_host_has_mounted_in_a_virtio_fs_share_is_seen() {
     request.volumes[0].ids_mapped = true;
     assert_eq!(guest.run(request).await.0, "inside\n");
 }
+
+#[tokio::test]
+async fn volumes_of_the_image_can_be_written_to_below_a_read_only_root() {
+    let Some(mut guest) = guest().await else { return };
+    let root = guest.dir.path().join("root");
+    write(root.join("var/data/file"), "image\n");
+    std::os::unix::fs::chown(root.join("var/data"), Some(1234), Some(5678)).unwrap();
+    std::fs::set_permissions(root.join("var/data"), std::fs::Permissions::from_mode(0o2770))
+        .unwrap();
+    std::os::unix::fs::symlink("/../../../new/place", root.join("link")).unwrap();
+    let mut request = guest.request(
+        "c",
+        &mounting(
+            "stat -c '%u %g %a' /var/data; cat /var/data/file; echo own > /var/data/file; \
+             cat /var/data/file; touch /x 2>&1; touch /link/x /none/x && ls /new/place; \
+             mkdir /var/data/dir && mv /var/data/file /var/data/dir; ls /var/data; \
+             cat /var/data/mounted/inner",
+        ),
+    );
+    let inner = guest.dir.path().join("shares/inner");
+    write(inner.join("inner"), "mounted\n");
+    request.volumes = vec![share("inner", "/var/data/mounted")];
+    let rootfs = request.rootfs.as_mut().unwrap();
+    rootfs.read_only = true;
+    rootfs.volumes = ["/var/data", "/none", "/link"].map(str::to_owned).to_vec();
+    let (output, _) = guest.run(request).await;
+    assert_eq!(
+        output,
+        "1234 5678 2770\nimage\nown\ntouch: /x: Read-only file system\nx\ndir\nmounted\n\
+         mounted\n"
+    );
+    guest.remove("c").await.unwrap();
+    // The image is as it was, and nothing is left of the container.
+    assert_eq!(std::fs::read_to_string(root.join("var/data/file")).unwrap(), "image\n");
+    let output = run_with(&mut guest, "cat /var/data/file; ls /none 2>&1", vec![]).await;
+    assert_eq!(output, "image\nls: /none: No such file or directory\n");
+    for bad in ["/", "/dev", "x/..", "../x"] {
+        let mut request = guest.request("bad", &mounting("true"));
+        request.rootfs.as_mut().unwrap().volumes = vec![bad.to_owned()];
+        assert!(guest.client.create_container(request).await.is_err(), "{bad}");
+    }
+}

@@ -174,6 +174,9 @@ pub struct RootfsSpec {
     /// EROFS image on the host, attached read-only.
     pub image: PathBuf,
     pub read_only: bool,
+    /// Folders of it that can be written to all the same: the image's own volumes.
+    #[serde(default)]
+    pub volumes: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

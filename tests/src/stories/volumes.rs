@@ -13,14 +13,15 @@ use nix::unistd::Pid;
 use super::Story;
 use crate::client::{container, mount};
 use crate::host::{self, Tmpfs};
-use crate::node::Node;
-use crate::wait;
+use crate::node::{Node, registry};
+use crate::{images, wait};
 
 pub const STORIES: &[Story] = &[
     ("a folder of the host is shared both ways and does all that POSIX promises", posix),
     ("read-only, recursive, single files and sub-paths are what they say", kinds),
     ("a ConfigMap follows its host, with inotify, and last words come back", config_map),
     ("an image is a volume, whole or a folder of it", image_volume),
+    ("a VOLUME of the image can be written to below a read-only root", volume_of_image),
     ("the host's later mounts appear in a pod that asks for them, and nowhere else", propagation),
     ("postgres keeps its rows on a volume over killed daemons and new containers", postgres),
     ("a pod outlives its volumes' server, and is told why it gets no more", server_killed),
@@ -175,6 +176,52 @@ fn image_volume() -> Result<()> {
     node.finish()
 }
 
+fn volume_of_image() -> Result<()> {
+    let node = Node::start()?;
+    let folder = tempfile::tempdir()?;
+    let files = [("data/file", "image\n"), ("taken/file", "image\n")];
+    let volumes = ["/data", "/new", "/taken"];
+    let layout = images::with_volumes("busybox", folder.path(), &files, &volumes)?;
+    let image = registry().push(&layout, "volumes:latest")?;
+    node.cri().pull(&image)?;
+    let pod = node.pod("volume-of-image")?;
+    let cri = node.cri();
+    let mine = host::folder()?;
+    let run = |attempt: u32| {
+        let mut config = container("c", &image, &["sleep", "1000"]);
+        config.metadata = Some(v1::ContainerMetadata { name: "c".into(), attempt });
+        config.log_path = format!("c/{attempt}.log");
+        let context =
+            v1::LinuxContainerSecurityContext { readonly_rootfs: true, ..Default::default() };
+        config.linux = Some(v1::LinuxContainerConfig {
+            security_context: Some(context),
+            ..Default::default()
+        });
+        cri.run(&pod, with_mounts(config, vec![mount(mine.path(), "/taken")]))
+    };
+    let id = run(0)?;
+    let write = cri.exec(&id, &["touch", "/x"])?;
+    ensure!(write.code != 0 && write.stderr.contains("Read-only"), "{write:?}");
+    cri.shell(&id, "grep image /data/file && echo own >/data/file && touch /new/x /taken/x")?;
+    cri.shell(&id, "dd if=/dev/zero of=/data/big bs=1M count=8 && sync")?;
+    ensure!(mine.path().join("x").exists() && !mine.path().join("file").exists(), "/taken");
+    let limit = Duration::from_secs(30);
+    wait::until("what is written counts as the container's", limit, || {
+        let request = v1::ContainerStatsRequest { container_id: id.clone() };
+        let mut client = cri.runtime.clone();
+        let reply = cri.block_on(async move { client.container_stats(request).await })?;
+        let layer = reply.into_inner().stats.and_then(|stats| stats.writable_layer);
+        let used = layer.and_then(|layer| layer.used_bytes);
+        Ok(used.is_some_and(|used| used.value >= 8 << 20).then_some(()))
+    })?;
+    cri.stop(&id, 0)?;
+    cri.remove(&id)?;
+    // It goes with its container.
+    let id = run(1)?;
+    cri.shell(&id, "grep image /data/file && ! test -e /new/x && test -e /taken/x")?;
+    node.finish()
+}
+
 fn propagation() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
@@ -198,11 +245,18 @@ fn propagation() -> Result<()> {
     })?;
     let private = cri.shell(&id, "ls /private/later")?;
     ensure!(private.is_empty(), "a later mount appears in a private volume: {private}");
-    // Lazily: a file that the guest has seen stays open in its server while the guest remembers it.
-    drop(later);
+    // Plainly, though the guest remembers its files and has one open.
+    cri.shell(&id, "sleep 1000 </follows/later/file >/dev/null 2>&1 &")?;
+    later.unmount()?;
     wait::until("it goes again", limit, || {
         Ok(cri.shell(&id, "ls /follows/later")?.is_empty().then_some(()))
     })?;
+    let again = Tmpfs::mount(&top.join("later"), "size=1m")?;
+    fs::write(top.join("later/file"), "again\n")?;
+    wait::until("another one takes its place", limit, || {
+        Ok((cri.exec(&id, &["cat", "/follows/later/file"])?.stdout == "again\n").then_some(()))
+    })?;
+    again.unmount()?;
     let both = v1::Mount {
         propagation: v1::MountPropagation::PropagationBidirectional as i32,
         ..mount(&top, "/both")

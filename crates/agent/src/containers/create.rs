@@ -80,13 +80,14 @@ async fn build(
     let rootfs = parts.rootfs.insert(rootfs).path();
     let cgroup = parts.cgroup.insert(agent.pod_cgroup.create(id)?).clone();
     let volumes = parts.volumes.insert(Staged::new(agent, id));
-    let binds = volumes.stage(agent, &request.volumes, userns.as_ref()).await?;
+    let mut binds = volumes.stage(agent, &request.volumes, userns.as_ref()).await?;
     let pid = namespaces::pid_namespace(agent, request, userns.as_deref()).await?;
     let hostname = agent.lock().pod.as_ref().map(|pod| pod.hostname.clone()).unwrap_or_default();
     let mut root = Root::open(&rootfs)?;
     if let Some(userns) = &userns {
         root = root.owned_by(userns.mapping.root());
     }
+    binds.extend(volumes.stage_of_root(&root, &wanted.volumes)?);
     let asked = spec.linux().as_ref().and_then(|linux| linux.resources().clone());
     if !request.block_devices.is_empty() {
         agent.config.has_devices()?;

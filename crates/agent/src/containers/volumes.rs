@@ -7,6 +7,7 @@
 //! share    <base>/shares/<id>   (virtio-fs)  > sub_path, resolved beneath -> copy of the tree -> stage
 //! image    <base>/images/<serial> (EROFS)   /
 //! host     a path of the host, in a pod without a VM -> copy of the tree -> stage
+//! VOLUME of the image   that folder of the container's own root -> copy of the mount -> stage
 //! ```
 
 use std::fs;
@@ -23,6 +24,7 @@ use super::images::{self, Image};
 use super::rootfs::blocking;
 use crate::agent::Agent;
 use crate::error::{Doing, Error, Result};
+use crate::guest::inroot::Root;
 use crate::guest::tree::{Reach, Tree};
 use crate::guest::volumes::{open_dir, relative};
 use crate::oci::spec::Bind;
@@ -118,6 +120,32 @@ impl Staged {
                 destination: PathBuf::from(&volume.destination),
                 directory,
             });
+        }
+        Ok(binds)
+    }
+
+    /// Stages folders of the root file system itself, made if there are none. Each mount has flags
+    /// of its own, so they can be written to where the root cannot; what is written goes where all
+    /// goes that the container writes, with the image's content, owners and modes as they are.
+    pub fn stage_of_root(&mut self, root: &Root, volumes: &[String]) -> Result<Vec<Bind>> {
+        if volumes.len() + self.mounted.len() > MAX_VOLUMES {
+            return Err(Error::Exhausted {
+                what: "volumes of a container",
+                limit: MAX_VOLUMES as u64,
+            });
+        }
+        let mut binds = Vec::new();
+        for destination in volumes {
+            let path = Path::new(destination);
+            root.make_target(path, true)?;
+            let place = Place::Here(root.place(path)?);
+            let kind =
+                Kind { source: v1::VolumeSource::Written, propagation: v1::Propagation::Private };
+            let volume = v1::VolumeMount { destination: destination.clone(), ..Default::default() };
+            let target = self.dir.join(self.mounted.len().to_string());
+            let directory = attach(place, &volume, &kind, None, &target)?;
+            self.mounted.push(target.clone());
+            binds.push(Bind { source: target, destination: path.to_owned(), directory });
         }
         Ok(binds)
     }

@@ -77,6 +77,12 @@ impl Root {
         openat2(self.dir.as_fd(), path, how(flags))
     }
 
+    /// What is at a path, for mounts.
+    pub fn place(&self, path: &Path) -> Result<OwnedFd> {
+        self.openat(path, OFlag::O_PATH)
+            .doing(|| format!("open {} in the root file system", path.display()))
+    }
+
     /// Content of a file, at most `limit` bytes of it; None if there is no such file.
     pub fn read(&self, path: &Path, limit: u64) -> Option<String> {
         // O_NONBLOCK: an image may hold a FIFO of that name.

@@ -44,7 +44,7 @@ pub(crate) fn pod() -> PodView {
 pub(crate) fn container() -> ContainerView {
     let spec = ContainerSpec {
         meta: Meta { name: "web".into(), attempt: 2, ..Meta::default() },
-        rootfs: RootfsSpec { image: "/i".into(), read_only: false },
+        rootfs: RootfsSpec { image: "/i".into(), read_only: false, volumes: vec![] },
         oci: oci_spec::runtime::Spec::default(),
         user: String::new(),
         pid: PidMode::Pod,

@@ -81,12 +81,13 @@ pub(super) async fn create_container(
 async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
     let container = handle.container(id)?;
     let spec = &container.spec;
-    let (layer, scratch) = match spec.rootfs.read_only {
-        true => (String::new(), None),
-        false if handle.machine.host().is_some() => {
+    let written = !spec.rootfs.read_only || !spec.rootfs.volumes.is_empty();
+    let (layer, scratch) = match written {
+        false => (String::new(), None),
+        true if handle.machine.host().is_some() => {
             (host_pod::make_layer(handle.paths.layer(id)).await?, None)
         }
-        false => {
+        true => {
             let (handle, path) = (handle.clone(), handle.paths.scratch(id));
             let scratch = blocking(move || handle.node.scratch.clone_to(&path)).await?;
             (disks::scratch_serial(id), Some(scratch))
@@ -98,6 +99,7 @@ async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
         lower_serial: handle.machine.image(&spec.rootfs.image),
         upper_serial: layer,
         read_only: spec.rootfs.read_only,
+        volumes: spec.rootfs.volumes.clone(),
     };
     let request = request(id, spec, mounts, rootfs)?;
     let made = handle

@@ -38,7 +38,7 @@ pub(crate) fn pod() -> Pod {
 pub(crate) fn container(id: &str) -> Container {
     let spec = ContainerSpec {
         meta: Meta::default(),
-        rootfs: RootfsSpec { image: PathBuf::from("/i"), read_only: false },
+        rootfs: RootfsSpec { image: PathBuf::from("/i"), read_only: false, volumes: vec![] },
         oci: oci_spec::runtime::Spec::default(),
         user: String::new(),
         pid: PidMode::Container,

@@ -133,7 +133,7 @@ impl World {
         });
         ContainerSpec {
             meta: Meta { name: name.into(), ..Meta::default() },
-            rootfs: RootfsSpec { image: self.path("image"), read_only: false },
+            rootfs: RootfsSpec { image: self.path("image"), read_only: false, volumes: vec![] },
             oci: serde_json::from_value(process).unwrap(),
             user: String::new(),
             pid: PidMode::Container,

@@ -112,7 +112,11 @@ pub fn to_spec(
             annotations: request.annotations.clone(),
             ..Meta::default()
         },
-        rootfs: RootfsSpec { image: image.rootfs.clone(), read_only: context.readonly_rootfs },
+        rootfs: RootfsSpec {
+            image: image.rootfs.clone(),
+            read_only: context.readonly_rootfs,
+            volumes: mounts::of_image(image_config, &volumes)?,
+        },
         oci,
         user: identity.lookup,
         pid,

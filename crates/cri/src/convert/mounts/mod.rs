@@ -9,6 +9,9 @@
 //! | an image | its EROFS disk |
 //! | any other file or folder of the host | shared |
 //!
+//! The image's own volumes (VOLUME) are folders of the container's root, which can be written to
+//! even where the rest is read-only; containerd copies them to the host, where nobody looks.
+//!
 //! A pod without a VM has everything but images from the host itself.
 //!
 //! Refused in a VM: sockets, pipes and devices of the host, for they are ends of something in its
@@ -16,11 +19,12 @@
 //! everywhere: mount options.
 //! `selinux_relabel` has nothing to do: where labels count, [`super::security`] has refused before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{FileType, Metadata};
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
+use oci_spec::image::Config as ImageConfig;
 use sandbox::model::{Access, Propagation, Volume, VolumeSource};
 
 use super::userns::UserNamespace;
@@ -76,6 +80,39 @@ pub fn volumes(mounts: &[v1::Mount], around: &Around<'_>) -> Result<Vec<Volume>,
     // What lies in another one has to come after it.
     volumes.sort_by_key(|volume| Path::new(&volume.container_path).components().count());
     Ok(volumes)
+}
+
+/// The image's own volumes, but for those in whose place the request mounts something.
+pub fn of_image(config: Option<&ImageConfig>, volumes: &[Volume]) -> Result<Vec<String>, Refusal> {
+    let named = config.and_then(|config| config.volumes().as_deref()).unwrap_or_default();
+    if named.len() + volumes.len() > MAX_MOUNTS {
+        return Err(Refusal::invalid(
+            "mounts",
+            format!(
+                "{} of them and {} volumes of the image; at most {MAX_MOUNTS} are taken",
+                volumes.len(),
+                named.len()
+            ),
+        ));
+    }
+    let mut own = BTreeSet::new();
+    for path in named {
+        let mut clean = PathBuf::from("/");
+        for component in Path::new(path).components() {
+            match component {
+                Component::Normal(name) => clean.push(name),
+                Component::ParentDir => drop(clean.pop()),
+                _ => {}
+            }
+        }
+        // The root is no place for a mount, and /dev is made for the container.
+        let place = clean.to_string_lossy().into_owned();
+        let is_taken = volumes.iter().any(|volume| volume.container_path == place);
+        if !["/", "/dev"].contains(&place.as_str()) && !place.contains('\0') && !is_taken {
+            own.insert(place);
+        }
+    }
+    Ok(own.into_iter().collect())
 }
 
 /// What can be told of a mount without looking at the host.
@@ -178,7 +215,7 @@ fn check_source(mount: &v1::Mount) -> Result<(), Refusal> {
 }
 
 fn leads_upwards(path: &Path) -> bool {
-    path.components().any(|part| part == std::path::Component::ParentDir)
+    path.components().any(|part| part == Component::ParentDir)
 }
 
 fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume, Refusal> {

@@ -223,3 +223,27 @@ fn what_cannot_be_had_is_refused_by_name() {
     let many = vec![mount(&root, "/x"); MAX_MOUNTS + 1];
     assert!(convert(&many).unwrap_err().to_string().starts_with("mounts: "));
 }
+
+#[test]
+fn an_images_own_volumes_are_kept_where_the_request_mounts_nothing() {
+    let own = |paths: &[&str], taken: &[&str]| {
+        let volume = |path: &&str| Volume {
+            container_path: (*path).to_owned(),
+            source: VolumeSource::Shared { host_path: "/h".into() },
+            access: Access::ReadWrite,
+            propagation: Propagation::Private,
+        };
+        let paths: Vec<String> = paths.iter().map(|path| (*path).to_owned()).collect();
+        let config = oci_spec::image::ConfigBuilder::default().volumes(paths).build().unwrap();
+        let taken: Vec<Volume> = taken.iter().map(volume).collect();
+        of_image(Some(&config), &taken)
+    };
+    let found = own(&["/var/data/", "cache", "/a/../b", "/", "/dev", "/x"], &["/x"]).unwrap();
+    assert_eq!(found, ["/b", "/cache", "/var/data"]);
+    // Below or above a mount of the request, both are there.
+    assert_eq!(own(&["/x/y", "/x", "/x"], &["/x/y/z"]).unwrap(), ["/x", "/x/y"]);
+    assert!(of_image(None, &[]).unwrap().is_empty());
+    let many: Vec<String> = (0..=MAX_MOUNTS).map(|n| format!("/{n}")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    assert!(own(&many, &[]).is_err());
+}
