@@ -38,6 +38,9 @@ pub struct Config {
     pub resolv_conf: PathBuf,
     /// Appended to the guest kernel's command line.
     pub cmdline_extra: String,
+    /// Kernels of pods run AppArmor where the host's does, so that containers can have the profiles
+    /// that are loaded there.
+    pub apparmor: bool,
     /// Mount point of cgroup v2; empty: `/sys/fs/cgroup`, or its `unified` folder on a host with
     /// both versions.
     pub cgroup_root: PathBuf,
@@ -93,6 +96,7 @@ impl Default for Config {
             kvm: "/dev/kvm".into(),
             resolv_conf: "/etc/resolv.conf".into(),
             cmdline_extra: String::new(),
+            apparmor: true,
             cgroup_root: PathBuf::new(),
             default_vcpus: 2,
             default_memory_mib: 2048,

@@ -7,6 +7,7 @@
 //! `journal` makes it survive us.
 
 mod api;
+pub mod apparmor;
 mod config;
 mod error;
 pub mod forward;

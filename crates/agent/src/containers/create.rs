@@ -20,7 +20,7 @@ use crate::oci::helper::Streams;
 use crate::oci::spec::{Bind, InUserNamespace, Surroundings, complete};
 use crate::oci::user::Database;
 use crate::oci::userns::{Mapping, UserNamespace};
-use crate::oci::{device_filter, devices};
+use crate::oci::{apparmor, device_filter, devices};
 
 /// Containers of a pod, ended ones included: each holds mounts, a cgroup and buffers.
 const MAX_CONTAINERS: usize = 512;
@@ -76,6 +76,11 @@ async fn build(
         Some(mapping) => Some(namespaces::user_namespace(agent, mapping).await?),
         None => None,
     };
+    if !request.apparmor_policies.is_empty() {
+        // Never into the host's kernel.
+        agent.config.has_devices()?;
+        apparmor::load(&request.apparmor_policies)?;
+    }
     let rootfs = Rootfs::mount(agent, id, wanted, userns.as_ref()).await?;
     let rootfs = parts.rootfs.insert(rootfs).path();
     let cgroup = parts.cgroup.insert(agent.pod_cgroup.create(id)?).clone();

@@ -1,15 +1,19 @@
 //! AppArmor profiles (kernel Documentation/admin-guide/LSM/apparmor.rst). The guest has none of its
-//! own and no compiler for them; a privileged container may load some.
+//! own and no compiler for them: it loads the policy that comes with a container, as the host's
+//! kernel has it. A privileged container may load more.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
 use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 
-use crate::error::{Doing, Result};
+use crate::error::{Doing, Error, Result};
 
 const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
 const SECURITYFS: &str = "/sys/kernel/security";
+/// Takes compiled policy, one in a write, in the place of what it had by the same names.
+const REPLACE: &str = "/sys/kernel/security/apparmor/.replace";
 /// `name (mode)` a line.
 const PROFILES: &str = "/sys/kernel/security/apparmor/profiles";
 
@@ -28,6 +32,40 @@ pub fn set_up() -> Result<()> {
         .doing(|| format!("mount {SECURITYFS}"))
 }
 
+/// Gives the kernel policy from the host. What it has already is given again with each container:
+/// who came last is right, as on the host, and what runs goes on under the newer policy.
+pub fn load(policies: &[Vec<u8>]) -> Result<()> {
+    if !policies.is_empty() && !runs() {
+        return Err(Error::Precondition(
+            "the pod's kernel runs without AppArmor: it was started before the host's did, or with \
+             another configuration; make the pod anew"
+                .to_owned(),
+        ));
+    }
+    policies.iter().try_for_each(|policy| write(policy).map_err(|error| refused(&error)))
+}
+
+fn write(policy: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).open(REPLACE)?;
+    match file.write(policy)? {
+        taken if taken == policy.len() => Ok(()),
+        _ => Err(io::ErrorKind::WriteZero.into()),
+    }
+}
+
+fn refused(error: &io::Error) -> Error {
+    let why = match error.raw_os_error() {
+        Some(libc::EPROTONOSUPPORT | libc::EPROTO) => {
+            "; it was compiled for a newer kernel than the pod's, so compile it for an older one \
+             (apparmor_parser --policy-features, or an abi rule in the profile)"
+        }
+        _ => "",
+    };
+    Error::Precondition(format!(
+        "the pod's kernel does not take the AppArmor policy of the host: {error}{why}"
+    ))
+}
+
 pub(super) fn has(profile: &str) -> bool {
     lists(&fs::read_to_string(PROFILES).unwrap_or_default(), profile)
 }
@@ -39,6 +77,14 @@ fn lists(profiles: &str, profile: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_policy_that_the_kernel_does_not_understand_is_told_with_what_to_do() {
+        let text = |number| refused(&io::Error::from_raw_os_error(number)).to_string();
+        assert!(text(libc::EPROTONOSUPPORT).contains("--policy-features"));
+        assert!(!text(libc::ENOENT).contains("--policy-features"));
+        assert!(load(&[]).is_ok());
+    }
 
     #[test]
     fn profiles_are_found_by_their_whole_name() {

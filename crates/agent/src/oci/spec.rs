@@ -173,10 +173,10 @@ fn check_labels(spec: &Spec, process: &Process) -> Result<()> {
         Error::invalid("oci_spec.process.apparmorProfile", format!("{profile:?}: {why}"))
     };
     if !apparmor::runs() {
-        return Err(bad("the guest kernel runs without AppArmor"));
+        return Err(bad("the kernel runs without AppArmor"));
     }
     if !apparmor::has(profile) {
-        return Err(bad("no such profile is loaded in the guest"));
+        return Err(bad("no such profile is loaded"));
     }
     Ok(())
 }

@@ -3,8 +3,8 @@
 //!
 //! Refused, because a pod in a microVM has no part in the host or because it is not there yet:
 //! character devices of the host and CDI, sockets of the host, mounts that appear on the host,
-//! SELinux labels where the host has SELinux, AppArmor profiles, huge pages, Windows. Pods with
-//! namespaces of the host have no VM ([`host_pod`]), so they have these devices, sockets and mounts.
+//! SELinux labels where the host has SELinux, huge pages, Windows. Pods with namespaces of the host
+//! have no VM ([`host_pod`]), so they have these devices, sockets and mounts.
 
 use std::collections::BTreeMap;
 

@@ -60,13 +60,8 @@ pub fn to_spec(
         let asking = host_pod::Asking { namespace, annotations, handler };
         host_pod::check(shared, &asking, &config.host_pods).map_err(in_context)?;
     }
-    security::mandatory_access(
-        context.selinux_options.as_ref(),
-        Selinux::of_host(),
-        context.apparmor.as_ref(),
-        "",
-    )
-    .map_err(in_context)?;
+    // Its AppArmor profile is for a process of the pod's own, and there is none.
+    security::selinux(context.selinux_options.as_ref(), Selinux::of_host()).map_err(in_context)?;
     let user_namespace = user_namespace(context.namespace_options.as_ref())
         .map_err(|refusal| refusal.inside("linux.security_context"))?;
     let size =

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
 
+use sandbox::apparmor::{AppArmor, AppArmorError};
 use sandbox::model::HostNamespaces;
 
 use super::{Refusal, known};
@@ -197,39 +198,74 @@ impl Selinux {
     }
 }
 
-/// SELinux and AppArmor live in a kernel, and a guest's has neither policy nor profiles.
-///
-/// Labels are checked, and mean nothing where the host has no SELinux, as with containerd; where it
-/// has, a pod in a VM would escape the policy, so they are refused. Of AppArmor only "unconfined" and
-/// silence are taken, as containerd does on a host without it.
-pub fn mandatory_access(
-    selinux: Option<&v1::SeLinuxOption>,
-    host: Selinux,
-    apparmor: Option<&v1::SecurityProfile>,
-    deprecated_apparmor: &str,
-) -> Result<(), Refusal> {
-    if let Some(label) = selinux {
-        check_label(label, host)?;
-    }
-    let no_profiles = |name: &str| {
-        Refusal::unsupported(
-            "apparmor",
-            format!("profile {name:?}: a pod's VM runs without AppArmor; use Unconfined"),
-        )
+/// A label is checked, and means nothing where the host has no SELinux, as with containerd; where it
+/// has, a pod in a VM would escape the policy, so it is refused.
+pub fn selinux(label: Option<&v1::SeLinuxOption>, host: Selinux) -> Result<(), Refusal> {
+    label.map_or(Ok(()), |label| check_label(label, host))
+}
+
+/// The AppArmor profile of containers that name none, as containerd makes one for them: it is used
+/// if the node's operator has loaded it.
+const DEFAULT_PROFILE: &str = "nacelle-default";
+/// Of a profile's name in requests.
+const LOADED_ON_HOST: &str = "localhost/";
+
+/// The AppArmor profile that a container runs under, if any: one that is loaded on the host. A pod's
+/// VM is given it from there (`sandbox::apparmor`).
+#[allow(deprecated)] // old kubelets still name profiles in the deprecated field
+pub fn apparmor(
+    context: &v1::LinuxContainerSecurityContext,
+    host: &AppArmor,
+) -> Result<Option<String>, Refusal> {
+    use v1::security_profile::ProfileType;
+    let (field, profile) = match &context.apparmor {
+        Some(profile) => ("apparmor", profile.clone()),
+        None => ("apparmor_profile", deprecated_profile(&context.apparmor_profile)?),
     };
-    match apparmor {
-        Some(profile) => match known("apparmor.profile_type", profile.profile_type)? {
-            v1::security_profile::ProfileType::Unconfined => Ok(()),
-            v1::security_profile::ProfileType::RuntimeDefault => Err(no_profiles("RuntimeDefault")),
-            v1::security_profile::ProfileType::Localhost => {
-                Err(no_profiles(&profile.localhost_ref))
-            }
+    let cannot = |error: AppArmorError| match error {
+        AppArmorError::Name { .. } | AppArmorError::NotLoaded { .. } => {
+            Refusal::invalid(field, error.to_string())
+        }
+        _ => Refusal::unsupported(field, error.to_string()),
+    };
+    let asked = context.apparmor.is_some() || !context.apparmor_profile.is_empty();
+    match known(&format!("{field}.profile_type"), profile.profile_type)? {
+        ProfileType::Unconfined => Ok(None),
+        ProfileType::RuntimeDefault if !host.runs() => match asked {
+            true => Err(cannot(AppArmorError::Off)),
+            false => Ok(None),
         },
-        None => match deprecated_apparmor {
-            "" | "unconfined" => Ok(()),
-            other => Err(no_profiles(other)),
-        },
+        ProfileType::RuntimeDefault if context.privileged => Ok(None),
+        ProfileType::RuntimeDefault => {
+            let loaded = host.has(DEFAULT_PROFILE).map_err(cannot);
+            // Where nothing can be looked up nothing is loaded, and most pods ask for nothing.
+            let loaded = if asked { loaded? } else { loaded.unwrap_or(false) };
+            Ok(loaded.then(|| DEFAULT_PROFILE.to_owned()))
+        }
+        ProfileType::Localhost => {
+            let given = profile.localhost_ref.as_str();
+            let name = given.strip_prefix(LOADED_ON_HOST).unwrap_or(given);
+            host.check(name).map_err(cannot)?;
+            Ok(Some(name.to_owned()))
+        }
     }
+}
+
+/// `runtime/default`, `unconfined`, `localhost/<name>`, or empty.
+fn deprecated_profile(text: &str) -> Result<v1::SecurityProfile, Refusal> {
+    use v1::security_profile::ProfileType;
+    let (kind, name) = match text {
+        "" | "runtime/default" => (ProfileType::RuntimeDefault, ""),
+        "unconfined" => (ProfileType::Unconfined, ""),
+        _ if text.starts_with(LOADED_ON_HOST) => (ProfileType::Localhost, text),
+        _ => {
+            return Err(Refusal::invalid(
+                "apparmor_profile",
+                format!("{text:?} is not runtime/default, unconfined or localhost/<name>"),
+            ));
+        }
+    };
+    Ok(v1::SecurityProfile { profile_type: kind as i32, localhost_ref: name.to_owned() })
 }
 
 fn check_label(label: &v1::SeLinuxOption, host: Selinux) -> Result<(), Refusal> {
@@ -441,7 +477,7 @@ mod tests {
     #[test]
     fn a_label_is_checked_and_counts_only_where_the_host_has_selinux() {
         let level = |level: &str| v1::SeLinuxOption { level: level.into(), ..Default::default() };
-        let check = |label: &v1::SeLinuxOption, host| mandatory_access(Some(label), host, None, "");
+        let check = |label: &v1::SeLinuxOption, host| selinux(Some(label), host);
         for sound in ["s0", "s0-s3", "s0:c4,c5", "s0-s0:c0.c1023", "s1:c1,c2.c9"] {
             assert_eq!(check(&level(sound), Selinux::Off), Ok(()), "{sound}");
             let refusal = check(&level(sound), Selinux::On).unwrap_err();
@@ -454,17 +490,78 @@ mod tests {
         assert!(check(&v1::SeLinuxOption::default(), Selinux::On).is_ok());
     }
 
+    fn apparmor_host(folder: &std::path::Path, enabled: &str, profiles: &str) -> AppArmor {
+        std::fs::write(folder.join("enabled"), enabled).unwrap();
+        std::fs::write(folder.join("profiles"), profiles).unwrap();
+        AppArmor::at(&folder.join("enabled"), folder)
+    }
+
+    fn with_profile(kind: i32, name: &str) -> v1::LinuxContainerSecurityContext {
+        let profile = v1::SecurityProfile { profile_type: kind, localhost_ref: name.into() };
+        v1::LinuxContainerSecurityContext { apparmor: Some(profile), ..Default::default() }
+    }
+
+    #[allow(deprecated)]
+    fn with_old_profile(text: &str) -> v1::LinuxContainerSecurityContext {
+        v1::LinuxContainerSecurityContext { apparmor_profile: text.into(), ..Default::default() }
+    }
+
     #[test]
-    fn profiles_of_apparmor_are_refused_unless_they_ask_for_none() {
-        let of = |kind: i32, deprecated: &str| {
-            let profile = v1::SecurityProfile { profile_type: kind, localhost_ref: "mine".into() };
-            mandatory_access(None, Selinux::Off, Some(&profile), deprecated)
+    #[allow(deprecated)]
+    fn a_container_has_the_apparmor_profile_that_it_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = apparmor_host(folder.path(), "Y\n", "mine (enforce)\na//b (complain)\n");
+        let ask = |context: &v1::LinuxContainerSecurityContext| apparmor(context, &host);
+        let mine = Ok(Some("mine".to_owned()));
+        assert_eq!(ask(&with_profile(2, "mine")), mine);
+        assert_eq!(ask(&with_profile(2, "localhost/mine")), mine);
+        assert_eq!(ask(&with_old_profile("localhost/mine")), mine);
+        assert_eq!(ask(&with_profile(2, "a//b")), Ok(Some("a//b".to_owned())));
+        for none in ["", "unconfined", "runtime/default"] {
+            assert_eq!(ask(&with_old_profile(none)), Ok(None), "{none:?}");
+        }
+        assert_eq!(ask(&with_profile(1, "")), Ok(None));
+        let both = v1::LinuxContainerSecurityContext {
+            apparmor_profile: "localhost/other".into(),
+            ..with_profile(2, "mine")
         };
-        assert!(of(2, "").unwrap_err().to_string().contains("mine"));
-        assert!(of(0, "").is_err() && of(7, "").is_err());
-        assert!(of(1, "localhost/x").is_ok(), "the newer field counts");
-        let old = |text: &str| mandatory_access(None, Selinux::Off, None, text);
-        assert!(old("").is_ok() && old("unconfined").is_ok());
-        assert!(old("localhost/x").is_err() && old("runtime/default").is_err());
+        assert_eq!(ask(&both), mine, "the newer field counts");
+        for (context, words) in [
+            (with_profile(2, "other"), "no profile \"other\" is loaded"),
+            (with_profile(2, ":ns://mine"), "namespace"),
+            (with_profile(2, ""), "name"),
+            (with_profile(7, "mine"), "7"),
+            (with_old_profile("localhost/other"), "apparmor_parser"),
+            (with_old_profile("mine"), "localhost/<name>"),
+        ] {
+            let text = ask(&context).unwrap_err().to_string();
+            assert!(text.starts_with("apparmor") && text.contains(words), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_default_profile_is_the_operators_if_there_is_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = apparmor_host(folder.path(), "Y\n", "nacelle-default (enforce)\n");
+        let default = Ok(Some("nacelle-default".to_owned()));
+        assert_eq!(apparmor(&with_profile(0, ""), &host), default);
+        assert_eq!(apparmor(&v1::LinuxContainerSecurityContext::default(), &host), default);
+        let privileged =
+            v1::LinuxContainerSecurityContext { privileged: true, ..with_profile(0, "") };
+        assert_eq!(apparmor(&privileged, &host), Ok(None));
+    }
+
+    #[test]
+    fn on_a_host_without_apparmor_only_what_asks_for_nothing_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = apparmor_host(folder.path(), "N\n", "");
+        assert_eq!(apparmor(&v1::LinuxContainerSecurityContext::default(), &host), Ok(None));
+        assert_eq!(apparmor(&with_old_profile("unconfined"), &host), Ok(None));
+        for context in [with_profile(0, ""), with_profile(2, "x"), with_old_profile("localhost/x")]
+        {
+            let refusal = apparmor(&context, &host).unwrap_err();
+            assert!(matches!(refusal, Refusal::Unsupported { .. }), "{refusal}");
+            assert!(refusal.to_string().contains("AppArmor does not run"), "{refusal}");
+        }
     }
 }

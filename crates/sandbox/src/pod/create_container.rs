@@ -10,12 +10,13 @@ use tokio_util::sync::CancellationToken;
 use super::handle::Handle;
 use super::undo::remove_files;
 use super::volumes::{self, Prepared};
-use super::{disks, host_pod, shares, sync};
+use super::{cpuset, disks, host_pod, shares, sync};
+use crate::apparmor::AppArmor;
 use crate::error::Error;
 use crate::host::blocking;
 use crate::logs::{self, LogWriter, Source};
 use crate::model::{BlockDevice, ContainerId, ContainerSpec, Identity, PidMode};
-use crate::policy::{Change, Container, ContainerPhase, Pod};
+use crate::policy::{Change, Container, ContainerPhase, Phase, Pod};
 
 /// Supplementary groups the kernel takes (NGROUPS_MAX); a guest may name any number.
 const MAX_GROUPS: usize = 65536;
@@ -81,6 +82,8 @@ pub(super) async fn create_container(
 async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
     let container = handle.container(id)?;
     let spec = &container.spec;
+    cpuset::pin(handle, None).await?;
+    let policies = apparmor_policies(handle, spec).await?;
     let written = !spec.rootfs.read_only || !spec.rootfs.volumes.is_empty();
     let (layer, scratch) = match written {
         false => (String::new(), None),
@@ -101,7 +104,7 @@ async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
         read_only: spec.rootfs.read_only,
         volumes: spec.rootfs.volumes.clone(),
     };
-    let request = request(id, spec, mounts, rootfs)?;
+    let request = request(id, &cpuset::spec_for_guest(handle, spec), mounts, rootfs, policies)?;
     let made = handle
         .guest
         .call("create the container", |mut c| async move { c.create_container(request).await })
@@ -129,11 +132,30 @@ pub(super) async fn start_log(handle: &Handle, container: &Container) -> Result<
     Ok(())
 }
 
+/// What a VM's kernel has to know of the container's AppArmor profile; the host's knows it.
+async fn apparmor_policies(handle: &Handle, spec: &ContainerSpec) -> Result<Vec<Vec<u8>>, Error> {
+    let profile =
+        spec.oci.process().as_ref().and_then(|process| process.apparmor_profile().clone());
+    let Some(profile) = profile.filter(|_| handle.machine.host().is_none()) else {
+        return Ok(Vec::new());
+    };
+    if !handle.node.config.apparmor {
+        return Err(Error::precondition(format!(
+            "AppArmor profile {profile:?}: this node's configuration has `apparmor = false` in \
+             [pods], so a pod's VM runs without AppArmor"
+        )));
+    }
+    blocking(move || AppArmor::of_host().policy(&profile))
+        .await
+        .map_err(|error| Error::precondition(format!("AppArmor: {error}")))
+}
+
 fn request(
     id: &str,
     spec: &ContainerSpec,
     volumes: Vec<v1::VolumeMount>,
     rootfs: v1::RootFs,
+    apparmor_policies: Vec<Vec<u8>>,
 ) -> Result<v1::CreateContainerRequest, Error> {
     let (pid_mode, pid_target) = match &spec.pid {
         PidMode::Container => (v1::PidMode::Container, String::new()),
@@ -161,6 +183,7 @@ fn request(
         cwd,
         strict_groups: spec.strict_groups,
         block_devices: spec.devices.iter().map(block_device).collect(),
+        apparmor_policies,
     })
 }
 
@@ -199,6 +222,9 @@ pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
 pub(super) async fn forget(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     remove_files(&handle.paths, id).await?;
     handle.commit(vec![Change::ContainerGone { id: id.to_owned() }]).await?;
+    if handle.pod().phase == Phase::Ready {
+        cpuset::pin_again(handle).await;
+    }
     handle.node.registry.forget_container(&id.to_owned());
     Ok(())
 }

@@ -19,6 +19,8 @@ use vmm_api::{Fd, JailConfig, NetConfig, VmConfig, VsockConfig};
 use super::disks::write_volume;
 use super::handle::{Handle, Paths};
 use super::host_pod;
+use crate::apparmor::AppArmor;
+use crate::config::Config;
 use crate::error::Error;
 use crate::host::process::{Process, start_time};
 use crate::host::{blocking, cgroup, etc, sockets};
@@ -300,6 +302,19 @@ enum Wanted {
     Log,
 }
 
+/// Landlock is in the guest kernel's own list, which this one takes the place of.
+const WITH_APPARMOR: &str = "lsm=landlock,apparmor";
+
+/// What is appended to the guest kernel's command line; of an option the last word counts, the
+/// operator's.
+fn cmdline(config: &Config, host_runs_apparmor: bool) -> String {
+    if config.apparmor && host_runs_apparmor {
+        format!("{WITH_APPARMOR} {}", config.cmdline_extra).trim_end().to_owned()
+    } else {
+        config.cmdline_extra.clone()
+    }
+}
+
 fn vm_config(
     handle: &Handle,
     pod: &Pod,
@@ -317,7 +332,7 @@ fn vm_config(
         max_memory_mib: config.memory_at_most(memory_mib),
         kernel: fd(Wanted::Kernel)?,
         initramfs: Some(fd(Wanted::Initramfs)?),
-        cmdline: config.cmdline_extra.clone(),
+        cmdline: cmdline(config, AppArmor::of_host().runs()),
         kvm: fd(Wanted::Kvm)?,
         control: fd(Wanted::Control)?,
         status: fd(Wanted::Status)?,
@@ -398,4 +413,20 @@ fn getrandom(bytes: &mut [u8]) -> Result<(), Error> {
     File::open("/dev/urandom")
         .and_then(|mut file| std::io::Read::read_exact(&mut file, bytes))
         .map_err(|e| Error::io("read /dev/urandom", e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_runs_apparmor_where_its_host_does_unless_the_operator_says_otherwise() {
+        let mut config = Config::default();
+        assert_eq!(cmdline(&config, true), "lsm=landlock,apparmor");
+        assert_eq!(cmdline(&config, false), "");
+        config.cmdline_extra = "quiet lsm=".to_owned();
+        assert_eq!(cmdline(&config, true), "lsm=landlock,apparmor quiet lsm=");
+        config.apparmor = false;
+        assert_eq!(cmdline(&config, true), "quiet lsm=");
+    }
 }

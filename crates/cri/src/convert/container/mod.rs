@@ -9,6 +9,7 @@ use oci_spec::runtime::{
     LinuxNamespaceBuilder, LinuxNamespaceType, Mount, MountBuilder, Process, Spec, SpecBuilder,
     User,
 };
+use sandbox::apparmor::AppArmor;
 use sandbox::model::{ContainerSpec, HostNamespaces, Meta, PidMode, RootfsSpec};
 
 use super::devices::{self, Devices};
@@ -55,7 +56,6 @@ pub type FindImage<'a> = &'a dyn Fn(&str) -> Option<ImageVolume>;
 const CONTEXT: &str = "linux.security_context";
 
 /// Looks at the host's files that the request names. Blocks.
-#[allow(deprecated)] // old kubelets still name profiles in the deprecated field
 pub fn to_spec(
     request: &v1::ContainerConfig,
     pod: &PodParts<'_>,
@@ -71,13 +71,7 @@ pub fn to_spec(
     let image_config = image.configuration.and_then(|c| c.config().as_ref());
     let in_context = |refusal: Refusal| refusal.inside(CONTEXT);
     let host = own_namespaces(&context, pod).map_err(in_context)?;
-    security::mandatory_access(
-        context.selinux_options.as_ref(),
-        Selinux::of_host(),
-        context.apparmor.as_ref(),
-        &context.apparmor_profile,
-    )
-    .map_err(in_context)?;
+    security::selinux(context.selinux_options.as_ref(), Selinux::of_host()).map_err(in_context)?;
     let user_namespace = own_user_namespace(&context, pod).map_err(in_context)?;
     let image_user = image_config.and_then(|c| c.user().as_deref()).unwrap_or_default();
     let identity = process::identity(&context, image_user).map_err(in_context)?;
@@ -331,7 +325,8 @@ fn process_of(
     process.set_capabilities(Some(capabilities));
     process.set_rlimits(None);
     process.set_no_new_privileges(Some(context.no_new_privs));
-    process.set_apparmor_profile(None);
+    let profile = security::apparmor(context, &AppArmor::of_host());
+    process.set_apparmor_profile(profile.map_err(|refusal| refusal.inside(CONTEXT))?);
     let score = linux.resources.as_ref().map_or(0, |resources| resources.oom_score_adj);
     process.set_oom_score_adj(i32::try_from(score).ok());
     Ok(process)
