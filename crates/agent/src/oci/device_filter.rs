@@ -230,6 +230,9 @@ pub fn attach(rules: &[LinuxDeviceCgroup], cgroup: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Signals come seldom; as many in a row are not chance.
+const LOAD_ATTEMPTS: usize = 16;
+
 fn load(program: &[Instruction]) -> Result<OwnedFd> {
     #[repr(C)]
     struct LoadAttr {
@@ -255,12 +258,20 @@ fn load(program: &[Instruction]) -> Result<OwnedFd> {
         kern_version: 0,
         prog_flags: 0,
     };
-    // SAFETY: `insns` and `license` point to memory of the given length (NUL-terminated for the
-    // license) that outlives the call; the kernel only reads.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attr, size_of::<LoadAttr>())
+    let attempt = || {
+        // SAFETY: `insns` and `license` point to memory of the given length (NUL-terminated for the
+        // license) that outlives the call; the kernel only reads.
+        let result = unsafe {
+            libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attr, size_of::<LoadAttr>())
+        };
+        nix::errno::Errno::result(result)
     };
-    let fd = nix::errno::Errno::result(result).doing(|| "load the device rules".to_owned())?;
+    // The verifier gives up with EAGAIN when a signal waits (bpf(2)); a child that ends is one.
+    let result = std::iter::repeat_with(attempt)
+        .take(LOAD_ATTEMPTS)
+        .find(|result| *result != Err(nix::errno::Errno::EAGAIN))
+        .unwrap_or(Err(nix::errno::Errno::EAGAIN));
+    let fd = result.doing(|| "load the device rules".to_owned())?;
     // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
