@@ -110,6 +110,33 @@ fn weight(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
+/// Keeps what lives in the leaf on CPUs and memory nodes (lists; empty: all that its parent has).
+/// Blocks.
+///
+/// A host whose cgroups are not to be given the controller keeps no pod anywhere, as is said in the
+/// log; a list that the kernel refuses is an error.
+pub(crate) fn pin(root: &Path, leaf: &Path, cpus: &str, mems: &str) -> io::Result<()> {
+    let asked = !cpus.is_empty() || !mems.is_empty();
+    if asked && let Err(error) = delegate(root, leaf, "cpuset") {
+        tracing::warn!(cgroup = %leaf.display(), %error, "no cpuset here: a pod runs on all CPUs");
+        return Ok(());
+    }
+    for (file, list) in [("cpuset.cpus", cpus), ("cpuset.mems", mems)] {
+        let path = leaf.join(file);
+        let now = match fs::read_to_string(&path) {
+            Ok(now) => now,
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !asked => continue,
+            Err(e) => return Err(e),
+        };
+        if now.trim() != list {
+            // An empty write would be none at all.
+            fs::write(&path, format!("{list}\n"))
+                .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+        }
+    }
+    Ok(())
+}
+
 /// Has a controller work in the leaf: every ancestor has to hand it down.
 fn delegate(root: &Path, leaf: &Path, controller: &str) -> io::Result<()> {
     let mut ancestors: Vec<&Path> =
@@ -227,6 +254,25 @@ mod tests {
         assert_eq!(handed, "+cpu");
         limit_cpu(dir.path(), &leaf, CpuLimits::default()).unwrap();
         assert_eq!((read("cpu.max"), read("cpu.weight")), ("max 100000".into(), "100".into()));
+    }
+
+    #[test]
+    fn a_pod_is_kept_on_cpus_and_let_go_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let leaf = dir.path().join("leaf");
+        fs::create_dir(&leaf).unwrap();
+        // Without the controller: nothing to do, and nothing that could be done.
+        pin(dir.path(), &leaf, "", "").unwrap();
+        pin(dir.path(), &leaf, "1", "").unwrap();
+        fs::write(dir.path().join("cgroup.subtree_control"), "cpuset").unwrap();
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            fs::write(leaf.join(file), "\n").unwrap();
+        }
+        let read = |file: &str| fs::read_to_string(leaf.join(file)).unwrap();
+        pin(dir.path(), &leaf, "3,5", "").unwrap();
+        assert_eq!((read("cpuset.cpus").trim(), read("cpuset.mems").trim()), ("3,5", ""));
+        pin(dir.path(), &leaf, "", "").unwrap();
+        assert_eq!(read("cpuset.cpus"), "\n", "the kernel is told, with a byte at least");
     }
 
     #[test]

@@ -10,13 +10,13 @@ use tokio_util::sync::CancellationToken;
 use super::handle::Handle;
 use super::undo::remove_files;
 use super::volumes::{self, Prepared};
-use super::{disks, host_pod, shares, sync};
+use super::{cpuset, disks, host_pod, shares, sync};
 use crate::apparmor::AppArmor;
 use crate::error::Error;
 use crate::host::blocking;
 use crate::logs::{self, LogWriter, Source};
 use crate::model::{BlockDevice, ContainerId, ContainerSpec, Identity, PidMode};
-use crate::policy::{Change, Container, ContainerPhase, Pod};
+use crate::policy::{Change, Container, ContainerPhase, Phase, Pod};
 
 /// Supplementary groups the kernel takes (NGROUPS_MAX); a guest may name any number.
 const MAX_GROUPS: usize = 65536;
@@ -82,6 +82,7 @@ pub(super) async fn create_container(
 async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
     let container = handle.container(id)?;
     let spec = &container.spec;
+    cpuset::pin(handle, None).await?;
     let policies = apparmor_policies(handle, spec).await?;
     let written = !spec.rootfs.read_only || !spec.rootfs.volumes.is_empty();
     let (layer, scratch) = match written {
@@ -103,7 +104,7 @@ async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
         read_only: spec.rootfs.read_only,
         volumes: spec.rootfs.volumes.clone(),
     };
-    let request = request(id, spec, mounts, rootfs, policies)?;
+    let request = request(id, &cpuset::spec_for_guest(handle, spec), mounts, rootfs, policies)?;
     let made = handle
         .guest
         .call("create the container", |mut c| async move { c.create_container(request).await })
@@ -221,6 +222,9 @@ pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
 pub(super) async fn forget(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     remove_files(&handle.paths, id).await?;
     handle.commit(vec![Change::ContainerGone { id: id.to_owned() }]).await?;
+    if handle.pod().phase == Phase::Ready {
+        cpuset::pin_again(handle).await;
+    }
     handle.node.registry.forget_container(&id.to_owned());
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use agent_api::v1;
 use agent_api::v1::event::Event as Kind;
 
+use super::cpuset;
 use super::handle::Handle;
 use super::write_back::write_back;
 use crate::error::Error;
@@ -95,7 +96,10 @@ async fn take(handle: &Arc<Handle>, event: Kind) {
     }
     if let Some(id) = id {
         let handle = handle.clone();
-        tokio::spawn(async move { show_when_drained(&handle, id).await });
+        tokio::spawn(async move {
+            cpuset::pin_again(&handle).await;
+            show_when_drained(&handle, id).await;
+        });
     }
 }
 

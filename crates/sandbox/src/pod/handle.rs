@@ -105,6 +105,8 @@ pub(crate) struct Handle {
     pub(crate) plugs: tokio::sync::Mutex<()>,
     /// Held while the VM is resized.
     pub(super) resizing: tokio::sync::Mutex<()>,
+    /// Held while the pod's cgroup is moved to other CPUs.
+    pub(super) pinning: tokio::sync::Mutex<()>,
     /// The file server, once it is needed. Held while it starts.
     pub(super) shares: tokio::sync::Mutex<Option<Arc<Server>>>,
     /// Measures once what nobody has measured yet.
@@ -155,6 +157,7 @@ impl Handle {
             gate: Arc::default(),
             plugs: tokio::sync::Mutex::default(),
             resizing: tokio::sync::Mutex::default(),
+            pinning: tokio::sync::Mutex::default(),
             shares: tokio::sync::Mutex::default(),
             live: Mutex::default(),
             first_stats: tokio::sync::OnceCell::new(),

@@ -8,6 +8,7 @@
 //! ```
 
 mod announce;
+mod cpuset;
 mod create_container;
 mod disks;
 mod events;

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use agent_api::v1;
 
+use super::cpuset;
 use super::create_container::{forget, start_log, undo};
 use super::events::{ended, show_when_drained};
 use super::handle::Handle;
@@ -82,6 +83,8 @@ async fn try_reattach(handle: &Arc<Handle>) -> Result<(), Error> {
             }
         }
     }
+    // A daemon that was killed may have journaled an update and not carried it out.
+    cpuset::pin_again(handle).await;
     end_orphaned_execs(handle, &processes).await;
     Ok(())
 }

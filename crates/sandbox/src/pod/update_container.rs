@@ -5,6 +5,7 @@ use std::sync::Arc;
 use agent_api::v1;
 use oci_spec::runtime::LinuxResources;
 
+use super::cpuset;
 use super::handle::Handle;
 use super::update_pod::make_room;
 use crate::error::Error;
@@ -23,12 +24,17 @@ pub(super) async fn update_container(
     let merged = merge(&container.resources, &resources);
     let resources_after = merged.unwrap_or_else(|| resources.clone());
     make_room(handle, id, &container.resources, &resources_after).await?;
-    let json = serde_json::to_vec(&resources).map_err(|e| Error::Internal(e.into()))?;
+    cpuset::pin(handle, Some((id, &resources_after))).await?;
+    let told = cpuset::for_guest(handle, &resources);
+    let json = serde_json::to_vec(&told).map_err(|e| Error::Internal(e.into()))?;
     let request = v1::UpdateContainerRequest { container_id: id.to_owned(), linux_resources: json };
-    handle
+    let updated = handle
         .guest
-        .call("update the container", |mut c| async move { c.update_container(request).await })
-        .await?;
+        .call("update the container", |mut c| async move { c.update_container(request).await });
+    if let Err(error) = updated.await {
+        cpuset::pin_again(handle).await;
+        return Err(error);
+    }
     let resources = Box::new(resources_after);
     handle.commit(vec![Change::ContainerResources { id: id.to_owned(), resources }]).await
 }

@@ -144,6 +144,48 @@ fn the_pods_cgroup_is_capped_once_the_guest_is_ready_and_the_cap_can_be_changed(
 }
 
 #[test]
+fn a_pod_runs_on_the_hosts_cpus_that_its_containers_have_and_no_guest_is_told_their_numbers() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let cpus = || std::fs::read_to_string(world.cgroup_file(&pod, "cpuset.cpus"));
+        let mut spec = world.container_spec("app", &["forever"]);
+        let mut linux = oci_spec::runtime::Linux::default();
+        linux.set_resources(Some(limits(r#"{"cpu":{"cpus":"0","mems":"0","shares":77}}"#)));
+        spec.oci.set_linux(Some(linux));
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        let told = world.guest(&pod).lock().create.take().unwrap().oci_spec;
+        let told: oci_spec::runtime::Spec = serde_json::from_slice(&told).unwrap();
+        let told = told.linux().as_ref().unwrap().resources().clone().unwrap();
+        assert_eq!(told, limits(r#"{"cpu":{"shares":77}}"#));
+        let has = |id: &str| daemon.container(id).unwrap().resources.cpu().clone().unwrap();
+        assert_eq!(has(&id).cpus().as_deref(), Some("0"));
+        let Ok(pinned) = cpus() else {
+            eprintln!("SKIP: no cpuset controller in this host's cgroup v2");
+            return daemon.remove_pod(&pod).await.unwrap();
+        };
+        assert_eq!(pinned.trim(), "0");
+
+        // Beside it, one that may run anywhere: the pod may, until it is gone.
+        let other = world.container_spec("other", &["forever"]);
+        let other = daemon.create_container(&pod, other).await.unwrap();
+        assert_eq!(cpus().unwrap().trim(), "");
+        daemon.remove_container(&other).await.unwrap();
+        assert_eq!(cpus().unwrap().trim(), "0");
+
+        let all = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap();
+        let update = limits(&format!(r#"{{"cpu":{{"cpus":"{}"}}}}"#, all.trim()));
+        daemon.update_container(&id, update).await.unwrap();
+        assert_eq!(cpus().unwrap().trim(), all.trim());
+        let refused = daemon.update_container(&id, limits(r#"{"cpu":{"cpus":"9-1"}}"#)).await;
+        assert!(matches!(refused, Err(Error::InvalidArgument { .. })), "{refused:?}");
+        assert_eq!(has(&id).cpus().as_deref(), Some(all.trim()));
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
 fn a_containers_new_limits_bring_cpus_and_memory_and_are_refused_beyond_what_can_be_had() {
     story(|world| async move {
         let daemon = world.daemon().await;
