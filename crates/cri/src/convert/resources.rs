@@ -1,8 +1,9 @@
 //! CRI's LinuxContainerResources to OCI's LinuxResources, and a pod's request to the size of its
 //! VM.
 //!
-//! `cpuset_cpus` counts the pod's own CPUs: a container sees, and is limited to, CPUs of its
-//! guest. Limits on swap ask for nothing that a guest without swap would not keep.
+//! CPU and memory node sets name those of the host, as a kubelet's CPU manager means them: a VM is
+//! kept on what its containers have together, which is the life cycle's to do. See
+//! docs/resources.md for what becomes of every limit.
 
 use std::collections::BTreeMap;
 
@@ -40,18 +41,23 @@ fn cpu(request: &v1::LinuxContainerResources) -> Result<Option<LinuxCpu>, Refusa
     cpu.set_quota(Some(request.cpu_quota).filter(|quota| *quota != 0));
     cpu.set_period(positive(request.cpu_period));
     cpu.set_cpus(Some(request.cpuset_cpus.clone()).filter(|set| !set.is_empty()));
+    cpu.set_mems(Some(request.cpuset_mems.clone()).filter(|set| !set.is_empty()));
     let none = cpu.shares().is_none()
         && cpu.quota().is_none()
         && cpu.period().is_none()
-        && cpu.cpus().is_none();
+        && cpu.cpus().is_none()
+        && cpu.mems().is_none();
     Ok(Some(cpu).filter(|_| !none))
 }
 
+/// Who limits memory and says nothing of swap gets no swap. OCI counts both together.
 fn memory(request: &v1::LinuxContainerResources) -> Option<LinuxMemory> {
-    let limit = request.memory_limit_in_bytes;
-    (limit != 0).then(|| {
+    let limit = Some(request.memory_limit_in_bytes).filter(|limit| *limit != 0);
+    let both = Some(request.memory_swap_limit_in_bytes).filter(|both| *both != 0).or(limit);
+    both.map(|both| {
         let mut memory = LinuxMemory::default();
-        memory.set_limit(Some(limit));
+        memory.set_limit(limit);
+        memory.set_swap(Some(both));
         memory
     })
 }
@@ -67,6 +73,14 @@ fn check(request: &v1::LinuxContainerResources) -> Result<(), Refusal> {
     at_least("cpu_quota", request.cpu_quota, -1)?;
     at_least("cpu_shares", request.cpu_shares, 0)?;
     at_least("memory_limit_in_bytes", request.memory_limit_in_bytes, -1)?;
+    at_least("memory_swap_limit_in_bytes", request.memory_swap_limit_in_bytes, -1)?;
+    let (limit, both) = (request.memory_limit_in_bytes, request.memory_swap_limit_in_bytes);
+    if both > 0 && limit > both {
+        return Err(Refusal::invalid(
+            "memory_swap_limit_in_bytes",
+            format!("{both} is memory and swap together, and less than the {limit} of memory"),
+        ));
+    }
     if !OOM_SCORE.contains(&request.oom_score_adj) {
         return Err(Refusal::invalid(
             "oom_score_adj",
@@ -79,12 +93,6 @@ fn check(request: &v1::LinuxContainerResources) -> Result<(), Refusal> {
         if !set.bytes().all(|b| b.is_ascii_digit() || b == b',' || b == b'-') {
             return Err(Refusal::invalid(field, format!("{set:?} is not a list like 0-2,4")));
         }
-    }
-    if !matches!(request.cpuset_mems.as_str(), "" | "0" | "0-0") {
-        return Err(Refusal::unsupported(
-            "cpuset_mems",
-            format!("{:?}: a pod's VM has one memory node, 0", request.cpuset_mems),
-        ));
     }
     // A kubelet sends a limit of 0 for every size of huge page that its node knows; a guest has
     // none to begin with.
@@ -130,7 +138,9 @@ pub fn from_oci(resources: &LinuxResources) -> v1::LinuxContainerResources {
         cpu_quota: cpu.quota().unwrap_or(0),
         cpu_shares: signed(cpu.shares()),
         cpuset_cpus: cpu.cpus().clone().unwrap_or_default(),
+        cpuset_mems: cpu.mems().clone().unwrap_or_default(),
         memory_limit_in_bytes: resources.memory().and_then(|m| m.limit()).unwrap_or(0),
+        memory_swap_limit_in_bytes: resources.memory().and_then(|m| m.swap()).unwrap_or(0),
         unified: resources.unified().clone().unwrap_or_default().into_iter().collect(),
         ..Default::default()
     }
@@ -147,11 +157,19 @@ pub fn overlay(current: &LinuxResources, update: &LinuxResources) -> LinuxResour
             cpu.set_quota(new.quota().or(old.quota()));
             cpu.set_period(new.period().or(old.period()));
             cpu.set_cpus(new.cpus().clone().or_else(|| old.cpus().clone()));
+            cpu.set_mems(new.mems().clone().or_else(|| old.mems().clone()));
             Some(cpu)
         }
         (old, new) => new.or(old),
     });
-    merged.set_memory(update.memory().or(*current.memory()));
+    merged.set_memory(match (*current.memory(), *update.memory()) {
+        (Some(old), Some(new)) => {
+            let mut memory = new;
+            memory.set_limit(new.limit().or(old.limit()));
+            Some(memory)
+        }
+        (old, new) => new.or(old),
+    });
     let mut unified = current.unified().clone().unwrap_or_default();
     unified.extend(update.unified().clone().unwrap_or_default());
     merged.set_unified(Some(unified).filter(|unified| !unified.is_empty()));
@@ -255,7 +273,8 @@ mod tests {
             cpu_quota: 25_000,
             cpu_shares: 512,
             memory_limit_in_bytes: 64 << 20,
-            cpuset_cpus: "0-1".into(),
+            cpuset_cpus: "3,5".into(),
+            cpuset_mems: "1".into(),
             unified: [("pids.max".to_string(), "10".to_string())].into(),
             ..request()
         })
@@ -265,11 +284,51 @@ mod tests {
             (cpu.period(), cpu.quota(), cpu.shares()),
             (Some(50_000), Some(25_000), Some(512))
         );
-        assert_eq!(cpu.cpus().as_deref(), Some("0-1"));
-        assert_eq!(oci.memory().unwrap().limit(), Some(64 << 20));
+        assert_eq!((cpu.cpus().as_deref(), cpu.mems().as_deref()), (Some("3,5"), Some("1")));
+        let memory = oci.memory().unwrap();
+        assert_eq!((memory.limit(), memory.swap()), (Some(64 << 20), Some(64 << 20)));
         assert_eq!(oci.unified().as_ref().unwrap()["pids.max"], "10");
         let back = from_oci(&oci);
         assert_eq!((back.cpu_quota, back.memory_limit_in_bytes), (25_000, 64 << 20));
+        assert_eq!((back.cpuset_cpus.as_str(), back.cpuset_mems.as_str()), ("3,5", "1"));
+    }
+
+    #[test]
+    fn what_a_kubelet_always_sends_is_taken() {
+        let page = |size: &str| v1::HugepageLimit { page_size: size.into(), limit: 0 };
+        let usual = v1::LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 50_000,
+            cpu_shares: 512,
+            memory_limit_in_bytes: 64 << 20,
+            oom_score_adj: 998,
+            hugepage_limits: vec![page("2MB"), page("1GB")],
+            unified: [("memory.oom.group".to_string(), "1".to_string())].into(),
+            ..request()
+        };
+        to_oci(&usual).unwrap();
+        // With NodeSwap, LimitedSwap: memory and swap together.
+        let swap = v1::LinuxContainerResources { memory_swap_limit_in_bytes: 96 << 20, ..usual };
+        assert_eq!(to_oci(&swap).unwrap().memory().unwrap().swap(), Some(96 << 20));
+    }
+
+    #[test]
+    fn swap_follows_a_memory_limit_that_changes_alone() {
+        let limit = |limit, both| {
+            to_oci(&v1::LinuxContainerResources {
+                memory_limit_in_bytes: limit,
+                memory_swap_limit_in_bytes: both,
+                ..request()
+            })
+            .unwrap()
+        };
+        let of = |oci: &LinuxResources| {
+            let limits = from_oci(oci);
+            (limits.memory_limit_in_bytes, limits.memory_swap_limit_in_bytes)
+        };
+        assert_eq!(of(&overlay(&limit(64, 96), &limit(128, 0))), (128, 128));
+        assert_eq!(of(&overlay(&limit(64, 0), &limit(0, 96))), (64, 96));
+        assert_eq!(of(&overlay(&limit(64, 96), &to_oci(&request()).unwrap())), (64, 96));
     }
 
     #[test]
@@ -278,7 +337,15 @@ mod tests {
             (v1::LinuxContainerResources { cpu_quota: -2, ..request() }, "cpu_quota"),
             (v1::LinuxContainerResources { cpu_period: -1, ..request() }, "cpu_period"),
             (v1::LinuxContainerResources { cpuset_cpus: "a".into(), ..request() }, "cpuset_cpus"),
-            (v1::LinuxContainerResources { cpuset_mems: "1".into(), ..request() }, "cpuset_mems"),
+            (v1::LinuxContainerResources { cpuset_mems: "all".into(), ..request() }, "cpuset_mems"),
+            (
+                v1::LinuxContainerResources {
+                    memory_limit_in_bytes: 2,
+                    memory_swap_limit_in_bytes: 1,
+                    ..request()
+                },
+                "memory_swap_limit_in_bytes",
+            ),
             (v1::LinuxContainerResources { oom_score_adj: 2000, ..request() }, "oom_score_adj"),
             (
                 v1::LinuxContainerResources {

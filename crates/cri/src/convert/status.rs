@@ -159,18 +159,21 @@ pub fn container_status(view: &ContainerView, image_ref: String) -> v1::Containe
     }
 }
 
-/// Limits in force; those that a guest has no file for are given back as they were asked for.
+/// Limits in force; those that no cgroup file holds are given back as they were asked for.
 fn limits(
     view: &ContainerView,
     asked: Option<v1::LinuxContainerResources>,
 ) -> v1::LinuxContainerResources {
-    let asked = asked.unwrap_or_default();
+    let (asked, held) = (asked.unwrap_or_default(), resources::from_oci(&view.resources));
+    let swap = match held.memory_swap_limit_in_bytes {
+        0 => asked.memory_swap_limit_in_bytes,
+        swap => swap,
+    };
     v1::LinuxContainerResources {
         oom_score_adj: asked.oom_score_adj,
-        memory_swap_limit_in_bytes: asked.memory_swap_limit_in_bytes,
-        cpuset_mems: asked.cpuset_mems,
+        memory_swap_limit_in_bytes: swap,
         hugepage_limits: asked.hugepage_limits,
-        ..resources::from_oci(&view.resources)
+        ..held
     }
 }
 
