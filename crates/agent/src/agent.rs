@@ -66,7 +66,8 @@ impl Config {
         match self.host {
             None => Ok(()),
             Some(_) => Err(Error::Precondition(
-                "the pod has no VM: disks, cards, CPUs, user namespaces and AppArmor policy are not its own"
+                "the pod has no VM: disks, cards, CPUs, user namespaces and AppArmor policy are not \
+                 its own"
                     .to_owned(),
             )),
         }

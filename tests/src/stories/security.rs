@@ -1,11 +1,17 @@
 //! Users, capabilities, file system protections, seccomp.
 
-use anyhow::{Result, ensure};
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
 use cri::v1;
 
 use super::Story;
-use crate::client::container;
+use crate::client::{Cri, container};
 use crate::node::Node;
+use crate::wait;
 
 pub const STORIES: &[Story] = &[
     ("a container runs as the user and groups it is given", users),
@@ -15,6 +21,10 @@ pub const STORIES: &[Story] = &[
     ("a read-only root file system refuses writes", read_only_root),
     ("the default seccomp profile is in force", seccomp),
     ("no_new_privs is set when asked", no_new_privs),
+    (
+        "an AppArmor profile loaded on the host confines init and execs, in a VM and out of one",
+        apparmor,
+    ),
     ("a privileged container may mount, inside the guest", privileged),
     ("what a VM cannot give is refused with a reason", refused),
 ];
@@ -201,6 +211,111 @@ fn no_new_privs() -> Result<()> {
     node.finish()
 }
 
+/// A profile of the host's kernel with a child; unloaded when it is dropped.
+struct Profile {
+    name: String,
+}
+
+impl Profile {
+    /// Under the profile nothing can be written, under its child everything.
+    fn load() -> Result<Self> {
+        let profile = Self { name: format!("nacelle-story-{}", std::process::id()) };
+        profile.parser("--replace")?;
+        Ok(profile)
+    }
+
+    fn child(&self) -> String {
+        format!("{}//child", self.name)
+    }
+
+    fn parser(&self, action: &str) -> Result<()> {
+        let flags = "flags=(attach_disconnected)";
+        let text = format!(
+            "profile {} {flags} {{\n file,\n capability,\n signal,\n deny /** w,\n profile child \
+             {flags} {{\n file,\n signal,\n }}\n}}\n",
+            self.name
+        );
+        let mut parser = Command::new("apparmor_parser")
+            .args([action, "--skip-cache"])
+            .stdin(Stdio::piped())
+            .spawn()
+            .context("apparmor_parser")?;
+        parser.stdin.take().context("its input")?.write_all(text.as_bytes())?;
+        ensure!(parser.wait()?.success(), "apparmor_parser {action}");
+        Ok(())
+    }
+}
+
+impl Drop for Profile {
+    fn drop(&mut self) {
+        let _ = self.parser("--remove");
+    }
+}
+
+fn apparmor() -> Result<()> {
+    let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled");
+    if !enabled.is_ok_and(|enabled| enabled.starts_with('Y')) {
+        println!("SKIP: this host's kernel runs without AppArmor");
+        return Ok(());
+    }
+    if !Path::new("/sbin/apparmor_parser").exists() {
+        println!("SKIP: no apparmor_parser on this host");
+        return Ok(());
+    }
+    let profile = Profile::load()?;
+    let policy = "\n[cri.host_pods]\nenabled = true\nnamespaces = [\"stories\"]\n";
+    let node = Node::start_with(|config| config + policy)?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("apparmor")?;
+    confines(node.cri(), &pod, &image, &profile)?;
+    let mut config = crate::client::pod("apparmor-host", &node.logs);
+    config.linux.get_or_insert_default().security_context = Some(v1::LinuxSandboxSecurityContext {
+        namespace_options: Some(v1::NamespaceOption {
+            ipc: v1::NamespaceMode::Node as i32,
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    let of_host = node.cri().run_pod(config)?;
+    confines(node.cri(), &of_host, &image, &profile)?;
+    node.finish()
+}
+
+fn confines(cri: &Cri, pod: &str, image: &str, profile: &Profile) -> Result<()> {
+    let under = |name: &str, profile: &str| {
+        let line = "touch /by-init; exec sleep 1000";
+        let mut config = container(name, image, &["sh", "-c", line]);
+        config.linux.get_or_insert_default().security_context =
+            Some(v1::LinuxContainerSecurityContext {
+                apparmor: Some(v1::SecurityProfile {
+                    profile_type: v1::security_profile::ProfileType::Localhost as i32,
+                    localhost_ref: format!("localhost/{profile}"),
+                }),
+                ..Default::default()
+            });
+        config
+    };
+    let enforced = |name: &str| format!("{name} (enforce)");
+    let id = cri.run(pod, under("denied", &profile.name))?;
+    wait::until("the init's program runs", Duration::from_secs(10), || {
+        Ok(cri.shell(&id, "cat /proc/1/cmdline")?.starts_with("sleep").then_some(()))
+    })?;
+    ensure!(cri.shell(&id, "cat /proc/1/attr/current")? == enforced(&profile.name), "its init");
+    ensure!(cri.shell(&id, "cat /proc/self/attr/current")? == enforced(&profile.name), "an exec");
+    ensure!(cri.exec(&id, &["test", "-e", "/by-init"])?.code != 0, "the init could write");
+    let write = cri.exec(&id, &["touch", "/by-exec"])?;
+    ensure!(write.code != 0 && write.stderr.contains("Permission denied"), "{write:?}");
+
+    let id = cri.run(pod, under("allowed", &profile.child()))?;
+    ensure!(cri.shell(&id, "cat /proc/1/attr/current")? == enforced(&profile.child()), "a child");
+    cri.shell(&id, "touch /by-exec")?;
+
+    let refusal = cri.create(pod, under("unknown", "nacelle-no-such-profile")).unwrap_err();
+    let sentence = "no profile \"nacelle-no-such-profile\" is loaded on this host";
+    ensure!(refusal.message().contains(sentence), "{refusal}");
+    Ok(())
+}
+
 fn privileged() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
@@ -241,7 +356,7 @@ fn refused() -> Result<()> {
             }),
             ..Default::default()
         });
-    for (config, reason) in [(with_socket, "a socket"), (with_profile, "no-such-profile")] {
+    for (config, reason) in [(with_socket, "a socket"), (with_profile, "apparmor")] {
         let status = node.cri().create(&pod, config).unwrap_err();
         ensure!(status.message().contains(reason), "{status}");
     }

@@ -33,6 +33,7 @@ const PACKAGES: &[&str] = &[
     "socat",
     "curl",
     "openssl",
+    "apparmor",
     "ca-certificates",
     "containernetworking-plugins",
     "docker-registry",
