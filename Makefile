@@ -12,6 +12,9 @@ timed = start=$$SECONDS; $(2) || exit $$?; echo "--- $(1): $$((SECONDS - start))
 # 125 is the status of a lab whose own kernel or QEMU died (env(1) has it so), never of a story.
 TELL = $(XTASK) lab --auto --images --timeout 2400 -- "nacelle-tests $${ONLY:-}"
 
+# KVM counts exits there; most distributions mount it, the lab does not.
+DEBUGFS = mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug
+
 CMD ?=
 TIMEOUT ?= 600
 FUZZ_SECONDS ?= 20
@@ -72,7 +75,7 @@ test: ## everything: unit tests, then the stories
 
 .PHONY: bench
 bench: assets images ## tables, beside Debian's QEMU in the same run
-	@$(XTASK) lab --auto --images --timeout 1200 -- 'nacelle-bench boot'
+	@$(XTASK) lab --auto --images --timeout 1200 -- '$(DEBUGFS); nacelle-bench boot'
 
 .PHONY: lint
 lint: deps ## rustfmt, clippy, the project's own rules

@@ -15,6 +15,7 @@ pub const STORIES: &[Story] = &[
     ("a PID limit stops a fork storm and the pod lives on", pids),
     ("limits change while a container runs", update),
     ("a pod gets a further CPU and memory while it runs, and gives them back", resize),
+    ("a pod runs on the host's CPUs that a kubelet gave its containers", cpuset),
     ("stats tell what a container uses", stats),
 ];
 
@@ -169,14 +170,54 @@ fn resize() -> Result<()> {
     for _ in 0..2 {
         ask(memory(1 << 30))?;
         ensure!(total()? >= 1024, "1 GiB was asked for: {} MiB", total()?);
-        // Used, given up, given back.
-        cri.shell(&id, "dd if=/dev/zero of=/dev/shm/big bs=1M count=48 && rm /dev/shm/big")?;
+        // Used by a program and by files, given up, given back. tail keeps a stream without newlines.
+        cri.shell(&id, "head -c 300000000 /dev/zero | tail | wc -c")?;
+        cri.shell(&id, "head -c 200000000 /dev/zero > /big; rm /big")?;
         ask(memory(256 << 20))?;
         ensure!(total()? < 512, "less was asked for: {} MiB", total()?);
     }
     let status = ask(memory(1 << 40)).unwrap_err();
     ensure!(status.message().contains("memory") && status.message().contains("MiB"), "{status}");
     ensure!(cri.pod_ready(&pod)? && cri.shell(&id, "nproc")? == "2", "the pod suffers");
+    node.finish()
+}
+
+fn cpuset() -> Result<()> {
+    let node = Node::start_with(|config| config + "\n[pods]\ndefault_vcpus = 1\n")?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("cpuset")?;
+    let cri = node.cri();
+    let on = |cpus: &str| v1::LinuxContainerResources {
+        cpuset_cpus: cpus.into(),
+        // As a kubelet does, for every size of page that its node knows.
+        hugepage_limits: vec![v1::HugepageLimit { page_size: "2MB".into(), limit: 0 }],
+        oom_score_adj: 990,
+        ..Default::default()
+    };
+    let status = format!("/proc/{}/status", node.vmm_pid(&pod)?);
+    let allowed = || -> Result<String> {
+        let text = std::fs::read_to_string(&status)?;
+        let line = text.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        Ok(line.context("no Cpus_allowed_list")?.trim().to_owned())
+    };
+    let free = allowed()?;
+    // The guest has no CPU 1.
+    let id = cri.run(&pod, limited("c", &image, &["sleep", "1000"], on("1")))?;
+    ensure!(cri.shell(&id, "nproc")? == "1" && allowed()? == "1", "{}", allowed()?);
+    let request = v1::UpdateContainerResourcesRequest {
+        container_id: id.clone(),
+        linux: Some(v1::LinuxContainerResources { oom_score_adj: 995, ..on("0") }),
+        ..Default::default()
+    };
+    let mut client = cri.runtime.clone();
+    cri.block_on(async move { client.update_container_resources(request).await })?;
+    ensure!(allowed()? == "0", "{}", allowed()?);
+    let linux = cri.status(&id)?.resources.and_then(|r| r.linux).context("no resources")?;
+    ensure!(linux.cpuset_cpus == "0" && linux.oom_score_adj == 990, "{linux:?}");
+    let other = cri.run(&pod, container("other", &image, &["sleep", "1000"]))?;
+    ensure!(allowed()? == free, "beside a container that runs anywhere: {}", allowed()?);
+    cri.remove(&other)?;
+    ensure!(allowed()? == "0", "alone again: {}", allowed()?);
     node.finish()
 }
 
