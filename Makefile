@@ -75,7 +75,7 @@ test: ## everything: unit tests, then the stories
 
 .PHONY: bench
 bench: assets images ## tables, beside Debian's QEMU in the same run
-	@$(XTASK) lab --auto --images --timeout 1200 -- '$(DEBUGFS); nacelle-bench boot'
+	@$(XTASK) lab --auto --images --timeout 1200 -- '$(DEBUGFS); nacelle-bench boot && nacelle-bench list'
 
 .PHONY: lint
 lint: deps ## rustfmt, clippy, the project's own rules

@@ -1,10 +1,12 @@
 //! Benchmarks: tables with their conditions, nacelle beside a peer in the same run.
 //!
 //! `nacelle-bench boot` compares VMMs on the same kernel and initramfs; `nacelle-bench pods` breaks
-//! a pod's cold start into its phases and weighs idle pods. Nothing here asserts anything: see
+//! a pod's cold start into its phases and weighs idle pods; `nacelle-bench list` asks a node full of
+//! pods what a kubelet asks. Nothing here asserts anything: see
 //! `docs/benchmarks.md` for how to read the numbers.
 
 mod boot;
+mod list;
 mod measure;
 mod pods;
 mod table;
@@ -39,6 +41,13 @@ enum Bench {
         #[arg(long, default_value_t = 256)]
         memory: u32,
     },
+    /// Listings of a node full of pods, through a real socket. Needs no KVM.
+    List {
+        #[arg(long, default_value_t = 500)]
+        pods: usize,
+        #[arg(long, default_value_t = 50)]
+        runs: usize,
+    },
     /// A pod's cold start by phase, and host memory a further idle pod.
     Pods {
         #[arg(long, default_value_t = 20)]
@@ -56,6 +65,7 @@ fn main() -> Result<()> {
         Bench::Boot { runs, vcpus, memory } => {
             boot::run(&arguments.bin, &arguments.guest, runs, vcpus, memory)
         }
+        Bench::List { pods, runs } => list::run(pods, runs),
         Bench::Pods { pods, socket } => pods::run(&arguments.bin, &socket, pods),
     }
 }

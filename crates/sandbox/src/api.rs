@@ -74,7 +74,7 @@ impl Sandboxes {
         Ok(Self { node, quarantined: Arc::new(Mutex::new(quarantined)), _lock: Arc::new(lock) })
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "crowd"))]
     pub(crate) fn node(&self) -> &Arc<Node> {
         &self.node
     }

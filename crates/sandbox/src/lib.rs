@@ -9,6 +9,8 @@
 mod api;
 pub mod apparmor;
 mod config;
+#[cfg(any(test, feature = "crowd"))]
+pub mod crowd;
 mod error;
 pub mod forward;
 mod guest;

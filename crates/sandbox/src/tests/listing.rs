@@ -2,49 +2,19 @@
 
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use super::world::story;
 use crate::model::{Filter, PodState};
-use crate::pod::{self, Begin, Handle};
-use crate::policy::{ContainerPhase, Phase, tests as samples};
-use crate::stats::PodStatsView;
-use crate::{Error, Sandboxes};
+use crate::pod::Handle;
+use crate::{Error, Sandboxes, crowd};
 
 const PODS: usize = 500;
 /// Promised to a kubelet that lists; this is a debug build, and it holds there too.
 const LIMIT: Duration = Duration::from_millis(10);
 
-/// Enters a pod with a container, as the journal would; nobody works for it.
 fn enter(daemon: &Sandboxes, n: usize) -> Arc<Handle> {
-    let node = daemon.node();
-    let mut pod = samples::pod();
-    pod.id = format!("pod{n:04}");
-    pod.phase = Phase::Ready;
-    let mut container = samples::container(&format!("container{n:04}"));
-    container.phase = ContainerPhase::Present;
-    container.started_at = Some(SystemTime::now());
-    pod.containers.insert(container.id.clone(), container);
-    let mut meta = pod.spec.meta.clone();
-    meta.name = pod.id.clone();
-    node.registry.enter_pod(&pod.id, &meta, n as u32);
-    let id = pod.id.clone();
-    let (handle, _owner) = pod::new(node.clone(), pod, Begin::Recover);
-    node.registry.set_handle(&id, handle.clone());
-    handle
-}
-
-fn stats(pod: &str) -> Arc<PodStatsView> {
-    Arc::new(PodStatsView {
-        pod: pod.to_owned(),
-        at: SystemTime::now(),
-        cpu: Default::default(),
-        memory: Default::default(),
-        pids: 1,
-        interfaces: Vec::new(),
-        io_pressure: None,
-        containers: Vec::new(),
-    })
+    crowd::enter(daemon, n, serde_json::Value::Null, serde_json::Value::Null)
 }
 
 /// The best of some: a machine with other work may be slow once.
@@ -65,7 +35,7 @@ fn five_hundred_pods_are_listed_at_once_and_no_guest_is_asked() {
         for n in 0..PODS {
             let handle = enter(&daemon, n);
             if n % 2 == 0 {
-                handle.set_stats(stats(&handle.id));
+                handle.set_stats(crowd::stats(&handle.pod()));
             }
             if n % 100 == 0 {
                 std::fs::create_dir_all(&handle.paths.state_dir).unwrap();
@@ -111,7 +81,7 @@ fn a_pod_that_cannot_be_measured_is_waited_for_once() {
         let (first, beside) = tokio::join!(ask(), ask());
         assert!(first < Duration::from_secs(2) && beside < Duration::from_secs(2));
         assert!(ask().await < Duration::from_millis(100));
-        handle.set_stats(stats(&handle.id));
+        handle.set_stats(crowd::stats(&handle.pod()));
         assert_eq!(daemon.pod_stats(&handle.id).await.unwrap().pids, 1);
     });
 }

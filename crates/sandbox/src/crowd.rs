@@ -1,0 +1,149 @@
+//! A node full of pods for whom nobody works: what tests and benches of listings ask. They are in the
+//! registry as pods that recovery has found, each with a container and measured once; none is in the
+//! journal, and no guest is behind any.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+
+use crate::Sandboxes;
+use crate::model::{ContainerSpec, Identity, Meta, PidMode, PodSpec, RootfsSpec};
+use crate::pod::{self, Begin, Handle};
+use crate::policy::{Container, ContainerPhase, Phase, Pod};
+use crate::ports::Attachment;
+use crate::stats::{ContainerStatsView, InterfaceView, PodStatsView};
+
+/// Since when they run: listings may measure what is young.
+const AGE: Duration = Duration::from_secs(3600);
+
+/// Enters `count` pods, whose requests and whose containers' requests are these.
+pub fn fill(daemon: &Sandboxes, count: usize, pod: &Value, container: &Value) {
+    for n in 0..count {
+        let handle = enter(daemon, n, pod.clone(), container.clone());
+        handle.set_stats(stats(&handle.pod()));
+    }
+}
+
+/// Enters the `n`-th pod, which is not measured.
+pub(crate) fn enter(daemon: &Sandboxes, n: usize, pod: Value, container: Value) -> Arc<Handle> {
+    let node = daemon.node();
+    let since = SystemTime::now() - AGE;
+    let meta = |name: String| Meta {
+        name,
+        namespace: "default".into(),
+        uid: format!("{n:032x}"),
+        attempt: 0,
+        labels: labels(n),
+        annotations: BTreeMap::new(),
+    };
+    let running = Container {
+        id: format!("{n:064x}"),
+        spec: Arc::new(container_spec(meta("app".into()), container)),
+        phase: ContainerPhase::Present,
+        created_at: since,
+        started_at: Some(since),
+        exit: None,
+        drained: false,
+        oom: false,
+        log_path: PathBuf::from("app/0.log"),
+        resources: Default::default(),
+        user: Some(Identity { uid: 0, gid: 0, groups: vec![0] }),
+    };
+    let address = u32::from_be_bytes([10, 0, 0, 0]) + n as u32 + 1;
+    let attachment = Attachment {
+        addresses: vec![std::net::Ipv4Addr::from(address).into()],
+        ..Default::default()
+    };
+    let id = format!("pod{n:061x}");
+    let pod = Pod {
+        id: id.clone(),
+        spec: Arc::new(pod_spec(meta(format!("pod-{n}")), pod)),
+        created_at: since,
+        phase: Phase::Ready,
+        reason: String::new(),
+        uid: n as u32,
+        netns: PathBuf::new(),
+        ledger: Vec::new(),
+        attachment: Arc::new(attachment),
+        kernel_release: String::new(),
+        trace: Vec::new(),
+        containers: [(running.id.clone(), running)].into(),
+    };
+    node.registry.enter_pod(&id, &pod.spec.meta.clone(), n as u32);
+    let (handle, _owner) = pod::new(node.clone(), pod, Begin::Recover);
+    node.registry.set_handle(&id, handle.clone());
+    handle
+}
+
+fn labels(n: usize) -> BTreeMap<String, String> {
+    let labels = [("io.kubernetes.pod.namespace", "default".into()), ("n", n.to_string())];
+    labels.map(|(name, value)| (name.to_string(), value)).into()
+}
+
+fn pod_spec(meta: Meta, origin: Value) -> PodSpec {
+    PodSpec {
+        hostname: meta.name.clone(),
+        meta,
+        handler: String::new(),
+        cgroup_parent: String::new(),
+        log_directory: String::new(),
+        sysctls: BTreeMap::new(),
+        dns: Default::default(),
+        ports: Vec::new(),
+        vcpus: None,
+        memory_mib: None,
+        cpu: Default::default(),
+        host: None,
+        origin,
+    }
+}
+
+fn container_spec(meta: Meta, origin: Value) -> ContainerSpec {
+    ContainerSpec {
+        meta,
+        rootfs: RootfsSpec { image: PathBuf::from("/i"), read_only: false, volumes: Vec::new() },
+        oci: Default::default(),
+        user: String::new(),
+        pid: PidMode::Container,
+        stdin: false,
+        stdin_once: false,
+        tty: false,
+        log_path: "app/0.log".into(),
+        volumes: Vec::new(),
+        devices: Vec::new(),
+        strict_groups: false,
+        image_name: "registry.example/app:1".into(),
+        image_id: format!("sha256:{:064x}", 1),
+        stop_signal: 15,
+        origin,
+    }
+}
+
+pub(crate) fn stats(pod: &Pod) -> Arc<PodStatsView> {
+    let at = SystemTime::now();
+    let of = |id: &String| ContainerStatsView {
+        id: id.clone(),
+        at,
+        cpu: Default::default(),
+        memory: Default::default(),
+        pids: 1,
+        writable_layer: Default::default(),
+        processes: Default::default(),
+        block_io: Vec::new(),
+        oom_events: 0,
+        started_at: None,
+    };
+    Arc::new(PodStatsView {
+        pod: pod.id.clone(),
+        at,
+        cpu: Default::default(),
+        memory: Default::default(),
+        pids: 1,
+        interfaces: vec![InterfaceView { name: "eth0".into(), ..Default::default() }],
+        io_pressure: None,
+        containers: pod.containers.keys().map(of).collect(),
+    })
+}
