@@ -165,3 +165,20 @@ fn a_record_that_is_not_understood_is_kept_until_it_is_removed_by_id() {
         assert_eq!(world.leftovers(), Vec::<String>::new());
     });
 }
+
+#[test]
+fn a_profile_of_apparmor_that_the_host_does_not_have_makes_no_container() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("confined")).await.unwrap();
+        let mut spec = world.container_spec("c", &["true"]);
+        let process = spec.oci.process_mut().as_mut().unwrap();
+        process.set_apparmor_profile(Some("nacelle-no-such-profile".into()));
+        let error = daemon.create_container(&pod, spec).await.unwrap_err();
+        assert!(matches!(error, Error::FailedPrecondition { .. }), "{error:?}");
+        assert!(error.to_string().contains("AppArmor"), "{error}");
+        assert!(daemon.containers(&Filter::default()).is_empty());
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
