@@ -57,10 +57,7 @@ impl Runtime {
         let mut views =
             self.container_views(filter.id, &filter.pod_sandbox_id, filter.label_selector);
         views.retain(|view| view.state == ContainerState::Running);
-        let mut by_pod: BTreeMap<String, Vec<ContainerView>> = BTreeMap::new();
-        for view in views {
-            by_pod.entry(view.pod.clone()).or_default().push(view);
-        }
+        let by_pod = by_pod(views);
         // A pod that cannot be measured now is listed without numbers; the others keep theirs.
         let mut cache = self.sandboxes.all_stats();
         let measured = by_pod.iter().map(|(pod, views)| self.renewed(cache.remove(pod), views));
@@ -135,10 +132,12 @@ impl Runtime {
         let mut views = self.sandboxes.pods(filter);
         views.retain(|view| view.state == PodState::Ready);
         let mut cache = self.sandboxes.all_stats();
+        // Of all pods at once: to look for those of each would take the square of the time.
+        let mut by_pod = by_pod(self.running_in(""));
         join_all(views.into_iter().map(|view| {
             let cached = cache.remove(&view.id);
+            let running = by_pod.remove(&view.id).unwrap_or_default();
             async {
-                let running = self.running_in(&view.id);
                 let mut measured = self.renewed(cached, &running).await;
                 if measured.is_none() && young(Some(view.created_at)) {
                     measured = self.sandboxes.pod_stats(&view.id).await.ok().map(Arc::new);
@@ -149,6 +148,7 @@ impl Runtime {
         .await
     }
 
+    /// Empty: in any pod.
     fn running_in(&self, pod: &str) -> Vec<ContainerView> {
         let mut views = self.container_views(String::new(), pod, BTreeMap::new());
         views.retain(|view| view.state == ContainerState::Running);
@@ -190,6 +190,14 @@ impl Runtime {
 
 /// A pod, its containers that run, and what was measured of them.
 type Measured = (PodView, Vec<ContainerView>, Option<Arc<PodStatsView>>);
+
+fn by_pod(views: Vec<ContainerView>) -> BTreeMap<String, Vec<ContainerView>> {
+    let mut by_pod: BTreeMap<String, Vec<ContainerView>> = BTreeMap::new();
+    for view in views {
+        by_pod.entry(view.pod.clone()).or_default().push(view);
+    }
+    by_pod
+}
 
 fn of_container(
     view: &ContainerView,
