@@ -71,9 +71,15 @@ pub fn to_spec(
     check_dns(&dns)?;
     let name = hostname(&request.hostname)?;
     let has_hosts_network = shared.is_some_and(|shared| shared.network);
+    if has_hosts_network && !name.is_empty() && name != host.hostname {
+        return Err(Refusal::invalid(
+            "hostname",
+            format!("a pod in the host's network has its name, {:?}, and not {name:?}", host.hostname),
+        ));
+    }
     Ok(PodSpec {
         meta,
-        hostname: if name.is_empty() || has_hosts_network { host.hostname.clone() } else { name },
+        hostname: if name.is_empty() { host.hostname.clone() } else { name },
         handler: handler.to_string(),
         cgroup_parent: inner_path("linux.cgroup_parent", &linux.cgroup_parent)?,
         log_directory: log_directory(&request.log_directory)?,
@@ -312,7 +318,7 @@ mod tests {
 
     #[test]
     fn a_pod_of_the_hosts_network_is_allowed_or_not_and_has_its_name_and_sysctls() {
-        let asked = v1::PodSandboxConfig { hostname: "web".into(), ..linux(host_network()) };
+        let asked = linux(host_network());
         let refusal = convert(&asked).unwrap_err().to_string();
         assert!(refusal.starts_with("linux.security_context.namespace_options"), "{refusal}");
         assert!(refusal.contains("hostNetwork") && refusal.contains("[cri.host_pods]"));
@@ -322,6 +328,9 @@ mod tests {
         let spec = to_spec(&asked, "", &host(), &config).unwrap();
         assert_eq!(spec.host, Some(HostNamespaces { network: true, pid: false, ipc: false }));
         assert_eq!((spec.hostname.as_str(), spec.sysctls.len()), ("node", 0));
+        let named = v1::PodSandboxConfig { hostname: "web".into(), ..asked };
+        let refusal = to_spec(&named, "", &host(), &config).unwrap_err().to_string();
+        assert!(refusal.starts_with("hostname") && refusal.contains("\"node\""), "{refusal}");
         assert_eq!(to_spec(&request(), "", &host(), &config).unwrap().host, None);
     }
 
