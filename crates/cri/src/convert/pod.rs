@@ -74,7 +74,10 @@ pub fn to_spec(
     if has_hosts_network && !name.is_empty() && name != host.hostname {
         return Err(Refusal::invalid(
             "hostname",
-            format!("a pod in the host's network has its name, {:?}, and not {name:?}", host.hostname),
+            format!(
+                "a pod in the host's network has its name, {:?}, and not {name:?}",
+                host.hostname
+            ),
         ));
     }
     Ok(PodSpec {
