@@ -170,9 +170,9 @@ fn resize() -> Result<()> {
     for _ in 0..2 {
         ask(memory(1 << 30))?;
         ensure!(total()? >= 1024, "1 GiB was asked for: {} MiB", total()?);
-        // Used by a program and by files, given up, given back. tail keeps a stream without newlines.
-        cri.shell(&id, "head -c 300000000 /dev/zero | tail | wc -c")?;
-        cri.shell(&id, "head -c 200000000 /dev/zero > /big; rm /big")?;
+        // Used by a program and by a file, given up, given back.
+        cri.shell(&id, "dd if=/dev/zero of=/dev/null bs=300M count=1")?;
+        cri.shell(&id, "dd if=/dev/zero of=/big bs=1M count=64; rm /big")?;
         ask(memory(256 << 20))?;
         ensure!(total()? < 512, "less was asked for: {} MiB", total()?);
     }

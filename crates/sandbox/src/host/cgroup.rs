@@ -128,9 +128,21 @@ pub(crate) fn pin(root: &Path, leaf: &Path, cpus: &str, mems: &str) -> io::Resul
             Err(e) if e.kind() == io::ErrorKind::NotFound && !asked => continue,
             Err(e) => return Err(e),
         };
-        if now.trim() != list {
-            // An empty write would be none at all.
-            fs::write(&path, format!("{list}\n"))
+        let now = now.trim();
+        if now.is_empty() && list.is_empty() {
+            continue;
+        }
+        // A list can be replaced but not emptied while somebody lives there (ENOSPC).
+        let all;
+        let list = if list.is_empty() {
+            let parent = leaf.parent().unwrap_or(root);
+            all = fs::read_to_string(parent.join(format!("{file}.effective")))?;
+            all.trim()
+        } else {
+            list
+        };
+        if now != list {
+            fs::write(&path, list)
                 .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
         }
     }
@@ -267,12 +279,13 @@ mod tests {
         fs::write(dir.path().join("cgroup.subtree_control"), "cpuset").unwrap();
         for file in ["cpuset.cpus", "cpuset.mems"] {
             fs::write(leaf.join(file), "\n").unwrap();
+            fs::write(dir.path().join(format!("{file}.effective")), "0-7\n").unwrap();
         }
         let read = |file: &str| fs::read_to_string(leaf.join(file)).unwrap();
         pin(dir.path(), &leaf, "3,5", "").unwrap();
         assert_eq!((read("cpuset.cpus").trim(), read("cpuset.mems").trim()), ("3,5", ""));
         pin(dir.path(), &leaf, "", "").unwrap();
-        assert_eq!(read("cpuset.cpus"), "\n", "the kernel is told, with a byte at least");
+        assert_eq!((read("cpuset.cpus").trim(), read("cpuset.mems").trim()), ("0-7", ""));
     }
 
     #[test]

@@ -169,11 +169,12 @@ fn a_pod_runs_on_the_hosts_cpus_that_its_containers_have_and_no_guest_is_told_th
         // Beside it, one that may run anywhere: the pod may, until it is gone.
         let other = world.container_spec("other", &["forever"]);
         let other = daemon.create_container(&pod, other).await.unwrap();
-        assert_eq!(cpus().unwrap().trim(), "");
+        let parent = world.cgroup_file(&pod, "../cpuset.cpus.effective");
+        let all = std::fs::read_to_string(parent).unwrap();
+        assert_eq!(cpus().unwrap().trim(), all.trim());
         daemon.remove_container(&other).await.unwrap();
         assert_eq!(cpus().unwrap().trim(), "0");
 
-        let all = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap();
         let update = limits(&format!(r#"{{"cpu":{{"cpus":"{}"}}}}"#, all.trim()));
         daemon.update_container(&id, update).await.unwrap();
         assert_eq!(cpus().unwrap().trim(), all.trim());
