@@ -111,6 +111,8 @@ pub(crate) struct Handle {
     pub(super) shares: tokio::sync::Mutex<Option<Arc<Server>>>,
     /// Measures once what nobody has measured yet.
     pub(super) first_stats: tokio::sync::OnceCell<()>,
+    /// Somebody has read the statistics.
+    pub(super) stats_read: tokio::sync::Notify,
     /// Containers that a former daemon has left: recovery looks at these, and not at those that
     /// are being made meanwhile.
     pub(super) recovered: BTreeSet<ContainerId>,
@@ -161,6 +163,7 @@ impl Handle {
             shares: tokio::sync::Mutex::default(),
             live: Mutex::default(),
             first_stats: tokio::sync::OnceCell::new(),
+            stats_read: tokio::sync::Notify::new(),
             recovered,
             id,
             node,
@@ -310,8 +313,13 @@ impl Handle {
         drop(live);
     }
 
-    /// As last measured; asks nobody.
+    /// As last measured; asks nobody. It is measured again soon.
     pub(crate) fn stats(&self) -> Option<Arc<PodStatsView>> {
+        self.stats_read.notify_one();
+        self.last_stats()
+    }
+
+    pub(super) fn last_stats(&self) -> Option<Arc<PodStatsView>> {
         self.live().stats.clone()
     }
 

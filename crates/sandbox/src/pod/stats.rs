@@ -1,4 +1,6 @@
-//! Keeps a pod's usage fresh in the cache, so that no listing waits for a guest.
+//! Keeps a pod's usage fresh in the cache, so that no listing waits for a guest. Who reads it has it
+//! measured again soon: the next reader, a second later, sees something new (`crictl stats` takes two
+//! samples and refuses the same one twice).
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
@@ -6,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_api::v1;
+use tokio::time::Instant;
 
 use super::handle::Handle;
 use crate::error::Error;
@@ -14,6 +17,10 @@ use crate::stats::{
     PressureView, ProcessView,
 };
 
+/// Readers without end have a guest measured no more often than this.
+const FRESH: Duration = Duration::from_millis(800);
+/// After a listing the guests are measured over this time.
+const SPREAD: Duration = Duration::from_millis(400);
 const POLL_LIMIT: Duration = Duration::from_secs(2);
 /// A reader that finds the cache empty waits this long.
 const FIRST_LIMIT: Duration = Duration::from_millis(500);
@@ -24,14 +31,23 @@ const MAX_NAME: usize = 64;
 
 pub(super) async fn poll(handle: Arc<Handle>) {
     let interval = handle.node.config.stats_interval().max(Duration::from_millis(50));
-    // Pods that started together are not to be measured together for ever.
-    let jitter = RandomState::new().hash_one(&handle.id) % 1000;
-    tokio::time::sleep(interval.mul_f64(jitter as f64 / 1000.0)).await;
+    // Pods that started or were listed together are not to be measured together.
+    let jitter = (RandomState::new().hash_one(&handle.id) % 1000) as f64 / 1000.0;
+    let mut measured = Instant::now();
+    let mut due = measured + interval.mul_f64(jitter);
     loop {
+        tokio::select! {
+            () = tokio::time::sleep_until(due) => {}
+            () = handle.stats_read.notified() => {
+                let soon = Instant::now() + SPREAD.mul_f64(jitter);
+                tokio::time::sleep_until(soon.max(measured + FRESH).min(due)).await;
+            }
+        }
         if let Err(error) = handle.measure(POLL_LIMIT).await {
             tracing::debug!(pod = handle.id, %error, "no stats");
         }
-        tokio::time::sleep(interval).await;
+        measured = Instant::now();
+        due = measured + interval;
     }
 }
 
@@ -41,7 +57,7 @@ impl Handle {
             .guest
             .call_within(limit, "stats", |mut c| async move { c.stats(v1::StatsRequest {}).await });
         let reply = reply.await?;
-        let view = Arc::new(view(&self.id, reply, self.stats().as_deref()));
+        let view = Arc::new(view(&self.id, reply, self.last_stats().as_deref()));
         self.set_stats(view.clone());
         Ok(view)
     }

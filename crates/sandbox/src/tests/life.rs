@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use super::agent::Process;
 use super::world::{eventually, story};
-use crate::Error;
 use crate::model::{
     Access, ContainerState, ExecSpec, Filter, PodState, Propagation, Volume, VolumeSource,
 };
+use crate::{Config, Error};
 
 pub(super) fn exec(args: &[&str]) -> ExecSpec {
     ExecSpec {
@@ -216,6 +216,24 @@ fn several_clients_see_all_output_and_only_who_asks_for_it_has_the_input() {
         daemon.stop_container(&id, Duration::from_secs(1)).await.unwrap();
         assert_eq!(reader.process.wait().await.unwrap().code, 143);
         assert_eq!(reader.stdout.take().unwrap().read(&mut text).await.unwrap(), 0);
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
+#[test]
+fn who_reads_statistics_twice_sees_something_new_and_waits_for_no_guest() {
+    story(|world| async move {
+        let config = Config { stats_interval_ms: 3_600_000, ..world.config() };
+        let daemon = world.daemon_with(config).await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let first = daemon.pod_stats(&pod).await.unwrap().at;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        world.guest(&pod).lock().silent = true;
+        let second = daemon.all_stats()[&pod].at;
+        assert!(second > first);
+        // From the cache, as long as the guest says nothing.
+        assert_eq!(daemon.pod_stats(&pod).await.unwrap().at, second);
+        world.guest(&pod).lock().silent = false;
         daemon.remove_pod(&pod).await.unwrap();
     });
 }

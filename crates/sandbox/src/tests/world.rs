@@ -104,8 +104,12 @@ impl World {
     }
 
     pub(super) async fn daemon(&self) -> Sandboxes {
+        self.daemon_with(self.config()).await
+    }
+
+    pub(super) async fn daemon_with(&self, config: Config) -> Sandboxes {
         let this = Arc::new(self.clone());
-        Sandboxes::open_with(self.config(), this.clone(), this).await.unwrap()
+        Sandboxes::open_with(config, this.clone(), this).await.unwrap()
     }
 
     pub(super) fn pod_spec(&self, name: &str) -> PodSpec {
