@@ -49,6 +49,9 @@ fn options(network: bool, pid: bool, ipc: bool) -> v1::NamespaceOption {
 
 fn host_pod(name: &str, node: &Node, options: &v1::NamespaceOption) -> v1::PodSandboxConfig {
     let mut config = pod(name, &node.logs);
+    if options.network == v1::NamespaceMode::Node as i32 {
+        config.hostname.clear();
+    }
     let linux = config.linux.get_or_insert_default();
     linux.security_context = Some(v1::LinuxSandboxSecurityContext {
         namespace_options: Some(options.clone()),
@@ -82,6 +85,10 @@ fn policy() -> Result<()> {
     config.metadata.as_mut().context("metadata")?.namespace = "default".into();
     let refused = node.cri().run_pod(config).unwrap_err();
     ensure!(refused.message().contains("add the namespace \"default\""), "{refused}");
+    let mut config = host_pod("p", &node, &options);
+    config.hostname = "of-its-own".into();
+    let refused = node.cri().run_pod(config).unwrap_err();
+    ensure!(refused.message().starts_with("hostname: "), "{refused}");
     node.cri().run_pod(host_pod("p", &node, &options))?;
     node.finish()
 }
