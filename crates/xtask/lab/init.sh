@@ -61,8 +61,8 @@ for d in /var/lib/nacelle /var/lib/nacelle-stories; do
 done
 tar -xf /dev/vdb -C / || echo "lab: the files could not be unpacked"
 [ -e /nacelle/lab/env ] && . /nacelle/lab/env
-mkdir -p /nacelle/work
-cd /nacelle/work || exit 1
+mkdir -p /nacelle/here
+cd /nacelle/here || exit 1
 echo ready >&9
 
 if [ -e /nacelle/lab/shell ]; then

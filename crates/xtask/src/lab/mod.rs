@@ -3,7 +3,7 @@
 //! status come back as if it had run here.
 //!
 //! Inside: `/nacelle/bin` (our binaries), `/nacelle/guest` (kernels, initramfs), `/nacelle/images`
-//! (OCI layouts, with `--images`), `/nacelle/work` (the working directory), 24 GiB of scratch
+//! (OCI layouts, with `--images`), `/nacelle/here` (the working directory), 24 GiB of scratch
 //! at `/var/lib/nacelle`. Nothing that a run writes survives it, except what `--out` names.
 
 use std::fs;
@@ -36,13 +36,13 @@ pub(crate) struct Args {
     /// Seconds that the outer machine may take until the command starts
     #[arg(long, default_value_t = 180)]
     boot_timeout: u64,
-    /// A file or folder to bring in, by default to /nacelle/work/NAME
+    /// A file or folder to bring in, by default to /nacelle/here/NAME
     #[arg(long = "in", value_name = "PATH[:DEST]")]
     inputs: Vec<String>,
     /// A file or folder to bring out after the command: an archive of it is unpacked in HOST_DIR
     #[arg(long = "out", value_name = "PATH:HOST_DIR")]
     outputs: Vec<String>,
-    /// A folder whose content becomes /nacelle/work
+    /// A folder whose content becomes /nacelle/here
     #[arg(long, value_name = "DIR")]
     share: Option<PathBuf>,
     /// A variable for the command
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
         bundle.add_images()?;
     }
     if let Some(dir) = &args.share {
-        bundle.add(dir, "nacelle/work")?;
+        bundle.add(dir, "nacelle/here")?;
     }
     for input in &args.inputs {
         let (path, dest) = match input.split_once(':') {
@@ -102,7 +102,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
             None => {
                 let path = PathBuf::from(input);
                 let name = path.file_name().context("--in needs a path that ends in a name")?;
-                let dest = format!("nacelle/work/{}", name.to_string_lossy());
+                let dest = format!("nacelle/here/{}", name.to_string_lossy());
                 (path, dest)
             }
         };
