@@ -1,7 +1,11 @@
 //! `nacelle-tests [FILTER]`: runs the stories; `nacelle-tests images DIR`: makes the images they
 //! use. Takes libtest's options (`--list`, `--exact`, `--test-threads`, `--nocapture`).
+//!
+//! `NACELLE_PART=1/2` leaves every second story out, and those that need several CPUs; these are
+//! told with `NACELLE_PART=wide`.
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use nacelle_tests::stories::{Story, WIDE};
 
 fn main() -> std::process::ExitCode {
     let mut words = std::env::args().skip(1);
@@ -21,7 +25,16 @@ fn main() -> std::process::ExitCode {
     let mut arguments = Arguments::from_args();
     // Stories compare the host before and after: one at a time.
     arguments.test_threads.get_or_insert(1);
-    let trials = nacelle_tests::stories::all()
+    let part = match std::env::var("NACELLE_PART").ok().map(|text| Part::parse(&text)) {
+        None => Part::All,
+        Some(Some(part)) => part,
+        Some(None) => {
+            eprintln!("NACELLE_PART is neither 'wide' nor like 1/2");
+            return std::process::ExitCode::from(2);
+        }
+    };
+    let trials = part
+        .of(nacelle_tests::stories::all())
         .into_iter()
         .map(|(room, (name, story))| {
             let full = format!("{room}::{name}");
@@ -37,4 +50,36 @@ fn main() -> std::process::ExitCode {
         })
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+enum Part {
+    All,
+    /// The `at`th, from 0, of every `of` stories that one CPU is enough for.
+    Share {
+        at: usize,
+        of: usize,
+    },
+    Wide,
+}
+
+impl Part {
+    fn parse(text: &str) -> Option<Self> {
+        if text == "wide" {
+            return Some(Self::Wide);
+        }
+        let (at, of) = text.split_once('/')?;
+        let (at, of) = (at.parse::<usize>().ok()?.checked_sub(1)?, of.parse().ok()?);
+        (at < of).then_some(Self::Share { at, of })
+    }
+
+    fn of(&self, all: Vec<(&'static str, Story)>) -> Vec<(&'static str, Story)> {
+        let wide = |story: &(&str, Story)| WIDE.contains(&(story.0, story.1.0));
+        match *self {
+            Self::All => all,
+            Self::Wide => all.into_iter().filter(wide).collect(),
+            Self::Share { at, of } => {
+                all.into_iter().filter(|story| !wide(story)).skip(at).step_by(of).collect()
+            }
+        }
+    }
 }

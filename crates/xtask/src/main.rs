@@ -17,12 +17,15 @@ mod kvm;
 mod lab;
 mod paths;
 mod run;
+mod stories;
 
 #[derive(Parser)]
 #[command(about = "Chores of the nacelle repository")]
 enum Cli {
     /// Run a command in the lab, or on this host where its KVM is good
     Lab(lab::Args),
+    /// Tell the stories (end-to-end tests), on this host or in labs side by side
+    Stories(stories::Args),
     /// Build the guest kernel into build/guest/vmlinux
     GuestKernel(guest_kernel::Args),
     /// Pack the agent into build/guest/initramfs.cpio
@@ -44,6 +47,7 @@ enum Cli {
 fn main() {
     let result = match Cli::parse() {
         Cli::Lab(args) => lab::run(&args),
+        Cli::Stories(args) => stories::run(&args),
         Cli::GuestKernel(args) => guest_kernel::run(&args),
         Cli::GuestImage(args) => guest_image::run(&args),
         Cli::DebianKernel => debian_kernel::run(),

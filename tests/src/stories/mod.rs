@@ -22,6 +22,10 @@ mod volumes;
 /// A story's name (a sentence) and what it does.
 pub type Story = (&'static str, fn() -> anyhow::Result<()>);
 
+/// Stories that need several CPUs, by room and name.
+pub const WIDE: &[(&str, &str)] =
+    &[("limits", "a pod runs on the host's CPUs that a kubelet gave its containers")];
+
 /// Every story, those that others build on first.
 pub fn all() -> Vec<(&'static str, Story)> {
     let rooms: [(&'static str, &[Story]); 18] = [

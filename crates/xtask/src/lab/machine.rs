@@ -6,6 +6,13 @@
 //!  boot limit           run limit             10 s         => killed: 125, 124, N
 //!  QEMU ends early: 125, and the console is kept
 //! ```
+//!
+//! One CPU unless more are asked for: QEMU 10.0 with two CPU threads that both run SVM guests once
+//! in some ten thousand #VMEXITs goes on with nested paging after it went back to the host's state.
+//! The host's next instruction fetch then exits a second time (its log has two `vmexit` lines
+//! without a `vmrun` between them, the second an NPF at the instruction after VMRUN), and the
+//! host's registers are saved as the guest's. A guest lost so falls silent or ends with a triple
+//! fault, whichever VMM runs it; some take the outer kernel along. Never seen with one CPU.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};

@@ -27,8 +27,8 @@ pub(crate) struct Args {
     /// Memory of the outer machine in MiB; only touched pages cost anything
     #[arg(long, default_value_t = 6144)]
     mem: u32,
-    /// CPUs of the outer machine
-    #[arg(long, default_value_t = 2)]
+    /// CPUs of the outer machine; with more than one, guests that run at once get lost (machine.rs)
+    #[arg(long, default_value_t = 1)]
     cpus: u8,
     /// Seconds that the command may take
     #[arg(long, default_value_t = 600)]

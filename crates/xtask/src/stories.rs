@@ -1,0 +1,138 @@
+//! The stories: told on this host where its KVM is good, else shared out among labs side by side.
+//!
+//! A lab has one CPU (see `lab::machine`), so two of them on a host with two CPUs are as fast as
+//! one with two. A few stories need several CPUs; they get a lab of their own.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::lab::STATUS_LAB_FAILED;
+use crate::{kvm, paths};
+
+/// Which stories a run of `nacelle-tests` tells: `1/2`, or `wide` for those that need CPUs.
+const PART: &str = "NACELLE_PART";
+const WIDE: &str = "wide";
+/// CPUs of the lab in which the wide ones are told.
+const WIDE_CPUS: &str = "2";
+/// What a lab may come to use of the host's memory, MiB: its own 6 GiB, and QEMU's.
+const LAB_MIB: u64 = 6144 + 1024;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Seconds that one lab may take
+    #[arg(long, default_value_t = 2400)]
+    timeout: u64,
+    /// Labs side by side; by default as many as CPUs and memory allow
+    #[arg(long)]
+    labs: Option<usize>,
+    /// A filter and libtest's options
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    words: Vec<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<i32> {
+    let mut tell = vec!["nacelle-tests".to_owned()];
+    tell.extend(args.words.iter().map(|word| format!("'{}'", word.replace('\'', r"'\''"))));
+    let tell = tell.join(" ");
+    let timeout = args.timeout.to_string();
+    let kvm = kvm::probe();
+    if kvm.usable {
+        return lab(&["--auto", "--timeout", &timeout], &tell);
+    }
+    eprintln!("KVM here {}: running inside the lab", kvm.why);
+    // Made once, before several labs ask for it.
+    lab(&["--prepare"], "")?;
+
+    let labs = args.labs.unwrap_or_else(labs_that_fit).clamp(1, count("1/1", &args.words)?.max(1));
+    let mut parts: VecDeque<String> = (1..=labs).map(|at| format!("{at}/{labs}")).collect();
+    if count(WIDE, &args.words)? > 0 {
+        parts.push_back(WIDE.to_owned());
+    }
+    let parts = Mutex::new(parts);
+    let next = || parts.lock().ok()?.pop_front();
+    let work = || -> Result<i32> {
+        let mut worst = 0;
+        while let Some(part) = next() {
+            let told = format!("{PART}={part}");
+            let cpus = if part == WIDE { WIDE_CPUS } else { "1" };
+            let options = ["--images", "--timeout", &timeout, "--env", &told, "--cpus", cpus];
+            let begin = Instant::now();
+            let mut status = lab(&options, &tell)?;
+            if status == STATUS_LAB_FAILED {
+                eprintln!("the lab itself has died: stories {part} once more");
+                status = lab(&options, &tell)?;
+            }
+            println!("--- stories {part}: {} s", begin.elapsed().as_secs());
+            worst = if worst == 0 { status } else { worst };
+        }
+        Ok(worst)
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..labs).map(|_| scope.spawn(work)).collect();
+        let mut worst = 0;
+        for worker in workers {
+            let status = worker.join().ok().context("a worker panicked")??;
+            worst = if worst == 0 { status } else { worst };
+        }
+        Ok(worst)
+    })
+}
+
+/// How many stories `part` has among those that the filter lets through.
+fn count(part: &str, words: &[String]) -> Result<usize> {
+    let tests = paths::newest_binary("nacelle-tests").context("nacelle-tests is not built")?;
+    let out = Command::new(tests)
+        .args(words)
+        .arg("--list")
+        .env(PART, part)
+        .stderr(Stdio::inherit())
+        .output()
+        .context("starting nacelle-tests")?;
+    anyhow::ensure!(out.status.success(), "nacelle-tests --list: {}", out.status);
+    Ok(String::from_utf8_lossy(&out.stdout).lines().filter(|l| l.ends_with(": test")).count())
+}
+
+fn labs_that_fit() -> usize {
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available_kib = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok())
+        .unwrap_or(0);
+    cpus.min((available_kib / 1024 / LAB_MIB) as usize).max(1)
+}
+
+/// Runs `xtask lab` as a process of its own; what it prints comes in whole lines.
+fn lab(options: &[&str], command: &str) -> Result<i32> {
+    let mut lab = Command::new(std::env::current_exe().context("this program's own path")?);
+    lab.arg("lab").args(options);
+    if !command.is_empty() {
+        lab.arg("--").arg(command);
+    }
+    lab.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = lab.spawn().context("starting a lab")?;
+    let stdout = child.stdout.take().context("a pipe was asked for")?;
+    let stderr = child.stderr.take().context("a pipe was asked for")?;
+    thread::scope(|scope| {
+        scope.spawn(|| whole_lines(stdout, std::io::stdout()));
+        scope.spawn(|| whole_lines(stderr, std::io::stderr()));
+    });
+    Ok(child.wait()?.code().unwrap_or(STATUS_LAB_FAILED))
+}
+
+fn whole_lines(from: impl Read, mut to: impl Write) {
+    let mut from = BufReader::new(from);
+    let mut line = Vec::new();
+    // A reader of ours that is gone must not stop the stories: the rest is read and dropped.
+    while from.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+        let _ = to.write_all(&line).and_then(|()| to.flush());
+        line.clear();
+    }
+}
