@@ -7,14 +7,19 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use crate::{measure, table};
 
+/// Of the host's kernel, where each guest with a vhost-vsock device has its own.
+static NEXT_CID: AtomicU32 = AtomicU32::new(100);
+
 const AGENT_PORT: u32 = 1024;
 const LIMIT: Duration = Duration::from_secs(60);
+const SOCKET: &str = "vsock.sock";
 
 #[derive(Clone, Copy, PartialEq)]
 enum Vmm {
@@ -33,7 +38,7 @@ struct Samples {
 }
 
 /// Runs the comparison and prints its table.
-pub fn run(bin: &Path, guest: &Path, runs: usize, vcpus: u8, memory: u32) -> Result<()> {
+pub fn run(bin: &Path, guest: &Path, runs: usize, shape: Shape) -> Result<()> {
     let contenders = [
         ("nacelle-vmm", Vmm::Nacelle),
         ("nacelle-vmm, room to grow", Vmm::NacelleGrowing),
@@ -42,8 +47,8 @@ pub fn run(bin: &Path, guest: &Path, runs: usize, vcpus: u8, memory: u32) -> Res
     let mut samples = [Samples::default(), Samples::default(), Samples::default()];
     for run in 0..=runs {
         for (at, &(name, vmm)) in contenders.iter().enumerate() {
-            let sample = once(vmm, bin, guest, vcpus, memory, run)
-                .with_context(|| format!("{name}, run {run}"))?;
+            let sample =
+                once(vmm, bin, guest, shape).with_context(|| format!("{name}, run {run}"))?;
             if run > 0 {
                 // The first run of each warms the host's caches and does not count.
                 samples[at].ready_us.push(sample.0);
@@ -71,8 +76,9 @@ pub fn run(bin: &Path, guest: &Path, runs: usize, vcpus: u8, memory: u32) -> Res
         .collect::<Vec<_>>();
     table::print(
         &format!(
-            "Cold boot to a listening agent ({vcpus} vCPU, {memory} MiB, same kernel and \
-             initramfs, median of {runs}, alternating)"
+            "Cold boot to a listening agent ({} vCPU, {} MiB, same kernel and initramfs, median \
+             of {runs}, alternating)",
+            shape.vcpus, shape.memory
         ),
         &["VMM", "ready", "ratio", "KVM exits", "VMM's own PSS", "guest PSS"],
         &rows,
@@ -80,79 +86,193 @@ pub fn run(bin: &Path, guest: &Path, runs: usize, vcpus: u8, memory: u32) -> Res
     Ok(())
 }
 
-fn once(
-    vmm: Vmm,
-    bin: &Path,
-    guest: &Path,
-    vcpus: u8,
-    memory: u32,
-    run: usize,
-) -> Result<(u64, u64, u64, u64)> {
-    let folder = tempfile::tempdir()?;
-    let socket = folder.path().join("vsock.sock");
-    let cid = 100 + run as u32;
-    let log = File::create(folder.path().join("log"))?;
-    let mut command = match vmm {
-        Vmm::Nacelle | Vmm::NacelleGrowing => {
-            let mut command = Command::new(bin.join("nacelle-vmm"));
-            command
-                .arg("boot")
-                .arg("--kernel")
-                .arg(guest.join("vmlinux"))
-                .arg("--initramfs")
-                .arg(guest.join("initramfs.cpio"))
-                .args(["--vcpus", &vcpus.to_string(), "--memory", &memory.to_string()])
-                .arg("--vsock-path")
-                .arg(&socket);
-            if vmm == Vmm::NacelleGrowing {
-                command.args(["--max-memory", &(4 * memory).to_string()]);
-            }
-            command
-        }
-        Vmm::QemuMicrovm => {
-            let mut command = Command::new("qemu-system-x86_64");
-            command
-                .args(["-M", "microvm,accel=kvm,pcie=on,acpi=on,rtc=off,pit=off,pic=off"])
-                .args(["-cpu", "host", "-nodefaults", "-no-user-config", "-nographic"])
-                .args(["-smp", &vcpus.to_string(), "-m", &memory.to_string()])
-                .arg("-kernel")
-                .arg(guest.join("vmlinux"))
-                .arg("-initrd")
-                .arg(guest.join("initramfs.cpio"))
-                .args(["-append", "console=hvc0 quiet panic=-1 reboot=t tsc=reliable"])
-                .args(["-device", "virtio-serial-pci", "-chardev", "null,id=c"])
-                .args(["-device", "virtconsole,chardev=c"])
-                .args(["-device", &format!("vhost-vsock-pci,guest-cid={cid}")]);
-            command
-        }
+/// Boots one VM; when it became ready (microseconds), its KVM exits, the VMM's own KiB, the guest's.
+fn once(vmm: Vmm, bin: &Path, guest: &Path, shape: Shape) -> Result<(u64, u64, u64, u64)> {
+    let mut vm = Vm::start(vmm, bin, guest, shape)?;
+    let ready = match vm.until_ready()? {
+        End::Ready(ready) => ready,
+        other => bail!("{}; it said: {}", other.text(), vm.said()),
     };
-    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-    let begin = Instant::now();
-    let child = Running(command.spawn().with_context(|| format!("starting {command:?}"))?);
-    let ready = match vmm {
-        Vmm::Nacelle | Vmm::NacelleGrowing => until(begin, || hybrid(&socket)),
-        Vmm::QemuMicrovm => {
-            until(begin, || vsock::VsockStream::connect_with_cid_port(cid, AGENT_PORT).is_ok())
-        }
-    };
-    let Some(ready) = ready else {
-        let said = std::fs::read_to_string(folder.path().join("log")).unwrap_or_default();
-        bail!("no agent within {LIMIT:?}; it said: {said}");
-    };
-    let pid = child.0.id();
+    let pid = vm.child.id();
     let exits = measure::exits(pid)?;
-    let (all, guest_kib) = measure::pss_kib(pid, memory)?;
+    let (all, guest_kib) = measure::pss_kib(pid, shape.memory)?;
     Ok((ready.as_micros() as u64, exits, all - guest_kib, guest_kib))
 }
 
-fn until(begin: Instant, mut ready: impl FnMut() -> bool) -> Option<Duration> {
-    while begin.elapsed() < LIMIT {
-        if ready() {
-            return Some(begin.elapsed());
-        }
-        std::thread::sleep(Duration::from_millis(2));
+/// Boots `boots` VMs of each VMM, `at_once` of them side by side, and counts how they end: what
+/// the ground they stand on (the emulator of a lab, a nested KVM) does to any VMM shows as a count
+/// beside each.
+pub fn many(bin: &Path, guest: &Path, boots: usize, at_once: usize, shape: Shape) -> Result<()> {
+    let mut rows = Vec::new();
+    for (name, vmm) in [("nacelle-vmm", Vmm::Nacelle), ("QEMU -M microvm", Vmm::QemuMicrovm)] {
+        let next = AtomicUsize::new(0);
+        let ends = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..at_once)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut ends = Vec::new();
+                        while next.fetch_add(1, Ordering::Relaxed) < boots {
+                            let mut vm = Vm::start(vmm, bin, guest, shape)?;
+                            let end = vm.until_ready()?;
+                            if !matches!(end, End::Ready(_)) {
+                                println!("{name}: {}: {}", end.text(), vm.said().trim_end());
+                            }
+                            ends.push(end);
+                        }
+                        Ok(ends)
+                    })
+                })
+                .collect();
+            workers
+                .into_iter()
+                .map(|worker| worker.join().expect("a worker does not panic"))
+                .collect::<Result<Vec<_>>>()
+        })?
+        .concat();
+        let mut ready: Vec<u64> = ends
+            .iter()
+            .filter_map(|end| match end {
+                End::Ready(after) => Some(after.as_micros() as u64),
+                _ => None,
+            })
+            .collect();
+        let count = |wanted: &End| ends.iter().filter(|end| *end == wanted).count().to_string();
+        rows.push(vec![
+            name.to_owned(),
+            ends.len().to_string(),
+            ready.len().to_string(),
+            count(&End::Ended),
+            count(&End::Silent),
+            format!("{} ms", table::median(&mut ready) / 1000),
+        ]);
     }
-    None
+    table::print(
+        &format!(
+            "Boots to a listening agent that came up ({} vCPU, {} MiB, {at_once} at a time, one \
+             VMM after the other)",
+            shape.vcpus, shape.memory
+        ),
+        &["VMM", "boots", "up", "ended by itself", "silent", "ready"],
+        &rows,
+    );
+    Ok(())
+}
+
+/// What a VM is given.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    pub vcpus: u8,
+    /// MiB.
+    pub memory: u32,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum End {
+    /// The agent listened after this time.
+    Ready(Duration),
+    /// The VMM ended first.
+    Ended,
+    /// Neither within [`LIMIT`].
+    Silent,
+}
+
+impl End {
+    fn text(self) -> String {
+        match self {
+            Self::Ready(after) => format!("ready after {after:?}"),
+            Self::Ended => "the VMM ended by itself".to_owned(),
+            Self::Silent => format!("no agent within {LIMIT:?}"),
+        }
+    }
+}
+
+struct Vm {
+    child: Child,
+    begin: Instant,
+    vmm: Vmm,
+    cid: u32,
+    folder: tempfile::TempDir,
+}
+
+impl Vm {
+    fn start(vmm: Vmm, bin: &Path, guest: &Path, shape: Shape) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let cid = NEXT_CID.fetch_add(1, Ordering::Relaxed);
+        let log = File::create(folder.path().join("log"))?;
+        let mut command = match vmm {
+            Vmm::Nacelle | Vmm::NacelleGrowing => {
+                let mut command = Command::new(bin.join("nacelle-vmm"));
+                command
+                    .arg("boot")
+                    .arg("--kernel")
+                    .arg(guest.join("vmlinux"))
+                    .arg("--initramfs")
+                    .arg(guest.join("initramfs.cpio"))
+                    .args(["--vcpus", &shape.vcpus.to_string()])
+                    .args(["--memory", &shape.memory.to_string()])
+                    .arg("--vsock-path")
+                    .arg(folder.path().join(SOCKET));
+                if vmm == Vmm::NacelleGrowing {
+                    command.args(["--max-memory", &(4 * shape.memory).to_string()]);
+                }
+                command
+            }
+            Vmm::QemuMicrovm => {
+                let mut command = Command::new("qemu-system-x86_64");
+                command
+                    .args(["-M", "microvm,accel=kvm,pcie=on,acpi=on,rtc=off,pit=off,pic=off"])
+                    .args(["-cpu", "host", "-nodefaults", "-no-user-config", "-nographic"])
+                    .args(["-smp", &shape.vcpus.to_string(), "-no-reboot"])
+                    .args(["-m", &shape.memory.to_string()])
+                    .arg("-kernel")
+                    .arg(guest.join("vmlinux"))
+                    .arg("-initrd")
+                    .arg(guest.join("initramfs.cpio"))
+                    .args(["-append", "console=hvc0 quiet panic=-1 reboot=t tsc=reliable"])
+                    .args(["-device", "virtio-serial-pci", "-chardev", "stdio,id=c"])
+                    .args(["-device", "virtconsole,chardev=c"])
+                    .args(["-device", &format!("vhost-vsock-pci,guest-cid={cid}")]);
+                command
+            }
+        };
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let begin = Instant::now();
+        let child = command.spawn().with_context(|| format!("starting {command:?}"))?;
+        Ok(Self { child, begin, vmm, cid, folder })
+    }
+
+    fn until_ready(&mut self) -> Result<End> {
+        while self.begin.elapsed() < LIMIT {
+            let ready = match self.vmm {
+                Vmm::Nacelle | Vmm::NacelleGrowing => hybrid(&self.folder.path().join(SOCKET)),
+                Vmm::QemuMicrovm => {
+                    vsock::VsockStream::connect_with_cid_port(self.cid, AGENT_PORT).is_ok()
+                }
+            };
+            if ready {
+                return Ok(End::Ready(self.begin.elapsed()));
+            }
+            if self.child.try_wait()?.is_some() {
+                return Ok(End::Ended);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(End::Silent)
+    }
+
+    /// What the VMM and the guest's console wrote.
+    fn said(&self) -> String {
+        let all = std::fs::read(self.folder.path().join("log")).unwrap_or_default();
+        String::from_utf8_lossy(&all[all.len().saturating_sub(4096)..]).into_owned()
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // A VMM that has ended already is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// One try through the VMM's unix socket: `CONNECT` is answered only once the guest listens.
@@ -164,14 +284,4 @@ fn hybrid(socket: &Path) -> bool {
         && stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes()).is_ok()
         && stream.read_exact(&mut answer).is_ok()
         && answer == *b"OK "
-}
-
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // A VMM that has ended already is what is wanted.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

@@ -14,6 +14,7 @@ mod table;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use boot::Shape;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -41,6 +42,19 @@ enum Bench {
         #[arg(long, default_value_t = 256)]
         memory: u32,
     },
+    /// How many of many boots come up: nacelle-vmm, then QEMU's microvm.
+    Many {
+        #[arg(long, default_value_t = 60)]
+        boots: usize,
+        /// VMs side by side.
+        #[arg(long, default_value_t = 3)]
+        at_once: usize,
+        #[arg(long, default_value_t = 2)]
+        vcpus: u8,
+        /// MiB.
+        #[arg(long, default_value_t = 512)]
+        memory: u32,
+    },
     /// Listings of a node full of pods, through a real socket. Needs no KVM.
     List {
         #[arg(long, default_value_t = 500)]
@@ -63,7 +77,11 @@ fn main() -> Result<()> {
     measure::print_conditions()?;
     match arguments.bench {
         Bench::Boot { runs, vcpus, memory } => {
-            boot::run(&arguments.bin, &arguments.guest, runs, vcpus, memory)
+            boot::run(&arguments.bin, &arguments.guest, runs, Shape { vcpus, memory })
+        }
+        Bench::Many { boots, at_once, vcpus, memory } => {
+            let shape = Shape { vcpus, memory };
+            boot::many(&arguments.bin, &arguments.guest, boots, at_once, shape)
         }
         Bench::List { pods, runs } => list::run(pods, runs),
         Bench::Pods { pods, socket } => pods::run(&arguments.bin, &socket, pods),
