@@ -23,6 +23,13 @@ impl Tmpfs {
         Ok(Self(at.to_owned()))
     }
 
+    /// Huge pages, as a kubelet mounts them for an `emptyDir`.
+    pub fn huge_pages(at: &Path) -> Result<Self> {
+        std::fs::create_dir_all(at)?;
+        run("mount", &["-t", "hugetlbfs", "-o", "pagesize=2M", "none"], at)?;
+        Ok(Self(at.to_owned()))
+    }
+
     /// One whose later mounts reach other namespaces.
     pub fn shared(at: &Path) -> Result<Self> {
         let tmpfs = Self::mount(at, "size=16m")?;

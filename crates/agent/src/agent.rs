@@ -20,6 +20,7 @@ use crate::containers::process::Process;
 use crate::error::{Error, Result};
 use crate::events::EventLog;
 use crate::guest::host_mounts::HostMounts;
+use crate::guest::huge_pages::HugePages;
 use crate::guest::share::{self, Share};
 use crate::guest::volumes::Volumes;
 use crate::oci::cgroup::Cgroup;
@@ -118,6 +119,7 @@ pub struct Agent {
     pub share: Arc<tokio::sync::Mutex<Share>>,
     /// Made when the first container asks for it.
     pub userns: tokio::sync::Mutex<Option<Arc<UserNamespace>>>,
+    pub huge_pages: HugePages,
     /// Makes the pod's PID namespace once.
     pub pod_pid_making: tokio::sync::Mutex<()>,
     state: Mutex<State>,
@@ -142,6 +144,7 @@ impl Agent {
             images: tokio::sync::Mutex::default(),
             share: Arc::new(tokio::sync::Mutex::new(share)),
             userns: tokio::sync::Mutex::default(),
+            huge_pages: HugePages::default(),
             pod_pid_making: tokio::sync::Mutex::default(),
             state: Mutex::new(State {
                 pod: None,
@@ -165,6 +168,11 @@ impl Agent {
     pub fn lock(&self) -> MutexGuard<'_, State> {
         // A panic in one request must not take PID 1, and with it the pod, down.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a container is known and its program has run to its end.
+    pub fn has_ended(&self, container: &str) -> bool {
+        self.lock().containers.get(container).is_some_and(|container| container.init.is_ended())
     }
 
     /// Waits for its turn with a container's verbs.

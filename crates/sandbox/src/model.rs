@@ -202,6 +202,8 @@ pub enum VolumeSource {
     Shared { host_path: PathBuf },
     /// An EROFS image on the host, or a folder or file inside it; always read-only.
     Image { image: PathBuf, sub_path: String },
+    /// Huge pages of the VM's memory; containers that say the same name have the same files.
+    HugePages { name: String },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 use cri::v1;
 
 use super::Story;
-use crate::client::{Cri, container};
+use crate::client::{self, Cri, container};
+use crate::host;
 use crate::node::Node;
 
 pub const STORIES: &[Story] = &[
@@ -16,6 +17,7 @@ pub const STORIES: &[Story] = &[
     ("limits change while a container runs", update),
     ("a pod gets a further CPU and memory while it runs, and gives them back", resize),
     ("a pod runs on the host's CPUs that a kubelet gave its containers", cpuset),
+    ("huge pages are there as far as a container's limit goes", huge_pages),
     ("stats tell what a container uses", stats),
 ];
 
@@ -218,6 +220,54 @@ fn cpuset() -> Result<()> {
     ensure!(allowed()? == free, "beside a container that runs anywhere: {}", allowed()?);
     cri.remove(&other)?;
     ensure!(allowed()? == "0", "alone again: {}", allowed()?);
+    node.finish()
+}
+
+fn huge_pages() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("python")?;
+    let pod = node.pod("huge")?;
+    let cri = node.cri();
+    let folder = host::folder()?;
+    let _huge = host::Tmpfs::huge_pages(&folder.path().join("huge"))?;
+    let with = |name: &str, page_size: &str, limit: u64| {
+        let limits = vec![v1::HugepageLimit { page_size: page_size.into(), limit }];
+        let resources =
+            v1::LinuxContainerResources { hugepage_limits: limits, ..Default::default() };
+        let mounts = vec![client::mount(&folder.path().join("huge"), "/huge")];
+        v1::ContainerConfig { mounts, ..limited(name, &image, &["sleep", "1000"], resources) }
+    };
+    let a = cri.run(&pod, with("a", "2MB", 8 << 20))?;
+    let total = |id: &str| cri.shell(id, "sed -n 's/HugePages_Total: *//p' /proc/meminfo");
+    ensure!(total(&a)? == "4", "pages of 2 MiB: {}", total(&a)?);
+    let anonymous = |id: &str, mib: u32| {
+        let flags = "mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000";
+        let line = format!("import mmap; m = mmap.mmap(-1, {mib} << 20, flags={flags}); m[0] = 1");
+        cri.shell(id, &format!("python3 -c '{line}' 2>&1 | tail -n 1"))
+    };
+    ensure!(anonymous(&a, 8)?.is_empty(), "within the limit: {}", anonymous(&a, 8)?);
+    ensure!(anonymous(&a, 10)?.contains("Cannot allocate"), "beyond: {}", anonymous(&a, 10)?);
+    let write = "import mmap, os; f = os.open(\"/huge/f\", os.O_RDWR | os.O_CREAT); \
+                 os.ftruncate(f, 4 << 20); m = mmap.mmap(f, 4 << 20); m[0:5] = b\"hello\"";
+    let said = cri.shell(&a, &format!("python3 -c '{write}' 2>&1"))?;
+    ensure!(said.is_empty(), "a file of huge pages: {said}");
+
+    // What a kubelet says of who asks for none. The volume is the pod's, the pages are a's.
+    let b = cri.run(&pod, with("b", "2MB", 0))?;
+    ensure!(cri.shell(&b, "head -c 5 /huge/f")? == "hello", "the volume is not the pod's");
+    ensure!(!anonymous(&b, 2)?.is_empty(), "pages without a limit on them");
+    cri.remove(&a)?;
+    ensure!(cri.shell(&b, "head -c 5 /huge/f; rm /huge/f")? == "hello", "gone with a container");
+    ensure!(total(&b)? == "0", "kept: {}", total(&b)?);
+
+    for (size, limit, why) in [("2MB", 1 << 40, "give the pod more memory"), ("1GB", 1, "2MB")] {
+        let status = match cri.run(&pod, with("c", size, limit)) {
+            Ok(_) => anyhow::bail!("{limit} bytes of {size} pages were given"),
+            Err(error) => format!("{error:#}"),
+        };
+        ensure!(status.contains(why), "{status}");
+    }
+    ensure!(total(&b)? == "0", "left by a refusal: {}", total(&b)?);
     node.finish()
 }
 

@@ -7,7 +7,7 @@ use agent_api::v1;
 use oci_spec::runtime::{LinuxDevice, LinuxResources, Process as OciProcess, Spec};
 
 use super::process::{Life, Process};
-use super::rootfs::Rootfs;
+use super::rootfs::{Rootfs, blocking};
 use super::volumes::Staged;
 use super::{Container, Parts, namespaces, streams};
 use crate::agent::{Agent, Owner};
@@ -54,6 +54,7 @@ pub async fn create(
             if let Err(second) = parts.dismantle(agent).await {
                 tracing::error!(container = id, error = %second.chain(), "left behind");
             }
+            agent.huge_pages.release(&id);
             if let Err(second) = agent.lock().volumes.remove_of(&id) {
                 tracing::error!(container = id, error = %second.chain(), "left behind");
             }
@@ -131,6 +132,9 @@ async fn build(
     if let Some(userns) = &userns {
         cgroup.delegate(userns.mapping.root())?;
     }
+    if agent.config.has_devices().is_ok() {
+        reserve_huge_pages(agent, id, &resources).await?;
+    }
     cgroup.apply(&resources)?;
     let process = spec
         .process_mut()
@@ -192,6 +196,15 @@ async fn build(
     agent.adopt(made.pid, Owner::Process { container: id.clone(), exec: String::new() });
     drop(expecting);
     Ok(reply)
+}
+
+async fn reserve_huge_pages(
+    agent: &Arc<Agent>,
+    id: &str,
+    resources: &LinuxResources,
+) -> Result<()> {
+    let (agent, id, resources) = (Arc::clone(agent), id.to_owned(), resources.clone());
+    blocking(move || agent.huge_pages.reserve(&id, &resources, |id| agent.has_ended(id))).await
 }
 
 /// Devices beyond those that every container has.

@@ -39,7 +39,10 @@ pub async fn remove(agent: &Arc<Agent>, id: &str) -> Result<()> {
         container.init.close();
         container.execs.values().for_each(super::process::Process::close);
     }
-    state.volumes.remove_of(id)
+    let removed = state.volumes.remove_of(id);
+    drop(state);
+    agent.huge_pages.release(id);
+    removed
 }
 
 async fn wait_for_end(agent: &Agent, id: &str) -> Result<()> {

@@ -16,5 +16,8 @@ pub fn update(agent: &Agent, id: &str, json: &[u8]) -> Result<()> {
         }
         container.parts.cgroup.clone()
     };
+    if agent.config.has_devices().is_ok() {
+        agent.huge_pages.reserve(id, &resources, |id| agent.has_ended(id))?;
+    }
     cgroup.map_or(Ok(()), |cgroup| cgroup.apply(&resources))
 }

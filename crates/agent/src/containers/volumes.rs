@@ -6,6 +6,7 @@
 //! written  <base>/volumes/<id>  (tmpfs)     \
 //! share    <base>/shares/<id>   (virtio-fs)  > sub_path, resolved beneath -> copy of the tree -> stage
 //! image    <base>/images/<serial> (EROFS)   /
+//! huge     <base>/hugepages/<id> (hugetlbfs) -> copy of the tree -> stage
 //! host     a path of the host, in a pod without a VM -> copy of the tree -> stage
 //! VOLUME of the image   that folder of the container's own root -> copy of the mount -> stage
 //! ```
@@ -24,6 +25,7 @@ use super::images::{self, Image};
 use super::rootfs::blocking;
 use crate::agent::Agent;
 use crate::error::{Doing, Error, Result};
+use crate::guest::huge_pages;
 use crate::guest::inroot::Root;
 use crate::guest::tree::{Reach, Tree};
 use crate::guest::volumes::{open_dir, relative};
@@ -109,8 +111,11 @@ impl Staged {
             let target = self.dir.join(n.to_string());
             let at = target.clone();
             let wanted = volume.clone();
-            // tmpfs of older kernels takes no id mapping: its files belong to the mapped ids.
-            let mapped = kind.source == v1::VolumeSource::Written || volume.ids_mapped;
+            // tmpfs and hugetlbfs of older kernels take no id mapping: their files belong to the
+            // mapped ids.
+            let in_memory =
+                matches!(kind.source, v1::VolumeSource::Written | v1::VolumeSource::HugePages);
+            let mapped = in_memory || volume.ids_mapped;
             let userns = userns.filter(|_| !mapped).cloned();
             let directory =
                 blocking(move || attach(source, &wanted, &kind, userns.as_deref(), &at)).await?;
@@ -176,6 +181,11 @@ impl Staged {
                     share.open(&id, &sub_path, &submounts)
                 })
                 .await
+            }
+            v1::VolumeSource::HugePages => {
+                agent.config.has_devices()?;
+                let (base, id) = (agent.config.base.join("hugepages"), id.clone());
+                blocking(move || open_dir(&huge_pages::volume(&base, &id)?)).await
             }
             v1::VolumeSource::Image => {
                 let image = images::take(agent, id).await?;

@@ -4,6 +4,7 @@ pub mod boot;
 pub mod cpus;
 pub mod devices;
 pub mod host_mounts;
+pub mod huge_pages;
 pub mod identity;
 pub mod inroot;
 pub mod loop_device;

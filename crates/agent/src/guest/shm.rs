@@ -43,7 +43,7 @@ pub fn mount_mqueue(path: &Path) -> Result<()> {
     mount(Some("mqueue"), path, Some("mqueue"), flags, None::<&str>).doing(what)
 }
 
-fn is_mount_point(path: &Path) -> bool {
+pub(super) fn is_mount_point(path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
     let device = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
     path.parent().is_some_and(|parent| device(path) != device(parent))

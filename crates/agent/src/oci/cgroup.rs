@@ -102,7 +102,9 @@ impl Cgroup {
             let result = write(&path, &setting.value);
             // A guest without swap has no swap to limit: what was asked for holds.
             let no_swap = setting.file == "memory.swap.max" && !path.exists();
-            if no_swap {
+            // Nor has a kernel without huge pages any to withhold.
+            let no_pages = setting.file.starts_with("hugetlb.") && setting.value == "0";
+            if no_swap || no_pages && !path.exists() {
                 continue;
             }
             if let Err(error) = result {

@@ -99,7 +99,10 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
             if !size.chars().all(|c| c.is_ascii_alphanumeric()) {
                 return Err(Error::invalid("resources.hugepageLimits", "bad page size"));
             }
-            set(&format!("hugetlb.{size}.max"), page.limit().to_string());
+            // What is reserved counts as well: mmap(2) fails, and not the first write with SIGBUS.
+            for kind in ["max", "rsvd.max"] {
+                set(&format!("hugetlb.{size}.{kind}"), page.limit().to_string());
+            }
         }
     }
     if let Some(io) = resources.block_io()

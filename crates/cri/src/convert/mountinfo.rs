@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, PartialEq, Eq)]
 pub struct Mount {
     pub point: PathBuf,
+    /// What of its file system stands there.
+    pub root: PathBuf,
     /// Mounts made below it are seen by its peers.
     pub shared: bool,
     /// It sees mounts that its master gets.
@@ -31,10 +33,10 @@ fn find(text: &[u8], path: &Path) -> Option<Mount> {
 /// `id parent major:minor root point options [optional]* - type source options`
 fn parse(line: &[u8]) -> Option<Mount> {
     let mut words = line.split(|byte| *byte == b' ');
-    let point = unescape(words.nth(4)?);
+    let (root, point) = (unescape(words.nth(3)?), unescape(words.next()?));
     let optional: Vec<&[u8]> = words.skip(1).take_while(|word| *word != b"-").collect();
     let has = |tag: &[u8]| optional.iter().any(|word| word.starts_with(tag));
-    Some(Mount { point, shared: has(b"shared:"), slave: has(b"master:") })
+    Some(Mount { point, root, shared: has(b"shared:"), slave: has(b"master:") })
 }
 
 /// White space and backslashes are written as `\` and three octal digits.
@@ -68,7 +70,12 @@ mod tests {
     #[test]
     fn a_path_lies_on_the_topmost_mount_above_it() {
         let at = |path: &str| find(TEXT, Path::new(path)).unwrap();
-        let mount = |point: &str, shared, slave| Mount { point: point.into(), shared, slave };
+        let mount = |point: &str, shared, slave| Mount {
+            point: point.into(),
+            root: "/".into(),
+            shared,
+            slave,
+        };
         assert_eq!(at("/etc"), mount("/", false, false));
         assert_eq!(at("/a/x"), mount("/a", true, true));
         assert_eq!(at("/ab"), mount("/", false, false));

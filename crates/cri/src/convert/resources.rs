@@ -8,7 +8,8 @@
 use std::collections::BTreeMap;
 
 use oci_spec::runtime::{
-    LinuxCpu, LinuxCpuBuilder, LinuxMemory, LinuxResources, LinuxResourcesBuilder,
+    LinuxCpu, LinuxCpuBuilder, LinuxHugepageLimitBuilder, LinuxMemory, LinuxResources,
+    LinuxResourcesBuilder,
 };
 
 use sandbox::model::CpuLimits;
@@ -20,6 +21,8 @@ use crate::v1;
 const MIB: i64 = 1 << 20;
 /// cpu.max's default period, microseconds (cgroup-v2.rst).
 const DEFAULT_PERIOD: i64 = 100_000;
+/// The size of a guest's huge pages, as CRI and the hugetlb controller write it.
+const HUGE_PAGE: &str = "2MB";
 /// OOM scores the kernel knows (proc(5), oom_score_adj).
 pub const OOM_SCORE: std::ops::RangeInclusive<i64> = -1000..=1000;
 
@@ -29,6 +32,10 @@ pub fn to_oci(request: &v1::LinuxContainerResources) -> Result<LinuxResources, R
     let mut resources = LinuxResourcesBuilder::default().build().map_err(internal)?;
     resources.set_cpu(cpu(request)?);
     resources.set_memory(memory(request));
+    if let Some(limit) = huge_bytes(request).and_then(|bytes| i64::try_from(bytes).ok()) {
+        let limit = LinuxHugepageLimitBuilder::default().page_size(HUGE_PAGE).limit(limit);
+        resources.set_hugepage_limits(Some(vec![limit.build().map_err(internal)?]));
+    }
     if !request.unified.is_empty() {
         resources.set_unified(Some(request.unified.clone().into_iter().collect()));
     }
@@ -94,13 +101,16 @@ fn check(request: &v1::LinuxContainerResources) -> Result<(), Refusal> {
             return Err(Refusal::invalid(field, format!("{set:?} is not a list like 0-2,4")));
         }
     }
-    // A kubelet sends a limit of 0 for every size of huge page that its node knows; a guest has
-    // none to begin with.
-    if let Some(huge) = request.hugepage_limits.iter().find(|limit| limit.limit > 0) {
+    // A kubelet sends a limit of 0 for every size of huge page that its node knows.
+    let other = |limit: &&v1::HugepageLimit| limit.limit > 0 && limit.page_size != HUGE_PAGE;
+    if let Some(huge) = request.hugepage_limits.iter().find(other) {
         return Err(Refusal::unsupported(
             "hugepage_limits",
-            format!("{}: a pod's VM has no huge pages to give", huge.page_size),
+            format!("{:?}: a pod's VM has huge pages of {HUGE_PAGE} alone", huge.page_size),
         ));
+    }
+    if huge_bytes(request).is_some_and(|bytes| i64::try_from(bytes).is_err()) {
+        return Err(Refusal::invalid("hugepage_limits", "more than there can be"));
     }
     check_unified(&request.unified)
 }
@@ -119,6 +129,12 @@ fn check_unified(unified: &BTreeMap<String, String>) -> Result<(), Refusal> {
         )),
         None => Ok(()),
     }
+}
+
+/// The limit on pages of 2 MiB; the last one counts, as with a cgroup's file.
+fn huge_bytes(request: &v1::LinuxContainerResources) -> Option<u64> {
+    let limits = request.hugepage_limits.iter().rev();
+    limits.into_iter().find(|limit| limit.page_size == HUGE_PAGE).map(|limit| limit.limit)
 }
 
 fn positive(value: i64) -> Option<u64> {
@@ -170,6 +186,8 @@ pub fn overlay(current: &LinuxResources, update: &LinuxResources) -> LinuxResour
         }
         (old, new) => new.or(old),
     });
+    let huge = update.hugepage_limits().clone();
+    merged.set_hugepage_limits(huge.or_else(|| current.hugepage_limits().clone()));
     let mut unified = current.unified().clone().unwrap_or_default();
     unified.extend(update.unified().clone().unwrap_or_default());
     merged.set_unified(Some(unified).filter(|unified| !unified.is_empty()));
@@ -217,7 +235,13 @@ pub fn vm_size(
                 stated if stated > 0 => stated,
                 _ => i64::from(config.guest_overhead_mib) * MIB,
             };
-            let mib = limit.saturating_add(room).saturating_add(MIB - 1) / MIB;
+            // Beside the memory that is limited: the memory controller does not count them.
+            let huge = huge_bytes(resources_given).and_then(|bytes| i64::try_from(bytes).ok());
+            let mib = limit
+                .saturating_add(huge.unwrap_or(0))
+                .saturating_add(room)
+                .saturating_add(MIB - 1)
+                / MIB;
             let mib = u32::try_from(mib).map_err(|_| {
                 Refusal::invalid(
                     "linux.resources.memory_limit_in_bytes",
@@ -313,6 +337,32 @@ mod tests {
     }
 
     #[test]
+    fn huge_pages_are_a_limit_of_the_container_and_memory_of_the_vm() {
+        let page = |size: &str, limit| v1::HugepageLimit { page_size: size.into(), limit };
+        let wanted = v1::LinuxContainerResources {
+            memory_limit_in_bytes: 512 << 20,
+            hugepage_limits: vec![page("1GB", 0), page("2MB", 64 << 20)],
+            ..request()
+        };
+        let oci = to_oci(&wanted).unwrap();
+        let limits = oci.hugepage_limits().as_ref().unwrap();
+        assert_eq!(limits.len(), 1);
+        assert_eq!((limits[0].page_size().as_str(), limits[0].limit()), ("2MB", 64 << 20));
+        // An update that says nothing of them leaves them.
+        assert_eq!(
+            overlay(&oci, &to_oci(&request()).unwrap()).hugepage_limits(),
+            oci.hugepage_limits()
+        );
+        let config = Config::default();
+        let size = |request| vm_size(Some(request), None, 4, &config).unwrap().memory_mib.unwrap();
+        let without = v1::LinuxContainerResources { hugepage_limits: Vec::new(), ..wanted.clone() };
+        assert_eq!(size(&wanted) - size(&without), 64);
+        let wanted =
+            v1::LinuxContainerResources { hugepage_limits: vec![page("2MB", u64::MAX)], ..wanted };
+        assert!(to_oci(&wanted).unwrap_err().to_string().starts_with("hugepage_limits"));
+    }
+
+    #[test]
     fn swap_follows_a_memory_limit_that_changes_alone() {
         let limit = |limit, both| {
             to_oci(&v1::LinuxContainerResources {
@@ -356,7 +406,7 @@ mod tests {
             ),
             (
                 v1::LinuxContainerResources {
-                    hugepage_limits: vec![v1::HugepageLimit { page_size: "2MB".into(), limit: 1 }],
+                    hugepage_limits: vec![v1::HugepageLimit { page_size: "1GB".into(), limit: 1 }],
                     ..request()
                 },
                 "hugepage_limits",

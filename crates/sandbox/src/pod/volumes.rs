@@ -117,6 +117,10 @@ impl Prepared {
                     mount.submounts = submounts(host_path).await?;
                 }
             }
+            VolumeSource::HugePages { name } => {
+                mount.volume_id = name.clone();
+                mount.set_source(v1::VolumeSource::HugePages);
+            }
             VolumeSource::Image { image, sub_path } => {
                 mount.volume_id = handle.machine.image(image);
                 mount.set_source(v1::VolumeSource::Image);

@@ -7,6 +7,7 @@
 //! | a small file on /etc/hosts, /etc/hostname or /etc/resolv.conf | copied |
 //! | the termination log | a copy that is written back at the end |
 //! | an image | its EROFS disk |
+//! | a hugetlbfs (`emptyDir` with medium HugePages) | one of the guest's, empty |
 //! | any other file or folder of the host | shared |
 //!
 //! The image's own volumes (VOLUME) are folders of the container's root, which can be written to
@@ -21,9 +22,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{FileType, Metadata};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
+use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 use oci_spec::image::Config as ImageConfig;
 use sandbox::model::{Access, Propagation, Volume, VolumeSource};
 
@@ -46,6 +48,8 @@ const ATOMIC_LINK: &str = "..data";
 /// A request that names a hundred thousand folders would have the host look at them all;
 /// Kubernetes' own use stays below a hundred.
 const MAX_MOUNTS: usize = 512;
+/// The size of page that a guest's huge pages have, bytes.
+const HUGE_PAGE: u64 = 2 << 20;
 /// How a kubelet recognises the failure (cri-api, pkg/errors).
 const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
 
@@ -255,6 +259,14 @@ fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume
             ),
         ));
     }
+    if kind.is_dir()
+        && let Some(source) = huge_pages(&host_path, &metadata)?
+    {
+        if propagation != Propagation::Private {
+            return Err(Refusal::unsupported("propagation", "huge pages have no mounts below"));
+        }
+        return Ok(Volume { container_path, source, access, propagation });
+    }
     let small = kind.is_file() && metadata.len() <= SMALL;
     let private = propagation == Propagation::Private;
     let source = if small && SMALL_FILES.contains(&container_path.as_str()) {
@@ -270,6 +282,31 @@ fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume
         VolumeSource::Shared { host_path }
     };
     Ok(Volume { container_path, source, access, propagation })
+}
+
+/// Huge pages are memory: those of the host are no use in a VM, which has its own.
+fn huge_pages(path: &Path, metadata: &Metadata) -> Result<Option<VolumeSource>, Refusal> {
+    let failed = |error: std::io::Error| {
+        Refusal::invalid("host_path", format!("{}: {error}", path.display()))
+    };
+    let system = statfs(path).map_err(|error| failed(error.into()))?;
+    if system.filesystem_type() != HUGETLBFS_MAGIC {
+        return Ok(None);
+    }
+    let refuse =
+        |why: String| Err(Refusal::unsupported("host_path", format!("{}: {why}", path.display())));
+    let size = system.block_size() as u64;
+    if size != HUGE_PAGE {
+        return refuse(format!("pages of {} MiB; a pod's VM has those of 2 MiB", size >> 20));
+    }
+    let whole = mountinfo::of(path)
+        .map_err(failed)?
+        .is_some_and(|mount| mount.point == path && mount.root == Path::new("/"));
+    if !whole {
+        return refuse("a folder of a hugetlbfs; a pod in a VM has a whole one or none".into());
+    }
+    // Each has a device number of its own for as long as it is mounted.
+    Ok(Some(VolumeSource::HugePages { name: format!("huge-{:x}", metadata.dev()) }))
 }
 
 /// What the path leads to now; a link put there later leads nowhere else.
