@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -227,7 +227,7 @@ impl Vm {
                     .arg("-kernel")
                     .arg(guest.join("vmlinux"))
                     .arg("-initrd")
-                    .arg(guest.join("initramfs.cpio"))
+                    .arg(padded(&guest.join("initramfs.cpio"), folder.path())?)
                     .args(["-append", "console=hvc0 quiet panic=-1 reboot=t tsc=reliable"])
                     .args(["-device", "virtio-serial-pci", "-chardev", "stdio,id=c"])
                     .args(["-device", "virtconsole,chardev=c"])
@@ -273,6 +273,17 @@ impl Drop for Vm {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A copy of an initramfs that QEMU's microvm can load: it puts the end of one into the last page of
+/// memory, where its firmware has put the ACPI tables already, some way in. Zeros behind a cpio
+/// archive mean nothing.
+fn padded(initramfs: &Path, folder: &Path) -> Result<PathBuf> {
+    const PAGE: u64 = 4096;
+    let copy = folder.join("initramfs");
+    let size = std::fs::copy(initramfs, &copy).context("copying the initramfs")?;
+    File::options().write(true).open(&copy)?.set_len(size.next_multiple_of(PAGE) + 16)?;
+    Ok(copy)
 }
 
 /// One try through the VMM's unix socket: `CONNECT` is answered only once the guest listens.
