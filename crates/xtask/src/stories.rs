@@ -21,7 +21,7 @@ const WIDE: &str = "wide";
 /// CPUs of the lab in which the wide ones are told.
 const WIDE_CPUS: &str = "2";
 /// What a lab may come to use of the host's memory, MiB: its own 6 GiB, and QEMU's.
-const LAB_MIB: u64 = 6144 + 1024;
+const LAB_MIB: u64 = 6144 + 512;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {

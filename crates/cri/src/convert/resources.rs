@@ -133,8 +133,8 @@ fn check_unified(unified: &BTreeMap<String, String>) -> Result<(), Refusal> {
 
 /// The limit on pages of 2 MiB; the last one counts, as with a cgroup's file.
 fn huge_bytes(request: &v1::LinuxContainerResources) -> Option<u64> {
-    let limits = request.hugepage_limits.iter().rev();
-    limits.into_iter().find(|limit| limit.page_size == HUGE_PAGE).map(|limit| limit.limit)
+    let mut limits = request.hugepage_limits.iter();
+    limits.rfind(|limit| limit.page_size == HUGE_PAGE).map(|limit| limit.limit)
 }
 
 fn positive(value: i64) -> Option<u64> {
