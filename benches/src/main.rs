@@ -1,9 +1,9 @@
 //! Benchmarks: tables with their conditions, nacelle beside a peer in the same run.
 //!
 //! `nacelle-bench boot` compares VMMs on the same kernel and initramfs; `nacelle-bench many` counts
-//! how many of many boots come up; `nacelle-bench pods` breaks a pod's cold start into its phases and weighs idle pods; `nacelle-bench list` asks a node full of
-//! pods what a kubelet asks. Nothing here asserts anything: see
-//! `docs/benchmarks.md` for how to read the numbers.
+//! how many of many boots come up; `nacelle-bench pods` breaks a pod's cold start into its phases and
+//! weighs idle pods; `nacelle-bench list` asks a node full of pods what a kubelet asks. Nothing here
+//! asserts anything: see `docs/benchmarks.md` for how to read the numbers.
 
 mod boot;
 mod list;
