@@ -12,6 +12,8 @@ pub mod images;
 pub mod layout;
 pub mod leftovers;
 pub mod node;
+pub mod part;
 pub mod registry;
 pub mod stories;
 pub mod wait;
+pub mod watch;

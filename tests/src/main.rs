@@ -5,7 +5,8 @@
 //! told with `NACELLE_PART=wide`.
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use nacelle_tests::stories::{Story, WIDE};
+use nacelle_tests::part::Part;
+use nacelle_tests::watch;
 
 fn main() -> std::process::ExitCode {
     let mut words = std::env::args().skip(1);
@@ -41,45 +42,13 @@ fn main() -> std::process::ExitCode {
             Trial::test(full.clone(), move || {
                 // A machine in an emulated machine stalls now and then. What fails once and passes
                 // when told again is printed with its first error, so that it is looked at.
-                let told = story().or_else(|error| {
+                let told = watch::over(&full, story).or_else(|error| {
                     eprintln!("FLAKY {full}: {error:?}");
-                    story()
+                    watch::over(&full, story)
                 });
                 told.map_err(|error| Failed::from(format!("{error:?}")))
             })
         })
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
-}
-
-enum Part {
-    All,
-    /// The `at`th, from 0, of every `of` stories that one CPU is enough for.
-    Share {
-        at: usize,
-        of: usize,
-    },
-    Wide,
-}
-
-impl Part {
-    fn parse(text: &str) -> Option<Self> {
-        if text == "wide" {
-            return Some(Self::Wide);
-        }
-        let (at, of) = text.split_once('/')?;
-        let (at, of) = (at.parse::<usize>().ok()?.checked_sub(1)?, of.parse().ok()?);
-        (at < of).then_some(Self::Share { at, of })
-    }
-
-    fn of(&self, all: Vec<(&'static str, Story)>) -> Vec<(&'static str, Story)> {
-        let wide = |story: &(&str, Story)| WIDE.contains(&(story.0, story.1.0));
-        match *self {
-            Self::All => all,
-            Self::Wide => all.into_iter().filter(wide).collect(),
-            Self::Share { at, of } => {
-                all.into_iter().filter(|story| !wide(story)).skip(at).step_by(of).collect()
-            }
-        }
-    }
 }

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::lab::STATUS_LAB_FAILED;
+use crate::lab::{STATUS_LAB_FAILED, STATUS_TIMEOUT};
 use crate::{kvm, paths};
 
 /// Which stories a run of `nacelle-tests` tells: `1/2`, or `wide` for those that need CPUs.
@@ -26,7 +26,7 @@ const LAB_MIB: u64 = 6144 + 512;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Seconds that one lab may take
-    #[arg(long, default_value_t = 2400)]
+    #[arg(long, default_value_t = 1800)]
     timeout: u64,
     /// Labs side by side; by default as many as CPUs and memory allow
     #[arg(long)]
@@ -37,13 +37,14 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<i32> {
-    let mut tell = vec!["nacelle-tests".to_owned()];
-    tell.extend(args.words.iter().map(|word| format!("'{}'", word.replace('\'', r"'\''"))));
-    let tell = tell.join(" ");
+    let mut tell = "nacelle-tests".to_owned();
+    for word in &args.words {
+        tell += &format!(" {}", quoted(word));
+    }
     let timeout = args.timeout.to_string();
     let kvm = kvm::probe();
     if kvm.usable {
-        return lab(&["--auto", "--timeout", &timeout], &tell);
+        return Ok(lab(&["--auto", "--timeout", &timeout], &tell)?.status);
     }
     eprintln!("KVM here {}: running inside the lab", kvm.why);
     // Made once, before several labs ask for it.
@@ -63,10 +64,15 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
             let cpus = if part == WIDE { WIDE_CPUS } else { "1" };
             let options = ["--images", "--timeout", &timeout, "--env", &told, "--cpus", cpus];
             let begin = Instant::now();
-            let mut status = lab(&options, &tell)?;
-            if status == STATUS_LAB_FAILED {
-                eprintln!("the lab itself has died: stories {part} once more");
-                status = lab(&options, &tell)?;
+            let Told { mut status, passed } = lab(&options, &tell)?;
+            if status == STATUS_LAB_FAILED || status == STATUS_TIMEOUT {
+                eprintln!(
+                    "FLAKY {part}: the lab did not come to its end, told here: the rest again"
+                );
+                let rest = passed
+                    .iter()
+                    .fold(tell.clone(), |tell, name| format!("{tell} --skip {}", quoted(name)));
+                status = lab(&options, &rest)?.status;
             }
             println!("--- stories {part}: {} s", begin.elapsed().as_secs());
             worst = if worst == 0 { status } else { worst };
@@ -109,8 +115,25 @@ fn labs_that_fit() -> usize {
     cpus.min((available_kib / 1024 / LAB_MIB) as usize).max(1)
 }
 
+/// What became of a lab.
+struct Told {
+    status: i32,
+    /// Names of the stories that passed.
+    passed: Vec<String>,
+}
+
+/// A word as a shell reads it.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+/// The name in one of libtest's lines `test <name> ... ok`.
+fn passed(line: &str) -> Option<&str> {
+    Some(line.trim_end().strip_prefix("test ")?.strip_suffix("... ok")?.trim_end())
+}
+
 /// Runs `xtask lab` as a process of its own; what it prints comes in whole lines.
-fn lab(options: &[&str], command: &str) -> Result<i32> {
+fn lab(options: &[&str], command: &str) -> Result<Told> {
     let mut lab = Command::new(std::env::current_exe().context("this program's own path")?);
     lab.arg("lab").args(options);
     if !command.is_empty() {
@@ -120,19 +143,37 @@ fn lab(options: &[&str], command: &str) -> Result<i32> {
     let mut child = lab.spawn().context("starting a lab")?;
     let stdout = child.stdout.take().context("a pipe was asked for")?;
     let stderr = child.stderr.take().context("a pipe was asked for")?;
+    let mut names = Vec::new();
     thread::scope(|scope| {
-        scope.spawn(|| whole_lines(stdout, std::io::stdout()));
-        scope.spawn(|| whole_lines(stderr, std::io::stderr()));
+        scope.spawn(|| {
+            whole_lines(stdout, std::io::stdout(), |line| {
+                names.extend(passed(line).map(Into::into))
+            });
+        });
+        scope.spawn(|| whole_lines(stderr, std::io::stderr(), |_| {}));
     });
-    Ok(child.wait()?.code().unwrap_or(STATUS_LAB_FAILED))
+    Ok(Told { status: child.wait()?.code().unwrap_or(STATUS_LAB_FAILED), passed: names })
 }
 
-fn whole_lines(from: impl Read, mut to: impl Write) {
+fn whole_lines(from: impl Read, mut to: impl Write, mut seen: impl FnMut(&str)) {
     let mut from = BufReader::new(from);
     let mut line = Vec::new();
     // A reader of ours that is gone must not stop the stories: the rest is read and dropped.
     while from.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
         let _ = to.write_all(&line).and_then(|()| to.flush());
+        seen(&String::from_utf8_lossy(&line));
         line.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_story_that_passed_is_known_by_its_line() {
+        assert_eq!(passed("test vmm::a guest boots    ... ok\n"), Some("vmm::a guest boots"));
+        assert_eq!(passed("test vmm::a guest boots    ... FAILED\n"), None);
+        assert_eq!(passed("--- stories 1/2: 646 s\n"), None);
     }
 }

@@ -4,8 +4,11 @@
 //!  booting --"ready"--> running --"exit N"--> closing --QEMU ends--> N
 //!     |                    |                     |
 //!  boot limit           run limit             10 s         => killed: 125, 124, N
-//!  QEMU ends early: 125, and the console is kept
+//!  QEMU ends early, or no "alive" for two minutes while running: 125
 //! ```
+//!
+//! Where it is not N, the console is kept. A machine that fell silent gets an NMI first: its kernel
+//! panics and writes there what its CPU was doing.
 //!
 //! One CPU unless more are asked for: QEMU 10.0 with two CPU threads that both run SVM guests once
 //! in some ten thousand #VMEXITs goes on with nested paging after it went back to the host's state.
@@ -16,6 +19,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -30,12 +34,16 @@ use anyhow::{Context, Result, bail};
 use super::image::Image;
 use crate::{paths, run};
 
-/// Exit status when the command ran into its limit, as timeout(1) has it.
-const STATUS_TIMEOUT: i32 = 124;
 const STATUS_INTERRUPTED: i32 = 130;
 
 /// How long the outer machine may take to power off after it reported its status.
 const CLOSING_LIMIT: Duration = Duration::from_secs(10);
+
+/// The outer machine says every 5 s that it is alive.
+const SILENCE_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long an outer machine that fell silent gets to write down what it was doing.
+const LAST_WORDS: Duration = Duration::from_secs(10);
 
 const POLL: Duration = Duration::from_millis(50);
 
@@ -104,9 +112,11 @@ fn supervise(
     let mut deadline = Some(Instant::now() + plan.boot_limit);
     let mut ready = false;
     let mut exit = None;
+    let mut heard = Instant::now();
     loop {
         match status.recv_timeout(POLL) {
             Ok(line) => {
+                heard = Instant::now();
                 if line == "ready" {
                     ready = true;
                     deadline = plan.run_limit.map(|limit| Instant::now() + limit);
@@ -139,6 +149,10 @@ fn supervise(
             };
             return Ok(code);
         }
+        if ready && exit.is_none() && !plan.shell && heard.elapsed() >= SILENCE_LIMIT {
+            last_words(plan.scratch);
+            bail!("the outer machine fell silent{}", log_of(plan.scratch));
+        }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return match (exit, ready) {
                 (Some(code), _) => Ok(code),
@@ -148,7 +162,7 @@ fn supervise(
                         plan.run_limit.unwrap_or_default()
                     );
                     keep_console(plan.scratch);
-                    Ok(STATUS_TIMEOUT)
+                    Ok(super::STATUS_TIMEOUT)
                 }
                 (None, false) => bail!(
                     "the outer machine was not ready after {:?}{}",
@@ -179,7 +193,8 @@ fn spawn(plan: &Plan<'_>) -> Result<Child> {
     command.arg("-kernel").arg(&plan.image.kernel).arg("-initrd").arg(&plan.image.initrd);
     command.args([
         "-append",
-        "console=ttyS0 quiet loglevel=5 tsc=reliable no_timer_check panic=-1 oops=panic",
+        "console=ttyS0 quiet loglevel=5 tsc=reliable no_timer_check panic=-1 oops=panic \
+         unknown_nmi_panic nokaslr",
     ]);
     for (file, options) in [
         (plan.image.root.as_path(), "snapshot=on,cache=unsafe"),
@@ -191,6 +206,8 @@ fn spawn(plan: &Plan<'_>) -> Result<Child> {
     }
     command.args(["-chardev", &format!("file,id=console,path={scratch}/console")]);
     command.args(["-serial", "chardev:console", "-device", "virtio-rng-pci"]);
+    let monitor = monitor(plan.scratch);
+    command.args(["-monitor", &format!("unix:{},server=on,wait=off", monitor.display())]);
     command.args(["-device", "virtio-serial-pci,max_ports=31"]);
     let mut port = |name: &str, path: &str| {
         command.args(["-chardev", &format!("file,id={name},path={path}")]);
@@ -219,6 +236,26 @@ fn spawn(plan: &Plan<'_>) -> Result<Child> {
     // QEMU puts its snapshots there.
     command.env("TMPDIR", plan.scratch);
     command.spawn().context("starting QEMU (is it installed? 'make deps')")
+}
+
+fn monitor(scratch: &Path) -> PathBuf {
+    scratch.join("monitor")
+}
+
+/// Has an outer machine that says nothing any more tell on its console where it is.
+fn last_words(scratch: &Path) {
+    let asked = UnixStream::connect(monitor(scratch)).and_then(|mut monitor| {
+        monitor.set_read_timeout(Some(LAST_WORDS))?;
+        monitor.write_all(b"info registers\ninfo status\nnmi\n")?;
+        let mut told = Vec::new();
+        // The panic ends QEMU, and with it this connection; else the timeout does.
+        let _ = monitor.read_to_end(&mut told);
+        let mut console = OpenOptions::new().append(true).open(scratch.join("console"))?;
+        console.write_all(&told)
+    });
+    if let Err(error) = asked {
+        eprintln!("lab: asking QEMU for the machine's state: {error}");
+    }
 }
 
 /// A named pipe that QEMU writes into.
@@ -286,7 +323,7 @@ fn log_of(scratch: &Path) -> String {
             text.push_str(&format!("\n  qemu: {line}"));
         }
     }
-    for line in &lines[lines.len().saturating_sub(20)..] {
+    for line in &lines[lines.len().saturating_sub(40)..] {
         text.push_str(&format!("\n  console: {line}"));
     }
     text

@@ -21,6 +21,8 @@ mod machine;
 
 /// Exit status when the lab, not the command in it, failed (as `env` and `docker run` use it).
 pub(crate) const STATUS_LAB_FAILED: i32 = 125;
+/// Exit status when the command ran into its limit, as timeout(1) has it.
+pub(crate) const STATUS_TIMEOUT: i32 = 124;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
