@@ -16,6 +16,7 @@ pub use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::limit::LogLimit;
 use crate::queue::VirtQueue;
 
 /// Device types (virtio 1.2, section 5).
@@ -63,6 +64,8 @@ pub struct DeviceCounters {
     operations: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
+    /// For what the guest makes the device log.
+    pub(crate) limit: LogLimit,
 }
 
 impl DeviceCounters {

@@ -2,43 +2,49 @@
 //!
 //! Attack: a guest that sends malformed requests as fast as it can fills the host's log disk.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Lines let through in a [`WINDOW`].
-const LINES: u32 = 8;
+pub(crate) const LINES: u32 = 8;
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// One device's allowance.
+/// One device's allowance, for its transport, queues and engines together. It lives as long as the
+/// device: a driver that resets it gets no new one.
+#[derive(Debug, Default)]
+pub struct LogLimit(Mutex<Used>);
+
 #[derive(Debug)]
-pub struct LogLimit {
+struct Used {
     since: Instant,
-    used: u32,
+    lines: u32,
     suppressed: u64,
 }
 
-impl Default for LogLimit {
+impl Default for Used {
     fn default() -> Self {
-        Self { since: Instant::now(), used: 0, suppressed: 0 }
+        Self { since: Instant::now(), lines: 0, suppressed: 0 }
     }
 }
 
 impl LogLimit {
     /// Whether a line may be written now; if so, how many were swallowed before it.
-    pub fn allow(&mut self) -> Option<u64> {
+    pub fn allow(&self) -> Option<u64> {
         self.allow_at(Instant::now())
     }
 
-    fn allow_at(&mut self, now: Instant) -> Option<u64> {
-        if now.duration_since(self.since) >= WINDOW {
-            self.since = now;
-            self.used = 0;
+    fn allow_at(&self, now: Instant) -> Option<u64> {
+        let mut used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.duration_since(used.since) >= WINDOW {
+            used.since = now;
+            used.lines = 0;
         }
-        if self.used >= LINES {
-            self.suppressed += 1;
+        if used.lines >= LINES {
+            used.suppressed += 1;
             return None;
         }
-        self.used += 1;
-        Some(std::mem::take(&mut self.suppressed))
+        used.lines += 1;
+        Some(std::mem::take(&mut used.suppressed))
     }
 }
 
@@ -58,8 +64,8 @@ mod tests {
 
     #[test]
     fn a_flood_is_cut_off_and_counted() {
-        let mut limit = LogLimit::default();
-        let start = limit.since;
+        let limit = LogLimit::default();
+        let start = Instant::now();
         let passed = (0..100).filter(|_| limit.allow_at(start).is_some()).count();
         assert_eq!(passed as u32, LINES);
         assert_eq!(limit.allow_at(start + WINDOW), Some(100 - u64::from(LINES)));

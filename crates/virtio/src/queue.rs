@@ -15,7 +15,6 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::chain::Chain;
 use crate::device::{DeviceCounters, Interrupt};
 use crate::guest_warn;
-use crate::limit::LogLimit;
 
 /// Malformed chains that one [`VirtQueue::pop`] hands back before it gives up for this round.
 /// Attack: a ring full of rubbish, to keep the worker from serving other devices.
@@ -38,7 +37,6 @@ pub struct VirtQueue {
     mem: Arc<GuestMemoryMmap>,
     interrupt: Arc<dyn Interrupt>,
     counters: Arc<DeviceCounters>,
-    limit: LogLimit,
     /// Used buffers the driver has not been told of.
     unannounced: bool,
     broken: bool,
@@ -54,17 +52,7 @@ impl VirtQueue {
         counters: Arc<DeviceCounters>,
     ) -> Self {
         let broken = !queue.ready();
-        Self {
-            index,
-            queue,
-            kick,
-            mem,
-            interrupt,
-            counters,
-            limit: LogLimit::default(),
-            unannounced: false,
-            broken,
-        }
+        Self { index, queue, kick, mem, interrupt, counters, unannounced: false, broken }
     }
 
     pub fn mem(&self) -> &Arc<GuestMemoryMmap> {
@@ -133,7 +121,8 @@ impl VirtQueue {
                 Ok(chain) => return Some(chain),
                 Err(error) => {
                     self.counters.error();
-                    guest_warn!(self.limit, queue = self.index, %error, "malformed chain");
+                    let queue = self.index;
+                    guest_warn!(self.counters.limit, queue, %error, "malformed chain");
                     self.push(head, 0);
                 }
             }
@@ -216,7 +205,8 @@ impl VirtQueue {
     fn fail(&mut self, error: &virtio_queue::Error) {
         self.broken = true;
         self.counters.error();
-        guest_warn!(self.limit, queue = self.index, %error, "queue is broken; driver must reset");
+        let queue = self.index;
+        guest_warn!(self.counters.limit, queue, %error, "queue is broken; driver must reset");
         self.interrupt.needs_reset();
     }
 }

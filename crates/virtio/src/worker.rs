@@ -20,6 +20,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::{Engine, Interrupt, Poll, PollState};
+use crate::guest_warn;
+use crate::limit::LogLimit;
 
 /// Events taken from epoll at once.
 const EVENTS_A_ROUND: usize = 64;
@@ -124,6 +126,7 @@ impl Worker {
             engines: HashMap::new(),
             paused: false,
             pausing: Vec::new(),
+            limit: LogLimit::default(),
             stop: false,
         };
         let thread = std::thread::Builder::new()
@@ -233,6 +236,8 @@ struct Run {
     paused: bool,
     /// Who waits for the pause to be complete.
     pausing: Vec<Sender<()>>,
+    /// For devices that a driver starts in vain, again and again.
+    limit: LogLimit,
     stop: bool,
 }
 
@@ -354,7 +359,7 @@ impl Run {
             Command::Attach { id, mut engine, interrupt } => {
                 let mut poll = PollState::default();
                 if let Err(error) = engine.start(&mut Poll::new(&self.epoll, id, &mut poll)) {
-                    tracing::error!(%error, "device cannot start");
+                    guest_warn!(self.limit, %error, "device cannot start");
                     interrupt.needs_reset();
                 }
                 if self.paused {

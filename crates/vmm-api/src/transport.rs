@@ -3,7 +3,8 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::libc;
+use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -11,6 +12,9 @@ use serde::de::DeserializeOwned;
 pub const MAX_PACKET: usize = 64 << 10;
 /// Most descriptors in a packet.
 pub const MAX_FDS: usize = 32;
+/// Most descriptors that Linux passes in a packet (`SCM_MAX_FD`). There is room for them all, so
+/// that what comes too many is seen.
+const SCM_MAX_FD: usize = 253;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
@@ -20,6 +24,8 @@ pub enum TransportError {
     Closed,
     #[error("packet of {len} bytes is over the limit of {MAX_PACKET}")]
     TooLong { len: usize },
+    #[error("packet has {got} descriptors, more than the limit of {MAX_FDS}")]
+    TooManyFds { got: usize },
     #[error("packet was truncated")]
     Truncated,
     #[error("packet is not the expected JSON")]
@@ -51,13 +57,14 @@ pub fn send<T: Serialize>(
 
 /// Receives one message and the descriptors that came with it.
 ///
-/// A packet that is truncated or not JSON of type `T` consumes (and closes) its descriptors.
+/// A packet that is truncated, has too many descriptors or is not JSON of type `T` consumes (and
+/// closes) its descriptors.
 pub fn receive<T: DeserializeOwned>(
     socket: BorrowedFd<'_>,
 ) -> Result<(T, Vec<OwnedFd>), TransportError> {
     let mut bytes = vec![0; MAX_PACKET];
-    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-    let (len, flags, fds) = {
+    let mut space = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
+    let (len, flags) = {
         let mut parts = [IoSliceMut::new(&mut bytes)];
         let message = recvmsg::<()>(
             socket.as_raw_fd(),
@@ -65,16 +72,15 @@ pub fn receive<T: DeserializeOwned>(
             Some(&mut space),
             MsgFlags::MSG_CMSG_CLOEXEC,
         )?;
-        let mut fds = Vec::new();
-        for part in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(raw) = part {
-                fds.extend(raw.into_iter().map(own));
-            }
-        }
-        (message.bytes, message.flags, fds)
+        (message.bytes, message.flags)
     };
+    // First of all, so that whatever is wrong with the packet closes them.
+    let fds = rights(&space);
     if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
         return Err(TransportError::Truncated);
+    }
+    if fds.len() > MAX_FDS {
+        return Err(TransportError::TooManyFds { got: fds.len() });
     }
     if len == 0 {
         return Err(TransportError::Closed);
@@ -82,7 +88,30 @@ pub fn receive<T: DeserializeOwned>(
     Ok((serde_json::from_slice(&bytes[..len])?, fds))
 }
 
-#[allow(unsafe_code)] // descriptors received by recvmsg are plain numbers in nix
+/// Takes over the descriptors in what recvmsg has written into a buffer of zeroes.
+///
+/// Not by nix, which shows none of them when the kernel could not install them all (a full table of
+/// descriptors): those that it did install would stay open for ever.
+fn rights(mut control: &[u8]) -> Vec<OwnedFd> {
+    /// `struct cmsghdr` (cmsg(3)): the length with itself, the level, the type.
+    const HEADER: usize = 16;
+    let mut fds = Vec::new();
+    while control.len() >= HEADER {
+        let word = |at: usize| i32::from_ne_bytes([0, 1, 2, 3].map(|n| control[at + n]));
+        let kind = (word(8), word(12));
+        let len = usize::from_ne_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|n: usize| control[n]));
+        // A length of nothing is the buffer's unused rest.
+        let Some(data) = control.get(HEADER..len) else { break };
+        if kind == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            let (numbers, _) = data.as_chunks::<4>();
+            fds.extend(numbers.iter().map(|number| own(RawFd::from_ne_bytes(*number))));
+        }
+        control = control.get(len.next_multiple_of(8)..).unwrap_or_default();
+    }
+    fds
+}
+
+#[allow(unsafe_code)] // descriptors received by recvmsg are plain numbers
 fn own(fd: RawFd) -> OwnedFd {
     // SAFETY: recvmsg has just installed this descriptor in our table for this message; nothing
     // else knows its number, and each number is wrapped once.
@@ -91,7 +120,9 @@ fn own(fd: RawFd) -> OwnedFd {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, File, Metadata};
     use std::os::fd::AsFd;
+    use std::os::linux::fs::MetadataExt;
 
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
@@ -110,6 +141,55 @@ mod tests {
         let (request, fds) = receive::<Request>(b.as_fd()).unwrap();
         assert_eq!(request, Request::Status);
         assert_eq!(fds.len(), 1);
+    }
+
+    /// Descriptors of this process that are open on `file`.
+    fn open_on(file: &File) -> usize {
+        let place = |m: &Metadata| (m.st_dev(), m.st_ino());
+        let wanted = place(&file.metadata().unwrap());
+        let fds = fs::read_dir("/proc/self/fd").unwrap();
+        // Other tests close theirs meanwhile.
+        fds.filter_map(|fd| fs::metadata(fd.ok()?.path()).ok())
+            .filter(|m| place(m) == wanted)
+            .count()
+    }
+
+    #[test]
+    fn descriptors_of_a_refused_packet_are_closed() {
+        let (a, b) = pair();
+        let file = tempfile::tempfile().unwrap();
+        for count in [MAX_FDS + 1, SCM_MAX_FD] {
+            send(a.as_fd(), &Request::Status, &vec![file.as_fd(); count]).unwrap();
+            let refused = receive::<Request>(b.as_fd()).unwrap_err();
+            assert!(matches!(refused, TransportError::TooManyFds { got } if got == count));
+            assert_eq!(open_on(&file), 1);
+        }
+        send(a.as_fd(), &"no request", &[file.as_fd(); MAX_FDS]).unwrap();
+        assert!(matches!(receive::<Request>(b.as_fd()), Err(TransportError::Json(_))));
+        assert_eq!(open_on(&file), 1);
+        send(a.as_fd(), &Request::Status, &[file.as_fd(); MAX_FDS]).unwrap();
+        let (_, fds) = receive::<Request>(b.as_fd()).unwrap();
+        assert_eq!((fds.len(), open_on(&file)), (MAX_FDS, 1 + MAX_FDS));
+    }
+
+    #[test]
+    fn descriptors_are_taken_over_when_others_of_the_packet_are_lost() {
+        let (a, b) = pair();
+        let file = tempfile::tempfile().unwrap();
+        send(a.as_fd(), &Request::Status, &[file.as_fd(); 5]).unwrap();
+        let mut space = nix::cmsg_space!([RawFd; 2]);
+        let mut bytes = [0; 64];
+        let flags = {
+            let mut parts = [IoSliceMut::new(&mut bytes)];
+            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+            let message = recvmsg::<()>(b.as_raw_fd(), &mut parts, Some(&mut space), flags);
+            message.unwrap().flags
+        };
+        assert!(flags.contains(MsgFlags::MSG_CTRUNC));
+        let fds = rights(&space);
+        assert_eq!((fds.len(), open_on(&file)), (2, 3));
+        drop(fds);
+        assert_eq!(open_on(&file), 1);
     }
 
     #[test]

@@ -68,6 +68,14 @@ pub enum ConfigError {
     Cid { cid: u64 },
 }
 
+/// A configuration that cannot be taken over.
+#[derive(Debug)]
+pub struct Refused {
+    pub error: ConfigError,
+    /// Where that is to be told; none if the descriptor is no such file.
+    pub status: Option<File>,
+}
+
 /// What a VM is made of, owned.
 #[derive(Debug)]
 pub struct Resources {
@@ -102,12 +110,26 @@ pub fn read(fd: RawFd) -> Result<VmConfig, ConfigError> {
 }
 
 /// Takes over everything a configuration names.
-pub fn take(config: VmConfig) -> Result<Resources, ConfigError> {
-    check(&config)?;
+pub fn take(config: VmConfig) -> Result<Resources, Refused> {
     let mut table = Table::default();
+    // The status file first, whatever else is wrong: it is where that is told.
+    let status = table.take("status", config.status, Kind::Regular).map(File::from);
+    match (check(&config), status) {
+        (Ok(()), Ok(status)) => match take_rest(config, table) {
+            Ok(resources) => Ok(resources(status)),
+            Err(error) => Err(Refused { error, status: Some(status) }),
+        },
+        (Err(error), status) => Err(Refused { error, status: status.ok() }),
+        (Ok(()), Err(error)) => Err(Refused { error, status: None }),
+    }
+}
+
+/// Everything but the status file, which is to be added.
+fn take_rest(
+    config: VmConfig,
+    mut table: Table,
+) -> Result<impl FnOnce(File) -> Resources, ConfigError> {
     let file = |table: &mut Table, what, fd, kind| table.take(what, fd, kind).map(File::from);
-    // The status file first: it is where a later error is told.
-    let status = file(&mut table, "status", config.status, Kind::Regular)?;
     let console = file(&mut table, "console", config.console, Kind::Regular)?;
     let log = config.log.map(|fd| table.take("log", fd, Kind::Any)).transpose()?;
     let kvm = table.take("kvm", config.kvm, Kind::Character)?;
@@ -135,7 +157,7 @@ pub fn take(config: VmConfig) -> Result<Resources, ConfigError> {
         nets.push(NetDevice { id, tap, mac, mtu });
     }
     let jail = config.jail.clone();
-    Ok(Resources {
+    Ok(move |status| Resources {
         config,
         kernel,
         initramfs,
@@ -149,11 +171,6 @@ pub fn take(config: VmConfig) -> Result<Resources, ConfigError> {
         nets,
         jail,
     })
-}
-
-/// The status file alone, for an error in the rest of the configuration.
-pub fn status_file(config: &VmConfig) -> Option<File> {
-    Table::default().take("status", config.status, Kind::Regular).ok().map(File::from)
 }
 
 /// A disk from the control socket.

@@ -68,7 +68,6 @@ fn from_config(fd: RawFd, started: Instant) -> ExitCode {
             return ExitCode::from(REFUSED);
         }
     };
-    let copy = config.clone();
     match config::take(config) {
         Ok(resources) => {
             let (exit, mut status) = assemble::run(resources, Policy::Kill, started);
@@ -77,9 +76,9 @@ fn from_config(fd: RawFd, started: Instant) -> ExitCode {
             }
             ExitCode::from(end::exit_code(exit.reason))
         }
-        Err(error) => {
+        Err(config::Refused { error, status }) => {
             eprintln!("nacelle-vmm: {}", vmm::chain(&error));
-            if let Some(mut status) = config::status_file(&copy) {
+            if let Some(mut status) = status {
                 let _ = end::write_status(&mut status, &assemble::failure(&error));
             }
             ExitCode::from(REFUSED)
@@ -94,7 +93,8 @@ fn from_options(options: &Options, started: Instant) -> Result<ExitCode> {
         Seccomp::Off => Policy::Off,
     };
     let (config, console) = boot::open(options)?;
-    let resources = config::take(config).context("the VM cannot be started")?;
+    let resources = config::take(config).map_err(|refused| refused.error);
+    let resources = resources.context("the VM cannot be started")?;
     // A signal must not find the follower, which would let it kill the process.
     assemble::block_signals()?;
     let follower = Follower::start(console).context("cannot follow the console")?;

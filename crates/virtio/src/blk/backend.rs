@@ -44,9 +44,9 @@ pub(super) enum Backend {
 }
 
 impl Backend {
-    /// io_uring where the host allows it. Without it (`ENOSYS`, or `EPERM` from a sysctl or a
-    /// filter) every request blocks the worker while it runs: correct, but slow under load, so it
-    /// is said once.
+    /// io_uring where the host allows it. Without it (`ENOSYS`, `EPERM` from a sysctl or a filter,
+    /// `EINVAL` from a kernel before 5.10, whose rings cannot be restricted) every request blocks
+    /// the worker while it runs: correct, but slow under load, so it is said once.
     pub(super) fn open(file: &Arc<File>, slots: usize) -> Self {
         match Ring::new(file.clone(), slots) {
             Ok(ring) => Self::Ring(Box::new(ring)),
@@ -78,6 +78,14 @@ impl Backend {
         match self {
             Self::Ring(ring) => ring.submit(),
             Self::Direct(_) => Ok(()),
+        }
+    }
+
+    /// Whether something has finished already that no event tells of.
+    pub(super) fn has_finished(&self) -> bool {
+        match self {
+            Self::Ring(_) => false,
+            Self::Direct(direct) => !direct.done.is_empty(),
         }
     }
 

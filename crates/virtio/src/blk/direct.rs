@@ -15,6 +15,9 @@ pub(super) struct Direct {
     file: Arc<File>,
     iovecs: Vec<libc::iovec>,
     pub(super) done: Vec<Done>,
+    /// Errors to answer with, one a call, before anything is done.
+    #[cfg(test)]
+    pub(super) faults: Vec<i32>,
 }
 
 // SAFETY: `iovecs` is scratch space, cleared before each use; nothing in it outlives `run`.
@@ -22,10 +25,21 @@ unsafe impl Send for Direct {}
 
 impl Direct {
     pub(super) fn new(file: Arc<File>) -> Self {
-        Self { file, iovecs: Vec::new(), done: Vec::new() }
+        Self {
+            file,
+            iovecs: Vec::new(),
+            done: Vec::new(),
+            #[cfg(test)]
+            faults: Vec::new(),
+        }
     }
 
     pub(super) fn run(&mut self, slot: usize, io: &Io<'_>, mem: &GuestMemoryMmap) {
+        #[cfg(test)]
+        if let Some(errno) = self.faults.pop() {
+            let result = Err(io::Error::from_raw_os_error(errno));
+            return self.done.push(Done { slot, result });
+        }
         let fd = self.file.as_raw_fd();
         let result = match io {
             Io::Read { offset, data } => {

@@ -15,11 +15,13 @@ use super::spec::{ID_LEN, Status};
 use crate::chain::{Buffer, Chain};
 use crate::device::{DeviceCounters, Engine, Poll};
 use crate::guest_warn;
-use crate::limit::LogLimit;
 use crate::queue::VirtQueue;
 
 /// Requests taken from the queue before other devices get their turn.
 const BUDGET: usize = 64;
+/// Times a request is begun again because the host was interrupted or busy; then it fails. A host's
+/// device that is always busy would keep the worker for ever.
+pub(super) const MAX_RESTARTS: u8 = 16;
 
 const REQUESTS: u32 = 0;
 const COMPLETIONS: u32 = 1;
@@ -38,7 +40,6 @@ pub(super) struct BlockEngine {
     /// Where the backend goes back to for the next activation.
     pub(super) home: Arc<Mutex<Option<Backend>>>,
     pub(super) counters: Arc<DeviceCounters>,
-    pub(super) limit: LogLimit,
     // Volatile.
     pub(super) slots: Vec<Option<Pending>>,
     pub(super) free: Vec<usize>,
@@ -54,6 +55,8 @@ pub(super) struct Pending {
     status: Buffer,
     /// Bytes of data moved by earlier, short system calls.
     moved: usize,
+    /// Times it was begun again for nothing.
+    restarts: u8,
     /// A second way to zero a range is being tried.
     retried: bool,
 }
@@ -80,6 +83,10 @@ impl Engine for BlockEngine {
         // Requests that the page cache answers are done already.
         if self.reap() {
             self.submit(poll);
+        }
+        // Begun again, and done already, with no event to tell of it.
+        if self.backend.as_ref().is_some_and(Backend::has_finished) {
+            poll.again(COMPLETIONS);
         }
         if std::mem::take(&mut self.starved) {
             if self.free.is_empty() {
@@ -139,12 +146,12 @@ impl BlockEngine {
         let (operation, status) = match parsed {
             Ok((Ok(operation), status)) => (operation, status),
             Ok((Err(error), status)) => {
-                guest_warn!(self.limit, %error, "block request refused");
+                guest_warn!(self.counters.limit, %error, "block request refused");
                 self.free.push(slot);
                 return self.answer(chain.head, &status, error.status(), 0);
             }
             Err(error) => {
-                guest_warn!(self.limit, %error, "block request cannot be answered");
+                guest_warn!(self.counters.limit, %error, "block request cannot be answered");
                 self.free.push(slot);
                 self.counters.error();
                 return self.queue.push(chain.head, 0);
@@ -159,7 +166,8 @@ impl BlockEngine {
             self.free.push(slot);
             return self.answer(chain.head, &status, Status::Ok, written);
         }
-        let pending = Pending { head: chain.head, operation, status, moved: 0, retried: false };
+        let head = chain.head;
+        let pending = Pending { head, operation, status, moved: 0, restarts: 0, retried: false };
         self.start_io(slot, &pending);
         self.slots[slot] = Some(pending);
     }
@@ -236,7 +244,8 @@ impl BlockEngine {
                 }
                 Status::Ok
             }
-            Err(error) if is_interrupted(&error) => {
+            Err(error) if is_interrupted(&error) && pending.restarts < MAX_RESTARTS => {
+                pending.restarts += 1;
                 self.start_io(slot, &pending);
                 self.slots[slot] = Some(pending);
                 return;
@@ -269,7 +278,7 @@ impl BlockEngine {
     /// A full disk, a bad sector: the guest sees an I/O error, as from any disk.
     fn host_failed(&mut self, error: &io::Error) -> Status {
         self.counters.error();
-        guest_warn!(self.limit, %error, "disk request failed on the host");
+        guest_warn!(self.counters.limit, %error, "disk request failed on the host");
         Status::IoError
     }
 

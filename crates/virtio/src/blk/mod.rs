@@ -24,6 +24,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use self::backend::Backend;
+use self::direct::Direct;
 use self::engine::BlockEngine;
 use self::request::{Limits, MAX_RANGE_SECTORS};
 use self::spec::{
@@ -34,7 +35,7 @@ use crate::device::{
     Activation, DeviceCounters, DeviceKind, Engine, VirtioDevice, read_config_bytes, take_queues,
 };
 use crate::features;
-use crate::limit::LogLimit;
+use crate::guest_warn;
 
 /// Linux allocates and zeroes a request (some 500 bytes) for each, a disk: more would cost an idle
 /// guest memory and make no disk faster.
@@ -63,8 +64,8 @@ pub struct Block {
     id: [u8; ID_LEN],
     limits: Limits,
     block_device: bool,
-    /// Between activations; opened when the device is made, so that the threads that activate it
-    /// need no right to make rings.
+    /// Between activations; opened when the device is made: the threads that activate it may make
+    /// no rings.
     backend: Arc<Mutex<Option<Backend>>>,
     counters: Arc<DeviceCounters>,
 }
@@ -144,7 +145,11 @@ impl VirtioDevice for Block {
         let home = self.backend.clone();
         let kept = home.lock().unwrap_or_else(PoisonError::into_inner).take();
         // Only after a reset with requests stuck in the old one is there none.
-        let backend = kept.unwrap_or_else(|| Backend::open(&self.file, usize::from(QUEUE_SIZE)));
+        let backend = kept.unwrap_or_else(|| {
+            let limit = &self.counters.limit;
+            guest_warn!(limit, "requests are stuck in io_uring; others run one by one from now on");
+            Backend::Direct(Direct::new(self.file.clone()))
+        });
         let slots = usize::from(QUEUE_SIZE);
         Ok(Box::new(BlockEngine {
             limits: self.limits,
@@ -155,7 +160,6 @@ impl VirtioDevice for Block {
             backend: Some(backend),
             home,
             counters: self.counters.clone(),
-            limit: LogLimit::default(),
             slots: std::iter::repeat_with(|| None).take(slots).collect(),
             free: (0..slots).rev().collect(),
             draining: false,

@@ -1,13 +1,14 @@
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::direct::Direct;
+use super::engine::MAX_RESTARTS;
 use super::spec::{RANGE_UNMAP, Status, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES};
 use super::*;
+use crate::limit::LINES;
 use crate::mock::{MockInterrupt, MockQueue, Runner, activation, memory, queues};
 
 const DISK: u64 = 1 << 20;
@@ -47,6 +48,27 @@ fn rig() -> Rig {
 }
 
 impl Rig {
+    /// The disk after a reset, with empty rings; `change` has the backend between activations.
+    fn reset(self, features: u64, change: impl FnOnce(&mut Option<Backend>)) -> Self {
+        let Self { mem, mut block, runner, interrupt, file, .. } = self;
+        drop(runner);
+        let mut home = block.backend.lock().unwrap();
+        change(&mut home);
+        drop(home);
+        mem.write_slice(&vec![0; 0x8000], GuestAddress(0)).unwrap();
+        let mut queues = queues(&mem, 0x1000, block.queue_sizes());
+        let made = activation(&block, &queues, interrupt.clone(), features);
+        let runner = Runner::start(block.activate(made).unwrap()).unwrap();
+        Self { mem, queue: queues.remove(0), block, runner, interrupt, file }
+    }
+
+    /// The disk without io_uring, and with errors before anything is done, the last one first.
+    fn faulty(self, faults: Vec<i32>) -> Self {
+        let mut direct = Direct::new(self.block.file.clone());
+        direct.faults = faults;
+        self.reset(features::COMMON, |home| *home = Some(Backend::Direct(direct)))
+    }
+
     fn header(&self, at: u64, kind: u32, sector: u64) {
         let mut header = [0; 16];
         header[..4].copy_from_slice(&kind.to_le_bytes());
@@ -285,6 +307,72 @@ fn an_activation_after_a_reset_uses_the_same_ring() {
     rig.mem.write_slice(&[0; 0x1000], GuestAddress(fresh[0].device())).unwrap();
     rig.queue = fresh.into_iter().next().unwrap();
     assert_eq!(rig.request(T_IN, 0, &[], &[(DATA, 512)]), OK);
+}
+
+#[test]
+fn a_disk_whose_ring_is_stuck_goes_on_without_one() {
+    let mut rig = rig().reset(features::COMMON, |home| *home = None);
+    assert_eq!(rig.request(T_IN, 0, &[], &[(DATA, 512)]), OK);
+    rig.reset(features::COMMON, |home| assert!(matches!(home, Some(Backend::Direct(_)))));
+}
+
+#[test]
+fn a_request_that_is_begun_again_is_answered_without_another_kick() {
+    let mut faulty = rig().faulty(vec![libc::EINTR, libc::EAGAIN, libc::EAGAIN]);
+    assert_eq!(faulty.request(T_IN, 0, &[], &[(DATA, 512)]), OK);
+    for direct in [false, true] {
+        let mut rig = rig_with(false, u64::MAX, direct);
+        // The host's file has shrunk: half of the request is done, the rest cannot be.
+        rig.file.set_len(DISK - 512).unwrap();
+        assert_eq!(rig.request(T_IN, DISK / 512 - 2, &[], &[(DATA, 1024)]), IOERR);
+    }
+}
+
+#[test]
+fn a_host_that_is_always_busy_fails_the_request_and_not_the_next() {
+    for errno in [libc::EAGAIN, libc::EINTR] {
+        let mut rig = rig().faulty(vec![errno; usize::from(MAX_RESTARTS) + 1]);
+        assert_eq!(rig.request(T_OUT, 0, &[(DATA, 512)], &[]), IOERR);
+        assert_eq!(rig.block.counters().errors(), 1);
+        assert_eq!(rig.request(T_OUT, 0, &[(DATA, 512)], &[]), OK);
+    }
+}
+
+/// Counts what would be printed.
+struct Lines(Arc<AtomicU32>);
+
+impl tracing::Subscriber for Lines {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.is_event() && *metadata.level() <= tracing::Level::INFO
+    }
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+#[test]
+fn a_driver_that_resets_the_device_gets_no_more_log_lines_for_it() {
+    let resets = 4 * LINES;
+    let lines = Arc::new(AtomicU32::new(0));
+    let mut rig = rig();
+    let guard = tracing::subscriber::set_default(Lines(lines.clone()));
+    for _ in 0..resets {
+        rig = rig.reset(features::COMMON, |_| {});
+        // A line from the queue, and one from the engine.
+        rig.queue.add(&[(u64::MAX - 0x1000, 16)], &[]);
+        assert_eq!(rig.request(77, 0, &[], &[]), UNSUPP);
+    }
+    drop(guard);
+    assert_eq!(rig.block.counters().errors(), u64::from(2 * resets));
+    assert!(lines.load(Ordering::Relaxed) <= LINES, "{lines:?}");
+    assert_eq!(rig.block.counters.limit.allow(), None, "nothing was held back");
 }
 
 #[test]

@@ -21,7 +21,6 @@ use super::orphan::refuse;
 use super::spec::{F_PROTOCOL_FEATURES, QUEUES, request};
 use crate::device::{DeviceCounters, Engine, Interrupt, Poll};
 use crate::guest_warn;
-use crate::limit::LogLimit;
 use crate::queue::{Rings, VirtQueue};
 
 /// A backend answers by then, or counts as dead. It may have to be scheduled, nothing more: it looks
@@ -57,7 +56,6 @@ pub(super) struct FsEngine {
     // Volatile.
     state: State,
     paused: bool,
-    limit: LogLimit,
 }
 
 impl FsEngine {
@@ -74,8 +72,7 @@ impl FsEngine {
             None => State::Lost { connection: None },
         };
         let calls = [const { None }; QUEUES];
-        let limit = LogLimit::default();
-        Self { queues, interrupt, features, home, counters, calls, state, paused: false, limit }
+        Self { queues, interrupt, features, home, counters, calls, state, paused: false }
     }
 
     fn take_state(&mut self) -> State {
@@ -94,7 +91,7 @@ impl FsEngine {
         };
         self.counters.error();
         let error: &dyn std::error::Error = error;
-        guest_warn!(self.limit, error, "file system backend is lost; its requests fail");
+        guest_warn!(self.counters.limit, error, "file system backend is lost; its requests fail");
         self.state = State::Lost { connection };
     }
 

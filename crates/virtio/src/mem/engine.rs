@@ -14,7 +14,6 @@ use super::{BLOCK, Control};
 use crate::chain::Chain;
 use crate::device::{DeviceCounters, Engine, Interrupt, Poll};
 use crate::guest_warn;
-use crate::limit::LogLimit;
 use crate::queue::VirtQueue;
 
 /// Requests served before other devices get their turn.
@@ -33,7 +32,6 @@ pub(super) struct MemEngine {
     /// The request whose memory is being given back. After a pause it goes on; a driver that resets
     /// the device meanwhile finds what was done until then.
     unplugging: Option<Unplugging>,
-    limit: LogLimit,
 }
 
 struct Unplugging {
@@ -56,8 +54,7 @@ impl MemEngine {
         control: Arc<Control>,
         counters: Arc<DeviceCounters>,
     ) -> Self {
-        let limit = LogLimit::default();
-        Self { queue, interrupt, control, counters, unplugging: None, limit }
+        Self { queue, interrupt, control, counters, unplugging: None }
     }
 
     /// Serves until the budget is spent; `true` when there is (or may be) more to do.
@@ -146,7 +143,7 @@ impl MemEngine {
                 Response::Ack
             }
             Err(error) => {
-                guest_warn!(self.limit, %error, "memory cannot be given back");
+                guest_warn!(self.counters.limit, %error, "memory cannot be given back");
                 Response::Error
             }
         };

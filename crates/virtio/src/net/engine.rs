@@ -15,7 +15,6 @@ use super::spec::{F_MRG_RXBUF, HEADER_LEN, MAX_PACKET, MIN_FRAME, NUM_BUFFERS, t
 use crate::chain::Chain;
 use crate::device::{DeviceCounters, Engine, Poll};
 use crate::guest_warn;
-use crate::limit::LogLimit;
 use crate::queue::VirtQueue;
 
 /// Packets moved in one direction before other devices get their turn.
@@ -34,7 +33,6 @@ pub(super) struct NetEngine {
     rx: VirtQueue,
     tx: VirtQueue,
     counters: Arc<DeviceCounters>,
-    limit: LogLimit,
     // Volatile.
     /// The tap may have something (it is polled edge-triggered).
     readable: bool,
@@ -65,7 +63,6 @@ impl NetEngine {
             rx,
             tx,
             counters,
-            limit: LogLimit::default(),
             readable: true,
             packet: vec![0; MAX_PACKET],
             waiting: None,
@@ -137,7 +134,7 @@ impl NetEngine {
                 Err(e) => {
                     if e.kind() != io::ErrorKind::WouldBlock {
                         // EBADFD while the interface is down; an edge follows when it is up.
-                        guest_warn!(self.limit, error = %e, "tap cannot be read");
+                        guest_warn!(self.counters.limit, error = %e, "tap cannot be read");
                     }
                     self.readable = false;
                 }
@@ -158,7 +155,8 @@ impl NetEngine {
         }
         if room < len {
             // Section 5.1.6.4: without merging each buffer must hold a whole packet.
-            guest_warn!(self.limit, len, room, "receive buffers too small; packet dropped");
+            let limit = &self.counters.limit;
+            guest_warn!(limit, len, room, "receive buffers too small; packet dropped");
             self.counters.error();
             return true;
         }
@@ -179,11 +177,11 @@ impl NetEngine {
     fn transmit(&mut self, poll: &mut Poll<'_>) {
         self.tx.clear_kick();
         let mem = self.tx.mem().clone();
-        let Self { tx, tap, counters, limit, iovecs, .. } = self;
+        let Self { tx, tap, counters, iovecs, .. } = self;
         let more = tx.serve(BUDGET, |chain| {
             let len = chain.readable.len();
             if !(HEADER_LEN + MIN_FRAME..=MAX_PACKET).contains(&len) {
-                guest_warn!(limit, len, "packet of impossible length dropped");
+                guest_warn!(counters.limit, len, "packet of impossible length dropped");
                 counters.error();
                 return 0;
             }
@@ -192,7 +190,7 @@ impl NetEngine {
                 Ok(done) if done == len => counters.operation((len - HEADER_LEN) as u64),
                 Ok(_) => counters.error(),
                 Err(error) => {
-                    guest_warn!(limit, %error, "packet dropped by the tap");
+                    guest_warn!(counters.limit, %error, "packet dropped by the tap");
                     counters.error();
                 }
             }

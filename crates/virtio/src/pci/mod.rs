@@ -30,7 +30,6 @@ use self::signals::{Shared, Signals};
 use self::spec::{CAP_MSIX, CAP_VENDOR, DEVICE_BASE, REVISION, SUBSYSTEM, VENDOR, layout, status};
 use crate::device::{Activation, DeviceCounters, DeviceKind, VirtioDevice};
 use crate::features;
-use crate::limit::LogLimit;
 use crate::queue::VirtQueue;
 use crate::worker::{Attachment, Detached, WorkerHandle};
 
@@ -86,7 +85,6 @@ pub struct VirtioPci {
     resetting: Option<Detached>,
     /// Address of the first doorbell while they are bound.
     bound: Option<u64>,
-    limit: LogLimit,
 }
 
 struct Active {
@@ -129,7 +127,6 @@ impl VirtioPci {
             active: None,
             resetting: None,
             bound: None,
-            limit: LogLimit::default(),
         })
     }
 
@@ -178,9 +175,9 @@ impl VirtioPci {
     }
 
     fn fail(&mut self, error: &dyn std::error::Error) {
-        let device = self.device.kind().name();
-        crate::guest_warn!(self.limit, device, %error, "device needs a reset");
-        self.device.counters().error();
+        let (device, counters) = (self.device.kind().name(), self.device.counters());
+        crate::guest_warn!(counters.limit, device, %error, "device needs a reset");
+        counters.error();
         self.shared.needs_reset();
     }
 
@@ -233,15 +230,15 @@ impl VirtioPci {
 
     /// A doorbell that cannot be bound still works, as an exit to [`Self::mmio_write`].
     fn each_doorbell(
-        &mut self,
+        &self,
         base: u64,
         action: impl Fn(&dyn Doorbells, u64, &EventFd) -> io::Result<()>,
     ) {
         for (index, kick) in (0..).zip(&self.kicks) {
             let addr = base + index * u64::from(layout::NOTIFY_STRIDE);
             if let Err(error) = action(&*self.doorbells, addr, kick) {
-                let device = self.device.kind().name();
-                crate::guest_warn!(self.limit, device, addr, %error, "doorbell");
+                let (device, counters) = (self.device.kind().name(), self.device.counters());
+                crate::guest_warn!(counters.limit, device, addr, %error, "doorbell");
             }
         }
     }

@@ -86,7 +86,8 @@ impl Incoming {
     /// Whether the guest should be told without being sent anything else: it believes that less
     /// than half of the buffer is free, and more is.
     pub(super) fn should_tell(&self) -> bool {
-        let believed = self.alloc - self.received.wrapping_sub(self.told);
+        // One that sends more than it was told of counts as one without credit.
+        let believed = self.alloc.saturating_sub(self.received.wrapping_sub(self.told));
         believed < self.alloc / 2 && self.told != self.forwarded
     }
 }
@@ -120,6 +121,17 @@ mod tests {
         out.sent(10);
         out.heard(1000, 500);
         assert_eq!(out.room(), 0);
+    }
+
+    #[test]
+    fn a_guest_that_sends_more_than_it_was_told_of_is_told_as_if_it_had_no_credit() {
+        let mut host = Incoming::new(100);
+        assert!(host.receive(100));
+        host.forward(100);
+        assert!(host.receive(1));
+        assert!(host.should_tell());
+        assert_eq!(host.tell(), 100);
+        assert!(!host.should_tell());
     }
 
     #[test]

@@ -21,7 +21,6 @@ use vmm_sys_util::epoll::EventSet;
 use super::connection::{BUFFER, Connection};
 use super::spec::Header;
 use crate::device::{DeviceCounters, Engine, Poll};
-use crate::limit::LogLimit;
 use crate::queue::VirtQueue;
 
 /// Packets handled in one direction before other devices get their turn.
@@ -44,7 +43,6 @@ pub(super) struct VsockEngine {
     tx: VirtQueue,
     event: VirtQueue,
     counters: Arc<DeviceCounters>,
-    limit: LogLimit,
     // Volatile.
     connections: HashMap<u32, Connection>,
     /// Host ports of connections with something to send, each once.
@@ -73,7 +71,6 @@ impl VsockEngine {
             tx,
             event,
             counters,
-            limit: LogLimit::default(),
             connections: HashMap::new(),
             line: VecDeque::new(),
             replies: VecDeque::new(),

@@ -5,6 +5,8 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, UnixAddr, bind, listen,
 use vmm_api::VsockConfig;
 
 use super::*;
+use crate::assemble::failure;
+use crate::end::write_status;
 
 fn file() -> Fd {
     Fd(tempfile::tempfile().unwrap().into_raw_fd())
@@ -52,7 +54,7 @@ fn refusal(change: impl FnOnce(&mut VmConfig)) -> ConfigError {
     let dir = tempfile::tempdir().unwrap();
     let mut config = config(&dir);
     change(&mut config);
-    take(config).unwrap_err()
+    take(config).unwrap_err().error
 }
 
 #[test]
@@ -62,6 +64,37 @@ fn a_good_configuration_is_taken_over() {
     assert_eq!((resources.disks.len(), resources.vsock.is_some()), (1, true));
     let flags = fcntl(resources.kernel.as_fd(), FcntlArg::F_GETFD).unwrap();
     assert_eq!(flags & FdFlag::FD_CLOEXEC.bits(), FdFlag::FD_CLOEXEC.bits());
+}
+
+#[test]
+fn what_is_wrong_is_told_in_the_status_file_before_and_after_that_was_taken() {
+    type Spoil = fn(&mut VmConfig);
+    let wrong: [(Spoil, &str); 3] = [
+        (|c| c.vcpus = 0, "vcpus is 0"),
+        (|c| c.kernel = Fd(9999), "kernel: descriptor 9999 is not open"),
+        (|c| c.disks[0].file = null(), "is not a regular file or a block device"),
+    ];
+    for (change, told) in wrong {
+        let dir = tempfile::tempdir().unwrap();
+        let mut kept = tempfile::tempfile().unwrap();
+        let status = Fd(kept.try_clone().unwrap().into_raw_fd());
+        let mut config = VmConfig { status, ..config(&dir) };
+        change(&mut config);
+        let Refused { error, status } = take(config).unwrap_err();
+        write_status(&mut status.unwrap(), &failure(&error)).unwrap();
+        kept.rewind().unwrap();
+        let exit: vmm_api::VmExit = serde_json::from_reader(kept).unwrap();
+        assert_eq!(exit.reason, vmm_api::ExitReason::Error);
+        assert!(exit.message.contains(told), "{}", exit.message);
+    }
+}
+
+#[test]
+fn a_status_file_that_is_none_is_named_and_not_written_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let refused = take(VmConfig { status: null(), ..config(&dir) }).unwrap_err();
+    assert!(matches!(refused.error, ConfigError::WrongKind { what, .. } if what == "status"));
+    assert!(refused.status.is_none());
 }
 
 #[test]

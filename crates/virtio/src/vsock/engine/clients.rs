@@ -10,6 +10,7 @@ use super::super::connection::{Connection, Phase};
 use super::super::spec::HOST_CID;
 use super::{FIRST_PORT, LISTENER, VsockEngine};
 use crate::device::Poll;
+use crate::guest_warn;
 
 /// Connections accepted before other work gets its turn.
 const ACCEPT_BUDGET: usize = 16;
@@ -46,7 +47,7 @@ impl VsockEngine {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
                     // Out of descriptors or memory: the backlog keeps, epoll would spin.
-                    tracing::warn!(%error, "vsock listener cannot accept");
+                    guest_warn!(self.counters.limit, %error, "vsock listener cannot accept");
                     self.stop_accepting(poll);
                     self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
                     return;
@@ -60,7 +61,7 @@ impl VsockEngine {
                 .set_nonblocking(true)
                 .and_then(|()| poll.add(stream.as_raw_fd(), port, events));
             if let Err(error) = added {
-                tracing::warn!(%error, "vsock client cannot be polled");
+                guest_warn!(self.counters.limit, %error, "vsock client cannot be polled");
                 continue;
             }
             self.connections.insert(port, Connection::new(stream, port, until));
@@ -133,7 +134,7 @@ impl VsockEngine {
         poll.remove(connection.fd());
         drop(connection);
         if let Err(error) = self.resume_accepting(poll) {
-            tracing::warn!(%error, "vsock listener cannot be polled");
+            guest_warn!(self.counters.limit, %error, "vsock listener cannot be polled");
         }
     }
 

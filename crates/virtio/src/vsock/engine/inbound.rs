@@ -129,7 +129,7 @@ impl VsockEngine {
 
     pub(super) fn refuse(&mut self, why: &'static str) {
         self.counters.error();
-        guest_warn!(self.limit, why, "vsock packet refused");
+        guest_warn!(self.counters.limit, why, "vsock packet refused");
     }
 
     pub(super) fn reply_reset(&mut self, src_cid: u64, src_port: u32, dst_port: u32) {
