@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use agent_api::v1;
+use nix::errno::Errno;
 use tokio::sync::{Notify, OwnedMutexGuard};
 
 use crate::containers::Container;
@@ -205,6 +206,22 @@ impl Agent {
         };
         if let Some(status) = early {
             self.child_ended(pid, status);
+        }
+    }
+
+    /// Kills a helper's child of which nobody will take charge, with what it has started. An
+    /// [`Expecting`] must still stand: only then is it known whether the pid is still its own.
+    pub fn give_up(&self, pid: i32) {
+        let state = self.lock();
+        if state.early.contains_key(&pid) {
+            return;
+        }
+        // It leads a session, unless it has not come that far.
+        for target in [-pid, pid] {
+            match crate::oci::raw_kill(target, libc::SIGKILL) {
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(error) => tracing::error!(pid, %error, "cannot kill a process given up"),
+            }
         }
     }
 

@@ -18,9 +18,28 @@ pub struct EventLog {
 }
 
 impl EventLog {
+    /// An OOM verdict is dropped while an earlier one is kept: how many there are is up to the
+    /// container.
     pub fn push(&mut self, event: v1::event::Event) {
+        if let v1::event::Event::Oom(oom) = &event
+            && self.holds_verdict(&oom.container_id)
+        {
+            return;
+        }
         self.newest += 1;
         self.kept.push_back(v1::Event { sequence: self.newest, event: Some(event) });
+    }
+
+    /// Whether an OOM verdict is kept that no end of the container follows.
+    fn holds_verdict(&self, id: &str) -> bool {
+        let newest = self.kept.iter().rev().find_map(|event| match event.event.as_ref()? {
+            v1::event::Event::Oom(oom) if oom.container_id == id => Some(true),
+            v1::event::Event::Exit(exit) if exit.container_id == id && exit.exec_id.is_empty() => {
+                Some(false)
+            }
+            _ => None,
+        });
+        newest.unwrap_or(false)
     }
 
     pub fn is_full(&self) -> bool {
@@ -57,6 +76,30 @@ mod tests {
 
     fn oom(id: &str) -> v1::event::Event {
         v1::event::Event::Oom(v1::Oom { container_id: id.to_owned() })
+    }
+
+    #[test]
+    fn one_oom_verdict_is_kept_until_it_is_acknowledged_or_the_container_ends() {
+        let mut log = EventLog::default();
+        let exit = |exec: &str| {
+            v1::event::Event::Exit(v1::Exit {
+                container_id: "a".to_owned(),
+                exec_id: exec.to_owned(),
+                ..Default::default()
+            })
+        };
+        for event in [oom("a"), oom("a"), exit("exec"), oom("a"), oom("b"), oom("a")] {
+            log.push(event);
+        }
+        assert_eq!(log.kept.len(), 3);
+        log.acknowledge(1);
+        log.push(oom("a"));
+        assert_eq!(log.after(3).unwrap().event, Some(oom("a")));
+        // Another one of the same name.
+        log.push(exit(""));
+        log.push(oom("a"));
+        log.push(oom("a"));
+        assert_eq!((log.newest, log.kept.len()), (6, 5));
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!  launcher --(own mount namespace; PID, IPC, UTS as the pod asks)--> here
-//!    join the pod's network namespace -> a root of its own -> move aside in the pod's cgroup -> serve
+//!    a sealed copy of the program -> join the pod's network namespace -> a root of its own
+//!      -> move aside in the pod's cgroup -> serve
 //! ```
 //! The root is an empty tmpfs, as in a guest, with the host's `/dev` and cgroups in it. Images and
 //! volumes are fetched from the host's mount namespace by path (`guest::host_mounts`). Everything
@@ -43,6 +44,8 @@ const OF_NETWORK: &str = "net.";
 /// Returns when it cannot serve.
 pub fn run(args: &[String]) -> Result<()> {
     crate::log::install(std::env::var("NACELLE_LOG").ok().as_deref().or(Some("warn")));
+    // Before anything is taken over: what was given has to come through once more.
+    crate::sealed::run_from_copy()?;
     let start = Start::from_args(args)
         .ok_or_else(|| Error::invalid("arguments", format!("{args:?} are not understood")))?;
     let [mounts, control, stdio, forward] =

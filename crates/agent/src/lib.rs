@@ -24,6 +24,7 @@ mod listen;
 mod log;
 mod oci;
 mod reaper;
+mod sealed;
 mod service;
 mod stdio;
 

@@ -153,9 +153,12 @@ impl Service for AgentService {
         &self,
         request: Request<v1::UpdateContainerRequest>,
     ) -> Answer<v1::UpdateContainerReply> {
-        let request = request.into_inner();
-        let result = update::update(&self.agent, &request.container_id, &request.linux_resources);
-        answer(result.map(|()| v1::UpdateContainerReply {}))
+        let v1::UpdateContainerRequest { container_id, linux_resources } = request.into_inner();
+        self.run(|agent| async move {
+            update::update(&agent, &container_id, &linux_resources).await?;
+            Ok(v1::UpdateContainerReply {})
+        })
+        .await
     }
 
     async fn exec(&self, request: Request<v1::ExecRequest>) -> Answer<v1::ExecReply> {

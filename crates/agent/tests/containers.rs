@@ -134,6 +134,32 @@ async fn a_terminal_has_a_size_and_echoes() {
 }
 
 #[tokio::test]
+async fn a_terminal_goes_on_after_nobody_had_it_open() {
+    let Some(mut guest) = guest().await else { return };
+    let script = "t=$(tty); echo early; exec </dev/null >/dev/null 2>&1; sleep 0.3; echo late >$t; \
+                  exit 6";
+    let mut request = guest.request("c", &spec(script, json!({})));
+    request.tty = true;
+    let (output, exit) = guest.run(request).await;
+    assert_eq!((output.as_str(), exit.code), ("early\r\nlate\r\n", 6));
+    // The same for an exec.
+    let request = guest.request("d", &spec("sleep 1000", json!({})));
+    guest.create(request).await;
+    guest.start("d").await.unwrap();
+    let request = v1::ExecRequest {
+        container_id: "d".into(),
+        exec_id: "e".into(),
+        oci_process: json!({"args": ["sh", "-c", script]}).to_string().into_bytes(),
+        tty: true,
+        ..Default::default()
+    };
+    guest.client.exec(request).await.unwrap();
+    let output = guest.open(Kind::Stdout, "d", "e", 0).await.read_all().await;
+    assert_eq!(output, b"early\r\nlate\r\n");
+    assert_eq!(guest.exit("d", "e").await.code, 6);
+}
+
+#[tokio::test]
 async fn execs_join_the_container_with_and_without_a_terminal() {
     let Some(mut guest) = guest().await else { return };
     guest.configure().await;
@@ -308,6 +334,56 @@ async fn an_unprivileged_container_is_confined() {
     for text in ["not supported", "NoNewPrivs:\t1", "Seccomp:\t2", "00e0", "/made/here"] {
         assert!(output.contains(text), "{text:?} is not in {output}");
     }
+}
+
+#[tokio::test]
+async fn a_filter_that_allows_what_the_program_needs_is_enough() {
+    let Some(mut guest) = guest().await else { return };
+    let allowed = [
+        "arch_prctl",
+        "brk",
+        "clock_nanosleep",
+        "execve",
+        "exit_group",
+        "getegid",
+        "geteuid",
+        "getgid",
+        "getrandom",
+        "getuid",
+        "mprotect",
+        "nanosleep",
+        "prctl",
+        "prlimit64",
+        "readlink",
+        "rseq",
+        "set_robust_list",
+        "set_tid_address",
+        "write",
+    ];
+    let with = |args: &[&str]| {
+        let extra = json!({
+            "process": {"noNewPrivileges": true, "args": args},
+            "linux": {"seccomp": {
+                "defaultAction": "SCMP_ACT_ERRNO",
+                "architectures": ["SCMP_ARCH_X86_64"],
+                "syscalls": [{"names": allowed, "action": "SCMP_ACT_ALLOW"}],
+            }},
+        });
+        spec("", extra)
+    };
+    let request = guest.request("c", &with(&["echo", "allowed"]));
+    let (output, exit) = guest.run(request).await;
+    assert_eq!((output.as_str(), exit.code), ("allowed\n", 0));
+    let request = guest.request("d", &with(&["sleep", "1000"]));
+    guest.create(request).await;
+    guest.start("d").await.unwrap();
+    guest.exec("d", "e", json!({"args": ["echo", "too"]})).await.unwrap();
+    assert_eq!(guest.open(Kind::Stdout, "d", "e", 0).await.read_all().await, b"too\n");
+    // It holds: no directory is made.
+    guest.exec("d", "f", json!({"args": ["mkdir", "/tmp/x"]})).await.unwrap();
+    assert_eq!(guest.exit("d", "f").await.code, 1);
+    let error = guest.exec("d", "g", json!({"args": ["nosuch"]})).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::NotFound);
 }
 
 #[tokio::test]

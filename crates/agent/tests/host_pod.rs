@@ -129,6 +129,13 @@ async fn a_container_sees_the_hosts_network_and_processes_and_leaves_nothing() {
     let guest = &mut host.guest;
     guest.configure().await;
     assert_ne!(nix::unistd::gethostname().unwrap(), "pod-host", "the host's name is not the pod's");
+    // What a container could write to is not the host's file; for the rest nothing has changed.
+    let agent = PathBuf::from(format!("/proc/{}", guest.child.id()));
+    let program = fs::read_link(agent.join("exe")).unwrap();
+    assert_eq!(program.to_str(), Some("/memfd:nacelle-agent (deleted)"));
+    let command = fs::read_to_string(agent.join("cmdline")).unwrap();
+    assert!(command.split('\0').next().unwrap().ends_with("nacelle-agent"), "{command:?}");
+    assert_eq!(fs::read_to_string(agent.join("comm")).unwrap(), "nacelle-agent\n");
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = format!("{:04X}", listener.local_addr().unwrap().port());
     let image = guest.dir.path().join("image");

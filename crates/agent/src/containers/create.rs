@@ -54,7 +54,9 @@ pub async fn create(
             if let Err(second) = parts.dismantle(agent).await {
                 tracing::error!(container = id, error = %second.chain(), "left behind");
             }
-            agent.huge_pages.release(&id);
+            if let Err(second) = release_huge_pages(agent, &id).await {
+                tracing::error!(container = id, error = %second.chain(), "left behind");
+            }
             if let Err(second) = agent.lock().volumes.remove_of(&id) {
                 tracing::error!(container = id, error = %second.chain(), "left behind");
             }
@@ -150,7 +152,7 @@ async fn build(
     spec.set_process(Some(inside(process.clone(), userns.is_some())));
 
     let number = agent.lock().number();
-    let bundle = parts.bundle.insert(Bundle::new(&agent.config.base, number, &spec)?);
+    let bundle = parts.bundle.insert(Bundle::new(&agent.config.base, number, spec)?);
     let console = if request.tty { Some(ConsoleSocket::new(bundle.dir())?) } else { None };
     let owner = owner(&process, userns.as_deref())?;
     let (given, ends) = if request.tty {
@@ -205,6 +207,15 @@ async fn reserve_huge_pages(
 ) -> Result<()> {
     let (agent, id, resources) = (Arc::clone(agent), id.to_owned(), resources.clone());
     blocking(move || agent.huge_pages.reserve(&id, &resources, |id| agent.has_ended(id))).await
+}
+
+pub(super) async fn release_huge_pages(agent: &Arc<Agent>, id: &str) -> Result<()> {
+    let (agent, id) = (Arc::clone(agent), id.to_owned());
+    blocking(move || {
+        agent.huge_pages.release(&id);
+        Ok(())
+    })
+    .await
 }
 
 /// Devices beyond those that every container has.

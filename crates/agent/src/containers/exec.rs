@@ -1,5 +1,6 @@
 //! Exec: a further process in a running container.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,12 +10,12 @@ use oci_spec::runtime::Process as OciProcess;
 use serde_json::{Map, Value};
 
 use super::process::{Life, Process};
-use super::streams;
+use super::streams::{self, Ends};
 use crate::agent::{Agent, Owner};
 use crate::error::{Doing, Error, Result};
 use crate::guest::inroot::Root;
 use crate::oci::exec::{self, Program, Target};
-use crate::oci::helper::Streams;
+use crate::oci::helper::{Made, Streams};
 use crate::oci::spec::{Groups, complete_process};
 use crate::oci::user::Database;
 use crate::stdio::pty;
@@ -88,6 +89,29 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
         Err(error) => return Err(not_running(agent, &request.container_id).await.unwrap_or(error)),
     };
     // Its end is kept aside until it is adopted below, or forgotten if it failed to start.
+    let pid = made.pid;
+    if let Err(error) = take_charge(agent, &request, made, ends, receiver, owner).await {
+        // A program that could not be run has told so, and is ending. Any other would run unknown.
+        if !matches!(error, Error::Command { .. }) {
+            agent.give_up(pid);
+        }
+        return Err(error);
+    }
+    let owner = Owner::Process { container: request.container_id, exec: request.exec_id };
+    agent.adopt(pid, owner);
+    drop(expecting);
+    Ok(pid)
+}
+
+/// Waits until the program runs, and makes it known.
+async fn take_charge(
+    agent: &Agent,
+    request: &v1::ExecRequest,
+    made: Made,
+    ends: Option<Ends>,
+    receiver: Option<OwnedFd>,
+    owner: (u32, u32),
+) -> Result<()> {
     made.start.wait().await?;
     let mut process = Process::new(made.pid, Life::Running);
     match (ends, receiver) {
@@ -99,16 +123,11 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
         }
         (None, None) => {}
     }
-    {
-        let mut state = agent.lock();
-        let container = state.container_mut(&request.container_id)?;
-        process.oom_kills_before = container.oom_kills;
-        container.execs.insert(request.exec_id.clone(), process);
-    }
-    let owner = Owner::Process { container: request.container_id.clone(), exec: request.exec_id };
-    agent.adopt(made.pid, owner);
-    drop(expecting);
-    Ok(made.pid)
+    let mut state = agent.lock();
+    let container = state.container_mut(&request.container_id)?;
+    process.oom_kills_before = container.oom_kills;
+    container.execs.insert(request.exec_id.clone(), process);
+    Ok(())
 }
 
 fn stopped(container: &str) -> Error {

@@ -1,6 +1,6 @@
 //! One process that the host knows: the init of a container, or an exec.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -31,6 +31,9 @@ pub struct Process {
     pub stdout: Option<Arc<Output>>,
     pub stderr: Option<Arc<Output>>,
     pub terminal: Option<Channel>,
+    /// The terminal's other side, kept until the end: one that nobody has open reads as ended, and
+    /// a process may close its own for a while.
+    pub slave: Option<OwnedFd>,
     /// OOM kills of the container when the process started.
     pub oom_kills_before: u64,
     ended_at: Option<Instant>,
@@ -52,6 +55,7 @@ impl Process {
             stdout: None,
             stderr: None,
             terminal: None,
+            slave: None,
             oom_kills_before: 0,
             ended_at: None,
             started_unix_ns: 0,
@@ -84,6 +88,7 @@ impl Process {
             stdin.close();
         }
         self.terminal = None;
+        self.slave = None;
         exit
     }
 

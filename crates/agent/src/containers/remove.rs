@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::create::release_huge_pages;
 use crate::agent::Agent;
 use crate::error::{Error, Result};
 
@@ -27,22 +28,22 @@ pub async fn remove(agent: &Arc<Agent>, id: &str) -> Result<()> {
         Ok(()) => parts.dismantle(agent).await,
         Err(_) => Ok(()),
     };
-    let mut state = agent.lock();
-    if let Err(error) = ended.and(dismantled) {
-        // Kept, so that the caller can try again.
-        if let Some(container) = state.containers.get_mut(id) {
-            container.parts = parts;
+    let removed = {
+        let mut state = agent.lock();
+        if let Err(error) = ended.and(dismantled) {
+            // Kept, so that the caller can try again.
+            if let Some(container) = state.containers.get_mut(id) {
+                container.parts = parts;
+            }
+            return Err(error);
         }
-        return Err(error);
-    }
-    if let Some(container) = state.containers.remove(id) {
-        container.init.close();
-        container.execs.values().for_each(super::process::Process::close);
-    }
-    let removed = state.volumes.remove_of(id);
-    drop(state);
-    agent.huge_pages.release(id);
-    removed
+        if let Some(container) = state.containers.remove(id) {
+            container.init.close();
+            container.execs.values().for_each(super::process::Process::close);
+        }
+        state.volumes.remove_of(id)
+    };
+    removed.and(release_huge_pages(agent, id).await)
 }
 
 async fn wait_for_end(agent: &Agent, id: &str) -> Result<()> {

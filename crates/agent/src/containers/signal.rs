@@ -7,7 +7,7 @@ use crate::error::{Doing, Error, Result};
 
 /// SIGRTMAX of Linux.
 const MAX_SIGNAL: u32 = 64;
-const SIGKILL: u32 = 9;
+pub(super) const SIGKILL: u32 = 9;
 
 pub fn signal(agent: &Agent, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
     if signal > MAX_SIGNAL {

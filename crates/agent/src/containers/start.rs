@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::process::{Life, unix_time_ns};
+use super::signal;
 use crate::agent::Agent;
 use crate::error::{Error, Result};
 
@@ -30,7 +31,14 @@ pub async fn start(agent: &Arc<Agent>, id: &str) -> Result<()> {
         pipe
     };
     let started = unix_time_ns();
-    pipe.wait().await?;
+    if let Err(error) = pipe.wait().await {
+        // A program that could not be run has told so, and is ending. Any other must not run after
+        // this answer; its exit is told as ever.
+        if !matches!(error, Error::Command { .. }) {
+            kill(agent, id);
+        }
+        return Err(error);
+    }
     let mut state = agent.lock();
     let container = state.container_mut(id)?;
     container.init.started_unix_ns = started;
@@ -39,4 +47,13 @@ pub async fn start(agent: &Arc<Agent>, id: &str) -> Result<()> {
         container.init.life = Life::Running;
     }
     Ok(())
+}
+
+fn kill(agent: &Agent, id: &str) {
+    if agent.has_ended(id) {
+        return;
+    }
+    if let Err(error) = signal::signal(agent, id, "", signal::SIGKILL, false) {
+        tracing::error!(container = id, error = %error.chain(), "cannot kill what did not start");
+    }
 }

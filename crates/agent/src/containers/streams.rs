@@ -70,12 +70,13 @@ pub(super) fn connect_terminal(
 ) -> Result<()> {
     use std::os::fd::AsFd;
     pty::resize(master.as_fd(), width, height)?;
-    pty::give(master.as_fd(), owner)?;
+    let slave = pty::give(master.as_fd(), owner)?;
     let terminal = channel(master).doing(|| "watch the terminal".to_owned())?;
     process.stdout = Some(Output::start(Arc::clone(&terminal)));
     if stdin {
         process.stdin = Some(Arc::new(Input::new(Arc::clone(&terminal), false)));
     }
     process.terminal = Some(terminal);
+    process.slave = Some(slave);
     Ok(())
 }

@@ -1,13 +1,17 @@
 //! UpdateContainer: new limits for a running container.
 
+use std::sync::Arc;
+
 use oci_spec::runtime::LinuxResources;
 
+use super::rootfs::blocking;
 use crate::agent::Agent;
 use crate::error::{Error, Result};
 
-pub fn update(agent: &Agent, id: &str, json: &[u8]) -> Result<()> {
+pub async fn update(agent: &Arc<Agent>, id: &str, json: &[u8]) -> Result<()> {
     let resources: LinuxResources = serde_json::from_slice(json)
         .map_err(|error| Error::invalid("linux_resources", error.to_string()))?;
+    let _turn = agent.verb(id).await;
     let cgroup = {
         let state = agent.lock();
         let container = state.container(id)?;
@@ -16,8 +20,13 @@ pub fn update(agent: &Agent, id: &str, json: &[u8]) -> Result<()> {
         }
         container.parts.cgroup.clone()
     };
-    if agent.config.has_devices().is_ok() {
-        agent.huge_pages.reserve(id, &resources, |id| agent.has_ended(id))?;
-    }
-    cgroup.map_or(Ok(()), |cgroup| cgroup.apply(&resources))
+    let (agent, id) = (Arc::clone(agent), id.to_owned());
+    // Huge pages are made room for, and what is above a lower limit is reclaimed.
+    blocking(move || {
+        if agent.config.has_devices().is_ok() {
+            agent.huge_pages.reserve(&id, &resources, |id| agent.has_ended(id))?;
+        }
+        cgroup.map_or(Ok(()), |cgroup| cgroup.apply(&resources))
+    })
+    .await
 }

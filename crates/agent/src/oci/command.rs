@@ -8,10 +8,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use libcontainer::seccomp;
 use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::{AccessFlags, access, execve};
-use oci_spec::runtime::Process;
+use oci_spec::runtime::{LinuxSeccomp, Process};
 use serde::{Deserialize, Serialize};
 
 /// Exit status of a process whose program was not found, as shells have it.
@@ -86,7 +87,7 @@ fn strings(list: &[String]) -> Vec<CString> {
     list.iter().filter_map(|text| CString::new(text.as_bytes()).ok()).collect()
 }
 
-fn run(process: &Process) -> Failure {
+fn run(process: &Process, filter: Option<&LinuxSeccomp>) -> Failure {
     let args = process.args().as_deref().unwrap_or_default();
     let env = process.env().as_deref().unwrap_or_default();
     let Some(name) = args.first() else {
@@ -100,8 +101,15 @@ fn run(process: &Process) -> Failure {
     let Ok(path) = CString::new(text.as_bytes()) else {
         return Failure { missing: true, message: format!("exec: {name:?}: holds a NUL byte") };
     };
+    let (args, env) = (strings(args), strings(env));
     default_signals();
-    let Err(errno) = execve(&path, &strings(args), &strings(env));
+    if let Some(filter) = filter
+        && let Err(error) = seccomp::initialize_seccomp(filter)
+    {
+        return Failure { missing: false, message: format!("exec: seccomp filter: {error}") };
+    }
+    // Nothing else may come between: a filter allows what the program needs.
+    let Err(errno) = execve(&path, &args, &env);
     failure(name, errno, &format!("exec {text}: "))
 }
 
@@ -117,9 +125,9 @@ fn default_signals() {
 }
 
 /// Becomes the program, or reports why not and ends the process. The start pipe is closed by the
-/// kernel on success.
-pub(super) fn execute(process: &Process, start: &OwnedFd) -> ! {
-    let failure = run(process);
+/// kernel on success. `filter` is loaded last, which takes no_new_privs.
+pub(super) fn execute(process: &Process, filter: Option<&LinuxSeccomp>, start: &OwnedFd) -> ! {
+    let failure = run(process, filter);
     fail(start, &failure)
 }
 

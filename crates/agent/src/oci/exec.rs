@@ -103,7 +103,10 @@ pub(super) fn main(job: Job, start: OwnedFd) -> Step<i32> {
     match step(unsafe { fork() }, "fork")? {
         ForkResult::Parent { child } => Ok(child.as_raw()),
         ForkResult::Child => match become_process(&program, job.userns, job.console) {
-            Ok(()) => command::execute(&program.process, &start),
+            Ok(()) => {
+                let late = program.seccomp.as_ref().filter(|_| !has_privileges(&program.process));
+                command::execute(&program.process, late, &start)
+            }
             Err(why) => {
                 command::fail(&start, &Failure { missing: false, message: format!("exec: {why}") })
             }
@@ -147,6 +150,11 @@ fn join_namespaces(target: i32, userns: bool) -> Step<()> {
     step(nix::sched::setns(&init, all), "join the container's namespaces")
 }
 
+/// Whether there are or may be some, now or by a program that is run.
+fn has_privileges(process: &Process) -> bool {
+    !process.no_new_privileges().unwrap_or(false)
+}
+
 fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> Step<()> {
     let process = &program.process;
     let syscall = create_syscall();
@@ -169,7 +177,7 @@ fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> St
     if let Some(mask) = process.user().umask() {
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mask));
     }
-    let privileges = !process.no_new_privileges().unwrap_or(false);
+    let privileges = has_privileges(process);
     if !privileges {
         step(nix::sys::prctl::set_no_new_privs(), "no_new_privs")?;
     }
@@ -182,7 +190,7 @@ fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> St
     {
         return Err(format!("chdir to cwd {:?}: {}", process.cwd().display(), error.desc()));
     }
-    // With privileges the filter has to be loaded while there still are some.
+    // With privileges the filter has to be loaded while there still are some, otherwise it is last.
     if privileges {
         load_seccomp(program)?;
     }
@@ -195,9 +203,6 @@ fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> St
     if entered.is_err() {
         let what = format!("chdir to cwd {:?}", process.cwd().display());
         step(chdir(process.cwd().as_path()), &what)?;
-    }
-    if !privileges {
-        load_seccomp(program)?;
     }
     // Nothing of the agent's may be left open in the program.
     step(syscall.close_range(0), "close descriptors")

@@ -8,6 +8,7 @@
 //! - **cgroups**: the agent reads limits, statistics and OOM events anyway, and libcontainer's
 //!   device rules for cgroup v2 need libbpf and libelf.
 //! - **exec**: libcontainer's tenant container drops the container's seccomp filter.
+//! - **seccomp** with no_new_privs: libcontainer loads the filter before it waits for the start.
 //! - **running the program**: its errors reach the caller of StartContainer and Exec as such.
 
 pub mod apparmor;

@@ -91,7 +91,8 @@ impl Output {
                     self.readable.notify_waiters();
                 }
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                // EIO: the last holder of a terminal's slave side has gone.
+                // EIO: the last holder of a terminal's slave side has gone. The agent is one of
+                // them until the process has ended, and what was written is read before.
                 Ok(Err(_)) => return,
                 Err(_would_block) => {}
             }

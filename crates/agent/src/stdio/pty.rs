@@ -30,8 +30,8 @@ pub fn resize(master: BorrowedFd<'_>, width: u32, height: u32) -> Result<()> {
 }
 
 /// Gives the terminal to a user, who may then open it again by its name. Its group stays that of
-/// terminals.
-pub fn give(master: BorrowedFd<'_>, uid: u32) -> Result<()> {
+/// terminals. Answers the slave side.
+pub fn give(master: BorrowedFd<'_>, uid: u32) -> Result<OwnedFd> {
     let what = || "give the terminal to its user".to_owned();
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
     // SAFETY: TIOCGPTPEER takes open flags by value and returns a new descriptor.
@@ -39,7 +39,8 @@ pub fn give(master: BorrowedFd<'_>, uid: u32) -> Result<()> {
     let slave = Errno::result(slave).doing(what)?;
     // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
     let slave = unsafe { OwnedFd::from_raw_fd(slave) };
-    fchown(&slave, Some(Uid::from_raw(uid)), None).doing(what)
+    fchown(&slave, Some(Uid::from_raw(uid)), None).doing(what)?;
+    Ok(slave)
 }
 
 /// Takes the master side from the socket it was sent to; it was sent before, so nothing is waited
