@@ -14,11 +14,12 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::error::Error;
 use crate::forward::{self, ByteStream};
+use crate::host::{blocking, cgroup};
 use crate::journal::Probe;
 use crate::launcher::{Launch, LauncherProcess};
 use crate::model::{
     ContainerId, ContainerSpec, ContainerView, Event, ExecOutput, ExecSpec, Filter, PodId,
-    PodResources, PodSpec, PodView, TracePhase,
+    PodResources, PodSpec, PodView, Room, TracePhase,
 };
 use crate::node::Node;
 use crate::open::{self, Opened, Quarantined};
@@ -114,6 +115,22 @@ impl Sandboxes {
             guard.disarm();
         }
         result
+    }
+
+    /// What a pod below `cgroup_parent` may have beside what its request states.
+    pub async fn room(&self, cgroup_parent: &str) -> Room {
+        let (node, parent) = (self.node.clone(), cgroup_parent.to_owned());
+        let Config { default_vcpus, default_memory_mib, .. } = self.node.config;
+        blocking(move || {
+            let is_open = |file| cgroup::is_open(&node.cgroup_root, &parent, file);
+            Room {
+                vcpus: default_vcpus,
+                memory_mib: default_memory_mib,
+                open_cpu: is_open("cpu.max"),
+                open_memory: is_open("memory.max"),
+            }
+        })
+        .await
     }
 
     /// Ends every container and the VM, frees the network. Idempotent.

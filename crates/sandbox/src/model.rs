@@ -81,6 +81,18 @@ pub struct CpuLimits {
     pub shares: Option<u64>,
 }
 
+/// What a pod may have that its request does not say.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Room {
+    /// Size of a pod that states no limits.
+    pub vcpus: u8,
+    pub memory_mib: u32,
+    /// The parent of the pod's cgroup has no limit of CPU time.
+    pub open_cpu: bool,
+    /// It has none of memory.
+    pub open_memory: bool,
+}
+
 /// A change of what a running pod has; what is none stays as it is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PodResources {

@@ -141,6 +141,7 @@ pub(crate) struct Pod {
 #[derive(Debug, Clone)]
 pub(crate) enum Change {
     Planned(Vec<Effect>),
+    /// Observation.
     Undone(Effect),
     VmmStarted {
         pid: u32,
@@ -154,7 +155,9 @@ pub(crate) enum Change {
     Resized {
         change: PodResources,
     },
+    /// Observation: a full disk must not keep a pod alive.
     Stopping,
+    /// Observation.
     Stopped {
         at: SystemTime,
     },
@@ -173,6 +176,7 @@ pub(crate) enum Change {
         id: ContainerId,
         user: Identity,
     },
+    /// Observation.
     ContainerStarted {
         id: ContainerId,
         at: SystemTime,
@@ -203,11 +207,16 @@ pub(crate) enum Change {
 }
 
 impl Change {
-    /// It has happened on its own: kept in memory even when it cannot be written down yet.
+    /// It has happened, or will whatever the disk says: kept in memory even when it cannot be
+    /// written down yet. After a crash recovery finds it out again.
     pub(crate) fn is_observation(&self) -> bool {
         matches!(
             self,
-            Self::VmDied { .. }
+            Self::Stopping
+                | Self::Undone(_)
+                | Self::Stopped { .. }
+                | Self::VmDied { .. }
+                | Self::ContainerStarted { .. }
                 | Self::ContainerOom { .. }
                 | Self::ContainerEnded { .. }
                 | Self::LogsDrained { .. }

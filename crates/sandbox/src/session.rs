@@ -152,7 +152,7 @@ impl AttachProcess {
             last = exit(container);
             last.is_some()
         });
-        there.await;
+        there.await?;
         last.ok_or_else(|| Error::NotFound { what: "container", id: id.clone() })
     }
 }
@@ -320,7 +320,17 @@ pub(crate) async fn exec_sync(
     output_limit: usize,
 ) -> Result<ExecOutput, Error> {
     let spec = ExecSpec { stdin: false, ..spec };
-    let mut session = exec(handle, id, spec).await?;
+    let timeout = timeout.filter(|t| !t.is_zero());
+    let end = timeout.map(|limit| (tokio::time::Instant::now() + limit, limit));
+    let started = exec(handle, id, spec);
+    let mut session = match end {
+        None => started.await?,
+        // A command whose start is given up is killed as soon as it runs.
+        Some((end, limit)) => match tokio::time::timeout_at(end, started).await {
+            Ok(session) => session?,
+            Err(_) => return Err(Error::ExecTimeout { limit }),
+        },
+    };
     let (stdout, stderr) = (session.stdout.take(), session.stderr.take());
     let mut output = ExecOutput::default();
     let run = async {
@@ -338,9 +348,9 @@ pub(crate) async fn exec_sync(
         *code = end?.code;
         Ok::<(), Error>(())
     };
-    match timeout.filter(|t| !t.is_zero()) {
+    match end {
         None => run.await?,
-        Some(limit) => match tokio::time::timeout(limit, run).await {
+        Some((end, limit)) => match tokio::time::timeout_at(end, run).await {
             Ok(result) => result?,
             Err(_) => {
                 session.process.kill().await;

@@ -153,7 +153,9 @@ fn from_status(what: &str, status: &Status) -> Error {
             Error::ResourceExhausted { message }
         }
         tonic::Code::Unimplemented => Error::Unsupported { message },
-        tonic::Code::Unavailable | tonic::Code::Cancelled => Error::Unavailable { message },
+        tonic::Code::Unavailable | tonic::Code::Cancelled | tonic::Code::DeadlineExceeded => {
+            Error::Unavailable { message }
+        }
         _ => Error::Internal(anyhow::anyhow!(message)),
     }
 }

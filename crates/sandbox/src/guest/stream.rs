@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use agent_api::STDIO_PORT;
 use agent_api::stdio::{Kind, Open, Status, WINDOW};
@@ -16,6 +17,9 @@ use super::{Door, connect};
 /// Acknowledge at the latest after this many bytes, so that the agent's window never closes on a
 /// reader that keeps up.
 const ACK_AFTER: u64 = (WINDOW / 4) as u64;
+
+/// A guest that takes longer to answer is sick.
+const OPEN_LIMIT: Duration = Duration::from_secs(10);
 
 /// A process' stream.
 #[derive(Debug, Clone)]
@@ -35,6 +39,13 @@ pub(crate) enum Refused {
 }
 
 async fn open(door: &Door, id: &StreamId, offset: u64) -> Result<UnixStream, Refused> {
+    match tokio::time::timeout(OPEN_LIMIT, join(door, id, offset)).await {
+        Ok(opened) => opened,
+        Err(_) => Err(Refused::Io(io::ErrorKind::TimedOut.into())),
+    }
+}
+
+async fn join(door: &Door, id: &StreamId, offset: u64) -> Result<UnixStream, Refused> {
     let mut stream = connect(door, STDIO_PORT).await?;
     let header = Open {
         kind: id.kind,

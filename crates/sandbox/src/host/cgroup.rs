@@ -56,6 +56,15 @@ pub(crate) fn leaf(root: &Path, parent: &str, pod: &str) -> Result<PathBuf, Erro
     Ok(root.join(relative).join(format!("nacelle-{pod}")))
 }
 
+/// Whether the cgroup that a pod's leaf is made in is there and sets no limit in `file`, such as
+/// memory.max. Blocks.
+pub(crate) fn is_open(root: &Path, parent: &str, file: &str) -> bool {
+    let Some(parent) = Some(parent).filter(|parent| !parent.is_empty()) else { return false };
+    let Ok(leaf) = leaf(root, parent, "") else { return false };
+    let text = fs::read_to_string(leaf.with_file_name(file));
+    text.is_ok_and(|text| text.split_whitespace().next() == Some("max"))
+}
+
 fn slice_path(name: &str) -> PathBuf {
     let stem = name.trim_end_matches(".slice");
     let mut path = PathBuf::new();

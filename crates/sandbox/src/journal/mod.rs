@@ -17,9 +17,9 @@ const RECORD: &str = "record.json";
 /// A record is refused above this size: nothing we write comes near it.
 const MAX_RECORD: u64 = 64 << 20;
 
-/// Where a test may stop the world: before or after the n-th write of the journal.
+/// Where a test may stop the world, or fail: before or after the n-th write of the journal.
 pub(crate) trait Probe: Send + Sync {
-    fn before_write(&self, pod: &Pod);
+    fn before_write(&self, pod: &Pod) -> io::Result<()>;
     fn after_write(&self, pod: &Pod);
 }
 
@@ -61,7 +61,7 @@ impl Journal {
     /// Writes a pod's record. Blocks.
     pub(crate) fn write(&self, pod: &Pod, boot_id: &str) -> io::Result<()> {
         if let Some(probe) = &self.probe {
-            probe.before_write(pod);
+            probe.before_write(pod)?;
         }
         let folder = self.folder(&pod.id);
         match fs::DirBuilder::new().mode(0o700).create(&folder) {

@@ -195,7 +195,8 @@ fn block_device(device: &BlockDevice) -> v1::BlockDevice {
     }
 }
 
-/// Takes back a creation, as far as it came; goes on past failures.
+/// Takes back a creation, as far as it came. A guest that does not let go of it keeps its disk, and
+/// the pod's owner tries again.
 pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
     handle.drop_live(id);
     let Ok(container) = handle.container(id) else { return };
@@ -207,6 +208,7 @@ pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
             });
         if let Err(error) = removed.await {
             tracing::warn!(container = id, %error, "guest keeps a container that failed");
+            return;
         }
         shares::remove(handle, id, &container.spec).await;
         if let Err(error) = disks::unplug(handle, id, &container.spec).await {

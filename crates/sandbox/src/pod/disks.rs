@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
 use agent_api::v1;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::handle::Handle;
 use crate::error::Error;
@@ -88,7 +89,16 @@ fn open_device(path: &Path, read_only: bool) -> Result<File, Error> {
             ),
         });
     }
+    clear_nonblock(&file).map_err(failed)?;
     Ok(file)
+}
+
+/// Lets reads and writes wait again. Before Linux 6.5 io_uring answers them with EAGAIN while the
+/// flag is set, on devices that cannot do without waiting.
+fn clear_nonblock(file: &File) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(flags.difference(OFlag::O_NONBLOCK)))?;
+    Ok(())
 }
 
 /// Plugs all disks of a container and waits until the guest sees them.
@@ -248,4 +258,27 @@ pub(super) async fn copy_volume(handle: &Handle, id: &str, source: &Path) -> Res
     }
     reader.await.map_err(|e| Error::Internal(e.into()))??;
     send(&handle.guest, id, Vec::new(), size_limit, false).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_descriptor_waits_again_and_keeps_its_other_flags() {
+        let mut options = File::options();
+        options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_APPEND);
+        let file = options.open("/dev/null").unwrap();
+        let flags = || OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL).unwrap());
+        assert!(flags().contains(OFlag::O_NONBLOCK));
+        clear_nonblock(&file).unwrap();
+        assert!(!flags().contains(OFlag::O_NONBLOCK));
+        assert!(flags().contains(OFlag::O_RDWR | OFlag::O_APPEND));
+    }
+
+    #[test]
+    fn what_is_no_block_device_is_refused() {
+        let refused = open_device(Path::new("/dev/null"), true);
+        assert!(matches!(refused, Err(Error::Unsupported { .. })));
+    }
 }

@@ -83,6 +83,9 @@ async fn take(handle: &Arc<Handle>, event: Kind) {
         // not be started is told by that answer.
         let _ = tokio::time::timeout(START_LIMIT, handle.start_decided(id)).await;
     }
+    if says_nothing_new(handle, &change) {
+        return;
+    }
     loop {
         match handle.commit(vec![change.clone()]).await {
             Ok(()) => break,
@@ -100,6 +103,18 @@ async fn take(handle: &Arc<Handle>, event: Kind) {
             cpuset::pin_again(&handle).await;
             show_when_drained(&handle, id).await;
         });
+    }
+}
+
+/// What a guest repeats is not written to the disk again: it could do so without end.
+fn says_nothing_new(handle: &Handle, change: &Change) -> bool {
+    let pod = handle.pod();
+    match change {
+        Change::ContainerOom { id } => pod.containers.get(id).is_some_and(|c| c.oom),
+        Change::ContainerEnded { id, .. } => {
+            pod.containers.get(id).is_some_and(|c| c.exit.is_some() && c.drained)
+        }
+        _ => false,
     }
 }
 

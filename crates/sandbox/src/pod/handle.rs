@@ -1,5 +1,6 @@
 //! What a pod looks like from outside of its owner task.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::path::PathBuf;
@@ -194,9 +195,14 @@ impl Handle {
         Err(Error::precondition(format!("pod {} is not ready: {why}", self.id)))
     }
 
-    /// Waits until `done` says so about the pod; false when the pod is gone instead.
-    pub(crate) async fn wait_for(&self, mut done: impl FnMut(&Pod) -> bool) -> bool {
-        self.state.clone().wait_for(|pod| done(pod)).await.is_ok()
+    /// Waits until `done` says so about the pod, or it is gone. An error if the daemon ends first.
+    pub(crate) async fn wait_for(&self, mut done: impl FnMut(&Pod) -> bool) -> Result<(), Error> {
+        match self.state.clone().wait_for(|pod| done(pod)).await {
+            Err(_) if self.node.shutdown.is_cancelled() => {
+                Err(Error::unavailable("the daemon is ending"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Asks the owner for something and waits for the answer.
@@ -205,9 +211,19 @@ impl Handle {
         request: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> Request,
     ) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
-        let gone = || Error::NotFound { what: "pod", id: self.id.clone() };
-        self.requests.send(Msg::Request(request(reply))).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        self.requests.send(Msg::Request(request(reply))).await.map_err(|_| self.unanswered())?;
+        answer.await.map_err(|_| self.unanswered())?
+    }
+
+    /// Why nobody answers: the pod is gone, or the daemon ends under the request.
+    fn unanswered(&self) -> Error {
+        if self.node.shutdown.is_cancelled() {
+            return Error::unavailable("the daemon is ending");
+        }
+        match self.node.registry.find_pod(&self.id) {
+            Ok(_) => Error::unavailable("the daemon has failed at it: see its log"),
+            Err(_) => Error::NotFound { what: "pod", id: self.id.clone() },
+        }
     }
 
     /// Has changes journaled and published; all of them or none.
@@ -247,11 +263,14 @@ impl Handle {
         self.live().logs.insert(container.to_owned(), log);
     }
 
-    /// Says that a container's start is going on, until the guard is dropped.
-    pub(super) fn begin_start(self: &Arc<Self>, container: &str) -> Starting {
+    /// Says that a container's start is going on, until the guard is dropped. None: another one is.
+    pub(super) fn begin_start(self: &Arc<Self>, container: &str) -> Option<Starting> {
         let (decided, receiver) = watch::channel(());
-        self.live().starting.insert(container.to_owned(), receiver);
-        Starting { handle: self.clone(), container: container.to_owned(), _decided: decided }
+        match self.live().starting.entry(container.to_owned()) {
+            Entry::Occupied(_) => return None,
+            Entry::Vacant(free) => free.insert(receiver),
+        };
+        Some(Starting { handle: self.clone(), container: container.to_owned(), _decided: decided })
     }
 
     /// Waits while a container's start goes on.

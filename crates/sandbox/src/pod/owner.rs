@@ -3,12 +3,14 @@
 //! It never waits for a guest, a boot or the network: that is what its jobs do. So a stop that
 //! arrives during a start is seen at once.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use super::announce::Told;
@@ -22,12 +24,12 @@ use crate::host::blocking;
 use crate::host::process::Process;
 use crate::model::{ContainerId, Event, PodId, PodResources};
 use crate::node::Node;
-use crate::policy::{Change, Container, Misfit, Phase, Pod};
+use crate::policy::{Change, Container, ContainerPhase, Misfit, Phase, Pod};
 
 /// Requests that wait for the owner; more of them wait at the sender.
 const QUEUE: usize = 64;
 /// A removal that failed is tried again after this time.
-const REMOVE_AGAIN: Duration = Duration::from_secs(20);
+const REMOVE_AGAIN: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
 /// A record that could not be written is tried again after this time.
 const WRITE_AGAIN: Duration = Duration::from_secs(1);
 
@@ -72,6 +74,8 @@ pub(super) enum JobEnd {
     Reattached(Option<Arc<Process>>),
     Stopped(Result<(), Error>),
     Removed(Result<(), Error>),
+    /// Work on this container.
+    Container(ContainerId),
     Other,
 }
 
@@ -92,6 +96,8 @@ struct Owner {
     told: Told,
     activity: Activity,
     jobs: JoinSet<JobEnd>,
+    /// How many jobs work on a container now.
+    busy: HashMap<ContainerId, usize>,
     /// Tasks that live as long as the VM.
     watchers: JoinSet<()>,
     process: Option<Arc<Process>>,
@@ -125,6 +131,7 @@ pub(crate) fn new(
         publish,
         activity: Activity::Idle,
         jobs: JoinSet::new(),
+        busy: HashMap::new(),
         watchers: JoinSet::new(),
         process: None,
         silent: false,
@@ -143,6 +150,8 @@ impl Owner {
     async fn run(mut self, begin: Begin, mut incoming: mpsc::Receiver<Msg>) {
         let shutdown = self.node.shutdown.clone();
         self.begin(begin);
+        let mut retries = interval(REMOVE_AGAIN);
+        retries.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while !self.gone {
             let pause = match (self.dirty, self.remove_again) {
                 (true, _) => WRITE_AGAIN,
@@ -153,6 +162,7 @@ impl Owner {
                 () = shutdown.cancelled() => return,
                 Some(end) = self.jobs.join_next() => self.job_ended(end).await,
                 Some(msg) = incoming.recv() => self.handle(msg).await,
+                _ = retries.tick(), if self.half_done().next().is_some() => self.finish_half_done(),
                 () = tokio::time::sleep(pause), if pause != Duration::MAX => self.again().await,
             }
         }
@@ -247,52 +257,81 @@ impl Owner {
             }
             Request::CreateContainer { container, cancel, reply } => {
                 let handle = self.handle.clone();
-                self.container_job(reply, async move {
+                self.container_job(Some(container.id.clone()), reply, async move {
                     create_container::create_container(&handle, *container, &cancel).await
                 });
             }
             Request::StartContainer { id, reply } => {
                 let handle = self.handle.clone();
-                self.container_job(reply, async move {
+                self.container_job(None, reply, async move {
                     start_container::start_container(&handle, &id).await
                 });
             }
             Request::RemoveContainer { id, reply } => {
                 let handle = self.handle.clone();
-                self.container_job(reply, async move {
+                self.container_job(Some(id.clone()), reply, async move {
                     remove_container::remove_container(&handle, &id).await
                 });
             }
             Request::UpdatePod { change, reply } => {
                 let handle = self.handle.clone();
-                self.container_job(
-                    reply,
-                    async move { update_pod::update_pod(&handle, change).await },
-                );
+                self.container_job(None, reply, async move {
+                    update_pod::update_pod(&handle, change).await
+                });
             }
             Request::UpdateContainer { id, resources, reply } => {
                 let handle = self.handle.clone();
-                self.container_job(reply, async move {
+                self.container_job(None, reply, async move {
                     update_container::update_container(&handle, &id, *resources).await
                 });
             }
         }
     }
 
-    /// Work on a container goes on when its caller has gone, and gates the removal of the pod.
+    /// Work on a container goes on when its caller has gone, and gates the removal of the pod. What
+    /// makes or removes `container` keeps a half-done one from being taken for left over.
     fn container_job(
         &mut self,
+        container: Option<ContainerId>,
         reply: Reply<()>,
         work: impl Future<Output = Result<(), Error>> + Send + 'static,
     ) {
         let gate = self.handle.gate.clone();
+        if let Some(id) = &container {
+            *self.busy.entry(id.clone()).or_default() += 1;
+        }
         self.jobs.spawn(async move {
             let held = gate.read_owned().await;
             let result = work.await;
             drop(held);
             let _ = reply.send(result);
-            JobEnd::Other
+            container.map_or(JobEnd::Other, JobEnd::Container)
         });
+    }
+
+    /// Containers whose creation or removal has failed half-way, and nobody works on: no listing
+    /// shows them, so nobody will ask for their removal again.
+    fn half_done(&self) -> impl Iterator<Item = &ContainerId> {
+        let ready = matches!((&self.activity, self.pod.phase), (Activity::Idle, Phase::Ready));
+        let containers = self.pod.containers.values().filter(move |_| ready);
+        containers
+            .filter(|c| c.phase != ContainerPhase::Present && !self.busy.contains_key(&c.id))
+            .map(|c| &c.id)
+    }
+
+    fn finish_half_done(&mut self) {
+        for id in self.half_done().cloned().collect::<Vec<_>>() {
+            let handle = self.handle.clone();
+            // Nobody waits for the answer.
+            let (reply, _) = oneshot::channel();
+            self.container_job(Some(id.clone()), reply, async move {
+                let removed = remove_container::remove_left(&handle, &id).await;
+                if let Err(error) = &removed {
+                    tracing::warn!(container = id, %error, "removal will be tried again");
+                }
+                removed
+            });
+        }
     }
 
     fn begin_stop(&mut self) {
@@ -348,8 +387,10 @@ impl Owner {
             }
             JobEnd::Stopped(result) => {
                 self.activity = Activity::Idle;
-                self.watchers.abort_all();
-                self.handle.clear_live();
+                if self.pod.phase != Phase::Ready {
+                    self.watchers.abort_all();
+                    self.handle.clear_live();
+                }
                 answer(&mut self.stop_waiters, result);
                 self.next();
             }
@@ -368,6 +409,14 @@ impl Owner {
                 answer(&mut self.stop_waiters, Err(again(&error)));
                 answer(&mut self.remove_waiters, Err(error));
                 self.answer_failed_start();
+            }
+            JobEnd::Container(id) => {
+                if let Some(jobs) = self.busy.get_mut(&id) {
+                    *jobs -= 1;
+                    if *jobs == 0 {
+                        self.busy.remove(&id);
+                    }
+                }
             }
             JobEnd::Other => {}
         }

@@ -44,6 +44,21 @@ pub(super) async fn remove_container(handle: &Arc<Handle>, id: &str) -> Result<(
     gone(forget(handle, id).await)
 }
 
+/// The end of a creation or a removal that failed half-way. Its disk is not deleted while the VM may
+/// have it.
+pub(super) async fn remove_left(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
+    tokio::select! {
+        freed = free_in_guest(handle, id) => match freed {
+            Err(Error::NotFound { .. }) => return Ok(()),
+            other => other?,
+        },
+        // With the VM it goes all at once.
+        () = handle.closing.cancelled() => return Ok(()),
+    }
+    handle.drop_live(id);
+    forget(handle, id).await
+}
+
 /// Also the end of a removal that a crash of the daemon cut short.
 pub(super) async fn free_in_guest(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     let spec = handle.container(id)?.spec;

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -36,6 +36,8 @@ use crate::vmm;
 pub(super) const ETC_VOLUME: &str = "etc";
 /// Bytes of entropy for the guest, more than twice what its RNG holds.
 const ENTROPY: usize = 128;
+/// Bytes read of a log's end, more than is shown.
+const LOG_TAIL: usize = 4 << 10;
 /// Number of the program's first descriptor (see [`crate::launcher`]).
 const FIRST_FD: i32 = 3;
 
@@ -170,9 +172,19 @@ fn silent(paths: &Paths, limit: Duration) -> Error {
 
 /// The last words of a VMM that did not get as far as a status, or of an agent without a VM.
 fn log_tail(paths: &Paths) -> String {
-    let text = fs::read(&paths.log).unwrap_or_default();
+    let text = end_of(&paths.log, LOG_TAIL).unwrap_or_default();
     let text = vmm::clean(&String::from_utf8_lossy(&text), 1024);
     if text.is_empty() { String::new() } else { format!("; log: {text}") }
+}
+
+/// The last bytes of a file, which may be as long as it likes.
+fn end_of(path: &Path, limit: usize) -> std::io::Result<Vec<u8>> {
+    let file = File::open(path)?;
+    let start = file.metadata()?.len().saturating_sub(limit as u64);
+    let mut bytes = vec![0; limit];
+    let len = file.read_at(&mut bytes, start)?;
+    bytes.truncate(len);
+    Ok(bytes)
 }
 
 /// Makes the files and sockets, starts the VMM with them.
@@ -418,6 +430,17 @@ fn getrandom(bytes: &mut [u8]) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_a_long_log_only_the_end_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vmm.log");
+        assert!(end_of(&path, 8).is_err());
+        for (text, end) in [("", ""), ("short", "short"), ("a line\nlast one", "last one")] {
+            fs::write(&path, text).unwrap();
+            assert_eq!(end_of(&path, 8).unwrap(), end.as_bytes());
+        }
+    }
 
     #[test]
     fn a_guest_runs_apparmor_where_its_host_does_unless_the_operator_says_otherwise() {

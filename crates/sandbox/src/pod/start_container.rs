@@ -6,12 +6,17 @@ use std::time::SystemTime;
 use agent_api::v1;
 
 use super::handle::Handle;
+use super::stop_container::kill;
 use crate::error::Error;
 use crate::model::{ContainerState, ExitView};
 use crate::policy::{CODE_START_ERROR, Change, ContainerPhase};
 
 pub(super) async fn start_container(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     handle.ready_pod()?;
+    // Before the state is looked at, so that of two starts only one sees a container to be started.
+    let Some(_starting) = handle.begin_start(id) else {
+        return Err(Error::precondition(format!("container {id} is being started")));
+    };
     let container = handle.container(id)?;
     let state = container.state();
     if container.phase != ContainerPhase::Present || state != ContainerState::Created {
@@ -24,20 +29,35 @@ pub(super) async fn start_container(handle: &Arc<Handle>, id: &str) -> Result<()
             }
         )));
     }
-    let _starting = handle.begin_start(id);
     let request = v1::StartContainerRequest { container_id: id.to_owned() };
     let call = handle
         .guest
         .call("start the container", |mut c| async move { c.start_container(request).await });
     let result = tokio::select! {
         result = call => result,
-        () = handle.closing.cancelled() => Err(Error::precondition("the pod was stopped")),
+        // The stop, or with the daemon's end the next recovery, deals with what runs by then.
+        () = handle.closing.cancelled() => return Err(Error::precondition("the pod was stopped")),
     };
     let at = SystemTime::now();
     match result {
-        Ok(_) => handle.commit(vec![Change::ContainerStarted { id: id.to_owned(), at }]).await,
-        // Whether it runs is not known: the guest's events and the next recovery will tell.
-        Err(error @ (Error::Unavailable { .. } | Error::Deadline { .. })) => Err(error),
+        Ok(_) => {
+            let started = Change::ContainerStarted { id: id.to_owned(), at };
+            match handle.commit(vec![started]).await {
+                Err(error) if handle.container(id).is_ok_and(|c| c.started_at.is_some()) => {
+                    tracing::warn!(container = id, %error, "start is not journaled yet");
+                    Ok(())
+                }
+                other => other,
+            }
+        }
+        // Whether it runs is not known. A caller that is told of a failure starts another one: this
+        // one must not run beside it. Its exit is reported like any other.
+        Err(error @ (Error::Unavailable { .. } | Error::Deadline { .. })) => {
+            if let Err(error) = kill(handle, id).await {
+                tracing::warn!(container = id, %error, "container may run, its start has failed");
+            }
+            Err(error)
+        }
         Err(error) => {
             let exit = ExitView {
                 code: CODE_START_ERROR,

@@ -48,19 +48,19 @@ pub(crate) async fn stop_container(
     if !grace.is_zero() {
         ask(handle, &container).await;
         let asked_again = grace.min(ASK_AGAIN);
-        if tokio::time::timeout(asked_again, ended()).await.is_ok() {
-            return Ok(());
+        if let Ok(ended) = tokio::time::timeout(asked_again, ended()).await {
+            return ended;
         }
         if is_young(&container) {
             ask(handle, &container).await;
         }
-        if tokio::time::timeout(grace - asked_again, ended()).await.is_ok() {
-            return Ok(());
+        if let Ok(ended) = tokio::time::timeout(grace - asked_again, ended()).await {
+            return ended;
         }
     }
     let killed = kill(handle, id).await;
     match tokio::time::timeout(KILL_LIMIT, ended()).await {
-        Ok(_) => Ok(()),
+        Ok(ended) => ended,
         Err(_) => killed.and(Err(Error::Deadline {
             what: format!("end of container {id} after SIGKILL"),
             limit: KILL_LIMIT,

@@ -18,14 +18,24 @@ const CONTAINERS_LIMIT: Duration = Duration::from_secs(3);
 
 pub(super) async fn stop_pod(handle: &Arc<Handle>) -> Result<(), Error> {
     let was_ready = handle.pod().phase == Phase::Ready;
-    handle.commit(vec![Change::Stopping]).await?;
+    if let Err(error) = handle.commit(vec![Change::Stopping]).await {
+        if handle.pod().phase != Phase::Stopping {
+            return Err(error);
+        }
+        tracing::warn!(pod = handle.id, %error, "stop is not journaled, goes on");
+    }
     handle.closing.cancel();
     if was_ready {
         end_guest(handle).await;
     }
     let (mut changes, result) = undo(handle, false).await;
     changes.push(Change::Stopped { at: SystemTime::now() });
-    handle.commit(changes).await?;
+    if let Err(error) = handle.commit(changes).await {
+        if handle.pod().phase != Phase::NotReady {
+            return Err(error);
+        }
+        tracing::warn!(pod = handle.id, %error, "end of the pod is not journaled yet");
+    }
     result
 }
 

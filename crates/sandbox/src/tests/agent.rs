@@ -36,6 +36,7 @@ pub(super) struct State {
     pub(super) silent: bool,
     pub(super) configured: u32,
     pub(super) refuse_create: bool,
+    pub(super) refuse_remove: bool,
     pub(super) refuse_writes: bool,
     /// CPUs that run, and that there are.
     pub(super) cpus: u32,
@@ -338,6 +339,9 @@ impl Agent for Served {
         request: Request<v1::RemoveContainerRequest>,
     ) -> Answer<v1::RemoveContainerReply> {
         let id = request.into_inner().container_id;
+        if self.0.lock().refuse_remove {
+            return Err(Status::deadline_exceeded("processes are still there"));
+        }
         self.0.lock().processes.retain(|(container, _), _| *container != id);
         Ok(Response::new(v1::RemoveContainerReply {}))
     }

@@ -1,6 +1,7 @@
 //! kill -9 of the daemon at every write of its journal, before and after it: the next one
 //! converges, keeps what was promised, and leaves nothing.
 
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -30,11 +31,12 @@ impl CrashAt {
 }
 
 impl Probe for CrashAt {
-    fn before_write(&self, _: &Pod) {
+    fn before_write(&self, _: &Pod) -> io::Result<()> {
         let n = self.seen.fetch_add(1, Ordering::SeqCst);
         if n > self.write || (n == self.write && self.before) {
             self.crash();
         }
+        Ok(())
     }
 
     fn after_write(&self, _: &Pod) {

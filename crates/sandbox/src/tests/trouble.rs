@@ -1,13 +1,18 @@
 //! What goes wrong, and that it leaves nothing.
 
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::world::{eventually, story};
-use crate::Error;
+use crate::journal::Probe;
 use crate::model::{ContainerState, Filter, PodState};
+use crate::policy::Pod;
+use crate::{Error, Sandboxes};
 
 #[test]
 fn of_twenty_pods_with_one_name_one_is_made() {
@@ -143,6 +148,119 @@ fn a_container_that_cannot_be_made_leaves_its_name_and_its_disks_free() {
         daemon.start_container(&id).await.unwrap();
         let twice = daemon.start_container(&id).await;
         assert!(matches!(twice, Err(Error::FailedPrecondition { .. })));
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_container_that_the_guest_does_not_let_go_of_is_removed_later() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let refuse = |create, remove| {
+            let guest = world.guest(&pod);
+            let mut state = guest.lock();
+            (state.refuse_create, state.refuse_remove) = (create, remove);
+        };
+        let spec = world.container_spec("app", &["forever"]);
+        refuse(true, true);
+        assert!(daemon.create_container(&pod, spec.clone()).await.is_err());
+        // The VM has its disks still, so its name is not free.
+        assert!(!world.inner.devices.lock().unwrap().is_empty());
+        let taken = daemon.create_container(&pod, spec.clone()).await;
+        assert!(matches!(taken, Err(Error::Exists { .. })), "{taken:?}");
+        refuse(false, false);
+        eventually("disks are pulled", || world.inner.devices.lock().unwrap().is_empty()).await;
+        let mut again = daemon.create_container(&pod, spec.clone()).await;
+        while let Err(Error::Exists { .. }) = again {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            again = daemon.create_container(&pod, spec.clone()).await;
+        }
+
+        // A removal that nobody will ask for again: no listing shows it.
+        refuse(false, true);
+        daemon.remove_container(&again.unwrap()).await.unwrap_err();
+        assert!(daemon.containers(&Filter::default()).is_empty());
+        refuse(false, false);
+        eventually("disks are pulled", || world.inner.devices.lock().unwrap().is_empty()).await;
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+/// A disk that is full while it is set.
+#[derive(Default)]
+struct Full(AtomicBool);
+
+impl Probe for Full {
+    fn before_write(&self, _: &Pod) -> io::Result<()> {
+        match self.0.load(Ordering::SeqCst) {
+            true => Err(io::ErrorKind::StorageFull.into()),
+            false => Ok(()),
+        }
+    }
+
+    fn after_write(&self, _: &Pod) {}
+}
+
+#[test]
+fn a_full_disk_keeps_no_pod_alive_and_no_container_unseen() {
+    story(|world| async move {
+        let (this, full) = (Arc::new(world.clone()), Arc::new(Full::default()));
+        let daemon =
+            Sandboxes::open_probed(world.config(), this.clone(), this, Some(full.clone())).await;
+        let daemon = daemon.unwrap();
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["forever"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        full.0.store(true, Ordering::SeqCst);
+        daemon.start_container(&id).await.unwrap();
+        assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Running);
+        daemon.stop_pod(&pod).await.unwrap();
+        assert_eq!(daemon.pod(&pod).unwrap().state, PodState::NotReady);
+        assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Exited);
+        assert!(world.inner.attached.lock().unwrap().is_empty());
+        full.0.store(false, Ordering::SeqCst);
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn of_two_starts_one_is_refused_and_hurts_nobody() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["forever"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        let starts = futures_util::future::join_all((0..4).map(|_| daemon.start_container(&id)));
+        let results = starts.await;
+        assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
+        assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Running);
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
+#[test]
+fn a_daemon_that_ends_under_a_request_does_not_say_that_it_is_done() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["stubborn"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+        let stop = daemon.stop_container(&id, Duration::from_secs(30));
+        let end = async {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            daemon.shutdown().await;
+        };
+        let (stopped, ()) = tokio::join!(stop, end);
+        assert!(matches!(stopped, Err(Error::Unavailable { .. })), "{stopped:?}");
+        let removed = daemon.remove_pod(&pod).await;
+        assert!(matches!(removed, Err(Error::Unavailable { .. })), "{removed:?}");
+        drop(daemon);
+        let daemon = world.daemon().await;
         daemon.remove_pod(&pod).await.unwrap();
         assert_eq!(world.leftovers(), Vec::<String>::new());
     });
