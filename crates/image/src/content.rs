@@ -8,7 +8,7 @@
 //! go on with it: for a day at most, and within a limit of bytes, the oldest going first. Its bytes
 //! are believed only once the whole has the right digest.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -21,7 +21,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::files::{create_directory, list, sync_directory};
+use crate::files::{SPACE_CHECK_INTERVAL, Space, create_directory, list, sync_directory};
 
 /// Less is not worth a file.
 const MIN_PARTIAL: u64 = 64 << 10;
@@ -184,6 +184,32 @@ impl Content {
         fs::metadata(self.path(digest)).map_or(0, |metadata| metadata.len())
     }
 
+    /// Fails where what is missing of these blobs does not fit on the disk. Partial ones that
+    /// nobody writes make room first.
+    pub fn check_room(&self, blobs: &BTreeMap<Digest, u64>) -> Result<(), Error> {
+        let fits = || {
+            let needed: u64 = blobs.iter().map(|(digest, size)| self.missing(digest, *size)).sum();
+            Space::of(File::open(&self.0.ingest)?)?.check(needed)
+        };
+        let checked = match fits() {
+            Err(e) if e.kind() == io::ErrorKind::StorageFull => {
+                self.trim(0);
+                fits()
+            }
+            checked => checked,
+        };
+        checked.map_err(|e| Error::io("write", &self.0.ingest, e))
+    }
+
+    /// Bytes of a blob that have to come.
+    fn missing(&self, digest: &Digest, size: u64) -> u64 {
+        if self.has(digest, size) {
+            return 0;
+        }
+        let state = self.state();
+        size.saturating_sub(state.ingests.get(&digest.hex()).map_or(0, |partial| partial.bytes))
+    }
+
     pub fn lease(&self, digest: Digest) -> Lease {
         *self.state().leases.entry(digest).or_default() += 1;
         Lease { content: self.clone(), digest }
@@ -259,6 +285,7 @@ impl Content {
             path,
             hash: Sha256::new(),
             written: 0,
+            unchecked: 0,
             keep: false,
             committed: false,
         }
@@ -309,6 +336,8 @@ pub struct Ingest {
     path: PathBuf,
     hash: Sha256,
     written: u64,
+    /// Written since the room of the file system was looked at.
+    unchecked: u64,
     /// Whether what is here stays when the rest does not come.
     keep: bool,
     committed: bool,
@@ -320,7 +349,7 @@ impl Ingest {
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        if let Err(e) = self.file.write_all(bytes) {
+        if let Err(e) = self.check_space(bytes.len()).and_then(|()| self.file.write_all(bytes)) {
             // On a full disk half a blob is only in the way, and so are all others.
             self.keep = false;
             self.content.trim(0);
@@ -330,6 +359,15 @@ impl Ingest {
         self.written += bytes.len() as u64;
         self.note();
         Ok(())
+    }
+
+    fn check_space(&mut self, length: usize) -> io::Result<()> {
+        self.unchecked += length as u64;
+        if self.unchecked < SPACE_CHECK_INTERVAL {
+            return Ok(());
+        }
+        self.unchecked = 0;
+        Space::of(&self.file)?.check(0)
     }
 
     /// Starts over.
@@ -418,6 +456,7 @@ impl Drop for Ingest {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     fn content(dir: &Path, max_partial: u64) -> Content {
         let content = Content::open(dir, max_partial).unwrap();
@@ -481,6 +520,37 @@ mod tests {
         content.sweep().unwrap();
         assert_eq!(content.usage(), (0, 0));
         assert_eq!(fs::read_dir(dir.path().join("ingest")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn blobs_that_do_not_fit_on_the_disk_are_refused_before_they_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = content(dir.path(), 1 << 20);
+        let here = content.put(&[1; 100]).unwrap();
+        leave(&content, 2, 100_000);
+        assert_eq!(content.missing(&here.digest, 100), 0);
+        assert_eq!(content.missing(&digest(2), 150_000), 50_000);
+        assert_eq!(content.missing(&digest(3), 150_000), 150_000);
+        content.check_room(&BTreeMap::from([(here.digest, 100)])).unwrap();
+        assert_eq!(content.usage().1, 2);
+        let huge = 1 << 60;
+        let error = content.check_room(&BTreeMap::from([(digest(3), huge)])).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
+        let words = std::error::Error::source(&error).unwrap().to_string();
+        assert!(words.starts_with(&format!("{huge} bytes are needed")), "{words}");
+        assert_eq!(content.usage().1, 1, "the partial blob made room");
+    }
+
+    #[test]
+    fn the_room_is_looked_at_now_and_then_while_a_blob_comes() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = content(dir.path(), 1 << 20);
+        let mut ingest = content.ingest().unwrap();
+        ingest.write(&[0; 100]).unwrap();
+        assert_eq!(ingest.unchecked, 100);
+        ingest.unchecked = SPACE_CHECK_INTERVAL - 1;
+        ingest.write(&[0; 100]).unwrap();
+        assert_eq!(ingest.unchecked, 0);
     }
 
     #[test]

@@ -138,9 +138,11 @@ impl Error {
         }
         match source.host_fault() {
             Some((path, e)) => {
-                // The path and kind say it all; the original cannot be taken out of its wrapping.
-                let copy =
-                    e.raw_os_error().map_or_else(|| e.kind().into(), io::Error::from_raw_os_error);
+                // The original cannot be taken out of its wrapping.
+                let copy = e.raw_os_error().map_or_else(
+                    || io::Error::new(e.kind(), e.to_string()),
+                    io::Error::from_raw_os_error,
+                );
                 Self::io("write", path, copy)
             }
             None => Self::Layer { digest, source },

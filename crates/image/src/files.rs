@@ -1,11 +1,18 @@
-//! Durable files: a reader sees the old content or the new, also after a crash.
+//! Durable files: a reader sees the old content or the new, also after a crash. And the room for
+//! them.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::error::Error;
+
+/// The room of the file system is looked at each time this much was written.
+pub const SPACE_CHECK_INTERVAL: u64 = 64 << 20;
+/// What images leave free, whatever the size of the file system.
+const MAX_RESERVE: u64 = 1 << 30;
 
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let partial = path.with_extension("partial");
@@ -66,4 +73,72 @@ pub fn usage(path: &Path) -> (u64, u64) {
         }
     }
     (bytes, inodes)
+}
+
+/// Room on a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    free: u64,
+    /// The last 2 % (at most 1 GiB): neither an image that expands without end nor a download may
+    /// take the room that the node's other parts need.
+    reserve: u64,
+}
+
+impl Space {
+    /// Of the file system that holds this file.
+    pub fn of(file: impl AsFd) -> io::Result<Self> {
+        let stat = nix::sys::statvfs::fstatvfs(file)?;
+        let total = stat.blocks() as u64 * stat.fragment_size() as u64;
+        let free = stat.blocks_available() as u64 * stat.fragment_size() as u64;
+        Ok(Self::new(total, free))
+    }
+
+    fn new(total: u64, free: u64) -> Self {
+        // Some file systems do not count their blocks.
+        let free = if total == 0 { u64::MAX } else { free };
+        Self { free, reserve: (total / 50).min(MAX_RESERVE) }
+    }
+
+    /// Fails unless so many bytes fit beside the reserve.
+    pub fn check(self, needed: u64) -> io::Result<()> {
+        let Self { free, reserve } = self;
+        if free >= reserve.saturating_add(needed) {
+            return Ok(());
+        }
+        let words = match needed {
+            0 => format!("{free} bytes are free, and {reserve} are kept for the node"),
+            _ => format!(
+                "{needed} bytes are needed, {free} are free, and {reserve} of these are kept for \
+                 the node"
+            ),
+        };
+        Err(io::Error::new(io::ErrorKind::StorageFull, words))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_of_the_room_is_kept_for_the_node() {
+        for (total, reserve) in [(100 << 20, 2 << 20), (1 << 40, MAX_RESERVE)] {
+            let space = Space::new(total, reserve + 10);
+            space.check(0).unwrap();
+            space.check(10).unwrap();
+            let error = space.check(11).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+            let words = format!("11 bytes are needed, {} are free", reserve + 10);
+            assert!(error.to_string().starts_with(&words), "{error}");
+            Space::new(total, reserve - 1).check(0).unwrap_err();
+            space.check(u64::MAX).unwrap_err();
+        }
+        Space::new(0, 0).check(1 << 40).unwrap();
+    }
+
+    #[test]
+    fn the_room_of_a_real_file_system_is_found() {
+        let file = tempfile::tempfile().unwrap();
+        assert!(Space::of(&file).unwrap().free > 0);
+    }
 }

@@ -1,6 +1,7 @@
 //! One pull: manifest, configuration, layers in parallel, and the image built from the layers
 //! that are complete while others still come.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::sync::Arc;
@@ -96,6 +97,9 @@ async fn build(
 
     let leases: Vec<Lease> =
         manifest.layers.iter().map(|layer| inner.content.lease(layer.digest)).collect();
+    let blobs: BTreeMap<_, _> = manifest.layers.iter().map(|l| (l.digest, l.size)).collect();
+    let content = inner.content.clone();
+    run_blocking(move || content.check_room(&blobs)).await?;
     let (ready, arrivals): (Vec<_>, Vec<_>) =
         manifest.layers.iter().map(|_| oneshot::channel::<()>()).unzip();
     let mut downloads = JoinSet::new();

@@ -22,6 +22,9 @@ const MAX_SYMLINKS: u32 = 40;
 const MAX_STEPS: u32 = 4096;
 /// A chain of symlinked parents can build a tree deeper than any one path is long; walks recurse.
 const MAX_DEPTH: usize = 512;
+/// Files that the whiteouts of one layer look at, for each that an image may have: else a mark that
+/// is repeated in a full directory costs the square of the layer's length.
+const MAX_VISITS: u64 = 4;
 /// What a node costs beside its name, target and attributes.
 const NODE_COST: u64 = 192;
 
@@ -43,6 +46,8 @@ pub enum TreeError {
     TooManyNodes { limit: u64 },
     #[error("names, symlinks and attributes of the image exceed {limit} bytes")]
     TooMuchMetadata { limit: u64 },
+    #[error("the whiteouts of the layer look at more than {limit} files")]
+    TooManyVisits { limit: u64 },
 }
 
 pub type NodeId = u32;
@@ -93,6 +98,8 @@ pub struct Tree<F> {
     max_nodes: u64,
     metadata_left: u64,
     max_metadata: u64,
+    /// Of the present layer; see [`MAX_VISITS`].
+    visits_left: u64,
 }
 
 impl<F> Tree<F> {
@@ -101,12 +108,24 @@ impl<F> Tree<F> {
     pub fn new(max_nodes: u64, max_metadata: u64) -> Self {
         let metadata = Metadata { mode: 0o755, ..Metadata::default() };
         let root = Node { metadata, kind: Kind::Directory(BTreeMap::new()), links: 1 };
-        Self { nodes: vec![root], layer: 0, max_nodes, metadata_left: max_metadata, max_metadata }
+        Self {
+            nodes: vec![root],
+            layer: 0,
+            max_nodes,
+            metadata_left: max_metadata,
+            max_metadata,
+            visits_left: Self::max_visits(max_nodes),
+        }
+    }
+
+    fn max_visits(max_nodes: u64) -> u64 {
+        max_nodes.saturating_mul(MAX_VISITS)
     }
 
     /// What is added from here on belongs to the next layer.
     pub fn begin_layer(&mut self) {
         self.layer += 1;
+        self.visits_left = Self::max_visits(self.max_nodes);
     }
 
     pub fn node(&self, id: NodeId) -> &Node<F> {
@@ -187,8 +206,7 @@ impl<F> Tree<F> {
     pub fn whiteout(&mut self, path: &[&[u8]]) -> Result<(), TreeError> {
         let (name, parents) = path.split_last().ok_or(TreeError::Root)?;
         let Some(parent) = self.existing_directory(path, parents)? else { return Ok(()) };
-        self.prune(parent, name);
-        Ok(())
+        self.prune(parent, name)
     }
 
     /// Hides what lower layers put into the directory `path`.
@@ -196,7 +214,7 @@ impl<F> Tree<F> {
         let Some(directory) = self.existing_directory(path, path)? else { return Ok(()) };
         let names: Vec<Box<[u8]>> = self.children(directory).keys().cloned().collect();
         for name in names {
-            self.prune(directory, &name);
+            self.prune(directory, &name)?;
         }
         Ok(())
     }
@@ -215,13 +233,17 @@ impl<F> Tree<F> {
 
     /// Removes `name` as far as it comes from lower layers; a directory stays when something of
     /// this layer lies in it.
-    fn prune(&mut self, parent: NodeId, name: &[u8]) {
-        let Some(child) = self.children(parent).get(name).copied() else { return };
+    fn prune(&mut self, parent: NodeId, name: &[u8]) -> Result<(), TreeError> {
+        let Some(child) = self.children(parent).get(name).copied() else { return Ok(()) };
+        self.visits_left = self
+            .visits_left
+            .checked_sub(1)
+            .ok_or(TreeError::TooManyVisits { limit: Self::max_visits(self.max_nodes) })?;
         let mut keep = child.layer == self.layer;
         if let Kind::Directory(children) = &self.nodes[child.node as usize].kind {
             let names: Vec<Box<[u8]>> = children.keys().cloned().collect();
             for inner in names {
-                self.prune(child.node, &inner);
+                self.prune(child.node, &inner)?;
             }
             keep |= !self.children(child.node).is_empty();
         }
@@ -229,6 +251,7 @@ impl<F> Tree<F> {
             self.children_mut(parent).remove(name);
             self.release(child.node);
         }
+        Ok(())
     }
 
     /// Finds the directory at `directory`; with `create`, makes what is missing. `path` is for

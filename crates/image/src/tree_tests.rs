@@ -152,3 +152,27 @@ fn a_chain_of_symlinks_cannot_dig_without_end() {
     let error = tree.add(&[b"t", b"x"], Metadata::default(), Kind::Fifo).unwrap_err();
     assert!(matches!(error, TreeError::TooDeep { .. }), "{error}");
 }
+
+#[test]
+fn marks_that_look_at_the_same_files_again_and_again_are_refused() {
+    for deep in [false, true] {
+        let mut tree: Tree<()> = Tree::new(10, 1 << 20);
+        tree.begin_layer();
+        for name in [b"a", b"b", b"c", b"d", b"e"] {
+            let path = [&b"top"[..], b"dir", name];
+            tree.add(&path, Metadata::default(), Kind::Fifo).unwrap();
+        }
+        // From above, the directory itself is one more that is looked at.
+        let path: &[&[u8]] = if deep { &[b"top", b"dir"] } else { &[b"top"] };
+        for _ in 0..if deep { 8 } else { 6 } {
+            tree.opaque(path).unwrap();
+        }
+        let error = tree.opaque(path).unwrap_err();
+        assert_eq!(error, TreeError::TooManyVisits { limit: 40 });
+        // A layer has what it needs whatever the one before it took.
+        tree.begin_layer();
+        assert!(tree.lookup("top/dir/e").is_some());
+        tree.whiteout(&[b"top"]).unwrap();
+        assert!(tree.lookup("top").is_none());
+    }
+}

@@ -512,7 +512,8 @@ impl Drop for SmallDisk {
 
 #[tokio::test]
 async fn a_full_disk_is_told_with_the_path_and_leaves_the_store_usable() {
-    // Sizes at which different writes are the first to fail: the layer's, the image's, the last.
+    // Sizes at which the layer is known not to fit, and those at which different writes are the
+    // first to fail: the image's, the last.
     for (size, layer_size) in [(2048, 4 << 20), (3072, 2 << 20), (4096, 2_500_000), (64, 100_000)] {
         let Some(disk) = SmallDisk::mount(&format!("size={size}k")) else { return };
         let images = open(disk.0.path()).await;
@@ -522,6 +523,8 @@ async fn a_full_disk_is_told_with_the_path_and_leaves_the_store_usable() {
         assert_eq!(error.kind(), ErrorKind::ResourceExhausted, "{error:?}");
         let root = disk.0.path().to_str().unwrap();
         assert!(error.to_string().contains(root), "{error}");
+        let too_large = layer_size > size * 1024;
+        assert_eq!(explain(&error).contains("bytes are needed"), too_large, "{error:?}");
         tokio::time::sleep(Duration::from_millis(200)).await;
         assert_clean(disk.0.path());
         registry.image_as("small", &[layer("a", b"x")], "small");

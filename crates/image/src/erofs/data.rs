@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::format::{BLOCK, BLOCK_BITS};
+use crate::files::{SPACE_CHECK_INTERVAL, Space};
 
 /// Shorter runs of zeros stay plain blocks: a hole splits the guest's read-ahead.
 const MIN_HOLE: u64 = 64 << 10;
@@ -27,8 +28,6 @@ const MAX_CHUNKS: u64 = 1 << 18;
 /// as plain (host-sparse) blocks.
 const MAX_HOLES: usize = 1 << 20;
 const BUFFER: usize = 1 << 20;
-/// The free space of the file system is looked at each time this much was written.
-const SPACE_CHECK_INTERVAL: u64 = 64 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
@@ -190,7 +189,9 @@ impl DataArea {
         self.unchecked += bytes.len() as u64;
         if self.unchecked >= SPACE_CHECK_INTERVAL {
             self.unchecked = 0;
-            check_free_space(&self.file).map_err(|source| self.write_error(source))?;
+            Space::of(&self.file)
+                .and_then(|space| space.check(0))
+                .map_err(|source| self.write_error(source))?;
         }
         self.file.write_all_at(bytes, offset).map_err(|source| self.write_error(source))
     }
@@ -206,18 +207,6 @@ impl DataArea {
     fn write_error(&self, source: io::Error) -> DataError {
         DataError::Write { path: self.path.clone(), source }
     }
-}
-
-/// Refuses to fill the last 2 % (at most 1 GiB) of the file system: an image that expands without
-/// end must not take the room that the node's other parts need.
-fn check_free_space(file: &File) -> io::Result<()> {
-    let stat = nix::sys::statvfs::fstatvfs(file)?;
-    let total = stat.blocks() as u64 * stat.fragment_size() as u64;
-    let free = stat.blocks_available() as u64 * stat.fragment_size() as u64;
-    if free < (total / 50).min(1 << 30) {
-        return Err(io::ErrorKind::StorageFull.into());
-    }
-    Ok(())
 }
 
 fn read_full(content: &mut dyn Read, mut buffer: &mut [u8]) -> Result<(), DataError> {

@@ -350,6 +350,20 @@ fn limits_on_files_and_metadata_hold() {
 }
 
 #[test]
+fn a_mark_that_is_repeated_over_a_full_directory_stops_at_the_limit() {
+    let limits = Limits { nodes: 20, ..LIMITS };
+    let mut layer = Layer::new();
+    for i in 0..10 {
+        layer = layer.file(&format!("d/{i}"), b"");
+    }
+    for _ in 0..9 {
+        layer = layer.file("d/.wh..wh..opq", b"");
+    }
+    let error = Image::with(limits).layer(layer).unwrap_err();
+    assert!(error.to_string().contains("more than 80 files"), "{error}");
+}
+
+#[test]
 fn a_zip_bomb_stops_at_the_limit() {
     let limits = Limits { unpacked: 1 << 20, ..LIMITS };
     let tar = Layer::new().file("zeros", &vec![0; 16 << 20]).bytes();
