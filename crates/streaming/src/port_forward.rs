@@ -24,6 +24,11 @@ const PORT: &str = "port";
 const REQUEST_ID: &str = "requestid";
 /// Clients count their requests; what is longer is no number.
 const REQUEST_ID_LIMIT: usize = 64;
+/// Streams of a connection that wait for the other of their pair. Each may hold some 64 KiB, and
+/// clients open a pair's streams one right after the other.
+const WAITING_LIMIT: usize = 32;
+/// Forwards under way on one connection.
+const FORWARDS_LIMIT: usize = 256;
 /// Ports of the old WebSocket form: channel numbers are bytes.
 pub(crate) const PORTS_LIMIT: usize = 127;
 
@@ -91,6 +96,15 @@ impl Halves {
         }
     }
 
+    /// The one that waits longest, where too many wait.
+    fn excess(&mut self) -> Option<(Part, spdy::Stream)> {
+        if self.waiting.len() <= WAITING_LIMIT {
+            return None;
+        }
+        let (_, id) = self.deadlines.pop_front()?;
+        self.waiting.remove(&id)
+    }
+
     async fn late(&mut self) -> Option<(Part, spdy::Stream)> {
         let Some((deadline, id)) = self.deadlines.front() else {
             return std::future::pending().await;
@@ -113,37 +127,74 @@ pub(crate) async fn over_spdy(
     (link, mut streams): (Link, mpsc::Receiver<spdy::Stream>),
     creation_limit: Duration,
 ) {
-    // Bounded by the connection's streams.
     let mut halves = Halves::default();
     let mut forwards = JoinSet::new();
     loop {
         tokio::select! {
             stream = streams.recv() => {
                 let Some(stream) = stream else { break };
-                if let Some(Pair { data, error }) = halves.add(stream, creation_limit)
-                    && let Some(port) = port(&data.headers)
-                {
-                    let (backend, pod) = (backend.clone(), pod.to_owned());
-                    let (data, error) = ((data.incoming, data.outgoing), error.outgoing);
-                    forwards.spawn(async move {
-                        forward(&*backend, &pod, port, data, error, HalfClose::Yes).await;
-                    });
+                let pair = halves.add(stream, creation_limit);
+                if let Some((part, stream)) = halves.excess() {
+                    tracing::debug!(?part, "too many streams wait for the other of their pair");
+                    let words = b"too many connections wait for their data stream";
+                    let ended = give_up(part, stream, words);
+                    tokio::select! {
+                        () = ended => {}
+                        () = link.gone.cancelled() => break,
+                    }
                 }
+                let Some(Pair { data, error }) = pair else { continue };
+                let Some(port) = port(&data.headers) else { continue };
+                while forwards.try_join_next().is_some() {}
+                if forwards.len() >= FORWARDS_LIMIT {
+                    tracing::debug!(pod, port, "too many forwards on one connection");
+                    let words = format!(
+                        "error forwarding port {port} to pod {pod}: {FORWARDS_LIMIT} connections \
+                         are open already"
+                    );
+                    tokio::select! {
+                        () = refuse(words, &data.outgoing, &error.outgoing) => {}
+                        () = link.gone.cancelled() => break,
+                    }
+                    continue;
+                }
+                let (backend, pod) = (backend.clone(), pod.to_owned());
+                let (data, error) = ((data.incoming, data.outgoing), error.outgoing);
+                forwards.spawn(async move {
+                    forward(&*backend, &pod, port, data, error, HalfClose::Yes).await;
+                });
             }
             late = halves.late() => {
                 if let Some((part, stream)) = late {
                     tracing::debug!(?part, "the other stream of a pair did not come");
-                    if part == Part::Error {
-                        let words = Bytes::from_static(b"timed out waiting for the data stream");
-                        let _ = stream.outgoing.send(words).await;
+                    let ended = give_up(part, stream, b"timed out waiting for the data stream");
+                    tokio::select! {
+                        () = ended => {}
+                        () = link.gone.cancelled() => break,
                     }
-                    stream.outgoing.finish().await;
                 }
             }
             Some(_) = forwards.join_next() => {}
             () = link.gone.cancelled() => break,
         }
     }
+}
+
+/// Ends a stream whose other one is not there.
+async fn give_up(part: Part, stream: spdy::Stream, words: &'static [u8]) {
+    let spdy::Stream { incoming, outgoing, .. } = stream;
+    drop(incoming);
+    if part == Part::Error {
+        let _ = outgoing.send(Bytes::from_static(words)).await;
+    }
+    outgoing.finish().await;
+}
+
+/// Ends a pair with words for its user.
+async fn refuse(words: String, data: &Outgoing, error: &Outgoing) {
+    let _ = error.send(words.into()).await;
+    data.finish().await;
+    error.finish().await;
 }
 
 /// The old form: channels 2n and 2n + 1 are data and error of the nth port, each of which begins
@@ -201,8 +252,7 @@ async fn forward(
         Err(refused) => {
             tracing::debug!(pod, port, error = %refused, "port-forward");
             let words = format!("error forwarding port {port} to pod {pod}: {refused}");
-            let _ = error.send(words.into()).await;
-            outgoing.finish().await;
+            return refuse(words, &outgoing, &error).await;
         }
     }
     error.finish().await;

@@ -167,6 +167,60 @@ async fn streams_that_are_no_ports_are_refused_and_lonely_ones_time_out() {
 }
 
 #[tokio::test]
+async fn of_too_many_lonely_streams_the_oldest_is_ended() {
+    let limits = Limits { stream_creation: Duration::from_secs(3600), ..Limits::default() };
+    let server = server_with(Config { limits, ..Config::default() });
+    let url = port_forward(&server, &[]);
+    let mut client = Spdy::connect(&url, "portforward.k8s.io").await;
+    let port = echo_after_end().await.to_string();
+    let mut lonely = Vec::new();
+    for request in 0..34 {
+        // The first would wait for its data, the others for the stream of errors.
+        let kind = if request == 0 { "error" } else { "data" };
+        let request = request.to_string();
+        let headers =
+            [("streamtype", kind), ("port", port.as_str()), ("requestid", request.as_str())];
+        lonely.push(client.open(&headers).await);
+    }
+    let ended = client.until_ended(&[Pair { error: lonely[0], data: lonely[1] }]).await;
+    assert_eq!(ended.text(lonely[0]), "too many connections wait for their data stream");
+    assert_eq!(ended.text(lonely[1]), "");
+    // The others still wait.
+    let error = client.open(&[("streamtype", "error"), ("port", &port), ("requestid", "2")]).await;
+    let pair = Pair { error, data: lonely[2] };
+    client.send(pair.data, b"waited", true).await;
+    let received = client.until_ended(std::slice::from_ref(&pair)).await;
+    assert_eq!(received.text(pair.data), "waited");
+}
+
+#[tokio::test]
+async fn forwards_beyond_their_limit_are_refused_and_ended_ones_make_room() {
+    let server = server();
+    let (_listener, port) = listen().await;
+    let url = port_forward(&server, &[]);
+    let mut client = Spdy::connect(&url, "portforward.k8s.io").await;
+    let mut pairs = Vec::new();
+    for request in 0..257 {
+        pairs.push(client.open_pair(port, request).await);
+    }
+    let refused = client.until_ended(&pairs[256..]).await;
+    let words = refused.text(pairs[256].error);
+    assert!(words.ends_with("256 connections are open already"), "{words:?}");
+    client.reset(pairs[0].data).await;
+    let echo = echo_after_end().await;
+    within(async {
+        for request in 1000.. {
+            let pair = client.open_pair(echo, request).await;
+            client.send(pair.data, b"again", true).await;
+            if client.data_of(pair.data).await.is_some() {
+                break;
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn the_old_websocket_form_has_two_channels_a_port() {
     let server = server();
     for protocol in ["v4.channel.k8s.io", "v4.base64.channel.k8s.io", "portforward.k8s.io", ""] {
