@@ -7,6 +7,7 @@ mod console;
 mod exec;
 mod find;
 mod images;
+mod interrupts;
 mod list;
 mod logs;
 mod private;

@@ -7,14 +7,14 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow, bail};
 use cri::convert::security::{MASKED_PATHS, READONLY_PATHS};
 use cri::v1;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::arguments::{Run, RunPod};
 use super::connect::{Client, told};
+use super::interrupts::Interrupts;
 use super::logs::{self, Reader};
 use super::private::Private;
 use super::remove::{self, LOGS_ANNOTATION};
-use super::session::{self, Carry};
+use super::session::{self, Carry, Session};
 use super::{find, images, volume};
 use crate::api::AttachStart;
 use crate::api::session_input::Input;
@@ -121,6 +121,7 @@ async fn start(client: &mut Client, id: &str) -> Result<()> {
 /// With our terminal or input. Connected before the start where that can be, so that no output is
 /// missed.
 async fn attached(client: &mut Client, options: &Run, id: &str) -> Result<i32> {
+    let mut interrupts = Interrupts::new()?;
     let carry = Carry { stdin: options.interactive, tty: options.tty };
     let attach = || session::inputs(Input::Attach(AttachStart { container: id.into() }));
     let (mut sender, inputs) = attach();
@@ -131,27 +132,29 @@ async fn attached(client: &mut Client, options: &Run, id: &str) -> Result<i32> {
         sender = again;
         reply = client.debug.attach(inputs).await;
     }
-    session::drive(sender, reply, carry).await
+    let mut session = Session::start(sender, reply, carry).await?;
+    tokio::select! {
+        code = session.drive() => return code,
+        () = interrupts.next() => {}
+    }
+    session.let_output_go();
+    let stop = remove::stop_container(client, id, GRACE_SECONDS);
+    // What it says at its end is shown while we wait for it.
+    let (code, ()) = tokio::try_join!(session.drive(), stop)?;
+    Ok(code)
 }
 
 /// Without input: the log has every byte of the output, from the first on.
 async fn followed(client: &mut Client, id: &str) -> Result<i32> {
+    let mut interrupts = Interrupts::new()?;
     start(client, id).await?;
     let log = logs::status(client, id).await?.log_path;
     let mut reader = Reader::new(PathBuf::from(log), false);
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let interrupted = {
-        let follow = reader.follow(client, id);
-        tokio::select! {
-            status = follow => return Ok(status?.exit_code),
-            _ = interrupt.recv() => true,
-            _ = terminate.recv() => true,
-        }
-    };
-    if interrupted {
-        remove::stop_container(client, id, GRACE_SECONDS).await?;
+    tokio::select! {
+        status = reader.follow(client, id) => return Ok(status?.exit_code),
+        () = interrupts.next() => {}
     }
+    remove::stop_container(client, id, GRACE_SECONDS).await?;
     Ok(reader.follow(client, id).await?.exit_code)
 }
 

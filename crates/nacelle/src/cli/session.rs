@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 
 use anyhow::{Context, Result, anyhow};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming};
@@ -38,41 +38,81 @@ pub(super) struct Carry {
     pub(super) tty: bool,
 }
 
+/// A session under way. The terminal is given back with it.
+pub(super) struct Session {
+    sender: mpsc::Sender<SessionInput>,
+    outputs: Streaming<SessionOutput>,
+    carry: Carry,
+    resized: Signal,
+    /// Output that cannot be written is thrown away.
+    lossy: bool,
+    code: Option<i32>,
+    _raw: Option<Raw>,
+}
+
+impl Session {
+    pub(super) async fn start(
+        sender: mpsc::Sender<SessionInput>,
+        reply: Result<Response<Streaming<SessionOutput>>, Status>,
+        carry: Carry,
+    ) -> Result<Self> {
+        let outputs = reply.map_err(told)?.into_inner();
+        let raw = (carry.tty && carry.stdin && terminal::is_terminal())
+            .then(Raw::enter)
+            .transpose()
+            .context("taking the terminal over")?;
+        if carry.stdin {
+            let sender = sender.clone();
+            // A thread of its own: a read of a terminal cannot be called off.
+            std::thread::spawn(move || read_stdin(&sender));
+        }
+        let resized = signal(SignalKind::window_change())?;
+        if carry.tty {
+            resize(&sender).await;
+        }
+        Ok(Self { sender, outputs, carry, resized, lossy: false, code: None, _raw: raw })
+    }
+
+    /// From here on it is no failure when nobody takes the output: the terminal may be gone.
+    pub(super) fn let_output_go(&mut self) {
+        self.lossy = true;
+    }
+
+    /// Carries bytes until the process ends; its exit code. Can be called off and gone on with.
+    pub(super) async fn drive(&mut self) -> Result<i32> {
+        loop {
+            tokio::select! {
+                message = self.outputs.message() => {
+                    match message.map_err(told)?.map(|m| m.output) {
+                        Some(Some(Output::Stdout(data))) => {
+                            self.written(write(&mut std::io::stdout(), &data))?;
+                        }
+                        Some(Some(Output::Stderr(data))) => {
+                            self.written(write(&mut std::io::stderr(), &data))?;
+                        }
+                        Some(Some(Output::Exit(exit))) => self.code = Some(exit.code),
+                        Some(Some(Output::Started(_)) | None) => {}
+                        None => break,
+                    }
+                }
+                _ = self.resized.recv(), if self.carry.tty => resize(&self.sender).await,
+            }
+        }
+        self.code.ok_or_else(|| anyhow!("nacelled has gone away before the process ended"))
+    }
+
+    fn written(&self, outcome: std::io::Result<()>) -> std::io::Result<()> {
+        if self.lossy { Ok(()) } else { outcome }
+    }
+}
+
 /// Carries bytes until the process ends; its exit code.
 pub(super) async fn drive(
     sender: mpsc::Sender<SessionInput>,
     reply: Result<Response<Streaming<SessionOutput>>, Status>,
     carry: Carry,
 ) -> Result<i32> {
-    let mut outputs = reply.map_err(told)?.into_inner();
-    let raw = (carry.tty && carry.stdin && terminal::is_terminal())
-        .then(Raw::enter)
-        .transpose()
-        .context("taking the terminal over")?;
-    if carry.stdin {
-        let sender = sender.clone();
-        // A thread of its own: a read of a terminal cannot be called off.
-        std::thread::spawn(move || read_stdin(&sender));
-    }
-    let mut resized = signal(SignalKind::window_change())?;
-    if carry.tty {
-        resize(&sender).await;
-    }
-    let mut code = None;
-    loop {
-        tokio::select! {
-            message = outputs.message() => match message.map_err(told)?.map(|m| m.output) {
-                Some(Some(Output::Stdout(data))) => write(&mut std::io::stdout(), &data)?,
-                Some(Some(Output::Stderr(data))) => write(&mut std::io::stderr(), &data)?,
-                Some(Some(Output::Exit(exit))) => code = Some(exit.code),
-                Some(Some(Output::Started(_)) | None) => {}
-                None => break,
-            },
-            _ = resized.recv(), if carry.tty => resize(&sender).await,
-        }
-    }
-    drop(raw);
-    code.ok_or_else(|| anyhow!("nacelled has gone away before the process ended"))
+    Session::start(sender, reply, carry).await?.drive().await
 }
 
 async fn resize(sender: &mpsc::Sender<SessionInput>) {
