@@ -19,6 +19,8 @@ build="gcc g++ make protobuf-compiler libseccomp-dev libcap-ng-dev"
 kernel="flex bison bc libelf-dev libssl-dev xz-utils lz4 cpio patch"
 # What makes images: the lab's root file system, scratch disks, EROFS images.
 images="kmod mmdebstrap e2fsprogs erofs-utils zstd"
+# What unit tests work with; they are skipped where it is missing.
+tests="busybox-static attr skopeo docker-registry iproute2 iptables containernetworking-plugins"
 # What a node needs beside nacelle, when tests run on this host and not in the lab: `deps.sh node`.
 node="iproute2 iptables nftables containernetworking-plugins docker-registry curl jq procps psmisc
     socat openssl"
@@ -94,7 +96,7 @@ CONF
 apt_get() { APT_CONFIG=$apt/apt.conf DEBIAN_FRONTEND=noninteractive apt-get -qq "$@"; }
 
 [ "${1:-}" = node ] || node=
-wanted=$(missing $build $kernel $images $node)
+wanted=$(missing $build $kernel $images $tests $node)
 qemu_is_new || wanted="$wanted $qemu"
 
 if [ -f "$apt/updated" ] && [ -f "$apt/sources.list" ] && [ -z "$wanted" ]; then
@@ -111,7 +113,7 @@ if ! apt_get update; then
 fi
 : >"$apt/updated"
 
-wanted=$(missing $build $kernel $images $node)
+wanted=$(missing $build $kernel $images $tests $node)
 if [ -n "$wanted" ]; then
     say "installing" $wanted
     apt_get install $wanted >"$apt/install.log" 2>&1 || { cat "$apt/install.log" >&2; die "apt-get install failed"; }

@@ -147,7 +147,7 @@ fn lab(options: &[&str], command: &str) -> Result<Told> {
     thread::scope(|scope| {
         scope.spawn(|| {
             whole_lines(stdout, std::io::stdout(), |line| {
-                names.extend(passed(line).map(Into::into))
+                names.extend(passed(line).map(Into::into));
             });
         });
         scope.spawn(|| whole_lines(stderr, std::io::stderr(), |_| {}));
