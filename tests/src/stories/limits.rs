@@ -1,5 +1,7 @@
 //! Resource limits, inside the VM.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +16,7 @@ pub const STORIES: &[Story] = &[
     ("a container over its memory limit is ended as OOMKilled", memory),
     ("a CPU quota slows a container down", cpu),
     ("a PID limit stops a fork storm and the pod lives on", pids),
+    ("a pod is not held to the limits that only some of its containers have", some_limits),
     ("limits change while a container runs", update),
     ("a pod gets a further CPU and memory while it runs, and gives them back", resize),
     ("a pod runs on the host's CPUs that a kubelet gave its containers", cpuset),
@@ -102,6 +105,63 @@ fn pids() -> Result<()> {
         ensure!(storm.exit_code != 0, "a hundred processes fit under a limit of 20");
     }
     ensure!(cri.shell(&other, "echo alive")? == "alive", "the storm took its neighbour");
+    node.finish()
+}
+
+/// A cgroup as a kubelet makes for a pod; gone with the value.
+struct PodCgroup(PathBuf);
+
+impl PodCgroup {
+    fn make(name: &str) -> Result<Self> {
+        let folder = Path::new("/sys/fs/cgroup").join(name);
+        fs::create_dir(&folder).with_context(|| format!("making {}", folder.display()))?;
+        Ok(Self(folder))
+    }
+
+    fn limit(&self, file: &str, text: &str) -> Result<()> {
+        let path = self.0.join(file);
+        fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
+    }
+}
+
+impl Drop for PodCgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+fn some_limits() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let cri = node.cri();
+    let cgroup = PodCgroup::make("stories-pod")?;
+    // What a kubelet sends for a container of a tenth of a CPU and 64 MiB beside one without limits.
+    let run = |name: &str| -> Result<(String, u64, String)> {
+        let mut config = client::pod(name, &node.logs);
+        let linux = config.linux.get_or_insert_default();
+        linux.cgroup_parent = "/stories-pod".into();
+        linux.resources = Some(v1::LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 10_000,
+            memory_limit_in_bytes: 64 << 20,
+            ..Default::default()
+        });
+        let pod = cri.run_pod(config)?;
+        let id = cri.run(&pod, container("c", &image, &["sleep", "1000"]))?;
+        let total = cri.shell(&id, "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")?;
+        let cap = fs::read_to_string(cgroup.0.join(format!("nacelle-{pod}/cpu.max")));
+        let cap = cap.unwrap_or_else(|_| "max".into());
+        let seen = (cri.shell(&id, "nproc")?, total.parse::<u64>()? / 1024, cap);
+        cri.remove_pod(&pod)?;
+        Ok(seen)
+    };
+    let (cpus, mib, cap) = run("open")?;
+    ensure!(cpus == "2" && mib > 1900 && cap.starts_with("max"), "{cpus} CPUs, {mib} MiB, {cap}");
+    // Where all containers have limits, the kubelet limits the pod's cgroup too.
+    cgroup.limit("cpu.max", "10000 100000")?;
+    cgroup.limit("memory.max", "402653184")?;
+    let (cpus, mib, cap) = run("closed")?;
+    ensure!(cpus == "1" && mib < 256 && cap.starts_with("10000 "), "{cpus} CPUs, {mib} MiB, {cap}");
     node.finish()
 }
 
@@ -198,7 +258,7 @@ fn cpuset() -> Result<()> {
     };
     let status = format!("/proc/{}/status", node.vmm_pid(&pod)?);
     let allowed = || -> Result<String> {
-        let text = std::fs::read_to_string(&status)?;
+        let text = fs::read_to_string(&status)?;
         let line = text.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
         Ok(line.context("no Cpus_allowed_list")?.trim().to_owned())
     };

@@ -4,6 +4,7 @@
 //!
 //! Values are whole numbers on this wire, so seconds are cut off.
 
+use bytes::Bytes;
 use sandbox::model::{ContainerView, PodView};
 use sandbox::stats::{
     BlockIoView, ContainerStatsView, FsView, InterfaceView, PodStatsView, PressureView,
@@ -16,7 +17,7 @@ use crate::v1::MetricType::{self, Counter, Gauge};
 /// Labels that every metric has, in this order.
 const LABELS: [&str; 5] = ["pod", "namespace", "container", "id", "image"];
 /// The writable layer as a device.
-const LAYER: &str = "overlay";
+const LAYER: &[u8] = b"overlay";
 const NANOSECONDS: u64 = 1_000_000_000;
 const MICROSECONDS: u64 = 1_000_000;
 
@@ -278,22 +279,31 @@ pub fn descriptors() -> Vec<v1::MetricDescriptor> {
         .collect()
 }
 
+/// Values of [`LABELS`].
+type Labels = [Bytes; LABELS.len()];
+
+fn text(text: &str) -> Bytes {
+    Bytes::copy_from_slice(text.as_bytes())
+}
+
 /// Metrics that have the first labels in common.
 struct Sheet {
-    labels: [String; LABELS.len()],
+    labels: Labels,
     at: i64,
     metrics: Vec<v1::Metric>,
 }
 
 impl Sheet {
-    fn put<T: ?Sized>(&mut self, metric: &Metric<T>, of: &T, labels: &[&str]) {
+    fn put<T: ?Sized>(&mut self, metric: &Metric<T>, of: &T, labels: &[&Bytes]) {
         let Some(value) = (metric.value)(of) else { return };
-        let labels = labels.iter().map(ToString::to_string);
+        let mut label_values = Vec::with_capacity(LABELS.len() + labels.len());
+        label_values.extend_from_slice(&self.labels);
+        label_values.extend(labels.iter().map(|&label| label.clone()));
         self.metrics.push(v1::Metric {
-            name: metric.name.to_string(),
+            name: Bytes::from_static(metric.name.as_bytes()),
             timestamp: self.at,
             metric_type: metric.kind as i32,
-            label_values: self.labels.iter().cloned().chain(labels).collect(),
+            label_values,
             value: Some(v1::UInt64Value { value }),
         });
     }
@@ -306,14 +316,17 @@ pub fn of_pod(
     containers: &[ContainerView],
 ) -> v1::PodSandboxMetrics {
     let meta = &pod.spec.meta;
+    let pod_labels = [&meta.name, &meta.namespace].map(|label| text(label));
     let labels = |container: &str, id: &str, image: &str| {
-        [&meta.name, &meta.namespace, container, id, image].map(str::to_string)
+        let [name, namespace] = pod_labels.clone();
+        [name, namespace, text(container), text(id), text(image)]
     };
     let at = nanos(stats.at);
     let mut network = Sheet { labels: labels("", &pod.id, ""), at, metrics: vec![] };
     for interface in &stats.interfaces {
+        let name = text(&interface.name);
         for metric in &NETWORK {
-            network.put(metric, interface, &[&interface.name]);
+            network.put(metric, interface, &[&name]);
         }
     }
     let measured = containers.iter().filter_map(|view| {
@@ -331,7 +344,7 @@ pub fn of_pod(
 fn of_container(
     view: &ContainerView,
     stats: &ContainerStatsView,
-    labels: [String; LABELS.len()],
+    labels: Labels,
 ) -> v1::ContainerMetrics {
     let mut sheet = Sheet { labels, at: nanos(stats.at), metrics: vec![] };
     let swap_limit = view.spec.origin["linux"]["resources"]["memory_swap_limit_in_bytes"].as_i64();
@@ -340,25 +353,31 @@ fn of_container(
         sheet.put(metric, &known, &[]);
     }
     for metric in &LAYERS {
-        sheet.put(metric, &stats.writable_layer, &[LAYER]);
+        sheet.put(metric, &stats.writable_layer, &[&Bytes::from_static(LAYER)]);
     }
     for disk in &stats.block_io {
-        let (major, minor) = (disk.major.to_string(), disk.minor.to_string());
-        let device = format!("{major}:{minor}");
+        let (major, minor) = (text(&disk.major.to_string()), text(&disk.minor.to_string()));
+        let device = text(&format!("{}:{}", disk.major, disk.minor));
         for metric in &DISKS {
             sheet.put(metric, disk, &[&device]);
         }
         for (operation, bytes) in [("Read", disk.read_bytes), ("Write", disk.written_bytes)] {
-            sheet.put(&DISK_USE, &bytes, &[&device, &major, &minor, operation]);
+            let operation = Bytes::from_static(operation.as_bytes());
+            sheet.put(&DISK_USE, &bytes, &[&device, &major, &minor, &operation]);
         }
     }
     let memory = &stats.memory;
     for (kind, faults) in
         [("pgfault", memory.page_faults), ("pgmajfault", memory.major_page_faults)]
     {
-        sheet.put(&FAULTS, &faults, &[kind, "container"]);
+        let [kind, scope] = [kind, "container"].map(|label| Bytes::from_static(label.as_bytes()));
+        sheet.put(&FAULTS, &faults, &[&kind, &scope]);
     }
-    sheet.put(&ULIMITS, &stats.processes.ulimit_soft_nofile, &["max_open_files"]);
+    sheet.put(
+        &ULIMITS,
+        &stats.processes.ulimit_soft_nofile,
+        &[&Bytes::from_static(b"max_open_files")],
+    );
     v1::ContainerMetrics { container_id: view.id.clone(), metrics: sheet.metrics }
 }
 
@@ -429,7 +448,11 @@ mod tests {
 
     fn all(told: &v1::PodSandboxMetrics) -> BTreeMap<&str, &v1::Metric> {
         let inner = told.container_metrics.iter().flat_map(|container| &container.metrics);
-        told.metrics.iter().chain(inner).map(|metric| (metric.name.as_str(), metric)).collect()
+        told.metrics
+            .iter()
+            .chain(inner)
+            .map(|metric| (str::from_utf8(&metric.name).unwrap(), metric))
+            .collect()
     }
 
     #[test]
@@ -441,7 +464,7 @@ mod tests {
             let metric = told.get(described.name.as_str()).unwrap_or_else(|| {
                 panic!("{} is described and not told", described.name);
             });
-            assert_eq!(metric.label_values.len(), described.label_keys.len(), "{}", metric.name);
+            assert_eq!(metric.label_values.len(), described.label_keys.len(), "{metric:?}");
             assert!(!described.help.is_empty());
         }
         let described: BTreeSet<&str> = descriptors.iter().map(|d| d.name.as_str()).collect();

@@ -7,6 +7,8 @@ use oci_spec::image::Config as ImageConfig;
 use super::Refusal;
 use crate::v1;
 
+pub(crate) mod value;
+
 /// For an image that names none; what containerd and Docker give.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -47,7 +49,8 @@ pub fn command_line(
     Ok(line)
 }
 
-/// The image's variables, then the request's, of which the last with a name wins.
+/// The image's variables, then the request's, of which the last with a name wins. As in containerd,
+/// U+FFFD stands for what is not UTF-8: an OCI spec is JSON.
 pub fn environment(
     hostname: &str,
     tty: bool,
@@ -68,15 +71,11 @@ pub fn environment(
         if variable.key.is_empty() || variable.key.contains(['=', '\0']) {
             return Err(Refusal::invalid("envs", format!("{:?} is no name", variable.key)));
         }
-        let value = std::str::from_utf8(&variable.value)
-            .ok()
-            .filter(|value| !value.contains('\0'))
-            .ok_or_else(|| {
-                Refusal::invalid(
-                    "envs",
-                    format!("the value of {} is not UTF-8 text without zero bytes", variable.key),
-                )
-            })?;
+        let value = String::from_utf8_lossy(&variable.value);
+        if value.contains('\0') {
+            let reason = format!("the value of {} holds a zero byte", variable.key);
+            return Err(Refusal::invalid("envs", reason));
+        }
         put(&mut env, format!("{}={value}", variable.key));
     }
     Ok(env)
@@ -223,10 +222,17 @@ mod tests {
 
     #[test]
     fn variables_that_no_process_can_have_are_refused() {
-        for (key, value) in [("", &b"x"[..]), ("a=b", b"x"), ("a", b"\xff"), ("a", b"\0")] {
+        for (key, value) in [("", &b"x"[..]), ("a=b", b"x"), ("a", b"\0"), ("a", b"\xff\0")] {
             let variable = v1::KeyValue { key: key.into(), value: value.into() };
             assert!(environment("", false, &[variable], None).is_err(), "{key} {value:?}");
         }
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_replaced_and_the_container_runs() {
+        let variable = v1::KeyValue { key: "a".into(), value: b"x\xff\xfey".to_vec() };
+        let env = environment("", false, &[variable], None).unwrap();
+        assert_eq!(env[1], "a=x\u{fffd}\u{fffd}y");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use oci_spec::runtime::{
     LinuxResourcesBuilder,
 };
 
-use sandbox::model::CpuLimits;
+use sandbox::model::{CpuLimits, Room};
 
 use super::Refusal;
 use crate::config::Config;
@@ -21,6 +21,8 @@ use crate::v1;
 const MIB: i64 = 1 << 20;
 /// cpu.max's default period, microseconds (cgroup-v2.rst).
 const DEFAULT_PERIOD: i64 = 100_000;
+/// cgroup v1's cpu.shares that a kubelet writes for a CPU.
+const SHARES_OF_A_CPU: u64 = 1024;
 /// The size of a guest's huge pages, as CRI and the hugetlb controller write it.
 const HUGE_PAGE: &str = "2MB";
 /// OOM scores the kernel knows (proc(5), oom_score_adj).
@@ -197,7 +199,7 @@ pub fn overlay(current: &LinuxResources, update: &LinuxResources) -> LinuxResour
 }
 
 /// CPUs and memory of a pod's VM.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Size {
     pub vcpus: Option<u8>,
     pub memory_mib: Option<u32>,
@@ -276,9 +278,68 @@ pub fn cpu_limits(
     }
 }
 
+/// What a pod gets in whose request not everything is said.
+///
+/// A kubelet adds up the limits that there are. Where some container has none, the sum is no limit of
+/// the pod's, and the kubelet leaves the pod's cgroup, which it makes first, without one: such a pod
+/// has what a pod without limits has beside the sum. A pod with CPUs of its own has no quota either,
+/// but shares that say how many (1024 a CPU).
+pub fn widened(
+    mut size: Size,
+    mut cpu: CpuLimits,
+    room: Room,
+    host_cpus: usize,
+) -> (Size, CpuLimits) {
+    if room.open_cpu && cpu.quota_us.is_some() {
+        (cpu.quota_us, cpu.period_us) = (None, None);
+        size.vcpus = size.vcpus.map(|sum| sum.max(room.vcpus));
+    }
+    if cpu.quota_us.is_none()
+        && let Some(shares) = cpu.shares
+    {
+        let most = u8::try_from(host_cpus).unwrap_or(u8::MAX).max(1);
+        let asked = u8::try_from(shares.div_ceil(SHARES_OF_A_CPU)).unwrap_or(u8::MAX).min(most);
+        if asked > size.vcpus.unwrap_or(room.vcpus) {
+            size.vcpus = Some(asked);
+        }
+    }
+    if room.open_memory {
+        size.memory_mib = size.memory_mib.map(|sum| sum.saturating_add(room.memory_mib));
+    }
+    (size, cpu)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sum_of_some_containers_limits_does_not_limit_the_pod() {
+        let size = Size { vcpus: Some(1), memory_mib: Some(256) };
+        let cpu =
+            CpuLimits { quota_us: Some(10_000), period_us: Some(100_000), shares: Some(2150) };
+        let closed = Room { vcpus: 2, memory_mib: 2048, open_cpu: false, open_memory: false };
+        assert_eq!(widened(size, cpu, closed, 8), (size, cpu));
+        let open = Room { open_cpu: true, open_memory: true, ..closed };
+        let (wide, free) = widened(size, cpu, open, 8);
+        assert_eq!(free, CpuLimits { quota_us: None, period_us: None, shares: Some(2150) });
+        // Its containers ask for 2.1 CPUs.
+        assert_eq!(wide, Size { vcpus: Some(3), memory_mib: Some(256 + 2048) });
+        assert_eq!(widened(size, cpu, open, 2).0.vcpus, Some(2));
+        let unlimited = widened(Size::default(), CpuLimits::default(), open, 8);
+        assert_eq!(unlimited, (Size::default(), CpuLimits::default()));
+    }
+
+    #[test]
+    fn a_pod_with_cpus_of_its_own_has_as_many() {
+        let room = Room { vcpus: 2, memory_mib: 2048, ..Room::default() };
+        let exclusive = |shares| CpuLimits { shares: Some(shares), ..CpuLimits::default() };
+        let vcpus = |shares| widened(Size::default(), exclusive(shares), room, 16).0.vcpus;
+        assert_eq!(vcpus(8192), Some(8));
+        assert_eq!(vcpus(1 << 18), Some(16));
+        // What the default covers is left to it.
+        assert_eq!((vcpus(2), vcpus(2048), vcpus(2049)), (None, None, Some(3)));
+    }
 
     fn request() -> v1::LinuxContainerResources {
         v1::LinuxContainerResources::default()

@@ -34,10 +34,16 @@ impl Runtime {
         let mounted = config.mounts.iter().filter_map(|mount| mount.image.as_ref());
         let names = mounted.map(|image| image.image.as_str()).chain([image.id.as_str()]);
         let _held: Vec<_> = names.map(|name| self.images.hold(name)).collect();
+        let (container, attempt) = match &config.metadata {
+            Some(metadata) => (metadata.name.clone(), metadata.attempt),
+            None => Default::default(),
+        };
+        let conversion = self.conversions.begin((pod.id.clone(), container, attempt)).await?;
         let (config, images) = (Arc::new(config), self.images.clone());
         let (pod_id, settings) = (pod.id.clone(), self.config.clone());
         // Looks at the host's files, which may lie on a network.
         let spec = tokio::task::spawn_blocking(move || {
+            let _conversion = conversion;
             let parts = ImageParts {
                 id: &image.id,
                 rootfs: image.erofs_path.clone(),

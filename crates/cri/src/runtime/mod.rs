@@ -1,6 +1,7 @@
 //! RuntimeService: one verb a file; here is only the table of verbs.
 
 mod containers;
+mod conversions;
 mod create_container;
 mod events;
 mod exec_sync;
@@ -29,6 +30,7 @@ use crate::config::Config;
 use crate::convert::pod::Host;
 use crate::errors::unimplemented;
 use crate::v1;
+use conversions::Conversions;
 
 /// What keeps the node from running pods, in words; looked at by Status.
 #[async_trait]
@@ -54,6 +56,7 @@ pub struct Runtime {
     pub(crate) streams: Arc<Server>,
     /// Ends answers that have no end of their own.
     pub(crate) stopping: CancellationToken,
+    conversions: Conversions,
 }
 
 impl Runtime {
@@ -67,8 +70,8 @@ impl Runtime {
     ) -> Self {
         let host = Arc::new(Host::here());
         let (config, streams) = (Arc::new(config), Arc::new(streams));
-        let stopping = CancellationToken::new();
-        Self { sandboxes, images, health, config, host, storage, streams, stopping }
+        let (stopping, conversions) = (CancellationToken::new(), Conversions::default());
+        Self { sandboxes, images, health, config, host, storage, streams, stopping, conversions }
     }
 }
 
