@@ -56,10 +56,12 @@ pub(crate) fn leaf(root: &Path, parent: &str, pod: &str) -> Result<PathBuf, Erro
     Ok(root.join(relative).join(format!("nacelle-{pod}")))
 }
 
-/// Whether the cgroup that a pod's leaf is made in is there and sets no limit in `file`, such as
-/// memory.max. Blocks.
+/// Whether the cgroup that a caller has made for a pod's leaf is there and sets no limit in `file`,
+/// such as memory.max. Blocks.
 pub(crate) fn is_open(root: &Path, parent: &str, file: &str) -> bool {
-    let Some(parent) = Some(parent).filter(|parent| !parent.is_empty()) else { return false };
+    if parent.trim_matches('/').is_empty() {
+        return false;
+    }
     let Ok(leaf) = leaf(root, parent, "") else { return false };
     let text = fs::read_to_string(leaf.with_file_name(file));
     text.is_ok_and(|text| text.split_whitespace().next() == Some("max"))
@@ -245,6 +247,23 @@ mod tests {
                 "/cg/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podx.slice/nacelle-p"
             )
         );
+    }
+
+    #[test]
+    fn a_callers_cgroup_is_open_where_it_sets_no_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = dir.path().join("kubepods/podx");
+        fs::create_dir_all(&pod).unwrap();
+        fs::write(pod.join("cpu.max"), "max 100000\n").unwrap();
+        fs::write(pod.join("memory.max"), "1048576\n").unwrap();
+        let open = |parent, file| is_open(dir.path(), parent, file);
+        assert!(open("/kubepods/podx", "cpu.max"));
+        assert!(!open("/kubepods/podx", "memory.max") && !open("/kubepods/podx", "pids.max"));
+        // What nobody has made for the pod says nothing of it.
+        let ours = dir.path().join(DEFAULT_PARENT);
+        fs::create_dir(&ours).unwrap();
+        fs::write(ours.join("cpu.max"), "max 100000\n").unwrap();
+        assert!(!open("", "cpu.max") && !open("/", "cpu.max") && !open("/..", "cpu.max"));
     }
 
     #[test]
