@@ -42,7 +42,7 @@ fn memory() -> Result<()> {
     let resources =
         v1::LinuxContainerResources { memory_limit_in_bytes: 32 << 20, ..Default::default() };
     // tail keeps all of a stream without a newline.
-    let hungry = ["sh", "-c", "head -c 200000000 /dev/zero | tail"];
+    let hungry = ["sh", "-c", "head -c 64000000 /dev/zero | tail"];
     let config = limited("c", &image, &["sh", "-c", "exec tail /dev/zero"], resources);
     let id = node.cri().run(&pod, config)?;
     let status = node.cri().exited(&id)?;
