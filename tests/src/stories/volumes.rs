@@ -283,7 +283,8 @@ fn postgres() -> Result<()> {
         with_mounts(config, vec![mount(folder.path(), "/volume")])
     };
     let ready = |node: &Node, id: &str| {
-        let ready = wait::until("postgres answers", Duration::from_secs(90), || {
+        // The cluster's thousand files are copied first.
+        let ready = wait::until("postgres answers", Duration::from_secs(300), || {
             Ok((node.cri().exec(id, &["pg_isready", "-q"])?.code == 0).then_some(()))
         });
         ready.with_context(|| format!("{:?}", node.cri().log(id)))
