@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A [`Pod`] changes through [`Pod::apply`] only. Every [`Change`] is journaled before anybody sees
-//! its effect, except those that are observations: they have happened, written down or not.
+//! its effect, except those that are observations: they have happened, or will, written down or not.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -232,12 +232,19 @@ fn refused(what: &str, error: Refused) -> Error {
     Error::unavailable(format!("{what}: {:#}", anyhow::Error::new(error)))
 }
 
-/// Starts a command and joins its streams.
+/// Starts a command and joins its streams. The guest starts it whatever becomes of the caller, so
+/// that is seen through: a session that nobody takes kills its command.
 pub(crate) async fn exec(
     handle: &Arc<Handle>,
     id: &str,
     spec: ExecSpec,
 ) -> Result<ExecSession, Error> {
+    let (handle, id) = (handle.clone(), id.to_owned());
+    let begun = tokio::spawn(async move { begin_exec(&handle, &id, spec).await });
+    begun.await.map_err(|e| Error::Internal(e.into()))?
+}
+
+async fn begin_exec(handle: &Arc<Handle>, id: &str, spec: ExecSpec) -> Result<ExecSession, Error> {
     running(handle, id)?;
     if spec.command.is_empty() {
         return Err(Error::invalid("a command to run is missing"));
@@ -325,7 +332,6 @@ pub(crate) async fn exec_sync(
     let started = exec(handle, id, spec);
     let mut session = match end {
         None => started.await?,
-        // A command whose start is given up is killed as soon as it runs.
         Some((end, limit)) => match tokio::time::timeout_at(end, started).await {
             Ok(session) => session?,
             Err(_) => return Err(Error::ExecTimeout { limit }),

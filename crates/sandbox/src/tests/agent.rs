@@ -330,7 +330,11 @@ impl Agent for Served {
             tokio::time::sleep(Duration::from_millis(50)).await;
             return Err(Status::not_found("no such program"));
         }
+        let late = self.0.lock().processes.get(&key).is_some_and(|p| p.args[0] == "late");
         self.0.run(key);
+        if late {
+            return Err(Status::deadline_exceeded("the program does not run yet"));
+        }
         Ok(Response::new(v1::StartContainerReply {}))
     }
 
@@ -360,6 +364,9 @@ impl Agent for Served {
         let args = serde_json::from_value(process["args"].clone()).unwrap();
         let key = (request.container_id, request.exec_id);
         let process = Process { args, ..Default::default() };
+        if process.args[0] == "slow" {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
         self.0.lock().processes.insert(key.clone(), process);
         self.0.run(key);
         Ok(Response::new(v1::ExecReply { pid: 8 }))

@@ -106,6 +106,14 @@ fn commands_run_time_out_and_have_their_output_cut() {
         let killed =
             |((_, exec), p): (&(String, String), &Process)| exec.is_empty() || p.exit.is_some();
         assert!(guest.lock().processes.iter().all(killed), "told before it was killed");
+        // One that the guest has not started by then does not run later.
+        let limit = Some(Duration::from_millis(50));
+        let late = daemon.exec_sync(&id, exec(&["slow"]), limit, 100).await;
+        assert!(matches!(late, Err(Error::ExecTimeout { .. })), "{late:?}");
+        let execs = || guest.lock().processes.keys().filter(|(_, exec)| !exec.is_empty()).count();
+        let before = execs();
+        eventually("it was started", || execs() > before).await;
+        eventually("it was killed", || guest.lock().processes.iter().all(killed)).await;
         let stats = daemon.container_stats(&id).await.unwrap();
         assert_eq!(stats.pids, 3);
         daemon.stop_container(&id, Duration::from_secs(1)).await.unwrap();

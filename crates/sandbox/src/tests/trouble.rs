@@ -243,6 +243,21 @@ fn of_two_starts_one_is_refused_and_hurts_nobody() {
 }
 
 #[test]
+fn a_container_whose_start_was_not_confirmed_does_not_run_beside_another() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let id =
+            daemon.create_container(&pod, world.container_spec("app", &["late"])).await.unwrap();
+        let failed = daemon.start_container(&id).await;
+        assert!(matches!(failed, Err(Error::Unavailable { .. })), "{failed:?}");
+        eventually("it was killed", || daemon.container(&id).unwrap().exit.is_some()).await;
+        assert_eq!(daemon.container(&id).unwrap().exit.unwrap().code, 137);
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
+#[test]
 fn a_daemon_that_ends_under_a_request_does_not_say_that_it_is_done() {
     story(|world| async move {
         let daemon = world.daemon().await;
