@@ -6,7 +6,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         // Ordered maps: equal requests are stored and printed alike.
         .btree_map(".")
-        .bytes(".runtime.v1.Metric")
         // A request is kept as JSON with the pod or container, and given back in verbose status.
         .type_attribute(".", "#[derive(serde::Serialize, serde::Deserialize)]")
         .message_attribute(".", "#[serde(default)]")

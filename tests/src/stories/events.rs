@@ -121,7 +121,7 @@ fn metrics(cri: &Cri, pod: &str, id: &str, image: &str) -> Result<()> {
     let of_pod = pods.iter().find(|told| told.pod_sandbox_id == pod).context("no metrics")?;
     let of_container = of_pod.container_metrics.first().context("none of the container")?;
     for metric in of_pod.metrics.iter().chain(&of_container.metrics) {
-        let keys = labels.get(str::from_utf8(&metric.name)?);
+        let keys = labels.get(&metric.name);
         ensure!(
             keys.is_some_and(|keys| keys.len() == metric.label_values.len()),
             "{metric:?} is described with {keys:?}"

@@ -4,7 +4,6 @@
 //!
 //! Values are whole numbers on this wire, so seconds are cut off.
 
-use bytes::Bytes;
 use sandbox::model::{ContainerView, PodView};
 use sandbox::stats::{
     BlockIoView, ContainerStatsView, FsView, InterfaceView, PodStatsView, PressureView,
@@ -17,7 +16,7 @@ use crate::v1::MetricType::{self, Counter, Gauge};
 /// Labels that every metric has, in this order.
 const LABELS: [&str; 5] = ["pod", "namespace", "container", "id", "image"];
 /// The writable layer as a device.
-const LAYER: &[u8] = b"overlay";
+const LAYER: &str = "overlay";
 const NANOSECONDS: u64 = 1_000_000_000;
 const MICROSECONDS: u64 = 1_000_000;
 
@@ -279,31 +278,22 @@ pub fn descriptors() -> Vec<v1::MetricDescriptor> {
         .collect()
 }
 
-/// Values of [`LABELS`].
-type Labels = [Bytes; LABELS.len()];
-
-fn text(text: &str) -> Bytes {
-    Bytes::copy_from_slice(text.as_bytes())
-}
-
 /// Metrics that have the first labels in common.
 struct Sheet {
-    labels: Labels,
+    labels: [String; LABELS.len()],
     at: i64,
     metrics: Vec<v1::Metric>,
 }
 
 impl Sheet {
-    fn put<T: ?Sized>(&mut self, metric: &Metric<T>, of: &T, labels: &[&Bytes]) {
+    fn put<T: ?Sized>(&mut self, metric: &Metric<T>, of: &T, labels: &[&str]) {
         let Some(value) = (metric.value)(of) else { return };
-        let mut label_values = Vec::with_capacity(LABELS.len() + labels.len());
-        label_values.extend_from_slice(&self.labels);
-        label_values.extend(labels.iter().map(|&label| label.clone()));
+        let labels = labels.iter().map(ToString::to_string);
         self.metrics.push(v1::Metric {
-            name: Bytes::from_static(metric.name.as_bytes()),
+            name: metric.name.to_string(),
             timestamp: self.at,
             metric_type: metric.kind as i32,
-            label_values,
+            label_values: self.labels.iter().cloned().chain(labels).collect(),
             value: Some(v1::UInt64Value { value }),
         });
     }
@@ -316,17 +306,14 @@ pub fn of_pod(
     containers: &[ContainerView],
 ) -> v1::PodSandboxMetrics {
     let meta = &pod.spec.meta;
-    let pod_labels = [&meta.name, &meta.namespace].map(|label| text(label));
     let labels = |container: &str, id: &str, image: &str| {
-        let [name, namespace] = pod_labels.clone();
-        [name, namespace, text(container), text(id), text(image)]
+        [&meta.name, &meta.namespace, container, id, image].map(str::to_string)
     };
     let at = nanos(stats.at);
     let mut network = Sheet { labels: labels("", &pod.id, ""), at, metrics: vec![] };
     for interface in &stats.interfaces {
-        let name = text(&interface.name);
         for metric in &NETWORK {
-            network.put(metric, interface, &[&name]);
+            network.put(metric, interface, &[&interface.name]);
         }
     }
     let measured = containers.iter().filter_map(|view| {
@@ -344,7 +331,7 @@ pub fn of_pod(
 fn of_container(
     view: &ContainerView,
     stats: &ContainerStatsView,
-    labels: Labels,
+    labels: [String; LABELS.len()],
 ) -> v1::ContainerMetrics {
     let mut sheet = Sheet { labels, at: nanos(stats.at), metrics: vec![] };
     let swap_limit = view.spec.origin["linux"]["resources"]["memory_swap_limit_in_bytes"].as_i64();
@@ -353,31 +340,25 @@ fn of_container(
         sheet.put(metric, &known, &[]);
     }
     for metric in &LAYERS {
-        sheet.put(metric, &stats.writable_layer, &[&Bytes::from_static(LAYER)]);
+        sheet.put(metric, &stats.writable_layer, &[LAYER]);
     }
     for disk in &stats.block_io {
-        let (major, minor) = (text(&disk.major.to_string()), text(&disk.minor.to_string()));
-        let device = text(&format!("{}:{}", disk.major, disk.minor));
+        let (major, minor) = (disk.major.to_string(), disk.minor.to_string());
+        let device = format!("{major}:{minor}");
         for metric in &DISKS {
             sheet.put(metric, disk, &[&device]);
         }
         for (operation, bytes) in [("Read", disk.read_bytes), ("Write", disk.written_bytes)] {
-            let operation = Bytes::from_static(operation.as_bytes());
-            sheet.put(&DISK_USE, &bytes, &[&device, &major, &minor, &operation]);
+            sheet.put(&DISK_USE, &bytes, &[&device, &major, &minor, operation]);
         }
     }
     let memory = &stats.memory;
     for (kind, faults) in
         [("pgfault", memory.page_faults), ("pgmajfault", memory.major_page_faults)]
     {
-        let [kind, scope] = [kind, "container"].map(|label| Bytes::from_static(label.as_bytes()));
-        sheet.put(&FAULTS, &faults, &[&kind, &scope]);
+        sheet.put(&FAULTS, &faults, &[kind, "container"]);
     }
-    sheet.put(
-        &ULIMITS,
-        &stats.processes.ulimit_soft_nofile,
-        &[&Bytes::from_static(b"max_open_files")],
-    );
+    sheet.put(&ULIMITS, &stats.processes.ulimit_soft_nofile, &["max_open_files"]);
     v1::ContainerMetrics { container_id: view.id.clone(), metrics: sheet.metrics }
 }
 
@@ -448,11 +429,7 @@ mod tests {
 
     fn all(told: &v1::PodSandboxMetrics) -> BTreeMap<&str, &v1::Metric> {
         let inner = told.container_metrics.iter().flat_map(|container| &container.metrics);
-        told.metrics
-            .iter()
-            .chain(inner)
-            .map(|metric| (str::from_utf8(&metric.name).unwrap(), metric))
-            .collect()
+        told.metrics.iter().chain(inner).map(|metric| (metric.name.as_str(), metric)).collect()
     }
 
     #[test]
@@ -464,7 +441,7 @@ mod tests {
             let metric = told.get(described.name.as_str()).unwrap_or_else(|| {
                 panic!("{} is described and not told", described.name);
             });
-            assert_eq!(metric.label_values.len(), described.label_keys.len(), "{metric:?}");
+            assert_eq!(metric.label_values.len(), described.label_keys.len(), "{}", metric.name);
             assert!(!described.help.is_empty());
         }
         let described: BTreeSet<&str> = descriptors.iter().map(|d| d.name.as_str()).collect();
