@@ -131,10 +131,11 @@ impl Drop for PodCgroup {
 }
 
 fn some_limits() -> Result<()> {
+    // It goes last, when the node's pods have left it.
+    let cgroup = PodCgroup::make("stories-pod")?;
     let node = Node::start()?;
     let image = node.image("busybox")?;
     let cri = node.cri();
-    let cgroup = PodCgroup::make("stories-pod")?;
     // What a kubelet sends for a container of half a CPU and 64 MiB beside one without limits.
     let run = |name: &str| -> Result<(String, u64, String)> {
         let mut config = client::pod(name, &node.logs);
