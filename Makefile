@@ -60,7 +60,7 @@ demo: assets images ## a pod's life, shown
 
 .PHONY: unit
 unit: deps ## the tests that need neither root nor KVM
-	@$(call timed,unit tests,cargo test --quiet --release --workspace --tests)
+	@$(call timed,unit tests,cargo test --quiet --release --workspace --tests -- --show-output)
 
 .PHONY: e2e
 e2e: assets images ## the stories end to end, on this host or in the lab: ONLY='filter'
