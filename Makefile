@@ -31,7 +31,7 @@ build: deps ## all binaries, optimized
 	@$(call timed,build,cargo build --quiet --release --workspace --exclude xtask --bins)
 
 .PHONY: guest-kernel
-guest-kernel: deps ## build/guest/vmlinux from Debian's linux-source-6.1
+guest-kernel: deps ## build/guest/vmlinux from Debian's linux-source-6.12
 	@$(call timed,guest kernel,$(XTASK) guest-kernel)
 
 .PHONY: guest-image

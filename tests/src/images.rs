@@ -120,6 +120,36 @@ END
         folders: &[],
         config: || json!({"Cmd": ["python3"], "Env": [PATH, "LANG=C.UTF-8"], "WorkingDir": "/srv"}),
     },
+    // What tries the guest kernel: packet filters, links, file systems, tracing.
+    Recipe {
+        name: "kernel-tools",
+        packages: &[
+            "arptables",
+            "conntrack",
+            "dmsetup",
+            "dosfstools",
+            "e2fsprogs",
+            "ebtables",
+            "iproute2",
+            "ipset",
+            "iptables",
+            "ipvsadm",
+            "nfacct",
+            "nftables",
+            "squashfs-tools",
+            "strace",
+            "tcpdump",
+            "wireguard-tools",
+            "xfsprogs",
+        ],
+        compression: Compression::Gzip,
+        // xfsprogs brings Python and ICU for its scrubber.
+        finish: r#"rm -rf "$1"/usr/lib/python3* "$1"/usr/share/python3 "$1"/usr/bin/python3* \
+            "$1"/usr/bin/py3* "$1"/usr/lib/x86_64-linux-gnu/libicu* "$1"/usr/sbin/xfs_scrub* \
+            "$1"/usr/lib/x86_64-linux-gnu/libpython3* "$1"/usr/share/media-types"#,
+        folders: &[],
+        config: || json!({"Cmd": ["sh"], "Env": [PATH], "WorkingDir": "/"}),
+    },
 ];
 
 /// Folder of an image's OCI layout.

@@ -1,4 +1,4 @@
-//! The guest kernel: Debian's `linux-source-6.1`, `tinyconfig`, and the fragments of
+//! The guest kernel: Debian's `linux-source-6.12`, `tinyconfig`, and the fragments of
 //! `guest-kernel/`, each of whose options has its reason beside it. What a fragment asks for and
 //! Kconfig drops (an unmet dependency, a renamed option) fails the build.
 //!
@@ -15,8 +15,8 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{debs, paths, run};
 
-const SOURCE_PACKAGE: &str = "linux-source-6.1";
-const SOURCE_FOLDER: &str = "linux-source-6.1";
+const SOURCE_PACKAGE: &str = "linux-source-6.12";
+const SOURCE_FOLDER: &str = "linux-source-6.12";
 
 /// The parts of `make tinyconfig`, which start from allnoconfig.
 const TINY: &[&str] = &[
@@ -25,8 +25,13 @@ const TINY: &[&str] = &[
     "arch/x86/configs/tiny.config",
 ];
 
+/// Folders whose tracepoints are left out (`NOTRACE` of `include/linux/tracepoint.h`). They have more
+/// than a thousand of them, and the kernel parses each one's format for the enumerations that it
+/// names: 3.4 of 5.1 s of a boot in the lab, and 1.5 MiB of memory in each pod.
+const WITHOUT_TRACEPOINTS: &[&str] = &["fs/nfs", "fs/smb/client", "fs/xfs", "net/sunrpc"];
+
 /// Raised when this recipe changes the kernel without a fragment changing.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -64,7 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
         wishes.join("\n").as_bytes(),
     ]);
     let built = paths::cached("guest-kernel", &key, |dir| {
-        run::stage("building the guest kernel (5 minutes on two free cores)", || {
+        run::stage("building the guest kernel (10 minutes on two free cores)", || {
             build(dir, &source, &fragments, &version)
         })
     })?;
@@ -119,6 +124,12 @@ fn configure(work: &Path, source: &Path, fragments: &BTreeMap<String, Vec<Wish>>
     let archive = work.join("usr/src").join(format!("{SOURCE_FOLDER}.tar.xz"));
     run::quiet(Command::new("tar").arg("-C").arg(work).args(["-xf"]).arg(archive))?;
     fs::remove_dir_all(work.join("usr"))?;
+    for folder in WITHOUT_TRACEPOINTS {
+        let makefile = work.join(SOURCE_FOLDER).join(folder).join("Makefile");
+        let text = fs::read_to_string(&makefile)
+            .with_context(|| format!("reading {}", makefile.display()))?;
+        fs::write(&makefile, text + "\nsubdir-ccflags-y += -DNOTRACE\n")?;
+    }
     fs::create_dir_all(work.join("out"))?;
     fs::create_dir_all(work.join("fragments"))?;
 

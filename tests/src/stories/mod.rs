@@ -2,6 +2,7 @@
 
 mod events;
 mod exec;
+mod guest_kernel;
 mod host_pods;
 mod images;
 mod kills;
@@ -30,7 +31,7 @@ pub const WIDE: &[(&str, &str)] = &[
 
 /// Every story, those that others build on first.
 pub fn all() -> Vec<(&'static str, Story)> {
-    let rooms: [(&'static str, &[Story]); 18] = [
+    let rooms: [(&'static str, &[Story]); 19] = [
         ("vmm", vmm::STORIES),
         ("life_cycle", life_cycle::STORIES),
         ("exec", exec::STORIES),
@@ -48,6 +49,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("kills", kills::STORIES),
         ("trouble", trouble::STORIES),
         ("programs", programs::STORIES),
+        ("guest_kernel", guest_kernel::STORIES),
         ("tool", tool::STORIES),
     ];
     rooms.into_iter().flat_map(|(room, stories)| stories.iter().map(move |s| (room, *s))).collect()

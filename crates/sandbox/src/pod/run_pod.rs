@@ -314,8 +314,8 @@ enum Wanted {
     Log,
 }
 
-/// Landlock is in the guest kernel's own list, which this one takes the place of.
-const WITH_APPARMOR: &str = "lsm=landlock,apparmor";
+/// Landlock and Yama are in the guest kernel's own list, which this one takes the place of.
+const WITH_APPARMOR: &str = "lsm=landlock,yama,apparmor";
 
 /// What is appended to the guest kernel's command line; of an option the last word counts, the
 /// operator's.
@@ -445,10 +445,10 @@ mod tests {
     #[test]
     fn a_guest_runs_apparmor_where_its_host_does_unless_the_operator_says_otherwise() {
         let mut config = Config::default();
-        assert_eq!(cmdline(&config, true), "lsm=landlock,apparmor");
+        assert_eq!(cmdline(&config, true), "lsm=landlock,yama,apparmor");
         assert_eq!(cmdline(&config, false), "");
         config.cmdline_extra = "quiet lsm=".to_owned();
-        assert_eq!(cmdline(&config, true), "lsm=landlock,apparmor quiet lsm=");
+        assert_eq!(cmdline(&config, true), "lsm=landlock,yama,apparmor quiet lsm=");
         config.apparmor = false;
         assert_eq!(cmdline(&config, true), "quiet lsm=");
     }
