@@ -700,16 +700,24 @@ fn try_all(prelude: &str, rows: &[Row]) -> Result<()> {
 }
 
 /// `set -e` holds in a row's subshell, since its status is looked at afterwards only.
+const TRY: &str = r#"
+try() {
+    ( set -e; eval "$2" ) > /tmp/said 2>&1 < /dev/null
+    code=$?
+    [ $code = 0 ] || echo "FAILED $1: $(tail -n 3 /tmp/said | tr '\n' ' ')($code)"
+}
+"#;
+
 fn script(prelude: &str, rows: &[Row]) -> String {
-    let mut text = format!("exec 2>&1\nset -e\n{prelude}\nset +e\n");
+    let mut text = format!("exec 2>&1\nset -e\n{prelude}\nset +e\n{TRY}");
     for Row { what, lines } in rows {
-        let what = what.replace('\'', r"'\''");
-        let _ = write!(
-            text,
-            "( set -e\n{lines}\n) > /tmp/said 2>&1 < /dev/null; code=$?\n\
-             [ $code = 0 ] || echo 'FAILED {what}:' \"$(tail -n 3 /tmp/said | tr '\\n' ' ')($code)\"\n"
-        );
+        let _ = writeln!(text, "try {} {}", quoted(what), quoted(lines));
     }
     let _ = writeln!(text, "echo tried {}", rows.len());
     text
+}
+
+/// As one word of a shell.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
 }
