@@ -194,6 +194,26 @@ pub fn with_volumes(
     layout::write(&folder.join("layout"), &layers, &config)
 }
 
+/// Writes `count` images that differ in a small layer: a program that needs no libraries, as
+/// `/bin/busybox`, and a file `/number`. Their names are `NAME-N`.
+pub fn numbered(folder: &Path, program: &Path, name: &str, count: usize) -> Result<Vec<PathBuf>> {
+    let tree = folder.join("tree");
+    fs::create_dir_all(tree.join("bin"))?;
+    fs::copy(program, tree.join("bin/busybox"))
+        .with_context(|| format!("copying {}", program.display()))?;
+    let pack = |paths: &[&str]| {
+        let paths: Vec<PathBuf> = paths.iter().map(PathBuf::from).collect();
+        layers::pack(&tree, &paths, Compression::Gzip)
+    };
+    let below = pack(&["bin", "bin/busybox"])?;
+    let image = |n: usize| {
+        fs::write(tree.join("number"), format!("{n}\n"))?;
+        let layers = [below.clone(), pack(&["number"])?];
+        layout::write(&folder.join(format!("{name}-{n}")), &layers, &json!({"Env": [PATH]}))
+    };
+    (0..count).map(image).collect()
+}
+
 /// Puts all images into `folder`, a layout each; makes them first if the cache has none.
 pub fn make_all(folder: &Path) -> Result<()> {
     let made = cache()?.join(format!("images/{}", key()));

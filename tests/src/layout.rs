@@ -55,6 +55,22 @@ pub fn write(folder: &Path, layers: &[Layer], config: &Value) -> Result<PathBuf>
     Ok(folder.to_owned())
 }
 
+/// Copies an image into a folder as skopeo's `dir` transport has it: the manifest, and each blob under
+/// its digest.
+pub fn as_dir(layout: &Path, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    let index: Value = serde_json::from_slice(&fs::read(layout.join("index.json"))?)?;
+    let digest = index["manifests"][0]["digest"].as_str().context("the index names no manifest")?;
+    for blob in fs::read_dir(layout.join("blobs/sha256"))? {
+        let blob = blob?;
+        let is_manifest = blob.file_name() == digest.trim_start_matches("sha256:");
+        let name = if is_manifest { "manifest.json".into() } else { blob.file_name() };
+        fs::copy(blob.path(), folder.join(name))?;
+    }
+    fs::write(folder.join("version"), "Directory Transport Version: 1.1\n")?;
+    Ok(())
+}
+
 /// The layers of an image whose layers are all gzip, and the `config` member of its configuration.
 pub fn read(folder: &Path) -> Result<(Vec<Layer>, Value)> {
     let blob = |digest: &Value| -> Result<Vec<u8>> {

@@ -1,12 +1,12 @@
 //! Debian's docker-registry on loopback, filled from OCI layouts with skopeo.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::wait;
+use crate::{layout, wait};
 
 /// A registry that runs as long as this value lives.
 pub struct Registry {
@@ -85,6 +85,28 @@ impl Registry {
             String::from_utf8_lossy(&output.stderr)
         );
         Ok(target)
+    }
+
+    /// Pushes OCI layouts of one image each, under their folders' names, by one run of skopeo: a run
+    /// takes it a second. Their names on the registry.
+    pub fn push_all(&self, layouts: &[PathBuf]) -> Result<Vec<String>> {
+        let top = tempfile::tempdir()?;
+        let mut names = Vec::new();
+        for layout in layouts {
+            let name = layout.file_name().context("a layout is in a folder")?.to_string_lossy();
+            layout::as_dir(layout, &top.path().join(&*name))?;
+            names.push(self.name(&name));
+        }
+        let output = Command::new("skopeo")
+            .args(["--insecure-policy", "sync", "--src=dir", "--dest=docker"])
+            .arg("--dest-tls-verify=false")
+            .arg(top.path())
+            .arg(format!("127.0.0.1:{}", self.port))
+            .output()
+            .context("running skopeo (Debian package skopeo)")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "pushing {} images: {said}", layouts.len());
+        Ok(names)
     }
 
     /// Reference of an image on this registry.

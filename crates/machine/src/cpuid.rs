@@ -53,7 +53,9 @@ pub fn table(host: &CpuId, apic_id: u8, vcpus: u8) -> Result<CpuId, CpuidError> 
                 }
             }
             // No performance counters: they measure the neighbours, and cost MSR exits.
-            0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            0xa | 0x8000_0022 => {
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+            }
             0x8000_0001 => {
                 entry.ecx &= !(SVM | PERFCTR_CORE | PERFCTR_NB | PERFCTR_LLC);
                 entry.ecx =
@@ -113,6 +115,7 @@ mod tests {
             entry(0x8000_0001, 0, 0, SVM | PERFCTR_CORE, 0),
             entry(0x8000_0008, 0x3028, 0, 0, 0),
             entry(0x8000_001e, 9, 9, 9, 0),
+            entry(0x8000_0022, 1, 6, 0, 0),
         ])
         .unwrap()
     }
@@ -144,6 +147,6 @@ mod tests {
         assert_eq!(leaf(&table, 1, 0).ecx & VMX, 0);
         assert_ne!(leaf(&table, 1, 0).ecx & HYPERVISOR, 0);
         assert_eq!(leaf(&table, 0x8000_0001, 0).ecx & (SVM | PERFCTR_CORE), 0);
-        assert_eq!(leaf(&table, 0xa, 0).eax, 0);
+        assert_eq!((leaf(&table, 0xa, 0).eax, leaf(&table, 0x8000_0022, 0).ebx), (0, 0));
     }
 }

@@ -1,14 +1,43 @@
-//! The root bus: slots, address assignment, and the ways a guest reaches devices: configuration
+//! The root bus: functions, address assignment, and the ways a guest reaches devices: configuration
 //! ports (PCI 3.0, section 3.2.2.3.2), ECAM (PCI Express Base 4.0, section 7.2.2), memory BARs.
+//!
+//! # Slots and functions
+//! A slot has up to eight functions. A guest probes function 0, and functions 1 to 7 only if function
+//! 0 answers with the multi-function bit in its header type (PCI 3.0, section 6.2.1; Linux
+//! `pci_scan_slot`). Linux remembers the bit from when it first saw function 0. So there are two kinds
+//! of slots:
+//!
+//! - A device that is there when the guest boots ([`Plug::Boot`]) gets a slot of its own, without the
+//!   bit: the guest's boot scan then costs one configuration access a slot, as with single-function
+//!   devices. [`HOT_SLOTS`] slots are kept from these devices as long as there are others.
+//! - Devices plugged later ([`Plug::Hot`]) share slots, eight to a slot. The bus sets the bit in
+//!   function 0 of such a slot from the beginning, so that a rescan finds what is added later. It
+//!   costs seven configuration accesses in a rescan of a slot that is not full.
+//!
+//! # Function 0 is removed before its siblings
+//! A device is plugged into the lowest free function, so whenever one gets a function above 0, function
+//! 0 is present; and a slot whose function 0 is free is completed by the next device. What remains is a
+//! device that was plugged, but not scanned yet, when function 0 goes: a rescan would not find it. Then
+//! a placeholder takes function 0: a host bridge without BARs and without a driver, as AMD's processors
+//! have in such slots. Once the guest has seen it, it keeps its function until the VM ends, because the
+//! guest would not look there again. So placeholders take at most one function in eight.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::{BarRange, HostBridge, PciDevice};
 
 /// Device numbers on a bus.
 pub const SLOTS: usize = 32;
+/// Functions of a slot.
+pub const FUNCTIONS: usize = 8;
+/// Functions that devices can have: all but those of the host bridge's slot.
+pub const CAPACITY: usize = (SLOTS - 1) * FUNCTIONS;
+/// Slots for devices that are plugged while the guest runs: room for 160 of them.
+pub const HOT_SLOTS: usize = 20;
 /// Bytes of ECAM space: one bus of 256 functions of 4 KiB.
 pub const ECAM_SIZE: u64 = 1 << 20;
 /// Port of the configuration address register, 4 bytes.
@@ -16,17 +45,70 @@ pub const PORT_ADDRESS: u16 = 0xcf8;
 /// First port of the configuration data register, 4 bytes.
 pub const PORT_DATA: u16 = 0xcfc;
 const ADDRESS_ENABLE: u32 = 1 << 31;
+/// Header type (PCI 3.0, section 6.2.1), and its bit for a slot with several functions.
+const HEADER_TYPE: u16 = 0x0e;
+const MULTI_FUNCTION: u8 = 1 << 7;
+/// The vendor id's register: the first that a guest reads of a function.
+const VENDOR_ID: u16 = 0;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BusError {
-    #[error("the PCI bus has no free slot of its {SLOTS}")]
+    #[error("all {CAPACITY} functions of the PCI bus are taken")]
     Full,
     #[error("no room for a BAR of {size:#x} bytes in the window {window:#x?}")]
     NoSpace { size: u64, window: Range<u64> },
-    #[error("PCI slot {slot} is empty")]
-    Empty { slot: u8 },
-    #[error("PCI slot {slot} holds the host bridge")]
-    HostBridge { slot: u8 },
+    #[error("there is no device at {address}")]
+    Empty { address: Address },
+    #[error("the device at {address} is the bus' own")]
+    Reserved { address: Address },
+}
+
+/// When a device is plugged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plug {
+    /// Before the guest's first access to configuration space.
+    Boot,
+    /// While the guest runs.
+    Hot,
+}
+
+/// A function's address on this bus; shown as Linux writes it, `0000:00:1f.7`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Address {
+    /// Slot in the upper five bits, function in the lower three, as in a requester id.
+    devfn: u8,
+}
+
+impl Address {
+    /// # Panics
+    /// If there is no such slot or function.
+    pub fn new(slot: u8, function: u8) -> Self {
+        assert!(usize::from(slot) < SLOTS && usize::from(function) < FUNCTIONS);
+        Self { devfn: slot << 3 | function }
+    }
+
+    pub fn slot(self) -> u8 {
+        self.devfn >> 3
+    }
+
+    pub fn function(self) -> u8 {
+        self.devfn & 7
+    }
+
+    fn index(self) -> usize {
+        usize::from(self.devfn)
+    }
+
+    /// All functions of a slot.
+    fn of_slot(slot: u8) -> impl Iterator<Item = Self> + Clone {
+        (0..FUNCTIONS as u8).map(move |function| Self::new(slot, function))
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "0000:00:{:02x}.{}", self.slot(), self.function())
+    }
 }
 
 type Device = Arc<Mutex<Box<dyn PciDevice>>>;
@@ -39,34 +121,109 @@ pub struct Bus {
     tables: RwLock<Tables>,
 }
 
-#[derive(Default)]
+struct Function {
+    device: Device,
+    /// The guest has read its vendor id, so it knows the device, or will without another look at
+    /// function 0.
+    seen: AtomicBool,
+    /// Stands for function 0 of a slot with others.
+    placeholder: bool,
+}
+
+impl Function {
+    fn new(device: Box<dyn PciDevice>) -> Self {
+        let device = Arc::new(Mutex::new(device));
+        Self { device, seen: AtomicBool::new(false), placeholder: false }
+    }
+
+    fn placeholder() -> Self {
+        Self { placeholder: true, ..Self::new(Box::new(HostBridge::default())) }
+    }
+}
+
 struct Tables {
-    slots: [Option<Device>; SLOTS],
+    /// By [`Address::index`].
+    functions: [Option<Function>; SLOTS * FUNCTIONS],
+    /// Slots whose function 0 has the multi-function bit.
+    shared: [bool; SLOTS],
     /// What the guest has decoded, in no order; where two overlap, the first answers.
     routes: Vec<Route>,
-    /// What was assigned when devices were plugged, by slot.
-    assigned: HashMap<u8, Vec<Range<u64>>>,
+    /// What was assigned when devices were plugged.
+    assigned: HashMap<Address, Vec<Range<u64>>>,
 }
 
 struct Route {
-    slot: u8,
+    address: Address,
     range: BarRange,
     device: Device,
+}
+
+impl Tables {
+    fn new() -> Self {
+        Self {
+            functions: std::array::from_fn(|_| None),
+            shared: [false; SLOTS],
+            routes: Vec::new(),
+            assigned: HashMap::new(),
+        }
+    }
+
+    fn get(&self, address: Address) -> Option<&Function> {
+        self.functions[address.index()].as_ref()
+    }
+
+    fn is_free(&self, slot: u8) -> bool {
+        Address::of_slot(slot).all(|address| self.get(address).is_none())
+    }
+
+    /// Where the next device goes, and whether its slot is then shared. See the module's header.
+    fn choose(&self, plug: Plug) -> Option<(Address, bool)> {
+        let slots = || 0..SLOTS as u8;
+        let mut free = slots().filter(|slot| self.is_free(*slot));
+        if plug == Plug::Boot && free.clone().count() > HOT_SLOTS {
+            return free.next().map(|slot| (Address::new(slot, 0), false));
+        }
+        let mut beside = slots()
+            .filter(|slot| self.shared[usize::from(*slot)])
+            .flat_map(Address::of_slot)
+            .filter(|address| self.get(*address).is_none());
+        let address = beside.next().or_else(|| free.next().map(|slot| Address::new(slot, 0)));
+        address.map(|address| (address, true))
+    }
+
+    /// What becomes of function 0 of a slot from which something was just removed.
+    fn keep_slot_visible(&mut self, slot: u8) {
+        let first = Address::new(slot, 0);
+        let mut others = Address::of_slot(slot).skip(1).filter_map(|address| self.get(address));
+        let alone = others.clone().next().is_none();
+        let unseen = others.any(|other| !other.seen.load(Ordering::Acquire));
+        match self.get(first) {
+            None if unseen => self.functions[first.index()] = Some(Function::placeholder()),
+            Some(function) if alone && function.placeholder => {
+                if !function.seen.load(Ordering::Acquire) {
+                    self.functions[first.index()] = None;
+                }
+            }
+            _ => {}
+        }
+        if self.is_free(slot) {
+            self.shared[usize::from(slot)] = false;
+        }
+    }
 }
 
 impl Bus {
     /// A bus with the host bridge in slot 0, which places 64-bit BARs within `window`.
     pub fn new(window: Range<u64>) -> Self {
-        let mut tables = Tables::default();
-        tables.slots[0] = Some(Arc::new(Mutex::new(Box::new(HostBridge::default()))));
+        let mut tables = Tables::new();
+        tables.functions[0] = Some(Function::new(Box::new(HostBridge::default())));
         Self { window, address: Mutex::new(0), tables: RwLock::new(tables) }
     }
 
-    /// Plugs a device: gives its BARs addresses and returns its slot.
-    pub fn add(&self, mut device: Box<dyn PciDevice>) -> Result<u8, BusError> {
+    /// Plugs a device: gives its BARs addresses and returns its own.
+    pub fn add(&self, mut device: Box<dyn PciDevice>, plug: Plug) -> Result<Address, BusError> {
         let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-        let free = tables.slots.iter().position(Option::is_none).ok_or(BusError::Full)?;
-        let slot = free as u8;
+        let (address, shared) = tables.choose(plug).ok_or(BusError::Full)?;
         let mut taken: Vec<Range<u64>> = tables.assigned.values().flatten().cloned().collect();
         // Also what the guest has moved elsewhere.
         taken.extend(tables.routes.iter().map(|r| r.range.addr..r.range.end()));
@@ -79,26 +236,31 @@ impl Bus {
             taken.push(range.clone());
             mine.push(range);
         }
-        tables.assigned.insert(slot, mine);
-        tables.slots[free] = Some(Arc::new(Mutex::new(device)));
-        Ok(slot)
+        tables.assigned.insert(address, mine);
+        tables.functions[address.index()] = Some(Function::new(device));
+        tables.shared[usize::from(address.slot())] = shared;
+        Ok(address)
     }
 
-    /// Pulls a device: from now on its slot and its addresses answer all ones. The device is
-    /// dropped here, or by a vCPU that is inside it right now when that leaves it.
-    pub fn remove(&self, slot: u8) -> Result<(), BusError> {
-        if slot == 0 {
-            return Err(BusError::HostBridge { slot });
+    /// Pulls a device: from now on its function and its BARs answer all ones. The device is dropped
+    /// here, or by a vCPU that is inside it right now when that leaves it.
+    pub fn remove(&self, address: Address) -> Result<(), BusError> {
+        if address.slot() == 0 {
+            return Err(BusError::Reserved { address });
         }
-        let device = {
+        let function = {
             let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-            let place = tables.slots.get_mut(usize::from(slot)).ok_or(BusError::Empty { slot })?;
-            let device = place.take().ok_or(BusError::Empty { slot })?;
-            tables.routes.retain(|r| r.slot != slot);
-            tables.assigned.remove(&slot);
-            device
+            let place = &mut tables.functions[address.index()];
+            if place.as_ref().is_some_and(|function| function.placeholder) {
+                return Err(BusError::Reserved { address });
+            }
+            let function = place.take().ok_or(BusError::Empty { address })?;
+            tables.routes.retain(|r| r.address != address);
+            tables.assigned.remove(&address);
+            tables.keep_slot_visible(address.slot());
+            function
         };
-        drop(device);
+        drop(function);
         Ok(())
     }
 
@@ -109,9 +271,9 @@ impl Bus {
             let address = lock(&self.address).to_le_bytes();
             data.copy_from_slice(&address[at..at + data.len()]);
         } else if let Some(at) = within(port, PORT_DATA, data.len())
-            && let Some((slot, register)) = self.selected()
+            && let Some((address, register)) = self.selected()
         {
-            self.config_read(slot, register + at as u16, data);
+            self.config_read(address, register + at as u16, data);
         }
     }
 
@@ -122,63 +284,75 @@ impl Bus {
                 *lock(&self.address) = u32::from_le_bytes(bytes);
             }
         } else if let Some(at) = within(port, PORT_DATA, data.len())
-            && let Some((slot, register)) = self.selected()
+            && let Some((address, register)) = self.selected()
         {
-            self.config_write(slot, register + at as u16, data);
+            self.config_write(address, register + at as u16, data);
         }
     }
 
-    /// Slot and register that the address register selects on this bus.
-    fn selected(&self) -> Option<(u8, u16)> {
+    /// Function and register that the address register selects on this bus.
+    fn selected(&self) -> Option<(Address, u16)> {
         let address = *lock(&self.address);
-        let (bus, function) = (address >> 16 & 0xff, address >> 8 & 0x7);
-        let here = address & ADDRESS_ENABLE != 0 && bus == 0 && function == 0;
-        here.then_some(((address >> 11 & 0x1f) as u8, (address & 0xfc) as u16))
+        let here = address & ADDRESS_ENABLE != 0 && address >> 16 & 0xff == 0;
+        let devfn = (address >> 8) as u8;
+        here.then_some((Address { devfn }, (address & 0xfc) as u16))
     }
 
     /// A read at `offset` of the ECAM range.
     pub fn ecam_read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
-        if let Some((slot, register)) = ecam_place(offset, data.len()) {
-            self.config_read(slot, register, data);
+        if let Some((address, register)) = ecam_place(offset, data.len()) {
+            self.config_read(address, register, data);
         }
     }
 
     /// A write at `offset` of the ECAM range.
     pub fn ecam_write(&self, offset: u64, data: &[u8]) {
-        if let Some((slot, register)) = ecam_place(offset, data.len()) {
-            self.config_write(slot, register, data);
+        if let Some((address, register)) = ecam_place(offset, data.len()) {
+            self.config_write(address, register, data);
         }
     }
 
-    fn config_read(&self, slot: u8, offset: u16, data: &mut [u8]) {
-        if let Some(device) = self.device(slot) {
-            data.fill(0);
-            lock(&device).config_read(offset, data);
+    fn config_read(&self, address: Address, offset: u16, data: &mut [u8]) {
+        let (device, first_of_several) = {
+            let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
+            let Some(function) = tables.get(address) else { return };
+            if offset == VENDOR_ID {
+                function.seen.store(true, Ordering::Release);
+            }
+            let shared = tables.shared[usize::from(address.slot())];
+            (function.device.clone(), shared && address.function() == 0)
+        };
+        data.fill(0);
+        lock(&device).config_read(offset, data);
+        if first_of_several
+            && let Some(byte) = HEADER_TYPE.checked_sub(offset)
+            && let Some(byte) = data.get_mut(usize::from(byte))
+        {
+            *byte |= MULTI_FUNCTION;
         }
     }
 
-    fn config_write(&self, slot: u8, offset: u16, data: &[u8]) {
-        let Some(device) = self.device(slot) else { return };
+    fn config_write(&self, address: Address, offset: u16, data: &[u8]) {
+        let Some(device) = self.device(address) else { return };
         let mut locked = lock(&device);
         let before = locked.bars();
         locked.config_write(offset, data);
         let after = locked.bars();
         if before != after {
-            self.route(slot, &device, &after);
+            self.route(address, &device, &after);
         }
     }
 
     /// Takes over what the guest has decoded, unless the device has been pulled meanwhile.
-    fn route(&self, slot: u8, device: &Device, ranges: &[BarRange]) {
+    fn route(&self, address: Address, device: &Device, ranges: &[BarRange]) {
         let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
-        let held = tables.slots[usize::from(slot)].as_ref();
-        if !held.is_some_and(|d| Arc::ptr_eq(d, device)) {
+        if !tables.get(address).is_some_and(|held| Arc::ptr_eq(&held.device, device)) {
             return;
         }
-        tables.routes.retain(|r| r.slot != slot);
+        tables.routes.retain(|r| r.address != address);
         tables.routes.extend(ranges.iter().map(|range| Route {
-            slot,
+            address,
             range: *range,
             device: device.clone(),
         }));
@@ -200,9 +374,9 @@ impl Bus {
         true
     }
 
-    fn device(&self, slot: u8) -> Option<Device> {
+    fn device(&self, address: Address) -> Option<Device> {
         let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
-        tables.slots.get(usize::from(slot))?.clone()
+        Some(tables.get(address)?.device.clone())
     }
 
     fn decode(&self, addr: u64, len: usize) -> Option<(Device, u8, u64)> {
@@ -233,11 +407,11 @@ fn within(port: u16, base: u16, len: usize) -> Option<usize> {
     (at + len <= 4).then_some(at)
 }
 
-fn ecam_place(offset: u64, len: usize) -> Option<(u8, u16)> {
+fn ecam_place(offset: u64, len: usize) -> Option<(Address, u16)> {
     let register = (offset & 0xfff) as u16;
     let in_register = usize::from(register % 4) + len <= 4;
-    let function = offset >> 12 & 0x7;
-    (offset < ECAM_SIZE && in_register && function == 0).then_some(((offset >> 15) as u8, register))
+    let devfn = (offset >> 12) as u8;
+    (offset < ECAM_SIZE && in_register).then_some((Address { devfn }, register))
 }
 
 /// The lowest naturally aligned free range.

@@ -1,4 +1,4 @@
-//! A PCI root bus with hot-pluggable slots, for devices whose registers live in 64-bit memory BARs
+//! A PCI root bus with hot-pluggable functions, for devices whose registers live in 64-bit memory BARs
 //! and whose interrupts are MSI-X. PCI Local Bus 3.0, PCI Express Base 4.0 (ECAM only).
 //!
 //! Has never heard of KVM or virtio: interrupts leave through [`Vectors`], doorbells through
@@ -15,7 +15,10 @@ mod msix;
 
 use std::io;
 
-pub use bus::{Bus, BusError, ECAM_SIZE, PORT_ADDRESS, PORT_DATA, SLOTS};
+pub use bus::{
+    Address, Bus, BusError, CAPACITY, ECAM_SIZE, FUNCTIONS, HOT_SLOTS, PORT_ADDRESS, PORT_DATA,
+    Plug, SLOTS,
+};
 pub use config::{BAR_COUNT, CONFIG_SIZE, ConfigSpace, Identity};
 pub use host_bridge::HostBridge;
 pub use msix::{MSIX_ENTRY_SIZE, Msix};
@@ -38,7 +41,7 @@ pub struct BarRequest {
     pub size: u64,
 }
 
-/// A device in a slot. Every method is called under that device's own lock.
+/// A function on the bus. Every method is called under that device's own lock.
 pub trait PciDevice: Send {
     /// The BARs to give addresses to when the device is plugged.
     fn bar_requests(&self) -> Vec<BarRequest>;

@@ -234,6 +234,7 @@ impl Parts {
         // Taking a VM apart piece by piece (a grace period for each doorbell) would only delay its
         // end: the kernel does it faster when the process goes.
         let _ = KEPT.set(running.clone());
+        running.devices.guest_starts();
         running.processors.resume();
         Ok(server.run()?)
     }

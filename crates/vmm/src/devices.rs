@@ -10,6 +10,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -41,11 +42,13 @@ pub struct Devices {
     disk: Worker,
     net: Worker,
     plugged: Mutex<Vec<Plugged>>,
+    /// The guest may have scanned the bus.
+    guest_runs: AtomicBool,
 }
 
 struct Plugged {
     id: String,
-    slot: u8,
+    address: pci::Address,
     view: DeviceView,
     removable: bool,
 }
@@ -94,7 +97,14 @@ impl Devices {
             disk: worker("disk")?,
             net: worker("net")?,
             plugged: Mutex::default(),
+            guest_runs: AtomicBool::new(false),
         })
+    }
+
+    /// To be called before the first vCPU runs: what is plugged from now on has to be found by a
+    /// rescan.
+    pub fn guest_starts(&self) {
+        self.guest_runs.store(true, Ordering::Release);
     }
 
     pub fn add_disk(&self, disk: Disk) -> Result<String, Error> {
@@ -156,17 +166,19 @@ impl Devices {
         let device = VirtioPci::new(device, self.ram.clone(), vectors, doorbells, worker)
             .map_err(|e| failed(&e))?;
         let view = device.view();
-        let slot = self.bus.add(Box::new(device)).map_err(|error| match error {
-            pci::BusError::Full => Error::BusFull { limit: pci::SLOTS },
+        let plug =
+            if self.guest_runs.load(Ordering::Acquire) { pci::Plug::Hot } else { pci::Plug::Boot };
+        let address = self.bus.add(Box::new(device), plug).map_err(|error| match error {
+            pci::BusError::Full => Error::BusFull { limit: pci::CAPACITY },
             other => failed(&other),
         })?;
-        self.plugged().push(Plugged { id, slot, view, removable });
-        Ok(address(slot))
+        self.plugged().push(Plugged { id, address, view, removable });
+        Ok(address.to_string())
     }
 
     /// Pulls a device by id.
     pub fn remove(&self, id: &str) -> Result<(), Error> {
-        let slot = {
+        let address = {
             let plugged = self.plugged();
             let Some(found) = plugged.iter().find(|p| p.id == id) else {
                 return Err(Error::NoSuchDevice { id: id.to_owned() });
@@ -179,9 +191,9 @@ impl Devices {
             if found.view.active() {
                 return Err(refused("the guest's driver still uses it"));
             }
-            found.slot
+            found.address
         };
-        self.bus.remove(slot).map_err(|e| failed(&e))?;
+        self.bus.remove(address).map_err(|e| failed(&e))?;
         self.plugged().retain(|p| p.id != id);
         Ok(())
     }
@@ -190,7 +202,7 @@ impl Devices {
         let status = |p: &Plugged| DeviceStatus {
             id: p.id.clone(),
             kind: p.view.kind().name().to_owned(),
-            pci: address(p.slot),
+            pci: p.address.to_string(),
             active: p.view.active(),
         };
         self.plugged().iter().map(status).collect()
@@ -236,10 +248,6 @@ impl Devices {
     fn plugged(&self) -> MutexGuard<'_, Vec<Plugged>> {
         self.plugged.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn address(slot: u8) -> String {
-    format!("0000:00:{slot:02x}.0")
 }
 
 fn failed(error: &dyn std::error::Error) -> Error {

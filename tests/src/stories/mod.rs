@@ -1,5 +1,6 @@
 //! The stories: each is a function that tells one thing a user relies on, and fails if it is not so.
 
+mod devices;
 mod events;
 mod exec;
 mod guest_kernel;
@@ -40,6 +41,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("limits", limits::STORIES),
         ("events", events::STORIES),
         ("security", security::STORIES),
+        ("devices", devices::STORIES),
         ("userns", userns::STORIES),
         ("volumes", volumes::STORIES),
         ("host_pods", host_pods::STORIES),

@@ -100,7 +100,7 @@ async fn build(
     if !request.block_devices.is_empty() {
         agent.config.has_devices()?;
     }
-    let extra = Devices::find(request, &asked.unwrap_or_default(), userns.is_some())?;
+    let extra = Devices::find(agent, request, &asked.unwrap_or_default(), userns.is_some())?;
     let (mqueue, userns_path) =
         (agent.config.base.join("mqueue"), userns.as_ref().map(|u| u.path()));
     if userns.is_some() {
@@ -230,6 +230,7 @@ struct Devices {
 
 impl Devices {
     fn find(
+        agent: &Agent,
         request: &v1::CreateContainerRequest,
         resources: &LinuxResources,
         in_user_namespace: bool,
@@ -242,7 +243,9 @@ impl Devices {
         }
         let mut found = Self::default();
         if devices::allows_all(resources) {
-            found.in_dev = devices::all();
+            // In a user namespace nodes are mounts of the guest's, so there are only those that it has.
+            let of_guest = agent.config.has_devices().is_ok() && !in_user_namespace;
+            found.in_dev = if of_guest { devices::all_of_guest() } else { devices::all() };
         }
         for volume in devices::block_volumes(&request.block_devices)? {
             let place = if volume.node.path().starts_with("/dev") {

@@ -2,8 +2,10 @@
 //! (virtio 1.2, 5.2.6.1), a card by its MAC address. Hot-plug goes through the PCI bus' sysfs
 //! files, so no firmware takes part.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -28,9 +30,33 @@ fn attribute(path: PathBuf) -> Option<String> {
 
 /// sysfs folder of the disk with this serial.
 fn disk(serial: &str) -> Option<PathBuf> {
-    entries("/sys/block")
-        .into_iter()
-        .find(|path| attribute(path.join("serial")).as_deref() == Some(serial))
+    entries("/sys/block").into_iter().find(|path| serial_of(path).as_deref() == Some(serial))
+}
+
+/// Serials that were read: by a disk's name, with its number in the order in which disks appeared
+/// (`diskseq`), as names are used again.
+static SERIALS: Mutex<BTreeMap<PathBuf, (String, String)>> = Mutex::new(BTreeMap::new());
+
+/// Each read of the attribute is a request to the disk, which a pod with many disks would make for
+/// each of them whenever one is looked for.
+fn serial_of(path: &Path) -> Option<String> {
+    // Before Linux 5.15 there is none.
+    let Some(number) = attribute(path.join("diskseq")) else {
+        return attribute(path.join("serial"));
+    };
+    let mut known = SERIALS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((of, serial)) = known.get(path)
+        && *of == number
+    {
+        return Some(serial.clone());
+    }
+    let serial = attribute(path.join("serial"))?;
+    if !serial.is_empty() {
+        // Those of disks that are gone.
+        known.retain(|path, _| path.exists());
+        known.insert(path.to_owned(), (number, serial.clone()));
+    }
+    Some(serial)
 }
 
 fn node(sys: &Path) -> Option<PathBuf> {
@@ -155,6 +181,22 @@ pub async fn release_card(mac: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_serial_is_read_once_a_disk_and_again_for_another_one_of_the_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("vda");
+        std::fs::create_dir(&disk).unwrap();
+        let write = |name: &str, text: &str| std::fs::write(disk.join(name), text).unwrap();
+        assert_eq!(serial_of(&disk), None);
+        write("diskseq", "1\n");
+        write("serial", "a\n");
+        assert_eq!(serial_of(&disk).as_deref(), Some("a"));
+        write("serial", "b\n");
+        assert_eq!(serial_of(&disk).as_deref(), Some("a"), "it was read again");
+        write("diskseq", "2\n");
+        assert_eq!(serial_of(&disk).as_deref(), Some("b"));
+    }
 
     #[test]
     fn a_serial_is_not_a_path() {

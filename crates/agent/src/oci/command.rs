@@ -8,12 +8,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use libcontainer::seccomp;
 use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::{AccessFlags, access, execve};
 use oci_spec::runtime::{LinuxSeccomp, Process};
 use serde::{Deserialize, Serialize};
+
+use super::seccomp;
 
 /// Exit status of a process whose program was not found, as shells have it.
 const STATUS_MISSING: i32 = 127;
@@ -104,7 +105,7 @@ fn run(process: &Process, filter: Option<&LinuxSeccomp>) -> Failure {
     let (args, env) = (strings(args), strings(env));
     default_signals();
     if let Some(filter) = filter
-        && let Err(error) = seccomp::initialize_seccomp(filter)
+        && let Err(error) = seccomp::load(filter)
     {
         return Failure { missing: false, message: format!("exec: seccomp filter: {error}") };
     }

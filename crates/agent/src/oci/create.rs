@@ -8,23 +8,24 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use libcontainer::capabilities;
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::seccomp::is_notify;
 use libcontainer::syscall::syscall::{SyscallType, create_syscall};
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
-use oci_spec::runtime::{LinuxSeccomp, PosixRlimit, Spec};
+use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, PosixRlimit, Spec};
 use serde::{Deserialize, Serialize};
 
 use super::command::{self, Failure};
 use super::helper::{self, Made, Streams};
+use super::seccomp;
 use crate::error::{Doing, Result};
 
 pub(super) const VERB: &str = "@create";
 
-/// File of a bundle with the seccomp filter that is loaded last.
-const FILTER: &str = "seccomp.json";
+/// File of a bundle with a [`Confinement`].
+const CONFINEMENT: &str = "confinement.json";
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Job {
@@ -32,7 +33,7 @@ pub(super) struct Job {
     name: String,
     /// Folder that holds libcontainer's state, one folder a container.
     state: PathBuf,
-    /// Folder that holds `config.json` and maybe [`FILTER`].
+    /// Folder that holds `config.json` and maybe [`CONFINEMENT`].
     bundle: PathBuf,
     console: Option<PathBuf>,
     /// Taken on before anything else.
@@ -56,9 +57,10 @@ impl Bundle {
         let what = || format!("write bundle {}", dir.display());
         std::fs::create_dir_all(&state).doing(what)?;
         std::fs::create_dir_all(&dir).doing(what)?;
-        if let Some(filter) = take_filter(&mut spec) {
-            let text = serde_json::to_vec(&filter).map_err(std::io::Error::from).doing(what)?;
-            std::fs::write(dir.join(FILTER), text).doing(what)?;
+        if let Some(confinement) = Confinement::take(&mut spec) {
+            let text =
+                serde_json::to_vec(&confinement).map_err(std::io::Error::from).doing(what)?;
+            std::fs::write(dir.join(CONFINEMENT), text).doing(what)?;
         }
         let text = serde_json::to_vec(&spec).map_err(std::io::Error::from).doing(what)?;
         std::fs::write(dir.join("config.json"), text).doing(what)?;
@@ -107,25 +109,47 @@ impl Bundle {
     }
 }
 
-/// Takes out the filter of a process with no_new_privs, which may load one at any time.
-/// libcontainer would do so before it waits for the start, and a filter need not allow what that
-/// takes. It stays there if somebody is to be told of system calls.
-fn take_filter(spec: &mut Spec) -> Option<LinuxSeccomp> {
-    if spec.process().as_ref()?.no_new_privileges() != Some(true) {
-        return None;
-    }
-    let linux = spec.linux_mut().as_mut()?;
-    if linux.seccomp().as_ref().is_some_and(is_notify) {
-        return None;
-    }
-    linux.seccomp_mut().take()
+/// A seccomp filter, which libcontainer does not load as [`seccomp`] does, and what has to come after
+/// it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Confinement {
+    filter: LinuxSeccomp,
+    /// Given up once the filter is loaded; without no_new_privs that takes CAP_SYS_ADMIN.
+    capabilities: Option<LinuxCapabilities>,
+    /// The process has no_new_privs: the filter is loaded last of all, as it need not allow what comes
+    /// before, least of all the wait for the start.
+    late: bool,
 }
 
-fn read_filter(bundle: &Path) -> std::result::Result<Option<LinuxSeccomp>, String> {
-    match std::fs::read(bundle.join(FILTER)) {
-        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| error.to_string()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error.to_string()),
+impl Confinement {
+    /// Takes it out of a specification that has a filter.
+    fn take(spec: &mut Spec) -> Option<Self> {
+        let filter = spec.linux_mut().as_mut()?.seccomp_mut().take()?;
+        let process = spec.process_mut().as_mut()?;
+        let late = process.no_new_privileges() == Some(true);
+        let capabilities = process.capabilities().clone().filter(|_| !late);
+        if !late {
+            process.set_capabilities(None);
+        }
+        Some(Self { filter, capabilities, late })
+    }
+
+    fn read(bundle: &Path) -> std::result::Result<Option<Self>, String> {
+        match std::fs::read(bundle.join(CONFINEMENT)) {
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| error.to_string()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Loads the filter and gives up capabilities, in the order that runc has.
+    fn enter(&self) -> std::result::Result<(), String> {
+        seccomp::load(&self.filter)?;
+        match &self.capabilities {
+            Some(kept) => capabilities::drop_privileges(kept, &*create_syscall())
+                .map_err(|error| format!("capabilities: {error}")),
+            None => Ok(()),
+        }
     }
 }
 
@@ -134,8 +158,9 @@ pub(super) fn main(job: Job, start: OwnedFd) -> std::result::Result<i32, String>
     for rlimit in &job.rlimits {
         syscall.set_rlimit(rlimit).map_err(|error| format!("rlimit: {error}"))?;
     }
-    let filter = read_filter(&job.bundle).map_err(|error| format!("{FILTER}: {error}"))?;
-    let executor = Program { start: Arc::new(start), filter };
+    let confinement =
+        Confinement::read(&job.bundle).map_err(|error| format!("{CONFINEMENT}: {error}"))?;
+    let executor = Program { start: Arc::new(start), confinement };
     let build = || {
         let container = ContainerBuilder::new(job.name, SyscallType::default())
             .with_executor(executor)
@@ -174,13 +199,16 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[derive(Clone)]
 struct Program {
     start: Arc<OwnedFd>,
-    filter: Option<LinuxSeccomp>,
+    confinement: Option<Confinement>,
 }
 
 impl Executor for Program {
     fn exec(&self, spec: &Spec) -> std::result::Result<(), ExecutorError> {
         match spec.process() {
-            Some(process) => command::execute(process, self.filter.as_ref(), &self.start),
+            Some(process) => {
+                let late = self.confinement.as_ref().filter(|own| own.late);
+                command::execute(process, late.map(|own| &own.filter), &self.start)
+            }
             None => command::fail(
                 &self.start,
                 &Failure { missing: true, message: "no process given".to_owned() },
@@ -188,9 +216,14 @@ impl Executor for Program {
         }
     }
 
-    /// Nothing here: a missing program is reported by StartContainer, as callers expect.
+    /// Called once all else is set up, before the process says so and waits for its start: the last
+    /// moment at which it may have more capabilities than its program. A missing program is reported
+    /// by StartContainer, as callers expect.
     fn validate(&self, _: &Spec) -> std::result::Result<(), ExecutorValidationError> {
-        Ok(())
+        match self.confinement.as_ref().filter(|own| !own.late) {
+            Some(own) => own.enter().map_err(ExecutorValidationError::ArgValidationError),
+            None => Ok(()),
+        }
     }
 
     /// Nothing here: `command` passes the environment to execve(2) itself.
@@ -207,23 +240,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_filter_is_taken_from_processes_without_new_privileges_only() {
-        for (privileges, action, taken) in [
-            (r#","noNewPrivileges":true"#, "SCMP_ACT_ERRNO", true),
-            (r#","noNewPrivileges":true"#, "SCMP_ACT_NOTIFY", false),
-            ("", "SCMP_ACT_ERRNO", false),
-        ] {
+    fn a_filter_is_taken_with_the_capabilities_that_have_to_outlive_its_loading() {
+        for (privileges, late) in [(r#","noNewPrivileges":true"#, true), ("", false)] {
             let json = format!(
                 r#"{{"ociVersion":"1.0.2",
-                    "process":{{"cwd":"/","user":{{"uid":0,"gid":0}}{privileges}}},
-                    "linux":{{"seccomp":{{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
-                    {{"names":["mkdir"],"action":"{action}"}}]}}}}}}"#
+                    "process":{{"cwd":"/","user":{{"uid":0,"gid":0}},
+                    "capabilities":{{"bounding":["CAP_CHOWN"]}}{privileges}}},
+                    "linux":{{"seccomp":{{"defaultAction":"SCMP_ACT_ERRNO"}}}}}}"#
             );
             let mut spec: Spec = serde_json::from_str(&json).unwrap();
-            let left = |spec: &Spec| spec.linux().as_ref().unwrap().seccomp().is_some();
-            assert!(left(&spec));
-            assert_eq!(take_filter(&mut spec).is_some(), taken, "{privileges} {action}");
-            assert_eq!(left(&spec), !taken);
+            let taken = Confinement::take(&mut spec).unwrap();
+            assert_eq!((taken.late, taken.capabilities.is_none()), (late, late));
+            assert!(spec.linux().as_ref().unwrap().seccomp().is_none());
+            let left = spec.process().as_ref().unwrap().capabilities();
+            assert_eq!(left.is_some(), late, "libcontainer gives up what is left to it");
+            assert_eq!(Confinement::take(&mut spec), None);
         }
     }
 }

@@ -61,8 +61,9 @@ fn op(code: u8, dst: u8, src: u8, offset: i16, immediate: i32) -> Instruction {
     Instruction { code, registers: dst | src << 4, offset, immediate }
 }
 
-/// Devices every container may use, whatever its list says: mknod of anything (without access to
-/// it), and the nodes that every container's `/dev` holds.
+/// Devices every container may use, whatever its list says, as runc has them (`AllowedDevices` of its
+/// libcontainer/specconv): mknod of anything (without access to it), the nodes that every container's
+/// `/dev` holds, and tun, for which VPN clients with CAP_NET_ADMIN make the node themselves.
 fn defaults() -> Vec<LinuxDeviceCgroup> {
     let rule = |typ, major: Option<i64>, minor: Option<i64>, access: &str| {
         let mut builder = LinuxDeviceCgroupBuilder::default().allow(true).typ(typ).access(access);
@@ -78,15 +79,15 @@ fn defaults() -> Vec<LinuxDeviceCgroup> {
     [
         rule(LinuxDeviceType::C, None, None, "m"),
         rule(LinuxDeviceType::B, None, None, "m"),
-        rule(c, Some(1), Some(3), "rwm"), // null
-        rule(c, Some(1), Some(5), "rwm"), // zero
-        rule(c, Some(1), Some(7), "rwm"), // full
-        rule(c, Some(1), Some(8), "rwm"), // random
-        rule(c, Some(1), Some(9), "rwm"), // urandom
-        rule(c, Some(5), Some(0), "rwm"), // tty
-        rule(c, Some(5), Some(1), "rwm"), // console
-        rule(c, Some(5), Some(2), "rwm"), // ptmx
-        rule(c, Some(136), None, "rwm"),  // pts
+        rule(c, Some(1), Some(3), "rwm"),    // null
+        rule(c, Some(1), Some(5), "rwm"),    // zero
+        rule(c, Some(1), Some(7), "rwm"),    // full
+        rule(c, Some(1), Some(8), "rwm"),    // random
+        rule(c, Some(1), Some(9), "rwm"),    // urandom
+        rule(c, Some(5), Some(0), "rwm"),    // tty
+        rule(c, Some(5), Some(2), "rwm"),    // ptmx
+        rule(c, Some(136), None, "rwm"),     // pts
+        rule(c, Some(10), Some(200), "rwm"), // net/tun
     ]
     .into_iter()
     .flatten()
@@ -194,13 +195,15 @@ fn program(rules: &[LinuxDeviceCgroup]) -> Result<Vec<Instruction>> {
     Ok(out)
 }
 
-/// Loads the rules and attaches them to the cgroup; they go with it. Without any rule in the list
-/// the container may use every device, as the specification has it.
+/// Whether every device may be used, so that no program is needed. An empty list allows only what
+/// [`defaults`] does.
+fn is_open(rules: &[LinuxDeviceCgroup]) -> bool {
+    rules.last().is_some_and(|rule| rule.allow() && is_catch_all(rule))
+}
+
+/// Loads the rules and attaches them to the cgroup; they go with it.
 pub fn attach(rules: &[LinuxDeviceCgroup], cgroup: &Path) -> Result<()> {
-    let open = |rules: &[LinuxDeviceCgroup]| {
-        rules.last().is_some_and(|rule| rule.allow() && is_catch_all(rule))
-    };
-    if rules.is_empty() || open(rules) {
+    if is_open(rules) {
         return Ok(());
     }
     let program = load(&program(rules)?)?;
@@ -313,6 +316,9 @@ mod tests {
         let program = rules(r#"[{"allow":false,"access":"rwm"}]"#);
         assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 6, 1, 3), 1, "null");
         assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 6, 136, 7), 1, "a terminal");
+        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 7, 10, 200), 1, "net/tun");
+        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 2, 10, 229), 0, "fuse");
+        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 2, 5, 1), 0, "the guest's console");
         assert_eq!(verdict(&program, BPF_DEVCG_DEV_BLOCK, 1, 254, 0), 1, "mknod");
         assert_eq!(verdict(&program, BPF_DEVCG_DEV_BLOCK, 2, 254, 0), 0, "a disk");
         assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 2, 1, 1), 0, "memory");
@@ -329,6 +335,22 @@ mod tests {
         assert_eq!(verdict(&program, BPF_DEVCG_DEV_BLOCK, 2, 254, 1), 1);
         assert_eq!(verdict(&program, BPF_DEVCG_DEV_BLOCK, 6, 254, 1), 0);
         assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 6, 254, 0), 0);
+    }
+
+    #[test]
+    fn an_empty_list_allows_the_nodes_of_every_container_and_nothing_else() {
+        assert!(!is_open(&[]));
+        let program = rules("[]");
+        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 6, 1, 3), 1, "null");
+        assert_eq!(verdict(&program, BPF_DEVCG_DEV_BLOCK, 2, 254, 0), 0, "a disk");
+    }
+
+    #[test]
+    fn a_list_is_open_only_if_its_last_rule_allows_everything() {
+        let open = |json: &str| is_open(&serde_json::from_str::<Vec<_>>(json).unwrap());
+        assert!(open(r#"[{"allow":true,"access":"rwm"}]"#));
+        assert!(!open(r#"[{"allow":true,"access":"rwm"},{"allow":false,"type":"b"}]"#));
+        assert!(!open(r#"[{"allow":false,"access":"rwm"}]"#));
     }
 
     #[test]

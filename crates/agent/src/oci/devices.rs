@@ -18,9 +18,14 @@ use crate::guest::devices;
 const MAX_NODES: usize = 4096;
 /// Block volumes of one container.
 const MAX_BLOCK_DEVICES: usize = 64;
-/// Of a block volume's node, as udev has it: root and the group of disks.
+/// Of a block device's node, as udev has it: root and the group of disks.
 const BLOCK_MODE: u32 = 0o660;
 const DISK_GROUP: u32 = 6;
+/// Loop devices whose nodes a privileged container gets beside those that are there. The kernel makes
+/// a loop device when /dev/loop-control is asked for a free one, and its node in the guest's own /dev
+/// alone; `losetup` and `mount -o loop` then open the node in the container's.
+const LOOP_NODES: i64 = 32;
+const LOOP_MAJOR: i64 = 7;
 /// What is a container's own in `/dev`, or no device of its.
 const NOT_SHARED: [&str; 7] = ["pts", "shm", "fd", "mqueue", "console", "ptmx", "tty"];
 
@@ -55,7 +60,37 @@ fn node(path: PathBuf, meta: &fs::Metadata) -> Option<LinuxDevice> {
         .ok()
 }
 
-/// All of the guest's.
+/// All of the guest's, and loop devices to come.
+pub fn all_of_guest() -> Vec<LinuxDevice> {
+    let mut found = all();
+    found.extend(loops_beside(&found));
+    found
+}
+
+fn loops_beside(found: &[LinuxDevice]) -> Vec<LinuxDevice> {
+    let has = |path: &Path| found.iter().any(|node| node.path() == path);
+    if !has(Path::new("/dev/loop-control")) {
+        return Vec::new();
+    }
+    let path = |minor: i64| PathBuf::from(format!("/dev/loop{minor}"));
+    let missing = (0..LOOP_NODES).map(|minor| (path(minor), minor)).filter(|(path, _)| !has(path));
+    missing.filter_map(|(path, minor)| loop_node(path, minor)).collect()
+}
+
+fn loop_node(path: PathBuf, minor: i64) -> Option<LinuxDevice> {
+    LinuxDeviceBuilder::default()
+        .path(path)
+        .typ(LinuxDeviceType::B)
+        .major(LOOP_MAJOR)
+        .minor(minor)
+        .file_mode(BLOCK_MODE)
+        .uid(0u32)
+        .gid(DISK_GROUP)
+        .build()
+        .ok()
+}
+
+/// All that there are.
 pub fn all() -> Vec<LinuxDevice> {
     let mut found = Vec::new();
     let mut folders = vec![PathBuf::from("/dev")];
@@ -143,6 +178,20 @@ mod tests {
         ] {
             assert!(!allows_all(&resources(json)), "{json}");
         }
+    }
+
+    #[test]
+    fn loop_devices_that_are_not_there_yet_have_nodes_where_the_kernel_has_any() {
+        let control: LinuxDevice = serde_json::from_str(
+            r#"{"path":"/dev/loop-control","type":"c","major":10,"minor":237}"#,
+        )
+        .unwrap();
+        assert!(loops_beside(&[]).is_empty());
+        let there = loop_node("/dev/loop3".into(), 3).unwrap();
+        let made = loops_beside(&[control, there]);
+        assert_eq!(made.len(), LOOP_NODES as usize - 1);
+        assert!(made.iter().all(|node| (node.major(), node.typ()) == (7, LinuxDeviceType::B)));
+        assert!(!made.iter().any(|node| node.minor() == 3));
     }
 
     #[test]

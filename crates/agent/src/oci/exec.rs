@@ -9,7 +9,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use libcontainer::capabilities;
-use libcontainer::seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::tty;
 use nix::errno::Errno;
@@ -20,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::command::{self, Failure};
 use super::helper::{self, Made, Streams};
+use super::seccomp;
 use crate::error::{Doing, Result};
 
 pub(super) const VERB: &str = "@exec";
@@ -210,7 +210,7 @@ fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> St
 
 fn load_seccomp(program: &Program) -> Step<()> {
     let Some(filter) = &program.seccomp else { return Ok(()) };
-    step(seccomp::initialize_seccomp(filter), "seccomp filter").map(drop)
+    step(seccomp::load(filter), "seccomp filter")
 }
 
 fn take_identity(process: &Process) -> Step<()> {

@@ -8,7 +8,8 @@
 //! - **cgroups**: the agent reads limits, statistics and OOM events anyway, and libcontainer's
 //!   device rules for cgroup v2 need libbpf and libelf.
 //! - **exec**: libcontainer's tenant container drops the container's seccomp filter.
-//! - **seccomp** with no_new_privs: libcontainer loads the filter before it waits for the start.
+//! - **seccomp** (`seccomp`): libcontainer's filters have no ENOSYS for calls newer than the profile,
+//!   and those with no_new_privs it loads before it waits for the start.
 //! - **running the program**: its errors reach the caller of StartContainer and Exec as such.
 
 pub mod apparmor;
@@ -23,6 +24,7 @@ pub mod helper;
 pub mod limits;
 mod mounts;
 pub mod pod_pid;
+mod seccomp;
 pub mod spec;
 pub mod user;
 pub mod userns;

@@ -14,7 +14,7 @@ use super::Refusal;
 use super::mounts::container_path;
 use crate::v1;
 
-/// Each block device takes a slot of the VM's PCI bus.
+/// Each block device takes a function of the VM's PCI bus.
 const MAX_DEVICES: usize = 128;
 /// Folders of the host may hold any number.
 const MAX_HOST_DEVICES: usize = 4096;
@@ -23,7 +23,8 @@ const EVERYBODY: u32 = 0o666;
 
 /// A character device of the guest, with what asks for it. Numbers: Documentation/admin-guide/
 /// devices.txt of Linux.
-struct Known {
+#[derive(Debug)]
+pub struct Known {
     path: &'static str,
     major: i64,
     minor: i64,
@@ -62,7 +63,7 @@ pub struct Devices {
 
 /// Looks at the host's devices. Blocks. A privileged container has all devices of its guest anyway:
 /// the guest knows them.
-pub fn devices(requested: &[v1::Device]) -> Result<Devices, Refusal> {
+pub fn devices(requested: &[v1::Device], mounts: &[v1::Mount]) -> Result<Devices, Refusal> {
     if requested.len() > MAX_DEVICES {
         return Err(Refusal::invalid(
             "devices",
@@ -74,7 +75,19 @@ pub fn devices(requested: &[v1::Device]) -> Result<Devices, Refusal> {
         add(&mut devices, device)
             .map_err(|refusal| refusal.inside(&format!("devices[{index}]")))?;
     }
+    // No rule: a mount gives the node, not the right to use it, as with runc.
+    for (known, target) in mounts.iter().filter_map(of_mount) {
+        devices.nodes.push(node(known, &target)?);
+    }
     Ok(devices)
+}
+
+/// Whether a mount is of a device that the guest has (a VPN's pod mounts /dev/net/tun), and where it
+/// is to be.
+pub fn of_mount(mount: &v1::Mount) -> Option<(&'static Known, String)> {
+    let known = GUEST_DEVICES.iter().find(|known| known.path == mount.host_path)?;
+    let target = container_path(&mount.container_path).ok()?;
+    (mount.image.is_none() && target.starts_with("/dev/")).then_some((known, target))
 }
 
 /// Those of the host, for a pod without a VM; a folder stands for all in it. Blocks.
@@ -251,17 +264,38 @@ mod tests {
         }
     }
 
+    fn of_vm(requested: &[v1::Device]) -> Result<Devices, Refusal> {
+        devices(requested, &[])
+    }
+
     #[test]
     fn devices_that_a_guest_has_are_the_guests() {
         let found =
-            devices(&[device("/dev/fuse", "", "rw"), device("/dev/null", "", "rwm")]).unwrap();
+            of_vm(&[device("/dev/fuse", "", "rw"), device("/dev/null", "", "rwm")]).unwrap();
         assert_eq!(found.nodes.len(), 1, "each container has a null device anyway");
         let fuse = &found.nodes[0];
         assert_eq!((fuse.path(), fuse.major(), fuse.minor()), (&"/dev/fuse".into(), 10, 229));
         assert_eq!(found.rules[0].access().as_deref(), Some("rw"));
-        let elsewhere = devices(&[device("/dev/null", "/dev/hole", "")]).unwrap();
+        let elsewhere = of_vm(&[device("/dev/null", "/dev/hole", "")]).unwrap();
         assert_eq!(elsewhere.nodes[0].path(), Path::new("/dev/hole"));
         assert_eq!(elsewhere.rules[0].access().as_deref(), Some("rwm"));
+    }
+
+    #[test]
+    fn a_mount_of_a_guests_device_is_a_node_without_a_right() {
+        let mount = |host: &str, container: &str| v1::Mount {
+            host_path: host.into(),
+            container_path: container.into(),
+            ..Default::default()
+        };
+        let mounts = [
+            mount("/dev/net/tun", "/dev/net/tun"),
+            mount("/dev/null", "/etc/masked"),
+            mount("/etc/hosts", "/dev/x"),
+        ];
+        let found = devices(&[], &mounts).unwrap();
+        let nodes: Vec<_> = found.nodes.iter().map(|n| (n.major(), n.minor())).collect();
+        assert_eq!((nodes, found.rules), (vec![(10, 200)], Vec::new()));
     }
 
     #[test]
@@ -302,9 +336,9 @@ mod tests {
             (device("/dev/fuse", "/x", "r"), "devices[0].container_path"),
         ];
         for (device, field) in table {
-            let text = devices(&[device]).unwrap_err().to_string();
+            let text = of_vm(&[device]).unwrap_err().to_string();
             assert!(text.starts_with(field), "{text}");
         }
-        assert!(devices(&vec![device("/dev/fuse", "", ""); MAX_DEVICES + 1]).is_err());
+        assert!(of_vm(&vec![device("/dev/fuse", "", ""); MAX_DEVICES + 1]).is_err());
     }
 }

@@ -9,13 +9,12 @@ use oci_spec::runtime::{
     LinuxSeccompBuilder, LinuxSeccompOperator, LinuxSyscall, LinuxSyscallBuilder,
 };
 
-use super::seccomp_table::{AF_VSOCK, ALLOWED, CLONE_NAMESPACES, PERSONALITIES};
+use super::seccomp_table::{AF_ALG, AF_VSOCK, ALLOWED, CLONE_NAMESPACES, PERSONALITIES};
 use super::{Refusal, known};
 use crate::config::DefaultSeccomp;
 use crate::v1;
 
 const ENOSYS: u32 = 38;
-const EPERM: u32 = 1;
 /// A profile of many megabytes would be parsed here and compiled in the guest; the default one has
 /// a few kilobytes.
 const MAX_PROFILE_BYTES: u64 = 1 << 20;
@@ -93,10 +92,11 @@ pub fn load(path: &Path) -> Result<LinuxSeccomp, Refusal> {
     Ok(profile)
 }
 
-/// The default profile of a container with these capabilities.
+/// The default profile of a container with these capabilities: containerd's, with its error codes.
 ///
-/// Calls that the table does not hold fail with ENOSYS, so that a C library newer than the table
-/// falls back to older calls; those known and withheld fail with EPERM, as programs expect.
+/// What the profile withholds fails with EPERM, the default of an error that is not named. `clone3`,
+/// whose flags a filter cannot see, has to look missing, so that C libraries take `clone`. For calls
+/// that are newer than any in the table the guest's agent answers ENOSYS, as runc does.
 pub fn default_profile(capabilities: &Capabilities) -> LinuxSeccomp {
     let admitted = |group: &&super::seccomp_table::Group| {
         group.capabilities.is_empty()
@@ -104,43 +104,44 @@ pub fn default_profile(capabilities: &Capabilities) -> LinuxSeccomp {
     };
     let allowed: BTreeSet<&str> =
         ALLOWED.iter().filter(admitted).flat_map(|group| group.names).copied().collect();
-    let withheld: BTreeSet<&str> = ALLOWED
-        .iter()
-        .flat_map(|group| group.names)
-        .copied()
-        // Without CAP_SYS_ADMIN `clone` has a condition, and `clone3`, whose flags a filter cannot
-        // see, has to look missing: the C library then takes `clone`.
-        .filter(|name| !allowed.contains(name) && !matches!(*name, "clone" | "clone3"))
-        .collect();
 
-    let mut rules = vec![rule(allowed.iter().copied(), LinuxSeccompAction::ScmpActAllow, vec![])];
+    let allow = |names: &[&str], args| rule(names, LinuxSeccompAction::ScmpActAllow, args);
+    let all: Vec<&str> = allowed.iter().copied().collect();
+    let mut rules = vec![allow(&all, vec![])];
     for persona in PERSONALITIES {
         let same = argument(0, LinuxSeccompOperator::ScmpCmpEq, persona, None);
-        rules.push(rule(["personality"], LinuxSeccompAction::ScmpActAllow, vec![same]));
+        rules.push(allow(&["personality"], vec![same]));
     }
-    let not_vsock = argument(0, LinuxSeccompOperator::ScmpCmpNe, AF_VSOCK, None);
-    rules.push(rule(["socket"], LinuxSeccompAction::ScmpActAllow, vec![not_vsock]));
+    // All families but AF_ALG and AF_VSOCK, as ranges: several conditions on one argument in one rule
+    // would be alternatives.
+    const { assert!(AF_ALG + 2 == AF_VSOCK) };
+    for (op, family) in [
+        (LinuxSeccompOperator::ScmpCmpLt, AF_ALG),
+        (LinuxSeccompOperator::ScmpCmpEq, AF_ALG + 1),
+        (LinuxSeccompOperator::ScmpCmpGt, AF_VSOCK),
+    ] {
+        rules.push(allow(&["socket"], vec![argument(0, op, family, None)]));
+    }
     if !allowed.contains("clone") {
         // value: mask; valueTwo: what must be left of the flags under it.
         let masked = argument(0, LinuxSeccompOperator::ScmpCmpMaskedEq, CLONE_NAMESPACES, Some(0));
-        rules.push(rule(["clone"], LinuxSeccompAction::ScmpActAllow, vec![masked]));
+        rules.push(allow(&["clone"], vec![masked]));
+        let mut missing = rule(&["clone3"], LinuxSeccompAction::ScmpActErrno, vec![]);
+        missing.set_errno_ret(Some(ENOSYS));
+        rules.push(missing);
     }
-    let mut denied = rule(withheld, LinuxSeccompAction::ScmpActErrno, vec![]);
-    denied.set_errno_ret(Some(EPERM));
-    rules.push(denied);
 
     LinuxSeccompBuilder::default()
         .default_action(LinuxSeccompAction::ScmpActErrno)
-        .default_errno_ret(ENOSYS)
         .architectures(vec![Arch::ScmpArchX86_64, Arch::ScmpArchX86, Arch::ScmpArchX32])
         .syscalls(rules)
         .build()
         .unwrap_or_default()
 }
 
-/// The profile as the guest's runtime reads it. In profiles as people write them, and as runc reads
+/// The profile as the guest's agent reads it. In profiles as people write them, and as runc reads
 /// them, a masked comparison has its mask in `value` and what is to be left under it in `valueTwo`;
-/// libcontainer (0.7) has them the other way round, and would make `clone` impossible.
+/// agents have them the other way round, as libcontainer (0.7) has, and would make `clone` impossible.
 pub fn for_guest(mut profile: LinuxSeccomp) -> LinuxSeccomp {
     let Some(mut rules) = profile.syscalls().clone() else { return profile };
     for rule in &mut rules {
@@ -158,13 +159,9 @@ pub fn for_guest(mut profile: LinuxSeccomp) -> LinuxSeccomp {
     profile
 }
 
-fn rule<'a>(
-    names: impl IntoIterator<Item = &'a str>,
-    action: LinuxSeccompAction,
-    args: Vec<LinuxSeccompArg>,
-) -> LinuxSyscall {
+fn rule(names: &[&str], action: LinuxSeccompAction, args: Vec<LinuxSeccompArg>) -> LinuxSyscall {
     let mut rule = LinuxSyscallBuilder::default()
-        .names(names.into_iter().map(str::to_string).collect::<Vec<_>>())
+        .names(names.iter().map(|name| (*name).to_string()).collect::<Vec<_>>())
         .action(action)
         .build()
         .unwrap_or_default();
@@ -203,20 +200,46 @@ mod tests {
     }
 
     #[test]
-    fn the_default_profile_lets_ordinary_programs_run_and_withholds_the_rest() {
+    fn the_default_profile_has_the_error_codes_of_containerds() {
         let profile = default_profile(&Capabilities::new());
+        assert_eq!(profile.default_action(), LinuxSeccompAction::ScmpActErrno);
+        assert_eq!(profile.default_errno_ret(), None, "EPERM");
         let allowed = names(&profile, LinuxSeccompAction::ScmpActAllow);
-        let denied = names(&profile, LinuxSeccompAction::ScmpActErrno);
         for call in ["read", "openat", "execve", "futex", "epoll_wait", "statx", "rseq"] {
             assert!(allowed.contains(call), "{call}");
         }
-        for call in ["mount", "bpf", "setns", "reboot", "init_module", "chroot", "kcmp"] {
-            assert!(denied.contains(call) && !allowed.contains(call), "{call}");
+        for call in ["mount", "bpf", "setns", "reboot", "chroot", "keyctl", "io_uring_setup"] {
+            assert!(!allowed.contains(call), "{call}");
         }
-        for call in ["clone", "clone3", "socket", "io_uring_setup", "keyctl", "userfaultfd"] {
-            assert!(!allowed.contains(call) && !denied.contains(call), "{call}");
+        for call in ["clone", "socket", "personality"] {
+            assert!(!allowed.contains(call), "{call} has a condition");
         }
-        assert!(allowed.len() > 300, "{}", allowed.len());
+        let denied = names(&profile, LinuxSeccompAction::ScmpActErrno);
+        assert_eq!(denied, ["clone3".to_owned()].into());
+        let rules = profile.syscalls().as_ref().unwrap();
+        let clone3 = rules.iter().find(|rule| rule.names() == &["clone3"]).unwrap();
+        assert_eq!(clone3.errno_ret(), Some(ENOSYS));
+        // That many has containerd's.
+        assert_eq!(allowed.len(), 351);
+    }
+
+    #[test]
+    fn every_family_of_sockets_but_two_can_be_had() {
+        let profile = default_profile(&Capabilities::new());
+        let rules = profile.syscalls().as_ref().unwrap();
+        let passes = |family: u64| {
+            rules.iter().filter(|rule| rule.names() == &["socket"]).any(|rule| {
+                let given = rule.args().as_ref().unwrap()[0];
+                match given.op() {
+                    LinuxSeccompOperator::ScmpCmpLt => family < given.value(),
+                    LinuxSeccompOperator::ScmpCmpEq => family == given.value(),
+                    LinuxSeccompOperator::ScmpCmpGt => family > given.value(),
+                    other => panic!("{other:?}"),
+                }
+            })
+        };
+        let withheld: Vec<u64> = (0..64).filter(|family| !passes(*family)).collect();
+        assert_eq!(withheld, [AF_ALG, AF_VSOCK]);
     }
 
     #[test]
@@ -227,19 +250,9 @@ mod tests {
             assert!(allowed.contains(call), "{call}");
         }
         let rules = profile.syscalls().as_ref().unwrap();
-        let clones = rules.iter().filter(|r| r.names().iter().any(|n| n == "clone")).count();
-        assert_eq!(clones, 1, "a condition beside a free rule would contradict it");
-    }
-
-    #[test]
-    fn no_call_is_both_allowed_and_denied() {
-        for capabilities in
-            [Capabilities::new(), [Capability::SysPtrace, Capability::SysChroot].into()]
-        {
-            let profile = default_profile(&capabilities);
-            let allowed = names(&profile, LinuxSeccompAction::ScmpActAllow);
-            let denied = names(&profile, LinuxSeccompAction::ScmpActErrno);
-            assert_eq!(allowed.intersection(&denied).next(), None);
+        for call in ["clone", "clone3"] {
+            let of_it = rules.iter().filter(|r| r.names().iter().any(|n| n == call)).count();
+            assert_eq!(of_it, 1, "{call}: a condition beside a free rule would contradict it");
         }
     }
 
@@ -252,7 +265,7 @@ mod tests {
             rule.args().as_ref().unwrap()[0]
         };
         assert_eq!((of("clone").value(), of("clone").value_two()), (0, Some(CLONE_NAMESPACES)));
-        assert_eq!((of("socket").value(), of("socket").value_two()), (AF_VSOCK, None));
+        assert_eq!((of("socket").value(), of("socket").value_two()), (AF_ALG, None));
     }
 
     fn asks(kind: i32, path: &str) -> v1::LinuxContainerSecurityContext {

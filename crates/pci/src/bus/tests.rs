@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 use crate::{BarRequest, ConfigSpace, Identity};
 
@@ -54,37 +56,53 @@ impl PciDevice for Echo {
     }
 }
 
-fn port_config(bus: &Bus, slot: u32, register: u32) -> u32 {
-    bus.port_write(PORT_ADDRESS, &(1 << 31 | slot << 11 | register).to_le_bytes());
+fn port_config(bus: &Bus, address: Address, register: u32) -> u32 {
+    let devfn = u32::from(address.devfn);
+    bus.port_write(PORT_ADDRESS, &(1 << 31 | devfn << 8 | register).to_le_bytes());
     let mut data = [0; 4];
     bus.port_read(PORT_DATA, &mut data);
     u32::from_le_bytes(data)
 }
 
-fn ecam_config(bus: &Bus, slot: u64, register: u64) -> u32 {
+fn ecam_config(bus: &Bus, address: Address, register: u64) -> u32 {
     let mut data = [0; 4];
-    bus.ecam_read(slot << 15 | register, &mut data);
+    bus.ecam_read(u64::from(address.devfn) << 12 | register, &mut data);
     u32::from_le_bytes(data)
+}
+
+fn at(slot: u8, function: u8) -> Address {
+    Address::new(slot, function)
+}
+
+fn every_address() -> impl Iterator<Item = Address> + Clone {
+    (0..SLOTS as u8).flat_map(Address::of_slot)
+}
+
+fn is_multi_function(bus: &Bus, address: Address) -> bool {
+    ecam_config(bus, address, 0xc) >> 16 & 0x80 != 0
 }
 
 #[test]
 fn both_ways_into_configuration_space_show_the_same_devices() {
     let bus = Bus::new(WINDOW);
-    assert_eq!(bus.add(Echo::boxed(0x1042)).unwrap(), 1);
-    for slot in 0..32 {
-        let seen = ecam_config(&bus, slot, 0);
-        assert_eq!(seen, port_config(&bus, slot as u32, 0));
-        assert_eq!(seen == u32::MAX, slot > 1);
+    assert_eq!(bus.add(Echo::boxed(0x1042), Plug::Boot).unwrap(), at(1, 0));
+    assert_eq!(bus.add(Echo::boxed(0x1043), Plug::Hot).unwrap(), at(2, 0));
+    assert_eq!(bus.add(Echo::boxed(0x1044), Plug::Hot).unwrap(), at(2, 1));
+    let there = [at(0, 0), at(1, 0), at(2, 0), at(2, 1)];
+    for address in every_address() {
+        let seen = ecam_config(&bus, address, 0);
+        assert_eq!(seen, port_config(&bus, address, 0));
+        assert_eq!(seen != u32::MAX, there.contains(&address), "{address}");
     }
-    assert_eq!(ecam_config(&bus, 1, 0), 0x1042_1af4);
-    // Other functions of the same device do not exist.
-    assert_eq!(ecam_config(&bus, 1, 0x1000), u32::MAX);
+    assert_eq!(ecam_config(&bus, at(1, 0), 0), 0x1042_1af4);
+    assert_eq!(ecam_config(&bus, at(2, 1), 0), 0x1044_1af4);
+    assert_eq!(at(0x1f, 7).to_string(), "0000:00:1f.7");
 }
 
 #[test]
 fn bytes_and_words_of_a_register_can_be_read_by_port() {
     let bus = Bus::new(WINDOW);
-    bus.add(Echo::boxed(0x1042)).unwrap();
+    bus.add(Echo::boxed(0x1042), Plug::Boot).unwrap();
     bus.port_write(PORT_ADDRESS, &(1u32 << 31 | 1 << 11).to_le_bytes());
     let mut word = [0; 2];
     bus.port_read(PORT_DATA + 2, &mut word);
@@ -97,7 +115,7 @@ fn bytes_and_words_of_a_register_can_be_read_by_port() {
 #[test]
 fn a_bar_answers_only_while_decoded_and_follows_when_moved() {
     let bus = Bus::new(WINDOW);
-    bus.add(Echo::boxed(0x1042)).unwrap();
+    bus.add(Echo::boxed(0x1042), Plug::Boot).unwrap();
     let home = WINDOW.start;
     assert!(!bus.mmio_write(home, &[1]));
     bus.ecam_write(1 << 15 | 4, &[2, 0]);
@@ -112,30 +130,199 @@ fn a_bar_answers_only_while_decoded_and_follows_when_moved() {
 }
 
 #[test]
-fn a_pulled_device_is_gone_and_its_slot_and_addresses_are_reused() {
-    let bus = Bus::new(WINDOW);
-    let slot = bus.add(Echo::boxed(0x1042)).unwrap();
-    bus.ecam_write(1 << 15 | 4, &[2, 0]);
-    let bar = ecam_config(&bus, 1, 0x10);
-    bus.remove(slot).unwrap();
-    assert_eq!(ecam_config(&bus, 1, 0), u32::MAX);
-    assert!(!bus.mmio_read(WINDOW.start, &mut [0]));
-    assert!(matches!(bus.remove(slot), Err(BusError::Empty { slot: 1 })));
-    assert_eq!(bus.add(Echo::boxed(0x1041)).unwrap(), slot);
-    assert_eq!(ecam_config(&bus, 1, 0x10), bar);
+fn a_pulled_device_is_gone_and_its_function_and_addresses_are_reused() {
+    for plug in [Plug::Boot, Plug::Hot] {
+        let bus = Bus::new(WINDOW);
+        let address = bus.add(Echo::boxed(0x1042), plug).unwrap();
+        bus.ecam_write(1 << 15 | 4, &[2, 0]);
+        let bar = ecam_config(&bus, at(1, 0), 0x10);
+        bus.remove(address).unwrap();
+        assert_eq!(ecam_config(&bus, at(1, 0), 0), u32::MAX);
+        assert!(!bus.mmio_read(WINDOW.start, &mut [0]));
+        assert!(matches!(bus.remove(address), Err(BusError::Empty { .. })));
+        assert_eq!(bus.add(Echo::boxed(0x1041), plug).unwrap(), address);
+        assert_eq!(ecam_config(&bus, at(1, 0), 0x10), bar);
+    }
 }
 
 #[test]
 fn a_full_window_and_a_full_bus_are_told_apart() {
     let bus = Bus::new(WINDOW);
     for _ in 0..16 {
-        bus.add(Echo::boxed(1)).unwrap();
+        bus.add(Echo::boxed(1), Plug::Boot).unwrap();
     }
-    assert!(matches!(bus.add(Echo::boxed(1)), Err(BusError::NoSpace { size: 0x1000, .. })));
+    let refused = bus.add(Echo::boxed(1), Plug::Boot);
+    assert!(matches!(refused, Err(BusError::NoSpace { size: 0x1000, .. })));
+    for plug in [Plug::Boot, Plug::Hot] {
+        let bus = Bus::new(0..u64::MAX);
+        while bus.add(Echo::boxed(1), plug).is_ok() {}
+        assert!(matches!(bus.add(Echo::boxed(1), plug), Err(BusError::Full)));
+        let devices = every_address().filter(|address| ecam_config(&bus, *address, 0) != u32::MAX);
+        let alone = if plug == Plug::Boot { SLOTS - 1 - HOT_SLOTS } else { 0 };
+        assert_eq!(devices.count(), 1 + alone + (SLOTS - 1 - alone) * FUNCTIONS);
+        assert!(matches!(bus.remove(at(0, 0)), Err(BusError::Reserved { .. })));
+    }
+}
+
+#[test]
+fn boot_devices_leave_the_guests_scan_as_short_as_it_can_be_and_room_for_others() {
     let bus = Bus::new(0..u64::MAX);
-    for _ in 1..SLOTS {
-        bus.add(Echo::boxed(1)).unwrap();
+    for slot in 1..SLOTS as u8 - HOT_SLOTS as u8 {
+        assert_eq!(bus.add(Echo::boxed(1), Plug::Boot).unwrap(), at(slot, 0));
     }
-    assert!(matches!(bus.add(Echo::boxed(1)), Err(BusError::Full)));
-    assert!(matches!(bus.remove(0), Err(BusError::HostBridge { .. })));
+    assert!(!(0..SLOTS as u8).any(|slot| {
+        let seen = ecam_config(&bus, at(slot, 0), 0) != u32::MAX;
+        seen && is_multi_function(&bus, at(slot, 0))
+    }));
+    let mut guest = Guest::default();
+    assert_eq!(guest.scan(&bus), SLOTS);
+    for n in 0..HOT_SLOTS * FUNCTIONS {
+        let address = bus.add(Echo::boxed(1), Plug::Hot).unwrap();
+        assert_eq!(address.devfn, ((SLOTS - HOT_SLOTS) * FUNCTIONS + n) as u8);
+    }
+    guest.scan(&bus);
+    assert_eq!(guest.known.len(), SLOTS - HOT_SLOTS + HOT_SLOTS * FUNCTIONS);
+    assert!(matches!(bus.add(Echo::boxed(1), Plug::Hot), Err(BusError::Full)));
+}
+
+#[test]
+fn the_multi_function_bit_is_in_function_0_of_a_shared_slot_whatever_width_it_is_read_with() {
+    let bus = Bus::new(WINDOW);
+    bus.add(Echo::boxed(1), Plug::Hot).unwrap();
+    bus.add(Echo::boxed(2), Plug::Hot).unwrap();
+    assert!(is_multi_function(&bus, at(1, 0)) && !is_multi_function(&bus, at(1, 1)));
+    let (mut byte, mut word) = ([0], [0; 2]);
+    bus.ecam_read(1 << 15 | 0xe, &mut byte);
+    bus.ecam_read(1 << 15 | 0xe, &mut word);
+    assert_eq!((byte, word), ([0x80], [0x80, 0]));
+    bus.ecam_read(1 << 15 | 0xf, &mut byte);
+    assert_eq!(byte, [0]);
+}
+
+#[test]
+fn a_device_that_was_not_scanned_yet_is_found_after_function_0_has_gone() {
+    let bus = Bus::new(WINDOW);
+    let mut guest = Guest::default();
+    let first = bus.add(Echo::boxed(1), Plug::Hot).unwrap();
+    guest.scan(&bus);
+    let second = bus.add(Echo::boxed(2), Plug::Hot).unwrap();
+    guest.release(first);
+    bus.remove(first).unwrap();
+    guest.scan(&bus);
+    assert!(guest.known.contains_key(&second));
+    // A placeholder that the guest knows stays, and is nobody's to remove.
+    assert!(matches!(bus.remove(first), Err(BusError::Reserved { .. })));
+    assert_eq!(bus.add(Echo::boxed(3), Plug::Hot).unwrap(), at(1, 2));
+}
+
+#[test]
+fn no_placeholder_is_left_where_the_guest_has_seen_none() {
+    let bus = Bus::new(WINDOW);
+    let first = bus.add(Echo::boxed(1), Plug::Hot).unwrap();
+    let second = bus.add(Echo::boxed(2), Plug::Hot).unwrap();
+    bus.remove(first).unwrap();
+    assert_eq!(ecam_config(&bus, first, 4), 0, "a placeholder");
+    bus.remove(second).unwrap();
+    assert_eq!(ecam_config(&bus, first, 0), u32::MAX);
+    // The usual order needs none: what is left is known to the guest.
+    let mut guest = Guest::default();
+    let first = bus.add(Echo::boxed(1), Plug::Hot).unwrap();
+    bus.add(Echo::boxed(2), Plug::Hot).unwrap();
+    guest.scan(&bus);
+    guest.release(first);
+    bus.remove(first).unwrap();
+    assert_eq!(ecam_config(&bus, first, 0), u32::MAX);
+    assert_eq!(bus.add(Echo::boxed(3), Plug::Hot).unwrap(), first);
+}
+
+/// Scans as Linux does (`drivers/pci/probe.c`, `pci_scan_slot`): what is known is not read again.
+#[derive(Default)]
+struct Guest {
+    /// Functions, and whether they showed the multi-function bit when they were found.
+    known: HashMap<Address, bool>,
+}
+
+impl Guest {
+    /// Answers how many vendor ids were read.
+    fn scan(&mut self, bus: &Bus) -> usize {
+        let mut reads = 0;
+        for slot in 0..SLOTS as u8 {
+            for address in Address::of_slot(slot) {
+                if !self.known.contains_key(&address) {
+                    reads += 1;
+                    if ecam_config(bus, address, 0) != u32::MAX {
+                        self.known.insert(address, is_multi_function(bus, address));
+                    }
+                }
+                let first = self.known.get(&at(slot, 0));
+                if first != Some(&true) {
+                    break;
+                }
+            }
+        }
+        reads
+    }
+
+    fn release(&mut self, address: Address) {
+        self.known.remove(&address);
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Plug,
+    Scan,
+    /// Of a device, by its place in the list of those plugged.
+    Remove(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => Just(Step::Plug),
+        3 => Just(Step::Scan),
+        4 => any::<usize>().prop_map(Step::Remove),
+    ]
+}
+
+proptest! {
+    /// Whatever comes and goes in whatever order: after a scan the guest knows every device, under
+    /// the identity that it has now.
+    #[test]
+    fn a_scan_finds_all_that_is_plugged(steps in proptest::collection::vec(step(), 0..200)) {
+        let bus = Bus::new(0..u64::MAX);
+        let mut guest = Guest::default();
+        let mut plugged: Vec<Address> = Vec::new();
+        guest.scan(&bus);
+        for step in steps {
+            match step {
+                Step::Plug => {
+                    let address = bus.add(Echo::boxed(1), Plug::Hot).unwrap();
+                    prop_assert!(!guest.known.contains_key(&address), "{address} is still known");
+                    plugged.push(address);
+                }
+                Step::Scan => {
+                    guest.scan(&bus);
+                    for address in &plugged {
+                        prop_assert!(guest.known.contains_key(address), "{address} is not found");
+                    }
+                }
+                Step::Remove(n) if !plugged.is_empty() => {
+                    let address = plugged.swap_remove(n % plugged.len());
+                    guest.release(address);
+                    bus.remove(address).unwrap();
+                }
+                Step::Remove(_) => {}
+            }
+        }
+        for address in plugged {
+            guest.release(address);
+            bus.remove(address).unwrap();
+        }
+        // What is left is a placeholder a slot at most.
+        let left = every_address().filter(|a| ecam_config(&bus, *a, 0) != u32::MAX);
+        prop_assert!(left.clone().all(|address| address.function() == 0));
+        while bus.add(Echo::boxed(1), Plug::Hot).is_ok() {}
+        let all = every_address().filter(|a| ecam_config(&bus, *a, 0) != u32::MAX).count();
+        prop_assert_eq!(all, 1 + CAPACITY);
+    }
 }

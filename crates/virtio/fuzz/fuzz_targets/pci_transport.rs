@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use pci::{Bus, Doorbells, MsixMessage, Vectors};
+use pci::{Bus, Doorbells, MsixMessage, Plug, Vectors};
 use virtio::mock::memory;
 use virtio::pci::VirtioPci;
 use virtio::rng::Rng;
@@ -113,11 +113,11 @@ fuzz_target!(|data: &[u8]| {
     let rng = Box::new(Rng::new().expect("rng"));
     let device = VirtioPci::new(rng, (*mem).clone(), nowhere.clone(), nowhere, worker());
     let bus = Bus::new(WINDOW..WINDOW + (1 << 20));
-    let slot = bus.add(Box::new(device.expect("device"))).expect("a free slot");
+    let address = bus.add(Box::new(device.expect("device")), Plug::Boot).expect("a free slot");
     for _ in 0..400 {
         if u.is_empty() || step(&bus, &mem, &mut u).is_err() {
             break;
         }
     }
-    bus.remove(slot).expect("the device");
+    bus.remove(address).expect("the device");
 });

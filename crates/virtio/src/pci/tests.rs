@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
-use pci::{Bus, MsixMessage};
+use pci::{Address, Bus, MsixMessage, Plug};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::spec::{NO_VECTOR, common};
@@ -71,7 +71,7 @@ fn rig() -> Rig {
     .unwrap();
     let view = device.view();
     let bus = Bus::new(WINDOW..WINDOW + (1 << 20));
-    assert_eq!(bus.add(Box::new(device)).unwrap(), 1);
+    assert_eq!(bus.add(Box::new(device), Plug::Boot).unwrap(), Address::new(1, 0));
     let rig = Rig { queue: MockQueue::new(mem.clone(), 0x1000, 64), mem, bus, host, view, worker };
     rig.bus.ecam_write(1 << 15 | 4, &[6, 0]);
     rig
@@ -344,7 +344,7 @@ fn the_configuration_window_reaches_the_same_registers() {
 fn a_pulled_device_lets_go_of_its_doorbells_and_its_engine() {
     let rig = rig();
     rig.bring_up();
-    rig.bus.remove(1).unwrap();
+    rig.bus.remove(Address::new(1, 0)).unwrap();
     assert!(rig.host.bells.lock().unwrap().is_empty());
     let Rig { host, worker, view, .. } = rig;
     drop(view);

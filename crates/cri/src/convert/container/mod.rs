@@ -77,7 +77,7 @@ pub fn to_spec(
     let identity = process::identity(&context, image_user).map_err(in_context)?;
 
     let devices = match host {
-        None => devices::devices(&request.devices)?,
+        None => devices::devices(&request.devices, &request.mounts)?,
         Some(_) => devices::of_host(&request.devices)?,
     };
     let blocks = devices.blocks.clone();
@@ -95,6 +95,7 @@ pub fn to_spec(
             annotations: &request.annotations,
             user_namespace,
             on_host: host.is_some(),
+            privileged: context.privileged,
             images: &|name| find_image(name).map(|found| found.rootfs),
         },
     )?;
@@ -347,8 +348,8 @@ fn namespaces(pid: &PidMode, user: Option<UserNamespace>) -> Result<Vec<LinuxNam
         .collect()
 }
 
-/// Everything for a privileged container, else what was asked for beside what the guest's runtime
-/// adds by itself (null, zero, full, random, urandom, tty, ptys).
+/// Everything for a privileged container, else what was asked for beside what the guest's agent
+/// adds by itself (null, zero, full, random, urandom, tty, ptmx, ptys, tun).
 fn device_rules(
     asked: Vec<LinuxDeviceCgroup>,
     privileged: bool,

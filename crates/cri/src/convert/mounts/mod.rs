@@ -25,12 +25,12 @@ use std::fs::{FileType, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
-use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, PROC_SUPER_MAGIC, statfs};
 use oci_spec::image::Config as ImageConfig;
 use sandbox::model::{Access, Propagation, Volume, VolumeSource};
 
 use super::userns::UserNamespace;
-use super::{Refusal, known, mountinfo};
+use super::{Refusal, devices, known, mountinfo};
 use crate::v1;
 
 #[cfg(test)]
@@ -50,6 +50,24 @@ const ATOMIC_LINK: &str = "..data";
 const MAX_MOUNTS: usize = 512;
 /// The size of page that a guest's huge pages have, bytes.
 const HUGE_PAGE: u64 = 2 << 20;
+/// What the container's own devices are in, and its processes.
+const DEV: &str = "/dev";
+const PROC: &str = "/proc";
+/// Files of it that others may stand for, as with runc (`checkProcMount`): those that lxcfs serves.
+const REPLACED_IN_PROC: [&str; 10] = [
+    "cpuinfo",
+    "diskstats",
+    "loadavg",
+    "meminfo",
+    "slabinfo",
+    "stat",
+    "swaps",
+    "sys/crypto/fips_enabled",
+    "sys/kernel/ns_last_pid",
+    "uptime",
+];
+/// File systems that the kernel makes: no place for an image's data.
+const KERNELS: [&str; 3] = [DEV, PROC, "/sys"];
 /// How a kubelet recognises the failure (cri-api, pkg/errors).
 const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
 
@@ -59,6 +77,7 @@ pub struct Around<'a> {
     pub user_namespace: Option<UserNamespace>,
     /// The pod has no VM.
     pub on_host: bool,
+    pub privileged: bool,
     /// An image's EROFS file by its name or id.
     pub images: &'a dyn Fn(&str) -> Option<PathBuf>,
 }
@@ -79,6 +98,9 @@ pub fn volumes(mounts: &[v1::Mount], around: &Around<'_>) -> Result<Vec<Volume>,
     }
     let mut volumes = Vec::with_capacity(mounts.len());
     for (index, (mount, sound)) in mounts.iter().zip(sound).enumerate() {
+        if !around.on_host && is_of_guest(mount, &sound) {
+            continue;
+        }
         volumes.push(volume(mount, sound, around).map_err(|refusal| each(index, refusal))?);
     }
     // What lies in another one has to come after it.
@@ -86,7 +108,14 @@ pub fn volumes(mounts: &[v1::Mount], around: &Around<'_>) -> Result<Vec<Volume>,
     Ok(volumes)
 }
 
-/// The image's own volumes, but for those in whose place the request mounts something.
+/// What the guest has itself, so that nothing of the host is mounted: a device (see
+/// [`devices::of_mounts`]), or all of them, which a privileged container has anyway.
+fn is_of_guest(mount: &v1::Mount, sound: &Sound) -> bool {
+    devices::of_mount(mount).is_some() || sound.container_path == DEV
+}
+
+/// The image's own volumes, but for those in whose place the request mounts something, and those in
+/// which the kernel's file systems stand.
 pub fn of_image(config: Option<&ImageConfig>, volumes: &[Volume]) -> Result<Vec<String>, Refusal> {
     let named = config.and_then(|config| config.volumes().as_deref()).unwrap_or_default();
     if named.len() + volumes.len() > MAX_MOUNTS {
@@ -109,10 +138,12 @@ pub fn of_image(config: Option<&ImageConfig>, volumes: &[Volume]) -> Result<Vec<
                 _ => {}
             }
         }
-        // The root is no place for a mount, and /dev is made for the container.
+        // The root is no place for a mount.
+        let is_place =
+            clean != Path::new("/") && !KERNELS.iter().any(|kernels| clean.starts_with(kernels));
         let place = clean.to_string_lossy().into_owned();
         let is_taken = volumes.iter().any(|volume| volume.container_path == place);
-        if !["/", "/dev"].contains(&place.as_str()) && !place.contains('\0') && !is_taken {
+        if is_place && !place.contains('\0') && !is_taken {
             own.insert(place);
         }
     }
@@ -128,6 +159,7 @@ struct Sound {
 
 fn check(mount: &v1::Mount, around: &Around<'_>) -> Result<Sound, Refusal> {
     let container_path = container_path(&mount.container_path)?;
+    check_place(&container_path, mount, around)?;
     let propagation = known("propagation", mount.propagation)?;
     let access = access(mount, propagation)?;
     let propagation = match propagation {
@@ -154,6 +186,42 @@ fn check(mount: &v1::Mount, around: &Around<'_>) -> Result<Sound, Refusal> {
     check_mapping(mount, around.user_namespace)?;
     check_source(mount)?;
     Ok(Sound { container_path, access, propagation })
+}
+
+/// What is mounted wins over what every container has in the same place, but for the file systems
+/// without which a process cannot run as it should.
+fn check_place(
+    container_path: &str,
+    mount: &v1::Mount,
+    around: &Around<'_>,
+) -> Result<(), Refusal> {
+    let refuse =
+        |why: &str| Err(Refusal::unsupported("container_path", format!("{container_path}: {why}")));
+    if container_path == DEV {
+        return match mount.host_path.trim_end_matches('/') == DEV {
+            // Those of the guest, which stands for the node.
+            true if around.privileged && !around.on_host => Ok(()),
+            true => refuse(
+                "only a privileged container of a pod with a VM has all devices; name those that are \
+                 needed in `devices`",
+            ),
+            false => refuse("is made for the container; mount below it"),
+        };
+    }
+    let Ok(inside) = Path::new(container_path).strip_prefix(PROC) else { return Ok(()) };
+    if inside == Path::new("") {
+        let is_proc = |path: &str| {
+            statfs(path).is_ok_and(|system| system.filesystem_type() == PROC_SUPER_MAGIC)
+        };
+        return match around.on_host && is_proc(&mount.host_path) {
+            true => Ok(()),
+            false => refuse("shows the container's own processes; mount elsewhere"),
+        };
+    }
+    match REPLACED_IN_PROC.iter().any(|file| inside == Path::new(file)) {
+        true => Ok(()),
+        false => refuse("nothing is mounted inside /proc but for a few files, such as meminfo"),
+    }
 }
 
 fn access(mount: &v1::Mount, propagation: v1::MountPropagation) -> Result<Access, Refusal> {

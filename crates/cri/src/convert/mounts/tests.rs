@@ -31,7 +31,8 @@ fn convert_with(
     user_namespace: Option<UserNamespace>,
 ) -> Result<Vec<Volume>, Refusal> {
     let images = |name: &str| (name == "here").then(|| PathBuf::from("/images/here.erofs"));
-    volumes(mounts, &Around { annotations, user_namespace, on_host: false, images: &images })
+    let (on_host, privileged) = (false, false);
+    volumes(mounts, &Around { annotations, user_namespace, on_host, privileged, images: &images })
 }
 
 #[test]
@@ -45,8 +46,13 @@ fn a_pod_without_a_vm_has_everything_from_the_host_itself() {
     std::fs::write(&log, "").unwrap();
     let ask = |mount: v1::Mount| {
         let none = BTreeMap::new();
-        let around =
-            Around { annotations: &none, user_namespace: None, on_host: true, images: &|_| None };
+        let around = Around {
+            annotations: &none,
+            user_namespace: None,
+            on_host: true,
+            privileged: false,
+            images: &|_| None,
+        };
         volumes(&[mount], &around).map(|mut volumes| volumes.remove(0))
     };
     for (path, mount) in [
@@ -242,8 +248,48 @@ fn an_images_own_volumes_are_kept_where_the_request_mounts_nothing() {
     assert_eq!(found, ["/b", "/cache", "/var/data"]);
     // Below or above a mount of the request, both are there.
     assert_eq!(own(&["/x/y", "/x", "/x"], &["/x/y/z"]).unwrap(), ["/x", "/x/y"]);
+    assert!(own(&["/dev/shm", "/sys/fs/cgroup", "/proc/x"], &[]).unwrap().is_empty());
+    assert_eq!(own(&["/devices", "/system"], &[]).unwrap(), ["/devices", "/system"]);
     assert!(of_image(None, &[]).unwrap().is_empty());
     let many: Vec<String> = (0..=MAX_MOUNTS).map(|n| format!("/{n}")).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     assert!(own(&many, &[]).is_err());
+}
+
+#[test]
+fn a_mount_wins_over_what_every_container_has_but_not_over_its_devices_and_processes() {
+    let (_dir, root) = folder();
+    for place in ["/dev/shm", "/dev/mqueue", "/sys", "/sys/fs/cgroup", "/proc/meminfo", "/run"] {
+        assert_eq!(convert(&[mount(&root, place)]).unwrap()[0].container_path, place);
+    }
+    for (place, words) in [
+        ("/dev", "made for the container"),
+        ("/proc", "own processes"),
+        ("/proc/1", "inside /proc"),
+        ("/proc/sys/kernel", "inside /proc"),
+    ] {
+        let text = refused(mount(&root, place));
+        assert!(text.starts_with("mounts[0].container_path") && text.contains(words), "{text}");
+    }
+}
+
+#[test]
+fn devices_of_the_guest_are_no_volumes() {
+    let none = BTreeMap::new();
+    let ask = |host: &str, place: &str, privileged| {
+        let around = Around {
+            annotations: &none,
+            user_namespace: None,
+            on_host: false,
+            privileged,
+            images: &|_| None,
+        };
+        volumes(&[mount(Path::new(host), place)], &around)
+    };
+    assert_eq!(ask("/dev/net/tun", "/dev/net/tun", false), Ok(Vec::new()));
+    assert_eq!(ask("/dev/", "/dev", true), Ok(Vec::new()));
+    let text = ask("/dev", "/dev", false).unwrap_err().to_string();
+    assert!(text.contains("privileged"), "{text}");
+    let text = ask("/dev/ptmx", "/dev/x", false).unwrap_err().to_string();
+    assert!(text.contains("is a device"), "{text}");
 }

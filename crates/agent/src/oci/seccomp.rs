@@ -1,0 +1,267 @@
+//! The seccomp filter of a container (runtime-spec config-linux.md, "Seccomp"): libseccomp compiles
+//! it, and a prologue of our own answers ENOSYS for system calls that are newer than the profile.
+//!
+//! A profile lists the calls that its author knew. Its default action, mostly EPERM, is meant for the
+//! known ones that it withholds. A call that came with a later kernel is not withheld but unknown, and
+//! C libraries fall back to an older call only on ENOSYS. So, as runc does: a number above the highest
+//! that the profile names for the architecture gets ENOSYS, unless the default action lets calls
+//! through, or is ENOSYS anyway.
+//!
+//! ```text
+//! ld arch;  x86-64: jump A;  i386: jump B;  else jump filter
+//! A: ld nr;  x32: jump C;  nr > last of x86-64: jump ENOSYS;  jump filter
+//! B: ld nr;  nr > last of i386: jump ENOSYS;  jump filter
+//! C: nr > last of x32: jump ENOSYS;  jump filter
+//! ENOSYS: ret ERRNO | ENOSYS
+//! filter: what libseccomp made
+//! ```
+//! Not libcontainer's loader: it has no place for the prologue, and leaves the calls in a list, which
+//! the kernel walks for each of its some 900 call numbers when a filter is loaded (for the bitmap of
+//! calls that are always allowed); a binary tree makes that twenty times shorter.
+#![allow(unsafe_code)] // seccomp(2) has no safe wrapper
+
+use std::io::{Read, Seek};
+
+use libseccomp::{
+    ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
+};
+use nix::errno::Errno;
+use oci_spec::runtime::{
+    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag,
+    LinuxSeccompOperator, LinuxSyscall,
+};
+
+type Result<T> = std::result::Result<T, String>;
+
+/// linux/audit.h
+const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+const AUDIT_ARCH_I386: u32 = 0x4000_0003;
+/// Set in the numbers of x32 calls (asm/unistd.h).
+const X32_BIT: u32 = 0x4000_0000;
+/// Offsets in `struct seccomp_data` (linux/seccomp.h).
+const DATA_NR: u32 = 0;
+const DATA_ARCH: u32 = 4;
+const RET_ERRNO: u32 = 0x0005_0000;
+/// Instructions that the kernel takes (BPF_MAXINSNS).
+const MAX_PROGRAM: usize = 4096;
+
+// linux/bpf_common.h
+const LD_W_ABS: u16 = 0x20;
+const JMP_JA: u16 = 0x05;
+const JMP_JEQ_K: u16 = 0x15;
+const JMP_JGT_K: u16 = 0x25;
+const JMP_JSET_K: u16 = 0x45;
+const RET_K: u16 = 0x06;
+
+/// Loads a filter into the calling thread, which needs CAP_SYS_ADMIN or no_new_privs.
+pub fn load(profile: &LinuxSeccomp) -> Result<()> {
+    let mut program = compile(profile)?;
+    let mut flags = 0;
+    for flag in profile.flags().iter().flatten() {
+        flags |= match flag {
+            LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
+            LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => {
+                libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW
+            }
+            // There is one thread.
+            LinuxSeccompFilterFlag::SeccompFilterFlagTsync => 0,
+            // For those who listen to a filter, which nobody does here.
+            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
+        };
+    }
+    let len = u16::try_from(program.len()).map_err(|_| "the filter is too long".to_owned())?;
+    let program = libc::sock_fprog { len, filter: program.as_mut_ptr() };
+    // SAFETY: the kernel reads `len` instructions, which `program` holds until the call returns.
+    let done = unsafe {
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program)
+    };
+    Errno::result(done).map(drop).map_err(|error| format!("load the filter: {}", error.desc()))
+}
+
+fn compile(profile: &LinuxSeccomp) -> Result<Vec<libc::sock_filter>> {
+    let mut program = prologue(profile);
+    program.extend(filter(profile)?);
+    if program.len() > MAX_PROGRAM {
+        return Err(format!(
+            "the filter has {} instructions, the kernel takes {MAX_PROGRAM}",
+            program.len()
+        ));
+    }
+    Ok(program)
+}
+
+fn op(code: u16, jump_true: u8, jump_false: u8, k: u32) -> libc::sock_filter {
+    libc::sock_filter { code, jt: jump_true, jf: jump_false, k }
+}
+
+/// See the module's header. Empty where no call gets ENOSYS.
+fn prologue(profile: &LinuxSeccomp) -> Vec<libc::sock_filter> {
+    let passes = matches!(
+        profile.default_action(),
+        LinuxSeccompAction::ScmpActAllow
+            | LinuxSeccompAction::ScmpActLog
+            // A tracer answers for calls that it does not know.
+            | LinuxSeccompAction::ScmpActTrace
+    );
+    let default_is_enosys = profile.default_errno_ret() == Some(libc::ENOSYS as u32);
+    if passes || default_is_enosys {
+        return Vec::new();
+    }
+    let last = |arch: ScmpArch, wanted: Arch| {
+        let listed = profile.architectures().iter().flatten().any(|arch| *arch == wanted);
+        // Beside those that are listed libseccomp takes the native one.
+        (listed || arch == ScmpArch::X8664).then(|| last_call(profile, arch)).flatten()
+    };
+    let native = last(ScmpArch::X8664, Arch::ScmpArchX86_64);
+    let x32 = last(ScmpArch::X32, Arch::ScmpArchX32);
+    let i386 = last(ScmpArch::X86, Arch::ScmpArchX86);
+    // Without a last call nothing is above it.
+    let above = |last: Option<u32>| last.unwrap_or(u32::MAX);
+    vec![
+        op(LD_W_ABS, 0, 0, DATA_ARCH),
+        op(JMP_JEQ_K, 1, 0, AUDIT_ARCH_X86_64), // to A
+        op(JMP_JEQ_K, 4, 9, AUDIT_ARCH_I386),   // to B, to the filter
+        // A
+        op(LD_W_ABS, 0, 0, DATA_NR),
+        op(JMP_JSET_K, 5, 0, X32_BIT), // to C
+        op(JMP_JGT_K, 5, 0, above(native)),
+        op(JMP_JA, 0, 0, 5),
+        // B
+        op(LD_W_ABS, 0, 0, DATA_NR),
+        op(JMP_JGT_K, 2, 0, above(i386)),
+        op(JMP_JA, 0, 0, 2),
+        // C
+        op(JMP_JGT_K, 0, 1, above(x32)),
+        // ENOSYS
+        op(RET_K, 0, 0, RET_ERRNO | libc::ENOSYS as u32),
+    ]
+}
+
+/// The highest number that any rule names.
+fn last_call(profile: &LinuxSeccomp, arch: ScmpArch) -> Option<u32> {
+    let names = profile.syscalls().iter().flatten().flat_map(LinuxSyscall::names);
+    // Names that the architecture has not have negative numbers.
+    let numbers = names.filter_map(|name| {
+        u32::try_from(ScmpSyscall::from_name_by_arch(name, arch).ok()?.as_raw_syscall()).ok()
+    });
+    numbers.max()
+}
+
+fn filter(profile: &LinuxSeccomp) -> Result<Vec<libc::sock_filter>> {
+    let bad = |error: libseccomp::error::SeccompError| error.to_string();
+    let default = action(profile.default_action(), profile.default_errno_ret())?;
+    let mut context = ScmpFilterContext::new(default).map_err(bad)?;
+    // A binary tree.
+    context.set_ctl_optimize(2).map_err(bad)?;
+    for arch in profile.architectures().iter().flatten() {
+        context.add_arch(architecture(*arch)?).map_err(bad)?;
+    }
+    for rule in profile.syscalls().iter().flatten() {
+        let action = action(rule.action(), rule.errno_ret())?;
+        if action == default {
+            // libseccomp refuses it, as it changes nothing.
+            continue;
+        }
+        for name in rule.names() {
+            // A call that libseccomp does not know, as it is newer: what cannot be said of it is
+            // covered by the prologue.
+            let Ok(call) = ScmpSyscall::from_name(name) else { continue };
+            for conditions in conditions(rule.args().as_deref().unwrap_or_default())? {
+                let added = if conditions.is_empty() {
+                    context.add_rule(action, call)
+                } else {
+                    context.add_rule_conditional(action, call, &conditions)
+                };
+                added.map_err(|error| format!("rule for {name}: {error}"))?;
+            }
+        }
+    }
+    export(&context)
+}
+
+/// The rules that a list of arguments comes to: one, or one an argument if an index appears twice,
+/// which libseccomp does not take in one rule; so does runc.
+fn conditions(args: &[LinuxSeccompArg]) -> Result<Vec<Vec<ScmpArgCompare>>> {
+    let mut compares = Vec::new();
+    for arg in args {
+        let index = u32::try_from(arg.index())
+            .ok()
+            .filter(|index| *index < 6)
+            .ok_or_else(|| format!("a call has no argument {}", arg.index()))?;
+        let op = match arg.op() {
+            LinuxSeccompOperator::ScmpCmpNe => ScmpCompareOp::NotEqual,
+            LinuxSeccompOperator::ScmpCmpLt => ScmpCompareOp::Less,
+            LinuxSeccompOperator::ScmpCmpLe => ScmpCompareOp::LessOrEqual,
+            LinuxSeccompOperator::ScmpCmpEq => ScmpCompareOp::Equal,
+            LinuxSeccompOperator::ScmpCmpGe => ScmpCompareOp::GreaterEqual,
+            LinuxSeccompOperator::ScmpCmpGt => ScmpCompareOp::Greater,
+            // The host turns the two values round for libcontainer 0.7 (cri's `for_guest`).
+            LinuxSeccompOperator::ScmpCmpMaskedEq => {
+                ScmpCompareOp::MaskedEqual(arg.value_two().unwrap_or(0))
+            }
+        };
+        compares.push(ScmpArgCompare::new(index, op, arg.value()));
+    }
+    let twice = args
+        .iter()
+        .enumerate()
+        .any(|(at, arg)| args[..at].iter().any(|other| other.index() == arg.index()));
+    Ok(match twice {
+        true => compares.into_iter().map(|compare| vec![compare]).collect(),
+        false => vec![compares],
+    })
+}
+
+fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction> {
+    let errno = i32::try_from(errno.unwrap_or(libc::EPERM as u32))
+        .map_err(|_| "an error number is out of range".to_owned())?;
+    Ok(match action {
+        LinuxSeccompAction::ScmpActKill | LinuxSeccompAction::ScmpActKillThread => {
+            ScmpAction::KillThread
+        }
+        LinuxSeccompAction::ScmpActKillProcess => ScmpAction::KillProcess,
+        LinuxSeccompAction::ScmpActTrap => ScmpAction::Trap,
+        LinuxSeccompAction::ScmpActErrno => ScmpAction::Errno(errno),
+        LinuxSeccompAction::ScmpActTrace => ScmpAction::Trace(
+            u16::try_from(errno).map_err(|_| "a trace value is out of range".to_owned())?,
+        ),
+        LinuxSeccompAction::ScmpActAllow => ScmpAction::Allow,
+        LinuxSeccompAction::ScmpActLog => ScmpAction::Log,
+        LinuxSeccompAction::ScmpActNotify => {
+            return Err("SCMP_ACT_NOTIFY: nobody could be told of a call".to_owned());
+        }
+    })
+}
+
+/// The architectures that an x86-64 guest can run. Calls of others cannot be made there.
+fn architecture(arch: Arch) -> Result<ScmpArch> {
+    match arch {
+        Arch::ScmpArchNative | Arch::ScmpArchX86_64 => Ok(ScmpArch::X8664),
+        Arch::ScmpArchX86 => Ok(ScmpArch::X86),
+        Arch::ScmpArchX32 => Ok(ScmpArch::X32),
+        other => Err(format!("architecture {other:?}: this is x86-64")),
+    }
+}
+
+fn export(context: &ScmpFilterContext) -> Result<Vec<libc::sock_filter>> {
+    let failed = |error: std::io::Error| format!("take over the filter: {error}");
+    let memory = nix::sys::memfd::memfd_create(c"filter", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+    let mut file = std::fs::File::from(memory.map_err(|error| failed(error.into()))?);
+    context.export_bpf(&file).map_err(|error| error.to_string())?;
+    file.rewind().map_err(failed)?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(failed)?;
+    // struct sock_filter { u16 code; u8 jt; u8 jf; u32 k; }, in the machine's byte order.
+    let (instructions, rest) = bytes.as_chunks::<8>();
+    if !rest.is_empty() {
+        return Err("libseccomp gave half an instruction".to_owned());
+    }
+    let parse = |bytes: &[u8; 8]| {
+        let [a, b, jt, jf, k @ ..] = *bytes;
+        op(u16::from_ne_bytes([a, b]), jt, jf, u32::from_ne_bytes(k))
+    };
+    Ok(instructions.iter().map(parse).collect())
+}
+
+#[cfg(test)]
+mod tests;
