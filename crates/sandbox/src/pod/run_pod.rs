@@ -342,6 +342,7 @@ fn vm_config(
         max_vcpus: config.vcpus_at_most(vcpus),
         memory_mib,
         max_memory_mib: config.memory_at_most(memory_mib),
+        free_page_reporting: config.reclaim_memory,
         kernel: fd(Wanted::Kernel)?,
         initramfs: Some(fd(Wanted::Initramfs)?),
         cmdline: cmdline(config, AppArmor::of_host().runs()),
