@@ -375,6 +375,7 @@ async fn configure(handle: &Handle, pod: &Pod, attachment: &Attachment) -> Resul
         interfaces: attachment.interfaces.iter().map(interface).collect(),
         routes: attachment.routes.iter().map(route).collect(),
         shm_size: 0,
+        reclaim_idle: handle.node.config.reclaim_memory,
     };
     guest.call("configure the pod", |mut c| async move { c.configure_pod(request).await }).await?;
     write_volume(guest, ETC_VOLUME, etc_files(handle.node.as_ref(), pod, attachment)).await?;
