@@ -9,6 +9,7 @@ mod kubelet;
 mod life_cycle;
 mod limits;
 mod logs;
+mod memory;
 mod network;
 mod programs;
 mod security;
@@ -30,13 +31,14 @@ pub const WIDE: &[(&str, &str)] = &[
 
 /// Every story, those that others build on first.
 pub fn all() -> Vec<(&'static str, Story)> {
-    let rooms: [(&'static str, &[Story]); 18] = [
+    let rooms: [(&'static str, &[Story]); 19] = [
         ("vmm", vmm::STORIES),
         ("life_cycle", life_cycle::STORIES),
         ("exec", exec::STORIES),
         ("streaming", streaming::STORIES),
         ("logs", logs::STORIES),
         ("limits", limits::STORIES),
+        ("memory", memory::STORIES),
         ("events", events::STORIES),
         ("security", security::STORIES),
         ("userns", userns::STORIES),
