@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::events::EventLog;
 use crate::guest::host_mounts::HostMounts;
 use crate::guest::huge_pages::HugePages;
+use crate::guest::reclaim::Reclaim;
 use crate::guest::share::{self, Share};
 use crate::guest::volumes::Volumes;
 use crate::oci::cgroup::Cgroup;
@@ -121,6 +122,7 @@ pub struct Agent {
     /// Made when the first container asks for it.
     pub userns: tokio::sync::Mutex<Option<Arc<UserNamespace>>>,
     pub huge_pages: HugePages,
+    pub reclaim: Arc<Reclaim>,
     /// Makes the pod's PID namespace once.
     pub pod_pid_making: tokio::sync::Mutex<()>,
     state: Mutex<State>,
@@ -146,6 +148,7 @@ impl Agent {
             share: Arc::new(tokio::sync::Mutex::new(share)),
             userns: tokio::sync::Mutex::default(),
             huge_pages: HugePages::default(),
+            reclaim: Arc::default(),
             pod_pid_making: tokio::sync::Mutex::default(),
             state: Mutex::new(State {
                 pod: None,

@@ -88,6 +88,8 @@ async fn configure_pod(agent: Arc<Agent>, request: v1::ConfigurePodRequest) -> R
     // After the interfaces, as some are theirs.
     identity::set_sysctls(&request.sysctls)?;
     crate::guest::shm::set_up(&agent.config.base.join("shm"), request.shm_size)?;
+    // On a development machine the page cache is not the agent's to reclaim.
+    agent.reclaim.enable(request.reclaim_idle && agent.config.is_guest);
     agent.lock().pod = Some(crate::agent::Pod { id: request.pod_id, hostname: request.hostname });
     Ok(())
 }
@@ -248,7 +250,13 @@ impl Service for AgentService {
     }
 
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsReply> {
-        self.run(|agent| async move { stats::stats(&agent).await }).await
+        self.run(|agent| async move {
+            let reply = stats::stats(&agent).await?;
+            let cpu = reply.pod.as_ref().and_then(|pod| pod.cpu.as_ref());
+            agent.reclaim.sample(cpu.map_or(0, |cpu| cpu.usage_ns));
+            Ok(reply)
+        })
+        .await
     }
 
     async fn rescan_devices(

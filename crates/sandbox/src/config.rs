@@ -53,6 +53,9 @@ pub struct Config {
     /// than 16 GiB beyond that. What it is not given costs nothing; only the devices of a guest that
     /// means harm could be made to fill it, which the limits of the pod's cgroup on the host bound.
     pub max_memory_mib: u32,
+    /// Memory that a guest does not use goes back to the host: pages that are free, and page cache
+    /// that an idle pod does not read.
+    pub reclaim_memory: bool,
     /// Pods this node holds at most; a further one is refused.
     pub max_pods: usize,
     /// Containers in a pod at most; bounds the record and the guest's devices.
@@ -102,6 +105,7 @@ impl Default for Config {
             default_memory_mib: 2048,
             max_vcpus: 16,
             max_memory_mib: 0,
+            reclaim_memory: true,
             max_pods: 1024,
             max_containers: 64,
             scratch_size: 10 << 30,

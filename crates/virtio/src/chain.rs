@@ -98,6 +98,11 @@ impl Buffer {
         self.len == 0
     }
 
+    /// Address and length of each part, as the driver gave them: known to lie in guest memory.
+    pub(crate) fn segments(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.segments.iter().map(|segment| (segment.addr.0, segment.len as u64))
+    }
+
     /// Splits into what lies before `at` and what lies after it.
     pub fn split_at(&self, at: usize) -> (Self, Self) {
         let (mut before, mut after) = (Self::default(), Self::default());

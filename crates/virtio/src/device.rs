@@ -27,6 +27,7 @@ pub enum DeviceKind {
     Block = 2,
     Console = 3,
     Rng = 4,
+    Balloon = 5,
     Vsock = 19,
     Mem = 24,
     Fs = 26,
@@ -40,6 +41,7 @@ impl DeviceKind {
             Self::Block => "blk",
             Self::Console => "console",
             Self::Rng => "rng",
+            Self::Balloon => "balloon",
             Self::Vsock => "vsock",
             Self::Mem => "mem",
             Self::Fs => "fs",
@@ -52,7 +54,7 @@ impl DeviceKind {
             Self::Net => [0x02, 0x00, 0x00],
             Self::Block | Self::Fs => [0x01, 0x80, 0x00],
             Self::Console => [0x07, 0x80, 0x00],
-            Self::Rng | Self::Mem => [0xff, 0x00, 0x00],
+            Self::Rng | Self::Balloon | Self::Mem => [0xff, 0x00, 0x00],
             Self::Vsock => [0x02, 0x80, 0x00],
         }
     }

@@ -1,5 +1,5 @@
 //! Virtio 1.2 devices over PCI: block, net, vsock, fs (served by another process), rng, console,
-//! mem.
+//! mem, balloon.
 //!
 //! The guest is hostile: every byte in its memory and every register write is an attack until
 //! checked. A malformed descriptor chain is handed back unused and counted; an impossible ring
@@ -13,10 +13,12 @@
 //!
 //! Has never heard of KVM, of pods, or of the control API. No tokio: threads and epoll.
 
+pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod console;
 pub mod device;
+mod discard;
 pub mod features;
 pub mod fs;
 pub mod limit;

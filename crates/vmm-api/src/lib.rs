@@ -42,6 +42,9 @@ pub struct VmConfig {
     /// What [`Request::ResizeMemory`] can ask for, `memory_mib` at least; as far as the processor
     /// has addresses. What is not asked for costs nothing.
     pub max_memory_mib: u32,
+    /// The guest has a device by which it tells which pages it does not use; they go back to the host.
+    #[serde(default = "yes")]
+    pub free_page_reporting: bool,
     /// An ELF `vmlinux` (or a bzImage whose payload is extracted by the host side).
     pub kernel: Fd,
     pub initramfs: Option<Fd>,
@@ -66,6 +69,10 @@ pub struct VmConfig {
     #[serde(default)]
     pub serial_console: bool,
     pub jail: Option<JailConfig>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -180,7 +187,7 @@ pub struct VmStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStatus {
     pub id: String,
-    /// `blk`, `net`, `vsock`, `fs`, `rng`, `console`, `mem`.
+    /// `blk`, `net`, `vsock`, `fs`, `rng`, `console`, `mem`, `balloon`.
     pub kind: String,
     pub pci: String,
     /// The guest's driver has set DRIVER_OK.

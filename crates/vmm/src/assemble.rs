@@ -202,6 +202,10 @@ impl Parts {
             }
             _ => None,
         };
+        if self.config.free_page_reporting {
+            let room = growth.as_ref().map(|growth| growth.device.clone());
+            added("balloon", devices.add_balloon(room))?;
+        }
         for disk in self.disks {
             added(&disk.serial.clone(), devices.add_disk(disk))?;
         }

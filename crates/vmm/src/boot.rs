@@ -49,6 +49,9 @@ pub struct Options {
     /// MiB that the guest can be given later; default: as much as --memory
     #[arg(long)]
     pub max_memory: Option<u32>,
+    /// Without the device through which the guest gives free memory back
+    #[arg(long)]
+    pub no_balloon: bool,
     /// Appended to the kernel command line
     #[arg(long, default_value = "")]
     pub cmdline: String,
@@ -123,6 +126,7 @@ pub fn open(options: &Options) -> Result<(VmConfig, File)> {
         max_vcpus: options.max_vcpus.unwrap_or(options.vcpus),
         memory_mib: options.memory,
         max_memory_mib: options.max_memory.unwrap_or(options.memory),
+        free_page_reporting: !options.no_balloon,
         kernel: fd(open_file(&options.kernel)?),
         initramfs: options.initramfs.as_deref().map(open_file).transpose()?.map(fd),
         cmdline: options.cmdline.clone(),

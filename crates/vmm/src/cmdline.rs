@@ -52,6 +52,7 @@ mod tests {
             max_vcpus: 1,
             memory_mib: 256,
             max_memory_mib,
+            free_page_reporting: true,
             kernel: none,
             initramfs: None,
             cmdline: cmdline.to_owned(),

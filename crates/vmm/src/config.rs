@@ -220,7 +220,7 @@ fn check(config: &VmConfig) -> Result<(), ConfigError> {
         }
     }
     // Names that the VMM's own devices have.
-    let mut ids: HashSet<&str> = ["vsock", "rng", "console", "mem"].into();
+    let mut ids: HashSet<&str> = ["vsock", "rng", "console", "mem", "balloon"].into();
     config.disks.iter().try_for_each(check_disk)?;
     config.nets.iter().try_for_each(check_net)?;
     let serials = config.disks.iter().map(|disk| disk.serial.as_str());

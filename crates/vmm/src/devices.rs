@@ -1,7 +1,7 @@
 //! The devices of a VM: made from descriptors, plugged, pulled, listed. The only file here that
 //! knows virtio.
 //!
-//! Two workers share the devices: `disk` (block, rng, console, fs, mem) and `net` (net, vsock), so that a
+//! Two workers share the devices: `disk` (block, rng, console, fs, mem, balloon) and `net` (net, vsock), so that a
 //! burst of packets does not delay the disk. Plugging and pulling may wait for a worker; listing
 //! never does: it reads atomics under a lock that is held for moments only.
 
@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use machine::Ram;
 use machine::interrupts::Interrupts;
+use virtio::balloon::Balloon;
 use virtio::blk::Block;
 use virtio::console::Console as ConsoleDevice;
 use virtio::fs::Fs;
@@ -149,6 +150,11 @@ impl Devices {
         Ok(resize)
     }
 
+    /// A device by which the guest gives free pages back, in a VM that grows through `room`.
+    pub fn add_balloon(&self, room: Option<Resize>) -> Result<String, Error> {
+        self.plug("balloon".to_owned(), Box::new(Balloon::new(room)), false)
+    }
+
     /// Plugs a device; returns its PCI address. Only one thread plugs and pulls at a time.
     fn plug(
         &self,
@@ -241,7 +247,8 @@ impl Devices {
             | DeviceKind::Console
             | DeviceKind::Rng
             | DeviceKind::Fs
-            | DeviceKind::Mem => self.disk.handle(),
+            | DeviceKind::Mem
+            | DeviceKind::Balloon => self.disk.handle(),
         }
     }
 

@@ -109,18 +109,23 @@ fn pids() -> Result<()> {
 }
 
 /// A cgroup as a kubelet makes for a pod; gone with the value.
-struct PodCgroup(PathBuf);
+pub(super) struct PodCgroup(PathBuf);
 
 impl PodCgroup {
-    fn make(name: &str) -> Result<Self> {
+    pub(super) fn make(name: &str) -> Result<Self> {
         let folder = Path::new("/sys/fs/cgroup").join(name);
         fs::create_dir(&folder).with_context(|| format!("making {}", folder.display()))?;
         Ok(Self(folder))
     }
 
-    fn limit(&self, file: &str, text: &str) -> Result<()> {
+    pub(super) fn limit(&self, file: &str, text: &str) -> Result<()> {
         let path = self.0.join(file);
         fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
+    }
+
+    pub(super) fn read(&self, file: &str) -> Result<String> {
+        let path = self.0.join(file);
+        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     }
 }
 

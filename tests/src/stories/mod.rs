@@ -11,6 +11,7 @@ mod kubelet;
 mod life_cycle;
 mod limits;
 mod logs;
+mod memory;
 mod network;
 mod programs;
 mod security;
@@ -39,6 +40,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("streaming", streaming::STORIES),
         ("logs", logs::STORIES),
         ("limits", limits::STORIES),
+        ("memory", memory::STORIES),
         ("events", events::STORIES),
         ("security", security::STORIES),
         ("devices", devices::STORIES),

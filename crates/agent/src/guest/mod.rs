@@ -11,6 +11,7 @@ pub mod loop_device;
 pub mod modules;
 mod netlink;
 pub mod network;
+pub mod reclaim;
 pub mod share;
 pub mod shm;
 pub mod shutdown;

@@ -342,6 +342,7 @@ fn vm_config(
         max_vcpus: config.vcpus_at_most(vcpus),
         memory_mib,
         max_memory_mib: config.memory_at_most(memory_mib),
+        free_page_reporting: config.reclaim_memory,
         kernel: fd(Wanted::Kernel)?,
         initramfs: Some(fd(Wanted::Initramfs)?),
         cmdline: cmdline(config, AppArmor::of_host().runs()),
@@ -374,6 +375,7 @@ async fn configure(handle: &Handle, pod: &Pod, attachment: &Attachment) -> Resul
         interfaces: attachment.interfaces.iter().map(interface).collect(),
         routes: attachment.routes.iter().map(route).collect(),
         shm_size: 0,
+        reclaim_idle: handle.node.config.reclaim_memory,
     };
     guest.call("configure the pod", |mut c| async move { c.configure_pod(request).await }).await?;
     write_volume(guest, ETC_VOLUME, etc_files(handle.node.as_ref(), pod, attachment)).await?;

@@ -30,6 +30,9 @@ pub(super) enum Io<'a> {
         offset: u64,
         len: u64,
     },
+    /// What the host's page cache holds of the file is written and dropped; what is being written
+    /// just then stays.
+    DropCache,
 }
 
 /// A finished [`Io`]: the number it was started under, and bytes moved (0 where none are).

@@ -1,5 +1,5 @@
 //! Disk requests by plain system calls, each finished when `run` returns.
-#![allow(unsafe_code)] // preadv, pwritev and fallocate on iovecs over guest memory
+#![allow(unsafe_code)] // preadv, pwritev, fallocate, posix_fadvise; iovecs over guest memory
 
 use std::fs::File;
 use std::io;
@@ -18,6 +18,9 @@ pub(super) struct Direct {
     /// Errors to answer with, one a call, before anything is done.
     #[cfg(test)]
     pub(super) faults: Vec<i32>,
+    /// Counts [`Io::DropCache`].
+    #[cfg(test)]
+    pub(super) drops: Arc<std::sync::atomic::AtomicU32>,
 }
 
 // SAFETY: `iovecs` is scratch space, cleared before each use; nothing in it outlives `run`.
@@ -31,6 +34,8 @@ impl Direct {
             done: Vec::new(),
             #[cfg(test)]
             faults: Vec::new(),
+            #[cfg(test)]
+            drops: Arc::default(),
         }
     }
 
@@ -63,6 +68,15 @@ impl Direct {
                 let (offset, len) = (*offset as libc::off_t, *len as libc::off_t);
                 // SAFETY: takes no pointers.
                 check(unsafe { libc::fallocate(fd, *mode, offset, len) } as libc::ssize_t)
+            }
+            Io::DropCache => {
+                #[cfg(test)]
+                self.drops.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                // SAFETY: takes no pointers.
+                match unsafe { libc::posix_fadvise(fd, 0, 0, libc::POSIX_FADV_DONTNEED) } {
+                    0 => Ok(0),
+                    errno => Err(io::Error::from_raw_os_error(errno)),
+                }
             }
         };
         self.done.push(Done { slot, result });

@@ -164,6 +164,7 @@ impl VirtioDevice for Block {
             free: (0..slots).rev().collect(),
             draining: false,
             starved: false,
+            cache: Default::default(),
         }))
     }
 }

@@ -84,6 +84,11 @@ impl Ring {
                 let entry = opcode::Fallocate::new(fd, *len).offset(*offset).mode(*mode);
                 (Held::nothing(), entry.build())
             }
+            Io::DropCache => {
+                // Length 0: to the end.
+                let entry = opcode::Fadvise::new(fd, 0, libc::POSIX_FADV_DONTNEED);
+                (Held::nothing(), entry.build())
+            }
         };
         self.slots[slot] = Some(held);
         self.push(&entry.user_data(slot as u64));
@@ -131,6 +136,7 @@ fn restrict(uring: &IoUring) -> io::Result<()> {
         Restriction::sqe_op(opcode::Writev::CODE),
         Restriction::sqe_op(opcode::Fsync::CODE),
         Restriction::sqe_op(opcode::Fallocate::CODE),
+        Restriction::sqe_op(opcode::Fadvise::CODE),
         // A ring is enabled once; nothing can be registered after that.
         Restriction::register_op(REGISTER_ENABLE_RINGS),
     ])?;
@@ -183,6 +189,13 @@ mod tests {
         ring.finished(&mut done);
         let error = done.pop().unwrap().result.unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EACCES));
+        let mem = Arc::new(GuestMemoryMmap::new());
+        ring.start(1, &Io::DropCache, &mem);
+        ring.submit().unwrap();
+        while done.is_empty() {
+            ring.finished(&mut done);
+        }
+        assert!(matches!(done[0], Done { slot: 1, result: Ok(0) }));
         let again = ring.uring.submitter().register_eventfd(ring.event.as_raw_fd());
         assert_eq!(again.unwrap_err().raw_os_error(), Some(libc::EACCES));
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::engine::MAX_RESTARTS;
+use super::engine::{CACHE, DROPS, MAX_RESTARTS};
 use super::spec::{RANGE_UNMAP, Status, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES};
 use super::*;
 use crate::limit::LINES;
@@ -462,4 +462,45 @@ proptest! {
         rig.file.flush().unwrap();
         prop_assert_eq!(disk, model);
     }
+}
+
+/// A disk without io_uring, and the number of times that the host's page cache of it was dropped.
+fn counted(read_only: bool) -> (Rig, Arc<AtomicU32>) {
+    let drops = Arc::new(AtomicU32::new(0));
+    let rig = rig_with(read_only, u64::MAX, true);
+    let mut direct = Direct::new(rig.block.file.clone());
+    direct.drops = drops.clone();
+    let features = rig.block.features();
+    (rig.reset(features, |home| *home = Some(Backend::Direct(direct))), drops)
+}
+
+#[test]
+fn a_disk_that_is_used_leaves_little_in_the_hosts_page_cache_and_nothing_when_it_rests() {
+    let (mut rig, drops) = counted(false);
+    let size = DISK as u32;
+    for _ in 0..CACHE / DISK {
+        assert_eq!(drops.load(Ordering::Relaxed), 0);
+        assert_eq!(rig.request(T_OUT, 0, &[(DATA, size)], &[]), OK);
+    }
+    assert_eq!(drops.load(Ordering::Relaxed), 1, "much was written");
+    for _ in 0..CACHE / DISK {
+        assert_eq!(rig.request(T_IN, 0, &[], &[(DATA, size)]), OK);
+    }
+    assert_eq!(drops.load(Ordering::Relaxed), 2, "much was read");
+    assert_eq!(rig.request(T_OUT, 0, &[(DATA, 512)], &[]), OK);
+    let all = 2 + u32::from(DROPS);
+    assert!(rig.runner.until(|| drops.load(Ordering::Relaxed) == all), "it rests");
+    assert!(rig.runner.settle(10));
+    assert_eq!(rig.runner.engine().deadline(), None, "a disk at rest wakes nobody");
+    assert_eq!(rig.request(T_IN, 0, &[], &[(DATA, 512)]), OK);
+    assert!(rig.runner.engine().deadline().is_some());
+}
+
+#[test]
+fn what_a_guest_reads_of_an_image_stays_in_the_hosts_page_cache_for_others() {
+    let (mut rig, drops) = counted(true);
+    for _ in 0..2 * CACHE / DISK {
+        assert_eq!(rig.request(T_IN, 0, &[], &[(DATA, DISK as u32)]), OK);
+    }
+    assert_eq!((drops.load(Ordering::Relaxed), rig.runner.engine().deadline()), (0, None));
 }

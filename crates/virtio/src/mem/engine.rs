@@ -6,13 +6,13 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use nix::fcntl::{FallocateFlags, fallocate};
 use vmm_sys_util::epoll::EventSet;
 
 use super::spec::{REQUEST_LEN, RESPONSE_LEN, Response, request};
 use super::{BLOCK, Control};
 use crate::chain::Chain;
 use crate::device::{DeviceCounters, Engine, Interrupt, Poll};
+use crate::discard::{DiscardError, discard};
 use crate::guest_warn;
 use crate::queue::VirtQueue;
 
@@ -131,7 +131,7 @@ impl MemEngine {
     fn unplug_piece(&mut self) -> bool {
         let Some(Unplugging { chain, blocks }) = self.unplugging.take() else { return false };
         let end = blocks.end.min(blocks.start + PIECE);
-        let response = match self.punch(blocks.start..end) {
+        let response = match self.give_back(blocks.start..end) {
             Ok(()) => {
                 let bytes = (end - blocks.start) as u64 * BLOCK;
                 self.counters.operation(bytes);
@@ -151,17 +151,9 @@ impl MemEngine {
         false
     }
 
-    fn punch(&self, blocks: Range<usize>) -> io::Result<()> {
-        let bytes = |blocks: usize| blocks as u64 * BLOCK;
-        let length = bytes(blocks.end - blocks.start);
-        if length == 0 {
-            return Ok(());
-        }
-        let offset = self.control.offset + bytes(blocks.start);
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        // Below 2^63: the file is mapped as a whole.
-        fallocate(&self.control.file, flags, offset as i64, length as i64)?;
-        Ok(())
+    fn give_back(&self, blocks: Range<usize>) -> Result<(), DiscardError> {
+        let part = self.control.state().addresses(blocks);
+        discard(&self.control.mem, part)
     }
 }
 

@@ -15,7 +15,6 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -45,8 +44,8 @@ pub enum MemError {
     NoFile { addr: u64 },
     #[error("{bytes} bytes are more than the {size} bytes of the region")]
     TooLarge { bytes: u64, size: u64 },
-    #[error("file of guest memory")]
-    File(#[from] io::Error),
+    #[error("eventfd")]
+    Event(#[from] io::Error),
 }
 
 /// The device.
@@ -67,9 +66,8 @@ struct Control {
     generation: AtomicU8,
     /// Tells the engine to tell the driver.
     resized: EventFd,
-    file: File,
-    /// Where the region begins in the file.
-    offset: u64,
+    /// What the region is part of.
+    mem: GuestMemoryMmap,
 }
 
 impl Control {
@@ -88,14 +86,14 @@ impl Mem {
             .filter(|r| r.start_addr().0 == region.start && r.len() == size)
             .filter(|_| aligned && (1..=REGION_MAX).contains(&size));
         let Some(found) = found else { return Err(MemError::Region { region }) };
-        let addr = region.start;
-        let backing = found.file_offset().ok_or(MemError::NoFile { addr })?;
+        if found.file_offset().is_none() {
+            return Err(MemError::NoFile { addr: region.start });
+        }
         let control = Control {
             state: Mutex::new(State::new(region)),
             generation: AtomicU8::new(0),
             resized: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            file: backing.file().try_clone()?,
-            offset: backing.start(),
+            mem: mem.clone(),
         };
         Ok(Self { control: Arc::new(control), counters: Arc::default() })
     }
@@ -120,6 +118,11 @@ impl Resize {
         // A counter that is full wakes the engine as well.
         let _ = self.0.resized.write(1);
         Ok(())
+    }
+
+    /// Whether the guest may use `part`, as far as the region is concerned: what lies in it is plugged.
+    pub(crate) fn has(&self, part: &Range<u64>) -> bool {
+        self.0.state().is_plugged(part)
     }
 
     /// Bytes that were asked for.

@@ -91,6 +91,12 @@ impl State {
         blocks.clone().all(|block| self.has(block)).then_some(blocks)
     }
 
+    /// Where these blocks stand in guest memory.
+    pub(super) fn addresses(&self, blocks: Range<usize>) -> Range<u64> {
+        let addr = |block: usize| self.region.start + block as u64 * BLOCK;
+        addr(blocks.start)..addr(blocks.end)
+    }
+
     /// Blocks that may be plugged.
     pub(super) fn end(&self) -> usize {
         (self.usable / BLOCK) as usize
@@ -104,6 +110,16 @@ impl State {
                 self.plugged -= BLOCK;
             }
         }
+    }
+
+    /// Whether every block of the region that `part` touches is plugged; `part` may lie anywhere.
+    pub(super) fn is_plugged(&self, part: &Range<u64>) -> bool {
+        let (start, end) = (part.start.max(self.region.start), part.end.min(self.region.end));
+        if start >= end {
+            return true;
+        }
+        let block = |addr: u64| ((addr - self.region.start) / BLOCK) as usize;
+        (block(start)..=block(end - 1)).all(|block| self.has(block))
     }
 
     /// What a range is; none for one that is not in the usable part.

@@ -1,3 +1,4 @@
+use std::fs::File;
 use std::os::linux::fs::MetadataExt;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};

@@ -33,6 +33,7 @@ fn config(dir: &tempfile::TempDir) -> VmConfig {
         max_vcpus: 2,
         memory_mib: 128,
         max_memory_mib: 256,
+        free_page_reporting: true,
         kernel: file(),
         initramfs: Some(file()),
         cmdline: String::new(),

@@ -1,0 +1,161 @@
+//! Memory that a pod does not use goes back to the host.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use cri::v1;
+
+use super::Story;
+use super::limits::PodCgroup;
+use crate::client::{self, Cri, container};
+use crate::node::Node;
+use crate::wait;
+
+pub const STORIES: &[Story] = &[
+    ("memory that a pod has used and freed goes back, and the pod can be made smaller", freed),
+    ("page cache that an idle pod does not use goes back", page_cache),
+];
+
+const MIB: u64 = 1 << 20;
+/// What a pod may hold beyond what it held before, beside a fifth of that: VMM, page tables.
+const SLACK: u64 = 8 * MIB;
+/// Statistics every 5 s tell that a pod is idle, and the guest's kernel reports free pages 2 s after
+/// they were freed, some at a time; the rest is for a busy machine.
+const WITHIN: Duration = Duration::from_secs(40);
+
+/// A privileged pod of `mib` in `cgroup`, as a kubelet would run it, and its container.
+fn pod(node: &Node, cgroup: &str, mib: u64, image: &str) -> Result<(String, String)> {
+    let mut config = client::pod(cgroup, &node.logs);
+    let linux = config.linux.get_or_insert_default();
+    linux.cgroup_parent = format!("/{cgroup}");
+    linux.security_context =
+        Some(v1::LinuxSandboxSecurityContext { privileged: true, ..Default::default() });
+    linux.resources = Some(v1::LinuxContainerResources {
+        memory_limit_in_bytes: (mib * MIB) as i64,
+        ..Default::default()
+    });
+    let pod = node.cri().run_pod(config)?;
+    let mut config = container("c", image, &["sleep", "1000"]);
+    config.linux.get_or_insert_default().security_context =
+        Some(v1::LinuxContainerSecurityContext { privileged: true, ..Default::default() });
+    let id = node.cri().run(&pod, config)?;
+    Ok((pod, id))
+}
+
+/// Bytes that a cgroup is charged: all, and the guest's.
+fn charged(cgroup: &PodCgroup) -> Result<(u64, u64)> {
+    let all = cgroup.read("memory.current")?.trim().parse()?;
+    let stat = cgroup.read("memory.stat")?;
+    let shmem = stat.lines().find_map(|line| line.strip_prefix("shmem "));
+    Ok((all, shmem.context("no shmem in memory.stat")?.parse()?))
+}
+
+/// What `read` gives once it has not changed by more than a little for five seconds.
+fn settled(read: impl Fn() -> Result<u64>) -> Result<u64> {
+    let mut last = (Instant::now(), read()?);
+    wait::until("a pod's memory settles", Duration::from_secs(60), || {
+        let now = read()?;
+        if now.abs_diff(last.1) > MIB {
+            last = (Instant::now(), now);
+        }
+        Ok((last.0.elapsed() > Duration::from_secs(5)).then_some(last.1))
+    })
+}
+
+fn resize(cri: &Cri, pod: &str, id: &str, pod_bytes: u64, bytes: u64) -> Result<()> {
+    let limit = |bytes: u64| v1::LinuxContainerResources {
+        memory_limit_in_bytes: bytes as i64,
+        ..Default::default()
+    };
+    let request = v1::UpdateContainerResourcesRequest {
+        container_id: id.into(),
+        linux: Some(limit(bytes)),
+        ..Default::default()
+    };
+    let mut client = cri.runtime.clone();
+    cri.block_on(async move { client.update_container_resources(request).await })?;
+    let request = v1::UpdatePodSandboxResourcesRequest {
+        pod_sandbox_id: pod.into(),
+        resources: Some(limit(pod_bytes)),
+        ..Default::default()
+    };
+    let mut client = cri.runtime.clone();
+    cri.block_on(async move { client.update_pod_sandbox_resources(request).await })?;
+    Ok(())
+}
+
+fn freed() -> Result<()> {
+    let cgroup = PodCgroup::make("stories-freed")?;
+    // As a kubelet does for a pod whose containers all have limits.
+    cgroup.limit("memory.max", &(640 * MIB).to_string())?;
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let cri = node.cri();
+    let (pod, id) = pod(&node, "stories-freed", 400, &image)?;
+    let before = settled(|| Ok(charged(&cgroup)?.0))?;
+    let line = "mkdir /t && mount -t tmpfs tmpfs /t && dd if=/dev/zero of=/t/f bs=1M count=155 && \
+                dd if=/dev/zero of=/f bs=1M count=155 && sync";
+    cri.shell(&id, line)?;
+    let used = charged(&cgroup)?;
+    ensure!(used.1 > 200 * MIB, "the pod holds {used:?} bytes only");
+    cri.shell(&id, "rm /t/f /f")?;
+    let begin = Instant::now();
+    let most = before + before / 5 + SLACK;
+    let gone = wait::until("freed memory goes back", WITHIN, || {
+        let now = charged(&cgroup)?.0;
+        Ok((now <= most).then_some(now))
+    });
+    let now = gone.with_context(|| {
+        let stat = cgroup.read("memory.stat").unwrap_or_default();
+        format!("{before} bytes before, {used:?} in use; now {:?}\n{stat}", charged(&cgroup))
+    })?;
+    println!("before {before}, in use {}, {now} after {:?}", used.0, begin.elapsed());
+
+    // What a kubelet compares with the new limit before it asks, and what it sets afterwards.
+    let usage = || -> Result<u64> {
+        let request = v1::PodSandboxStatsRequest { pod_sandbox_id: pod.clone() };
+        let mut client = cri.runtime.clone();
+        let reply = cri.block_on(async move { client.pod_sandbox_stats(request).await })?;
+        let linux = reply.into_inner().stats.and_then(|s| s.linux).context("no stats")?;
+        let memory = linux.memory.context("no memory stats")?;
+        let bytes = |value: Option<v1::UInt64Value>| value.map_or(0, |v| v.value);
+        Ok(bytes(memory.usage_bytes).max(bytes(memory.working_set_bytes)))
+    };
+    wait::until("statistics follow", WITHIN, || Ok((usage()? < 20 * MIB).then_some(())))
+        .with_context(|| format!("{:?} bytes are said to be in use", usage()))?;
+    resize(cri, &pod, &id, 192 * MIB, 64 * MIB)?;
+    cgroup.limit("memory.max", &(192 * MIB).to_string())?;
+    ensure!(cri.shell(&id, "cat /sys/fs/cgroup/memory.max")? == (64 * MIB).to_string(), "memory.max");
+    // All that the container may have now fits into it.
+    cri.shell(&id, "dd if=/dev/zero of=/t/f bs=1M count=40 && rm /t/f && echo alive")?;
+    ensure!(cri.pod_ready(&pod)?, "the pod has died");
+    let events = cgroup.read("memory.events")?;
+    ensure!(events.lines().any(|line| line == "oom_kill 0"), "{events}");
+    node.finish()
+}
+
+fn page_cache() -> Result<()> {
+    let cgroup = PodCgroup::make("stories-cache")?;
+    let node = Node::start()?;
+    let image = node.image("python")?;
+    let cri = node.cri();
+    let (_, id) = pod(&node, "stories-cache", 512, &image)?;
+    let before = settled(|| Ok(charged(&cgroup)?.1))?;
+    // Twice: what was read once more does not count as used again and again.
+    let line = "find / -xdev -type f -size +8k -exec cat {} + | wc -c";
+    let bytes: u64 = cri.shell(&id, line)?.trim().parse()?;
+    let used = charged(&cgroup)?.1;
+    ensure!(bytes > 60 * MIB && used > before + bytes / 2, "{bytes} read, {before}, {used}");
+    let begin = Instant::now();
+    let most = before + before / 5 + SLACK;
+    let gone = wait::until("page cache goes back", WITHIN, || {
+        let now = charged(&cgroup)?.1;
+        Ok((now <= most).then_some(now))
+    });
+    let now = gone.with_context(|| {
+        let memory = cri.shell(&id, "cat /proc/meminfo").unwrap_or_default();
+        format!("{before} bytes before, {used} in use; now {:?}\n{memory}", charged(&cgroup))
+    })?;
+    println!("before {before}, in use {used}, {now} after {:?}", begin.elapsed());
+    node.finish()
+}
