@@ -134,6 +134,7 @@ END
             "ipset",
             "iptables",
             "ipvsadm",
+            "mount",
             "nfacct",
             "nftables",
             "squashfs-tools",

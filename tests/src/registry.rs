@@ -115,7 +115,7 @@ impl Registry {
     }
 
     /// Folder of the registry's blobs, for stories that damage them.
-    pub fn data(&self) -> std::path::PathBuf {
+    pub fn data(&self) -> PathBuf {
         self.folder.path().join("data/docker/registry/v2")
     }
 }

@@ -149,7 +149,11 @@ const WORKER: &[Call] = &[
     (libc::SYS_preadv, When::Always, "disk without io_uring"),
     (libc::SYS_pwritev, When::Always, "disk without io_uring"),
     (libc::SYS_fdatasync, When::Always, "disk without io_uring: flush"),
-    (libc::SYS_fallocate, When::Always, "free and unplugged memory; disk without io_uring: discard"),
+    (
+        libc::SYS_fallocate,
+        When::Always,
+        "free and unplugged memory; disk without io_uring: discard",
+    ),
     (libc::SYS_fadvise64, When::Always, "disk without io_uring: drop the host's page cache"),
     (libc::SYS_ioctl, When::Request(BLKDISCARD), "block device: discard"),
     (libc::SYS_ioctl, When::Request(BLKZEROOUT), "block device: write zeroes"),

@@ -203,16 +203,16 @@ mod tests {
         assert!(idle.begin(100 * MIB));
         assert!(!idle.begin(100 * MIB), "it is being done");
         idle.end(60 * MIB);
-        for left in [50 * MIB, 40 * MIB] {
+        for left in [58 * MIB, 56 * MIB] {
             assert!(idle.begin(60 * MIB));
             idle.end(left);
         }
-        assert!(!idle.begin(40 * MIB), "given up");
-        assert!(idle.begin(40 * MIB + LITTLE), "there is more");
+        assert!(!idle.begin(56 * MIB), "given up");
+        assert!(idle.begin(56 * MIB + LITTLE), "there is more");
         idle.end(0);
         let now = Instant::now();
         idle.sample(now, 0);
-        idle.tries = TRIES;
+        (idle.tries, idle.left) = (TRIES, 100 * MIB);
         idle.sample(now + SHORTEST, 1_000_000_000);
         assert!(idle.begin(LITTLE), "the pod has worked since");
     }

@@ -19,9 +19,7 @@ use std::sync::Arc;
 
 use self::engine::BalloonEngine;
 use self::spec::{F_REPORTING, QUEUE_SIZES};
-use crate::device::{
-    Activation, DeviceCounters, DeviceKind, Engine, VirtioDevice, take_queues,
-};
+use crate::device::{Activation, DeviceCounters, DeviceKind, Engine, VirtioDevice, take_queues};
 use crate::features;
 use crate::mem::Resize;
 

@@ -184,9 +184,8 @@ fn a_report_of_room_that_is_not_plugged_is_refused_as_a_whole() {
     rig.report(&[(64 << 20, block), (ROOM, block)]);
     assert_eq!((all(&rig), rig.errors()), (before, 1), "nothing is plugged");
     rig.plug(2);
-    for (n, addr) in [ROOM + 2 * BLOCK, ROOM + BLOCK + PAGE, ROOM + (BLOCKS - 1) * BLOCK]
-        .into_iter()
-        .enumerate()
+    for (n, addr) in
+        [ROOM + 2 * BLOCK, ROOM + BLOCK + PAGE, ROOM + (BLOCKS - 1) * BLOCK].into_iter().enumerate()
     {
         rig.report(&[(addr, block)]);
         assert_eq!((all(&rig), rig.errors()), (before, 2 + n as u64), "{addr:#x}");
@@ -202,8 +201,15 @@ fn a_report_outside_of_memory_is_refused_and_the_next_one_served() {
     rig.touch(64 << 20, BLOCK);
     let before = bytes(&rig.ram);
     // The hole, its edges, the end of all addresses, a device's window.
-    let outside =
-        [RAM, RAM - PAGE, 2 << 30, ROOM - PAGE, ROOM + BLOCKS * BLOCK, 0xfee0_0000, u64::MAX - PAGE];
+    let outside = [
+        RAM,
+        RAM - PAGE,
+        2 << 30,
+        ROOM - PAGE,
+        ROOM + BLOCKS * BLOCK,
+        0xfee0_0000,
+        u64::MAX - PAGE,
+    ];
     for addr in outside {
         rig.report(&[(64 << 20, block), (addr, block)]);
     }
