@@ -133,9 +133,14 @@ pub fn open_files() -> Result<u64, JailError> {
     Ok(limit.saturating_sub(OWN_FILES))
 }
 
+/// A bit for each of them.
+pub(crate) fn mask(capabilities: &[(u32, &str)]) -> u64 {
+    capabilities.iter().fold(0, |mask, (capability, _)| mask | 1 << capability)
+}
+
 /// No dumps of a tenant's data, no new privileges, and of root's rights only these.
 pub fn keep(capabilities: &[(u32, &str)]) -> Result<(), JailError> {
-    let caps = capabilities.iter().fold(0, |caps, (cap, _)| caps | 1u64 << cap);
+    let caps = mask(capabilities);
     nix::sys::prctl::set_no_new_privs().map_err(step("set no_new_privs"))?;
     nix::sys::prctl::set_dumpable(false).map_err(step("become undumpable"))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("forbid core dumps"))?;

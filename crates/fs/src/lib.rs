@@ -21,11 +21,11 @@
 //! answers for a server that died.
 
 mod backend;
-mod files;
 pub mod jail;
 pub mod log;
 mod mirror;
 pub mod mounter;
+mod passthrough;
 pub mod seccomp;
 pub mod serve;
 mod sys;

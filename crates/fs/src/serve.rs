@@ -10,26 +10,21 @@
 //!   not: the guest's kernel would not know what they allow.
 //! - A file system that is mounted below a share is announced as such, so inode numbers stay unique.
 
-use std::fs::File;
+use std::ffi::CString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::time::Duration;
 
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
-use virtiofsd::passthrough::{CachePolicy, Config, PassthroughFs};
 use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::backend::Backend;
-use crate::files::Files;
 use crate::jail::{self, JailError};
+use crate::passthrough::Passthrough;
 use crate::seccomp::{self, FilterError, Role};
-
-/// How long the guest believes names and attributes; also how late it sees a change of the host.
-const BELIEVED: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -50,22 +45,6 @@ fn backend(error: impl std::fmt::Display) -> ServeError {
     ServeError::Backend { message: error.to_string() }
 }
 
-fn config(descriptors: File, files: u64) -> Config {
-    Config {
-        entry_timeout: BELIEVED,
-        attr_timeout: BELIEVED,
-        cache_policy: CachePolicy::Auto,
-        root_dir: crate::SHARES.to_owned(),
-        xattr: true,
-        proc_sfd_rawfd: Some(descriptors),
-        announce_submounts: true,
-        allow_direct_io: true,
-        killpriv_v2: true,
-        guest_fd_limit: files,
-        ..Config::default()
-    }
-}
-
 /// Serves the one connection that waits at `listener`, until it ends. `ready` is written to when
 /// every right is gone and the first message can come.
 ///
@@ -76,12 +55,12 @@ pub fn run(listener: UnixListener, ready: OwnedFd) -> Result<(), ServeError> {
         eprintln!("nacelle-fs: the server is broken: {info}");
         std::process::exit(101);
     }));
-    let files = jail::open_files()?;
+    jail::open_files()?;
     let descriptors = jail::own_descriptors()?;
     jail::keep(&jail::SERVER)?;
-    let fs =
-        PassthroughFs::new(config(descriptors.into(), files)).map_err(ServeError::FileSystem)?;
-    let served = VhostUserFsBackendBuilder::default().build(Files(fs)).map_err(backend)?;
+    let root = CString::new(crate::SHARES).unwrap_or_default();
+    let fs = Passthrough::new(root, descriptors).map_err(ServeError::FileSystem)?;
+    let served = VhostUserFsBackendBuilder::default().build(fs).map_err(backend)?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let name = "messages".to_owned();
     let mut daemon =

@@ -118,8 +118,13 @@ const HEADER: [u32; 2] = [0x2008_0522, 0];
 
 /// Makes `caps` (a bit each) the calling thread's effective and permitted capabilities.
 pub(crate) fn set_capabilities(caps: u64) -> nix::Result<()> {
-    let (low, high) = (caps as u32, (caps >> 32) as u32);
-    let data = [[low, low, 0], [high, high, 0]];
+    set_effective_capabilities(caps, caps)
+}
+
+/// The same with `permitted` ones that are not all in effect.
+pub(crate) fn set_effective_capabilities(effective: u64, permitted: u64) -> nix::Result<()> {
+    let [low, high] = [0, 32].map(|shift| [(effective >> shift) as u32, (permitted >> shift) as u32]);
+    let data = [[low[0], low[1], 0], [high[0], high[1], 0]];
     // SAFETY: version 3 reads a header of two words and two records of three words.
     let done = unsafe { libc::syscall(libc::SYS_capset, HEADER.as_ptr(), data.as_ptr()) };
     Errno::result(done).map(drop)

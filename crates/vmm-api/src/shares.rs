@@ -11,6 +11,9 @@ pub const SHARES_MAX: usize = 256;
 /// Longest name, bytes.
 pub const NAME_MAX: usize = 64;
 
+/// How the name of a share ends of which the guest is to cache nothing.
+pub const STRICT: &str = ".strict";
+
 /// Whether a share can have this name: one component of a path, and no surprise in a log.
 pub fn is_name(name: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');

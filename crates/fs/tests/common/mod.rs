@@ -37,8 +37,6 @@ pub mod op {
 }
 
 pub const ROOT: u64 = 1;
-/// `fuse_attr.flags`: the root of a file system of its own.
-pub const ATTR_SUBMOUNT: u32 = 1;
 
 const MEMORY: u64 = 8 << 20;
 const IN: u64 = 4 << 20;
@@ -229,7 +227,9 @@ impl Drop for Mounted {
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
     pub node: u64,
+    pub ino: u64,
     pub mode: u32,
+    /// `fuse_attr.flags`: 1 is a file system of its own.
     pub flags: u32,
     pub size: u64,
 }
@@ -305,8 +305,32 @@ impl Guest {
     }
 
     pub fn lookup(&mut self, parent: u64, name: &str) -> Result<Entry, i32> {
-        let answer = self.ask(op::LOOKUP, parent, &text(name))?;
-        Ok(entry(&answer))
+        let entry = entry(&self.ask(op::LOOKUP, parent, &text(name))?);
+        // Node 0: there is no such name, which may be believed for a while.
+        if entry.node == 0 { Err(libc::ENOENT) } else { Ok(entry) }
+    }
+
+    /// Follows a path downwards.
+    pub fn find(&mut self, from: u64, path: &str) -> Result<Entry, i32> {
+        let mut found = Err(libc::ENOENT);
+        let mut node = from;
+        for name in path.split('/') {
+            found = Ok(self.lookup(node, name)?);
+            node = found?.node;
+        }
+        found
+    }
+
+    /// The same, for as long as there is nothing.
+    pub fn await_path(&mut self, from: u64, path: &str) -> Entry {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            match self.find(from, path) {
+                Ok(entry) => return entry,
+                Err(error) => assert!(Instant::now() < end, "{path}: {error}"),
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// Looks until what is there is so.
@@ -386,5 +410,11 @@ pub fn text(name: &str) -> Vec<u8> {
 fn entry(answer: &[u8]) -> Entry {
     let wide = |at: usize| u64::from_le_bytes(answer[at..at + 8].try_into().unwrap());
     let word = |at: usize| u32::from_le_bytes(answer[at..at + 4].try_into().unwrap());
-    Entry { node: wide(0), size: wide(48), mode: word(100), flags: word(124) }
+    Entry {
+        node: wide(0),
+        ino: wide(40),
+        size: wide(48),
+        mode: word(100),
+        flags: word(124),
+    }
 }
