@@ -54,12 +54,14 @@ pub(crate) fn step(step: &'static str) -> impl FnOnce(Errno) -> JailError {
 
 /// The ways into the folders of shares and of their sources that make entries in them, where the
 /// server's own way is read-only: a guest cannot fill the host's memory with files outside of its
-/// shares. And the table of what is mounted.
+/// shares. And the table of what is mounted, twice: who has read it once is told of changes only
+/// since then, and two look at it.
 #[derive(Debug)]
 pub struct Entries {
     pub(crate) shares: OwnedFd,
     pub(crate) sources: OwnedFd,
     pub(crate) table: Table,
+    pub(crate) mounted: Table,
 }
 
 /// Makes an empty tmpfs the root, with empty folders of shares and a view of our processes, and
@@ -95,15 +97,18 @@ pub fn empty_root() -> Result<Entries, JailError> {
     mount(Some("none"), "/proc", Some("proc"), flags, none).map_err(step("mount /proc"))?;
     let shares = sys::clone_mount(c"/shares").map_err(step("keep a way to the shares"))?;
     let sources = sys::clone_mount(c"/sources").map_err(step("keep a way to the sources"))?;
-    let table = Table::open().map_err(|e| {
-        let errno = e.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw);
-        step("open the table of mounts")(errno)
-    })?;
+    let table = || {
+        Table::open().map_err(|e| {
+            let errno = e.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw);
+            step("open the table of mounts")(errno)
+        })
+    };
+    let (table, mounted) = (table()?, table()?);
     let fixed = flags | MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
     for folder in [SHARES, SOURCES, "/"] {
         mount(none, folder, none, fixed, none).map_err(step("make a folder read-only"))?;
     }
-    Ok(Entries { shares, sources, table })
+    Ok(Entries { shares, sources, table, mounted })
 }
 
 /// The server's way to open a file anew that it has as a path only: its own descriptors, as a mount

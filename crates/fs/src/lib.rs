@@ -26,6 +26,7 @@ pub mod log;
 mod mirror;
 pub mod mounter;
 mod passthrough;
+mod protect;
 pub mod seccomp;
 pub mod serve;
 mod sys;

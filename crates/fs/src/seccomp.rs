@@ -85,6 +85,7 @@ const MOUNTER: &[Call] = &[
     (libc::SYS_mount_setattr, Always, "which follows nothing"),
     (libc::SYS_fchdir, Always, "to the mount that goes, which umount2 knows by a path only"),
     (libc::SYS_chdir, Always, "and back"),
+    (libc::SYS_fcntl, Request(libc::F_DUPFD_CLOEXEC as u32), "a share is held while it is served"),
     (libc::SYS_waitid, Always, "how the server ended"),
 ];
 
@@ -111,6 +112,7 @@ const SERVER: &[Call] = &[
     (libc::SYS_symlinkat, Always, "symlink"),
     (libc::SYS_linkat, Always, "link"),
     (libc::SYS_unlinkat, Always, "unlink, rmdir"),
+    (libc::SYS_renameat, Always, "rename, which the C library takes without flags"),
     (libc::SYS_renameat2, Always, "rename"),
     (libc::SYS_fchmodat, Always, "chmod"),
     (libc::SYS_fchownat, Always, "chown"),

@@ -40,9 +40,8 @@ fn statx(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<Stat> {
     let mut found = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: `name` is NUL-terminated and outlives the call; the kernel writes one record into
     // `found`, which has room for it.
-    let done = unsafe {
-        libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, WANTED, found.as_mut_ptr())
-    };
+    let done =
+        unsafe { libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, WANTED, found.as_mut_ptr()) };
     Errno::result(done)?;
     // SAFETY: zeroed at first and filled since: integers only, for which every bit pattern is valid.
     let found = unsafe { found.assume_init() };
@@ -70,12 +69,7 @@ fn statx(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<Stat> {
 pub(super) fn read_entries(dir: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the kernel writes at most `buffer.len()` bytes into `buffer`.
     let got = unsafe {
-        libc::syscall(
-            libc::SYS_getdents64,
-            dir.as_raw_fd(),
-            buffer.as_mut_ptr(),
-            buffer.len(),
-        )
+        libc::syscall(libc::SYS_getdents64, dir.as_raw_fd(), buffer.as_mut_ptr(), buffer.len())
     };
     Ok(Errno::result(got)? as usize)
 }
@@ -109,8 +103,7 @@ pub(super) fn get_xattr(path: &CStr, name: &CStr, value: &mut [u8]) -> io::Resul
 pub(super) fn list_xattrs(path: &CStr, names: &mut [u8]) -> io::Result<usize> {
     // SAFETY: `path` is NUL-terminated and outlives the call; the kernel writes at most
     // `names.len()` bytes into `names`.
-    let got =
-        unsafe { libc::listxattr(path.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
+    let got = unsafe { libc::listxattr(path.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
     Ok(Errno::result(got)? as usize)
 }
 

@@ -120,9 +120,9 @@ impl Passthrough {
             return Ok(ListxattrReply::Count(got as u32));
         }
         names.truncate(got);
-        let shown = names.split_inclusive(|byte| *byte == 0).filter(|name| {
-            CStr::from_bytes_with_nul(name).is_ok_and(|name| allowed(name).is_ok())
-        });
+        let shown = names
+            .split_inclusive(|byte| *byte == 0)
+            .filter(|name| CStr::from_bytes_with_nul(name).is_ok_and(|name| allowed(name).is_ok()));
         Ok(ListxattrReply::Names(shown.flatten().copied().collect()))
     }
 

@@ -157,7 +157,9 @@ mod tests {
             loop {
                 let mut entries = Entries::read(handle.clone(), numbers.clone(), offset).unwrap();
                 let mut got = 0;
-                while got < taken && let Some(entry) = entries.next() {
+                while got < taken
+                    && let Some(entry) = entries.next()
+                {
                     got += 1;
                     offset = entry.offset;
                     seen.push(entry.name.to_str().unwrap().to_owned());

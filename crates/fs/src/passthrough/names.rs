@@ -129,32 +129,41 @@ impl Passthrough {
             self.table.forget(node.id, 1);
             return Err(io::Error::from_raw_os_error(libc::ELOOP));
         }
-        // A way on which nothing can be written is no replacement for one on which that works.
-        if other_mount && is_read_only(dir) && !self.descriptors.is_read_only(node) {
-            return Ok(());
-        }
+        let way = if other_mount { self.better_way(node, dir, name) } else { None };
         let mut place = node.place();
         place.strict |= strict;
+        if other_mount && way.is_none() {
+            return Ok(());
+        }
         if !same || *place.name != *name {
             place.parent = Some(parent.clone());
             place.name = name.into();
         }
         place.mount = stat.mount;
         let was_nameless = std::mem::take(&mut place.nameless);
-        let closed = match (&place.fd, node.is_folder() || node.is_held()) {
-            (Some(_), true) if other_mount => {
-                place.epoch = 0;
-                None
+        let keeps = node.is_folder() || node.is_held();
+        let closed = match way {
+            Some(fd) if keeps => {
+                // What is below was found through the other mount, too.
+                place.epoch = self.descriptors.next_epoch();
+                place.fd.replace(Arc::new(fd))
             }
-            (Some(_), false) if was_nameless || other_mount => place.fd.take(),
-            _ => None,
+            None if keeps || !was_nameless => None,
+            _ => place.fd.take(),
         };
         drop(place);
         drop(closed);
-        if other_mount && node.is_folder() {
-            self.descriptors.next_epoch();
-        }
         Ok(())
+    }
+
+    /// A descriptor of a node through the mount by which its name was found now. None if the way by
+    /// which it is known is as good: what nothing can be written through is no replacement for what
+    /// lets that.
+    fn better_way(&self, node: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> Option<OwnedFd> {
+        let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0).ok()?;
+        let stat = calls::stat_of(fd.as_fd()).ok()?;
+        let better = !is_read_only(&fd) || self.descriptors.is_read_only(node);
+        (better && node.is(&stat)).then_some(fd)
     }
 
     /// Keeps what is at a name that is about to go; the guest may have it in use without having

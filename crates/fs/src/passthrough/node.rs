@@ -142,7 +142,9 @@ impl Table {
     pub(super) fn get(&self, id: u64) -> io::Result<Arc<Node>> {
         let inner = self.inner();
         let known = inner.nodes.get(&id);
-        known.map(|known| known.node.clone()).ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
+        known
+            .map(|known| known.node.clone())
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
     }
 
     /// The node of a file, if the guest knows it; counts nothing.
@@ -252,10 +254,13 @@ fn node(id: u64, stat: &Stat, place: Place) -> Arc<Node> {
 }
 
 /// The way upwards is let go: nodes whose parents have changed places on the host since would hold
-/// each other for ever.
+/// each other for ever. A folder's descriptor stays as long as something in it is known.
 fn release(node: &Node) {
-    let parent = node.place().parent.take();
-    drop(parent);
+    let mut place = node.place();
+    let parent = place.parent.take();
+    let fd = if node.is_folder() { None } else { place.fd.take() };
+    drop(place);
+    drop((parent, fd));
 }
 
 fn drop_all(inner: Inner) {

@@ -70,8 +70,9 @@ impl Descriptors {
         self.epoch.load(Ordering::Relaxed)
     }
 
-    pub(super) fn next_epoch(&self) {
-        self.epoch.fetch_add(1, Ordering::Relaxed);
+    /// Begins another epoch; its number.
+    pub(super) fn next_epoch(&self) -> u64 {
+        self.epoch.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     pub(super) fn way(&self, node: &Node) -> Way {

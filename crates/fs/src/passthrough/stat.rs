@@ -93,7 +93,8 @@ impl Numbers {
     /// The guest's number of an inode.
     pub(super) fn number(&self, dev: u64, ino: u64) -> u64 {
         let class = (dev, (ino >> KEPT) as u16);
-        let known = self.indices.read().unwrap_or_else(PoisonError::into_inner).get(&class).copied();
+        let known =
+            self.indices.read().unwrap_or_else(PoisonError::into_inner).get(&class).copied();
         let index = known.unwrap_or_else(|| {
             let mut indices = self.indices.write().unwrap_or_else(PoisonError::into_inner);
             // One entry is the folder of shares.
@@ -144,7 +145,8 @@ mod tests {
         assert_eq!(numbers.number(7, 42), 42);
         let high = 0xffff << KEPT;
         let files = [(1, 2), (7, 42), (8, 42), (8, 43), (7, 42 | high), (8, 42 | high), (9, 2)];
-        let seen: HashSet<u64> = files.iter().map(|(dev, ino)| numbers.number(*dev, *ino)).collect();
+        let seen: HashSet<u64> =
+            files.iter().map(|(dev, ino)| numbers.number(*dev, *ino)).collect();
         assert_eq!(seen.len(), files.len());
     }
 

@@ -27,8 +27,7 @@ impl Systems {
     pub(super) fn close_is_silent(&self, dev: u64, file: &File) -> bool {
         let known = self.silent.read().unwrap_or_else(PoisonError::into_inner).get(&dev).copied();
         known.unwrap_or_else(|| {
-            let silent =
-                fstatfs(file).is_ok_and(|found| LOCAL.contains(&found.filesystem_type()));
+            let silent = fstatfs(file).is_ok_and(|found| LOCAL.contains(&found.filesystem_type()));
             let mut all = self.silent.write().unwrap_or_else(PoisonError::into_inner);
             if all.len() < SYSTEMS_MAX {
                 all.insert(dev, silent);

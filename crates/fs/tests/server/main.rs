@@ -2,6 +2,7 @@
 //! root and `unshare`.
 
 mod common;
+mod shared;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -9,7 +10,7 @@ use std::path::Path;
 
 use common::{Mounted, ROOT, Server, can_run, op, refused, text};
 use nix::mount::{MsFlags, mount, umount};
-use vmm_api::shares::{Error, Reply, Request};
+use vmm_api::shares::{Access, Error, Reply, Request, VERSION_ACCESS};
 
 #[test]
 fn a_guest_reads_and_writes_the_files_of_a_share() {
@@ -110,7 +111,7 @@ fn shares_come_and_go_while_the_guest_looks_and_their_folder_is_not_its_own() {
     assert_eq!(server.add("late", dir.path()), Reply::Done);
     assert_eq!(server.add("single", &file), Reply::Done);
     let names = vec!["late".to_owned(), "single".to_owned()];
-    assert_eq!(server.call(&Request::List, None), Reply::Shares { names });
+    assert_eq!(server.call(&Request::List, None), Reply::Shares { names, version: VERSION_ACCESS });
     let share = guest.lookup(ROOT, "late").unwrap();
     let (node, handle) = guest.create(share.node, "open", 0o644).unwrap();
     let single = guest.lookup(ROOT, "single").unwrap();
@@ -173,7 +174,7 @@ fn hostile_requests_of_the_daemons_socket_are_refused() {
     for name in ["", "..", "a/b", ".hidden", &"x".repeat(65)] {
         assert!(matches!(refused(server.add(name, dir.path())), Error::Name { .. }), "{name:?}");
     }
-    let add = Request::Add { name: "a".into() };
+    let add = Request::Add { name: "a".into(), access: Access::ReadWrite };
     assert!(matches!(refused(server.call(&add, None)), Error::Descriptors { got: 0, want: 1 }));
     let file = fs::File::open(dir.path()).unwrap();
     let error = refused(server.call(&add, Some(file.into())));
@@ -284,7 +285,8 @@ fn mounts_of_the_host_come_and_go_in_a_share_and_are_never_held() {
     let (node, handle) = guest.create(folder.node, "guest", 0o644).unwrap();
     assert_eq!(fs::metadata(early.0.join("guest")).unwrap().len(), 0);
     early.unmount();
-    let empty = guest.until(share.node, "early", |found| found.unwrap().node != folder.node).unwrap();
+    let empty =
+        guest.until(share.node, "early", |found| found.unwrap().node != folder.node).unwrap();
     assert_eq!(guest.lookup(empty.node, "file").unwrap_err(), libc::ENOENT);
     // What was open stays so.
     assert_eq!(guest.write(node, handle, b"late words", 0).unwrap(), 10);
