@@ -18,13 +18,10 @@ use crate::{SHARES, SOURCES, sys};
 
 /// Where the new root is mounted for a moment; any directory that every system has.
 const STAGE: &str = "/proc";
-/// Descriptors of the server. The guest holds one for each file that it knows of, so its memory is
-/// the limit in practice, and the pod's cgroup pays for them. Attack: a guest that looks up one file
-/// after the other and forgets none.
+/// Descriptors of the server. The guest holds one for each file that it has open or has removed and
+/// still uses, so its memory is the limit in practice, and the pod's cgroup pays for them. Attack: a
+/// guest that opens one file after the other and closes none.
 const OPEN_FILES: rlim_t = 1_000_000;
-/// Descriptors that the guest cannot have: sockets, events, and one in flight.
-const OWN_FILES: u64 = 64;
-
 /// Capabilities of the server (capabilities(7)), and what would fail without each.
 pub const SERVER: [(u32, &str); 8] = [
     (0, "CHOWN: chown in the guest, and new files belong to the guest's user"),
@@ -119,23 +116,19 @@ pub(crate) fn own_descriptors() -> Result<OwnedFd, JailError> {
     Ok(fds)
 }
 
-/// Lets as many files be open as the guest may want; returns how many it may have.
-pub fn open_files() -> Result<u64, JailError> {
+/// Lets as many files be open as the guest may want.
+pub fn open_files() -> Result<(), JailError> {
     let (_, hard) =
         getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the limit of open files"))?;
     let most = fs::read_to_string("/proc/sys/fs/nr_open");
     let most = most.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(hard);
     let wanted = OPEN_FILES.min(most);
-    let limit = match setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted) {
-        Ok(()) => wanted,
+    match setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted) {
+        Ok(()) => Ok(()),
         // Without the right to raise it.
-        Err(_) => {
-            setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
-                .map_err(step("raise the limit of open files"))?;
-            hard
-        }
-    };
-    Ok(limit.saturating_sub(OWN_FILES))
+        Err(_) => setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+            .map_err(step("raise the limit of open files")),
+    }
 }
 
 /// A bit for each of them.

@@ -1,14 +1,16 @@
-//! The server: FUSE over vhost-user, by the `virtiofsd` crate's pass-through file system.
+//! The server: FUSE over vhost-user, by the `virtiofsd` crate, for our file system
+//! ([`crate::passthrough`]).
 //!
-//! What the options mean for a container:
-//! - Data is cached in the guest between open and close, names and attributes for a second: shared
-//!   mappings work, and what the host changes is seen within that second.
+//! What that means for a container:
+//! - Data is cached in the guest until the file's size or time is another one, names and attributes
+//!   for a second: shared mappings work, and what the host changes is seen within that second.
 //! - Locks are the guest's own: they hold between the pod's processes, not against the host's or
 //!   another pod's. Passing them on would let one guest hold a lock that another waits for, in a
 //!   server that answers one request after the other.
 //! - O_DIRECT, xattrs, sparse files and copy_file_range reach the host's file system. POSIX ACLs do
 //!   not: the guest's kernel would not know what they allow.
-//! - A file system that is mounted below a share is announced as such, so inode numbers stay unique.
+//! - All shares are one file system, with what the host has mounted below them; inode numbers are
+//!   made unique.
 
 use std::ffi::CString;
 use std::io;

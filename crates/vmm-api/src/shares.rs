@@ -16,6 +16,8 @@ pub const NAME_MAX: usize = 64;
 
 /// How the name of a share ends of which the guest is to cache nothing.
 pub const STRICT: &str = ".strict";
+/// How the name of a share ends, or goes on with [`STRICT`], in which the host's later mounts appear.
+pub const FOLLOWS: &str = ".follows";
 
 /// Whether a share can have this name: one component of a path, and no surprise in a log.
 pub fn is_name(name: &str) -> bool {

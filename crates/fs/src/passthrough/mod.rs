@@ -39,6 +39,7 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse;
 use virtiofsd::soft_idmap::Id;
+use vmm_api::shares;
 
 use self::credentials::Caller;
 use self::directory::Entries;
@@ -68,7 +69,14 @@ pub(crate) struct Passthrough {
 
 /// Whether a share of this name wants nothing cached: the daemon's way to say so.
 fn is_strict(name: &CStr) -> bool {
-    name.to_bytes().ends_with(vmm_api::shares::STRICT.as_bytes())
+    name.to_bytes().ends_with(shares::STRICT.as_bytes())
+}
+
+/// Whether the host's later mounts appear in a share of this name.
+fn follows(name: &CStr) -> bool {
+    let name = name.to_bytes();
+    let name = name.strip_suffix(shares::STRICT.as_bytes()).unwrap_or(name);
+    name.ends_with(shares::FOLLOWS.as_bytes())
 }
 
 /// Where a descriptor is among the own ones.

@@ -30,7 +30,7 @@ use super::credentials::Caller;
 use super::node::{Node, Place, ROOT};
 use super::resolve::DEPTH_MAX;
 use super::stat::Stat;
-use super::{BELIEVED, Passthrough, calls, is_strict, own_path};
+use super::{BELIEVED, Passthrough, calls, follows, is_strict, own_path};
 
 /// A name that is one component of a path.
 pub(super) fn component(name: &CStr) -> io::Result<&CStr> {
@@ -84,7 +84,8 @@ impl Passthrough {
         name: &CStr,
         stat: Stat,
     ) -> io::Result<(Arc<Node>, Stat)> {
-        if let Some(node) = self.table.claim(&stat) {
+        let follows = parent.follows() || parent.id == ROOT && follows(name);
+        if let Some(node) = self.table.claim(&stat, follows) {
             self.seen(&node, parent, dir, name, &stat)?;
             return Ok((node, stat));
         }
@@ -99,7 +100,7 @@ impl Passthrough {
             place.fd = Some(Arc::new(fd));
             place.epoch = epoch;
         }
-        let (node, made) = self.table.claim_or_insert(&stat, place)?;
+        let (node, made) = self.table.claim_or_insert(&stat, follows, place)?;
         if !made {
             self.seen(&node, parent, dir, name, &stat)?;
         } else if node.is_folder() {
@@ -171,7 +172,7 @@ impl Passthrough {
     fn hold(&self, parent: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> Option<Arc<Node>> {
         let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0).ok()?;
         let stat = calls::stat_of(fd.as_fd()).ok()?;
-        let node = self.table.find(&stat)?;
+        let node = self.table.find(&stat, parent.follows())?;
         let mut place = node.place();
         let here = matches!(&place.parent, Some(known) if Arc::ptr_eq(known, parent));
         if !here || *place.name != *name {
@@ -210,12 +211,14 @@ impl Passthrough {
         let flags = RenameFlags::from_bits_truncate(flags);
         let (old, new) = (self.descriptors.get(from.0)?, self.descriptors.get(to.0)?);
         let (old_name, new_name) = (component(from.1)?, component(to.1)?);
-        let known = |dir: &OwnedFd, name| {
-            calls::stat_at(dir.as_fd(), name).ok().and_then(|stat| self.table.find(&stat))
+        let known = |parent: &Node, dir: &OwnedFd, name| {
+            let stat = calls::stat_at(dir.as_fd(), name).ok()?;
+            self.table.find(&stat, parent.follows())
         };
-        let moved = known(&old, old_name);
+        let moved = known(from.0, &old, old_name);
         let exchange = flags.contains(RenameFlags::RENAME_EXCHANGE);
-        let other = if exchange { known(&new, new_name) } else { self.hold(to.0, &new, new_name) };
+        let other =
+            if exchange { known(to.0, &new, new_name) } else { self.hold(to.0, &new, new_name) };
         let done = renameat2(&*old, old_name, &*new, new_name, flags);
         if let Some(other) = other {
             match exchange {

@@ -4,6 +4,9 @@
 //! that lead to one file give one node, and the guest's kernel has one inode for it: one page cache,
 //! one set of locks, one socket.
 //!
+//! Folders are the exception: where the host's later mounts are to appear, a folder is another one than
+//! where they are not, as it may contain something else. The files in them are the same.
+//!
 //! Inode numbers are used again after a file is gone. The birth time tells the next file from the
 //! last; where the file system has none, the node holds a descriptor, which keeps the number taken.
 
@@ -14,13 +17,27 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::stat::{Key, Stat, Time, Version};
+use super::stat::{Stat, Time, Version};
 
 /// The root's id (linux/fuse.h, FUSE_ROOT_ID).
 pub(super) const ROOT: u64 = 1;
 /// Nodes that a guest may know of, some 250 bytes each.
 /// Attack: a guest that looks up one file after the other and forgets none.
 const NODES_MAX: usize = 4 << 20;
+
+/// Which file of the host, as long as it exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    dev: u64,
+    ino: u64,
+    /// A folder in which the host's later mounts appear.
+    follows: bool,
+}
+
+fn key(stat: &Stat, follows: bool) -> Key {
+    let follows = follows && stat.kind() == libc::S_IFDIR;
+    Key { dev: stat.dev, ino: stat.ino, follows }
+}
 
 #[derive(Debug)]
 pub(super) struct Node {
@@ -77,7 +94,12 @@ impl Node {
     /// Whether these are the attributes of this very file.
     pub(super) fn is(&self, stat: &Stat) -> bool {
         let reborn = matches!((self.born, stat.born), (Some(a), Some(b)) if a != b);
-        self.key == stat.key() && self.kind == stat.kind() && !reborn
+        self.key == key(stat, self.key.follows) && self.kind == stat.kind() && !reborn
+    }
+
+    /// Whether the host's later mounts appear in it.
+    pub(super) fn follows(&self) -> bool {
+        self.key.follows
     }
 
     pub(super) fn dev(&self) -> u64 {
@@ -123,7 +145,7 @@ impl Table {
 
     /// Forgets everything but the root.
     pub(super) fn reset(&self, root: &Stat, place: Place) -> Arc<Node> {
-        let node = node(ROOT, root, place);
+        let node = node(ROOT, root, false, place);
         let mut inner = self.inner();
         let old = std::mem::take(&mut *inner);
         inner.keys.insert(node.key, ROOT);
@@ -148,20 +170,21 @@ impl Table {
     }
 
     /// The node of a file, if the guest knows it; counts nothing.
-    pub(super) fn find(&self, stat: &Stat) -> Option<Arc<Node>> {
+    pub(super) fn find(&self, stat: &Stat, follows: bool) -> Option<Arc<Node>> {
         let inner = self.inner();
-        let known = inner.nodes.get(inner.keys.get(&stat.key())?)?;
+        let known = inner.nodes.get(inner.keys.get(&key(stat, follows))?)?;
         known.node.is(stat).then(|| known.node.clone())
     }
 
     /// The node of a file, counted as looked up once more.
-    pub(super) fn claim(&self, stat: &Stat) -> Option<Arc<Node>> {
+    pub(super) fn claim(&self, stat: &Stat, follows: bool) -> Option<Arc<Node>> {
+        let key = key(stat, follows);
         let mut inner = self.inner();
-        let id = *inner.keys.get(&stat.key())?;
+        let id = *inner.keys.get(&key)?;
         let known = inner.nodes.get_mut(&id)?;
         if !known.node.is(stat) {
             // Another file with that number: the last one is gone.
-            inner.keys.remove(&stat.key());
+            inner.keys.remove(&key);
             return None;
         }
         known.lookups = known.lookups.saturating_add(1);
@@ -172,9 +195,10 @@ impl Table {
     pub(super) fn claim_or_insert(
         &self,
         stat: &Stat,
+        follows: bool,
         place: Place,
     ) -> io::Result<(Arc<Node>, bool)> {
-        if let Some(node) = self.claim(stat) {
+        if let Some(node) = self.claim(stat, follows) {
             return Ok((node, false));
         }
         let mut inner = self.inner();
@@ -182,16 +206,16 @@ impl Table {
             return Err(io::Error::from_raw_os_error(libc::ENFILE));
         }
         let id = inner.last + 1;
-        match inner.keys.entry(stat.key()) {
+        match inner.keys.entry(key(stat, follows)) {
             // Another thread was faster.
             Entry::Occupied(_) => {
                 drop(inner);
-                let known = self.claim(stat).map(|node| (node, false));
+                let known = self.claim(stat, follows).map(|node| (node, false));
                 known.ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))
             }
             Entry::Vacant(free) => {
                 free.insert(id);
-                let node = node(id, stat, place);
+                let node = node(id, stat, follows, place);
                 inner.nodes.insert(id, Known { node: node.clone(), lookups: 1 });
                 inner.last = id;
                 Ok((node, true))
@@ -248,8 +272,8 @@ impl Inner {
     }
 }
 
-fn node(id: u64, stat: &Stat, place: Place) -> Arc<Node> {
-    let (key, kind, born) = (stat.key(), stat.kind(), stat.born);
+fn node(id: u64, stat: &Stat, follows: bool, place: Place) -> Arc<Node> {
+    let (key, kind, born) = (key(stat, follows), stat.kind(), stat.born);
     Arc::new(Node { id, key, kind, born, place: Mutex::new(place) })
 }
 
@@ -302,14 +326,14 @@ mod tests {
     fn a_file_has_one_node_until_all_lookups_are_forgotten() {
         let table = Table::default();
         table.reset(&stat(1, 0), place());
-        let (first, made) = table.claim_or_insert(&stat(5, 0), place()).unwrap();
+        let (first, made) = table.claim_or_insert(&stat(5, 0), false, place()).unwrap();
         assert!(made);
-        let (again, made) = table.claim_or_insert(&stat(5, 0), place()).unwrap();
+        let (again, made) = table.claim_or_insert(&stat(5, 0), false, place()).unwrap();
         assert!(!made && Arc::ptr_eq(&first, &again));
         table.forget(first.id, 1);
         assert!(table.get(first.id).is_ok());
         table.forget(first.id, 9);
-        assert!(table.get(first.id).is_err() && table.find(&stat(5, 0)).is_none());
+        assert!(table.get(first.id).is_err() && table.find(&stat(5, 0), false).is_none());
         // What is not known can be forgotten, and the root cannot.
         for (id, count) in [(first.id, 1), (0, 1), (u64::MAX, u64::MAX), (ROOT, u64::MAX)] {
             table.forget(id, count);
@@ -321,12 +345,12 @@ mod tests {
     fn an_inode_number_that_is_used_again_is_another_file() {
         let table = Table::default();
         table.reset(&stat(1, 0), place());
-        let (old, _) = table.claim_or_insert(&stat(5, 1), place()).unwrap();
-        let (new, made) = table.claim_or_insert(&stat(5, 2), place()).unwrap();
+        let (old, _) = table.claim_or_insert(&stat(5, 1), false, place()).unwrap();
+        let (new, made) = table.claim_or_insert(&stat(5, 2), false, place()).unwrap();
         assert!(made && old.id != new.id);
-        assert!(Arc::ptr_eq(&table.find(&stat(5, 2)).unwrap(), &new));
+        assert!(Arc::ptr_eq(&table.find(&stat(5, 2), true).unwrap(), &new));
         // Forgetting the old one does not touch the new one.
         table.forget(old.id, 1);
-        assert!(Arc::ptr_eq(&table.find(&stat(5, 2)).unwrap(), &new));
+        assert!(Arc::ptr_eq(&table.find(&stat(5, 2), true).unwrap(), &new));
     }
 }

@@ -24,13 +24,6 @@ pub(super) struct Time {
     pub(super) nanos: u32,
 }
 
-/// Which file of the host, as long as it exists.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Key {
-    pub(super) dev: u64,
-    pub(super) ino: u64,
-}
-
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Stat {
     pub(super) dev: u64,
@@ -55,10 +48,6 @@ pub(super) struct Stat {
 }
 
 impl Stat {
-    pub(super) fn key(&self) -> Key {
-        Key { dev: self.dev, ino: self.ino }
-    }
-
     pub(super) fn kind(&self) -> u32 {
         self.mode & libc::S_IFMT
     }

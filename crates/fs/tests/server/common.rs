@@ -121,7 +121,15 @@ impl Server {
     /// As a HostToContainer volume is.
     pub fn add_following(&self, name: &str, source: &Path) -> Reply {
         let tree = tree(source);
-        follow(&tree);
+        propagate(&tree, libc::MS_SLAVE);
+        let access = Access::ReadWrite;
+        self.call(&Request::Add { name: name.into(), access }, Some(tree))
+    }
+
+    /// As another volume is of a folder whose mounts others follow.
+    pub fn add_private(&self, name: &str, source: &Path) -> Reply {
+        let tree = tree(source);
+        propagate(&tree, libc::MS_PRIVATE);
         let access = Access::ReadWrite;
         self.call(&Request::Add { name: name.into(), access }, Some(tree))
     }
@@ -196,9 +204,8 @@ pub fn tree(source: &Path) -> OwnedFd {
 }
 
 #[allow(unsafe_code)] // mount_setattr is in no library
-fn follow(tree: &OwnedFd) {
-    let attributes =
-        libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_SLAVE, userns_fd: 0 };
+fn propagate(tree: &OwnedFd, propagation: u64) {
+    let attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation, userns_fd: 0 };
     // SAFETY: the path is static and NUL-terminated, the attributes are as long as is said.
     let done = unsafe {
         libc::syscall(

@@ -44,6 +44,30 @@ fn one_file_is_one_node_by_two_shares_a_nested_one_a_hard_link_and_another_mount
 }
 
 #[test]
+fn later_mounts_appear_in_a_share_that_follows_and_not_beside_it() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let _top = Mounted::shared(dir.path());
+    fs::create_dir(dir.path().join("later")).unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    assert_eq!(server.add_following("f.follows", dir.path()), Reply::Done);
+    assert_eq!(server.add_private("p", dir.path()), Reply::Done);
+    let mut guest = server.guest();
+    let later = Mounted::new(&dir.path().join("later"));
+    fs::write(later.0.join("inside"), "").unwrap();
+    guest.await_path(ROOT, "f.follows/later/inside");
+    assert_eq!(guest.find(ROOT, "p/later/inside").unwrap_err(), libc::ENOENT);
+    assert!(guest.find(ROOT, "f.follows/later/inside").is_ok());
+    let [one, other] =
+        ["f.follows/file", "p/file"].map(|path| guest.find(ROOT, path).unwrap().node);
+    assert_eq!(one, other);
+    later.unmount();
+}
+
+#[test]
 fn inode_numbers_are_unique_over_file_systems_and_folders_say_the_same() {
     if !can_run() {
         return;
