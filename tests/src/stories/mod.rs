@@ -12,6 +12,7 @@ mod logs;
 mod network;
 mod programs;
 mod security;
+mod shared_volumes;
 mod streaming;
 mod tool;
 mod trouble;
@@ -30,7 +31,7 @@ pub const WIDE: &[(&str, &str)] = &[
 
 /// Every story, those that others build on first.
 pub fn all() -> Vec<(&'static str, Story)> {
-    let rooms: [(&'static str, &[Story]); 18] = [
+    let rooms: [(&'static str, &[Story]); 19] = [
         ("vmm", vmm::STORIES),
         ("life_cycle", life_cycle::STORIES),
         ("exec", exec::STORIES),
@@ -41,6 +42,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("security", security::STORIES),
         ("userns", userns::STORIES),
         ("volumes", volumes::STORIES),
+        ("shared_volumes", shared_volumes::STORIES),
         ("host_pods", host_pods::STORIES),
         ("kubelet", kubelet::STORIES),
         ("network", network::STORIES),
