@@ -49,6 +49,28 @@ impl Drop for Tmpfs {
     }
 }
 
+/// A folder of the host that is mounted in another place, too.
+pub struct Bind(PathBuf);
+
+impl Bind {
+    /// Makes the folder too.
+    pub fn mount(what: &Path, at: &Path) -> Result<Self> {
+        std::fs::create_dir_all(at)?;
+        run("mount", &["--bind", &what.display().to_string()], at)?;
+        Ok(Self(at.to_owned()))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Bind {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
 /// Unmounts what somebody else has mounted.
 pub fn unmount(at: &Path) -> Result<()> {
     run("umount", &[], at)

@@ -117,6 +117,9 @@ async fn mounts_below_a_read_only_volume_are_writable_unless_that_is_recursive()
     let Some(mut guest) = guest().await else { return };
     let shares = guest.dir.path().join("shares");
     std::fs::create_dir_all(shares.join("dir/tmpfs")).unwrap();
+    // Over virtio-fs a mount of the host is a folder like others.
+    std::fs::create_dir_all(shares.join("dir/folder/deep")).unwrap();
+    std::os::unix::fs::symlink("tmpfs", shares.join("dir/link")).unwrap();
     // A mount inside the share, made by a container that shares its mounts.
     let mut maker = share("dir", "/data");
     maker.propagation = v1::Propagation::Shared as i32;
@@ -126,12 +129,16 @@ async fn mounts_below_a_read_only_volume_are_writable_unless_that_is_recursive()
     guest.create(request).await;
     guest.start("maker").await.unwrap();
     guest.open(Kind::Stdout, "maker", "", 0).await.read_until("up").await;
-    let script = "touch /ro/x 2>&1; touch /ro/tmpfs/x && echo written";
+    let script =
+        "touch /ro/x /ro/folder/x 2>&1; touch /ro/tmpfs/x /ro/folder/deep/x && echo written";
     let mut read_only = share("dir", "/ro");
     read_only.read_only = true;
-    read_only.submounts = vec!["tmpfs".into(), "gone".into()];
+    read_only.submounts = ["tmpfs", "gone", "link", "folder/deep"].map(str::to_owned).to_vec();
     let output = run_with(&mut guest, script, vec![read_only.clone()]).await;
-    assert_eq!(output, "touch: /ro/x: Read-only file system\nwritten\n");
+    let refused_there = "touch: /ro/x: Read-only file system\n\
+                         touch: /ro/folder/x: Read-only file system\n";
+    assert_eq!(output, format!("{refused_there}written\n"));
+    assert!(shares.join("dir/folder/deep/x").exists());
     read_only.recursive_read_only = true;
     let output = run_with(&mut guest, "touch /ro/tmpfs/y 2>&1", vec![read_only.clone()]).await;
     assert_eq!(output, "touch: /ro/tmpfs/y: Read-only file system\n");

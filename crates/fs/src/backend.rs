@@ -10,9 +10,9 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
-use crate::files::Files;
+use crate::passthrough::Passthrough;
 
-type Inner = VhostUserFsBackend<Files>;
+type Inner = VhostUserFsBackend<Passthrough>;
 type Bitmap = <Inner as VhostUserBackend>::Bitmap;
 
 /// Dirty logging, for migration (vhost-user, `VHOST_F_LOG_ALL`).

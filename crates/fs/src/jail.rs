@@ -18,13 +18,10 @@ use crate::{SHARES, SOURCES, sys};
 
 /// Where the new root is mounted for a moment; any directory that every system has.
 const STAGE: &str = "/proc";
-/// Descriptors of the server. The guest holds one for each file that it knows of, so its memory is
-/// the limit in practice, and the pod's cgroup pays for them. Attack: a guest that looks up one file
-/// after the other and forgets none.
+/// Descriptors of the server. The guest holds one for each file that it has open or has removed and
+/// still uses, so its memory is the limit in practice, and the pod's cgroup pays for them. Attack: a
+/// guest that opens one file after the other and closes none.
 const OPEN_FILES: rlim_t = 1_000_000;
-/// Descriptors that the guest cannot have: sockets, events, and one in flight.
-const OWN_FILES: u64 = 64;
-
 /// Capabilities of the server (capabilities(7)), and what would fail without each.
 pub const SERVER: [(u32, &str); 8] = [
     (0, "CHOWN: chown in the guest, and new files belong to the guest's user"),
@@ -54,12 +51,14 @@ pub(crate) fn step(step: &'static str) -> impl FnOnce(Errno) -> JailError {
 
 /// The ways into the folders of shares and of their sources that make entries in them, where the
 /// server's own way is read-only: a guest cannot fill the host's memory with files outside of its
-/// shares. And the table of what is mounted.
+/// shares. And the table of what is mounted, twice: who has read it once is told of changes only
+/// since then, and two look at it.
 #[derive(Debug)]
 pub struct Entries {
     pub(crate) shares: OwnedFd,
     pub(crate) sources: OwnedFd,
     pub(crate) table: Table,
+    pub(crate) mounted: Table,
 }
 
 /// Makes an empty tmpfs the root, with empty folders of shares and a view of our processes, and
@@ -95,15 +94,18 @@ pub fn empty_root() -> Result<Entries, JailError> {
     mount(Some("none"), "/proc", Some("proc"), flags, none).map_err(step("mount /proc"))?;
     let shares = sys::clone_mount(c"/shares").map_err(step("keep a way to the shares"))?;
     let sources = sys::clone_mount(c"/sources").map_err(step("keep a way to the sources"))?;
-    let table = Table::open().map_err(|e| {
-        let errno = e.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw);
-        step("open the table of mounts")(errno)
-    })?;
+    let table = || {
+        Table::open().map_err(|e| {
+            let errno = e.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw);
+            step("open the table of mounts")(errno)
+        })
+    };
+    let (table, mounted) = (table()?, table()?);
     let fixed = flags | MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
     for folder in [SHARES, SOURCES, "/"] {
         mount(none, folder, none, fixed, none).map_err(step("make a folder read-only"))?;
     }
-    Ok(Entries { shares, sources, table })
+    Ok(Entries { shares, sources, table, mounted })
 }
 
 /// The server's way to open a file anew that it has as a path only: its own descriptors, as a mount
@@ -114,28 +116,29 @@ pub(crate) fn own_descriptors() -> Result<OwnedFd, JailError> {
     Ok(fds)
 }
 
-/// Lets as many files be open as the guest may want; returns how many it may have.
-pub fn open_files() -> Result<u64, JailError> {
+/// Lets as many files be open as the guest may want.
+pub fn open_files() -> Result<(), JailError> {
     let (_, hard) =
         getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the limit of open files"))?;
     let most = fs::read_to_string("/proc/sys/fs/nr_open");
     let most = most.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(hard);
     let wanted = OPEN_FILES.min(most);
-    let limit = match setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted) {
-        Ok(()) => wanted,
+    match setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted) {
+        Ok(()) => Ok(()),
         // Without the right to raise it.
-        Err(_) => {
-            setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
-                .map_err(step("raise the limit of open files"))?;
-            hard
-        }
-    };
-    Ok(limit.saturating_sub(OWN_FILES))
+        Err(_) => setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+            .map_err(step("raise the limit of open files")),
+    }
+}
+
+/// A bit for each of them.
+pub(crate) fn mask(capabilities: &[(u32, &str)]) -> u64 {
+    capabilities.iter().fold(0, |mask, (capability, _)| mask | 1 << capability)
 }
 
 /// No dumps of a tenant's data, no new privileges, and of root's rights only these.
 pub fn keep(capabilities: &[(u32, &str)]) -> Result<(), JailError> {
-    let caps = capabilities.iter().fold(0, |caps, (cap, _)| caps | 1u64 << cap);
+    let caps = mask(capabilities);
     nix::sys::prctl::set_no_new_privs().map_err(step("set no_new_privs"))?;
     nix::sys::prctl::set_dumpable(false).map_err(step("become undumpable"))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("forbid core dumps"))?;

@@ -9,10 +9,11 @@
 //!
 //! - [`mounter`]: first process of the pid namespace; puts what the daemon hands it below /shares
 //!   and takes it away again. Shares come and go while the guest runs; in those that follow the
-//!   host's mounts it shows copies of what comes and goes there ([`mirror`]).
-//! - [`serve`]: answers the guest's FUSE requests with the `virtiofsd` crate's pass-through file
-//!   system, whose library interface has all that is needed. It holds the rights to act as any user
-//!   on the shared files and none to do anything else ([`jail`], [`seccomp`]).
+//!   host's mounts it shows copies of what comes and goes there ([`mirror`]). It keeps read-only what
+//!   nobody in the guest may write to ([`protect`]).
+//! - [`serve`]: answers the guest's FUSE requests: the `virtiofsd` crate reads and writes them, the
+//!   file system is ours ([`passthrough`]). It holds the rights to act as any user on the shared
+//!   files and none to do anything else ([`jail`], [`seccomp`]).
 //!
 //! The VMM has neither the files nor the rights. Has never heard of pods, KVM or virtio devices.
 //!
@@ -21,11 +22,12 @@
 //! answers for a server that died.
 
 mod backend;
-mod files;
 pub mod jail;
 pub mod log;
 mod mirror;
 pub mod mounter;
+mod passthrough;
+mod protect;
 pub mod seccomp;
 pub mod serve;
 mod sys;

@@ -14,11 +14,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{SockFlag, accept4};
 use nix::sys::stat::{Mode, SFlag, fstat, mkdirat, mknodat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
-use vmm_api::shares::{Error, Reply, Request, SHARES_MAX, is_name};
+use vmm_api::shares::{Access, Error, Reply, Request, SHARES_MAX, VERSION_ACCESS, is_name};
 use vmm_api::transport::{TransportError, receive, send};
 
 use crate::jail::Entries;
 use crate::mirror::Mirrors;
+use crate::protect::Protection;
 use crate::sys;
 
 /// Most connections. The daemon makes one a call; what is over waits in the listener's queue.
@@ -29,20 +30,30 @@ pub struct Mounter {
     entries: Entries,
     shares: BTreeSet<String>,
     mirrors: Mirrors,
+    protection: Protection,
 }
 
 impl Mounter {
     pub fn new(entries: Entries) -> Self {
-        Self { entries, shares: BTreeSet::new(), mirrors: Mirrors::default() }
+        Self {
+            entries,
+            shares: BTreeSet::new(),
+            mirrors: Mirrors::default(),
+            protection: Protection::default(),
+        }
     }
 
     /// Carries out a request.
     pub fn perform(&mut self, request: Request, fds: Vec<OwnedFd>) -> Reply {
         let done = match (request, <[OwnedFd; 1]>::try_from(fds)) {
-            (Request::Add { name }, Ok([tree])) => self.add(name, &tree),
+            (Request::Add { name, access }, Ok([tree])) => self.add(name, access, &tree),
+            (Request::Access { name, access }, Err(fds)) if fds.is_empty() => {
+                self.set_access(&name, access)
+            }
             (Request::Remove { name }, Err(fds)) if fds.is_empty() => self.remove(&name),
             (Request::List, Err(fds)) if fds.is_empty() => {
-                return Reply::Shares { names: self.shares.iter().cloned().collect() };
+                let names = self.shares.iter().cloned().collect();
+                return Reply::Shares { names, version: VERSION_ACCESS };
             }
             (Request::Add { .. }, Err(fds)) => Err(Error::Descriptors { got: fds.len(), want: 1 }),
             (_, Ok(_)) => Err(Error::Descriptors { got: 1, want: 0 }),
@@ -54,7 +65,7 @@ impl Mounter {
         }
     }
 
-    fn add(&mut self, name: String, tree: &OwnedFd) -> Result<(), Error> {
+    fn add(&mut self, name: String, access: Access, tree: &OwnedFd) -> Result<(), Error> {
         if !is_name(&name) {
             return Err(Error::Name { name });
         }
@@ -84,7 +95,7 @@ impl Mounter {
                 return Err(failed("make an entry for", e));
             }
         }
-        if let Err(e) = self.mount(&name, tree) {
+        if let Err(e) = self.mount(&name, access, tree) {
             self.unmount(&name)?;
             return Err(failed("mount", e));
         }
@@ -93,14 +104,28 @@ impl Mounter {
     }
 
     /// First where the guest does not look: what it is can be seen only then.
-    fn mount(&mut self, name: &str, tree: &OwnedFd) -> nix::Result<()> {
+    fn mount(&mut self, name: &str, access: Access, tree: &OwnedFd) -> nix::Result<()> {
         let place = |folder: &str| CString::new(format!("{folder}/{name}")).unwrap_or_default();
+        let (table, mounted) = (&self.entries.table, &self.entries.mounted);
         sys::attach_mount(tree.as_fd(), &place(crate::SOURCES))?;
-        if Mirrors::follows(&self.entries.table, name)? {
-            self.mirrors.add(&self.entries.table, name)
+        self.protection.begin(mounted, name, access, tree)?;
+        if Mirrors::follows(mounted, name)? {
+            self.mirrors.add(table, name)?;
+            self.protection.copied(mounted, name)?;
         } else {
-            sys::attach_mount(tree.as_fd(), &place(crate::SHARES))
+            sys::attach_mount(tree.as_fd(), &place(crate::SHARES))?;
         }
+        self.protection.update(mounted)
+    }
+
+    fn set_access(&mut self, name: &str, access: Access) -> Result<(), Error> {
+        if !self.shares.contains(name) {
+            return Err(Error::NoSuchShare { name: name.to_owned() });
+        }
+        self.protection.set(name, access);
+        self.protection.update(&self.entries.mounted).map_err(|e| Error::Failed {
+            message: format!("change what may be written in {name}: {}", e.desc()),
+        })
     }
 
     fn remove(&mut self, name: &str) -> Result<(), Error> {
@@ -109,11 +134,15 @@ impl Mounter {
         }
         self.unmount(name)?;
         self.shares.remove(name);
+        if let Err(error) = self.protection.update(&self.entries.mounted) {
+            log::error!("shares beside {name} stay writable: {}", error.desc());
+        }
         Ok(())
     }
 
     /// May be repeated.
     fn unmount(&mut self, name: &str) -> Result<(), Error> {
+        self.protection.remove(name);
         self.mirrors.remove(name);
         for folder in [crate::SHARES, crate::SOURCES] {
             let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
@@ -171,10 +200,12 @@ impl Mounter {
                 return Ok(());
             }
             let mut number = 3;
-            if ready[2]
-                && let Err(error) = self.mirrors.update(&self.entries.table)
-            {
-                log::error!("what the host has mounted cannot be followed: {}", error.desc());
+            if ready[2] {
+                let followed = self.mirrors.update(&self.entries.table);
+                let mut protected = || self.protection.update(&self.entries.mounted);
+                if let Err(error) = followed.and_then(|()| protected()) {
+                    log::error!("what the host has mounted cannot be followed: {}", error.desc());
+                }
             }
             clients.retain(|client| {
                 let stays = !ready[number] || self.answer(client);

@@ -1,35 +1,32 @@
-//! The server: FUSE over vhost-user, by the `virtiofsd` crate's pass-through file system.
+//! The server: FUSE over vhost-user, by the `virtiofsd` crate, for our file system
+//! ([`crate::passthrough`]).
 //!
-//! What the options mean for a container:
-//! - Data is cached in the guest between open and close, names and attributes for a second: shared
-//!   mappings work, and what the host changes is seen within that second.
+//! What that means for a container:
+//! - Data is cached in the guest until the file's size or time is another one, names and attributes
+//!   for a second: shared mappings work, and what the host changes is seen within that second.
 //! - Locks are the guest's own: they hold between the pod's processes, not against the host's or
 //!   another pod's. Passing them on would let one guest hold a lock that another waits for, in a
 //!   server that answers one request after the other.
 //! - O_DIRECT, xattrs, sparse files and copy_file_range reach the host's file system. POSIX ACLs do
 //!   not: the guest's kernel would not know what they allow.
-//! - A file system that is mounted below a share is announced as such, so inode numbers stay unique.
+//! - All shares are one file system, with what the host has mounted below them; inode numbers are
+//!   made unique.
 
-use std::fs::File;
+use std::ffi::CString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::time::Duration;
 
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
-use virtiofsd::passthrough::{CachePolicy, Config, PassthroughFs};
 use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::backend::Backend;
-use crate::files::Files;
 use crate::jail::{self, JailError};
+use crate::passthrough::Passthrough;
 use crate::seccomp::{self, FilterError, Role};
-
-/// How long the guest believes names and attributes; also how late it sees a change of the host.
-const BELIEVED: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -50,22 +47,6 @@ fn backend(error: impl std::fmt::Display) -> ServeError {
     ServeError::Backend { message: error.to_string() }
 }
 
-fn config(descriptors: File, files: u64) -> Config {
-    Config {
-        entry_timeout: BELIEVED,
-        attr_timeout: BELIEVED,
-        cache_policy: CachePolicy::Auto,
-        root_dir: crate::SHARES.to_owned(),
-        xattr: true,
-        proc_sfd_rawfd: Some(descriptors),
-        announce_submounts: true,
-        allow_direct_io: true,
-        killpriv_v2: true,
-        guest_fd_limit: files,
-        ..Config::default()
-    }
-}
-
 /// Serves the one connection that waits at `listener`, until it ends. `ready` is written to when
 /// every right is gone and the first message can come.
 ///
@@ -76,12 +57,12 @@ pub fn run(listener: UnixListener, ready: OwnedFd) -> Result<(), ServeError> {
         eprintln!("nacelle-fs: the server is broken: {info}");
         std::process::exit(101);
     }));
-    let files = jail::open_files()?;
+    jail::open_files()?;
     let descriptors = jail::own_descriptors()?;
     jail::keep(&jail::SERVER)?;
-    let fs =
-        PassthroughFs::new(config(descriptors.into(), files)).map_err(ServeError::FileSystem)?;
-    let served = VhostUserFsBackendBuilder::default().build(Files(fs)).map_err(backend)?;
+    let root = CString::new(crate::SHARES).unwrap_or_default();
+    let fs = Passthrough::new(root, descriptors).map_err(ServeError::FileSystem)?;
+    let served = VhostUserFsBackendBuilder::default().build(fs).map_err(backend)?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let name = "messages".to_owned();
     let mut daemon =

@@ -34,20 +34,39 @@ pub(crate) fn copy_mount(place: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
 
 /// Makes a mount follow no other; nothing in it is ever run or opened as a device.
 pub(crate) fn make_private(tree: BorrowedFd<'_>) -> nix::Result<()> {
-    let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC,
-        attr_clr: 0,
-        propagation: libc::MS_PRIVATE,
-        userns_fd: 0,
-    };
+    let set = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    set_attributes(tree, set, 0, libc::MS_PRIVATE, 0)
+}
+
+/// Lets nothing be written through the mount that `root` is the root of, or lets it again. Fails
+/// with EBUSY while a file is open for writing in it.
+pub(crate) fn protect(root: BorrowedFd<'_>, read_only: bool) -> nix::Result<()> {
+    let (set, clear) =
+        if read_only { (libc::MOUNT_ATTR_RDONLY, 0) } else { (0, libc::MOUNT_ATTR_RDONLY) };
+    set_attributes(root, set, clear, 0, 0)
+}
+
+/// The same with all that is mounted below.
+pub(crate) fn protect_all(root: BorrowedFd<'_>) -> nix::Result<()> {
+    set_attributes(root, libc::MOUNT_ATTR_RDONLY, 0, 0, libc::AT_RECURSIVE)
+}
+
+fn set_attributes(
+    root: BorrowedFd<'_>,
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    reach: libc::c_int,
+) -> nix::Result<()> {
+    let attributes = libc::mount_attr { attr_set, attr_clr, propagation, userns_fd: 0 };
     // SAFETY: the path is NUL-terminated and static, `attributes` is readable for the length that
     // is named; no memory is written.
     let done = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
+            root.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
+            libc::AT_EMPTY_PATH | reach,
             std::ptr::from_ref(&attributes),
             size_of::<libc::mount_attr>(),
         )
@@ -118,8 +137,14 @@ const HEADER: [u32; 2] = [0x2008_0522, 0];
 
 /// Makes `caps` (a bit each) the calling thread's effective and permitted capabilities.
 pub(crate) fn set_capabilities(caps: u64) -> nix::Result<()> {
-    let (low, high) = (caps as u32, (caps >> 32) as u32);
-    let data = [[low, low, 0], [high, high, 0]];
+    set_effective_capabilities(caps, caps)
+}
+
+/// The same with `permitted` ones that are not all in effect.
+pub(crate) fn set_effective_capabilities(effective: u64, permitted: u64) -> nix::Result<()> {
+    let [low, high] =
+        [0, 32].map(|shift| [(effective >> shift) as u32, (permitted >> shift) as u32]);
+    let data = [[low[0], low[1], 0], [high[0], high[1], 0]];
     // SAFETY: version 3 reads a header of two words and two records of three words.
     let done = unsafe { libc::syscall(libc::SYS_capset, HEADER.as_ptr(), data.as_ptr()) };
     Errno::result(done).map(drop)

@@ -22,12 +22,22 @@ pub(crate) struct Mount {
     /// What it is mounted on.
     pub(crate) parent: u64,
     /// Number of the file system, and what of it is mounted.
-    device: Vec<u8>,
-    root: PathBuf,
+    pub(crate) device: Vec<u8>,
+    pub(crate) root: PathBuf,
     /// Without the `/` before it.
     pub(crate) point: PathBuf,
     /// It gets mounts from elsewhere.
     pub(crate) slave: bool,
+    /// Nothing can be written through it.
+    pub(crate) read_only: bool,
+}
+
+impl Mount {
+    /// Whether a file may be reached through both.
+    pub(crate) fn overlaps(&self, other: &Self) -> bool {
+        let nested = self.root.starts_with(&other.root) || other.root.starts_with(&self.root);
+        self.device == other.device && nested
+    }
 }
 
 /// Opened as long as there is a /proc.
@@ -89,9 +99,9 @@ fn parse(line: &[u8]) -> Option<Mount> {
     let device = words.next()?.to_vec();
     let (root, point) = (unescape(words.next()?), unescape(words.next()?));
     let point = point.strip_prefix("/").ok()?.to_owned();
-    let slave =
-        words.skip(1).take_while(|word| *word != b"-").any(|word| word.starts_with(b"master:"));
-    Some(Mount { id, parent, device, root, point, slave })
+    let read_only = words.next()?.split(|byte| *byte == b',').any(|option| option == b"ro");
+    let slave = words.take_while(|word| *word != b"-").any(|word| word.starts_with(b"master:"));
+    Some(Mount { id, parent, device, root, point, slave, read_only })
 }
 
 /// White space and backslashes are written as `\` and three octal digits.
@@ -124,10 +134,24 @@ mod tests {
         assert_eq!(mount.device, b"98:0");
         assert_eq!(mount.root, PathBuf::from("/a b"));
         assert_eq!(mount.point, PathBuf::from("sources/x\\y\nz"));
+        assert!(!mount.read_only);
         assert!(!parse(b"1 2 0:1 / / rw - tmpfs master:1 rw").unwrap().slave);
+        assert!(parse(b"1 2 0:1 / / noatime,ro - tmpfs none rw").unwrap().read_only);
         for bad in [&b""[..], b"1", b"x 2 0:1 / / rw - a b c", b"1 2 0:1 / nowhere rw - a b c"] {
             assert_eq!(parse(bad), None, "{bad:?}");
         }
+    }
+
+    #[test]
+    fn mounts_of_one_folder_and_of_one_in_it_overlap() {
+        let at = |device: &str, root: &str| {
+            parse(format!("1 2 {device} {root} /x rw - a b c").as_bytes()).unwrap()
+        };
+        assert!(at("8:1", "/d").overlaps(&at("8:1", "/d")));
+        assert!(at("8:1", "/d").overlaps(&at("8:1", "/d/sub")));
+        assert!(at("8:1", "/d/sub").overlaps(&at("8:1", "/")));
+        assert!(!at("8:1", "/d").overlaps(&at("8:1", "/da")));
+        assert!(!at("8:1", "/d").overlaps(&at("8:2", "/d")));
     }
 
     #[test]

@@ -79,6 +79,9 @@ pub struct Config {
     /// Pings in a row without an answer after which a guest counts as dead.
     pub ping_misses: u32,
     pub stats_interval_ms: u64,
+    /// Guests cache nothing of the host's folders that they share. Otherwise they keep a file's pages
+    /// until its size or time is another one, and see a change of the host within a second.
+    pub strict_volumes: bool,
     /// A copied volume at most, bytes of content.
     pub volume_bytes: u64,
     /// A copied volume at most, files and folders.
@@ -119,6 +122,7 @@ impl Default for Config {
             ping_interval_ms: 5_000,
             ping_misses: 6,
             stats_interval_ms: 5_000,
+            strict_volumes: false,
             volume_bytes: 64 << 20,
             volume_files: 4096,
         }

@@ -51,6 +51,7 @@ pub(crate) fn enter(daemon: &Sandboxes, n: usize, pod: Value, container: Value) 
         log_path: PathBuf::from("app/0.log"),
         resources: Default::default(),
         user: Some(Identity { uid: 0, gid: 0, groups: vec![0] }),
+        shares: Vec::new(),
     };
     let address = u32::from_be_bytes([10, 0, 0, 0]) + n as u32 + 1;
     let attachment = Attachment {
@@ -118,6 +119,7 @@ fn container_spec(meta: Meta, origin: Value) -> ContainerSpec {
         image_name: "registry.example/app:1".into(),
         image_id: format!("sha256:{:064x}", 1),
         stop_signal: 15,
+        strict_volumes: Vec::new(),
         origin,
     }
 }

@@ -178,6 +178,9 @@ pub struct ContainerSpec {
     pub image_id: String,
     /// Signal that asks the container to end (number); 15 when the image names none.
     pub stop_signal: u32,
+    /// Places in the container of volumes of which the guest is to cache nothing.
+    #[serde(default)]
+    pub strict_volumes: Vec<String>,
     pub origin: serde_json::Value,
 }
 
@@ -225,6 +228,23 @@ pub enum Access {
     /// Mounts of the host below the source stay as they are.
     ReadOnly,
     ReadOnlyRecursive,
+}
+
+/// The share behind a volume ([`VolumeSource::Shared`]); several volumes of a pod may have the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ShareUse {
+    /// Number of the volume in its container.
+    pub(crate) volume: usize,
+    pub(crate) name: String,
+    /// What is shared, and the path of the volume in it.
+    pub(crate) source: PathBuf,
+    pub(crate) sub_path: String,
+    pub(crate) access: Access,
+    pub(crate) propagation: Propagation,
+    /// How ids are mapped, as text; empty: not at all.
+    pub(crate) ids: String,
+    /// The guest caches nothing.
+    pub(crate) strict: bool,
 }
 
 /// mount_namespaces(7), between the host and the container.

@@ -22,7 +22,7 @@ use oci_spec::runtime::LinuxResources;
 
 use crate::model::{
     ContainerId, ContainerSpec, ContainerState, ContainerView, ExitView, Identity, PodId,
-    PodResources, PodSpec, PodState, PodView, TracePhase,
+    PodResources, PodSpec, PodState, PodView, ShareUse, TracePhase,
 };
 use crate::ports::Attachment;
 
@@ -87,6 +87,8 @@ pub(crate) struct Container {
     pub(crate) log_path: PathBuf,
     pub(crate) resources: LinuxResources,
     pub(crate) user: Option<Identity>,
+    /// In the file server as long as a container needs them.
+    pub(crate) shares: Vec<ShareUse>,
 }
 
 impl Container {
@@ -172,6 +174,10 @@ pub(crate) enum Change {
         started: u64,
     },
     ContainerPlanned(Box<Container>),
+    ContainerShares {
+        id: ContainerId,
+        shares: Vec<ShareUse>,
+    },
     ContainerCreated {
         id: ContainerId,
         user: Identity,
@@ -298,6 +304,11 @@ impl Pod {
                 let id = container.id.clone();
                 self.ledger.push(Effect::ContainerFiles { container: id.clone() });
                 self.containers.insert(id, *container);
+            }
+            Change::ContainerShares { id, shares } => {
+                let container = self.container_mut(&id)?;
+                container.expect_phase(ContainerPhase::Creating)?;
+                container.shares = shares;
             }
             Change::ContainerCreated { id, user } => {
                 self.expect(&[Phase::Ready])?;

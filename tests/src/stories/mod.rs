@@ -15,6 +15,7 @@ mod memory;
 mod network;
 mod programs;
 mod security;
+mod shared_volumes;
 mod streaming;
 mod tool;
 mod trouble;
@@ -33,7 +34,7 @@ pub const WIDE: &[(&str, &str)] = &[
 
 /// Every story, those that others build on first.
 pub fn all() -> Vec<(&'static str, Story)> {
-    let rooms: [(&'static str, &[Story]); 21] = [
+    let rooms: &'static [(&'static str, &'static [Story])] = &[
         ("vmm", vmm::STORIES),
         ("life_cycle", life_cycle::STORIES),
         ("exec", exec::STORIES),
@@ -46,6 +47,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("devices", devices::STORIES),
         ("userns", userns::STORIES),
         ("volumes", volumes::STORIES),
+        ("shared_volumes", shared_volumes::STORIES),
         ("host_pods", host_pods::STORIES),
         ("kubelet", kubelet::STORIES),
         ("network", network::STORIES),
@@ -56,5 +58,5 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("guest_kernel", guest_kernel::STORIES),
         ("tool", tool::STORIES),
     ];
-    rooms.into_iter().flat_map(|(room, stories)| stories.iter().map(move |s| (room, *s))).collect()
+    rooms.iter().flat_map(|(room, stories)| stories.iter().map(move |s| (*room, *s))).collect()
 }

@@ -20,6 +20,7 @@ use agent_api::v1;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use super::images::{self, Image};
 use super::rootfs::blocking;
@@ -34,6 +35,9 @@ use crate::oci::userns::UserNamespace;
 
 /// Volumes of one container.
 const MAX_VOLUMES: usize = 512;
+
+/// Folders of a volume on which the host has mounted something; the list is the host's.
+const MAX_SUBMOUNTS: usize = 256;
 
 /// What has to be taken down with the container.
 #[derive(Debug, Default)]
@@ -175,10 +179,9 @@ impl Staged {
                 // Held while blocking: the first one mounts for the others.
                 let mut share = Arc::clone(&agent.share).lock_owned().await;
                 let (id, sub_path) = (id.clone(), sub_path.clone());
-                let submounts = volume.submounts.clone();
                 blocking(move || {
                     share.mount()?;
-                    share.open(&id, &sub_path, &submounts)
+                    share.open(&id, &sub_path)
                 })
                 .await
             }
@@ -303,5 +306,42 @@ fn attach(
         fs::File::create_new(target).doing(what)?;
     }
     tree.attach(target).doing(what)?;
+    if volume.read_only && !volume.recursive_read_only {
+        open_submounts(target, &volume.submounts)?;
+    }
     Ok(directory)
+}
+
+/// Lets be written to what the host has mounted below a read-only volume: here it is part of the
+/// volume's own mount.
+fn open_submounts(target: &Path, submounts: &[String]) -> Result<()> {
+    if submounts.len() > MAX_SUBMOUNTS {
+        return Err(Error::Exhausted { what: "submounts", limit: MAX_SUBMOUNTS as u64 });
+    }
+    if submounts.is_empty() {
+        return Ok(());
+    }
+    let root = open_dir(target)?;
+    for submount in submounts {
+        // Another container may write to the volume: no link of it leads to what is protected.
+        let how = OpenHow::new()
+            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+        let place = match openat2(root.as_fd(), relative(submount)?, how) {
+            Ok(place) => place,
+            // One that has gone away is no loss.
+            Err(error) => {
+                tracing::info!(submount, %error, "submount is not there");
+                continue;
+            }
+        };
+        let what = || format!("let {submount:?} be written to");
+        if !fstatvfs(&place).doing(what)?.flags().contains(FsFlags::ST_RDONLY) {
+            continue;
+        }
+        let tree = Tree::copy(place.as_fd()).doing(what)?;
+        tree.writable().doing(what)?;
+        tree.attach_at(place.as_fd()).doing(what)?;
+    }
+    Ok(())
 }

@@ -1,8 +1,8 @@
 //! The pod's share: the folder of the host's volumes, a virtio-fs device that is mounted at first
 //! use and stays until the pod ends. Its top-level entries are the volumes.
 //!
-//! What the host has mounted inside a volume arrives as an automount of the guest's kernel
-//! (FUSE_ATTR_SUBMOUNT), in whichever mount namespace walks into it.
+//! All of it is one file system, whatever the host has mounted inside a volume: two volumes that lead
+//! to one file of the host lead to one inode here.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,9 +20,6 @@ use crate::error::{Doing, Error, Result};
 
 /// From the plugging of the device until its driver has found it.
 const TAG_DEADLINE: Duration = Duration::from_secs(10);
-/// Folders inside a volume that are opened ahead; the list is the host's, each costs a round trip.
-pub const MAX_SUBMOUNTS: usize = 256;
-
 /// Where the share comes from.
 #[derive(Debug, Clone)]
 pub enum Source {
@@ -65,9 +62,8 @@ impl Share {
         Ok(())
     }
 
-    /// An entry, or what `sub_path` names in it: an O_PATH descriptor. `submounts` are folders in
-    /// it on which the host has mounted something.
-    pub fn open(&self, id: &str, sub_path: &str, submounts: &[String]) -> Result<OwnedFd> {
+    /// An entry, or what `sub_path` names in it: an O_PATH descriptor.
+    pub fn open(&self, id: &str, sub_path: &str) -> Result<OwnedFd> {
         crate::ids::check("volume id", id)?;
         let share = open_dir(&self.at)?;
         let mut path = PathBuf::from(id);
@@ -75,40 +71,21 @@ impl Share {
             path.push(relative(sub_path)?);
         }
         let what = || format!("open {} of the pod's share", path.display());
-        let opened = match enter(&share, &path) {
+        match enter(&share, &path) {
             Err(Errno::ENOENT | Errno::ENOTDIR) => {
                 let id = path.display().to_string();
-                return Err(Error::NotFound { what: "entry of the pod's share", id });
+                Err(Error::NotFound { what: "entry of the pod's share", id })
             }
-            result => result.doing(what)?,
-        };
-        if submounts.len() > MAX_SUBMOUNTS {
-            return Err(Error::Exhausted { what: "submounts", limit: MAX_SUBMOUNTS as u64 });
+            result => result.doing(what),
         }
-        for submount in submounts {
-            // Walked into now, so that it has a mount of its own before the volume's is made
-            // read-only; one that has gone away is no loss.
-            if let Err(error) = enter(&opened, relative(submount)?) {
-                tracing::info!(volume = id, submount, %error, "submount is not there");
-            }
-        }
-        Ok(opened)
     }
 }
 
-/// Mounted folders are walked into by the kernel only when a folder is asked for; volumes may be
-/// files, too.
 fn enter(dir: &OwnedFd, path: &Path) -> nix::Result<OwnedFd> {
-    let open = |flags| {
-        let how = OpenHow::new()
-            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | flags)
-            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        openat2(dir.as_fd(), path, how)
-    };
-    match open(OFlag::O_DIRECTORY) {
-        Err(Errno::ENOTDIR) => open(OFlag::empty()),
-        other => other,
-    }
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    openat2(dir.as_fd(), path, how)
 }
 
 fn mount_device(at: &Path) -> std::io::Result<()> {

@@ -62,6 +62,11 @@ impl Tree {
         self.set(reach, &MountAttr { attr_set: MOUNT_ATTR_RDONLY, ..attributes() })
     }
 
+    /// Undoes that for the top mount.
+    pub fn writable(&self) -> io::Result<()> {
+        self.set(Reach::Top, &MountAttr { attr_clr: MOUNT_ATTR_RDONLY, ..attributes() })
+    }
+
     /// MS_PRIVATE, MS_SLAVE or MS_SHARED for all mounts of the tree.
     pub fn propagation(&self, kind: MsFlags) -> io::Result<()> {
         self.set(Reach::All, &MountAttr { propagation: kind.bits(), ..attributes() })
@@ -74,11 +79,12 @@ impl Tree {
     }
 
     pub fn attach(&self, target: &Path) -> io::Result<()> {
-        let target = open(target, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+        self.attach_at(open(target, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?.as_fd())
+    }
+
+    pub fn attach_at(&self, target: BorrowedFd<'_>) -> io::Result<()> {
         let flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH;
-        create_syscall()
-            .move_mount(self.0.as_fd(), None, target.as_fd(), None, flags)
-            .map_err(io_error)
+        create_syscall().move_mount(self.0.as_fd(), None, target, None, flags).map_err(io_error)
     }
 }
 

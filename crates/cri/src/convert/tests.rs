@@ -58,6 +58,7 @@ pub(crate) fn container() -> ContainerView {
         image_name: "nginx:1".into(),
         image_id: "sha256:00".into(),
         stop_signal: 3,
+        strict_volumes: vec![],
         origin: json!({
             "mounts": [{ "container_path": "/x", "image": { "image_ref": "sha256:d" } }],
             "image": { "image": "sha256:00", "user_specified_image": "nginx:1" },

@@ -1,9 +1,117 @@
-//! What the host has mounted below a folder: /proc/self/mountinfo (proc_pid_mountinfo(5)).
+//! What the host has mounted, and where in it a path is: /proc/self/mountinfo
+//! (proc_pid_mountinfo(5)).
 
 use std::ffi::OsString;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
+
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+
+/// Where a file or folder is: the same for all paths and bind mounts that lead to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Without links.
+    pub(crate) path: PathBuf,
+    /// `major:minor` of the file system, and the path in it.
+    pub(crate) device: Vec<u8>,
+    pub(crate) root: PathBuf,
+    pub(crate) dev: u64,
+    pub(crate) ino: u64,
+    /// What is mounted below it.
+    pub(crate) below: Vec<Below>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Below {
+    /// Relative to the place.
+    pub(crate) point: PathBuf,
+    pub(crate) device: Vec<u8>,
+    pub(crate) root: PathBuf,
+}
+
+impl Place {
+    /// Where `path` leads to now. Blocks.
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+        let path = fs::canonicalize(path)?;
+        let file = open(&path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+        let known = fs::metadata(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+        let mount = mount_id(file.as_raw_fd())?;
+        let table = fs::read("/proc/self/mountinfo")?;
+        let (dev, ino) = (known.dev(), known.ino());
+        let (device, root, below) = locate(&table, mount, &path)
+            .ok_or_else(|| io::Error::other(format!("mount {mount} is in no table")))?;
+        Ok(Self { path, device, root, dev, ino, below })
+    }
+
+    /// Whether a file may be in both.
+    pub(crate) fn overlaps(&self, other: &Self) -> bool {
+        let nested = self.root.starts_with(&other.root) || other.root.starts_with(&self.root);
+        self.device == other.device && nested
+    }
+
+    /// The path by which `inner` is reached from here, if exactly the same is found there.
+    pub(crate) fn path_to(&self, inner: &Self) -> Option<PathBuf> {
+        let path = inner.root.strip_prefix(&self.root).ok()?;
+        if self.device != inner.device {
+            return None;
+        }
+        let below = self.below.iter().filter_map(|mount| {
+            let point = mount.point.strip_prefix(path).ok()?.to_owned();
+            (!point.as_os_str().is_empty()).then(|| Below { point, ..mount.clone() })
+        });
+        let found = fs::symlink_metadata(self.path.join(path)).ok()?;
+        let same = (found.dev(), found.ino()) == (inner.dev, inner.ino);
+        (same && below.eq(inner.below.iter().cloned())).then(|| path.to_owned())
+    }
+}
+
+/// The id of the mount that a descriptor's file was found by (proc_pid_fdinfo(5)).
+fn mount_id(fd: i32) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{fd}"))?;
+    let id = text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+    id.ok_or_else(|| io::Error::other("/proc/self/fdinfo has no mnt_id"))
+}
+
+/// `id parent major:minor root point …`
+struct Line {
+    id: u64,
+    device: Vec<u8>,
+    root: PathBuf,
+    point: PathBuf,
+}
+
+fn parse(line: &[u8]) -> Option<Line> {
+    let mut words = line.split(|byte| *byte == b' ');
+    let id = std::str::from_utf8(words.next()?).ok()?.parse().ok()?;
+    let device = words.nth(1)?.to_vec();
+    Some(Line { id, device, root: unescape(words.next()?), point: unescape(words.next()?) })
+}
+
+type Located = (Vec<u8>, PathBuf, Vec<Below>);
+
+/// File system, path in it and mounts below of a path that was found by the mount `id`.
+fn locate(table: &[u8], id: u64, path: &Path) -> Option<Located> {
+    let lines: Vec<Line> = table.split(|byte| *byte == b'\n').filter_map(parse).collect();
+    let own = lines.iter().find(|line| line.id == id)?;
+    let inside = path.strip_prefix(&own.point).ok()?;
+    // Joining nothing would append a slash.
+    let empty = inside.as_os_str().is_empty();
+    let root = if empty { own.root.clone() } else { own.root.join(inside) };
+    let mut below: Vec<Below> = lines
+        .iter()
+        .filter_map(|line| {
+            let point = line.point.strip_prefix(path).ok()?.to_owned();
+            let (device, root) = (line.device.clone(), line.root.clone());
+            (!point.as_os_str().is_empty()).then_some(Below { point, device, root })
+        })
+        .collect();
+    below.sort();
+    Some((own.device.clone(), root, below))
+}
 
 /// Folders with mounts below `source`, relative to it, at most `limit`; nothing for a file. Links
 /// in `source` are followed. Blocks.
@@ -63,6 +171,40 @@ mod tests {
         assert_eq!(below("/data", 9), ["b c", "b c/d"]);
         assert_eq!(below("/data", 1), ["b c"]);
         assert!(below("/database", 9).is_empty());
+    }
+
+    #[test]
+    fn a_path_is_at_one_place_whichever_mount_leads_to_it() {
+        let table = b"22 1 8:1 / / rw - ext4 /dev/sda rw
+30 22 8:1 /data/vol/sub /pods/sub rw - ext4 /dev/sda rw
+31 22 0:6 / /data/vol/sub/m rw - tmpfs none rw
+";
+        let at = |id, path: &str| locate(table, id, Path::new(path)).unwrap();
+        let (device, root, below) = at(30, "/pods/sub/x");
+        assert_eq!((&device[..], root, below.len()), (&b"8:1"[..], "/data/vol/sub/x".into(), 0));
+        let (_, root, below) = at(22, "/data/vol");
+        assert_eq!((root, below[0].point.clone()), ("/data/vol".into(), PathBuf::from("sub/m")));
+        assert_eq!(at(30, "/pods/sub").1, PathBuf::from("/data/vol/sub"));
+        assert_eq!(locate(table, 99, Path::new("/x")), None);
+    }
+
+    #[test]
+    fn a_folder_is_reached_from_the_one_around_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("a/b");
+        fs::create_dir_all(&inner).unwrap();
+        std::os::unix::fs::symlink("a", dir.path().join("link")).unwrap();
+        let outer = Place::of(dir.path()).unwrap();
+        let found = Place::of(&dir.path().join("link/b")).unwrap();
+        assert_eq!(found, Place::of(&inner).unwrap());
+        assert!(outer.overlaps(&found) && found.overlaps(&outer));
+        assert_eq!(outer.path_to(&found), Some("a/b".into()));
+        assert_eq!(found.path_to(&outer), None);
+        assert_eq!(outer.path_to(&outer), Some(PathBuf::new()));
+        // Something else by that name now.
+        fs::rename(dir.path().join("a"), dir.path().join("c")).unwrap();
+        fs::create_dir_all(&inner).unwrap();
+        assert_eq!(outer.path_to(&found), None);
     }
 
     #[test]

@@ -5,10 +5,11 @@
 //!   start ---> VMM gets the connection (Vmm::add_fs) ---> guest mounts the tag
 //!     add, remove: at any time; both may be repeated
 //! ```
-//! A share is a detached copy of the host's mount, made here by the daemon, with the flags that the
-//! container asked for. The host's path is resolved once; what becomes a link later leads nowhere
-//! else. The server lives in the pod's cgroup, so the end of that is its end; its shares go with
-//! its mount namespace, and leave nothing on the host to be undone.
+//! A share is a detached copy of the host's mount, made here by the daemon. The host's path is
+//! resolved once; what becomes a link later leads nowhere else. The server protects what nobody may
+//! write to; servers of the release before do not, and get mounts whose flags say it. The server
+//! lives in the pod's cgroup, so the end of that is its end; its shares go with its mount namespace,
+//! and leave nothing on the host to be undone.
 //!
 //! Spec: open_tree(2), mount_setattr(2), mount_namespaces(7).
 
@@ -24,7 +25,7 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::sys::time::{TimeVal, TimeValLike};
-use vmm_api::shares::{Error as Refusal, Reply, Request};
+use vmm_api::shares::{Access, Error as Refusal, Reply, Request};
 use vmm_api::transport::{self, TransportError};
 
 use super::{absent_is_fine, blocking, sockets};
@@ -33,16 +34,6 @@ use crate::launcher::{Launch, Launched, Namespaces, Program};
 
 /// A server that is not ready by then is broken.
 const START_LIMIT: Duration = Duration::from_secs(20);
-
-/// How much of a share the guest cannot write to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ReadOnly {
-    No,
-    /// The mount itself, not what is mounted below it: what runc's `ro` means.
-    Top,
-    /// Everything: `rro`.
-    Recursive,
-}
 
 /// Whether the host's later mounts below the path appear in the share. The guest's never appear on
 /// the host.
@@ -62,8 +53,10 @@ pub(crate) enum Kind {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Share {
-    pub(crate) read_only: ReadOnly,
+    pub(crate) access: Access,
     pub(crate) propagation: Propagation,
+    /// The server keeps the access; otherwise the mount's flags do.
+    pub(crate) kept: bool,
 }
 
 /// The control of one pod's server; every call has a connection and a deadline of its own.
@@ -124,7 +117,7 @@ impl ShareServer {
     }
 
     /// Shares `source` (links in it are followed, now) as `name`. One that is there already stays
-    /// as it is: a name stands for a source and a mode.
+    /// as it is, but for what may be written to: a name stands for a source.
     pub(crate) async fn add(&self, name: &str, source: &Path, share: Share) -> Result<Kind, Error> {
         self.add_as(name, source, share, None).await
     }
@@ -159,9 +152,14 @@ impl ShareServer {
                 return Err(Error::Deadline { what, limit });
             }
         };
-        let request = Request::Add { name: name.to_owned() };
+        let access = if share.kept { share.access } else { Access::AsMounted };
+        let request = Request::Add { name: name.to_owned(), access };
         match self.call(request, Some(tree)).await? {
-            Ok(_) | Err(Refusal::Exists { .. }) => Ok(kind),
+            Ok(_) => Ok(kind),
+            Err(Refusal::Exists { .. }) if share.kept => {
+                self.access(name, share.access).await.map(|()| kind)
+            }
+            Err(Refusal::Exists { .. }) => Ok(kind),
             Err(e @ Refusal::Full { .. }) => {
                 Err(Error::ResourceExhausted { message: e.to_string() })
             }
@@ -181,10 +179,18 @@ impl ShareServer {
         }
     }
 
-    /// Names of the shares.
-    pub(crate) async fn list(&self) -> Result<Vec<String>, Error> {
+    /// Changes what the users of a share may write to.
+    pub(crate) async fn access(&self, name: &str, access: Access) -> Result<(), Error> {
+        match self.call(Request::Access { name: name.to_owned(), access }, None).await? {
+            Ok(_) => Ok(()),
+            Err(e) => Err(Error::Internal(anyhow::Error::new(e).context("protect a share"))),
+        }
+    }
+
+    /// Names of the shares, and the server's version (`vmm_api::shares`).
+    pub(crate) async fn list(&self) -> Result<(Vec<String>, u32), Error> {
         match self.call(Request::List, None).await? {
-            Ok(Reply::Shares { names }) => Ok(names),
+            Ok(Reply::Shares { names, version }) => Ok((names, version)),
             got => Err(Error::unavailable(format!("file server answered {got:?} to a list"))),
         }
     }
@@ -299,10 +305,11 @@ fn map_ids(tree: &OwnedFd, ids: &OwnedFd) -> nix::Result<()> {
 fn attributes(share: Share) -> (libc::mount_attr, libc::mount_attr) {
     let plain = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
     let read_only = libc::MOUNT_ATTR_RDONLY;
-    let (top, below) = match share.read_only {
-        ReadOnly::No => (0, 0),
-        ReadOnly::Top => (read_only, 0),
-        ReadOnly::Recursive => (read_only, read_only),
+    let (top, below) = match share.access {
+        _ if share.kept => (0, 0),
+        Access::ReadWrite | Access::AsMounted => (0, 0),
+        Access::ReadOnly => (read_only, 0),
+        Access::ReadOnlyRecursive => (read_only, read_only),
     };
     let propagation = match share.propagation {
         Propagation::Private => libc::MS_PRIVATE,
@@ -365,7 +372,8 @@ mod tests {
 
     use super::*;
 
-    const PLAIN: Share = Share { read_only: ReadOnly::No, propagation: Propagation::Private };
+    const PLAIN: Share =
+        Share { access: Access::ReadWrite, propagation: Propagation::Private, kept: false };
 
     /// Where a detached mount can be looked into.
     fn inside(tree: &OwnedFd) -> PathBuf {
@@ -392,10 +400,10 @@ mod tests {
         assert_eq!(fs::read_to_string(inside(&tree).join("a")).unwrap(), "one");
         fs::write(inside(&tree).join("b"), "two").unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("b")).unwrap(), "two");
-        for read_only in [ReadOnly::Top, ReadOnly::Recursive] {
-            let (tree, _) = mount_of(dir.path(), Share { read_only, ..PLAIN }, None).unwrap();
+        for access in [Access::ReadOnly, Access::ReadOnlyRecursive] {
+            let (tree, _) = mount_of(dir.path(), Share { access, ..PLAIN }, None).unwrap();
             let refused = fs::write(inside(&tree).join("c"), "").unwrap_err();
-            assert_eq!(refused.raw_os_error(), Some(libc::EROFS), "{read_only:?}");
+            assert_eq!(refused.raw_os_error(), Some(libc::EROFS), "{access:?}");
         }
     }
 

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{ContainerSpec, ExitView, Identity, PodSpec, TracePhase};
+use crate::model::{ContainerSpec, ExitView, Identity, PodSpec, ShareUse, TracePhase};
 use crate::policy::{Container, ContainerPhase, Effect, Phase, Pod};
 use crate::ports::Attachment;
 
@@ -92,6 +92,8 @@ struct StoredContainer {
     log_path: PathBuf,
     resources: LinuxResources,
     user: Option<Identity>,
+    #[serde(default)]
+    shares: Vec<ShareUse>,
     spec: ContainerSpec,
 }
 
@@ -250,6 +252,7 @@ impl From<Container> for StoredContainer {
             log_path,
             resources,
             user,
+            shares,
         } = container;
         let phase = match phase {
             ContainerPhase::Creating => StoredContainerPhase::Creating,
@@ -275,6 +278,7 @@ impl From<Container> for StoredContainer {
             log_path,
             resources,
             user,
+            shares,
             spec,
         }
     }
@@ -293,6 +297,7 @@ impl From<StoredContainer> for Container {
             log_path,
             resources,
             user,
+            shares,
             spec,
         } = stored;
         let phase = match phase {
@@ -319,6 +324,7 @@ impl From<StoredContainer> for Container {
             log_path,
             resources,
             user,
+            shares,
         }
     }
 }

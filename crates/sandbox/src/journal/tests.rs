@@ -1,4 +1,5 @@
 use super::*;
+use crate::model::{Access, Propagation, ShareUse};
 use crate::policy::{Change, tests as samples};
 
 fn journal() -> (tempfile::TempDir, Journal) {
@@ -48,6 +49,35 @@ fn a_pod_comes_back_as_it_was_written() {
     journal.remove(&pod.id).unwrap();
     journal.remove(&pod.id).unwrap();
     assert!(journal.load().unwrap().is_empty());
+}
+
+#[test]
+fn shares_of_a_container_come_back_and_a_record_of_the_release_before_has_none() {
+    let (_dir, journal) = journal();
+    let mut pod = sample();
+    let share = ShareUse {
+        volume: 2,
+        name: "f1".into(),
+        source: "/data".into(),
+        sub_path: "a/b".into(),
+        access: Access::ReadOnly,
+        propagation: Propagation::Private,
+        ids: String::new(),
+        strict: true,
+    };
+    pod.containers.get_mut("c").unwrap().shares.push(share.clone());
+    journal.write(&pod, "boot").unwrap();
+    let Found::Pod { pod: read, .. } = only(&journal) else { panic!("not understood") };
+    assert_eq!(read.containers["c"].shares, [share]);
+    let path = journal.folder("pod").join(RECORD);
+    let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let container = value["containers"][0].as_object_mut().unwrap();
+    container.remove("shares").unwrap();
+    container["spec"].as_object_mut().unwrap().remove("strict_volumes").unwrap();
+    fs::write(&path, value.to_string()).unwrap();
+    let Found::Pod { pod: read, .. } = only(&journal) else { panic!("not understood") };
+    assert!(read.containers["c"].shares.is_empty());
+    assert!(read.containers["c"].spec.strict_volumes.is_empty());
 }
 
 #[test]

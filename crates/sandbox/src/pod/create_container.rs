@@ -42,6 +42,7 @@ pub(crate) fn new_container(pod: &Pod, id: ContainerId, spec: ContainerSpec) -> 
         log_path,
         resources: limits.unwrap_or_default(),
         user: None,
+        shares: Vec::new(),
         spec: Arc::new(spec),
     }
 }
@@ -210,7 +211,7 @@ pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
             tracing::warn!(container = id, %error, "guest keeps a container that failed");
             return;
         }
-        shares::remove(handle, id, &container.spec).await;
+        shares::remove(handle, id).await;
         if let Err(error) = disks::unplug(handle, id, &container.spec).await {
             tracing::warn!(container = id, %error, "a disk stays in the VM");
         }

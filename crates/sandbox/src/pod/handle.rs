@@ -110,6 +110,8 @@ pub(crate) struct Handle {
     pub(super) pinning: tokio::sync::Mutex<()>,
     /// The file server, once it is needed. Held while it starts.
     pub(super) shares: tokio::sync::Mutex<Option<Arc<Server>>>,
+    /// Held while shares are added or removed: several containers may have the same one.
+    pub(super) sharing: tokio::sync::Mutex<()>,
     /// Measures once what nobody has measured yet.
     pub(super) first_stats: tokio::sync::OnceCell<()>,
     /// Somebody has read the statistics.
@@ -162,6 +164,7 @@ impl Handle {
             resizing: tokio::sync::Mutex::default(),
             pinning: tokio::sync::Mutex::default(),
             shares: tokio::sync::Mutex::default(),
+            sharing: tokio::sync::Mutex::default(),
             live: Mutex::default(),
             first_stats: tokio::sync::OnceCell::new(),
             stats_read: tokio::sync::Notify::new(),

@@ -20,6 +20,7 @@ mod recover;
 mod remove_container;
 mod remove_pod;
 mod run_pod;
+mod share_plan;
 mod shares;
 mod start_container;
 mod stats;

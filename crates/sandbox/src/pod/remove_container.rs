@@ -67,7 +67,7 @@ pub(super) async fn free_in_guest(handle: &Arc<Handle>, id: &str) -> Result<(), 
         .guest
         .call("remove the container", |mut c| async move { c.remove_container(request).await })
         .await?;
-    shares::remove(handle, id, &spec).await;
+    shares::remove(handle, id).await;
     if let Err(error) = disks::unplug(handle, id, &spec).await {
         // The disk's slot stays taken until the VM ends; the container is gone all the same.
         tracing::warn!(container = id, %error, "a disk stays in the VM");

@@ -1,26 +1,34 @@
 //! Folders and files of the host that are shared with the guest: the pod's file server, started at
 //! the first of them, and its shares.
 //!
+//! A share is one of the pod, not of a container: those that mount one folder have one share, which
+//! goes with the last of them ([`super::share_plan`]). Who uses which stands with the container, in
+//! the journal, before the server has it.
+//!
 //! The server lives in the pod's cgroup and serves one virtio-fs device. If it dies, that device
 //! answers with errors for ever: the pod goes on, further shares are refused.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::Arc;
 
 use agent_api::SHARE_TAG;
 use oci_spec::runtime::{LinuxIdMapping, Spec};
 
+use vmm_api::shares::{Access, VERSION_ACCESS};
+
 use super::handle::Handle;
+use super::share_plan::{self, Wanted};
 use super::volumes::volume_id;
 use crate::error::Error;
 use crate::host::process::{Process, start_time};
-use crate::host::share::{self, ReadOnly, ShareServer, Start, Started};
+use crate::host::share::{self, ShareServer, Start, Started};
 use crate::host::{blocking, cgroup};
 use crate::launcher::IdRange;
-use crate::model::{Access, ContainerSpec, Propagation, Volume, VolumeSource};
-use crate::policy::{Change, Effect};
+use crate::model::{self, ContainerSpec, Propagation, ShareUse, Volume, VolumeSource};
+use crate::policy::{Change, Container, Effect, Pod};
 use crate::vmm::serial;
 
 /// Id of the device in the VMM.
@@ -31,24 +39,21 @@ const DEVICE: &str = "shares";
 pub(super) struct Server {
     shares: ShareServer,
     process: Process,
-}
-
-/// Name of a share; a volume's own is longer than a share's may be.
-pub(super) fn name(volume_id: &str) -> String {
-    serial('f', volume_id.as_bytes())
+    /// It protects shares by what their users may write to (`vmm_api::shares::Access`).
+    keeps_access: bool,
 }
 
 /// How a container's user namespace maps ids; a share shows what stands on the disk as the guest
 /// knows those ids, so that the container sees them as they are.
 #[derive(Debug)]
-pub(super) struct Ids {
+struct Ids {
     uids: Vec<IdRange>,
     gids: Vec<IdRange>,
 }
 
 impl Ids {
     /// None: the container has no user namespace.
-    pub(super) fn of(oci: &Spec) -> Option<Self> {
+    fn of(oci: &Spec) -> Option<Self> {
         let linux = oci.linux().as_ref()?;
         let ranges = |mappings: &Option<Vec<LinuxIdMapping>>| {
             mappings.iter().flatten().map(range).collect::<Vec<_>>()
@@ -58,58 +63,154 @@ impl Ids {
     }
 }
 
+impl fmt::Display for Ids {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (kind, ranges) in [("uid", &self.uids), ("gid", &self.gids)] {
+            for IdRange { inside, outside, count } in ranges {
+                write!(f, "{kind} {inside} {outside} {count};")?;
+            }
+        }
+        Ok(())
+    }
+}
+
 fn range(mapping: &LinuxIdMapping) -> IdRange {
     IdRange { inside: mapping.container_id(), outside: mapping.host_id(), count: mapping.size() }
 }
 
-/// Shares a volume of the host under `name`.
-pub(super) async fn add(
+/// Shares what a container's volumes need of the host; by the volume's number.
+pub(super) async fn prepare(
     handle: &Arc<Handle>,
-    name: &str,
-    source: &Path,
-    volume: &Volume,
-    ids: Option<Ids>,
-) -> Result<(), Error> {
+    container: &str,
+    spec: &ContainerSpec,
+) -> Result<BTreeMap<usize, ShareUse>, Error> {
+    let is_shared = |volume: &&Volume| matches!(volume.source, VolumeSource::Shared { .. });
+    let mut shared = spec.volumes.iter().filter(is_shared).peekable();
+    if handle.machine.host().is_some() || shared.peek().is_none() {
+        return Ok(BTreeMap::new());
+    }
+    if shared.any(|volume| volume.propagation == Propagation::Bidirectional) {
+        return Err(Error::invalid("mounts of a VM cannot appear on its host"));
+    }
     let server = {
         // Goes on when our caller gives up: a server half started would be nobody's.
         let handle = handle.clone();
         let started = tokio::spawn(async move { server(&handle).await });
         started.await.map_err(|e| Error::Internal(e.into()))??
     };
-    let share = share::Share {
-        read_only: match volume.access {
-            Access::ReadWrite => ReadOnly::No,
-            Access::ReadOnly => ReadOnly::Top,
-            Access::ReadOnlyRecursive => ReadOnly::Recursive,
-        },
-        propagation: match volume.propagation {
-            Propagation::Private => share::Propagation::Private,
-            Propagation::HostToContainer => share::Propagation::Slave,
-            Propagation::Bidirectional => {
-                return Err(Error::invalid("mounts of a VM cannot appear on its host"));
-            }
-        },
+    // Until they are in the server: those of another container go meanwhile, and come.
+    let _sharing = handle.sharing.lock().await;
+    let ids = Ids::of(&spec.oci);
+    let wanted = wanted(handle, spec, ids.as_ref());
+    let uses = match server.keeps_access {
+        true => {
+            let known = uses(&handle.pod(), |_| true);
+            let limit = handle.node.config.vmm_call_deadline();
+            // A source on a server that does not answer blocks for ever; that thread is lost.
+            let planned = blocking(move || share_plan::plan(&known, wanted));
+            let late = || Error::Deadline { what: "look at the volumes".into(), limit };
+            tokio::time::timeout(limit, planned).await.map_err(|_| late())??
+        }
+        // A server of the release before: each volume has a share of its own.
+        false => {
+            let named = |wanted: Wanted| {
+                let name = former_name(container, wanted.volume);
+                wanted.under(name)
+            };
+            wanted.into_iter().map(named).collect()
+        }
     };
+    let change = Change::ContainerShares { id: container.to_owned(), shares: uses.clone() };
+    handle.commit(vec![change]).await?;
+    for share in &uses {
+        add(handle, &server, share, ids.as_ref()).await?;
+    }
+    Ok(uses.into_iter().map(|share| (share.volume, share)).collect())
+}
+
+fn wanted(handle: &Handle, spec: &ContainerSpec, ids: Option<&Ids>) -> Vec<Wanted> {
+    let ids = ids.map(Ids::to_string).unwrap_or_default();
+    let mut wanted = Vec::new();
+    for (n, volume) in spec.volumes.iter().enumerate() {
+        let VolumeSource::Shared { host_path } = &volume.source else { continue };
+        wanted.push(Wanted {
+            volume: n,
+            path: host_path.clone(),
+            access: volume.access,
+            propagation: volume.propagation,
+            ids: ids.clone(),
+            strict: handle.node.config.strict_volumes
+                || spec.strict_volumes.contains(&volume.container_path),
+        });
+    }
+    wanted
+}
+
+async fn add(
+    handle: &Handle,
+    server: &Server,
+    share: &ShareUse,
+    ids: Option<&Ids>,
+) -> Result<(), Error> {
+    let made = share::Share {
+        access: access(&handle.pod(), &share.name, |_| true).unwrap_or(share_access(share.access)),
+        propagation: match share.propagation {
+            Propagation::HostToContainer => share::Propagation::Slave,
+            Propagation::Private | Propagation::Bidirectional => share::Propagation::Private,
+        },
+        kept: server.keeps_access,
+    };
+    let (name, source) = (&share.name, &share.source);
     let shared = match ids {
-        None => server.shares.add(name, source, share).await,
+        None => server.shares.add(name, source, made).await,
         Some(Ids { uids, gids }) => {
+            let (uids, gids) = (uids.clone(), gids.clone());
             let namespace = handle.node.launcher.user_namespace(uids, gids).await?;
-            server.shares.add_mapped(name, source, share, namespace).await
+            server.shares.add_mapped(name, source, made, namespace).await
         }
     };
     shared.map(drop)
 }
 
-/// Shares that a container has.
-fn names(container: &str, spec: &ContainerSpec) -> Vec<String> {
-    let volumes = spec.volumes.iter().enumerate();
-    let shared = volumes.filter(|(_, v)| matches!(v.source, VolumeSource::Shared { .. }));
-    shared.map(|(n, _)| name(&volume_id(container, n))).collect()
+fn share_access(access: model::Access) -> Access {
+    match access {
+        model::Access::ReadWrite => Access::ReadWrite,
+        model::Access::ReadOnly => Access::ReadOnly,
+        model::Access::ReadOnlyRecursive => Access::ReadOnlyRecursive,
+    }
 }
 
-/// Takes a container's shares away; the guest uses them no more. Goes on past failures.
-pub(super) async fn remove(handle: &Arc<Handle>, container: &str, spec: &ContainerSpec) {
-    let names = names(container, spec);
+/// What containers of the pod have shared.
+fn uses(pod: &Pod, of: impl Fn(&Container) -> bool) -> Vec<ShareUse> {
+    let containers = pod.containers.values().filter(|container| of(container));
+    containers.flat_map(|container| container.shares.iter().cloned()).collect()
+}
+
+/// What these containers may write to in a share; none of them has it otherwise.
+fn access(pod: &Pod, name: &str, of: impl Fn(&Container) -> bool) -> Option<Access> {
+    let uses = uses(pod, of);
+    uses.iter().filter(|share| share.name == name).map(|share| share_access(share.access)).max()
+}
+
+/// Name of the share of a container's volume in a server of the release before.
+fn former_name(container: &str, volume: usize) -> String {
+    serial('f', volume_id(container, volume).as_bytes())
+}
+
+fn former_names(container: &Container) -> Vec<String> {
+    let volumes = container.spec.volumes.iter().enumerate();
+    let shared = volumes.filter(|(_, v)| matches!(v.source, VolumeSource::Shared { .. }));
+    shared.map(|(n, _)| former_name(&container.id, n)).collect()
+}
+
+/// Takes away those of a container's shares that no other one has; the guest uses them no more.
+/// Goes on past failures.
+pub(super) async fn remove(handle: &Arc<Handle>, container: &str) {
+    let Ok(gone) = handle.container(container) else { return };
+    let mut names: BTreeSet<String> = gone.shares.iter().map(|share| share.name.clone()).collect();
+    if names.is_empty() {
+        names.extend(former_names(&gone));
+    }
     if names.is_empty() || find_effect(handle).is_none() {
         return;
     }
@@ -118,8 +219,15 @@ pub(super) async fn remove(handle: &Arc<Handle>, container: &str, spec: &Contain
         // With the server its shares are gone.
         Err(error) => return tracing::debug!(container, %error, "no shares to be removed"),
     };
+    let _sharing = handle.sharing.lock().await;
+    let pod = handle.pod();
     for name in names {
-        if let Err(error) = server.shares.remove(&name).await {
+        let done = match access(&pod, &name, |other| other.id != container) {
+            Some(access) if server.keeps_access => server.shares.access(&name, access).await,
+            Some(_) => Ok(()),
+            None => server.shares.remove(&name).await,
+        };
+        if let Err(error) = done {
             tracing::warn!(container, %error, "a share stays until the pod ends");
         }
     }
@@ -153,8 +261,8 @@ async fn server(handle: &Arc<Handle>) -> Result<Arc<Server>, Error> {
                 let process = process.ok_or_else(gone)?;
                 let limit = handle.node.config.vmm_call_deadline();
                 let shares = ShareServer::attach(handle.paths.shares.clone(), limit);
-                remove_strangers(handle, &shares).await?;
-                Server { shares, process }
+                let keeps_access = put_in_order(handle, &shares).await?;
+                Server { shares, process, keeps_access }
             } else {
                 // A daemon died between its start and the plugging of the device.
                 if let Some(process) = process {
@@ -181,14 +289,22 @@ async fn server(handle: &Arc<Handle>) -> Result<Arc<Server>, Error> {
     Ok(server)
 }
 
-/// Shares whose containers have gone while no daemon looked.
-async fn remove_strangers(handle: &Handle, shares: &ShareServer) -> Result<(), Error> {
+/// Takes away shares whose containers have gone while no daemon looked, and protects the others as
+/// they are to be. Whether the server keeps their access.
+async fn put_in_order(handle: &Handle, shares: &ShareServer) -> Result<bool, Error> {
     let pod = handle.pod();
-    let known: Vec<_> = pod.containers.values().flat_map(|c| names(&c.id, &c.spec)).collect();
-    for stranger in shares.list().await?.iter().filter(|name| !known.contains(name)) {
-        shares.remove(stranger).await?;
+    let (names, version) = shares.list().await?;
+    let keeps_access = version >= VERSION_ACCESS;
+    let former: Vec<String> = pod.containers.values().flat_map(former_names).collect();
+    for name in names {
+        match access(&pod, &name, |_| true) {
+            Some(access) if keeps_access => shares.access(&name, access).await?,
+            Some(_) => {}
+            None if former.contains(&name) => {}
+            None => shares.remove(&name).await?,
+        }
     }
-    Ok(())
+    Ok(keeps_access)
 }
 
 async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
@@ -233,7 +349,7 @@ async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
             let _ = handle.commit(vec![Change::Undone(effect)]).await;
         }
     }
-    plugged.map(|()| Server { shares, process })
+    plugged.map(|()| Server { shares, process, keeps_access: true })
 }
 
 /// Writes the server down, then lets the guest see it.

@@ -13,7 +13,7 @@ use super::{disks, shares, write_back};
 use crate::error::Error;
 use crate::host::volumes::{Shape, shape};
 use crate::host::{blocking, etc, mounts};
-use crate::model::{Access, ContainerSpec, Propagation, Volume, VolumeSource};
+use crate::model::{Access, ContainerSpec, Propagation, ShareUse, Volume, VolumeSource};
 
 /// Volumes of a container; each is a mount, and many are a device or a task of ours.
 const MAX_VOLUMES: usize = 256;
@@ -45,11 +45,12 @@ pub(super) async fn prepare(
         return Err(Error::invalid(format!("{got} volumes, {MAX_VOLUMES} are allowed")));
     }
     let mut prepared = Prepared { mounts: Vec::new(), synced: Vec::new() };
+    let shares = shares::prepare(handle, id, spec).await?;
     let mut taken: HashSet<PathBuf> =
         spec.oci.mounts().iter().flatten().map(|m| m.destination().clone()).collect();
     for (n, volume) in spec.volumes.iter().enumerate() {
         taken.insert(PathBuf::from(&volume.container_path));
-        prepared.add(handle, id, spec, n, volume).await?;
+        prepared.add(handle, id, (n, volume), shares.get(&n)).await?;
     }
     for (name, destination) in etc::FILES {
         if !taken.contains(Path::new(destination)) {
@@ -70,9 +71,8 @@ impl Prepared {
         &mut self,
         handle: &Arc<Handle>,
         container: &str,
-        spec: &ContainerSpec,
-        n: usize,
-        volume: &Volume,
+        (n, volume): (usize, &Volume),
+        share: Option<&ShareUse>,
     ) -> Result<(), Error> {
         let id = volume_id(container, n);
         let mut mount = v1::VolumeMount {
@@ -105,14 +105,16 @@ impl Prepared {
                 });
             }
             VolumeSource::Shared { host_path } => {
-                mount.volume_id = shares::name(&id);
+                let Some(share) = share else {
+                    return Err(Error::Internal(anyhow::anyhow!("a volume without a share")));
+                };
+                mount.volume_id = share.name.clone();
+                mount.sub_path = share.sub_path.clone();
                 mount.set_source(v1::VolumeSource::Share);
                 if volume.propagation == Propagation::HostToContainer {
                     mount.set_propagation(v1::Propagation::Slave);
                 }
-                let ids = shares::Ids::of(&spec.oci);
-                mount.ids_mapped = ids.is_some();
-                shares::add(handle, &mount.volume_id, host_path, volume, ids).await?;
+                mount.ids_mapped = !share.ids.is_empty();
                 if volume.access == Access::ReadOnly {
                     mount.submounts = submounts(host_path).await?;
                 }

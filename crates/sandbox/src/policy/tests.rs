@@ -52,6 +52,7 @@ pub(crate) fn container(id: &str) -> Container {
         image_name: String::new(),
         image_id: String::new(),
         stop_signal: 15,
+        strict_volumes: Vec::new(),
         origin: serde_json::Value::Null,
     };
     Container {
@@ -65,6 +66,7 @@ pub(crate) fn container(id: &str) -> Container {
         oom: false,
         log_path: PathBuf::new(),
         user: None,
+        shares: Vec::new(),
         resources: LinuxResources::default(),
     }
 }

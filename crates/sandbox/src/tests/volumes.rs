@@ -247,7 +247,7 @@ fn one_file_server_serves_a_pods_shares_and_outlives_the_daemon() {
         let names = || world.inner.shares.lock().unwrap().clone();
         let mounts = &request.volumes[..2];
         assert!(mounts.iter().all(|m| m.source() == v1::VolumeSource::Share));
-        assert!(mounts.iter().all(|m| names().contains(&m.volume_id)));
+        assert!(mounts.iter().all(|m| names().contains_key(&m.volume_id)));
         assert_eq!(mounts[0].propagation(), v1::Propagation::Slave);
         assert!(!mounts[0].read_only && mounts[1].read_only && mounts[1].recursive_read_only);
         assert_eq!(names().len(), 2);
@@ -258,7 +258,7 @@ fn one_file_server_serves_a_pods_shares_and_outlives_the_daemon() {
         let mut spec = world.container_spec("two", &["forever"]);
         spec.volumes = vec![shared(&world, Access::ReadWrite, Propagation::Private)];
         let two = daemon.create_container(&pod, spec.clone()).await.unwrap();
-        assert_eq!((names().len(), world.inner.file_servers.lock().unwrap().len()), (3, 1));
+        assert_eq!((names().len(), world.inner.file_servers.lock().unwrap().len()), (2, 1));
         daemon.remove_container(&one).await.unwrap();
         assert_eq!(names().len(), 1);
 
@@ -273,6 +273,51 @@ fn one_file_server_serves_a_pods_shares_and_outlives_the_daemon() {
         daemon.remove_container(&two).await.unwrap();
         let plain = daemon.create_container(&pod, world.container_spec("four", &["forever"])).await;
         daemon.start_container(&plain.unwrap()).await.unwrap();
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn containers_of_a_folder_have_one_share_for_as_long_as_one_of_them_is_there() {
+    use vmm_api::shares::Access as ShareAccess;
+    story(|world| async move {
+        fs::create_dir_all(world.path("shared/sub")).unwrap();
+        let mut daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let shares = || world.inner.shares.lock().unwrap().clone();
+        let access = || shares().into_values().collect::<Vec<_>>();
+        let mut ids = Vec::new();
+        let users = [
+            ("outer", "shared", Access::ReadOnly, ShareAccess::ReadOnly),
+            ("inner", "shared/sub", Access::ReadWrite, ShareAccess::ReadWrite),
+            ("again", "shared", Access::ReadOnlyRecursive, ShareAccess::ReadWrite),
+        ];
+        for (name, path, wanted, got) in users {
+            let mut spec = world.container_spec(name, &["forever"]);
+            let source = VolumeSource::Shared { host_path: world.path(path) };
+            spec.volumes = vec![volume(source, wanted)];
+            ids.push(daemon.create_container(&pod, spec).await.unwrap());
+            let mount = world.guest(&pod).lock().create.clone().unwrap().volumes[0].clone();
+            assert!(shares().contains_key(&mount.volume_id), "{name}");
+            assert_eq!(mount.sub_path, path.trim_start_matches("shared").trim_start_matches('/'));
+            assert_eq!(mount.read_only, wanted != Access::ReadWrite);
+            assert_eq!(access(), [got], "{name}");
+            // Who uses what is known to the next daemon.
+            daemon.shutdown().await;
+            drop(daemon);
+            daemon = world.daemon().await;
+        }
+        let mut refused = world.container_spec("bad", &["forever"]);
+        let source = VolumeSource::Shared { host_path: world.path("nowhere") };
+        refused.volumes = vec![volume(source, Access::ReadWrite)];
+        daemon.create_container(&pod, refused).await.unwrap_err();
+        for (gone, left) in [(1, ShareAccess::ReadOnly), (0, ShareAccess::ReadOnlyRecursive)] {
+            daemon.remove_container(&ids[gone]).await.unwrap();
+            assert_eq!(access(), [left]);
+        }
+        daemon.remove_container(&ids[2]).await.unwrap();
+        assert!(shares().is_empty());
         daemon.remove_pod(&pod).await.unwrap();
         assert_eq!(world.leftovers(), Vec::<String>::new());
     });

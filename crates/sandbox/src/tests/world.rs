@@ -1,6 +1,6 @@
 //! What outlives a daemon: fake VMs, the fake network, the folders. And a daemon that can crash.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::future::Future;
 use std::io::Read;
@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use vmm_api::shares::Access as ShareAccess;
 use vmm_api::transport::{receive, send};
 use vmm_api::{DeviceStatus, Phase, Reply, VmConfig, VmStatus};
 
@@ -41,7 +42,7 @@ pub(super) struct Inner {
     pub(super) guests: Mutex<HashMap<PodId, (u32, Arc<Guest>)>>,
     pub(super) devices: Arc<Mutex<Vec<String>>>,
     /// Names of shares, and pids of file servers.
-    pub(super) shares: Arc<Mutex<BTreeSet<String>>>,
+    pub(super) shares: Arc<Mutex<BTreeMap<String, ShareAccess>>>,
     pub(super) file_servers: Mutex<Vec<u32>>,
     /// The next guest never comes up.
     pub(super) mute: Mutex<bool>,
@@ -151,6 +152,7 @@ impl World {
             image_name: "image".into(),
             image_id: "sha256:0".into(),
             stop_signal: 15,
+            strict_volumes: Vec::new(),
             origin: serde_json::Value::Null,
         }
     }
@@ -307,26 +309,34 @@ impl Launch for World {
     }
 }
 
-/// A file server that only remembers names.
-fn serve_shares(control: &OwnedFd, shares: &Mutex<BTreeSet<String>>) {
+/// A file server that only remembers names, and who may write.
+fn serve_shares(control: &OwnedFd, shares: &Mutex<BTreeMap<String, ShareAccess>>) {
     use vmm_api::shares::{Error, Reply, Request};
     while let Ok(fd) = nix::sys::socket::accept(control.as_raw_fd()) {
         let connection = own(fd);
         while let Ok((request, fds)) = receive::<Request>(connection.as_fd()) {
             let mut shares = shares.lock().unwrap();
             let reply = match request {
-                Request::List => Reply::Shares { names: shares.iter().cloned().collect() },
-                Request::Add { name } if fds.len() != 1 || !vmm_api::shares::is_name(&name) => {
+                Request::List => Reply::Shares {
+                    names: shares.keys().cloned().collect(),
+                    version: vmm_api::shares::VERSION_ACCESS,
+                },
+                Request::Add { name, .. } if fds.len() != 1 || !vmm_api::shares::is_name(&name) => {
                     Reply::Error(Error::Name { name })
                 }
-                Request::Add { name } if shares.contains(&name) => {
+                Request::Add { name, .. } if shares.contains_key(&name) => {
                     Reply::Error(Error::Exists { name })
                 }
-                Request::Add { name } => {
-                    shares.insert(name);
+                Request::Access { name, access } if shares.contains_key(&name) => {
+                    shares.insert(name, access);
                     Reply::Done
                 }
-                Request::Remove { name } if shares.remove(&name) => Reply::Done,
+                Request::Access { name, .. } => Reply::Error(Error::NoSuchShare { name }),
+                Request::Add { name, access } => {
+                    shares.insert(name, access);
+                    Reply::Done
+                }
+                Request::Remove { name } if shares.remove(&name).is_some() => Reply::Done,
                 Request::Remove { name } => Reply::Error(Error::NoSuchShare { name }),
             };
             let _ = send(connection.as_fd(), &reply, &[]);

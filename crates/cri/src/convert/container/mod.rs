@@ -99,6 +99,7 @@ pub fn to_spec(
             images: &|name| find_image(name).map(|found| found.rootfs),
         },
     )?;
+    let strict_volumes = mounts::strict(&pod.request.annotations, &volumes)?;
     Ok(ContainerSpec {
         meta: Meta {
             name,
@@ -125,6 +126,7 @@ pub fn to_spec(
         image_name: request.image.as_ref().map(named).unwrap_or_default(),
         image_id: image.id.to_string(),
         stop_signal,
+        strict_volumes,
         origin: origin(request, find_image),
     })
 }

@@ -33,8 +33,11 @@ use super::userns::UserNamespace;
 use super::{Refusal, devices, known, mountinfo};
 use crate::v1;
 
+mod strict;
 #[cfg(test)]
 mod tests;
+
+pub use self::strict::strict;
 
 /// A kubelet writes them for each pod (the first) or might; a copy saves the pod a shared folder.
 const SMALL_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];

@@ -20,25 +20,32 @@ use virtio::VirtioDevice;
 use virtio::fs::Fs;
 use virtio::mock::{MockInterrupt, MockQueue, Runner, activation, queues};
 use vm_memory_of_virtio::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
-use vmm_api::shares::{Error, Reply, Request};
+use vmm_api::shares::{Access, Error, Reply, Request, VERSION_ACCESS};
 use vmm_api::transport::{receive, send};
 
 pub mod op {
     pub const LOOKUP: u32 = 1;
+    pub const FORGET: u32 = 2;
+    pub const GETATTR: u32 = 3;
     pub const MKDIR: u32 = 9;
     pub const UNLINK: u32 = 10;
+    pub const RENAME: u32 = 12;
+    pub const LINK: u32 = 13;
     pub const OPEN: u32 = 14;
     pub const READ: u32 = 15;
     pub const WRITE: u32 = 16;
+    pub const RELEASE: u32 = 18;
     pub const SETXATTR: u32 = 21;
     pub const GETXATTR: u32 = 22;
     pub const INIT: u32 = 26;
+    pub const OPENDIR: u32 = 27;
     pub const CREATE: u32 = 35;
+    pub const FALLOCATE: u32 = 43;
+    pub const READDIRPLUS: u32 = 44;
+    pub const LSEEK: u32 = 46;
 }
 
 pub const ROOT: u64 = 1;
-/// `fuse_attr.flags`: the root of a file system of its own.
-pub const ATTR_SUBMOUNT: u32 = 1;
 
 const MEMORY: u64 = 8 << 20;
 const IN: u64 = 4 << 20;
@@ -85,7 +92,8 @@ impl Server {
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
         }
         let server = Self { _dir: dir, child, control, vhost: Some(vhost.into()) };
-        assert_eq!(server.call(&Request::List, None), Reply::Shares { names: vec![] });
+        let none = Reply::Shares { names: vec![], version: VERSION_ACCESS };
+        assert_eq!(server.call(&Request::List, None), none);
         server
     }
 
@@ -99,14 +107,31 @@ impl Server {
     }
 
     pub fn add(&self, name: &str, source: &Path) -> Reply {
-        self.call(&Request::Add { name: name.into() }, Some(tree(source)))
+        self.add_for(name, source, Access::ReadWrite)
+    }
+
+    pub fn add_for(&self, name: &str, source: &Path, access: Access) -> Reply {
+        self.call(&Request::Add { name: name.into(), access }, Some(tree(source)))
+    }
+
+    pub fn access(&self, name: &str, access: Access) -> Reply {
+        self.call(&Request::Access { name: name.into(), access }, None)
     }
 
     /// As a HostToContainer volume is.
     pub fn add_following(&self, name: &str, source: &Path) -> Reply {
         let tree = tree(source);
-        follow(&tree);
-        self.call(&Request::Add { name: name.into() }, Some(tree))
+        propagate(&tree, libc::MS_SLAVE);
+        let access = Access::ReadWrite;
+        self.call(&Request::Add { name: name.into(), access }, Some(tree))
+    }
+
+    /// As another volume is of a folder whose mounts others follow.
+    pub fn add_private(&self, name: &str, source: &Path) -> Reply {
+        let tree = tree(source);
+        propagate(&tree, libc::MS_PRIVATE);
+        let access = Access::ReadWrite;
+        self.call(&Request::Add { name: name.into(), access }, Some(tree))
     }
 
     pub fn remove(&self, name: &str) -> Reply {
@@ -128,6 +153,11 @@ impl Server {
         let text = fs::read_to_string(format!("/proc/{}/mountinfo", self.pids().0)).unwrap();
         let points = text.lines().filter_map(|line| line.split(' ').nth(4));
         points.filter(|point| point.starts_with(folder)).map(str::to_owned).collect()
+    }
+
+    /// How many descriptors the process has that serves the guest.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pids().1)).unwrap().count()
     }
 
     pub fn guest(&mut self) -> Guest {
@@ -174,9 +204,8 @@ pub fn tree(source: &Path) -> OwnedFd {
 }
 
 #[allow(unsafe_code)] // mount_setattr is in no library
-fn follow(tree: &OwnedFd) {
-    let attributes =
-        libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_SLAVE, userns_fd: 0 };
+fn propagate(tree: &OwnedFd, propagation: u64) {
+    let attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation, userns_fd: 0 };
     // SAFETY: the path is static and NUL-terminated, the attributes are as long as is said.
     let done = unsafe {
         libc::syscall(
@@ -229,7 +258,9 @@ impl Drop for Mounted {
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
     pub node: u64,
+    pub ino: u64,
     pub mode: u32,
+    /// `fuse_attr.flags`: 1 is a file system of its own.
     pub flags: u32,
     pub size: u64,
 }
@@ -269,8 +300,25 @@ impl Guest {
         assert_eq!(answer[..4], 7u32.to_le_bytes());
     }
 
+    /// A request that gets no answer.
+    pub fn tell(&mut self, opcode: u32, node: u64, body: &[u8]) {
+        let answer = self.exchange(opcode, node, body);
+        assert!(answer.is_empty(), "opcode {opcode}: {answer:?}");
+    }
+
     /// One request; its answer without the header, or the error's number.
     pub fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+        let answer = self.exchange(opcode, node, body);
+        let word = |at: usize| i32::from_le_bytes(answer[at..at + 4].try_into().unwrap());
+        assert_eq!(word(0) as usize, answer.len());
+        assert_eq!(answer[8..16], self.unique.to_le_bytes());
+        match word(4) {
+            0 => Ok(answer[16..].to_vec()),
+            error => Err(-error),
+        }
+    }
+
+    fn exchange(&mut self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
         self.unique += 1;
         let mut request = Vec::new();
         for word in [40 + body.len() as u32, opcode] {
@@ -295,18 +343,36 @@ impl Guest {
         assert!(answered, "no answer to opcode {opcode}");
         let mut answer = vec![0; used.unwrap().1 as usize];
         self.mem.read_slice(&mut answer, GuestAddress(OUT)).unwrap();
-        let word = |at: usize| i32::from_le_bytes(answer[at..at + 4].try_into().unwrap());
-        assert_eq!(word(0) as usize, answer.len());
-        assert_eq!(answer[8..16], self.unique.to_le_bytes());
-        match word(4) {
-            0 => Ok(answer[16..].to_vec()),
-            error => Err(-error),
-        }
+        answer
     }
 
     pub fn lookup(&mut self, parent: u64, name: &str) -> Result<Entry, i32> {
-        let answer = self.ask(op::LOOKUP, parent, &text(name))?;
-        Ok(entry(&answer))
+        let entry = entry(&self.ask(op::LOOKUP, parent, &text(name))?);
+        // Node 0: there is no such name, which may be believed for a while.
+        if entry.node == 0 { Err(libc::ENOENT) } else { Ok(entry) }
+    }
+
+    /// Follows a path downwards.
+    pub fn find(&mut self, from: u64, path: &str) -> Result<Entry, i32> {
+        let mut found = Err(libc::ENOENT);
+        let mut node = from;
+        for name in path.split('/') {
+            found = Ok(self.lookup(node, name)?);
+            node = found?.node;
+        }
+        found
+    }
+
+    /// The same, for as long as there is nothing.
+    pub fn await_path(&mut self, from: u64, path: &str) -> Entry {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            match self.find(from, path) {
+                Ok(entry) => return entry,
+                Err(error) => assert!(Instant::now() < end, "{path}: {error}"),
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// Looks until what is there is so.
@@ -349,9 +415,70 @@ impl Guest {
     }
 
     pub fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
+        self.open_with_options(node, flags).map(|(handle, _)| handle)
+    }
+
+    /// The handle, and FOPEN_ flags.
+    pub fn open_with_options(&mut self, node: u64, flags: i32) -> Result<(u64, u32), i32> {
         let body = [(flags as u32).to_le_bytes(), [0; 4]].concat();
         let answer = self.ask(op::OPEN, node, &body)?;
-        Ok(u64::from_le_bytes(answer[..8].try_into().unwrap()))
+        let options = u32::from_le_bytes(answer[8..12].try_into().unwrap());
+        Ok((u64::from_le_bytes(answer[..8].try_into().unwrap()), options))
+    }
+
+    pub fn release(&mut self, node: u64, handle: u64) {
+        let body = [&handle.to_le_bytes()[..], &[0; 16]].concat();
+        self.ask(op::RELEASE, node, &body).unwrap();
+    }
+
+    /// Needs no answer; the next request comes after it.
+    pub fn forget(&mut self, node: u64, count: u64) {
+        self.tell(op::FORGET, node, &count.to_le_bytes());
+    }
+
+    /// Size of a file, and how many links it has.
+    pub fn attributes(&mut self, node: u64) -> Result<(u64, u32), i32> {
+        let answer = self.ask(op::GETATTR, node, &[0; 16])?;
+        let size = u64::from_le_bytes(answer[24..32].try_into().unwrap());
+        Ok((size, u32::from_le_bytes(answer[80..84].try_into().unwrap())))
+    }
+
+    pub fn rename(&mut self, from: u64, old: &str, to: u64, new: &str) -> Result<(), i32> {
+        let body = [&to.to_le_bytes()[..], &text(old), &text(new)].concat();
+        self.ask(op::RENAME, from, &body).map(drop)
+    }
+
+    pub fn link(&mut self, node: u64, parent: u64, name: &str) -> Result<Entry, i32> {
+        let body = [&node.to_le_bytes()[..], &text(name)].concat();
+        self.ask(op::LINK, parent, &body).map(|answer| entry(&answer))
+    }
+
+    /// Names in a folder with the inode numbers that the folder says, and the entries.
+    pub fn list(&mut self, folder: u64) -> Vec<(String, u64, Entry)> {
+        let answer = self.ask(op::OPENDIR, folder, &[0; 8]).unwrap();
+        let handle = answer[..8].to_vec();
+        let (mut found, mut offset) = (Vec::new(), 0u64);
+        loop {
+            let mut body = handle.clone();
+            body.extend(offset.to_le_bytes());
+            // Asks for few at a time.
+            for word in [1024u32, 0, 0, 0, 0, 0] {
+                body.extend(word.to_le_bytes());
+            }
+            let answer = self.ask(op::READDIRPLUS, folder, &body).unwrap();
+            if answer.is_empty() {
+                return found;
+            }
+            let mut rest = &answer[..];
+            while !rest.is_empty() {
+                let wide = |at: usize| u64::from_le_bytes(rest[at..at + 8].try_into().unwrap());
+                let length = u32::from_le_bytes(rest[144..148].try_into().unwrap()) as usize;
+                let name = String::from_utf8(rest[152..152 + length].to_vec()).unwrap();
+                offset = wide(136);
+                found.push((name, wide(128), entry(rest)));
+                rest = &rest[(152 + length).next_multiple_of(8)..];
+            }
+        }
     }
 
     /// `flags`: 4 for a write that takes setuid bits away.
@@ -386,5 +513,5 @@ pub fn text(name: &str) -> Vec<u8> {
 fn entry(answer: &[u8]) -> Entry {
     let wide = |at: usize| u64::from_le_bytes(answer[at..at + 8].try_into().unwrap());
     let word = |at: usize| u32::from_le_bytes(answer[at..at + 4].try_into().unwrap());
-    Entry { node: wide(0), size: wide(48), mode: word(100), flags: word(124) }
+    Entry { node: wide(0), ino: wide(40), size: wide(48), mode: word(100), flags: word(124) }
 }

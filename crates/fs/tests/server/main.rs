@@ -2,14 +2,15 @@
 //! root and `unshare`.
 
 mod common;
+mod shared;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use common::{ATTR_SUBMOUNT, Mounted, ROOT, Server, can_run, op, refused, text};
+use common::{Mounted, ROOT, Server, can_run, op, refused, text};
 use nix::mount::{MsFlags, mount, umount};
-use vmm_api::shares::{Error, Reply, Request};
+use vmm_api::shares::{Access, Error, Reply, Request, VERSION_ACCESS};
 
 #[test]
 fn a_guest_reads_and_writes_the_files_of_a_share() {
@@ -23,9 +24,9 @@ fn a_guest_reads_and_writes_the_files_of_a_share() {
     let mut guest = server.guest();
     let share = guest.lookup(ROOT, "data").unwrap();
     assert_eq!(share.mode & libc::S_IFMT, libc::S_IFDIR);
-    assert_ne!(share.flags & ATTR_SUBMOUNT, 0);
+    assert_eq!(share.flags, 0);
     let file = guest.lookup(share.node, "host").unwrap();
-    assert_eq!((file.size, file.flags & ATTR_SUBMOUNT), (13, 0));
+    assert_eq!((file.size, file.flags), (13, 0));
     let handle = guest.open(file.node, libc::O_RDONLY).unwrap();
     assert_eq!(guest.read(file.node, handle).unwrap(), b"from the host");
 
@@ -110,7 +111,7 @@ fn shares_come_and_go_while_the_guest_looks_and_their_folder_is_not_its_own() {
     assert_eq!(server.add("late", dir.path()), Reply::Done);
     assert_eq!(server.add("single", &file), Reply::Done);
     let names = vec!["late".to_owned(), "single".to_owned()];
-    assert_eq!(server.call(&Request::List, None), Reply::Shares { names });
+    assert_eq!(server.call(&Request::List, None), Reply::Shares { names, version: VERSION_ACCESS });
     let share = guest.lookup(ROOT, "late").unwrap();
     let (node, handle) = guest.create(share.node, "open", 0o644).unwrap();
     let single = guest.lookup(ROOT, "single").unwrap();
@@ -146,11 +147,10 @@ fn no_name_leads_out_of_a_share() {
     for name in ["a/b", "/etc", "link/etc", "../../etc", ""] {
         assert!(guest.lookup(share.node, name).is_err(), "{name:?}");
     }
-    // A folder is its own root for a lookup, and a share's parent is the folder of shares.
-    for name in ["..", "../..", "/"] {
-        assert_eq!(guest.lookup(share.node, name).unwrap().node, share.node, "{name:?}");
+    for name in ["..", "../..", "/", "."] {
+        assert_eq!(guest.lookup(share.node, name).unwrap_err(), libc::EINVAL, "{name:?}");
     }
-    assert_eq!(guest.lookup(ROOT, "..").unwrap().node, ROOT);
+    assert_eq!(guest.lookup(ROOT, "..").unwrap_err(), libc::EINVAL);
     let victim = dir.path().parent().unwrap().join(format!("victim-{}", std::process::id()));
     fs::write(&victim, "").unwrap();
     let name = format!("../{}", victim.file_name().unwrap().to_string_lossy());
@@ -174,7 +174,7 @@ fn hostile_requests_of_the_daemons_socket_are_refused() {
     for name in ["", "..", "a/b", ".hidden", &"x".repeat(65)] {
         assert!(matches!(refused(server.add(name, dir.path())), Error::Name { .. }), "{name:?}");
     }
-    let add = Request::Add { name: "a".into() };
+    let add = Request::Add { name: "a".into(), access: Access::ReadWrite };
     assert!(matches!(refused(server.call(&add, None)), Error::Descriptors { got: 0, want: 1 }));
     let file = fs::File::open(dir.path()).unwrap();
     let error = refused(server.call(&add, Some(file.into())));
@@ -263,7 +263,7 @@ fn what_is_mounted_below_a_share_is_seen_as_it_was() {
     let mut guest = server.guest();
     let share = guest.lookup(ROOT, "data").unwrap();
     let below = guest.lookup(share.node, "below").unwrap();
-    assert_ne!(below.flags & ATTR_SUBMOUNT, 0);
+    assert_eq!(below.flags, 0, "all is one file system");
     assert_eq!(guest.lookup(below.node, "file").unwrap().size, 4);
 }
 
@@ -281,12 +281,12 @@ fn mounts_of_the_host_come_and_go_in_a_share_and_are_never_held() {
     let mut guest = server.guest();
     let share = guest.lookup(ROOT, "data").unwrap();
     let folder = guest.lookup(share.node, "early").unwrap();
-    assert_ne!(folder.flags & ATTR_SUBMOUNT, 0);
+    assert!(guest.lookup(folder.node, "file").is_ok());
     let (node, handle) = guest.create(folder.node, "guest", 0o644).unwrap();
     assert_eq!(fs::metadata(early.0.join("guest")).unwrap().len(), 0);
     early.unmount();
-    let is_plain = |found: Result<common::Entry, i32>| found.unwrap().flags & ATTR_SUBMOUNT == 0;
-    let empty = guest.until(share.node, "early", is_plain).unwrap();
+    let empty =
+        guest.until(share.node, "early", |found| found.unwrap().node != folder.node).unwrap();
     assert_eq!(guest.lookup(empty.node, "file").unwrap_err(), libc::ENOENT);
     // What was open stays so.
     assert_eq!(guest.write(node, handle, b"late words", 0).unwrap(), 10);
@@ -298,29 +298,21 @@ fn mounts_of_the_host_come_and_go_in_a_share_and_are_never_held() {
         fs::write(later.0.join(format!("file{round}")), "x").unwrap();
         let deep = Mounted::new(&later.0.join("a b/deep"));
         fs::write(deep.0.join("file"), "xy").unwrap();
-        let is_mount = |found: Result<common::Entry, i32>| {
-            found.is_ok_and(|entry| entry.flags & ATTR_SUBMOUNT != 0)
-        };
-        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        let (folder, file) = loop {
-            // The last round's may still be there for a moment.
-            let folder = guest.until(share.node, "later", |found| found.is_ok()).unwrap();
-            if let Ok(file) = guest.lookup(folder.node, &format!("file{round}")) {
-                break (folder, file);
-            }
-            assert!(std::time::Instant::now() < end, "round {round}");
-        };
+        // The last round's may still be there for a moment.
+        let file = guest.await_path(share.node, &format!("later/file{round}"));
         guest.open(file.node, libc::O_RDONLY).unwrap();
+        assert_eq!(guest.await_path(share.node, "later/a b/deep/file").size, 2);
+        let folder = guest.lookup(share.node, "later").unwrap();
         let middle = guest.lookup(folder.node, "a b").unwrap();
-        let below = guest.until(middle.node, "deep", is_mount).unwrap();
-        assert_eq!(guest.lookup(below.node, "file").unwrap().size, 2);
+        let below = guest.lookup(middle.node, "deep").unwrap();
         deep.unmount();
         if round % 2 == 0 {
-            guest.until(middle.node, "deep", is_plain).unwrap();
+            let plain = guest.until(middle.node, "deep", |found| found.unwrap().node != below.node);
+            assert_eq!(guest.lookup(plain.unwrap().node, "file").unwrap_err(), libc::ENOENT);
         }
         later.unmount();
         if round % 3 == 0 {
-            guest.until(share.node, "later", is_plain).unwrap();
+            guest.until(share.node, "later", |found| found.unwrap().node != folder.node).unwrap();
         }
     }
     assert_eq!(server.remove("data"), Reply::Done);
@@ -395,20 +387,18 @@ fn a_folder_that_nobody_else_may_enter_and_a_link_in_the_way_of_a_mount() {
     let mut guest = server.guest();
     let share = guest.lookup(ROOT, "data").unwrap();
     let inner = Mounted::new(&closed.join("inner"));
-    let folder = guest.lookup(share.node, "closed").unwrap();
-    let is_mount = |found: Result<common::Entry, i32>| {
-        found.is_ok_and(|entry| entry.flags & ATTR_SUBMOUNT != 0)
-    };
-    guest.until(folder.node, "inner", is_mount).unwrap();
+    fs::write(inner.0.join("inside"), "").unwrap();
+    guest.await_path(share.node, "closed/inner/inside");
     // As a guest moves a folder away and puts a link in its place.
     fs::rename(&closed, dir.path().join("moved")).unwrap();
     std::os::unix::fs::symlink("/proc", &closed).unwrap();
-    let _other = Mounted::new(&dir.path().join("other"));
-    guest.until(share.node, "other", is_mount).unwrap();
-    let folder = guest.lookup(share.node, "moved").unwrap();
-    guest.until(folder.node, "inner", is_mount).unwrap();
+    let other = Mounted::new(&dir.path().join("other"));
+    fs::write(other.0.join("inside"), "").unwrap();
+    guest.await_path(share.node, "other/inside");
+    guest.await_path(share.node, "moved/inner/inside");
+    let mounted = guest.find(share.node, "moved/inner").unwrap();
     umount(&dir.path().join("moved/inner")).unwrap();
     drop(inner);
-    let is_plain = |found: Result<common::Entry, i32>| found.unwrap().flags & ATTR_SUBMOUNT == 0;
-    guest.until(folder.node, "inner", is_plain).unwrap();
+    let folder = guest.lookup(share.node, "moved").unwrap();
+    guest.until(folder.node, "inner", |found| found.unwrap().node != mounted.node).unwrap();
 }

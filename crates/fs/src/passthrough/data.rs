@@ -1,0 +1,286 @@
+//! Opening files, and what is in them.
+//!
+//! Data goes straight between the host's page cache and the guest's memory (preadv2(2),
+//! pwritev2(2)). System calls: open 2 (openat, statx), read 1 and one more at the end of the file,
+//! write 1, release 1.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, fdatasync, fsync, ftruncate, lseek64};
+use virtiofsd::filesystem::{Entry, OpenOptions, ZeroCopyReader, ZeroCopyWriter};
+use virtiofsd::oslib::WritevFlags;
+
+use super::credentials::{Caller, keep_set_id};
+use super::names::component;
+use super::node::Node;
+use super::resolve::{Way, stale};
+use super::stat::Stat;
+use super::{Passthrough, calls, own_path};
+
+/// Flags of open(2) that are the guest's to choose. O_APPEND is not among them: the guest can take it
+/// away later, so each write says whether it appends.
+const FLAGS: i32 = libc::O_ACCMODE
+    | libc::O_TRUNC
+    | libc::O_DIRECT
+    | libc::O_DSYNC
+    | libc::O_SYNC
+    | libc::O_NOATIME
+    | libc::O_NONBLOCK;
+
+type Opened = (u64, OpenOptions);
+
+impl Passthrough {
+    pub(super) fn open_file(
+        &self,
+        node: Arc<Node>,
+        flags: u32,
+        kill_set_id: bool,
+    ) -> io::Result<Opened> {
+        if !node.is_regular() {
+            // The guest's kernel serves pipes, sockets and devices itself.
+            let folder = node.is_folder();
+            let error = if folder { libc::EISDIR } else { libc::ENXIO };
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        let (file, stat) = self.open_node(&node, flags as i32 & FLAGS, kill_set_id)?;
+        let options = self.open_options(&node, &file, &stat);
+        Ok((self.handles.add(node, file), options))
+    }
+
+    /// The guest keeps its pages if it knows this version of the file, and reports closes where they
+    /// matter.
+    fn open_options(&self, node: &Node, file: &File, stat: &Stat) -> OpenOptions {
+        let mut options = OpenOptions::empty();
+        let place = node.place();
+        options.set(OpenOptions::KEEP_CACHE, !place.strict && place.told == Some(stat.version()));
+        drop(place);
+        options.set(OpenOptions::NOFLUSH, self.systems.close_is_silent(node.dev(), file));
+        options
+    }
+
+    fn open_node(
+        &self,
+        node: &Arc<Node>,
+        flags: i32,
+        kill_set_id: bool,
+    ) -> io::Result<(File, Stat)> {
+        if flags & libc::O_TRUNC != 0 {
+            keep_set_id(!kill_set_id)?;
+        }
+        match self.descriptors.way(node) {
+            Way::Through(parent, name) => {
+                match self.open_by_name(node, &parent, &name, flags) {
+                    // The name leads elsewhere by now; the node may have a descriptor of old.
+                    Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {}
+                    result => return result,
+                }
+            }
+            Way::Open(_) | Way::None => {}
+        }
+        let file = self.reopen(&*self.descriptors.get(node)?, flags)?;
+        let stat = calls::stat_of(file.as_fd())?;
+        Ok((file, stat))
+    }
+
+    fn open_by_name(
+        &self,
+        node: &Node,
+        parent: &Arc<Node>,
+        name: &CStr,
+        flags: i32,
+    ) -> io::Result<(File, Stat)> {
+        let dir = self.descriptors.get(parent)?;
+        // Not to wait for the other end of a pipe, nor to empty a file, that took the name.
+        let first = flags & !libc::O_TRUNC | libc::O_NONBLOCK;
+        let file = match calls::open_at(dir.as_fd(), name, first, 0) {
+            Ok(file) => File::from(file),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP | libc::ENXIO) => {
+                    return Err(stale());
+                }
+                _ => return Err(error),
+            },
+        };
+        let stat = calls::stat_of(file.as_fd())?;
+        if !node.is(&stat) {
+            return Err(stale());
+        }
+        if flags & libc::O_TRUNC == 0 {
+            return Ok((file, stat));
+        }
+        ftruncate(&file, 0)?;
+        let stat = calls::stat_of(file.as_fd())?;
+        Ok((file, stat))
+    }
+
+    /// Opens what a descriptor refers to once more, with other flags.
+    pub(super) fn reopen(&self, fd: &OwnedFd, flags: i32) -> io::Result<File> {
+        let flags = nix::fcntl::OFlag::from_bits_retain(flags | libc::O_CLOEXEC);
+        let mode = nix::sys::stat::Mode::empty();
+        // A link of /proc: followed, and to nothing but the file itself.
+        Ok(nix::fcntl::openat(&self.own, &*own_path(fd), flags, mode)?.into())
+    }
+
+    /// Makes a file and opens it; one that is there is only opened.
+    pub(super) fn create_file(
+        &self,
+        parent: &Arc<Node>,
+        name: &CStr,
+        (flags, mode): (u32, u32),
+        kill_set_id: bool,
+        caller: &Caller<'_>,
+    ) -> io::Result<(Entry, Opened)> {
+        let dir = self.descriptors.get(parent)?;
+        // Exclusive, so that nothing is opened with the caller's rights that was there before.
+        let wanted = flags as i32 & FLAGS | libc::O_CREAT | libc::O_EXCL;
+        let made = {
+            let _acting = caller.act()?;
+            calls::open_at(dir.as_fd(), component(name)?, wanted, mode & 0o7777)
+        };
+        let file = match made {
+            Ok(file) => File::from(file),
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                if flags as i32 & libc::O_EXCL != 0 {
+                    return Err(error);
+                }
+                let entry = self.look_up(parent, name)?;
+                if entry.inode == 0 {
+                    return Err(stale());
+                }
+                let opened = self
+                    .table
+                    .get(entry.inode)
+                    .and_then(|node| self.open_file(node, flags, kill_set_id));
+                if opened.is_err() {
+                    self.table.forget(entry.inode, 1);
+                }
+                return Ok((entry, opened?));
+            }
+            Err(error) => return Err(error),
+        };
+        let stat = calls::stat_of(file.as_fd())?;
+        let (node, stat) = self.enter(parent, &dir, name, stat)?;
+        let entry = self.entry(parent, &node, &stat);
+        let options = self.open_options(&node, &file, &stat);
+        Ok((entry, (self.handles.add(node, file), options)))
+    }
+
+    pub(super) fn open_folder(&self, node: Arc<Node>) -> io::Result<Opened> {
+        if !node.is_folder() {
+            return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
+        }
+        let dir = self.descriptors.get(&node)?;
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+        let file = calls::open_at(dir.as_fd(), c".", flags, 0)?;
+        Ok((self.handles.add(node, file.into()), OpenOptions::empty()))
+    }
+
+    pub(super) fn read_data<W: ZeroCopyWriter>(
+        &self,
+        (node, handle): (u64, u64),
+        mut to: W,
+        size: u32,
+        offset: u64,
+    ) -> io::Result<usize> {
+        let handle = self.handles.get(node, handle)?;
+        range(offset, u64::from(size))?;
+        to.read_from_file_at(&handle.file, size as usize, offset, None)
+    }
+
+    pub(super) fn write_data<R: ZeroCopyReader>(
+        &self,
+        (node, handle): (u64, u64),
+        mut from: R,
+        size: u32,
+        offset: u64,
+        append: bool,
+        kill_set_id: bool,
+    ) -> io::Result<usize> {
+        let handle = self.handles.get(node, handle)?;
+        range(offset, u64::from(size))?;
+        keep_set_id(!kill_set_id)?;
+        let flags = append.then_some(WritevFlags::RWF_APPEND);
+        from.write_to_file_at(&handle.file, size as usize, offset, flags)
+    }
+
+    pub(super) fn sync_file(&self, node: u64, handle: u64, data: bool) -> io::Result<()> {
+        let handle = self.handles.get(node, handle)?;
+        let file = &handle.file;
+        let done = if data { fdatasync(file) } else { fsync(file) };
+        Ok(done?)
+    }
+
+    /// What close(2) may have to report on the host: write errors of a network's file system.
+    pub(super) fn flush_file(&self, node: u64, handle: u64) -> io::Result<()> {
+        let handle = self.handles.get(node, handle)?;
+        let copy = handle.file.try_clone()?;
+        Ok(nix::unistd::close(copy)?)
+    }
+
+    pub(super) fn allocate(
+        &self,
+        (node, handle): (u64, u64),
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        let handle = self.handles.get(node, handle)?;
+        let (offset, length) = range(offset, length)?;
+        keep_set_id(true)?;
+        let mode = FallocateFlags::from_bits_retain(mode as i32);
+        Ok(fallocate(&handle.file, mode, offset, length)?)
+    }
+
+    /// Where the next data or the next hole is. Other places the guest's kernel knows.
+    pub(super) fn seek(&self, node: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
+        let handle = self.handles.get(node, handle)?;
+        let whence = match whence as i32 {
+            libc::SEEK_DATA => Whence::SeekData,
+            libc::SEEK_HOLE => Whence::SeekHole,
+            _ => return Err(Errno::EINVAL.into()),
+        };
+        let (offset, _) = range(offset, 0)?;
+        Ok(lseek64(&handle.file, offset, whence)? as u64)
+    }
+
+    pub(super) fn copy_data(
+        &self,
+        from: (u64, u64, u64),
+        to: (u64, u64, u64),
+        length: u64,
+    ) -> io::Result<usize> {
+        let (source, target) = (self.handles.get(from.0, from.1)?, self.handles.get(to.0, to.1)?);
+        let ((read, _), (write, _)) = (range(from.2, 0)?, range(to.2, 0)?);
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        keep_set_id(true)?;
+        calls::copy_range((source.file.as_fd(), read), (target.file.as_fd(), write), length)
+    }
+
+    /// All of the host's file systems that the guest has seen something of.
+    pub(super) fn sync_all(&self) -> io::Result<()> {
+        let mut result = Ok(());
+        for node in self.table.one_of_each() {
+            let flags = libc::O_RDONLY | libc::O_NONBLOCK;
+            let opened = self.descriptors.get(&node).and_then(|fd| self.reopen(&fd, flags));
+            // What has gone has nothing to be written.
+            let Ok(file) = opened else { continue };
+            let done = nix::unistd::syncfs(&file).map_err(io::Error::from);
+            result = result.and(done);
+        }
+        result
+    }
+}
+
+/// An offset and a length as the kernel takes them.
+fn range(offset: u64, length: u64) -> io::Result<(i64, i64)> {
+    let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+    let end = offset.checked_add(length).ok_or_else(invalid)?;
+    i64::try_from(end).map_err(|_| invalid())?;
+    Ok((offset as i64, length as i64))
+}

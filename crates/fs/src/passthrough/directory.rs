@@ -1,0 +1,208 @@
+//! Reading folders.
+//!
+//! The host's kernel fills a buffer with as many entries as fit; the guest asks for fewer at a time,
+//! as its format needs more room. What is over stays with the handle for the next request, so most
+//! requests need no system call.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use nix::unistd::{Whence, lseek64};
+use virtiofsd::filesystem::{DirEntry, DirectoryIterator};
+
+use super::calls;
+use super::handles::Handle;
+use super::stat::Numbers;
+
+/// Of entries read at once, bytes.
+const BUFFER: usize = 32 << 10;
+/// `struct linux_dirent64`: d_ino, d_off (8 bytes each), d_reclen (2), d_type (1), d_name.
+const HEADER: usize = 19;
+
+/// Entries that were read and not asked for yet.
+#[derive(Debug, Default)]
+pub(super) struct Position {
+    entries: Vec<u8>,
+    /// Where the kernel goes on reading.
+    next: u64,
+}
+
+/// The entries that one request can have.
+#[derive(Debug)]
+pub(crate) struct Entries {
+    handle: Arc<Handle>,
+    numbers: Arc<Numbers>,
+    entries: Vec<u8>,
+    /// Of the next one in `entries`.
+    at: usize,
+    next: u64,
+}
+
+/// An entry of the kernel's format.
+struct Raw<'a> {
+    ino: u64,
+    /// Of the entry after it.
+    offset: u64,
+    length: usize,
+    kind: u8,
+    name: &'a CStr,
+}
+
+fn parse(bytes: &[u8]) -> Option<Raw<'_>> {
+    let wide = |at: usize| Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
+    let length = usize::from(u16::from_ne_bytes(bytes.get(16..18)?.try_into().ok()?));
+    let name = CStr::from_bytes_until_nul(bytes.get(HEADER..length)?).ok()?;
+    Some(Raw { ino: wide(0)?, offset: wide(8)?, length, kind: *bytes.get(18)?, name })
+}
+
+/// Where in `entries` the one at `offset` begins: after the one that names that offset.
+fn find(entries: &[u8], offset: u64) -> Option<usize> {
+    let mut at = 0;
+    while let Some(entry) = entries.get(at..).and_then(parse) {
+        at += entry.length;
+        if entry.offset == offset {
+            return Some(at).filter(|at| *at < entries.len());
+        }
+    }
+    None
+}
+
+impl Entries {
+    /// The entries from `offset` on; 0 is the start, and the folder as it is now.
+    pub(super) fn read(
+        handle: Arc<Handle>,
+        numbers: Arc<Numbers>,
+        offset: u64,
+    ) -> io::Result<Self> {
+        let mut position = handle.position();
+        let Position { mut entries, mut next } = std::mem::take(&mut *position);
+        let over = if offset == 0 { None } else { find(&entries, offset) };
+        let at = match over {
+            Some(at) => at,
+            None => {
+                if next != offset || offset == 0 {
+                    let signed = i64::try_from(offset).map_err(|_| invalid())?;
+                    lseek64(&handle.file, signed, Whence::SeekSet)?;
+                }
+                entries.resize(BUFFER, 0);
+                let filled = calls::read_entries(handle.file.as_fd(), &mut entries)?;
+                entries.truncate(filled);
+                next = offset;
+                let mut end = 0;
+                while let Some(entry) = entries.get(end..).and_then(parse) {
+                    end += entry.length;
+                    next = entry.offset;
+                }
+                0
+            }
+        };
+        drop(position);
+        Ok(Self { handle, numbers, entries, at, next })
+    }
+}
+
+fn invalid() -> io::Error {
+    io::Error::from_raw_os_error(libc::EINVAL)
+}
+
+impl DirectoryIterator for Entries {
+    fn next(&mut self) -> Option<DirEntry<'_>> {
+        let entry = self.entries.get(self.at..).and_then(parse)?;
+        self.at += entry.length;
+        Some(DirEntry {
+            ino: self.numbers.number(self.handle.dev(), entry.ino),
+            offset: entry.offset,
+            type_: u32::from(entry.kind),
+            name: entry.name,
+        })
+    }
+}
+
+impl Drop for Entries {
+    fn drop(&mut self) {
+        let mut position = self.handle.position();
+        // At the end there is nothing to keep.
+        if !self.entries.is_empty() {
+            *position = Position { entries: std::mem::take(&mut self.entries), next: self.next };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::fs::File;
+
+    use super::*;
+    use crate::passthrough::handles::Handles;
+    use crate::passthrough::node::{Place, Table};
+
+    #[test]
+    fn every_entry_comes_once_however_few_are_taken_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let names: BTreeSet<String> = (0..3000).map(|n| format!("a-longer-name-{n}")).collect();
+        for name in &names {
+            File::create(dir.path().join(name)).unwrap();
+        }
+        let file = File::open(dir.path()).unwrap();
+        let stat = calls::stat_of(file.as_fd()).unwrap();
+        let node = Table::default().reset(&stat, Place::new(None, c"", stat.mount));
+        let handles = Handles::default();
+        let handle = handles.get(node.id, handles.add(node, file)).unwrap();
+        let numbers = Arc::new(Numbers::default());
+        for taken in [1, 7, 100_000] {
+            let (mut seen, mut offset) = (Vec::new(), 0);
+            loop {
+                let mut entries = Entries::read(handle.clone(), numbers.clone(), offset).unwrap();
+                let mut got = 0;
+                while got < taken
+                    && let Some(entry) = entries.next()
+                {
+                    got += 1;
+                    offset = entry.offset;
+                    seen.push(entry.name.to_str().unwrap().to_owned());
+                }
+                // One more is looked at, as when it does not fit.
+                entries.next();
+                if got == 0 {
+                    break;
+                }
+            }
+            seen.retain(|name| !matches!(name.as_str(), "." | ".."));
+            assert_eq!(seen.len(), names.len(), "{taken} at a time");
+            assert_eq!(seen.into_iter().collect::<BTreeSet<_>>(), names);
+        }
+        // From the start, the folder as it is now.
+        File::create(dir.path().join("new")).unwrap();
+        let mut entries = Entries::read(handle.clone(), numbers.clone(), 0).unwrap();
+        let mut found = false;
+        let mut offset = 0;
+        while !entries.entries.is_empty() {
+            while let Some(entry) = entries.next() {
+                found |= entry.name == c"new";
+                offset = entry.offset;
+            }
+            drop(entries);
+            entries = Entries::read(handle.clone(), numbers.clone(), offset).unwrap();
+        }
+        drop(entries);
+        assert!(found);
+        assert!(Entries::read(handle, numbers, u64::MAX).is_err());
+    }
+
+    #[test]
+    fn what_is_no_entry_is_the_end() {
+        let mut whole = vec![0; 24];
+        whole[16..18].copy_from_slice(&24u16.to_ne_bytes());
+        whole[19] = b'x';
+        assert_eq!(parse(&whole).unwrap().name, c"x");
+        for length in [0u16, 5, 19, 20, 25, u16::MAX] {
+            let mut bad = whole.clone();
+            bad[16..18].copy_from_slice(&length.to_ne_bytes());
+            assert!(parse(&bad).is_none(), "{length}");
+        }
+        assert!(parse(&whole[..18]).is_none());
+    }
+}

@@ -1,0 +1,461 @@
+//! The pass-through file system: files of the host as the guest's, one node a file.
+//!
+//! - [`node`]: the nodes; [`resolve`]: their descriptors; [`handles`]: what is open;
+//! - [`names`], [`data`], [`change`], [`directory`]: the requests, by topic;
+//! - [`stat`]: attributes, and inode numbers that are unique in the guest;
+//! - [`credentials`]: on whose behalf something is done; [`calls`]: raw system calls.
+//!
+//! The `virtiofsd` crate reads requests and writes answers ([`virtiofsd::server`]); its own
+//! pass-through file system keys what it knows by mount, too, so that two ways to a file are two
+//! files for the guest, and announces what is mounted below a share as a file system of its own.
+//! Here the guest has one file system for all shares of its pod: one page cache, locks that hold
+//! between all containers, sockets and pipes that they share, change notices of each other.
+//!
+//! Names are single components and no symbolic link is ever followed; the guest's kernel does both.
+
+mod calls;
+mod change;
+mod credentials;
+mod data;
+mod directory;
+mod handles;
+mod names;
+mod node;
+mod resolve;
+mod stat;
+mod systems;
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use nix::unistd::{UnlinkatFlags, fchdir};
+use virtiofsd::filesystem::{
+    Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
+    SerializableFileSystem, SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
+};
+use virtiofsd::fuse;
+use virtiofsd::soft_idmap::Id;
+use vmm_api::shares;
+
+use self::credentials::Caller;
+use self::directory::Entries;
+use self::handles::Handles;
+use self::node::{Node, Place, Table};
+use self::resolve::Descriptors;
+use self::stat::{Numbers, Stat};
+use self::systems::Systems;
+
+/// How long the guest believes names and attributes; also how late it sees a change of the host.
+const BELIEVED: Duration = Duration::from_secs(1);
+
+pub(crate) struct Passthrough {
+    /// Folder of the shares.
+    root: CString,
+    /// The process' own descriptors as files (/proc/self/fd), which is also its working directory:
+    /// the way to open a file anew that is known by a descriptor only.
+    own: OwnedFd,
+    table: Table,
+    descriptors: Descriptors,
+    handles: Handles,
+    numbers: Arc<Numbers>,
+    systems: Systems,
+    /// The guest tells its processes' supplementary groups where they count (from Linux 6.3 on).
+    groups_told: AtomicBool,
+}
+
+/// Whether a share of this name wants nothing cached: the daemon's way to say so.
+fn is_strict(name: &CStr) -> bool {
+    name.to_bytes().ends_with(shares::STRICT.as_bytes())
+}
+
+/// Whether the host's later mounts appear in a share of this name.
+fn follows(name: &CStr) -> bool {
+    let name = name.to_bytes();
+    let name = name.strip_suffix(shares::STRICT.as_bytes()).unwrap_or(name);
+    name.ends_with(shares::FOLLOWS.as_bytes())
+}
+
+/// Where a descriptor is among the own ones.
+fn own_path(fd: &OwnedFd) -> CString {
+    // Digits have no NUL.
+    CString::new(fd.as_raw_fd().to_string()).unwrap_or_default()
+}
+
+impl Passthrough {
+    /// Serves what is mounted in the folder `root`. `own` is /proc/self/fd; it becomes the working
+    /// directory.
+    pub(crate) fn new(root: CString, own: OwnedFd) -> io::Result<Self> {
+        fchdir(&own)?;
+        Ok(Self {
+            root,
+            own,
+            table: Table::default(),
+            descriptors: Descriptors::default(),
+            handles: Handles::default(),
+            numbers: Arc::default(),
+            systems: Systems::default(),
+            groups_told: AtomicBool::new(false),
+        })
+    }
+
+    fn open_root(&self) -> io::Result<()> {
+        let root = nix::fcntl::open(
+            self.root.as_c_str(),
+            nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_CLOEXEC,
+            nix::sys::stat::Mode::empty(),
+        )?;
+        let stat = calls::stat_of(root.as_fd())?;
+        self.numbers.reset(stat.dev);
+        let mut place = Place::new(None, c"", stat.mount);
+        place.fd = Some(Arc::new(root));
+        self.table.reset(&stat, place);
+        Ok(())
+    }
+
+    /// Notes that the guest is told these attributes; for how long it may believe them.
+    fn tell(&self, node: &Node, stat: &Stat) -> Duration {
+        let mut place = node.place();
+        place.told = Some(stat.version());
+        if place.strict { Duration::ZERO } else { BELIEVED }
+    }
+
+    fn caller<'a>(&self, context: &Context, groups: &'a [u32]) -> Caller<'a> {
+        Caller {
+            uid: context.uid.into_inner(),
+            gid: context.gid.into_inner(),
+            groups,
+            groups_unknown: !self.groups_told.load(Ordering::Relaxed),
+        }
+    }
+}
+
+fn groups(more: &Extensions) -> Vec<u32> {
+    more.sup_gids.iter().map(|gid| gid.into_inner()).collect()
+}
+
+impl FileSystem for Passthrough {
+    type Inode = u64;
+    type Handle = u64;
+    type DirIter = Entries;
+
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        self.destroy();
+        self.open_root()?;
+        self.groups_told.store(capable.contains(FsOptions::CREATE_SUPP_GROUP), Ordering::Relaxed);
+        // The crate adds what every server of its kind can do.
+        Ok(FsOptions::DO_READDIRPLUS
+            | FsOptions::READDIRPLUS_AUTO
+            | FsOptions::HANDLE_KILLPRIV_V2
+            | FsOptions::CACHE_SYMLINKS)
+    }
+
+    fn destroy(&self) {
+        self.handles.clear();
+        self.table.clear();
+    }
+
+    fn lookup(&self, _: Context, parent: u64, name: &CStr) -> io::Result<Entry> {
+        self.look_up(&self.table.get(parent)?, name)
+    }
+
+    fn forget(&self, _: Context, inode: u64, count: u64) {
+        self.table.forget(inode, count);
+    }
+
+    fn batch_forget(&self, _: Context, requests: Vec<(u64, u64)>) {
+        for (inode, count) in requests {
+            self.table.forget(inode, count);
+        }
+    }
+
+    fn getattr(
+        &self,
+        _: Context,
+        inode: u64,
+        handle: Option<u64>,
+    ) -> io::Result<(fuse::Attr, Duration)> {
+        let node = self.table.get(inode)?;
+        let stat = match handle {
+            Some(handle) => calls::stat_of(self.handles.get(inode, handle)?.file.as_fd())?,
+            None => self.descriptors.stat(&node)?,
+        };
+        let timeout = self.tell(&node, &stat);
+        Ok((self.numbers.attributes(&stat), timeout))
+    }
+
+    fn setattr(
+        &self,
+        _: Context,
+        inode: u64,
+        wanted: fuse::SetattrIn,
+        handle: Option<u64>,
+        valid: SetattrValid,
+    ) -> io::Result<(fuse::Attr, Duration)> {
+        let node = self.table.get(inode)?;
+        let stat = self.set_attributes(&node, &wanted, handle, valid)?;
+        let timeout = self.tell(&node, &stat);
+        Ok((self.numbers.attributes(&stat), timeout))
+    }
+
+    fn readlink(&self, _: Context, inode: u64) -> io::Result<Vec<u8>> {
+        self.read_link(&self.table.get(inode)?)
+    }
+
+    fn symlink(
+        &self,
+        context: Context,
+        target: &CStr,
+        parent: u64,
+        name: &CStr,
+        more: Extensions,
+    ) -> io::Result<Entry> {
+        let groups = groups(&more);
+        self.make_link(&self.table.get(parent)?, name, target, &self.caller(&context, &groups))
+    }
+
+    fn mknod(
+        &self,
+        context: Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        device: u32,
+        _umask: u32,
+        more: Extensions,
+    ) -> io::Result<Entry> {
+        let (parent, groups) = (self.table.get(parent)?, groups(&more));
+        self.make_special(&parent, name, mode, device, &self.caller(&context, &groups))
+    }
+
+    fn mkdir(
+        &self,
+        context: Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        _umask: u32,
+        more: Extensions,
+    ) -> io::Result<Entry> {
+        let groups = groups(&more);
+        self.make_folder(&self.table.get(parent)?, name, mode, &self.caller(&context, &groups))
+    }
+
+    fn unlink(&self, _: Context, parent: u64, name: &CStr) -> io::Result<()> {
+        self.remove(&self.table.get(parent)?, name, UnlinkatFlags::NoRemoveDir)
+    }
+
+    fn rmdir(&self, _: Context, parent: u64, name: &CStr) -> io::Result<()> {
+        self.remove(&self.table.get(parent)?, name, UnlinkatFlags::RemoveDir)
+    }
+
+    fn rename(
+        &self,
+        _: Context,
+        from: u64,
+        old: &CStr,
+        to: u64,
+        new: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        let (from, to) = (self.table.get(from)?, self.table.get(to)?);
+        self.move_name((&from, old), (&to, new), flags)
+    }
+
+    fn link(&self, _: Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
+        self.add_name(&self.table.get(inode)?, &self.table.get(parent)?, name)
+    }
+
+    fn open(
+        &self,
+        _: Context,
+        inode: u64,
+        kill: bool,
+        flags: u32,
+    ) -> io::Result<(Option<u64>, OpenOptions)> {
+        let (handle, options) = self.open_file(self.table.get(inode)?, flags, kill)?;
+        Ok((Some(handle), options))
+    }
+
+    fn create(
+        &self,
+        context: Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        kill: bool,
+        flags: u32,
+        _umask: u32,
+        more: Extensions,
+    ) -> io::Result<(Entry, Option<u64>, OpenOptions)> {
+        let (parent, groups) = (self.table.get(parent)?, groups(&more));
+        let caller = self.caller(&context, &groups);
+        let (entry, opened) = self.create_file(&parent, name, (flags, mode), kill, &caller)?;
+        Ok((entry, Some(opened.0), opened.1))
+    }
+
+    fn read<W: ZeroCopyWriter>(
+        &self,
+        _: Context,
+        inode: u64,
+        handle: u64,
+        to: W,
+        size: u32,
+        offset: u64,
+        _owner: Option<u64>,
+        _flags: u32,
+    ) -> io::Result<usize> {
+        self.read_data((inode, handle), to, size, offset)
+    }
+
+    fn write<R: ZeroCopyReader>(
+        &self,
+        _: Context,
+        inode: u64,
+        handle: u64,
+        from: R,
+        size: u32,
+        offset: u64,
+        _owner: Option<u64>,
+        delayed: bool,
+        kill: bool,
+        flags: u32,
+    ) -> io::Result<usize> {
+        // What comes from the guest's page cache has its place.
+        let append = !delayed && flags as i32 & libc::O_APPEND != 0;
+        self.write_data((inode, handle), from, size, offset, append, kill)
+    }
+
+    fn flush(&self, _: Context, inode: u64, handle: u64, _owner: u64) -> io::Result<()> {
+        self.flush_file(inode, handle)
+    }
+
+    fn fsync(&self, _: Context, inode: u64, data: bool, handle: u64) -> io::Result<()> {
+        self.sync_file(inode, handle, data)
+    }
+
+    fn fallocate(
+        &self,
+        _: Context,
+        inode: u64,
+        handle: u64,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        self.allocate((inode, handle), mode, offset, length)
+    }
+
+    fn release(
+        &self,
+        _: Context,
+        inode: u64,
+        _flags: u32,
+        handle: u64,
+        _flush: bool,
+        _flock: bool,
+        _owner: Option<u64>,
+    ) -> io::Result<()> {
+        self.handles.remove(inode, handle)
+    }
+
+    fn statfs(&self, _: Context, inode: u64) -> io::Result<libc::statvfs64> {
+        calls::statvfs(self.descriptors.get(&self.table.get(inode)?)?.as_fd())
+    }
+
+    fn setxattr(
+        &self,
+        _: Context,
+        inode: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        _more: SetxattrFlags,
+    ) -> io::Result<()> {
+        self.set_xattr(&self.table.get(inode)?, name, value, flags)
+    }
+
+    fn getxattr(
+        &self,
+        _: Context,
+        inode: u64,
+        name: &CStr,
+        size: u32,
+    ) -> io::Result<GetxattrReply> {
+        self.get_xattr(&self.table.get(inode)?, name, size)
+    }
+
+    fn listxattr(&self, _: Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
+        self.list_xattrs(&self.table.get(inode)?, size)
+    }
+
+    fn removexattr(&self, _: Context, inode: u64, name: &CStr) -> io::Result<()> {
+        self.remove_xattr(&self.table.get(inode)?, name)
+    }
+
+    fn opendir(
+        &self,
+        _: Context,
+        inode: u64,
+        _flags: u32,
+    ) -> io::Result<(Option<u64>, OpenOptions)> {
+        let (handle, options) = self.open_folder(self.table.get(inode)?)?;
+        Ok((Some(handle), options))
+    }
+
+    fn readdir(
+        &self,
+        _: Context,
+        inode: u64,
+        handle: u64,
+        _size: u32,
+        offset: u64,
+    ) -> io::Result<Entries> {
+        Entries::read(self.handles.get(inode, handle)?, self.numbers.clone(), offset)
+    }
+
+    fn fsyncdir(&self, _: Context, inode: u64, data: bool, handle: u64) -> io::Result<()> {
+        self.sync_file(inode, handle, data)
+    }
+
+    fn releasedir(&self, _: Context, inode: u64, _flags: u32, handle: u64) -> io::Result<()> {
+        self.handles.remove(inode, handle)
+    }
+
+    fn lseek(
+        &self,
+        _: Context,
+        inode: u64,
+        handle: u64,
+        offset: u64,
+        whence: u32,
+    ) -> io::Result<u64> {
+        self.seek(inode, handle, offset, whence)
+    }
+
+    fn copyfilerange(
+        &self,
+        _: Context,
+        from: u64,
+        from_handle: u64,
+        from_offset: u64,
+        to: u64,
+        to_handle: u64,
+        to_offset: u64,
+        length: u64,
+        _flags: u64,
+    ) -> io::Result<usize> {
+        let (from, to) = ((from, from_handle, from_offset), (to, to_handle, to_offset));
+        self.copy_data(from, to, length)
+    }
+
+    fn syncfs(&self, _: Context, _inode: u64) -> io::Result<()> {
+        self.sync_all()
+    }
+}
+
+/// State is never transferred.
+impl SerializableFileSystem for Passthrough {}

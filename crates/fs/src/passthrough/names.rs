@@ -1,0 +1,343 @@
+//! Names in folders: looked up, made, removed, moved.
+//!
+//! System calls of a request whose folder has a descriptor, without those for the caller's ids
+//! (four for a user other than root, [`super::credentials`]):
+//!
+//! | request | calls |
+//! |---|---|
+//! | lookup of a file, or of a known folder | statx |
+//! | lookup of a new folder | statx, openat, statx |
+//! | create | openat, statx |
+//! | mkdir | mkdirat, statx, openat, statx |
+//! | mknod, symlink | mknodat or symlinkat, statx |
+//! | unlink, rmdir | openat, statx, unlinkat |
+//! | rename | statx, openat (nothing there, as a rule), renameat2 |
+//! | link | openat, statx, linkat, statx, close |
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::fcntl::{AtFlags, RenameFlags, readlinkat, renameat2};
+use nix::sys::stat::{Mode, SFlag, mkdirat, mknodat};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
+use nix::unistd::{UnlinkatFlags, linkat, symlinkat, unlinkat};
+use virtiofsd::filesystem::Entry;
+
+use super::credentials::Caller;
+use super::node::{Node, Place, ROOT};
+use super::resolve::DEPTH_MAX;
+use super::stat::Stat;
+use super::{BELIEVED, Passthrough, calls, follows, is_strict, own_path};
+
+/// A name that is one component of a path.
+pub(super) fn component(name: &CStr) -> io::Result<&CStr> {
+    let bytes = name.to_bytes();
+    if matches!(bytes, b"" | b"." | b"..") || bytes.contains(&b'/') {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    Ok(name)
+}
+
+/// How long the guest may believe what a name in `parent` leads to. Shares come and go, and their
+/// names with them.
+fn believed(parent: &Node) -> Duration {
+    if parent.id == ROOT || parent.place().strict { Duration::ZERO } else { BELIEVED }
+}
+
+impl Passthrough {
+    pub(super) fn entry(&self, parent: &Node, node: &Node, stat: &Stat) -> Entry {
+        let entry_timeout = believed(parent);
+        let attr_timeout = self.tell(node, stat);
+        let attr = self.numbers.attributes(stat);
+        Entry { inode: node.id, generation: 0, attr, attr_timeout, entry_timeout }
+    }
+
+    /// Looks a name up, and counts that.
+    pub(super) fn look_up(&self, parent: &Arc<Node>, name: &CStr) -> io::Result<Entry> {
+        let dir = self.descriptors.get(parent)?;
+        match calls::stat_at(dir.as_fd(), component(name)?) {
+            Ok(stat) => {
+                let (node, stat) = self.enter(parent, &dir, name, stat)?;
+                Ok(self.entry(parent, &node, &stat))
+            }
+            // The guest may believe that, too. A reader of the folder (FUSE_READDIRPLUS) goes on
+            // with the next name, which an error would keep it from.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Entry {
+                inode: 0,
+                generation: 0,
+                attr: Default::default(),
+                attr_timeout: Duration::ZERO,
+                entry_timeout: believed(parent),
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The node of what `name` is; counts a lookup.
+    pub(super) fn enter(
+        &self,
+        parent: &Arc<Node>,
+        dir: &OwnedFd,
+        name: &CStr,
+        stat: Stat,
+    ) -> io::Result<(Arc<Node>, Stat)> {
+        let follows = parent.follows() || parent.id == ROOT && follows(name);
+        if let Some(node) = self.table.claim(&stat, follows) {
+            self.seen(&node, parent, dir, name, &stat)?;
+            return Ok((node, stat));
+        }
+        let mut stat = stat;
+        let mut place = Place::new(Some(parent.clone()), name, stat.mount);
+        place.strict = parent.place().strict || parent.id == ROOT && is_strict(name);
+        if stat.kind() == libc::S_IFDIR || stat.born.is_none() {
+            let epoch = self.descriptors.epoch();
+            let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0)?;
+            stat = calls::stat_of(fd.as_fd())?;
+            place.mount = stat.mount;
+            place.fd = Some(Arc::new(fd));
+            place.epoch = epoch;
+        }
+        let (node, made) = self.table.claim_or_insert(&stat, follows, place)?;
+        if !made {
+            self.seen(&node, parent, dir, name, &stat)?;
+        } else if node.is_folder() {
+            self.descriptors.opened(&node);
+        }
+        Ok((node, stat))
+    }
+
+    /// A known file was found under a name, perhaps another one than before, or through another
+    /// mount.
+    fn seen(
+        &self,
+        node: &Arc<Node>,
+        parent: &Arc<Node>,
+        dir: &OwnedFd,
+        name: &CStr,
+        stat: &Stat,
+    ) -> io::Result<()> {
+        let strict = parent.place().strict || parent.id == ROOT && is_strict(name);
+        let (other_mount, same) = {
+            let place = node.place();
+            let same = matches!(&place.parent, Some(known) if Arc::ptr_eq(known, parent));
+            (place.mount != stat.mount, same)
+        };
+        if !same && node.is_folder() && is_above(node, parent) {
+            // A folder in itself, by a mount of the host. The guest's kernel knows no such thing.
+            self.table.forget(node.id, 1);
+            return Err(io::Error::from_raw_os_error(libc::ELOOP));
+        }
+        let way = if other_mount { self.better_way(node, dir, name) } else { None };
+        let mut place = node.place();
+        place.strict |= strict;
+        if other_mount && way.is_none() {
+            return Ok(());
+        }
+        if !same || *place.name != *name {
+            place.parent = Some(parent.clone());
+            place.name = name.into();
+        }
+        place.mount = stat.mount;
+        let was_nameless = std::mem::take(&mut place.nameless);
+        let keeps = node.is_folder() || node.is_held();
+        let closed = match way {
+            Some(fd) if keeps => {
+                // What is below was found through the other mount, too.
+                place.epoch = self.descriptors.next_epoch();
+                place.fd.replace(Arc::new(fd))
+            }
+            None if keeps || !was_nameless => None,
+            _ => place.fd.take(),
+        };
+        drop(place);
+        drop(closed);
+        Ok(())
+    }
+
+    /// A descriptor of a node through the mount by which its name was found now. None if the way by
+    /// which it is known is as good: what nothing can be written through is no replacement for what
+    /// lets that.
+    fn better_way(&self, node: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> Option<OwnedFd> {
+        let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0).ok()?;
+        let stat = calls::stat_of(fd.as_fd()).ok()?;
+        let better = !is_read_only(&fd) || self.descriptors.is_read_only(node);
+        (better && node.is(&stat)).then_some(fd)
+    }
+
+    /// Keeps what is at a name that is about to go; the guest may have it in use without having
+    /// opened it (O_PATH, a mount, a working directory).
+    fn hold(&self, parent: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> Option<Arc<Node>> {
+        let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0).ok()?;
+        let stat = calls::stat_of(fd.as_fd()).ok()?;
+        let node = self.table.find(&stat, parent.follows())?;
+        let mut place = node.place();
+        let here = matches!(&place.parent, Some(known) if Arc::ptr_eq(known, parent));
+        if !here || *place.name != *name {
+            // It is known by another of its names.
+            return None;
+        }
+        if place.fd.is_none() {
+            place.fd = Some(Arc::new(fd));
+            place.epoch = self.descriptors.epoch();
+        }
+        drop(place);
+        Some(node)
+    }
+
+    pub(super) fn remove(
+        &self,
+        parent: &Arc<Node>,
+        name: &CStr,
+        flag: UnlinkatFlags,
+    ) -> io::Result<()> {
+        let dir = self.descriptors.get(parent)?;
+        let held = self.hold(parent, &dir, component(name)?);
+        let removed = unlinkat(&*dir, name, flag);
+        if let Some(node) = held {
+            loses_name(&node, removed.is_ok());
+        }
+        Ok(removed?)
+    }
+
+    pub(super) fn move_name(
+        &self,
+        from: (&Arc<Node>, &CStr),
+        to: (&Arc<Node>, &CStr),
+        flags: u32,
+    ) -> io::Result<()> {
+        let flags = RenameFlags::from_bits_truncate(flags);
+        let (old, new) = (self.descriptors.get(from.0)?, self.descriptors.get(to.0)?);
+        let (old_name, new_name) = (component(from.1)?, component(to.1)?);
+        let known = |parent: &Node, dir: &OwnedFd, name| {
+            let stat = calls::stat_at(dir.as_fd(), name).ok()?;
+            self.table.find(&stat, parent.follows())
+        };
+        let moved = known(from.0, &old, old_name);
+        let exchange = flags.contains(RenameFlags::RENAME_EXCHANGE);
+        let other =
+            if exchange { known(to.0, &new, new_name) } else { self.hold(to.0, &new, new_name) };
+        let done = renameat2(&*old, old_name, &*new, new_name, flags);
+        if let Some(other) = other {
+            match exchange {
+                true if done.is_ok() => gets_name(&other, from),
+                true => {}
+                false => loses_name(&other, done.is_ok()),
+            }
+        }
+        if let (Some(moved), Ok(())) = (moved, done) {
+            gets_name(&moved, to);
+        }
+        Ok(done?)
+    }
+
+    pub(super) fn make_folder(
+        &self,
+        parent: &Arc<Node>,
+        name: &CStr,
+        mode: u32,
+        caller: &Caller<'_>,
+    ) -> io::Result<Entry> {
+        let dir = self.descriptors.get(parent)?;
+        let made = {
+            let _acting = caller.act()?;
+            mkdirat(&*dir, component(name)?, Mode::from_bits_truncate(mode))
+        };
+        made?;
+        self.look_up(parent, name)
+    }
+
+    pub(super) fn make_special(
+        &self,
+        parent: &Arc<Node>,
+        name: &CStr,
+        mode: u32,
+        device: u32,
+        caller: &Caller<'_>,
+    ) -> io::Result<Entry> {
+        let dir = self.descriptors.get(parent)?;
+        let kind = SFlag::from_bits_truncate(mode & libc::S_IFMT);
+        let made = {
+            let _acting = caller.act()?;
+            let mode = Mode::from_bits_truncate(mode);
+            mknodat(&*dir, component(name)?, kind, mode, u64::from(device))
+        };
+        made?;
+        self.look_up(parent, name)
+    }
+
+    pub(super) fn make_link(
+        &self,
+        parent: &Arc<Node>,
+        name: &CStr,
+        target: &CStr,
+        caller: &Caller<'_>,
+    ) -> io::Result<Entry> {
+        let dir = self.descriptors.get(parent)?;
+        let made = {
+            let _acting = caller.act()?;
+            symlinkat(target, &*dir, component(name)?)
+        };
+        made?;
+        self.look_up(parent, name)
+    }
+
+    pub(super) fn add_name(
+        &self,
+        node: &Arc<Node>,
+        parent: &Arc<Node>,
+        name: &CStr,
+    ) -> io::Result<Entry> {
+        let (file, dir) = (self.descriptors.get(node)?, self.descriptors.get(parent)?);
+        let follow = AtFlags::AT_SYMLINK_FOLLOW;
+        linkat(&self.own, &*own_path(&file), &*dir, component(name)?, follow)?;
+        self.look_up(parent, name)
+    }
+
+    pub(super) fn read_link(&self, node: &Arc<Node>) -> io::Result<Vec<u8>> {
+        let link = self.descriptors.get(node)?;
+        Ok(std::os::unix::ffi::OsStringExt::into_vec(readlinkat(&*link, c"")?))
+    }
+}
+
+/// Whether `node` is `below` or above it.
+fn is_above(node: &Arc<Node>, below: &Arc<Node>) -> bool {
+    let mut at = Some(below.clone());
+    for _ in 0..DEPTH_MAX {
+        let Some(folder) = at else { return false };
+        if Arc::ptr_eq(&folder, node) {
+            return true;
+        }
+        at = folder.place().parent.clone();
+    }
+    true
+}
+
+fn is_read_only(dir: &OwnedFd) -> bool {
+    fstatvfs(dir.as_fd()).is_ok_and(|found| found.flags().contains(FsFlags::ST_RDONLY))
+}
+
+/// The name that a node is known by is gone, or would have been.
+fn loses_name(node: &Node, gone: bool) {
+    let mut place = node.place();
+    let closed = if gone {
+        place.nameless = true;
+        None
+    } else if node.is_folder() || node.is_held() {
+        None
+    } else {
+        place.fd.take()
+    };
+    drop(place);
+    drop(closed);
+}
+
+fn gets_name(node: &Node, (parent, name): (&Arc<Node>, &CStr)) {
+    let mut place = node.place();
+    let former = place.parent.replace(parent.clone());
+    place.name = name.into();
+    drop(place);
+    drop(former);
+}

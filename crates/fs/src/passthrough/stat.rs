@@ -1,0 +1,153 @@
+//! Attributes of files: as the host tells them, and as the guest is told.
+//!
+//! The guest sees one file system, so an inode number has to be unique over all file systems of the
+//! host that are shared. The upper 16 bits are replaced by an index that stands for the host's file
+//! system and the bits that were there. The first file system has index 0, so its numbers mostly
+//! stay as they are, which 32-bit programs need.
+
+use std::collections::HashMap;
+use std::sync::{PoisonError, RwLock};
+
+use virtiofsd::fuse;
+
+/// Bits of an inode number that are passed on.
+const KEPT: u32 = 48;
+/// Index for what is beyond the table: numbers of such file systems may coincide.
+/// Attack: a guest that looks at more than 65,534 file systems, which the host would have to mount.
+const OVERFLOW: u16 = u16::MAX;
+/// The folder of shares, which is in memory and not the first file system of anybody.
+const OWN: u16 = u16::MAX - 1;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Time {
+    pub(super) seconds: i64,
+    pub(super) nanos: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stat {
+    pub(super) dev: u64,
+    pub(super) ino: u64,
+    pub(super) mode: u32,
+    pub(super) nlink: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) rdev: u64,
+    /// Bytes.
+    pub(super) size: u64,
+    /// Of 512 bytes.
+    pub(super) blocks: u64,
+    pub(super) blksize: u32,
+    pub(super) accessed: Time,
+    pub(super) modified: Time,
+    pub(super) changed: Time,
+    /// Not every file system has it.
+    pub(super) born: Option<Time>,
+    /// Id of the mount by which the file was found.
+    pub(super) mount: u64,
+}
+
+impl Stat {
+    pub(super) fn kind(&self) -> u32 {
+        self.mode & libc::S_IFMT
+    }
+
+    /// What a guest's cached content of the file depends on.
+    pub(super) fn version(&self) -> Version {
+        Version { modified: self.modified, size: self.size }
+    }
+}
+
+/// See [`Stat::version`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Version {
+    modified: Time,
+    size: u64,
+}
+
+/// The indices of file systems.
+#[derive(Debug, Default)]
+pub(super) struct Numbers {
+    indices: RwLock<HashMap<(u64, u16), u16>>,
+}
+
+impl Numbers {
+    /// `dev` is the file system that the folder of shares is in.
+    pub(super) fn reset(&self, dev: u64) {
+        let mut indices = self.indices.write().unwrap_or_else(PoisonError::into_inner);
+        indices.clear();
+        indices.insert((dev, 0), OWN);
+    }
+
+    /// The guest's number of an inode.
+    pub(super) fn number(&self, dev: u64, ino: u64) -> u64 {
+        let class = (dev, (ino >> KEPT) as u16);
+        let known =
+            self.indices.read().unwrap_or_else(PoisonError::into_inner).get(&class).copied();
+        let index = known.unwrap_or_else(|| {
+            let mut indices = self.indices.write().unwrap_or_else(PoisonError::into_inner);
+            // One entry is the folder of shares.
+            let next = u16::try_from(indices.len().saturating_sub(1)).unwrap_or(OVERFLOW);
+            if next >= OWN {
+                return OVERFLOW;
+            }
+            *indices.entry(class).or_insert(next)
+        });
+        u64::from(index) << KEPT | ino & ((1 << KEPT) - 1)
+    }
+
+    pub(super) fn attributes(&self, stat: &Stat) -> fuse::Attr {
+        fuse::Attr {
+            ino: self.number(stat.dev, stat.ino),
+            size: stat.size,
+            blocks: stat.blocks,
+            atime: stat.accessed.seconds as u64,
+            mtime: stat.modified.seconds as u64,
+            ctime: stat.changed.seconds as u64,
+            atimensec: stat.accessed.nanos,
+            mtimensec: stat.modified.nanos,
+            ctimensec: stat.changed.nanos,
+            mode: stat.mode,
+            nlink: stat.nlink,
+            uid: stat.uid.into(),
+            gid: stat.gid.into(),
+            // The low half is the kernel's own 32-bit encoding (new_encode_dev).
+            rdev: stat.rdev as u32,
+            blksize: stat.blksize,
+            // No ATTR_SUBMOUNT: all is one file system, whatever the host has mounted where.
+            flags: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn the_first_file_system_keeps_its_numbers_and_no_two_files_have_the_same() {
+        let numbers = Numbers::default();
+        numbers.reset(1);
+        assert_eq!(numbers.number(7, 42), 42);
+        assert_eq!(numbers.number(7, 42), 42);
+        let high = 0xffff << KEPT;
+        let files = [(1, 2), (7, 42), (8, 42), (8, 43), (7, 42 | high), (8, 42 | high), (9, 2)];
+        let seen: HashSet<u64> =
+            files.iter().map(|(dev, ino)| numbers.number(*dev, *ino)).collect();
+        assert_eq!(seen.len(), files.len());
+    }
+
+    #[test]
+    fn more_file_systems_than_there_are_indices_share_the_last_one() {
+        let numbers = Numbers::default();
+        numbers.reset(0);
+        for dev in 1..=70_000 {
+            numbers.number(dev, 1);
+        }
+        assert_eq!(numbers.number(70_000, 5), u64::from(OVERFLOW) << KEPT | 5);
+        assert_eq!(numbers.number(1, 5), 5);
+        assert_eq!(numbers.number(0, 5), u64::from(OWN) << KEPT | 5);
+    }
+}

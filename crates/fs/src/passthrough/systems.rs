@@ -1,0 +1,38 @@
+//! What has to be known of the host's file systems.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::{PoisonError, RwLock};
+
+use nix::sys::statfs::{
+    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC,
+    XFS_SUPER_MAGIC, fstatfs,
+};
+
+/// Those on which close(2) does nothing that could fail or that others wait for. On others, above
+/// all those of a network, it writes back and reports errors.
+const LOCAL: [FsType; 5] =
+    [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC, OVERLAYFS_SUPER_MAGIC];
+/// Remembered file systems. Attack: as [`super::stat`] has it.
+const SYSTEMS_MAX: usize = 64 << 10;
+
+#[derive(Debug, Default)]
+pub(super) struct Systems {
+    silent: RwLock<HashMap<u64, bool>>,
+}
+
+impl Systems {
+    /// Whether the guest need not say when it closes a file of file system `dev`, of which `file` is
+    /// one.
+    pub(super) fn close_is_silent(&self, dev: u64, file: &File) -> bool {
+        let known = self.silent.read().unwrap_or_else(PoisonError::into_inner).get(&dev).copied();
+        known.unwrap_or_else(|| {
+            let silent = fstatfs(file).is_ok_and(|found| LOCAL.contains(&found.filesystem_type()));
+            let mut all = self.silent.write().unwrap_or_else(PoisonError::into_inner);
+            if all.len() < SYSTEMS_MAX {
+                all.insert(dev, silent);
+            }
+            silent
+        })
+    }
+}

@@ -1,0 +1,372 @@
+//! One host file is one file of the guest: by whatever share, mount, name or time.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use crate::common::{Guest, Mounted, ROOT, Server, can_run, op, text};
+use nix::mount::{MsFlags, mount};
+use vmm_api::shares::{Access, Reply};
+
+/// FOPEN_KEEP_CACHE.
+const KEEP_CACHE: u32 = 2;
+
+#[test]
+fn one_file_is_one_node_by_two_shares_a_nested_one_a_hard_link_and_another_mount() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let (outer, inner) = (dir.path().join("outer"), dir.path().join("outer/inner"));
+    fs::create_dir_all(&inner).unwrap();
+    fs::write(inner.join("file"), "text").unwrap();
+    fs::hard_link(inner.join("file"), outer.join("link")).unwrap();
+    let bound = dir.path().join("bound");
+    fs::create_dir(&bound).unwrap();
+    mount(Some(&inner), &bound, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    for (name, path) in [("nested", &inner), ("whole", &outer), ("again", &outer), ("b", &bound)] {
+        assert_eq!(server.add(name, path), Reply::Done);
+    }
+    nix::mount::umount(&bound).unwrap();
+    let mut guest = server.guest();
+    let file = guest.find(ROOT, "nested/file").unwrap();
+    for path in ["whole/inner/file", "again/inner/file", "whole/link", "b/file", "nested/file"] {
+        let found = guest.find(ROOT, path).unwrap();
+        assert_eq!((found.node, found.ino), (file.node, file.ino), "{path}");
+    }
+    let folder = guest.find(ROOT, "nested").unwrap();
+    assert_eq!(guest.find(ROOT, "again/inner").unwrap().node, folder.node);
+    assert_eq!(fs::metadata(inner.join("file")).unwrap().ino(), file.ino);
+    // And what is made by one way is there by the other.
+    let (made, _) = guest.create(folder.node, "made", 0o644).unwrap();
+    assert_eq!(guest.find(ROOT, "whole/inner/made").unwrap().node, made);
+}
+
+#[test]
+fn later_mounts_appear_in_a_share_that_follows_and_not_beside_it() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let _top = Mounted::shared(dir.path());
+    fs::create_dir(dir.path().join("later")).unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    assert_eq!(server.add_following("f.follows", dir.path()), Reply::Done);
+    assert_eq!(server.add_private("p", dir.path()), Reply::Done);
+    let mut guest = server.guest();
+    let later = Mounted::new(&dir.path().join("later"));
+    fs::write(later.0.join("inside"), "").unwrap();
+    guest.await_path(ROOT, "f.follows/later/inside");
+    assert_eq!(guest.find(ROOT, "p/later/inside").unwrap_err(), libc::ENOENT);
+    assert!(guest.find(ROOT, "f.follows/later/inside").is_ok());
+    let [one, other] =
+        ["f.follows/file", "p/file"].map(|path| guest.find(ROOT, path).unwrap().node);
+    assert_eq!(one, other);
+    later.unmount();
+}
+
+#[test]
+fn inode_numbers_are_unique_over_file_systems_and_folders_say_the_same() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let systems: Vec<Mounted> =
+        ["a", "b", "a/below"].iter().map(|name| Mounted::new(&dir.path().join(name))).collect();
+    for system in &systems {
+        fs::write(system.0.join("file"), "").unwrap();
+    }
+    let host: BTreeSet<u64> =
+        systems.iter().map(|s| fs::metadata(s.0.join("file")).unwrap().ino()).collect();
+    assert!(host.len() < 3, "these file systems number their files alike: {host:?}");
+    assert_eq!(server.add("a", &systems[0].0), Reply::Done);
+    assert_eq!(server.add("b", &systems[1].0), Reply::Done);
+    let mut guest = server.guest();
+    let mut seen = BTreeSet::new();
+    for path in ["a/file", "b/file", "a/below/file"] {
+        let (folder, _) = path.rsplit_once('/').unwrap();
+        let (folder, file) = (guest.find(ROOT, folder).unwrap(), guest.find(ROOT, path).unwrap());
+        assert!(seen.insert(file.ino), "{path}: {}", file.ino);
+        let listed = guest.list(folder.node);
+        let (_, said, entry) = listed.iter().find(|(name, ..)| name == "file").unwrap();
+        assert_eq!((*said, entry.ino, entry.node), (file.ino, file.ino, file.node), "{path}");
+    }
+}
+
+#[test]
+fn a_folder_is_listed_completely_while_its_files_go() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    for n in 0..500 {
+        fs::write(dir.path().join(format!("file{n}")), "").unwrap();
+    }
+    server.add("data", dir.path());
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap();
+    let listed = guest.list(share.node);
+    let names: BTreeSet<&str> = listed.iter().map(|(name, ..)| name.as_str()).collect();
+    assert_eq!((listed.len(), names.len()), (502, 502));
+    assert!(listed.iter().all(|(name, _, entry)| name.starts_with('.') || entry.node != 0));
+}
+
+/// Whether a file can be made in the folder; it is removed again.
+fn writable(guest: &mut Guest, folder: u64) -> bool {
+    match guest.create(folder, "probe", 0o644) {
+        Ok((node, handle)) => {
+            guest.release(node, handle);
+            guest.ask(op::UNLINK, folder, &text("probe")).unwrap();
+            true
+        }
+        Err(libc::EROFS) => false,
+        Err(error) => panic!("create: {error}"),
+    }
+}
+
+#[test]
+fn shares_of_the_same_files_are_protected_as_long_as_nobody_writes() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let _system = Mounted::new(dir.path());
+    let inner = dir.path().join("inner");
+    let other = dir.path().join("other");
+    fs::create_dir(&inner).unwrap();
+    fs::create_dir(&other).unwrap();
+    let below = Mounted::new(&inner.join("below"));
+    let mut guest = server.guest();
+    let read_only = Access::ReadOnlyRecursive;
+    assert_eq!(server.add_for("nested", &inner, read_only), Reply::Done);
+    assert_eq!(server.add_for("other", &other, Access::ReadOnly), Reply::Done);
+    // Found while nothing can be written: what is known now has to be writable later.
+    let folder = guest.lookup(ROOT, "nested").unwrap().node;
+    let deep = guest.find(ROOT, "nested/below").unwrap().node;
+    let beside = guest.lookup(ROOT, "other").unwrap().node;
+    let state = |guest: &mut Guest| [folder, deep, beside].map(|node| writable(guest, node));
+    assert_eq!(state(&mut guest), [false, false, false]);
+    // Not what is mounted below.
+    assert_eq!(server.access("nested", Access::ReadOnly), Reply::Done);
+    assert_eq!(state(&mut guest), [false, true, false]);
+    assert_eq!(server.access("nested", read_only), Reply::Done);
+
+    assert_eq!(server.add_for("whole", dir.path(), Access::ReadWrite), Reply::Done);
+    assert_eq!(state(&mut guest), [true, true, true]);
+    let whole = guest.lookup(ROOT, "whole").unwrap().node;
+    assert!(writable(&mut guest, whole));
+    assert_eq!(server.access("whole", Access::ReadOnly), Reply::Done);
+    assert_eq!(state(&mut guest), [false, true, false]);
+    assert_eq!(server.access("whole", Access::ReadWrite), Reply::Done);
+    assert_eq!(server.remove("whole"), Reply::Done);
+    assert_eq!(state(&mut guest), [false, false, false]);
+    assert!(!writable(&mut guest, whole));
+
+    // The file system below alone, which is another one.
+    assert_eq!(server.add_for("below", &below.0, Access::ReadWrite), Reply::Done);
+    assert_eq!(state(&mut guest), [false, true, false]);
+    assert_eq!(server.remove("below"), Reply::Done);
+
+    // What the host has made read-only stays so.
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+    mount(None::<&str>, &below.0, None::<&str>, flags, None::<&str>).unwrap();
+    assert_eq!(server.add_for("fixed", &inner, Access::ReadWrite), Reply::Done);
+    let fixed = guest.find(ROOT, "fixed/below").unwrap().node;
+    assert!(!writable(&mut guest, fixed));
+    assert!(writable(&mut guest, folder));
+}
+
+#[test]
+fn a_share_that_comes_back_writable_can_be_written_to() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir_all(dir.path().join("a/b")).unwrap();
+    let mut guest = server.guest();
+    assert_eq!(server.add_for("data", dir.path(), Access::ReadOnly), Reply::Done);
+    let deep = guest.find(ROOT, "data/a/b").unwrap().node;
+    assert!(!writable(&mut guest, deep));
+    assert_eq!(server.remove("data"), Reply::Done);
+    assert_eq!(server.add_for("data", dir.path(), Access::ReadWrite), Reply::Done);
+    // The share is looked up, the folders in it are still known.
+    guest.lookup(ROOT, "data").unwrap();
+    assert!(writable(&mut guest, deep));
+}
+
+#[test]
+fn what_the_guest_knows_by_name_only_stays_usable_without_it() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    for name in ["removed", "moved", "replaced", "new"] {
+        fs::write(path(name), name).unwrap();
+    }
+    fs::create_dir_all(path("folder/within")).unwrap();
+    server.add("data", dir.path());
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap().node;
+    let [removed, moved, replaced, new, folder] = ["removed", "moved", "replaced", "new", "folder"]
+        .map(|name| guest.lookup(share, name).unwrap().node);
+    let within = guest.lookup(folder, "within").unwrap().node;
+    guest.ask(op::UNLINK, share, &text("removed")).unwrap();
+    assert_eq!(guest.attributes(removed).unwrap(), (7, 0));
+    let handle = guest.open(removed, libc::O_RDONLY).unwrap();
+    assert_eq!(guest.read(removed, handle).unwrap(), b"removed");
+    guest.rename(share, "moved", within, "here").unwrap();
+    guest.rename(share, "folder", share, "other").unwrap();
+    let handle = guest.open(moved, libc::O_RDONLY).unwrap();
+    assert_eq!(guest.read(moved, handle).unwrap(), b"moved");
+    assert_eq!(guest.find(share, "other/within/here").unwrap().node, moved);
+    guest.rename(share, "new", share, "replaced").unwrap();
+    assert_eq!(guest.attributes(replaced).unwrap(), (8, 0));
+    assert_eq!(guest.lookup(share, "replaced").unwrap().node, new);
+    // A second name outlives the first.
+    let linked = guest.link(new, within, "linked").unwrap();
+    assert_eq!(linked.node, new);
+    guest.ask(op::UNLINK, share, &text("replaced")).unwrap();
+    assert_eq!(guest.attributes(new).unwrap(), (3, 1));
+    let held = server.descriptors();
+    for (node, count) in [(removed, 1u64), (replaced, 1)] {
+        guest.forget(node, count);
+    }
+    guest.attributes(new).unwrap();
+    assert_eq!(server.descriptors(), held - 2, "descriptors of what is forgotten");
+}
+
+#[test]
+fn a_name_that_leads_to_another_file_on_the_host_is_looked_up_anew() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "old").unwrap();
+    server.add("data", dir.path());
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap().node;
+    let old = guest.lookup(share, "file").unwrap().node;
+    fs::write(dir.path().join("new"), "content").unwrap();
+    fs::rename(dir.path().join("new"), &file).unwrap();
+    assert_eq!(guest.attributes(old).unwrap_err(), libc::ESTALE);
+    let truncating = libc::O_WRONLY | libc::O_TRUNC;
+    assert_eq!(guest.open(old, truncating).unwrap_err(), libc::ESTALE);
+    assert_eq!(fs::read_to_string(&file).unwrap(), "content");
+    let new = guest.lookup(share, "file").unwrap().node;
+    assert_ne!(new, old);
+    let handle = guest.open(new, truncating).unwrap();
+    guest.write(new, handle, b"x", 0).unwrap();
+    assert_eq!(fs::read_to_string(&file).unwrap(), "x");
+    // Nor is a pipe waited for.
+    fs::remove_file(&file).unwrap();
+    nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert_eq!(guest.open(new, libc::O_RDONLY).unwrap_err(), libc::ESTALE);
+    let pipe = guest.lookup(share, "file").unwrap();
+    assert_eq!(pipe.mode & libc::S_IFMT, libc::S_IFIFO);
+    assert_eq!(guest.open(pipe.node, libc::O_RDWR).unwrap_err(), libc::ENXIO);
+}
+
+#[test]
+fn pages_are_kept_until_the_file_changes() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "one").unwrap();
+    server.add("data", dir.path());
+    server.add("data2.strict", dir.path());
+    let mut guest = server.guest();
+    let node = guest.find(ROOT, "data/file").unwrap().node;
+    let kept = |guest: &mut Guest| {
+        let (handle, options) = guest.open_with_options(node, libc::O_RDONLY).unwrap();
+        guest.release(node, handle);
+        options & KEEP_CACHE != 0
+    };
+    assert!(kept(&mut guest));
+    fs::write(&file, "longer").unwrap();
+    assert!(!kept(&mut guest), "another size");
+    guest.attributes(node).unwrap();
+    assert!(kept(&mut guest), "the guest knows this one");
+    let now = nix::sys::time::TimeSpec::UTIME_NOW;
+    let follow = nix::sys::stat::UtimensatFlags::FollowSymlink;
+    nix::sys::stat::utimensat(nix::fcntl::AT_FDCWD, &file, &now, &now, follow).unwrap();
+    assert!(!kept(&mut guest), "another time");
+    guest.attributes(node).unwrap();
+    // A share that wants nothing cached.
+    assert_eq!(guest.find(ROOT, "data2.strict/file").unwrap().node, node);
+    assert!(!kept(&mut guest));
+}
+
+#[test]
+fn known_files_hold_no_descriptors_and_thousands_can_be_open() {
+    if !can_run() {
+        return;
+    }
+    // More than a process may have open by default (1,024).
+    const FILES: usize = 3_000;
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    server.add("data", dir.path());
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap().node;
+    let before = server.descriptors();
+    let mut open = Vec::new();
+    for n in 0..FILES {
+        let made = guest.create(share, &n.to_string(), 0o644);
+        open.push(made.unwrap_or_else(|error| panic!("file {n}: error {error}")));
+    }
+    assert_eq!(server.descriptors(), before + FILES);
+    for (node, handle) in open {
+        guest.release(node, handle);
+    }
+    assert_eq!(guest.list(share).len(), FILES + 2);
+    assert_eq!(server.descriptors(), before + 1, "the folder that was listed");
+}
+
+#[test]
+fn numbers_out_of_range_are_refused() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    server.add("data", dir.path());
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap().node;
+    let (node, handle) = guest.create(share, "file", 0o644).unwrap();
+    let body = |numbers: &[u64]| numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>();
+    for offset in [u64::MAX, i64::MAX as u64 + 1, i64::MAX as u64] {
+        // Offset, then size and flags.
+        let data = body(&[handle, offset, 4096, 0, 0]);
+        assert_eq!(guest.ask(op::READ, node, &data).unwrap_err(), libc::EINVAL, "{offset:#x}");
+        let mut data = body(&[handle, offset, 8, 0, 0]);
+        data.extend([0; 8]);
+        assert_eq!(guest.ask(op::WRITE, node, &data).unwrap_err(), libc::EINVAL, "{offset:#x}");
+        let data = body(&[handle, offset, u64::MAX, 0]);
+        assert_eq!(guest.ask(op::FALLOCATE, node, &data).unwrap_err(), libc::EINVAL);
+        guest.ask(op::LSEEK, node, &body(&[handle, offset, 3])).unwrap_err();
+    }
+    for whence in [0u64, 1, 2, 5, 99] {
+        let data = body(&[handle, 0, whence]);
+        assert_eq!(guest.ask(op::LSEEK, node, &data).unwrap_err(), libc::EINVAL, "{whence}");
+    }
+    for node in [0, 1 << 40, u64::MAX] {
+        assert_eq!(guest.attributes(node).unwrap_err(), libc::EBADF, "{node}");
+        guest.forget(node, u64::MAX);
+    }
+    guest.forget(ROOT, u64::MAX);
+    assert!(guest.lookup(ROOT, "data").is_ok());
+    assert_eq!(guest.open(node, libc::O_PATH | libc::O_DIRECTORY).map(|_| ()), Ok(()));
+}

@@ -1,0 +1,169 @@
+//! Volumes that containers of a pod share: one file of the host is one file of the pod, whichever
+//! container, mount or path leads to it.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use cri::v1;
+
+use super::Story;
+use crate::client::{Cri, container, mount};
+use crate::host::{self, Bind, Tmpfs};
+use crate::node::Node;
+use crate::wait;
+
+pub const STORIES: &[Story] = &[
+    ("containers of a pod share a folder's sockets, pipes, locks, mappings and notices", as_one),
+    ("two containers write one SQLite database, and a kill damages nothing", sqlite),
+    ("twelve thousand files of a volume are open at a time", many_open),
+];
+
+const SHARED: &str = include_str!("volumes/shared.py");
+const ROWS: &str = include_str!("volumes/rows.py");
+const MANY: &str = include_str!("volumes/many.py");
+
+fn with_mounts(config: v1::ContainerConfig, mounts: Vec<v1::Mount>) -> v1::ContainerConfig {
+    v1::ContainerConfig { mounts, ..config }
+}
+
+fn read_only(mount: v1::Mount) -> v1::Mount {
+    v1::Mount { readonly: true, ..mount }
+}
+
+/// Runs one of the programs, which says so when all is as it should be.
+fn python(cri: &Cri, id: &str, program: &str, arguments: &[&str], limit: i64) -> Result<()> {
+    let mut command = vec!["python3", "-c", program];
+    command.extend(arguments);
+    let output = cri.exec_within(id, &command, limit)?;
+    ensure!(output.stdout == "all well\n", "{arguments:?}: {output:?}");
+    Ok(())
+}
+
+fn as_one() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("python")?;
+    let pod = node.pod("as-one")?;
+    let cri = node.cri();
+    let folder = host::folder()?;
+    let inner = folder.path().join("inner");
+    fs::create_dir(&inner)?;
+    fs::set_permissions(&inner, fs::Permissions::from_mode(0o777))?;
+    // As a kubelet prepares a subPath.
+    let sub_path = Bind::mount(&inner, &folder.path().join("sub-path"))?;
+    let sleep = ["sleep", "1000"];
+    let run = |name: &str, command: &[&str], uid: i64, mounts: Vec<v1::Mount>| {
+        let mut config = container(name, &image, command);
+        let context = v1::LinuxContainerSecurityContext {
+            run_as_user: Some(v1::Int64Value { value: uid }),
+            ..Default::default()
+        };
+        config.linux = Some(v1::LinuxContainerConfig {
+            security_context: Some(context),
+            ..Default::default()
+        });
+        cri.run(&pod, with_mounts(config, mounts))
+    };
+    // The inner folder first, then the one around it, then the inner one again by another path.
+    let part = run("part", &sleep, 1000, vec![mount(&inner, "/part")])?;
+    let serve = ["python3", "-c", SHARED, "serve", "/whole/inner"];
+    let server = run("server", &serve, 0, vec![mount(folder.path(), "/whole")])?;
+    cri.logged(&server, "ready")?;
+    let by_bind = vec![mount(sub_path.path(), "/sub"), mount(&inner, "/again")];
+    let bound = run("bound", &sleep, 1000, by_bind)?;
+    let reader = run("reader", &sleep, 0, vec![read_only(mount(folder.path(), "/ro"))])?;
+    for (id, place, tag) in
+        [(&part, "/part", "part"), (&bound, "/sub", "bound"), (&bound, "/again", "again")]
+    {
+        python(&cri, id, SHARED, &["ask", place, tag], 60)?;
+    }
+    python(&cri, &reader, SHARED, &["read", "/ro/inner"], 60)?;
+    let refused = cri.exec(&reader, &["touch", "/ro/inner/x"])?;
+    ensure!(refused.stderr.contains("Read-only"), "{refused:?}");
+    // A process that stands in the inner folder stays where it is when a container comes for it.
+    let stand = "cd /whole/inner && echo $PWD >cwd && exec sleep 1000";
+    let standing = run("standing", &["sh", "-c", stand], 0, vec![mount(folder.path(), "/whole")])?;
+    wait::until("it stands there", Duration::from_secs(30), || {
+        Ok(inner.join("cwd").exists().then_some(()))
+    })?;
+    let late = run("late", &sleep, 0, vec![mount(&inner, "/late")])?;
+    python(&cri, &late, SHARED, &["ask", "/late", "late"], 60)?;
+    let cwd = cri.shell(&standing, "readlink /proc/1/cwd && ls /proc/1/cwd/../inner/cwd")?;
+    ensure!(cwd == "/whole/inner\n/proc/1/cwd/../inner/cwd", "{cwd}");
+    // Those that go take nothing from those that stay.
+    for id in [&bound, &standing] {
+        cri.stop(id, 0)?;
+        cri.remove(id)?;
+    }
+    python(&cri, &part, SHARED, &["ask", "/part", "after"], 60)?;
+    for id in [&server, &late] {
+        cri.stop(id, 0)?;
+        cri.remove(id)?;
+    }
+    cri.shell(&part, "echo alone > /part/alone && cat /part/alone")?;
+    ensure!(fs::read_to_string(inner.join("alone"))? == "alone\n", "the last one's file");
+    python(&cri, &reader, "import os; os.stat('/ro/inner/alone'); print('all well')", &[], 60)?;
+    node.finish()
+}
+
+fn sqlite() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("python")?;
+    let pod = node.pod("sqlite")?;
+    let cri = node.cri();
+    let folder = host::folder()?;
+    let shared = || vec![mount(folder.path(), "/data")];
+    let write = |name: &str, count: &str| {
+        let command = ["python3", "-c", ROWS, "/data/base", name, count];
+        cri.run(&pod, with_mounts(container(name, &image, &command), shared()))
+    };
+    let killed = write("killed", "100000")?;
+    let steady = write("steady", "150")?;
+    let sleeper = container("checker", &image, &["sleep", "1000"]);
+    let checker = cri.run(&pod, with_mounts(sleeper, shared()))?;
+    cri.logged(&killed, "killed 40")?;
+    cri.logged(&steady, "steady 10")?;
+    cri.stop(&killed, 0)?;
+    let end = wait::until("the other goes on", Duration::from_secs(180), || {
+        let status = cri.status(&steady)?;
+        let exited = status.state == v1::ContainerState::ContainerExited as i32;
+        Ok(exited.then_some(status))
+    })?;
+    ensure!(end.exit_code == 0, "{end:?}: {:?}", cri.log(&steady)?);
+    let output = cri.exec(&checker, &["python3", "-c", ROWS, "/data/base", "check"])?;
+    let lines: Vec<&str> = output.stdout.lines().collect();
+    let said = cri.log(&killed)?.len();
+    let kept = lines.get(1).and_then(|line| line.strip_prefix("killed "));
+    let kept: Vec<usize> = kept
+        .with_context(|| format!("{output:?}"))?
+        .split(' ')
+        .map(str::parse)
+        .collect::<Result<_, _>>()?;
+    ensure!(lines[0] == "ok" && lines[2] == "steady 150 149", "{output:?}");
+    ensure!(kept[0] >= said && kept[0] == kept[1] + 1, "{said} rows were committed: {output:?}");
+    node.finish()
+}
+
+fn many_open() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("python")?;
+    let pod = node.pod("many")?;
+    let cri = node.cri();
+    let folder = host::folder()?;
+    let below = Tmpfs::mount(&folder.path().join("below"), "size=64m")?;
+    let config = container("c", &image, &["sleep", "1000"]);
+    let id = cri.run(&pod, with_mounts(config, vec![mount(folder.path(), "/data")]))?;
+    python(&cri, &id, MANY, &["/data/many", "12000"], 300)?;
+    ensure!(fs::read_dir(folder.path().join("many"))?.count() == 12_000, "the host's files");
+    ensure!(fs::read(folder.path().join("many/6000"))? == b"6000", "what was written");
+    // All is one file system, whatever the host has mounted, and no two files are the same.
+    fs::write(folder.path().join("top"), "")?;
+    fs::write(folder.path().join("below/file"), "")?;
+    let one = cri.shell(&id, "stat -c %d /data/top /data/below/file /data/below | uniq | wc -l")?;
+    let numbers = "stat -c %i /data /data/top /data/below /data/below/file | sort -u | wc -l";
+    ensure!((one.as_str(), cri.shell(&id, numbers)?.as_str()) == ("1", "4"), "{one}");
+    cri.remove(&id)?;
+    below.unmount().context("a removed container holds a mount of the host")?;
+    node.finish()
+}
