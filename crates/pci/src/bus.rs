@@ -199,10 +199,10 @@ impl Tables {
         let unseen = others.any(|other| !other.seen.load(Ordering::Acquire));
         match self.get(first) {
             None if unseen => self.functions[first.index()] = Some(Function::placeholder()),
-            Some(function) if alone && function.placeholder => {
-                if !function.seen.load(Ordering::Acquire) {
-                    self.functions[first.index()] = None;
-                }
+            Some(function)
+                if alone && function.placeholder && !function.seen.load(Ordering::Acquire) =>
+            {
+                self.functions[first.index()] = None;
             }
             _ => {}
         }

@@ -76,9 +76,9 @@ fn as_one() -> Result<()> {
     for (id, place, tag) in
         [(&part, "/part", "part"), (&bound, "/sub", "bound"), (&bound, "/again", "again")]
     {
-        python(&cri, id, SHARED, &["ask", place, tag], 60)?;
+        python(cri, id, SHARED, &["ask", place, tag], 60)?;
     }
-    python(&cri, &reader, SHARED, &["read", "/ro/inner"], 60)?;
+    python(cri, &reader, SHARED, &["read", "/ro/inner"], 60)?;
     let refused = cri.exec(&reader, &["touch", "/ro/inner/x"])?;
     ensure!(refused.stderr.contains("Read-only"), "{refused:?}");
     // A process that stands in the inner folder stays where it is when a container comes for it.
@@ -88,7 +88,7 @@ fn as_one() -> Result<()> {
         Ok(inner.join("cwd").exists().then_some(()))
     })?;
     let late = run("late", &sleep, 0, vec![mount(&inner, "/late")])?;
-    python(&cri, &late, SHARED, &["ask", "/late", "late"], 60)?;
+    python(cri, &late, SHARED, &["ask", "/late", "late"], 60)?;
     let cwd = cri.shell(&standing, "readlink /proc/1/cwd && ls /proc/1/cwd/../inner/cwd")?;
     ensure!(cwd == "/whole/inner\n/proc/1/cwd/../inner/cwd", "{cwd}");
     // Those that go take nothing from those that stay.
@@ -96,14 +96,14 @@ fn as_one() -> Result<()> {
         cri.stop(id, 0)?;
         cri.remove(id)?;
     }
-    python(&cri, &part, SHARED, &["ask", "/part", "after"], 60)?;
+    python(cri, &part, SHARED, &["ask", "/part", "after"], 60)?;
     for id in [&server, &late] {
         cri.stop(id, 0)?;
         cri.remove(id)?;
     }
     cri.shell(&part, "echo alone > /part/alone && cat /part/alone")?;
     ensure!(fs::read_to_string(inner.join("alone"))? == "alone\n", "the last one's file");
-    python(&cri, &reader, "import os; os.stat('/ro/inner/alone'); print('all well')", &[], 60)?;
+    python(cri, &reader, "import os; os.stat('/ro/inner/alone'); print('all well')", &[], 60)?;
     node.finish()
 }
 
@@ -154,7 +154,7 @@ fn many_open() -> Result<()> {
     let below = Tmpfs::mount(&folder.path().join("below"), "size=64m")?;
     let config = container("c", &image, &["sleep", "1000"]);
     let id = cri.run(&pod, with_mounts(config, vec![mount(folder.path(), "/data")]))?;
-    python(&cri, &id, MANY, &["/data/many", "12000"], 300)?;
+    python(cri, &id, MANY, &["/data/many", "12000"], 300)?;
     ensure!(fs::read_dir(folder.path().join("many"))?.count() == 12_000, "the host's files");
     ensure!(fs::read(folder.path().join("many/6000"))? == b"6000", "what was written");
     // All is one file system, whatever the host has mounted, and no two files are the same.

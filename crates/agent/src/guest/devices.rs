@@ -186,8 +186,8 @@ mod tests {
     fn a_serial_is_read_once_a_disk_and_again_for_another_one_of_the_name() {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("vda");
-        std::fs::create_dir(&disk).unwrap();
-        let write = |name: &str, text: &str| std::fs::write(disk.join(name), text).unwrap();
+        fs::create_dir(&disk).unwrap();
+        let write = |name: &str, text: &str| fs::write(disk.join(name), text).unwrap();
         assert_eq!(serial_of(&disk), None);
         write("diskseq", "1\n");
         write("serial", "a\n");

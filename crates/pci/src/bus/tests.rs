@@ -1,3 +1,5 @@
+use std::collections::hash_map::Entry;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -248,10 +250,10 @@ impl Guest {
         let mut reads = 0;
         for slot in 0..SLOTS as u8 {
             for address in Address::of_slot(slot) {
-                if !self.known.contains_key(&address) {
+                if let Entry::Vacant(unknown) = self.known.entry(address) {
                     reads += 1;
                     if ecam_config(bus, address, 0) != u32::MAX {
-                        self.known.insert(address, is_multi_function(bus, address));
+                        unknown.insert(is_multi_function(bus, address));
                     }
                 }
                 let first = self.known.get(&at(slot, 0));
