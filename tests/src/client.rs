@@ -23,10 +23,13 @@ pub struct Cri {
 
 /// Calls a method of the runtime or image client, by value and with the deadline.
 macro_rules! call {
-    ($self:ident . $service:ident . $method:ident ( $request:expr )) => {{
+    ($self:ident . $service:ident . $method:ident ( $request:expr )) => {
+        call!($self.$service.$method($request) within LIMIT)
+    };
+    ($self:ident . $service:ident . $method:ident ( $request:expr ) within $limit:expr) => {{
         let mut client = $self.$service.clone();
         let mut request = tonic::Request::new($request);
-        request.set_timeout(LIMIT);
+        request.set_timeout($limit);
         $self
             .tokio
             .block_on(async move { client.$method(request).await })
@@ -196,7 +199,8 @@ impl Cri {
             cmd: command.iter().map(ToString::to_string).collect(),
             timeout,
         };
-        let reply = call!(self.runtime.exec_sync(request))?;
+        let limit = LIMIT.max(Duration::from_secs(timeout.unsigned_abs() + 30));
+        let reply = call!(self.runtime.exec_sync(request) within limit)?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Ok(Output {
             code: reply.exit_code,

@@ -157,7 +157,7 @@ st = os.statvfs('/dev/shm')
 print('size', st.f_blocks * st.f_frsize >> 20)
 if len(sys.argv) > 1:
     m = shared_memory.SharedMemory('seg', create=True, size=int(sys.argv[1]) << 20)
-    for i in range(0, m.size, 4096): m.buf[i] = 7
+    for i in range(0, m.size, 65536): m.buf[i] = 7
     m.buf[m.size - 1] = 9
     print('filled', flush=True)
     time.sleep(1000)

@@ -119,6 +119,8 @@ fn sqlite() -> Result<()> {
         cri.run(&pod, with_mounts(container(name, &image, &command), shared()))
     };
     let killed = write("killed", "100000")?;
+    // SQLite does not wait for its lock where two make the database at once.
+    cri.logged(&killed, "killed 1")?;
     let steady = write("steady", "150")?;
     let sleeper = container("checker", &image, &["sleep", "1000"]);
     let checker = cri.run(&pod, with_mounts(sleeper, shared()))?;

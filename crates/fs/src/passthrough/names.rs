@@ -27,7 +27,7 @@ use nix::unistd::{UnlinkatFlags, linkat, symlinkat, unlinkat};
 use virtiofsd::filesystem::Entry;
 
 use super::credentials::Caller;
-use super::node::{Node, Place, ROOT};
+use super::node::{Node, Place, ROOT, View};
 use super::resolve::DEPTH_MAX;
 use super::stat::Stat;
 use super::{BELIEVED, Passthrough, calls, follows, is_strict, own_path};
@@ -84,8 +84,11 @@ impl Passthrough {
         name: &CStr,
         stat: Stat,
     ) -> io::Result<(Arc<Node>, Stat)> {
-        let follows = parent.follows() || parent.id == ROOT && follows(name);
-        if let Some(node) = self.table.claim(&stat, follows) {
+        let view = match parent.id {
+            ROOT => View { follows: follows(name), submount: 0 },
+            _ => parent.view_below(&stat),
+        };
+        if let Some(node) = self.table.claim(&stat, view) {
             self.seen(&node, parent, dir, name, &stat)?;
             return Ok((node, stat));
         }
@@ -100,7 +103,7 @@ impl Passthrough {
             place.fd = Some(Arc::new(fd));
             place.epoch = epoch;
         }
-        let (node, made) = self.table.claim_or_insert(&stat, follows, place)?;
+        let (node, made) = self.table.claim_or_insert(&stat, view, place)?;
         if !made {
             self.seen(&node, parent, dir, name, &stat)?;
         } else if node.is_folder() {
@@ -172,7 +175,7 @@ impl Passthrough {
     fn hold(&self, parent: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> Option<Arc<Node>> {
         let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0).ok()?;
         let stat = calls::stat_of(fd.as_fd()).ok()?;
-        let node = self.table.find(&stat, parent.follows())?;
+        let node = self.table.find(&stat, parent.view_below(&stat))?;
         let mut place = node.place();
         let here = matches!(&place.parent, Some(known) if Arc::ptr_eq(known, parent));
         if !here || *place.name != *name {
@@ -213,7 +216,7 @@ impl Passthrough {
         let (old_name, new_name) = (component(from.1)?, component(to.1)?);
         let known = |parent: &Node, dir: &OwnedFd, name| {
             let stat = calls::stat_at(dir.as_fd(), name).ok()?;
-            self.table.find(&stat, parent.follows())
+            self.table.find(&stat, parent.view_below(&stat))
         };
         let moved = known(from.0, &old, old_name);
         let exchange = flags.contains(RenameFlags::RENAME_EXCHANGE);

@@ -4,8 +4,11 @@
 //! that lead to one file give one node, and the guest's kernel has one inode for it: one page cache,
 //! one set of locks, one socket.
 //!
-//! Folders are the exception: where the host's later mounts are to appear, a folder is another one than
-//! where they are not, as it may contain something else. The files in them are the same.
+//! Folders are the exception ([`View`]), because a folder of the guest's kernel has one name only, which
+//! moves when it is found under another. A folder that is reached through a mount inside a share is
+//! another node than the same folder elsewhere in the share, so that a mount point in the guest stays
+//! where it is. Where the host's later mounts are to appear, a folder is another one than where they are
+//! not, as it may contain something else. The files in these folders are the same.
 //!
 //! Inode numbers are used again after a file is gone. The birth time tells the next file from the
 //! last; where the file system has none, the node holds a descriptor, which keeps the number taken.
@@ -30,13 +33,22 @@ const NODES_MAX: usize = 4 << 20;
 struct Key {
     dev: u64,
     ino: u64,
-    /// A folder in which the host's later mounts appear.
-    follows: bool,
+    /// The default for all that is no folder.
+    view: View,
 }
 
-fn key(stat: &Stat, follows: bool) -> Key {
-    let follows = follows && stat.kind() == libc::S_IFDIR;
-    Key { dev: stat.dev, ino: stat.ino, follows }
+/// Which of the nodes of one folder of the host.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct View {
+    /// The host's later mounts appear in it.
+    pub(super) follows: bool,
+    /// Id of the mount inside the share through which it is reached; 0: it is on the share's own.
+    pub(super) submount: u64,
+}
+
+fn key(stat: &Stat, view: View) -> Key {
+    let view = if stat.kind() == libc::S_IFDIR { view } else { View::default() };
+    Key { dev: stat.dev, ino: stat.ino, view }
 }
 
 #[derive(Debug)]
@@ -94,12 +106,16 @@ impl Node {
     /// Whether these are the attributes of this very file.
     pub(super) fn is(&self, stat: &Stat) -> bool {
         let reborn = matches!((self.born, stat.born), (Some(a), Some(b)) if a != b);
-        self.key == key(stat, self.key.follows) && self.kind == stat.kind() && !reborn
+        self.key == key(stat, self.key.view) && self.kind == stat.kind() && !reborn
     }
 
-    /// Whether the host's later mounts appear in it.
-    pub(super) fn follows(&self) -> bool {
-        self.key.follows
+    /// How a folder in it that is found with these attributes is seen.
+    pub(super) fn view_below(&self, stat: &Stat) -> View {
+        let crossed = stat.mount != self.place().mount;
+        View {
+            submount: if crossed { stat.mount } else { self.key.view.submount },
+            ..self.key.view
+        }
     }
 
     pub(super) fn dev(&self) -> u64 {
@@ -145,7 +161,7 @@ impl Table {
 
     /// Forgets everything but the root.
     pub(super) fn reset(&self, root: &Stat, place: Place) -> Arc<Node> {
-        let node = node(ROOT, root, false, place);
+        let node = node(ROOT, root, View::default(), place);
         let mut inner = self.inner();
         let old = std::mem::take(&mut *inner);
         inner.keys.insert(node.key, ROOT);
@@ -170,15 +186,15 @@ impl Table {
     }
 
     /// The node of a file, if the guest knows it; counts nothing.
-    pub(super) fn find(&self, stat: &Stat, follows: bool) -> Option<Arc<Node>> {
+    pub(super) fn find(&self, stat: &Stat, view: View) -> Option<Arc<Node>> {
         let inner = self.inner();
-        let known = inner.nodes.get(inner.keys.get(&key(stat, follows))?)?;
+        let known = inner.nodes.get(inner.keys.get(&key(stat, view))?)?;
         known.node.is(stat).then(|| known.node.clone())
     }
 
     /// The node of a file, counted as looked up once more.
-    pub(super) fn claim(&self, stat: &Stat, follows: bool) -> Option<Arc<Node>> {
-        let key = key(stat, follows);
+    pub(super) fn claim(&self, stat: &Stat, view: View) -> Option<Arc<Node>> {
+        let key = key(stat, view);
         let mut inner = self.inner();
         let id = *inner.keys.get(&key)?;
         let known = inner.nodes.get_mut(&id)?;
@@ -195,10 +211,10 @@ impl Table {
     pub(super) fn claim_or_insert(
         &self,
         stat: &Stat,
-        follows: bool,
+        view: View,
         place: Place,
     ) -> io::Result<(Arc<Node>, bool)> {
-        if let Some(node) = self.claim(stat, follows) {
+        if let Some(node) = self.claim(stat, view) {
             return Ok((node, false));
         }
         let mut inner = self.inner();
@@ -206,16 +222,16 @@ impl Table {
             return Err(io::Error::from_raw_os_error(libc::ENFILE));
         }
         let id = inner.last + 1;
-        match inner.keys.entry(key(stat, follows)) {
+        match inner.keys.entry(key(stat, view)) {
             // Another thread was faster.
             Entry::Occupied(_) => {
                 drop(inner);
-                let known = self.claim(stat, follows).map(|node| (node, false));
+                let known = self.claim(stat, view).map(|node| (node, false));
                 known.ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))
             }
             Entry::Vacant(free) => {
                 free.insert(id);
-                let node = node(id, stat, follows, place);
+                let node = node(id, stat, view, place);
                 inner.nodes.insert(id, Known { node: node.clone(), lookups: 1 });
                 inner.last = id;
                 Ok((node, true))
@@ -272,8 +288,8 @@ impl Inner {
     }
 }
 
-fn node(id: u64, stat: &Stat, follows: bool, place: Place) -> Arc<Node> {
-    let (key, kind, born) = (key(stat, follows), stat.kind(), stat.born);
+fn node(id: u64, stat: &Stat, view: View, place: Place) -> Arc<Node> {
+    let (key, kind, born) = (key(stat, view), stat.kind(), stat.born);
     Arc::new(Node { id, key, kind, born, place: Mutex::new(place) })
 }
 
@@ -296,6 +312,8 @@ fn drop_all(inner: Inner) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const FOLLOWS: View = View { follows: true, submount: 0 };
 
     fn stat(ino: u64, born: i64) -> Stat {
         let now = Time { seconds: born, nanos: 0 };
@@ -326,14 +344,14 @@ mod tests {
     fn a_file_has_one_node_until_all_lookups_are_forgotten() {
         let table = Table::default();
         table.reset(&stat(1, 0), place());
-        let (first, made) = table.claim_or_insert(&stat(5, 0), false, place()).unwrap();
+        let (first, made) = table.claim_or_insert(&stat(5, 0), View::default(), place()).unwrap();
         assert!(made);
-        let (again, made) = table.claim_or_insert(&stat(5, 0), false, place()).unwrap();
+        let (again, made) = table.claim_or_insert(&stat(5, 0), View::default(), place()).unwrap();
         assert!(!made && Arc::ptr_eq(&first, &again));
         table.forget(first.id, 1);
         assert!(table.get(first.id).is_ok());
         table.forget(first.id, 9);
-        assert!(table.get(first.id).is_err() && table.find(&stat(5, 0), false).is_none());
+        assert!(table.get(first.id).is_err() && table.find(&stat(5, 0), View::default()).is_none());
         // What is not known can be forgotten, and the root cannot.
         for (id, count) in [(first.id, 1), (0, 1), (u64::MAX, u64::MAX), (ROOT, u64::MAX)] {
             table.forget(id, count);
@@ -345,12 +363,32 @@ mod tests {
     fn an_inode_number_that_is_used_again_is_another_file() {
         let table = Table::default();
         table.reset(&stat(1, 0), place());
-        let (old, _) = table.claim_or_insert(&stat(5, 1), false, place()).unwrap();
-        let (new, made) = table.claim_or_insert(&stat(5, 2), false, place()).unwrap();
+        let (old, _) = table.claim_or_insert(&stat(5, 1), View::default(), place()).unwrap();
+        let (new, made) = table.claim_or_insert(&stat(5, 2), View::default(), place()).unwrap();
         assert!(made && old.id != new.id);
-        assert!(Arc::ptr_eq(&table.find(&stat(5, 2), true).unwrap(), &new));
+        assert!(Arc::ptr_eq(&table.find(&stat(5, 2), FOLLOWS).unwrap(), &new));
         // Forgetting the old one does not touch the new one.
         table.forget(old.id, 1);
-        assert!(Arc::ptr_eq(&table.find(&stat(5, 2), true).unwrap(), &new));
+        assert!(Arc::ptr_eq(&table.find(&stat(5, 2), FOLLOWS).unwrap(), &new));
+    }
+
+    #[test]
+    fn a_folder_behind_a_mount_is_a_node_of_its_own_and_a_file_is_not() {
+        let table = Table::default();
+        table.reset(&stat(1, 0), place());
+        let folder = Stat { mode: libc::S_IFDIR | 0o755, ..stat(5, 0) };
+        let (top, _) = table.claim_or_insert(&folder, View::default(), place()).unwrap();
+        assert_eq!(top.view_below(&folder), View::default());
+        let behind = Stat { mount: 2, ..folder };
+        let view = top.view_below(&behind);
+        assert_eq!(view, View { follows: false, submount: 2 });
+        let place_behind = Place::new(Some(top.clone()), c"y", 2);
+        let (other, made) = table.claim_or_insert(&behind, view, place_behind).unwrap();
+        assert!(made && other.id != top.id);
+        // It passes on what it is to what lies in it.
+        assert_eq!(other.view_below(&behind), view);
+        let (file, _) = table.claim_or_insert(&stat(6, 0), View::default(), place()).unwrap();
+        let same = Stat { mount: 2, ..stat(6, 0) };
+        assert!(Arc::ptr_eq(&table.find(&same, other.view_below(&same)).unwrap(), &file));
     }
 }
