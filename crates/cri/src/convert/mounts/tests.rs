@@ -31,7 +31,12 @@ fn convert_with(
     user_namespace: Option<UserNamespace>,
 ) -> Result<Vec<Volume>, Refusal> {
     let images = |name: &str| (name == "here").then(|| PathBuf::from("/images/here.erofs"));
-    volumes(mounts, &Around { annotations, user_namespace, on_host: false, images: &images })
+    let pod = &v1::PodSandboxConfig {
+        metadata: Some(v1::PodSandboxMetadata { uid: "u-1".into(), ..Default::default() }),
+        annotations: [(empty_dir::LIMITS_ANNOTATION.into(), "cache=1Mi".into())].into(),
+        ..Default::default()
+    };
+    volumes(mounts, &Around { annotations, user_namespace, pod, on_host: false, images: &images })
 }
 
 #[test]
@@ -44,9 +49,14 @@ fn a_pod_without_a_vm_has_everything_from_the_host_itself() {
     let log = dir.join("log");
     std::fs::write(&log, "").unwrap();
     let ask = |mount: v1::Mount| {
-        let none = BTreeMap::new();
-        let around =
-            Around { annotations: &none, user_namespace: None, on_host: true, images: &|_| None };
+        let (none, pod) = (BTreeMap::new(), v1::PodSandboxConfig::default());
+        let around = Around {
+            annotations: &none,
+            user_namespace: None,
+            pod: &pod,
+            on_host: true,
+            images: &|_| None,
+        };
         volumes(&[mount], &around).map(|mut volumes| volumes.remove(0))
     };
     for (path, mount) in [
@@ -246,4 +256,32 @@ fn an_images_own_volumes_are_kept_where_the_request_mounts_nothing() {
     let many: Vec<String> = (0..=MAX_MOUNTS).map(|n| format!("/{n}")).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     assert!(own(&many, &[]).is_err());
+}
+
+#[test]
+fn an_empty_dir_is_the_guests_own_and_may_pass_mounts_on() {
+    let (_dir, root) = folder();
+    let volumes = root.join("pods/u-1/volumes/kubernetes.io~empty-dir");
+    let (cache, data) = (volumes.join("cache"), volumes.join("data"));
+    for path in [&cache.join("sub"), &data] {
+        std::fs::create_dir_all(path).unwrap();
+    }
+    std::os::unix::fs::symlink(&root, root.join("link")).unwrap();
+    let through_link = root.join("link").join(cache.strip_prefix(&root).unwrap());
+    let empty_dir = |folder: &Path, below: &str, size_limit| VolumeSource::EmptyDir {
+        host_path: if below.is_empty() { folder.to_owned() } else { folder.join(below) },
+        folder: folder.to_owned(),
+        sub_path: below.into(),
+        size_limit,
+    };
+    let limit = Some(1 << 20);
+    assert_eq!(source(mount(&cache, "/c")), empty_dir(&cache, "", limit));
+    assert_eq!(source(mount(&through_link, "/c")), empty_dir(&cache, "", limit));
+    assert_eq!(source(mount(&cache.join("sub"), "/c")), empty_dir(&cache, "sub", limit));
+    assert_eq!(source(mount(&data, "/c")), empty_dir(&data, "", None));
+    let propagation = v1::MountPropagation::PropagationBidirectional as i32;
+    let both = |path: &Path| v1::Mount { propagation, ..mount(path, "/c") };
+    assert_eq!(convert(&[both(&cache)]).unwrap()[0].propagation, Propagation::Bidirectional);
+    assert!(refused(both(&root)).contains("PROPAGATION_BIDIRECTIONAL"));
+    assert!(refused(both(&volumes)).contains("PROPAGATION_BIDIRECTIONAL"));
 }
