@@ -49,6 +49,34 @@ impl Drop for Tmpfs {
     }
 }
 
+/// A folder of the host that is mounted at another place too.
+pub struct Bind(PathBuf);
+
+impl Bind {
+    /// Makes the place.
+    pub fn mount(from: &Path, at: &Path) -> Result<Self> {
+        std::fs::create_dir_all(at)?;
+        let from = from.to_str().context("the path of a bind mount")?;
+        run("mount", &["--bind", from], at)?;
+        Ok(Self(at.to_owned()))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Fails if anything still uses it.
+    pub fn unmount(self) -> Result<()> {
+        run("umount", &[], &self.0)
+    }
+}
+
+impl Drop for Bind {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
 /// Unmounts what somebody else has mounted.
 pub fn unmount(at: &Path) -> Result<()> {
     run("umount", &[], at)

@@ -1,5 +1,6 @@
 //! The stories: each is a function that tells one thing a user relies on, and fails if it is not so.
 
+mod empty_dir;
 mod events;
 mod exec;
 mod host_pods;
@@ -30,7 +31,7 @@ pub const WIDE: &[(&str, &str)] = &[
 
 /// Every story, those that others build on first.
 pub fn all() -> Vec<(&'static str, Story)> {
-    let rooms: [(&'static str, &[Story]); 18] = [
+    let rooms: [(&'static str, &[Story]); 19] = [
         ("vmm", vmm::STORIES),
         ("life_cycle", life_cycle::STORIES),
         ("exec", exec::STORIES),
@@ -41,6 +42,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("security", security::STORIES),
         ("userns", userns::STORIES),
         ("volumes", volumes::STORIES),
+        ("empty_dir", empty_dir::STORIES),
         ("host_pods", host_pods::STORIES),
         ("kubelet", kubelet::STORIES),
         ("network", network::STORIES),
