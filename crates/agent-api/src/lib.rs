@@ -23,6 +23,8 @@ pub const STDIO_PORT: u32 = 1025;
 pub const FORWARD_PORT: u32 = 1026;
 /// Tag of the pod's virtio-fs device, whose top-level entries are the shared volumes.
 pub const SHARE_TAG: &str = "nacelle";
+/// virtio-blk serial of the pod's scratch disk: ext4 with project quotas, empty at first.
+pub const SCRATCH_SERIAL: &str = "scratch";
 /// vsock CID of every guest. CIDs are private to a VMM here, so one value serves all.
 pub const GUEST_CID: u64 = 3;
 /// Largest gRPC message either side takes, bytes. A hostile peer can make the other side hold this

@@ -20,9 +20,11 @@ use crate::containers::images::Images;
 use crate::containers::process::Process;
 use crate::error::{Error, Result};
 use crate::events::EventLog;
+use crate::guest::empty_dirs::EmptyDirs;
 use crate::guest::host_mounts::HostMounts;
 use crate::guest::huge_pages::HugePages;
 use crate::guest::reclaim::Reclaim;
+use crate::guest::scratch::{self, Scratch};
 use crate::guest::share::{self, Share};
 use crate::guest::volumes::Volumes;
 use crate::oci::cgroup::Cgroup;
@@ -44,6 +46,8 @@ pub struct Config {
     pub host: Option<Host>,
     /// Where the pod's shared volumes come from.
     pub share: share::Source,
+    /// Where writable layers and emptyDirs are.
+    pub scratch: scratch::Source,
     /// The machine is the agent's own: it may be powered off.
     pub is_guest: bool,
 }
@@ -119,6 +123,11 @@ pub struct Agent {
     pub pod_cgroup: Cgroup,
     pub images: tokio::sync::Mutex<Images>,
     pub share: Arc<tokio::sync::Mutex<Share>>,
+    pub scratch: Arc<tokio::sync::Mutex<Scratch>>,
+    /// Held while discarded files are deleted.
+    cleaning: tokio::sync::Mutex<()>,
+    /// Taken before `scratch`, never after it.
+    pub empty_dirs: Arc<tokio::sync::Mutex<EmptyDirs>>,
     /// Made when the first container asks for it.
     pub userns: tokio::sync::Mutex<Option<Arc<UserNamespace>>>,
     pub huge_pages: HugePages,
@@ -142,10 +151,15 @@ impl Agent {
             Some(_) => Cgroup::pod_of_host(&config.cgroup)?,
         };
         let share = Share::new(config.share.clone(), config.base.join("shares"));
+        let scratch = Scratch::new(config.scratch.clone(), config.base.join("scratch"));
+        let empty_dirs = EmptyDirs::new(config.base.join("empty-dirs"));
         Ok(Arc::new(Self {
             pod_cgroup,
             images: tokio::sync::Mutex::default(),
             share: Arc::new(tokio::sync::Mutex::new(share)),
+            scratch: Arc::new(tokio::sync::Mutex::new(scratch)),
+            cleaning: tokio::sync::Mutex::default(),
+            empty_dirs: Arc::new(tokio::sync::Mutex::new(empty_dirs)),
             userns: tokio::sync::Mutex::default(),
             huge_pages: HugePages::default(),
             reclaim: Arc::default(),
@@ -226,6 +240,20 @@ impl Agent {
                 Err(error) => tracing::error!(pid, %error, "cannot kill a process given up"),
             }
         }
+    }
+
+    /// Deletes in the background what was discarded on the scratch disk, one tree after the other: it
+    /// may be as large as the disk.
+    pub fn empty_trash(self: &Arc<Self>) {
+        let agent = Arc::clone(self);
+        tokio::spawn(async move {
+            let _one_at_a_time = agent.cleaning.lock().await;
+            let Some(trash) = agent.scratch.lock().await.trash() else { return };
+            let emptied = tokio::task::spawn_blocking(move || scratch::empty_trash(&trash));
+            if let Err(error) = emptied.await {
+                tracing::error!(%error, "cannot empty the trash");
+            }
+        });
     }
 
     /// Called by the reaper for every child that has ended.

@@ -28,7 +28,7 @@ use nix::sched::{CloneFlags, setns};
 use crate::agent::{Config, Host};
 use crate::error::{Doing, Error, Result};
 use crate::guest::host_mounts::HostMounts;
-use crate::guest::{identity, share, shm};
+use crate::guest::{identity, scratch, share, shm};
 use crate::listen::Listener;
 use crate::oci::{apparmor, cgroup};
 use crate::{BASE, Doors, block_on};
@@ -69,6 +69,7 @@ pub fn run(args: &[String]) -> Result<()> {
         folders_as_disks: false,
         host: Some(host),
         share: share::Source::Device,
+        scratch: scratch::Source::Device,
         is_guest: false,
     };
     let (control, stdio, forward) = (control?, stdio?, forward?);

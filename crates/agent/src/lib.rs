@@ -91,6 +91,7 @@ fn in_a_guest() -> ! {
             folders_as_disks: false,
             host: None,
             share: guest::share::Source::Device,
+            scratch: guest::scratch::Source::Device,
             is_guest: true,
         };
         let result = std::panic::catch_unwind(|| {
@@ -142,6 +143,7 @@ fn on_a_development_machine(folder: &Path) -> Result<()> {
         folders_as_disks: true,
         host: None,
         share: guest::share::Source::Folder(folder.join("shares")),
+        scratch: guest::scratch::Source::Folder(folder.join("scratch")),
         is_guest: false,
     };
     block_on(config, || {

@@ -302,6 +302,29 @@ impl Service for AgentService {
         answer(result.map(|()| v1::WriteVolumeReply {}))
     }
 
+    async fn prepare_empty_dir(
+        &self,
+        request: Request<v1::PrepareEmptyDirRequest>,
+    ) -> Answer<v1::PrepareEmptyDirReply> {
+        let request = request.into_inner();
+        self.run(|agent| async move {
+            agent.config.has_devices()?;
+            let mut dirs = Arc::clone(&agent.empty_dirs).lock_owned().await;
+            let mut scratch = Arc::clone(&agent.scratch).lock_owned().await;
+            let task = tokio::task::spawn_blocking(move || dirs.prepare(&mut scratch, &request));
+            let ready = task.await.map_err(|error| Error::Helper {
+                doing: "prepare an emptyDir",
+                why: error.to_string(),
+            })??;
+            if !ready {
+                // Of an attempt before this one.
+                agent.empty_trash();
+            }
+            Ok(v1::PrepareEmptyDirReply { ready })
+        })
+        .await
+    }
+
     async fn read_volume_file(
         &self,
         request: Request<v1::ReadVolumeFileRequest>,

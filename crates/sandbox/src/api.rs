@@ -11,7 +11,7 @@ use oci_spec::runtime::LinuxResources;
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::config::{Config, EmptyDirPlace};
 use crate::error::Error;
 use crate::forward::{self, ByteStream};
 use crate::host::{blocking, cgroup};
@@ -24,7 +24,7 @@ use crate::model::{
 use crate::node::Node;
 use crate::open::{self, Opened, Quarantined};
 use crate::pod::{self, Begin, Handle, Request};
-use crate::policy::{ContainerPhase, Phase, Pod};
+use crate::policy::{ContainerPhase, EmptyDirs, Phase, Pod};
 use crate::ports::Network;
 use crate::session::{self, AttachSession, ExecSession};
 use crate::stats::{ContainerStatsView, PodStatsView};
@@ -90,6 +90,8 @@ impl Sandboxes {
             Some(host) if host.network => PathBuf::new(),
             _ => self.node.network.netns_path(&id),
         };
+        let in_guest = config.empty_dir == EmptyDirPlace::Guest;
+        let empty_dirs = EmptyDirs { in_guest, shared: Default::default() };
         let pod = Pod {
             netns,
             id: id.clone(),
@@ -102,6 +104,7 @@ impl Sandboxes {
             attachment: Arc::default(),
             kernel_release: String::new(),
             trace: Vec::new(),
+            empty_dirs,
             containers: Default::default(),
         };
         let cancel = CancellationToken::new();

@@ -60,8 +60,13 @@ pub struct Config {
     pub max_pods: usize,
     /// Containers in a pod at most; bounds the record and the guest's devices.
     pub max_containers: usize,
-    /// Size of a container's writable layer; the file is sparse.
+    /// Size of a container's writable layer.
     pub scratch_size: u64,
+    /// Size of a pod's scratch disk, which has its containers' writable layers and its emptyDirs; at
+    /// least `scratch_size`. The file is sparse.
+    pub scratch_disk_size: u64,
+    /// Where a kubelet's emptyDirs are.
+    pub empty_dir: EmptyDirPlace,
     /// VMs that start at the same time; further ones wait. 0: twice the number of CPUs.
     pub start_parallelism: usize,
     /// VMMs run as `uid_base .. uid_base + uid_range`, a uid a pod.
@@ -88,6 +93,16 @@ pub struct Config {
     pub volume_files: usize,
 }
 
+/// Where the emptyDirs of a pod with a VM are; of a pod's first moment, it keeps them there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EmptyDirPlace {
+    /// On the pod's scratch disk, or in the memory of its VM.
+    Guest,
+    /// In the folders that a kubelet has made for them on the host, shared with the guest.
+    Share,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -112,6 +127,8 @@ impl Default for Config {
             max_pods: 1024,
             max_containers: 64,
             scratch_size: 10 << 30,
+            scratch_disk_size: 64 << 30,
+            empty_dir: EmptyDirPlace::Guest,
             start_parallelism: 0,
             uid_base: 0x7000_0000,
             uid_range: 65_536,
@@ -177,6 +194,11 @@ impl Config {
         let host = std::thread::available_parallelism().map_or(1, |n| n.get());
         let host = u8::try_from(host).unwrap_or(u8::MAX);
         self.max_vcpus.min(host).min(MAX_VCPUS).max(vcpus)
+    }
+
+    /// [`Self::scratch_disk_size`], with room for a container's layer.
+    pub(crate) fn scratch_disk_size(&self) -> u64 {
+        self.scratch_disk_size.max(self.scratch_size)
     }
 
     /// Memory that a VM which starts with `memory_mib` can become.

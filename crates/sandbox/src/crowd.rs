@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::Sandboxes;
 use crate::model::{ContainerSpec, Identity, Meta, PidMode, PodSpec, RootfsSpec};
 use crate::pod::{self, Begin, Handle};
-use crate::policy::{Container, ContainerPhase, Phase, Pod};
+use crate::policy::{Container, ContainerPhase, EmptyDirs, Phase, Pod};
 use crate::ports::Attachment;
 use crate::stats::{ContainerStatsView, InterfaceView, PodStatsView};
 
@@ -71,6 +71,7 @@ pub(crate) fn enter(daemon: &Sandboxes, n: usize, pod: Value, container: Value) 
         attachment: Arc::new(attachment),
         kernel_release: String::new(),
         trace: Vec::new(),
+        empty_dirs: EmptyDirs::default(),
         containers: [(running.id.clone(), running)].into(),
     };
     node.registry.enter_pod(&id, &pod.spec.meta.clone(), n as u32);
@@ -146,6 +147,7 @@ pub(crate) fn stats(pod: &Pod) -> Arc<PodStatsView> {
         pids: 1,
         interfaces: vec![InterfaceView { name: "eth0".into(), ..Default::default() }],
         io_pressure: None,
+        empty_dirs: Vec::new(),
         containers: pod.containers.keys().map(of).collect(),
     })
 }

@@ -33,6 +33,6 @@ mod tests;
 mod vmm;
 
 pub use api::Sandboxes;
-pub use config::Config;
+pub use config::{Config, EmptyDirPlace};
 pub use error::Error;
 pub use session::{AttachSession, ExecSession};

@@ -217,6 +217,17 @@ pub enum VolumeSource {
     Shared { host_path: PathBuf },
     /// An EROFS image on the host, or a folder or file inside it; always read-only.
     Image { image: PathBuf, sub_path: String },
+    /// A kubelet's emptyDir: made in the guest, or shared where the pod's are.
+    EmptyDir {
+        /// What is mounted, on the host.
+        host_path: PathBuf,
+        /// The volume's own folder on the host, whose name is the volume's.
+        folder: PathBuf,
+        /// What of the volume is mounted; empty: all of it.
+        sub_path: String,
+        /// Bytes.
+        size_limit: Option<u64>,
+    },
     /// Huge pages of the VM's memory; containers that say the same name have the same files.
     HugePages { name: String },
 }

@@ -66,7 +66,7 @@ pub(crate) async fn open(
         boot_id: process::boot_id(),
         network,
         launcher,
-        scratch: Scratch::new(config.root.clone(), config.scratch_size),
+        scratch: Scratch::new(config.root.clone()),
         registry: Registry::default(),
         starts: Semaphore::new(config.starts_at_once()),
         events: broadcast::Sender::new(EVENTS),
@@ -75,6 +75,10 @@ pub(crate) async fn open(
         journal: journal.clone(),
         config,
     });
+    {
+        let node = node.clone();
+        blocking(move || node.scratch.remove_old()).await;
+    }
     let found = {
         let journal = journal.clone();
         blocking(move || journal.load()).await.map_err(|e| failed("read", &pods, e))?

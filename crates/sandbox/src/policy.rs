@@ -13,7 +13,7 @@
 //! A [`Pod`] changes through [`Pod::apply`] only. Every [`Change`] is journaled before anybody sees
 //! its effect, except those that are observations: they have happened, or will, written down or not.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -52,9 +52,12 @@ pub(crate) enum Effect {
     Cgroup { leaf: PathBuf, parents: Vec<PathBuf> },
     /// The VMM, once its pid is known; before that, killing the cgroup finds it.
     Vmm { pid: u32, started: u64 },
+    /// The pod's scratch disk. A pod without one was started by a former release: its containers'
+    /// layers are disks of their own.
+    ScratchDisk { path: PathBuf },
     /// The pod's file server; before its pid is known, killing the cgroup finds it.
     FileServer { pid: u32, started: u64 },
-    /// A container's writable layer and its log's sidecar.
+    /// A container's log's sidecar, and its writable layer where that is a file or folder of the host.
     ContainerFiles { container: ContainerId },
 }
 
@@ -122,6 +125,15 @@ impl Container {
     }
 }
 
+/// Where a pod's emptyDirs are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct EmptyDirs {
+    /// In the guest; else all of them are shared from the host.
+    pub(crate) in_guest: bool,
+    /// Names of those that are shared all the same, as they could not be copied.
+    pub(crate) shared: BTreeSet<String>,
+}
+
 #[derive(Debug, Clone)]
 pub(crate) struct Pod {
     pub(crate) id: PodId,
@@ -136,6 +148,7 @@ pub(crate) struct Pod {
     pub(crate) attachment: Arc<Attachment>,
     pub(crate) kernel_release: String,
     pub(crate) trace: Vec<TracePhase>,
+    pub(crate) empty_dirs: EmptyDirs,
     pub(crate) containers: BTreeMap<ContainerId, Container>,
 }
 
@@ -172,6 +185,9 @@ pub(crate) enum Change {
     FileServerStarted {
         pid: u32,
         started: u64,
+    },
+    EmptyDirShared {
+        name: String,
     },
     ContainerPlanned(Box<Container>),
     ContainerShares {
@@ -292,6 +308,10 @@ impl Pod {
                 self.expect(&[Phase::Ready])?;
                 self.ledger.push(Effect::FileServer { pid, started });
             }
+            Change::EmptyDirShared { name } => {
+                self.expect(&[Phase::Ready])?;
+                self.empty_dirs.shared.insert(name);
+            }
             other => self.apply_to_container(other)?,
         }
         Ok(())
@@ -354,6 +374,7 @@ impl Pod {
             | Change::Stopped { .. }
             | Change::Removing
             | Change::FileServerStarted { .. }
+            | Change::EmptyDirShared { .. }
             | Change::VmDied { .. } => {}
         }
         Ok(())
@@ -394,6 +415,10 @@ impl Pod {
             Effect::Vmm { pid, started } => Some((*pid, *started)),
             _ => None,
         })
+    }
+
+    pub(crate) fn has_scratch_disk(&self) -> bool {
+        self.ledger.iter().any(|effect| matches!(effect, Effect::ScratchDisk { .. }))
     }
 
     /// Pods that are not there yet, or no longer, are in no listing.

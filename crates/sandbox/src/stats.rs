@@ -14,6 +14,15 @@ pub struct PodStatsView {
     pub interfaces: Vec<InterfaceView>,
     pub io_pressure: Option<PressureView>,
     pub containers: Vec<ContainerStatsView>,
+    /// Those in the guest.
+    pub empty_dirs: Vec<EmptyDirView>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EmptyDirView {
+    /// The volume's.
+    pub name: String,
+    pub usage: FsView,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -54,6 +54,7 @@ pub async fn create(
             if let Err(second) = parts.dismantle(agent).await {
                 tracing::error!(container = id, error = %second.chain(), "left behind");
             }
+            agent.empty_trash();
             if let Err(second) = release_huge_pages(agent, &id).await {
                 tracing::error!(container = id, error = %second.chain(), "left behind");
             }
@@ -95,7 +96,9 @@ async fn build(
     if let Some(userns) = &userns {
         root = root.owned_by(userns.mapping.root());
     }
-    binds.extend(volumes.stage_of_root(&root, &wanted.volumes)?);
+    if let Some(layer) = parts.rootfs.as_ref().and_then(Rootfs::layer) {
+        binds.extend(volumes.stage_of_image(&root, layer, &wanted.volumes).await?);
+    }
     let asked = spec.linux().as_ref().and_then(|linux| linux.resources().clone());
     if !request.block_devices.is_empty() {
         agent.config.has_devices()?;

@@ -43,6 +43,7 @@ pub async fn remove(agent: &Arc<Agent>, id: &str) -> Result<()> {
         }
         state.volumes.remove_of(id)
     };
+    agent.empty_trash();
     removed.and(release_huge_pages(agent, id).await)
 }
 

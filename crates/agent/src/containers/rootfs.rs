@@ -1,5 +1,9 @@
-//! A container's root file system: the image's EROFS disk below, an ext4 scratch disk (or a tmpfs)
-//! above, joined by overlayfs at `<base>/containers/<id>/rootfs`.
+//! A container's root file system: the image's EROFS disk below, a writable layer above, joined by
+//! overlayfs at `<base>/containers/<id>/rootfs`. In the layer:
+//! ```text
+//! data, work     overlayfs' own
+//! volumes/<n>    the image's VOLUMEs, mounts of their own
+//! ```
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -17,6 +21,8 @@ use crate::agent::Agent;
 use crate::error::{Doing, Error, Result};
 use crate::guest::devices;
 use crate::guest::host_mounts::HostMounts;
+use crate::guest::quota::Limits;
+use crate::guest::scratch::{Folder, Purpose};
 use crate::guest::tree::Tree;
 use crate::guest::volumes::open_dir;
 use crate::oci::userns::UserNamespace;
@@ -24,14 +30,17 @@ use crate::oci::userns::UserNamespace;
 /// A container's mount namespace goes away a moment after its last process.
 const BUSY_DEADLINE: Duration = Duration::from_secs(5);
 
-/// The scratch disk lives no longer than the pod: nothing on it has to survive a crash, so no
-/// barriers; what is deleted is given back to the host.
+/// Of a disk that is one container's: nothing on it has to survive a crash, so no barriers; what is
+/// deleted is given back to the host.
 const EXT4_OPTIONS: &str = "discard,nobarrier";
 
-/// What is written by a container goes here.
-enum Layer {
+/// Folder of a layer in which the image's VOLUMEs are.
+pub const VOLUMES: &str = "volumes";
+
+/// Where what a container writes comes from, if it is mounted for it.
+enum Source {
     Tmpfs,
-    /// A virtio-blk disk.
+    /// A virtio-blk disk of its own, as hosts of former releases give it.
     Disk(PathBuf),
     /// Of the host, for a pod without a VM.
     Folder {
@@ -40,7 +49,27 @@ enum Layer {
     },
 }
 
+/// What a container writes goes here.
+#[derive(Debug, Clone)]
+pub enum Layer {
+    /// A file system of its own.
+    Own(PathBuf),
+    /// A folder of the host, beside other files.
+    Host(PathBuf),
+    /// A folder of the pod's scratch disk.
+    Scratch(Folder),
+}
+
 impl Layer {
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Own(path) | Self::Host(path) => path,
+            Self::Scratch(folder) => folder.path(),
+        }
+    }
+}
+
+impl Source {
     fn of(agent: &Agent, serial: &str) -> Result<Self> {
         if serial.is_empty() {
             return Ok(Self::Tmpfs);
@@ -75,8 +104,7 @@ impl Layer {
 #[derive(Debug)]
 pub struct Rootfs {
     dir: PathBuf,
-    /// The writable layer shares its file system with others.
-    is_folder: bool,
+    layer: Option<Layer>,
     image: Option<Image>,
     /// What is mounted, in order.
     mounted: Vec<PathBuf>,
@@ -133,7 +161,7 @@ impl Rootfs {
     ) -> Result<Self> {
         let mut rootfs = Self {
             dir: agent.config.base.join("containers").join(id),
-            is_folder: false,
+            layer: None,
             image: None,
             mounted: Vec::new(),
         };
@@ -164,12 +192,7 @@ impl Rootfs {
             self.mounted.push(lower.clone());
         }
         let (uid, gid) = userns.map_or((0, 0), |userns| userns.mapping.root());
-        let upper = self.dir.join("upper");
-        let layer = Layer::of(agent, &wanted.upper_serial)?;
-        self.is_folder = matches!(layer, Layer::Folder { .. });
-        let target = upper.clone();
-        blocking(move || layer.mount(&target)).await?;
-        self.mounted.push(upper.clone());
+        let upper = self.make_layer(agent, wanted).await?;
         let target = self.path();
         let at = target.clone();
         blocking(move || {
@@ -197,17 +220,40 @@ impl Rootfs {
         Ok(())
     }
 
+    /// Answers where it is.
+    async fn make_layer(&mut self, agent: &Agent, wanted: &v1::RootFs) -> Result<PathBuf> {
+        let layer = if let Some(scratch) = &wanted.scratch {
+            agent.config.has_devices()?;
+            if !wanted.upper_serial.is_empty() {
+                let why = "given with a scratch folder";
+                return Err(Error::invalid("rootfs.upper_serial", why));
+            }
+            let limits = Limits { bytes: scratch.bytes, inodes: scratch.inodes };
+            let mut disk = Arc::clone(&agent.scratch).lock_owned().await;
+            Layer::Scratch(blocking(move || disk.make(Purpose::Container, limits)).await?)
+        } else {
+            let source = Source::of(agent, &wanted.upper_serial)?;
+            let is_folder = matches!(source, Source::Folder { .. });
+            let upper = self.dir.join("upper");
+            let target = upper.clone();
+            blocking(move || source.mount(&target)).await?;
+            self.mounted.push(upper.clone());
+            if is_folder { Layer::Host(upper) } else { Layer::Own(upper) }
+        };
+        Ok(self.layer.insert(layer).path().to_owned())
+    }
+
     /// The joined root.
     pub fn path(&self) -> PathBuf {
         self.dir.join("rootfs")
     }
 
-    /// What is written goes here, and whether others write to its file system, too.
-    pub fn layer(&self) -> (PathBuf, bool) {
-        (self.dir.join("upper"), self.is_folder)
+    pub fn layer(&self) -> Option<&Layer> {
+        self.layer.as_ref()
     }
 
-    /// Takes everything down; goes on past failures, may be repeated after one.
+    /// Takes everything down; goes on past failures, may be repeated after one. What is to be deleted
+    /// then is in the scratch disk's trash.
     pub async fn unmount(&mut self, agent: &Agent) -> Result<()> {
         let mut result = Ok(());
         let mut left = Vec::new();
@@ -226,6 +272,10 @@ impl Rootfs {
         if self.mounted.is_empty() {
             if let Some(image) = self.image.take() {
                 result = images::release(agent, image).await;
+            }
+            if let Some(Layer::Scratch(folder)) = self.layer.take() {
+                let mut disk = Arc::clone(&agent.scratch).lock_owned().await;
+                result = result.and(blocking(move || disk.discard(&folder)).await);
             }
             let _ = fs::remove_dir(self.dir.join("upper"));
             let _ = fs::remove_dir(&self.dir);

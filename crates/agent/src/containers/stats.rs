@@ -2,16 +2,18 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
 use agent_api::v1;
 
 use super::Container;
 use super::process::unix_time_ns;
-use super::rootfs::{Rootfs, blocking};
+use super::rootfs::{Layer, Rootfs, VOLUMES, blocking};
 use crate::agent::Agent;
 use crate::error::Result;
 use crate::guest::devices;
+use crate::guest::scratch::file_system_usage;
 use crate::oci::cgroup::Cgroup;
 
 /// Open files looked at in one request, all containers together: each costs a system call, and how
@@ -27,8 +29,7 @@ const MAX_PROCESSES: usize = 4096;
 struct Subject {
     id: String,
     cgroup: Cgroup,
-    /// And whether others write to its file system.
-    layer: Option<(PathBuf, bool)>,
+    layer: Option<Layer>,
     init: i32,
     started_unix_ns: i64,
 }
@@ -40,7 +41,7 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
             Some(Subject {
                 id: id.clone(),
                 cgroup: container.parts.cgroup.clone()?,
-                layer: container.parts.rootfs.as_ref().map(Rootfs::layer),
+                layer: container.parts.rootfs.as_ref().and_then(Rootfs::layer).cloned(),
                 init: container.init.pid,
                 started_unix_ns: container.init.started_unix_ns,
             })
@@ -48,6 +49,8 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
         state.containers.iter().filter_map(subject).collect()
     };
     let pod = agent.pod_cgroup.clone();
+    // Not waited for: an emptyDir that is being filled holds it.
+    let empty_dirs = Arc::clone(&agent.empty_dirs).try_lock_owned().ok();
     let host = agent.config.host.as_ref().map(|host| host.network);
     // Hundreds of small files: not on the thread that serves streams.
     blocking(move || {
@@ -69,6 +72,7 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
                     },
                 ),
                 io_pressure: pod.pressure("io.pressure"),
+                empty_dirs: empty_dirs.map(|dirs| dirs.usage()).unwrap_or_default(),
             }),
         })
     })
@@ -82,10 +86,11 @@ fn container(subject: &Subject, files: &mut usize) -> v1::ContainerStats {
         cpu: Some(cgroup.cpu()),
         memory: Some(cgroup.memory()),
         pids: cgroup.pids(),
-        writable_layer: subject
-            .layer
-            .as_ref()
-            .map(|(layer, is_folder)| if *is_folder { folder_usage(layer) } else { usage(layer) }),
+        writable_layer: subject.layer.as_ref().map(|layer| match layer {
+            Layer::Own(path) => file_system_usage(path),
+            Layer::Host(path) => folder_usage(path),
+            Layer::Scratch(folder) => folder.usage(),
+        }),
         processes: Some(processes(cgroup, subject.init, files)),
         block_io: cgroup.block_io(),
         oom_events: cgroup.oom_kills(),
@@ -95,8 +100,8 @@ fn container(subject: &Subject, files: &mut usize) -> v1::ContainerStats {
 
 /// Of a writable layer that is a folder, counted; size and room are the file system's.
 fn folder_usage(layer: &Path) -> v1::FsUsage {
-    let mut found = v1::FsUsage { used_bytes: 0, inodes_used: 0, ..usage(layer) };
-    let mut folders = vec![layer.join("data")];
+    let mut found = v1::FsUsage { used_bytes: 0, inodes_used: 0, ..file_system_usage(layer) };
+    let mut folders = vec![layer.join("data"), layer.join(VOLUMES)];
     while let Some(folder) = folders.pop() {
         let Ok(entries) = fs::read_dir(&folder) else { continue };
         for entry in entries.flatten() {
@@ -113,17 +118,6 @@ fn folder_usage(layer: &Path) -> v1::FsUsage {
         }
     }
     found
-}
-
-/// Used bytes and inodes of a writable layer.
-fn usage(layer: &Path) -> v1::FsUsage {
-    let Ok(stat) = nix::sys::statvfs::statvfs(layer) else { return v1::FsUsage::default() };
-    v1::FsUsage {
-        used_bytes: (stat.blocks() - stat.blocks_free()) * stat.fragment_size(),
-        inodes_used: stat.files() - stat.files_free(),
-        capacity: stat.blocks() * stat.fragment_size(),
-        inodes: stat.files(),
-    }
 }
 
 /// Counts what the processes of a container hold open, until `files` are used up.

@@ -7,8 +7,9 @@
 //! share    <base>/shares/<id>   (virtio-fs)  > sub_path, resolved beneath -> copy of the tree -> stage
 //! image    <base>/images/<serial> (EROFS)   /
 //! huge     <base>/hugepages/<id> (hugetlbfs) -> copy of the tree -> stage
+//! empty    <base>/empty-dirs/<id> (scratch disk, tmpfs), sub_path -> copy of the tree -> stage
 //! host     a path of the host, in a pod without a VM -> copy of the tree -> stage
-//! VOLUME of the image   that folder of the container's own root -> copy of the mount -> stage
+//! VOLUME of the image   a folder of the container's layer, beside overlayfs' -> stage
 //! ```
 
 use std::fs;
@@ -23,11 +24,14 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use super::images::{self, Image};
-use super::rootfs::blocking;
+use super::rootfs::{Layer, VOLUMES, blocking};
 use crate::agent::Agent;
 use crate::error::{Doing, Error, Result};
+use crate::guest::copy::{self, Copied, Limits};
+use crate::guest::empty_dirs::Made;
 use crate::guest::huge_pages;
 use crate::guest::inroot::Root;
+use crate::guest::remove;
 use crate::guest::tree::{Reach, Tree};
 use crate::guest::volumes::{open_dir, relative};
 use crate::oci::spec::Bind;
@@ -38,6 +42,10 @@ const MAX_VOLUMES: usize = 512;
 
 /// Folders of a volume on which the host has mounted something; the list is the host's.
 const MAX_SUBMOUNTS: usize = 256;
+/// What is copied of an image into its VOLUMEs, for all those of a container together: it has to be
+/// there before CreateContainer answers, and somebody waits. A VOLUME with more content stays where it
+/// is in the root file system.
+const MOST_COPIED: Limits = Limits { bytes: 512 << 20, entries: 65536 };
 
 /// What has to be taken down with the container.
 #[derive(Debug, Default)]
@@ -133,10 +141,15 @@ impl Staged {
         Ok(binds)
     }
 
-    /// Stages folders of the root file system itself, made if there are none. Each mount has flags
-    /// of its own, so they can be written to where the root cannot; what is written goes where all
-    /// goes that the container writes, with the image's content, owners and modes as they are.
-    pub fn stage_of_root(&mut self, root: &Root, volumes: &[String]) -> Result<Vec<Bind>> {
+    /// Stages the image's own volumes: folders beside overlayfs in the container's layer, with what
+    /// the image holds there. They can be written to where the root cannot, and overlayfs can stand
+    /// on them.
+    pub async fn stage_of_image(
+        &mut self,
+        root: &Root,
+        layer: &Layer,
+        volumes: &[String],
+    ) -> Result<Vec<Bind>> {
         if volumes.len() + self.mounted.len() > MAX_VOLUMES {
             return Err(Error::Exhausted {
                 what: "volumes of a container",
@@ -144,10 +157,21 @@ impl Staged {
             });
         }
         let mut binds = Vec::new();
-        for destination in volumes {
+        let mut left = MOST_COPIED;
+        for (n, destination) in volumes.iter().enumerate() {
             let path = Path::new(destination);
             root.make_target(path, true)?;
-            let place = Place::Here(root.place(path)?);
+            let place = root.place(path)?;
+            let own = layer.path().join(VOLUMES).join(n.to_string());
+            let (place, copied) = blocking(move || fill(place, &own, left)).await?;
+            match copied {
+                Some(copied) => left = copied,
+                None => tracing::info!(
+                    path = destination,
+                    "VOLUME with much content stays in the root file system"
+                ),
+            }
+            let place = Place::Here(place);
             let kind =
                 Kind { source: v1::VolumeSource::Written, propagation: v1::Propagation::Private };
             let volume = v1::VolumeMount { destination: destination.clone(), ..Default::default() };
@@ -190,6 +214,13 @@ impl Staged {
                 let (base, id) = (agent.config.base.join("hugepages"), id.clone());
                 blocking(move || open_dir(&huge_pages::volume(&base, &id)?)).await
             }
+            v1::VolumeSource::EmptyDir => {
+                agent.config.has_devices()?;
+                let dirs = Arc::clone(&agent.empty_dirs).lock_owned().await;
+                let (id, sub_path) = (id.clone(), sub_path.clone());
+                let made = Made { uid: volume.uid, gid: volume.gid, mode: volume.mode };
+                blocking(move || dirs.open(&id, &sub_path, made)).await
+            }
             v1::VolumeSource::Image => {
                 let image = images::take(agent, id).await?;
                 let path = image.path().clone();
@@ -229,6 +260,25 @@ impl Staged {
             }
         }
         result
+    }
+}
+
+/// Copies a folder of the image to `own`; what is to be mounted then, and what may still be copied.
+/// None: it was too much, and the folder itself is to be mounted.
+fn fill(place: OwnedFd, own: &Path, mut left: Limits) -> Result<(OwnedFd, Option<Limits>)> {
+    let what = || format!("fill {}", own.display());
+    let is_folder = open_dir(Path::new(&format!("/proc/self/fd/{}", place.as_raw_fd()))).is_ok();
+    if !is_folder {
+        return Ok((place, Some(left)));
+    }
+    fs::create_dir_all(own).doing(what)?;
+    match copy::tree(&place, own, &mut left).doing(what)? {
+        Copied::All => Ok((open_dir(own)?, Some(left))),
+        Copied::TooMuch => {
+            remove::everything_in(own).doing(what)?;
+            fs::remove_dir(own).doing(what)?;
+            Ok((place, None))
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! The guest as a machine: what stands before and below the containers.
 
 pub mod boot;
+pub mod copy;
 pub mod cpus;
 pub mod devices;
+pub mod empty_dirs;
 pub mod host_mounts;
 pub mod huge_pages;
 pub mod identity;
@@ -12,6 +14,9 @@ pub mod modules;
 mod netlink;
 pub mod network;
 pub mod reclaim;
+pub mod quota;
+pub mod remove;
+pub mod scratch;
 pub mod share;
 pub mod shm;
 pub mod shutdown;

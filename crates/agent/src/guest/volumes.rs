@@ -259,7 +259,14 @@ fn give(dir: &Path, mapping: &Mapping) -> std::io::Result<()> {
     Ok(())
 }
 
-fn write_file(dir: &Path, file: &v1::VolumeFile, (uid, gid): (u32, u32), swap: bool) -> Result<()> {
+/// Writes one file into a volume, with this owner; with `swap`, names that begin with `..` are
+/// refused.
+pub fn write_file(
+    dir: &Path,
+    file: &v1::VolumeFile,
+    (uid, gid): (u32, u32),
+    swap: bool,
+) -> Result<()> {
     let path = relative(&file.path)?;
     let first = path.components().next().map(|part| part.as_os_str().as_encoded_bytes());
     if swap && first.is_some_and(|name| name.starts_with(b"..")) {

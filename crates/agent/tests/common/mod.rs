@@ -298,7 +298,7 @@ impl Guest {
                 lower_serial: self.lower.clone(),
                 upper_serial: String::new(),
                 read_only: false,
-                volumes: Vec::new(),
+                ..Default::default()
             }),
             ..Default::default()
         }

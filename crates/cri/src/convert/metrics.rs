@@ -423,6 +423,7 @@ mod tests {
             }],
             io_pressure: None,
             containers: vec![stats],
+            empty_dirs: vec![],
         };
         of_pod(&pod(), &stats, &[view])
     }
@@ -480,6 +481,7 @@ mod tests {
             interfaces: vec![],
             io_pressure: None,
             containers: vec![],
+            empty_dirs: vec![],
         };
         let told = of_pod(&pod(), &empty, &[container()]);
         assert!(told.metrics.is_empty() && told.container_metrics.is_empty());

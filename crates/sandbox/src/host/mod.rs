@@ -2,6 +2,7 @@
 //! undoing ones succeed when there is nothing left to undo.
 
 pub(crate) mod cgroup;
+pub(crate) mod empty_dir;
 pub(crate) mod etc;
 pub(crate) mod mounts;
 pub(crate) mod process;

@@ -81,6 +81,36 @@ pub(crate) fn read(
     walk.flush()
 }
 
+/// A volume that is read while its batches are taken one after the other.
+pub(crate) struct Copy {
+    batches: tokio::sync::mpsc::Receiver<Vec<VolumeFile>>,
+    reader: Option<tokio::task::JoinHandle<Result<(), Error>>>,
+}
+
+impl Copy {
+    pub(crate) fn of(source: PathBuf, limits: Limits) -> Self {
+        let (sender, batches) = tokio::sync::mpsc::channel(1);
+        let reader = tokio::task::spawn_blocking(move || {
+            read(&source, limits, &mut |files| {
+                let gone = |_| Error::Cancelled { what: "copy of a volume" };
+                sender.blocking_send(files).map_err(gone)
+            })
+        });
+        Self { batches, reader: Some(reader) }
+    }
+
+    /// None: that was all of it.
+    pub(crate) async fn next(&mut self) -> Result<Option<Vec<VolumeFile>>, Error> {
+        if let Some(files) = self.batches.recv().await {
+            return Ok(Some(files));
+        }
+        match self.reader.take() {
+            Some(reader) => reader.await.map_err(|e| Error::Internal(e.into()))?.map(|()| None),
+            None => Ok(None),
+        }
+    }
+}
+
 /// Where a kubelet's atomic writer keeps what is current: a link to one folder beside it.
 const DATA: &str = "..data";
 /// A folder whose writer replaces it faster than it can be read is given up.

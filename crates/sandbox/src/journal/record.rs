@@ -2,6 +2,7 @@
 //! ([`crate::policy`]) may change at will, and forgetting a field does not compile: both directions
 //! name every one.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{ContainerSpec, ExitView, Identity, PodSpec, ShareUse, TracePhase};
-use crate::policy::{Container, ContainerPhase, Effect, Phase, Pod};
+use crate::policy::{Container, ContainerPhase, Effect, EmptyDirs, Phase, Pod};
 use crate::ports::Attachment;
 
 /// Of this layout. A record of another one is quarantined, never guessed at.
@@ -46,8 +47,18 @@ struct Record {
     attachment: Attachment,
     kernel_release: String,
     trace: Vec<TracePhase>,
+    /// Pods of former releases have all of them shared.
+    #[serde(default)]
+    empty_dirs: StoredEmptyDirs,
     spec: PodSpec,
     containers: Vec<StoredContainer>,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredEmptyDirs {
+    in_guest: bool,
+    shared: BTreeSet<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -67,6 +78,7 @@ enum StoredEffect {
     Network,
     Cgroup { leaf: PathBuf, parents: Vec<PathBuf> },
     Vmm { pid: u32, started: u64 },
+    ScratchDisk { path: PathBuf },
     FileServer { pid: u32, started: u64 },
     ContainerFiles { container: String },
 }
@@ -120,6 +132,7 @@ pub(crate) fn encode(pod: &Pod, boot_id: &str) -> io::Result<Vec<u8>> {
         attachment,
         kernel_release,
         trace,
+        empty_dirs: EmptyDirs { in_guest, shared },
         containers,
     } = pod.clone();
     let record = Record {
@@ -135,6 +148,7 @@ pub(crate) fn encode(pod: &Pod, boot_id: &str) -> io::Result<Vec<u8>> {
         attachment: (*attachment).clone(),
         kernel_release,
         trace,
+        empty_dirs: StoredEmptyDirs { in_guest, shared },
         spec: (*spec).clone(),
         containers: containers.into_values().map(Into::into).collect(),
     };
@@ -160,6 +174,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pod, String), BadRecord> {
         attachment,
         kernel_release,
         trace,
+        empty_dirs: StoredEmptyDirs { in_guest, shared },
         spec,
         containers,
     } = serde_json::from_slice(bytes)?;
@@ -175,6 +190,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pod, String), BadRecord> {
         attachment: Arc::new(attachment),
         kernel_release,
         trace,
+        empty_dirs: EmptyDirs { in_guest, shared },
         containers: containers.into_iter().map(|c| (c.id.clone(), c.into())).collect(),
     };
     Ok((pod, boot_id))
@@ -219,6 +235,7 @@ impl From<Effect> for StoredEffect {
             Effect::Network => Self::Network,
             Effect::Cgroup { leaf, parents } => Self::Cgroup { leaf, parents },
             Effect::Vmm { pid, started } => Self::Vmm { pid, started },
+            Effect::ScratchDisk { path } => Self::ScratchDisk { path },
             Effect::FileServer { pid, started } => Self::FileServer { pid, started },
             Effect::ContainerFiles { container } => Self::ContainerFiles { container },
         }
@@ -232,6 +249,7 @@ impl From<StoredEffect> for Effect {
             StoredEffect::Network => Self::Network,
             StoredEffect::Cgroup { leaf, parents } => Self::Cgroup { leaf, parents },
             StoredEffect::Vmm { pid, started } => Self::Vmm { pid, started },
+            StoredEffect::ScratchDisk { path } => Self::ScratchDisk { path },
             StoredEffect::FileServer { pid, started } => Self::FileServer { pid, started },
             StoredEffect::ContainerFiles { container } => Self::ContainerFiles { container },
         }

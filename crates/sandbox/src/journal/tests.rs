@@ -14,7 +14,9 @@ fn sample() -> Pod {
         Effect::StateDir { path: "/run/x".into() },
         Effect::Network,
         Effect::Cgroup { leaf: "/cg/a/b".into(), parents: vec!["/cg/a".into()] },
+        Effect::ScratchDisk { path: "/var/x/scratch.img".into() },
     ];
+    pod.empty_dirs.in_guest = true;
     let ready = Change::Ready {
         attachment: Default::default(),
         kernel_release: "6.1".into(),
@@ -24,6 +26,7 @@ fn sample() -> Pod {
         Change::Planned(effects),
         Change::VmmStarted { pid: 42, started: 99 },
         ready,
+        Change::EmptyDirShared { name: "cache".into() },
         Change::ContainerPlanned(Box::new(samples::container("c"))),
     ] {
         pod.apply(change).unwrap();
@@ -44,6 +47,7 @@ fn a_pod_comes_back_as_it_was_written() {
     let Found::Pod { pod, boot_id } = only(&journal) else { panic!("not understood") };
     assert_eq!(boot_id, "boot");
     assert_eq!(pod.ledger, sample().ledger);
+    assert_eq!(pod.empty_dirs, sample().empty_dirs);
     assert_eq!(pod.view(), sample().view());
     assert_eq!(pod.containers["c"].view(&pod.id), sample().containers["c"].view(&pod.id));
     journal.remove(&pod.id).unwrap();
@@ -78,6 +82,21 @@ fn shares_of_a_container_come_back_and_a_record_of_the_release_before_has_none()
     let Found::Pod { pod: read, .. } = only(&journal) else { panic!("not understood") };
     assert!(read.containers["c"].shares.is_empty());
     assert!(read.containers["c"].spec.strict_volumes.is_empty());
+}
+
+#[test]
+fn a_pod_of_the_former_release_has_its_empty_dirs_shared_and_no_scratch_disk() {
+    let (_dir, journal) = journal();
+    let mut pod = sample();
+    pod.ledger.retain(|effect| !matches!(effect, Effect::ScratchDisk { .. }));
+    journal.write(&pod, "boot").unwrap();
+    let path = journal.folder("pod").join(RECORD);
+    let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    record.as_object_mut().unwrap().remove("empty_dirs").unwrap();
+    fs::write(&path, record.to_string()).unwrap();
+    let Found::Pod { pod, .. } = only(&journal) else { panic!("not understood") };
+    assert!(!pod.empty_dirs.in_guest && !pod.has_scratch_disk());
+    assert!(sample().empty_dirs.in_guest && sample().has_scratch_disk());
 }
 
 #[test]

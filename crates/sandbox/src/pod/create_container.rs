@@ -10,10 +10,11 @@ use tokio_util::sync::CancellationToken;
 use super::handle::Handle;
 use super::undo::remove_files;
 use super::volumes::{self, Prepared};
-use super::{cpuset, disks, host_pod, shares, sync};
+use super::{cpuset, disks, empty_dirs, host_pod, shares, sync};
 use crate::apparmor::AppArmor;
 use crate::error::Error;
 use crate::host::blocking;
+use crate::host::scratch::INODE_RATIO;
 use crate::logs::{self, LogWriter, Source};
 use crate::model::{BlockDevice, ContainerId, ContainerSpec, Identity, PidMode};
 use crate::policy::{Change, Container, ContainerPhase, Phase, Pod};
@@ -49,11 +50,21 @@ pub(crate) fn new_container(pod: &Pod, id: ContainerId, spec: ContainerSpec) -> 
 
 pub(super) async fn create_container(
     handle: &Arc<Handle>,
-    container: Container,
+    mut container: Container,
     cancel: &CancellationToken,
 ) -> Result<(), Error> {
     let id = container.id.clone();
-    let result = match handle.commit(vec![Change::ContainerPlanned(Box::new(container))]).await {
+    // Before the container is planned: its record says where its emptyDirs are.
+    let settled = tokio::select! {
+        result = empty_dirs::settle(handle, &mut container) => result,
+        () = cancel.cancelled() => Err(Error::Cancelled { what: "creation of the container" }),
+        () = handle.closing.cancelled() => Err(Error::precondition("the pod was stopped")),
+    };
+    let planned = match settled {
+        Ok(()) => handle.commit(vec![Change::ContainerPlanned(Box::new(container))]).await,
+        Err(e) => Err(e),
+    };
+    let result = match planned {
         Err(e) => Err(e),
         Ok(()) => {
             let made = tokio::select! {
@@ -86,24 +97,27 @@ async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
     cpuset::pin(handle, None).await?;
     let policies = apparmor_policies(handle, spec).await?;
     let written = !spec.rootfs.read_only || !spec.rootfs.volumes.is_empty();
-    let (layer, scratch) = match written {
-        false => (String::new(), None),
-        true if handle.machine.host().is_some() => {
-            (host_pod::make_layer(handle.paths.layer(id)).await?, None)
-        }
-        true => {
-            let (handle, path) = (handle.clone(), handle.paths.scratch(id));
-            let scratch = blocking(move || handle.node.scratch.clone_to(&path)).await?;
-            (disks::scratch_serial(id), Some(scratch))
-        }
-    };
-    disks::plug(handle, id, spec, scratch).await?;
+    let size = handle.node.config.scratch_size;
+    let (mut layer, mut scratch, mut disk) = (String::new(), None, None);
+    if !written {
+        // A tmpfs is enough for what the guest itself makes in it.
+    } else if handle.machine.host().is_some() {
+        layer = host_pod::make_layer(handle.paths.layer(id)).await?;
+    } else if handle.pod().has_scratch_disk() {
+        scratch = Some(v1::ScratchLayer { bytes: size, inodes: size / INODE_RATIO });
+    } else {
+        let (handle, path) = (handle.clone(), handle.paths.scratch(id));
+        disk = Some(blocking(move || handle.node.scratch.clone_to(&path, size)).await?);
+        layer = disks::scratch_serial(id);
+    }
+    disks::plug(handle, id, spec, disk).await?;
     let Prepared { mounts, synced } = volumes::prepare(handle, id, spec).await?;
     let rootfs = v1::RootFs {
         lower_serial: handle.machine.image(&spec.rootfs.image),
         upper_serial: layer,
         read_only: spec.rootfs.read_only,
         volumes: spec.rootfs.volumes.clone(),
+        scratch,
     };
     let request = request(id, &cpuset::spec_for_guest(handle, spec), mounts, rootfs, policies)?;
     let made = handle

@@ -20,6 +20,11 @@ use crate::model::{BlockDevice, ContainerSpec, VolumeSource};
 use crate::policy::ContainerPhase;
 use crate::vmm::serial;
 
+/// Disks that this daemon knows the guest to have found.
+#[derive(Debug, Default)]
+pub(super) struct Plugged(BTreeSet<String>);
+
+/// Of a container's own disk, in a pod without a scratch disk.
 pub(super) fn scratch_serial(container: &str) -> String {
     serial('s', container.as_bytes())
 }
@@ -56,18 +61,28 @@ struct Disk {
     read_only: bool,
 }
 
-/// Opens what a container's shared disks are made of. Blocks.
-fn open_shared(machine: &Machine, spec: &ContainerSpec) -> Result<Vec<Disk>, Error> {
+/// Opens what those of a container's shared disks are made of that are not there yet. Blocks.
+fn open_shared(
+    machine: &Machine,
+    spec: &ContainerSpec,
+    there: &BTreeSet<String>,
+) -> Result<Vec<Disk>, Error> {
     let mut disks = Vec::new();
     for image in images(spec) {
-        let file = File::open(image);
-        let file = file.map_err(|e| Error::io(format!("open image {}", image.display()), e))?;
-        disks.push(Disk { serial: machine.image(image), file, read_only: true });
+        let serial = machine.image(image);
+        if !there.contains(&serial) {
+            let file = File::open(image);
+            let file = file.map_err(|e| Error::io(format!("open image {}", image.display()), e))?;
+            disks.push(Disk { serial, file, read_only: true });
+        }
     }
     for device in &spec.devices {
-        let read_only = !is_written(device);
-        let file = open_device(&device.host_path, read_only)?;
-        disks.push(Disk { serial: device_serial(device), file, read_only });
+        let serial = device_serial(device);
+        if !there.contains(&serial) {
+            let read_only = !is_written(device);
+            let file = open_device(&device.host_path, read_only)?;
+            disks.push(Disk { serial, file, read_only });
+        }
     }
     Ok(disks)
 }
@@ -109,10 +124,13 @@ pub(super) async fn plug(
     scratch: Option<File>,
 ) -> Result<(), Error> {
     let Machine::Vm(vmm) = &handle.machine else { return Ok(()) };
-    let _one_at_a_time = handle.plugs.lock().await;
-    let mut disks = {
-        let (machine, spec) = (handle.machine.clone(), spec.clone());
-        blocking(move || open_shared(&machine, &spec)).await?
+    let mut plugged = handle.plugs.lock().await;
+    let wanted = shared_serials(&handle.machine, spec);
+    let mut disks = if wanted.is_subset(&plugged.0) {
+        Vec::new()
+    } else {
+        let (machine, spec, there) = (handle.machine.clone(), spec.clone(), plugged.0.clone());
+        blocking(move || open_shared(&machine, &spec, &there)).await?
     };
     let own = scratch.map(|file| (scratch_serial(container), file));
     disks.extend(own.map(|(serial, file)| Disk { serial, file, read_only: false }));
@@ -123,11 +141,16 @@ pub(super) async fn plug(
             serials.push(serial);
         }
     }
-    let request = v1::RescanDevicesRequest { disk_serials: serials, macs: Vec::new() };
+    if serials.is_empty() {
+        return Ok(());
+    }
+    let request = v1::RescanDevicesRequest { disk_serials: serials.clone(), macs: Vec::new() };
     let call = handle
         .guest
         .call("find the new disks", |mut c| async move { c.rescan_devices(request).await });
-    call.await.map(drop)
+    call.await?;
+    plugged.0.extend(serials);
+    Ok(())
 }
 
 /// Pulls a container's scratch disk, and those of its disks that no other container uses. Goes on
@@ -138,7 +161,7 @@ pub(super) async fn unplug(
     spec: &ContainerSpec,
 ) -> Result<(), Error> {
     let Machine::Vm(_) = &handle.machine else { return Ok(()) };
-    let _one_at_a_time = handle.plugs.lock().await;
+    let mut plugged = handle.plugs.lock().await;
     let pod = handle.pod();
     let others = pod
         .containers
@@ -147,10 +170,10 @@ pub(super) async fn unplug(
         .flat_map(|c| shared_serials(&handle.machine, &c.spec));
     let kept: BTreeSet<String> = others.collect();
     let mut result = Ok(());
-    let own = std::iter::once(scratch_serial(container));
-    for serial in
-        own.chain(shared_serials(&handle.machine, spec).into_iter().filter(|s| !kept.contains(s)))
-    {
+    let own = Some(scratch_serial(container)).filter(|_| !pod.has_scratch_disk());
+    let shared = shared_serials(&handle.machine, spec);
+    for serial in own.into_iter().chain(shared.into_iter().filter(|s| !kept.contains(s))) {
+        plugged.0.remove(&serial);
         result = result.and(pull(handle, serial).await);
     }
     result
@@ -245,18 +268,10 @@ pub(super) async fn copy_volume(handle: &Handle, id: &str, source: &Path) -> Res
     let limits = Limits { bytes: config.volume_bytes, files: config.volume_files };
     // Blocks of the tmpfs and its inodes' share come on top of the content.
     let size_limit = 2 * limits.bytes;
-    let (sender, mut batches) = tokio::sync::mpsc::channel(1);
-    let source = source.to_owned();
-    let reader = tokio::task::spawn_blocking(move || {
-        volumes::read(&source, limits, &mut |files| {
-            let gone = |_| Error::Cancelled { what: "copy of a volume" };
-            sender.blocking_send(files).map_err(gone)
-        })
-    });
-    while let Some(files) = batches.recv().await {
+    let mut copy = volumes::Copy::of(source.to_owned(), limits);
+    while let Some(files) = copy.next().await? {
         send(&handle.guest, id, files, size_limit, true).await?;
     }
-    reader.await.map_err(|e| Error::Internal(e.into()))??;
     send(&handle.guest, id, Vec::new(), size_limit, false).await
 }
 

@@ -12,6 +12,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::disks::Plugged;
+use super::empty_dirs::EmptyDirsMade;
 use super::owner::{Msg, Request};
 use super::shares::Server;
 use crate::error::Error;
@@ -36,6 +38,8 @@ pub(crate) struct Paths {
     pub(crate) log: PathBuf,
     /// Control socket of the file server.
     pub(crate) shares: PathBuf,
+    /// Scratch disk of the pod.
+    pub(crate) scratch_disk: PathBuf,
 }
 
 impl Paths {
@@ -48,11 +52,13 @@ impl Paths {
             console: folder.join("console.ring"),
             status: folder.join("vmm-status.json"),
             log: folder.join("vmm.log"),
+            scratch_disk: folder.join("scratch.img"),
             folder,
             state_dir,
         }
     }
 
+    /// A container's own disk, of a pod that a former release has started.
     pub(crate) fn scratch(&self, container: &str) -> PathBuf {
         self.folder.join(format!("scratch-{container}.img"))
     }
@@ -103,7 +109,7 @@ pub(crate) struct Handle {
     pub(crate) gate: Arc<tokio::sync::RwLock<()>>,
     /// Plugging and pulling disks is one thing at a time, so that a disk is not pulled for one
     /// container just when another has found it there.
-    pub(crate) plugs: tokio::sync::Mutex<()>,
+    pub(super) plugs: tokio::sync::Mutex<Plugged>,
     /// Held while the VM is resized.
     pub(super) resizing: tokio::sync::Mutex<()>,
     /// Held while the pod's cgroup is moved to other CPUs.
@@ -112,6 +118,8 @@ pub(crate) struct Handle {
     pub(super) shares: tokio::sync::Mutex<Option<Arc<Server>>>,
     /// Held while shares are added or removed: several containers may have the same one.
     pub(super) sharing: tokio::sync::Mutex<()>,
+    /// Held while an emptyDir is made in the guest.
+    pub(super) empty_dirs: tokio::sync::Mutex<EmptyDirsMade>,
     /// Measures once what nobody has measured yet.
     pub(super) first_stats: tokio::sync::OnceCell<()>,
     /// Somebody has read the statistics.
@@ -166,6 +174,7 @@ impl Handle {
             shares: tokio::sync::Mutex::default(),
             sharing: tokio::sync::Mutex::default(),
             live: Mutex::default(),
+            empty_dirs: tokio::sync::Mutex::default(),
             first_stats: tokio::sync::OnceCell::new(),
             stats_read: tokio::sync::Notify::new(),
             recovered,

@@ -11,6 +11,7 @@ mod announce;
 mod cpuset;
 mod create_container;
 mod disks;
+mod empty_dirs;
 mod events;
 mod handle;
 mod host_pod;

@@ -14,7 +14,7 @@ use agent_api::v1;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::SockType;
 use tokio_util::sync::CancellationToken;
-use vmm_api::{Fd, JailConfig, NetConfig, VmConfig, VsockConfig};
+use vmm_api::{DiskConfig, Fd, JailConfig, NetConfig, VmConfig, VsockConfig};
 
 use super::disks::write_volume;
 use super::handle::{Handle, Paths};
@@ -87,6 +87,9 @@ pub(super) async fn run_pod(
         effects.push(Effect::Network);
     }
     effects.push(Effect::Cgroup { leaf: leaf.clone(), parents });
+    if pod.spec.host.is_none() {
+        effects.push(Effect::ScratchDisk { path: handle.paths.scratch_disk.clone() });
+    }
     trace.phase("journal", handle.commit(vec![Change::Planned(effects)])).await?;
 
     // Not given up half-way: a CNI plugin that still runs would race with its own undoing.
@@ -286,7 +289,11 @@ fn program(
         mac: interface.mac,
         mtu: interface.mtu,
     });
-    let config = VmConfig { nets: nets.collect(), ..config };
+    let nets = nets.collect();
+    let scratch = node.scratch.clone_to(&paths.scratch_disk, node.config.scratch_disk_size())?;
+    let serial = agent_api::SCRATCH_SERIAL.to_owned();
+    let disks = vec![DiskConfig { serial, file: fds.add(scratch), read_only: false }];
+    let config = VmConfig { nets, disks, ..config };
 
     let text = serde_json::to_vec(&config).map_err(|e| Error::Internal(e.into()))?;
     let mut file = File::from(config_file);

@@ -13,8 +13,8 @@ use tokio::time::Instant;
 use super::handle::Handle;
 use crate::error::Error;
 use crate::stats::{
-    BlockIoView, ContainerStatsView, CpuView, FsView, InterfaceView, MemoryView, PodStatsView,
-    PressureView, ProcessView,
+    BlockIoView, ContainerStatsView, CpuView, EmptyDirView, FsView, InterfaceView, MemoryView,
+    PodStatsView, PressureView, ProcessView,
 };
 
 /// Readers without end have a guest measured no more often than this.
@@ -28,6 +28,8 @@ const FIRST_LIMIT: Duration = Duration::from_millis(500);
 const MAX_ENTRIES: usize = 1024;
 /// Longest name of an interface (IFNAMSIZ) and room.
 const MAX_NAME: usize = 64;
+/// Longest name of a volume in Kubernetes is 63.
+const MAX_VOLUME_NAME: usize = 128;
 
 pub(super) async fn poll(handle: Arc<Handle>) {
     let interval = handle.node.config.stats_interval().max(Duration::from_millis(50));
@@ -124,7 +126,14 @@ fn view(pod: &str, reply: v1::StatsReply, last: Option<&PodStatsView>) -> PodSta
         interfaces: totals.interfaces.into_iter().take(MAX_ENTRIES).map(interface).collect(),
         io_pressure: totals.io_pressure.map(pressure),
         containers: containers.collect(),
+        empty_dirs: totals.empty_dirs.into_iter().take(MAX_ENTRIES).map(empty_dir).collect(),
     }
+}
+
+fn empty_dir(stats: v1::VolumeStats) -> EmptyDirView {
+    let v1::VolumeStats { mut volume_id, usage } = stats;
+    truncate(&mut volume_id, MAX_VOLUME_NAME);
+    EmptyDirView { name: volume_id, usage: layer(usage) }
 }
 
 fn pressure(pressure: v1::Pressure) -> PressureView {
@@ -154,6 +163,13 @@ fn block_io(io: v1::BlockIo) -> BlockIoView {
     BlockIoView { major, minor, read_bytes, written_bytes, reads, writes }
 }
 
+/// A hostile guest may send a name of megabytes.
+fn truncate(name: &mut String, most: usize) {
+    if name.len() > most {
+        name.clear();
+    }
+}
+
 fn interface(stats: v1::NetworkStats) -> InterfaceView {
     let v1::NetworkStats {
         mut name,
@@ -166,10 +182,7 @@ fn interface(stats: v1::NetworkStats) -> InterfaceView {
         tx_packets,
         tx_dropped,
     } = stats;
-    // A hostile guest may send a name of megabytes.
-    if name.len() > MAX_NAME {
-        name.clear();
-    }
+    truncate(&mut name, MAX_NAME);
     InterfaceView {
         name,
         rx_bytes,

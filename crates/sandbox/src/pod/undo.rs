@@ -61,6 +61,14 @@ async fn undo_on_host(effect: &Effect) -> Result<(), Error> {
             })
             .await
         }
+        Effect::ScratchDisk { path } => {
+            let path = path.clone();
+            blocking(move || {
+                absent_is_fine(fs::remove_file(&path))
+                    .map_err(|e| Error::io(format!("remove {}", path.display()), e))
+            })
+            .await
+        }
         Effect::Network | Effect::ContainerFiles { .. } => Ok(()),
     }
 }

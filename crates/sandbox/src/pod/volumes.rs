@@ -9,10 +9,10 @@ use agent_api::v1;
 use super::handle::Handle;
 use super::run_pod::ETC_VOLUME;
 use super::sync::{self, Synced};
-use super::{disks, shares, write_back};
+use super::{disks, empty_dirs, shares, write_back};
 use crate::error::Error;
 use crate::host::volumes::{Shape, shape};
-use crate::host::{blocking, etc, mounts};
+use crate::host::{blocking, empty_dir, etc, mounts};
 use crate::model::{Access, ContainerSpec, Propagation, ShareUse, Volume, VolumeSource};
 
 /// Volumes of a container; each is a mount, and many are a device or a task of ours.
@@ -98,11 +98,7 @@ impl Prepared {
             VolumeSource::Shared { host_path } if handle.machine.host().is_some() => {
                 mount.volume_id = path_text(host_path)?;
                 mount.set_source(v1::VolumeSource::Host);
-                mount.set_propagation(match volume.propagation {
-                    Propagation::Private => v1::Propagation::Private,
-                    Propagation::HostToContainer => v1::Propagation::Slave,
-                    Propagation::Bidirectional => v1::Propagation::Shared,
-                });
+                mount.set_propagation(propagation(volume.propagation));
             }
             VolumeSource::Shared { host_path } => {
                 let Some(share) = share else {
@@ -119,6 +115,19 @@ impl Prepared {
                     mount.submounts = submounts(host_path).await?;
                 }
             }
+            VolumeSource::EmptyDir { host_path, folder, sub_path, .. } => {
+                mount.volume_id = empty_dirs::name(folder)?;
+                mount.set_source(v1::VolumeSource::EmptyDir);
+                mount.set_propagation(propagation(volume.propagation));
+                if !sub_path.is_empty() {
+                    mount.sub_path = sub_path.clone();
+                    let path = host_path.clone();
+                    let owner = blocking(move || empty_dir::owner(&path)).await;
+                    let owner = owner
+                        .map_err(|e| Error::io(format!("look at {}", host_path.display()), e))?;
+                    (mount.uid, mount.gid, mount.mode) = (owner.uid, owner.gid, owner.mode);
+                }
+            }
             VolumeSource::HugePages { name } => {
                 mount.volume_id = name.clone();
                 mount.set_source(v1::VolumeSource::HugePages);
@@ -132,6 +141,14 @@ impl Prepared {
         }
         self.mounts.push(mount);
         Ok(())
+    }
+}
+
+fn propagation(propagation: Propagation) -> v1::Propagation {
+    match propagation {
+        Propagation::Private => v1::Propagation::Private,
+        Propagation::HostToContainer => v1::Propagation::Slave,
+        Propagation::Bidirectional => v1::Propagation::Shared,
     }
 }
 

@@ -31,6 +31,7 @@ pub(crate) fn pod() -> Pod {
         attachment: Arc::default(),
         kernel_release: String::new(),
         trace: Vec::new(),
+        empty_dirs: EmptyDirs::default(),
         containers: BTreeMap::new(),
     }
 }

@@ -43,6 +43,7 @@ pub(super) struct State {
     pub(super) max_cpus: u32,
     pub(super) update: Option<v1::UpdateContainerRequest>,
     pub(super) volumes: BTreeMap<String, Volume>,
+    pub(super) empty_dirs: BTreeMap<String, EmptyDir>,
     pub(super) create: Option<v1::CreateContainerRequest>,
     pub(super) configure: Option<v1::ConfigurePodRequest>,
 }
@@ -52,6 +53,16 @@ pub(super) struct State {
 pub(super) struct Volume {
     pub(super) files: BTreeMap<String, Vec<u8>>,
     staged: Option<BTreeMap<String, Vec<u8>>>,
+}
+
+#[derive(Default)]
+pub(super) struct EmptyDir {
+    /// Without files.
+    pub(super) made: v1::PrepareEmptyDirRequest,
+    pub(super) files: BTreeMap<String, Vec<u8>>,
+    pub(super) ready: bool,
+    /// Times that it was begun.
+    pub(super) begun: u32,
 }
 
 #[derive(Default)]
@@ -492,6 +503,31 @@ impl Agent for Served {
             volume.files = volume.staged.take().unwrap_or_default();
         }
         Ok(Response::new(v1::WriteVolumeReply {}))
+    }
+
+    async fn prepare_empty_dir(
+        &self,
+        request: Request<v1::PrepareEmptyDirRequest>,
+    ) -> Answer<v1::PrepareEmptyDirReply> {
+        let mut request = request.into_inner();
+        let mut state = self.0.lock();
+        let dir = state.empty_dirs.entry(request.volume_id.clone()).or_default();
+        if !dir.ready {
+            if request.begin {
+                dir.files.clear();
+                dir.begun += 1;
+            }
+            for file in std::mem::take(&mut request.files) {
+                let content = dir.files.entry(file.path).or_default();
+                if !file.append {
+                    content.clear();
+                }
+                content.extend(file.content);
+            }
+            dir.ready = request.done;
+            dir.made = request;
+        }
+        Ok(Response::new(v1::PrepareEmptyDirReply { ready: dir.ready }))
     }
 
     async fn read_volume_file(

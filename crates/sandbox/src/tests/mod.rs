@@ -9,6 +9,7 @@ mod host_pods;
 mod life;
 mod listing;
 mod resize;
+mod scratch;
 mod trouble;
 mod volumes;
 mod world;

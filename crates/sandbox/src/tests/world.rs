@@ -93,6 +93,7 @@ impl World {
             kvm: asset.clone(),
             vmm: asset,
             scratch_size: 16 << 20,
+            scratch_disk_size: 32 << 20,
             boot_deadline_ms: 5_000,
             guest_call_deadline_ms: 3_000,
             max_memory_mib: 512,

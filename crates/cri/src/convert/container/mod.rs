@@ -94,6 +94,7 @@ pub fn to_spec(
         &mounts::Around {
             annotations: &request.annotations,
             user_namespace,
+            pod: pod.request,
             on_host: host.is_some(),
             privileged: context.privileged,
             images: &|name| find_image(name).map(|found| found.rootfs),

@@ -7,17 +7,18 @@
 //! | a small file on /etc/hosts, /etc/hostname or /etc/resolv.conf | copied |
 //! | the termination log | a copy that is written back at the end |
 //! | an image | its EROFS disk |
+//! | an `emptyDir`, or a part of one | made in the guest ([`empty_dir`]) |
 //! | a hugetlbfs (`emptyDir` with medium HugePages) | one of the guest's, empty |
 //! | any other file or folder of the host | shared |
 //!
-//! The image's own volumes (VOLUME) are folders of the container's root, which can be written to
-//! even where the rest is read-only; containerd copies them to the host, where nobody looks.
+//! The image's own volumes (VOLUME) are folders in the container's writable layer, which can be
+//! written to even where the rest is read-only; containerd copies them to the host, where nobody looks.
 //!
 //! A pod without a VM has everything but images from the host itself.
 //!
 //! Refused in a VM: sockets, pipes and devices of the host, for they are ends of something in its
-//! kernel; BIDIRECTIONAL propagation, for a guest's mounts cannot appear on the host. Refused
-//! everywhere: mount options.
+//! kernel; BIDIRECTIONAL propagation but in an emptyDir, for a guest's mounts cannot appear on the
+//! host. Refused everywhere: mount options.
 //! `selinux_relabel` has nothing to do: where labels count, [`super::security`] has refused before.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,6 +35,7 @@ use super::{Refusal, devices, known, mountinfo};
 use crate::v1;
 
 mod strict;
+pub mod empty_dir;
 #[cfg(test)]
 mod tests;
 
@@ -78,6 +80,8 @@ const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
 pub struct Around<'a> {
     pub annotations: &'a BTreeMap<String, String>,
     pub user_namespace: Option<UserNamespace>,
+    /// The pod, as it was asked for.
+    pub pod: &'a v1::PodSandboxConfig,
     /// The pod has no VM.
     pub on_host: bool,
     pub privileged: bool,
@@ -168,17 +172,7 @@ fn check(mount: &v1::Mount, around: &Around<'_>) -> Result<Sound, Refusal> {
     let propagation = match propagation {
         v1::MountPropagation::PropagationPrivate => Propagation::Private,
         v1::MountPropagation::PropagationHostToContainer => Propagation::HostToContainer,
-        v1::MountPropagation::PropagationBidirectional if around.on_host => {
-            Propagation::Bidirectional
-        }
-        v1::MountPropagation::PropagationBidirectional => {
-            return Err(Refusal::unsupported(
-                "propagation",
-                "PROPAGATION_BIDIRECTIONAL: what a container mounts is mounted in its VM and \
-                 cannot appear on the host; use PROPAGATION_HOST_TO_CONTAINER, or run the pod \
-                 with a runtime class that is not a VM",
-            ));
-        }
+        v1::MountPropagation::PropagationBidirectional => Propagation::Bidirectional,
     };
     if !mount.mount_options.is_empty() {
         return Err(Refusal::unsupported(
@@ -188,7 +182,30 @@ fn check(mount: &v1::Mount, around: &Around<'_>) -> Result<Sound, Refusal> {
     }
     check_mapping(mount, around.user_namespace)?;
     check_source(mount)?;
-    Ok(Sound { container_path, access, propagation })
+    let sound = Sound { container_path, access, propagation };
+    if propagation == Propagation::Bidirectional && !around.on_host {
+        // Before any folder is made for another mount.
+        let real = Path::new(&mount.host_path).canonicalize();
+        let path = real.as_deref().unwrap_or(Path::new(&mount.host_path));
+        if mount.image.is_some() || find_empty_dir(path, around)?.is_none() {
+            return Err(bidirectional());
+        }
+    }
+    Ok(sound)
+}
+
+fn bidirectional() -> Refusal {
+    Refusal::unsupported(
+        "propagation",
+        "PROPAGATION_BIDIRECTIONAL: what a container mounts is mounted in its VM and cannot appear \
+         on the host; use PROPAGATION_HOST_TO_CONTAINER, or run the pod with a runtime class that is \
+         not a VM",
+    )
+}
+
+fn find_empty_dir(path: &Path, around: &Around<'_>) -> Result<Option<empty_dir::Found>, Refusal> {
+    let uid = around.pod.metadata.as_ref().map(|metadata| metadata.uid.as_str());
+    empty_dir::find(path, uid.unwrap_or_default())
 }
 
 /// What is mounted wins over what every container has in the same place, but for the file systems
@@ -337,6 +354,15 @@ fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume
             return Err(Refusal::unsupported("propagation", "huge pages have no mounts below"));
         }
         return Ok(Volume { container_path, source, access, propagation });
+    }
+    if let Some(found) = find_empty_dir(&host_path, around)? {
+        let size_limit = empty_dir::limit(around.pod, &found.name)?;
+        let empty_dir::Found { folder, sub_path, .. } = found;
+        let source = VolumeSource::EmptyDir { host_path, folder, sub_path, size_limit };
+        return Ok(Volume { container_path, source, access, propagation });
+    }
+    if propagation == Propagation::Bidirectional {
+        return Err(bidirectional());
     }
     let small = kind.is_file() && metadata.len() <= SMALL;
     let private = propagation == Propagation::Private;

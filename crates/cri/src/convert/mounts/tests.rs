@@ -31,8 +31,14 @@ fn convert_with(
     user_namespace: Option<UserNamespace>,
 ) -> Result<Vec<Volume>, Refusal> {
     let images = |name: &str| (name == "here").then(|| PathBuf::from("/images/here.erofs"));
+    let pod = &v1::PodSandboxConfig {
+        metadata: Some(v1::PodSandboxMetadata { uid: "u-1".into(), ..Default::default() }),
+        annotations: [(empty_dir::LIMITS_ANNOTATION.into(), "cache=1Mi".into())].into(),
+        ..Default::default()
+    };
     let (on_host, privileged) = (false, false);
-    volumes(mounts, &Around { annotations, user_namespace, on_host, privileged, images: &images })
+    let around = Around { annotations, user_namespace, pod, on_host, privileged, images: &images };
+    volumes(mounts, &around)
 }
 
 #[test]
@@ -45,10 +51,11 @@ fn a_pod_without_a_vm_has_everything_from_the_host_itself() {
     let log = dir.join("log");
     std::fs::write(&log, "").unwrap();
     let ask = |mount: v1::Mount| {
-        let none = BTreeMap::new();
+        let (none, pod) = (BTreeMap::new(), v1::PodSandboxConfig::default());
         let around = Around {
             annotations: &none,
             user_namespace: None,
+            pod: &pod,
             on_host: true,
             privileged: false,
             images: &|_| None,
@@ -275,11 +282,12 @@ fn a_mount_wins_over_what_every_container_has_but_not_over_its_devices_and_proce
 
 #[test]
 fn devices_of_the_guest_are_no_volumes() {
-    let none = BTreeMap::new();
+    let (none, pod) = (BTreeMap::new(), v1::PodSandboxConfig::default());
     let ask = |host: &str, place: &str, privileged| {
         let around = Around {
             annotations: &none,
             user_namespace: None,
+            pod: &pod,
             on_host: false,
             privileged,
             images: &|_| None,
@@ -292,4 +300,32 @@ fn devices_of_the_guest_are_no_volumes() {
     assert!(text.contains("privileged"), "{text}");
     let text = ask("/dev/ptmx", "/dev/x", false).unwrap_err().to_string();
     assert!(text.contains("is a device"), "{text}");
+}
+
+#[test]
+fn an_empty_dir_is_the_guests_own_and_may_pass_mounts_on() {
+    let (_dir, root) = folder();
+    let volumes = root.join("pods/u-1/volumes/kubernetes.io~empty-dir");
+    let (cache, data) = (volumes.join("cache"), volumes.join("data"));
+    for path in [&cache.join("sub"), &data] {
+        std::fs::create_dir_all(path).unwrap();
+    }
+    std::os::unix::fs::symlink(&root, root.join("link")).unwrap();
+    let through_link = root.join("link").join(cache.strip_prefix(&root).unwrap());
+    let empty_dir = |folder: &Path, below: &str, size_limit| VolumeSource::EmptyDir {
+        host_path: if below.is_empty() { folder.to_owned() } else { folder.join(below) },
+        folder: folder.to_owned(),
+        sub_path: below.into(),
+        size_limit,
+    };
+    let limit = Some(1 << 20);
+    assert_eq!(source(mount(&cache, "/c")), empty_dir(&cache, "", limit));
+    assert_eq!(source(mount(&through_link, "/c")), empty_dir(&cache, "", limit));
+    assert_eq!(source(mount(&cache.join("sub"), "/c")), empty_dir(&cache, "sub", limit));
+    assert_eq!(source(mount(&data, "/c")), empty_dir(&data, "", None));
+    let propagation = v1::MountPropagation::PropagationBidirectional as i32;
+    let both = |path: &Path| v1::Mount { propagation, ..mount(path, "/c") };
+    assert_eq!(convert(&[both(&cache)]).unwrap()[0].propagation, Propagation::Bidirectional);
+    assert!(refused(both(&root)).contains("PROPAGATION_BIDIRECTIONAL"));
+    assert!(refused(both(&volumes)).contains("PROPAGATION_BIDIRECTIONAL"));
 }

@@ -1,0 +1,244 @@
+//! A pod's emptyDirs: folders of the scratch disk, each with a quota of its own, or tmpfs. Each is a
+//! mount at `<base>/empty-dirs/<id>` that passes mounts on, so that containers which ask for it see
+//! what others mount there. They live as long as the guest.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use agent_api::v1;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, fchmod, mkdirat};
+use nix::unistd::{Gid, Uid, fchown};
+
+use super::quota::Limits;
+use super::scratch::{Folder, Purpose, Scratch, file_system_usage};
+use super::volumes::{open_dir, relative, write_file};
+use crate::error::{Doing, Error, Result};
+
+/// EmptyDirs of a pod; each is a mount, and mounts slow down every container's start.
+const MAX: usize = 1024;
+const PERMISSIONS: u32 = 0o7777;
+
+#[derive(Debug)]
+pub struct EmptyDirs {
+    base: PathBuf,
+    dirs: HashMap<String, EmptyDir>,
+}
+
+#[derive(Debug)]
+struct EmptyDir {
+    /// On the scratch disk; none: a tmpfs.
+    folder: Option<Folder>,
+    /// Its first content is complete.
+    ready: bool,
+}
+
+/// Of folders that are made.
+#[derive(Debug, Clone, Copy)]
+pub struct Made {
+    pub uid: u32,
+    pub gid: u32,
+    pub mode: u32,
+}
+
+impl Made {
+    fn apply(self, folder: &OwnedFd) -> nix::Result<()> {
+        fchown(folder, Some(Uid::from_raw(self.uid)), Some(Gid::from_raw(self.gid)))?;
+        // After the owner: changing it clears set-id bits.
+        fchmod(folder, Mode::from_bits_truncate(self.mode & PERMISSIONS))
+    }
+}
+
+impl EmptyDirs {
+    pub fn new(base: PathBuf) -> Self {
+        Self { base, dirs: HashMap::new() }
+    }
+
+    /// Answers whether it is ready. Blocks.
+    pub fn prepare(
+        &mut self,
+        scratch: &mut Scratch,
+        request: &v1::PrepareEmptyDirRequest,
+    ) -> Result<bool> {
+        let id = &request.volume_id;
+        crate::ids::check("volume_id", id)?;
+        match self.dirs.get(id) {
+            Some(dir) if dir.ready => return Ok(true),
+            Some(_) if !request.begin => {}
+            None if !request.begin => {
+                return Err(Error::NotFound { what: "emptyDir that was begun", id: id.clone() });
+            }
+            _ => self.begin(scratch, request)?,
+        }
+        let path = self.base.join(id);
+        for file in &request.files {
+            write_file(&path, file, (file.uid, file.gid), false)?;
+        }
+        if request.done {
+            let what = || format!("set the owner of emptyDir {id}");
+            let root = open_readable(&path).doing(what)?;
+            let made = Made { uid: request.uid, gid: request.gid, mode: request.mode };
+            made.apply(&root).doing(what)?;
+            if let Some(dir) = self.dirs.get_mut(id) {
+                dir.ready = true;
+            }
+        }
+        Ok(request.done)
+    }
+
+    /// Makes it, or makes it anew.
+    fn begin(&mut self, scratch: &mut Scratch, request: &v1::PrepareEmptyDirRequest) -> Result<()> {
+        let id = &request.volume_id;
+        let path = self.base.join(id);
+        let what = || format!("make emptyDir {id}");
+        if let Some(old) = self.dirs.remove(id) {
+            match umount2(&path, MntFlags::MNT_DETACH) {
+                Ok(()) | Err(Errno::EINVAL) => {}
+                Err(error) => return Err(error).doing(what),
+            }
+            if let Some(folder) = &old.folder {
+                scratch.discard(folder)?;
+            }
+        }
+        if self.dirs.len() >= MAX {
+            return Err(Error::Exhausted { what: "emptyDirs of a pod", limit: MAX as u64 });
+        }
+        DirBuilder::new().recursive(true).mode(0o700).create(&path).doing(what)?;
+        let folder = if request.memory {
+            // Without a size: half of the guest's memory.
+            let size = match request.size_limit {
+                0 => String::new(),
+                bytes => format!(",size={bytes}"),
+            };
+            let data = format!("mode=0700{size}");
+            let no_flags = MsFlags::empty();
+            mount(Some("emptydir"), &path, Some("tmpfs"), no_flags, Some(data.as_str()))
+                .doing(what)?;
+            None
+        } else {
+            let limits = Limits { bytes: request.size_limit, inodes: 0 };
+            let folder = scratch.make(Purpose::Volume, limits)?;
+            let bind = MsFlags::MS_BIND;
+            mount(Some(folder.path()), &path, None::<&str>, bind, None::<&str>).doing(what)?;
+            Some(folder)
+        };
+        self.dirs.insert(id.clone(), EmptyDir { folder, ready: false });
+        mount(None::<&str>, &path, None::<&str>, MsFlags::MS_SHARED, None::<&str>).doing(what)
+    }
+
+    /// An O_PATH descriptor of an emptyDir, or of what `sub_path` names in it; folders that are
+    /// missing are made. Blocks.
+    pub fn open(&self, id: &str, sub_path: &str, made: Made) -> Result<OwnedFd> {
+        if !self.dirs.get(id).is_some_and(|dir| dir.ready) {
+            return Err(Error::NotFound { what: "emptyDir", id: id.to_owned() });
+        }
+        let root = open_dir(&self.base.join(id))?;
+        if sub_path.is_empty() {
+            return Ok(root);
+        }
+        let path = relative(sub_path)?;
+        let what = || format!("find {sub_path:?} in emptyDir {id}");
+        match beneath(&root, path, OFlag::O_PATH) {
+            Err(Errno::ENOENT) => make_folders(&root, path, made).doing(what),
+            found => found.doing(what),
+        }
+    }
+
+    pub fn usage(&self) -> Vec<v1::VolumeStats> {
+        let usage = |(id, dir): (&String, &EmptyDir)| v1::VolumeStats {
+            volume_id: id.clone(),
+            usage: Some(match &dir.folder {
+                Some(folder) => folder.usage(),
+                None => file_system_usage(&self.base.join(id)),
+            }),
+        };
+        self.dirs.iter().map(usage).collect()
+    }
+}
+
+/// Links that containers have made are followed inside the volume, and never out of it.
+fn beneath(root: &OwnedFd, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
+    let how = OpenHow::new()
+        .flags(flags | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    openat2(root.as_fd(), path, how)
+}
+
+fn make_folders(root: &OwnedFd, path: &Path, made: Made) -> nix::Result<OwnedFd> {
+    let mut done = PathBuf::from(".");
+    let mut at = beneath(root, &done, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
+    for part in path.components() {
+        let name = part.as_os_str();
+        done.push(name);
+        at = match beneath(root, &done, OFlag::O_PATH | OFlag::O_DIRECTORY) {
+            Err(Errno::ENOENT) => {
+                mkdirat(&at, name, Mode::S_IRWXU)?;
+                let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+                let folder = beneath(&at, Path::new(name), flags)?;
+                made.apply(&folder)?;
+                folder
+            }
+            found => found?,
+        };
+    }
+    // As callers expect it: not readable.
+    beneath(&at, Path::new("."), OFlag::O_PATH)
+}
+
+fn open_readable(path: &Path) -> std::io::Result<OwnedFd> {
+    fs::File::open(path).map(OwnedFd::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt, symlink};
+
+    use super::*;
+
+    /// As if mounted: mounting is left to the tests that run as root.
+    fn ready(dir: &Path) -> EmptyDirs {
+        fs::create_dir(dir.join("v")).unwrap();
+        let mut dirs = EmptyDirs::new(dir.to_owned());
+        dirs.dirs.insert("v".into(), EmptyDir { folder: None, ready: true });
+        dirs
+    }
+
+    fn made() -> Made {
+        let me = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
+        Made { uid: me.0, gid: me.1, mode: 0o2770 }
+    }
+
+    #[test]
+    fn missing_folders_of_a_sub_path_are_made_as_told_and_others_stay_as_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = ready(dir.path());
+        fs::create_dir(dir.path().join("v/a")).unwrap();
+        symlink("a", dir.path().join("v/link")).unwrap();
+        let mode = |path: &str| fs::metadata(dir.path().join(path)).unwrap().mode() & 0o7777;
+        let before = mode("v/a");
+        dirs.open("v", "link/b/c", made()).unwrap();
+        assert_eq!((mode("v/a"), mode("v/a/b"), mode("v/a/b/c")), (before, 0o2770, 0o2770));
+        fs::write(dir.path().join("v/file"), "x").unwrap();
+        dirs.open("v", "file", made()).unwrap();
+        dirs.open("v", "", made()).unwrap();
+    }
+
+    #[test]
+    fn no_sub_path_leads_out_of_an_empty_dir() {
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = ready(dir.path());
+        symlink("..", dir.path().join("v/up")).unwrap();
+        symlink(dir.path(), dir.path().join("v/absolute")).unwrap();
+        symlink("nowhere", dir.path().join("v/dangling")).unwrap();
+        for path in ["../v", "/", "up", "up/x", "absolute", "absolute/x", "dangling/x"] {
+            assert!(dirs.open("v", path, made()).is_err(), "{path}");
+        }
+        assert!(!dir.path().join("x").exists());
+        assert!(dirs.open("w", "", made()).is_err());
+    }
+}

@@ -1,0 +1,152 @@
+//! A kubelet's emptyDirs: made in the guest after what the kubelet has made on the host, once for all
+//! containers of the pod, and alive as long as the guest. What cannot be made there is shared from the
+//! host instead, for the rest of the pod's life.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use agent_api::v1;
+
+use super::handle::Handle;
+use crate::error::Error;
+use crate::host::blocking;
+use crate::host::empty_dir::{self, Facts};
+use crate::host::volumes::{self, Limits};
+use crate::model::VolumeSource;
+use crate::policy::{Change, Container};
+
+/// Names of those that this daemon knows to be ready in the guest.
+#[derive(Debug, Default)]
+pub(super) struct EmptyDirsMade(BTreeSet<String>);
+
+/// What the guest calls it: a kubelet's name of the volume.
+pub(super) fn name(folder: &Path) -> Result<String, Error> {
+    let name = folder.file_name().and_then(|name| name.to_str()).map(str::to_owned);
+    name.ok_or_else(|| Error::invalid(format!("emptyDir {} has no name", folder.display())))
+}
+
+/// Makes a new container's emptyDirs in the guest; those that have to be shared are shared volumes of
+/// it from now on.
+pub(super) async fn settle(handle: &Handle, container: &mut Container) -> Result<(), Error> {
+    let is_one = |source: &VolumeSource| matches!(source, VolumeSource::EmptyDir { .. });
+    if !container.spec.volumes.iter().any(|volume| is_one(&volume.source)) {
+        return Ok(());
+    }
+    let mut made = handle.empty_dirs.lock().await;
+    for volume in &mut Arc::make_mut(&mut container.spec).volumes {
+        let VolumeSource::EmptyDir { host_path, folder, size_limit, .. } = &volume.source else {
+            continue;
+        };
+        let name = name(folder)?;
+        let places = handle.pod().empty_dirs.clone();
+        let in_guest = handle.machine.host().is_none()
+            && places.in_guest
+            && !places.shared.contains(&name)
+            && (made.0.contains(&name) || make(handle, &name, folder, *size_limit).await?);
+        if in_guest {
+            made.0.insert(name);
+        } else {
+            volume.source = VolumeSource::Shared { host_path: host_path.clone() };
+        }
+    }
+    Ok(())
+}
+
+/// Answers whether it is in the guest.
+async fn make(
+    handle: &Handle,
+    name: &str,
+    folder: &Path,
+    size_limit: Option<u64>,
+) -> Result<bool, Error> {
+    let facts = {
+        let folder = folder.to_owned();
+        blocking(move || empty_dir::facts(&folder)).await?
+    };
+    let mut request = request(name, &facts, size_limit);
+    if prepare(handle, request.clone()).await? {
+        return Ok(true);
+    }
+    request.begin = false;
+    match fill(handle, folder, &request).await {
+        Ok(()) => Ok(true),
+        Err(Error::Unsupported { message }) => {
+            tracing::warn!(
+                pod = handle.id,
+                volume = name,
+                reason = message,
+                "emptyDir is shared from the host: what is in it cannot be copied into the guest"
+            );
+            handle.commit(vec![Change::EmptyDirShared { name: name.to_owned() }]).await?;
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn request(name: &str, facts: &Facts, size_limit: Option<u64>) -> v1::PrepareEmptyDirRequest {
+    let Facts { memory, size_limit: on_host, owned, is_empty } = facts;
+    let size_limit = match (size_limit, on_host) {
+        (Some(asked), 0) => asked,
+        (Some(asked), on_host) => asked.min(*on_host),
+        (None, on_host) => *on_host,
+    };
+    v1::PrepareEmptyDirRequest {
+        volume_id: name.to_owned(),
+        memory: *memory,
+        size_limit,
+        uid: owned.uid,
+        gid: owned.gid,
+        mode: owned.mode,
+        begin: true,
+        files: Vec::new(),
+        done: *is_empty,
+    }
+}
+
+async fn prepare(handle: &Handle, request: v1::PrepareEmptyDirRequest) -> Result<bool, Error> {
+    let call = handle
+        .guest
+        .call("prepare an emptyDir", |mut c| async move { c.prepare_empty_dir(request).await });
+    Ok(call.await?.ready)
+}
+
+/// Copies what is there already.
+async fn fill(
+    handle: &Handle,
+    folder: &Path,
+    request: &v1::PrepareEmptyDirRequest,
+) -> Result<(), Error> {
+    let config = &handle.node.config;
+    let limits = Limits { bytes: config.volume_bytes, files: config.volume_files };
+    let mut copy = volumes::Copy::of(folder.to_owned(), limits);
+    while let Some(files) = copy.next().await? {
+        prepare(handle, v1::PrepareEmptyDirRequest { files, ..request.clone() }).await?;
+    }
+    let last = v1::PrepareEmptyDirRequest { done: true, ..request.clone() };
+    match prepare(handle, last).await? {
+        true => Ok(()),
+        false => Err(Error::Internal(anyhow::anyhow!("the guest keeps emptyDir from being ready"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::empty_dir::Owned;
+
+    #[test]
+    fn of_two_limits_the_smaller_one_counts() {
+        let limit = |on_host, asked| {
+            let owned = Owned { uid: 1, gid: 2, mode: 0o777 };
+            let facts = Facts { memory: false, size_limit: on_host, owned, is_empty: true };
+            request("v", &facts, asked).size_limit
+        };
+        assert_eq!(limit(0, None), 0);
+        assert_eq!(limit(0, Some(5)), 5);
+        assert_eq!(limit(7, None), 7);
+        assert_eq!(limit(7, Some(5)), 5);
+        assert_eq!(limit(4, Some(5)), 4);
+    }
+}
