@@ -2,10 +2,12 @@
 //!
 //! `nacelle-bench boot` compares VMMs on the same kernel and initramfs; `nacelle-bench many` counts
 //! how many of many boots come up; `nacelle-bench pods` breaks a pod's cold start into its phases and
-//! weighs idle pods; `nacelle-bench list` asks a node full of pods what a kubelet asks. Nothing here
-//! asserts anything: see `docs/benchmarks.md` for how to read the numbers.
+//! weighs idle pods; `nacelle-bench create` times the calls of a container's life, of several runtimes
+//! in turns; `nacelle-bench list` asks a node full of pods what a kubelet asks. Nothing here asserts
+//! anything: see `docs/benchmarks.md` for how to read the numbers.
 
 mod boot;
+mod create;
 mod list;
 mod measure;
 mod pods;
@@ -55,6 +57,20 @@ enum Bench {
         #[arg(long, default_value_t = 512)]
         memory: u32,
     },
+    /// Calls of a container's life through CRI sockets, of several runtimes in turns.
+    Create {
+        /// NAME=SOCKET of a runtime that serves CRI; may be given several times.
+        #[arg(long, default_value = "nacelle=/run/nacelle/nacelled.sock")]
+        runtime: Vec<create::Peer>,
+        /// With `sleep` and `echo`; each runtime pulls it.
+        #[arg(long)]
+        image: String,
+        #[arg(long, default_value_t = 10)]
+        rounds: usize,
+        /// Folder for the containers' logs.
+        #[arg(long, default_value = "/tmp/nacelle-bench-logs")]
+        logs: PathBuf,
+    },
     /// Listings of a node full of pods, through a real socket. Needs no KVM.
     List {
         #[arg(long, default_value_t = 500)]
@@ -82,6 +98,9 @@ fn main() -> Result<()> {
         Bench::Many { boots, at_once, vcpus, memory } => {
             let shape = Shape { vcpus, memory };
             boot::many(&arguments.bin, &arguments.guest, boots, at_once, shape)
+        }
+        Bench::Create { runtime, image, rounds, logs } => {
+            create::run(&runtime, &image, rounds, &logs)
         }
         Bench::List { pods, runs } => list::run(pods, runs),
         Bench::Pods { pods, socket } => pods::run(&arguments.bin, &socket, pods),

@@ -49,19 +49,25 @@ impl Drop for Tmpfs {
     }
 }
 
-/// A folder of the host that is mounted in another place, too.
+/// A folder of the host that is mounted at another place too.
 pub struct Bind(PathBuf);
 
 impl Bind {
-    /// Makes the folder too.
-    pub fn mount(what: &Path, at: &Path) -> Result<Self> {
+    /// Makes the place.
+    pub fn mount(from: &Path, at: &Path) -> Result<Self> {
         std::fs::create_dir_all(at)?;
-        run("mount", &["--bind", &what.display().to_string()], at)?;
+        let from = from.to_str().context("the path of a bind mount")?;
+        run("mount", &["--bind", from], at)?;
         Ok(Self(at.to_owned()))
     }
 
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// Fails if anything still uses it.
+    pub fn unmount(self) -> Result<()> {
+        run("umount", &[], &self.0)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -18,6 +18,7 @@ pub struct Layer {
 }
 
 pub const TAR_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+pub const TAR_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 
 /// `sha256:<hex>` of some bytes.
 pub fn digest(bytes: &[u8]) -> String {
@@ -71,7 +72,7 @@ pub fn as_dir(layout: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The layers of an image whose layers are all gzip, and the `config` member of its configuration.
+/// The layers of an image, and the `config` member of its configuration.
 pub fn read(folder: &Path) -> Result<(Vec<Layer>, Value)> {
     let blob = |digest: &Value| -> Result<Vec<u8>> {
         let digest = digest.as_str().context("a digest")?;
@@ -84,9 +85,10 @@ pub fn read(folder: &Path) -> Result<(Vec<Layer>, Value)> {
     let layers = manifest["layers"].as_array().context("layers")?;
     let diff_ids = config["rootfs"]["diff_ids"].as_array().context("diff_ids")?;
     let layer = |(layer, diff_id): (&Value, &Value)| {
-        ensure!(layer["mediaType"] == TAR_GZIP, "{layer}");
+        let known = [TAR_GZIP, TAR_ZSTD].into_iter().find(|kind| layer["mediaType"] == *kind);
+        let media_type = known.with_context(|| format!("{layer}"))?;
         let diff_id = diff_id.as_str().context("a diff_id")?.to_owned();
-        Ok(Layer { media_type: TAR_GZIP, blob: blob(&layer["digest"])?, diff_id })
+        Ok(Layer { media_type, blob: blob(&layer["digest"])?, diff_id })
     };
     let layers = layers.iter().zip(diff_ids).map(layer).collect::<Result<_>>()?;
     Ok((layers, config["config"].clone()))

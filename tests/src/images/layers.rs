@@ -10,7 +10,6 @@ use flate2::write::GzEncoder;
 use super::trees;
 use crate::layout::{self, Layer};
 
-const TAR_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 /// Images cross into the lab once a run: size counts more than seconds at the first making.
 const GZIP_LEVEL: u32 = 7;
 const ZSTD_LEVEL: i32 = 12;
@@ -30,7 +29,7 @@ pub fn pack(tree: &Path, paths: &[PathBuf], compression: Compression) -> Result<
             encoder.write_all(&tar)?;
             (layout::TAR_GZIP, encoder.finish()?)
         }
-        Compression::Zstd => (TAR_ZSTD, zstd::encode_all(&tar[..], ZSTD_LEVEL)?),
+        Compression::Zstd => (layout::TAR_ZSTD, zstd::encode_all(&tar[..], ZSTD_LEVEL)?),
     };
     Ok(Layer { media_type, blob, diff_id })
 }

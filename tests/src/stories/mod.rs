@@ -1,6 +1,7 @@
 //! The stories: each is a function that tells one thing a user relies on, and fails if it is not so.
 
 mod devices;
+mod empty_dir;
 mod events;
 mod exec;
 mod guest_kernel;
@@ -48,6 +49,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("userns", userns::STORIES),
         ("volumes", volumes::STORIES),
         ("shared_volumes", shared_volumes::STORIES),
+        ("empty_dir", empty_dir::STORIES),
         ("host_pods", host_pods::STORIES),
         ("kubelet", kubelet::STORIES),
         ("network", network::STORIES),
