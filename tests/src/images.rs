@@ -151,6 +151,26 @@ END
         folders: &[],
         config: || json!({"Cmd": ["sh"], "Env": [PATH], "WorkingDir": "/"}),
     },
+    // Container engines, to be run in a container.
+    Recipe {
+        name: "engines",
+        packages: &[
+            "aardvark-dns",
+            "ca-certificates",
+            "crun",
+            "docker.io",
+            "iproute2",
+            "iptables",
+            "netavark",
+            "podman",
+            "procps",
+        ],
+        compression: Compression::Zstd,
+        finish: r#"rm -rf "$1"/usr/share/docker.io/contrib "$1"/usr/bin/containerd-stress \
+            "$1"/usr/bin/containerd-shim "$1"/usr/bin/containerd-shim-runc-v1"#,
+        folders: &[],
+        config: || json!({"Cmd": ["sh"], "Env": [PATH], "WorkingDir": "/", "Volumes": {"/volume": {}}}),
+    },
 ];
 
 /// Folder of an image's OCI layout.

@@ -2,6 +2,7 @@
 
 mod devices;
 mod empty_dir;
+mod engines;
 mod events;
 mod exec;
 mod guest_kernel;
@@ -50,6 +51,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("volumes", volumes::STORIES),
         ("shared_volumes", shared_volumes::STORIES),
         ("empty_dir", empty_dir::STORIES),
+        ("engines", engines::STORIES),
         ("host_pods", host_pods::STORIES),
         ("kubelet", kubelet::STORIES),
         ("network", network::STORIES),

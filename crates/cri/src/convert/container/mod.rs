@@ -101,6 +101,10 @@ pub fn to_spec(
         },
     )?;
     let strict_volumes = mounts::strict(&pod.request.annotations, &volumes)?;
+    let mut own_volumes = mounts::of_image(image_config, &volumes)?;
+    if context.privileged && host.is_none() && !context.readonly_rootfs {
+        own_volumes.extend(mounts::of_engines(&volumes, &own_volumes));
+    }
     Ok(ContainerSpec {
         meta: Meta {
             name,
@@ -112,7 +116,7 @@ pub fn to_spec(
         rootfs: RootfsSpec {
             image: image.rootfs.clone(),
             read_only: context.readonly_rootfs,
-            volumes: mounts::of_image(image_config, &volumes)?,
+            volumes: own_volumes,
         },
         oci,
         user: identity.lookup,

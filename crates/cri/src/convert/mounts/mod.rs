@@ -34,8 +34,8 @@ use super::userns::UserNamespace;
 use super::{Refusal, devices, known, mountinfo};
 use crate::v1;
 
-mod strict;
 pub mod empty_dir;
+mod strict;
 #[cfg(test)]
 mod tests;
 
@@ -119,6 +119,27 @@ pub fn volumes(mounts: &[v1::Mount], around: &Around<'_>) -> Result<Vec<Volume>,
 /// [`devices::of_mounts`]), or all of them, which a privileged container has anyway.
 fn is_of_guest(mount: &v1::Mount, sound: &Sound) -> bool {
     devices::of_mount(mount).is_some() || sound.container_path == DEV
+}
+
+/// Where container engines and image builders keep their layers. Overlayfs does not take a folder of
+/// overlayfs as its upper layer, so that they would have to do without it in a container's own layer.
+const ENGINES: [&str; 4] =
+    ["/var/lib/buildkit", "/var/lib/containerd", "/var/lib/containers", "/var/lib/docker"];
+
+/// Volumes of a privileged container with a kernel of its own beside those of its image, so that
+/// engines in it can use overlayfs. Mounts of the request and VOLUMEs that lie above or below one of
+/// these folders say themselves what is there.
+pub fn of_engines(volumes: &[Volume], of_image: &[String]) -> Vec<String> {
+    let taken: Vec<&Path> = volumes
+        .iter()
+        .map(|volume| volume.container_path.as_ref())
+        .chain(of_image.iter().map(Path::new))
+        .collect();
+    let is_free = |place: &Path| {
+        !taken.iter().any(|taken| place.starts_with(taken) || taken.starts_with(place))
+    };
+    let free = ENGINES.into_iter().filter(|place| is_free(Path::new(place)));
+    free.map(str::to_owned).collect()
 }
 
 /// The image's own volumes, but for those in whose place the request mounts something, and those in

@@ -264,6 +264,19 @@ fn an_images_own_volumes_are_kept_where_the_request_mounts_nothing() {
 }
 
 #[test]
+fn engines_in_a_privileged_container_have_volumes_unless_something_is_there() {
+    let asked = |path: &str| Volume {
+        container_path: path.into(),
+        ..convert(&[mount(Path::new("/"), "/x")]).unwrap().remove(0)
+    };
+    assert_eq!(of_engines(&[], &[]), ENGINES);
+    assert_eq!(of_engines(&[asked("/data")], &["/var/lib/dockers".into()]), ENGINES);
+    assert!(of_engines(&[asked("/var/lib")], &[]).is_empty());
+    let volumes = [asked("/var/lib/docker"), asked("/var/lib/containers/storage")];
+    assert_eq!(of_engines(&volumes, &["/var/lib/buildkit".into()]), ["/var/lib/containerd"]);
+}
+
+#[test]
 fn a_mount_wins_over_what_every_container_has_but_not_over_its_devices_and_processes() {
     let (_dir, root) = folder();
     for place in ["/dev/shm", "/dev/mqueue", "/sys", "/sys/fs/cgroup", "/proc/meminfo", "/run"] {
