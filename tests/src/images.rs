@@ -24,7 +24,7 @@ use self::layers::Compression;
 use crate::layout;
 
 /// Raised when images change in a way that [`IMAGES`] does not show.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 /// What the last layer takes away from the Debian ones.
 pub const WHITED_OUT: &[&str] =
@@ -167,7 +167,8 @@ END
         ],
         compression: Compression::Zstd,
         finish: r#"rm -rf "$1"/usr/share/docker.io/contrib "$1"/usr/bin/containerd-stress \
-            "$1"/usr/bin/containerd-shim "$1"/usr/bin/containerd-shim-runc-v1"#,
+            "$1"/usr/bin/containerd-shim "$1"/usr/bin/containerd-shim-runc-v1
+            printf '[network]\nnetwork_backend = "netavark"\n' > "$1/etc/containers/containers.conf""#,
         folders: &[],
         config: || json!({"Cmd": ["sh"], "Env": [PATH], "WorkingDir": "/", "Volumes": {"/volume": {}}}),
     },

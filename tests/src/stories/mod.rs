@@ -24,6 +24,7 @@ mod trouble;
 mod userns;
 mod vmm;
 mod volumes;
+mod workloads;
 
 /// A story's name (a sentence) and what it does.
 pub type Story = (&'static str, fn() -> anyhow::Result<()>);
@@ -52,6 +53,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("shared_volumes", shared_volumes::STORIES),
         ("empty_dir", empty_dir::STORIES),
         ("engines", engines::STORIES),
+        ("workloads", workloads::STORIES),
         ("host_pods", host_pods::STORIES),
         ("kubelet", kubelet::STORIES),
         ("network", network::STORIES),
