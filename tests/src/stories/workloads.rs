@@ -211,7 +211,7 @@ fn wireguard() -> Result<()> {
         );
         cri.shell(&peer.sidecar, &set)?;
     }
-    let page = cri.shell(&one.program, "wget -q -T 20 -O - http://10.99.0.2/")?;
+    let page = cri.shell(&one.program, "timeout 30 wget -q -O - http://10.99.0.2/")?;
     ensure!(page == "page of two", "{page}");
     let moved = cri.shell(&two.sidecar, "wg show wg0 transfer | cut -f 2")?;
     ensure!(moved.parse::<u64>().context("bytes received")? > 0, "{moved} bytes went the tunnel");
