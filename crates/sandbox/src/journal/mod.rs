@@ -89,9 +89,11 @@ impl Journal {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             Err(e) => return Err(e),
         }
-        self.write_header(pod)?;
+        self.replace_header(pod)?;
         let bytes = record::encode(pod, boot_id)?;
         replace(&folder, "record.new", RECORD, &bytes)?;
+        // One for both: it is what a start of a pod waits for.
+        sync_dir(&folder)?;
         if let Some(probe) = &self.probe {
             probe.after_write(pod);
         }
@@ -100,12 +102,17 @@ impl Journal {
 
     /// Brings the header up to date, if it is not. Blocks.
     pub(crate) fn write_header(&self, pod: &Pod) -> io::Result<()> {
+        if self.replace_header(pod)? { sync_dir(&self.folder(&pod.id)) } else { Ok(()) }
+    }
+
+    /// True if it was not up to date.
+    fn replace_header(&self, pod: &Pod) -> io::Result<bool> {
         let folder = self.folder(&pod.id);
         let bytes = serde_json::to_vec(&Header::of(pod))?;
         if fs::read(folder.join(HEADER)).is_ok_and(|written| written == bytes) {
-            return Ok(());
+            return Ok(false);
         }
-        replace(&folder, "header.new", HEADER, &bytes)
+        replace(&folder, "header.new", HEADER, &bytes).map(|()| true)
     }
 
     /// Removes a pod's folder, its record and header last. Blocks.
@@ -192,7 +199,7 @@ fn read(path: &Path) -> io::Result<io::Result<Vec<u8>>> {
     }
 }
 
-/// Writes a file of a folder durably, whatever stood there before.
+/// Writes a file of a folder, whatever stood there before; durable once the folder is synced.
 fn replace(folder: &Path, new: &str, name: &str, bytes: &[u8]) -> io::Result<()> {
     let (new, path) = (folder.join(new), folder.join(name));
     for place in [&new, &path] {
@@ -208,8 +215,7 @@ fn replace(folder: &Path, new: &str, name: &str, bytes: &[u8]) -> io::Result<()>
         .mode(0o600)
         .open(&new)
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&new, &path))
-        .and_then(|()| sync_dir(folder));
+        .and_then(|()| fs::rename(&new, &path));
     if written.is_err() {
         let _ = fs::remove_file(&new);
     }
