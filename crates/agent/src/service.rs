@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use agent_api::v1::agent_server::Agent as Service;
-use agent_api::{PROTOCOL, v1};
+use agent_api::{MIN_PROTOCOL, PROTOCOL, negotiate, v1};
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
@@ -96,12 +96,14 @@ async fn configure_pod(agent: Arc<Agent>, request: v1::ConfigurePodRequest) -> R
 
 #[tonic::async_trait]
 impl Service for AgentService {
-    async fn hello(&self, _: Request<v1::HelloRequest>) -> Answer<v1::HelloReply> {
+    async fn hello(&self, request: Request<v1::HelloRequest>) -> Answer<v1::HelloReply> {
+        let newest = request.into_inner().protocol;
         let uptime = text("/proc/uptime");
         let seconds: f64 =
             uptime.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0.0);
         Ok(Response::new(v1::HelloReply {
-            protocol: PROTOCOL,
+            protocol: negotiate(newest, MIN_PROTOCOL..=PROTOCOL),
+            min_protocol: MIN_PROTOCOL,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel_release: text("/proc/sys/kernel/osrelease"),
             boot_id: text("/proc/sys/kernel/random/boot_id"),

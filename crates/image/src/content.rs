@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime};
 
 use sha2::{Digest as _, Sha256};
 
+use crate::aside::Aside;
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::files::{SPACE_CHECK_INTERVAL, Space, create_directory, list, sync_directory};
@@ -35,6 +36,7 @@ struct Inner {
     blobs: PathBuf,
     ingest: PathBuf,
     max_partial: u64,
+    aside: Aside,
     state: Mutex<State>,
     /// Whether a blob goes with its last lease. Not before the store is open as a whole, and not
     /// when the process ends: then leases go, but images stay.
@@ -62,7 +64,7 @@ struct Partial {
 impl Content {
     /// Opens the store and removes what a killed process left half-written, except for partial
     /// blobs. Blobs stay until [`Content::start`], so that images can take their leases first.
-    pub fn open(root: &Path, max_partial: u64) -> Result<Self, Error> {
+    pub fn open(root: &Path, max_partial: u64, aside: Aside) -> Result<Self, Error> {
         let blobs = root.join("blobs/sha256");
         let ingest = root.join("ingest");
         create_directory(&blobs)?;
@@ -74,12 +76,16 @@ impl Content {
                 let touched = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
                 let partial = Partial { bytes: metadata.len(), touched, open: false };
                 state.ingests.insert(name, partial);
+            } else if metadata.is_dir() {
+                aside.take(&entry.path(), "a directory in the place of a file");
             } else {
                 fs::remove_file(entry.path()).map_err(|e| Error::io("remove", &entry.path(), e))?;
             }
         }
         for (name, entry) in list(&blobs)? {
-            if let Some(digest) = Digest::from_hex(&name) {
+            if !entry.metadata().is_ok_and(|metadata| metadata.is_file()) {
+                aside.take(&entry.path(), "no regular file in the place of a blob");
+            } else if let Some(digest) = Digest::from_hex(&name) {
                 state.blobs.insert(digest, entry.metadata().map_or(0, |m| m.blocks() * 512));
             }
         }
@@ -87,6 +93,7 @@ impl Content {
             blobs,
             ingest,
             max_partial,
+            aside,
             state: Mutex::new(state),
             live: AtomicBool::new(false),
             next: AtomicU64::new(0),
@@ -120,6 +127,10 @@ impl Content {
             let mut state = self.state();
             let digest = Digest::from_hex(&name);
             if digest.is_some_and(|digest| state.leases.contains_key(&digest)) {
+                continue;
+            }
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                // Nobody's; it is moved aside by the next start.
                 continue;
             }
             let size = entry.metadata().map_or(0, |metadata| metadata.len());
@@ -208,6 +219,35 @@ impl Content {
         }
         let state = self.state();
         size.saturating_sub(state.ingests.get(&digest.hex()).map_or(0, |partial| partial.bytes))
+    }
+
+    pub fn aside(&self) -> &Aside {
+        &self.0.aside
+    }
+
+    /// Moves a blob aside; fine when it is not here.
+    pub fn set_aside(&self, digest: &Digest, reason: &str) {
+        let path = self.path(digest);
+        let mut state = self.state();
+        state.blobs.remove(digest);
+        if fs::symlink_metadata(&path).is_ok() {
+            self.0.aside.take(&path, reason);
+        }
+    }
+
+    /// Moves a blob aside if it does not have its digest; then it can be fetched again.
+    pub fn distrust(&self, digest: &Digest) {
+        let hashed = self.open_blob(digest).and_then(|mut file| {
+            let mut hash = Sha256::new();
+            io::copy(&mut file, &mut hash).map_err(|e| Error::io("read", &self.path(digest), e))?;
+            Ok(Digest::from_hash(hash.finalize().into()))
+        });
+        match hashed {
+            Ok(got) if got == *digest => {}
+            Ok(_) => self.set_aside(digest, "its content has another digest"),
+            Err(e) if e.is_damage() => self.set_aside(digest, &e.to_string()),
+            Err(_) => {}
+        }
     }
 
     pub fn lease(&self, digest: Digest) -> Lease {
@@ -459,7 +499,8 @@ mod tests {
     use crate::error::ErrorKind;
 
     fn content(dir: &Path, max_partial: u64) -> Content {
-        let content = Content::open(dir, max_partial).unwrap();
+        let aside = Aside::open(dir).unwrap();
+        let content = Content::open(dir, max_partial, aside).unwrap();
         content.start().unwrap();
         content
     }
@@ -551,6 +592,35 @@ mod tests {
         ingest.unchecked = SPACE_CHECK_INTERVAL - 1;
         ingest.write(&[0; 100]).unwrap();
         assert_eq!(ingest.unchecked, 0);
+    }
+
+    #[test]
+    fn directories_in_the_place_of_files_are_moved_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = content(dir.path(), 1 << 20);
+        let path = first.path(&digest(1));
+        drop(first);
+        for place in [&path, &dir.path().join("ingest").join(digest(2).hex())] {
+            fs::create_dir_all(place.join("deep")).unwrap();
+        }
+        let next = content(dir.path(), 1 << 20);
+        assert_eq!(next.aside().list().len(), 2);
+        assert!(!path.exists());
+        // One that comes later stops nobody either.
+        fs::create_dir(&path).unwrap();
+        next.sweep().unwrap();
+    }
+
+    #[test]
+    fn a_blob_with_another_content_is_found_out_and_a_good_one_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = content(dir.path(), 1 << 20);
+        let good = content.put(b"good").unwrap();
+        content.distrust(&good.digest);
+        assert!(content.has(&good.digest, 4));
+        fs::write(content.path(&good.digest), "evil").unwrap();
+        content.distrust(&good.digest);
+        assert!(!content.has(&good.digest, 4) && content.aside().list().len() == 1);
     }
 
     #[test]

@@ -122,6 +122,24 @@ impl Error {
         }
     }
 
+    /// A file of the store is not what it should be; not a failure of this process or its disk's
+    /// room, which may pass.
+    pub(crate) fn is_damage(&self) -> bool {
+        use io::ErrorKind as Kind;
+
+        use nix::libc;
+        match self {
+            Self::Record { .. } | Self::RecordVersion { .. } | Self::DigestMismatch { .. } => true,
+            Self::Io { source, .. } => {
+                let damage = [libc::EIO, libc::EUCLEAN, libc::EBADMSG, libc::ELOOP];
+                let kinds = [Kind::NotFound, Kind::IsADirectory, Kind::NotADirectory];
+                source.raw_os_error().is_some_and(|code| damage.contains(&code))
+                    || kinds.contains(&source.kind())
+            }
+            _ => false,
+        }
+    }
+
     pub(crate) fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
         let path = path.to_owned();
         match source.kind() {

@@ -41,6 +41,15 @@ pub fn remove_directory(path: &Path) -> Result<(), Error> {
     fs::remove_dir_all(path).map_err(|e| Error::io("remove", path, e))
 }
 
+/// Removes a file, or a directory with what is in it.
+pub fn remove_any(path: &Path) -> Result<(), Error> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        _ => fs::remove_file(path),
+    };
+    removed.map_err(|e| Error::io("remove", path, e))
+}
+
 /// Entries of a directory with their names; those that are not UTF-8 are nobody's.
 pub fn list(path: &Path) -> Result<Vec<(String, fs::DirEntry)>, Error> {
     let entries = fs::read_dir(path).map_err(|e| Error::io("list", path, e))?;

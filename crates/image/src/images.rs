@@ -9,6 +9,7 @@ use oci_spec::image::ImageConfiguration;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
+use crate::aside::{Aside, Damaged};
 use crate::config::Config;
 use crate::content::Content;
 use crate::digest::Digest;
@@ -122,7 +123,9 @@ impl Images {
             create_directory(&config.root)?;
             let lock = lock(&config.root)?;
             let pinned = config.pinned.iter().map(|name| pinned(name)).collect::<Result<_, _>>()?;
-            let content = Content::open(&config.root.join("content"), config.max_partial_bytes)?;
+            let aside = Aside::open(&config.root)?;
+            let blobs = config.root.join("content");
+            let content = Content::open(&blobs, config.max_partial_bytes, aside)?;
             let store = Store::open(&config.root.join("images"), &content)?;
             content.start()?;
             let config = Arc::new(config);
@@ -273,6 +276,11 @@ impl Images {
         let id = Digest::from_hex(path.parent()?.file_name()?.to_str()?)?;
         let here = self.0.store().rootfs(&id) == path;
         here.then(|| self.hold(&id.to_string())).flatten()
+    }
+
+    /// Files of the store that could not be understood and were moved aside.
+    pub fn damaged(&self) -> Vec<Damaged> {
+        self.0.content.aside().list()
     }
 
     /// From what is counted in memory; cheap enough for every call.

@@ -8,6 +8,7 @@
 //! tree        ... a file tree that has never heard of host paths
 //! erofs/      writes the tree and the files' contents as an EROFS image
 //! store       records and names of the images, durable
+//! aside       what of these is damaged
 //! pull        one pull; images.rs shares it between its callers
 //! import      OCI layouts and docker archives
 //! ```
@@ -15,6 +16,7 @@
 //! Everything that comes from a registry or an archive is hostile until its digest is checked, and
 //! its shape (sizes, counts, depths) afterwards too. This crate knows no sandboxes and no CRI.
 
+mod aside;
 mod config;
 mod content;
 mod digest;
@@ -34,6 +36,7 @@ mod registry;
 mod store;
 mod tree;
 
+pub use aside::Damaged;
 pub use config::Config;
 pub use digest::{BadDigest, Digest};
 pub use erofs::DataError;

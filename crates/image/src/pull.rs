@@ -227,8 +227,13 @@ impl Build {
             let report = |bytes| self.tracker.applied(index, bytes);
             let file = BufReader::with_capacity(256 << 10, file);
             let blob = Counted { file, read: 0, report: &report };
-            let applied =
-                flattener.layer(blob, diff_id.as_ref()).map_err(|e| Error::layer(*digest, e))?;
+            let applied = flattener.layer(blob, diff_id.as_ref()).map_err(|e| {
+                // A kept layer is believed by its length; the next attempt fetches a bad one again.
+                if self.inner.config.keep_layers {
+                    self.inner.content.distrust(digest);
+                }
+                Error::layer(*digest, e)
+            })?;
             report(self.inner.content.size(digest));
             tracing::debug!(layer = %digest, entries = applied.entries,
                 dropped_xattrs = applied.dropped_xattrs, "layer applied");

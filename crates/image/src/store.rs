@@ -6,6 +6,9 @@
 //! images/refs.json            name -> id, replaced as a whole: a tag moves atomically
 //! ```
 //!
+//! A record also holds the names of its image, so that `refs.json` can be made again from the
+//! records when it is damaged. What is damaged is moved aside ([`crate::aside`]).
+//!
 //! Blocking; callers bring their own thread and lock.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,10 +23,10 @@ use serde::{Deserialize, Serialize};
 use crate::content::{Content, Lease};
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::files::{create_directory, list, remove_directory, sync_directory, usage, write_atomic};
+use crate::files::{create_directory, list, remove_any, sync_directory, usage, write_atomic};
 use crate::manifest::{empty_config, read_config};
 
-/// Of both kinds of file. A newer version's files are refused, not guessed at.
+/// Of both kinds of file. A newer version's files are moved aside, not guessed at.
 const VERSION: u64 = 1;
 /// Directories in the making or on their way out; nobody's after a restart.
 const TEMPORARY: &str = ".tmp-";
@@ -54,6 +57,9 @@ pub struct Record {
     /// Removed by the user while something still held it: gone from every list, its files go with
     /// the last holder.
     pub removed: bool,
+    /// As in `refs.json`, which counts; former releases wrote none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub names: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,29 +115,88 @@ impl Store {
         for (name, entry) in list(root)? {
             let path = entry.path();
             if name.starts_with(TEMPORARY) {
-                fs::remove_dir_all(&path).map_err(|e| Error::io("remove", &path, e))?;
+                remove_any(&path)?;
             } else if let Some(id) = Digest::from_hex(&name) {
-                let record = read_record(&path.join(RECORD))?;
-                match store.load(record) {
+                match read_record(&path.join(RECORD), id).and_then(|record| store.load(record)) {
                     Ok(entry) => drop(store.images.insert(id, entry)),
-                    // One bad image must not keep the node from starting; it can be pulled again.
-                    Err(e) => {
-                        tracing::warn!(image = %id, error = %e, "image is damaged, removing it");
-                        store.discard(&path)?;
-                    }
+                    Err(e) if e.is_damage() => store.set_aside(&path, &e),
+                    Err(e) => return Err(e),
                 }
             }
         }
-        for path in store.take_doomed() {
-            remove_directory(&path)?;
-        }
-        let path = root.join(REFS);
-        if let Some(bytes) = read_if_there(&path)? {
-            let refs: Refs = parse_versioned(&path, &bytes)?;
-            store.refs = refs.refs;
-            store.refs.retain(|_, id| store.images.get(id).is_some_and(|e| !e.record.removed));
-        }
+        store.load_refs()?;
         Ok(store)
+    }
+
+    /// One bad image must not keep the node from starting; it can be pulled again. Its file system
+    /// goes at once: without a record nobody can tell whether it is whole, and it is large. What a
+    /// newer release has written is kept as it is.
+    fn set_aside(&self, path: &Path, error: &Error) {
+        if !matches!(error, Error::RecordVersion { .. }) {
+            // Not there, or a directory: then it is moved with the rest.
+            let _ = fs::remove_file(path.join(ROOTFS));
+        }
+        self.content.aside().take(path, &with_causes(error));
+    }
+
+    fn load_refs(&mut self) -> Result<(), Error> {
+        let path = self.root.join(REFS);
+        let read = read_if_there(&path)
+            .and_then(|bytes| bytes.map(|b| parse_versioned::<Refs>(&path, &b)).transpose());
+        let known = match read {
+            Ok(refs) => refs.map(|refs| refs.refs),
+            Err(e) if e.is_damage() => {
+                self.content.aside().take(&path, &with_causes(&e));
+                None
+            }
+            Err(e) => return Err(e),
+        };
+        let rebuilt = known.is_none() && !self.images.is_empty();
+        self.refs = known.unwrap_or_else(|| self.refs_of_records());
+        self.refs.retain(|_, id| self.images.get(id).is_some_and(|e| !e.record.removed));
+        if rebuilt {
+            tracing::warn!(names = self.refs.len(), "names of images are those of their records");
+            // On a full disk: they are rebuilt again by the next start.
+            if let Err(error) = self.write_refs(self.refs.clone()) {
+                tracing::warn!(%error, "names of images are not written");
+            }
+        }
+        for id in self.images.keys().copied().collect::<Vec<_>>() {
+            self.write_names(&id);
+        }
+        Ok(())
+    }
+
+    /// Of two records with one name the one written last counts: the name moved to it.
+    fn refs_of_records(&self) -> BTreeMap<String, Digest> {
+        let written = |id: &Digest| {
+            let metadata = fs::metadata(self.root.join(id.hex()).join(RECORD));
+            metadata.and_then(|m| m.modified()).unwrap_or(std::time::UNIX_EPOCH)
+        };
+        let mut records: Vec<_> =
+            self.images.values().map(|e| (written(&e.record.id), &e.record)).collect();
+        records.sort_by_key(|(written, record)| (*written, record.id));
+        let names = records
+            .into_iter()
+            .flat_map(|(_, record)| record.names.iter().map(move |name| (name.clone(), record.id)));
+        names.collect()
+    }
+
+    /// Brings the names in an image's record in step with `refs`. They are a second copy, so a
+    /// failure is only told.
+    fn write_names(&mut self, id: &Digest) {
+        let names: Vec<String> = self.names(id).map(str::to_owned).collect();
+        let path = self.root.join(id.hex()).join(RECORD);
+        let Some(entry) = self.images.get_mut(id).filter(|e| e.record.names != names) else {
+            return;
+        };
+        let record = Record { names, ..entry.record.clone() };
+        match write_record(&path, &record) {
+            Ok(()) => entry.record = record,
+            Err(error) => {
+                tracing::warn!(image = %id, %error, "names are not in the image's record");
+            }
+        }
     }
 
     fn load(&self, record: Record) -> Result<Entry, Error> {
@@ -143,10 +208,18 @@ impl Store {
         let config = if record.artifact {
             empty_config()
         } else {
-            let bytes = self.content.read(&record.id)?;
             let path = self.content.path(&record.id);
-            read_config(&bytes).map_err(|e| Error::Record { path, reason: e.to_string() })?
+            let config = self.content.read(&record.id).and_then(|bytes| {
+                read_config(&bytes).map_err(|e| Error::Record { path, reason: e.to_string() })
+            });
+            if let Err(e) = &config
+                && e.is_damage()
+            {
+                self.content.set_aside(&record.id, &with_causes(e));
+            }
+            config?
         };
+        self.check_blobs(&record);
         let rootfs = self.rootfs(&record.id);
         let metadata = fs::metadata(&rootfs).map_err(|e| Error::io("read", &rootfs, e))?;
         if metadata.len() != record.rootfs_bytes {
@@ -168,6 +241,25 @@ impl Store {
             holds: 0,
             _leases: leases,
         })
+    }
+
+    /// What an image can do without is moved aside where it is damaged, and the image stays. Layers
+    /// are looked at by their length only: reading them all would take minutes.
+    fn check_blobs(&self, record: &Record) {
+        let manifest = record.manifest.filter(|digest| self.content.path(digest).exists());
+        if let Some(digest) = manifest
+            && let Err(e) = self.content.read(&digest)
+            && e.is_damage()
+        {
+            self.content.set_aside(&digest, &with_causes(&e));
+        }
+        for Layer { digest, size } in record.layers.iter().filter(|_| record.layers_kept) {
+            let got = self.content.size(digest);
+            if got != *size && self.content.path(digest).exists() {
+                let reason = format!("{got} bytes, not {size}");
+                self.content.set_aside(digest, &reason);
+            }
+        }
     }
 
     /// Bytes on the disk and number of files, known without a look but for the images in the
@@ -205,6 +297,10 @@ impl Store {
             return self.revive(&id).map(drop);
         }
         write_record(&build.0.join(RECORD), &record)?;
+        if fs::symlink_metadata(&target).is_ok() {
+            // Damaged, and could not be moved aside when the store was opened.
+            self.content.aside().take(&target, "not in use");
+        }
         fs::rename(&*build.0, &target).map_err(|e| Error::io("rename", &target, e))?;
         sync_directory(&self.root)?;
         let entry = self.load(record)?;
@@ -351,7 +447,17 @@ impl Store {
         let stored = Refs { version: VERSION, refs };
         let bytes = serde_json::to_vec_pretty(&stored).expect("strings and digests");
         write_atomic(&self.root.join(REFS), &bytes)?;
-        self.refs = stored.refs;
+        let before = std::mem::replace(&mut self.refs, stored.refs);
+        let changed = |from: &BTreeMap<String, Digest>, to: &BTreeMap<String, Digest>| {
+            let moved = from.iter().filter(|(name, id)| to.get(*name) != Some(*id));
+            moved.map(|(_, id)| *id).collect::<BTreeSet<_>>()
+        };
+        // Those that gain names first: a name that is cut short on its way is in two records then,
+        // and in none otherwise.
+        let (losing, gaining) = (changed(&before, &self.refs), changed(&self.refs, &before));
+        for id in gaining.iter().chain(losing.difference(&gaining)) {
+            self.write_names(id);
+        }
         Ok(())
     }
 }
@@ -370,6 +476,7 @@ impl Record {
             inodes: 0,
             added: since_epoch.as_secs(),
             removed: false,
+            names: Vec::new(),
         }
     }
 }
@@ -395,10 +502,25 @@ fn write_record(path: &Path, record: &Record) -> Result<(), Error> {
     write_atomic(path, &serde_json::to_vec_pretty(record).expect("numbers and strings"))
 }
 
-fn read_record(path: &Path) -> Result<Record, Error> {
-    let bytes = read_if_there(path)?
-        .ok_or_else(|| Error::Record { path: path.into(), reason: "the file is missing".into() })?;
-    parse_versioned(path, &bytes)
+fn read_record(path: &Path, id: Digest) -> Result<Record, Error> {
+    let bad = |reason: String| Error::Record { path: path.into(), reason };
+    let bytes = read_if_there(path)?.ok_or_else(|| bad("the file is missing".into()))?;
+    let record: Record = parse_versioned(path, &bytes)?;
+    if record.id != id {
+        return Err(bad(format!("it is of image {}", record.id)));
+    }
+    Ok(record)
+}
+
+/// An error and what it came from, on one line.
+fn with_causes(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
 }
 
 fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, Error> {

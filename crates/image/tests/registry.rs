@@ -478,13 +478,152 @@ async fn images_are_there_after_a_restart_and_leftovers_are_not() {
     for path in ["content/ingest/7", &blob, "images/.tmp-3"] {
         assert!(!dir.path().join(path).exists(), "{path}");
     }
+}
+
+/// Three ways of damage to a file: emptied, overwritten, replaced by a directory.
+fn damage(path: &std::path::Path, kind: usize) {
+    match kind {
+        0 => std::fs::write(path, "").unwrap(),
+        1 => {
+            let length = std::fs::metadata(path).unwrap().len() as usize;
+            std::fs::write(path, noise(length)).unwrap();
+        }
+        _ => {
+            std::fs::remove_file(path).unwrap();
+            std::fs::create_dir_all(path.join("deep")).unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_image_is_moved_aside_and_the_others_stay() {
+    for file in ["record", "rootfs", "config", "version", "other's record"] {
+        for kind in 0..3 {
+            let registry = Registry::new();
+            let good = registry.image_as("good", &[layer("a", b"x")], "A=1");
+            let bad = registry.image_as("bad", &[layer("b", b"y")], "B=2");
+            let name = |tag: &str| format!("{}/test/image:{tag}", registry.authority());
+            let (good_name, bad_name) = (name("good"), name("bad"));
+            let dir = tempfile::tempdir().unwrap();
+            let images = open(dir.path()).await;
+            for name in [&good_name, &bad_name] {
+                images.pull(name, None, None).await.unwrap();
+            }
+            drop(images);
+            let folder = |id: &str| dir.path().join("images").join(&id[7..]);
+            let record = folder(&bad).join("record.json");
+            match file {
+                "record" => damage(&record, kind),
+                "rootfs" => damage(&folder(&bad).join("rootfs.erofs"), [0, 0, 2][kind]),
+                "config" => {
+                    damage(&dir.path().join("content/blobs/sha256").join(&bad[7..]), kind);
+                }
+                "version" => {
+                    let text = std::fs::read_to_string(&record).unwrap();
+                    let text = text.replace("\"version\": 1", "\"version\": 9");
+                    std::fs::write(&record, text).unwrap();
+                }
+                _ => drop(std::fs::copy(folder(&good).join("record.json"), &record).unwrap()),
+            }
+            let images = open(dir.path()).await;
+            let at = format!("{file}, {kind}: {:?}", images.damaged());
+            assert_eq!(images.image(&good_name).unwrap().id, good, "{at}");
+            assert!(images.image(&bad_name).is_none(), "{at}");
+            assert!(!images.damaged().is_empty(), "{at}");
+            // A newer release may want what it has written.
+            let kept = dir.path().join("damaged").join(&bad[7..]).join("rootfs.erofs");
+            assert_eq!(kept.exists(), file == "version" || (file == "rootfs" && kind == 2), "{at}");
+            images.pull(&bad_name, None, None).await.unwrap();
+            drop(images);
+            let images = open(dir.path()).await;
+            assert_eq!(images.images().len(), 2, "{at}");
+            assert!(images.damaged().iter().all(|d| d.reason.contains("earlier start")), "{at}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn names_are_rebuilt_from_the_records() {
+    for kind in 0..5 {
+        let registry = Registry::new();
+        let old = registry.image_as("moves", &[layer("a", b"x")], "A=1");
+        let name = |tag: &str| format!("{}/test/image:{tag}", registry.authority());
+        let dir = tempfile::tempdir().unwrap();
+        let images = open(dir.path()).await;
+        images.pull(&name("moves"), None, None).await.unwrap();
+        let new = registry.image_as("moves", &[layer("b", b"y")], "B=2");
+        images.pull(&name("moves"), None, None).await.unwrap();
+        let before = images.images();
+        drop(images);
+        let refs = dir.path().join("images/refs.json");
+        match kind {
+            0..3 => damage(&refs, kind),
+            3 => std::fs::remove_file(&refs).unwrap(),
+            _ => std::fs::write(&refs, r#"{"version": 9, "refs": {}}"#).unwrap(),
+        }
+        let images = open(dir.path()).await;
+        assert_eq!(images.image(&name("moves")).unwrap().id, new, "{kind}");
+        assert!(images.image(&old).is_some(), "{kind}");
+        let names = |all: &[image::ImageInfo]| {
+            let mut names: Vec<_> =
+                all.iter().map(|i| (i.repo_tags.clone(), i.repo_digests.clone())).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(&images.images()), names(&before), "{kind}");
+        assert_eq!(images.damaged().len(), usize::from(kind != 3), "{kind}");
+        drop(images);
+        let images = open(dir.path()).await;
+        assert_eq!(images.image(&name("moves")).unwrap().id, new, "{kind}");
+    }
+}
+
+#[tokio::test]
+async fn a_store_of_the_release_before_gets_names_into_its_records() {
+    let registry = Registry::new();
+    let id = registry.image(&[layer("a", b"1")]);
+    let dir = tempfile::tempdir().unwrap();
+    let images = open(dir.path()).await;
+    images.pull(&registry.name(), None, None).await.unwrap();
     drop(images);
-    // A record of the future is not guessed at.
-    let record = dir.path().join("images").join(&id[7..]).join("record.json");
-    let text = std::fs::read_to_string(&record).unwrap();
-    std::fs::write(&record, text.replace("\"version\": 1", "\"version\": 9")).unwrap();
-    let error = image::Images::open(config(dir.path())).await.unwrap_err();
-    assert!(error.to_string().contains("format 9"), "{error}");
+    let path = dir.path().join("images").join(&id[7..]).join("record.json");
+    let mut record: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let names = record.as_object_mut().unwrap().remove("names").unwrap();
+    assert_eq!(names.as_array().unwrap().len(), 2);
+    std::fs::write(&path, record.to_string()).unwrap();
+    drop(open(dir.path()).await);
+    let record: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert_eq!(record["names"], names);
+}
+
+#[tokio::test]
+async fn damaged_blobs_that_an_image_can_do_without_leave_it_usable() {
+    for kind in 0..3 {
+        let registry = Registry::new();
+        let id = registry.image(&[layer("a", b"1")]);
+        let dir = tempfile::tempdir().unwrap();
+        let keeping = image::Config { keep_layers: true, ..config(dir.path()) };
+        let images = image::Images::open(keeping.clone()).await.unwrap();
+        images.pull(&registry.name(), None, None).await.unwrap();
+        drop(images);
+        let blobs = dir.path().join("content/blobs/sha256");
+        let mut damaged = 0;
+        for entry in std::fs::read_dir(&blobs).unwrap().flatten() {
+            if entry.file_name().to_str() != Some(&id[7..]) {
+                damage(&entry.path(), kind);
+                damaged += 1;
+            }
+        }
+        assert_eq!(damaged, 2, "a manifest and a layer");
+        let images = image::Images::open(keeping).await.unwrap();
+        assert!(images.image(&registry.name()).is_some());
+        // A layer of the right length is found out when it is read.
+        assert!(!images.damaged().is_empty(), "{kind}");
+        images.collect_garbage().await.unwrap();
+        images.remove(&id).await.unwrap();
+        images.pull(&registry.name(), None, None).await.unwrap();
+    }
 }
 
 /// A small file system of its own; gone when dropped.

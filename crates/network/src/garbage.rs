@@ -54,6 +54,9 @@ impl Host {
     /// namespace with our prefix may be another daemon's.
     pub fn collect(&self, known: &[String]) -> Result<(), Error> {
         let mut errors: Vec<Error> = Vec::new();
+        for damaged in self.damaged() {
+            tracing::error!(damaged, "its pod keeps its network until it is removed");
+        }
         match self.records.ids() {
             Ok(ids) => errors.extend(ids.iter().filter_map(|id| self.bury(id, known).err())),
             Err(e) => errors.push(e.into()),

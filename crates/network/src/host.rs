@@ -240,6 +240,7 @@ impl Host {
             // Cut short between the file and the mount, or a reboot that kept /run.
             errors.extend(netns::remove(&path).err().map(Error::from));
         }
+        let mut damaged = false;
         let record = match self.records.read(id) {
             Ok(record) => record,
             Err(e) => {
@@ -248,6 +249,7 @@ impl Host {
                     "{}; the present configuration has to serve",
                     with_causes(&e)
                 );
+                damaged = true;
                 Some(self.substitute(id, &path)?)
             }
         };
@@ -262,7 +264,11 @@ impl Host {
             errors.extend(netns::remove(&path).err().map(Error::from));
         }
         if errors.is_empty() {
-            errors.extend(self.records.remove(id).err().map(Error::from));
+            let gone = match damaged {
+                true => self.records.set_aside(id),
+                false => self.records.remove(id),
+            };
+            errors.extend(gone.err().map(Error::from));
         }
         Error::all(errors)
     }
@@ -285,6 +291,14 @@ impl Host {
         let result = record.result.as_ref().ok_or_else(unattached)?;
         Success::from_value(result.clone()).map_err(|problem| Error::Result { problem })?;
         Ok(self.runner.check(&record.network, &record.params, result)?)
+    }
+
+    /// Records that cannot be read, in words.
+    pub fn damaged(&self) -> Vec<String> {
+        match self.records.damaged() {
+            Ok(damaged) => damaged.iter().map(|e| with_causes(e)).collect(),
+            Err(e) => vec![with_causes(&e)],
+        }
     }
 
     /// What keeps pods from being attached, in words.

@@ -110,6 +110,14 @@ impl Cni {
         }
     }
 
+    /// Records that cannot be read, for people.
+    pub async fn damaged(&self) -> Vec<String> {
+        match self.at_once(|host| Ok(host.damaged())).await {
+            Ok(damaged) => damaged,
+            Err(e) => vec![e.to_string()],
+        }
+    }
+
     /// Frees what belongs to no pod in `known` and was not attached through this handle.
     pub async fn collect(&self, known: &[String]) -> Result<(), Error> {
         let known = known.to_vec();

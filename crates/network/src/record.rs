@@ -48,11 +48,13 @@ struct Stored {
 #[derive(Debug, Clone)]
 pub struct Records {
     dir: PathBuf,
+    /// Takes damaged ones whose pods have been taken off their networks.
+    aside: PathBuf,
 }
 
 impl Records {
     pub fn new(dir: &Path) -> Self {
-        Self { dir: dir.join("attachments") }
+        Self { dir: dir.join("attachments"), aside: dir.join("damaged") }
     }
 
     fn path(&self, id: &str) -> PathBuf {
@@ -130,6 +132,36 @@ impl Records {
         }
     }
 
+    /// Moves a record aside that cannot be read, or cannot be removed. It must stay until its pod is
+    /// off the network: as long as it is there, the pod's address is not free.
+    pub fn set_aside(&self, id: &str) -> Result<(), RecordError> {
+        let io = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| RecordError::Io { what, path, source }
+        };
+        let path = self.path(id);
+        if fs::symlink_metadata(&path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
+            return Ok(());
+        }
+        fs::create_dir_all(&self.aside).map_err(io("create", &self.aside))?;
+        let target = self.aside.join(format!("{id}{SUFFIX}"));
+        // Of an earlier damage to the same pod's.
+        let removed =
+            if target.is_dir() { fs::remove_dir_all(&target) } else { fs::remove_file(&target) };
+        match removed {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(io("remove", &target)(e));
+            }
+            _ => {}
+        }
+        fs::rename(&path, &target).map_err(io("move aside", &path))
+    }
+
+    /// Records that cannot be read, and why.
+    pub fn damaged(&self) -> Result<Vec<RecordError>, RecordError> {
+        Ok(self.ids()?.iter().filter_map(|id| self.read(id).err()).collect())
+    }
+
     /// Ids of all pods that were given something.
     pub fn ids(&self) -> Result<Vec<String>, RecordError> {
         let io = |source| RecordError::Io { what: "list", path: self.dir.clone(), source };
@@ -200,8 +232,19 @@ mod tests {
             let e = records.read("pod1").unwrap_err();
             assert!(matches!(e, RecordError::Damaged { .. }), "{bad}: {e}");
         }
+        fs::remove_file(&path).unwrap();
+        fs::create_dir_all(path.join("deep")).unwrap();
+        assert!(records.read("pod1").is_err());
+        assert_eq!(records.damaged().unwrap().len(), 1);
         fs::write(records.dir.join(".pod3.tmp"), "x").unwrap();
         assert_eq!(records.ids().unwrap(), ["pod1"]);
         assert!(!records.dir.join(".pod3.tmp").exists());
+        records.set_aside("pod1").unwrap();
+        assert!(records.ids().unwrap().is_empty() && records.damaged().unwrap().is_empty());
+        // The folder made place for it, and a second one for it takes its place.
+        records.write(&record()).unwrap();
+        records.set_aside("pod1").unwrap();
+        records.set_aside("pod1").unwrap();
+        assert!(records.aside.join("pod1.json").is_file());
     }
 }

@@ -263,13 +263,36 @@ fn a_damaged_record_does_not_keep_a_pod_from_being_freed() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good"]));
-        let cni = host.cni();
-        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
-        fs::write(host.path("cache/attachments/p1.json"), "{").unwrap();
-        host.clear_log();
-        host.runtime.block_on(cni.detach("p1")).unwrap();
-        assert!(host.log().starts_with("DEL p1 eth0 /"), "{}", host.log());
-        host.nothing_left();
+        let damages: [fn(&std::path::Path); 4] = [
+            |path| fs::write(path, "").unwrap(),
+            |path| fs::write(path, [0xa5; 4096]).unwrap(),
+            |path| {
+                let text = fs::read_to_string(path).unwrap();
+                fs::write(path, text.replace("\"version\":1", "\"version\":9")).unwrap();
+            },
+            |path| {
+                fs::remove_file(path).unwrap();
+                fs::create_dir_all(path.join("deep")).unwrap();
+            },
+        ];
+        for damage in damages {
+            let cni = host.cni();
+            host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+            assert_eq!(host.runtime.block_on(cni.damaged()), Vec::<String>::new());
+            damage(&host.path("cache/attachments/p1.json"));
+            // By a new daemon: the pod is known, and keeps what it has.
+            let cni = host.cni();
+            assert_eq!(host.runtime.block_on(cni.damaged()).len(), 1);
+            host.clear_log();
+            host.runtime.block_on(cni.collect(&["p1".to_owned()])).unwrap();
+            assert!(!host.log().contains("DEL"), "{}", host.log());
+            assert_eq!(host.names("cache/attachments"), ["p1.json"]);
+            host.clear_log();
+            host.runtime.block_on(cni.detach("p1")).unwrap();
+            assert!(host.log().starts_with("DEL p1 eth0 /"), "{}", host.log());
+            host.nothing_left();
+            assert_eq!(host.names("cache/damaged"), ["p1.json"]);
+        }
     });
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::Flock;
@@ -22,7 +22,7 @@ use crate::model::{
     PodResources, PodSpec, PodView, Room, TracePhase,
 };
 use crate::node::Node;
-use crate::open::{self, Opened, Quarantined};
+use crate::open::{self, Opened};
 use crate::pod::{self, Begin, Handle, Request};
 use crate::policy::{ContainerPhase, EmptyDirs, Phase, Pod};
 use crate::ports::Network;
@@ -38,7 +38,6 @@ const MAX_HOSTNAME: usize = 64;
 #[derive(Clone)]
 pub struct Sandboxes {
     node: Arc<Node>,
-    quarantined: Arc<Mutex<Vec<Quarantined>>>,
     _lock: Arc<Flock<File>>,
 }
 
@@ -70,9 +69,8 @@ impl Sandboxes {
         launcher: Arc<dyn Launch>,
         probe: Option<Arc<dyn Probe>>,
     ) -> Result<Self, Error> {
-        let Opened { node, quarantined, lock } =
-            open::open(config, network, launcher, probe).await?;
-        Ok(Self { node, quarantined: Arc::new(Mutex::new(quarantined)), _lock: Arc::new(lock) })
+        let Opened { node, lock } = open::open(config, network, launcher, probe).await?;
+        Ok(Self { node, _lock: Arc::new(lock) })
     }
 
     #[cfg(any(test, feature = "crowd"))]
@@ -106,6 +104,7 @@ impl Sandboxes {
             trace: Vec::new(),
             empty_dirs,
             containers: Default::default(),
+            unread: false,
         };
         let cancel = CancellationToken::new();
         let guard = cancel.clone().drop_guard();
@@ -150,25 +149,13 @@ impl Sandboxes {
     pub async fn remove_pod(&self, id: &str) -> Result<(), Error> {
         let handle = match self.node.registry.find_pod(id) {
             Ok(handle) => handle,
-            Err(Error::NotFound { .. }) => return self.remove_quarantined(id).await,
+            Err(Error::NotFound { .. }) => return Ok(()),
             Err(e) => return Err(e),
         };
         match handle.ask(Request::Remove).await {
             Err(Error::NotFound { .. }) => Ok(()),
             other => other,
         }
-    }
-
-    async fn remove_quarantined(&self, id: &str) -> Result<(), Error> {
-        let lock = || self.quarantined.lock().unwrap_or_else(PoisonError::into_inner);
-        let effects = lock().iter().find(|q| q.id == id).map(|q| q.effects.clone());
-        let Some(effects) = effects else { return Ok(()) };
-        pod::undo_quarantined(&self.node, id, &effects).await?;
-        lock().retain(|q| q.id != id);
-        let mut known = self.node.registry.pod_ids();
-        known.extend(lock().iter().map(|q| q.id.clone()));
-        let collected = self.node.network.collect(&known).await;
-        collected.map_err(|e| Error::Internal(e.into()))
     }
 
     /// By id or an unambiguous beginning of it.

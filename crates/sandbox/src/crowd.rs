@@ -73,8 +73,9 @@ pub(crate) fn enter(daemon: &Sandboxes, n: usize, pod: Value, container: Value) 
         trace: Vec::new(),
         empty_dirs: EmptyDirs::default(),
         containers: [(running.id.clone(), running)].into(),
+        unread: false,
     };
-    node.registry.enter_pod(&id, &pod.spec.meta.clone(), n as u32);
+    node.registry.enter_pod(&id, &pod.spec.meta.clone(), &[n as u32]);
     let (handle, _owner) = pod::new(node.clone(), pod, Begin::Recover);
     node.registry.set_handle(&id, handle.clone());
     handle

@@ -26,6 +26,7 @@ mod pod;
 mod policy;
 pub mod ports;
 mod registry;
+mod rescue;
 pub mod session;
 pub mod stats;
 #[cfg(test)]

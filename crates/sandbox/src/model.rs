@@ -149,6 +149,8 @@ pub struct PodView {
     pub netns: Option<PathBuf>,
     pub vmm_pid: Option<u32>,
     pub kernel_release: String,
+    /// The pod's record cannot be read ([`Self::reason`] says why): most of `spec` is empty.
+    pub unread: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

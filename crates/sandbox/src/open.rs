@@ -18,12 +18,12 @@ use crate::host::watch::Watcher;
 use crate::host::{blocking, cgroup, process};
 use crate::journal::{Found, Journal, Probe};
 use crate::launcher::Launch;
-use crate::model::PodId;
 use crate::node::Node;
 use crate::pod::{self, Begin};
-use crate::policy::{Change, Effect, Phase, Pod};
+use crate::policy::{Change, Container, Effect, Phase, Pod};
 use crate::ports::Network;
 use crate::registry::Registry;
+use crate::rescue::{self, Place};
 
 /// Length of a pod's id, characters.
 pub(crate) const ID_LENGTH: usize = 64;
@@ -32,15 +32,8 @@ const EVENTS: usize = 4096;
 /// A daemon that was just killed may hold the lock for a moment.
 const LOCK_LIMIT: Duration = Duration::from_secs(5);
 
-/// What recovery could not read; kept until somebody removes it by id.
-pub(crate) struct Quarantined {
-    pub(crate) id: PodId,
-    pub(crate) effects: Vec<Effect>,
-}
-
 pub(crate) struct Opened {
     pub(crate) node: Arc<Node>,
-    pub(crate) quarantined: Vec<Quarantined>,
     /// While it is held, no other daemon works on the same journal.
     pub(crate) lock: Flock<File>,
 }
@@ -83,36 +76,19 @@ pub(crate) async fn open(
         let journal = journal.clone();
         blocking(move || journal.load()).await.map_err(|e| failed("read", &pods, e))?
     };
-    let mut quarantined = Vec::new();
-    let mut loaded = Vec::new();
-    for found in found {
-        match found {
-            Found::Empty { id } => {
-                let _ = journal.remove(&id);
-            }
-            Found::Quarantined { id, why, effects } => {
-                tracing::error!(
-                    pod = id,
-                    why,
-                    "pod is quarantined: its record is not understood; remove the pod to free \
-                     what it holds"
-                );
-                quarantined.push(Quarantined { id, effects });
-            }
-            Found::Pod { pod, boot_id } => loaded.push(settle(*pod, boot_id == node.boot_id)),
-        }
-    }
-    for pod in &loaded {
-        enter(&node, pod);
-    }
-    remove_strangers(&node, &quarantined).await;
+    let loaded = {
+        let node = node.clone();
+        blocking(move || found.into_iter().filter_map(|found| take_up(&node, found)).collect())
+    };
+    let loaded: Vec<Pod> = loaded.await;
+    remove_strangers(&node).await;
     for pod in loaded {
         let id = pod.id.clone();
         let (handle, owner) = pod::new(node.clone(), pod, Begin::Recover);
         node.registry.set_handle(&id, handle);
         tokio::spawn(owner);
     }
-    Ok(Opened { node, quarantined, lock })
+    Ok(Opened { node, lock })
 }
 
 fn check(config: &Config) -> Result<(), Error> {
@@ -180,20 +156,45 @@ fn settle(mut pod: Pod, same_boot: bool) -> Pod {
     pod
 }
 
-fn enter(node: &Node, pod: &Pod) {
+/// Reserves what a pod of the journal holds. Blocks.
+fn take_up(node: &Node, found: Found) -> Option<Pod> {
     let registry = &node.registry;
-    registry.enter_pod(&pod.id, &pod.spec.meta, pod.uid);
-    for container in pod.containers.values() {
-        // Names were given once; a limit lowered since then does not take them back.
-        let _ =
-            registry.reserve_container(&pod.id, &container.id, &container.spec.meta, usize::MAX);
+    match found {
+        Found::Empty { id } => {
+            let _ = node.journal.remove(&id);
+            None
+        }
+        Found::Unread(unread) => {
+            let place = Place {
+                cgroup_root: &node.cgroup_root,
+                state_dir: node.state_dir(&unread.id),
+                folder: node.journal.folder(&unread.id),
+                boot_id: &node.boot_id,
+            };
+            let rescue::Known { pod, uids } = rescue::known(*unread, &place);
+            tracing::error!(pod = pod.id, name = pod.spec.meta.name, pod.reason, "unread record");
+            registry.enter_pod(&pod.id, &pod.spec.meta, &uids);
+            Some(pod)
+        }
+        Found::Pod { pod, boot_id } => {
+            let pod = settle(*pod, boot_id == node.boot_id);
+            registry.enter_pod(&pod.id, &pod.spec.meta, &[pod.uid]);
+            for Container { id, spec, .. } in pod.containers.values() {
+                // Names were given once; a limit lowered since then does not take them back.
+                let _ = registry.reserve_container(&pod.id, id, &spec.meta, usize::MAX);
+            }
+            // Pods of former releases have none.
+            if let Err(error) = node.journal.write_header(&pod) {
+                tracing::warn!(pod = pod.id, %error, "header is not written");
+            }
+            Some(pod)
+        }
     }
 }
 
 /// What no record knows: sockets of pods, networks.
-async fn remove_strangers(node: &Arc<Node>, quarantined: &[Quarantined]) {
-    let mut known = node.registry.pod_ids();
-    known.extend(quarantined.iter().map(|q| q.id.clone()));
+async fn remove_strangers(node: &Arc<Node>) {
+    let known = node.registry.pod_ids();
     if let Ok(entries) = fs::read_dir(node.config.state.join("pods")) {
         for entry in entries.flatten() {
             let name = entry.file_name();

@@ -150,6 +150,8 @@ pub(crate) struct Pod {
     pub(crate) trace: Vec<TracePhase>,
     pub(crate) empty_dirs: EmptyDirs,
     pub(crate) containers: BTreeMap<ContainerId, Container>,
+    /// Its record could not be read: it can be stopped and removed, and `reason` says what is wrong.
+    pub(crate) unread: bool,
 }
 
 /// The only ways in which a pod changes.
@@ -445,6 +447,7 @@ impl Pod {
             netns: Some(self.netns.clone()).filter(|p| !p.as_os_str().is_empty()),
             vmm_pid: self.vmm().map(|(pid, _)| pid),
             kernel_release: self.kernel_release.clone(),
+            unread: self.unread,
         }
     }
 }

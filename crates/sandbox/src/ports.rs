@@ -66,6 +66,10 @@ pub trait Network: Send + Sync {
     async fn detach(&self, pod: &PodId, spec: &PodSpec) -> Result<(), PortError>;
     /// What keeps pods from being attached, for people; none: all is well.
     async fn trouble(&self) -> Option<String>;
+    /// Records that cannot be read, each with the reason, for people.
+    async fn damaged(&self) -> Vec<String> {
+        Vec::new()
+    }
     /// Frees what belongs to no pod in `known`.
     async fn collect(&self, known: &[PodId]) -> Result<(), PortError>;
 }

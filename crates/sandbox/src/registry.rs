@@ -20,14 +20,14 @@ pub(crate) struct Registry {
 struct Inner {
     pods: BTreeMap<PodId, Entry>,
     pod_names: HashMap<PodName, PodId>,
-    uids: BTreeSet<u32>,
     containers: BTreeMap<ContainerId, PodId>,
     container_names: HashMap<(PodId, String, u32), ContainerId>,
 }
 
 struct Entry {
     name: PodName,
-    uid: u32,
+    /// One, or what is known of a pod whose record cannot be read.
+    uids: Vec<u32>,
     /// None while the pod's task is about to be made.
     handle: Option<Arc<Handle>>,
 }
@@ -62,17 +62,18 @@ impl Registry {
             let message = format!("this node holds {max} pods, its configured limit (max_pods)");
             return Err(Error::ResourceExhausted { message });
         }
-        let Some(uid) = uids.clone().find(|uid| !inner.uids.contains(uid)) else {
+        let taken: BTreeSet<u32> = inner.pods.values().flat_map(|e| e.uids.clone()).collect();
+        let Some(uid) = uids.clone().find(|uid| !taken.contains(uid)) else {
             let message = format!("all {} uids for VMMs are taken (uid_range)", uids.len());
             return Err(Error::ResourceExhausted { message });
         };
-        inner.take(id, name, uid);
+        inner.take(id, name, vec![uid]);
         Ok(uid)
     }
 
-    /// Enters a pod of the journal, which holds its name and uid by right.
-    pub(crate) fn enter_pod(&self, id: &PodId, meta: &Meta, uid: u32) {
-        self.lock().take(id, pod_name(meta), uid);
+    /// Enters a pod of the journal, which holds its name and uids by right.
+    pub(crate) fn enter_pod(&self, id: &PodId, meta: &Meta, uids: &[u32]) {
+        self.lock().take(id, pod_name(meta), uids.to_vec());
     }
 
     pub(crate) fn set_handle(&self, id: &PodId, handle: Arc<Handle>) {
@@ -85,8 +86,9 @@ impl Registry {
     pub(crate) fn forget_pod(&self, id: &PodId) {
         let mut inner = self.lock();
         if let Some(entry) = inner.pods.remove(id) {
-            inner.pod_names.remove(&entry.name);
-            inner.uids.remove(&entry.uid);
+            if inner.pod_names.get(&entry.name) == Some(id) {
+                inner.pod_names.remove(&entry.name);
+            }
         }
         inner.containers.retain(|_, pod| pod != id);
         inner.container_names.retain(|(pod, ..), _| pod != id);
@@ -151,10 +153,12 @@ impl Registry {
 }
 
 impl Inner {
-    fn take(&mut self, id: &PodId, name: PodName, uid: u32) {
-        self.pod_names.insert(name.clone(), id.clone());
-        self.uids.insert(uid);
-        self.pods.insert(id.clone(), Entry { name, uid, handle: None });
+    fn take(&mut self, id: &PodId, name: PodName, uids: Vec<u32>) {
+        // Pods whose name is not known hold none.
+        if !name.1.is_empty() {
+            self.pod_names.insert(name.clone(), id.clone());
+        }
+        self.pods.insert(id.clone(), Entry { name, uids, handle: None });
     }
 }
 
@@ -211,6 +215,17 @@ mod tests {
         assert!(matches!(reserve(&registry, "c", "web"), Err(Error::Exists { .. })));
         registry.forget_pod(&"a".into());
         assert_eq!(reserve(&registry, "c", "web").unwrap(), 100);
+    }
+
+    #[test]
+    fn pods_without_a_known_name_hold_their_uids_and_no_name() {
+        let registry = Registry::default();
+        registry.enter_pod(&"x".into(), &Meta::default(), &[100, 101]);
+        registry.enter_pod(&"y".into(), &Meta::default(), &[]);
+        assert_eq!(reserve(&registry, "a", "web").unwrap(), 102);
+        registry.forget_pod(&"x".into());
+        registry.forget_pod(&"y".into());
+        assert_eq!(reserve(&registry, "b", "db").unwrap(), 100);
     }
 
     #[test]

@@ -17,8 +17,11 @@ pub mod transport;
 
 use serde::{Deserialize, Serialize};
 
-/// Version of everything in this crate; a VMM refuses a configuration of another one.
+/// Newest version of everything in this crate that this release speaks. [`VmStatus::version`] says
+/// which one a running VMM speaks: VMMs outlive daemons.
 pub const VERSION: u32 = 1;
+/// Oldest version that this release speaks; a VMM takes configurations from here to [`VERSION`].
+pub const MIN_VERSION: u32 = 1;
 
 /// A descriptor's number in the VMM's process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +32,7 @@ pub struct Fd(pub i32);
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// [`VERSION`].
+    /// [`MIN_VERSION`] to [`VERSION`].
     pub version: u32,
     /// For logs only.
     pub name: String,

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::sys::stat::{SFlag, fstat};
-use vmm_api::{DiskConfig, Fd, JailConfig, NetConfig, VERSION, VmConfig};
+use vmm_api::{DiskConfig, Fd, JailConfig, MIN_VERSION, NetConfig, VERSION, VmConfig};
 
 use crate::devices::{Disk, FsDevice, NetDevice};
 use machine::layout::VCPUS_MAX;
@@ -36,7 +36,10 @@ pub enum ConfigError {
     TooLong,
     #[error("configuration is not valid")]
     Json(#[from] serde_json::Error),
-    #[error("configuration has version {got}, this VMM understands {VERSION}; update one of them")]
+    #[error(
+        "configuration has version {got}, this VMM understands {MIN_VERSION} to {VERSION}; update \
+         one of them"
+    )]
     Version { got: u32 },
     #[error(
         "vcpus is {vcpus} and max_vcpus {max}; 1 <= vcpus <= max_vcpus <= {VCPUS_MAX} is needed"
@@ -198,7 +201,7 @@ pub fn hot_fs(id: &str, tag: &str, backend: OwnedFd) -> Result<FsDevice, ConfigE
 }
 
 fn check(config: &VmConfig) -> Result<(), ConfigError> {
-    if config.version != VERSION {
+    if !(MIN_VERSION..=VERSION).contains(&config.version) {
         return Err(ConfigError::Version { got: config.version });
     }
     let (vcpus, max) = (config.vcpus, config.max_vcpus);

@@ -1,5 +1,6 @@
 //! The stories: each is a function that tells one thing a user relies on, and fails if it is not so.
 
+mod damage;
 mod devices;
 mod empty_dir;
 mod engines;
@@ -60,6 +61,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("images", images::STORIES),
         ("kills", kills::STORIES),
         ("trouble", trouble::STORIES),
+        ("damage", damage::STORIES),
         ("programs", programs::STORIES),
         ("guest_kernel", guest_kernel::STORIES),
         ("tool", tool::STORIES),

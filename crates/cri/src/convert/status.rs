@@ -10,6 +10,9 @@ use super::time::nanos;
 use super::{resources, signal};
 use crate::v1;
 
+/// Annotation of a pod whose record cannot be read, with the reason.
+const UNREAD: &str = "nacelle.dev/unread-record";
+
 fn pod_state(state: PodState) -> v1::PodSandboxState {
     match state {
         PodState::Ready => v1::PodSandboxState::SandboxReady,
@@ -47,9 +50,16 @@ pub fn pod_item(view: &PodView) -> v1::PodSandbox {
         state: pod_state(view.state) as i32,
         created_at: nanos(view.created_at),
         labels: view.spec.meta.labels.clone(),
-        annotations: view.spec.meta.annotations.clone(),
+        annotations: pod_annotations(view),
         runtime_handler: view.spec.handler.clone(),
     }
+}
+
+/// As they were given; of a pod whose record cannot be read they may be lost, and the reason stands
+/// there instead.
+fn pod_annotations(view: &PodView) -> BTreeMap<String, String> {
+    let given = view.spec.meta.annotations.clone().into_iter();
+    given.chain(view.unread.then(|| (UNREAD.to_string(), view.reason.clone()))).collect()
 }
 
 pub fn pod_status(view: &PodView) -> v1::PodSandboxStatus {
@@ -70,7 +80,7 @@ pub fn pod_status(view: &PodView) -> v1::PodSandboxStatus {
             namespaces: Some(v1::Namespace { options: Some(options) }),
         }),
         labels: view.spec.meta.labels.clone(),
-        annotations: view.spec.meta.annotations.clone(),
+        annotations: pod_annotations(view),
         runtime_handler: view.spec.handler.clone(),
     }
 }
@@ -84,6 +94,7 @@ pub fn pod_info(view: &PodView) -> BTreeMap<String, String> {
         "pid": view.vmm_pid,
         "state": view.state,
         "reason": view.reason,
+        "recordUnread": view.unread,
         "netns": view.netns,
         "netNamespaceClosed": view.netns.is_none(),
         "addresses": view.addresses,
@@ -218,6 +229,21 @@ mod tests {
         let info: serde_json::Value = serde_json::from_str(&pod_info(&pod())["info"]).unwrap();
         assert_eq!(info["pid"], 42);
         assert_eq!(info["runtimeSpec"]["linux"]["namespaces"][0]["path"], "/run/netns/p");
+    }
+
+    #[test]
+    fn a_pod_whose_record_cannot_be_read_says_so() {
+        let known = pod();
+        assert!(!pod_item(&known).annotations.contains_key(UNREAD));
+        let reason = "the pod's record cannot be read: it is missing".to_string();
+        let view =
+            PodView { unread: true, state: PodState::NotReady, reason: reason.clone(), ..known };
+        assert_eq!(pod_item(&view).annotations[UNREAD], reason);
+        let status = pod_status(&view);
+        assert_eq!(status.annotations[UNREAD], reason);
+        assert_eq!(status.state(), v1::PodSandboxState::SandboxNotready);
+        let info: serde_json::Value = serde_json::from_str(&pod_info(&view)["info"]).unwrap();
+        assert_eq!((&info["recordUnread"], &info["reason"]), (&json!(true), &json!(reason)));
     }
 
     #[test]

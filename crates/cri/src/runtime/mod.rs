@@ -39,6 +39,10 @@ pub trait Health: Send + Sync {
     async fn runtime(&self) -> Option<String>;
     /// Whether pods can be given a network.
     async fn network(&self) -> Option<String>;
+    /// Records of networks that cannot be read, for people.
+    async fn damaged_networks(&self) -> Vec<String> {
+        Vec::new()
+    }
     /// Facts for verbose status.
     fn facts(&self) -> serde_json::Value;
 }

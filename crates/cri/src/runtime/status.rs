@@ -1,5 +1,7 @@
 //! Version, Status, RuntimeConfig.
 
+use sandbox::model::Filter;
+use serde_json::json;
 use tonic::Status;
 
 use super::Runtime;
@@ -39,6 +41,7 @@ impl Runtime {
         let mut info = std::collections::BTreeMap::new();
         if request.verbose {
             info.insert("config".to_string(), self.health.facts().to_string());
+            info.insert("damaged".to_string(), self.damaged().await.to_string());
         }
         Ok(v1::StatusResponse {
             status: Some(v1::RuntimeStatus { conditions }),
@@ -50,6 +53,20 @@ impl Runtime {
                 supplemental_groups_policy: true,
                 ..Default::default()
             }),
+        })
+    }
+
+    /// What is stored on this node and cannot be read.
+    async fn damaged(&self) -> serde_json::Value {
+        let pods = self.sandboxes.pods(&Filter::default()).into_iter().filter(|pod| pod.unread);
+        let pods: Vec<_> = pods.map(|pod| json!({ "id": pod.id, "reason": pod.reason })).collect();
+        let images = self.images.damaged().into_iter();
+        let images: Vec<_> =
+            images.map(|one| json!({ "path": one.path, "reason": one.reason })).collect();
+        json!({
+            "pods": pods,
+            "images": images,
+            "networks": self.health.damaged_networks().await,
         })
     }
 

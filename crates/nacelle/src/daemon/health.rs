@@ -105,6 +105,10 @@ impl cri::Health for NodeHealth {
         self.network.trouble().await
     }
 
+    async fn damaged_networks(&self) -> Vec<String> {
+        self.network.damaged().await
+    }
+
     fn facts(&self) -> serde_json::Value {
         self.facts.clone()
     }

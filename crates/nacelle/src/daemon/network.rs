@@ -36,6 +36,10 @@ impl Network for CniNetwork {
         self.0.trouble().await
     }
 
+    async fn damaged(&self) -> Vec<String> {
+        self.0.damaged().await
+    }
+
     async fn collect(&self, known: &[PodId]) -> Result<(), PortError> {
         self.0.collect(known).await.map_err(port_error)
     }

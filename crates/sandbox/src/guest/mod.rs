@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use agent_api::v1::agent_client::AgentClient;
 use agent_api::v1::{HelloReply, HelloRequest};
-use agent_api::{CONTROL_PORT, MAX_MESSAGE, PROTOCOL};
+use agent_api::{CONTROL_PORT, MAX_MESSAGE, MIN_PROTOCOL, PROTOCOL};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -103,14 +103,32 @@ impl Guest {
                 c.hello(HelloRequest { protocol: PROTOCOL }).await
             })
             .await?;
-        if reply.protocol != PROTOCOL {
+        let HelloReply { protocol, min_protocol, .. } = reply;
+        if !(MIN_PROTOCOL..=PROTOCOL).contains(&protocol) {
+            let oldest = if min_protocol == 0 { protocol } else { min_protocol };
             return Err(Error::unavailable(format!(
-                "the guest's agent speaks protocol {}, this daemon {PROTOCOL}: \
-                 use the initramfs of the same release",
-                reply.protocol
+                "the guest's agent speaks protocols {oldest} to {protocol}, this daemon \
+                 {MIN_PROTOCOL} to {PROTOCOL}: use an initramfs of this release or the one before"
             )));
         }
         Ok(reply)
+    }
+
+    /// Whether the agent is alive. Whatever it answers shows that it is, also an error or a version
+    /// that we do not speak; and what fails on our side, for want of descriptors or memory, says
+    /// nothing about it.
+    pub(crate) async fn ping(&self, limit: Duration) -> Result<(), Error> {
+        let mut client = self.client.clone();
+        let call = client.hello(HelloRequest { protocol: PROTOCOL });
+        match tokio::time::timeout(limit, call).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(status)) if is_answer(&status) || is_our_own(&status) => {
+                tracing::debug!(%status, "ping was answered with an error");
+                Ok(())
+            }
+            Ok(Err(status)) => Err(from_status("ping", &status)),
+            Err(_) => Err(Error::Deadline { what: "guest: ping".into(), limit }),
+        }
     }
 
     /// Tries until the agent listens; the caller sets the limit by dropping the future.
@@ -125,6 +143,25 @@ impl Guest {
             pause = (pause * 5 / 4).min(Duration::from_millis(40));
         }
     }
+}
+
+/// A status that the peer has sent. The client's own failures (connection, HTTP/2) have a source,
+/// which no peer can send.
+fn is_answer(status: &Status) -> bool {
+    std::error::Error::source(status).is_none()
+}
+
+/// A failure that comes from this process' limits.
+fn is_our_own(status: &Status) -> bool {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        let code = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+        if matches!(code, Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)) {
+            return true;
+        }
+        source = error.source();
+    }
+    false
 }
 
 async fn connect_in_time(door: &Door) -> io::Result<UnixStream> {
@@ -157,5 +194,20 @@ fn from_status(what: &str, status: &Status) -> Error {
             Error::Unavailable { message }
         }
         _ => Error::Internal(anyhow::anyhow!(message)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_that_was_answered_is_told_from_a_broken_connection() {
+        assert!(is_answer(&Status::internal("no")) && is_answer(&Status::unavailable("later")));
+        for (kind, ours) in [(libc::ECONNREFUSED, false), (libc::EMFILE, true)] {
+            let status = Status::from_error(Box::new(io::Error::from_raw_os_error(kind)));
+            assert!(!is_answer(&status));
+            assert_eq!(is_our_own(&status), ours);
+        }
     }
 }

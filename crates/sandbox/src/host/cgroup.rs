@@ -20,6 +20,8 @@ const DEFAULT_PERIOD: u64 = 100_000;
 const MIN_QUOTA: u64 = 1000;
 /// cpu.weight of a cgroup that nobody has changed.
 const DEFAULT_WEIGHT: u64 = 100;
+/// Entries of the tree that are looked at for a lost leaf; containers may make any number.
+const MAX_SEARCHED: usize = 1 << 20;
 /// A killed VMM is gone within this time, or the kernel holds it for good.
 const EMPTY_LIMIT: Duration = Duration::from_secs(10);
 
@@ -53,7 +55,47 @@ pub(crate) fn leaf(root: &Path, parent: &str, pod: &str) -> Result<PathBuf, Erro
     if !relative.components().all(|c| matches!(c, Component::Normal(_))) {
         return Err(Error::invalid(format!("cgroup parent {parent:?} is not a plain path")));
     }
-    Ok(root.join(relative).join(format!("nacelle-{pod}")))
+    Ok(root.join(relative).join(leaf_name(pod)))
+}
+
+/// Leaves of a pod, wherever they stand; for a pod of which nothing but its id is known. Blocks.
+pub(crate) fn find_leaves(root: &Path, pod: &str) -> Vec<PathBuf> {
+    let name = leaf_name(pod);
+    let (mut folders, mut found) = (vec![root.to_owned()], Vec::new());
+    let mut seen = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            seen += 1;
+            if seen > MAX_SEARCHED {
+                return found;
+            }
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            // What lives in a pod's leaf is the pod's.
+            match entry.file_name() == *name {
+                true => found.push(entry.path()),
+                false => folders.push(entry.path()),
+            }
+        }
+    }
+    found
+}
+
+/// Effective uids of the processes in a leaf (proc_pid_status(5)). Blocks.
+pub(crate) fn uids(leaf: &Path) -> Vec<u32> {
+    let procs = fs::read_to_string(leaf.join("cgroup.procs")).unwrap_or_default();
+    let pids = procs.lines().filter_map(|line| line.parse::<u32>().ok());
+    let uid = |pid| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+        uids.split_whitespace().nth(1)?.parse().ok()
+    };
+    pids.filter_map(uid).collect()
+}
+
+fn leaf_name(pod: &str) -> String {
+    format!("nacelle-{pod}")
 }
 
 /// Whether the cgroup that a caller has made for a pod's leaf is there and sets no limit in `file`,
@@ -247,6 +289,18 @@ mod tests {
                 "/cg/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podx.slice/nacelle-p"
             )
         );
+    }
+
+    #[test]
+    fn a_lost_leaf_is_found_by_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let leaf = dir.path().join("a.slice/b.slice/nacelle-p");
+        fs::create_dir_all(leaf.join("nacelle-p")).unwrap();
+        fs::create_dir(dir.path().join("nacelle-q")).unwrap();
+        assert_eq!(find_leaves(dir.path(), "p"), std::slice::from_ref(&leaf));
+        fs::write(leaf.join("cgroup.procs"), format!("{}\n", std::process::id())).unwrap();
+        assert_eq!(uids(&leaf), [nix::unistd::geteuid().as_raw()]);
+        assert!(uids(dir.path()).is_empty());
     }
 
     #[test]

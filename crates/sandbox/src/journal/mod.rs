@@ -1,6 +1,8 @@
 //! The journal: one record a pod, `pods/<id>/record.json`, replaced as a whole (written beside,
 //! synced, renamed, folder synced), so that a crash at any moment leaves the old or the new one.
+//! Beside it stands a small [`header`], for the case that the record cannot be read.
 
+mod header;
 mod record;
 
 use std::fs::{self, File, OpenOptions};
@@ -8,12 +10,19 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::host::{absent_is_fine, sync_dir};
 use crate::model::PodId;
-use crate::policy::{Effect, Pod};
+use crate::policy::Pod;
+
+pub(crate) use header::Header;
+pub(crate) use record::Rescued;
 
 const RECORD: &str = "record.json";
+const HEADER: &str = "header.json";
+/// Files in the making.
+const NEW: [&str; 2] = ["record.new", "header.new"];
 /// A record is refused above this size: nothing we write comes near it.
 const MAX_RECORD: u64 = 64 << 20;
 
@@ -40,12 +49,17 @@ pub(crate) enum Found {
     Empty {
         id: PodId,
     },
-    /// Not to be understood; as much of the ledger as could be read.
-    Quarantined {
-        id: PodId,
-        why: String,
-        effects: Vec<Effect>,
-    },
+    Unread(Box<Unread>),
+}
+
+/// A pod whose record cannot be read, and what is known of it all the same.
+pub(crate) struct Unread {
+    pub(crate) id: PodId,
+    pub(crate) why: String,
+    pub(crate) header: Option<Header>,
+    pub(crate) rescued: Rescued,
+    /// When the folder was made.
+    pub(crate) made: Option<SystemTime>,
 }
 
 impl Journal {
@@ -58,8 +72,14 @@ impl Journal {
         self.pods.join(pod)
     }
 
-    /// Writes a pod's record. Blocks.
+    /// Writes a pod's header and record. Blocks.
+    ///
+    /// A record that could not be read stays as it is: another release may be able to read it. What
+    /// happens to such a pod is found out again after a restart, as undoing can be repeated.
     pub(crate) fn write(&self, pod: &Pod, boot_id: &str) -> io::Result<()> {
+        if pod.unread {
+            return Ok(());
+        }
         if let Some(probe) = &self.probe {
             probe.before_write(pod)?;
         }
@@ -69,28 +89,33 @@ impl Journal {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             Err(e) => return Err(e),
         }
+        self.replace_header(pod)?;
         let bytes = record::encode(pod, boot_id)?;
-        let (new, path) = (folder.join("record.new"), folder.join(RECORD));
-        let mut options = OpenOptions::new();
-        let written = options
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&new)
-            .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
-            .and_then(|()| fs::rename(&new, &path))
-            .and_then(|()| sync_dir(&folder));
-        if written.is_err() {
-            let _ = fs::remove_file(&new);
-        }
-        if let (Some(probe), Ok(())) = (&self.probe, &written) {
+        replace(&folder, "record.new", RECORD, &bytes)?;
+        // One for both: it is what a start of a pod waits for.
+        sync_dir(&folder)?;
+        if let Some(probe) = &self.probe {
             probe.after_write(pod);
         }
-        written
+        Ok(())
     }
 
-    /// Removes a pod's folder, its record last. Blocks.
+    /// Brings the header up to date, if it is not. Blocks.
+    pub(crate) fn write_header(&self, pod: &Pod) -> io::Result<()> {
+        if self.replace_header(pod)? { sync_dir(&self.folder(&pod.id)) } else { Ok(()) }
+    }
+
+    /// True if it was not up to date.
+    fn replace_header(&self, pod: &Pod) -> io::Result<bool> {
+        let folder = self.folder(&pod.id);
+        let bytes = serde_json::to_vec(&Header::of(pod))?;
+        if fs::read(folder.join(HEADER)).is_ok_and(|written| written == bytes) {
+            return Ok(false);
+        }
+        replace(&folder, "header.new", HEADER, &bytes).map(|()| true)
+    }
+
+    /// Removes a pod's folder, its record and header last. Blocks.
     pub(crate) fn remove(&self, pod: &str) -> io::Result<()> {
         let folder = self.folder(pod);
         let entries = match fs::read_dir(&folder) {
@@ -99,15 +124,12 @@ impl Journal {
         };
         for entry in entries {
             let entry = entry?;
-            if entry.file_name() != RECORD {
-                absent_is_fine(if entry.file_type()?.is_dir() {
-                    fs::remove_dir_all(entry.path())
-                } else {
-                    fs::remove_file(entry.path())
-                })?;
+            if entry.file_name() != RECORD && entry.file_name() != HEADER {
+                remove_any(&entry.path())?;
             }
         }
-        absent_is_fine(fs::remove_file(folder.join(RECORD)))?;
+        remove_any(&folder.join(RECORD))?;
+        remove_any(&folder.join(HEADER))?;
         absent_is_fine(fs::remove_dir(&folder))?;
         sync_dir(&self.pods)
     }
@@ -118,7 +140,9 @@ impl Journal {
         for entry in fs::read_dir(&self.pods)? {
             let entry = entry?;
             let Ok(id) = entry.file_name().into_string() else { continue };
-            if entry.file_type()?.is_dir() {
+            // Such as lost+found.
+            let is_id = id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+            if is_id && entry.file_type()?.is_dir() {
                 found.push(load_one(&entry.path(), id)?);
             }
         }
@@ -126,25 +150,85 @@ impl Journal {
     }
 }
 
+/// An error is one of this process (no descriptor, no memory), never of a single pod's files.
 fn load_one(folder: &Path, id: PodId) -> io::Result<Found> {
-    let path = folder.join(RECORD);
-    let file = match File::open(&path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Found::Empty { id }),
-        file => file?,
-    };
-    let mut bytes = Vec::new();
-    io::Read::read_to_end(&mut io::Read::take(file, MAX_RECORD), &mut bytes)?;
-    Ok(match record::decode(&bytes) {
-        Ok((pod, _)) if pod.id != id => Found::Quarantined {
-            why: format!("record is of pod {:?}", pod.id),
-            effects: pod.ledger,
-            id,
+    let bytes = read(&folder.join(RECORD))?;
+    let (why, rescued) = match bytes {
+        Ok(bytes) => match record::decode(&bytes) {
+            Ok((pod, boot_id)) if pod.id == id => {
+                return Ok(Found::Pod { pod: Box::new(pod), boot_id });
+            }
+            Ok((pod, _)) => (format!("it is of pod {:?}", pod.id), Rescued::default()),
+            Err(error) => (format!("{:#}", anyhow::Error::new(error)), record::rescue(&bytes, &id)),
         },
-        Ok((pod, boot_id)) => Found::Pod { pod: Box::new(pod), boot_id },
-        Err(e) => {
-            Found::Quarantined { id, why: e.to_string(), effects: record::decode_ledger(&bytes) }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            if is_empty(folder)? {
+                return Ok(Found::Empty { id });
+            }
+            ("it is missing".to_owned(), Rescued::default())
         }
-    })
+        Err(e) => (e.to_string(), Rescued::default()),
+    };
+    let header = read(&folder.join(HEADER))?.ok().and_then(|bytes| Header::decode(&bytes, &id));
+    let made = fs::metadata(folder).and_then(|meta| meta.created().or_else(|_| meta.modified()));
+    Ok(Found::Unread(Box::new(Unread { id, why, header, rescued, made: made.ok() })))
+}
+
+/// Nothing but a header and files in the making: the pod was never planned, or is removed.
+fn is_empty(folder: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(folder)? {
+        let name = entry?.file_name();
+        if name != HEADER && NEW.iter().all(|new| name != *new) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The inner result is about the file, the outer one about this process.
+fn read(path: &Path) -> io::Result<io::Result<Vec<u8>>> {
+    let mut bytes = Vec::new();
+    let read = File::open(path)
+        .and_then(|file| io::Read::read_to_end(&mut io::Read::take(file, MAX_RECORD), &mut bytes));
+    match read {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
+            Err(e)
+        }
+        Err(e) => Ok(Err(e)),
+        Ok(_) => Ok(Ok(bytes)),
+    }
+}
+
+/// Writes a file of a folder, whatever stood there before; durable once the folder is synced.
+fn replace(folder: &Path, new: &str, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let (new, path) = (folder.join(new), folder.join(name));
+    for place in [&new, &path] {
+        if place.is_dir() {
+            remove_any(place)?;
+        }
+    }
+    let mut options = OpenOptions::new();
+    let written = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&new, &path));
+    if written.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    written
+}
+
+/// Removes a file, or a folder that stands in the place of one.
+fn remove_any(path: &Path) -> io::Result<()> {
+    let kind = match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        kind => kind?,
+    };
+    absent_is_fine(if kind.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) })
 }
 
 #[cfg(test)]

@@ -9,13 +9,15 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use oci_spec::runtime::LinuxResources;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::model::{ContainerSpec, ExitView, Identity, PodSpec, ShareUse, TracePhase};
+use crate::model::{ContainerSpec, ExitView, Identity, Meta, PodSpec, ShareUse, TracePhase};
 use crate::policy::{Container, ContainerPhase, Effect, EmptyDirs, Phase, Pod};
 use crate::ports::Attachment;
 
-/// Of this layout. A record of another one is quarantined, never guessed at.
+/// Of this layout. A record of another one is not read, and its pod is shown as not ready.
 const VERSION: u32 = 2;
 
 #[derive(Debug, thiserror::Error)]
@@ -40,12 +42,16 @@ struct Record {
     id: String,
     created_at: SystemTime,
     phase: StoredPhase,
+    #[serde(default)]
     reason: String,
     uid: u32,
     netns: PathBuf,
     ledger: Vec<StoredEffect>,
+    #[serde(default)]
     attachment: Attachment,
+    #[serde(default)]
     kernel_release: String,
+    #[serde(default)]
     trace: Vec<TracePhase>,
     /// Pods of former releases have all of them shared.
     #[serde(default)]
@@ -99,9 +105,13 @@ struct StoredContainer {
     created_at: SystemTime,
     started_at: Option<SystemTime>,
     exit: Option<StoredExit>,
+    #[serde(default)]
     drained: bool,
+    #[serde(default)]
     oom: bool,
+    #[serde(default)]
     log_path: PathBuf,
+    #[serde(default)]
     resources: LinuxResources,
     user: Option<Identity>,
     #[serde(default)]
@@ -134,6 +144,8 @@ pub(crate) fn encode(pod: &Pod, boot_id: &str) -> io::Result<Vec<u8>> {
         trace,
         empty_dirs: EmptyDirs { in_guest, shared },
         containers,
+        // Such a pod is never written.
+        unread: _,
     } = pod.clone();
     let record = Record {
         version: VERSION,
@@ -192,16 +204,45 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pod, String), BadRecord> {
         trace,
         empty_dirs: EmptyDirs { in_guest, shared },
         containers: containers.into_iter().map(|c| (c.id.clone(), c.into())).collect(),
+        unread: false,
     };
     Ok((pod, boot_id))
 }
 
-/// What can be read of the ledger in a record that is otherwise not understood.
-pub(crate) fn decode_ledger(bytes: &[u8]) -> Vec<Effect> {
-    let Ok(value) = serde_json::from_slice::<serde_json::Value>(bytes) else { return Vec::new() };
-    let entries = value.get("ledger").and_then(|l| l.as_array()).cloned().unwrap_or_default();
-    let known = entries.into_iter().filter_map(|e| serde_json::from_value(e).ok());
-    known.map(|e: StoredEffect| e.into()).collect()
+/// What single fields of a record say that is otherwise not understood.
+#[derive(Debug, Default)]
+pub(crate) struct Rescued {
+    pub(crate) boot_id: Option<String>,
+    pub(crate) created_at: Option<SystemTime>,
+    pub(crate) uid: Option<u32>,
+    pub(crate) netns: Option<PathBuf>,
+    /// Those effects that are understood.
+    pub(crate) ledger: Vec<Effect>,
+    pub(crate) attachment: Option<Attachment>,
+    pub(crate) meta: Option<Meta>,
+    pub(crate) spec: Option<PodSpec>,
+}
+
+pub(crate) fn rescue(bytes: &[u8], id: &str) -> Rescued {
+    fn field<T: DeserializeOwned>(record: &Value, name: &str) -> Option<T> {
+        T::deserialize(record.get(name)?).ok()
+    }
+    let Ok(record) = serde_json::from_slice::<Value>(bytes) else { return Rescued::default() };
+    if record.get("id").and_then(Value::as_str) != Some(id) {
+        return Rescued::default();
+    }
+    let ledger: Vec<Value> = field(&record, "ledger").unwrap_or_default();
+    let known = ledger.into_iter().filter_map(|effect| StoredEffect::deserialize(effect).ok());
+    Rescued {
+        boot_id: field(&record, "boot_id"),
+        created_at: field(&record, "created_at"),
+        uid: field(&record, "uid"),
+        netns: field(&record, "netns"),
+        ledger: known.map(Effect::from).collect(),
+        attachment: field(&record, "attachment"),
+        meta: record.get("spec").and_then(|spec| field(spec, "meta")),
+        spec: field(&record, "spec"),
+    }
 }
 
 impl From<Phase> for StoredPhase {

@@ -91,15 +91,7 @@ pub(crate) struct LogWriter {
 impl LogWriter {
     /// Takes up the log where the sidecar says it ends, or begins it.
     pub(crate) fn open(path: Option<PathBuf>, sidecar: &Path) -> io::Result<Self> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let sidecar = options.open(sidecar)?;
-        let mut bytes = [0; SIDECAR];
-        let known = match sidecar.read_exact_at(&mut bytes, 0) {
-            Ok(()) => State::decode(&bytes),
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => None,
-            Err(e) => return Err(e),
-        };
+        let (sidecar, known) = take_up_sidecar(sidecar)?;
         let mut writer = Self { path, file: None, sidecar, state: known.unwrap_or_default() };
         if known.is_some() {
             writer.cut_what_is_not_recorded()?;
@@ -171,6 +163,45 @@ impl LogWriter {
 
     fn record(&self) -> io::Result<()> {
         self.sidecar.write_all_at(&self.state.encode(), 0)
+    }
+}
+
+/// Opens the sidecar. One that says nothing (damaged, of another version) is told in the log and
+/// written anew; what cannot be written at all is moved aside.
+fn take_up_sidecar(path: &Path) -> io::Result<(File, Option<State>)> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    options.custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW);
+    let is_fresh = fs::symlink_metadata(path).is_err();
+    let opened = options.open(path).and_then(|file| {
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no regular file"));
+        }
+        let mut bytes = [0; SIDECAR];
+        match file.read_exact_at(&mut bytes, 0) {
+            Ok(()) => Ok((file, State::decode(&bytes))),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok((file, None)),
+            Err(e) => Err(e),
+        }
+    });
+    let passing = |e: &io::Error| {
+        matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC))
+    };
+    match opened {
+        Ok((file, known)) => {
+            if known.is_none() && !is_fresh {
+                tracing::error!(path = %path.display(), "damaged: how far a log goes is not known");
+            }
+            Ok((file, known))
+        }
+        Err(e) if is_fresh || passing(&e) => Err(e),
+        Err(error) => {
+            let aside = path.with_extension("damaged");
+            let _ = fs::remove_dir_all(&aside);
+            fs::rename(path, &aside)?;
+            tracing::error!(path = %path.display(), %error, "damaged, moved aside");
+            Ok((options.create_new(true).open(path)?, None))
+        }
     }
 }
 
@@ -264,6 +295,33 @@ mod tests {
         fs::write(place.log(), "kept\n").unwrap();
         assert_eq!(place.open().progress(), Progress::default());
         assert_eq!(place.text(), "kept\n");
+    }
+
+    #[test]
+    fn whatever_stands_in_the_place_of_a_sidecar_a_log_is_written() {
+        let damages: [fn(&Path); 4] = [
+            |path| fs::write(path, "").unwrap(),
+            |path| fs::create_dir_all(path.join("deep")).unwrap(),
+            |path| std::os::unix::fs::symlink("/nowhere/at/all", path).unwrap(),
+            |path| {
+                let mut bytes = State::default().encode();
+                bytes[7] = 9; // version
+                fs::write(path, bytes).unwrap();
+            },
+        ];
+        for (n, damage) in damages.into_iter().enumerate() {
+            let place = Place::new();
+            let path = place.dir.path().join("sidecar");
+            place.open().write(&mut batch("one\n", 4)).unwrap();
+            fs::remove_file(&path).unwrap();
+            damage(&path);
+            let mut writer = place.open();
+            assert_eq!(writer.progress(), Progress::default(), "{n}");
+            writer.write(&mut batch("two\n", 8)).unwrap();
+            assert_eq!(place.text(), "one\ntwo\n", "{n}");
+            drop(writer);
+            assert_eq!(place.open().progress().stdout, 8, "{n}");
+        }
     }
 
     #[test]

@@ -39,4 +39,3 @@ pub(crate) use create_container::new_container;
 pub(crate) use handle::{ExecEnd, Handle};
 pub(crate) use owner::{Begin, Request, new};
 pub(crate) use stop_container::stop_container;
-pub(crate) use undo::undo_quarantined;

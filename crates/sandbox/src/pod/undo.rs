@@ -9,7 +9,6 @@ use super::run_pod::network_failed;
 use crate::error::Error;
 use crate::host::process::Process;
 use crate::host::{absent_is_fine, blocking, cgroup};
-use crate::node::Node;
 use crate::policy::{Change, Effect};
 
 /// A killed VMM is gone within this time: it has to give its memory back first.
@@ -97,24 +96,4 @@ pub(super) fn all_of(mut failures: Vec<Error>) -> Result<(), Error> {
             Err(Error::Internal(anyhow::anyhow!(texts.join("; "))))
         }
     }
-}
-
-/// Frees what can be read of a quarantined pod's ledger, then its folder. The network is freed by
-/// the port's own collection, once the pod is unknown.
-pub(crate) async fn undo_quarantined(
-    node: &Node,
-    id: &str,
-    effects: &[Effect],
-) -> Result<(), Error> {
-    let mut failures = Vec::new();
-    for effect in effects.iter().rev() {
-        if let Err(error) = undo_on_host(effect).await {
-            failures.push(error);
-        }
-    }
-    all_of(failures)?;
-    let (journal, pod) = (node.journal.clone(), id.to_owned());
-    blocking(move || journal.remove(&pod))
-        .await
-        .map_err(|e| Error::io(format!("remove the record of pod {id}"), e))
 }

@@ -48,8 +48,8 @@ async fn ping(handle: Arc<Handle>) {
     let mut missed = 0;
     while missed < config.ping_misses.max(1) {
         tokio::time::sleep(interval).await;
-        match handle.guest.hello(interval).await {
-            Ok(_) => missed = 0,
+        match handle.guest.ping(interval).await {
+            Ok(()) => missed = 0,
             // Being stopped, which has deadlines of its own.
             Err(_) if handle.ready_pod().is_err() => {}
             Err(error) => {

@@ -33,6 +33,7 @@ pub(crate) fn pod() -> Pod {
         trace: Vec::new(),
         empty_dirs: EmptyDirs::default(),
         containers: BTreeMap::new(),
+        unread: false,
     }
 }
 

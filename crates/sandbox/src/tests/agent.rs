@@ -34,6 +34,10 @@ pub(super) struct State {
     acked: u64,
     measured: i64,
     pub(super) silent: bool,
+    /// Answers pings with an error.
+    pub(super) refuse_hello: bool,
+    /// Protocol that it speaks; 0: ours.
+    pub(super) protocol: u32,
     pub(super) configured: u32,
     pub(super) refuse_create: bool,
     pub(super) refuse_remove: bool,
@@ -294,8 +298,15 @@ impl Served {
 impl Agent for Served {
     async fn hello(&self, _: Request<v1::HelloRequest>) -> Answer<v1::HelloReply> {
         self.alive().await;
+        let (refuses, protocol) = {
+            let state = self.0.lock();
+            (state.refuse_hello, state.protocol)
+        };
+        if refuses {
+            return Err(Status::internal("cannot read /proc/uptime"));
+        }
         Ok(Response::new(v1::HelloReply {
-            protocol: 1,
+            protocol: if protocol == 0 { agent_api::PROTOCOL } else { protocol },
             kernel_release: "6.1.0-fake".into(),
             ..Default::default()
         }))

@@ -11,5 +11,6 @@ mod listing;
 mod resize;
 mod scratch;
 mod trouble;
+mod unread;
 mod volumes;
 mod world;

@@ -123,6 +123,30 @@ fn a_guest_that_falls_silent_is_killed_and_listing_does_not_wait_for_it() {
 }
 
 #[test]
+fn a_guest_that_answers_with_errors_or_speaks_another_protocol_is_not_killed() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let (interval, misses) = (world.config().ping_interval(), world.config().ping_misses);
+        let long = interval * (2 * misses + 4);
+        world.guest(&pod).lock().refuse_hello = true;
+        tokio::time::sleep(long).await;
+        assert_eq!(daemon.pod(&pod).unwrap().state, PodState::Ready);
+        {
+            let guest = world.guest(&pod);
+            let mut guest = guest.lock();
+            (guest.refuse_hello, guest.protocol) = (false, agent_api::PROTOCOL + 1);
+        }
+        tokio::time::sleep(long).await;
+        assert_eq!(daemon.pod(&pod).unwrap().state, PodState::Ready);
+        world.guest(&pod).lock().silent = true;
+        eventually("not ready", || daemon.pod(&pod).unwrap().state == PodState::NotReady).await;
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
 fn a_container_that_cannot_be_made_leaves_its_name_and_its_disks_free() {
     story(|world| async move {
         let daemon = world.daemon().await;
@@ -276,24 +300,6 @@ fn a_daemon_that_ends_under_a_request_does_not_say_that_it_is_done() {
         assert!(matches!(removed, Err(Error::Unavailable { .. })), "{removed:?}");
         drop(daemon);
         let daemon = world.daemon().await;
-        daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
-    });
-}
-
-#[test]
-fn a_record_that_is_not_understood_is_kept_until_it_is_removed_by_id() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        daemon.shutdown().await;
-        drop(daemon);
-        let record = world.path("r/pods").join(&pod).join("record.json");
-        let text = std::fs::read_to_string(&record).unwrap();
-        std::fs::write(&record, text.replace("\"version\":2", "\"version\":99")).unwrap();
-        let daemon = world.daemon().await;
-        assert!(daemon.pods(&Filter::default()).is_empty());
-        assert!(!world.leftovers().is_empty(), "nothing is destroyed unasked");
         daemon.remove_pod(&pod).await.unwrap();
         assert_eq!(world.leftovers(), Vec::<String>::new());
     });

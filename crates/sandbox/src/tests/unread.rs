@@ -1,0 +1,148 @@
+//! Pods whose record cannot be read: they stay pods until somebody removes them.
+
+use std::fs;
+use std::path::Path;
+
+use super::world::{World, eventually, story};
+use crate::Error;
+use crate::model::{Filter, PodState};
+
+const RECORD: &str = "record.json";
+const HEADER: &str = "header.json";
+
+fn other_version(folder: &Path) {
+    let path = folder.join(RECORD);
+    let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    record["version"] = 99.into();
+    fs::write(path, record.to_string()).unwrap();
+}
+
+fn emptied(folder: &Path) {
+    fs::write(folder.join(RECORD), "").unwrap();
+}
+
+fn garbage(folder: &Path) {
+    fs::write(folder.join(RECORD), [0xa5; 4096]).unwrap();
+}
+
+fn missing(folder: &Path) {
+    fs::remove_file(folder.join(RECORD)).unwrap();
+}
+
+fn a_folder(folder: &Path) {
+    missing(folder);
+    fs::create_dir(folder.join(RECORD)).unwrap();
+}
+
+fn other_version_without_header(folder: &Path) {
+    other_version(folder);
+    fs::remove_file(folder.join(HEADER)).unwrap();
+}
+
+fn jail_uid(world: &World, pod: &str) -> u64 {
+    let header = fs::read(world.path("r/pods").join(pod).join(HEADER)).unwrap();
+    let header: serde_json::Value = serde_json::from_slice(&header).unwrap();
+    header["jail_uid"].as_u64().unwrap()
+}
+
+fn alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.contains("(sleep) S")
+}
+
+#[test]
+fn a_pod_whose_record_cannot_be_read_keeps_what_it_has_until_it_is_removed() {
+    let damages =
+        [other_version, emptied, garbage, missing, a_folder, other_version_without_header];
+    story(|world| async move {
+        for damage in damages {
+            let daemon = world.daemon().await;
+            let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+            let (uid, pid) = (jail_uid(&world, &pod), world.vmm_pid(&pod));
+            daemon.shutdown().await;
+            drop(daemon);
+            damage(&world.path("r/pods").join(&pod));
+
+            let daemon = world.daemon().await;
+            let view = daemon.pod(&pod).unwrap();
+            assert_eq!((view.state, view.unread), (PodState::NotReady, true));
+            assert_eq!((view.spec.meta.name.as_str(), view.addresses.len()), ("p", 1));
+            assert!(view.reason.contains("cannot be read"), "{}", view.reason);
+            assert_eq!(daemon.pods(&Filter::default()), [view]);
+            // Nothing of it is given to others, and nobody ends it behind its owner's back.
+            let again = daemon.run_pod(world.pod_spec("p")).await;
+            assert!(matches!(again, Err(Error::Exists { .. })), "{again:?}");
+            let other = daemon.run_pod(world.pod_spec("other")).await.unwrap();
+            assert_ne!(jail_uid(&world, &other), uid);
+            daemon.remove_pod(&other).await.unwrap();
+            let create = daemon.create_container(&pod, world.container_spec("c", &["x"])).await;
+            assert!(matches!(create, Err(Error::FailedPrecondition { .. })), "{create:?}");
+            assert!(alive(pid) && world.inner.attached.lock().unwrap().contains(&pod));
+
+            daemon.stop_pod(&pod).await.unwrap();
+            eventually("the VMM's end", || !alive(pid)).await;
+            assert!(world.inner.attached.lock().unwrap().is_empty());
+            assert_eq!(daemon.pod(&pod).unwrap().state, PodState::NotReady);
+            daemon.stop_pod(&pod).await.unwrap();
+            daemon.shutdown().await;
+            drop(daemon);
+            let daemon = world.daemon().await;
+            assert_eq!(daemon.pods(&Filter::default()).len(), 1);
+            daemon.remove_pod(&pod).await.unwrap();
+            assert!(daemon.pods(&Filter::default()).is_empty());
+            // The cgroup's parents may be gone or somebody else's by then.
+            let left = world.leftovers();
+            assert!(left.iter().all(|path| path.contains("/sys/fs/cgroup")), "{left:?}");
+            daemon.shutdown().await;
+        }
+    });
+}
+
+#[test]
+fn a_pod_of_which_only_the_folder_is_left_is_removed_with_its_vmm() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let pid = world.vmm_pid(&pod);
+        daemon.shutdown().await;
+        drop(daemon);
+        let folder = world.path("r/pods").join(&pod);
+        emptied(&folder);
+        fs::write(folder.join(HEADER), "").unwrap();
+
+        let daemon = world.daemon().await;
+        let view = daemon.pod(&pod).unwrap();
+        assert_eq!((view.state, view.spec.meta.name.as_str()), (PodState::NotReady, ""));
+        assert!(view.created_at.elapsed().unwrap().as_secs() < 60);
+        assert!(alive(pid));
+        // Without a stop before.
+        daemon.remove_pod(&pod).await.unwrap();
+        assert!(!alive(pid) && !folder.exists());
+        assert!(!world.cgroup_file(&pod, "cgroup.procs").exists());
+        assert!(world.inner.attached.lock().unwrap().is_empty());
+        let _ = fs::remove_dir(world.cgroup_file(&pod, "").parent().unwrap());
+    });
+}
+
+#[test]
+fn a_record_that_can_be_read_again_is_the_pods() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        daemon.shutdown().await;
+        drop(daemon);
+        let path = world.path("r/pods").join(&pod).join(RECORD);
+        let good = fs::read(&path).unwrap();
+        other_version(path.parent().unwrap());
+        let daemon = world.daemon().await;
+        assert_eq!(daemon.pod(&pod).unwrap().state, PodState::NotReady);
+        daemon.shutdown().await;
+        drop(daemon);
+        // As the release does that has written it.
+        fs::write(&path, good).unwrap();
+        let daemon = world.daemon().await;
+        assert_eq!(daemon.pod(&pod).unwrap().state, PodState::Ready);
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
