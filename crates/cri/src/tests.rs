@@ -78,6 +78,7 @@ impl Health for Nothing {
 
 struct Node {
     client: RuntimeServiceClient<Channel>,
+    sandboxes: Sandboxes,
     stop: tokio::sync::oneshot::Sender<()>,
     server: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
     _dir: tempfile::TempDir,
@@ -107,7 +108,8 @@ impl Node {
         let streams = bind_streams(&Streaming::default(), sandboxes.clone()).unwrap();
         let config = Config::default();
         let service = Image::new(images.clone(), sandboxes.clone(), &config);
-        let runtime = Runtime::new(sandboxes, images, Arc::new(Nothing), config, root, streams);
+        let runtime =
+            Runtime::new(sandboxes.clone(), images, Arc::new(Nothing), config, root, streams);
         let socket = dir.path().join("cri.sock");
         let listener = listen(&socket).unwrap();
         let (stop, stopped) = tokio::sync::oneshot::channel();
@@ -121,7 +123,7 @@ impl Node {
         });
         let channel = Endpoint::from_static("http://node").connect_with_connector(connector).await;
         let client = RuntimeServiceClient::new(channel.unwrap());
-        Some(Self { client, stop, server, _dir: dir })
+        Some(Self { client, sandboxes, stop, server, _dir: dir })
     }
 }
 
@@ -212,6 +214,30 @@ async fn an_empty_node_has_metrics_to_describe_and_none_to_tell() {
     assert!(described.await.unwrap().into_inner().descriptors.len() > 45);
     let told = node.client.list_pod_sandbox_metrics(v1::ListPodSandboxMetricsRequest {});
     assert!(told.await.unwrap().into_inner().pod_metrics.is_empty());
+}
+
+#[tokio::test]
+async fn pods_that_were_not_measured_are_in_no_statistics() {
+    let Some(mut node) = Node::start().await else { return };
+    let nothing = serde_json::Value::Null;
+    sandbox::crowd::fill(&node.sandboxes, 1, &nothing, &nothing);
+    sandbox::crowd::fill_unmeasured(&node.sandboxes, 1..3);
+    let client = &mut node.client;
+    let pods = client.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await.unwrap();
+    let pods = pods.into_inner().items;
+    assert_eq!(pods.len(), 3);
+    let stats = client.list_pod_sandbox_stats(v1::ListPodSandboxStatsRequest::default()).await;
+    let stats = stats.unwrap().into_inner().stats;
+    assert_eq!(stats.len(), 1);
+    assert!(stats[0].linux.is_some());
+    let measured = stats[0].attributes.as_ref().unwrap().id.clone();
+    let metrics = client.list_pod_sandbox_metrics(v1::ListPodSandboxMetricsRequest {}).await;
+    assert_eq!(metrics.unwrap().into_inner().pod_metrics.len(), 1);
+    for pod in pods.iter().filter(|pod| pod.id != measured) {
+        let request = v1::PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
+        let refused = client.pod_sandbox_stats(request).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    }
 }
 
 #[tokio::test]

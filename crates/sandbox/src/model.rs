@@ -346,11 +346,11 @@ pub struct ContainerView {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitView {
-    /// Exit status, or 128 + signal; -1 when the VM died with it.
+    /// Exit status, or 128 + signal; -1 when the VM died with it and nobody knows more.
     pub code: i32,
     pub oom_killed: bool,
     pub at: SystemTime,
-    /// `Completed`, `Error`, `OOMKilled`, `StartError`, `VmDied`, ...
+    /// `Completed`, `Error`, `OOMKilled`, `StartError`, `VmDied`, `AgentDied`, ...
     pub reason: String,
     pub message: String,
 }

@@ -14,7 +14,7 @@
 //! its effect, except those that are observations: they have happened, or will, written down or not.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -28,6 +28,8 @@ use crate::ports::Attachment;
 
 /// Exit code of a container whose VM died with it.
 pub(crate) const CODE_LOST: i32 = -1;
+/// Exit code of a container whose processes were killed: 128 + SIGKILL.
+pub(crate) const CODE_KILLED: i32 = 137;
 /// Exit code of a container whose process could not be started (as runc and containerd say it).
 pub(crate) const CODE_START_ERROR: i32 = 128;
 
@@ -83,8 +85,8 @@ pub(crate) struct Container {
     pub(crate) created_at: SystemTime,
     pub(crate) started_at: Option<SystemTime>,
     pub(crate) exit: Option<ExitView>,
-    /// All output stands in the log; an exit is shown to others only then, and stays shown over a
-    /// restart of the daemon.
+    /// What the process printed stands in the log, or was waited for long enough; an exit is shown to
+    /// others only then, and stays shown over a restart of the daemon.
     pub(crate) drained: bool,
     pub(crate) oom: bool,
     pub(crate) log_path: PathBuf,
@@ -184,6 +186,11 @@ pub(crate) enum Change {
         reason: String,
         at: SystemTime,
     },
+    /// Observation: the same, by the host's OOM killer.
+    OutOfMemory {
+        reason: String,
+        at: SystemTime,
+    },
     FileServerStarted {
         pid: u32,
         started: u64,
@@ -240,6 +247,7 @@ impl Change {
                 | Self::Undone(_)
                 | Self::Stopped { .. }
                 | Self::VmDied { .. }
+                | Self::OutOfMemory { .. }
                 | Self::ContainerStarted { .. }
                 | Self::ContainerOom { .. }
                 | Self::ContainerEnded { .. }
@@ -296,13 +304,26 @@ impl Pod {
             Change::Stopped { at } => {
                 self.expect(&[Phase::Stopping])?;
                 self.phase = Phase::NotReady;
-                self.lose_containers("pod was stopped", at);
+                self.lose_containers(self.lost("pod was stopped".into(), at));
             }
             Change::Removing => self.phase = Phase::Removing,
             Change::VmDied { reason, at } => {
                 if self.phase == Phase::Ready {
                     self.phase = Phase::NotReady;
-                    self.lose_containers(&reason, at);
+                    self.lose_containers(self.lost(reason.clone(), at));
+                    self.reason = reason;
+                }
+            }
+            Change::OutOfMemory { reason, at } => {
+                if self.phase == Phase::Ready {
+                    self.phase = Phase::NotReady;
+                    self.lose_containers(ExitView {
+                        code: CODE_KILLED,
+                        oom_killed: true,
+                        at,
+                        reason: "OOMKilled".into(),
+                        message: reason.clone(),
+                    });
                     self.reason = reason;
                 }
             }
@@ -377,24 +398,26 @@ impl Pod {
             | Change::Removing
             | Change::FileServerStarted { .. }
             | Change::EmptyDirShared { .. }
-            | Change::VmDied { .. } => {}
+            | Change::VmDied { .. }
+            | Change::OutOfMemory { .. } => {}
         }
         Ok(())
     }
 
+    /// The end of a container that nobody has seen: its VM went with it; on a host, its processes
+    /// were killed after those of its agent.
+    fn lost(&self, message: String, at: SystemTime) -> ExitView {
+        let (code, reason) = match self.spec.host {
+            None => (CODE_LOST, "VmDied"),
+            Some(_) => (CODE_KILLED, "AgentDied"),
+        };
+        ExitView { code, oom_killed: false, at, reason: reason.into(), message }
+    }
+
     /// What has not ended by now never will say how.
-    fn lose_containers(&mut self, why: &str, at: SystemTime) {
+    fn lose_containers(&mut self, exit: ExitView) {
         for container in self.containers.values_mut() {
-            if container.exit.is_none() {
-                let (code, reason) = (CODE_LOST, "VmDied");
-                container.exit = Some(ExitView {
-                    code,
-                    oom_killed: false,
-                    at,
-                    reason: reason.into(),
-                    message: why.into(),
-                });
-            }
+            container.exit.get_or_insert_with(|| exit.clone());
             container.drained = true;
         }
     }
@@ -415,6 +438,14 @@ impl Pod {
     pub(crate) fn vmm(&self) -> Option<(u32, u64)> {
         self.ledger.iter().find_map(|e| match e {
             Effect::Vmm { pid, started } => Some((*pid, *started)),
+            _ => None,
+        })
+    }
+
+    /// Leaf of the pod in the host's cgroups.
+    pub(crate) fn cgroup(&self) -> Option<&Path> {
+        self.ledger.iter().find_map(|effect| match effect {
+            Effect::Cgroup { leaf, .. } => Some(leaf.as_path()),
             _ => None,
         })
     }

@@ -14,6 +14,8 @@ use crate::node::Node;
 
 pub const STORIES: &[Story] = &[
     ("a container over its memory limit is ended as OOMKilled", memory),
+    ("a pod without room for its VM is ended as OOMKilled with the reason", no_overhead),
+    ("a pod on the host has the OOM score of its containers", oom_score),
     ("a CPU quota slows a container down", cpu),
     ("a PID limit stops a fork storm and the pod lives on", pids),
     ("a pod is not held to the limits that only some of its containers have", some_limits),
@@ -133,6 +135,62 @@ impl Drop for PodCgroup {
     fn drop(&mut self) {
         let _ = fs::remove_dir(&self.0);
     }
+}
+
+fn no_overhead() -> Result<()> {
+    // It goes last, when the node's pods have left it.
+    let cgroup = PodCgroup::make("stories-tight")?;
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let cri = node.cri();
+    let limit =
+        v1::LinuxContainerResources { memory_limit_in_bytes: 256 << 20, ..Default::default() };
+    let mut config = client::pod("tight", &node.logs);
+    let linux = config.linux.get_or_insert_default();
+    linux.cgroup_parent = "/stories-tight".into();
+    linux.resources = Some(limit);
+    let pod = cri.run_pod(config)?;
+    // Far less than the guest has left after its boot.
+    let held: u64 = cgroup.read("memory.current")?.trim().parse()?;
+    cgroup.limit("memory.max", &(held + (64 << 20)).to_string())?;
+    // It keeps all of a stream without a newline.
+    let id = cri.run(&pod, container("c", &image, &["tail", "/dev/zero"]))?;
+    let status = cri.exited(&id)?;
+    ensure!(status.reason == "OOMKilled" && status.exit_code == 137, "{status:?}");
+    let message = &status.message;
+    ensure!(message.contains("/stories-tight") && message.contains("overhead"), "{message}");
+    ensure!(!cri.pod_ready(&pod)?, "the pod lives without its VM");
+    cri.remove_pod(&pod)?;
+    node.finish()
+}
+
+fn oom_score() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let cri = node.cri();
+    let mut config = client::pod("score", &node.logs);
+    config.linux.get_or_insert_default().cgroup_parent =
+        "/stories-kubepods/kubepods/besteffort/podx".into();
+    let pod = cri.run_pod(config)?;
+    let leaf = Path::new("/sys/fs/cgroup/stories-kubepods/kubepods/besteffort/podx")
+        .join(format!("nacelle-{pod}"));
+    let scores = || -> Result<Vec<String>> {
+        let pids = fs::read_to_string(leaf.join("cgroup.procs"))?;
+        pids.lines()
+            .map(|pid| Ok(fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim().into()))
+            .collect()
+    };
+    let all = |score: &str| -> Result<()> {
+        let scores = scores()?;
+        ensure!(!scores.is_empty() && scores.iter().all(|s| s == score), "{scores:?}, not {score}");
+        Ok(())
+    };
+    all("1000")?;
+    let resources = v1::LinuxContainerResources { oom_score_adj: 900, ..Default::default() };
+    cri.run(&pod, limited("c", &image, &["sleep", "1000"], resources))?;
+    all("900")?;
+    cri.remove_pod(&pod)?;
+    node.finish()
 }
 
 fn some_limits() -> Result<()> {

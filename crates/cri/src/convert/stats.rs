@@ -70,17 +70,20 @@ fn interface(view: &InterfaceView) -> v1::NetworkInterfaceUsage {
     }
 }
 
-fn network(interfaces: &[InterfaceView], timestamp: i64) -> v1::NetworkUsage {
+/// None without the pod's own interface: a kubelet takes it for granted where there is a network. A
+/// pod with the host's network has none, for the host's traffic is not the pod's.
+fn network(interfaces: &[InterfaceView], timestamp: i64) -> Option<v1::NetworkUsage> {
     let (default, others): (Vec<_>, Vec<_>) =
         interfaces.iter().partition(|view| view.name == DEFAULT_INTERFACE);
-    v1::NetworkUsage {
+    Some(v1::NetworkUsage {
         timestamp,
-        default_interface: default.first().map(|view| interface(view)),
+        default_interface: Some(interface(default.first()?)),
         interfaces: others.into_iter().map(interface).collect(),
-    }
+    })
 }
 
-/// A container without a measurement (created, ended) is listed with its attributes alone.
+/// A container without a measurement (created, ended) is listed with its attributes alone: those a
+/// kubelet takes for granted, and nothing else.
 pub fn container(
     view: &ContainerView,
     stats: Option<&ContainerStatsView>,
@@ -102,24 +105,21 @@ pub fn container(
     }
 }
 
+/// Of a pod that was measured: a kubelet takes `linux` for granted.
 pub fn pod(
     view: &PodView,
-    stats: Option<&PodStatsView>,
+    stats: &PodStatsView,
     containers: Vec<v1::ContainerStats>,
 ) -> v1::PodSandboxStats {
-    let linux = stats.map(|stats| {
-        let at = nanos(stats.at);
-        v1::LinuxPodSandboxStats {
-            cpu: Some(cpu(&stats.cpu, at)),
-            memory: Some(memory(&stats.memory, at)),
-            network: Some(network(&stats.interfaces, at)),
-            process: Some(v1::ProcessUsage { timestamp: at, process_count: value(stats.pids) }),
-            containers,
-            io: stats
-                .io_pressure
-                .map(|view| v1::IoUsage { timestamp: at, psi: pressure(Some(view)) }),
-        }
-    });
+    let at = nanos(stats.at);
+    let linux = v1::LinuxPodSandboxStats {
+        cpu: Some(cpu(&stats.cpu, at)),
+        memory: Some(memory(&stats.memory, at)),
+        network: network(&stats.interfaces, at),
+        process: Some(v1::ProcessUsage { timestamp: at, process_count: value(stats.pids) }),
+        containers,
+        io: stats.io_pressure.map(|view| v1::IoUsage { timestamp: at, psi: pressure(Some(view)) }),
+    };
     v1::PodSandboxStats {
         attributes: Some(v1::PodSandboxAttributes {
             id: view.id.clone(),
@@ -127,7 +127,7 @@ pub fn pod(
             labels: view.spec.meta.labels.clone(),
             annotations: view.spec.meta.annotations.clone(),
         }),
-        linux,
+        linux: Some(linux),
         windows: None,
     }
 }
@@ -146,9 +146,38 @@ mod tests {
     #[test]
     fn the_pods_own_interface_stands_apart_from_further_ones() {
         let named = |name: &str| InterfaceView { name: name.into(), ..InterfaceView::default() };
-        let usage = network(&[named("net1"), named("eth0")], 1);
+        let usage = network(&[named("net1"), named("eth0")], 1).unwrap();
         assert_eq!(usage.default_interface.unwrap().name, "eth0");
         assert_eq!(usage.interfaces.len(), 1);
         assert_eq!(usage.interfaces[0].name, "net1");
+        assert_eq!(network(&[], 1), None);
+        assert_eq!(network(&[named("net1")], 1), None);
+    }
+
+    /// What pkg/kubelet/stats/cri_stats_provider_linux.go reads without a look whether it is there.
+    #[test]
+    fn what_a_kubelet_takes_for_granted_is_always_there() {
+        use crate::convert::tests::{container as view, pod as pod_view};
+        for interfaces in
+            [vec![], vec![InterfaceView { name: "eth0".into(), ..Default::default() }]]
+        {
+            let stats = PodStatsView {
+                pod: "p".into(),
+                at: std::time::UNIX_EPOCH,
+                cpu: Default::default(),
+                memory: Default::default(),
+                pids: 0,
+                interfaces,
+                io_pressure: None,
+                containers: vec![],
+                empty_dirs: vec![],
+            };
+            let told = pod(&pod_view(), &stats, vec![container(&view(), None, "/m")]);
+            assert!(told.attributes.unwrap().metadata.is_some());
+            let linux = told.linux.unwrap();
+            assert!(linux.network.is_none_or(|network| network.default_interface.is_some()));
+            let attributes = linux.containers[0].attributes.as_ref().unwrap();
+            assert!(attributes.metadata.is_some() && !attributes.id.is_empty());
+        }
     }
 }

@@ -27,8 +27,12 @@ impl Runtime {
         let pods = known.iter().map(|view| (view.id.clone(), status::pod_status(view))).collect();
         let follower = Follower { runtime: self.clone(), events, pods };
         Box::pin(futures_util::stream::unfold(follower, |mut follower| async {
-            let event = follower.next().await?;
-            Some((Ok::<_, Status>(follower.response(event)), follower))
+            loop {
+                let event = follower.next().await?;
+                if let Some(response) = follower.response(event) {
+                    return Some((Ok::<_, Status>(response), follower));
+                }
+            }
         }))
     }
 }
@@ -52,7 +56,8 @@ impl Follower {
         }
     }
 
-    fn response(&mut self, event: Event) -> v1::ContainerEventResponse {
+    /// None of a pod that went before we have seen it: a kubelet takes the pod's status for granted.
+    fn response(&mut self, event: Event) -> Option<v1::ContainerEventResponse> {
         if let Ok(view) = self.runtime.sandboxes.pod(&event.pod) {
             self.pods.insert(event.pod.clone(), status::pod_status(&view));
         }
@@ -66,14 +71,14 @@ impl Follower {
         } else {
             self.pods.get(&event.pod).cloned()
         };
-        v1::ContainerEventResponse {
+        Some(v1::ContainerEventResponse {
             container_event_type: kind(event.kind) as i32,
             created_at: nanos(event.at),
-            pod_sandbox_status: pod,
+            pod_sandbox_status: Some(pod?),
             containers_statuses: self.runtime.statuses_of(&event.pod),
             // Events of the pod itself carry its id.
             container_id: event.container.unwrap_or(event.pod),
-        }
+        })
     }
 }
 

@@ -76,8 +76,9 @@ impl Runtime {
         let view = self.sandboxes.pod(&request.pod_sandbox_id).map_err(sandbox_status)?;
         let running = self.running_in(&view.id);
         let measured = self.sandboxes.pod_stats(&view.id).await.map_err(sandbox_status)?;
-        let measured = self.renewed(Some(Arc::new(measured)), &running).await;
-        let stats = self.pod_usage(&view, &running, measured.as_deref());
+        let measured = Arc::new(measured);
+        let renewed = self.renewed(Some(measured.clone()), &running).await;
+        let stats = self.pod_usage(&view, &running, &renewed.unwrap_or(measured));
         Ok(v1::PodSandboxStatsResponse { stats: Some(stats) })
     }
 
@@ -88,6 +89,8 @@ impl Runtime {
         Ok(v1::ListPodSandboxStatsResponse { stats: self.all_pod_stats(request.filter).await? })
     }
 
+    /// Of pods that are up and have been measured, as containerd does: a kubelet takes for granted that
+    /// what it is told of was measured.
     pub(super) async fn all_pod_stats(
         &self,
         filter: Option<v1::PodSandboxStatsFilter>,
@@ -99,9 +102,7 @@ impl Runtime {
             labels: filter.label_selector,
         };
         let pods = self.measured_pods(&filter).await;
-        let usage = |(view, running, measured): &Measured| {
-            self.pod_usage(view, running, measured.as_deref())
-        };
+        let usage = |(view, running, measured): &Measured| self.pod_usage(view, running, measured);
         Ok(pods.iter().map(usage).collect())
     }
 
@@ -122,10 +123,8 @@ impl Runtime {
     /// Of pods that are up and have been measured.
     pub(super) async fn all_metrics(&self) -> Vec<v1::PodSandboxMetrics> {
         let pods = self.measured_pods(&Filter::default()).await;
-        let told = |(view, running, measured): &Measured| {
-            measured.as_ref().map(|measured| metrics::of_pod(view, measured, running))
-        };
-        pods.iter().filter_map(told).collect()
+        let told = |(view, running, measured): &Measured| metrics::of_pod(view, measured, running);
+        pods.iter().map(told).collect()
     }
 
     async fn measured_pods(&self, filter: &Filter) -> Vec<Measured> {
@@ -134,18 +133,29 @@ impl Runtime {
         let mut cache = self.sandboxes.all_stats();
         // Of all pods at once: to look for those of each would take the square of the time.
         let mut by_pod = by_pod(self.running_in(""));
-        join_all(views.into_iter().map(|view| {
+        let measured = join_all(views.into_iter().map(|view| {
             let cached = cache.remove(&view.id);
             let running = by_pod.remove(&view.id).unwrap_or_default();
             async {
                 let mut measured = self.renewed(cached, &running).await;
                 if measured.is_none() && young(Some(view.created_at)) {
-                    measured = self.sandboxes.pod_stats(&view.id).await.ok().map(Arc::new);
+                    measured = self.measured_now(&view.id).await;
                 }
-                (view, running, measured)
+                Some((view, running, measured?))
             }
-        }))
-        .await
+        }));
+        measured.await.into_iter().flatten().collect()
+    }
+
+    /// None, and a word in the log, if the pod cannot be measured: others are listed all the same.
+    async fn measured_now(&self, pod: &str) -> Option<Arc<PodStatsView>> {
+        match self.sandboxes.pod_stats(pod).await {
+            Ok(measured) => Some(Arc::new(measured)),
+            Err(error) => {
+                not_measured("pod", pod, &error);
+                None
+            }
+        }
     }
 
     /// Empty: in any pod.
@@ -167,18 +177,21 @@ impl Runtime {
         let missing = running.iter().find(|view| young(view.started_at) && !known(view));
         let Some(view) = missing else { return cached };
         // Fills the cache.
-        let _ = self.sandboxes.container_stats(&view.id).await;
-        self.sandboxes.pod_stats(&view.pod).await.ok().map(Arc::new).or(cached)
+        if let Err(error) = self.sandboxes.container_stats(&view.id).await {
+            not_measured("container", &view.id, &error);
+        }
+        self.measured_now(&view.pod).await.or(cached)
     }
 
     fn pod_usage(
         &self,
         view: &PodView,
         running: &[ContainerView],
-        measured: Option<&PodStatsView>,
+        measured: &PodStatsView,
     ) -> v1::PodSandboxStats {
         let mountpoint = self.mountpoint();
-        let usage = running.iter().map(|container| of_container(container, measured, &mountpoint));
+        let usage =
+            running.iter().map(|container| of_container(container, Some(measured), &mountpoint));
         stats::pod(view, measured, usage.collect())
     }
 
@@ -189,7 +202,18 @@ impl Runtime {
 }
 
 /// A pod, its containers that run, and what was measured of them.
-type Measured = (PodView, Vec<ContainerView>, Option<Arc<PodStatsView>>);
+type Measured = (PodView, Vec<ContainerView>, Arc<PodStatsView>);
+
+/// What starts, stops or answers late is no trouble; what else keeps us from a measurement is.
+fn not_measured(what: &str, id: &str, error: &sandbox::Error) {
+    use sandbox::Error::{Deadline, FailedPrecondition, NotFound, Unavailable};
+    match error {
+        Deadline { .. } | FailedPrecondition { .. } | NotFound { .. } | Unavailable { .. } => {
+            tracing::debug!(what, id, %error, "not measured");
+        }
+        _ => tracing::warn!(what, id, %error, "cannot be measured"),
+    }
+}
 
 fn by_pod(views: Vec<ContainerView>) -> BTreeMap<String, Vec<ContainerView>> {
     let mut by_pod: BTreeMap<String, Vec<ContainerView>> = BTreeMap::new();

@@ -22,6 +22,8 @@ const MIN_QUOTA: u64 = 1000;
 const DEFAULT_WEIGHT: u64 = 100;
 /// Entries of the tree that are looked at for a lost leaf; containers may make any number.
 const MAX_SEARCHED: usize = 1 << 20;
+/// Below the leaf of a pod without a VM: its agent's own (`agent/src/oci/cgroup.rs`).
+const AGENT: &str = "agent";
 /// A killed VMM is gone within this time, or the kernel holds it for good.
 const EMPTY_LIMIT: Duration = Duration::from_secs(10);
 
@@ -202,6 +204,77 @@ pub(crate) fn pin(root: &Path, leaf: &Path, cpus: &str, mems: &str) -> io::Resul
     Ok(())
 }
 
+/// A process of a pod that the OOM killer has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct OomKill {
+    /// The cgroup, as a path from the root, that had reached its memory.max, and that, bytes. None:
+    /// the host had no more memory.
+    pub(crate) limit: Option<(PathBuf, u64)>,
+}
+
+/// Has the kernel count the memory of the leaf for itself, and what its OOM killer does there. Where
+/// that cannot be, the pod's parent counts. Blocks.
+pub(crate) fn count_memory(root: &Path, leaf: &Path) {
+    if let Err(error) = delegate(root, leaf, "memory") {
+        tracing::debug!(cgroup = %leaf.display(), %error, "memory of a pod is not counted there");
+    }
+}
+
+/// Whether the OOM killer has ended a process that lived in the leaf itself (memory.events.local), or
+/// in [`AGENT`]: the containers of a pod without a VM have cgroups of their own below. Blocks.
+pub(crate) fn oom_kill(root: &Path, leaf: &Path) -> io::Result<Option<OomKill>> {
+    let parent = leaf.parent().filter(|parent| *parent != root);
+    let counting = [Some(leaf), parent].into_iter().flatten();
+    let mut kills = None;
+    for cgroup in counting {
+        // A parent without a limit may be that of other pods too.
+        if cgroup != leaf && memory_max(cgroup)?.is_none() {
+            break;
+        }
+        if let Some(count) = local_event(cgroup, "oom_kill")? {
+            kills = Some(count);
+            break;
+        }
+    }
+    let agent = local_event(&leaf.join(AGENT), "oom_kill")?.unwrap_or(0);
+    if kills.unwrap_or(0) + agent == 0 {
+        return Ok(None);
+    }
+    for cgroup in leaf.ancestors().take_while(|path| *path != root) {
+        if let Some(limit) = memory_max(cgroup)?
+            && local_event(cgroup, "oom")?.is_some_and(|count| count > 0)
+        {
+            let path = Path::new("/").join(cgroup.strip_prefix(root).unwrap_or(cgroup));
+            return Ok(Some(OomKill { limit: Some((path, limit)) }));
+        }
+    }
+    Ok(Some(OomKill { limit: None }))
+}
+
+/// Of a cgroup; none: there is no limit, or nothing that counts memory.
+fn memory_max(cgroup: &Path) -> io::Result<Option<u64>> {
+    Ok(read(&cgroup.join("memory.max"))?.and_then(|text| text.trim().parse().ok()))
+}
+
+/// How often something has happened in the cgroup itself; none: it is not counted there.
+fn local_event(cgroup: &Path, event: &str) -> io::Result<Option<u64>> {
+    let text = read(&cgroup.join("memory.events.local"))?;
+    Ok(text.and_then(|text| {
+        text.lines().find_map(|line| line.strip_prefix(event)?.strip_prefix(' ')?.parse().ok())
+    }))
+}
+
+/// None: no such file.
+fn read(path: &Path) -> io::Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        // The cgroup is removed under us.
+        Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        Err(e) => Err(io::Error::new(e.kind(), format!("{}: {e}", path.display()))),
+    }
+}
+
 /// Has a controller work in the leaf: every ancestor has to hand it down.
 fn delegate(root: &Path, leaf: &Path, controller: &str) -> io::Result<()> {
     let mut ancestors: Vec<&Path> =
@@ -368,6 +441,43 @@ mod tests {
         assert_eq!((read("cpuset.cpus").trim(), read("cpuset.mems").trim()), ("3,5", ""));
         pin(dir.path(), &leaf, "", "").unwrap();
         assert_eq!((read("cpuset.cpus").trim(), read("cpuset.mems").trim()), ("0-7", ""));
+    }
+
+    fn counts(cgroup: &Path, max: &str, oom: u64, oom_kill: u64) {
+        fs::create_dir_all(cgroup).unwrap();
+        fs::write(cgroup.join("memory.max"), format!("{max}\n")).unwrap();
+        let events = format!("low 0\nhigh 0\nmax 9\noom {oom}\noom_kill {oom_kill}\n");
+        fs::write(cgroup.join("memory.events.local"), events).unwrap();
+    }
+
+    #[test]
+    fn a_kill_of_the_oom_killer_is_found_with_the_limit_that_was_reached() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, pod) = (dir.path(), dir.path().join("kubepods/podx"));
+        let leaf = pod.join("nacelle-p");
+        let limit = |path: &str, bytes| Some(OomKill { limit: Some((path.into(), bytes)) });
+        fs::create_dir_all(&leaf).unwrap();
+        // Nothing counts memory.
+        assert_eq!(oom_kill(root, &leaf).unwrap(), None);
+        // A kubelet's cgroup of the pod does, and it has no limit.
+        counts(&pod, "max", 0, 1);
+        assert_eq!(oom_kill(root, &leaf).unwrap(), None, "the victim may be another pod's");
+        counts(&pod, "67108864", 1, 1);
+        assert_eq!(oom_kill(root, &leaf).unwrap(), limit("/kubepods/podx", 64 << 20));
+        // The leaf does as well, and is asked alone.
+        counts(&leaf, "max", 0, 0);
+        assert_eq!(oom_kill(root, &leaf).unwrap(), None);
+        counts(&leaf, "max", 0, 1);
+        assert_eq!(oom_kill(root, &leaf).unwrap(), limit("/kubepods/podx", 64 << 20));
+        // The host's own memory was at its end.
+        counts(&pod, "67108864", 0, 0);
+        assert_eq!(oom_kill(root, &leaf).unwrap(), Some(OomKill { limit: None }));
+        // A container of a host pod is no agent.
+        counts(&leaf, "max", 0, 0);
+        counts(&leaf.join("container"), "4096", 1, 1);
+        assert_eq!(oom_kill(root, &leaf).unwrap(), None);
+        counts(&leaf.join(AGENT), "max", 0, 1);
+        assert_eq!(oom_kill(root, &leaf).unwrap(), Some(OomKill { limit: None }));
     }
 
     #[test]

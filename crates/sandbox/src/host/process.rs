@@ -2,7 +2,7 @@
 //! one in the journal.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -47,13 +47,11 @@ impl Process {
             Err(e) => return Err(e),
         };
         // Read after the pidfd is held: if it matches now, the descriptor means that process.
-        match start_time(pid) {
-            Ok(time) if time == started => {
-                let process = Self::new(pid, pidfd)?;
-                Ok((!process.has_ended()).then_some(process))
-            }
-            _ => Ok(None),
+        if !is_from(start_time(pid), started)? {
+            return Ok(None);
         }
+        let process = Self::new(pid, pidfd)?;
+        Ok((!process.has_ended()).then_some(process))
     }
 
     pub(crate) fn kill(&self) -> io::Result<()> {
@@ -86,6 +84,39 @@ impl Process {
         tokio::time::timeout(limit, self.ended())
             .await
             .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "process survives SIGKILL"))
+    }
+}
+
+/// Whether a process that started then is the one that is looked for. One that has gone meanwhile is
+/// not; what keeps us from looking (no free descriptor, say) is an error.
+fn is_from(time: io::Result<u64>, started: u64) -> io::Result<bool> {
+    match time {
+        Ok(time) => Ok(time == started),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Sets how readily the OOM killer takes the process with this pid, if it is the one that started
+/// then; one that has ended is fine. Blocks.
+pub(crate) fn set_oom_score(pid: u32, started: u64, score: i32) -> io::Result<()> {
+    let gone = |e: &io::Error| {
+        e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH)
+    };
+    // What is open means one process, also when its pid is used again.
+    let opened = fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/oom_score_adj"));
+    let mut file = match opened {
+        Ok(file) => file,
+        Err(e) if gone(&e) => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    if !is_from(start_time(pid), started)? {
+        return Ok(());
+    }
+    match file.write_all(score.to_string().as_bytes()) {
+        Err(e) if gone(&e) => Ok(()),
+        other => other,
     }
 }
 
@@ -140,6 +171,32 @@ mod tests {
         let stat = "42 (a) b (c)) S 1 42 42 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 98765 1 2 3";
         assert_eq!(parse_start_time(stat), Some(98765));
         assert_eq!(parse_start_time("42 (short) S 1"), None);
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_looked_at_is_not_taken_for_gone() {
+        let error = |code| Err::<u64, _>(io::Error::from_raw_os_error(code));
+        assert!(is_from(Ok(5), 5).unwrap() && !is_from(Ok(6), 5).unwrap());
+        for gone in [libc::ENOENT, libc::ESRCH] {
+            assert!(!is_from(error(gone), 5).unwrap());
+        }
+        for other in [libc::EMFILE, libc::ENFILE, libc::ENOMEM] {
+            assert_eq!(is_from(error(other), 5).unwrap_err().raw_os_error(), Some(other));
+        }
+    }
+
+    #[test]
+    fn a_score_is_set_for_the_process_that_is_meant_and_no_other() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let (pid, started) = (child.id(), start_time(child.id()).unwrap());
+        let score = || fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+        set_oom_score(pid, started, 700).unwrap();
+        assert_eq!(score().trim(), "700");
+        set_oom_score(pid, started + 1, 800).unwrap();
+        assert_eq!(score().trim(), "700");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        set_oom_score(pid, started, 800).unwrap();
     }
 
     #[tokio::test]

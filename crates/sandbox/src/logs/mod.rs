@@ -4,5 +4,5 @@ mod format;
 mod pump;
 mod writer;
 
-pub(crate) use pump::{LogHandle, Source, start};
+pub(crate) use pump::{LogHandle, Place, Source, resume, start};
 pub(crate) use writer::LogWriter;

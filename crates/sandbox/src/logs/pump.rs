@@ -4,6 +4,7 @@
 //! channel and the guest's window are bounded: a disk that is full holds the container's own
 //! writes back, nothing is dropped.
 
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use agent_api::stdio::{Kind, Status};
@@ -29,6 +30,10 @@ const ATTACH_PATIENCE: Duration = Duration::from_secs(10);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MOST: Duration = Duration::from_secs(5);
+/// A log that cannot be opened is tried again after this time at most.
+const OPEN_MOST: Duration = Duration::from_secs(30);
+/// Output that has not come within this time after the last is not waited for.
+const QUIET: Duration = Duration::from_millis(250);
 
 /// Where a container's output comes from.
 #[derive(Debug, Clone)]
@@ -36,6 +41,28 @@ pub(crate) struct Source {
     pub(crate) door: Door,
     pub(crate) container: String,
     pub(crate) tty: bool,
+}
+
+/// Where the log is to be opened.
+#[derive(Debug, Clone)]
+pub(crate) struct Place {
+    /// None: the container has no log.
+    pub(crate) path: Option<PathBuf>,
+    pub(crate) sidecar: PathBuf,
+}
+
+enum Sink {
+    Open(LogWriter),
+    Closed(Place),
+}
+
+/// How much is on its way from the guest to the log.
+#[derive(Debug, Clone, Copy)]
+struct Flow {
+    /// Streams that the guest was not asked for yet, or has not answered for.
+    joining: u8,
+    /// A piece was received and is not in the log.
+    writing: bool,
 }
 
 enum Order {
@@ -48,6 +75,7 @@ enum Order {
 pub(crate) struct LogHandle {
     orders: mpsc::Sender<Order>,
     drained: watch::Receiver<bool>,
+    flow: watch::Receiver<Flow>,
 }
 
 impl LogHandle {
@@ -74,14 +102,48 @@ impl LogHandle {
     pub(crate) async fn drained(&self) {
         let _ = self.drained.clone().wait_for(|drained| *drained).await;
     }
+
+    /// Resolves when what a process that has ended printed stands in the log: both streams have
+    /// ended, or nothing comes any more from a stream that another process holds open.
+    pub(crate) async fn settled(&self) {
+        let mut flow = self.flow.clone();
+        let quiet = async {
+            loop {
+                let Flow { joining, writing } = *flow.borrow_and_update();
+                let changed = match joining == 0 && !writing {
+                    true => tokio::time::timeout(QUIET, flow.changed()).await,
+                    false => Ok(flow.changed().await),
+                };
+                if !matches!(changed, Ok(Ok(()))) {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = self.drained() => {}
+            () = quiet => {}
+        }
+    }
 }
 
 /// Starts moving output from where `writer` says that it ended.
 pub(crate) fn start(source: Source, writer: LogWriter) -> LogHandle {
+    start_with(source, Sink::Open(writer))
+}
+
+/// The same for a log that is opened later, if it cannot be opened now: until then the guest keeps
+/// the output, and a container that prints more than fits there waits.
+pub(crate) fn resume(source: Source, place: Place) -> LogHandle {
+    start_with(source, Sink::Closed(place))
+}
+
+fn start_with(source: Source, sink: Sink) -> LogHandle {
     let (orders, receiver) = mpsc::channel(8);
     let (drained_tx, drained) = watch::channel(false);
-    tokio::spawn(run(source, writer, receiver, drained_tx));
-    LogHandle { orders, drained }
+    let streams = if source.tty { 1 } else { 2 };
+    let (flow_tx, flow) = watch::channel(Flow { joining: streams, writing: false });
+    tokio::spawn(run(source, sink, receiver, drained_tx, flow_tx));
+    LogHandle { orders, drained, flow }
 }
 
 struct Chunk {
@@ -116,10 +178,19 @@ struct Client {
 
 async fn run(
     source: Source,
-    writer: LogWriter,
+    sink: Sink,
     mut orders: mpsc::Receiver<Order>,
     drained: watch::Sender<bool>,
+    flow: watch::Sender<Flow>,
 ) {
+    let mut clients = Vec::new();
+    let writer = match sink {
+        Sink::Open(writer) => writer,
+        Sink::Closed(place) => match open_log(&source, &place, &mut orders, &mut clients).await {
+            Some(writer) => writer,
+            None => return,
+        },
+    };
     let progress = writer.progress();
     let (chunks, mut incoming) = mpsc::channel(PIECES);
     // Readers end with this task: a JoinSet aborts what it holds when dropped.
@@ -127,7 +198,7 @@ async fn run(
     let mut open = |kind, name, from| {
         let (ack, acks) = watch::channel(from);
         let id = StreamId { container: source.container.clone(), exec: String::new(), kind };
-        readers.spawn(read(source.door.clone(), id, from, acks, chunks.clone()));
+        readers.spawn(read(source.door.clone(), id, from, acks, chunks.clone(), flow.clone()));
         Stream { kind, name, cutter: Cutter::default(), received: from, ack }
     };
     let stdout = open(Kind::Stdout, "stdout", progress.stdout);
@@ -145,7 +216,7 @@ async fn run(
         stdout,
         stderr,
         progress,
-        clients: Vec::new(),
+        clients,
         tty: source.tty,
     };
     let mut reading = true;
@@ -153,9 +224,11 @@ async fn run(
         tokio::select! {
             chunk = incoming.recv() => match chunk {
                 Some(chunk) => {
+                    flow.send_modify(|flow| flow.writing = true);
                     if !pump.take(chunk, &mut orders).await {
                         return;
                     }
+                    flow.send_modify(|flow| flow.writing = false);
                 }
                 None => reading = false,
             },
@@ -173,6 +246,66 @@ async fn run(
         // Whoever attaches now reads the end at once.
         pump.clients.clear();
     }
+}
+
+/// Opens the log, however often that has to be tried. None when nobody holds a handle any more.
+async fn open_log(
+    source: &Source,
+    place: &Place,
+    orders: &mut mpsc::Receiver<Order>,
+    clients: &mut Vec<Client>,
+) -> Option<LogWriter> {
+    let (mut pause, mut asked) = (RETRY_FIRST, None::<oneshot::Sender<std::io::Result<()>>>);
+    loop {
+        let Place { path, sidecar } = place.clone();
+        let opened = blocking(move || LogWriter::open(path, &sidecar)).await;
+        let result = match &opened {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                tracing::warn!(
+                    container = source.container,
+                    path = %place.path.as_deref().unwrap_or(&place.sidecar).display(),
+                    %error,
+                    "container log cannot be opened, will be tried again; the container's output \
+                     waits"
+                );
+                Err(std::io::Error::new(error.kind(), error.to_string()))
+            }
+        };
+        if let Some(reply) = asked.take() {
+            let _ = reply.send(result);
+        }
+        if let Ok(writer) = opened {
+            return Some(writer);
+        }
+        let until = tokio::time::Instant::now() + pause;
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => break,
+                order = orders.recv() => match order? {
+                    Order::Reopen(reply) => {
+                        asked = Some(reply);
+                        break;
+                    }
+                    Order::Attach(reply) => clients.extend(attach(source.tty, reply)),
+                },
+            }
+        }
+        pause = (pause * 2).min(OPEN_MOST);
+    }
+}
+
+/// A client for whoever waits for the answer; none if nobody does.
+fn attach(tty: bool, reply: oneshot::Sender<(ByteReader, Option<ByteReader>)>) -> Option<Client> {
+    let (out, out_reader) = tokio::io::duplex(ATTACH_BUFFER);
+    let (stderr, err_reader) = if tty {
+        (None, None)
+    } else {
+        let (err, reader) = tokio::io::duplex(ATTACH_BUFFER);
+        (Some(err), Some(Box::pin(reader) as ByteReader))
+    };
+    let taken = reply.send((Box::pin(out_reader), err_reader));
+    taken.is_ok().then_some(Client { stdout: Some(out), stderr })
 }
 
 impl Pump {
@@ -255,18 +388,7 @@ impl Pump {
                 self.writer = Some(writer);
                 let _ = reply.send(result);
             }
-            Order::Attach(reply) => {
-                let (out, out_reader) = tokio::io::duplex(ATTACH_BUFFER);
-                let (stderr, err_reader) = if self.tty {
-                    (None, None)
-                } else {
-                    let (err, reader) = tokio::io::duplex(ATTACH_BUFFER);
-                    (Some(err), Some(Box::pin(reader) as ByteReader))
-                };
-                if reply.send((Box::pin(out_reader), err_reader)).is_ok() {
-                    self.clients.push(Client { stdout: Some(out), stderr });
-                }
-            }
+            Order::Attach(reply) => self.clients.extend(attach(self.tty, reply)),
         }
     }
 }
@@ -296,7 +418,14 @@ async fn read(
     mut offset: u64,
     mut acks: watch::Receiver<u64>,
     chunks: mpsc::Sender<Chunk>,
+    flow: watch::Sender<Flow>,
 ) {
+    let mut joining = true;
+    let mut joined = move || {
+        if std::mem::take(&mut joining) {
+            flow.send_modify(|flow| flow.joining -= 1);
+        }
+    };
     let mut buffer = vec![0; PIECE];
     loop {
         let mut reader = match StreamReader::open(&door, &id, offset).await {
@@ -313,6 +442,7 @@ async fn read(
                 continue;
             }
         };
+        joined();
         acks.mark_changed();
         loop {
             tokio::select! {
@@ -345,5 +475,6 @@ async fn read(
         }
         tokio::time::sleep(RECONNECT_PAUSE).await;
     }
+    joined();
     let _ = chunks.send(Chunk { kind: id.kind, bytes: Vec::new() }).await;
 }

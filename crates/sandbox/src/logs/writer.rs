@@ -124,7 +124,8 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Goes on at the path: in the same file if it is still there, else in a new one.
+    /// Goes on at the path: in the same file if it is still there, else in a new one. After an error
+    /// it goes on where it was: who rotates logs then moves that file back.
     pub(crate) fn reopen(&mut self) -> io::Result<()> {
         let Some(path) = &self.path else { return self.record() };
         if let Some(folder) = path.parent() {
@@ -137,9 +138,14 @@ impl LogWriter {
         if !meta.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "log path is no regular file"));
         }
-        self.state = State { inode: meta.ino(), length: meta.len(), ..self.state };
+        let state = State { inode: meta.ino(), length: meta.len(), ..self.state };
+        let former = std::mem::replace(&mut self.state, state);
+        if let Err(error) = self.record() {
+            self.state = former;
+            return Err(error);
+        }
         self.file = Some(file);
-        self.record()
+        Ok(())
     }
 
     /// Writes what is left of the batch. After an error it may be called again: nothing is written
@@ -277,6 +283,29 @@ mod tests {
         writer.write(&mut batch("three\n", 14)).unwrap();
         assert_eq!(fs::read_to_string(old).unwrap(), "one\ntwo\n");
         assert_eq!(place.text(), "three\n");
+    }
+
+    #[test]
+    fn a_rotation_that_fails_leaves_the_log_where_it_was() {
+        let place = Place::new();
+        let mut writer = place.open();
+        writer.write(&mut batch("one\n", 4)).unwrap();
+        let old = place.dir.path().join("0.log.1");
+        fs::rename(place.log(), &old).unwrap();
+        fs::create_dir(place.log()).unwrap();
+        writer.reopen().unwrap_err();
+        fs::remove_dir(place.log()).unwrap();
+        // The new log can be opened, and what it holds cannot be recorded.
+        let sidecar = place.dir.path().join("sidecar");
+        let recorded = std::mem::replace(&mut writer.sidecar, File::open(&sidecar).unwrap());
+        writer.reopen().unwrap_err();
+        writer.sidecar = recorded;
+        fs::rename(&old, place.log()).unwrap();
+        writer.write(&mut batch("two\n", 8)).unwrap();
+        assert_eq!(place.text(), "one\ntwo\n");
+        drop(writer);
+        assert_eq!(place.open().progress().stdout, 8);
+        assert_eq!(place.text(), "one\ntwo\n");
     }
 
     #[test]

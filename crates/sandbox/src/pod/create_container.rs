@@ -10,12 +10,12 @@ use tokio_util::sync::CancellationToken;
 use super::handle::Handle;
 use super::undo::remove_files;
 use super::volumes::{self, Prepared};
-use super::{cpuset, disks, empty_dirs, host_pod, shares, sync};
+use super::{cpuset, disks, empty_dirs, host_pod, oom_score, shares, sync};
 use crate::apparmor::AppArmor;
 use crate::error::Error;
 use crate::host::blocking;
 use crate::host::scratch::INODE_RATIO;
-use crate::logs::{self, LogWriter, Source};
+use crate::logs::{self, LogWriter, Place, Source};
 use crate::model::{BlockDevice, ContainerId, ContainerSpec, Identity, PidMode};
 use crate::policy::{Change, Container, ContainerPhase, Phase, Pod};
 
@@ -67,6 +67,7 @@ pub(super) async fn create_container(
     let result = match planned {
         Err(e) => Err(e),
         Ok(()) => {
+            oom_score::apply(handle).await;
             let made = tokio::select! {
                 result = create(handle, &id) => result,
                 () = cancel.cancelled() => Err(Error::Cancelled { what: "creation of the container" }),
@@ -131,20 +132,32 @@ async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
     Ok(Identity { uid, gid, groups })
 }
 
-/// Takes up the container's output where its log ends.
-pub(super) async fn start_log(handle: &Handle, container: &Container) -> Result<(), Error> {
-    let path = Some(container.log_path.clone()).filter(|p| !p.as_os_str().is_empty());
-    let sidecar = handle.paths.sidecar(&container.id);
+/// Begins the container's log. One that cannot be opened is an error of the creation.
+async fn start_log(handle: &Handle, container: &Container) -> Result<(), Error> {
+    let (source, Place { path, sidecar }) = output(handle, container);
     let shown = container.log_path.display().to_string();
     let writer = blocking(move || LogWriter::open(path, &sidecar)).await;
     let writer = writer.map_err(|e| Error::io(format!("open the container's log {shown}"), e))?;
+    handle.set_log(&container.id, logs::start(source, writer));
+    Ok(())
+}
+
+/// Takes up the container's output where its log ends, as soon as the log can be opened: nothing else
+/// waits for that.
+pub(super) fn resume_log(handle: &Handle, container: &Container) {
+    let (source, place) = output(handle, container);
+    handle.set_log(&container.id, logs::resume(source, place));
+}
+
+fn output(handle: &Handle, container: &Container) -> (Source, Place) {
+    let path = Some(container.log_path.clone()).filter(|p| !p.as_os_str().is_empty());
+    let place = Place { path, sidecar: handle.paths.sidecar(&container.id) };
     let source = Source {
         door: handle.guest.door().clone(),
         container: container.id.clone(),
         tty: container.spec.tty,
     };
-    handle.set_log(&container.id, logs::start(source, writer));
-    Ok(())
+    (source, place)
 }
 
 /// What a VM's kernel has to know of the container's AppArmor profile; the host's knows it.
@@ -241,6 +254,7 @@ pub(super) async fn forget(handle: &Arc<Handle>, id: &str) -> Result<(), Error> 
     handle.commit(vec![Change::ContainerGone { id: id.to_owned() }]).await?;
     if handle.pod().phase == Phase::Ready {
         cpuset::pin_again(handle).await;
+        oom_score::apply(handle).await;
     }
     handle.node.registry.forget_container(&id.to_owned());
     Ok(())

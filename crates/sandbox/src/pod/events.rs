@@ -7,16 +7,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use agent_api::v1;
 use agent_api::v1::event::Event as Kind;
 
-use super::cpuset;
 use super::handle::Handle;
 use super::write_back::write_back;
+use super::{cpuset, oom_score};
 use crate::error::Error;
 use crate::model::ExitView;
 use crate::policy::Change;
 
-/// A container that has ended is shown as ended when its output stands in the log, or after this
-/// time: something else may hold its pipes open.
-const DRAIN_LIMIT: Duration = Duration::from_secs(3);
+/// A container that has ended is shown as ended when what it printed stands in the log, at the latest
+/// after this time: the log may be on a full disk. What is printed later still gets there.
+const SETTLE_LIMIT: Duration = Duration::from_secs(1);
 /// A start that is not decided after this time does not hold back the container's end any more.
 const START_LIMIT: Duration = Duration::from_secs(5);
 /// Acknowledgements are gathered for this long: execs come in bursts.
@@ -100,8 +100,11 @@ async fn take(handle: &Arc<Handle>, event: Kind) {
     if let Some(id) = id {
         let handle = handle.clone();
         tokio::spawn(async move {
-            cpuset::pin_again(&handle).await;
-            show_when_drained(&handle, id).await;
+            let freed = async {
+                cpuset::pin_again(&handle).await;
+                oom_score::apply(&handle).await;
+            };
+            tokio::join!(freed, show_end(&handle, id));
         });
     }
 }
@@ -118,11 +121,14 @@ fn says_nothing_new(handle: &Handle, change: &Change) -> bool {
     }
 }
 
-pub(super) async fn show_when_drained(handle: &Handle, id: String) {
-    if let Some(log) = handle.log(&id) {
-        let _ = tokio::time::timeout(DRAIN_LIMIT, log.drained()).await;
-    }
-    write_back(handle, &id).await;
+/// Shows a container as ended that has ended.
+pub(super) async fn show_end(handle: &Handle, id: String) {
+    let settled = async {
+        if let Some(log) = handle.log(&id) {
+            let _ = tokio::time::timeout(SETTLE_LIMIT, log.settled()).await;
+        }
+    };
+    tokio::join!(settled, write_back(handle, &id));
     let _ = handle.commit(vec![Change::LogsDrained { id }]).await;
 }
 

@@ -24,7 +24,7 @@ use crate::model::{ContainerId, PodId};
 use crate::node::Node;
 use crate::policy::{Change, Container, Phase, Pod};
 use crate::stats::PodStatsView;
-use crate::vmm::{self, Vmm};
+use crate::vmm::Vmm;
 
 /// Files of a pod.
 #[derive(Debug, Clone)]
@@ -114,6 +114,8 @@ pub(crate) struct Handle {
     pub(super) resizing: tokio::sync::Mutex<()>,
     /// Held while the pod's cgroup is moved to other CPUs.
     pub(super) pinning: tokio::sync::Mutex<()>,
+    /// Held while the OOM scores of the pod's processes are set.
+    pub(super) scoring: tokio::sync::Mutex<()>,
     /// The file server, once it is needed. Held while it starts.
     pub(super) shares: tokio::sync::Mutex<Option<Arc<Server>>>,
     /// Held while shares are added or removed: several containers may have the same one.
@@ -171,6 +173,7 @@ impl Handle {
             plugs: tokio::sync::Mutex::default(),
             resizing: tokio::sync::Mutex::default(),
             pinning: tokio::sync::Mutex::default(),
+            scoring: tokio::sync::Mutex::default(),
             shares: tokio::sync::Mutex::default(),
             sharing: tokio::sync::Mutex::default(),
             live: Mutex::default(),
@@ -246,14 +249,6 @@ impl Handle {
         answer.await.map_err(|_| gone())?
     }
 
-    /// Why the VM has ended, or the agent of a pod without one, for people.
-    pub(super) fn last_words(&self) -> String {
-        match self.machine {
-            Machine::Vm(_) => vmm::exit_reason(&self.paths.status),
-            Machine::Host(_) => "the pod's agent on this host has ended".to_owned(),
-        }
-    }
-
     /// Resolves when the owner task is no more.
     pub(crate) async fn owner_ended(&self) {
         self.requests.closed().await;
@@ -311,6 +306,12 @@ impl Handle {
         live.logs.remove(container);
         live.syncs.remove(container);
         live.written_back.retain(|(id, _), _| id != container);
+    }
+
+    /// Nothing is written to a log any more; what comes is left to the guest.
+    pub(super) fn end_logs(&self) {
+        let logs = std::mem::take(&mut self.live().logs);
+        drop(logs);
     }
 
     pub(super) fn logs(&self) -> Vec<LogHandle> {

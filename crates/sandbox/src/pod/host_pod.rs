@@ -15,7 +15,7 @@ use crate::guest::SOCKETS;
 use crate::host::{absent_is_fine, blocking, cgroup, sockets};
 use crate::launcher::{Namespaces, Program};
 use crate::model::HostNamespaces;
-use crate::policy::{Effect, Pod};
+use crate::policy::Pod;
 use crate::ports::Attachment;
 
 /// Name of the folder of a pod's sockets on which the agent mounts its root.
@@ -84,11 +84,7 @@ pub(super) async fn end_rest(handle: &Handle, pod: &Pod) {
     if handle.machine.host().is_none() {
         return;
     }
-    let leaf = pod.ledger.iter().find_map(|effect| match effect {
-        Effect::Cgroup { leaf, .. } => Some(leaf.clone()),
-        _ => None,
-    });
-    let Some(leaf) = leaf else { return };
+    let Some(leaf) = pod.cgroup().map(Path::to_owned) else { return };
     let killed = blocking(move || absent_is_fine(fs::write(leaf.join("cgroup.kill"), "1"))).await;
     if let Err(error) = killed {
         tracing::error!(pod = handle.id, %error, "processes of a pod go on without their agent");

@@ -10,12 +10,14 @@
 mod announce;
 mod cpuset;
 mod create_container;
+mod death;
 mod disks;
 mod empty_dirs;
 mod events;
 mod handle;
 mod host_pod;
 mod memory;
+mod oom_score;
 mod owner;
 mod recover;
 mod remove_container;

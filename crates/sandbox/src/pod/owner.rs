@@ -14,6 +14,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use super::announce::Told;
+use super::death::Death;
 use super::handle::Handle;
 use super::{
     create_container, recover, remove_container, remove_pod, run_pod, start_container, stop_pod,
@@ -30,6 +31,8 @@ use crate::policy::{Change, Container, ContainerPhase, Misfit, Phase, Pod};
 const QUEUE: usize = 64;
 /// A removal that failed is tried again after this time.
 const REMOVE_AGAIN: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
+/// A search for a pod's VMM that panicked begins again after this time.
+const REATTACH_AGAIN: Duration = Duration::from_secs(1);
 /// A record that could not be written is tried again after this time.
 const WRITE_AGAIN: Duration = Duration::from_secs(1);
 
@@ -53,7 +56,7 @@ pub(crate) enum Msg {
     },
     /// The VM is gone; output has been read as far as it came.
     VmmEnded {
-        reason: String,
+        death: Death,
     },
     /// The guest has missed its pings.
     GuestSilent,
@@ -83,7 +86,7 @@ pub(super) enum JobEnd {
 enum Activity {
     Idle,
     Starting { cancel: CancellationToken },
-    Reattaching,
+    Reattaching { cancel: CancellationToken },
     Stopping,
     Removing,
 }
@@ -159,7 +162,11 @@ impl Owner {
                 (false, false) => Duration::MAX,
             };
             tokio::select! {
-                () = shutdown.cancelled() => return,
+                () = shutdown.cancelled() => {
+                    // The next daemon writes them.
+                    self.handle.end_logs();
+                    return;
+                }
                 Some(end) = self.jobs.join_next() => self.job_ended(end).await,
                 Some(msg) = incoming.recv() => self.handle(msg).await,
                 _ = retries.tick(), if self.half_done().next().is_some() => self.finish_half_done(),
@@ -190,14 +197,19 @@ impl Owner {
                 Phase::Starting | Phase::Removing => self.begin_remove(),
                 Phase::Stopping => self.begin_stop(),
                 Phase::NotReady => {}
-                Phase::Ready => {
-                    self.activity = Activity::Reattaching;
-                    let handle = self.handle.clone();
-                    self.jobs
-                        .spawn(async move { JobEnd::Reattached(recover::find_vm(&handle).await) });
-                }
+                Phase::Ready => self.begin_reattach(Duration::ZERO),
             },
         }
+    }
+
+    fn begin_reattach(&mut self, pause: Duration) {
+        let cancel = CancellationToken::new();
+        self.activity = Activity::Reattaching { cancel: cancel.clone() };
+        let handle = self.handle.clone();
+        self.jobs.spawn(async move {
+            let _ = tokio::time::timeout(pause, cancel.cancelled()).await;
+            JobEnd::Reattached(recover::find_vm(&handle, &cancel).await)
+        });
     }
 
     async fn again(&mut self) {
@@ -215,18 +227,27 @@ impl Owner {
                 let result = self.commit(changes).await;
                 let _ = reply.send(result);
             }
-            Msg::VmmEnded { reason } => {
-                let reason =
-                    if self.silent { "the guest stopped answering".into() } else { reason };
+            Msg::VmmEnded { death } => {
+                let death = match self.silent {
+                    true => self.killed_for_silence(),
+                    false => death,
+                };
                 if self.pod.phase == Phase::Ready {
-                    tracing::error!(pod = self.handle.id, reason, "VM has died");
+                    let what = match self.pod.spec.host {
+                        None => "VM has died",
+                        Some(_) => "agent of a pod on this host has died",
+                    };
+                    tracing::error!(pod = self.handle.id, reason = death.reason, "{what}");
                 }
-                let change = Change::VmDied { reason, at: std::time::SystemTime::now() };
+                let change = death.change(std::time::SystemTime::now());
                 let _ = self.commit(vec![change]).await;
+                // Nobody is there to be asked any more.
+                self.watchers = JoinSet::new();
+                self.process = None;
                 self.handle.clear_live();
             }
             Msg::GuestSilent => {
-                tracing::error!(pod = self.handle.id, "guest does not answer; killing its VM");
+                tracing::error!(pod = self.handle.id, "agent does not answer; it is killed");
                 self.silent = true;
                 if let Some(process) = &self.process
                     && let Err(error) = process.kill()
@@ -242,17 +263,21 @@ impl Owner {
             Request::Stop(reply) => {
                 self.stop_waiters.push(reply);
                 match &self.activity {
-                    Activity::Starting { cancel } => cancel.cancel(),
+                    Activity::Starting { cancel } | Activity::Reattaching { cancel } => {
+                        cancel.cancel();
+                    }
                     Activity::Idle => self.begin_stop(),
-                    Activity::Reattaching | Activity::Stopping | Activity::Removing => {}
+                    Activity::Stopping | Activity::Removing => {}
                 }
             }
             Request::Remove(reply) => {
                 self.remove_waiters.push(reply);
                 match &self.activity {
-                    Activity::Starting { cancel } => cancel.cancel(),
+                    Activity::Starting { cancel } | Activity::Reattaching { cancel } => {
+                        cancel.cancel();
+                    }
                     Activity::Idle => self.begin_remove(),
-                    Activity::Reattaching | Activity::Stopping | Activity::Removing => {}
+                    Activity::Stopping | Activity::Removing => {}
                 }
             }
             Request::CreateContainer { container, cancel, reply } => {
@@ -360,7 +385,7 @@ impl Owner {
             match self.activity {
                 Activity::Idle => JobEnd::Other,
                 Activity::Starting { .. } => JobEnd::Started(Err(error)),
-                Activity::Reattaching => JobEnd::Reattached(None),
+                Activity::Reattaching { .. } => JobEnd::Reattached(None),
                 Activity::Stopping => JobEnd::Stopped(Err(error)),
                 Activity::Removing => JobEnd::Removed(Err(error)),
             }
@@ -380,8 +405,13 @@ impl Owner {
             }
             JobEnd::Reattached(process) => {
                 self.activity = Activity::Idle;
-                if let Some(process) = process {
-                    self.watch_vm(process, true);
+                match process {
+                    Some(process) => self.watch_vm(process, true),
+                    // The search has failed, and nobody has asked for the pod's end.
+                    None if self.pod.phase == Phase::Ready && self.nobody_waits() => {
+                        self.begin_reattach(REATTACH_AGAIN);
+                    }
+                    None => {}
                 }
                 self.next();
             }
@@ -429,6 +459,18 @@ impl Owner {
         } else if !self.stop_waiters.is_empty() {
             self.begin_stop();
         }
+    }
+
+    fn nobody_waits(&self) -> bool {
+        self.remove_waiters.is_empty() && self.stop_waiters.is_empty()
+    }
+
+    fn killed_for_silence(&self) -> Death {
+        let reason = match self.pod.spec.host {
+            None => "the guest stopped answering",
+            Some(_) => "the pod's agent on this host stopped answering",
+        };
+        Death { reason: reason.to_owned(), out_of_memory: false }
     }
 
     fn watch_vm(&mut self, process: Arc<Process>, reattach: bool) {

@@ -6,40 +6,64 @@ use std::time::{Duration, SystemTime};
 
 use agent_api::v1;
 
-use super::cpuset;
-use super::create_container::{forget, start_log, undo};
-use super::events::{ended, show_when_drained};
+use tokio_util::sync::CancellationToken;
+
+use super::create_container::resume_log;
+use super::events::{ended, show_end};
 use super::handle::Handle;
-use super::host_pod;
-use super::remove_container::free_in_guest;
-use super::sync;
+use super::{cpuset, death, host_pod, oom_score, sync};
 use crate::error::Error;
 use crate::host::process::Process;
 use crate::model::ExitView;
 use crate::policy::{Change, Container, ContainerPhase};
 
+/// A process that cannot be looked for is looked for again after this time, then after twice that,
+/// and so on.
+const FIND_FIRST: Duration = Duration::from_millis(if cfg!(test) { 5 } else { 100 });
+const FIND_MOST: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(500);
 const SIGKILL: u32 = 9;
 
-/// The VMM of the journal, if it still runs; if not, the pod is told so.
-pub(super) async fn find_vm(handle: &Arc<Handle>) -> Option<Arc<Process>> {
-    let found = match handle.pod().vmm() {
+/// The VMM of the journal, if it still runs; if not, the pod is told so. None as well when `cancel`
+/// comes first: then nothing is known of it.
+pub(super) async fn find_vm(
+    handle: &Arc<Handle>,
+    cancel: &CancellationToken,
+) -> Option<Arc<Process>> {
+    let vmm = handle.pod().vmm();
+    let find = || match vmm {
         Some((pid, started)) => Process::find(pid, started),
         None => Ok(None),
     };
-    match found {
-        Ok(Some(process)) => Some(Arc::new(process)),
-        Ok(None) => {
-            host_pod::end_rest(handle, &handle.pod()).await;
-            let reason = handle.last_words();
-            let at = SystemTime::now();
-            let _ = handle.commit(vec![Change::VmDied { reason, at }]).await;
-            None
+    let found = tokio::select! {
+        found = find_again(&handle.id, find) => found,
+        () = cancel.cancelled() => return None,
+    };
+    if let Some(process) = found {
+        return Some(Arc::new(process));
+    }
+    host_pod::end_rest(handle, &handle.pod()).await;
+    let change = death::cause(handle).await.change(SystemTime::now());
+    let _ = handle.commit(vec![change]).await;
+    None
+}
+
+/// An error (no free descriptor, no memory) says nothing of the process: it is looked for until it is
+/// found, or known to be gone.
+async fn find_again<T>(
+    pod: &str,
+    mut find: impl FnMut() -> std::io::Result<Option<T>>,
+) -> Option<T> {
+    let mut pause = FIND_FIRST;
+    loop {
+        match find() {
+            Ok(found) => return found,
+            Err(error) => {
+                tracing::error!(pod, %error, "cannot look for the pod's VMM, will try again");
+            }
         }
-        Err(error) => {
-            tracing::error!(pod = handle.id, %error, "cannot look for the pod's VMM");
-            None
-        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(FIND_MOST);
     }
 }
 
@@ -67,42 +91,34 @@ async fn try_reattach(handle: &Arc<Handle>) -> Result<(), Error> {
     });
     let processes = listed.await?.processes;
     let pod = handle.pod();
-    let found = pod.containers.values().filter(|c| handle.recovered.contains(&c.id));
-    for container in found {
-        match container.phase {
-            ContainerPhase::Creating => undo(handle, &container.id).await,
-            ContainerPhase::Removing => {
-                free_in_guest(handle, &container.id).await?;
-                forget(handle, &container.id).await?;
-            }
-            ContainerPhase::Present => {
-                let process = processes
-                    .iter()
-                    .find(|p| p.container_id == container.id && p.exec_id.is_empty());
-                take_up(handle, container, process).await?;
-            }
-        }
+    // Those that are half made or half removed are finished by the pod's owner.
+    let present =
+        |c: &&Container| handle.recovered.contains(&c.id) && c.phase == ContainerPhase::Present;
+    for container in pod.containers.values().filter(present) {
+        let process =
+            processes.iter().find(|p| p.container_id == container.id && p.exec_id.is_empty());
+        take_up(handle, container, process).await;
     }
     // A daemon that was killed may have journaled an update and not carried it out.
     cpuset::pin_again(handle).await;
+    oom_score::apply(handle).await;
     end_orphaned_execs(handle, &processes).await;
     Ok(())
 }
 
-async fn take_up(
-    handle: &Arc<Handle>,
-    container: &Container,
-    process: Option<&v1::Process>,
-) -> Result<(), Error> {
+/// Waits for nothing but the journal: trouble of one container is not that of the others.
+async fn take_up(handle: &Arc<Handle>, container: &Container, process: Option<&v1::Process>) {
     if handle.log(&container.id).is_none() {
-        start_log(handle, container).await?;
+        resume_log(handle, container);
     }
-    if container.exit.is_none() {
-        sync::start_again(handle, container);
-    } else {
-        show_when_drained(handle, container.id.clone()).await;
-        return Ok(());
+    if container.exit.is_some() {
+        // Of one that is shown, what comes late still gets into the log.
+        if !container.drained {
+            show(handle, container);
+        }
+        return;
     }
+    sync::start_again(handle, container);
     let id = container.id.clone();
     let changes = match process.map(|p| (p.state(), p)) {
         Some((v1::ProcessState::Created, _)) => vec![],
@@ -116,13 +132,20 @@ async fn take_up(
         None => vec![lost(id)],
     };
     let has_ended = changes.iter().any(|c| matches!(c, Change::ContainerEnded { .. }));
-    if !changes.is_empty() {
-        handle.commit(changes).await?;
+    // What cannot be written down now is known all the same, and is written later.
+    if !changes.is_empty()
+        && let Err(error) = handle.commit(changes).await
+    {
+        tracing::warn!(container = container.id, %error, "what has happened is not journaled yet");
     }
     if has_ended {
-        show_when_drained(handle, container.id.clone()).await;
+        show(handle, container);
     }
-    Ok(())
+}
+
+fn show(handle: &Arc<Handle>, container: &Container) {
+    let (handle, id) = (handle.clone(), container.id.clone());
+    tokio::spawn(async move { show_end(&handle, id).await });
 }
 
 /// The guest has never heard of a container that the journal holds.
@@ -156,6 +179,21 @@ async fn end_orphaned_execs(handle: &Handle, processes: &[v1::Process]) {
         });
         if let Err(error) = killed.await {
             tracing::warn!(pod = handle.id, %error, "orphaned command stays");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_error_of_the_search_for_a_vm_is_no_answer() {
+        let full = || Err(std::io::Error::from_raw_os_error(libc::EMFILE));
+        for end in [Some(7), None] {
+            let mut answers = vec![Ok(end), full(), full(), full()];
+            assert_eq!(find_again("p", || answers.pop().unwrap()).await, end);
+            assert!(answers.is_empty(), "it has given up early");
         }
     }
 }

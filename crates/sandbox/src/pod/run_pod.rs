@@ -18,7 +18,7 @@ use vmm_api::{DiskConfig, Fd, JailConfig, NetConfig, VmConfig, VsockConfig};
 
 use super::disks::write_volume;
 use super::handle::{Handle, Paths};
-use super::host_pod;
+use super::{death, host_pod, oom_score};
 use crate::apparmor::AppArmor;
 use crate::config::Config;
 use crate::error::Error;
@@ -114,7 +114,7 @@ pub(super) async fn run_pod(
     let boot = trace.phase("boot", async {
         tokio::select! {
             () = handle.guest.wait_until_up() => Ok(()),
-            () = process.ended() => Err(died(handle)),
+            () = process.ended() => Err(died(handle).await),
             () = cancel.cancelled() => Err(cancelled()),
             () = tokio::time::sleep(limit) => Err(silent(&handle.paths, limit)),
         }
@@ -125,7 +125,7 @@ pub(super) async fn run_pod(
     let configured = trace.phase("configure", async {
         tokio::select! {
             result = configure(handle, &pod, &attachment) => result,
-            () = process.ended() => Err(died(handle)),
+            () = process.ended() => Err(died(handle).await),
             () = cancel.cancelled() => Err(cancelled()),
         }
     });
@@ -154,10 +154,10 @@ pub(super) fn network_failed(what: &str, error: crate::ports::PortError) -> Erro
     Error::Internal(error.context(format!("network: {what}")))
 }
 
-fn died(handle: &Handle) -> Error {
+async fn died(handle: &Handle) -> Error {
+    let reason = death::cause(handle).await.reason;
     Error::unavailable(format!(
-        "the pod ended while it started: {}{}",
-        handle.last_words(),
+        "the pod ended while it started: {reason}{}",
         log_tail(&handle.paths)
     ))
 }
@@ -206,9 +206,13 @@ async fn launch(
     let program = {
         let (handle, pod) = (handle.clone(), pod.clone());
         let (attachment, leaf) = (attachment.clone(), leaf.to_owned());
-        blocking(move || match handle.machine.host() {
-            Some(own) => host_pod::program(&handle, own, &attachment, &leaf),
-            None => program(&handle, &pod, &attachment, &leaf, taps),
+        blocking(move || {
+            let program = match handle.machine.host() {
+                Some(own) => host_pod::program(&handle, own, &attachment, &leaf),
+                None => program(&handle, &pod, &attachment, &leaf, taps),
+            };
+            cgroup::count_memory(&handle.node.cgroup_root, &leaf);
+            program
         })
         .await?
     };
@@ -216,9 +220,12 @@ async fn launch(
     let failed = |e| Error::io("watch the VMM", e);
     let process = Process::new(launched.pid, launched.pidfd).map_err(failed)?;
     match start_time(launched.pid) {
-        Ok(started) => Ok((Arc::new(process), started)),
+        Ok(started) => {
+            oom_score::apply_to_new(handle, process.pid, started).await;
+            Ok((Arc::new(process), started))
+        }
         // It has ended and is reaped: there is nothing to be found again.
-        Err(_) => Err(died(handle)),
+        Err(_) => Err(died(handle).await),
     }
 }
 

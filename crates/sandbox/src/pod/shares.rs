@@ -20,6 +20,7 @@ use oci_spec::runtime::{LinuxIdMapping, Spec};
 use vmm_api::shares::{Access, VERSION_ACCESS};
 
 use super::handle::Handle;
+use super::oom_score;
 use super::share_plan::{self, Wanted};
 use super::volumes::volume_id;
 use crate::error::Error;
@@ -356,5 +357,6 @@ async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
 async fn plug(handle: &Handle, pid: u32, vhost: OwnedFd) -> Result<(), Error> {
     let started = start_time(pid).map_err(|_| gone())?;
     handle.commit(vec![Change::FileServerStarted { pid, started }]).await?;
+    oom_score::apply(handle).await;
     handle.machine.vmm()?.add_fs(DEVICE, SHARE_TAG, vhost).await
 }

@@ -2,6 +2,7 @@
 //! measured again soon: the next reader, a second later, sees something new (`crictl stats` takes two
 //! samples and refuses the same one twice).
 
+use std::collections::BTreeSet;
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::sync::Arc;
@@ -99,9 +100,16 @@ fn time(unix_ns: i64) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(since)
 }
 
+/// The first of those that have a key in common: a guest that names something twice would have a
+/// kubelet's metrics of the whole node refused.
+fn distinct<T, K: Ord>(all: Vec<T>, key: impl Fn(&T) -> K) -> impl Iterator<Item = T> {
+    let mut seen = BTreeSet::new();
+    all.into_iter().take(MAX_ENTRIES).filter(move |one| seen.insert(key(one)))
+}
+
 fn view(pod: &str, reply: v1::StatsReply, last: Option<&PodStatsView>) -> PodStatsView {
     let at = time(reply.unix_time_ns).unwrap_or_else(SystemTime::now);
-    let containers = reply.containers.into_iter().take(MAX_ENTRIES).map(|c| {
+    let containers = distinct(reply.containers, |c| c.container_id.clone()).map(|c| {
         let before = last.and_then(|l| l.containers.iter().find(|b| b.id == c.container_id));
         ContainerStatsView {
             at,
@@ -110,7 +118,7 @@ fn view(pod: &str, reply: v1::StatsReply, last: Option<&PodStatsView>) -> PodSta
             pids: c.pids,
             writable_layer: layer(c.writable_layer),
             processes: processes(c.processes),
-            block_io: c.block_io.into_iter().take(MAX_ENTRIES).map(block_io).collect(),
+            block_io: distinct(c.block_io, |d| (d.major, d.minor)).map(block_io).collect(),
             oom_events: c.oom_events,
             started_at: time(c.started_unix_ns),
             id: c.container_id,
@@ -123,10 +131,10 @@ fn view(pod: &str, reply: v1::StatsReply, last: Option<&PodStatsView>) -> PodSta
         cpu: cpu(totals.cpu, at, last.map(|l| (l.at, &l.cpu))),
         memory: memory(totals.memory),
         pids: totals.pids,
-        interfaces: totals.interfaces.into_iter().take(MAX_ENTRIES).map(interface).collect(),
+        interfaces: distinct(totals.interfaces, |i| i.name.clone()).map(interface).collect(),
         io_pressure: totals.io_pressure.map(pressure),
         containers: containers.collect(),
-        empty_dirs: totals.empty_dirs.into_iter().take(MAX_ENTRIES).map(empty_dir).collect(),
+        empty_dirs: distinct(totals.empty_dirs, |d| d.volume_id.clone()).map(empty_dir).collect(),
     }
 }
 
@@ -267,6 +275,27 @@ fn memory(memory: Option<v1::Memory>) -> MemoryView {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_guest_names_twice_is_told_once() {
+        let interface =
+            |rx_bytes| v1::NetworkStats { name: "eth0".into(), rx_bytes, ..Default::default() };
+        let disk = |major| v1::BlockIo { major, minor: 0, ..Default::default() };
+        let container = v1::ContainerStats {
+            container_id: "c".into(),
+            block_io: vec![disk(253), disk(254), disk(253)],
+            ..Default::default()
+        };
+        let interfaces = vec![interface(1), interface(2)];
+        let reply = v1::StatsReply {
+            containers: vec![container.clone(), container],
+            pod: Some(v1::PodStats { interfaces, ..Default::default() }),
+            ..Default::default()
+        };
+        let told = view("p", reply, None);
+        assert_eq!((told.interfaces.len(), told.interfaces[0].rx_bytes), (1, 1));
+        assert_eq!((told.containers.len(), told.containers[0].block_io.len()), (1, 2));
+    }
 
     #[test]
     fn the_rate_of_cpu_use_comes_from_two_measurements() {

@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 
 use super::handle::Handle;
 use super::owner::Msg;
-use super::{events, host_pod, recover, stats};
+use super::{death, events, host_pod, recover, stats};
 use crate::host::process::Process;
 
 /// After a VM's end, what its containers printed last gets this long to reach their logs.
@@ -36,10 +36,10 @@ async fn until_vm_ends(handle: Arc<Handle>, process: Arc<Process>) {
     process.ended().await;
     host_pod::end_rest(&handle, &handle.pod()).await;
     let logs = handle.logs();
-    let drained = futures_util::future::join_all(logs.iter().map(|log| log.drained()));
-    let _ = tokio::time::timeout(LAST_WORDS, drained).await;
-    let reason = handle.last_words();
-    handle.tell(Msg::VmmEnded { reason }).await;
+    let settled = futures_util::future::join_all(logs.iter().map(|log| log.settled()));
+    let _ = tokio::time::timeout(LAST_WORDS, settled).await;
+    let death = death::cause(&handle).await;
+    handle.tell(Msg::VmmEnded { death }).await;
 }
 
 async fn ping(handle: Arc<Handle>) {

@@ -93,6 +93,10 @@ fn died() -> Change {
     Change::VmDied { reason: "panic".into(), at: AT }
 }
 
+fn out_of_memory() -> Change {
+    Change::OutOfMemory { reason: "limit".into(), at: AT }
+}
+
 fn run(changes: Vec<Change>) -> Pod {
     let mut pod = pod();
     for change in changes {
@@ -104,7 +108,7 @@ fn run(changes: Vec<Change>) -> Pod {
 #[test]
 fn the_phases_follow_the_drawing_and_nothing_else() {
     use Phase::*;
-    let table: [(Phase, Change, Result<Phase, ()>); 12] = [
+    let table: [(Phase, Change, Result<Phase, ()>); 14] = [
         (Starting, ready(), Ok(Ready)),
         (Ready, ready(), Err(())),
         (Removing, ready(), Err(())),
@@ -116,6 +120,8 @@ fn the_phases_follow_the_drawing_and_nothing_else() {
         (Ready, died(), Ok(NotReady)),
         (Stopping, died(), Ok(Stopping)),
         (Starting, died(), Ok(Starting)),
+        (Ready, out_of_memory(), Ok(NotReady)),
+        (Stopping, out_of_memory(), Ok(Stopping)),
         (NotReady, Change::Removing, Ok(Removing)),
     ];
     for (from, change, to) in table {
@@ -173,6 +179,19 @@ fn an_oom_verdict_marks_the_kill_that_follows_and_no_other_end() {
 }
 
 #[test]
+fn containers_of_a_vm_that_the_oom_killer_ended_are_killed_by_it_too() {
+    let planned = |id: &str| Change::ContainerPlanned(Box::new(container(id)));
+    let mut pod = run(vec![ready(), planned("a"), planned("b")]);
+    pod.apply(Change::ContainerEnded { id: "b".into(), exit: exit(3) }).unwrap();
+    pod.apply(out_of_memory()).unwrap();
+    assert_eq!(pod.reason, "limit");
+    let exit = pod.containers["a"].exit.clone().unwrap();
+    assert_eq!((exit.code, exit.oom_killed, exit.reason.as_str()), (137, true, "OOMKilled"));
+    assert_eq!(exit.message, "limit");
+    assert_eq!(pod.containers["b"].exit.as_ref().unwrap().code, 3, "that one had ended before");
+}
+
+#[test]
 fn effects_are_undone_last_first_and_files_outlive_the_vm() {
     let state = Effect::StateDir { path: "/s".into() };
     let mut pod = run(vec![
@@ -199,6 +218,7 @@ fn any_change() -> impl Strategy<Value = Change> {
         Just(Change::Stopped { at: AT }),
         Just(Change::Removing),
         Just(died()),
+        Just(out_of_memory()),
         Just(Change::Planned(vec![Effect::Network])),
         Just(Change::Undone(Effect::Network)),
         Just(Change::VmmStarted { pid: 1, started: 2 }),

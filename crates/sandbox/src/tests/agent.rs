@@ -1,6 +1,7 @@
 //! A guest that does what the first argument says: `print TEXT` prints and ends with 0, `fail N`
 //! ends with N, `forever` runs until it is signalled, `stubborn` until it is killed, `print-forever
-//! TEXT` prints and then runs.
+//! TEXT` prints and then runs, `leave TEXT` prints and ends with 0 while a child of its own holds its
+//! output open.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -75,6 +76,8 @@ pub(super) struct Process {
     running: bool,
     pub(super) exit: Option<v1::Exit>,
     stdout: Vec<u8>,
+    /// Somebody else has its output open.
+    held: bool,
     pub(super) stdin: Vec<u8>,
     pub(super) stdin_connections: u32,
     pub(super) stdout_acked: u64,
@@ -91,11 +94,12 @@ impl Guest {
         process.running = true;
         let args = process.args.clone();
         match args[0].as_str() {
-            "print" | "print-forever" => process.stdout.extend(args[1].bytes()),
+            "print" | "print-forever" | "leave" => process.stdout.extend(args[1].bytes()),
             _ => {}
         }
+        process.held = args[0] == "leave";
         match args[0].as_str() {
-            "print" => self.end(&mut state, &key, 0),
+            "print" | "leave" => self.end(&mut state, &key, 0),
             "fail" => self.end(&mut state, &key, args[1].parse().unwrap()),
             _ => {}
         }
@@ -108,6 +112,13 @@ impl Guest {
         let process = state.processes.get_mut(&(container.to_owned(), String::new())).unwrap();
         process.stdout.extend(text.bytes());
         drop(state);
+        self.changed.notify_waiters();
+    }
+
+    /// The child that holds a container's output open ends.
+    pub(super) fn let_go(&self, container: &str) {
+        let key = (container.to_owned(), String::new());
+        self.lock().processes.get_mut(&key).unwrap().held = false;
         self.changed.notify_waiters();
     }
 
@@ -231,7 +242,7 @@ impl Guest {
                     let state = self.lock();
                     let Some(process) = state.processes.get(&key) else { return };
                     let out = if open.kind == Kind::Stdout { &process.stdout[..] } else { &[] };
-                    (out[at.min(out.len())..].to_vec(), process.exit.is_some())
+                    (out[at.min(out.len())..].to_vec(), process.exit.is_some() && !process.held)
                 };
                 at += bytes.len();
                 if write.write_all(&bytes).await.is_err() {

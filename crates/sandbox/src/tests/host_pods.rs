@@ -120,6 +120,8 @@ fn a_host_pod_survives_the_daemon_and_its_agents_end_is_the_end_of_its_processes
         eventually("pod is not ready", || daemon.pod(&pod).unwrap().state == PodState::NotReady)
             .await;
         assert!(daemon.pod(&pod).unwrap().reason.contains("agent"));
+        let exit = daemon.container(&id).unwrap().exit.unwrap();
+        assert_eq!((exit.code, exit.reason.as_str()), (137, "AgentDied"));
         let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
         assert!(!ended.await.unwrap().success());
         daemon.remove_pod(&pod).await.unwrap();

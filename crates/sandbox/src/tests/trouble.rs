@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::life::exec;
+use super::volumes::volume;
 use super::world::{eventually, story};
 use crate::journal::Probe;
-use crate::model::{ContainerState, Filter, PodState};
+use crate::model::{Access, ContainerState, Filter, PodState, VolumeSource};
 use crate::policy::Pod;
 use crate::{Error, Sandboxes};
 
@@ -101,6 +103,151 @@ fn a_killed_vmm_turns_the_pod_not_ready_with_a_reason() {
         let refused = daemon.create_container(&pod, world.container_spec("b", &["forever"])).await;
         assert!(matches!(refused, Err(Error::FailedPrecondition { .. })));
         daemon.stop_pod(&pod).await.unwrap();
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn nobody_asks_anything_of_a_vm_that_has_died() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["forever"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+        kill(Pid::from_raw(world.vmm_pid(&pod) as i32), Signal::SIGKILL).unwrap();
+        eventually("not ready", || daemon.pod(&pod).unwrap().state == PodState::NotReady).await;
+        let door = world.path("s/pods").join(&pod).join("vsock.sock");
+        std::fs::remove_file(&door).unwrap();
+        let listener = std::os::unix::net::UnixListener::bind(&door).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        // Pings and statistics come every 100 ms.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let asked = listener.accept().map(drop);
+        assert_eq!(asked.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
+#[test]
+fn a_log_that_cannot_be_opened_after_a_restart_holds_up_nothing_else() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let mut ids = Vec::new();
+        for name in ["a", "b"] {
+            let spec = world.container_spec(name, &["print-forever", "one\n"]);
+            let id = daemon.create_container(&pod, spec).await.unwrap();
+            daemon.start_container(&id).await.unwrap();
+            ids.push(id);
+        }
+        let [a, b] = <[String; 2]>::try_from(ids).unwrap();
+        eventually("logs", || ["a.log", "b.log"].iter().all(|log| world.log(log) == ["one"])).await;
+        daemon.shutdown().await;
+        drop(daemon);
+        let log = world.path("logs/a.log");
+        std::fs::remove_file(&log).unwrap();
+        std::fs::create_dir(&log).unwrap();
+        let daemon = world.daemon().await;
+        for id in [&a, &b] {
+            world.guest(&pod).print(id, "two\n");
+            let limit = Some(Duration::from_secs(5));
+            let output = daemon.exec_sync(id, exec(&["print", "hi"]), limit, 100).await.unwrap();
+            assert_eq!(output.stdout, b"hi");
+        }
+        eventually("the other log", || world.log("b.log") == ["one", "two"]).await;
+        let reopened = daemon.reopen_log(&a).await;
+        let refused = reopened.unwrap_err().to_string();
+        assert!(refused.contains("reopen the container's log"), "{refused}");
+        for id in [&a, &b] {
+            daemon.stop_container(id, Duration::from_secs(1)).await.unwrap();
+            assert_eq!(daemon.container(id).unwrap().exit.unwrap().code, 143);
+        }
+        std::fs::remove_dir(&log).unwrap();
+        eventually("the rest of the output", || world.log("a.log") == ["two"]).await;
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_log_that_cannot_be_opened_again_is_written_where_it_was() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["print-forever", "one\n"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+        eventually("log", || world.log("app.log") == ["one"]).await;
+        let (log, rotated) = (world.path("logs/app.log"), world.path("logs/app.log.1"));
+        std::fs::rename(&log, &rotated).unwrap();
+        std::fs::create_dir(&log).unwrap();
+        let reopened = daemon.reopen_log(&id).await;
+        let refused = reopened.unwrap_err().to_string();
+        assert!(refused.contains("reopen the container's log"), "{refused}");
+        world.guest(&pod).print(&id, "two\n");
+        eventually("the old log", || world.log("app.log.1") == ["one", "two"]).await;
+        std::fs::remove_dir(&log).unwrap();
+        daemon.reopen_log(&id).await.unwrap();
+        world.guest(&pod).print(&id, "three\n");
+        eventually("the new log", || world.log("app.log") == ["three"]).await;
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
+#[test]
+fn an_end_is_shown_while_a_child_holds_the_output_open_and_the_rest_is_logged() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["leave", "first\n"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        let began = Instant::now();
+        daemon.start_container(&id).await.unwrap();
+        let exited = || daemon.container(&id).unwrap().state == ContainerState::Exited;
+        eventually("exit", exited).await;
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert_eq!(world.log("app.log"), ["first"], "shown before its output was logged");
+        let guest = world.guest(&pod);
+        guest.print(&id, "late\n");
+        eventually("late output", || world.log("app.log") == ["first", "late"]).await;
+        guest.print(&id, "last");
+        guest.let_go(&id);
+        eventually("last output", || world.log("app.log") == ["first", "late", "last"]).await;
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_pods_processes_have_the_oom_score_of_its_class_and_then_of_its_containers() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let mut spec = world.pod_spec("p");
+        spec.cgroup_parent += "/kubepods/burstable/podx";
+        let pod = daemon.run_pod(spec).await.unwrap();
+        let pid = world.vmm_pid(&pod);
+        let score = |pid: u32| {
+            let text = std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+            text.trim().parse::<i32>().unwrap()
+        };
+        assert_eq!(score(pid), 500);
+        let mut spec = world.container_spec("app", &["forever"]);
+        spec.oci.process_mut().as_mut().unwrap().set_oom_score_adj(Some(300));
+        spec.volumes =
+            vec![volume(VolumeSource::Shared { host_path: world.path("") }, Access::ReadWrite)];
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        let server = world.inner.file_servers.lock().unwrap()[0];
+        assert_eq!((score(pid), score(server)), (300, 300));
+        daemon.shutdown().await;
+        drop(daemon);
+        // As a former release has left it.
+        std::fs::write(format!("/proc/{pid}/oom_score_adj"), "200").unwrap();
+        let daemon = world.daemon().await;
+        eventually("set again", || score(pid) == 300).await;
+        daemon.remove_container(&id).await.unwrap();
+        assert_eq!((score(pid), score(server)), (500, 500));
         daemon.remove_pod(&pod).await.unwrap();
         assert_eq!(world.leftovers(), Vec::<String>::new());
     });

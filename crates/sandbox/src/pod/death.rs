@@ -1,0 +1,104 @@
+//! Why a pod's VMM has ended, or its agent on the host.
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use super::handle::Handle;
+use crate::host::blocking;
+use crate::host::cgroup::{self, OomKill};
+use crate::machine::Machine;
+use crate::policy::Change;
+use crate::vmm;
+
+const MIB: u64 = 1 << 20;
+
+/// For people, and whether the OOM killer did it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Death {
+    pub(crate) reason: String,
+    pub(crate) out_of_memory: bool,
+}
+
+impl Death {
+    pub(super) fn change(self, at: SystemTime) -> Change {
+        let Self { reason, out_of_memory } = self;
+        match out_of_memory {
+            true => Change::OutOfMemory { reason, at },
+            false => Change::VmDied { reason, at },
+        }
+    }
+}
+
+/// The process is known to have ended. What it said itself counts; one that was killed said nothing,
+/// and the kernel's counters tell whether its OOM killer did it.
+pub(super) async fn cause(handle: &Handle) -> Death {
+    let (status, root) = (handle.paths.status.clone(), handle.node.cgroup_root.clone());
+    let pod = handle.pod();
+    let leaf = pod.cgroup().map(Path::to_owned);
+    let is_vm = matches!(handle.machine, Machine::Vm(_));
+    let looked = blocking(move || match is_vm.then(|| vmm::exit_reason(&status)).flatten() {
+        Some(reason) => Err(Death { reason, out_of_memory: false }),
+        None => Ok(leaf.map(|leaf| cgroup::oom_kill(&root, &leaf)).transpose()),
+    });
+    match looked.await {
+        Err(said) => return said,
+        Ok(Ok(Some(Some(kill)))) => {
+            let vm_mib = pod.spec.memory_mib.unwrap_or(handle.node.config.default_memory_mib);
+            let reason = out_of_memory(is_vm.then_some(vm_mib), kill);
+            return Death { reason, out_of_memory: true };
+        }
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(pod = handle.id, %error, "cannot ask whether memory ran out");
+        }
+    }
+    let reason = match is_vm {
+        true => "the VMM was killed (it left no status)",
+        false => "the pod's agent on this host has ended",
+    };
+    Death { reason: reason.to_owned(), out_of_memory: false }
+}
+
+/// `vm_mib`: memory of the pod's VM, if it has one.
+fn out_of_memory(vm_mib: Option<u32>, kill: OomKill) -> String {
+    let victim = if vm_mib.is_some() { "VMM" } else { "agent on this host" };
+    let Some((cgroup, limit)) = kill.limit else {
+        return format!("the host ran out of memory and its OOM killer ended the pod's {victim}");
+    };
+    let (limit_mib, cgroup) = (limit / MIB, cgroup.display());
+    let what = format!(
+        "the pod reached its memory limit of {limit_mib} MiB (memory.max of cgroup {cgroup}) and \
+         the OOM killer ended its {victim}"
+    );
+    let Some(vm_mib) = vm_mib.map(u64::from) else { return what };
+    match limit_mib.checked_sub(vm_mib).filter(|left| *left > 0) {
+        None => format!(
+            "{what}: the limit has no room for its VM of {vm_mib} MiB; state a memory overhead in \
+             the pod's RuntimeClass, or a higher one"
+        ),
+        Some(left) => format!(
+            "{what}: beside its VM of {vm_mib} MiB the limit has room for {left} MiB; state a \
+             memory overhead in the pod's RuntimeClass, or a higher one"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_without_room_for_the_vm_is_told_with_the_missing_overhead() {
+        let kill = |limit: Option<u64>| OomKill { limit: limit.map(|l| ("/podx".into(), l * MIB)) };
+        let text = out_of_memory(Some(192), kill(Some(64)));
+        for part in ["64 MiB", "/podx", "VMM", "192 MiB", "overhead", "no room"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let text = out_of_memory(Some(192), kill(Some(200)));
+        assert!(text.contains("room for 8 MiB") && text.contains("overhead"), "{text}");
+        let text = out_of_memory(None, kill(Some(64)));
+        assert!(text.contains("agent") && !text.contains("VM"), "{text}");
+        let text = out_of_memory(Some(192), kill(None));
+        assert!(text.contains("the host ran out of memory"), "{text}");
+    }
+}
