@@ -21,7 +21,7 @@ use crate::launcher::Launch;
 use crate::model::PodId;
 use crate::node::Node;
 use crate::pod::{self, Begin};
-use crate::policy::{Change, Effect, Phase, Pod};
+use crate::policy::{Change, ContainerPhase, Effect, Phase, Pod};
 use crate::ports::Network;
 use crate::registry::Registry;
 
@@ -105,7 +105,7 @@ pub(crate) async fn open(
     for pod in &loaded {
         enter(&node, pod);
     }
-    remove_strangers(&node, &quarantined).await;
+    remove_strangers(&node, &quarantined);
     for pod in loaded {
         let id = pod.id.clone();
         let (handle, owner) = pod::new(node.clone(), pod, Begin::Recover);
@@ -183,7 +183,10 @@ fn settle(mut pod: Pod, same_boot: bool) -> Pod {
 fn enter(node: &Node, pod: &Pod) {
     let registry = &node.registry;
     registry.enter_pod(&pod.id, &pod.spec.meta, pod.uid);
-    for container in pod.containers.values() {
+    // A creation that was given up has lost its name, perhaps to another one.
+    let (present, others): (Vec<_>, Vec<_>) =
+        pod.containers.values().partition(|c| c.phase == ContainerPhase::Present);
+    for container in present.into_iter().chain(others) {
         // Names were given once; a limit lowered since then does not take them back.
         let _ =
             registry.reserve_container(&pod.id, &container.id, &container.spec.meta, usize::MAX);
@@ -191,7 +194,7 @@ fn enter(node: &Node, pod: &Pod) {
 }
 
 /// What no record knows: sockets of pods, networks.
-async fn remove_strangers(node: &Arc<Node>, quarantined: &[Quarantined]) {
+fn remove_strangers(node: &Arc<Node>, quarantined: &[Quarantined]) {
     let mut known = node.registry.pod_ids();
     known.extend(quarantined.iter().map(|q| q.id.clone()));
     if let Ok(entries) = fs::read_dir(node.config.state.join("pods")) {
@@ -202,7 +205,15 @@ async fn remove_strangers(node: &Arc<Node>, quarantined: &[Quarantined]) {
             }
         }
     }
-    if let Err(error) = node.network.collect(&known).await {
-        tracing::warn!(%error, "networks of unknown pods could not all be freed");
-    }
+    let (network, shutdown) = (node.network.clone(), node.shutdown.clone());
+    // Nobody waits for it: plugins that hang must not keep the daemon from serving.
+    tokio::spawn(async move {
+        let collected = tokio::select! {
+            collected = network.collect(&known) => collected,
+            () = shutdown.cancelled() => return,
+        };
+        if let Err(error) = collected {
+            tracing::warn!(%error, "networks of unknown pods could not all be freed");
+        }
+    });
 }

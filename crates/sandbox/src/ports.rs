@@ -66,6 +66,7 @@ pub trait Network: Send + Sync {
     async fn detach(&self, pod: &PodId, spec: &PodSpec) -> Result<(), PortError>;
     /// What keeps pods from being attached, for people; none: all is well.
     async fn trouble(&self) -> Option<String>;
-    /// Frees what belongs to no pod in `known`.
+    /// Frees what belongs to no pod in `known` and was not attached by this process. Runs beside
+    /// other calls, and may take long.
     async fn collect(&self, known: &[PodId]) -> Result<(), PortError>;
 }

@@ -2,7 +2,7 @@
 //! ends with N, `forever` runs until it is signalled, `stubborn` until it is killed, `print-forever
 //! TEXT` prints and then runs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -42,6 +42,8 @@ pub(super) struct State {
     pub(super) cpus: u32,
     pub(super) max_cpus: u32,
     pub(super) update: Option<v1::UpdateContainerRequest>,
+    /// Disks that the guest has found.
+    disks: BTreeSet<String>,
     pub(super) volumes: BTreeMap<String, Volume>,
     pub(super) empty_dirs: BTreeMap<String, EmptyDir>,
     pub(super) create: Option<v1::CreateContainerRequest>,
@@ -462,15 +464,19 @@ impl Agent for Served {
 
     async fn rescan_devices(
         &self,
-        _: Request<v1::RescanDevicesRequest>,
+        request: Request<v1::RescanDevicesRequest>,
     ) -> Answer<v1::RescanDevicesReply> {
+        self.0.lock().disks.extend(request.into_inner().disk_serials);
         Ok(Response::new(v1::RescanDevicesReply {}))
     }
 
     async fn release_device(
         &self,
-        _: Request<v1::ReleaseDeviceRequest>,
+        request: Request<v1::ReleaseDeviceRequest>,
     ) -> Answer<v1::ReleaseDeviceReply> {
+        if !self.0.lock().disks.remove(&request.into_inner().disk_serial) {
+            return Err(Status::failed_precondition("no such disk"));
+        }
         Ok(Response::new(v1::ReleaseDeviceReply {}))
     }
 
