@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use oci_spec::image::ImageConfiguration;
 use tokio::sync::watch;
@@ -21,7 +21,7 @@ use crate::progress::{Progress, ProgressSender, Tracker};
 use crate::pull::pull;
 use crate::reference::Reference;
 use crate::registry::{Auth, Registries, run_blocking};
-use crate::store::{Entry, Store};
+use crate::store::{Holds, Seen, Store, Temporary, View};
 
 /// Digest of an image's configuration; prints as `sha256:<hex>`.
 pub type ImageId = Digest;
@@ -74,6 +74,7 @@ pub struct Garbage {
 #[derive(Debug)]
 pub struct Hold {
     inner: Arc<Inner>,
+    holds: Arc<Holds>,
     id: Digest,
     path: PathBuf,
 }
@@ -85,7 +86,10 @@ pub(crate) struct Inner {
     pinned: BTreeSet<String>,
     pub content: Content,
     pub registries: Registries,
+    /// Locked over disk writes; who only reads takes `view`.
     store: Mutex<Store>,
+    /// The store after its last change. Locked for no longer than it takes to copy a pointer.
+    view: RwLock<Arc<View>>,
     flights: Mutex<HashMap<FlightKey, Flight>>,
     next_flight: std::sync::atomic::AtomicU64,
     locks: Mutex<HashMap<(Purpose, Digest), Weak<Lock>>>,
@@ -134,6 +138,7 @@ impl Images {
                 config,
                 pinned,
                 content,
+                view: RwLock::new(Arc::new(store.view())),
                 store: Mutex::new(store),
                 flights: Mutex::default(),
                 next_flight: Default::default(),
@@ -223,14 +228,14 @@ impl Images {
 
     /// Finds an image by name, id, or the first digits of its id.
     pub fn image(&self, reference_or_id: &str) -> Option<ImageInfo> {
-        let store = self.0.store();
-        let id = find(&store, reference_or_id)?;
-        store.get(&id).map(|entry| self.0.info(&store, entry))
+        let view = self.0.view();
+        let id = find(&view, reference_or_id)?;
+        view.get(&id).map(|seen| self.0.info(&view, seen))
     }
 
     pub fn images(&self) -> Vec<ImageInfo> {
-        let store = self.0.store();
-        store.images().map(|entry| self.0.info(&store, entry)).collect()
+        let view = self.0.view();
+        view.images().map(|seen| self.0.info(&view, seen)).collect()
     }
 
     /// Removes the image that a name or id stands for, with all its names, as containerd's CRI
@@ -238,7 +243,7 @@ impl Images {
     pub async fn remove(&self, reference: &str) -> Result<(), Error> {
         let (inner, reference) = (Arc::clone(&self.0), reference.to_owned());
         run_blocking(move || {
-            inner.change(|store| match find(store, &reference) {
+            inner.change(|store| match find(&store.view(), &reference) {
                 Some(id) => store.remove(&id),
                 None => Ok(()),
             })
@@ -252,10 +257,10 @@ impl Images {
         let inner = Arc::clone(&self.0);
         run_blocking(move || {
             inner.change(|store| {
-                let Some(id) = store.resolve(&name) else { return Ok(()) };
+                let Some(id) = store.view().resolve(&name) else { return Ok(()) };
                 store.untag(&name)?;
                 // What is left of a pulled image without tags is the name with its digest.
-                let tagged = store.names(&id).any(|name| !name.contains('@'));
+                let tagged = store.view().names(&id).any(|name| !name.contains('@'));
                 if tagged { Ok(()) } else { store.remove(&id) }
             })
         })
@@ -266,15 +271,17 @@ impl Images {
     /// meanwhile. `None`: there is no such image. An image whose removal waits for its holders is
     /// found by its whole id only, so that containers of an earlier process keep it.
     pub fn hold(&self, reference_or_id: &str) -> Option<Hold> {
-        let mut store = self.0.store();
-        let id = find(&store, reference_or_id).or_else(|| reference_or_id.parse().ok())?;
-        store.hold(&id).then(|| Hold { inner: Arc::clone(&self.0), id, path: store.rootfs(&id) })
+        let view = self.0.view();
+        let id = find(&view, reference_or_id).or_else(|| reference_or_id.parse().ok())?;
+        let holds = view.holds(&id)?;
+        let path = view.rootfs(&id);
+        holds.take().then(|| Hold { inner: Arc::clone(&self.0), holds, id, path })
     }
 
     /// [`Images::hold`] by the file of the image.
     pub fn hold_file(&self, path: &Path) -> Option<Hold> {
         let id = Digest::from_hex(path.parent()?.file_name()?.to_str()?)?;
-        let here = self.0.store().rootfs(&id) == path;
+        let here = self.0.view().rootfs(&id) == path;
         here.then(|| self.hold(&id.to_string())).flatten()
     }
 
@@ -286,7 +293,7 @@ impl Images {
     /// From what is counted in memory; cheap enough for every call.
     pub fn fs_info(&self) -> FsInfo {
         let root = &self.0.config.root;
-        let (content, images) = (self.0.content.usage(), self.0.store().usage());
+        let (content, images) = (self.0.content.usage(), self.0.view().usage());
         FsInfo {
             used_bytes: content.0 + images.0,
             inodes_used: content.1 + images.1,
@@ -308,25 +315,37 @@ impl Images {
 }
 
 impl Inner {
-    pub fn store(&self) -> MutexGuard<'_, Store> {
-        self.store.lock().expect("no holder panics")
+    /// What the images are now; a change under way shows when it is done.
+    fn view(&self) -> Arc<View> {
+        self.view.read().expect("no holder panics").clone()
     }
 
-    /// Changes the store, and deletes what that gave up once others can go on.
+    /// Changes the store, and deletes what that gave up once others can go on. Blocking.
     pub fn change<T>(&self, work: impl FnOnce(&mut Store) -> Result<T, Error>) -> Result<T, Error> {
         let (result, doomed) = {
-            let mut store = self.store();
-            (work(&mut store), store.take_doomed())
+            let mut store = self.store.lock().expect("no holder panics");
+            let result = work(&mut store);
+            // A change that failed may have done a part.
+            let view = Arc::new(store.view());
+            let before =
+                std::mem::replace(&mut *self.view.write().expect("no holder panics"), view);
+            drop(before);
+            (result, store.take_doomed())
         };
         let deleted = doomed.iter().try_for_each(|path| remove_directory(path));
         result.and_then(|value| deleted.map(|()| value))
     }
 
-    fn info(&self, store: &Store, entry: &Entry) -> ImageInfo {
-        let id = entry.record.id;
+    /// A directory in which an image can be built. Blocking.
+    pub fn temporary(&self) -> Result<Temporary, Error> {
+        self.change(Store::temporary)
+    }
+
+    fn info(&self, view: &View, seen: &Seen) -> ImageInfo {
+        let id = seen.record.id;
         let (repo_digests, repo_tags): (Vec<_>, Vec<_>) =
-            store.names(&id).map(str::to_owned).partition(|name| name.contains('@'));
-        let user = entry.config.config().as_ref().and_then(|config| config.user().clone());
+            view.names(&id).map(str::to_owned).partition(|name| name.contains('@'));
+        let user = seen.config.config().as_ref().and_then(|config| config.user().clone());
         let mut names = repo_digests.iter().chain(&repo_tags);
         ImageInfo {
             pinned: names.any(|name| self.pinned.contains(name))
@@ -334,11 +353,11 @@ impl Inner {
             id: id.to_string(),
             repo_tags,
             repo_digests,
-            size: entry.size,
+            size: seen.size,
             user: user.unwrap_or_default(),
-            config: Arc::clone(&entry.config),
-            erofs_path: store.rootfs(&id),
-            added: entry.record.added,
+            config: Arc::clone(&seen.config),
+            erofs_path: view.rootfs(&id),
+            added: seen.record.added,
         }
     }
 
@@ -381,9 +400,12 @@ impl Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
+        if !self.holds.release() {
+            return;
+        }
         let (inner, id) = (Arc::clone(&self.inner), self.id);
         let release = move || {
-            if let Err(error) = inner.change(|store| store.release(&id)) {
+            if let Err(error) = inner.change(|store| store.reap(&id)) {
                 tracing::warn!(image = %id, %error, "cannot delete a removed image");
             }
         };
@@ -428,12 +450,12 @@ fn lock(root: &Path) -> Result<File, Error> {
     }
 }
 
-fn find(store: &Store, text: &str) -> Option<Digest> {
+fn find(view: &View, text: &str) -> Option<Digest> {
     if let Ok(id) = text.parse::<Digest>() {
-        return store.get(&id).map(|entry| entry.record.id);
+        return view.get(&id).map(|seen| seen.record.id);
     }
-    let named = text.parse::<Reference>().ok().and_then(|name| store.resolve(&name.to_string()));
-    named.or_else(|| store.by_prefix(text.strip_prefix("sha256:").unwrap_or(text)))
+    let named = text.parse::<Reference>().ok().and_then(|name| view.resolve(&name.to_string()));
+    named.or_else(|| view.by_prefix(text.strip_prefix("sha256:").unwrap_or(text)))
 }
 
 /// A reference as names are kept, or an id.

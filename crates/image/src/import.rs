@@ -95,7 +95,7 @@ fn import_one(
     let _building = building.blocking_lock();
     let here = inner.change(|store| store.revive(&id))?;
     if !here {
-        let temporary = inner.store().temporary()?;
+        let temporary = inner.temporary()?;
         let mut flattener =
             Flattener::create(&temporary.rootfs(), inner.config.limits(), Arc::clone(stop))
                 .map_err(|e| Error::data(&what, e))?;

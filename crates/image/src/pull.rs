@@ -118,7 +118,8 @@ async fn build(
 
     // Dropped with this future: the builder stops at its next read.
     let stop = StopOnDrop(Arc::default());
-    let temporary = inner.store().temporary()?;
+    let making = Arc::clone(inner);
+    let temporary = run_blocking(move || making.temporary()).await?;
     let mut record = Record::new(
         id,
         Some(Digest::of(&manifest_bytes)),

@@ -9,12 +9,14 @@
 //! A record also holds the names of its image, so that `refs.json` can be made again from the
 //! records when it is damaged. What is damaged is moved aside ([`crate::aside`]).
 //!
-//! Blocking; callers bring their own thread and lock.
+//! Blocking; callers bring their own thread and lock. A [`View`] is what the store was at one moment:
+//! it answers without the disk, so that readers never wait for a writer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use oci_spec::image::ImageConfiguration;
@@ -77,14 +79,128 @@ struct Refs {
 /// An image in memory.
 #[derive(Debug)]
 pub struct Entry {
+    record: Record,
+    config: Arc<ImageConfiguration>,
+    size: u64,
+    room: (u64, u64),
+    holds: Arc<Holds>,
+    _leases: Vec<Lease>,
+}
+
+/// What readers see of an image.
+#[derive(Debug, Clone)]
+pub struct Seen {
     pub record: Record,
     pub config: Arc<ImageConfiguration>,
     /// Room on the host's disk of the image file and the blobs that belong to the image.
     pub size: u64,
     /// Room of what is in the image's directory, and the number of files with the directory.
     room: (u64, u64),
-    holds: usize,
-    _leases: Vec<Lease>,
+    pub holds: Arc<Holds>,
+}
+
+/// How many hold an image's files, or that they are gone. Shared by the store and all its views, so
+/// that a hold needs no lock and no view takes hold of an image that is going.
+#[derive(Debug, Default)]
+pub struct Holds(AtomicUsize);
+
+impl Holds {
+    const GONE: usize = usize::MAX;
+
+    /// False when the files are gone.
+    pub fn take(&self) -> bool {
+        let one_more = |holds| (holds != Self::GONE).then(|| holds + 1);
+        self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_ok()
+    }
+
+    /// Undoes one [`Holds::take`]; true for the last. See [`Store::reap`].
+    pub fn release(&self) -> bool {
+        self.0.fetch_sub(1, Ordering::AcqRel) == 1
+    }
+
+    /// Nobody can take hold any more; false when somebody has.
+    fn close(&self) -> bool {
+        self.0.compare_exchange(0, Self::GONE, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// Undoes [`Holds::close`].
+    fn reopen(&self) {
+        self.0.store(0, Ordering::Release);
+    }
+
+    fn are_gone(&self) -> bool {
+        self.0.load(Ordering::Acquire) == Self::GONE
+    }
+
+    fn is_held(&self) -> bool {
+        !matches!(self.0.load(Ordering::Acquire), 0 | Self::GONE)
+    }
+}
+
+/// The store at one moment.
+#[derive(Debug)]
+pub struct View {
+    root: PathBuf,
+    images: BTreeMap<Digest, Seen>,
+    refs: BTreeMap<String, Digest>,
+    temporaries: Vec<Weak<PathBuf>>,
+}
+
+impl View {
+    /// An image that is not being removed.
+    pub fn get(&self, id: &Digest) -> Option<&Seen> {
+        self.images.get(id).filter(|seen| seen.is_listed())
+    }
+
+    /// Also one whose removal waits for its holders.
+    pub fn holds(&self, id: &Digest) -> Option<Arc<Holds>> {
+        self.images.get(id).map(|seen| seen.holds.clone())
+    }
+
+    pub fn images(&self) -> impl Iterator<Item = &Seen> {
+        self.images.values().filter(|seen| seen.is_listed())
+    }
+
+    /// Names of an image.
+    pub fn names(&self, id: &Digest) -> impl Iterator<Item = &str> {
+        self.refs.iter().filter(move |(_, target)| *target == id).map(|(name, _)| name.as_str())
+    }
+
+    pub fn resolve(&self, name: &str) -> Option<Digest> {
+        self.refs.get(name).copied()
+    }
+
+    /// The one image whose id begins with these digits.
+    pub fn by_prefix(&self, prefix: &str) -> Option<Digest> {
+        let hex = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
+        if prefix.is_empty() || !prefix.chars().all(hex) {
+            return None;
+        }
+        let mut matching = self.images().filter(|seen| seen.record.id.hex().starts_with(prefix));
+        let first = matching.next()?;
+        matching.next().is_none().then_some(first.record.id)
+    }
+
+    pub fn rootfs(&self, id: &Digest) -> PathBuf {
+        self.root.join(id.hex()).join(ROOTFS)
+    }
+
+    /// Bytes on the disk and number of files, known without a look but for the images in the
+    /// making.
+    pub fn usage(&self) -> (u64, u64) {
+        let making = self.temporaries.iter().filter_map(Weak::upgrade).map(|path| {
+            // Gone already: published, or given up.
+            fs::metadata(path.join(ROOTFS)).map_or((0, 0), |m| (m.blocks() * 512, 2))
+        });
+        let made = self.images.values().map(|seen| seen.room);
+        made.chain(making).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+    }
+}
+
+impl Seen {
+    fn is_listed(&self) -> bool {
+        !self.record.removed && !self.holds.are_gone()
+    }
 }
 
 #[derive(Debug)]
@@ -185,7 +301,8 @@ impl Store {
     /// Brings the names in an image's record in step with `refs`. They are a second copy, so a
     /// failure is only told.
     fn write_names(&mut self, id: &Digest) {
-        let names: Vec<String> = self.names(id).map(str::to_owned).collect();
+        let of_image = self.refs.iter().filter(|(_, target)| *target == id);
+        let names: Vec<String> = of_image.map(|(name, _)| name.clone()).collect();
         let path = self.root.join(id.hex()).join(RECORD);
         let Some(entry) = self.images.get_mut(id).filter(|e| e.record.names != names) else {
             return;
@@ -238,7 +355,7 @@ impl Store {
             room,
             record,
             config: Arc::new(config),
-            holds: 0,
+            holds: Arc::default(),
             _leases: leases,
         })
     }
@@ -262,18 +379,21 @@ impl Store {
         }
     }
 
-    /// Bytes on the disk and number of files, known without a look but for the images in the
-    /// making.
-    pub fn usage(&self) -> (u64, u64) {
-        let making = self.temporaries.iter().filter_map(Weak::upgrade).map(|path| {
-            // Gone already: published, or given up.
-            fs::metadata(path.join(ROOTFS)).map_or((0, 0), |m| (m.blocks() * 512, 2))
-        });
-        let made = self.images.values().map(|entry| entry.room);
-        made.chain(making).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+    pub fn view(&self) -> View {
+        let seen = |entry: &Entry| {
+            let Entry { record, config, size, room, holds, _leases } = entry;
+            let (record, config, holds) = (record.clone(), config.clone(), holds.clone());
+            Seen { record, config, size: *size, room: *room, holds }
+        };
+        View {
+            root: self.root.clone(),
+            images: self.images.iter().map(|(id, entry)| (*id, seen(entry))).collect(),
+            refs: self.refs.clone(),
+            temporaries: self.temporaries.clone(),
+        }
     }
 
-    pub fn rootfs(&self, id: &Digest) -> PathBuf {
+    fn rootfs(&self, id: &Digest) -> PathBuf {
         self.root.join(id.hex()).join(ROOTFS)
     }
 
@@ -320,39 +440,10 @@ impl Store {
         Ok(true)
     }
 
-    /// An image that is not being removed.
-    pub fn get(&self, id: &Digest) -> Option<&Entry> {
-        self.images.get(id).filter(|entry| !entry.record.removed)
-    }
-
-    pub fn images(&self) -> impl Iterator<Item = &Entry> {
-        self.images.values().filter(|entry| !entry.record.removed)
-    }
-
-    /// Names of an image.
-    pub fn names(&self, id: &Digest) -> impl Iterator<Item = &str> {
-        self.refs.iter().filter(move |(_, target)| *target == id).map(|(name, _)| name.as_str())
-    }
-
-    pub fn resolve(&self, name: &str) -> Option<Digest> {
-        self.refs.get(name).copied()
-    }
-
-    /// The one image whose id begins with these digits.
-    pub fn by_prefix(&self, prefix: &str) -> Option<Digest> {
-        let hex = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
-        if prefix.is_empty() || !prefix.chars().all(hex) {
-            return None;
-        }
-        let mut matching = self.images().filter(|e| e.record.id.hex().starts_with(prefix));
-        let first = matching.next()?;
-        matching.next().is_none().then_some(first.record.id)
-    }
-
     /// Points names at an image, wherever they pointed before. False when the image is not here
     /// (any more).
     pub fn tag(&mut self, id: &Digest, names: &[String]) -> Result<bool, Error> {
-        if self.get(id).is_none() {
+        if self.images.get(id).is_none_or(|entry| entry.record.removed) {
             return Ok(false);
         }
         if names.iter().all(|name| self.refs.get(name) == Some(id)) {
@@ -361,7 +452,8 @@ impl Store {
         let mut refs = self.refs.clone();
         refs.extend(names.iter().map(|name| (name.clone(), *id)));
         let written = self.write_refs(refs);
-        if written.is_err() && !names.is_empty() && self.names(id).next().is_none() {
+        let named = self.refs.values().any(|target| target == id);
+        if written.is_err() && !names.is_empty() && !named {
             // New, and nobody would find it: better not there than half there.
             let _ = self.remove(id);
         }
@@ -380,11 +472,10 @@ impl Store {
     /// Removes an image with all its names; its files stay while it is held.
     pub fn remove(&mut self, id: &Digest) -> Result<(), Error> {
         let Some(entry) = self.images.get_mut(id) else { return Ok(()) };
-        if entry.holds == 0 {
+        if entry.holds.close() {
             // The files first: on a full disk nothing can be written before. Names without an
             // image are dropped when the store opens.
-            entry.record.removed = true;
-            self.reap(id)?;
+            self.give_up(id)?;
         } else if !entry.record.removed {
             let record = Record { removed: true, ..entry.record.clone() };
             write_record(&self.root.join(id.hex()).join(RECORD), &record)?;
@@ -395,23 +486,9 @@ impl Store {
         self.write_refs(refs)
     }
 
-    /// Counts a holder; false when there is no such image.
-    pub fn hold(&mut self, id: &Digest) -> bool {
-        let Some(entry) = self.images.get_mut(id) else { return false };
-        entry.holds += 1;
-        true
-    }
-
-    pub fn release(&mut self, id: &Digest) -> Result<(), Error> {
-        if let Some(entry) = self.images.get_mut(id) {
-            entry.holds -= 1;
-        }
-        self.reap(id)
-    }
-
     /// Gives up the files of removed images that nobody holds; returns their number and bytes.
     pub fn reap_all(&mut self) -> Result<(u64, u64), Error> {
-        let removed = self.images.values().filter(|e| e.record.removed && e.holds == 0);
+        let removed = self.images.values().filter(|e| e.record.removed && !e.holds.is_held());
         let removed: BTreeSet<_> = removed.map(|e| (e.record.id, e.room.0)).collect();
         for (id, _) in &removed {
             self.reap(id)?;
@@ -419,12 +496,26 @@ impl Store {
         Ok((removed.len() as u64, removed.iter().map(|(_, bytes)| bytes).sum()))
     }
 
-    fn reap(&mut self, id: &Digest) -> Result<(), Error> {
-        if self.images.get(id).is_some_and(|e| e.record.removed && e.holds == 0) {
-            self.discard(&self.root.join(id.hex()))?;
-            // Its leases go with it, and their blobs.
-            self.images.remove(id);
+    /// Gives up the files of an image that is removed and that nobody holds. To be called after the
+    /// last hold was released.
+    pub fn reap(&mut self, id: &Digest) -> Result<(), Error> {
+        match self.images.get(id) {
+            Some(entry) if entry.record.removed && entry.holds.close() => self.give_up(id),
+            _ => Ok(()),
         }
+    }
+
+    /// After [`Holds::close`].
+    fn give_up(&mut self, id: &Digest) -> Result<(), Error> {
+        let discarded = self.discard(&self.root.join(id.hex()));
+        if discarded.is_err() {
+            if let Some(entry) = self.images.get(id) {
+                entry.holds.reopen();
+            }
+            return discarded;
+        }
+        // Its leases go with it, and their blobs.
+        self.images.remove(id);
         Ok(())
     }
 

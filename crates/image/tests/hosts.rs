@@ -261,3 +261,79 @@ async fn redirects_that_go_in_circles_end() {
     assert!(explain(&error).contains("redirect"), "{}", explain(&error));
     assert!(registry.count("/blobs/") <= 8, "{}", registry.count("/blobs/"));
 }
+
+#[tokio::test]
+async fn headers_of_a_host_go_to_no_other_server() {
+    let realm = Registry::scripted(|_, _| Response::ok(r#"{"token":"t"}"#));
+    let storage = Registry::new();
+    let (service, target) = (realm.authority(), storage.authority());
+    let registry = Registry::scripted(move |request, response| {
+        if !request.headers.contains_key("authorization") {
+            let challenge = format!("Bearer realm=\"http://{service}/token\",service=\"reg\"");
+            return Response::status(401).header("WWW-Authenticate", challenge);
+        }
+        // Once within the server, then away from it.
+        match (request.path.contains("/blobs/"), request.path.contains("?within")) {
+            (false, _) => response,
+            (true, false) => {
+                Response::status(302).header("Location", format!("{}?within", request.path))
+            }
+            (true, true) => Response::status(307).header(
+                "Location",
+                format!("http://{target}{}", request.path.replace("?within", "")),
+            ),
+        }
+    });
+    for registry in [&registry, &storage] {
+        registry.image(&[layer("a", b"x")]);
+    }
+    let (dir, certs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let toml = format!(
+        "server = \"http://{0}\"\n[host.\"http://{0}\"]\n[host.\"http://{0}\".header]\n\
+         x-secret = [\"for the registry\"]\n",
+        registry.authority()
+    );
+    let images = with_hosts(dir.path(), certs.path(), "reg.example", &toml).await;
+    images.pull("reg.example/test/image:v1", None, None).await.unwrap();
+    assert!(registry.count("?within") >= 2);
+    for request in registry.requests() {
+        assert_eq!(request.headers["x-secret"], "for the registry", "{}", request.path);
+    }
+    assert_eq!(realm.count("/token"), 1);
+    assert!(storage.count("/blobs/") >= 2);
+    for request in realm.requests().iter().chain(&storage.requests()) {
+        for name in ["x-secret", "authorization"] {
+            assert!(!request.headers.contains_key(name), "{name} at {}", request.path);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_password_in_a_body_follows_no_redirect_to_another_server() {
+    let thief = Registry::scripted(|_, _| Response::ok(r#"{"token":"t"}"#));
+    let target = thief.authority();
+    let port = Arc::new(std::sync::Mutex::new(0));
+    let known = port.clone();
+    let registry = Registry::scripted(move |request, response| {
+        if request.path.starts_with("/token") {
+            let location = format!("http://{target}/token");
+            return match request.method.as_str() {
+                "POST" => Response::status(307).header("Location", location),
+                _ => Response::status(404),
+            };
+        }
+        if request.headers.contains_key("authorization") {
+            return response;
+        }
+        let realm = format!("http://127.0.0.1:{}/token", *known.lock().unwrap());
+        Response::status(401).header("WWW-Authenticate", format!("Bearer realm=\"{realm}\""))
+    });
+    *port.lock().unwrap() = registry.port;
+    registry.image(&[layer("a", b"x")]);
+    let dir = tempfile::tempdir().unwrap();
+    let auth = Auth { identity_token: "refresh".into(), ..Auth::default() };
+    let pulled = open(dir.path()).await.pull(&registry.name(), Some(auth), None).await;
+    let error = pulled.unwrap_err();
+    assert!(explain(&error).contains("to another server"), "{}", explain(&error));
+    assert_eq!(thief.requests().len(), 0);
+}

@@ -446,3 +446,73 @@ async fn token_services_may_know_one_way_only() {
     let error = open(dir.path()).await.pull(&registry.name(), Some(basic), None).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_that_hangs_keeps_nobody_from_reading() {
+    let registry = Registry::new();
+    let id = registry.image(&[layer("a", b"x")]);
+    let second = registry.image_as("v2", &[layer("b", b"y")], "B=1");
+    let dir = tempfile::tempdir().unwrap();
+    let images = open(dir.path()).await;
+    images.pull(&registry.name(), None, None).await.unwrap();
+    // Whoever writes the names waits until this has a reader, and then fails, as on a disk that
+    // hangs and breaks.
+    let pipe = dir.path().join("images/refs.partial");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let v2 = registry.name().replace(":v1", ":v2");
+    let pull = {
+        let (images, v2) = (images.clone(), v2.clone());
+        tokio::spawn(async move { images.pull(&v2, None, None).await })
+    };
+    wait_for("the second image", || images.image(&second).is_some()).await;
+    let reads = {
+        let (images, name, id) = (images.clone(), registry.name(), id.clone());
+        tokio::task::spawn_blocking(move || {
+            assert_eq!(images.image(&name).unwrap().id, id);
+            assert!(images.images().iter().any(|image| image.id == id));
+            let hold = images.hold(&id).unwrap();
+            assert!(images.hold_file(hold.erofs_path()).is_some());
+            assert!(images.fs_info().used_bytes > 0);
+        })
+    };
+    let read = tokio::time::timeout(Duration::from_secs(20), reads).await;
+    let blocked = !pull.is_finished();
+    // Also when the test has failed: a thread that hangs would keep it from ending.
+    let reader = tokio::task::spawn_blocking(move || std::fs::File::open(pipe).map(drop));
+    let pulled = pull.await.unwrap();
+    reader.await.unwrap().unwrap();
+    read.expect("readers wait for a writer").unwrap();
+    assert!(blocked, "nothing was blocked: {pulled:?}");
+    assert_eq!(pulled.unwrap_err().kind(), ErrorKind::Internal);
+    assert!(images.image(&v2).is_none());
+    images.pull(&v2, None, None).await.unwrap();
+    assert_eq!(images.image(&v2).unwrap().id, second);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hold_and_a_removal_at_once_leave_the_files_to_one_of_them() {
+    let registry = Registry::new();
+    let id = registry.image(&[layer("a", b"x")]);
+    let dir = tempfile::tempdir().unwrap();
+    let images = open(dir.path()).await;
+    for round in 0..30 {
+        images.pull(&registry.name(), None, None).await.unwrap();
+        let holder = {
+            let (images, id) = (images.clone(), id.clone());
+            tokio::task::spawn_blocking(move || {
+                let hold = images.hold(&id)?;
+                assert!(hold.erofs_path().exists(), "round {round}: held, and gone");
+                Some(hold)
+            })
+        };
+        images.remove(&id).await.unwrap();
+        let hold = holder.await.unwrap();
+        assert!(images.image(&id).is_none());
+        if let Some(hold) = hold {
+            let path = hold.erofs_path().to_owned();
+            assert!(path.exists(), "round {round}: held, and gone");
+            drop(hold);
+            wait_for("the files of a removed image go", || !path.exists()).await;
+        }
+    }
+}

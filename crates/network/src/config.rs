@@ -18,6 +18,9 @@ pub struct Config {
     /// What each pod was given, kept until it has been given back; must survive a reboot, because
     /// address leases do.
     pub cache_dir: PathBuf,
+    /// Where runtimes that use the reference library (libcni) keep a file for each pod on a network.
+    /// Our pods get one too, and a GC spares the pods that have one. Empty: none is written or read.
+    pub results_dir: PathBuf,
     /// Where network namespaces are mounted, as `ip netns` does.
     pub netns_dir: PathBuf,
     /// Name of the pod's first interface.
@@ -41,6 +44,7 @@ impl Default for Config {
             conf_dir: "/etc/cni/net.d".into(),
             bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             cache_dir: "/var/lib/nacelle/network".into(),
+            results_dir: "/var/lib/cni/results".into(),
             netns_dir: "/run/netns".into(),
             interface: "eth0".into(),
             plugin_timeout_ms: 30_000,

@@ -1,9 +1,9 @@
 //! The work itself, blocking. The order of an attach, each step undone by [`Host::detach`]:
 //!
 //! 1. what an earlier, half-done attach left is taken away
-//! 2. the record of what the pod will be given is written
+//! 2. the record of what the pod will be given is written, then the file for other runtimes
 //! 3. the network namespace is made
-//! 4. the plugins run; the record gets their result
+//! 4. the plugins run; the record and the file get their result
 //! 5. each interface is joined to a tap
 //!
 //! Two calls for one pod never overlap, also when the caller of the first has given up waiting.
@@ -20,6 +20,7 @@ use crate::garbage::Turns;
 use crate::model::{Attachment, Pod};
 use crate::netns::{self, NetnsError};
 use crate::nic::{self, NicError};
+use crate::peers;
 use crate::plugin::chain::{AddError, PluginError, Runner};
 use crate::plugin::conf::{ConfError, Network};
 use crate::plugin::params::{Params, PodError, check_id};
@@ -48,6 +49,8 @@ pub enum Error {
     Unsure { problem: String },
     #[error("the plugins' stored result is damaged: {problem}")]
     Result { problem: String },
+    #[error("cannot take back what tells other runtimes of the pod in {}", .dir.display())]
+    Results { dir: PathBuf, source: std::io::Error },
     #[error("the pod {id} is not attached to a network")]
     Unattached { id: String },
     /// A clean-up goes on past failures; these are all of them.
@@ -163,6 +166,7 @@ impl Host {
         let mut record = Record { network, params, result: None };
         self.records.write(&record)?;
         self.young().insert(pod.id.clone());
+        self.announce(&record);
         self.build(&path, &mut record, pod.native).map_err(|Failed { error, reached }| {
             let undone = self.undo(&record, reached);
             self.young().remove(&pod.id);
@@ -193,6 +197,7 @@ impl Host {
         }
         record.result = Some(success.raw.clone());
         self.records.write(record).map_err(|e| after(e.into()))?;
+        self.announce(record);
         let primary = record.params.interface.as_str();
         let join = if native { nic::look } else { nic::join };
         netns::within(path, || join(path, primary, &success)).map_err(|e| after(e.into()))
@@ -209,10 +214,30 @@ impl Host {
             .map(Error::from)
             .collect();
         if errors.is_empty() {
-            errors.extend(self.records.remove(&params.container_id).err().map(Error::from));
+            errors.extend(self.forget(record).err());
         }
         errors.extend(netns::remove(&params.netns).err().map(Error::from));
         Error::all(errors)
+    }
+
+    /// The last step of giving back: nothing is owed any more.
+    fn forget(&self, record: &Record) -> Result<(), Error> {
+        let dir = &self.config.results_dir;
+        peers::withdraw(dir, record)
+            .map_err(|source| Error::Results { dir: dir.clone(), source })?;
+        Ok(self.records.remove(&record.params.container_id)?)
+    }
+
+    /// Tells other runtimes of the pod. The pod does not depend on it.
+    pub(crate) fn announce(&self, record: &Record) {
+        let dir = &self.config.results_dir;
+        if let Err(e) = peers::announce(dir, record) {
+            tracing::warn!(
+                pod = record.params.container_id,
+                "{} cannot be written, and the GC of another runtime may free the pod's address: {e}",
+                dir.display()
+            );
+        }
     }
 
     pub fn open_taps(&self, id: &str, attachment: &Attachment) -> Result<Vec<OwnedFd>, Error> {
@@ -263,12 +288,18 @@ impl Host {
         if !owing || leftover == Leftover::Take {
             errors.extend(netns::remove(&path).err().map(Error::from));
         }
+        if errors.is_empty() && damaged {
+            let dir = &self.config.results_dir;
+            let withdrawn = peers::withdraw_by_id(dir, id, &path);
+            errors
+                .extend(withdrawn.err().map(|source| Error::Results { dir: dir.clone(), source }));
+        }
         if errors.is_empty() {
-            let gone = match damaged {
-                true => self.records.set_aside(id),
-                false => self.records.remove(id),
-            };
-            errors.extend(gone.err().map(Error::from));
+            errors.extend(match &record {
+                _ if damaged => self.records.set_aside(id).err().map(Error::from),
+                Some(record) => self.forget(record).err(),
+                None => self.records.remove(id).err().map(Error::from),
+            });
         }
         Error::all(errors)
     }

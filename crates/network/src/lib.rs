@@ -25,7 +25,8 @@ mod tap;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
@@ -54,13 +55,19 @@ use host::Host;
 pub struct Cni {
     host: Arc<Host>,
     /// Each start of a pod runs several processes; hundreds at once would only slow each other.
-    turns: Arc<Semaphore>,
+    attaching: Arc<Semaphore>,
+    /// Apart from the above: plugins that hang at ADD must not keep pods from being removed.
+    detaching: Arc<Semaphore>,
 }
+
+/// First pause before a GC that was put off is tried again; doubles up to the configured interval.
+const FIRST_RETRY: Duration = Duration::from_secs(5);
 
 impl Cni {
     pub fn new(config: Config) -> Self {
-        let turns = Arc::new(Semaphore::new(config.parallelism()));
-        Self { host: Arc::new(Host::new(config)), turns }
+        let permits = || Arc::new(Semaphore::new(config.parallelism()));
+        let (attaching, detaching) = (permits(), permits());
+        Self { host: Arc::new(Host::new(config)), attaching, detaching }
     }
 
     /// Where the pod's network namespace will be mounted; known before [`Cni::attach`].
@@ -71,7 +78,7 @@ impl Cni {
     /// Makes the namespace, runs the plugins, makes the taps. Whatever an earlier attach of this pod
     /// left is taken away first; after a failure nothing is left.
     pub async fn attach(&self, pod: Pod) -> Result<Attachment, Error> {
-        self.work(move |host| host.attach(&pod)).await
+        self.work(&self.attaching, move |host| host.attach(&pod)).await
     }
 
     /// Opens the tap of each interface, in the order of [`Attachment::interfaces`].
@@ -87,11 +94,15 @@ impl Cni {
     /// Undoes [`Cni::attach`]; goes on past failures and reports them all. An unknown pod is fine.
     pub async fn detach(&self, pod: &str) -> Result<(), Error> {
         let pod = pod.to_owned();
-        self.work(move |host| host.detach(&pod)).await?;
+        self.work(&self.detaching, move |host| host.detach(&pod)).await?;
         if self.host.is_sweep_due() {
-            let host = self.host.clone();
+            let (cni, host) = (self.clone(), self.host.clone());
             // Nobody waits for it: a removal is done when the pod's own things are gone.
-            drop(spawn_blocking(move || host.sweep()));
+            let sweeping = spawn_blocking(move || host.sweep());
+            tokio::spawn(async move {
+                let _ = sweeping.await;
+                cni.retry_later();
+            });
         }
         Ok(())
     }
@@ -99,7 +110,7 @@ impl Cni {
     /// Whether the pod's network still stands as it was made.
     pub async fn check(&self, pod: &str, attachment: &Attachment) -> Result<(), Error> {
         let (pod, attachment) = (pod.to_owned(), attachment.clone());
-        self.work(move |host| host.check(&pod, &attachment)).await
+        self.work(&self.attaching, move |host| host.check(&pod, &attachment)).await
     }
 
     /// What keeps pods from being attached, for people; none: all is well.
@@ -118,17 +129,44 @@ impl Cni {
         }
     }
 
-    /// Frees what belongs to no pod in `known` and was not attached through this handle.
+    /// Frees what belongs to no pod in `known` and was not attached through this handle. The
+    /// plugins' own GC may come later, when pods are being attached or detached now.
     pub async fn collect(&self, known: &[String]) -> Result<(), Error> {
         let known = known.to_vec();
-        self.work(move |host| host.collect(&known)).await
+        // Without a permit: a plugin that hangs here must not take one from the pods.
+        let collected = self.at_once(move |host| host.collect(&known)).await;
+        self.retry_later();
+        collected
+    }
+
+    /// Sees to a GC that was put off. Ends with the last handle.
+    fn retry_later(&self) {
+        if !self.host.turns.begin_retry() {
+            return;
+        }
+        let host: Weak<Host> = Arc::downgrade(&self.host);
+        let longest = self.host.turns.interval().max(FIRST_RETRY);
+        tokio::spawn(async move {
+            let mut pause = FIRST_RETRY;
+            loop {
+                tokio::time::sleep(pause).await;
+                pause = longest.min(pause * 2);
+                let Some(host) = host.upgrade() else { return };
+                let sweeping = host.clone();
+                let _ = spawn_blocking(move || sweeping.sweep()).await;
+                if host.turns.end_retry() {
+                    return;
+                }
+            }
+        });
     }
 
     async fn work<T: Send + 'static>(
         &self,
+        permits: &Arc<Semaphore>,
         work: impl FnOnce(&Host) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let turn = self.turns.clone().acquire_owned().await;
+        let turn = permits.clone().acquire_owned().await;
         self.at_once(move |host| {
             // The semaphore is never closed; without a turn the work would still be right.
             let _turn = turn;

@@ -1,16 +1,24 @@
-//! Pods that other runtimes of this host have on the same network. A plugin's GC frees everything
-//! that it is not told of, so it must be told of them too. The reference library, which containerd,
-//! CRI-O and Podman use, keeps a file for each attachment here.
+//! Pods that several runtimes of one host have on the same network. A plugin's GC frees everything
+//! that it is not told of, so it must be told of the other runtimes' pods too. The reference library
+//! (libcni, which containerd, CRI-O and Podman use) keeps a file for each attachment in one folder,
+//! `<network>-<container id>-<interface>`. Those files are read here, and our own are written in the
+//! same form, so that other runtimes know of our pods.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
-const RESULTS: &str = "/var/lib/cni/results";
-/// Longest file that is looked into.
-const MAX_BYTES: u64 = 1 << 20;
+use crate::record::Record;
+
+/// Longest file that is looked into: a configuration and a result of the largest size that plugins
+/// may have, the first in base64.
+const MAX_BYTES: u64 = 4 << 20;
 const KIND: &str = "cniCacheV1";
 
 #[derive(Deserialize)]
@@ -20,15 +28,39 @@ struct Cached {
     container_id: String,
     if_name: String,
     network_name: String,
+    #[serde(default)]
+    netns: PathBuf,
 }
 
-/// Container ids and interfaces of the others on that network. The file or folder that may hold
-/// some but cannot be read (one being written, say) is the error: then nobody knows.
-pub fn attachments(network: &str) -> Result<Vec<(String, String)>, PathBuf> {
-    attachments_in(Path::new(RESULTS), network)
+/// The form that libcni gives a file.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Entry<'a> {
+    kind: &'static str,
+    container_id: &'a str,
+    /// Base64 of the network's configuration.
+    config: String,
+    if_name: &'a str,
+    network_name: &'a str,
+    netns: &'a Path,
+    #[serde(skip_serializing_if = "is_empty")]
+    cni_args: &'a [(String, String)],
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    capability_args: &'a Map<String, Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    result: Option<&'a Value>,
 }
 
-fn attachments_in(dir: &Path, network: &str) -> Result<Vec<(String, String)>, PathBuf> {
+fn is_empty<T>(list: &&[T]) -> bool {
+    list.is_empty()
+}
+
+/// Container ids and interfaces of all on that network. The file or folder that may hold some but
+/// cannot be read (one being written, say) is the error: then nobody knows.
+pub fn attachments(dir: &Path, network: &str) -> Result<Vec<(String, String)>, PathBuf> {
+    if dir.as_os_str().is_empty() {
+        return Ok(Vec::new());
+    }
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -53,6 +85,100 @@ fn attachments_in(dir: &Path, network: &str) -> Result<Vec<(String, String)>, Pa
     Ok(found)
 }
 
+/// Tells other runtimes of a pod; of its result as well, once there is one. Nothing when no folder
+/// is configured.
+pub fn announce(dir: &Path, record: &Record) -> io::Result<()> {
+    if dir.as_os_str().is_empty() {
+        return Ok(());
+    }
+    let Record { network, params, result } = record;
+    let entry = Entry {
+        kind: KIND,
+        container_id: &params.container_id,
+        config: STANDARD.encode(serde_json::to_vec(&network.source)?),
+        if_name: &params.interface,
+        network_name: &network.name,
+        netns: &params.netns,
+        cni_args: &params.args,
+        capability_args: &params.runtime,
+        result: result.as_ref(),
+    };
+    let bytes = serde_json::to_vec(&entry)?;
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let path = path(dir, record);
+    let temporary = temporary(&path);
+    let written = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)
+        .and_then(|mut file| {
+            file.write_all(&bytes)?;
+            // An empty file after a crash would keep everybody from GC.
+            file.sync_data()
+        })
+        .and_then(|()| fs::rename(&temporary, &path));
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written
+}
+
+/// True as well when there is nowhere to announce anything.
+pub fn is_announced(dir: &Path, record: &Record) -> bool {
+    dir.as_os_str().is_empty() || path(dir, record).exists()
+}
+
+/// Undoes [`announce`]; fine when there is nothing to undo.
+pub fn withdraw(dir: &Path, record: &Record) -> io::Result<()> {
+    if dir.as_os_str().is_empty() {
+        return Ok(());
+    }
+    let path = path(dir, record);
+    absent_is_fine(fs::remove_file(temporary(&path)))?;
+    absent_is_fine(fs::remove_file(&path))
+}
+
+/// Undoes [`announce`] for a pod whose record is damaged: its network may have had another name.
+pub fn withdraw_by_id(dir: &Path, id: &str, netns: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    let part = format!("-{id}-");
+    for entry in entries {
+        let path = entry?.path();
+        let named = path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.contains(&part));
+        // Another runtime may use the same id, in another namespace.
+        let ours = |c: &Cached| c.kind == KIND && c.container_id == id && c.netns == netns;
+        if named && read(&path).as_ref().is_some_and(ours) {
+            absent_is_fine(fs::remove_file(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Names of networks, ids and interfaces hold no '/'.
+fn path(dir: &Path, record: &Record) -> PathBuf {
+    let Record { network, params, .. } = record;
+    dir.join(format!("{}-{}-{}", network.name, params.container_id, params.interface))
+}
+
+/// Readers take no file for one of their network whose name begins with a dot.
+fn temporary(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.tmp"))
+}
+
+fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
 fn read(path: &Path) -> Option<Cached> {
     let mut bytes = Vec::new();
     File::open(path).ok()?.take(MAX_BYTES).read_to_end(&mut bytes).ok()?;
@@ -62,6 +188,87 @@ fn read(path: &Path) -> Option<Cached> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    use serde_json::json;
+
+    use crate::plugin::conf::Network;
+    use crate::plugin::params::Params;
+
+    fn record() -> Record {
+        let conf = json!({"cniVersion":"1.1.0","name":"net","plugins":[{"type":"bridge"}]});
+        let mut params = Params::bare("pod-1", "eth0", Path::new("/run/netns/p")).unwrap();
+        params.runtime.insert("bandwidth".into(), json!({"ingressRate": 1000}));
+        Record {
+            network: Network::from_value("/etc/cni/net.d/1.conflist".into(), conf).unwrap(),
+            params,
+            result: None,
+        }
+    }
+
+    #[test]
+    fn an_entry_has_the_form_of_the_reference_library() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("cni/results");
+        let mut record = record();
+        announce(&dir, &record).unwrap();
+        // Before ADD there is no result, but a pod.
+        assert_eq!(attachments(&dir, "net").unwrap(), [("pod-1".into(), "eth0".into())]);
+        record.result = Some(json!({"cniVersion":"1.1.0","ips":[{"address":"10.1.0.5/16"}]}));
+        announce(&dir, &record).unwrap();
+        let path = dir.join("net-pod-1-eth0");
+        let entry: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let config = STANDARD.decode(entry["config"].as_str().unwrap()).unwrap();
+        assert_eq!(serde_json::from_slice::<Value>(&config).unwrap(), record.network.source);
+        let expected = json!({
+            "kind": "cniCacheV1",
+            "containerId": "pod-1",
+            "config": entry["config"],
+            "ifName": "eth0",
+            "networkName": "net",
+            "netns": "/run/netns/p",
+            "cniArgs": [
+                ["IgnoreUnknown", "1"],
+                ["K8S_POD_NAMESPACE", ""],
+                ["K8S_POD_NAME", ""],
+                ["K8S_POD_INFRA_CONTAINER_ID", "pod-1"],
+                ["K8S_POD_UID", ""],
+            ],
+            "capabilityArgs": {"bandwidth": {"ingressRate": 1000}},
+            "result": {"cniVersion": "1.1.0", "ips": [{"address": "10.1.0.5/16"}]},
+        });
+        assert_eq!(entry, expected);
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(&dir)), (0o600, 0o700));
+        withdraw(&dir, &record).unwrap();
+        withdraw(&dir, &record).unwrap();
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn without_its_record_a_pod_is_withdrawn_by_its_id_and_others_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut other = record();
+        other.params.container_id = "pod-2".into();
+        let mut foreign = record();
+        foreign.network.name = "foreign".into();
+        foreign.params.netns = "/run/netns/foreign".into();
+        for record in [&record(), &other, &foreign] {
+            announce(dir.path(), record).unwrap();
+        }
+        withdraw_by_id(dir.path(), "pod-1", Path::new("/run/netns/p")).unwrap();
+        assert!(!dir.path().join("net-pod-1-eth0").exists());
+        assert!(dir.path().join("net-pod-2-eth0").exists());
+        assert!(dir.path().join("foreign-pod-1-eth0").exists());
+    }
+
+    #[test]
+    fn without_a_folder_nothing_is_written_or_read() {
+        let nowhere = Path::new("");
+        announce(nowhere, &record()).unwrap();
+        withdraw(nowhere, &record()).unwrap();
+        assert_eq!(attachments(nowhere, "net"), Ok(Vec::new()));
+    }
 
     #[test]
     fn attachments_of_the_same_network_are_found_and_rubbish_of_others_is_passed_over() {
@@ -78,12 +285,12 @@ mod tests {
             fs::write(dir.path().join(file), text).unwrap();
         }
         let ours = [("c1".to_owned(), "eth0".to_owned())];
-        assert_eq!(attachments_in(dir.path(), "n").unwrap(), ours);
-        assert_eq!(attachments_in(Path::new("/nonexistent"), "n"), Ok(Vec::new()));
+        assert_eq!(attachments(dir.path(), "n").unwrap(), ours);
+        assert_eq!(attachments(Path::new("/nonexistent"), "n"), Ok(Vec::new()));
         // Half written, and of this network by its name.
         let half = dir.path().join("n-c3-eth0");
         fs::write(&half, "{\"kind\":").unwrap();
-        assert_eq!(attachments_in(dir.path(), "n"), Err(half));
-        assert_eq!(attachments_in(dir.path(), "m").unwrap().len(), 1);
+        assert_eq!(attachments(dir.path(), "n"), Err(half));
+        assert_eq!(attachments(dir.path(), "m").unwrap().len(), 1);
     }
 }

@@ -40,11 +40,10 @@ fn plugins_are_told_of_every_pod_that_may_live() {
         // A damaged record is a pod all the same.
         fs::write(host.path("cache/attachments/p2.json"), "{").unwrap();
         // So is one of another runtime on the same network, and not one of another network.
-        fs::create_dir_all("/var/lib/cni/results").unwrap();
         for network in ["test", "other"] {
             let cached = json!({"kind":"cniCacheV1","containerId":format!("c-{network}"),
                 "ifName":"eth0","networkName":network});
-            let path = format!("/var/lib/cni/results/{network}-c-eth0");
+            let path = host.path(&format!("results/{network}-c-eth0"));
             fs::write(path, cached.to_string()).unwrap();
         }
         let after = host.cni();
@@ -56,7 +55,7 @@ fn plugins_are_told_of_every_pod_that_may_live() {
         assert!(log.find("DEL p3") < log.find("GC"), "{log}");
         assert_eq!(told(host), ["c-test", "p1", "p2", "p4"]);
         // When the others cannot be known, nothing is freed.
-        fs::write("/var/lib/cni/results/test-c2-eth0", "{").unwrap();
+        fs::write(host.path("results/test-c2-eth0"), "{").unwrap();
         host.clear_log();
         let error = collect(host, &after, &["p1", "p2"]).unwrap_err();
         assert!(text(&error).contains("test-c2-eth0 cannot be read"), "{}", text(&error));
@@ -163,6 +162,137 @@ fn no_pod_comes_or_goes_while_plugins_collect() {
         for n in 0..3 {
             host.runtime.block_on(cni.detach(&format!("p{n}"))).unwrap();
         }
+        host.nothing_left();
+    });
+}
+
+/// What a runtime that uses the reference library knows of the pods on the network.
+fn cached(host: &Host) -> Vec<String> {
+    host.names("results").into_iter().filter(|name| name.starts_with("test-")).collect()
+}
+
+#[test]
+fn other_runtimes_are_told_of_a_pod_from_before_its_add_until_after_its_del() {
+    on_a_host(|host| {
+        let look = r#"ls $(dirname "$0")/../results > $(dirname "$0")/../seen.$CNI_COMMAND"#;
+        host.plugin("good", &format!("{look}\n{GOOD}"));
+        host.conflist(&conflist("1.1.0", &["good"]));
+        let cni = host.cni();
+        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+        assert_eq!(cached(host), ["test-p1-eth0"]);
+        let entry = json(host, "results/test-p1-eth0");
+        assert_eq!(entry["kind"], "cniCacheV1");
+        assert_eq!(entry["containerId"], "p1");
+        assert_eq!(entry["netns"], host.path("netns/nacelle-p1").display().to_string());
+        assert_eq!(entry["result"]["ips"][0]["address"], "10.9.0.5/24");
+        let seen = |verb: &str| fs::read_to_string(host.path(&format!("seen.{verb}"))).unwrap();
+        assert_eq!(seen("ADD"), "test-p1-eth0\n");
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        assert_eq!(seen("DEL"), "test-p1-eth0\n");
+        assert_eq!(cached(host), Vec::<String>::new());
+
+        // A pod of an earlier release has a record, and nothing for others yet.
+        host.runtime.block_on(cni.attach(pod("p2"))).unwrap();
+        fs::remove_file(host.path("results/test-p2-eth0")).unwrap();
+        collect(host, &host.cni(), &["p2"]).unwrap();
+        assert_eq!(cached(host), ["test-p2-eth0"]);
+        // A damaged record does not leave its pod with the others for ever.
+        fs::write(host.path("cache/attachments/p2.json"), "{").unwrap();
+        host.runtime.block_on(cni.detach("p2")).unwrap();
+        assert_eq!(cached(host), Vec::<String>::new());
+
+        // An attach that fails takes back what it told.
+        host.plugin("good", "[ $CNI_COMMAND = ADD ] && exit 1; exit 0");
+        host.runtime.block_on(cni.attach(pod("p3"))).unwrap_err();
+        assert_eq!(cached(host), Vec::<String>::new());
+        host.nothing_left();
+    });
+}
+
+/// Lets tasks run; between calls of the runtime they do not.
+fn drive(host: &Host, time: Duration) {
+    host.runtime.block_on(async { tokio::time::sleep(time).await });
+}
+
+/// Waits for a line that a plugin notes.
+fn wait_for(host: &Host, line: &str) {
+    let started = Instant::now();
+    while !host.log().lines().any(|l| l.starts_with(line)) {
+        assert!(started.elapsed() < Duration::from_secs(30), "no {line:?}: {}", host.log());
+        drive(host, Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn an_add_that_hangs_and_a_collection_that_waits_for_it_hold_up_no_other_pod() {
+    on_a_host(|host| {
+        let hang = "[ $CNI_COMMAND$CNI_CONTAINERID = ADDhung ] && { \
+                    echo hangs >> $(dirname $0)/../log; sleep 600; }";
+        host.plugin("good", &format!("{hang}\n{GOOD}"));
+        host.conflist(&conflist("1.1.0", &["good"]));
+        let cni = Cni::new(Config { plugin_timeout_ms: 15_000, ..host.config() });
+        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+        let hung = host.runtime.spawn({
+            let cni = cni.clone();
+            async move { cni.attach(pod("hung")).await }
+        });
+        drive(host, Duration::from_millis(10));
+        wait_for(host, "hangs");
+        let collection = host.runtime.spawn({
+            let cni = cni.clone();
+            async move { cni.collect(&["p1".into(), "hung".into()]).await }
+        });
+        // The collection waits now.
+        drive(host, Duration::from_millis(500));
+        let started = Instant::now();
+        host.runtime.block_on(async {
+            cni.attach(pod("p2")).await.unwrap();
+            cni.detach("p1").await.unwrap();
+            cni.detach("p2").await.unwrap();
+        });
+        let took = started.elapsed();
+        assert!(took < Duration::from_secs(8), "{took:?}");
+        let error = host.runtime.block_on(hung).unwrap().unwrap_err();
+        assert!(text(&error).contains("15000 ms"), "{}", text(&error));
+        host.runtime.block_on(collection).unwrap().unwrap();
+        // Not given up: it is tried again.
+        wait_for(host, "GC");
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn a_collection_that_hangs_gives_way_to_pods_and_is_tried_again() {
+    on_a_host(|host| {
+        let hang = "[ $CNI_COMMAND = GC ] && { echo GC $$ >> $(dirname $0)/../log; sleep 600; }";
+        host.plugin("good", &format!("{hang}\n{GOOD}"));
+        host.conflist(&conflist("1.1.0", &["good"]));
+        let cni = host.cni();
+        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+        let collection = host.runtime.spawn({
+            let cni = cni.clone();
+            async move { cni.collect(&["p1".into()]).await }
+        });
+        drive(host, Duration::from_millis(10));
+        wait_for(host, "GC");
+        let started = Instant::now();
+        host.runtime.block_on(async {
+            cni.attach(pod("p2")).await.unwrap();
+            cni.detach("p1").await.unwrap();
+        });
+        let took = started.elapsed();
+        assert!(took < Duration::from_secs(12), "{took:?}");
+        host.runtime.block_on(collection).unwrap().unwrap();
+        let pid = host.log().lines().find_map(|l| l.strip_prefix("GC ")?.parse::<i32>().ok());
+        let stat = fs::read_to_string(format!("/proc/{}/stat", pid.unwrap())).unwrap_or_default();
+        assert!(stat.is_empty() || stat.contains(") Z "), "the plugin still runs: {stat}");
+        // The plugin is repaired.
+        host.plugin("good", GOOD);
+        host.clear_log();
+        wait_for(host, "GC");
+        drive(host, Duration::from_millis(500));
+        assert_eq!(told(host), ["p2"]);
+        host.runtime.block_on(cni.detach("p2")).unwrap();
         host.nothing_left();
     });
 }

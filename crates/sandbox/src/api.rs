@@ -26,6 +26,7 @@ use crate::open::{self, Opened};
 use crate::pod::{self, Begin, Handle, Request};
 use crate::policy::{ContainerPhase, EmptyDirs, Phase, Pod};
 use crate::ports::Network;
+use crate::registry::Reservation;
 use crate::session::{self, AttachSession, ExecSession};
 use crate::stats::{ContainerStatsView, PodStatsView};
 
@@ -44,6 +45,30 @@ pub struct Sandboxes {
 fn new_id() -> String {
     let half = || uuid::Uuid::new_v4().simple().to_string();
     half() + &half()
+}
+
+/// Ends a creation whose caller goes away, and frees its name at once: a kubelet whose call has
+/// timed out tries again with the same one, while what is left of the first is taken away.
+struct GivenUp<'a> {
+    node: &'a Node,
+    id: &'a ContainerId,
+    cancel: &'a CancellationToken,
+    armed: bool,
+}
+
+impl GivenUp<'_> {
+    fn disarm(mut self) {
+        self.armed = false;
+    }
+}
+
+impl Drop for GivenUp<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.cancel.cancel();
+            self.node.registry.give_up_container(self.id);
+        }
+    }
 }
 
 impl Sandboxes {
@@ -135,6 +160,17 @@ impl Sandboxes {
         .await
     }
 
+    /// Looks at files of the host that a request for the pod names, on threads of that pod: a file
+    /// system may never answer. Fails when the look does not end in time.
+    pub async fn look<T: Send + 'static>(
+        &self,
+        pod: &str,
+        what: impl Into<String>,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        self.node.registry.find_pod(pod)?.lookups.look(what, work).await
+    }
+
     /// Ends every container and the VM, frees the network. Idempotent.
     pub async fn stop_pod(&self, id: &str) -> Result<(), Error> {
         let handle = self.node.registry.find_pod(id)?;
@@ -189,13 +225,15 @@ impl Sandboxes {
         let pod = handle.ready_pod()?;
         let (id, max) = (new_id(), self.node.config.max_containers);
         self.node.registry.reserve_container(&pod.id, &id, &spec.meta, max)?;
-        let container = Box::new(pod::new_container(&pod, id.clone(), spec));
         let cancel = CancellationToken::new();
-        let guard = cancel.clone().drop_guard();
-        let create = |reply| Request::CreateContainer { container, cancel, reply };
-        handle.ask(create).await?;
-        guard.disarm();
-        Ok(id)
+        let reserved = Reservation::new(self.node.clone(), id.clone(), cancel.clone());
+        let container = Box::new(pod::new_container(&pod, id.clone(), spec));
+        let given_up = GivenUp { node: &self.node, id: &id, cancel: &cancel, armed: true };
+        let create = |reply| Request::CreateContainer { container, reserved, reply };
+        let created = handle.ask(create).await;
+        // The pod's owner has freed the name of one that failed, or needs it still.
+        given_up.disarm();
+        created.map(|()| id)
     }
 
     pub async fn start_container(&self, id: &str) -> Result<(), Error> {

@@ -20,7 +20,7 @@ use crate::journal::{Found, Journal, Probe};
 use crate::launcher::Launch;
 use crate::node::Node;
 use crate::pod::{self, Begin};
-use crate::policy::{Change, Container, Effect, Phase, Pod};
+use crate::policy::{Change, ContainerPhase, Effect, Phase, Pod};
 use crate::ports::Network;
 use crate::registry::Registry;
 use crate::rescue::{self, Place};
@@ -81,7 +81,7 @@ pub(crate) async fn open(
         blocking(move || found.into_iter().filter_map(|found| take_up(&node, found)).collect())
     };
     let loaded: Vec<Pod> = loaded.await;
-    remove_strangers(&node).await;
+    remove_strangers(&node);
     for pod in loaded {
         let id = pod.id.clone();
         let (handle, owner) = pod::new(node.clone(), pod, Begin::Recover);
@@ -179,9 +179,13 @@ fn take_up(node: &Node, found: Found) -> Option<Pod> {
         Found::Pod { pod, boot_id } => {
             let pod = settle(*pod, boot_id == node.boot_id);
             registry.enter_pod(&pod.id, &pod.spec.meta, &[pod.uid]);
-            for Container { id, spec, .. } in pod.containers.values() {
+            // A creation that was given up has lost its name, perhaps to another one.
+            let (present, others): (Vec<_>, Vec<_>) =
+                pod.containers.values().partition(|c| c.phase == ContainerPhase::Present);
+            for container in present.into_iter().chain(others) {
+                let (id, meta) = (&container.id, &container.spec.meta);
                 // Names were given once; a limit lowered since then does not take them back.
-                let _ = registry.reserve_container(&pod.id, id, &spec.meta, usize::MAX);
+                let _ = registry.reserve_container(&pod.id, id, meta, usize::MAX);
             }
             // Pods of former releases have none.
             if let Err(error) = node.journal.write_header(&pod) {
@@ -193,7 +197,7 @@ fn take_up(node: &Node, found: Found) -> Option<Pod> {
 }
 
 /// What no record knows: sockets of pods, networks.
-async fn remove_strangers(node: &Arc<Node>) {
+fn remove_strangers(node: &Arc<Node>) {
     let known = node.registry.pod_ids();
     if let Ok(entries) = fs::read_dir(node.config.state.join("pods")) {
         for entry in entries.flatten() {
@@ -203,7 +207,15 @@ async fn remove_strangers(node: &Arc<Node>) {
             }
         }
     }
-    if let Err(error) = node.network.collect(&known).await {
-        tracing::warn!(%error, "networks of unknown pods could not all be freed");
-    }
+    let (network, shutdown) = (node.network.clone(), node.shutdown.clone());
+    // Nobody waits for it: plugins that hang must not keep the daemon from serving.
+    tokio::spawn(async move {
+        let collected = tokio::select! {
+            collected = network.collect(&known) => collected,
+            () = shutdown.cancelled() => return,
+        };
+        if let Err(error) = collected {
+            tracing::warn!(%error, "networks of unknown pods could not all be freed");
+        }
+    });
 }

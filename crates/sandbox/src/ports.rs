@@ -70,6 +70,7 @@ pub trait Network: Send + Sync {
     async fn damaged(&self) -> Vec<String> {
         Vec::new()
     }
-    /// Frees what belongs to no pod in `known`.
+    /// Frees what belongs to no pod in `known` and was not attached by this process. Runs beside
+    /// other calls, and may take long.
     async fn collect(&self, known: &[PodId]) -> Result<(), PortError>;
 }

@@ -4,8 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio_util::sync::CancellationToken;
+
 use crate::error::Error;
 use crate::model::{ContainerId, Meta, PodId};
+use crate::node::Node;
 use crate::pod::Handle;
 
 /// (namespace, name, uid, attempt) of a pod.
@@ -22,6 +25,8 @@ struct Inner {
     pod_names: HashMap<PodName, PodId>,
     containers: BTreeMap<ContainerId, PodId>,
     container_names: HashMap<(PodId, String, u32), ContainerId>,
+    /// Whose creation can be given up still.
+    creating: BTreeSet<ContainerId>,
 }
 
 struct Entry {
@@ -34,6 +39,36 @@ struct Entry {
 
 fn pod_name(meta: &Meta) -> PodName {
     (meta.namespace.clone(), meta.name.clone(), meta.uid.clone(), meta.attempt)
+}
+
+/// A container's id and name on their way to the pod's owner; freed if they do not arrive.
+pub(crate) struct Reservation {
+    node: Arc<Node>,
+    id: Option<ContainerId>,
+    /// Cancelled when the caller has given up.
+    cancel: CancellationToken,
+}
+
+impl Reservation {
+    /// After [`Registry::reserve_container`].
+    pub(crate) fn new(node: Arc<Node>, id: ContainerId, cancel: CancellationToken) -> Self {
+        node.registry.begin_container(&id);
+        Self { node, id: Some(id), cancel }
+    }
+
+    /// From here on whoever creates the container frees them.
+    pub(crate) fn arrived(mut self) -> CancellationToken {
+        self.id = None;
+        self.cancel.clone()
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if let Some(id) = &self.id {
+            self.node.registry.forget_container(id);
+        }
+    }
 }
 
 impl Registry {
@@ -92,6 +127,8 @@ impl Registry {
         }
         inner.containers.retain(|_, pod| pod != id);
         inner.container_names.retain(|(pod, ..), _| pod != id);
+        let Inner { containers, creating, .. } = &mut *inner;
+        creating.retain(|container| containers.contains_key(container));
     }
 
     pub(crate) fn reserve_container(
@@ -122,7 +159,26 @@ impl Registry {
     pub(crate) fn forget_container(&self, id: &ContainerId) {
         let mut inner = self.lock();
         inner.containers.remove(id);
+        inner.creating.remove(id);
         inner.container_names.retain(|_, holder| holder != id);
+    }
+
+    fn begin_container(&self, id: &ContainerId) {
+        self.lock().creating.insert(id.clone());
+    }
+
+    /// Frees the name of a container whose creation is given up, unless it is made by now. Its id
+    /// stays until it is undone.
+    pub(crate) fn give_up_container(&self, id: &ContainerId) {
+        let mut inner = self.lock();
+        if inner.creating.remove(id) {
+            inner.container_names.retain(|_, holder| holder != id);
+        }
+    }
+
+    /// The container is made; false when its creation was given up, and it has no name any more.
+    pub(crate) fn confirm_container(&self, id: &ContainerId) -> bool {
+        self.lock().creating.remove(id)
     }
 
     pub(crate) fn handles(&self) -> Vec<Arc<Handle>> {
@@ -226,6 +282,26 @@ mod tests {
         registry.forget_pod(&"x".into());
         registry.forget_pod(&"y".into());
         assert_eq!(reserve(&registry, "b", "db").unwrap(), 100);
+    }
+
+    #[test]
+    fn a_container_that_is_given_up_loses_its_name_and_one_that_is_made_keeps_it() {
+        let registry = Registry::default();
+        reserve(&registry, "pod", "web").unwrap();
+        let (pod, first, second) = ("pod".to_owned(), "c1".to_owned(), "c2".to_owned());
+        let take = |id: &ContainerId| registry.reserve_container(&pod, id, &meta("app", 0), 9);
+        take(&first).unwrap();
+        registry.begin_container(&first);
+        registry.give_up_container(&first);
+        assert!(!registry.confirm_container(&first));
+        take(&second).unwrap();
+        registry.begin_container(&second);
+        // The first is undone now, and takes no name along.
+        registry.forget_container(&first);
+        assert!(registry.confirm_container(&second));
+        // Its caller goes away too late.
+        registry.give_up_container(&second);
+        assert!(matches!(take(&first), Err(Error::Exists { .. })));
     }
 
     #[test]

@@ -38,11 +38,12 @@ impl Runtime {
             Some(metadata) => (metadata.name.clone(), metadata.attempt),
             None => Default::default(),
         };
-        let conversion = self.conversions.begin((pod.id.clone(), container, attempt)).await?;
+        let what = format!("look at the files of the host that container {container} names");
+        let conversion = self.conversions.begin((pod.id.clone(), container, attempt))?;
         let (config, images) = (Arc::new(config), self.images.clone());
         let (pod_id, settings) = (pod.id.clone(), self.config.clone());
         // Looks at the host's files, which may lie on a network.
-        let spec = tokio::task::spawn_blocking(move || {
+        let spec = self.sandboxes.look(&pod_id, what, move || {
             let _conversion = conversion;
             let parts = ImageParts {
                 id: &image.id,
@@ -54,10 +55,8 @@ impl Runtime {
                 Some(ImageVolume { id: found.id, rootfs: found.erofs_path })
             };
             convert(&config, &pod, &parts, &find, &settings)
-        })
-        .await
-        .map_err(|error| Status::internal(format!("reading the request: {error}")))?
-        .map_err(refusal_status)?;
+        });
+        let spec = spec.await.map_err(sandbox_status)?.map_err(refusal_status)?;
         self.check_target(&pod_id, &spec)?;
         let container_id =
             self.sandboxes.create_container(&pod_id, spec).await.map_err(sandbox_status)?;

@@ -17,7 +17,6 @@ use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme
 
 use super::hosts::{Host, Pem, Tls};
 
-const MAX_REDIRECTS: usize = 5;
 /// Clients that are kept: files of hosts that change all the time must not fill the memory.
 const MAX_CLIENTS: usize = 64;
 
@@ -73,16 +72,8 @@ fn build(key: &Key) -> Result<reqwest::Client, String> {
         .tls_backend_preconfigured(tls_config(&key.tls)?)
         .user_agent(concat!("nacelle/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(key.connect)
-        .redirect(Policy::custom(|attempt| {
-            let from_tls = attempt.previous().iter().any(|url| url.scheme() == "https");
-            if attempt.previous().len() > MAX_REDIRECTS {
-                attempt.error("too many redirects")
-            } else if from_tls && attempt.url().scheme() != "https" {
-                attempt.error("redirected from https to plain http")
-            } else {
-                attempt.follow()
-            }
-        }));
+        // See `send`.
+        .redirect(Policy::none());
     if key.loopback {
         // A proxy's own loopback is another machine's.
         builder = builder.no_proxy();

@@ -7,6 +7,7 @@ mod auth;
 mod blob;
 mod client;
 mod hosts;
+mod send;
 mod session;
 
 pub use auth::Auth;

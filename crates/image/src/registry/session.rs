@@ -13,6 +13,7 @@ use tokio::time::{sleep, timeout};
 use super::auth::{Auth, Challenge, Credentials, Grant};
 use super::client::{self, Clients};
 use super::hosts;
+use super::send::{Outgoing, SendError};
 use crate::config::Config;
 use crate::digest::Digest;
 use crate::error::Error;
@@ -261,13 +262,13 @@ impl Session {
         let mut authenticated = false;
         let mut attempt = 0;
         loop {
-            let mut headers = headers.clone();
-            headers.extend(endpoint.headers.clone());
+            let mut private = endpoint.headers.clone();
             let sent = endpoint.authorization.lock().await.clone();
             if let Some(value) = &sent {
-                headers.insert(AUTHORIZATION, value.clone());
+                private.insert(AUTHORIZATION, value.clone());
             }
-            let request = endpoint.client.get(url.clone()).headers(headers);
+            let request =
+                Outgoing { url: url.clone(), headers: headers.clone(), private, body: None };
             let mut pause = back_off(attempt);
             let error = match self.send(endpoint, request, what).await {
                 Ok(response) if response.status().is_success() => return Ok(response),
@@ -304,15 +305,16 @@ impl Session {
     async fn send(
         &self,
         endpoint: &Endpoint,
-        request: reqwest::RequestBuilder,
+        request: Outgoing,
         what: &str,
     ) -> Result<Response, Error> {
-        match timeout(self.stall(), request.send()).await {
+        let registry = endpoint.authority.clone();
+        match timeout(self.stall(), request.send(&endpoint.client)).await {
             Ok(Ok(response)) => Ok(response),
-            Ok(Err(source)) => Err(Error::Transport {
-                registry: endpoint.authority.clone(),
-                source: source.without_url(),
-            }),
+            Ok(Err(SendError::Http(source))) => {
+                Err(Error::Transport { registry, source: source.without_url() })
+            }
+            Ok(Err(SendError::Redirect(reason))) => Err(Error::Protocol { registry, reason }),
             Err(_) => Err(self.stalled(endpoint, what)),
         }
     }
@@ -469,7 +471,7 @@ impl Session {
         let mut grants = endpoint.credentials.grants(service.unwrap_or_default(), scope);
         let response = loop {
             let grant = grants.remove(0);
-            let response = self.send(endpoint, endpoint.ask(url.clone(), &grant), what).await?;
+            let response = self.send(endpoint, ask(url.clone(), &grant), what).await?;
             // What services answer that know only one of the two ways.
             let other_way = matches!(response.status().as_u16(), 404 | 405)
                 || (grant.post && matches!(response.status().as_u16(), 400 | 401));
@@ -527,26 +529,28 @@ impl Endpoint {
         }
         url
     }
+}
 
-    /// A request for a token.
-    fn ask(&self, mut url: Url, grant: &Grant) -> reqwest::RequestBuilder {
-        if grant.post {
-            let mut form = Url::parse("form:").expect("a constant");
-            form.query_pairs_mut().extend_pairs(&grant.parameters);
-            return self
-                .client
-                .post(url)
-                .headers(self.headers.clone())
-                .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
-                .body(form.query().unwrap_or_default().to_owned());
-        }
+/// A request for a token. The service may be somebody else's, and gets no header that is meant for
+/// the registry.
+fn ask(mut url: Url, grant: &Grant) -> Outgoing {
+    let (mut private, mut body) = (HeaderMap::new(), None);
+    if grant.post {
+        let mut form = Url::parse("form:").expect("a constant");
+        form.query_pairs_mut().extend_pairs(&grant.parameters);
+        body = Some(form.query().unwrap_or_default().to_owned());
+        let form = HeaderValue::from_static("application/x-www-form-urlencoded");
+        private.insert(CONTENT_TYPE, form);
+    } else {
         url.query_pairs_mut().extend_pairs(&grant.parameters);
-        let request = self.client.get(url).headers(self.headers.clone());
-        match &grant.basic {
-            Some((username, password)) => request.basic_auth(username, Some(password)),
-            None => request,
+        if let Some((username, password)) = &grant.basic {
+            let value = HeaderValue::try_from(basic(username, password));
+            let mut value = value.expect("base64 has no characters that a header cannot carry");
+            value.set_sensitive(true);
+            private.insert(AUTHORIZATION, value);
         }
     }
+    Outgoing { url, headers: HeaderMap::new(), private, body }
 }
 
 fn basic(username: &str, password: &str) -> String {
@@ -592,9 +596,9 @@ pub(super) fn is_transient(error: &Error) -> bool {
     }
 }
 
-/// A certificate or a redirect does not become right by trying again.
+/// A certificate does not become right by trying again.
 fn is_permanent(error: &reqwest::Error) -> bool {
-    if error.is_redirect() || error.is_builder() {
+    if error.is_builder() {
         return true;
     }
     let mut source = std::error::Error::source(error);

@@ -78,6 +78,14 @@ pub struct AddError {
     pub reached: usize,
 }
 
+/// What became of a GC.
+#[derive(Debug, Default)]
+pub struct Collected {
+    pub errors: Vec<PluginError>,
+    /// It was ended early; not all plugins have done their part.
+    pub gave_way: bool,
+}
+
 /// Runs plugins as configured.
 #[derive(Debug)]
 pub struct Runner {
@@ -166,10 +174,16 @@ impl Runner {
     }
 
     /// Frees what belongs to none of the (container id, interface) pairs. Nothing before 1.1.0 or
-    /// when the configuration forbids it.
-    pub fn gc(&self, network: &Network, valid: &[(String, String)]) -> Vec<PluginError> {
+    /// when the configuration forbids it. Ends early once `give_way` says so.
+    pub fn gc(
+        &self,
+        network: &Network,
+        valid: &[(String, String)],
+        give_way: &dyn Fn() -> bool,
+    ) -> Collected {
+        let mut collected = Collected::default();
         if !network.collects() {
-            return Vec::new();
+            return collected;
         }
         let valid: Vec<Value> = valid
             .iter()
@@ -181,11 +195,18 @@ impl Runner {
         for key in ["cni.dev/valid-attachments", "cni.dev/attachments"] {
             extra.insert(key.into(), valid.clone().into());
         }
-        network
-            .plugins
-            .iter()
-            .filter_map(|p| self.call(network, p, Verb::Gc, None, None, extra.clone()).err())
-            .collect()
+        for plugin in &network.plugins {
+            let stdin = request(network, plugin, Verb::Gc, None, None, extra.clone());
+            match self.run(network, plugin, Verb::Gc, None, &stdin, Some(give_way)) {
+                Ok(_) => {}
+                Err(PluginError::Exec { source: ExecError::Interrupted { .. }, .. }) => {
+                    collected.gave_way = true;
+                    break;
+                }
+                Err(e) => collected.errors.push(e),
+            }
+        }
+        collected
     }
 
     /// Whether the network can take pods now. Nothing before 1.1.0.
@@ -261,8 +282,20 @@ impl Runner {
         previous: Option<&Value>,
         extra: Map<String, Value>,
     ) -> Result<Output, PluginError> {
-        let binary = self.find(network, &plugin.kind)?;
         let stdin = request(network, plugin, verb, params, previous, extra);
+        self.run(network, plugin, verb, params, &stdin, None)
+    }
+
+    fn run(
+        &self,
+        network: &Network,
+        plugin: &Plugin,
+        verb: Verb,
+        params: Option<&Params>,
+        stdin: &[u8],
+        give_way: Option<&dyn Fn() -> bool>,
+    ) -> Result<Output, PluginError> {
+        let binary = self.find(network, &plugin.kind)?;
         let dirs = std::env::join_paths(&self.bin_dirs).unwrap_or_default();
         let mut env = vec![("CNI_COMMAND", verb.as_str().into()), ("CNI_PATH", dirs)];
         if let Some(params) = params {
@@ -280,8 +313,9 @@ impl Runner {
         let output = Invocation {
             binary: &binary,
             env,
-            stdin: &stdin,
+            stdin,
             timeout: self.timeout,
+            give_way,
             output_limit: self.output_limit,
         }
         .run()

@@ -36,17 +36,20 @@ pub enum ExecError {
         said(.stderr)
     )]
     Timeout { binary: PathBuf, after: Duration, stderr: Vec<u8> },
+    #[error("{} was killed because something else could not wait", .binary.display())]
+    Interrupted { binary: PathBuf },
     #[error("{} printed more than {limit} bytes and was killed", .binary.display())]
     TooMuchOutput { binary: PathBuf, limit: usize },
 }
 
 /// What to run.
-#[derive(Debug)]
 pub struct Invocation<'a> {
     pub binary: &'a Path,
     pub env: Vec<(&'static str, OsString)>,
     pub stdin: &'a [u8],
     pub timeout: Duration,
+    /// Asked now and then; the plugin is killed once it is true.
+    pub give_way: Option<&'a dyn Fn() -> bool>,
     /// Bytes on each of stdout and stderr.
     pub output_limit: usize,
 }
@@ -144,6 +147,9 @@ impl Invocation<'_> {
                     after: self.timeout,
                     stderr: err,
                 });
+            }
+            if self.give_way.is_some_and(|give_way| give_way()) {
+                return Err(ExecError::Interrupted { binary: self.binary.to_owned() });
             }
             let closed = stdout.is_none() && stderr.is_none();
             // The end is looked for before the pipes are read, so that what was written before it
@@ -280,6 +286,7 @@ mod tests {
             env: vec![("CNI_COMMAND", "ADD".into())],
             stdin,
             timeout: Duration::from_millis(timeout_ms),
+            give_way: None,
             output_limit: 100_000,
         }
         .run()
@@ -340,6 +347,7 @@ mod tests {
             env: vec![],
             stdin: b"",
             timeout: Duration::from_secs(1),
+            give_way: None,
             output_limit: 1,
         }
         .run()

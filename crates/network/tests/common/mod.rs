@@ -33,6 +33,7 @@ impl Host {
             conf_dir: self.path("conf"),
             bin_dirs: vec![self.path("bin"), "/opt/cni/bin".into(), "/usr/lib/cni".into()],
             cache_dir: self.path("cache"),
+            results_dir: self.path("results"),
             netns_dir: self.path("netns"),
             plugin_timeout_ms: 20_000,
             ..Config::default()

@@ -5,6 +5,7 @@ pub(crate) mod cgroup;
 pub(crate) mod empty_dir;
 pub(crate) mod etc;
 pub(crate) mod mounts;
+pub(crate) mod pool;
 pub(crate) mod process;
 pub(crate) mod scratch;
 pub(crate) mod share;
@@ -29,7 +30,7 @@ pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// Runs blocking work off the runtime's threads.
+/// Runs blocking work off the runtime's threads. Not for paths that a user chose: [`pool::Pool`].
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(value) => value,

@@ -28,6 +28,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use vmm_api::shares::{Access, Error as Refusal, Reply, Request};
 use vmm_api::transport::{self, TransportError};
 
+use super::pool::Pool;
 use super::{absent_is_fine, blocking, sockets};
 use crate::error::Error;
 use crate::launcher::{Launch, Launched, Namespaces, Program};
@@ -64,6 +65,7 @@ pub(crate) struct Share {
 pub(crate) struct ShareServer {
     control: PathBuf,
     limit: Duration,
+    lookups: Pool,
 }
 
 /// What a new server needs.
@@ -78,6 +80,7 @@ pub(crate) struct Start {
     pub(crate) stderr: OwnedFd,
     /// For calls later on.
     pub(crate) limit: Duration,
+    pub(crate) lookups: Pool,
 }
 
 #[derive(Debug)]
@@ -91,16 +94,16 @@ pub(crate) struct Started {
 impl ShareServer {
     /// Starts a server and waits until it is ready; what fails leaves no process.
     pub(crate) async fn start(launcher: &dyn Launch, start: Start) -> Result<Started, Error> {
-        let Start { exe, control, cgroup, stderr, limit } = start;
+        let Start { exe, control, cgroup, stderr, limit, lookups } = start;
         let path = control.clone();
         let (listener, peer, vhost) = blocking(move || listen(&path)).await?;
         let args = ["--control-fd", "3", "--vhost-fd", "4"].map(str::to_owned).to_vec();
         let fds = vec![listener, peer];
         let program = Program { exe, args, cgroup, stderr, fds, own: Namespaces::ALL };
         let process = launcher.launch(program).await?;
-        let ready = Self { control: control.clone(), limit: START_LIMIT };
+        let ready = Self { control: control.clone(), limit: START_LIMIT, lookups: lookups.clone() };
         match ready.call(Request::List, None).await {
-            Ok(_) => Ok(Started { server: Self { control, limit }, process, vhost }),
+            Ok(_) => Ok(Started { server: Self { control, limit, lookups }, process, vhost }),
             Err(error) => {
                 if let Ok(process) = super::process::Process::new(process.pid, process.pidfd) {
                     // It is in the pod's cgroup: if this fails, that one's end is its end.
@@ -112,8 +115,8 @@ impl ShareServer {
     }
 
     /// The server that listens there, after a restart of ours.
-    pub(crate) fn attach(control: PathBuf, limit: Duration) -> Self {
-        Self { control, limit }
+    pub(crate) fn attach(control: PathBuf, limit: Duration, lookups: Pool) -> Self {
+        Self { control, limit, lookups }
     }
 
     /// Shares `source` (links in it are followed, now) as `name`. One that is there already stays
@@ -142,16 +145,10 @@ impl ShareServer {
         share: Share,
         ids: Option<OwnedFd>,
     ) -> Result<Kind, Error> {
-        let (path, limit) = (source.to_owned(), self.limit);
-        let made = blocking(move || mount_of(&path, share, ids.as_ref()));
-        // A source on a server that does not answer blocks for ever; that thread is lost.
-        let (tree, kind) = match tokio::time::timeout(limit, made).await {
-            Ok(made) => made?,
-            Err(_) => {
-                let what = format!("look at {}", source.display());
-                return Err(Error::Deadline { what, limit });
-            }
-        };
+        let path = source.to_owned();
+        let what = format!("look at {}", source.display());
+        let made = self.lookups.look(what, move || mount_of(&path, share, ids.as_ref()));
+        let (tree, kind) = made.await??;
         let access = if share.kept { share.access } else { Access::AsMounted };
         let request = Request::Add { name: name.to_owned(), access };
         match self.call(request, Some(tree)).await? {
@@ -489,7 +486,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fs");
         let limit = Duration::from_millis(50);
-        let server = ShareServer::attach(path.clone(), limit);
+        let lookups = Pool::new("test-lookup", 1, limit);
+        let server = ShareServer::attach(path.clone(), limit, lookups);
         assert!(matches!(server.list().await, Err(Error::Unavailable { .. })));
         let _listener = sockets::listen_at(&path, SockType::SeqPacket).unwrap();
         assert!(matches!(server.remove("a").await, Err(Error::Deadline { .. })));

@@ -11,6 +11,7 @@ use std::path::{Component, Path, PathBuf};
 
 use agent_api::v1::VolumeFile;
 
+use super::pool::Pool;
 use crate::error::Error;
 
 /// Content of one message, bytes: well below [`agent_api::MAX_MESSAGE`], with room for names.
@@ -83,25 +84,33 @@ pub(crate) fn read(
 
 /// A volume that is read while its batches are taken one after the other.
 pub(crate) struct Copy {
+    pool: Pool,
+    what: String,
     batches: tokio::sync::mpsc::Receiver<Vec<VolumeFile>>,
     reader: Option<tokio::task::JoinHandle<Result<(), Error>>>,
 }
 
 impl Copy {
-    pub(crate) fn of(source: PathBuf, limits: Limits) -> Self {
+    pub(crate) fn of(pool: &Pool, source: PathBuf, limits: Limits) -> Self {
         let (sender, batches) = tokio::sync::mpsc::channel(1);
-        let reader = tokio::task::spawn_blocking(move || {
-            read(&source, limits, &mut |files| {
-                let gone = |_| Error::Cancelled { what: "copy of a volume" };
-                sender.blocking_send(files).map_err(gone)
-            })
+        let (reading, pool) = (pool.clone(), pool.clone());
+        let what = format!("read {}", source.display());
+        let reader = tokio::spawn(async move {
+            let read = reading.finish(move || {
+                read(&source, limits, &mut |files| {
+                    let gone = |_| Error::Cancelled { what: "copy of a volume" };
+                    sender.blocking_send(files).map_err(gone)
+                })
+            });
+            read.await
         });
-        Self { batches, reader: Some(reader) }
+        Self { pool, what, batches, reader: Some(reader) }
     }
 
-    /// None: that was all of it.
+    /// None: that was all of it. Fails when the next batch does not come within the pool's limit.
     pub(crate) async fn next(&mut self) -> Result<Option<Vec<VolumeFile>>, Error> {
-        if let Some(files) = self.batches.recv().await {
+        let batch = tokio::time::timeout(self.pool.limit(), self.batches.recv()).await;
+        if let Some(files) = batch.map_err(|_| self.pool.late(&*self.what))? {
             return Ok(Some(files));
         }
         match self.reader.take() {

@@ -62,10 +62,13 @@ impl Watcher {
         Self { inner: Some(inner) }
     }
 
-    /// None when the folder cannot be watched (it is gone, or the host is out of watches).
+    /// None when the folder cannot be watched (it is gone, or the host is out of watches). Blocks
+    /// for as long as the folder's file system does not answer.
     pub(crate) fn watch(&self, folder: &Path) -> Option<Watch> {
         let inner = self.inner.as_ref()?;
-        let mut watched = inner.lock();
+        // Before the lock, which the watches of all pods need. Another watch of the folder may be
+        // dropped in between and take the descriptor along; then this one is never told, and its
+        // user looks now and then anyway.
         let descriptor = match inner.events.inotify().add_watch(folder, CHANGES) {
             Ok(descriptor) => descriptor,
             Err(error) => {
@@ -73,6 +76,7 @@ impl Watcher {
                 return None;
             }
         };
+        let mut watched = inner.lock();
         let sender = watched.entry(descriptor).or_insert_with(|| watch::Sender::new(()));
         let changed = sender.subscribe();
         Some(Watch { inner: inner.clone(), descriptor, changed })

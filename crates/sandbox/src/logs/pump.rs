@@ -16,7 +16,7 @@ use super::format::{Cutter, Tag, write_entry};
 use super::writer::{Batch, LogWriter, Progress};
 use crate::error::Error;
 use crate::guest::{Door, Refused, StreamId, StreamReader};
-use crate::host::blocking;
+use crate::host::pool::Pool;
 use crate::session::ByteReader;
 
 /// Piece of a stream, bytes.
@@ -41,6 +41,8 @@ pub(crate) struct Source {
     pub(crate) door: Door,
     pub(crate) container: String,
     pub(crate) tty: bool,
+    /// Threads that write the log.
+    pub(crate) writes: Pool,
 }
 
 /// Where the log is to be opened.
@@ -164,6 +166,7 @@ struct Stream {
 struct Pump {
     container: String,
     writer: Option<LogWriter>,
+    writes: Pool,
     stdout: Stream,
     stderr: Stream,
     progress: Progress,
@@ -213,6 +216,7 @@ async fn run(
     let mut pump = Pump {
         container: source.container,
         writer: Some(writer),
+        writes: source.writes,
         stdout,
         stderr,
         progress,
@@ -349,11 +353,13 @@ impl Pump {
         let mut pause = RETRY_FIRST;
         loop {
             let Some(mut writer) = self.writer.take() else { return true };
-            let (writer, back, result) = blocking(move || {
-                let result = writer.write(&mut batch);
-                (writer, batch, result)
-            })
-            .await;
+            let (writer, back, result) = self
+                .writes
+                .finish(move || {
+                    let result = writer.write(&mut batch);
+                    (writer, batch, result)
+                })
+                .await;
             self.writer = Some(writer);
             batch = back;
             let Err(error) = result else { return true };
@@ -380,11 +386,13 @@ impl Pump {
         match order {
             Order::Reopen(reply) => {
                 let Some(mut writer) = self.writer.take() else { return };
-                let (writer, result) = blocking(move || {
-                    let result = writer.reopen();
-                    (writer, result)
-                })
-                .await;
+                let (writer, result) = self
+                    .writes
+                    .finish(move || {
+                        let result = writer.reopen();
+                        (writer, result)
+                    })
+                    .await;
                 self.writer = Some(writer);
                 let _ = reply.send(result);
             }

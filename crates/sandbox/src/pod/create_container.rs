@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use agent_api::v1;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::handle::Handle;
@@ -68,12 +69,16 @@ pub(super) async fn create_container(
         Err(e) => Err(e),
         Ok(()) => {
             oom_score::apply(handle).await;
+            let mut disks = None;
             let made = tokio::select! {
-                result = create(handle, &id) => result,
+                result = create(handle, &id, &mut disks) => result,
                 () = cancel.cancelled() => Err(Error::Cancelled { what: "creation of the container" }),
                 () = handle.closing.cancelled() => Err(Error::precondition("the pod was stopped")),
             };
             let made = match made {
+                Ok(_) if !handle.node.registry.confirm_container(&id) => {
+                    Err(Error::Cancelled { what: "creation of the container" })
+                }
                 Ok(user) => {
                     let created = Change::ContainerCreated { id: id.clone(), user };
                     handle.commit(vec![created]).await
@@ -81,6 +86,10 @@ pub(super) async fn create_container(
                 Err(e) => Err(e),
             };
             if made.is_err() {
+                // Files that appear and disks that are plugged after the undoing would stay.
+                if let Some(disks) = disks {
+                    let _ = disks.await;
+                }
                 undo(handle, &id).await;
             }
             made
@@ -92,11 +101,22 @@ pub(super) async fn create_container(
     result
 }
 
-async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
-    let container = handle.container(id)?;
-    let spec = &container.spec;
-    cpuset::pin(handle, None).await?;
-    let policies = apparmor_policies(handle, spec).await?;
+/// What the agent calls the container's layer, or how large its folder on the scratch disk may be.
+type Layer = (String, Option<v1::ScratchLayer>);
+type MakingDisks = JoinHandle<Result<Layer, Error>>;
+
+/// Makes the container's files and plugs its disks. Every step has a deadline. Runs to its end when
+/// its caller has given up.
+fn make_disks(handle: &Arc<Handle>, id: &str, spec: &Arc<ContainerSpec>) -> MakingDisks {
+    let (handle, id, spec) = (handle.clone(), id.to_owned(), spec.clone());
+    tokio::spawn(async move { make_and_plug(&handle, &id, &spec).await })
+}
+
+async fn make_and_plug(
+    handle: &Arc<Handle>,
+    id: &str,
+    spec: &Arc<ContainerSpec>,
+) -> Result<Layer, Error> {
     let written = !spec.rootfs.read_only || !spec.rootfs.volumes.is_empty();
     let size = handle.node.config.scratch_size;
     let (mut layer, mut scratch, mut disk) = (String::new(), None, None);
@@ -112,6 +132,22 @@ async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
         layer = disks::scratch_serial(id);
     }
     disks::plug(handle, id, spec, disk).await?;
+    Ok((layer, scratch))
+}
+
+/// `disks` is set while a task makes them.
+async fn create(
+    handle: &Arc<Handle>,
+    id: &str,
+    disks: &mut Option<MakingDisks>,
+) -> Result<Identity, Error> {
+    let container = handle.container(id)?;
+    let spec = &container.spec;
+    cpuset::pin(handle, None).await?;
+    let policies = apparmor_policies(handle, spec).await?;
+    let made = disks.insert(make_disks(handle, id, spec)).await;
+    *disks = None;
+    let (layer, scratch) = made.map_err(|e| Error::Internal(e.into()))??;
     let Prepared { mounts, synced } = volumes::prepare(handle, id, spec).await?;
     let rootfs = v1::RootFs {
         lower_serial: handle.machine.image(&spec.rootfs.image),
@@ -136,7 +172,8 @@ async fn create(handle: &Arc<Handle>, id: &str) -> Result<Identity, Error> {
 async fn start_log(handle: &Handle, container: &Container) -> Result<(), Error> {
     let (source, Place { path, sidecar }) = output(handle, container);
     let shown = container.log_path.display().to_string();
-    let writer = blocking(move || LogWriter::open(path, &sidecar)).await;
+    let what = format!("open the container's log {shown}");
+    let writer = handle.log_writes.look(what, move || LogWriter::open(path, &sidecar)).await?;
     let writer = writer.map_err(|e| Error::io(format!("open the container's log {shown}"), e))?;
     handle.set_log(&container.id, logs::start(source, writer));
     Ok(())
@@ -156,6 +193,7 @@ fn output(handle: &Handle, container: &Container) -> (Source, Place) {
         door: handle.guest.door().clone(),
         container: container.id.clone(),
         tty: container.spec.tty,
+        writes: handle.log_writes.clone(),
     };
     (source, place)
 }

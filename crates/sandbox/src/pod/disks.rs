@@ -13,7 +13,6 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use super::handle::Handle;
 use crate::error::Error;
 use crate::guest::Guest;
-use crate::host::blocking;
 use crate::host::volumes::{self, Limits};
 use crate::machine::Machine;
 use crate::model::{BlockDevice, ContainerSpec, VolumeSource};
@@ -130,7 +129,8 @@ pub(super) async fn plug(
         Vec::new()
     } else {
         let (machine, spec, there) = (handle.machine.clone(), spec.clone(), plugged.0.clone());
-        blocking(move || open_shared(&machine, &spec, &there)).await?
+        let what = "open the container's images and devices";
+        handle.lookups.look(what, move || open_shared(&machine, &spec, &there)).await??
     };
     let own = scratch.map(|file| (scratch_serial(container), file));
     disks.extend(own.map(|(serial, file)| Disk { serial, file, read_only: false }));
@@ -144,13 +144,23 @@ pub(super) async fn plug(
     if serials.is_empty() {
         return Ok(());
     }
-    let request = v1::RescanDevicesRequest { disk_serials: serials.clone(), macs: Vec::new() };
+    tokio::select! {
+        found = find(handle, serials.clone()) => found?,
+        () = handle.closing.cancelled() => {
+            return Err(Error::precondition("the pod was stopped"));
+        }
+    }
+    plugged.0.extend(serials);
+    Ok(())
+}
+
+/// Has the guest look for disks.
+async fn find(handle: &Handle, disk_serials: Vec<String>) -> Result<(), Error> {
+    let request = v1::RescanDevicesRequest { disk_serials, macs: Vec::new() };
     let call = handle
         .guest
         .call("find the new disks", |mut c| async move { c.rescan_devices(request).await });
-    call.await?;
-    plugged.0.extend(serials);
-    Ok(())
+    call.await.map(drop)
 }
 
 /// Pulls a container's scratch disk, and those of its disks that no other container uses. Goes on
@@ -180,18 +190,27 @@ pub(super) async fn unplug(
 }
 
 async fn pull(handle: &Handle, serial: String) -> Result<(), Error> {
-    let request = v1::ReleaseDeviceRequest { disk_serial: serial.clone(), mac: String::new() };
-    let released =
-        handle.guest.call("release a disk", |mut c| async move { c.release_device(request).await });
-    match released.await {
-        Ok(_) => {}
+    match release(handle, &serial).await {
+        Ok(()) => {}
         // The guest has never seen it.
         Err(Error::FailedPrecondition { .. }) if !is_plugged(handle, &serial).await => {
             return Ok(());
         }
+        // It was plugged, and the guest did not come to look for it.
+        Err(Error::FailedPrecondition { .. }) => {
+            find(handle, vec![serial.clone()]).await?;
+            release(handle, &serial).await?;
+        }
         Err(error) => return Err(error),
     }
     handle.machine.vmm()?.remove_device(&serial).await
+}
+
+async fn release(handle: &Handle, serial: &str) -> Result<(), Error> {
+    let request = v1::ReleaseDeviceRequest { disk_serial: serial.to_owned(), mac: String::new() };
+    let released =
+        handle.guest.call("release a disk", |mut c| async move { c.release_device(request).await });
+    released.await.map(drop)
 }
 
 async fn is_plugged(handle: &Handle, serial: &str) -> bool {
@@ -268,7 +287,7 @@ pub(super) async fn copy_volume(handle: &Handle, id: &str, source: &Path) -> Res
     let limits = Limits { bytes: config.volume_bytes, files: config.volume_files };
     // Blocks of the tmpfs and its inodes' share come on top of the content.
     let size_limit = 2 * limits.bytes;
-    let mut copy = volumes::Copy::of(source.to_owned(), limits);
+    let mut copy = volumes::Copy::of(&handle.lookups, source.to_owned(), limits);
     while let Some(files) = copy.next().await? {
         send(&handle.guest, id, files, size_limit, true).await?;
     }

@@ -10,7 +10,6 @@ use agent_api::v1;
 
 use super::handle::Handle;
 use crate::error::Error;
-use crate::host::blocking;
 use crate::host::empty_dir::{self, Facts};
 use crate::host::volumes::{self, Limits};
 use crate::model::VolumeSource;
@@ -62,7 +61,8 @@ async fn make(
 ) -> Result<bool, Error> {
     let facts = {
         let folder = folder.to_owned();
-        blocking(move || empty_dir::facts(&folder)).await?
+        let what = format!("look at {}", folder.display());
+        handle.lookups.look(what, move || empty_dir::facts(&folder)).await??
     };
     let mut request = request(name, &facts, size_limit);
     if prepare(handle, request.clone()).await? {
@@ -120,7 +120,7 @@ async fn fill(
 ) -> Result<(), Error> {
     let config = &handle.node.config;
     let limits = Limits { bytes: config.volume_bytes, files: config.volume_files };
-    let mut copy = volumes::Copy::of(folder.to_owned(), limits);
+    let mut copy = volumes::Copy::of(&handle.lookups, folder.to_owned(), limits);
     while let Some(files) = copy.next().await? {
         prepare(handle, v1::PrepareEmptyDirRequest { files, ..request.clone() }).await?;
     }

@@ -18,6 +18,7 @@ use super::owner::{Msg, Request};
 use super::shares::Server;
 use crate::error::Error;
 use crate::guest::{Door, Guest};
+use crate::host::pool::Pool;
 use crate::logs::LogHandle;
 use crate::machine::Machine;
 use crate::model::{ContainerId, PodId};
@@ -129,10 +130,18 @@ pub(crate) struct Handle {
     /// Containers that a former daemon has left: recovery looks at these, and not at those that
     /// are being made meanwhile.
     pub(super) recovered: BTreeSet<ContainerId>,
+    /// For looks at paths that a user chose: volumes, devices.
+    pub(crate) lookups: Pool,
+    /// For the logs of containers, apart from the volumes.
+    pub(crate) log_writes: Pool,
     requests: mpsc::Sender<Msg>,
     state: watch::Receiver<Arc<Pod>>,
     live: Mutex<Live>,
 }
+
+/// Threads of a pod for looks at its volumes, and for its logs.
+const LOOKUPS: usize = 16;
+const LOG_WRITES: usize = 4;
 
 /// See [`Handle::begin_start`].
 pub(super) struct Starting {
@@ -181,6 +190,8 @@ impl Handle {
             first_stats: tokio::sync::OnceCell::new(),
             stats_read: tokio::sync::Notify::new(),
             recovered,
+            lookups: Pool::new("pod-lookup", LOOKUPS, node.config.vmm_call_deadline()),
+            log_writes: Pool::new("pod-log", LOG_WRITES, node.config.vmm_call_deadline()),
             id,
             node,
             paths,

@@ -26,6 +26,7 @@ use crate::host::process::Process;
 use crate::model::{ContainerId, Event, PodId, PodResources};
 use crate::node::Node;
 use crate::policy::{Change, Container, ContainerPhase, Misfit, Phase, Pod};
+use crate::registry::Reservation;
 
 /// Requests that wait for the owner; more of them wait at the sender.
 const QUEUE: usize = 64;
@@ -41,7 +42,7 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T, Error>>;
 pub(crate) enum Request {
     Stop(Reply<()>),
     Remove(Reply<()>),
-    CreateContainer { container: Box<Container>, cancel: CancellationToken, reply: Reply<()> },
+    CreateContainer { container: Box<Container>, reserved: Reservation, reply: Reply<()> },
     StartContainer { id: ContainerId, reply: Reply<()> },
     RemoveContainer { id: ContainerId, reply: Reply<()> },
     UpdateContainer { id: ContainerId, resources: Box<LinuxResources>, reply: Reply<()> },
@@ -280,9 +281,10 @@ impl Owner {
                     Activity::Stopping | Activity::Removing => {}
                 }
             }
-            Request::CreateContainer { container, cancel, reply } => {
+            Request::CreateContainer { container, reserved, reply } => {
                 let handle = self.handle.clone();
                 self.container_job(Some(container.id.clone()), reply, async move {
+                    let cancel = reserved.arrived();
                     create_container::create_container(&handle, *container, &cancel).await
                 });
             }

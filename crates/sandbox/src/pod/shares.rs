@@ -106,11 +106,9 @@ pub(super) async fn prepare(
     let uses = match server.keeps_access {
         true => {
             let known = uses(&handle.pod(), |_| true);
-            let limit = handle.node.config.vmm_call_deadline();
-            // A source on a server that does not answer blocks for ever; that thread is lost.
-            let planned = blocking(move || share_plan::plan(&known, wanted));
-            let late = || Error::Deadline { what: "look at the volumes".into(), limit };
-            tokio::time::timeout(limit, planned).await.map_err(|_| late())??
+            let paths: Vec<_> = wanted.iter().map(|w| w.path.display().to_string()).collect();
+            let what = format!("look at the volumes {}", paths.join(", "));
+            handle.lookups.look(what, move || share_plan::plan(&known, wanted)).await??
         }
         // A server of the release before: each volume has a share of its own.
         false => {
@@ -261,7 +259,8 @@ async fn server(handle: &Arc<Handle>) -> Result<Arc<Server>, Error> {
             if handle.machine.vmm()?.status().await?.devices.iter().any(|d| d.id == DEVICE) {
                 let process = process.ok_or_else(gone)?;
                 let limit = handle.node.config.vmm_call_deadline();
-                let shares = ShareServer::attach(handle.paths.shares.clone(), limit);
+                let (control, lookups) = (handle.paths.shares.clone(), handle.lookups.clone());
+                let shares = ShareServer::attach(control, limit, lookups);
                 let keeps_access = put_in_order(handle, &shares).await?;
                 Server { shares, process, keeps_access }
             } else {
@@ -335,6 +334,7 @@ async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
             cgroup: OwnedFd::from(cgroup),
             stderr: stderr.into(),
             limit: handle.node.config.vmm_call_deadline(),
+            lookups: handle.lookups.clone(),
         },
     );
     let Started { server: shares, process, vhost } = started.await?;

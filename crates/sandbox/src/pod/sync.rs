@@ -19,7 +19,6 @@ use super::disks::swap_volume;
 use super::handle::Handle;
 use super::volumes::volume_id;
 use crate::error::Error;
-use crate::host::blocking;
 use crate::host::volumes::{Limits, current, generation};
 use crate::host::watch::Watch;
 use crate::model::VolumeSource;
@@ -95,9 +94,15 @@ async fn follow(handle: &Handle, volume: &mut Synced) {
     let mut pause = RETRY_FIRST;
     loop {
         // Armed before the look, so that nothing is missed in between.
-        let watch = handle.node.watcher.watch(&volume.folder);
-        match look(handle, volume).await {
-            Ok(()) => {
+        let (watcher, folder) = (handle.node.watcher.clone(), volume.folder.clone());
+        let what = format!("watch {}", folder.display());
+        let armed = handle.lookups.look(what, move || watcher.watch(&folder)).await;
+        let looked = match armed {
+            Ok(watch) => look(handle, volume).await.map(|()| watch),
+            Err(e) => Err(e),
+        };
+        match looked {
+            Ok(watch) => {
                 pause = RETRY_FIRST;
                 wait(watch).await;
             }
@@ -122,10 +127,9 @@ async fn wait(watch: Option<Watch>) {
 
 async fn look(handle: &Handle, volume: &mut Synced) -> Result<(), Error> {
     let folder = volume.folder.clone();
-    let now = blocking(move || {
-        current(&folder).map_err(|e| Error::io(format!("look at {}", folder.display()), e))
-    });
-    let now = now.await?;
+    let what = format!("look at {}", folder.display());
+    let now = handle.lookups.look(&*what, move || current(&folder)).await?;
+    let now = now.map_err(|e| Error::io(what, e))?;
     // What was there once is not taken away: a kubelet that tears the volume down empties it.
     if now.is_empty() || volume.shown.as_ref() == Some(&now) {
         return Ok(());
@@ -137,7 +141,8 @@ async fn copy(handle: &Handle, volume: &mut Synced) -> Result<(), Error> {
     let config = &handle.node.config;
     let limits = Limits { bytes: config.volume_bytes.min(MAX_BYTES), files: config.volume_files };
     let folder = volume.folder.clone();
-    let read = blocking(move || generation(&folder, limits)).await?;
+    let what = format!("read {}", folder.display());
+    let read = handle.lookups.look(what, move || generation(&folder, limits)).await??;
     // Two generations stand side by side for a moment, and tmpfs counts pages.
     let size = 4 * limits.bytes;
     let torn = std::mem::replace(&mut volume.torn, true);

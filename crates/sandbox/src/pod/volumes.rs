@@ -11,8 +11,9 @@ use super::run_pod::ETC_VOLUME;
 use super::sync::{self, Synced};
 use super::{disks, empty_dirs, shares, write_back};
 use crate::error::Error;
+use crate::host::pool::Pool;
 use crate::host::volumes::{Shape, shape};
-use crate::host::{blocking, empty_dir, etc, mounts};
+use crate::host::{empty_dir, etc, mounts};
 use crate::model::{Access, ContainerSpec, Propagation, ShareUse, Volume, VolumeSource};
 
 /// Volumes of a container; each is a mount, and many are a device or a task of ours.
@@ -84,7 +85,7 @@ impl Prepared {
         };
         match &volume.source {
             VolumeSource::Copied { host_path } => {
-                mount.sub_path = sub_path(host_path).await?;
+                mount.sub_path = sub_path(&handle.lookups, host_path).await?;
                 disks::copy_volume(handle, &id, host_path).await?;
             }
             VolumeSource::Synced { host_path } => {
@@ -92,7 +93,7 @@ impl Prepared {
             }
             VolumeSource::WrittenBack { host_path } => {
                 write_back::open(handle, container, n, host_path).await?;
-                mount.sub_path = sub_path(host_path).await?;
+                mount.sub_path = sub_path(&handle.lookups, host_path).await?;
                 disks::copy_volume(handle, &id, host_path).await?;
             }
             VolumeSource::Shared { host_path } if handle.machine.host().is_some() => {
@@ -112,7 +113,7 @@ impl Prepared {
                 }
                 mount.ids_mapped = !share.ids.is_empty();
                 if volume.access == Access::ReadOnly {
-                    mount.submounts = submounts(host_path).await?;
+                    mount.submounts = submounts(&handle.lookups, host_path).await?;
                 }
             }
             VolumeSource::EmptyDir { host_path, folder, sub_path, .. } => {
@@ -122,9 +123,9 @@ impl Prepared {
                 if !sub_path.is_empty() {
                     mount.sub_path = sub_path.clone();
                     let path = host_path.clone();
-                    let owner = blocking(move || empty_dir::owner(&path)).await;
-                    let owner = owner
-                        .map_err(|e| Error::io(format!("look at {}", host_path.display()), e))?;
+                    let what = format!("look at {}", host_path.display());
+                    let owner = handle.lookups.look(&*what, move || empty_dir::owner(&path));
+                    let owner = owner.await?.map_err(|e| Error::io(what, e))?;
                     (mount.uid, mount.gid, mount.mode) = (owner.uid, owner.gid, owner.mode);
                 }
             }
@@ -159,17 +160,18 @@ fn path_text(path: &Path) -> Result<String, Error> {
 }
 
 /// Mounts of the host below a share, which stay as they are when it is read-only.
-async fn submounts(source: &Path) -> Result<Vec<String>, Error> {
+async fn submounts(lookups: &Pool, source: &Path) -> Result<Vec<String>, Error> {
     let path = source.to_owned();
-    blocking(move || mounts::below(&path, MAX_SUBMOUNTS))
-        .await
-        .map_err(|e| Error::io(format!("look for mounts below {}", source.display()), e))
+    let what = format!("look for mounts below {}", source.display());
+    let found = lookups.look(&*what, move || mounts::below(&path, MAX_SUBMOUNTS)).await?;
+    found.map_err(|e| Error::io(what, e))
 }
 
 /// Of a copy: a file is mounted by its name in the volume.
-async fn sub_path(source: &Path) -> Result<String, Error> {
+async fn sub_path(lookups: &Pool, source: &Path) -> Result<String, Error> {
+    let what = format!("look at {}", source.display());
     let source = source.to_owned();
-    Ok(match blocking(move || shape(&source)).await? {
+    Ok(match lookups.look(what, move || shape(&source)).await?? {
         Shape::File { name } => name,
         Shape::Folder => String::new(),
     })

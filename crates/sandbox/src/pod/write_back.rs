@@ -11,7 +11,6 @@ use agent_api::v1;
 use super::handle::Handle;
 use super::volumes::volume_id;
 use crate::error::Error;
-use crate::host::blocking;
 use crate::host::volumes::{Shape, open_for_writing, overwrite, shape};
 use crate::model::VolumeSource;
 
@@ -27,12 +26,13 @@ pub(super) async fn open(
     n: usize,
     path: &Path,
 ) -> Result<(), Error> {
+    let what = format!("open {}", path.display());
     let path = path.to_owned();
-    let file = blocking(move || match shape(&path)? {
+    let file = handle.lookups.look(what, move || match shape(&path)? {
         Shape::File { .. } => open_for_writing(&path),
         Shape::Folder => Err(Error::invalid(format!("{} is a folder", path.display()))),
     });
-    let file = file.await?;
+    let file = file.await??;
     handle.set_written_back(container, n, Arc::new(file));
     Ok(())
 }
@@ -68,14 +68,15 @@ async fn one(handle: &Handle, container: &str, n: usize, path: &Path) -> Result<
     let mut content = read.await?.content;
     content.truncate(MAX_BYTES);
     let opened: Option<Arc<File>> = handle.written_back(container, n);
+    let what = format!("write {}", path.display());
     let path = path.to_owned();
-    blocking(move || {
+    let written = handle.lookups.look(what, move || {
         let file = match opened {
             Some(file) => file,
             // Opened by a daemon before us.
             None => Arc::new(open_for_writing(&path)?),
         };
         overwrite(&file, &content).map_err(|e| Error::io(format!("write {}", path.display()), e))
-    })
-    .await
+    });
+    written.await?
 }

@@ -3,7 +3,7 @@
 //! TEXT` prints and then runs, `leave TEXT` prints and ends with 0 while a child of its own holds its
 //! output open.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -47,6 +47,8 @@ pub(super) struct State {
     pub(super) cpus: u32,
     pub(super) max_cpus: u32,
     pub(super) update: Option<v1::UpdateContainerRequest>,
+    /// Disks that the guest has found.
+    disks: BTreeSet<String>,
     pub(super) volumes: BTreeMap<String, Volume>,
     pub(super) empty_dirs: BTreeMap<String, EmptyDir>,
     pub(super) create: Option<v1::CreateContainerRequest>,
@@ -484,15 +486,19 @@ impl Agent for Served {
 
     async fn rescan_devices(
         &self,
-        _: Request<v1::RescanDevicesRequest>,
+        request: Request<v1::RescanDevicesRequest>,
     ) -> Answer<v1::RescanDevicesReply> {
+        self.0.lock().disks.extend(request.into_inner().disk_serials);
         Ok(Response::new(v1::RescanDevicesReply {}))
     }
 
     async fn release_device(
         &self,
-        _: Request<v1::ReleaseDeviceRequest>,
+        request: Request<v1::ReleaseDeviceRequest>,
     ) -> Answer<v1::ReleaseDeviceReply> {
+        if !self.0.lock().disks.remove(&request.into_inner().disk_serial) {
+            return Err(Status::failed_precondition("no such disk"));
+        }
         Ok(Response::new(v1::ReleaseDeviceReply {}))
     }
 

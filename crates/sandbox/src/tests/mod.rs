@@ -4,6 +4,7 @@
 
 mod agent;
 mod crash;
+mod dead_volume;
 mod follow;
 mod host_pods;
 mod life;

@@ -468,3 +468,45 @@ fn a_profile_of_apparmor_that_the_host_does_not_have_makes_no_container() {
         assert_eq!(world.leftovers(), Vec::<String>::new());
     });
 }
+
+#[test]
+fn a_collection_of_networks_that_hangs_delays_no_start() {
+    story(|world| async move {
+        *world.inner.hang_collect.lock().unwrap() = true;
+        let opening = tokio::time::timeout(Duration::from_secs(10), world.daemon());
+        let daemon = opening.await.expect("the daemon waits for the collection");
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        daemon.remove_pod(&pod).await.unwrap();
+        let ending = tokio::time::timeout(Duration::from_secs(10), daemon.shutdown());
+        ending.await.expect("the end waits for the collection");
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_create_that_is_given_up_while_its_disk_is_plugged_leaves_nothing_and_frees_its_name() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let before = world.inner.devices.lock().unwrap().clone();
+        *world.inner.slow_disks.lock().unwrap() = Duration::from_millis(1_000);
+        let spec = world.container_spec("app", &["forever"]);
+        let create = daemon.create_container(&pod, spec.clone());
+        assert!(tokio::time::timeout(Duration::from_millis(500), create).await.is_err());
+        *world.inner.slow_disks.lock().unwrap() = Duration::ZERO;
+        // The name is free while the first is still being undone.
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+        daemon.remove_container(&id).await.unwrap();
+        eventually("the slot", || *world.inner.devices.lock().unwrap() == before).await;
+        let files = || {
+            let entries = std::fs::read_dir(world.path("r/pods").join(&pod)).unwrap();
+            let names = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
+            names.filter(|name| name.starts_with("log-") || name.starts_with("scratch-")).count()
+        };
+        eventually("the files", || files() == 0).await;
+        assert_eq!(daemon.containers(&Filter::default()).len(), 0);
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}

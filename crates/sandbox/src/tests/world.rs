@@ -31,9 +31,16 @@ pub(super) fn guests() -> &'static tokio::runtime::Runtime {
     })
 }
 
-#[derive(Clone)]
 pub(super) struct World {
     pub(super) inner: Arc<Inner>,
+    /// Attached by the daemon that has this clone.
+    young: Mutex<BTreeSet<PodId>>,
+}
+
+impl Clone for World {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), young: Mutex::default() }
+    }
 }
 
 pub(super) struct Inner {
@@ -47,6 +54,10 @@ pub(super) struct Inner {
     /// The next guest never comes up.
     pub(super) mute: Mutex<bool>,
     pub(super) fail_network: Mutex<bool>,
+    /// VMMs take this long to plug a disk.
+    pub(super) slow_disks: Arc<Mutex<Duration>>,
+    /// Collecting networks never ends.
+    pub(super) hang_collect: Mutex<bool>,
     /// Memory that guests have at least and at most, MiB, whatever is asked of them.
     pub(super) stubborn: Arc<Mutex<(u32, u32)>>,
     /// What the last VM was asked to have, MiB.
@@ -73,10 +84,12 @@ impl World {
             file_servers: Mutex::default(),
             mute: Mutex::new(false),
             fail_network: Mutex::new(false),
+            slow_disks: Arc::default(),
+            hang_collect: Mutex::new(false),
             stubborn: Arc::new(Mutex::new((0, u32::MAX))),
             vm_memory: Arc::default(),
         };
-        Some(Self { inner: Arc::new(inner) })
+        Some(Self { inner: Arc::new(inner), young: Mutex::default() })
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -216,6 +229,7 @@ impl Network for World {
     }
 
     async fn attach(&self, pod: &PodId, _: &PodSpec) -> Result<Attachment, PortError> {
+        self.young.lock().unwrap().insert(pod.clone());
         self.inner.attached.lock().unwrap().insert(pod.clone());
         if *self.inner.fail_network.lock().unwrap() {
             return Err(PortError(anyhow::anyhow!("no more addresses")));
@@ -238,7 +252,12 @@ impl Network for World {
     }
 
     async fn collect(&self, known: &[PodId]) -> Result<(), PortError> {
-        self.inner.attached.lock().unwrap().retain(|id| known.contains(id));
+        if *self.inner.hang_collect.lock().unwrap() {
+            std::future::pending::<()>().await;
+        }
+        let young = self.young.lock().unwrap();
+        let mut attached = self.inner.attached.lock().unwrap();
+        attached.retain(|id| known.contains(id) || young.contains(id));
         Ok(())
     }
 }
@@ -295,6 +314,7 @@ impl Launch for World {
         let control = take(config.control.0);
         let devices = self.inner.devices.clone();
         let memory = FakeMemory {
+            slow_disks: self.inner.slow_disks.clone(),
             boot: config.memory_mib,
             wanted: self.inner.vm_memory.clone(),
             most: config.max_memory_mib,
@@ -346,6 +366,7 @@ fn serve_shares(control: &OwnedFd, shares: &Mutex<BTreeMap<String, ShareAccess>>
 }
 
 struct FakeMemory {
+    slow_disks: Arc<Mutex<Duration>>,
     boot: u32,
     wanted: Arc<Mutex<u32>>,
     most: u32,
@@ -357,6 +378,10 @@ fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>, memory: FakeMe
     while let Ok(fd) = nix::sys::socket::accept(control.as_raw_fd()) {
         let connection = own(fd);
         while let Ok((request, fds)) = receive::<vmm_api::Request>(connection.as_fd()) {
+            if matches!(request, vmm_api::Request::AddDisk { .. }) {
+                let slow = *memory.slow_disks.lock().unwrap();
+                std::thread::sleep(slow);
+            }
             let mut devices = devices.lock().unwrap();
             let reply = match request {
                 vmm_api::Request::AddDisk { disk } if devices.contains(&disk.serial) => {
@@ -437,9 +462,18 @@ pub(super) async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 
 /// Runs a story on a runtime of its own.
 pub(super) fn story<F: Future<Output = ()> + Send + 'static>(tell: impl FnOnce(World) -> F) {
+    story_on(512, tell);
+}
+
+/// With so many threads for work that blocks.
+pub(super) fn story_on<F: Future<Output = ()> + Send + 'static>(
+    blocking: usize,
+    tell: impl FnOnce(World) -> F,
+) {
     let Some(world) = World::new() else { return };
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(2).max_blocking_threads(blocking).enable_all();
+    let runtime = builder.build().unwrap();
     let told = runtime.block_on(async {
         let story = tokio::spawn(tell(world.clone()));
         tokio::time::timeout(Duration::from_secs(60), story).await

@@ -1,0 +1,98 @@
+//! A volume on a file system that never answers.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use super::volumes::volume;
+use super::world::story_on;
+use crate::model::{Access, ContainerState, VolumeSource};
+use crate::{Config, Error};
+
+/// A FUSE file system whose server never answers. Who looks at it hangs until this is dropped.
+struct DeadMount {
+    path: PathBuf,
+    server: Option<File>,
+}
+
+impl DeadMount {
+    fn at(path: PathBuf) -> Option<Self> {
+        let server = match File::options().read(true).write(true).open("/dev/fuse") {
+            Ok(server) => server,
+            Err(e) => {
+                eprintln!("SKIP: needs /dev/fuse: {e}");
+                return None;
+            }
+        };
+        fs::create_dir(&path).unwrap();
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        let kind = Some("fuse");
+        if let Err(e) = mount(Some("nacelle-test"), &path, kind, flags, Some(options.as_str())) {
+            eprintln!("SKIP: needs a FUSE mount: {e}");
+            return None;
+        }
+        Some(Self { path, server: Some(server) })
+    }
+}
+
+impl Drop for DeadMount {
+    fn drop(&mut self) {
+        // With its server the file system ends, and everybody who hangs in it gets an error.
+        drop(self.server.take());
+        let _ = umount2(&self.path, MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn a_volume_that_never_answers_costs_its_own_pod_only() {
+    // Fewer threads than there are looks that hang.
+    story_on(6, |world| async move {
+        let Some(dead) = DeadMount::at(world.path("dead")) else { return };
+        let config = Config { vmm_call_deadline_ms: 1_500, ..world.config() };
+        let daemon = world.daemon_with(config).await;
+        let hung = daemon.run_pod(world.pod_spec("hung")).await.unwrap();
+        let well = daemon.run_pod(world.pod_spec("well")).await.unwrap();
+        let host_path = dead.path.join("volume");
+        let sources = [
+            VolumeSource::Shared { host_path: host_path.clone() },
+            VolumeSource::Copied { host_path: host_path.clone() },
+            VolumeSource::Synced { host_path: host_path.clone() },
+            VolumeSource::WrittenBack { host_path: host_path.clone() },
+            VolumeSource::EmptyDir {
+                folder: host_path.clone(),
+                host_path,
+                sub_path: String::new(),
+                size_limit: None,
+            },
+        ];
+        let creates = (0..10).map(|n| {
+            let mut spec = world.container_spec(&format!("c{n}"), &["forever"]);
+            spec.volumes = vec![volume(sources[n % sources.len()].clone(), Access::ReadWrite)];
+            daemon.create_container(&hung, spec)
+        });
+        let limit = Duration::from_secs(30);
+        let created = tokio::time::timeout(limit, futures_util::future::join_all(creates)).await;
+        for (n, result) in created.expect("creations hang").into_iter().enumerate() {
+            let error = result.unwrap_err();
+            assert!(matches!(error, Error::Deadline { .. }), "{n}: {error}");
+            assert!(error.to_string().contains("dead/volume"), "{n}: {error}");
+        }
+        // Its journal and its logs go on.
+        let other = async {
+            let spec = world.container_spec("app", &["forever"]);
+            let id = daemon.create_container(&well, spec).await.unwrap();
+            daemon.start_container(&id).await.unwrap();
+            assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Running);
+            daemon.remove_pod(&well).await.unwrap();
+            // The hung pod can go as well.
+            daemon.remove_pod(&hung).await.unwrap();
+        };
+        tokio::time::timeout(limit, other).await.expect("another pod hangs");
+        drop(dead);
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
