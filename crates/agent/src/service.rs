@@ -29,7 +29,7 @@ impl From<Error> for Status {
             Error::Invalid { .. } => Self::invalid_argument(text),
             Error::Precondition(_) | Error::Command { .. } => Self::failed_precondition(text),
             Error::Exhausted { .. } => Self::resource_exhausted(text),
-            Error::Deadline { .. } => Self::deadline_exceeded(text),
+            Error::Deadline { .. } | Error::Hung { .. } => Self::deadline_exceeded(text),
             Error::Os { .. } | Error::Helper { .. } => Self::internal(text),
         }
     }

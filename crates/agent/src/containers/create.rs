@@ -7,12 +7,13 @@ use agent_api::v1;
 use oci_spec::runtime::{LinuxDevice, LinuxResources, Process as OciProcess, Spec};
 
 use super::process::{Life, Process};
-use super::rootfs::{Rootfs, blocking};
+use super::rootfs::Rootfs;
 use super::volumes::Staged;
 use super::{Container, Parts, namespaces, streams};
 use crate::agent::{Agent, Owner};
 use crate::error::{Error, Result};
 use crate::guest::inroot::Root;
+use crate::lanes::{LOOK_UP, MOUNT};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::console::ConsoleSocket;
 use crate::oci::create::Bundle;
@@ -92,10 +93,15 @@ async fn build(
     let mut binds = volumes.stage(agent, &request.volumes, userns.as_ref()).await?;
     let pid = namespaces::pid_namespace(agent, request, userns.as_deref()).await?;
     let hostname = agent.lock().pod.as_ref().map(|pod| pod.hostname.clone()).unwrap_or_default();
-    let mut root = Root::open(&rootfs)?;
-    if let Some(userns) = &userns {
-        root = root.owned_by(userns.mapping.root());
-    }
+    let lane = agent.lanes.of_container(id);
+    let (at, root_user) = (rootfs.clone(), userns.as_ref().map(|userns| userns.mapping.root()));
+    let open = move || {
+        let root = Root::open(&at)?;
+        let root = root.owned_by(root_user.unwrap_or((0, 0)));
+        let users = Database::read(&root);
+        Ok((Arc::new(root), users))
+    };
+    let (root, users) = lane.run("look up users in the root", LOOK_UP, open).await?;
     if let Some(layer) = parts.rootfs.as_ref().and_then(Rootfs::layer) {
         binds.extend(volumes.stage_of_image(&root, layer, &wanted.volumes).await?);
     }
@@ -111,7 +117,7 @@ async fn build(
     }
     let (mut spec, resources) = complete(
         spec,
-        &Database::read(&root),
+        &users,
         &Surroundings {
             rootfs: &rootfs,
             read_only: wanted.read_only,
@@ -145,11 +151,13 @@ async fn build(
         .process_mut()
         .take()
         .ok_or_else(|| Error::invalid("oci_spec.process", "is missing"))?;
-    make_cwd(&root, process.cwd(), &binds)?;
-    make_targets(&root, &binds)?;
-    for node in &extra.elsewhere {
-        root.make_node(node)?;
-    }
+    let (cwd, nodes) = (process.cwd().clone(), extra.elsewhere);
+    let make = move || {
+        make_cwd(&root, &cwd, &binds)?;
+        make_targets(&root, &binds)?;
+        nodes.iter().try_for_each(|node| root.make_node(node))
+    };
+    lane.run("make the working directory and mount points", LOOK_UP, make).await?;
     let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
     let rlimits = limits_before(&process, userns.is_some());
     spec.set_process(Some(inside(process.clone(), userns.is_some())));
@@ -208,17 +216,20 @@ async fn reserve_huge_pages(
     id: &str,
     resources: &LinuxResources,
 ) -> Result<()> {
+    let lane = agent.lanes.of_container(id);
     let (agent, id, resources) = (Arc::clone(agent), id.to_owned(), resources.clone());
-    blocking(move || agent.huge_pages.reserve(&id, &resources, |id| agent.has_ended(id))).await
+    let work = move || agent.huge_pages.reserve(&id, &resources, |id| agent.has_ended(id));
+    lane.run("reserve huge pages", MOUNT, work).await
 }
 
 pub(super) async fn release_huge_pages(agent: &Arc<Agent>, id: &str) -> Result<()> {
+    let lane = agent.lanes.of_removal(id);
     let (agent, id) = (Arc::clone(agent), id.to_owned());
-    blocking(move || {
+    let work = move || {
         agent.huge_pages.release(&id);
         Ok(())
-    })
-    .await
+    };
+    lane.run("release huge pages", MOUNT, work).await
 }
 
 /// Devices beyond those that every container has.
