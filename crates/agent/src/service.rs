@@ -176,9 +176,16 @@ impl Service for AgentService {
         &self,
         request: Request<v1::SignalProcessRequest>,
     ) -> Answer<v1::SignalProcessReply> {
-        let v1::SignalProcessRequest { container_id, exec_id, signal, all } = request.into_inner();
-        let result = signal::signal(&self.agent, &container_id, &exec_id, signal, all);
-        answer(result.map(|()| v1::SignalProcessReply {}))
+        let v1::SignalProcessRequest { container_id, exec_id, signal, all, await_handler } =
+            request.into_inner();
+        self.run(move |agent| async move {
+            if await_handler && !all {
+                signal::until_set_up(&agent, &container_id, &exec_id, signal).await;
+            }
+            signal::signal(&agent, &container_id, &exec_id, signal, all)?;
+            Ok(v1::SignalProcessReply {})
+        })
+        .await
     }
 
     async fn resize_tty(

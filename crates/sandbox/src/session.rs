@@ -202,6 +202,7 @@ async fn signal_exec(
         exec_id: exec.to_owned(),
         signal,
         all: false,
+        await_handler: false,
     };
     let call = handle
         .guest
