@@ -24,7 +24,7 @@ pub const MOUNT: Duration = Duration::from_secs(30);
 /// For copying what an image holds into a volume.
 pub const COPY: Duration = Duration::from_secs(120);
 /// For one number of the statistics.
-pub const MEASURE: Duration = Duration::from_secs(2);
+pub const MEASURE: Duration = Duration::from_secs(4);
 
 /// Threads of one lane.
 /// Attack: execs without end in a container whose `/etc` hangs, each to leave a thread behind.

@@ -150,3 +150,61 @@ async fn a_working_directory_that_never_answers_holds_up_nobody_else() {
     assert_eq!(error.code(), tonic::Code::DeadlineExceeded, "{error}");
     prompt("removal", guest.remove("hung")).await.unwrap();
 }
+
+/// A volume of the share.
+fn share(id: &str) -> v1::VolumeMount {
+    v1::VolumeMount {
+        volume_id: id.into(),
+        destination: "/data".into(),
+        source: v1::VolumeSource::Share as i32,
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn a_share_that_never_answers_fails_creates_by_their_deadline_and_holds_up_nobody_else() {
+    let Some(mut guest) = guest().await else { return };
+    let shares = guest.dir.path().join("shares");
+    std::fs::create_dir_all(shares.join("bad/hung")).unwrap();
+    std::fs::create_dir_all(shares.join("good")).unwrap();
+    let mut request = guest.request("free", &spec("sleep 1000", json!({})));
+    request.volumes = vec![share("good")];
+    guest.create(request).await;
+    guest.start("free").await.unwrap();
+    // Among the agent's own mounts, where the share is: PID 1 of its namespace is the agent.
+    let Some(_fuse) = hang(&guest, 1, "/run/nacelle/shares/bad/hung") else { return };
+    let cwd = json!({"process": {"cwd": "/data/hung/deep"}});
+    let mut in_cwd = guest.request("cwd", &spec("true", cwd));
+    in_cwd.volumes = vec![share("bad")];
+    let mut in_sub_path = guest.request("sub", &spec("true", json!({})));
+    in_sub_path.volumes = vec![v1::VolumeMount { sub_path: "hung/deep".into(), ..share("bad") }];
+    let creates: Vec<_> = [in_cwd, in_sub_path]
+        .into_iter()
+        .map(|request| {
+            let mut client = guest.client.clone();
+            tokio::spawn(async move { client.create_container(request).await })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+
+    prompt("ping", guest.client.hello(v1::HelloRequest { protocol: 1 })).await.unwrap();
+    prompt("exec", guest.client.exec(as_user("free", "f"))).await.unwrap();
+    assert_eq!(prompt("exit", guest.exit("free", "f")).await.code, 0);
+    let mut request = guest.request("new", &spec("echo new > /data/new", json!({})));
+    request.volumes = vec![share("good")];
+    assert_eq!(prompt("a new container", guest.run(request)).await.1.code, 0);
+    assert!(!creates.iter().any(tokio::task::JoinHandle::is_finished), "nothing hung at all");
+
+    for create in creates {
+        let error = create.await.unwrap().unwrap_err();
+        assert_eq!(error.code(), tonic::Code::DeadlineExceeded, "{error}");
+    }
+    // Nothing of them is left but the threads.
+    let mounts = format!("/proc/{}/mounts", guest.agent_pid());
+    let mounts = std::fs::read_to_string(mounts).unwrap();
+    for id in ["cwd", "sub"] {
+        assert!(!mounts.contains(&format!("/binds/{id}/")), "{mounts}");
+        assert!(!mounts.contains(&format!("/containers/{id}/")), "{mounts}");
+        prompt("removal", guest.remove(id)).await.unwrap();
+    }
+}

@@ -1,6 +1,6 @@
 //! CreateContainer: root, cgroup, volumes, specification, and an init process that waits.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use agent_api::v1;
@@ -152,8 +152,18 @@ async fn build(
         .take()
         .ok_or_else(|| Error::invalid("oci_spec.process", "is missing"))?;
     let (cwd, nodes) = (process.cwd().clone(), extra.elsewhere);
+    // A working directory that the image does not hold is made, in the volume if it lies in one.
+    let in_volume = in_volume(&cwd, &binds);
+    if let Some((source, below)) = in_volume.clone() {
+        // Without a hold on the root, which could not be unmounted while this hangs.
+        let owner = root.owner();
+        let make = move || Root::open(&source)?.owned_by(owner).make_dirs(&below);
+        lane.run("make the working directory in its volume", LOOK_UP, make).await?;
+    }
     let make = move || {
-        make_cwd(&root, &cwd, &binds)?;
+        if in_volume.is_none() {
+            root.make_dirs(&cwd)?;
+        }
         make_targets(&root, &binds)?;
         nodes.iter().try_for_each(|node| root.make_node(node))
     };
@@ -297,18 +307,13 @@ fn inside(mut process: OciProcess, in_user_namespace: bool) -> OciProcess {
     process
 }
 
-/// A working directory that the image does not hold is made, in the volume if it lies in one.
-fn make_cwd(root: &Root, cwd: &Path, binds: &[Bind]) -> Result<()> {
-    let mount = binds
+/// The folder that is mounted as a volume around a path, and the path in it.
+fn in_volume(path: &Path, binds: &[Bind]) -> Option<(PathBuf, PathBuf)> {
+    let (bind, below) = binds
         .iter()
-        .filter_map(|bind| Some((bind, cwd.strip_prefix(&bind.destination).ok()?)))
-        .max_by_key(|(bind, _)| bind.destination.components().count());
-    match mount {
-        Some((bind, below)) if bind.directory => {
-            Root::open(&bind.source)?.owned_by(root.owner()).make_dirs(below)
-        }
-        _ => root.make_dirs(cwd),
-    }
+        .filter_map(|bind| Some((bind, path.strip_prefix(&bind.destination).ok()?)))
+        .max_by_key(|(bind, _)| bind.destination.components().count())?;
+    bind.directory.then(|| (bind.source.clone(), below.to_owned()))
 }
 
 /// What volumes are mounted on, unless it lies in another volume: then libcontainer makes it.
