@@ -11,11 +11,25 @@
 //!   pipe, and the process feels ordinary back-pressure), so a host that died resumes at the offset
 //!   it had stored, without loss or repetition. A second connection for the same stream replaces
 //!   the first.
+//!
+//! With [`Open::framed`] the agent sends frames instead of raw bytes: a length (little-endian `u32`,
+//! at most [`MAX_FRAME`]) and as many bytes. A length of 0 is the end of the stream, after which
+//! nothing follows. A connection that ends without it has broken, and the stream goes on at the same
+//! offset over another one. Agents before this answer [`Status::BadHeader`]; the host asks them again
+//! without it, and has to take the connection's end for the stream's.
 
 /// Bytes an agent keeps for a stream whose host has not acknowledged them.
 pub const WINDOW: usize = 256 << 10;
 /// Longest id in a header, bytes: a guard for the side that parses it.
 pub const MAX_ID: usize = 256;
+/// Most bytes in a frame. With its length it is written at once, and the guest's kernel allocates
+/// that in one piece: 28 KiB and the packet's header are an order-3 allocation, which it can make
+/// also when its memory is fragmented.
+pub const MAX_FRAME: usize = (28 << 10) - FRAME_HEADER;
+/// Bytes of a frame's length.
+pub const FRAME_HEADER: usize = 4;
+/// In the kind's byte: frames are wanted.
+const FRAMED: u8 = 0x80;
 const MAGIC: [u8; 4] = *b"NCS1";
 /// Length of the fixed part of a header, bytes.
 pub const FIXED: usize = 4 + 1 + 8 + 2 + 2;
@@ -38,6 +52,8 @@ pub struct Open {
     pub container_id: String,
     /// Empty: the container's init process.
     pub exec_id: String,
+    /// Output comes in frames, with an end of its own.
+    pub framed: bool,
 }
 
 /// The agent's answer to [`Open`].
@@ -74,7 +90,7 @@ impl Open {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(FIXED + self.container_id.len() + self.exec_id.len());
         out.extend_from_slice(&MAGIC);
-        out.push(self.kind as u8);
+        out.push(self.kind as u8 | if self.framed { FRAMED } else { 0 });
         out.extend_from_slice(&self.offset.to_le_bytes());
         out.extend_from_slice(&(self.container_id.len() as u16).to_le_bytes());
         out.extend_from_slice(&(self.exec_id.len() as u16).to_le_bytes());
@@ -96,7 +112,10 @@ impl Open {
         if ids.len() != a + b {
             return Err(BadHeader);
         }
-        let kind = match fixed[4] {
+        let framed = fixed[4] & FRAMED != 0;
+        let kind = match fixed[4] & !FRAMED {
+            // Input has an end of its own already: the half-close of the host, which is trusted.
+            0 if framed => return Err(BadHeader),
             0 => Kind::Stdin,
             1 => Kind::Stdout,
             2 => Kind::Stderr,
@@ -110,6 +129,7 @@ impl Open {
             offset: u64::from_le_bytes(offset),
             container_id: text(&ids[..a])?,
             exec_id: text(&ids[a..])?,
+            framed,
         })
     }
 }
@@ -124,6 +144,7 @@ mod tests {
             offset: 1 << 40,
             container_id: "abc".into(),
             exec_id: "e1".into(),
+            framed: false,
         }
     }
 
@@ -132,6 +153,11 @@ mod tests {
         let wire = open().encode();
         let fixed: [u8; FIXED] = wire[..FIXED].try_into().unwrap();
         assert_eq!(Open::decode(&fixed, &wire[FIXED..]), Ok(open()));
+        assert_eq!(fixed[4], 2, "as agents before frames expect it");
+        let framed = Open { framed: true, ..open() };
+        let fixed: [u8; FIXED] = framed.encode()[..FIXED].try_into().unwrap();
+        assert!(fixed[4] > 2, "agents before frames refuse it");
+        assert_eq!(Open::decode(&fixed, &wire[FIXED..]), Ok(framed));
     }
 
     #[test]

@@ -27,6 +27,7 @@ use crate::guest::reclaim::Reclaim;
 use crate::guest::scratch::{self, Scratch};
 use crate::guest::share::{self, Share};
 use crate::guest::volumes::Volumes;
+use crate::lanes::Lanes;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::userns::UserNamespace;
 use crate::reaper::Ended;
@@ -132,6 +133,8 @@ pub struct Agent {
     pub userns: tokio::sync::Mutex<Option<Arc<UserNamespace>>>,
     pub huge_pages: HugePages,
     pub reclaim: Arc<Reclaim>,
+    /// Threads for what may block on a file system.
+    pub lanes: Lanes,
     /// Makes the pod's PID namespace once.
     pub pod_pid_making: tokio::sync::Mutex<()>,
     state: Mutex<State>,
@@ -163,6 +166,7 @@ impl Agent {
             userns: tokio::sync::Mutex::default(),
             huge_pages: HugePages::default(),
             reclaim: Arc::default(),
+            lanes: Lanes::default(),
             pod_pid_making: tokio::sync::Mutex::default(),
             state: Mutex::new(State {
                 pod: None,
@@ -184,7 +188,7 @@ impl Agent {
     }
 
     pub fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic in one request must not take PID 1, and with it the pod, down.
+        // A panic ends the process (`panics`), so a poisoned lock is not seen.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

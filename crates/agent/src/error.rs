@@ -21,6 +21,9 @@ pub enum Error {
     Exhausted { what: &'static str, limit: u64 },
     #[error("{doing} has not finished in {} s", after.as_secs())]
     Deadline { doing: String, after: Duration },
+    /// A file system of the container does not answer, and as many threads wait for it as may.
+    #[error("{doing}: {threads} earlier calls wait for a file system that does not answer")]
+    Hung { doing: String, threads: usize },
     #[error("{doing}")]
     Os { doing: String, source: io::Error },
     #[error("{doing}: {why}")]

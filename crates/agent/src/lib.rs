@@ -6,7 +6,8 @@
 //!       --vsock 1026, bytes-> forward --TCP--> 127.0.0.1, ::1
 //!                              guest: boot, devices, network, identity, volumes, power-off
 //! ```
-//! One thread runs everything (`run`); what may block on a disk goes to a short-lived second one.
+//! One thread serves everything; it waits for sockets, pidfds and timers only. What may block on a
+//! file system runs on short-lived threads with a deadline (`lanes`).
 //! It is the only user space of the guest: no distribution, no shell, no configuration. A pod that
 //! has the host's namespaces has no guest; its agent runs on the host (`host_pod`).
 //!
@@ -20,9 +21,11 @@ mod forward;
 mod guest;
 mod host_pod;
 mod ids;
+mod lanes;
 mod listen;
 mod log;
 mod oci;
+mod panics;
 mod reaper;
 mod sealed;
 mod service;
@@ -42,11 +45,12 @@ use listen::Listener;
 
 /// Where everything of the agent is.
 const BASE: &str = "/run/nacelle";
-/// Threads for calls that block on disks.
+/// Threads for calls that block in the kernel, but on no file system of a container (`lanes`).
 const BLOCKING_THREADS: usize = 4;
 
 /// Never returns in a guest: PID 1's end is the kernel's.
 pub fn main() {
+    panics::abort();
     oci::helper::main_if_helper();
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
@@ -80,6 +84,7 @@ pub fn main() {
 }
 
 fn in_a_guest() -> ! {
+    panics::this_is_a_guest();
     let errors = guest::boot::run();
     for error in &errors {
         tracing::error!(error = %error.chain(), "boot");
@@ -94,23 +99,19 @@ fn in_a_guest() -> ! {
             scratch: guest::scratch::Source::Device,
             is_guest: true,
         };
-        let result = std::panic::catch_unwind(|| {
-            block_on(config, || {
-                let listen =
-                    |port| Listener::vsock(port).doing(|| format!("listen on vsock port {port}"));
-                Ok(Doors {
-                    control: listen(CONTROL_PORT)?,
-                    stdio: listen(STDIO_PORT)?,
-                    forward: listen(FORWARD_PORT)?,
-                })
+        let result = block_on(config, || {
+            let listen =
+                |port| Listener::vsock(port).doing(|| format!("listen on vsock port {port}"));
+            Ok(Doors {
+                control: listen(CONTROL_PORT)?,
+                stdio: listen(STDIO_PORT)?,
+                forward: listen(FORWARD_PORT)?,
             })
         });
-        // Whatever happened, the kernel must not lose its PID 1: the host sees that nobody answers
-        // and finds the reason on the console.
+        // The host sees that nobody answers and finds the reason on the console.
         match result {
-            Ok(Ok(())) => tracing::error!("the server has ended"),
-            Ok(Err(error)) => tracing::error!(error = %error.chain(), "cannot serve"),
-            Err(_) => tracing::error!("the agent has panicked"),
+            Ok(()) => tracing::error!("the server has ended"),
+            Err(error) => tracing::error!(error = %error.chain(), "cannot serve"),
         }
         std::thread::sleep(Duration::from_secs(1));
     }

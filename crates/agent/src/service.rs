@@ -29,7 +29,7 @@ impl From<Error> for Status {
             Error::Invalid { .. } => Self::invalid_argument(text),
             Error::Precondition(_) | Error::Command { .. } => Self::failed_precondition(text),
             Error::Exhausted { .. } => Self::resource_exhausted(text),
-            Error::Deadline { .. } => Self::deadline_exceeded(text),
+            Error::Deadline { .. } | Error::Hung { .. } => Self::deadline_exceeded(text),
             Error::Os { .. } | Error::Helper { .. } => Self::internal(text),
         }
     }
@@ -178,9 +178,16 @@ impl Service for AgentService {
         &self,
         request: Request<v1::SignalProcessRequest>,
     ) -> Answer<v1::SignalProcessReply> {
-        let v1::SignalProcessRequest { container_id, exec_id, signal, all } = request.into_inner();
-        let result = signal::signal(&self.agent, &container_id, &exec_id, signal, all);
-        answer(result.map(|()| v1::SignalProcessReply {}))
+        let v1::SignalProcessRequest { container_id, exec_id, signal, all, await_handler } =
+            request.into_inner();
+        self.run(move |agent| async move {
+            if await_handler && !all {
+                signal::until_set_up(&agent, &container_id, &exec_id, signal).await;
+            }
+            signal::signal(&agent, &container_id, &exec_id, signal, all)?;
+            Ok(v1::SignalProcessReply {})
+        })
+        .await
     }
 
     async fn resize_tty(

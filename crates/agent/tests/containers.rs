@@ -552,6 +552,7 @@ async fn signals_reach_one_process_or_all() {
         exec_id: "e".into(),
         signal: 37,
         all: false,
+        await_handler: false,
     };
     guest.client.signal_process(request).await.unwrap();
     let exit = guest.exit("d", "e").await;

@@ -60,7 +60,8 @@ pub fn allocate(layout: &Layout) -> Result<Ram, MemoryError> {
 ///
 /// Nothing in this process can touch it before [`open`] has been called for it.
 /// Attack: a guest that is given a small part of its room points a device at the rest, and has the
-/// host fill that for it. A device's system call fails then, and its own access ends the VM.
+/// host fill that for it. A device's system call fails then; its own accesses are checked before
+/// (virtio's `granted`), as they would end the VM.
 pub fn add_room(ram: &Ram, room: &Range<u64>) -> Result<Ram, MemoryError> {
     let size = room.end - room.start;
     let file = memfd(size).map_err(|source| MemoryError::Memfd { size, source })?;

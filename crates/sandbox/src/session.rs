@@ -202,6 +202,7 @@ async fn signal_exec(
         exec_id: exec.to_owned(),
         signal,
         all: false,
+        await_handler: false,
     };
     let call = handle
         .guest
@@ -344,15 +345,16 @@ pub(crate) async fn exec_sync(
         let mut drained = std::pin::pin!(async {
             tokio::join!(keep(stdout, out, output_limit), keep(stderr, err, output_limit))
         });
-        let end = tokio::select! {
+        let (end, read) = tokio::select! {
             end = session.process.wait() => {
-                let _ = tokio::time::timeout(DRAIN_LIMIT, &mut drained).await;
-                end
+                (end, tokio::time::timeout(DRAIN_LIMIT, &mut drained).await.ok())
             }
-            _ = &mut drained => session.process.wait().await,
+            read = &mut drained => (session.process.wait().await, Some(read)),
         };
         *code = end?.code;
-        Ok::<(), Error>(())
+        // A part of the output must not be taken for all of it.
+        let (out, err) = read.unwrap_or((Ok(()), Ok(())));
+        out.and(err).map_err(|e| Error::unavailable(format!("output of the command: {e}")))
     };
     match end {
         None => run.await?,
@@ -369,10 +371,14 @@ pub(crate) async fn exec_sync(
 
 /// Reads a stream to its end and keeps its first `limit` bytes: a command's output must not use up
 /// our memory, and one that is not read would hang.
-async fn keep(stream: Option<ByteReader>, into: &mut Vec<u8>, limit: usize) {
-    let Some(mut stream) = stream else { return };
+async fn keep(stream: Option<ByteReader>, into: &mut Vec<u8>, limit: usize) -> std::io::Result<()> {
+    let Some(mut stream) = stream else { return Ok(()) };
     let mut buffer = vec![0; 32 << 10];
-    while let Ok(n @ 1..) = stream.read(&mut buffer).await {
+    loop {
+        let n = stream.read(&mut buffer).await?;
+        if n == 0 {
+            return Ok(());
+        }
         let room = limit.saturating_sub(into.len());
         into.extend_from_slice(&buffer[..n.min(room)]);
     }

@@ -19,7 +19,7 @@ pub const MAX_SEGMENTS: usize = 1024;
 pub enum ChainError {
     #[error("chain of more than {MAX_SEGMENTS} descriptors")]
     TooLong,
-    #[error("buffer at {addr:#x} of {len} bytes is outside guest memory")]
+    #[error("buffer at {addr:#x} of {len} bytes is outside the guest's memory")]
     OutsideMemory { addr: u64, len: u32 },
     #[error("a device-readable buffer stands after a device-writable one")]
     Order,
@@ -51,10 +51,10 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Copies and checks a chain.
-    pub fn read(
-        mem: &GuestMemoryMmap,
-        descriptors: DescriptorChain<&GuestMemoryMmap>,
+    /// Copies and checks a chain; `mem` says which memory is open to devices.
+    pub fn read<M: GuestMemory>(
+        mem: &M,
+        descriptors: DescriptorChain<&M>,
     ) -> Result<Self, ChainError> {
         let mut chain = Self { head: descriptors.head_index(), ..Self::default() };
         for (count, descriptor) in descriptors.enumerate() {
@@ -213,7 +213,7 @@ mod tests {
     fn read(mem: &Arc<GuestMemoryMmap>, queue: &MockQueue) -> Result<Chain, ChainError> {
         let mut device = queue.queue(false);
         let descriptors = device.iter(&**mem).unwrap().next().unwrap();
-        Chain::read(mem, descriptors)
+        Chain::read(&**mem, descriptors)
     }
 
     fn chain(readable: &[(u64, u32)], writable: &[(u64, u32)]) -> Result<Chain, ChainError> {

@@ -21,6 +21,7 @@ pub mod device;
 mod discard;
 pub mod features;
 pub mod fs;
+pub mod granted;
 pub mod limit;
 pub mod mem;
 #[cfg(any(test, feature = "mock"))]
@@ -33,4 +34,5 @@ pub mod vsock;
 pub mod worker;
 
 pub use device::{Activation, DeviceCounters, DeviceKind, Engine, Interrupt, Poll, VirtioDevice};
+pub use granted::Granted;
 pub use worker::{Worker, WorkerError, WorkerHandle};

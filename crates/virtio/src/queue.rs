@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Chain;
 use crate::device::{DeviceCounters, Interrupt};
+use crate::granted::{Granted, OpenMemory};
 use crate::guest_warn;
 
 /// Malformed chains that one [`VirtQueue::pop`] hands back before it gives up for this round.
@@ -34,7 +35,7 @@ pub struct VirtQueue {
     index: u16,
     queue: Queue,
     kick: EventFd,
-    mem: Arc<GuestMemoryMmap>,
+    mem: OpenMemory,
     interrupt: Arc<dyn Interrupt>,
     counters: Arc<DeviceCounters>,
     /// Used buffers the driver has not been told of.
@@ -52,11 +53,18 @@ impl VirtQueue {
         counters: Arc<DeviceCounters>,
     ) -> Self {
         let broken = !queue.ready();
+        let mem = OpenMemory::new(mem, Granted::everything());
         Self { index, queue, kick, mem, interrupt, counters, unannounced: false, broken }
     }
 
+    /// Touches no memory but what was granted.
+    pub fn within(mut self, granted: Granted) -> Self {
+        self.mem = OpenMemory::new(self.mem.all().clone(), granted);
+        self
+    }
+
     pub fn mem(&self) -> &Arc<GuestMemoryMmap> {
-        &self.mem
+        self.mem.all()
     }
 
     pub fn size(&self) -> u16 {
@@ -79,7 +87,7 @@ impl VirtQueue {
         if self.broken {
             return;
         }
-        match self.queue.used_idx(&*self.mem, Ordering::Acquire) {
+        match self.queue.used_idx(&self.mem, Ordering::Acquire) {
             Ok(used) => {
                 self.queue.set_next_used(used.0);
                 self.queue.set_next_avail(used.0);
@@ -108,7 +116,7 @@ impl VirtQueue {
             if self.broken {
                 return None;
             }
-            let next = match self.queue.iter(&*self.mem) {
+            let next = match self.queue.iter(&self.mem) {
                 Ok(mut available) => available.next(),
                 Err(error) => {
                     self.fail(&error);
@@ -160,7 +168,7 @@ impl VirtQueue {
         if self.broken {
             return;
         }
-        match self.queue.add_used(&*self.mem, head, written) {
+        match self.queue.add_used(&self.mem, head, written) {
             Ok(()) => self.unannounced = true,
             Err(error) => self.fail(&error),
         }
@@ -171,7 +179,7 @@ impl VirtQueue {
         if self.broken || !std::mem::take(&mut self.unannounced) {
             return;
         }
-        match self.queue.needs_notification(&*self.mem) {
+        match self.queue.needs_notification(&self.mem) {
             Ok(true) => self.interrupt.queue(self.index),
             Ok(false) => {}
             Err(error) => self.fail(&error),
@@ -181,7 +189,7 @@ impl VirtQueue {
     /// Asks for no kicks while the queue is being worked on.
     pub fn disable_kicks(&mut self) {
         if !self.broken
-            && let Err(error) = self.queue.disable_notification(&*self.mem)
+            && let Err(error) = self.queue.disable_notification(&self.mem)
         {
             self.fail(&error);
         }
@@ -193,7 +201,7 @@ impl VirtQueue {
         if self.broken {
             return false;
         }
-        match self.queue.enable_notification(&*self.mem) {
+        match self.queue.enable_notification(&self.mem) {
             Ok(more) => more,
             Err(error) => {
                 self.fail(&error);

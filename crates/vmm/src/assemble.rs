@@ -22,6 +22,7 @@ use machine::vm::{Host, Room, VmError};
 use machine::{Ram, acpi, boot, cpuid, kernel, vm};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use virtio::Granted;
 use vmm_api::{Counters, ExitReason, Phase, Reply, Request, VERSION, VmExit, VmStatus};
 
 use crate::config::{self, ConfigError, Resources};
@@ -178,7 +179,9 @@ impl Parts {
         let bus = Arc::new(pci::Bus::new(layout.pci_window_64.clone()));
         let (interrupts, doorbells) = (Interrupts::new(fd.clone()), Doorbells::new(fd));
         let worker = bound(&filters, end, Role::Worker);
-        let devices = Devices::new(bus.clone(), ram, interrupts, doorbells, worker)
+        let granted = layout.room.clone().map_or_else(Granted::everything, Granted::without);
+        let memory = (ram, granted.clone());
+        let devices = Devices::new(bus.clone(), memory, interrupts, doorbells, worker)
             .map_err(|source| AssembleError::Device { id: "worker".to_owned(), source })?;
         let added = |id: &str, result: Result<String, vmm_api::Error>| {
             let id = id.to_owned();
@@ -198,7 +201,7 @@ impl Parts {
                 let size = u32::try_from((range.end - range.start) >> 20).unwrap_or(u32::MAX);
                 let limit_mib = size.min(max - memory_mib);
                 let (room, block) = (Mutex::new(room), layout.memory_block());
-                Some(Growth { limit_mib, room, device, block })
+                Some(Growth { limit_mib, room, granted, device, block })
             }
             _ => None,
         };

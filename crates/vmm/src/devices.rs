@@ -25,7 +25,7 @@ use virtio::net::Net;
 use virtio::pci::{DeviceView, VirtioPci, vector_count};
 use virtio::rng::Rng;
 use virtio::vsock::Vsock;
-use virtio::{DeviceKind, VirtioDevice, Worker, WorkerHandle};
+use virtio::{DeviceKind, Granted, VirtioDevice, Worker, WorkerHandle};
 use vmm_api::{DeviceStatus, Error};
 
 use crate::console::Console;
@@ -38,6 +38,7 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 pub struct Devices {
     bus: Arc<pci::Bus>,
     ram: Ram,
+    granted: Granted,
     interrupts: Interrupts,
     doorbells: Arc<dyn pci::Doorbells>,
     disk: Worker,
@@ -81,10 +82,10 @@ pub struct FsDevice {
 }
 
 impl Devices {
-    /// Starts the workers; `init` runs on each of their threads first.
+    /// Starts the workers; devices touch no memory but what is granted. `init` runs on each of their threads first.
     pub fn new(
         bus: Arc<pci::Bus>,
-        ram: Ram,
+        (ram, granted): (Ram, Granted),
         interrupts: Interrupts,
         doorbells: machine::interrupts::Doorbells,
         init: impl Fn() + Send + Clone + 'static,
@@ -93,6 +94,7 @@ impl Devices {
         Ok(Self {
             bus,
             ram,
+            granted,
             interrupts,
             doorbells: Arc::new(glue::Doorbells(doorbells)),
             disk: worker("disk")?,
@@ -170,7 +172,8 @@ impl Devices {
             glue::Vectors::new(&self.interrupts, vector_count(&*device)).map_err(|e| failed(&e))?;
         let (vectors, doorbells) = (Arc::new(vectors), self.doorbells.clone());
         let device = VirtioPci::new(device, self.ram.clone(), vectors, doorbells, worker)
-            .map_err(|e| failed(&e))?;
+            .map_err(|e| failed(&e))?
+            .within(self.granted.clone());
         let view = device.view();
         let plug =
             if self.guest_runs.load(Ordering::Acquire) { pci::Plug::Hot } else { pci::Plug::Boot };

@@ -4,6 +4,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use machine::vm::Room;
+use virtio::Granted;
 use virtio::mem::Resize;
 use vmm_api::Error;
 
@@ -21,6 +22,8 @@ pub(crate) struct Growth {
     /// Beyond what the VM was started with.
     pub(crate) limit_mib: u32,
     pub(crate) room: Mutex<Room>,
+    /// The same, for devices.
+    pub(crate) granted: Granted,
     pub(crate) device: Resize,
     /// What the guest's kernel adds memory by, bytes.
     pub(crate) block: u64,
@@ -37,12 +40,13 @@ impl Memory {
         if memory_mib > limit_mib {
             return Err(Error::Memory { memory_mib, limit_mib });
         }
-        let Some(Growth { room, device, block, .. }) = &self.growth else { return Ok(()) };
+        let Some(Growth { room, granted, device, block, .. }) = &self.growth else { return Ok(()) };
         let bytes = u64::from(memory_mib.saturating_sub(self.boot_mib)) * MIB;
         // The room is whole blocks, and the limit lies in it.
         let usable = bytes.next_multiple_of(*block);
         let mut room = room.lock().unwrap_or_else(PoisonError::into_inner);
         room.grant(usable).map_err(|e| Error::Failed { message: crate::chain(&e) })?;
+        granted.grant(room.granted());
         device.ask(bytes, usable).map_err(|e| Error::Failed { message: crate::chain(&e) })
     }
 

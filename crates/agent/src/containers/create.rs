@@ -1,18 +1,19 @@
 //! CreateContainer: root, cgroup, volumes, specification, and an init process that waits.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use agent_api::v1;
 use oci_spec::runtime::{LinuxDevice, LinuxResources, Process as OciProcess, Spec};
 
 use super::process::{Life, Process};
-use super::rootfs::{Rootfs, blocking};
+use super::rootfs::Rootfs;
 use super::volumes::Staged;
 use super::{Container, Parts, namespaces, streams};
 use crate::agent::{Agent, Owner};
 use crate::error::{Error, Result};
 use crate::guest::inroot::Root;
+use crate::lanes::{LOOK_UP, MOUNT};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::console::ConsoleSocket;
 use crate::oci::create::Bundle;
@@ -92,10 +93,15 @@ async fn build(
     let mut binds = volumes.stage(agent, &request.volumes, userns.as_ref()).await?;
     let pid = namespaces::pid_namespace(agent, request, userns.as_deref()).await?;
     let hostname = agent.lock().pod.as_ref().map(|pod| pod.hostname.clone()).unwrap_or_default();
-    let mut root = Root::open(&rootfs)?;
-    if let Some(userns) = &userns {
-        root = root.owned_by(userns.mapping.root());
-    }
+    let lane = agent.lanes.of_container(id);
+    let (at, root_user) = (rootfs.clone(), userns.as_ref().map(|userns| userns.mapping.root()));
+    let open = move || {
+        let root = Root::open(&at)?;
+        let root = root.owned_by(root_user.unwrap_or((0, 0)));
+        let users = Database::read(&root);
+        Ok((Arc::new(root), users))
+    };
+    let (root, users) = lane.run("look up users in the root", LOOK_UP, open).await?;
     if let Some(layer) = parts.rootfs.as_ref().and_then(Rootfs::layer) {
         binds.extend(volumes.stage_of_image(&root, layer, &wanted.volumes).await?);
     }
@@ -111,7 +117,7 @@ async fn build(
     }
     let (mut spec, resources) = complete(
         spec,
-        &Database::read(&root),
+        &users,
         &Surroundings {
             rootfs: &rootfs,
             read_only: wanted.read_only,
@@ -145,11 +151,23 @@ async fn build(
         .process_mut()
         .take()
         .ok_or_else(|| Error::invalid("oci_spec.process", "is missing"))?;
-    make_cwd(&root, process.cwd(), &binds)?;
-    make_targets(&root, &binds)?;
-    for node in &extra.elsewhere {
-        root.make_node(node)?;
+    let (cwd, nodes) = (process.cwd().clone(), extra.elsewhere);
+    // A working directory that the image does not hold is made, in the volume if it lies in one.
+    let in_volume = in_volume(&cwd, &binds);
+    if let Some((source, below)) = in_volume.clone() {
+        // Without a hold on the root, which could not be unmounted while this hangs.
+        let owner = root.owner();
+        let make = move || Root::open(&source)?.owned_by(owner).make_dirs(&below);
+        lane.run("make the working directory in its volume", LOOK_UP, make).await?;
     }
+    let make = move || {
+        if in_volume.is_none() {
+            root.make_dirs(&cwd)?;
+        }
+        make_targets(&root, &binds)?;
+        nodes.iter().try_for_each(|node| root.make_node(node))
+    };
+    lane.run("make the working directory and mount points", LOOK_UP, make).await?;
     let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
     let rlimits = limits_before(&process, userns.is_some());
     spec.set_process(Some(inside(process.clone(), userns.is_some())));
@@ -208,17 +226,20 @@ async fn reserve_huge_pages(
     id: &str,
     resources: &LinuxResources,
 ) -> Result<()> {
+    let lane = agent.lanes.of_container(id);
     let (agent, id, resources) = (Arc::clone(agent), id.to_owned(), resources.clone());
-    blocking(move || agent.huge_pages.reserve(&id, &resources, |id| agent.has_ended(id))).await
+    let work = move || agent.huge_pages.reserve(&id, &resources, |id| agent.has_ended(id));
+    lane.run("reserve huge pages", MOUNT, work).await
 }
 
 pub(super) async fn release_huge_pages(agent: &Arc<Agent>, id: &str) -> Result<()> {
+    let lane = agent.lanes.of_removal(id);
     let (agent, id) = (Arc::clone(agent), id.to_owned());
-    blocking(move || {
+    let work = move || {
         agent.huge_pages.release(&id);
         Ok(())
-    })
-    .await
+    };
+    lane.run("release huge pages", MOUNT, work).await
 }
 
 /// Devices beyond those that every container has.
@@ -286,18 +307,13 @@ fn inside(mut process: OciProcess, in_user_namespace: bool) -> OciProcess {
     process
 }
 
-/// A working directory that the image does not hold is made, in the volume if it lies in one.
-fn make_cwd(root: &Root, cwd: &Path, binds: &[Bind]) -> Result<()> {
-    let mount = binds
+/// The folder that is mounted as a volume around a path, and the path in it.
+fn in_volume(path: &Path, binds: &[Bind]) -> Option<(PathBuf, PathBuf)> {
+    let (bind, below) = binds
         .iter()
-        .filter_map(|bind| Some((bind, cwd.strip_prefix(&bind.destination).ok()?)))
-        .max_by_key(|(bind, _)| bind.destination.components().count());
-    match mount {
-        Some((bind, below)) if bind.directory => {
-            Root::open(&bind.source)?.owned_by(root.owner()).make_dirs(below)
-        }
-        _ => root.make_dirs(cwd),
-    }
+        .filter_map(|bind| Some((bind, path.strip_prefix(&bind.destination).ok()?)))
+        .max_by_key(|(bind, _)| bind.destination.components().count())?;
+    bind.directory.then(|| (bind.source.clone(), below.to_owned()))
 }
 
 /// What volumes are mounted on, unless it lies in another volume: then libcontainer makes it.

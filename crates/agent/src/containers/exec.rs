@@ -1,11 +1,13 @@
 //! Exec: a further process in a running container.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use agent_api::v1;
+use nix::fcntl::{OFlag, open};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::stat::Mode;
 use oci_spec::runtime::Process as OciProcess;
 use serde_json::{Map, Value};
 
@@ -14,6 +16,7 @@ use super::streams::{self, Ends};
 use crate::agent::{Agent, Owner};
 use crate::error::{Doing, Error, Result};
 use crate::guest::inroot::Root;
+use crate::lanes::LOOK_UP;
 use crate::oci::exec::{self, Program, Target};
 use crate::oci::helper::{Made, Streams};
 use crate::oci::spec::{Groups, complete_process};
@@ -31,7 +34,7 @@ const ENDING: Duration = Duration::from_millis(200);
 pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
     crate::ids::check("exec_id", &request.exec_id)?;
     agent.sweep_execs();
-    let (target, userns, base, seccomp, hostname, number) = {
+    let (target, userns, base, seccomp, hostname, number, proc) = {
         let mut state = agent.lock();
         let number = state.number();
         let full = state.events.is_full();
@@ -56,12 +59,22 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
         let userns = container.userns.clone();
         let target =
             Target { pid: container.init.pid, cgroup: cgroup.dir(), userns: userns.is_some() };
-        (target, userns, base, container.seccomp.clone(), hostname, number)
+        // While the lock is held, the pid cannot have been given to another process.
+        let proc = proc_folder(target.pid)?;
+        (target, userns, base, container.seccomp.clone(), hostname, number, proc)
     };
-    // As the container sees it: something may be mounted over the image's /etc.
-    let users = Root::open(format!("/proc/{}/root", target.pid).as_ref())
-        .map(|root| Database::read(&root))
-        .unwrap_or_default();
+    // Without a user the process has the container's own, whose groups and home are known.
+    let users = if request.user.is_empty() {
+        Database::default()
+    } else {
+        let lane = agent.lanes.of_container(&request.container_id);
+        tokio::select! {
+            users = lane.run("look up the user in /etc", LOOK_UP, move || Ok(users_of(&proc))) => {
+                users?
+            }
+            () = ended(agent, &request.container_id) => return Err(stopped(&request.container_id)),
+        }
+    };
     let mut process = merge(&base, &request.oci_process)?;
     process.set_terminal(Some(request.tty));
     // The container's own groups are complete.
@@ -103,6 +116,21 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
     Ok(pid)
 }
 
+/// A process' folder of /proc, which outlives the process, but never becomes another one's.
+fn proc_folder(pid: i32) -> Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let path = format!("/proc/{pid}");
+    open(path.as_str(), flags, Mode::empty()).doing(|| format!("open {path}"))
+}
+
+/// As the container sees them: something may be mounted over the image's /etc, and it may not
+/// answer.
+fn users_of(proc: &OwnedFd) -> Database {
+    Root::open(format!("/proc/self/fd/{}/root", proc.as_raw_fd()).as_ref())
+        .map(|root| Database::read(&root))
+        .unwrap_or_default()
+}
+
 /// Waits until the program runs, and makes it known.
 async fn take_charge(
     agent: &Agent,
@@ -136,16 +164,19 @@ fn stopped(container: &str) -> Error {
 
 /// A command that fails to come up beside an init that is just ending has failed because of that.
 async fn not_running(agent: &Agent, container: &str) -> Option<Error> {
-    let ended = async {
-        loop {
-            let reaped = agent.reaped.notified();
-            if agent.lock().containers.get(container).is_none_or(|found| found.init.is_ended()) {
-                return;
-            }
-            reaped.await;
-        }
-    };
+    let ended = ended(agent, container);
     tokio::time::timeout(ENDING, ended).await.ok().map(|()| stopped(container))
+}
+
+/// Waits for the end of a container's init process.
+async fn ended(agent: &Agent, container: &str) {
+    loop {
+        let reaped = agent.reaped.notified();
+        if agent.lock().containers.get(container).is_none_or(|found| found.init.is_ended()) {
+            return;
+        }
+        reaped.await;
+    }
 }
 
 /// The request's process over the container's: fields that it does not have are the container's,

@@ -8,11 +8,12 @@ use std::path::PathBuf;
 
 use nix::mount::MsFlags;
 
-use super::rootfs::{blocking, mount_at, unmount};
+use super::rootfs::{detach, mount_at, unmount};
 use crate::agent::Agent;
 use crate::error::{Doing, Error, Result};
 use crate::guest::devices;
 use crate::guest::loop_device::Loop;
+use crate::lanes::{Lane, MOUNT, in_time};
 
 /// Mounted images by serial.
 #[derive(Debug, Default)]
@@ -39,24 +40,24 @@ impl Image {
     }
 }
 
-pub async fn take(agent: &Agent, serial: &str) -> Result<Image> {
+pub async fn take(agent: &Agent, lane: &Lane, serial: &str) -> Result<Image> {
     if let Some(folder) = serial.strip_prefix("dir:") {
         if !agent.config.folders_as_disks {
             return Err(Error::invalid("disk serial", "names a folder, not a disk"));
         }
         return Ok(Image { serial: None, path: PathBuf::from(folder) });
     }
-    let mut images = agent.images.lock().await;
+    let mut images = in_time("wait for the images", MOUNT, agent.images.lock()).await?;
     if let Some(mounted) = images.0.get_mut(serial) {
         mounted.users += 1;
         return Ok(Image { serial: Some(serial.to_owned()), path: mounted.path.clone() });
     }
-    let path = mount(agent, serial).await?;
+    let path = mount(agent, lane, serial).await?;
     images.0.insert(serial.to_owned(), Mounted { users: 1, path: path.clone() });
     Ok(Image { serial: Some(serial.to_owned()), path })
 }
 
-async fn mount(agent: &Agent, serial: &str) -> Result<PathBuf> {
+async fn mount(agent: &Agent, lane: &Lane, serial: &str) -> Result<PathBuf> {
     let folder = agent.config.base.join("images");
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
     let (target, result) = if let Some(file) = serial.strip_prefix(agent_api::host_pod::FILE) {
@@ -69,13 +70,17 @@ async fn mount(agent: &Agent, serial: &str) -> Result<PathBuf> {
                 .doing(|| format!("set up a loop device for image {}", file.display()))?;
             mount_at(device.node(), &at, "erofs", flags, "")
         };
-        (target, blocking(work).await)
+        let late = target.clone();
+        let mounted = lane.run_or_undo("mount the image", MOUNT, work, move |()| detach(&late));
+        (target, mounted.await)
     } else {
         agent.config.has_devices()?;
         let node = devices::disk_node(serial)?;
         let target = folder.join(serial);
-        let at = target.clone();
-        (target, blocking(move || mount_at(&node, &at, "erofs", flags, "")).await)
+        let (at, late) = (target.clone(), target.clone());
+        let work = move || mount_at(&node, &at, "erofs", flags, "");
+        let mounted = lane.run_or_undo("mount the image", MOUNT, work, move |()| detach(&late));
+        (target, mounted.await)
     };
     match result {
         Ok(()) => Ok(target),
@@ -86,16 +91,16 @@ async fn mount(agent: &Agent, serial: &str) -> Result<PathBuf> {
     }
 }
 
-pub async fn release(agent: &Agent, image: Image) -> Result<()> {
+pub async fn release(agent: &Agent, lane: &Lane, image: Image) -> Result<()> {
     let Some(serial) = image.serial else { return Ok(()) };
-    let mut images = agent.images.lock().await;
+    let mut images = in_time("wait for the images", MOUNT, agent.images.lock()).await?;
     let Some(mounted) = images.0.get_mut(&serial) else { return Ok(()) };
     mounted.users -= 1;
     if mounted.users > 0 {
         return Ok(());
     }
     images.0.remove(&serial);
-    unmount(&image.path).await?;
+    unmount(lane, &image.path).await?;
     let _ = fs::remove_dir(&image.path);
     Ok(())
 }

@@ -25,6 +25,7 @@ use crate::guest::quota::Limits;
 use crate::guest::scratch::{Folder, Purpose};
 use crate::guest::tree::Tree;
 use crate::guest::volumes::open_dir;
+use crate::lanes::{Lane, MOUNT, in_time};
 use crate::oci::userns::UserNamespace;
 
 /// A container's mount namespace goes away a moment after its last process.
@@ -103,6 +104,8 @@ impl Source {
 
 #[derive(Debug)]
 pub struct Rootfs {
+    lane: Lane,
+    removal: Lane,
     dir: PathBuf,
     layer: Option<Layer>,
     image: Option<Image>,
@@ -110,13 +113,12 @@ pub struct Rootfs {
     mounted: Vec<PathBuf>,
 }
 
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    // Disks are read and written while mounting: not on the thread that serves streams.
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Error::Helper { doing: "mount", why: error.to_string() })?
+/// Undoes a mount that was made after its deadline, when nobody knows of it any more.
+pub(super) fn detach(target: &Path) {
+    let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+    if let Err(error) = umount2(target, flags) {
+        tracing::warn!(target = %target.display(), %error, "mount made too late is left behind");
+    }
 }
 
 pub(super) fn mount_at(
@@ -131,12 +133,13 @@ pub(super) fn mount_at(
     mount(Some(source), target, Some(kind), flags, Some(data)).doing(what)
 }
 
-pub(super) async fn unmount(target: &Path) -> Result<()> {
+pub(super) async fn unmount(lane: &Lane, target: &Path) -> Result<()> {
     let deadline = tokio::time::Instant::now() + BUSY_DEADLINE;
     let mut pause = Duration::from_millis(1);
     loop {
         let path = target.to_owned();
-        let result = blocking(move || Ok(umount2(&path, MntFlags::UMOUNT_NOFOLLOW))).await?;
+        let work = move || Ok(umount2(&path, MntFlags::UMOUNT_NOFOLLOW));
+        let result = lane.run(&format!("unmount {}", target.display()), MOUNT, work).await?;
         match result {
             // EINVAL: not a mount point (any more).
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
@@ -160,6 +163,8 @@ impl Rootfs {
         userns: Option<&Arc<UserNamespace>>,
     ) -> Result<Self> {
         let mut rootfs = Self {
+            lane: agent.lanes.of_container(id),
+            removal: agent.lanes.of_removal(id),
             dir: agent.config.base.join("containers").join(id),
             layer: None,
             image: None,
@@ -182,20 +187,22 @@ impl Rootfs {
         wanted: &v1::RootFs,
         userns: Option<&Arc<UserNamespace>>,
     ) -> Result<()> {
-        let image = images::take(agent, &wanted.lower_serial).await?;
+        let image = images::take(agent, &self.lane, &wanted.lower_serial).await?;
         let mut lower = self.image.insert(image).path().clone();
         if let Some(userns) = userns {
             let (image, userns) = (lower, Arc::clone(userns));
             lower = self.dir.join("lower");
-            let at = lower.clone();
-            blocking(move || mount_mapped(&image, &at, &userns)).await?;
+            let (at, late) = (lower.clone(), lower.clone());
             self.mounted.push(lower.clone());
+            let work = move || mount_mapped(&image, &at, &userns);
+            self.lane.run_or_undo("mount the image", MOUNT, work, move |()| detach(&late)).await?;
         }
         let (uid, gid) = userns.map_or((0, 0), |userns| userns.mapping.root());
         let upper = self.make_layer(agent, wanted).await?;
         let target = self.path();
-        let at = target.clone();
-        blocking(move || {
+        let (at, late) = (target.clone(), target.clone());
+        self.mounted.push(target);
+        let join = move || {
             let (data, work) = (upper.join("data"), upper.join("work"));
             // A disk that was used before carries the mark of a volatile mount, which overlayfs
             // refuses; within one boot what was written is there all the same.
@@ -214,10 +221,8 @@ impl Rootfs {
                 work.display()
             );
             mount_at(Path::new("overlay"), &at, "overlay", MsFlags::empty(), &data)
-        })
-        .await?;
-        self.mounted.push(target);
-        Ok(())
+        };
+        self.lane.run_or_undo("mount the root", MOUNT, join, move |()| detach(&late)).await
     }
 
     /// Answers where it is.
@@ -229,15 +234,19 @@ impl Rootfs {
                 return Err(Error::invalid("rootfs.upper_serial", why));
             }
             let limits = Limits { bytes: scratch.bytes, inodes: scratch.inodes };
-            let mut disk = Arc::clone(&agent.scratch).lock_owned().await;
-            Layer::Scratch(blocking(move || disk.make(Purpose::Container, limits)).await?)
+            let wait = Arc::clone(&agent.scratch).lock_owned();
+            let mut disk = in_time("wait for the scratch disk", MOUNT, wait).await?;
+            let work = move || disk.make(Purpose::Container, limits);
+            Layer::Scratch(self.lane.run("make the writable layer", MOUNT, work).await?)
         } else {
             let source = Source::of(agent, &wanted.upper_serial)?;
             let is_folder = matches!(source, Source::Folder { .. });
             let upper = self.dir.join("upper");
-            let target = upper.clone();
-            blocking(move || source.mount(&target)).await?;
+            let (target, late) = (upper.clone(), upper.clone());
             self.mounted.push(upper.clone());
+            let work = move || source.mount(&target);
+            let undo = move |()| detach(&late);
+            self.lane.run_or_undo("mount the writable layer", MOUNT, work, undo).await?;
             if is_folder { Layer::Host(upper) } else { Layer::Own(upper) }
         };
         Ok(self.layer.insert(layer).path().to_owned())
@@ -258,7 +267,7 @@ impl Rootfs {
         let mut result = Ok(());
         let mut left = Vec::new();
         for target in std::mem::take(&mut self.mounted).into_iter().rev() {
-            match unmount(&target).await {
+            match unmount(&self.removal, &target).await {
                 Ok(()) => {
                     let _ = fs::remove_dir(&target);
                 }
@@ -271,11 +280,18 @@ impl Rootfs {
         self.mounted = left;
         if self.mounted.is_empty() {
             if let Some(image) = self.image.take() {
-                result = images::release(agent, image).await;
+                result = images::release(agent, &self.removal, image).await;
             }
             if let Some(Layer::Scratch(folder)) = self.layer.take() {
-                let mut disk = Arc::clone(&agent.scratch).lock_owned().await;
-                result = result.and(blocking(move || disk.discard(&folder)).await);
+                let wait = Arc::clone(&agent.scratch).lock_owned();
+                let discarded = match in_time("wait for the scratch disk", MOUNT, wait).await {
+                    Ok(mut disk) => {
+                        let work = move || disk.discard(&folder);
+                        self.removal.run("discard the writable layer", MOUNT, work).await
+                    }
+                    Err(error) => Err(error),
+                };
+                result = result.and(discarded);
             }
             let _ = fs::remove_dir(self.dir.join("upper"));
             let _ = fs::remove_dir(&self.dir);

@@ -6,10 +6,11 @@ use super::process::{Life, unix_time_ns};
 use super::signal;
 use crate::agent::Agent;
 use crate::error::{Error, Result};
+use crate::lanes::LOOK_UP;
 
 pub async fn start(agent: &Arc<Agent>, id: &str) -> Result<()> {
     let _turn = agent.verb(id).await;
-    let pipe = {
+    let (pipe, bundle) = {
         let mut state = agent.lock();
         let container = state.container_mut(id)?;
         match container.init.life {
@@ -25,11 +26,18 @@ pub async fn start(agent: &Arc<Agent>, id: &str) -> Result<()> {
             .start
             .take()
             .ok_or_else(|| Error::Precondition(format!("container {id:?} was started before")))?;
-        if let Some(bundle) = &container.parts.bundle {
-            bundle.start()?;
-        }
-        pipe
+        (pipe, container.parts.bundle.clone())
     };
+    if let Some(bundle) = bundle {
+        // The peer is a process of the container: it may not be there to accept.
+        let lane = agent.lanes.of_container(id);
+        let started =
+            lane.run("tell the init process to start", LOOK_UP, move || bundle.start()).await;
+        if let Err(error) = started {
+            kill(agent, id);
+            return Err(error);
+        }
+    }
     let started = unix_time_ns();
     if let Err(error) = pipe.wait().await {
         // A program that could not be run has told so, and is ending. Any other must not run after

@@ -3,17 +3,18 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
 
 use agent_api::v1;
+use futures_util::future::join_all;
 
 use super::Container;
 use super::process::unix_time_ns;
-use super::rootfs::{Layer, Rootfs, VOLUMES, blocking};
+use super::rootfs::{Layer, Rootfs, VOLUMES};
 use crate::agent::Agent;
 use crate::error::Result;
 use crate::guest::devices;
 use crate::guest::scratch::file_system_usage;
+use crate::lanes::{LOOK_UP, Lane, MEASURE};
 use crate::oci::cgroup::Cgroup;
 
 /// Open files looked at in one request, all containers together: each costs a system call, and how
@@ -34,6 +35,15 @@ struct Subject {
     started_unix_ns: i64,
 }
 
+/// Measures a file system of its own lane; None if that takes too long.
+async fn measure<T: Send + 'static>(
+    lane: Lane,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    // Told where it is noticed; the next request tries again.
+    lane.run("measure a file system", MEASURE, move || Ok(work())).await.ok()
+}
+
 pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
     let subjects: Vec<Subject> = {
         let state = agent.lock();
@@ -50,12 +60,33 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
     };
     let pod = agent.pod_cgroup.clone();
     // Not waited for: an emptyDir that is being filled holds it.
-    let empty_dirs = Arc::clone(&agent.empty_dirs).try_lock_owned().ok();
+    let empty_dirs = agent.empty_dirs.try_lock().map(|dirs| dirs.list()).unwrap_or_default();
+    // Each in a lane of its own: one that hangs is left out, and none of the others with it.
+    let layers = subjects.iter().map(|subject| {
+        let lane = agent.lanes.of_measurement("container", &subject.id);
+        let layer = subject.layer.clone();
+        async move {
+            let layer = layer?;
+            measure(lane, move || layer_usage(&layer)).await
+        }
+    });
+    let volumes = empty_dirs.into_iter().map(|dir| {
+        let lane = agent.lanes.of_measurement("emptyDir", &dir.id);
+        let volume_id = dir.id.clone();
+        async move {
+            let usage = Some(measure(lane, move || dir.usage()).await?);
+            Some(v1::VolumeStats { volume_id, usage })
+        }
+    });
+    let (layers, volumes) = futures_util::join!(join_all(layers), join_all(volumes));
+    let volumes = volumes.into_iter().flatten().collect();
     let host = agent.config.host.as_ref().map(|host| host.network);
-    // Hundreds of small files: not on the thread that serves streams.
-    blocking(move || {
+    // Hundreds of small files of the kernel's: not on the thread that serves streams.
+    let collect = move || {
         let mut files = MAX_FILES;
-        let containers = subjects.iter().map(|subject| container(subject, &mut files)).collect();
+        let all = subjects.iter().zip(layers);
+        let containers =
+            all.map(|(subject, layer)| container(subject, layer, &mut files)).collect();
         Ok(v1::StatsReply {
             unix_time_ns: unix_time_ns(),
             containers,
@@ -72,25 +103,33 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
                     },
                 ),
                 io_pressure: pod.pressure("io.pressure"),
-                empty_dirs: empty_dirs.map(|dirs| dirs.usage()).unwrap_or_default(),
+                empty_dirs: volumes,
             }),
         })
-    })
-    .await
+    };
+    agent.lanes.of_measurement("the", "pod").run("read cgroups", LOOK_UP, collect).await
 }
 
-fn container(subject: &Subject, files: &mut usize) -> v1::ContainerStats {
+fn layer_usage(layer: &Layer) -> v1::FsUsage {
+    match layer {
+        Layer::Own(path) => file_system_usage(path),
+        Layer::Host(path) => folder_usage(path),
+        Layer::Scratch(folder) => folder.usage(),
+    }
+}
+
+fn container(
+    subject: &Subject,
+    writable_layer: Option<v1::FsUsage>,
+    files: &mut usize,
+) -> v1::ContainerStats {
     let cgroup = &subject.cgroup;
     v1::ContainerStats {
         container_id: subject.id.clone(),
         cpu: Some(cgroup.cpu()),
         memory: Some(cgroup.memory()),
         pids: cgroup.pids(),
-        writable_layer: subject.layer.as_ref().map(|layer| match layer {
-            Layer::Own(path) => file_system_usage(path),
-            Layer::Host(path) => folder_usage(path),
-            Layer::Scratch(folder) => folder.usage(),
-        }),
+        writable_layer,
         processes: Some(processes(cgroup, subject.init, files)),
         block_io: cgroup.block_io(),
         oom_events: cgroup.oom_kills(),

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use oci_spec::runtime::LinuxResources;
 
-use super::rootfs::blocking;
 use crate::agent::Agent;
 use crate::error::{Error, Result};
+use crate::lanes::MOUNT;
 
 pub async fn update(agent: &Arc<Agent>, id: &str, json: &[u8]) -> Result<()> {
     let resources: LinuxResources = serde_json::from_slice(json)
@@ -20,13 +20,15 @@ pub async fn update(agent: &Arc<Agent>, id: &str, json: &[u8]) -> Result<()> {
         }
         container.parts.cgroup.clone()
     };
+    let lane = agent.lanes.of_container(id);
     let (agent, id) = (Arc::clone(agent), id.to_owned());
-    // Huge pages are made room for, and what is above a lower limit is reclaimed.
-    blocking(move || {
+    // Huge pages are made room for, and what is above a lower limit is reclaimed, which may mean
+    // that it is written to a file system first.
+    let work = move || {
         if agent.config.has_devices().is_ok() {
             agent.huge_pages.reserve(&id, &resources, |id| agent.has_ended(id))?;
         }
         cgroup.map_or(Ok(()), |cgroup| cgroup.apply(&resources))
-    })
-    .await
+    };
+    lane.run("set the limits", MOUNT, work).await
 }

@@ -24,16 +24,16 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use super::images::{self, Image};
-use super::rootfs::{Layer, VOLUMES, blocking};
+use super::rootfs::{Layer, VOLUMES, detach};
 use crate::agent::Agent;
 use crate::error::{Doing, Error, Result};
 use crate::guest::copy::{self, Copied, Limits};
-use crate::guest::empty_dirs::Made;
-use crate::guest::huge_pages;
+use crate::guest::empty_dirs::{self, Made};
 use crate::guest::inroot::Root;
-use crate::guest::remove;
 use crate::guest::tree::{Reach, Tree};
 use crate::guest::volumes::{open_dir, relative};
+use crate::guest::{huge_pages, remove, share};
+use crate::lanes::{COPY, LOOK_UP, Lane, MOUNT, in_time};
 use crate::oci::spec::Bind;
 use crate::oci::userns::UserNamespace;
 
@@ -48,8 +48,10 @@ const MAX_SUBMOUNTS: usize = 256;
 const MOST_COPIED: Limits = Limits { bytes: 512 << 20, entries: 65536 };
 
 /// What has to be taken down with the container.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Staged {
+    lane: Lane,
+    removal: Lane,
     dir: PathBuf,
     mounted: Vec<PathBuf>,
     images: Vec<Image>,
@@ -95,7 +97,9 @@ fn kind(volume: &v1::VolumeMount, in_user_namespace: bool) -> Result<Kind> {
 impl Staged {
     pub fn new(agent: &Agent, container: &str) -> Self {
         let dir = agent.config.base.join("binds").join(container);
-        Self { dir, ..Self::default() }
+        let lane = agent.lanes.of_container(container);
+        let removal = agent.lanes.of_removal(container);
+        Self { lane, removal, dir, mounted: Vec::new(), images: Vec::new() }
     }
 
     /// Whether any of these wants mounts of the container to be seen outside of it.
@@ -129,9 +133,8 @@ impl Staged {
                 matches!(kind.source, v1::VolumeSource::Written | v1::VolumeSource::HugePages);
             let mapped = in_memory || volume.ids_mapped;
             let userns = userns.filter(|_| !mapped).cloned();
-            let directory =
-                blocking(move || attach(source, &wanted, &kind, userns.as_deref(), &at)).await?;
-            self.mounted.push(target.clone());
+            let work = move || attach(source, &wanted, &kind, userns.as_deref(), &at);
+            let directory = self.mount(volume, target.clone(), work).await?;
             binds.push(Bind {
                 source: target,
                 destination: PathBuf::from(&volume.destination),
@@ -141,12 +144,25 @@ impl Staged {
         Ok(binds)
     }
 
+    /// Mounts something at `target`, which is taken down again whatever becomes of this.
+    async fn mount(
+        &mut self,
+        volume: &v1::VolumeMount,
+        target: PathBuf,
+        work: impl FnOnce() -> Result<bool> + Send + 'static,
+    ) -> Result<bool> {
+        let late = target.clone();
+        self.mounted.push(target);
+        let doing = format!("prepare the volume for {}", volume.destination);
+        self.lane.run_or_undo(&doing, MOUNT, work, move |_| detach(&late)).await
+    }
+
     /// Stages the image's own volumes: folders beside overlayfs in the container's layer, with what
     /// the image holds there. They can be written to where the root cannot, and overlayfs can stand
     /// on them.
     pub async fn stage_of_image(
         &mut self,
-        root: &Root,
+        root: &Arc<Root>,
         layer: &Layer,
         volumes: &[String],
     ) -> Result<Vec<Bind>> {
@@ -159,11 +175,15 @@ impl Staged {
         let mut binds = Vec::new();
         let mut left = MOST_COPIED;
         for (n, destination) in volumes.iter().enumerate() {
-            let path = Path::new(destination);
-            root.make_target(path, true)?;
-            let place = root.place(path)?;
+            let path = PathBuf::from(destination);
+            let (root, at) = (Arc::clone(root), path.clone());
             let own = layer.path().join(VOLUMES).join(n.to_string());
-            let (place, copied) = blocking(move || fill(place, &own, left)).await?;
+            let work = move || {
+                root.make_target(&at, true)?;
+                fill(root.place(&at)?, &own, left)
+            };
+            let doing = format!("fill the volume for {destination}");
+            let (place, copied) = self.lane.run(&doing, COPY, work).await?;
             match copied {
                 Some(copied) => left = copied,
                 None => tracing::info!(
@@ -176,9 +196,10 @@ impl Staged {
                 Kind { source: v1::VolumeSource::Written, propagation: v1::Propagation::Private };
             let volume = v1::VolumeMount { destination: destination.clone(), ..Default::default() };
             let target = self.dir.join(self.mounted.len().to_string());
-            let directory = attach(place, &volume, &kind, None, &target)?;
-            self.mounted.push(target.clone());
-            binds.push(Bind { source: target, destination: path.to_owned(), directory });
+            let (wanted, at) = (volume.clone(), target.clone());
+            let work = move || attach(place, &wanted, &kind, None, &at);
+            let directory = self.mount(&volume, target.clone(), work).await?;
+            binds.push(Bind { source: target, destination: path, directory });
         }
         Ok(binds)
     }
@@ -190,43 +211,51 @@ impl Staged {
         source: v1::VolumeSource,
     ) -> Result<Place> {
         let (id, sub_path) = (&volume.volume_id, &volume.sub_path);
+        let doing = format!("open the volume for {}", volume.destination);
         match source {
             v1::VolumeSource::Host => {
                 let mounts = agent.config.host()?.mounts.clone();
                 let path = PathBuf::from(id);
-                let (tree, directory) = blocking(move || mounts.copy(&path)).await?;
+                let (tree, directory) =
+                    self.lane.run(&doing, LOOK_UP, move || mounts.copy(&path)).await?;
                 return Ok(Place::Copied(tree, directory));
             }
+            // A tmpfs that nobody else mounts anything in.
             v1::VolumeSource::Written => agent.lock().volumes.open(id, sub_path),
             v1::VolumeSource::Share => {
                 agent.config.has_devices()?;
-                // Held while blocking: the first one mounts for the others.
-                let mut share = Arc::clone(&agent.share).lock_owned().await;
+                let wait = Arc::clone(&agent.share).lock_owned();
+                let mut share = in_time("wait for the pod's share", MOUNT, wait).await?;
+                // Held while mounting only: the first one mounts for the others. A look-up may
+                // lead to what a container has mounted in the share.
+                let mount = move || share.mount().map(|()| share.place().to_owned());
+                let at = self.lane.run("mount the pod's share", MOUNT, mount).await?;
                 let (id, sub_path) = (id.clone(), sub_path.clone());
-                blocking(move || {
-                    share.mount()?;
-                    share.open(&id, &sub_path)
-                })
-                .await
+                self.lane.run(&doing, LOOK_UP, move || share::open(&at, &id, &sub_path)).await
             }
             v1::VolumeSource::HugePages => {
                 agent.config.has_devices()?;
                 let (base, id) = (agent.config.base.join("hugepages"), id.clone());
-                blocking(move || open_dir(&huge_pages::volume(&base, &id)?)).await
+                let work = move || open_dir(&huge_pages::volume(&base, &id)?);
+                self.lane.run(&doing, LOOK_UP, work).await
             }
             v1::VolumeSource::EmptyDir => {
                 agent.config.has_devices()?;
-                let dirs = Arc::clone(&agent.empty_dirs).lock_owned().await;
-                let (id, sub_path) = (id.clone(), sub_path.clone());
+                // Not held while looking: a container may have mounted something in it.
+                let wait = agent.empty_dirs.lock();
+                let root = in_time("wait for the emptyDirs", MOUNT, wait).await?.ready(id)?;
+                let sub_path = sub_path.clone();
                 let made = Made { uid: volume.uid, gid: volume.gid, mode: volume.mode };
-                blocking(move || dirs.open(&id, &sub_path, made)).await
+                let work = move || empty_dirs::open(&root, &sub_path, made);
+                self.lane.run(&doing, LOOK_UP, work).await
             }
             v1::VolumeSource::Image => {
-                let image = images::take(agent, id).await?;
+                let image = images::take(agent, &self.lane, id).await?;
                 let path = image.path().clone();
                 self.images.push(image);
                 let (id, sub_path) = (id.clone(), sub_path.clone());
-                blocking(move || open_in_image(&path, &id, &sub_path)).await
+                let work = move || open_in_image(&path, &id, &sub_path);
+                self.lane.run(&doing, LOOK_UP, work).await
             }
         }
         .map(Place::Here)
@@ -234,33 +263,41 @@ impl Staged {
 
     /// Takes everything down; goes on past failures, may be repeated after one.
     pub async fn unstage(&mut self, agent: &Agent) -> Result<()> {
-        let mut result = Ok(());
-        let mut left = Vec::new();
-        for target in std::mem::take(&mut self.mounted).into_iter().rev() {
-            // What is unmounted inside stays where its mounts are shared with others.
-            let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
-            let _ = mount(None::<&str>, &target, None::<&str>, slave, None::<&str>);
-            // Detached: what was mounted inside goes too, and a mount namespace that is just
-            // going away may still hold a copy.
-            match umount2(&target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-                Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-                Err(error) => {
-                    result = Err(error).doing(|| format!("unmount {}", target.display()));
-                    left.insert(0, target);
-                }
-            }
-        }
+        let mounted = self.mounted.clone();
+        let work = move || Ok(unmount_all(mounted));
+        let (left, mut result) = self.removal.run("unmount the volumes", MOUNT, work).await?;
         self.mounted = left;
         if self.mounted.is_empty() {
             remove_places(&self.dir);
             for image in std::mem::take(&mut self.images) {
-                if let Err(error) = images::release(agent, image).await {
+                if let Err(error) = images::release(agent, &self.removal, image).await {
                     result = Err(error);
                 }
             }
         }
         result
     }
+}
+
+/// Answers what is still mounted, and the last failure.
+fn unmount_all(mounted: Vec<PathBuf>) -> (Vec<PathBuf>, Result<()>) {
+    let mut result = Ok(());
+    let mut left = Vec::new();
+    for target in mounted.into_iter().rev() {
+        // What is unmounted inside stays where its mounts are shared with others.
+        let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
+        let _ = mount(None::<&str>, &target, None::<&str>, slave, None::<&str>);
+        // Detached: what was mounted inside goes too, and a mount namespace that is just going
+        // away may still hold a copy.
+        match umount2(&target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Err(error) => {
+                result = Err(error).doing(|| format!("unmount {}", target.display()));
+                left.insert(0, target);
+            }
+        }
+    }
+    (left, result)
 }
 
 /// Copies a folder of the image to `own`; what is to be mounted then, and what may still be copied.

@@ -131,33 +131,55 @@ impl EmptyDirs {
         mount(None::<&str>, &path, None::<&str>, MsFlags::MS_SHARED, None::<&str>).doing(what)
     }
 
-    /// An O_PATH descriptor of an emptyDir, or of what `sub_path` names in it; folders that are
-    /// missing are made. Blocks.
-    pub fn open(&self, id: &str, sub_path: &str, made: Made) -> Result<OwnedFd> {
+    /// Where a finished one is mounted.
+    pub fn ready(&self, id: &str) -> Result<PathBuf> {
         if !self.dirs.get(id).is_some_and(|dir| dir.ready) {
             return Err(Error::NotFound { what: "emptyDir", id: id.to_owned() });
         }
-        let root = open_dir(&self.base.join(id))?;
-        if sub_path.is_empty() {
-            return Ok(root);
-        }
-        let path = relative(sub_path)?;
-        let what = || format!("find {sub_path:?} in emptyDir {id}");
-        match beneath(&root, path, OFlag::O_PATH) {
-            Err(Errno::ENOENT) => make_folders(&root, path, made).doing(what),
-            found => found.doing(what),
-        }
+        Ok(self.base.join(id))
     }
 
-    pub fn usage(&self) -> Vec<v1::VolumeStats> {
-        let usage = |(id, dir): (&String, &EmptyDir)| v1::VolumeStats {
-            volume_id: id.clone(),
-            usage: Some(match &dir.folder {
-                Some(folder) => folder.usage(),
-                None => file_system_usage(&self.base.join(id)),
-            }),
+    /// All of them, to be measured without holding this.
+    pub fn list(&self) -> Vec<Measured> {
+        let measured = |(id, dir): (&String, &EmptyDir)| Measured {
+            id: id.clone(),
+            folder: dir.folder.clone(),
+            path: self.base.join(id),
         };
-        self.dirs.iter().map(usage).collect()
+        self.dirs.iter().map(measured).collect()
+    }
+}
+
+/// An emptyDir, to be measured.
+#[derive(Debug)]
+pub struct Measured {
+    pub id: String,
+    folder: Option<Folder>,
+    path: PathBuf,
+}
+
+impl Measured {
+    /// May block: a container may have mounted something over it.
+    pub fn usage(&self) -> v1::FsUsage {
+        match &self.folder {
+            Some(folder) => folder.usage(),
+            None => file_system_usage(&self.path),
+        }
+    }
+}
+
+/// An O_PATH descriptor of the emptyDir at `root`, or of what `sub_path` names in it; folders that
+/// are missing are made. May block: a container may have mounted something in it.
+pub fn open(root: &Path, sub_path: &str, made: Made) -> Result<OwnedFd> {
+    let place = open_dir(root)?;
+    if sub_path.is_empty() {
+        return Ok(place);
+    }
+    let path = relative(sub_path)?;
+    let what = || format!("find {sub_path:?} in emptyDir {}", root.display());
+    match beneath(&place, path, OFlag::O_PATH) {
+        Err(Errno::ENOENT) => make_folders(&place, path, made).doing(what),
+        found => found.doing(what),
     }
 }
 
@@ -221,11 +243,11 @@ mod tests {
         symlink("a", dir.path().join("v/link")).unwrap();
         let mode = |path: &str| fs::metadata(dir.path().join(path)).unwrap().mode() & 0o7777;
         let before = mode("v/a");
-        dirs.open("v", "link/b/c", made()).unwrap();
+        open(&dirs.ready("v").unwrap(), "link/b/c", made()).unwrap();
         assert_eq!((mode("v/a"), mode("v/a/b"), mode("v/a/b/c")), (before, 0o2770, 0o2770));
         fs::write(dir.path().join("v/file"), "x").unwrap();
-        dirs.open("v", "file", made()).unwrap();
-        dirs.open("v", "", made()).unwrap();
+        open(&dirs.ready("v").unwrap(), "file", made()).unwrap();
+        open(&dirs.ready("v").unwrap(), "", made()).unwrap();
     }
 
     #[test]
@@ -236,9 +258,9 @@ mod tests {
         symlink(dir.path(), dir.path().join("v/absolute")).unwrap();
         symlink("nowhere", dir.path().join("v/dangling")).unwrap();
         for path in ["../v", "/", "up", "up/x", "absolute", "absolute/x", "dangling/x"] {
-            assert!(dirs.open("v", path, made()).is_err(), "{path}");
+            assert!(open(&dirs.ready("v").unwrap(), path, made()).is_err(), "{path}");
         }
         assert!(!dir.path().join("x").exists());
-        assert!(dirs.open("w", "", made()).is_err());
+        assert!(dirs.ready("w").is_err());
     }
 }

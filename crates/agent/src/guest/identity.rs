@@ -1,5 +1,5 @@
 //! What makes a guest this pod: clock, entropy, host name, sysctls.
-#![allow(unsafe_code)] // RNDADDENTROPY has no safe wrapper
+#![allow(unsafe_code)] // RNDADDENTROPY and RNDRESEEDCRNG have no safe wrapper
 
 use std::collections::HashMap;
 use std::fs::{self, OpenOptions};
@@ -46,6 +46,9 @@ mod ioctl {
     // _IOW('R', 0x03, int[2]); the bytes follow the two numbers.
     const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
     nix::ioctl_write_ptr_bad!(add, RNDADDENTROPY, super::PoolInfo);
+    // _IO('R', 0x07)
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    nix::ioctl_none_bad!(reseed, RNDRESEEDCRNG);
 }
 
 /// Credits the bytes to the kernel's random number generator, fully: the host is trusted by its
@@ -68,7 +71,13 @@ pub fn add_entropy(bytes: &[u8]) -> Result<()> {
     // SAFETY: the kernel reads `size` bytes after the two numbers; `size` is at most the array's
     // length, and the struct lives until the call returns.
     unsafe { ioctl::add(device.as_raw_fd(), &raw const info) }.doing(what)?;
-    Ok(())
+    // Else what was given counts at the next reseeding only, which may be a minute away.
+    // SAFETY: the call takes no argument.
+    match unsafe { ioctl::reseed(device.as_raw_fd()) } {
+        // ENODATA: too little was given so far; the kernel seeds when there is enough.
+        Ok(_) | Err(nix::errno::Errno::ENODATA) => Ok(()),
+        Err(error) => Err(error).doing(what),
+    }
 }
 
 pub fn set_hostname(name: &str) -> Result<()> {

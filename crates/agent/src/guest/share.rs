@@ -62,22 +62,28 @@ impl Share {
         Ok(())
     }
 
-    /// An entry, or what `sub_path` names in it: an O_PATH descriptor.
-    pub fn open(&self, id: &str, sub_path: &str) -> Result<OwnedFd> {
-        crate::ids::check("volume id", id)?;
-        let share = open_dir(&self.at)?;
-        let mut path = PathBuf::from(id);
-        if !sub_path.is_empty() {
-            path.push(relative(sub_path)?);
+    /// Where it is mounted.
+    pub fn place(&self) -> &Path {
+        &self.at
+    }
+}
+
+/// An entry of the share mounted at `at`, or what `sub_path` names in it: an O_PATH descriptor. May
+/// block for as long as the host, or a file system that a container has mounted in it, does.
+pub fn open(at: &Path, id: &str, sub_path: &str) -> Result<OwnedFd> {
+    crate::ids::check("volume id", id)?;
+    let share = open_dir(at)?;
+    let mut path = PathBuf::from(id);
+    if !sub_path.is_empty() {
+        path.push(relative(sub_path)?);
+    }
+    let what = || format!("open {} of the pod's share", path.display());
+    match enter(&share, &path) {
+        Err(Errno::ENOENT | Errno::ENOTDIR) => {
+            let id = path.display().to_string();
+            Err(Error::NotFound { what: "entry of the pod's share", id })
         }
-        let what = || format!("open {} of the pod's share", path.display());
-        match enter(&share, &path) {
-            Err(Errno::ENOENT | Errno::ENOTDIR) => {
-                let id = path.display().to_string();
-                Err(Error::NotFound { what: "entry of the pod's share", id })
-            }
-            result => result.doing(what),
-        }
+        result => result.doing(what),
     }
 }
 

@@ -88,6 +88,9 @@ fn step<T, E: std::fmt::Display>(result: std::result::Result<T, E>, what: &str) 
 }
 
 pub(super) fn main(job: Job, start: OwnedFd) -> Step<i32> {
+    // Before it can be seen from the container: a process there must not trace it, nor reach what
+    // it has open of the agent's through its folder of /proc. Ends with execve(2).
+    step(nix::sys::prctl::set_dumpable(false), "hide from the container")?;
     let text = step(std::fs::read(&job.program), "read the order")?;
     let program: Program = step(serde_json::from_slice(&text), "read the order")?;
     if let Some(score) = program.process.oom_score_adj() {
@@ -223,4 +226,27 @@ fn take_identity(process: &Process) -> Step<()> {
     let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
     step(setresgid(gid, gid, gid), "group")?;
     step(setresuid(uid, uid, uid), "user")
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::prctl::{get_dumpable, set_dumpable};
+
+    use super::*;
+
+    #[test]
+    fn the_helper_is_hidden_before_it_does_anything_else() {
+        let job = Job {
+            target: 0,
+            cgroup: "/nonexistent".into(),
+            program: "/nonexistent".into(),
+            userns: false,
+            console: None,
+        };
+        let start = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let failed = main(job, start).unwrap_err();
+        assert!(failed.contains("read the order"), "{failed}");
+        assert!(!get_dumpable().unwrap());
+        set_dumpable(true).unwrap();
+    }
 }

@@ -4,13 +4,13 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use agent_api::stdio::WINDOW;
+use agent_api::stdio::{MAX_FRAME, WINDOW};
 use tokio::sync::Notify;
 
 use super::Channel;
 use super::window::{OutOfWindow, Window};
 
-/// Bytes moved at once between a pipe and the window: the capacity of a pipe.
+/// Bytes read at once from a pipe: its capacity.
 const CHUNK: usize = 64 << 10;
 
 #[derive(Debug)]
@@ -147,7 +147,7 @@ impl Output {
         if available == 0 {
             return if state.finished { Next::End } else { Next::Wait };
         }
-        into.resize(available.min(CHUNK), 0);
+        into.resize(available.min(MAX_FRAME), 0);
         match state.window.copy(offset, into) {
             Ok(n) => Next::Bytes(n),
             Err(OutOfWindow) => Next::Replaced,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent_api::stdio::{FIXED, Kind, Open, Status};
+use agent_api::stdio::{FIXED, FRAME_HEADER, Kind, Open, Status};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Semaphore;
 
@@ -77,7 +77,8 @@ async fn serve(mut conn: Conn, agent: &Agent) -> std::io::Result<()> {
             let Ok(connection) = output.attach(open.offset) else {
                 return refuse(conn, Status::BadOffset).await;
             };
-            let result = serve_output(conn, &output, connection, open.offset).await;
+            let from = From { connection, offset: open.offset, framed: open.framed };
+            let result = serve_output(conn, &output, from).await;
             output.detach(connection);
             agent.sweep_execs();
             result
@@ -112,12 +113,14 @@ async fn serve_input(mut conn: Conn, input: &Input) -> std::io::Result<()> {
     }
 }
 
-async fn serve_output(
-    conn: Conn,
-    output: &Output,
+/// What a connection is to be sent.
+struct From {
     connection: u64,
     offset: u64,
-) -> std::io::Result<()> {
+    framed: bool,
+}
+
+async fn serve_output(conn: Conn, output: &Output, from: From) -> std::io::Result<()> {
     let (mut read, mut write) = tokio::io::split(conn);
     write.write_all(&[Status::Ok as u8]).await?;
     // One future for the connection's whole life: dropping it between two `select!`s could lose
@@ -125,7 +128,7 @@ async fn serve_output(
     let mut acknowledgements = std::pin::pin!(acknowledge(&mut read, output));
     tokio::select! {
         result = &mut acknowledgements => result,
-        result = send(&mut write, output, connection, offset) => match result? {
+        result = send(&mut write, output, from) => match result? {
             Sent::All => acknowledgements.await,
             Sent::Replaced => Ok(()),
         },
@@ -140,24 +143,35 @@ enum Sent {
 async fn send(
     write: &mut (impl AsyncWrite + Unpin),
     output: &Output,
-    connection: u64,
-    mut offset: u64,
+    from: From,
 ) -> std::io::Result<Sent> {
-    let mut buffer = Vec::new();
+    let From { connection, mut offset, framed } = from;
+    let (mut buffer, mut frame) = (Vec::new(), Vec::new());
     loop {
         let mut changed = std::pin::pin!(output.changed());
         // Registered before the look, so that what happens in between is not missed.
         changed.as_mut().enable();
         match output.next(connection, offset, &mut buffer) {
             Next::Bytes(n) => {
-                write.write_all(&buffer[..n]).await?;
+                if framed {
+                    // Length and bytes in one write: each is a packet.
+                    frame.clear();
+                    frame.extend_from_slice(&(n as u32).to_le_bytes());
+                    frame.extend_from_slice(&buffer[..n]);
+                    write.write_all(&frame).await?;
+                } else {
+                    write.write_all(&buffer[..n]).await?;
+                }
                 offset += n as u64;
             }
             Next::Wait => {
-                buffer = Vec::new();
+                (buffer, frame) = (Vec::new(), Vec::new());
                 changed.await;
             }
             Next::End => {
+                if framed {
+                    write.write_all(&[0; FRAME_HEADER]).await?;
+                }
                 write.shutdown().await?;
                 return Ok(Sent::All);
             }
@@ -179,5 +193,90 @@ async fn acknowledge(read: &mut (impl AsyncRead + Unpin), output: &Output) -> st
         if output.acknowledge(u64::from_le_bytes(ack)).is_err() {
             return Err(std::io::ErrorKind::InvalidData.into());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use agent_api::stdio::MAX_FRAME;
+
+    use super::*;
+    use crate::stdio::channel;
+
+    /// Notes the length of each write.
+    #[derive(Default)]
+    struct Writes(Vec<Vec<u8>>);
+
+    impl AsyncWrite for Writes {
+        fn poll_write(
+            mut self: std::pin::Pin<&mut Self>,
+            _: &mut std::task::Context<'_>,
+            bytes: &[u8],
+        ) -> std::task::Poll<std::io::Result<usize>> {
+            self.0.push(bytes.to_vec());
+            std::task::Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(
+            self: std::pin::Pin<&mut Self>,
+            _: &mut std::task::Context<'_>,
+        ) -> std::task::Poll<std::io::Result<()>> {
+            std::task::Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(
+            self: std::pin::Pin<&mut Self>,
+            _: &mut std::task::Context<'_>,
+        ) -> std::task::Poll<std::io::Result<()>> {
+            std::task::Poll::Ready(Ok(()))
+        }
+    }
+
+    /// What is written for a stream of 200,000 bytes that has ended, and whether all was.
+    async fn written(framed: bool, replaced: bool) -> (Vec<Vec<u8>>, Vec<u8>, Sent) {
+        let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        let content: Vec<u8> = (0..200_000u32).map(|n| n as u8).collect();
+        let bytes = content.clone();
+        let writer = std::thread::spawn(move || {
+            use std::io::Write;
+            std::fs::File::from(write).write_all(&bytes).unwrap();
+        });
+        let output = Output::start(channel(OwnedFd::from(read)).unwrap());
+        let connection = output.attach(0).unwrap();
+        if replaced {
+            output.attach(0).unwrap();
+        }
+        let mut writes = Writes::default();
+        let sent =
+            send(&mut writes, &output, From { connection, offset: 0, framed }).await.unwrap();
+        if !replaced {
+            writer.join().unwrap();
+        }
+        (writes.0, content, sent)
+    }
+
+    #[tokio::test]
+    async fn only_the_end_of_a_stream_is_marked_and_no_write_is_large() {
+        let (writes, content, sent) = written(true, false).await;
+        assert!(matches!(sent, Sent::All));
+        let mut got = Vec::new();
+        let (last, frames) = writes.split_last().unwrap();
+        for write in frames {
+            let (length, bytes) = write.split_at(FRAME_HEADER);
+            assert_eq!(u32::from_le_bytes(length.try_into().unwrap()) as usize, bytes.len());
+            assert!((1..=MAX_FRAME).contains(&bytes.len()) && write.len() <= 28 << 10);
+            got.extend_from_slice(bytes);
+        }
+        assert_eq!(last, &[0; FRAME_HEADER]);
+        assert!(got == content);
+        // A connection that is replaced ends without the mark.
+        let (writes, _, sent) = written(true, true).await;
+        assert!(matches!(sent, Sent::Replaced) && writes.is_empty());
+        // A host that knows no frames gets the bytes alone.
+        let (writes, content, _) = written(false, false).await;
+        assert!(writes.iter().all(|write| write.len() <= 28 << 10));
+        assert!(writes.concat() == content);
     }
 }

@@ -424,8 +424,8 @@ impl Guest {
         offset: u64,
     ) -> Result<Stream, Status> {
         let mut conn = self.door.connect(agent_api::STDIO_PORT).await.unwrap();
-        let header =
-            Open { kind, offset, container_id: id.into(), exec_id: exec_id.into() }.encode();
+        let (container_id, exec_id) = (id.into(), exec_id.into());
+        let header = Open { kind, offset, container_id, exec_id, framed: false }.encode();
         conn.write_all(&header).await.unwrap();
         match Status::try_from(conn.read_u8().await.unwrap()).unwrap() {
             Status::Ok => Ok(Stream { conn, offset }),

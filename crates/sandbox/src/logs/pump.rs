@@ -471,7 +471,11 @@ async fn read(
                             return;
                         }
                     }
-                    Err(_) => break,
+                    // Broken: what follows comes over another connection.
+                    Err(error) => {
+                        tracing::debug!(?id, offset, %error, "output goes on over another connection");
+                        break;
+                    }
                 },
                 changed = acks.changed() => {
                     let stored = *acks.borrow_and_update();

@@ -173,6 +173,7 @@ async fn end_orphaned_execs(handle: &Handle, processes: &[v1::Process]) {
             exec_id: orphan.exec_id.clone(),
             signal: SIGKILL,
             all: false,
+            await_handler: false,
         };
         let killed = handle.guest.call("end an orphaned command", |mut c| async move {
             c.signal_process(request).await

@@ -13,16 +13,8 @@ const SIGKILL: u32 = 9;
 /// A killed container is gone within this time, or the guest is sick.
 const KILL_LIMIT: Duration = Duration::from_secs(20);
 
-/// The kernel drops a signal to PID 1 that it has no handler for, and a program installs its
-/// handlers a moment after it was started: one that is stopped this early is asked twice.
-const YOUNG: Duration = Duration::from_secs(5);
-const ASK_AGAIN: Duration = Duration::from_secs(2);
-
-fn is_young(container: &Container) -> bool {
-    let age = container.started_at.and_then(|at| at.elapsed().ok());
-    age.is_some_and(|age| age < YOUNG)
-}
-
+/// Asks once. The guest waits until a program that was just started has set up the signal, which the
+/// kernel would drop before.
 async fn ask(handle: &Handle, container: &Container) {
     let id = &container.id;
     if let Err(error) = signal(handle, id, container.spec.stop_signal, false).await {
@@ -46,15 +38,11 @@ pub(crate) async fn stop_container(
     }
     let ended = || handle.wait_for(|pod| has_ended(pod, id));
     if !grace.is_zero() {
-        ask(handle, &container).await;
-        let asked_again = grace.min(ASK_AGAIN);
-        if let Ok(ended) = tokio::time::timeout(asked_again, ended()).await {
-            return ended;
-        }
-        if is_young(&container) {
+        let asked = async {
             ask(handle, &container).await;
-        }
-        if let Ok(ended) = tokio::time::timeout(grace - asked_again, ended()).await {
+            ended().await
+        };
+        if let Ok(ended) = tokio::time::timeout(grace, asked).await {
             return ended;
         }
     }
@@ -78,6 +66,7 @@ async fn signal(handle: &Handle, id: &str, signal: u32, all: bool) -> Result<(),
         exec_id: String::new(),
         signal,
         all,
+        await_handler: !all,
     };
     handle
         .guest

@@ -1,14 +1,15 @@
 //! A guest that does what the first argument says: `print TEXT` prints and ends with 0, `fail N`
 //! ends with N, `forever` runs until it is signalled, `stubborn` until it is killed, `print-forever
 //! TEXT` prints and then runs, `leave TEXT` prints and ends with 0 while a child of its own holds its
-//! output open.
+//! output open; `print-broken TEXT` prints, and its first connection for output breaks in the middle.
+//! It knows frames unless `print-unframed TEXT` is asked for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use agent_api::stdio::{FIXED, Kind, Open, Status as StreamStatus};
+use agent_api::stdio::{FIXED, FRAME_HEADER, Kind, MAX_FRAME, Open, Status as StreamStatus};
 use agent_api::v1;
 use agent_api::v1::agent_server::{Agent, AgentServer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -83,6 +84,8 @@ pub(super) struct Process {
     pub(super) stdin: Vec<u8>,
     pub(super) stdin_connections: u32,
     pub(super) stdout_acked: u64,
+    /// Signals it was sent.
+    pub(super) signals: Vec<u32>,
 }
 
 impl Guest {
@@ -96,12 +99,14 @@ impl Guest {
         process.running = true;
         let args = process.args.clone();
         match args[0].as_str() {
-            "print" | "print-forever" | "leave" => process.stdout.extend(args[1].bytes()),
+            "print" | "print-forever" | "print-broken" | "print-unframed" | "leave" => {
+                process.stdout.extend(args[1].bytes());
+            }
             _ => {}
         }
         process.held = args[0] == "leave";
         match args[0].as_str() {
-            "print" | "leave" => self.end(&mut state, &key, 0),
+            "print" | "print-broken" | "print-unframed" | "leave" => self.end(&mut state, &key, 0),
             "fail" => self.end(&mut state, &key, args[1].parse().unwrap()),
             _ => {}
         }
@@ -224,9 +229,13 @@ impl Guest {
         stream.read_exact(&mut ids).await?;
         let open = Open::decode(&fixed, &ids).unwrap();
         let key = (open.container_id, open.exec_id);
-        if !self.lock().processes.contains_key(&key) {
+        let Some(args) = self.lock().processes.get(&key).map(|process| process.args.clone()) else {
             return stream.write_all(&[StreamStatus::NoSuchStream as u8]).await;
+        };
+        if open.framed && args[0] == "print-unframed" {
+            return stream.write_all(&[StreamStatus::BadHeader as u8]).await;
         }
+        let breaks = args[0] == "print-broken" && open.offset == 0 && open.kind == Kind::Stdout;
         stream.write_all(&[StreamStatus::Ok as u8]).await?;
         if open.kind == Kind::Stdin {
             self.lock().processes.get_mut(&key).unwrap().stdin_connections += 1;
@@ -247,7 +256,21 @@ impl Guest {
                     (out[at.min(out.len())..].to_vec(), process.exit.is_some() && !process.held)
                 };
                 at += bytes.len();
-                if write.write_all(&bytes).await.is_err() {
+                let mut sent = Vec::new();
+                for part in bytes.chunks(MAX_FRAME) {
+                    if open.framed {
+                        sent.extend((part.len() as u32).to_le_bytes());
+                    }
+                    sent.extend(part);
+                }
+                if breaks && !bytes.is_empty() {
+                    let _ = write.write_all(&sent[..sent.len() - 3]).await;
+                    return;
+                }
+                if over && open.framed {
+                    sent.extend([0; FRAME_HEADER]);
+                }
+                if write.write_all(&sent).await.is_err() {
                     return;
                 }
                 if over {
@@ -296,7 +319,8 @@ impl Served {
 
     fn signal(&self, key: (String, String), signal: u32) -> Result<(), Status> {
         let mut state = self.0.lock();
-        let process = state.processes.get(&key).ok_or_else(|| Status::not_found("process"))?;
+        let process = state.processes.get_mut(&key).ok_or_else(|| Status::not_found("process"))?;
+        process.signals.push(signal);
         let stubborn = process.args[0] == "stubborn" && signal != 9;
         if process.running && !stubborn {
             self.0.end(&mut state, &key, 128 + signal as i32);

@@ -85,6 +85,48 @@ fn stopping_asks_first_and_kills_after_the_grace() {
     });
 }
 
+/// Longer than the time after which a young container was once asked a second time.
+#[test]
+fn a_container_that_was_just_started_is_asked_once_to_stop() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["stubborn"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+        daemon.stop_container(&id, Duration::from_millis(2500)).await.unwrap();
+        let guest = world.guest(&pod);
+        let signals = guest.lock().processes[&(id.clone(), String::new())].signals.clone();
+        assert_eq!(signals, [15, 9]);
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
+#[test]
+fn output_goes_on_after_its_connection_has_broken() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        for program in ["print-broken", "print-unframed"] {
+            let spec = world.container_spec(program, &[program, "first\nlast\n"]);
+            let id = daemon.create_container(&pod, spec).await.unwrap();
+            daemon.start_container(&id).await.unwrap();
+            let log = || world.log(&format!("{program}.log"));
+            eventually("the log is whole", || log().len() == 2).await;
+            assert!(log()[0].ends_with("first") && log()[1].ends_with("last"), "{:?}", log());
+        }
+        let spec = world.container_spec("app", &["forever"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+        for program in ["print-broken", "print-unframed"] {
+            let command = exec(&[program, "hello, world"]);
+            let output = daemon.exec_sync(&id, command, None, 100).await.unwrap();
+            assert_eq!((output.stdout.as_slice(), output.code), (&b"hello, world"[..], 0));
+        }
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
 #[test]
 fn commands_run_time_out_and_have_their_output_cut() {
     story(|world| async move {

@@ -92,6 +92,7 @@ impl VirtioPci {
     /// Size, addresses and enabling of the selected queue; fixed once it is enabled.
     fn write_queue(&mut self, offset: u64, len: usize, value: u64) {
         let running = self.status() & status::DRIVER_OK != 0;
+        let open = self.open_memory();
         let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else { return };
         if queue.enabled || running {
             return;
@@ -100,7 +101,7 @@ impl VirtioPci {
             (common::QUEUE_SIZE, 2) => queue.size = value as u16,
             (common::QUEUE_ENABLE, 2) if value == 1 => {
                 let setup = QueueSetup { enabled: true, ..queue.clone() };
-                match setup.build(&self.mem, false) {
+                match setup.build(&open, false) {
                     Ok(_) => *queue = setup,
                     Err(error) => self.fail(&error),
                 }

@@ -30,6 +30,7 @@ use self::signals::{Shared, Signals};
 use self::spec::{CAP_MSIX, CAP_VENDOR, DEVICE_BASE, REVISION, SUBSYSTEM, VENDOR, layout, status};
 use crate::device::{Activation, DeviceCounters, DeviceKind, VirtioDevice};
 use crate::features;
+use crate::granted::{Granted, OpenMemory};
 use crate::queue::VirtQueue;
 use crate::worker::{Attachment, Detached, WorkerHandle};
 
@@ -67,6 +68,7 @@ pub struct VirtioPci {
     // Fixed.
     device: Box<dyn VirtioDevice>,
     mem: Arc<GuestMemoryMmap>,
+    granted: Granted,
     doorbells: Arc<dyn Doorbells>,
     worker: WorkerHandle,
     kicks: Vec<EventFd>,
@@ -112,6 +114,7 @@ impl VirtioPci {
         Ok(Self {
             device,
             mem: Arc::new(mem),
+            granted: Granted::everything(),
             doorbells,
             worker,
             kicks,
@@ -130,6 +133,16 @@ impl VirtioPci {
         })
     }
 
+    /// Rings and buffers may stand in what was granted only; elsewhere they are the driver's fault.
+    pub fn within(mut self, granted: Granted) -> Self {
+        self.granted = granted;
+        self
+    }
+
+    fn open_memory(&self) -> OpenMemory {
+        OpenMemory::new(self.mem.clone(), self.granted.clone())
+    }
+
     /// A handle for status and counters that outlives the device's move into the bus.
     pub fn view(&self) -> DeviceView {
         DeviceView {
@@ -144,22 +157,18 @@ impl VirtioPci {
         let signals = Arc::new(Signals::new(self.shared.clone()));
         let event_idx = self.driver_features & features::RING_EVENT_IDX != 0;
         let counters = self.device.counters();
+        let open = self.open_memory();
         let mut queues = Vec::with_capacity(self.queues.len());
         for (setup, kick) in self.queues.iter().zip(&self.kicks) {
-            let queue = setup.build(&self.mem, event_idx).map_err(io::Error::other);
+            let queue = setup.build(&open, event_idx).map_err(io::Error::other);
             let built = queue.and_then(|queue| Ok((queue, kick.try_clone()?)));
             let (queue, kick) = match built {
                 Ok(built) => built,
                 Err(error) => return self.fail(&error),
             };
-            queues.push(VirtQueue::new(
-                setup.index,
-                queue,
-                kick,
-                self.mem.clone(),
-                signals.clone(),
-                counters.clone(),
-            ));
+            let (mem, signals) = (self.mem.clone(), signals.clone());
+            let queue = VirtQueue::new(setup.index, queue, kick, mem, signals, counters.clone());
+            queues.push(queue.within(self.granted.clone()));
         }
         let activation =
             Activation { queues, interrupt: signals.clone(), features: self.driver_features };

@@ -2,13 +2,13 @@
 //! engine owns them (virtio 1.2, section 4.1.5.1.3).
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum QueueError {
     #[error("queue {index}: size {size} is not a power of two up to {max}")]
     Size { index: u16, size: u16, max: u16 },
-    #[error("queue {index}: {what} at {addr:#x} is misaligned or outside guest memory")]
+    #[error("queue {index}: {what} at {addr:#x} is misaligned or outside the guest's memory")]
     Ring { index: u16, what: &'static str, addr: u64 },
 }
 
@@ -32,7 +32,7 @@ impl QueueSetup {
     /// The queue these registers describe; not ready if the driver has not enabled it.
     pub(super) fn build(
         &self,
-        mem: &GuestMemoryMmap,
+        mem: &impl GuestMemory,
         event_idx: bool,
     ) -> Result<Queue, QueueError> {
         let Self { index, max, size, enabled, desc, driver, device } = *self;
@@ -51,10 +51,7 @@ impl QueueSetup {
         set("driver ring", driver, queue.try_set_avail_ring_address(GuestAddress(driver)))?;
         set("device ring", device, queue.try_set_used_ring_address(GuestAddress(device)))?;
         let entries = usize::from(size);
-        let fits = |addr, len| {
-            use vm_memory::{GuestMemory, Permissions};
-            mem.check_range(GuestAddress(addr), len, Permissions::ReadWrite)
-        };
+        let fits = |addr, len| mem.check_range(GuestAddress(addr), len, Permissions::ReadWrite);
         // Sizes with the event suppression fields (section 2.7).
         if !fits(desc, 16 * entries) {
             return Err(ring("descriptor table", desc));

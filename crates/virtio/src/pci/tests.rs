@@ -58,7 +58,10 @@ struct Rig {
 }
 
 fn rig() -> Rig {
-    let mem = memory(1 << 20);
+    rig_over(memory(1 << 20), Granted::everything())
+}
+
+fn rig_over(mem: Arc<GuestMemoryMmap>, granted: Granted) -> Rig {
     let host = Arc::new(Host::default());
     let worker = Worker::spawn("test", || {}).unwrap();
     let device = VirtioPci::new(
@@ -68,7 +71,8 @@ fn rig() -> Rig {
         host.clone(),
         worker.handle(),
     )
-    .unwrap();
+    .unwrap()
+    .within(granted);
     let view = device.view();
     let bus = Bus::new(WINDOW..WINDOW + (1 << 20));
     assert_eq!(bus.add(Box::new(device), Plug::Boot).unwrap(), Address::new(1, 0));
@@ -386,4 +390,81 @@ fn a_stopped_worker_does_not_hang_its_devices() {
     };
     assert!(bus.mmio_write(WINDOW + common::DEVICE_STATUS, &[0]));
     eventually("reset", || read_status() == 0);
+}
+
+const ROOM: std::ops::Range<u64> = (2 << 20)..(3 << 20);
+
+/// Memory with room of which nothing may be touched: an access ends the process.
+fn memory_with_closed_room() -> Arc<GuestMemoryMmap> {
+    use vm_memory::mmap::MmapRegionBuilder;
+    let room = MmapRegionBuilder::new((ROOM.end - ROOM.start) as usize)
+        .with_mmap_prot(libc::PROT_NONE)
+        .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+        .build()
+        .unwrap();
+    let room = vm_memory::GuestRegionMmap::new(room, GuestAddress(ROOM.start)).unwrap();
+    let mem = memory(1 << 20);
+    Arc::new(mem.insert_region(Arc::new(room)).unwrap())
+}
+
+#[test]
+fn a_ring_in_memory_that_was_not_granted_is_a_device_error() {
+    let (inside, end) = (ROOM.start, ROOM.end);
+    let good = MockQueue::new(memory(1 << 20), 0x1000, 64);
+    let (desc, driver, device) = (good.desc(), good.driver(), good.device());
+    for (desc, driver, device) in [
+        (inside, driver, device),
+        (desc, inside, device),
+        (desc, driver, inside),
+        (desc, driver, end - 0x1000),
+    ] {
+        let rig = rig_over(memory_with_closed_room(), Granted::without(ROOM));
+        rig.set_status(status::ACKNOWLEDGE | status::DRIVER);
+        rig.accept(features::COMMON);
+        rig.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
+        rig.set_queue(desc, driver, device);
+        assert_eq!(rig.read::<2>(common::QUEUE_ENABLE), 0);
+        assert_ne!(rig.status() & status::NEEDS_RESET, 0);
+        rig.set_status(0xf);
+        assert!(!rig.view.active());
+    }
+}
+
+#[test]
+fn a_buffer_or_table_in_memory_that_was_not_granted_is_handed_back_unused() {
+    let mut rig = rig_over(memory_with_closed_room(), Granted::without(ROOM));
+    rig.bring_up();
+    // An indirect table, and buffers at both ends.
+    rig.queue.write_desc(63, ROOM.start, 32, 4, 0);
+    rig.queue.publish(63);
+    rig.queue.add(&[], &[(ROOM.start, 16)]);
+    rig.queue.add(&[], &[(ROOM.end - 16, 16)]);
+    rig.write::<2>(layout::NOTIFY, 0);
+    let mut used = Vec::new();
+    eventually("buffers back", || {
+        used.extend(rig.queue.used().map(|(_, written)| written));
+        used.len() == 3
+    });
+    assert_eq!(used, [0, 0, 0]);
+    rig.request();
+}
+
+#[test]
+fn what_is_granted_while_the_device_runs_can_be_used() {
+    let all = [(GuestAddress(0), 1 << 20), (GuestAddress(ROOM.start), 1 << 20)];
+    let mem = Arc::new(GuestMemoryMmap::from_ranges(&all).unwrap());
+    let granted = Granted::without(ROOM);
+    let mut rig = rig_over(mem, granted.clone());
+    rig.bring_up();
+    for (bytes, wanted) in [(0, 0), (0x1000, 16)] {
+        granted.grant(bytes);
+        rig.queue.add(&[], &[(ROOM.start + 0xff0, 16)]);
+        rig.write::<2>(layout::NOTIFY, 0);
+        let mut used = None;
+        eventually("answer", || {
+            used = rig.queue.used();
+            used.is_some()
+        });
+        assert_eq!(used.unwrap().1, wanted);
+    }
 }
