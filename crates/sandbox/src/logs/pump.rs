@@ -262,7 +262,7 @@ async fn open_log(
     let (mut pause, mut asked) = (RETRY_FIRST, None::<oneshot::Sender<std::io::Result<()>>>);
     loop {
         let Place { path, sidecar } = place.clone();
-        let opened = blocking(move || LogWriter::open(path, &sidecar)).await;
+        let opened = source.writes.finish(move || LogWriter::open(path, &sidecar)).await;
         let result = match &opened {
             Ok(_) => Ok(()),
             Err(error) => {
