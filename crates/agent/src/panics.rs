@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 static IN_A_GUEST: AtomicBool = AtomicBool::new(false);
 
 /// Logs and aborts on every panic from now on. Helpers replace this: they report to the agent.
+#[allow(clippy::disallowed_methods)] // the message has been written
 pub fn abort() {
     std::panic::set_hook(Box::new(|info| {
         // Not through the log, which drops lines, may be off, or may be what has panicked.
