@@ -85,10 +85,10 @@ impl Registry {
     /// Frees everything that the pod holds.
     pub(crate) fn forget_pod(&self, id: &PodId) {
         let mut inner = self.lock();
-        if let Some(entry) = inner.pods.remove(id) {
-            if inner.pod_names.get(&entry.name) == Some(id) {
-                inner.pod_names.remove(&entry.name);
-            }
+        if let Some(entry) = inner.pods.remove(id)
+            && inner.pod_names.get(&entry.name) == Some(id)
+        {
+            inner.pod_names.remove(&entry.name);
         }
         inner.containers.retain(|_, pod| pod != id);
         inner.container_names.retain(|(pod, ..), _| pod != id);
