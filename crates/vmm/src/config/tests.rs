@@ -108,7 +108,7 @@ fn sizes_out_of_range_are_named() {
         refusal(|c| c.max_memory_mib = 127),
         ConfigError::MaxMemory { memory: 128, max: 127 }
     ));
-    for got in [vmm_api::MIN_VERSION - 1, VERSION + 1] {
+    for got in [MIN_VERSION - 1, VERSION + 1] {
         assert!(matches!(refusal(|c| c.version = got), ConfigError::Version { .. }), "{got}");
     }
     let cid = |c: &mut VmConfig| c.vsock.as_mut().unwrap().guest_cid = 2;
