@@ -35,7 +35,7 @@ fn many() -> Result<()> {
         ids.push(id.with_context(|| format!("container {n}"))?);
     }
     // One that is created has its process and its mounts already; starting all takes a minute.
-    let started = |n: &usize| n % 4 == 0 || [1, 7, 9, 10, CONTAINERS - 1].contains(n);
+    let started = |n: &usize| n.is_multiple_of(4) || [1, 7, 9, 10, CONTAINERS - 1].contains(n);
     for n in (0..CONTAINERS).filter(started) {
         cri.start(&ids[n]).with_context(|| format!("container {n}"))?;
     }
