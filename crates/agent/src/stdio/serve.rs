@@ -243,7 +243,7 @@ mod tests {
             use std::io::Write;
             std::fs::File::from(write).write_all(&bytes).unwrap();
         });
-        let output = Output::start(channel(OwnedFd::from(read)).unwrap());
+        let output = Output::start(channel(read).unwrap());
         let connection = output.attach(0).unwrap();
         if replaced {
             output.attach(0).unwrap();
