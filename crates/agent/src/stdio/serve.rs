@@ -198,7 +198,6 @@ async fn acknowledge(read: &mut (impl AsyncRead + Unpin), output: &Output) -> st
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::OwnedFd;
 
     use agent_api::stdio::MAX_FRAME;
 
