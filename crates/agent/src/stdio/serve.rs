@@ -16,6 +16,8 @@ use crate::listen::{Conn, Listener};
 const MAX_CONNECTIONS: usize = 4096;
 /// For the header to arrive; a silent connection is not kept.
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
+/// For acknowledgements that were sent on a connection which has broken or was replaced.
+const LAST_ACKNOWLEDGEMENTS: Duration = Duration::from_secs(1);
 /// Bytes read from the host at once.
 const INPUT_CHUNK: usize = 32 << 10;
 
@@ -128,9 +130,14 @@ async fn serve_output(conn: Conn, output: &Output, from: From) -> std::io::Resul
     let mut acknowledgements = std::pin::pin!(acknowledge(&mut read, output));
     tokio::select! {
         result = &mut acknowledgements => result,
-        result = send(&mut write, output, from) => match result? {
-            Sent::All => acknowledgements.await,
-            Sent::Replaced => Ok(()),
+        result = send(&mut write, output, from) => match result {
+            Ok(Sent::All) => acknowledgements.await,
+            // What the host has acknowledged before it hung up still counts: its next connection
+            // may begin behind it, and would wait for room that only this makes.
+            result => {
+                let _ = tokio::time::timeout(LAST_ACKNOWLEDGEMENTS, acknowledgements).await;
+                result.map(|_| ())
+            }
         },
     }
 }
@@ -198,8 +205,7 @@ async fn acknowledge(read: &mut (impl AsyncRead + Unpin), output: &Output) -> st
 
 #[cfg(test)]
 mod tests {
-
-    use agent_api::stdio::MAX_FRAME;
+    use agent_api::stdio::{MAX_FRAME, WINDOW};
 
     use super::*;
     use crate::stdio::channel;
@@ -254,6 +260,42 @@ mod tests {
             writer.join().unwrap();
         }
         (writes.0, content, sent)
+    }
+
+    #[tokio::test]
+    async fn what_was_acknowledged_on_a_replaced_connection_makes_room() {
+        /// Offset of the last byte that the window takes at first.
+        const LAST: u64 = WINDOW as u64 - 1;
+        let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        let writer = std::thread::spawn(move || {
+            use std::io::Write;
+            std::fs::File::from(write).write_all(&[7; 2 * WINDOW]).unwrap();
+        });
+        let output = Output::start(channel(read).unwrap());
+        let (mut host, guest) = tokio::net::UnixStream::pair().unwrap();
+        let connection = output.attach(0).unwrap();
+        let mut filled = vec![0];
+        while matches!(output.next(connection, LAST, &mut filled), Next::Wait) {
+            tokio::task::yield_now().await;
+        }
+        let next = output.attach(0).unwrap();
+        // The agent sees that the connection was replaced before it sees the acknowledgement.
+        let host = tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            host.write_all(&(LAST + 1).to_le_bytes()).await.unwrap();
+            host
+        });
+        let from = From { connection, offset: 0, framed: true };
+        serve_output(Conn::Unix(guest), &output, from).await.unwrap();
+        drop(host.await.unwrap());
+        tokio::time::timeout(Duration::from_secs(20), async {
+            while matches!(output.next(next, LAST + WINDOW as u64, &mut filled), Next::Wait) {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await
+        .expect("the pump waits for room");
+        writer.join().unwrap();
     }
 
     #[tokio::test]
