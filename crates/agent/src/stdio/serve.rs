@@ -269,7 +269,7 @@ mod tests {
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         let writer = std::thread::spawn(move || {
             use std::io::Write;
-            std::fs::File::from(write).write_all(&[7; 2 * WINDOW]).unwrap();
+            std::fs::File::from(write).write_all(&vec![7; 2 * WINDOW]).unwrap();
         });
         let output = Output::start(channel(read).unwrap());
         let (mut host, guest) = tokio::net::UnixStream::pair().unwrap();
