@@ -176,7 +176,12 @@ fn oom_score() -> Result<()> {
         .join(format!("nacelle-{pod}"));
     let scores = || -> Result<Vec<String>> {
         let pids = fs::read_to_string(leaf.join("cgroup.procs"))?;
+        // Before Linux 6.4 a vhost worker is a kernel thread in the cgroup, which cannot be killed.
+        let is_process = |pid: &&str| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty())
+        };
         pids.lines()
+            .filter(is_process)
             .map(|pid| Ok(fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim().into()))
             .collect()
     };
