@@ -1,6 +1,6 @@
-//! Files of the store that cannot be understood: moved to `damaged/`, told once in the log, and kept
-//! in a list for those who ask. The daemon starts without them; an operator may look at them, and
-//! deletes the folder when he likes.
+//! Damaged files of the store: moved to `damaged/`, logged once, and listed in verbose Status. The
+//! daemon starts without them. Nothing limits the size of `damaged/`: an operator deletes it after a
+//! look.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -43,8 +43,8 @@ impl Aside {
         self.0.damaged.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Moves a file or directory aside. Where that cannot be, on a full disk say, it stays where it
-    /// is and is told of all the same: it must not keep the daemon from starting.
+    /// Moves a file or directory aside. If that fails (a full disk, for example) it stays where it is
+    /// and is listed all the same: it must not keep the daemon from starting.
     pub fn take(&self, path: &Path, reason: &str) {
         let shown = path.display();
         let now = match self.take_away(path) {
