@@ -125,7 +125,7 @@ impl Default for Config {
             max_memory_mib: 0,
             reclaim_memory: true,
             max_pods: 1024,
-            max_containers: 64,
+            max_containers: 128,
             scratch_size: 10 << 30,
             scratch_disk_size: 64 << 30,
             empty_dir: EmptyDirPlace::Guest,
