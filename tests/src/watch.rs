@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -18,16 +18,18 @@ const STATUS_TIMEOUT: i32 = 124;
 
 /// Tells `story`.
 pub fn over(name: &str, story: fn() -> Result<()>) -> Result<()> {
-    let name = name.to_owned();
     let (told, ending): (Sender<()>, _) = channel();
+    let watched = name.to_owned();
     let watch = thread::spawn(move || {
         if ending.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
-            eprintln!("FLAKY {name}: has not come to its end after {LIMIT:?}");
+            eprintln!("FLAKY {watched}: has not come to its end after {LIMIT:?}");
             eprintln!("{}", processes());
             std::process::exit(STATUS_TIMEOUT);
         }
     });
+    let begin = Instant::now();
     let outcome = story();
+    eprintln!("--- {name}: {} s", begin.elapsed().as_secs());
     drop(told);
     let _ = watch.join();
     outcome

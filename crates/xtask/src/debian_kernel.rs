@@ -19,6 +19,8 @@ const GUEST_MODULES: &[&str] = &[
     "vsock",
     "vmw_vsock_virtio_transport",
     "ext4",
+    // The format of ext4's project quotas, which `prjquota` asks for by request_module().
+    "quota_v2",
     "erofs",
     "overlay",
     "virtiofs",

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use agent_api::{SCRATCH_SERIAL, v1};
+use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 
 use super::quota::{self, Limits};
@@ -24,6 +25,9 @@ use crate::error::{Doing, Error, Result};
 /// Nothing has to survive a crash: no barriers. What is deleted is given back to the host. Inode
 /// tables are holes of the host's file, which read as zeros: nobody has to write them.
 const OPTIONS: &str = "prjquota,discard,nobarrier,noinit_itable";
+/// Says what a guest kernel of the operator's own lacks.
+const NO_QUOTAS: &str = "the guest kernel has no project quotas, which the scratch disk needs: \
+     CONFIG_QUOTA and CONFIG_QFMT_V2, or the module quota_v2 loaded";
 const CONTAINERS: &str = "containers";
 const VOLUMES: &str = "volumes";
 const TRASH: &str = "trash";
@@ -122,7 +126,11 @@ impl Scratch {
             Source::Device => {
                 let node = devices::disk_node(SCRATCH_SERIAL)?;
                 let (kind, data) = (Some("ext4"), Some(OPTIONS));
-                mount(Some(&node), &self.at, kind, MsFlags::empty(), data).doing(what)?;
+                match mount(Some(&node), &self.at, kind, MsFlags::empty(), data) {
+                    // ext4 answers so where find_quota_format() knows no vfsv1 (fs/quota/dquot.c).
+                    Err(Errno::ESRCH) => return Err(Error::Precondition(NO_QUOTAS.to_owned())),
+                    outcome => outcome.doing(what)?,
+                }
                 self.disk = Some(Arc::new(open_dir(&self.at)?));
             }
         }
