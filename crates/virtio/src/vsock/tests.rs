@@ -71,7 +71,7 @@ impl Rig {
             }
             self.step();
         }
-        panic!("never: {what}");
+        panic!("timed out: {what}");
     }
 
     /// A client connected to the guest, and its host port.
