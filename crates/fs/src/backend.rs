@@ -1,5 +1,5 @@
-//! The backend as the VMM meets it: `virtiofsd`'s, without what this server has no use for: state
-//! transfer, dirty logging, requests to the VMM.
+//! The vhost-user back end: that of `virtiofsd` without the features that this server does not use:
+//! state transfer, dirty logging, requests to the VMM.
 
 use std::io;
 
@@ -61,7 +61,8 @@ impl VhostUserBackend for Backend {
     ) -> io::Result<()> {
         let handled = self.0.handle_event(event, set, vrings, thread);
         if let Err(error) = &handled {
-            // The thread would end, and the guest wait for ever; a server that is gone is noticed.
+            // The thread would end and the guest would wait forever; the VMM notices when the
+            // process exits.
             eprintln!("nacelle-fs: ring {event} cannot be served: {error}");
             std::process::exit(1);
         }

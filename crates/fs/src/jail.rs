@@ -1,8 +1,8 @@
-//! What both processes give up: the host's files, first of all, then rights, each as much as it can.
+//! The privileges that both processes drop: access to the host's files, then capabilities.
 //!
-//! Namespaces are the launcher's part (pid, mount, ipc, uts, net). They stay root in the host's user
-//! namespace: the shared files have the host's users as owners, and the guest's processes act as any
-//! of them. What root may do beyond that is taken away as capabilities.
+//! The launcher creates the namespaces (pid, mount, ipc, uts, net). Both processes stay root in the
+//! host's user namespace: shared files are owned by users of the host, and the guest's processes
+//! act as any of them. All other privileges of root are dropped as capabilities.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -16,11 +16,11 @@ use nix::unistd::{chdir, mkdir, pivot_root};
 use crate::table::Table;
 use crate::{SHARES, SOURCES, sys};
 
-/// Where the new root is mounted for a moment; any directory that every system has.
+/// Temporary mount point of the new root: a directory that every system has.
 const STAGE: &str = "/proc";
-/// Descriptors of the server. The guest holds one for each file that it has open or has removed and
-/// still uses, so its memory is the limit in practice, and the pod's cgroup pays for them. Attack: a
-/// guest that opens one file after the other and closes none.
+/// Most file descriptors of the server. There is one for each file that the guest has open, or has
+/// removed and still uses. In practice guest memory is the limit, and they are charged to the pod's
+/// cgroup. Attack: a guest opens one file after the other and closes none.
 const OPEN_FILES: rlim_t = 1_000_000;
 /// Capabilities of the server (capabilities(7)), and what would fail without each.
 pub const SERVER: [(u32, &str); 8] = [
@@ -33,7 +33,7 @@ pub const SERVER: [(u32, &str); 8] = [
     (27, "MKNOD: fifos and sockets need none, whiteouts and device nodes do, as with runc"),
     (31, "SETFCAP: programs with file capabilities are installed by package managers"),
 ];
-/// And of the mounter.
+/// Capabilities of the mounter, and what would fail without each.
 pub const MOUNTER: [(u32, &str); 2] = [
     (2, "DAC_READ_SEARCH: the ways to what the host mounts below a share, past anybody's folders"),
     (21, "SYS_ADMIN: mounts, in a namespace of its own"),
@@ -49,10 +49,10 @@ pub(crate) fn step(step: &'static str) -> impl FnOnce(Errno) -> JailError {
     move |source| JailError::Step { step, source }
 }
 
-/// The ways into the folders of shares and of their sources that make entries in them, where the
-/// server's own way is read-only: a guest cannot fill the host's memory with files outside of its
-/// shares. And the table of what is mounted, twice: who has read it once is told of changes only
-/// since then, and two look at it.
+/// Writable mounts of the directories of shares and of sources, for the mounter: the server's
+/// mounts of them are read-only, so that a guest cannot fill the host's memory with files outside
+/// its shares. And two open mount tables: POLLPRI reports changes since the last read of that file,
+/// and there are two readers.
 #[derive(Debug)]
 pub struct Entries {
     pub(crate) shares: OwnedFd,
@@ -61,11 +61,11 @@ pub struct Entries {
     pub(crate) mounted: Table,
 }
 
-/// Makes an empty tmpfs the root, with empty folders of shares and a view of our processes, and
-/// forgets the former root.
+/// Changes the root to an empty tmpfs with empty directories for shares and sources and a /proc of
+/// this pid namespace, and detaches the old root.
 pub fn empty_root() -> Result<Entries, JailError> {
-    // The launcher has given us a mount namespace. If it did not (a person at a shell), get one:
-    // the host's root must never be pivoted away.
+    // The launcher creates a mount namespace. Without it (started from a shell) one is created
+    // here: the host's root must not be changed.
     let mine = fs::read_link("/proc/self/ns/mnt");
     let host = fs::read_link("/proc/1/ns/mnt");
     if mine.is_err() || host.is_err() || mine.ok() == host.ok() {
@@ -80,7 +80,7 @@ pub fn empty_root() -> Result<Entries, JailError> {
     };
     tmpfs(STAGE, "size=4k,nr_inodes=8,mode=0555").map_err(step("mount an empty root"))?;
     chdir(STAGE).map_err(step("enter the empty root"))?;
-    // Stacks the old root on the new one, from where it is detached (pivot_root(2), NOTES).
+    // Mounts the old root on top of the new one; it is detached next (pivot_root(2), NOTES).
     pivot_root(".", ".").map_err(step("change the root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(step("forget the old root"))?;
     chdir("/").map_err(step("enter the new root"))?;
@@ -108,15 +108,15 @@ pub fn empty_root() -> Result<Entries, JailError> {
     Ok(Entries { shares, sources, table, mounted })
 }
 
-/// The server's way to open a file anew that it has as a path only: its own descriptors, as a mount
-/// from which nothing else of /proc can be reached; /proc itself goes.
+/// A mount of /proc/self/fd only, with which the server reopens files that it has as O_PATH file
+/// descriptors. /proc itself is unmounted.
 pub(crate) fn own_descriptors() -> Result<OwnedFd, JailError> {
     let fds = sys::clone_mount(c"/proc/self/fd").map_err(step("open the own descriptors"))?;
     umount2("/proc", MntFlags::MNT_DETACH).map_err(step("forget /proc"))?;
     Ok(fds)
 }
 
-/// Lets as many files be open as the guest may want.
+/// Raises RLIMIT_NOFILE to [`OPEN_FILES`], as far as permitted.
 pub fn open_files() -> Result<(), JailError> {
     let (_, hard) =
         getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the limit of open files"))?;
@@ -125,18 +125,19 @@ pub fn open_files() -> Result<(), JailError> {
     let wanted = OPEN_FILES.min(most);
     match setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted) {
         Ok(()) => Ok(()),
-        // Without the right to raise it.
+        // Without CAP_SYS_RESOURCE.
         Err(_) => setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
             .map_err(step("raise the limit of open files")),
     }
 }
 
-/// A bit for each of them.
+/// The capabilities as a bit mask.
 pub(crate) fn mask(capabilities: &[(u32, &str)]) -> u64 {
     capabilities.iter().fold(0, |mask, (capability, _)| mask | 1 << capability)
 }
 
-/// No dumps of a tenant's data, no new privileges, and of root's rights only these.
+/// Sets no_new_privs, forbids core dumps (they would have tenant data), and drops all but these
+/// capabilities.
 pub fn keep(capabilities: &[(u32, &str)]) -> Result<(), JailError> {
     let caps = mask(capabilities);
     nix::sys::prctl::set_no_new_privs().map_err(step("set no_new_privs"))?;

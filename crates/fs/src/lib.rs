@@ -1,25 +1,25 @@
-//! `nacelle-fs`: serves a pod's hostPath folders and volumes to its guest, over virtio-fs.
+//! `nacelle-fs`: serves hostPath directories and volumes of a pod to its guest over virtio-fs.
 //!
 //! ```text
-//!   nacelled --control socket, detached mounts--> mounter     CAP_SYS_ADMIN, no guest bytes
+//!   nacelled --control socket, detached mounts--> mounter     CAP_SYS_ADMIN, no guest input
 //!                                                    | same mount namespace: /shares/<name>
-//!   nacelle-vmm --vhost-user: memory, rings, events--> server   the tenant's files, guest bytes
+//!   nacelle-vmm --vhost-user: memory, rings, fds--> server   the tenant's files, guest input
 //! ```
-//! Two processes, one a pod each, started when the pod's first share is needed:
+//! Two processes per pod, started for the pod's first share:
 //!
-//! - [`mounter`]: first process of the pid namespace; puts what the daemon hands it below /shares
-//!   and takes it away again. Shares come and go while the guest runs; in those that follow the
-//!   host's mounts it shows copies of what comes and goes there ([`mirror`]). It keeps read-only what
-//!   nobody in the guest may write to ([`protect`]).
-//! - [`serve`]: answers the guest's FUSE requests: the `virtiofsd` crate reads and writes them, the
-//!   file system is ours ([`passthrough`]). It holds the rights to act as any user on the shared
-//!   files and none to do anything else ([`jail`], [`seccomp`]).
+//! - [`mounter`]: the first process of the pid namespace. It mounts what the daemon passes below
+//!   /shares and unmounts it again, while the guest runs. In shares that follow the host's mounts
+//!   it adds and removes copies of them ([`mirror`]). It makes mounts read-only that nobody in the
+//!   guest may write to ([`protect`]).
+//! - [`serve`]: answers the guest's FUSE requests. The `virtiofsd` crate parses requests and writes
+//!   answers; [`passthrough`] is the file system. It has the capabilities to act as any user on
+//!   shared files, and no others ([`jail`], [`seccomp`]).
 //!
-//! The VMM has neither the files nor the rights. Has never heard of pods, KVM or virtio devices.
+//! The VMM has no access to the files. This crate does not depend on pods, KVM or virtio devices.
 //!
-//! Cost: a request makes a detour through neither VMM nor daemon. One thread answers them in order,
-//! so a share on a disk that hangs holds up the pod's others; the VMM relies on that order when it
-//! answers for a server that died.
+//! Neither VMM nor daemon takes part in a request. One thread answers requests in order, so a share
+//! on a disk that hangs blocks the pod's other shares. The VMM relies on that order when it answers
+//! requests after the server has exited.
 
 mod backend;
 pub mod jail;
@@ -35,7 +35,7 @@ mod table;
 
 pub use sys::{adopt, fork, pidfd_open};
 
-/// Where the shares are, in the server's root.
+/// Directory of the shares in the server's root.
 pub const SHARES: &str = "/shares";
-/// And what those that follow the host's mounts are copies of ([`mirror`]).
+/// Directory of the mounts that shares following the host's mounts are copies of ([`mirror`]).
 pub(crate) const SOURCES: &str = "/sources";

@@ -1,18 +1,18 @@
-//! Log lines on standard error, few of them: a guest can provoke most of what the file system says.
+//! Log lines on standard error, rate-limited: a guest can cause most of them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use log::{LevelFilter, Log, Metadata, Record};
 
-/// Lines let through in a [`WINDOW`].
-/// Attack: a guest that sends requests which are logged, to fill the host's log disk.
+/// Lines written per [`WINDOW_SECONDS`].
+/// Attack: a guest sends requests that are logged, to fill the host's log.
 const LINES: u64 = 16;
 const WINDOW_SECONDS: u64 = 10;
 
 struct Lines {
     start: Instant,
-    /// Number of the window (high half) and lines in it (low half).
+    /// Number of the window (upper 32 bits) and lines in it (lower 32 bits).
     used: AtomicU64,
 }
 
@@ -42,10 +42,10 @@ impl Log for Lines {
     fn flush(&self) {}
 }
 
-/// From here on warnings and errors of the libraries are written.
+/// Installs the logger for warnings and errors of libraries.
 pub fn init() {
     let lines = Lines { start: Instant::now(), used: AtomicU64::new(0) };
-    // A second call changes nothing.
+    // A second call has no effect.
     if log::set_boxed_logger(Box::new(lines)).is_ok() {
         log::set_max_level(LevelFilter::Warn);
     }

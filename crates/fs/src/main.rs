@@ -1,6 +1,6 @@
-//! The command line of `nacelle-fs`: `--control-fd N --vhost-fd N`, two listening unix sockets that
-//! are inherited. The first (SOCK_SEQPACKET) takes `vmm_api::shares`; at the second (SOCK_STREAM)
-//! the VMM's connection waits already.
+//! The command line of `nacelle-fs`: `--control-fd N --vhost-fd N`, two inherited listening unix
+//! sockets. The first (SOCK_SEQPACKET) takes requests of `vmm_api::shares`; the VMM has already
+//! connected to the second (SOCK_STREAM).
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -73,7 +73,7 @@ fn mount_for(
     jail::keep(&jail::MOUNTER)?;
     seccomp::apply(Role::Mounter)?;
     Mounter::new(entries).run(control, ended)?;
-    // The namespace ends with its first process.
+    // The pid namespace ends with this process, its first one.
     match waitid(Id::Pid(server), WaitPidFlag::WEXITED)? {
         WaitStatus::Exited(_, 0) => Ok(ExitCode::SUCCESS),
         status => bail!("the server has ended: {status:?}"),

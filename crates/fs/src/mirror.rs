@@ -1,19 +1,18 @@
-//! What is mounted on the host below a share that follows it (HostToContainer): the guest sees
-//! copies, which hold nothing of the host's.
+//! Mounts that the host makes below a share with HostToContainer propagation: the guest sees
+//! copies, which do not keep the host's mounts in use.
 //!
 //! ```text
-//!   /sources/<share>  as the daemon handed it over: mounts of the host come and go in it (slave)
-//!   /shares/<share>   what the guest sees: private copies of the share and of what is mounted in it
+//!   /sources/<share>  the mount from the daemon: mounts of the host propagate to it (slave)
+//!   /shares/<share>   what the guest sees: private copies of the share and of the mounts below it
 //! ```
-//! The host cannot unmount what is in use in a mount that follows its own (`EBUSY`,
-//! mount_namespaces(7)), and the server keeps a descriptor of each file that the guest remembers.
-//! So it never has one of the sources: only of the copies, which are detached when their original
-//! has gone. Until the guest forgets its files the file system itself stays in use, as after
-//! `umount -l`.
+//! The host cannot unmount a mount that is in use in a slave of it (`EBUSY`, mount_namespaces(7)),
+//! and the server has file descriptors of files that the guest knows. So the server never opens
+//! files in sources, only in copies, which are detached once the original was unmounted. The file
+//! system itself stays in use until the guest forgets its files, as after `umount -l`.
 //!
-//! Where a mount lies is known as a path, which leads through folders that the guest may write to.
-//! It is followed below the root, through no link, and to nothing but the mount that was meant;
-//! a guest that moves folders about at that moment gets a copy in another place of its own share.
+//! A mount point is a path through directories that the guest may write to. It is resolved below
+//! the root (RESOLVE_BENEATH), without symbolic links, and the id of the mount found is checked. A
+//! guest that renames directories at that moment gets a copy at another place of its own share.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,25 +25,25 @@ use nix::unistd::{chdir, fchdir};
 use crate::table::{Mount, Table};
 use crate::{SHARES, SOURCES, sys};
 
-/// Copies of one pod, each with a descriptor here. Attack: a pod that shares all of a node's
-/// folders, many times, on a node with many mounts.
+/// Most copies of one pod; each has a file descriptor. Attack: a pod shares all directories of a
+/// node many times, on a node with many mounts.
 const MIRRORS_MAX: usize = 4096;
 
 struct Mirror {
     of: Mount,
-    /// Its root.
+    /// Root of the copy.
     copy: OwnedFd,
-    /// Where it was put.
+    /// Where the copy is mounted.
     place: PathBuf,
 }
 
 #[derive(Default)]
 pub(crate) struct Mirrors {
-    /// Names of the shares that follow the host.
+    /// Names of the shares that follow the host's mounts.
     shares: BTreeSet<String>,
-    /// What is mounted on another one comes after it.
+    /// A mount on another one comes after it.
     mirrors: Vec<Mirror>,
-    /// What could not be copied, and has been complained about.
+    /// Mounts that could not be copied, which was logged.
     failed: BTreeSet<Mount>,
 }
 
@@ -56,14 +55,14 @@ fn below(mount: &Mount) -> Option<(&str, &Path)> {
 }
 
 impl Mirrors {
-    /// Whether the share whose source has just been mounted follows the host.
+    /// Whether the share whose source was just mounted follows the host's mounts.
     pub(crate) fn follows(table: &Table, name: &str) -> nix::Result<bool> {
         let mounts = table.read()?;
         let mut own = mounts.iter().filter(|m| below(m).is_some_and(|(share, _)| share == name));
         Ok(own.any(|mount| mount.slave))
     }
 
-    /// Shows the source to the guest.
+    /// Mounts a copy of the source as the share.
     pub(crate) fn add(&mut self, table: &Table, name: &str) -> nix::Result<()> {
         let source = sys::place(&Path::new(&SOURCES[1..]).join(name))?;
         let target = sys::place(&Path::new(&SHARES[1..]).join(name))?;
@@ -74,14 +73,14 @@ impl Mirrors {
         self.update(table)
     }
 
-    /// Whether it was one of these.
+    /// Forgets the copies of a share; `true` if it followed the host's mounts.
     pub(crate) fn remove(&mut self, name: &str) -> bool {
         let place = Path::new(&SHARES[1..]).join(name);
         self.mirrors.retain(|mirror| !mirror.place.starts_with(&place));
         self.shares.remove(name)
     }
 
-    /// Does what the host has done.
+    /// Adds and removes copies according to the mount table.
     pub(crate) fn update(&mut self, table: &Table) -> nix::Result<()> {
         if self.shares.is_empty() {
             return Ok(());
@@ -90,7 +89,7 @@ impl Mirrors {
         let mut wanted: Vec<(&Mount, PathBuf)> = Vec::new();
         for mount in &mounts {
             let Some((name, path)) = below(mount) else { continue };
-            // The lowest one at the share's own place is the share.
+            // The lowest mount at the share's mount point is the share itself.
             let is_share = path.as_os_str().is_empty()
                 && !mounts.iter().any(|other| other.id == mount.parent && below(other).is_some());
             if self.shares.contains(name) && !is_share {
@@ -99,8 +98,8 @@ impl Mirrors {
         }
         self.failed.retain(|failed| wanted.iter().any(|(mount, _)| **mount == *failed));
         self.drop_gone(&wanted)?;
-        // What is mounted on another one has to come after it; the table is in that order for
-        // those at one place.
+        // A mount on another one must come after it; for mounts at one path the table is in that
+        // order.
         wanted.sort_by_key(|(_, place)| place.components().count());
         for (mount, place) in wanted {
             if self.mirrors.iter().any(|mirror| mirror.of == *mount) {
@@ -108,7 +107,8 @@ impl Mirrors {
             }
             match self.copy(mount, &place) {
                 Ok(()) => {}
-                // Something else lies on it, or somebody moves folders: not this time.
+                // Another mount covers it, or directories are being renamed: retried at the next
+                // update.
                 Err(Errno::ESTALE) => {}
                 Err(error) => {
                     if self.failed.insert(mount.clone()) {
@@ -120,7 +120,7 @@ impl Mirrors {
         Ok(())
     }
 
-    /// Detaches copies without an original, and what is mounted on them.
+    /// Detaches copies whose original was unmounted, and mounts on them.
     fn drop_gone(&mut self, wanted: &[(&Mount, PathBuf)]) -> nix::Result<()> {
         let (mut gone, mut kept): (Vec<Mirror>, Vec<Mirror>) = Default::default();
         for mirror in std::mem::take(&mut self.mirrors) {
@@ -129,7 +129,7 @@ impl Mirrors {
             if stays { kept.push(mirror) } else { gone.push(mirror) }
         }
         self.mirrors = kept;
-        // The last one lies on top.
+        // The last one is the topmost.
         let results: Vec<_> = gone.iter().rev().map(|mirror| detach(&mirror.copy)).collect();
         results.into_iter().collect()
     }
@@ -153,14 +153,14 @@ impl Mirrors {
     }
 }
 
-/// Unmounts what `copy` is the root of. Files that are open in it stay open.
+/// Unmounts the mount with root `copy`. Files that are open in it stay open.
 fn detach(copy: &OwnedFd) -> nix::Result<()> {
-    // The one way to name a mount by a descriptor.
+    // umount2 takes only a path; `.` after fchdir names the mount of a file descriptor.
     fchdir(copy)?;
     let done = umount2(".", MntFlags::MNT_DETACH);
     chdir("/")?;
     match done {
-        // Gone already, with the folder that it was mounted on.
+        // Unmounted already, with the directory that it was mounted on.
         Ok(()) | Err(Errno::EINVAL) => Ok(()),
         Err(error) => Err(error),
     }

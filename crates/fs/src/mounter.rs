@@ -1,8 +1,8 @@
-//! The mounter: puts mounts that the daemon hands it below /shares, and takes them away.
+//! The mounter: mounts and unmounts shares below /shares at the daemon's request.
 //!
-//! It sees no byte that a guest wrote: entries are made and removed in a tmpfs that the server
-//! cannot write to, by names without a slash. A path into a share is followed only to what the host
-//! has mounted there ([`crate::mirror`]).
+//! It processes no input of a guest: it creates and removes entries by names without a slash in a
+//! tmpfs that the server cannot write to. It resolves paths into a share only to mounts that the
+//! host has made there ([`crate::mirror`]).
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -22,10 +22,10 @@ use crate::mirror::Mirrors;
 use crate::protect::Protection;
 use crate::sys;
 
-/// Most connections. The daemon makes one a call; what is over waits in the listener's queue.
+/// Most connections. The daemon makes one per call; further ones wait in the listener's backlog.
 const CLIENTS_MAX: usize = 8;
 
-/// The shares that there are.
+/// The state of the mounter.
 pub struct Mounter {
     entries: Entries,
     shares: BTreeSet<String>,
@@ -43,7 +43,7 @@ impl Mounter {
         }
     }
 
-    /// Carries out a request.
+    /// Handles a request.
     pub fn perform(&mut self, request: Request, fds: Vec<OwnedFd>) -> Reply {
         let done = match (request, <[OwnedFd; 1]>::try_from(fds)) {
             (Request::Add { name, access }, Ok([tree])) => self.add(name, access, &tree),
@@ -103,7 +103,8 @@ impl Mounter {
         Ok(())
     }
 
-    /// First where the guest does not look: what it is can be seen only then.
+    /// Mounts `tree` below /sources first, which the guest does not see: only then does the mount
+    /// table tell whether it follows the host's mounts.
     fn mount(&mut self, name: &str, access: Access, tree: &OwnedFd) -> nix::Result<()> {
         let place = |folder: &str| CString::new(format!("{folder}/{name}")).unwrap_or_default();
         let (table, mounted) = (&self.entries.table, &self.entries.mounted);
@@ -140,13 +141,13 @@ impl Mounter {
         Ok(())
     }
 
-    /// May be repeated.
+    /// Idempotent.
     fn unmount(&mut self, name: &str) -> Result<(), Error> {
         self.protection.remove(name);
         self.mirrors.remove(name);
         for folder in [crate::SHARES, crate::SOURCES] {
             let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
-            // All that may lie on top of each other there.
+            // Several mounts may be stacked there.
             loop {
                 match umount2(format!("{folder}/{name}").as_str(), flags) {
                     Ok(()) => {}
@@ -177,7 +178,7 @@ impl Mounter {
         Ok(())
     }
 
-    /// Serves the control socket, and follows the host's mounts, until the server ends.
+    /// Serves the control socket and follows the host's mounts until the server process exits.
     pub fn run(mut self, listener: OwnedFd, server: OwnedFd) -> nix::Result<()> {
         let mut clients: Vec<OwnedFd> = Vec::new();
         loop {
@@ -221,7 +222,7 @@ impl Mounter {
         }
     }
 
-    /// Answers one request; `false` when the client is to be hung up on.
+    /// Answers one request; `false` when the client is to be disconnected.
     fn answer(&mut self, client: &OwnedFd) -> bool {
         let reply = match receive::<Request>(client.as_fd()) {
             Ok((request, fds)) => self.perform(request, fds),
@@ -235,6 +236,6 @@ impl Mounter {
 
 #[allow(unsafe_code)] // accept4 returns a plain number
 fn own(fd: i32) -> OwnedFd {
-    // SAFETY: accept4 has just returned this descriptor; nothing else knows its number.
+    // SAFETY: accept4 has just returned this file descriptor; nothing else owns it.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }

@@ -1,15 +1,15 @@
-//! Write protection of shares on the host's side.
+//! Write protection of shares on the host.
 //!
-//! The guest's kernel protects each container's own mount of a share. Here the mounts that the server
-//! looks at are read-only, too, for as long as nobody in the guest may write to the files behind
-//! them. A file of the guest is one file whichever share leads to it, and the server has it open
-//! through one of the mounts that lead to it; so mounts that may lead to the same file (one file
-//! system, one folder inside the other) are all writable as soon as one of them has to be. The flag
-//! is the mount's, so what was opened through it before changes with it.
+//! The guest's kernel protects the mount of a share in each container. In addition, the server's
+//! mounts are read-only on the host as long as no container may write to their files. One file of
+//! the host is one inode in the guest, which the server opens through any of the mounts that
+//! contain it. So all mounts that may contain the same file (same file system, one root directory
+//! inside the other) are writable as soon as one of them has to be. The flag is that of the mount,
+//! so it also applies to files opened before.
 //!
-//! What the host has mounted read-only stays so. Each mount that is protected here is held by a
-//! descriptor of its root: ids of mounts are used again, and paths lead through folders that the
-//! guest can move.
+//! Mounts that the host has made read-only stay read-only. Each protected mount is kept as a file
+//! descriptor of its root: mount ids are reused, and paths lead through directories that the guest
+//! can rename.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -21,13 +21,13 @@ use vmm_api::shares::Access;
 use crate::table::{Mount, Table};
 use crate::{SHARES, SOURCES, sys};
 
-/// A mount that could be written to if it were not for this module.
+/// A mount that is writable unless this module protects it.
 struct Guarded {
     share: String,
     mount: Mount,
     root: OwnedFd,
     protected: bool,
-    /// Not the share itself, but mounted below it.
+    /// A mount below the share, not the share itself.
     below: bool,
 }
 
@@ -37,7 +37,7 @@ pub(crate) struct Protection {
     guarded: Vec<Guarded>,
 }
 
-/// The share that a mount belongs to, and whether it is the share itself.
+/// The share that a mount belongs to, and whether it is the share's own mount.
 fn share<'a>(mount: &'a Mount, folder: &str) -> Option<(&'a str, bool)> {
     let rest = mount.point.strip_prefix(&folder[1..]).ok()?;
     let mut components = rest.components();
@@ -55,8 +55,8 @@ fn writes(access: Access, below: bool) -> bool {
 }
 
 impl Protection {
-    /// Protects what has just been mounted as the source of a share, before the server looks at it.
-    /// `tree` is its root.
+    /// Protects a mount that was just attached as the source of a share, before the server accesses
+    /// it. `tree` is its root.
     pub(crate) fn begin(
         &mut self,
         table: &Table,
@@ -79,11 +79,13 @@ impl Protection {
             let Some((_, is_share)) = of.filter(|_| !mount.read_only) else { continue };
             let root = match is_share {
                 true => tree.try_clone().map_err(|_| Errno::EMFILE)?,
-                // The host could not unmount what is held in a mount that follows its own.
+                // A file descriptor in a slave mount would keep the host from unmounting the
+                // original.
                 false if mount.slave => continue,
                 false => match sys::place(&mount.point) {
                     Ok(root) if sys::mount_id(root.as_fd())? == mount.id => root,
-                    // Another one lies on it, or folders are being moved: it stays as it is now.
+                    // Another mount covers it, or directories are being renamed: its flag is not
+                    // changed.
                     _ => continue,
                 },
             };
@@ -94,11 +96,11 @@ impl Protection {
         Ok(())
     }
 
-    /// The server looks at a copy of the share's source.
+    /// The share is a copy of its source: protects the copy instead.
     pub(crate) fn copied(&mut self, table: &Table, name: &str) -> nix::Result<()> {
         let source =
             self.guarded.iter().position(|guarded| guarded.share == name && !guarded.below);
-        // The host has it read-only, or its flags are its own.
+        // The host has mounted it read-only, or its access is AsMounted.
         let Some(source) = source else { return Ok(()) };
         let protected = self.guarded.swap_remove(source).protected;
         let root = sys::place(&Path::new(&SHARES[1..]).join(name))?;
@@ -113,19 +115,19 @@ impl Protection {
         self.shares.insert(name.to_owned(), access);
     }
 
-    /// Before the share's mounts go. The guest may remember their files.
+    /// To be called before the share is unmounted. The guest may still have files of it open.
     pub(crate) fn remove(&mut self, name: &str) {
         self.shares.remove(name);
         for guarded in self.guarded.extract_if(.., |guarded| guarded.share == name) {
             if !guarded.protected && !guarded.below {
-                // Not while files are being written to.
+                // EBUSY while files are open for writing.
                 let _ = sys::protect(guarded.root.as_fd(), true);
             }
         }
     }
 
-    /// Makes writable what somebody writes to, and protects the rest. What is open for writing stays
-    /// writable until next time.
+    /// Makes mounts writable that a container may write to, and protects the others. A mount with
+    /// files open for writing stays writable until the next call.
     pub(crate) fn update(&mut self, table: &Table) -> nix::Result<()> {
         if self.guarded.is_empty() {
             return Ok(());
@@ -140,7 +142,7 @@ impl Protection {
             }
             match sys::protect(guarded.root.as_fd(), !writable) {
                 Ok(()) => guarded.protected = !writable,
-                // Written to just now; or not mounted any more.
+                // Files are open for writing, or it is not mounted any more.
                 Err(Errno::EBUSY | Errno::EINVAL) if !writable => {}
                 Err(error) => result = Err(error),
             }
@@ -148,7 +150,7 @@ impl Protection {
         result
     }
 
-    /// Whether somebody writes through a mount that the server looks at.
+    /// Whether a container may write through this mount of the server.
     fn is_written(&self, mount: &Mount) -> bool {
         let Some((name, is_share)) = share(mount, SHARES) else { return false };
         let Some(access) = self.shares.get(name) else { return false };

@@ -1,4 +1,4 @@
-//! System calls each of the two processes may make; any other kills it.
+//! Seccomp filters: the system calls that each of the two processes may make; any other kills it.
 
 use std::collections::BTreeMap;
 
@@ -22,15 +22,15 @@ pub enum FilterError {
     Apply { role: Role, source: seccompiler::Error },
 }
 
-/// Condition on an argument beyond the call's number.
+/// Condition on an argument of the call.
 #[derive(Debug, Clone, Copy)]
 enum When {
     Always,
-    /// Argument 0 is this (options of prctl).
+    /// Argument 0 equals this (option of prctl).
     Option(u32),
-    /// Argument 1 is this (requests of fcntl).
+    /// Argument 1 equals this (command of fcntl).
     Request(u32),
-    /// Argument 2 has none of these bits (protection flags).
+    /// Argument 2 has none of these bits (prot of mmap and mprotect).
     Without(u32),
 }
 
@@ -141,7 +141,7 @@ fn calls(role: Role) -> impl Iterator<Item = &'static Call> {
     COMMON.iter().chain(own)
 }
 
-/// Binds all threads of the process.
+/// Installs the filter on all threads of the process.
 pub fn apply(role: Role) -> Result<(), FilterError> {
     let program = compile(role).map_err(|source| FilterError::Build { role, source })?;
     seccompiler::apply_filter_all_threads(&program)

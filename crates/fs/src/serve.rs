@@ -1,16 +1,15 @@
-//! The server: FUSE over vhost-user, by the `virtiofsd` crate, for our file system
-//! ([`crate::passthrough`]).
+//! The server: FUSE over vhost-user with the `virtiofsd` crate, for the file system of
+//! [`crate::passthrough`].
 //!
-//! What that means for a container:
-//! - Data is cached in the guest until the file's size or time is another one, names and attributes
-//!   for a second: shared mappings work, and what the host changes is seen within that second.
-//! - Locks are the guest's own: they hold between the pod's processes, not against the host's or
-//!   another pod's. Passing them on would let one guest hold a lock that another waits for, in a
-//!   server that answers one request after the other.
-//! - O_DIRECT, xattrs, sparse files and copy_file_range reach the host's file system. POSIX ACLs do
-//!   not: the guest's kernel would not know what they allow.
-//! - All shares are one file system, with what the host has mounted below them; inode numbers are
-//!   made unique.
+//! Properties for containers:
+//! - Data is cached in the guest until the file's size or mtime changes, names and attributes for
+//!   one second: shared mappings work, and changes by the host are visible within that second.
+//! - Locks are local to the guest: they work between processes of the pod, not with those of the
+//!   host or of other pods. If they were passed to the host, a request that waits for a lock would
+//!   block the server, which answers one request after the other.
+//! - O_DIRECT, xattrs, sparse files and copy_file_range are passed to the host's file system. POSIX
+//!   ACLs are not: the guest's kernel would not apply them.
+//! - All shares and the mounts below them are one file system; inode numbers are made unique.
 
 use std::ffi::CString;
 use std::io;
@@ -36,7 +35,7 @@ pub enum ServeError {
     Filter(#[from] FilterError),
     #[error("file system")]
     FileSystem(#[source] io::Error),
-    /// Of libraries whose errors cannot be passed on as they are.
+    /// An error of a library, as text.
     #[error("vhost-user: {message}")]
     Backend { message: String },
     #[error("cannot report being ready")]
@@ -47,12 +46,13 @@ fn backend(error: impl std::fmt::Display) -> ServeError {
     ServeError::Backend { message: error.to_string() }
 }
 
-/// Serves the one connection that waits at `listener`, until it ends. `ready` is written to when
-/// every right is gone and the first message can come.
+/// Accepts one connection on `listener` and serves it until it is closed. One byte is written to
+/// `ready` once all privileges are dropped.
 ///
-/// To be called by the process' only thread.
+/// The process must be single-threaded.
 pub fn run(listener: UnixListener, ready: OwnedFd) -> Result<(), ServeError> {
-    // A server that lost a thread would leave the guest waiting; one that is gone is noticed.
+    // Without one of its threads the server would not answer; the VMM notices when the process
+    // exits.
     std::panic::set_hook(Box::new(|info| {
         eprintln!("nacelle-fs: the server is broken: {info}");
         std::process::exit(101);
@@ -68,13 +68,13 @@ pub fn run(listener: UnixListener, ready: OwnedFd) -> Result<(), ServeError> {
     let mut daemon =
         VhostUserDaemon::new(name, Arc::new(Backend(served)), memory).map_err(backend)?;
     daemon.start(&mut Listener::from(listener)).map_err(backend)?;
-    // All threads are there, none has seen a byte: the VMM is given its end of the connection only
-    // after this.
+    // All threads are started and none has read a message: the VMM gets its end of the connection
+    // only after this.
     seccomp::apply(Role::Server)?;
     nix::unistd::write(&ready, &[1]).map_err(ServeError::Ready)?;
     drop(ready);
     match daemon.wait() {
-        // The VMM has ended, or has hung up on us.
+        // The VMM has exited, or has closed the connection.
         Ok(()) | Err(vhost_user_backend::Error::HandleRequest(_)) => Ok(()),
         Err(e) => Err(backend(e)),
     }

@@ -1,5 +1,5 @@
-//! System calls that nix does not wrap: mounts as descriptors (open_tree(2), move_mount(2),
-//! mount_setattr(2)), capabilities (capget(2), capset(2)).
+//! System calls that nix does not wrap: mounts as file descriptors (open_tree(2), move_mount(2),
+//! mount_setattr(2)), capabilities (capset(2)), pidfd_open(2).
 #![allow(unsafe_code)] // raw system calls
 
 use std::ffi::CStr;
@@ -10,43 +10,43 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
 
-/// A detached copy of the mount at `path`, without what is mounted below it; its root is `path`,
-/// and no `..` leads out of it.
+/// A detached copy of the mount at `path` without mounts below it; its root is `path`, and `..`
+/// does not lead out of it.
 pub(crate) fn clone_mount(path: &CStr) -> nix::Result<OwnedFd> {
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
     // SAFETY: `path` is NUL-terminated and outlives the call, which writes no memory.
     let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
     let fd = Errno::result(fd)?;
-    // SAFETY: the kernel has just made this descriptor for us; nothing else knows its number.
+    // SAFETY: the kernel has just created this file descriptor; nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// The same of the mount that `place` is the root of, or lies on.
+/// Like [`clone_mount`], with root `place`.
 pub(crate) fn copy_mount(place: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
     let flags =
         libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH as libc::c_uint;
     // SAFETY: the path is NUL-terminated and static; no memory is written.
     let fd = unsafe { libc::syscall(libc::SYS_open_tree, place.as_raw_fd(), c"".as_ptr(), flags) };
     let fd = Errno::result(fd)?;
-    // SAFETY: the kernel has just made this descriptor for us; nothing else knows its number.
+    // SAFETY: the kernel has just created this file descriptor; nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// Makes a mount follow no other; nothing in it is ever run or opened as a device.
+/// Makes a mount private (no propagation), nosuid, nodev and noexec.
 pub(crate) fn make_private(tree: BorrowedFd<'_>) -> nix::Result<()> {
     let set = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
     set_attributes(tree, set, 0, libc::MS_PRIVATE, 0)
 }
 
-/// Lets nothing be written through the mount that `root` is the root of, or lets it again. Fails
-/// with EBUSY while a file is open for writing in it.
+/// Makes the mount with this root read-only or writable. Fails with EBUSY while files in it are
+/// open for writing.
 pub(crate) fn protect(root: BorrowedFd<'_>, read_only: bool) -> nix::Result<()> {
     let (set, clear) =
         if read_only { (libc::MOUNT_ATTR_RDONLY, 0) } else { (0, libc::MOUNT_ATTR_RDONLY) };
     set_attributes(root, set, clear, 0, 0)
 }
 
-/// The same with all that is mounted below.
+/// Makes the mount and all mounts below it read-only.
 pub(crate) fn protect_all(root: BorrowedFd<'_>) -> nix::Result<()> {
     set_attributes(root, libc::MOUNT_ATTR_RDONLY, 0, 0, libc::AT_RECURSIVE)
 }
@@ -59,8 +59,8 @@ fn set_attributes(
     reach: libc::c_int,
 ) -> nix::Result<()> {
     let attributes = libc::mount_attr { attr_set, attr_clr, propagation, userns_fd: 0 };
-    // SAFETY: the path is NUL-terminated and static, `attributes` is readable for the length that
-    // is named; no memory is written.
+    // SAFETY: the path is NUL-terminated and static, `attributes` is readable for the given length;
+    // no memory is written.
     let done = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -91,14 +91,14 @@ pub(crate) fn attach_at(tree: BorrowedFd<'_>, place: BorrowedFd<'_>) -> nix::Res
     Errno::result(done).map(drop)
 }
 
-/// What is at `path`, taken from the working directory and below it, through mounts but no links.
+/// Opens `path` (O_PATH) below the working directory, across mounts but without symbolic links.
 pub(crate) fn place(path: &Path) -> nix::Result<OwnedFd> {
     let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
     let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(resolve);
     openat2(AT_FDCWD, path, how)
 }
 
-/// The number of the mount that `place` lies on, as /proc/self/mountinfo has it.
+/// The id of the mount of `place`, as in /proc/self/mountinfo.
 pub(crate) fn mount_id(place: BorrowedFd<'_>) -> nix::Result<u64> {
     let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
     let mut found = MaybeUninit::<libc::statx>::zeroed();
@@ -108,7 +108,8 @@ pub(crate) fn mount_id(place: BorrowedFd<'_>) -> nix::Result<u64> {
         libc::statx(place.as_raw_fd(), c"".as_ptr(), flags, mask, found.as_mut_ptr())
     };
     Errno::result(done)?;
-    // SAFETY: zeroed at first and filled since: integers only, for which every bit is fine.
+    // SAFETY: initialized with zeroes, then written by the kernel: integers only, for which every
+    // bit pattern is valid.
     let found = unsafe { found.assume_init() };
     match found.stx_mask & libc::STATX_MNT_ID {
         0 => Err(Errno::ENOSYS),
@@ -116,7 +117,7 @@ pub(crate) fn mount_id(place: BorrowedFd<'_>) -> nix::Result<u64> {
     }
 }
 
-/// Mounts the detached `tree` at `target`, whose last component is not followed if it is a link.
+/// Mounts the detached `tree` at `target`; a symbolic link as its last component is not followed.
 pub(crate) fn attach_mount(tree: BorrowedFd<'_>, target: &CStr) -> nix::Result<()> {
     // SAFETY: both strings are NUL-terminated and outlive the call, which writes no memory.
     let done = unsafe {
@@ -135,12 +136,12 @@ pub(crate) fn attach_mount(tree: BorrowedFd<'_>, target: &CStr) -> nix::Result<(
 /// `struct __user_cap_header_struct`, version 3, for the calling thread.
 const HEADER: [u32; 2] = [0x2008_0522, 0];
 
-/// Makes `caps` (a bit each) the calling thread's effective and permitted capabilities.
+/// Sets the calling thread's effective and permitted capabilities to the bit mask `caps`.
 pub(crate) fn set_capabilities(caps: u64) -> nix::Result<()> {
     set_effective_capabilities(caps, caps)
 }
 
-/// The same with `permitted` ones that are not all in effect.
+/// Sets the calling thread's effective and permitted capabilities.
 pub(crate) fn set_effective_capabilities(effective: u64, permitted: u64) -> nix::Result<()> {
     let [low, high] =
         [0, 32].map(|shift| [(effective >> shift) as u32, (permitted >> shift) as u32]);
@@ -150,14 +151,13 @@ pub(crate) fn set_effective_capabilities(effective: u64, permitted: u64) -> nix:
     Errno::result(done).map(drop)
 }
 
-/// Takes every capability that is not in `caps` out of the bounding set, and all out of the ambient
-/// one.
+/// Drops all capabilities that are not in `caps` from the bounding set, and clears the ambient set.
 pub(crate) fn bound_capabilities(caps: u64) -> nix::Result<()> {
     for cap in (0..64u32).filter(|cap| caps & 1 << cap == 0) {
-        // SAFETY: PR_CAPBSET_DROP takes a number and touches no memory.
+        // SAFETY: PR_CAPBSET_DROP takes a number and accesses no memory.
         match Errno::result(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, cap, 0, 0, 0) }) {
             Ok(_) => {}
-            // The kernel knows no more capabilities than this.
+            // Above the kernel's last capability.
             Err(Errno::EINVAL) if cap > 0 => break,
             Err(e) => return Err(e),
         }
@@ -167,29 +167,29 @@ pub(crate) fn bound_capabilities(caps: u64) -> nix::Result<()> {
     Errno::result(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, clear, 0, 0, 0) }).map(drop)
 }
 
-/// A descriptor that becomes readable when the process ends.
+/// A pidfd, which becomes readable when the process exits.
 pub fn pidfd_open(pid: nix::unistd::Pid) -> nix::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes two integers and touches no memory of ours.
+    // SAFETY: pidfd_open takes two integers and accesses no memory.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
-    // SAFETY: the kernel has just made this descriptor for us; nothing else knows its number.
+    // SAFETY: the kernel has just created this file descriptor; nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// A descriptor that the launcher gave us by number.
+/// Takes ownership of an inherited file descriptor and sets close-on-exec.
 pub fn adopt(fd: i32) -> nix::Result<OwnedFd> {
-    // SAFETY: F_GETFD touches no memory; it is how a number is found out to be a descriptor.
+    // SAFETY: F_GETFD accesses no memory; it fails for a number that is not a file descriptor.
     Errno::result(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
-    // SAFETY: it is open, was opened for us by who started us, and nothing has adopted it before:
-    // `main` calls this once for each number, first of all.
+    // SAFETY: it is open and was inherited from the parent process; nothing else owns it: `main`
+    // calls this once for each number, before anything else.
     let owned = unsafe { OwnedFd::from_raw_fd(fd) };
     let cloexec = nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC);
     nix::fcntl::fcntl(&owned, cloexec)?;
     Ok(owned)
 }
 
-/// For a process that has a single thread.
+/// fork(2); the process must be single-threaded.
 pub fn fork() -> nix::Result<nix::unistd::ForkResult> {
-    // SAFETY: with one thread (`main` has started none) no lock can be held by a thread that the
-    // child lacks, so it may do what its parent may.
+    // SAFETY: the process has one thread (`main` has started none), so no lock can be held by a
+    // thread that does not exist in the child.
     unsafe { nix::unistd::fork() }
 }

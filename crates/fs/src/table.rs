@@ -1,5 +1,5 @@
-//! The mounts of this namespace, as the kernel tells them: /proc/self/mountinfo
-//! (proc_pid_mountinfo(5)), with a notice when they change.
+//! The mount table of this namespace: /proc/self/mountinfo (proc_pid_mountinfo(5)), which can be
+//! polled for changes.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -11,36 +11,36 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::uio::pread;
 
-/// Of the table. Attack: a host with mounts without end, or a pod that makes its node mount them.
+/// Largest table, bytes. Attack: a pod makes its node mount very many file systems.
 const TABLE_MAX: usize = 16 << 20;
-/// The kernel lets the table change while it is read, in pieces of about a page.
+/// Most reads of the table: it may change between the reads of its pages.
 const ATTEMPTS: usize = 8;
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Mount {
     pub(crate) id: u64,
-    /// What it is mounted on.
+    /// Id of the mount that it is mounted on.
     pub(crate) parent: u64,
-    /// Number of the file system, and what of it is mounted.
+    /// Device number of the file system (`major:minor`), and the directory of it that is mounted.
     pub(crate) device: Vec<u8>,
     pub(crate) root: PathBuf,
-    /// Without the `/` before it.
+    /// Mount point without the leading `/`.
     pub(crate) point: PathBuf,
-    /// It gets mounts from elsewhere.
+    /// It is a slave of a peer group: it receives mounts by propagation.
     pub(crate) slave: bool,
-    /// Nothing can be written through it.
+    /// Mounted read-only.
     pub(crate) read_only: bool,
 }
 
 impl Mount {
-    /// Whether a file may be reached through both.
+    /// Whether a file may be contained in both.
     pub(crate) fn overlaps(&self, other: &Self) -> bool {
         let nested = self.root.starts_with(&other.root) || other.root.starts_with(&self.root);
         self.device == other.device && nested
     }
 }
 
-/// Opened as long as there is a /proc.
+/// The open mount table; it must be opened before /proc is unmounted.
 #[derive(Debug)]
 pub struct Table(File);
 
@@ -49,7 +49,7 @@ impl Table {
         File::open("/proc/self/mountinfo").map(Self)
     }
 
-    /// POLLPRI comes from it when the table is another one than at the last poll.
+    /// Reports POLLPRI when the table has changed since the last poll.
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
@@ -104,7 +104,7 @@ fn parse(line: &[u8]) -> Option<Mount> {
     Some(Mount { id, parent, device, root, point, slave, read_only })
 }
 
-/// White space and backslashes are written as `\` and three octal digits.
+/// White space and backslashes are escaped as `\` and three octal digits.
 fn unescape(word: &[u8]) -> PathBuf {
     let mut plain = Vec::with_capacity(word.len());
     let mut rest = word;

@@ -1,8 +1,8 @@
 //! ACPI 6.5 tables of a hardware-reduced machine (section 4.1): RSDP, XSDT, FADT, MADT, MCFG, DSDT.
 //!
-//! The DSDT has a PCI Express root bridge with its windows (devices plugged later land in them),
-//! the ECAM reservation, the panic port (`QEMU0001`), and a serial port when there is one. No
-//! interrupt sources and no I/O APIC: see [`crate::vm`].
+//! The DSDT has a PCI Express root bridge with its windows (also for devices plugged later), the
+//! ECAM reservation, the pvpanic port (`QEMU0001`), and the optional serial port. No interrupt
+//! sources and no I/O APIC: see [`crate::vm`].
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -28,7 +28,7 @@ pub const RESET_PORT: u16 = 0x602;
 pub const RESET_VALUE: u8 = 0x01;
 /// SLP_TYP of S5 (soft off), as `\_S5` in the DSDT says.
 pub const SLEEP_TYPE_S5: u8 = 5;
-/// The port of QEMU's `pvpanic`.
+/// Port of the pvpanic device (QEMU `docs/specs/pvpanic.rst`).
 pub const PANIC_PORT: u16 = 0x505;
 pub const SERIAL_PORT: u16 = 0x3f8;
 pub const SERIAL_PORTS: u8 = 8;
@@ -104,8 +104,8 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
     fadt.finalize()
 }
 
-/// Every processor is listed as enabled: Linux brings parked ones online through sysfs only if they
-/// are present. Which of them start with the kernel is said by `maxcpus=` on its command line.
+/// Every vCPU is listed as enabled: Linux can bring only present CPUs online through sysfs.
+/// `maxcpus=` on the kernel command line says how many are online at boot.
 fn madt(vcpus: u8) -> MADT {
     let apics = LocalInterruptController::Address(LOCAL_APIC);
     let mut madt = MADT::new(OEM, OEM_TABLE, OEM_REVISION, apics);
@@ -155,7 +155,7 @@ fn system_bus(layout: &Layout, serial: bool, code: &mut Vec<u8>) {
     let bbn = Name::new("_BBN".into(), &aml::ZERO);
     let pci = Device::new("PCI0".into(), vec![&hid, &cid, &uid, &seg, &bbn, &windows]);
 
-    // Linux uses ECAM only if it is reserved here or in the memory map.
+    // Linux uses ECAM only if it is reserved here or in the E820 map.
     let ecam = Memory32Fixed::new(true, ECAM.start as u32, (ECAM.end - ECAM.start) as u32);
     let ecam = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam]));
     let board_id = id("_HID", "PNP0C02");
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn every_table_is_reachable_from_the_rsdp_and_sums_to_zero() {
+    fn every_table_is_reachable_from_the_rsdp_and_has_a_valid_checksum() {
         for (vcpus, serial) in [(1, false), (64, true)] {
             let layout = Layout::new(64, 40).unwrap();
             let ram = allocate(&layout).unwrap();

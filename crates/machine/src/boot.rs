@@ -1,5 +1,5 @@
-//! What the boot processor finds: zero page, memory map, page tables, GDT, registers' values.
-//! Linux `Documentation/arch/x86/boot.rst`, "64-bit Boot Protocol", and `zero-page.rst`.
+//! Boot data in guest memory: command line, zero page, E820 map, page tables, GDT. Linux
+//! `Documentation/arch/x86/boot.rst`, "64-bit Boot Protocol", and `zero-page.rst`.
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -15,7 +15,7 @@ const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
 /// "Undefined" boot loader.
 const LOADER_UNDEFINED: u8 = 0xff;
-/// Protocol 2.15, the one whose fields are filled in for a kernel that came without a header.
+/// Boot protocol 2.15: the version of the header that is created for an ELF kernel.
 const PROTOCOL_2_15: u16 = 0x20f;
 const LOADED_HIGH: u8 = 1 << 0;
 
@@ -25,7 +25,7 @@ const E820_RESERVED: u32 = 2;
 const PRESENT_WRITABLE: u64 = 0b11;
 const LARGE_PAGE: u64 = 1 << 7;
 
-/// Selectors the 64-bit protocol prescribes: `__BOOT_CS` and `__BOOT_DS`.
+/// Selectors required by the 64-bit boot protocol: `__BOOT_CS` and `__BOOT_DS`.
 pub const CODE_SELECTOR: u16 = 0x10;
 pub const DATA_SELECTOR: u16 = 0x18;
 /// Null, unused, 64-bit code, flat data (Intel SDM volume 3, 3.4.5).
@@ -41,13 +41,14 @@ pub enum BootError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// Everything the zero page tells.
+/// The contents of the zero page.
 #[derive(Debug)]
 pub struct Boot<'a> {
     pub kernel: &'a Kernel,
     pub cmdline: &'a str,
-    /// Address and size.
+    /// Guest-physical address and size, bytes.
     pub initramfs: Option<(u64, u64)>,
+    /// Guest-physical address of the RSDP.
     pub rsdp: u64,
 }
 
@@ -67,7 +68,7 @@ pub fn write(ram: &Ram, layout: &Layout, boot: &Boot<'_>) -> Result<(), BootErro
     for (n, entry) in GDT_ENTRIES.iter().enumerate() {
         ram.write_obj(*entry, GuestAddress(GDT + 8 * n as u64))?;
     }
-    // The first GiB one to one; the kernel builds its own tables from there.
+    // Identity mapping of the first GiB; the kernel builds its own page tables.
     ram.write_obj(PDPT | PRESENT_WRITABLE, GuestAddress(PML4))?;
     ram.write_obj(PAGE_DIRECTORY | PRESENT_WRITABLE, GuestAddress(PDPT))?;
     for n in 0..512u64 {
@@ -102,7 +103,7 @@ fn zero_page(layout: &Layout, boot: &Boot<'_>) -> boot_params {
     page
 }
 
-/// RAM, and what must not be taken for it. ECAM has to be reserved here for Linux to use it.
+/// The E820 map: RAM and reserved ranges. Linux uses ECAM only if it is reserved.
 fn memory_map(layout: &Layout) -> Vec<boot_e820_entry> {
     let entry = |range: &std::ops::Range<u64>, kind| boot_e820_entry {
         addr: range.start,
@@ -144,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn the_memory_map_is_ordered_and_tells_all_ram_but_the_legacy_hole() {
+    fn the_e820_map_is_ordered_and_has_all_ram_but_the_legacy_hole() {
         let layout = Layout::new(8192, 46).unwrap();
         let map = memory_map(&layout);
         let mut at = 0;

@@ -1,5 +1,5 @@
-//! What CPUID tells the guest: everything KVM supports, with the topology of this VM (one package,
-//! one thread a core) and without what a pod has no business with.
+//! The guest's CPUID: everything KVM supports, with the topology of this VM (one package, one
+//! thread per core), without nested virtualization and performance counters.
 //!
 //! Intel SDM volume 2A "CPUID"; AMD APM volume 3, appendix E.
 
@@ -20,29 +20,30 @@ const PERFCTR_LLC: u32 = 1 << 28;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CpuidError {
-    #[error("KVM offers {got} CPUID entries, more than it takes back")]
+    #[error("{got} CPUID entries are more than KVM_SET_CPUID2 accepts")]
     TooMany { got: usize },
 }
 
-/// The table of the vCPU with this APIC id, in a VM of `vcpus`.
+/// The CPUID table of the vCPU with this APIC id in a VM with `vcpus` vCPUs. `host` is what KVM
+/// supports.
 pub fn table(host: &CpuId, apic_id: u8, vcpus: u8) -> Result<CpuId, CpuidError> {
     let mut entries: Vec<kvm_cpuid_entry2> = host.as_slice().to_vec();
     let id = u32::from(apic_id);
     let count = u32::from(vcpus);
-    // Bits of an APIC id that number the cores of the package.
+    // APIC id bits that number the cores of the package.
     let core_bits = u32::from(vcpus).next_power_of_two().trailing_zeros();
-    // Rebuilt below: KVM leaves leaf 0xb's contents to us, and 0x1f only adds dies we do not have.
+    // Rebuilt below: leaf 0xb is the VMM's to fill, and 0x1f only adds dies.
     entries.retain(|e| !matches!(e.function, 0xb | 0x1f));
     for entry in &mut entries {
         match entry.function {
             1 => {
                 entry.ebx = entry.ebx & 0x0000_ffff | id << 24 | count << 16;
                 entry.ecx |= X2APIC | TSC_DEADLINE | HYPERVISOR;
-                // Nested virtualization doubles the attack surface of the host's kernel.
+                // Nested virtualization would enlarge the attack surface of the host's kernel.
                 entry.ecx &= !VMX;
                 entry.edx = if count > 1 { entry.edx | HTT } else { entry.edx & !HTT };
             }
-            // Cache parameters: the third level is shared by all, the others by nobody.
+            // Cache parameters: the third level is shared by all cores, the others are per core.
             4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
                 let level = entry.eax >> 5 & 7;
                 let sharing = if level >= 3 { (1 << core_bits) - 1 } else { 0 };
@@ -52,7 +53,7 @@ pub fn table(host: &CpuId, apic_id: u8, vcpus: u8) -> Result<CpuId, CpuidError> 
                     entry.eax |= ((1 << core_bits) - 1) << 26;
                 }
             }
-            // No performance counters: they measure the neighbours, and cost MSR exits.
+            // No performance counters: they are a side channel to other pods, and cost MSR exits.
             0xa | 0x8000_0022 => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
             }
@@ -62,7 +63,7 @@ pub fn table(host: &CpuId, apic_id: u8, vcpus: u8) -> Result<CpuId, CpuidError> 
                     if count > 1 { entry.ecx | CMP_LEGACY } else { entry.ecx & !CMP_LEGACY };
             }
             0x8000_0008 => entry.ecx = core_bits << 12 | (count - 1),
-            // SVM features, of a processor without SVM.
+            // SVM features, as SVM is hidden.
             0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
             _ => {}
@@ -126,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn each_vcpu_sees_its_own_apic_id_and_the_package_size() {
+    fn each_vcpu_has_its_own_apic_id_and_the_package_size() {
         for (id, count, bits) in [(0u8, 1u8, 0u32), (3, 4, 2), (5, 6, 3), (63, 64, 6)] {
             let table = table(&host(), id, count).unwrap();
             let (id, count) = (u32::from(id), u32::from(count));

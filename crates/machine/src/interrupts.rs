@@ -1,11 +1,11 @@
-//! Message-signalled interrupts into the guest (GSI routes and irqfds) and doorbells out of it
-//! (ioeventfds). Linux `Documentation/virt/kvm/api.rst`, 4.52, 4.59, 4.75.
+//! Message-signalled interrupts (GSI routes and irqfds) and doorbells (ioeventfds). Linux
+//! `Documentation/virt/kvm/api.rst`, 4.52, 4.59, 4.75.
 //!
-//! A [`Line`] is one GSI with one eventfd. The kernel injects the routed message whenever the
-//! eventfd is written, by whomever, without a system call into the VM. Changing a route makes the
-//! kernel wait for a grace period, so routes are written only when a message really changes; a
-//! masked line keeps its route and is merely cut off from its eventfd, whose count then stays
-//! pending and is delivered when the line is unmasked (the semantics MSI-X asks for).
+//! An [`InterruptRoute`] is one GSI with one eventfd. The kernel injects the routed message
+//! whenever any process writes the eventfd. Changing the routing table makes the kernel wait for a
+//! grace period, so it is written only when a message changes. A masked route stays in the table;
+//! only its irqfd is removed. The eventfd's count then stays pending and is delivered when the
+//! route is unmasked, as MSI-X requires.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,9 +14,8 @@ use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Most lines of a VM. KVM routes 4096 GSIs; the attack is a guest that plugs and unplugs its way
-/// through them, which is why lines are handed back.
-const LINES_MAX: usize = 4096;
+/// Most GSIs of a VM (`KVM_MAX_IRQ_ROUTES`). They are reused when devices are unplugged.
+const GSI_MAX: usize = 4096;
 
 /// A message on the bus (PCI Local Bus 3.0, 6.8).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,13 +26,13 @@ pub struct Message {
 
 #[derive(Debug, thiserror::Error)]
 pub enum InterruptError {
-    #[error("all {LINES_MAX} interrupt lines are taken")]
+    #[error("all {GSI_MAX} GSIs are in use")]
     Exhausted,
     #[error("cannot create an eventfd; raise the limit of open files")]
     Eventfd(#[source] io::Error),
 }
 
-/// All lines of a VM.
+/// Allocates the GSIs of a VM.
 #[derive(Debug, Clone)]
 pub struct Interrupts {
     shared: Arc<Shared>,
@@ -43,67 +42,69 @@ pub struct Interrupts {
 struct Shared {
     vm: Arc<VmFd>,
     /// Index: GSI.
-    lines: Mutex<Vec<Slot>>,
+    gsis: Mutex<Vec<GsiState>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Slot {
+enum GsiState {
     Free,
-    Taken(Option<Message>),
+    /// With the message that is in the routing table, if any.
+    Used(Option<Message>),
 }
 
 impl Interrupts {
     pub fn new(vm: Arc<VmFd>) -> Self {
-        Self { shared: Arc::new(Shared { vm, lines: Mutex::new(Vec::new()) }) }
+        Self { shared: Arc::new(Shared { vm, gsis: Mutex::new(Vec::new()) }) }
     }
 
-    /// A line without a message; it goes back to the pool when dropped.
-    pub fn line(&self) -> Result<Line, InterruptError> {
+    /// A route without a message; its GSI is free again when it is dropped. Fails if all GSIs are
+    /// in use or no eventfd can be created.
+    pub fn allocate(&self) -> Result<InterruptRoute, InterruptError> {
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(InterruptError::Eventfd)?;
-        let mut lines = self.shared.lock();
-        let gsi = match lines.iter().position(|slot| *slot == Slot::Free) {
+        let mut gsis = self.shared.lock();
+        let gsi = match gsis.iter().position(|state| *state == GsiState::Free) {
             Some(gsi) => gsi,
-            None if lines.len() < LINES_MAX => {
-                lines.push(Slot::Free);
-                lines.len() - 1
+            None if gsis.len() < GSI_MAX => {
+                gsis.push(GsiState::Free);
+                gsis.len() - 1
             }
             None => return Err(InterruptError::Exhausted),
         };
-        lines[gsi] = Slot::Taken(None);
-        drop(lines);
+        gsis[gsi] = GsiState::Used(None);
+        drop(gsis);
         let gsi = gsi as u32;
-        Ok(Line { shared: self.shared.clone(), gsi, event, bound: Mutex::new(false) })
+        Ok(InterruptRoute { shared: self.shared.clone(), gsi, event, bound: Mutex::new(false) })
     }
 }
 
 impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Slot>> {
-        // A panic elsewhere leaves the table whole: every change is a single assignment.
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<GsiState>> {
+        // A panic leaves the table consistent: every change is a single assignment.
+        self.gsis.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn set(&self, gsi: u32, message: Message) -> io::Result<()> {
-        let mut lines = self.lock();
-        let slot = &mut lines[gsi as usize];
-        let former = *slot;
-        if former == Slot::Taken(Some(message)) {
+        let mut gsis = self.lock();
+        let state = &mut gsis[gsi as usize];
+        let former = *state;
+        if former == GsiState::Used(Some(message)) {
             return Ok(());
         }
-        *slot = Slot::Taken(Some(message));
-        let done = self.write(&lines);
+        *state = GsiState::Used(Some(message));
+        let done = self.write(&gsis);
         if done.is_err() {
-            lines[gsi as usize] = former;
+            gsis[gsi as usize] = former;
         }
         done
     }
 
-    fn write(&self, lines: &[Slot]) -> io::Result<()> {
-        let entries: Vec<_> = lines
+    fn write(&self, gsis: &[GsiState]) -> io::Result<()> {
+        let entries: Vec<_> = gsis
             .iter()
             .enumerate()
-            .filter_map(|(gsi, slot)| match slot {
-                Slot::Taken(Some(message)) => Some(route(gsi as u32, *message)),
-                Slot::Taken(None) | Slot::Free => None,
+            .filter_map(|(gsi, state)| match state {
+                GsiState::Used(Some(message)) => Some(route(gsi as u32, *message)),
+                GsiState::Used(None) | GsiState::Free => None,
             })
             .collect();
         let table = KvmIrqRouting::from_entries(&entries)
@@ -120,17 +121,17 @@ fn route(gsi: u32, message: Message) -> kvm_irq_routing_entry {
     entry
 }
 
-/// One interrupt line.
+/// One GSI and its eventfd.
 #[derive(Debug)]
-pub struct Line {
+pub struct InterruptRoute {
     shared: Arc<Shared>,
     gsi: u32,
     event: EventFd,
     bound: Mutex<bool>,
 }
 
-impl Line {
-    /// Gives the line its message and lets it through.
+impl InterruptRoute {
+    /// Sets the message and delivers interrupts, pending ones included.
     pub fn unmask(&self, message: Message) -> io::Result<()> {
         self.shared.set(self.gsi, message)?;
         let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
@@ -141,7 +142,7 @@ impl Line {
         Ok(())
     }
 
-    /// Holds interrupts back until [`Self::unmask`].
+    /// Stops delivery; interrupts are pending until [`Self::unmask`].
     pub fn mask(&self) -> io::Result<()> {
         let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
         if *bound {
@@ -151,7 +152,7 @@ impl Line {
         Ok(())
     }
 
-    /// A duplicate of what raises the interrupt, for another process.
+    /// A duplicate of the eventfd, for another process.
     pub fn event(&self) -> io::Result<EventFd> {
         self.event.try_clone()
     }
@@ -159,23 +160,24 @@ impl Line {
     /// Raises the interrupt.
     pub fn trigger(&self) -> io::Result<()> {
         match self.event.write(1) {
-            // The count is full because nobody takes it: masked, and pending as it should be.
+            // EAGAIN: the count is full while the route is masked; the interrupt is pending
+            // already.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
             other => other,
         }
     }
 }
 
-impl Drop for Line {
+impl Drop for InterruptRoute {
     fn drop(&mut self) {
-        // Nothing can be done about a failure; a stale route is harmless without its irqfd, and
-        // closing the eventfd detaches that in any case.
+        // An error has no consequence: closing the eventfd removes the irqfd, and a route without
+        // irqfd is never used.
         let _ = self.mask();
-        self.shared.lock()[self.gsi as usize] = Slot::Free;
+        self.shared.lock()[self.gsi as usize] = GsiState::Free;
     }
 }
 
-/// Doorbells of a VM.
+/// Doorbells (ioeventfds) of a VM.
 #[derive(Debug, Clone)]
 pub struct Doorbells {
     vm: Arc<VmFd>,
@@ -186,11 +188,13 @@ impl Doorbells {
         Self { vm }
     }
 
-    /// Any write to `address`, of any length, signals `event` and does not leave the kernel.
+    /// A guest write of any length to the guest-physical `address` signals `event` without an exit
+    /// to user space.
     pub fn bind(&self, address: u64, event: &EventFd) -> io::Result<()> {
         Ok(self.vm.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)?)
     }
 
+    /// Removes the ioeventfd that [`Self::bind`] has registered.
     pub fn unbind(&self, address: u64, event: &EventFd) -> io::Result<()> {
         Ok(self.vm.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)?)
     }
@@ -202,37 +206,37 @@ mod tests {
     use crate::vm::tests::vm;
 
     #[test]
-    fn a_dropped_lines_number_is_used_again_and_its_route_forgotten() {
+    fn the_gsi_of_a_dropped_route_is_reused_without_its_message() {
         let Some(vm) = vm() else { return };
         let interrupts = Interrupts::new(vm);
-        let (first, second) = (interrupts.line().unwrap(), interrupts.line().unwrap());
+        let (first, second) = (interrupts.allocate().unwrap(), interrupts.allocate().unwrap());
         let message = Message { address: 0xfee0_0000, data: 0x41 };
         first.unmask(message).unwrap();
         second.unmask(message).unwrap();
         assert_eq!((first.gsi, second.gsi), (0, 1));
         drop(first);
-        let third = interrupts.line().unwrap();
+        let third = interrupts.allocate().unwrap();
         assert_eq!(third.gsi, 0);
-        assert_eq!(interrupts.shared.lock()[0], Slot::Taken(None));
+        assert_eq!(interrupts.shared.lock()[0], GsiState::Used(None));
         third.unmask(message).unwrap();
     }
 
     #[test]
-    fn what_is_raised_while_masked_stays_pending() {
+    fn interrupts_raised_while_masked_stay_pending() {
         let Some(vm) = vm() else { return };
-        let line = Interrupts::new(vm).line().unwrap();
-        line.unmask(Message { address: 0xfee0_0000, data: 0x41 }).unwrap();
-        line.mask().unwrap();
-        line.trigger().unwrap();
-        line.trigger().unwrap();
-        assert_eq!(line.event.read().unwrap(), 2);
+        let route = Interrupts::new(vm).allocate().unwrap();
+        route.unmask(Message { address: 0xfee0_0000, data: 0x41 }).unwrap();
+        route.mask().unwrap();
+        route.trigger().unwrap();
+        route.trigger().unwrap();
+        assert_eq!(route.event.read().unwrap(), 2);
     }
 
     #[test]
-    fn lines_run_out_with_an_error() {
+    fn allocation_fails_when_all_gsis_are_in_use() {
         let Some(vm) = vm() else { return };
         let interrupts = Interrupts::new(vm);
-        *interrupts.shared.lock() = vec![Slot::Taken(None); LINES_MAX];
-        assert!(matches!(interrupts.line(), Err(InterruptError::Exhausted)));
+        *interrupts.shared.lock() = vec![GsiState::Used(None); GSI_MAX];
+        assert!(matches!(interrupts.allocate(), Err(InterruptError::Exhausted)));
     }
 }

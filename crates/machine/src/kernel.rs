@@ -1,8 +1,8 @@
 //! Loads kernel and initramfs into guest memory.
 //!
 //! A kernel is an ELF `vmlinux` (its segments go to their physical addresses, its entry point is
-//! `startup_64`) or a bzImage (Linux `Documentation/arch/x86/boot.rst`, protocol 2.12 or later, with
-//! the 64-bit entry point 0x200 bytes into its protected-mode part).
+//! `startup_64`) or a bzImage (Linux `Documentation/arch/x86/boot.rst`, protocol 2.12 or later,
+//! with the 64-bit entry point 0x200 bytes into its protected-mode part).
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -19,7 +19,7 @@ const XLF_KERNEL_64: u16 = 1 << 0;
 /// First protocol version with `xloadflags` and the 64-bit entry point.
 const PROTOCOL_2_12: u16 = 0x20c;
 const ENTRY_64: u64 = 0x200;
-/// Where an ELF kernel may expect its initramfs to end; bzImages say so themselves.
+/// Highest end of the initramfs for an ELF kernel; a bzImage has it in its header.
 const INITRD_ADDR_MAX: u64 = 0x7fff_ffff;
 
 #[derive(Debug, thiserror::Error)]
@@ -33,18 +33,21 @@ pub enum KernelError {
     Unknown { begins: [u8; 4] },
     #[error("kernel is an ELF file for machine {machine}, not x86-64 (62)")]
     Machine { machine: u16 },
-    #[error("kernel's entry point {entry:#x} lies outside of its segments")]
+    #[error("kernel's entry point {entry:#x} lies outside its segments")]
     Entry { entry: u64 },
-    #[error("kernel speaks boot protocol {version:#x}; a 64-bit kernel with 0x20c is needed")]
+    #[error(
+        "kernel has boot protocol {version:#x}; a 64-bit kernel with 0x20c or later is required"
+    )]
     Protocol { version: u16 },
-    // The loader's error prints its own causes.
+    // The loader's error prints its causes itself.
     #[error(
         "kernel image is malformed or does not fit into guest memory ending at {ram_end:#x}: \
          {error}"
     )]
     Load { ram_end: u64, error: linux_loader::loader::Error },
     #[error(
-        "kernel needs memory up to {needs:#x}, the guest has {ram_end:#x}; give the VM more memory"
+        "kernel needs memory up to {needs:#x}, guest memory ends at {ram_end:#x}; give the VM more \
+         memory"
     )]
     TooBig { needs: u64, ram_end: u64 },
     #[error(
@@ -58,14 +61,14 @@ pub enum KernelError {
 #[derive(Debug, Clone)]
 pub struct Kernel {
     pub entry: u64,
-    /// First byte after everything the kernel needs before it sees its memory map.
+    /// First address after the memory that the kernel uses before it reads the E820 map.
     pub end: u64,
-    /// Header of a bzImage, to be handed back to it in the zero page.
+    /// Header of a bzImage, which is copied into the zero page.
     pub header: Option<setup_header>,
     initrd_max: u64,
 }
 
-/// Loads a kernel of either kind.
+/// Loads an ELF vmlinux or a bzImage.
 pub fn load(ram: &Ram, layout: &Layout, file: &mut File) -> Result<Kernel, KernelError> {
     let read = |source| KernelError::Read { what: "kernel", source };
     let mut begins = [0; 0x210];
@@ -103,7 +106,7 @@ fn load_elf(ram: &Ram, file: &mut File, machine: u16, ram_end: u64) -> Result<Ke
 
 fn load_bzimage(ram: &Ram, file: &mut File, ram_end: u64) -> Result<Kernel, KernelError> {
     let read = |source| KernelError::Read { what: "kernel", source };
-    // The address to load it at stands in the image itself (offset 0x258).
+    // `pref_address`, offset 0x258.
     let mut preferred = [0; 8];
     file.seek(SeekFrom::Start(0x258)).map_err(read)?;
     file.read_exact(&mut preferred).map_err(read)?;
@@ -124,7 +127,8 @@ fn load_bzimage(ram: &Ram, file: &mut File, ram_end: u64) -> Result<Kernel, Kern
     Ok(Kernel { entry: at + ENTRY_64, end, header: Some(header), initrd_max })
 }
 
-/// Loads the initramfs as high as the kernel allows; returns its address and size.
+/// Loads the initramfs as high as the kernel allows; returns its guest-physical address and size in
+/// bytes.
 pub fn load_initramfs(
     ram: &Ram,
     layout: &Layout,
@@ -154,7 +158,7 @@ fn read_up_to(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(len)
 }
 
-// `File` is what the loaders are instantiated with.
+// The loaders need `File` to implement ReadVolatile.
 const _: fn() = || {
     fn readable<T: ReadVolatile>() {}
     readable::<File>();
@@ -198,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn an_elf_kernel_lands_at_its_physical_address() {
+    fn an_elf_kernel_is_loaded_at_its_physical_address() {
         let (ram, layout) = small();
         let kernel = load(&ram, &layout, &mut file(&elf(16 << 20, 0x2000, 62))).unwrap();
         assert_eq!((kernel.entry, kernel.end), (16 << 20, (16 << 20) + 0x2000));
@@ -206,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_kernel_is_named() {
+    fn files_that_are_not_loadable_kernels_are_refused() {
         let (ram, layout) = small();
         let load = |bytes: &[u8]| load(&ram, &layout, &mut file(bytes)).unwrap_err();
         assert!(
@@ -232,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn the_initramfs_stands_at_the_top_and_must_fit() {
+    fn the_initramfs_is_loaded_at_the_top_of_low_ram_and_must_fit() {
         let (ram, layout) = small();
         let kernel = load(&ram, &layout, &mut file(&elf(16 << 20, 0x2000, 62))).unwrap();
         let (at, size) = load_initramfs(&ram, &layout, &kernel, &mut file(&[7; 5000])).unwrap();

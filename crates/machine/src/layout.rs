@@ -1,4 +1,4 @@
-//! Where everything stands in guest-physical memory.
+//! The guest-physical memory layout.
 //!
 //! ```text
 //!  0x0000_0500  GDT                          0xc000_0000  end of low RAM (3 GiB at most)
@@ -7,7 +7,7 @@
 //!  0x0002_0000  kernel command line          0xfee0_0000  local APICs
 //!  0x000e_0000  ACPI tables (to 1 MiB)       0xfffb_c000  KVM's own 4 pages (identity map, TSS)
 //!  0x0010_0000  kernel and up                4 GiB        high RAM
-//!  top of low RAM: initramfs                 above RAM    room to grow, if any
+//!  top of low RAM: initramfs                 above RAM    hotplug region, if any
 //!                                            above that   64-bit PCI window, 64 GiB
 //! ```
 
@@ -17,18 +17,20 @@ pub const PAGE: u64 = 4 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
+/// Guest-physical addresses of boot data.
 pub const GDT: u64 = 0x500;
 pub const ZERO_PAGE: u64 = 0x7000;
 pub const PML4: u64 = 0x9000;
 pub const PDPT: u64 = 0xa000;
 pub const PAGE_DIRECTORY: u64 = 0xb000;
 pub const CMDLINE: u64 = 0x2_0000;
-/// Linux on x86 keeps 2048 bytes of command line, the terminating zero included.
+/// `COMMAND_LINE_SIZE` of Linux on x86, bytes, with the terminating zero.
 pub const CMDLINE_MAX: usize = 2048;
 /// End of the RAM below the legacy video hole.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
-/// ACPI tables; also where a kernel without the boot protocol's pointer looks for the RSDP.
+/// ACPI tables. A kernel also searches the RSDP here if the zero page does not have its address.
 pub const ACPI: Range<u64> = 0xe_0000..0x10_0000;
+/// Start of the RAM above the legacy video hole and the ACPI tables.
 pub const HIGH_RAM: u64 = 0x10_0000;
 
 const HOLE: Range<u64> = 3 * GIB..4 * GIB;
@@ -36,20 +38,21 @@ const HOLE: Range<u64> = 3 * GIB..4 * GIB;
 pub const PCI_WINDOW_32: Range<u64> = 0xc000_0000..0xe000_0000;
 /// PCI configuration space of bus 0: 32 devices x 8 functions x 4 KiB.
 pub const ECAM: Range<u64> = 0xe000_0000..0xe010_0000;
+/// Base address of the local APICs (reset value of IA32_APIC_BASE).
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Four pages that KVM uses on processors without unrestricted guest mode.
 pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
 const PCI_WINDOW_64_SIZE: u64 = 64 * GIB;
-/// Linux adds memory by blocks of this size, and by larger ones in a VM with [`LARGE_VM`] of RAM
-/// (`probe_memory_block_size`): what begins or ends in the middle of a block could not be used.
+/// Linux adds memory in blocks of this size, and of [`LARGE_MEMORY_BLOCK`] in a VM with
+/// [`LARGE_VM`] of RAM (`probe_memory_block_size`). Partial blocks cannot be used.
 const MEMORY_BLOCK: u64 = 128 * MIB;
 const LARGE_MEMORY_BLOCK: u64 = 2 * GIB;
 const LARGE_VM: u64 = 64 * GIB;
-/// The kernel is loaded at 16 MiB, and must be able to unpack its initramfs.
+/// The kernel is loaded at 16 MiB, and needs memory to unpack its initramfs.
 pub const MEMORY_MIN_MIB: u32 = 48;
-/// Most vCPUs: APIC ids stay far below 255, where x2APIC-only tables would begin.
+/// Most vCPUs: with APIC ids below 255 no x2APIC entries are needed in the MADT.
 pub const VCPUS_MAX: u8 = 64;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -57,38 +60,40 @@ pub enum LayoutError {
     #[error("guest memory of {got} MiB is less than the {MEMORY_MIN_MIB} MiB a kernel needs")]
     TooSmall { got: u32 },
     #[error(
-        "guest memory of {got} MiB does not fit: this processor has {bits} guest-physical address \
-         bits, enough for {limit} MiB beside the PCI window"
+        "guest memory of {got} MiB is too large: this processor has {bits} guest-physical address \
+         bits, enough for {limit} MiB and the PCI window"
     )]
     TooLarge { got: u32, bits: u8, limit: u64 },
 }
 
-// Windows, ECAM, APICs and KVM's pages lie in the hole, in order.
+// PCI window, ECAM, local APICs and KVM's pages lie in the hole, in this order.
 const _: () = {
     assert!(HOLE.start <= PCI_WINDOW_32.start && PCI_WINDOW_32.end <= ECAM.start);
     assert!(ECAM.end <= LOCAL_APIC as u64 && (LOCAL_APIC as u64) < KVM_IDENTITY_MAP);
     assert!(KVM_IDENTITY_MAP + PAGE == KVM_TSS && KVM_TSS + 3 * PAGE <= HOLE.end);
 };
 
-/// The parts that depend on the VM's size.
+/// The parts of the layout that depend on the VM's size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
-    /// RAM below and above the hole, in order; the second is missing in small VMs.
+    /// RAM below and above the hole, in order; VMs of up to 3 GiB have only the first.
     pub ram: Vec<Range<u64>>,
-    /// Where memory can be plugged in later; nothing is there yet.
-    pub room: Option<Range<u64>>,
+    /// Region of the memory device, in which memory can be plugged later.
+    pub hotplug: Option<Range<u64>>,
     /// For 64-bit BARs.
     pub pci_window_64: Range<u64>,
 }
 
 impl Layout {
     /// Lays out `memory_mib` of RAM on a processor with `address_bits` guest-physical address bits.
+    /// Fails if that is less than [`MEMORY_MIN_MIB`] or does not fit into the address space.
     pub fn new(memory_mib: u32, address_bits: u8) -> Result<Self, LayoutError> {
-        Self::with_room(memory_mib, memory_mib, address_bits)
+        Self::with_hotplug(memory_mib, memory_mib, address_bits)
     }
 
-    /// The same with room to grow to `max_memory_mib`, as far as there are addresses.
-    pub fn with_room(
+    /// Like [`Self::new`], with a hotplug region for `max_memory_mib` in all, limited by the
+    /// address space.
+    pub fn with_hotplug(
         memory_mib: u32,
         max_memory_mib: u32,
         address_bits: u8,
@@ -98,7 +103,7 @@ impl Layout {
             return Err(LayoutError::TooSmall { got });
         }
         let end_of_space = 1u64 << address_bits.clamp(36, 52);
-        let room = end_of_space - PCI_WINDOW_64_SIZE;
+        let ram_limit = end_of_space - PCI_WINDOW_64_SIZE;
         let size = u64::from(memory_mib) * MIB;
         let (ram, end) = if size <= HOLE.start {
             (std::iter::once(0..size).collect(), HOLE.end)
@@ -106,23 +111,23 @@ impl Layout {
             let end = HOLE.end + (size - HOLE.start);
             (vec![0..HOLE.start, HOLE.end..end], end)
         };
-        // Aligned so that a BAR of any size up to the window's can be placed in it.
-        if end.next_multiple_of(PCI_WINDOW_64_SIZE) > room {
-            let limit = (room - (HOLE.end - HOLE.start)) / MIB;
+        // Aligned so that a BAR of any size up to the window's fits into it.
+        if end.next_multiple_of(PCI_WINDOW_64_SIZE) > ram_limit {
+            let limit = (ram_limit - (HOLE.end - HOLE.start)) / MIB;
             return Err(LayoutError::TooLarge { got, bits: address_bits, limit });
         }
         let block = memory_block(end);
-        let free = end.next_multiple_of(block)..room;
+        let free = end.next_multiple_of(block)..ram_limit;
         let grown = u64::from(max_memory_mib.saturating_sub(memory_mib)) * MIB;
         let grown = grown.next_multiple_of(block);
         let grown = grown.min(free.end.saturating_sub(free.start) / block * block);
         let growth = (grown > 0).then(|| free.start..free.start + grown);
         let end = growth.as_ref().map_or(end, |growth| growth.end);
         let start = end.next_multiple_of(PCI_WINDOW_64_SIZE);
-        Ok(Self { ram, room: growth, pci_window_64: start..start + PCI_WINDOW_64_SIZE })
+        Ok(Self { ram, hotplug: growth, pci_window_64: start..start + PCI_WINDOW_64_SIZE })
     }
 
-    /// What the guest's kernel adds memory by.
+    /// Unit in which the guest's kernel adds memory, bytes.
     pub fn memory_block(&self) -> u64 {
         memory_block(self.ram.last().map_or(0, |piece| piece.end))
     }
@@ -149,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn ram_over_3_gib_goes_on_above_4_gib_and_no_byte_is_lost() {
+    fn ram_over_3_gib_continues_above_4_gib_without_loss() {
         for mib in [3071, 3072, 3073, 4096, 70_000] {
             let layout = Layout::new(mib, 46).unwrap();
             let total: u64 = layout.ram.iter().map(|r| r.end - r.start).sum();
@@ -160,21 +165,21 @@ mod tests {
     }
 
     #[test]
-    fn room_to_grow_lies_between_ram_and_the_pci_window_and_ends_with_the_address_space() {
-        assert_eq!(Layout::new(512, 40).unwrap().room, None);
-        let small = Layout::with_room(512, 1025, 40).unwrap();
-        assert_eq!(small.room, Some(4 * GIB..4 * GIB + 640 * MIB));
+    fn the_hotplug_region_lies_between_ram_and_the_pci_window_and_within_the_address_space() {
+        assert_eq!(Layout::new(512, 40).unwrap().hotplug, None);
+        let small = Layout::with_hotplug(512, 1025, 40).unwrap();
+        assert_eq!(small.hotplug, Some(4 * GIB..4 * GIB + 640 * MIB));
         for (now, most) in [(512, 300_000), (4000, 5000), (4001, 4002), (70_000, 80_000)] {
-            let layout = Layout::with_room(now, most, 46).unwrap();
-            let (room, block) = (layout.room.clone().unwrap(), layout.memory_block());
-            assert_eq!((room.start % block, room.end % block), (0, 0));
-            assert!(room.start >= layout.ram.last().unwrap().end && room.start >= HOLE.end);
-            assert!(room.end - room.start >= u64::from(most - now) * MIB);
-            assert!(layout.pci_window_64.start >= room.end);
+            let layout = Layout::with_hotplug(now, most, 46).unwrap();
+            let (hotplug, block) = (layout.hotplug.clone().unwrap(), layout.memory_block());
+            assert_eq!((hotplug.start % block, hotplug.end % block), (0, 0));
+            assert!(hotplug.start >= layout.ram.last().unwrap().end && hotplug.start >= HOLE.end);
+            assert!(hotplug.end - hotplug.start >= u64::from(most - now) * MIB);
+            assert!(layout.pci_window_64.start >= hotplug.end);
         }
-        let cut = Layout::with_room(512, u32::MAX, 40).unwrap();
+        let cut = Layout::with_hotplug(512, u32::MAX, 40).unwrap();
         assert_eq!(cut.pci_window_64.end, 1 << 40);
-        assert!(cut.room.unwrap().end <= cut.pci_window_64.start);
+        assert!(cut.hotplug.unwrap().end <= cut.pci_window_64.start);
     }
 
     #[test]

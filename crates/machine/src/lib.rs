@@ -1,15 +1,15 @@
-//! The bare virtual machine on KVM: memory, vCPUs, boot protocol, ACPI tables, interrupts.
+//! A virtual machine on KVM without devices: memory, vCPUs, boot protocol, ACPI tables, interrupts.
 //!
-//! Has never heard of virtio, PCI devices, control sockets or pods. Port and memory-mapped accesses
-//! leave through [`vcpu::Bus`]; interrupts enter through [`interrupts::Line`].
+//! Does not depend on virtio, PCI devices, the control socket or pods. Port and memory-mapped
+//! accesses of the guest go to [`vcpu::Bus`]; interrupts come from [`interrupts::InterruptRoute`].
 //!
-//! - [`layout`]: where everything stands in guest-physical memory.
+//! - [`layout`]: the guest-physical memory layout.
 //! - [`memory`]: guest RAM from a memfd.
-//! - [`vm`]: the VM itself; what KVM must offer.
-//! - [`boot`], [`kernel`], [`acpi`]: what the guest finds when it starts.
-//! - [`cpuid`], [`vcpu`]: processors.
+//! - [`vm`]: required KVM capabilities, VM creation, memory slots.
+//! - [`boot`], [`kernel`], [`acpi`]: kernel, boot data and ACPI tables in guest memory.
+//! - [`cpuid`], [`vcpu`]: vCPUs.
 //! - [`interrupts`]: MSI routes, irqfds, ioeventfds.
-//! - [`probe`]: what KVM on this host is worth, measured by running guest code.
+//! - [`probe`]: measures KVM's speed on this host by running guest code.
 
 pub mod acpi;
 pub mod boot;
@@ -22,7 +22,7 @@ pub mod probe;
 pub mod vcpu;
 pub mod vm;
 
-/// Guest RAM as the rest of the VMM sees it.
+/// Guest memory without a dirty bitmap.
 pub type Ram = vm_memory::GuestMemoryMmap<()>;
 
 /// A KVM call that failed.

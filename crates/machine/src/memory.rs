@@ -1,13 +1,14 @@
-//! Guest RAM: one memfd, mapped shared, in one or two pieces; one more for the room to grow.
+//! Guest RAM: one memfd, mapped shared, in one or two regions; another memfd for the hotplug
+//! region.
 //!
-//! Shared and from a memfd rather than anonymous: a template's memory can be mapped privately by
-//! others later, and a device in another process can be given the descriptor. Reserved in no way
-//! (`MAP_NORESERVE`; tmpfs takes pages on first touch), so only touched pages cost anything. Left
-//! out of core dumps: it is the tenant's data.
+//! A shared memfd rather than anonymous memory, because vhost-user backends need its file
+//! descriptor, and because a template's memory can be mapped privately by other VMs later. No
+//! memory is reserved (`MAP_NORESERVE`; tmpfs allocates pages on first touch). It is excluded from
+//! core dumps: it is the tenant's data.
 //!
-//! Huge pages are asked for, and it is the operator who grants them: `shmem_enabled` is `never` on
-//! most hosts, `advise` lets this advice count. Measured for a lean kernel up to its init: 9,300
-//! exits become 2,050 and the boot takes half the time, for 39 instead of 32 MiB of touched memory.
+//! MADV_HUGEPAGE is set; it has an effect only if the operator sets `shmem_enabled` to `advise`
+//! (most hosts have `never`). Measured for a minimal kernel up to its init: 2,050 instead of 9,300
+//! exits and half the boot time, for 39 instead of 32 MiB of touched memory.
 #![allow(unsafe_code)] // madvise and mprotect take raw addresses
 
 use std::fs::File;
@@ -32,17 +33,17 @@ pub enum MemoryError {
     Memfd { size: u64, source: io::Error },
     #[error("cannot map {size} bytes of guest memory")]
     Map { size: u64, source: MmapRegionError },
-    #[error("cannot advise the kernel about guest memory")]
+    #[error("madvise on guest memory failed")]
     Advise(#[source] Errno),
-    #[error("{part:#x?} is no guest memory")]
+    #[error("{part:#x?} is not guest memory")]
     NotRam { part: Range<u64> },
-    #[error("cannot open {part:#x?} of guest memory to devices")]
-    Open { part: Range<u64>, source: Errno },
-    #[error("guest memory does not form an address space")]
+    #[error("cannot make {part:#x?} of guest memory accessible")]
+    MakeAccessible { part: Range<u64>, source: Errno },
+    #[error("regions of guest memory overlap or are empty")]
     Collection(#[from] GuestRegionCollectionError),
 }
 
-/// Creates the memfd and maps it as `layout` says.
+/// Creates the memfd and maps the RAM regions of `layout`.
 pub fn allocate(layout: &Layout) -> Result<Ram, MemoryError> {
     let size = layout.ram.iter().map(|piece| piece.end - piece.start).sum();
     let file = memfd(size).map_err(|source| MemoryError::Memfd { size, source })?;
@@ -56,28 +57,29 @@ pub fn allocate(layout: &Layout) -> Result<Ram, MemoryError> {
     Ok(Ram::from_regions(regions)?)
 }
 
-/// Adds room to grow to `ram`, with a memfd of its own, from which pages can be taken again.
+/// Adds the hotplug region to `ram`, with a memfd of its own, into which holes can be punched.
 ///
-/// Nothing in this process can touch it before [`open`] has been called for it.
-/// Attack: a guest that is given a small part of its room points a device at the rest, and has the
-/// host fill that for it. A device's system call fails then; its own accesses are checked before
-/// (virtio's `granted`), as they would end the VM.
-pub fn add_room(ram: &Ram, room: &Range<u64>) -> Result<Ram, MemoryError> {
-    let size = room.end - room.start;
+/// It is mapped PROT_NONE until [`make_accessible`] is called for a part of it.
+/// Attack: a guest that was granted a small part of the region uses the rest for buffers of a
+/// device, so that the host allocates it. A system call of the device then fails with EFAULT;
+/// accesses by the VMM itself, which would end it with SIGSEGV, are checked before (virtio's
+/// `granted`).
+pub fn add_hotplug_region(ram: &Ram, region: &Range<u64>) -> Result<Ram, MemoryError> {
+    let size = region.end - region.start;
     let file = memfd(size).map_err(|source| MemoryError::Memfd { size, source })?;
-    Ok(ram.insert_region(Arc::new(map(&Arc::new(file), 0, room, libc::PROT_NONE)?))?)
+    Ok(ram.insert_region(Arc::new(map(&Arc::new(file), 0, region, libc::PROT_NONE)?))?)
 }
 
-/// Opens whole pages of the room to this process.
-pub(crate) fn open(ram: &Ram, part: &Range<u64>) -> Result<(), MemoryError> {
+/// Makes whole pages of the hotplug region accessible to this process.
+pub(crate) fn make_accessible(ram: &Ram, part: &Range<u64>) -> Result<(), MemoryError> {
     let not_ram = |_| MemoryError::NotRam { part: part.clone() };
     let size = part.end.saturating_sub(part.start) as usize;
     let slice = ram.get_slice(GuestAddress(part.start), size).map_err(not_ram)?;
     let address = slice.ptr_guard_mut().as_ptr();
-    // SAFETY: these are addresses of a live mapping of guest memory, which nothing but vm-memory's
-    // volatile accesses reaches: that they may be written from now on invalidates no reference.
+    // SAFETY: the range is part of a live mapping of guest memory, which is only accessed through
+    // vm-memory's volatile accesses: that it becomes writable invalidates no reference.
     let done = unsafe { libc::mprotect(address.cast(), size, libc::PROT_READ | libc::PROT_WRITE) };
-    let failed = |source| MemoryError::Open { part: part.clone(), source };
+    let failed = |source| MemoryError::MakeAccessible { part: part.clone(), source };
     Errno::result(done).map(drop).map_err(failed)
 }
 
@@ -106,7 +108,7 @@ fn map(
 
 fn advise(region: &MmapRegion, advice: libc::c_int) -> nix::Result<()> {
     // SAFETY: `region` is a mapping of exactly this address and length, alive during the call; the
-    // kinds of advice used here change no contents.
+    // kinds of advice used here do not change contents.
     let done = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
     Errno::result(done).map(drop)
 }
@@ -115,7 +117,7 @@ fn memfd(size: u64) -> io::Result<File> {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let file = File::from(memfd_create(c"guest-ram", flags)?);
     file.set_len(size)?;
-    // Nobody who is handed this descriptor can pull pages from under the mapping (SIGBUS).
+    // A process with this file descriptor cannot truncate the file under the mapping (SIGBUS).
     let seals = nix::fcntl::SealFlag::F_SEAL_SHRINK | nix::fcntl::SealFlag::F_SEAL_GROW;
     nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file)
@@ -130,44 +132,44 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_touched_pages_cost_anything() {
+    fn only_touched_pages_are_allocated() {
         let layout = Layout::new(8192, 46).unwrap();
         let ram = allocate(&layout).unwrap();
         ram.write_obj(1u64, GuestAddress(layout.ram[1].start)).unwrap();
         let region = ram.find_region(GuestAddress(0)).unwrap();
         let file = region.file_offset().unwrap().file();
         assert_eq!(file.metadata().unwrap().st_blocks() * 512, 4096);
-        assert!(file.set_len(4096).is_err(), "memory can be pulled from under the guest");
+        assert!(file.set_len(4096).is_err(), "the file can be truncated");
     }
 
     #[test]
-    fn room_to_grow_is_a_region_in_a_file_of_its_own_that_costs_nothing() {
-        let layout = Layout::with_room(512, 16_384, 46).unwrap();
-        let room = layout.room.clone().unwrap();
-        let ram = add_room(&allocate(&layout).unwrap(), &room).unwrap();
-        let region = ram.find_region(GuestAddress(room.start)).unwrap();
-        assert_eq!(region.len(), room.end - room.start);
-        let backing = region.file_offset().unwrap();
+    fn the_hotplug_region_has_a_file_of_its_own_without_allocated_pages() {
+        let layout = Layout::with_hotplug(512, 16_384, 46).unwrap();
+        let region = layout.hotplug.clone().unwrap();
+        let ram = add_hotplug_region(&allocate(&layout).unwrap(), &region).unwrap();
+        let found = ram.find_region(GuestAddress(region.start)).unwrap();
+        assert_eq!(found.len(), region.end - region.start);
+        let backing = found.file_offset().unwrap();
         assert_eq!((backing.start(), backing.file().metadata().unwrap().st_blocks()), (0, 0));
-        assert!(ram.write_obj(1u8, GuestAddress(room.start - 1)).is_err());
+        assert!(ram.write_obj(1u8, GuestAddress(region.start - 1)).is_err());
     }
 
     #[test]
-    fn room_that_was_not_opened_cannot_be_filled_by_a_device() {
-        let layout = Layout::with_room(512, 16_384, 46).unwrap();
-        let room = layout.room.clone().unwrap();
-        let ram = add_room(&allocate(&layout).unwrap(), &room).unwrap();
-        // As a disk does it: a system call that reads from a file into the guest's memory.
+    fn system_calls_cannot_write_to_hotplug_memory_that_is_not_accessible() {
+        let layout = Layout::with_hotplug(512, 16_384, 46).unwrap();
+        let region = layout.hotplug.clone().unwrap();
+        let ram = add_hotplug_region(&allocate(&layout).unwrap(), &region).unwrap();
+        // As a disk does: a system call that reads from a file into guest memory.
         let fill = |addr| {
             let mut zeros = File::open("/dev/zero").unwrap();
             ram.read_exact_volatile_from(GuestAddress(addr), &mut zeros, 8).is_ok()
         };
-        assert!(!fill(room.start) && !fill(room.end - 8));
-        open(&ram, &(room.start..room.start + (2 << 20))).unwrap();
-        assert!(fill(room.start) && fill(room.start + (2 << 20) - 8));
-        assert!(!fill(room.start + (2 << 20)));
-        assert!(ram.write_obj(1u8, GuestAddress(room.start)).is_ok());
-        let beyond = open(&ram, &(room.end..room.end + 4096));
+        assert!(!fill(region.start) && !fill(region.end - 8));
+        make_accessible(&ram, &(region.start..region.start + (2 << 20))).unwrap();
+        assert!(fill(region.start) && fill(region.start + (2 << 20) - 8));
+        assert!(!fill(region.start + (2 << 20)));
+        assert!(ram.write_obj(1u8, GuestAddress(region.start)).is_ok());
+        let beyond = make_accessible(&ram, &(region.end..region.end + 4096));
         assert!(matches!(beyond, Err(MemoryError::NotRam { .. })));
     }
 

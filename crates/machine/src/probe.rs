@@ -1,9 +1,9 @@
-//! Measures what KVM on this host is worth: runs a counting loop and a few hundred port exits in a
-//! guest of one page and looks at the clock.
+//! Measures the speed of KVM on this host: the time of a counting loop and of some hundred port
+//! exits in a guest with one page of code.
 //!
-//! The presence of `/dev/kvm` says little: it may be emulated, or nested so deep that a kernel would
-//! take minutes to boot. The measurement is bounded in time however slow the guest is: it begins
-//! with a few instructions and goes on only while there is time, and a vCPU that never comes back is
+//! `/dev/kvm` alone does not say whether VMs are usable: it may be emulated, or nested so deeply
+//! that a kernel takes minutes to boot. The measurement is bounded in time: it begins with few
+//! instructions, repeats with more only while there is time, and a vCPU that does not return is
 //! kicked.
 
 use std::fs::{File, OpenOptions};
@@ -19,35 +19,35 @@ use crate::Ram;
 use crate::vcpu::{Bus, Kicker, Step, Vcpu, install_kick_handler};
 use crate::vm::{Host, VmError};
 
-/// Slower than this a Linux kernel needs minutes to boot, and every time-out above it fires. Nested
-/// virtualization on a busy machine is measured at a few tens; emulation of each instruction at less
-/// than three.
-pub const MIPS_NEEDED: f64 = 10.0;
-/// The guest is given up after this.
+/// Below this a Linux kernel takes minutes to boot, longer than the timeouts of the daemon.
+/// Measured: nested virtualization on a busy machine some tens; instruction emulation less than
+/// three.
+pub const MIN_MIPS: f64 = 10.0;
+/// The vCPU is kicked after this time.
 const LIMIT: Duration = Duration::from_millis(1500);
 /// A measurement at least this long is not repeated with more instructions.
 const LONG_ENOUGH: Duration = Duration::from_millis(40);
-/// No new measurement is begun after this.
+/// No further measurement is started after this time.
 const BUDGET: Duration = Duration::from_millis(600);
 const EXITS: u32 = 200;
 
-/// `mov ecx, ...` is done from outside: `dec ecx; jnz -3; out 0x10, al; jmp -2`.
+/// `dec ecx; jnz -3; out 0x10, al; jmp -2`; ECX is set through KVM_SET_REGS.
 const COUNT_LOOP: &[u8] = &[0x66, 0x49, 0x75, 0xfc, 0xe6, 0x10, 0xeb, 0xfe];
 /// `out 0x11, al; dec ecx; jnz -6; out 0x10, al; jmp -2`.
 const EXIT_LOOP: &[u8] = &[0xe6, 0x11, 0x66, 0x49, 0x75, 0xfa, 0xe6, 0x10, 0xeb, 0xfe];
 const DONE_PORT: u16 = 0x10;
 const CODE: u64 = 0x1000;
 
-/// The outcome, as `nacelle-vmm probe` prints it.
+/// The result, as `nacelle-vmm probe` prints it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
-    /// Whether VMs can be run here in earnest.
+    /// Whether KVM is fast enough for VMs.
     pub usable: bool,
-    /// Million guest instructions a second.
+    /// Million guest instructions per second.
     pub mips: f64,
-    /// Microseconds from the guest to user space and back.
+    /// Microseconds of a KVM exit to user space and back.
     pub exit_us: f64,
-    /// What is wrong and what to do; or what was found.
+    /// The reason and advice if not usable, otherwise the measurements.
     pub why: String,
 }
 
@@ -67,7 +67,7 @@ enum ProbeError {
     Memory(String),
     #[error("guest code ended in {0:?} instead of its last port write")]
     Guest(Step),
-    #[error("cannot set up the signal that ends a hanging guest: {0}")]
+    #[error("cannot install the handler of the kick signal: {0}")]
     Signal(std::io::Error),
 }
 
@@ -81,7 +81,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Probes `/dev/kvm`; takes two seconds at most.
+/// Probes `/dev/kvm`; takes at most two seconds.
 pub fn run() -> Report {
     run_on(Path::new("/dev/kvm"))
 }
@@ -122,35 +122,35 @@ pub fn run_on(path: &Path) -> Report {
         outcome = receiver.recv_timeout(Duration::from_millis(300));
     }
     match outcome {
-        Ok(Ok((mips, exit_us))) => verdict(mips, exit_us),
+        Ok(Ok((mips, exit_us))) => evaluate(mips, exit_us),
         Ok(Err(ProbeError::Guest(Step::Interrupted))) => Report::unusable(
             "a few thousand guest instructions took over a second; KVM is emulated",
         ),
         Ok(Err(error)) => Report::unusable(error),
-        Err(_) => Report::unusable("KVM_RUN does not return; KVM on this host hangs"),
+        Err(_) => Report::unusable("KVM_RUN does not return"),
     }
 }
 
-fn verdict(mips: f64, exit_us: f64) -> Report {
-    let usable = mips >= MIPS_NEEDED;
+fn evaluate(mips: f64, exit_us: f64) -> Report {
+    let usable = mips >= MIN_MIPS;
     let why = if usable {
-        format!("guest code runs at {mips:.0} MIPS, an exit costs {exit_us:.1} us")
+        format!("guest code runs at {mips:.0} MIPS, an exit takes {exit_us:.1} us")
     } else {
         format!(
-            "guest code runs at {mips:.1} MIPS, at least {MIPS_NEEDED} are needed: KVM on this host \
+            "guest code runs at {mips:.1} MIPS, at least {MIN_MIPS} are required: KVM on this host \
              is emulated; use a host with hardware virtualization, or the lab (make lab)"
         )
     };
     Report { usable, mips, exit_us, why }
 }
 
-/// Million instructions a second, and microseconds an exit.
+/// Million instructions per second, and microseconds per exit.
 fn measure(device: File, started: impl FnOnce(Kicker)) -> Result<(f64, f64), ProbeError> {
     let start = Instant::now();
     install_kick_handler().map_err(ProbeError::Signal)?;
     let mut guest = Guest::new(device)?;
-    started(guest.vcpu.adopt());
-    // Page faults and first-time costs are not what is asked about.
+    started(guest.vcpu.bind_to_thread());
+    // Warm-up: page faults and other first-time costs are not measured.
     guest.time(COUNT_LOOP, 10)?;
     let mut loops = 2_000u32;
     let mips = loop {
@@ -159,7 +159,7 @@ fn measure(device: File, started: impl FnOnce(Kicker)) -> Result<(f64, f64), Pro
         if took >= LONG_ENOUGH || start.elapsed() >= BUDGET || loops >= 1 << 28 {
             break mips;
         }
-        // At most four times as long as the last one.
+        // Takes about four times as long as the last one.
         loops *= 4;
     };
     let took = guest.time(EXIT_LOOP, EXITS)?;
@@ -172,7 +172,7 @@ struct Guest {
     _vm: std::sync::Arc<kvm_ioctls::VmFd>,
 }
 
-/// Remembers whether the last port written was the one that ends a run.
+/// The last port written by the guest.
 #[derive(Default)]
 struct LastPort(std::cell::Cell<u16>);
 
@@ -225,34 +225,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_host_without_kvm_is_told_what_to_do() {
+    fn the_report_of_a_host_without_kvm_has_advice() {
         let report = run_on(Path::new("/nonexistent/kvm"));
         assert!(!report.usable);
         assert!(report.why.contains("enable virtualization"), "{}", report.why);
     }
 
     #[test]
-    fn what_is_not_kvm_is_recognized() {
+    fn a_device_that_is_not_kvm_is_recognized() {
         let report = run_on(Path::new("/dev/null"));
         assert!(!report.usable);
-        assert!(report.why.contains("not Linux' KVM"), "{}", report.why);
+        assert!(report.why.contains("not Linux KVM"), "{}", report.why);
     }
 
     #[test]
-    fn the_verdict_depends_on_speed() {
-        assert!(verdict(900.0, 28.0).usable);
-        let slow = verdict(1.5, 3.0);
+    fn a_host_is_usable_if_it_is_fast_enough() {
+        assert!(evaluate(900.0, 28.0).usable);
+        let slow = evaluate(1.5, 3.0);
         assert!(!slow.usable && slow.why.contains("1.5 MIPS"));
     }
 
     #[test]
-    fn the_probe_ends_in_time_on_any_host() {
+    fn the_probe_ends_within_two_seconds() {
         let start = Instant::now();
         let report = run();
         assert!(start.elapsed() < Duration::from_secs(2), "took {:?}", start.elapsed());
         assert!(!report.why.is_empty());
         if report.usable {
-            assert!(report.mips >= MIPS_NEEDED && report.exit_us > 0.0);
+            assert!(report.mips >= MIN_MIPS && report.exit_us > 0.0);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! One processor: its first state, and its run loop's single step.
+//! One vCPU: its initial state, and one step of its run loop.
 //!
 //! Interrupting a vCPU that runs: [`Kicker::kick`] sends [`kick_signal`] to its thread. The handler
 //! sets `immediate_exit` in the thread's own `kvm_run` page, so a kick that arrives just before
@@ -25,16 +25,16 @@ const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_RESERVED: u64 = 1 << 1;
-/// FPU as after FINIT, SSE exceptions masked.
+/// FPU state after FINIT, SSE exceptions masked.
 const FCW_INIT: u16 = 0x37f;
 const MXCSR_INIT: u32 = 0x1f80;
 /// Memory types: everything write-back (Intel SDM volume 3, 12.11.2.1).
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLE: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
-/// Intel SDM volume 4, table 2-2. Firmware leaves fast string operations on; without the bit Linux gives
-/// up REP MOVSB and REP STOSB for copying (`early_init_intel`). AMD's processors have no such register,
-/// but KVM keeps it for guests all the same.
+/// Intel SDM volume 4, table 2-2. Firmware enables fast string operations; without the bit Linux
+/// does not use REP MOVSB and REP STOSB for copying (`early_init_intel`). AMD processors do not
+/// have this register, but KVM emulates it for their guests as well.
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRINGS: u64 = 1 << 0;
 
@@ -42,11 +42,11 @@ const MISC_ENABLE_FAST_STRINGS: u64 = 1 << 0;
 pub enum VcpuError {
     #[error("vCPU {id}")]
     Kvm { id: u8, source: KvmError },
-    #[error("vCPU {id}: KVM does not take MSR {index:#x}")]
+    #[error("vCPU {id}: KVM does not accept MSR {index:#x}")]
     Msr { id: u8, index: u32 },
     #[error("vCPU {id} cannot enter the guest: hardware reason {reason:#x}")]
     Entry { id: u8, reason: u64 },
-    #[error("vCPU {id}: KVM gave up on the guest's instruction at {rip:#x} (suberror {suberror})")]
+    #[error("vCPU {id}: KVM internal error at instruction {rip:#x} (suberror {suberror})")]
     Emulation { id: u8, rip: u64, suberror: u32 },
     #[error("vCPU {id}: unexpected exit {exit}")]
     Unexpected { id: u8, exit: String },
@@ -54,9 +54,9 @@ pub enum VcpuError {
     Run { id: u8, source: io::Error },
 }
 
-/// Where a vCPU's port and memory-mapped accesses go. Called on vCPU threads, concurrently.
+/// Handles the guest's port and memory-mapped accesses. Called concurrently on vCPU threads.
 ///
-/// `data` of a port access may hold several elements of a string instruction.
+/// `data` of a port access may have several elements of a string instruction.
 pub trait Bus {
     fn port_read(&self, port: u16, data: &mut [u8]);
     fn port_write(&self, port: u16, data: &[u8]);
@@ -64,12 +64,12 @@ pub trait Bus {
     fn mmio_write(&self, address: u64, data: &[u8]);
 }
 
-/// Why [`Vcpu::step`] came back.
+/// Why [`Vcpu::step`] returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// An access was carried out on the bus.
+    /// An access was handled by the bus.
     Handled,
-    /// A signal arrived: somebody wants this thread.
+    /// KVM_RUN was interrupted by a signal or a kick.
     Interrupted,
     /// The guest halted with no local APIC to wake it.
     Halted,
@@ -77,7 +77,7 @@ pub enum Step {
     Shutdown,
 }
 
-/// Exits to user space, by reason.
+/// Counts of KVM exits to user space, by reason.
 #[derive(Debug, Default)]
 pub struct ExitCounts {
     port_in: AtomicU64,
@@ -112,7 +112,7 @@ fn one_msr(id: u8, index: u32, data: u64) -> Result<Msrs, VcpuError> {
     Msrs::from_entries(&[entry]).map_err(|_| VcpuError::Msr { id, index })
 }
 
-/// A processor.
+/// A vCPU.
 #[derive(Debug)]
 pub struct Vcpu {
     id: u8,
@@ -121,7 +121,8 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Creates the vCPU with this id, which is also its APIC id. All but 0 wait for INIT and SIPI.
+    /// Creates the vCPU with this id, which is also its APIC id. vCPUs other than 0 wait for INIT
+    /// and SIPI.
     pub fn new(vm: &VmFd, id: u8, cpuid: &CpuId) -> Result<Self, VcpuError> {
         let failed = |e| VcpuError::Kvm { id, source: e };
         let fd = vm
@@ -137,18 +138,19 @@ impl Vcpu {
         Ok(vcpu)
     }
 
+    /// The exit counters, readable by other threads.
     pub fn exits(&self) -> Arc<ExitCounts> {
         self.exits.clone()
     }
 
-    /// Puts the boot processor at a 64-bit kernel's entry point.
+    /// Sets the registers of the boot processor for the 64-bit boot protocol, with RIP at `entry`.
     pub fn boot(&self, entry: u64) -> Result<(), VcpuError> {
         let id = self.id;
         self.set_msr(MSR_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK)?;
         self.set_registers(entry).map_err(|source| VcpuError::Kvm { id, source })
     }
 
-    /// Puts the processor into real mode at `address` (below 64 KiB), with `count` in ECX.
+    /// Sets the registers for real mode at `address` (below 64 KiB), with `count` in ECX.
     pub(crate) fn real_mode(&self, address: u64, count: u32) -> Result<(), VcpuError> {
         let id = self.id;
         let failed =
@@ -212,21 +214,22 @@ impl Vcpu {
         self.fd.set_fpu(&fpu).map_err(KvmError::of("KVM_SET_FPU", advice))
     }
 
-    /// Makes the calling thread the one that runs this vCPU.
-    pub fn adopt(&mut self) -> Kicker {
+    /// Makes kicks of this vCPU go to the calling thread, which must be the one that runs it.
+    pub fn bind_to_thread(&mut self) -> Kicker {
         let flag = ptr::from_mut(&mut self.fd.get_kvm_run().immediate_exit).cast();
         IMMEDIATE_EXIT.set(flag);
         // SAFETY: gettid has no preconditions.
         Kicker { thread: unsafe { libc::gettid() } }
     }
 
-    /// Tells the guest that it was stopped, so that its lock-up watchdogs do not blame it.
-    pub fn was_paused(&self) {
+    /// Tells the guest that it was paused (KVM_KVMCLOCK_CTRL), so that its soft-lockup watchdog
+    /// does not fire.
+    pub fn notify_paused(&self) {
         // Fails with EINVAL in a guest that does not use the paravirtual clock.
         let _ = self.fd.kvmclock_ctrl();
     }
 
-    /// Runs the guest until something outside is needed, and does it.
+    /// Runs the guest until the next exit to user space, and handles it.
     pub fn step(&mut self, bus: &impl Bus) -> Result<Step, VcpuError> {
         let id = self.id;
         let exits = &self.exits;
@@ -261,7 +264,7 @@ impl Vcpu {
             VcpuExit::Shutdown => return Ok(Step::Shutdown),
             VcpuExit::FailEntry(reason, _) => return Err(VcpuError::Entry { id, reason }),
             VcpuExit::InternalError => return Err(self.emulation_failure()),
-            // A message for the I/O APIC that is not there.
+            // There is no I/O APIC.
             VcpuExit::IoapicEoi(_) => count(&exits.other),
             other => return Err(VcpuError::Unexpected { id, exit: format!("{other:?}") }),
         }
@@ -277,7 +280,7 @@ impl Vcpu {
     }
 }
 
-/// A flat segment register from its descriptor.
+/// The flat segment register of a GDT entry.
 fn segment(descriptor: u64, selector: u16) -> kvm_segment {
     let bit = |n: u32| (descriptor >> n & 1) as u8;
     kvm_segment {
@@ -298,7 +301,7 @@ fn segment(descriptor: u64, selector: u16) -> kvm_segment {
 }
 
 thread_local! {
-    /// `immediate_exit` of the vCPU this thread runs.
+    /// `immediate_exit` of the vCPU that this thread runs.
     static IMMEDIATE_EXIT: Cell<*const AtomicU8> = const { Cell::new(ptr::null()) };
 }
 
@@ -310,28 +313,28 @@ pub struct Kicker {
 
 impl Kicker {
     pub fn kick(self) {
-        // SAFETY: tgkill touches no memory. The thread belongs to this process; should it have
-        // ended, the call fails with ESRCH, or reaches a younger thread of ours for which the
-        // handler does nothing.
+        // SAFETY: tgkill accesses no memory. The thread belongs to this process; if it has ended,
+        // the call fails with ESRCH, or reaches a new thread of this process, for which the handler
+        // does nothing.
         unsafe {
             libc::syscall(libc::SYS_tgkill, libc::getpid(), self.thread, kick_signal());
         }
     }
 }
 
-/// The signal used: the first real-time signal the C library leaves free.
+/// The kick signal: the first real-time signal that the C library does not use.
 pub fn kick_signal() -> i32 {
     libc::SIGRTMIN()
 }
 
-/// Installs the handler of [`kick_signal`]; once a process, before any vCPU runs.
+/// Installs the handler of [`kick_signal`]; once per process, before any vCPU runs.
 pub fn install_kick_handler() -> io::Result<()> {
     extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         let flag = IMMEDIATE_EXIT.get();
         if !flag.is_null() {
-            // SAFETY: the pointer was set by `Vcpu::adopt` on this very thread and points into the
-            // mapping of that vCPU, which its run loop owns until the thread ends; after the loop
-            // nobody kicks. An atomic byte store is async-signal-safe.
+            // SAFETY: the pointer was set by `Vcpu::bind_to_thread` on this thread and points into
+            // the mapping of that vCPU, which its run loop owns until the thread ends; dropping the
+            // vCPU clears the pointer. An atomic byte store is async-signal-safe.
             unsafe { (*flag).store(1, Ordering::Relaxed) };
         }
     }
@@ -341,7 +344,7 @@ pub fn install_kick_handler() -> io::Result<()> {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        // The page goes with `fd`; a late kick must find nothing.
+        // `fd` unmaps the page; a later kick must not write to it.
         let own: *const AtomicU8 = ptr::from_mut(&mut self.fd.get_kvm_run().immediate_exit).cast();
         if IMMEDIATE_EXIT.get() == own {
             IMMEDIATE_EXIT.set(ptr::null());
@@ -360,9 +363,9 @@ mod tests {
     use crate::Ram;
     use crate::vm::tests::host;
 
-    struct Deaf;
+    struct NullBus;
 
-    impl Bus for Deaf {
+    impl Bus for NullBus {
         fn port_read(&self, _: u16, _: &mut [u8]) {}
         fn port_write(&self, _: u16, _: &[u8]) {}
         fn mmio_read(&self, _: u64, _: &mut [u8]) {}
@@ -370,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn every_vcpu_has_fast_strings_and_none_has_performance_counters() {
+    fn every_vcpu_has_fast_strings_and_no_performance_counters() {
         /// AMD's first event select (APM volume 2, 13.2.1).
         const PERF_EVT_SEL_0: u32 = 0xc001_0000;
         let Some(host) = host() else { return };
@@ -379,7 +382,7 @@ mod tests {
             let table = crate::cpuid::table(host.cpuid(), id, 2).unwrap();
             let vcpu = Vcpu::new(&vm, id, &table).unwrap();
             assert_eq!(vcpu.msr(MSR_MISC_ENABLE).unwrap() & MISC_ENABLE_FAST_STRINGS, 1);
-            if host.can_do_without_pmu() {
+            if host.can_disable_pmu() {
                 // Enabled and counting cycles; KVM ignores such a write or refuses it.
                 let _ = vcpu.set_msr(PERF_EVT_SEL_0, 1 << 22 | 0x76);
                 assert_eq!(vcpu.msr(PERF_EVT_SEL_0).unwrap_or(0), 0);
@@ -388,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kick_brings_a_spinning_vcpu_back_and_one_before_the_run_is_not_lost() {
+    fn a_kick_interrupts_a_running_vcpu_and_one_before_kvm_run_is_not_lost() {
         let Some(host) = host() else { return };
         install_kick_handler().unwrap();
         let vm = host.create_vm(1).unwrap();
@@ -399,17 +402,17 @@ mod tests {
         let table = crate::cpuid::table(host.cpuid(), 0, 1).unwrap();
         let mut vcpu = Vcpu::new(&vm, 0, &table).unwrap();
         vcpu.real_mode(0x1000, 0).unwrap();
-        let own = vcpu.adopt();
+        let own = vcpu.bind_to_thread();
         own.kick();
-        assert_eq!(vcpu.step(&Deaf).unwrap(), Step::Interrupted);
+        assert_eq!(vcpu.step(&NullBus).unwrap(), Step::Interrupted);
         let (sender, receiver) = channel();
         let kicker = std::thread::spawn(move || {
-            // Until it has worked: the first may come between two runs.
+            // Repeated, as the first kick may come before the second KVM_RUN.
             while receiver.recv_timeout(Duration::from_millis(20)).is_err() {
                 own.kick();
             }
         });
-        assert_eq!(vcpu.step(&Deaf).unwrap(), Step::Interrupted);
+        assert_eq!(vcpu.step(&NullBus).unwrap(), Step::Interrupted);
         sender.send(()).unwrap();
         kicker.join().unwrap();
         assert!(vcpu.exits().all().contains(&("signal", 2)));

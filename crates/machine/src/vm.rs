@@ -1,10 +1,10 @@
-//! The VM and what KVM has to offer for it.
+//! Required KVM capabilities, VM creation, memory slots.
 //!
-//! Interrupt controllers: local APICs in the kernel (`KVM_CAP_SPLIT_IRQCHIP`), and nothing else: no
-//! PIC, no PIT, no I/O APIC anywhere. Every device here interrupts with MSI-X and the guest's timer
-//! is its APIC's TSC deadline, so a full in-kernel irqchip would only add attack surface and exits:
-//! Linux programs each I/O APIC pin it finds in the MADT one by one (several hundred of the exits
-//! of a boot), and finds none here. Reduced-hardware ACPI tells it not to look for PIC and PIT.
+//! The only interrupt controllers are in-kernel local APICs (`KVM_CAP_SPLIT_IRQCHIP`); there is no
+//! PIC, PIT or I/O APIC. All devices use MSI-X and the guest's timer is the APIC's TSC deadline
+//! timer, so a full in-kernel irqchip would only add attack surface and exits: Linux programs each
+//! pin of an I/O APIC in the MADT separately (several hundred exits per boot). Hardware-reduced
+//! ACPI makes Linux skip PIC and PIT.
 #![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION takes a raw host address
 
 use std::ops::Range;
@@ -22,8 +22,8 @@ use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 use crate::memory::{self, MemoryError};
 use crate::{KvmError, Ram};
 
-/// What must be there, and what its absence means in practice.
-const NEEDED: &[(Cap, &str)] = &[
+/// Required capabilities.
+const REQUIRED_CAPS: &[(Cap, &str)] = &[
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
@@ -40,19 +40,19 @@ const NEEDED: &[(Cap, &str)] = &[
 pub enum VmError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    #[error("/dev/kvm speaks API version {got}, not {KVM_API_VERSION}; it is not Linux' KVM")]
+    #[error("/dev/kvm has API version {got}, not {KVM_API_VERSION}; it is not Linux KVM")]
     ApiVersion { got: i32 },
-    #[error("/dev/kvm lacks {name}; a host kernel of 5.10 or later is needed")]
+    #[error("/dev/kvm lacks {name}; a host kernel of 5.10 or later is required")]
     Missing { name: &'static str },
-    #[error("{got} vCPUs are more than the {limit} this KVM can run")]
+    #[error("{got} vCPUs are more than the {limit} that KVM on this host supports")]
     TooManyVcpus { got: u8, limit: usize },
-    #[error("{part:#x?} is no memory of the VM")]
+    #[error("{part:#x?} is not memory of the VM")]
     NotRam { part: Range<u64> },
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
 
-/// `/dev/kvm`, checked.
+/// `/dev/kvm` with all required capabilities.
 #[derive(Debug)]
 pub struct Host {
     kvm: Kvm,
@@ -60,7 +60,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// Takes over an open `/dev/kvm` and checks that it has what is needed.
+    /// Takes an open `/dev/kvm`. Fails if its API version is wrong or a capability is missing.
     pub fn new(device: OwnedFd) -> Result<Self, VmError> {
         // SAFETY: `device` gives up its descriptor here, so `Kvm` is its only owner; that it is
         // /dev/kvm is verified by the ioctl that follows.
@@ -69,18 +69,18 @@ impl Host {
         if got != KVM_API_VERSION as i32 {
             return Err(VmError::ApiVersion { got });
         }
-        for (cap, name) in NEEDED {
+        for (cap, name) in REQUIRED_CAPS {
             if !kvm.check_extension(*cap) {
                 return Err(VmError::Missing { name });
             }
         }
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(KvmError::of("KVM_GET_SUPPORTED_CPUID", "load kvm_intel or kvm_amd anew"))?;
+            .map_err(KvmError::of("KVM_GET_SUPPORTED_CPUID", "reload kvm_intel or kvm_amd"))?;
         Ok(Self { kvm, cpuid })
     }
 
-    /// What KVM can show to a guest.
+    /// CPUID entries that KVM supports (KVM_GET_SUPPORTED_CPUID).
     pub fn cpuid(&self) -> &CpuId {
         &self.cpuid
     }
@@ -89,13 +89,13 @@ impl Host {
     pub fn address_bits(&self) -> u8 {
         let leaf = self.cpuid.as_slice().iter().find(|e| e.function == 0x8000_0008);
         leaf.map_or(36, |e| {
-            // Bits 23:16, where given, are the guest's share of an encrypting host's address space.
+            // Bits 23:16, if not 0: guest address bits of a host with memory encryption.
             let guest = (e.eax >> 16) as u8;
             if guest != 0 { guest } else { e.eax as u8 }
         })
     }
 
-    /// Creates a VM with in-kernel local APICs.
+    /// Creates a VM with in-kernel local APICs for up to `vcpus` vCPUs.
     pub fn create_vm(&self, vcpus: u8) -> Result<Arc<VmFd>, VmError> {
         let limit = self.kvm.get_max_vcpus();
         if usize::from(vcpus) > limit {
@@ -112,7 +112,7 @@ impl Host {
         // args[0]: routes reserved for an I/O APIC in user space, of which there is none.
         let split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
         vm.enable_cap(&split).map_err(KvmError::of("KVM_ENABLE_CAP(SPLIT_IRQCHIP)", report))?;
-        if self.can_do_without_pmu() {
+        if self.can_disable_pmu() {
             let mut pmu = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
             pmu.args[0] = KVM_PMU_CAP_DISABLE.into();
             vm.enable_cap(&pmu).map_err(KvmError::of("KVM_ENABLE_CAP(PMU_CAPABILITY)", report))?;
@@ -120,28 +120,33 @@ impl Host {
         Ok(Arc::new(vm))
     }
 
-    /// Whether KVM can leave performance counters out, since Linux 5.18. CPUID has none of them (see
-    /// [`crate::cpuid`]), but AMD's four oldest counters are not in CPUID: Linux uses them wherever they
-    /// answer.
-    pub(crate) fn can_do_without_pmu(&self) -> bool {
+    /// Whether KVM can disable the guest's performance counters (Linux 5.18). Hiding them in CPUID
+    /// (see [`crate::cpuid`]) is not enough: AMD's four legacy counters are not in CPUID, and Linux
+    /// uses them if their MSRs work.
+    pub(crate) fn can_disable_pmu(&self) -> bool {
         let can = self.kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
         can > 0 && can as u32 & KVM_PMU_CAP_DISABLE != 0
     }
 }
 
-/// Shows all of `ram` to the guest, each region in a slot of its own.
+/// Maps all of `ram` into the guest, one memory slot per region.
 ///
-/// `ram` must be kept until `vm` and all its vCPUs are gone: whoever assembles the VM holds both.
+/// `ram` must be kept mapped until `vm` and all its vCPUs are dropped; the caller holds both.
 pub fn map_ram(vm: &VmFd, ram: &Ram) -> Result<(), VmError> {
     for (slot, region) in ram.iter().enumerate() {
         let start = region.start_addr();
-        show(vm, ram, slot as u32, start.raw_value()..start.raw_value() + region.len())?;
+        set_memory_region(
+            vm,
+            ram,
+            slot as u32,
+            start.raw_value()..start.raw_value() + region.len(),
+        )?;
     }
     Ok(())
 }
 
-/// Shows a part of a region of `ram` to the guest.
-fn show(vm: &VmFd, ram: &Ram, slot: u32, part: Range<u64>) -> Result<(), VmError> {
+/// Maps a part of a region of `ram` into the guest.
+fn set_memory_region(vm: &VmFd, ram: &Ram, slot: u32, part: Range<u64>) -> Result<(), VmError> {
     let size = part.end - part.start;
     let host = ram
         .get_slice(GuestAddress(part.start), size as usize)
@@ -156,55 +161,57 @@ fn show(vm: &VmFd, ram: &Ram, slot: u32, part: Range<u64>) -> Result<(), VmError
         userspace_addr: host,
     };
     // SAFETY: address and size are those of a slice of a live mapping of `ram`, which the caller
-    // keeps as long as the VM; guest and VMM share it by design, and the VMM reaches it only through
+    // keeps as long as the VM; guest and VMM share it, and the VMM accesses it only through
     // vm-memory's volatile accesses.
     unsafe { vm.set_user_memory_region(slot) }
         .map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION", "give the VM less memory"))?;
     Ok(())
 }
 
-/// Slots for what a VM grows by; the last one takes all that is left. Linux before 5.11 has 509.
-const GROWTH_SLOTS: u32 = 64;
+/// Memory slots of the hotplug region; the last one takes all of the rest. Linux before 5.11 has
+/// 509 slots per VM.
+const HOTPLUG_SLOTS: u32 = 64;
 
-/// Room to grow, of which vCPUs and devices see what was granted and no more: what lies beyond costs
-/// KVM nothing (before Linux 5.15 it keeps some 2.5 MiB of tables a GiB of slot), and a guest cannot
-/// have it by merely touching it, nor by pointing a device at it.
+/// The hotplug region. Only the granted part is mapped into the guest and accessible to devices:
+/// the rest uses no KVM memory (before Linux 5.15 about 2.5 MiB of tables per GiB of slot), and the
+/// guest cannot allocate it by touching it or by using it for device buffers.
 #[derive(Debug)]
-pub struct Room {
+pub struct HotplugRegion {
     vm: Arc<VmFd>,
     ram: Ram,
-    room: Range<u64>,
+    region: Range<u64>,
     granted: u64,
     slots: Range<u32>,
 }
 
-impl Room {
-    /// `ram` holds `room` as its last region; the others are shown to the guest already.
-    pub fn new(vm: Arc<VmFd>, ram: Ram, room: Range<u64>) -> Self {
+impl HotplugRegion {
+    /// `region` is the last region of `ram`; the others are mapped into the guest already.
+    pub fn new(vm: Arc<VmFd>, ram: Ram, region: Range<u64>) -> Self {
         let first = ram.num_regions() as u32 - 1;
-        Self { vm, ram, room, granted: 0, slots: first..first + GROWTH_SLOTS }
+        Self { vm, ram, region, granted: 0, slots: first..first + HOTPLUG_SLOTS }
     }
 
-    /// Bytes that the guest sees.
+    /// Bytes mapped into the guest.
     pub fn granted(&self) -> u64 {
         self.granted
     }
 
-    /// Shows at least the first `bytes` of the room to the guest. It is not taken away again: the
-    /// guest would have to have left it for certain.
+    /// Maps at least the first `bytes` of the region into the guest. A grant is never reduced: the
+    /// guest may still use the memory. Fails if `bytes` exceeds the region, or mprotect or KVM
+    /// fails.
     pub fn grant(&mut self, bytes: u64) -> Result<(), VmError> {
-        let size = self.room.end - self.room.start;
+        let size = self.region.end - self.region.start;
         if bytes <= self.granted {
             return Ok(());
         }
         if bytes > size {
-            return Err(VmError::NotRam { part: self.room.start..self.room.start + bytes });
+            return Err(VmError::NotRam { part: self.region.start..self.region.start + bytes });
         }
         let last = self.slots.len() == 1;
         let bytes = if last { size } else { bytes };
-        let part = self.room.start + self.granted..self.room.start + bytes;
-        memory::open(&self.ram, &part)?;
-        show(&self.vm, &self.ram, self.slots.start, part)?;
+        let part = self.region.start + self.granted..self.region.start + bytes;
+        memory::make_accessible(&self.ram, &part)?;
+        set_memory_region(&self.vm, &self.ram, self.slots.start, part)?;
         self.slots.start += 1;
         self.granted = bytes;
         Ok(())
@@ -215,7 +222,7 @@ impl Room {
 pub(crate) mod tests {
     use super::*;
 
-    /// The host's KVM; tests that need it are skipped, loudly, where it is missing.
+    /// The host's KVM; tests without it print SKIP.
     pub(crate) fn host() -> Option<Host> {
         let device = std::fs::File::options().read(true).write(true).open("/dev/kvm");
         match device.map(|device| Host::new(device.into())) {
@@ -236,7 +243,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn more_vcpus_than_kvm_has_are_refused_and_address_bits_are_sane() {
+    fn more_vcpus_than_kvm_supports_are_refused_and_address_bits_are_in_range() {
         let Some(host) = host() else { return };
         assert!((32..=52).contains(&host.address_bits()));
         if host.kvm.get_max_vcpus() < 255 {
@@ -245,21 +252,21 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn room_is_granted_piece_by_piece_and_never_more_than_there_is() {
+    fn the_hotplug_region_is_granted_in_steps_up_to_its_size() {
         let Some(vm) = vm() else { return };
-        let layout = crate::layout::Layout::with_room(64, 64 + 10_240, 40).unwrap();
-        let (ram, range) = (memory::allocate(&layout).unwrap(), layout.room.unwrap());
+        let layout = crate::layout::Layout::with_hotplug(64, 64 + 10_240, 40).unwrap();
+        let (ram, range) = (memory::allocate(&layout).unwrap(), layout.hotplug.unwrap());
         map_ram(&vm, &ram).unwrap();
-        let ram = memory::add_room(&ram, &range).unwrap();
-        let mut room = Room::new(vm, ram, range);
-        room.grant(0).unwrap();
-        for mib in 1..=GROWTH_SLOTS as u64 {
-            room.grant(mib << 20).unwrap();
-            room.grant(1 << 20).unwrap();
+        let ram = memory::add_hotplug_region(&ram, &range).unwrap();
+        let mut region = HotplugRegion::new(vm, ram, range);
+        region.grant(0).unwrap();
+        for mib in 1..=HOTPLUG_SLOTS as u64 {
+            region.grant(mib << 20).unwrap();
+            region.grant(1 << 20).unwrap();
         }
-        assert_eq!(room.granted(), 10_240 << 20, "the last slot takes the rest");
-        room.grant(10_240 << 20).unwrap();
-        assert!(matches!(room.grant((10_240 << 20) + 1), Err(VmError::NotRam { .. })));
+        assert_eq!(region.granted(), 10_240 << 20, "the last slot takes the rest");
+        region.grant(10_240 << 20).unwrap();
+        assert!(matches!(region.grant((10_240 << 20) + 1), Err(VmError::NotRam { .. })));
     }
 
     #[test]

@@ -1,26 +1,28 @@
-//! The root bus: functions, address assignment, and the ways a guest reaches devices: configuration
+//! The root bus: functions, address assignment, and the guest's accesses to devices: configuration
 //! ports (PCI 3.0, section 3.2.2.3.2), ECAM (PCI Express Base 4.0, section 7.2.2), memory BARs.
 //!
 //! # Slots and functions
-//! A slot has up to eight functions. A guest probes function 0, and functions 1 to 7 only if function
-//! 0 answers with the multi-function bit in its header type (PCI 3.0, section 6.2.1; Linux
-//! `pci_scan_slot`). Linux remembers the bit from when it first saw function 0. So there are two kinds
-//! of slots:
+//! A slot has up to eight functions. A guest probes function 0, and functions 1 to 7 only if
+//! function 0 answers with the multi-function bit in its header type (PCI 3.0, section 6.2.1; Linux
+//! `pci_scan_slot`). Linux remembers the bit from its first read of function 0. So there are two
+//! kinds of slots:
 //!
-//! - A device that is there when the guest boots ([`Plug::Boot`]) gets a slot of its own, without the
-//!   bit: the guest's boot scan then costs one configuration access a slot, as with single-function
-//!   devices. [`HOT_SLOTS`] slots are kept from these devices as long as there are others.
-//! - Devices plugged later ([`Plug::Hot`]) share slots, eight to a slot. The bus sets the bit in
-//!   function 0 of such a slot from the beginning, so that a rescan finds what is added later. It
-//!   costs seven configuration accesses in a rescan of a slot that is not full.
+//! - A device that is present when the guest boots ([`Plug::Boot`]) gets a slot of its own, without
+//!   the bit: the guest's boot scan then costs one configuration access per slot, as with
+//!   single-function devices. [`HOT_SLOTS`] slots are reserved from these devices as long as others
+//!   are free.
+//! - Devices plugged later ([`Plug::Hot`]) share slots, eight per slot. The bus sets the bit in
+//!   function 0 of such a slot from the beginning, so that a rescan finds devices added later. This
+//!   costs up to seven configuration accesses per slot and rescan.
 //!
 //! # Function 0 is removed before its siblings
-//! A device is plugged into the lowest free function, so whenever one gets a function above 0, function
-//! 0 is present; and a slot whose function 0 is free is completed by the next device. What remains is a
-//! device that was plugged, but not scanned yet, when function 0 goes: a rescan would not find it. Then
-//! a placeholder takes function 0: a host bridge without BARs and without a driver, as AMD's processors
-//! have in such slots. Once the guest has seen it, it keeps its function until the VM ends, because the
-//! guest would not look there again. So placeholders take at most one function in eight.
+//! A device is plugged into the lowest free function. So whenever a device gets a function above 0,
+//! function 0 is present, and a free function 0 is taken by the next device. One case remains: a
+//! device that was plugged but not scanned yet when function 0 is removed; a rescan would not find
+//! it. Then a placeholder takes function 0: a host bridge without BARs and without a driver, as AMD
+//! processors have in such slots. Once the guest has read its vendor id, the placeholder stays
+//! until the VM ends, because the guest would not scan that function again. So placeholders take at
+//! most one function in eight.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -36,7 +38,7 @@ pub const SLOTS: usize = 32;
 pub const FUNCTIONS: usize = 8;
 /// Functions that devices can have: all but those of the host bridge's slot.
 pub const CAPACITY: usize = (SLOTS - 1) * FUNCTIONS;
-/// Slots for devices that are plugged while the guest runs: room for 160 of them.
+/// Slots reserved for devices that are plugged while the guest runs: 160 functions.
 pub const HOT_SLOTS: usize = 20;
 /// Bytes of ECAM space: one bus of 256 functions of 4 KiB.
 pub const ECAM_SIZE: u64 = 1 << 20;
@@ -48,18 +50,18 @@ const ADDRESS_ENABLE: u32 = 1 << 31;
 /// Header type (PCI 3.0, section 6.2.1), and its bit for a slot with several functions.
 const HEADER_TYPE: u16 = 0x0e;
 const MULTI_FUNCTION: u8 = 1 << 7;
-/// The vendor id's register: the first that a guest reads of a function.
+/// Offset of the vendor id, the first register that a guest reads of a function.
 const VENDOR_ID: u16 = 0;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BusError {
-    #[error("all {CAPACITY} functions of the PCI bus are taken")]
+    #[error("all {CAPACITY} functions of the PCI bus are in use")]
     Full,
-    #[error("no room for a BAR of {size:#x} bytes in the window {window:#x?}")]
+    #[error("no space for a BAR of {size:#x} bytes in the window {window:#x?}")]
     NoSpace { size: u64, window: Range<u64> },
     #[error("there is no device at {address}")]
     Empty { address: Address },
-    #[error("the device at {address} is the bus' own")]
+    #[error("the function at {address} belongs to the bus and cannot be removed")]
     Reserved { address: Address },
 }
 
@@ -116,17 +118,16 @@ type Device = Arc<Mutex<Box<dyn PciDevice>>>;
 /// A root bus, shared by the vCPU threads.
 pub struct Bus {
     window: Range<u64>,
-    /// The configuration address register. Guests serialize its use themselves.
+    /// The configuration address register (port 0xcf8). Guests serialize its use themselves.
     address: Mutex<u32>,
     tables: RwLock<Tables>,
 }
 
 struct Function {
     device: Device,
-    /// The guest has read its vendor id, so it knows the device, or will without another look at
-    /// function 0.
+    /// The guest has read the vendor id, so it finds the device without reading function 0 again.
     seen: AtomicBool,
-    /// Stands for function 0 of a slot with others.
+    /// A placeholder for function 0; see the module header.
     placeholder: bool,
 }
 
@@ -146,9 +147,9 @@ struct Tables {
     functions: [Option<Function>; SLOTS * FUNCTIONS],
     /// Slots whose function 0 has the multi-function bit.
     shared: [bool; SLOTS],
-    /// What the guest has decoded, in no order; where two overlap, the first answers.
+    /// Decoded BARs, unordered; where two overlap, the first one answers.
     routes: Vec<Route>,
-    /// What was assigned when devices were plugged.
+    /// BAR addresses assigned when devices were plugged.
     assigned: HashMap<Address, Vec<Range<u64>>>,
 }
 
@@ -176,7 +177,7 @@ impl Tables {
         Address::of_slot(slot).all(|address| self.get(address).is_none())
     }
 
-    /// Where the next device goes, and whether its slot is then shared. See the module's header.
+    /// The function for the next device, and whether its slot is shared; see the module header.
     fn choose(&self, plug: Plug) -> Option<(Address, bool)> {
         let slots = || 0..SLOTS as u8;
         let mut free = slots().filter(|slot| self.is_free(*slot));
@@ -191,7 +192,7 @@ impl Tables {
         address.map(|address| (address, true))
     }
 
-    /// What becomes of function 0 of a slot from which something was just removed.
+    /// Adds or removes the placeholder of a slot from which a function was just removed.
     fn keep_slot_visible(&mut self, slot: u8) {
         let first = Address::new(slot, 0);
         let mut others = Address::of_slot(slot).skip(1).filter_map(|address| self.get(address));
@@ -213,19 +214,21 @@ impl Tables {
 }
 
 impl Bus {
-    /// A bus with the host bridge in slot 0, which places 64-bit BARs within `window`.
+    /// A bus with the host bridge in slot 0. 64-bit BARs are placed within the guest-physical
+    /// `window`.
     pub fn new(window: Range<u64>) -> Self {
         let mut tables = Tables::new();
         tables.functions[0] = Some(Function::new(Box::new(HostBridge::default())));
         Self { window, address: Mutex::new(0), tables: RwLock::new(tables) }
     }
 
-    /// Plugs a device: gives its BARs addresses and returns its own.
+    /// Plugs a device, assigns addresses to its BARs, and returns its address. Fails if no function
+    /// is free or a BAR does not fit into the window.
     pub fn add(&self, mut device: Box<dyn PciDevice>, plug: Plug) -> Result<Address, BusError> {
         let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
         let (address, shared) = tables.choose(plug).ok_or(BusError::Full)?;
         let mut taken: Vec<Range<u64>> = tables.assigned.values().flatten().cloned().collect();
-        // Also what the guest has moved elsewhere.
+        // Also BARs that the guest has moved.
         taken.extend(tables.routes.iter().map(|r| r.range.addr..r.range.end()));
         let mut mine = Vec::new();
         for request in device.bar_requests() {
@@ -242,8 +245,9 @@ impl Bus {
         Ok(address)
     }
 
-    /// Pulls a device: from now on its function and its BARs answer all ones. The device is dropped
-    /// here, or by a vCPU that is inside it right now when that leaves it.
+    /// Unplugs a device: from now on its function and its BARs read as all ones. The device is
+    /// dropped here, or by a vCPU thread that is in one of its methods when that returns. Fails if
+    /// there is no device at `address`, or if it is the host bridge or a placeholder.
     pub fn remove(&self, address: Address) -> Result<(), BusError> {
         if address.slot() == 0 {
             return Err(BusError::Reserved { address });
@@ -277,7 +281,7 @@ impl Bus {
         }
     }
 
-    /// A write to ports 0xcf8 to 0xcff. The address register takes only whole writes.
+    /// A write to ports 0xcf8 to 0xcff. The address register takes only 32-bit writes.
     pub fn port_write(&self, port: u16, data: &[u8]) {
         if port == PORT_ADDRESS {
             if let Ok(bytes) = data.try_into() {
@@ -290,7 +294,7 @@ impl Bus {
         }
     }
 
-    /// Function and register that the address register selects on this bus.
+    /// The function and register selected by the configuration address register.
     fn selected(&self) -> Option<(Address, u16)> {
         let address = *lock(&self.address);
         let here = address & ADDRESS_ENABLE != 0 && address >> 16 & 0xff == 0;
@@ -298,7 +302,7 @@ impl Bus {
         here.then_some((Address { devfn }, (address & 0xfc) as u16))
     }
 
-    /// A read at `offset` of the ECAM range.
+    /// A read at byte `offset` of the ECAM range.
     pub fn ecam_read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some((address, register)) = ecam_place(offset, data.len()) {
@@ -306,7 +310,7 @@ impl Bus {
         }
     }
 
-    /// A write at `offset` of the ECAM range.
+    /// A write at byte `offset` of the ECAM range.
     pub fn ecam_write(&self, offset: u64, data: &[u8]) {
         if let Some((address, register)) = ecam_place(offset, data.len()) {
             self.config_write(address, register, data);
@@ -344,7 +348,7 @@ impl Bus {
         }
     }
 
-    /// Takes over what the guest has decoded, unless the device has been pulled meanwhile.
+    /// Updates the decoded ranges of a device, unless it was unplugged meanwhile.
     fn route(&self, address: Address, device: &Device, ranges: &[BarRange]) {
         let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
         if !tables.get(address).is_some_and(|held| Arc::ptr_eq(&held.device, device)) {
@@ -358,8 +362,8 @@ impl Bus {
         }));
     }
 
-    /// A read of guest-physical memory; `false` when no BAR is decoded there (the VMM answers all
-    /// ones).
+    /// A read of guest-physical memory; `false` if no BAR is decoded there (the VMM then returns
+    /// all ones).
     pub fn mmio_read(&self, addr: u64, data: &mut [u8]) -> bool {
         let Some((device, bar, offset)) = self.decode(addr, data.len()) else { return false };
         data.fill(0);
@@ -367,7 +371,7 @@ impl Bus {
         true
     }
 
-    /// A write to guest-physical memory; `false` when no BAR is decoded there.
+    /// A write to guest-physical memory; `false` if no BAR is decoded there.
     pub fn mmio_write(&self, addr: u64, data: &[u8]) -> bool {
         let Some((device, bar, offset)) = self.decode(addr, data.len()) else { return false };
         lock(&device).mmio_write(bar, offset, data);
@@ -401,7 +405,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where an access of `len` bytes at `port` falls in the 4-byte register at `base`.
+/// Offset of an access of `len` bytes at `port` in the 4-byte register at `base`; none if outside.
 fn within(port: u16, base: u16, len: usize) -> Option<usize> {
     let at = usize::from(port.checked_sub(base)?);
     (at + len <= 4).then_some(at)

@@ -1,9 +1,9 @@
-//! A type 0 configuration space: bytes, which of them the guest may write, BARs, capabilities
-//! (PCI 3.0, chapter 6).
+//! A type 0 configuration space: bytes, a mask of writable bits, BARs, capabilities (PCI 3.0,
+//! chapter 6).
 
 use crate::{BarRange, BarRequest};
 
-/// Bytes of legacy configuration space; a device here has no extended capabilities.
+/// Bytes of conventional configuration space; devices here have no extended capabilities.
 pub const CONFIG_SIZE: usize = 256;
 pub const BAR_COUNT: usize = 6;
 
@@ -22,10 +22,10 @@ const INTERRUPT_LINE: usize = 0x3c;
 /// First byte after the type 0 header.
 const FIRST_CAPABILITY: usize = 0x40;
 const BAR_64_BIT: u8 = 0b100;
-/// Address bits of a BAR's lowest byte.
+/// Bits of a BAR's lowest byte that are not address bits.
 const BAR_FLAGS: u8 = 0xf;
 
-/// What a device says it is.
+/// Identification fields of the configuration header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
     pub vendor: u16,
@@ -41,7 +41,7 @@ pub struct Identity {
 #[derive(Debug, Clone)]
 pub struct ConfigSpace {
     bytes: [u8; CONFIG_SIZE],
-    /// Bits the guest may change.
+    /// Mask of bits that the guest may change.
     writable: [u8; CONFIG_SIZE],
     requests: Vec<BarRequest>,
     last_capability: Option<usize>,
@@ -89,11 +89,11 @@ impl ConfigSpace {
         self.requests.push(BarRequest { bar, size });
     }
 
-    /// Adds a capability with the body after its id and next pointer; `writable` is a mask over
-    /// the body. Returns the capability's offset.
+    /// Adds a capability; `body` follows its id and next pointer, `writable` is a mask over `body`.
+    /// Returns the capability's offset.
     ///
     /// # Panics
-    /// If there is no room: the device's author adds a fixed set.
+    /// If there is no space: each device adds a fixed set.
     pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> usize {
         let at = self.free;
         assert!(at + 2 + body.len() <= CONFIG_SIZE && body.len() == writable.len());
@@ -108,14 +108,14 @@ impl ConfigSpace {
         at
     }
 
-    /// Past the end reads zero: no extended capability.
+    /// Reads past [`CONFIG_SIZE`] return zero: there are no extended capabilities.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         for (at, byte) in (usize::from(offset)..).zip(data) {
             *byte = self.bytes.get(at).copied().unwrap_or(0);
         }
     }
 
-    /// Changes the writable bits.
+    /// Writes the writable bits; others keep their value.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
         for (at, value) in (usize::from(offset)..).zip(data) {
             if let (Some(byte), Some(mask)) = (self.bytes.get_mut(at), self.writable.get(at)) {
@@ -132,7 +132,7 @@ impl ConfigSpace {
         self.write(BARS as u16 + 4 * u16::from(bar), &addr.to_le_bytes());
     }
 
-    /// The BARs' ranges while memory decoding is on.
+    /// The ranges of the BARs; empty while memory decoding is off.
     pub fn bars(&self) -> Vec<BarRange> {
         if self.bytes[COMMAND] & COMMAND_MEMORY == 0 {
             return Vec::new();
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn identity_stands_where_the_header_wants_it() {
+    fn identity_is_at_the_offsets_of_the_header() {
         let space = space();
         assert_eq!(u32::from_le_bytes(read(&space, 0)), 0x1042_1af4);
         assert_eq!(u32::from_le_bytes(read(&space, 8)), 0x0180_0001);
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bar_is_sized_by_writing_ones_and_moves_when_written() {
+    fn a_bar_is_sized_by_writing_ones_and_moved_by_writing_an_address() {
         let mut space = space();
         space.write(0x10, &[0xff; 4]);
         space.write(0x14, &[0xff; 4]);
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_form_a_list_that_ends() {
+    fn capabilities_form_a_terminated_list() {
         let mut space = space();
         let first = space.add_capability(9, &[1, 2, 3], &[0; 3]);
         let second = space.add_capability(0x11, &[4; 10], &[0xff; 10]);

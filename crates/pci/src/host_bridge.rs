@@ -1,16 +1,16 @@
-//! The function in slot 0 that stands for the host itself; operating systems look for it when they
-//! decide whether configuration mechanism 1 works (PCI 3.0, section 3.2.2.3).
+//! The host bridge in slot 0. Operating systems look for it to decide whether configuration
+//! mechanism 1 works (PCI 3.0, section 3.2.2.3).
 
 use crate::config::{ConfigSpace, Identity};
 use crate::{BarRange, BarRequest, PciDevice};
 
-/// Red Hat's vendor id, and the device id it gives to generic virtual host bridges.
+/// Red Hat's vendor id, and its device id of generic host bridges (QEMU).
 const VENDOR: u16 = 0x1b36;
 const DEVICE: u16 = 0x0008;
-/// Bridge, host bridge.
+/// Class: bridge, subclass: host bridge.
 const CLASS: [u8; 3] = [0x06, 0x00, 0x00];
 
-/// Has configuration space and nothing else.
+/// Has a configuration space only.
 #[derive(Debug)]
 pub struct HostBridge {
     config: ConfigSpace,

@@ -1,7 +1,7 @@
 //! MSI-X: table, pending bits, masks (PCI 3.0, section 6.8.2).
 //!
-//! Shared by the vCPU threads that program it and the device threads that trigger it. A vector that
-//! is triggered while masked becomes pending and fires when it is unmasked.
+//! vCPU threads program it, worker threads trigger vectors. A vector that is triggered while masked
+//! becomes pending and is triggered when it is unmasked.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,9 +22,9 @@ const CONTROL_MASK_ALL: u8 = 1 << 6;
 /// One device's MSI-X state.
 pub struct Msix {
     vectors: Arc<dyn Vectors>,
-    /// A failure has been logged: a guest that writes messages the host refuses must not fill its
-    /// log.
-    complained: AtomicBool,
+    /// A failure was logged. Further ones are not: a guest could fill the log with invalid
+    /// messages.
+    warned: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -40,23 +40,24 @@ struct Entry {
     data: u32,
     control: u32,
     pending: bool,
-    /// The message the VMM was last given.
+    /// The message last passed to [`Vectors::program`].
     programmed: Option<(u64, u32)>,
 }
 
 impl Msix {
+    /// `count` vectors, all masked, MSI-X disabled.
     pub fn new(count: u16, vectors: Arc<dyn Vectors>) -> Self {
         let entry =
             Entry { address: 0, data: 0, control: ENTRY_MASKED, pending: false, programmed: None };
         let entries = vec![entry; usize::from(count)];
         Self {
             vectors,
-            complained: AtomicBool::new(false),
+            warned: AtomicBool::new(false),
             state: Mutex::new(State { enabled: false, mask_all: false, entries }),
         }
     }
 
-    /// Raises a vector, or makes it pending. Unknown vectors are ignored.
+    /// Raises a vector, or sets its pending bit while it is masked. Unknown vectors are ignored.
     pub fn trigger(&self, vector: u16) {
         let mut state = self.lock();
         let ready = state.enabled && !state.mask_all;
@@ -68,6 +69,7 @@ impl Msix {
         }
     }
 
+    /// The enable bit of message control.
     pub fn enabled(&self) -> bool {
         self.lock().enabled
     }
@@ -77,21 +79,21 @@ impl Msix {
         self.vectors.event(vector)
     }
 
-    /// The high byte of message control was written.
+    /// The guest has written the high byte of message control: enable and function mask.
     pub fn set_control(&self, high: u8) {
         let mut state = self.lock();
         state.enabled = high & CONTROL_ENABLE != 0;
         state.mask_all = high & CONTROL_MASK_ALL != 0;
         if state.enabled {
             for vector in 0..state.entries.len() {
-                self.settle(&mut state, vector);
+                self.update_vector(&mut state, vector);
             }
         } else {
-            self.release(&mut state);
+            self.mask_all_vectors(&mut state);
         }
     }
 
-    /// Reads the table; accesses may have any size and alignment.
+    /// Reads the table at byte `offset`; accesses may have any size and alignment.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         let state = self.lock();
         for (n, byte) in data.iter_mut().enumerate() {
@@ -101,7 +103,8 @@ impl Msix {
         }
     }
 
-    /// Writes the table. Software writes whole, aligned 32-bit or 64-bit words; others are ignored.
+    /// Writes the table at byte `offset`. Only aligned 32-bit and 64-bit writes are valid (section
+    /// 6.8.2); others are ignored.
     pub fn write_table(&self, offset: u64, data: &[u8]) {
         let at = offset as usize;
         if !matches!(data.len(), 4 | 8) || !at.is_multiple_of(data.len()) {
@@ -114,10 +117,10 @@ impl Msix {
         let at = at % MSIX_ENTRY_SIZE;
         bytes[at..at + data.len()].copy_from_slice(data);
         entry.set_bytes(&bytes);
-        self.settle(&mut state, vector);
+        self.update_vector(&mut state, vector);
     }
 
-    /// Reads the pending bits.
+    /// Reads the pending bit array at byte `offset`.
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
         let state = self.lock();
         for (n, byte) in data.iter_mut().enumerate() {
@@ -127,8 +130,9 @@ impl Msix {
         }
     }
 
-    /// Gives an unmasked vector's message to the VMM if it is new, and fires what is pending.
-    fn settle(&self, state: &mut State, vector: usize) {
+    /// For an unmasked vector: programs its message if that has changed, and triggers it if
+    /// pending.
+    fn update_vector(&self, state: &mut State, vector: usize) {
         if !state.enabled || state.mask_all {
             return;
         }
@@ -141,7 +145,7 @@ impl Msix {
             let (address, data) = message;
             let message = MsixMessage { address, data, masked: false };
             if let Err(error) = self.vectors.program(vector as u16, message) {
-                self.complain(vector, &error);
+                self.warn_once(vector, &error);
                 return;
             }
             entry.programmed = Some((address, data));
@@ -151,27 +155,27 @@ impl Msix {
         }
     }
 
-    fn release(&self, state: &mut State) {
+    fn mask_all_vectors(&self, state: &mut State) {
         for (vector, entry) in state.entries.iter_mut().enumerate() {
             entry.pending = false;
             if let Some((address, data)) = entry.programmed.take() {
                 let message = MsixMessage { address, data, masked: true };
                 if let Err(error) = self.vectors.program(vector as u16, message) {
-                    self.complain(vector, &error);
+                    self.warn_once(vector, &error);
                 }
             }
         }
     }
 
-    fn complain(&self, vector: usize, error: &io::Error) {
-        if !self.complained.swap(true, Ordering::Relaxed) {
-            tracing::warn!(vector, %error, "host refuses an MSI-X vector's message");
+    fn warn_once(&self, vector: usize, error: &io::Error) {
+        if !self.warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!(vector, %error, "cannot program an MSI-X vector");
         }
     }
 
     fn fire(&self, vector: u16) {
         if let Err(error) = self.vectors.trigger(vector) {
-            tracing::debug!(vector, %error, "MSI-X vector cannot be triggered");
+            tracing::debug!(vector, %error, "cannot trigger an MSI-X vector");
         }
     }
 
@@ -235,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vector_fires_once_it_is_programmed_and_unmasked() {
+    fn a_vector_triggers_once_it_is_programmed_and_unmasked() {
         let (recorder, msix) = msix();
         msix.set_control(CONTROL_ENABLE | CONTROL_MASK_ALL);
         program(&msix, 0);
@@ -248,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trigger_while_masked_is_pending_and_fires_at_unmask() {
+    fn a_vector_triggered_while_masked_is_pending_until_it_is_unmasked() {
         let (recorder, msix) = msix();
         msix.set_control(CONTROL_ENABLE);
         program(&msix, 1);
@@ -260,7 +264,7 @@ mod tests {
         assert_eq!(recorder.fired.load(Ordering::Relaxed), 0);
         msix.write_table(16 + 12, &0u32.to_le_bytes());
         assert_eq!(recorder.fired.load(Ordering::Relaxed), 1);
-        // Unmasked with the same message: the VMM was not bothered again.
+        // Unmasked with the same message: not programmed again.
         assert_eq!(recorder.programmed.lock().unwrap().len(), 1);
     }
 
@@ -280,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn switching_msix_off_releases_the_programmed_vectors() {
+    fn disabling_msix_masks_the_programmed_vectors() {
         let (recorder, msix) = msix();
         msix.set_control(CONTROL_ENABLE);
         program(&msix, 0);

@@ -1,8 +1,8 @@
-//! A descriptor chain, read once and checked, and access to the guest memory it points to
-//! (virtio 1.2, sections 2.7.4 and 2.7.5).
+//! A validated descriptor chain, and access to the guest memory it points to (virtio 1.2, sections
+//! 2.7.4 and 2.7.5).
 //!
-//! Descriptors are copied out of guest memory before anything is decided on them, so a driver that
-//! rewrites them meanwhile changes nothing. This is the only module that turns guest addresses into
+//! Each descriptor is copied out of guest memory once, before it is checked, so a driver that
+//! rewrites it concurrently has no effect. Only this module converts guest addresses of buffers to
 //! host pointers.
 #![allow(unsafe_code)] // writev from iovecs over guest memory
 
@@ -11,30 +11,30 @@ use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
 /// Most descriptors in one chain.
-/// Attack: an indirect table of 65,535 entries a request, to make the host copy and walk tables
-/// instead of working. Linux asks for at most 128 segments plus header and status.
+/// Attack: an indirect table of 65,535 entries per request, so that the host spends its time
+/// copying tables. Linux uses at most 128 segments plus header and status.
 pub const MAX_SEGMENTS: usize = 1024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ChainError {
     #[error("chain of more than {MAX_SEGMENTS} descriptors")]
     TooLong,
-    #[error("buffer at {addr:#x} of {len} bytes is outside the guest's memory")]
+    #[error("buffer at {addr:#x} of {len} bytes is outside guest memory")]
     OutsideMemory { addr: u64, len: u32 },
-    #[error("a device-readable buffer stands after a device-writable one")]
+    #[error("a device-readable buffer follows a device-writable one")]
     Order,
-    #[error("chain has no bytes")]
+    #[error("all buffers of the chain are empty")]
     Empty,
 }
 
-/// A guest buffer, known to lie in guest memory.
+/// A guest buffer that was checked to lie in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Segment {
     addr: GuestAddress,
     len: usize,
 }
 
-/// One side of a chain (what the device reads, or what it writes) as a run of bytes.
+/// The device-readable or the device-writable part of a chain, as one sequence of bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Buffer {
     segments: Vec<Segment>,
@@ -44,14 +44,14 @@ pub struct Buffer {
 /// A descriptor chain taken from a queue.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Chain {
-    /// Index of its first descriptor: what the used ring gets.
+    /// Index of the first descriptor: the id in the used ring.
     pub head: u16,
     pub readable: Buffer,
     pub writable: Buffer,
 }
 
 impl Chain {
-    /// Copies and checks a chain; `mem` says which memory is open to devices.
+    /// Copies and checks a chain. `mem` limits it to the memory that devices may access.
     pub fn read<M: GuestMemory>(
         mem: &M,
         descriptors: DescriptorChain<&M>,
@@ -89,21 +89,22 @@ impl Buffer {
         self.len += len;
     }
 
-    /// Bytes in all segments; at most 4 GiB, as virtio-queue ends a longer chain.
+    /// Bytes in all segments; at most 4 GiB, as virtio-queue truncates a longer chain.
     pub fn len(&self) -> usize {
         self.len
     }
 
+    /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Address and length of each part, as the driver gave them: known to lie in guest memory.
+    /// Guest address and length of each segment; checked to lie in guest memory.
     pub(crate) fn segments(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.segments.iter().map(|segment| (segment.addr.0, segment.len as u64))
     }
 
-    /// Splits into what lies before `at` and what lies after it.
+    /// Splits into the first `at` bytes and the rest.
     pub fn split_at(&self, at: usize) -> (Self, Self) {
         let (mut before, mut after) = (Self::default(), Self::default());
         for segment in &self.segments {
@@ -112,14 +113,14 @@ impl Buffer {
                 before.push(segment.addr, take);
             }
             if take < segment.len {
-                // Inside a segment that was found to lie in guest memory: cannot overflow.
+                // Inside a segment that was checked to lie in guest memory: cannot overflow.
                 after.push(GuestAddress(segment.addr.0 + take as u64), segment.len - take);
             }
         }
         (before, after)
     }
 
-    /// Copies bytes from `offset` on into `out`; returns how many there were.
+    /// Copies bytes from `offset` on into `out`; returns the number of bytes copied.
     pub fn read(&self, mem: &GuestMemoryMmap, offset: usize, out: &mut [u8]) -> usize {
         let mut done = 0;
         self.parts(offset, out.len(), |addr, len| {
@@ -130,7 +131,7 @@ impl Buffer {
         done
     }
 
-    /// Copies `bytes` to `offset`; returns how many fitted.
+    /// Copies `bytes` to `offset`; returns the number of bytes copied, fewer if the segments end.
     pub fn write(&self, mem: &GuestMemoryMmap, offset: usize, bytes: &[u8]) -> usize {
         let mut done = 0;
         self.parts(offset, bytes.len(), |addr, len| {
@@ -141,7 +142,7 @@ impl Buffer {
         done
     }
 
-    /// Calls `part` for each piece of `[offset, offset + len)` until it answers `false`.
+    /// Calls `part` for each contiguous piece of `[offset, offset + len)` until it returns `false`.
     fn parts(&self, offset: usize, len: usize, mut part: impl FnMut(GuestAddress, usize) -> bool) {
         let (mut skip, mut rest) = (offset, len);
         for segment in &self.segments {
@@ -161,10 +162,10 @@ impl Buffer {
         }
     }
 
-    /// Appends the host's view of the first `len` bytes to `out`.
+    /// Appends iovecs of the first `len` bytes to `out`.
     ///
-    /// The pointers stay good as long as `mem` (or a clone of it) lives; whoever passes them to the
-    /// kernel keeps one until the kernel is done.
+    /// The pointers are valid as long as `mem` or a clone of it lives; a caller that passes them to
+    /// the kernel keeps one until the kernel is done.
     pub fn iovecs(&self, mem: &GuestMemoryMmap, len: usize, out: &mut Vec<libc::iovec>) {
         self.parts(0, len, |addr, len| {
             let Ok(slices) = mem
@@ -181,7 +182,7 @@ impl Buffer {
         });
     }
 
-    /// One `writev` of all bytes.
+    /// Writes all bytes to `fd` with one `writev`; returns the bytes written.
     pub fn writev(
         &self,
         mem: &GuestMemoryMmap,
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn buffers_outside_memory_are_refused_up_to_the_last_byte() {
+    fn a_buffer_that_ends_one_byte_outside_memory_is_refused() {
         assert_eq!(chain(&[(END - 8, 8)], &[]).unwrap().readable.len(), 8);
         for (addr, len) in [(END - 8, 9), (END, 1), (u64::MAX, 1), (u64::MAX - 3, 8), (0, u32::MAX)]
         {
@@ -234,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_buffers_are_skipped_wherever_they_point() {
+    fn empty_buffers_are_skipped_whatever_their_address() {
         let read = chain(&[(u64::MAX, 0), (0x8000, 4)], &[(END, 0)]).unwrap();
         assert_eq!((read.readable.len(), read.writable.len()), (4, 0));
         assert_eq!(chain(&[(0x8000, 0)], &[]), Err(ChainError::Empty));
@@ -251,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loop_of_descriptors_ends() {
+    fn a_loop_of_descriptors_terminates() {
         let mem = memory(END as usize);
         let mut queue = MockQueue::new(mem.clone(), 0x1000, 16);
         queue.write_desc(0, 0x8000, 8, 1, 1);
@@ -273,9 +274,9 @@ mod tests {
     }
 
     proptest! {
-        /// A buffer behaves like the run of bytes it stands for, however it is cut up.
+        /// A buffer behaves like one byte sequence, however it is split into segments.
         #[test]
-        fn a_buffer_is_its_bytes(
+        fn a_buffer_behaves_like_its_bytes(
             lens in prop::collection::vec(0u32..50, 1..8),
             at in 0usize..400,
             offset in 0usize..400,

@@ -1,9 +1,9 @@
-//! What a device is to its transport and to its worker.
+//! The traits that a device implements.
 //!
-//! A [`VirtioDevice`] is the still half: identity, features, configuration; it lives with the
-//! transport, on vCPU threads. When the driver sets DRIVER_OK it makes an [`Engine`], the moving
-//! half, which owns the queues and runs on a [`crate::Worker`] until the driver resets the device.
-//! A fresh activation makes a fresh engine, so a reset cannot leave state behind.
+//! A [`VirtioDevice`] has identity, features and configuration; the transport calls it on vCPU
+//! threads. When the driver sets DRIVER_OK, it creates an [`Engine`], which owns the queues and
+//! runs on a [`crate::Worker`] until the driver resets the device. Each activation creates a new
+//! engine, so no state survives a reset.
 
 use std::collections::HashSet;
 use std::io;
@@ -34,7 +34,7 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
-    /// Short name, as in the control API.
+    /// Short name, as in the control API's `DeviceStatus::kind`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Net => "net",
@@ -60,95 +60,100 @@ impl DeviceKind {
     }
 }
 
-/// Counts of one device since it was made; shared with whoever wants to read them.
+/// Counters of one device since it was created; they survive resets.
 #[derive(Debug, Default)]
 pub struct DeviceCounters {
     operations: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
-    /// For what the guest makes the device log.
+    /// Rate limit for log lines that the guest can cause.
     pub(crate) limit: LogLimit,
 }
 
 impl DeviceCounters {
-    /// A request or packet that was carried out.
+    /// Counts a completed request or packet of `bytes` data bytes.
     pub fn operation(&self, bytes: u64) {
         self.operations.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// A request or packet that failed, was malformed, or was dropped.
+    /// Counts a request or packet that failed, was malformed, or was dropped.
     pub fn error(&self) {
         self.errors.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Completed requests or packets.
     pub fn operations(&self) -> u64 {
         self.operations.load(Ordering::Relaxed)
     }
 
+    /// Data bytes of completed requests or packets.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    /// Failed, malformed or dropped requests or packets.
     pub fn errors(&self) -> u64 {
         self.errors.load(Ordering::Relaxed)
     }
 }
 
-/// How an engine calls its driver; implemented by the transport.
+/// Interrupts from an engine to its driver; implemented by the transport.
 pub trait Interrupt: Send + Sync {
-    /// Used buffers in queue `index`.
+    /// Used buffer notification of queue `index` (section 2.3).
     fn queue(&self, index: u16);
-    /// The device's configuration has changed.
+    /// Configuration change notification (section 2.3).
     fn config(&self);
-    /// Sets DEVICE_NEEDS_RESET (section 2.1.2) and tells the driver.
+    /// Sets DEVICE_NEEDS_RESET (section 2.1.2) and sends a configuration change notification.
     fn needs_reset(&self);
-    /// What raises the interrupt of queue `index` by being written to, for a device that another
-    /// process serves; none where only [`Self::queue`] does. It goes past a mask of that one vector:
-    /// a driver has to bear an interrupt that was on its way when it masked the vector anyhow.
+    /// The eventfd that raises the interrupt of queue `index`, for a device that another process
+    /// serves; none if only [`Self::queue`] can raise it. It bypasses the per-vector mask of MSI-X:
+    /// a driver has to tolerate an interrupt that was in flight when it masked the vector.
     fn event(&self, _index: u16) -> Option<EventFd> {
         None
     }
 }
 
-/// What an engine is made from.
+/// What the transport hands to a device at DRIVER_OK.
 pub struct Activation {
-    /// As many as the device announced, in order; one that the driver left disabled never has
-    /// anything in it.
+    /// One per entry of [`VirtioDevice::queue_sizes`], in order. A queue that the driver did not
+    /// enable never has a chain.
     pub queues: Vec<VirtQueue>,
     pub interrupt: Arc<dyn Interrupt>,
-    /// Features both sides agreed on.
+    /// Negotiated features.
     pub features: u64,
 }
 
-/// The still half of a device.
+/// Identity, features and configuration of a device.
 pub trait VirtioDevice: Send {
     fn kind(&self) -> DeviceKind;
     /// Largest size of each queue; powers of two.
     fn queue_sizes(&self) -> &[u16];
-    /// Features offered; see [`crate::features`] for those every device offers.
+    /// Offered features; [`crate::features::COMMON`] are offered by every device.
     fn features(&self) -> u64;
-    /// Reads device configuration; bytes past its end stay as they are (zero).
+    /// Reads the device configuration into `data`, which is zeroed; bytes past the end stay zero.
     fn read_config(&self, offset: usize, data: &mut [u8]);
-    /// Changes whenever the configuration does without the driver's doing (section 2.5.3).
+    /// Changes with every change of the configuration that the driver did not cause (section
+    /// 2.5.3).
     fn config_generation(&self) -> u8 {
         0
     }
     fn counters(&self) -> Arc<DeviceCounters>;
-    /// Makes the moving half. Never blocks: runs on a vCPU thread.
+    /// Creates the engine. Must not block: it runs on a vCPU thread. An error sets
+    /// DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> io::Result<Box<dyn Engine>>;
 }
 
-/// The queues of a device that has exactly `N`.
+/// The queues of a device that has exactly `N`; an error for any other number.
 pub(crate) fn take_queues<const N: usize>(queues: Vec<VirtQueue>) -> io::Result<[VirtQueue; N]> {
     let count = queues.len();
     queues.try_into().map_err(|_| {
-        let message = format!("device has {N} queues, its transport brought {count}");
+        let message = format!("device has {N} queues, but its transport passed {count}");
         io::Error::new(io::ErrorKind::InvalidInput, message)
     })
 }
 
-/// Reads from a configuration structure given as bytes.
+/// [`VirtioDevice::read_config`] from a configuration structure in bytes.
 pub fn read_config_bytes(config: &[u8], offset: usize, data: &mut [u8]) {
     if let Some(rest) = config.get(offset..) {
         let len = rest.len().min(data.len());
@@ -156,43 +161,42 @@ pub fn read_config_bytes(config: &[u8], offset: usize, data: &mut [u8]) {
     }
 }
 
-/// The moving half of a device. Every method runs on the worker's thread.
+/// The data path of an active device. Every method runs on the worker's thread.
 pub trait Engine: Send {
-    /// Registers descriptors. An error sets DEVICE_NEEDS_RESET.
+    /// Registers file descriptors. An error sets DEVICE_NEEDS_RESET.
     fn start(&mut self, poll: &mut Poll<'_>) -> io::Result<()>;
 
-    /// Something registered under `token` is ready (or was: every call may be spurious). Must not
-    /// block and must do a bounded amount of work; what is left over is asked for with
-    /// [`Poll::again`].
+    /// The file descriptor registered under `token` is ready; every call may be spurious. Must not
+    /// block and must do a bounded amount of work; [`Poll::reschedule`] requests another call for
+    /// the rest.
     fn handle(&mut self, token: u32, events: EventSet, poll: &mut Poll<'_>);
 
-    /// When [`Engine::tick`] wants to be called next.
+    /// When [`Engine::tick`] is to be called next.
     fn deadline(&self) -> Option<Instant> {
         None
     }
 
     fn tick(&mut self, _now: Instant, _poll: &mut Poll<'_>) {}
 
-    /// Begins to finish what is in flight; nothing new is taken from the queues until
-    /// [`Engine::resume`].
+    /// Takes no more chains from the queues until [`Engine::resume`]; requests in flight complete.
     fn drain(&mut self) {}
 
-    /// Whether nothing is in flight any more. Called repeatedly after [`Engine::drain`].
+    /// Whether no request is in flight. Called repeatedly after [`Engine::drain`].
     fn drained(&mut self) -> bool {
         true
     }
 
-    /// Goes on after a pause.
+    /// Continues after a pause.
     fn resume(&mut self, _poll: &mut Poll<'_>) {}
 }
 
-/// What a worker remembers of one engine's use of its epoll.
+/// State of one engine in its worker's epoll.
 #[derive(Debug, Default)]
 pub(crate) struct PollState {
     /// Tokens to handle in the next round.
-    pub(crate) again: Vec<u32>,
-    /// Registered descriptors. They are taken out of epoll when the engine goes: closing does not,
-    /// where a duplicate stays open elsewhere.
+    pub(crate) rescheduled: Vec<u32>,
+    /// Registered file descriptors. They are removed from epoll when the engine is dropped: closing
+    /// one does not remove it while a duplicate is open.
     fds: HashSet<RawFd>,
 }
 
@@ -204,7 +208,7 @@ impl PollState {
     }
 }
 
-/// An engine's view of its worker's epoll.
+/// An engine's access to its worker's epoll.
 pub struct Poll<'a> {
     epoll: &'a Epoll,
     engine: u32,
@@ -216,27 +220,29 @@ impl<'a> Poll<'a> {
         Self { epoll, engine, state }
     }
 
+    /// Registers a file descriptor (EPOLL_CTL_ADD); `token` is passed to [`Engine::handle`].
     pub fn add(&mut self, fd: RawFd, token: u32, events: EventSet) -> io::Result<()> {
         self.ctl(ControlOperation::Add, fd, token, events)?;
         self.state.fds.insert(fd);
         Ok(())
     }
 
+    /// Changes token or events of a registered file descriptor (EPOLL_CTL_MOD).
     pub fn modify(&mut self, fd: RawFd, token: u32, events: EventSet) -> io::Result<()> {
         self.ctl(ControlOperation::Modify, fd, token, events)
     }
 
-    /// To be called before the descriptor is closed.
+    /// To be called before the file descriptor is closed.
     pub fn remove(&mut self, fd: RawFd) {
         if self.state.fds.remove(&fd) {
             let _ = self.ctl(ControlOperation::Delete, fd, 0, EventSet::empty());
         }
     }
 
-    /// Asks for [`Engine::handle`] with this token (and no events) in the worker's next round.
-    pub fn again(&mut self, token: u32) {
-        if !self.state.again.contains(&token) {
-            self.state.again.push(token);
+    /// Requests [`Engine::handle`] with this token and no events in the worker's next round.
+    pub fn reschedule(&mut self, token: u32) {
+        if !self.state.rescheduled.contains(&token) {
+            self.state.rescheduled.push(token);
         }
     }
 

@@ -1,10 +1,9 @@
-//! Gives pages of guest memory back to the host: they read as zeroes afterwards, and cost nothing
-//! until the guest or a device touches them again.
+//! Returns pages of guest memory to the host. They read as zeroes afterwards and use no memory
+//! until the guest or a device touches them.
 //!
-//! Shared memory is punched out of its file (`fallocate`), which takes the pages from every process
-//! that has the file mapped: the VMM, KVM, and a process that serves a device. `madvise` with
-//! MADV_DONTNEED would only unmap them here. Private memory has no other place, so MADV_DONTNEED is
-//! all it needs.
+//! For shared memory a hole is punched into its file (`fallocate`), which frees the pages for every
+//! process that maps the file: the VMM, KVM, and a vhost-user backend. `madvise(MADV_DONTNEED)`
+//! would only unmap them in this process. For private memory MADV_DONTNEED is enough.
 #![allow(unsafe_code)] // madvise takes a raw address
 
 use std::io;
@@ -13,21 +12,21 @@ use std::ops::Range;
 use nix::fcntl::{FallocateFlags, fallocate};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-/// Smallest piece that can be given back, and what its ends have to be multiples of.
+/// Smallest range that can be returned, and the alignment of its ends, bytes.
 pub(crate) const PAGE: u64 = 4096;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DiscardError {
-    #[error("{part:#x?} is not guest memory that begins and ends at pages")]
+    #[error("{part:#x?} is not page-aligned guest memory")]
     Part { part: Range<u64> },
-    #[error("cannot punch {part:#x?} out of the file of guest memory")]
+    #[error("cannot punch a hole for {part:#x?} into the file of guest memory")]
     Punch { part: Range<u64>, source: io::Error },
-    #[error("cannot drop {part:#x?} of guest memory")]
+    #[error("cannot discard {part:#x?} of guest memory")]
     Drop { part: Range<u64>, source: io::Error },
 }
 
-/// Gives whole pages of `mem` back. Blocks for as long as the kernel takes to free them, some
-/// milliseconds for 64 MiB.
+/// Returns whole pages of `mem` to the host. Blocks while the kernel frees them, some milliseconds
+/// for 64 MiB.
 pub(crate) fn discard(mem: &GuestMemoryMmap, part: Range<u64>) -> Result<(), DiscardError> {
     if !part.start.is_multiple_of(PAGE) || !part.end.is_multiple_of(PAGE) {
         return Err(DiscardError::Part { part });
@@ -44,7 +43,7 @@ pub(crate) fn discard(mem: &GuestMemoryMmap, part: Range<u64>) -> Result<(), Dis
             Some(file) => {
                 let flags =
                     FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                // Below 2^63: the file is mapped as far as here.
+                // Below 2^63: the file is mapped up to this offset.
                 let start = (file.start() + offset) as i64;
                 fallocate(file.file(), flags, start, len as i64)
                     .map_err(|e| DiscardError::Punch { part: piece, source: e.into() })?;
@@ -62,9 +61,9 @@ fn drop_pages(mem: &GuestMemoryMmap, part: Range<u64>) -> Result<(), DiscardErro
     let slice = mem.get_slice(GuestAddress(part.start), len);
     let slice = slice.map_err(|_| DiscardError::Part { part: part.clone() })?;
     let address = slice.ptr_guard_mut().as_ptr();
-    // SAFETY: these are addresses of a live mapping of guest memory, which `mem` keeps during the
-    // call and which nothing but vm-memory's volatile accesses reaches: that its bytes become zero
-    // invalidates no reference.
+    // SAFETY: the range is part of a mapping of guest memory, which `mem` keeps alive during the
+    // call and which is only accessed through vm-memory's volatile accesses: that its bytes become
+    // zero invalidates no reference.
     if unsafe { libc::madvise(address.cast(), len, libc::MADV_DONTNEED) } != 0 {
         return Err(DiscardError::Drop { part, source: io::Error::last_os_error() });
     }
@@ -85,11 +84,11 @@ mod tests {
     const SIZE: u64 = 16 * PAGE;
 
     #[test]
-    fn pages_leave_the_file_of_every_region_they_lie_in() {
+    fn pages_of_adjacent_regions_are_freed_in_the_file_of_each() {
         let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
         file.set_len(2 * SIZE + PAGE).unwrap();
         let backing = |at| Some(FileOffset::new(file.try_clone().unwrap(), at));
-        // Neighbours in the guest, apart in the file.
+        // Adjacent in guest memory, not in the file.
         let mem = GuestMemoryMmap::from_ranges_with_files([
             (GuestAddress(0), SIZE as usize, backing(SIZE + PAGE)),
             (GuestAddress(SIZE), SIZE as usize, backing(0)),
@@ -107,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn private_pages_read_as_zeroes_again() {
+    fn discarded_private_pages_read_as_zeroes() {
         let mem = memory(SIZE as usize);
         for page in 0..3 {
             mem.write_obj(7u8, GuestAddress(page * PAGE)).unwrap();
@@ -118,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_memory_or_not_whole_pages_is_refused() {
+    fn ranges_outside_memory_or_not_page_aligned_are_refused() {
         let mem = memory(SIZE as usize);
         for part in [0..SIZE + PAGE, SIZE..SIZE + PAGE, 1..PAGE, 0..PAGE + 1] {
             assert!(matches!(discard(&mem, part), Err(DiscardError::Part { .. })));

@@ -1,17 +1,17 @@
-//! Virtio 1.2 devices over PCI: block, net, vsock, fs (served by another process), rng, console,
-//! mem, balloon.
+//! Virtio 1.2 devices over PCI: block, net, vsock, fs (vhost-user front end), rng, console, mem,
+//! balloon.
 //!
-//! The guest is hostile: every byte in its memory and every register write is an attack until
-//! checked. A malformed descriptor chain is handed back unused and counted; an impossible ring
-//! state sets DEVICE_NEEDS_RESET; every size a guest or a peer chooses has a named cap.
+//! The guest is hostile: bytes in its memory and register writes are checked before use. A
+//! malformed descriptor chain is returned with length 0 and counted; an invalid ring index sets
+//! DEVICE_NEEDS_RESET; every size that a guest or a peer chooses has a named cap.
 //!
-//! - [`device`]: what a device is to its transport ([`VirtioDevice`]), and the part of it that runs
-//!   once the driver is ready ([`Engine`]).
-//! - [`worker`]: the epoll thread that runs engines. vCPU threads never touch a queue.
+//! - [`device`]: a device as its transport sees it ([`VirtioDevice`]), and its data path
+//!   ([`Engine`]).
+//! - [`worker`]: the epoll thread that runs engines. vCPU threads never access a queue.
 //! - [`pci`]: the transport (virtio 1.2, section 4.1).
-//! - [`queue`], [`chain`]: the only code that reads rings and turns guest addresses into memory.
+//! - [`queue`], [`chain`]: the only code that reads rings and converts guest addresses.
 //!
-//! Has never heard of KVM, of pods, or of the control API. No tokio: threads and epoll.
+//! Does not depend on KVM, pods or the control API. Threads and epoll, no async runtime.
 
 pub mod balloon;
 pub mod blk;

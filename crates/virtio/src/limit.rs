@@ -1,16 +1,16 @@
-//! Rate limit for log lines a guest can provoke.
+//! Rate limit for log lines that a guest can cause.
 //!
-//! Attack: a guest that sends malformed requests as fast as it can fills the host's log disk.
+//! Attack: a guest sends malformed requests at full speed to fill the host's log.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Lines let through in a [`WINDOW`].
+/// Lines written per [`WINDOW`].
 pub(crate) const LINES: u32 = 8;
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// One device's allowance, for its transport, queues and engines together. It lives as long as the
-/// device: a driver that resets it gets no new one.
+/// The limit of one device, shared by its transport, queues and engines. It lives as long as the
+/// device, so a driver cannot renew it with a reset.
 #[derive(Debug, Default)]
 pub struct LogLimit(Mutex<Used>);
 
@@ -28,7 +28,7 @@ impl Default for Used {
 }
 
 impl LogLimit {
-    /// Whether a line may be written now; if so, how many were swallowed before it.
+    /// None: the line must not be written. Some: the number of lines suppressed before it.
     pub fn allow(&self) -> Option<u64> {
         self.allow_at(Instant::now())
     }
@@ -48,7 +48,7 @@ impl LogLimit {
     }
 }
 
-/// `warn!` within a [`LogLimit`].
+/// `tracing::warn!`, rate-limited by a [`LogLimit`].
 #[macro_export]
 macro_rules! guest_warn {
     ($limit:expr, $($rest:tt)+) => {
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_is_cut_off_and_counted() {
+    fn lines_over_the_limit_are_suppressed_and_counted() {
         let limit = LogLimit::default();
         let start = Instant::now();
         let passed = (0..100).filter(|_| limit.allow_at(start).is_some()).count();

@@ -1,5 +1,5 @@
-//! The other side: a driver's half of a split queue over plain memory, and a runner that drives an
-//! engine without a thread. For tests and fuzz targets.
+//! The driver side of a split queue in plain memory, and a runner that drives an engine without a
+//! thread. For tests and fuzz targets.
 
 use std::collections::HashMap;
 use std::io;
@@ -48,8 +48,8 @@ impl Interrupt for MockInterrupt {
     }
 }
 
-/// A driver's half of one queue. Its rings stand at `base`: descriptors, driver ring, device ring,
-/// each on a page boundary.
+/// The driver side of one queue. At `base`: descriptor table, available ring, used ring, each on a
+/// page boundary.
 pub struct MockQueue {
     mem: Arc<GuestMemoryMmap>,
     base: u64,
@@ -93,7 +93,7 @@ impl MockQueue {
         (self.device() + 6 + 8 * u64::from(self.size)).next_multiple_of(0x1000)
     }
 
-    /// The device's half.
+    /// The device side.
     pub fn queue(&self, event_idx: bool) -> Queue {
         let mut queue = Queue::new(self.size).expect("a power of two");
         queue.try_set_desc_table_address(GuestAddress(self.desc())).expect("aligned");
@@ -104,7 +104,7 @@ impl MockQueue {
         queue
     }
 
-    /// Descriptors that are in no chain.
+    /// Number of free descriptors.
     pub fn room(&self) -> usize {
         self.free.len()
     }
@@ -129,7 +129,7 @@ impl MockQueue {
         head
     }
 
-    /// The same through an indirect table that the caller has room for at `table`.
+    /// Like [`Self::add`], with an indirect table at the unused address `table`.
     pub fn add_indirect(
         &mut self,
         table: u64,
@@ -150,7 +150,7 @@ impl MockQueue {
         head
     }
 
-    /// Writes one entry of the descriptor table, good or bad.
+    /// Writes one entry of the descriptor table, valid or not.
     pub fn write_desc(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
         self.write_raw(self.desc() + 16 * u64::from(index), addr, len, flags, next);
     }
@@ -164,21 +164,21 @@ impl MockQueue {
         self.mem.write_slice(&entry, GuestAddress(at)).expect("table in memory");
     }
 
-    /// Puts a head into the driver ring, good or bad.
+    /// Adds a head to the available ring, valid or not.
     pub fn publish(&mut self, head: u16) {
         let slot = self.driver() + 4 + 2 * u64::from(self.next_avail % self.size);
         self.mem.write_obj(head.to_le(), GuestAddress(slot)).expect("ring in memory");
         self.set_avail(self.next_avail.wrapping_add(1));
     }
 
-    /// Sets the driver ring's index, good or bad.
+    /// Sets the index of the available ring, valid or not.
     pub fn set_avail(&mut self, index: u16) {
         self.next_avail = index;
         let at = GuestAddress(self.driver() + 2);
         self.mem.store(index.to_le(), at, Ordering::Release).expect("ring in memory");
     }
 
-    /// The next chain that came back: its head and how many bytes were written.
+    /// The next used chain: its head and the number of bytes written.
     pub fn used(&mut self) -> Option<(u16, u32)> {
         let index: u16 = self
             .mem
@@ -190,7 +190,7 @@ impl MockQueue {
         let at = self.device() + 4 + 8 * u64::from(self.next_used % self.size);
         let entry: [u32; 2] = self.mem.read_obj(GuestAddress(at)).expect("ring in memory");
         self.next_used = self.next_used.wrapping_add(1);
-        // used_event: tell me of the next one.
+        // used_event: an interrupt for the next used chain.
         let event = self.driver() + 4 + 2 * u64::from(self.size);
         self.mem.write_obj(self.next_used.to_le(), GuestAddress(event)).expect("ring in memory");
         let head = u32::from_le(entry[0]) as u16;
@@ -217,7 +217,7 @@ pub fn queues(mem: &Arc<GuestMemoryMmap>, base: u64, sizes: &[u16]) -> Vec<MockQ
     made
 }
 
-/// What a device's engine is made from, over these queues.
+/// An activation with these queues.
 pub fn activation(
     device: &dyn VirtioDevice,
     queues: &[MockQueue],
@@ -253,14 +253,14 @@ impl Runner {
         Ok(Self { engine, epoll, state })
     }
 
-    /// One round; `false` when nothing was ready within `wait`.
+    /// One round of the worker; `false` when nothing was ready within `wait`.
     pub fn round(&mut self, wait: Duration) -> bool {
         let mut events = [EpollEvent::default(); 64];
-        let wait = if self.state.again.is_empty() { wait } else { Duration::ZERO };
+        let wait = if self.state.rescheduled.is_empty() { wait } else { Duration::ZERO };
         let count = self.epoll.wait(wait.as_millis() as i32, &mut events).unwrap_or(0);
-        let again = std::mem::take(&mut self.state.again);
-        let idle = again.is_empty() && count == 0;
-        for token in again {
+        let rescheduled = std::mem::take(&mut self.state.rescheduled);
+        let idle = rescheduled.is_empty() && count == 0;
+        for token in rescheduled {
             let mut poll = Poll::new(&self.epoll, 0, &mut self.state);
             self.engine.handle(token, EventSet::empty(), &mut poll);
         }
@@ -275,12 +275,12 @@ impl Runner {
         !idle
     }
 
-    /// Runs until nothing is ready, at most `rounds` times.
+    /// Runs until nothing is ready, at most `rounds` rounds; `false` if something is still ready.
     pub fn settle(&mut self, rounds: usize) -> bool {
         (0..rounds).any(|_| !self.round(Duration::ZERO))
     }
 
-    /// Runs until `done`, or fails after ten seconds.
+    /// Runs until `done` returns `true`; `false` after ten seconds.
     pub fn until(&mut self, mut done: impl FnMut() -> bool) -> bool {
         let end = Instant::now() + Duration::from_secs(10);
         while !done() {

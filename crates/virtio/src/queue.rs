@@ -1,8 +1,8 @@
-//! A split virtqueue as an engine uses it (virtio 1.2, section 2.7), around rust-vmm's `Queue`.
+//! A split virtqueue for engines (virtio 1.2, section 2.7), built on rust-vmm's `Queue`.
 //!
-//! Chains come out checked ([`Chain`]); malformed ones are handed back unused and counted; a ring
-//! that cannot be right (an available index further ahead than the queue is long) breaks the queue
-//! and sets DEVICE_NEEDS_RESET.
+//! [`VirtQueue::pop`] returns checked chains ([`Chain`]). Malformed chains are returned to the
+//! driver with length 0 and counted. An invalid ring (an available index further ahead than the
+//! queue size) disables the queue and sets DEVICE_NEEDS_RESET.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -14,14 +14,15 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Chain;
 use crate::device::{DeviceCounters, Interrupt};
-use crate::granted::{Granted, OpenMemory};
+use crate::granted::{AccessibleMemory, Granted};
 use crate::guest_warn;
 
-/// Malformed chains that one [`VirtQueue::pop`] hands back before it gives up for this round.
-/// Attack: a ring full of rubbish, to keep the worker from serving other devices.
-const MAX_BAD_A_POP: usize = 64;
+/// Malformed chains that one [`VirtQueue::pop`] returns to the driver before it stops for this
+/// round.
+/// Attack: a ring full of malformed chains, to keep the worker from serving other devices.
+const MAX_MALFORMED_PER_POP: usize = 64;
 
-/// Where a queue's parts stand in guest memory, known to lie in it.
+/// Guest addresses of a queue's areas (section 2.7), checked to lie in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rings {
     pub size: u16,
@@ -35,11 +36,11 @@ pub struct VirtQueue {
     index: u16,
     queue: Queue,
     kick: EventFd,
-    mem: OpenMemory,
+    mem: AccessibleMemory,
     interrupt: Arc<dyn Interrupt>,
     counters: Arc<DeviceCounters>,
-    /// Used buffers the driver has not been told of.
-    unannounced: bool,
+    /// Chains were added to the used ring since the last [`VirtQueue::signal_used`].
+    needs_signal: bool,
     broken: bool,
 }
 
@@ -53,25 +54,27 @@ impl VirtQueue {
         counters: Arc<DeviceCounters>,
     ) -> Self {
         let broken = !queue.ready();
-        let mem = OpenMemory::new(mem, Granted::everything());
-        Self { index, queue, kick, mem, interrupt, counters, unannounced: false, broken }
+        let mem = AccessibleMemory::new(mem, Granted::all());
+        Self { index, queue, kick, mem, interrupt, counters, needs_signal: false, broken }
     }
 
-    /// Touches no memory but what was granted.
-    pub fn within(mut self, granted: Granted) -> Self {
-        self.mem = OpenMemory::new(self.mem.all().clone(), granted);
+    /// Limits the queue to granted memory.
+    pub fn with_granted(mut self, granted: Granted) -> Self {
+        self.mem = AccessibleMemory::new(self.mem.all().clone(), granted);
         self
     }
 
+    /// All guest memory; addresses of a [`Chain`] are checked already.
     pub fn mem(&self) -> &Arc<GuestMemoryMmap> {
         self.mem.all()
     }
 
+    /// Number of entries.
     pub fn size(&self) -> u16 {
         self.queue.size()
     }
 
-    /// The rings, for whoever serves them in place of this; none if the driver does not use them.
+    /// The rings, for a vhost-user backend; none if the driver has not enabled the queue.
     pub fn rings(&self) -> Option<Rings> {
         let Self { queue, .. } = self;
         queue.ready().then(|| Rings {
@@ -82,8 +85,8 @@ impl VirtQueue {
         })
     }
 
-    /// Goes on where somebody else stopped who used every chain in order.
-    pub fn take_over(&mut self) {
+    /// Continues at the used index, after a backend that used all chains in order.
+    pub fn resume_at_used_index(&mut self) {
         if self.broken {
             return;
         }
@@ -96,23 +99,24 @@ impl VirtQueue {
         }
     }
 
+    /// The eventfd that the driver's notifications signal.
     pub fn kick(&self) -> &EventFd {
         &self.kick
     }
 
-    /// Becomes readable when the driver kicks.
+    /// File descriptor of [`Self::kick`], for epoll.
     pub fn kick_fd(&self) -> RawFd {
         self.kick.as_raw_fd()
     }
 
-    /// Takes a kick note of; spurious calls do no harm.
+    /// Clears the kick eventfd; a call without a kick has no effect.
     pub fn clear_kick(&self) {
         let _ = self.kick.read();
     }
 
-    /// The next chain the driver has made available.
+    /// The next available chain; none if there is none or the queue is disabled.
     pub fn pop(&mut self) -> Option<Chain> {
-        for _ in 0..MAX_BAD_A_POP {
+        for _ in 0..MAX_MALFORMED_PER_POP {
             if self.broken {
                 return None;
             }
@@ -138,8 +142,8 @@ impl VirtQueue {
         None
     }
 
-    /// Lets `each` work on up to `budget` chains; what it returns is the number of bytes it wrote.
-    /// `true` when there is (or may be) more to do.
+    /// Calls `each` for up to `budget` chains; it returns the number of bytes it wrote. `true`:
+    /// more chains may be available.
     pub fn serve(&mut self, budget: usize, mut each: impl FnMut(&Chain) -> u32) -> bool {
         self.disable_kicks();
         let mut more = true;
@@ -154,29 +158,30 @@ impl VirtQueue {
                 }
             }
         }
-        self.announce();
+        self.signal_used();
         more
     }
 
-    /// Takes back the last [`Self::pop`]: the chain stays available.
+    /// Undoes the last [`Self::pop`]: the chain is available again.
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();
     }
 
-    /// Hands a chain back with `written` bytes in its writable part.
+    /// Adds a chain to the used ring, with `written` bytes in its writable part.
     pub fn push(&mut self, head: u16, written: u32) {
         if self.broken {
             return;
         }
         match self.queue.add_used(&self.mem, head, written) {
-            Ok(()) => self.unannounced = true,
+            Ok(()) => self.needs_signal = true,
             Err(error) => self.fail(&error),
         }
     }
 
-    /// Interrupts the driver if there is something new and it wants to know.
-    pub fn announce(&mut self) {
-        if self.broken || !std::mem::take(&mut self.unannounced) {
+    /// Interrupts the driver if chains were used and it has not suppressed the notification
+    /// (sections 2.7.7 and 2.7.10).
+    pub fn signal_used(&mut self) {
+        if self.broken || !std::mem::take(&mut self.needs_signal) {
             return;
         }
         match self.queue.needs_notification(&self.mem) {
@@ -186,7 +191,7 @@ impl VirtQueue {
         }
     }
 
-    /// Asks for no kicks while the queue is being worked on.
+    /// Suppresses kicks while the queue is processed.
     pub fn disable_kicks(&mut self) {
         if !self.broken
             && let Err(error) = self.queue.disable_notification(&self.mem)
@@ -195,8 +200,7 @@ impl VirtQueue {
         }
     }
 
-    /// Asks for kicks; `true` if something has become available meanwhile, for which there may be
-    /// none.
+    /// Enables kicks. `true`: a chain became available meanwhile, for which no kick may come.
     pub fn enable_kicks(&mut self) -> bool {
         if self.broken {
             return false;
@@ -214,7 +218,7 @@ impl VirtQueue {
         self.broken = true;
         self.counters.error();
         let queue = self.index;
-        guest_warn!(self.counters.limit, queue, %error, "queue is broken; driver must reset");
+        guest_warn!(self.counters.limit, queue, %error, "invalid ring; the device needs a reset");
         self.interrupt.needs_reset();
     }
 }

@@ -14,7 +14,7 @@ use crate::{Error, Reply, Request};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    #[error("no VMM answers at {path}")]
+    #[error("cannot connect to a VMM at {path}")]
     Connect { path: String, source: nix::Error },
     #[error("VMM did not answer within {limit:?}")]
     Deadline { limit: Duration },
@@ -34,7 +34,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects; every later call fails with [`ClientError::Deadline`] after `limit`.
+    /// Connects to the control socket at `path`. Every later call fails with
+    /// [`ClientError::Deadline`] after `limit`.
     pub fn connect(path: &Path, limit: Duration) -> Result<Self, ClientError> {
         let failed = |source| ClientError::Connect { path: path.display().to_string(), source };
         let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
@@ -47,7 +48,8 @@ impl Client {
         Ok(Self { socket, limit })
     }
 
-    /// Sends a request with its descriptors and waits for the reply; a refusal is an `Err`.
+    /// Sends a request with its file descriptors and waits for the reply. [`Reply::Error`] is
+    /// returned as [`ClientError::Refused`].
     pub fn call(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, ClientError> {
         send(self.socket.as_fd(), request, fds).map_err(|e| self.deadline(e))?;
         let (reply, _) = receive::<Reply>(self.socket.as_fd()).map_err(|e| self.deadline(e))?;
@@ -57,7 +59,7 @@ impl Client {
         }
     }
 
-    /// [`Self::call`] for requests that are answered with [`Reply::Done`].
+    /// [`Self::call`] for requests without file descriptors that are answered with [`Reply::Done`].
     pub fn order(&self, request: &Request) -> Result<(), ClientError> {
         match self.call(request, &[])? {
             Reply::Done => Ok(()),

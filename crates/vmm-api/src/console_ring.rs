@@ -1,20 +1,21 @@
-//! The guest's console output in a file of fixed size: an 8-byte little-endian count of all bytes
-//! ever written, then a ring of [`CAPACITY`] bytes in which byte `n` stands at `n % CAPACITY`.
+//! The console ring: a file of fixed size with the guest's console output. It has an 8-byte
+//! little-endian count of all bytes ever written, then a ring of [`CAPACITY`] bytes with byte `n`
+//! at `n % CAPACITY`.
 //!
-//! The VMM writes, anybody reads; the file outlives both. A reader that races with the writer may
-//! see a torn line at the old end, never at the new one.
+//! The VMM writes it, other processes read it; the file outlives both. A reader that races with the
+//! writer may see overwritten bytes at the old end, never at the new one.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Bytes of console output that are kept.
+/// Bytes of console output in the ring.
 pub const CAPACITY: u64 = 256 << 10;
 const HEADER: u64 = 8;
-/// Size of the file.
+/// Size of the file, bytes.
 pub const FILE_SIZE: u64 = HEADER + CAPACITY;
 
-/// The VMM's side.
+/// Writes the ring; used by the VMM.
 #[derive(Debug)]
 pub struct Writer {
     file: File,
@@ -22,14 +23,14 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Takes over a file (new or with former output in it).
+    /// Opens the ring in `file`, which may be empty or have earlier output.
     pub fn new(file: File) -> io::Result<Self> {
         file.set_len(FILE_SIZE)?;
         let written = read_count(&file)?;
         Ok(Self { file, written })
     }
 
-    /// Appends; of a piece longer than the ring only the end is kept.
+    /// Appends `bytes`; only their last [`CAPACITY`] bytes are kept.
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let skip = bytes.len().saturating_sub(CAPACITY as usize);
         let mut position = self.written + skip as u64;
@@ -45,7 +46,7 @@ impl Writer {
         self.file.write_all_at(&position.to_le_bytes(), 0)
     }
 
-    /// The last `limit` bytes.
+    /// The last `limit` bytes of output.
     pub fn tail(&self, limit: usize) -> io::Result<Vec<u8>> {
         read(&self.file, self.written.saturating_sub(limit as u64)).map(|(bytes, _)| bytes)
     }
@@ -59,8 +60,9 @@ fn read_count(file: &File) -> io::Result<u64> {
     }
 }
 
-/// What stands in the ring from position `from` on (or from the oldest byte kept), and the position
-/// after it: pass that as `from` to follow the output.
+/// The output from position `from` on (or from the oldest byte in the ring), and the position after
+/// it, which is the next `from` of a reader that follows the output. Positions count all bytes ever
+/// written.
 pub fn read(file: &File, from: u64) -> io::Result<(Vec<u8>, u64)> {
     let end = read_count(file)?;
     let start = from.max(end.saturating_sub(CAPACITY)).min(end);
@@ -94,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_writer_goes_on_where_the_first_ended() {
+    fn a_second_writer_appends_to_the_output_of_the_first() {
         let file = tempfile::tempfile().unwrap();
         Writer::new(file.try_clone().unwrap()).unwrap().write(b"one ").unwrap();
         Writer::new(file.try_clone().unwrap()).unwrap().write(b"two").unwrap();

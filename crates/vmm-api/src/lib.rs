@@ -1,14 +1,14 @@
-//! What the host asks of a running `nacelle-vmm`, and what it is started with.
+//! The API of `nacelle-vmm`: its start configuration, control protocol and exit report.
 //!
-//! Knows virtual machines and devices; has never heard of pods, images or containers.
+//! It describes virtual machines and devices; it does not depend on pods, images or containers.
 //!
-//! - [`VmConfig`]: JSON on the descriptor named by `--config-fd`; every other descriptor it names
-//!   is inherited by the process.
-//! - [`Request`] / [`Reply`]: one JSON object a packet on a `SOCK_SEQPACKET` unix socket, the
-//!   descriptor of a plugged device attached as `SCM_RIGHTS` ([`transport`]).
-//! - [`VmExit`]: what the VMM leaves in its status file when it ends.
-//! - [`shares`]: the same for `nacelle-fs`, which serves files to a VM.
-//! - [`console_ring`]: the file in which the guest's console output stands.
+//! - [`VmConfig`]: JSON on the file descriptor of `--config-fd`; the process inherits all file
+//!   descriptors named in it.
+//! - [`Request`] / [`Reply`]: one JSON object per packet on a `SOCK_SEQPACKET` unix socket, with
+//!   the file descriptor of a plugged device as `SCM_RIGHTS` ([`transport`]).
+//! - [`VmExit`]: written to the status file when the VM ends.
+//! - [`shares`]: the control protocol of `nacelle-fs`, which serves files to a VM.
+//! - [`console_ring`]: the file with the guest's console output.
 
 pub mod client;
 pub mod console_ring;
@@ -17,64 +17,66 @@ pub mod transport;
 
 use serde::{Deserialize, Serialize};
 
-/// Newest version of everything in this crate that this release speaks. [`VmStatus::version`] says
-/// which one a running VMM speaks: VMMs outlive daemons.
+/// Newest version of configuration and protocol that this release supports. [`VmStatus::version`]
+/// is that of a running VMM, which may be of another release: VMMs outlive the daemon.
 pub const VERSION: u32 = 1;
-/// Oldest version that this release speaks; a VMM takes configurations from here to [`VERSION`].
+/// Oldest supported version; a VMM accepts configurations from it to [`VERSION`].
 pub const MIN_VERSION: u32 = 1;
 
-/// A descriptor's number in the VMM's process.
+/// A file descriptor number in the VMM's process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Fd(pub i32);
 
-/// Everything a VM is made of when it starts.
+/// The configuration of a VM at its start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
     /// [`MIN_VERSION`] to [`VERSION`].
     pub version: u32,
-    /// For logs only.
+    /// Name in log lines.
     pub name: String,
-    /// vCPUs that run from the start, 1 to `max_vcpus`.
+    /// vCPUs online at boot, 1 to `max_vcpus`.
     pub vcpus: u8,
-    /// vCPUs the guest may bring online later, up to 64.
+    /// vCPUs that the guest can bring online, up to 64.
     pub max_vcpus: u8,
-    /// Guest memory, MiB. Only touched pages cost anything.
+    /// Boot memory of the guest, MiB. Pages are allocated when they are touched.
     pub memory_mib: u32,
-    /// What [`Request::ResizeMemory`] can ask for, `memory_mib` at least; as far as the processor
-    /// has addresses. What is not asked for costs nothing.
+    /// Most memory that [`Request::ResizeMemory`] can request, MiB, at least `memory_mib`. It is
+    /// limited by the processor's guest-physical address space. Memory that is not requested is not
+    /// allocated.
     pub max_memory_mib: u32,
-    /// The guest has a device by which it tells which pages it does not use; they go back to the host.
-    #[serde(default = "yes")]
+    /// Adds a balloon device with free page reporting: the guest reports pages that it does not
+    /// use, and the VMM returns them to the host.
+    #[serde(default = "default_true")]
     pub free_page_reporting: bool,
     /// An ELF `vmlinux` (or a bzImage whose payload is extracted by the host side).
     pub kernel: Fd,
     pub initramfs: Option<Fd>,
-    /// Appended to what the VMM itself needs.
+    /// Appended to the kernel parameters of the VMM.
     pub cmdline: String,
     /// `/dev/kvm`.
     pub kvm: Fd,
-    /// Bound and listening `SOCK_SEQPACKET` unix socket of the control API.
+    /// Listening `SOCK_SEQPACKET` unix socket for [`Request`]s.
     pub control: Fd,
-    /// Regular file that gets a [`VmExit`] as JSON.
+    /// Regular file to which a [`VmExit`] is written as JSON.
     pub status: Fd,
     /// Regular file of [`console_ring::FILE_SIZE`] bytes.
     pub console: Fd,
-    /// Log lines (JSON) go here; none: standard error.
+    /// File for log lines (JSON); none: standard error.
     pub log: Option<Fd>,
     pub vsock: Option<VsockConfig>,
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
     #[serde(default)]
     pub nets: Vec<NetConfig>,
-    /// Bytes the guest sees on its emulated 8250 as well; slow, for debugging a kernel.
+    /// Emulates an 8250 serial port as the kernel's console; slow, for debugging a kernel.
     #[serde(default)]
     pub serial_console: bool,
     pub jail: Option<JailConfig>,
 }
 
-fn yes() -> bool {
+fn default_true() -> bool {
     true
 }
 
@@ -82,18 +84,18 @@ fn yes() -> bool {
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
     pub guest_cid: u64,
-    /// Bound and listening `SOCK_STREAM` unix socket. A host program connects, sends
-    /// `CONNECT <port>\n`, reads `OK <host port>\n`, and is then joined to the guest's listener.
+    /// Listening `SOCK_STREAM` unix socket. A host client connects, sends `CONNECT <port>\n`, reads
+    /// `OK <host port>\n`, and is then connected to the guest's listener on that port.
     pub listener: Fd,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// Serial the guest reads (virtio-blk `VIRTIO_BLK_T_GET_ID`), 1 to 20 ASCII bytes; also the
-    /// device's id in this API.
+    /// Serial number (`VIRTIO_BLK_T_GET_ID`), 1 to 20 printable ASCII bytes; also the device's id
+    /// in this API.
     pub serial: String,
-    /// Raw file or block device. In an [`Request::AddDisk`] the attached descriptor is meant.
+    /// Raw image file or block device. Ignored in [`Request::AddDisk`].
     pub file: Fd,
     pub read_only: bool,
 }
@@ -101,15 +103,16 @@ pub struct DiskConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// Device id in this API.
+    /// Device id in this API, 1 to 64 printable ASCII bytes.
     pub id: String,
     /// Tap with `IFF_VNET_HDR | IFF_NO_PI`.
     pub tap: Fd,
     pub mac: [u8; 6],
+    /// Bytes, 68 to 65521.
     pub mtu: u16,
 }
 
-/// What the VMM gives up once its descriptors are open.
+/// The unprivileged user that the VMM changes to; neither id may be 0.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JailConfig {
@@ -117,42 +120,43 @@ pub struct JailConfig {
     pub gid: u32,
 }
 
-/// A request to the control socket.
+/// A request on the control socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
     Status,
-    /// The descriptor comes with the packet; `disk.file` is ignored.
+    /// Plugs a disk. Its file descriptor comes with the packet; `disk.file` is ignored.
     AddDisk {
         disk: DiskConfig,
     },
-    /// The tap comes with the packet; `net.tap` is ignored.
+    /// Plugs a network interface. The tap comes with the packet; `net.tap` is ignored.
     AddNet {
         net: NetConfig,
     },
-    /// A file system that another process serves: the descriptor that comes with the packet is a
-    /// unix socket connected to it, over which it is told (vhost-user) of the guest's memory and
-    /// queues once the guest's driver is ready. A backend that goes away fails the guest's requests
-    /// with ENOTCONN; it cannot be replaced but by a new device.
+    /// Plugs a file system that a vhost-user backend serves. A connected `SOCK_STREAM` unix socket
+    /// of the backend comes with the packet; the VMM sends it guest memory and queues once the
+    /// guest's driver is ready. When the backend exits, the guest's requests fail with ENOTCONN;
+    /// only a new device can have a new backend.
     AddFs {
         /// Device id in this API.
         id: String,
-        /// What the guest mounts it by, 1 to 36 bytes.
+        /// Tag by which the guest mounts it, 1 to 36 bytes.
         tag: String,
     },
-    /// Pulls a device by id (a disk's serial). The guest must have released it first.
+    /// Unplugs a device by id (for a disk: its serial). The guest's driver must have released it
+    /// first.
     RemoveDevice {
         id: String,
     },
-    /// Asks the guest to have so much memory, between what the VM was started with (which it keeps)
-    /// and [`VmConfig::max_memory_mib`]. Answered at once; how far the guest has come is in
-    /// [`VmStatus::plugged_mib`].
+    /// Requests that the guest has this much memory, MiB, up to [`VmConfig::max_memory_mib`]; the
+    /// boot memory always stays. Answered at once; [`VmStatus::plugged_mib`] is what the guest has
+    /// plugged.
     ResizeMemory {
         memory_mib: u32,
     },
     Pause,
     Resume,
-    /// Ends the VMM at once; the guest gets no warning.
+    /// Ends the VM at once, without notice to the guest.
     Kill,
     Counters,
 }
@@ -176,12 +180,12 @@ pub struct VmStatus {
     pub phase: Phase,
     pub pid: u32,
     pub vcpus: u8,
-    /// Memory that was asked for last, in steps of 2 MiB above what the VM was started with.
+    /// Requested memory, MiB; rounded up to 2 MiB above the boot memory.
     pub memory_mib: u32,
-    /// Memory that the guest has: as asked for, once it has followed.
+    /// Memory that the guest has, MiB: boot memory plus plugged memory.
     #[serde(default)]
     pub plugged_mib: u32,
-    /// The most that can be asked for; 0: the VMM is older than the question.
+    /// Most memory that can be requested, MiB; 0 from a VMM of a release without this field.
     #[serde(default)]
     pub max_memory_mib: u32,
     pub devices: Vec<DeviceStatus>,
@@ -204,14 +208,15 @@ pub enum Phase {
     Paused,
 }
 
-/// Counts since the VM started.
+/// Counters since the start of the VM.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
-    /// KVM exits to user space by reason, e.g. `mmio_read`, `io_out`, `hlt`.
+    /// KVM exits to user space by reason: `io_in`, `io_out`, `mmio_read`, `mmio_write`, `signal`,
+    /// `other`.
     pub exits: std::collections::BTreeMap<String, u64>,
     /// Microseconds from the VMM's `main` to the first vCPU's first `KVM_RUN`.
     pub start_us: u64,
-    /// Per device id: requests or packets handled, bytes moved, malformed guest input dropped.
+    /// By device id: completed requests or packets, data bytes, errors.
     pub devices: std::collections::BTreeMap<String, DeviceCounters>,
 }
 
@@ -232,23 +237,23 @@ pub enum Error {
     Exists { id: String },
     #[error("no device {id:?}")]
     NoSuchDevice { id: String },
-    #[error("the PCI bus has no free slot ({limit} devices)")]
+    #[error("the PCI bus has no free function ({limit} devices at most)")]
     BusFull { limit: usize },
-    #[error("device {id:?} cannot be pulled: {why}")]
+    #[error("device {id:?} cannot be unplugged: {why}")]
     NotRemovable { id: String, why: String },
-    #[error("packet carries {got} descriptors, {want} expected")]
+    #[error("packet has {got} file descriptors, {want} expected")]
     Descriptors { got: usize, want: usize },
-    #[error("{memory_mib} MiB of memory are more than the {limit_mib} MiB the VM can have")]
+    #[error("{memory_mib} MiB of memory exceed the VM's limit of {limit_mib} MiB")]
     Memory { memory_mib: u32, limit_mib: u32 },
     #[error("{message}")]
     Failed { message: String },
 }
 
-/// Left in the status file as JSON before the VMM exits.
+/// The exit report, written to the status file as JSON before the VMM exits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmExit {
     pub reason: ExitReason,
-    /// Sentence for people: an error's text, the panic's first line.
+    /// Human-readable reason: an error with its causes, or the first line of a panic.
     pub message: String,
     /// Last console lines, at most 4 KiB.
     pub console_tail: String,
@@ -259,11 +264,11 @@ pub struct VmExit {
 pub enum ExitReason {
     /// The guest powered off.
     Shutdown,
-    /// The guest asked for a reset (a VM is never rebooted: the VMM ends).
+    /// The guest requested a reset. VMs are not rebooted: the VMM exits.
     Reset,
     /// The guest's kernel panicked.
     Panic,
-    /// [`Request::Kill`].
+    /// [`Request::Kill`], SIGTERM, SIGINT or SIGHUP.
     Killed,
     /// A vCPU triple-faulted.
     TripleFault,

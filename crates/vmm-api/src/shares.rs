@@ -1,45 +1,47 @@
-//! What the host asks of a running `nacelle-fs`: which mounts it serves to its guest.
+//! The control protocol of `nacelle-fs`: which mounts it serves to its guest.
 //!
-//! The same packets as the VMM's control socket ([`crate::transport`]). A share is a mount that the
-//! daemon has made (a folder or a file) and hands over as a descriptor; the guest sees it below the
-//! file system's root under its name.
+//! Packets are as on the VMM's control socket ([`crate::transport`]). A share is a mount of a
+//! directory or a file that the daemon has created and passes as a file descriptor. The guest sees
+//! it under its name in the root directory of the file system.
 //!
-//! Servers outlive the daemon, so a daemon meets those of the release before: [`Reply::Shares`] says
-//! what a server can do.
+//! Servers outlive the daemon, so a daemon may meet a server of the previous release:
+//! [`Reply::Shares`] has its version.
 
 use serde::{Deserialize, Serialize};
 
-/// Most shares of a guest; a kubelet's pod has a handful.
+/// Most shares of a guest; a pod of a kubelet has a few.
 pub const SHARES_MAX: usize = 256;
 /// Longest name, bytes.
 pub const NAME_MAX: usize = 64;
 
-/// How the name of a share ends of which the guest is to cache nothing.
+/// Suffix of a share's name: the guest must not cache anything of it.
 pub const STRICT: &str = ".strict";
-/// How the name of a share ends, or goes on with [`STRICT`], in which the host's later mounts appear.
+/// Suffix of a share's name, possibly before [`STRICT`]: mounts that the host makes later below it
+/// appear.
 pub const FOLLOWS: &str = ".follows";
 
-/// Whether a share can have this name: one component of a path, and no surprise in a log.
+/// Whether this is a valid name of a share: one path component of ASCII letters, digits, `-`, `_`
+/// and `.` that does not begin with `.`, up to [`NAME_MAX`] bytes.
 pub fn is_name(name: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('.')
 }
 
-/// The server keeps the shares' write protection itself ([`Access`]), and one host file is one file
-/// of the guest whichever share leads to it.
+/// Version from which on the server manages the write protection of shares ([`Access`]), and one
+/// file of the host is one inode in the guest, through whichever share it is reached.
 pub const VERSION_ACCESS: u32 = 1;
 
-/// What the users of a share may write to. Where another share of the same guest leads to the same
-/// files, the server protects what neither may write to.
+/// What the users of a share may write to. If another share of the same guest has the same files,
+/// the server write-protects those that neither may write to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Access {
-    /// Nothing, with all that is mounted below.
+    /// Nothing, including mounts below it.
     ReadOnlyRecursive,
-    /// What is mounted below, as far as the host lets them.
+    /// Only mounts below it, if the host permits it.
     ReadOnly,
     ReadWrite,
-    /// The mount's own flags say it, for good.
+    /// As the flags of the mount say; they are not changed.
     #[default]
     AsMounted,
 }
@@ -53,7 +55,7 @@ impl Access {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// Serves the detached mount (open_tree(2)) that comes with the packet.
+    /// Adds a share: the detached mount (open_tree(2)) that comes with the packet.
     Add {
         name: String,
         #[serde(default, skip_serializing_if = "Access::is_as_mounted")]
@@ -64,7 +66,7 @@ pub enum Request {
         name: String,
         access: Access,
     },
-    /// Takes a share away; open files of the guest's stay usable until it closes them.
+    /// Removes a share; open files of the guest stay usable until it closes them.
     Remove {
         name: String,
     },
@@ -77,7 +79,7 @@ pub enum Reply {
     Done,
     Shares {
         names: Vec<String>,
-        /// 0 is a server that knows neither [`Access`] nor this field.
+        /// 0 from a server that has neither [`Access`] nor this field.
         #[serde(default)]
         version: u32,
     },
@@ -92,13 +94,13 @@ pub enum Error {
     Exists { name: String },
     #[error("no share {name:?}")]
     NoSuchShare { name: String },
-    #[error("{name:?} is no name for a share")]
+    #[error("{name:?} is not a valid name for a share")]
     Name { name: String },
-    #[error("share {name:?} is neither a folder nor a regular file")]
+    #[error("share {name:?} is neither a directory nor a regular file")]
     Kind { name: String },
-    #[error("there are {limit} shares already")]
+    #[error("there are {limit} shares already, the limit")]
     Full { limit: usize },
-    #[error("packet carries {got} descriptors, {want} expected")]
+    #[error("packet has {got} file descriptors, {want} expected")]
     Descriptors { got: usize, want: usize },
     #[error("{message}")]
     Failed { message: String },
@@ -109,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_server_of_the_release_before_is_understood_and_understands() {
+    fn messages_are_compatible_with_servers_of_version_0() {
         let old = r#"{"reply":"shares","names":["a"]}"#;
         let reply: Reply = serde_json::from_str(old).unwrap();
         assert_eq!(reply, Reply::Shares { names: vec!["a".into()], version: 0 });
@@ -118,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_one_plain_component() {
+    fn a_valid_name_is_one_plain_path_component() {
         for good in ["a", "pvc-1_2.x", &"x".repeat(NAME_MAX)] {
             assert!(is_name(good), "{good}");
         }

@@ -1,4 +1,4 @@
-//! Packets of the control socket: JSON on `SOCK_SEQPACKET`, descriptors as `SCM_RIGHTS`.
+//! Packets of the control socket: JSON on `SOCK_SEQPACKET`, file descriptors as `SCM_RIGHTS`.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -8,12 +8,12 @@ use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Largest packet, bytes. A longer one is refused, so neither side can make the other hold more.
+/// Largest packet, bytes. Longer ones are refused, which limits the memory per connection.
 pub const MAX_PACKET: usize = 64 << 10;
-/// Most descriptors in a packet.
+/// Most file descriptors in a packet.
 pub const MAX_FDS: usize = 32;
-/// Most descriptors that Linux passes in a packet (`SCM_MAX_FD`). There is room for them all, so
-/// that what comes too many is seen.
+/// Most file descriptors that Linux passes in a packet (`SCM_MAX_FD`). The buffer has space for all
+/// of them, so that more than [`MAX_FDS`] are noticed and closed.
 const SCM_MAX_FD: usize = 253;
 
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +24,7 @@ pub enum TransportError {
     Closed,
     #[error("packet of {len} bytes is over the limit of {MAX_PACKET}")]
     TooLong { len: usize },
-    #[error("packet has {got} descriptors, more than the limit of {MAX_FDS}")]
+    #[error("packet has {got} file descriptors, over the limit of {MAX_FDS}")]
     TooManyFds { got: usize },
     #[error("packet was truncated")]
     Truncated,
@@ -32,7 +32,8 @@ pub enum TransportError {
     Json(#[from] serde_json::Error),
 }
 
-/// Sends one message with the descriptors attached.
+/// Sends one message with file descriptors attached. Fails if it exceeds [`MAX_PACKET`] or the
+/// socket does.
 pub fn send<T: Serialize>(
     socket: BorrowedFd<'_>,
     message: &T,
@@ -55,10 +56,10 @@ pub fn send<T: Serialize>(
     Ok(())
 }
 
-/// Receives one message and the descriptors that came with it.
+/// Receives one message and its file descriptors.
 ///
-/// A packet that is truncated, has too many descriptors or is not JSON of type `T` consumes (and
-/// closes) its descriptors.
+/// The file descriptors of a packet that is truncated, has too many of them or is not JSON of type
+/// `T` are closed.
 pub fn receive<T: DeserializeOwned>(
     socket: BorrowedFd<'_>,
 ) -> Result<(T, Vec<OwnedFd>), TransportError> {
@@ -74,7 +75,7 @@ pub fn receive<T: DeserializeOwned>(
         )?;
         (message.bytes, message.flags)
     };
-    // First of all, so that whatever is wrong with the packet closes them.
+    // First, so that every error below closes them.
     let fds = rights(&space);
     if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
         return Err(TransportError::Truncated);
@@ -88,19 +89,19 @@ pub fn receive<T: DeserializeOwned>(
     Ok((serde_json::from_slice(&bytes[..len])?, fds))
 }
 
-/// Takes over the descriptors in what recvmsg has written into a buffer of zeroes.
+/// Takes ownership of the file descriptors in the control data of recvmsg, whose buffer was zeroed.
 ///
-/// Not by nix, which shows none of them when the kernel could not install them all (a full table of
-/// descriptors): those that it did install would stay open for ever.
+/// nix returns none of them if the kernel could not install all (EMFILE): those that it did install
+/// would leak.
 fn rights(mut control: &[u8]) -> Vec<OwnedFd> {
-    /// `struct cmsghdr` (cmsg(3)): the length with itself, the level, the type.
+    /// `struct cmsghdr` (cmsg(3)): length including the header, level, type.
     const HEADER: usize = 16;
     let mut fds = Vec::new();
     while control.len() >= HEADER {
         let word = |at: usize| i32::from_ne_bytes([0, 1, 2, 3].map(|n| control[at + n]));
         let kind = (word(8), word(12));
         let len = usize::from_ne_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|n: usize| control[n]));
-        // A length of nothing is the buffer's unused rest.
+        // Length 0: the unused rest of the buffer.
         let Some(data) = control.get(HEADER..len) else { break };
         if kind == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
             let (numbers, _) = data.as_chunks::<4>();
@@ -113,8 +114,8 @@ fn rights(mut control: &[u8]) -> Vec<OwnedFd> {
 
 #[allow(unsafe_code)] // descriptors received by recvmsg are plain numbers
 fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: recvmsg has just installed this descriptor in our table for this message; nothing
-    // else knows its number, and each number is wrapped once.
+    // SAFETY: recvmsg has just installed this file descriptor for this message; nothing else owns
+    // it, and each number is wrapped once.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
@@ -143,12 +144,12 @@ mod tests {
         assert_eq!(fds.len(), 1);
     }
 
-    /// Descriptors of this process that are open on `file`.
+    /// Number of file descriptors of this process that are open on `file`.
     fn open_on(file: &File) -> usize {
         let place = |m: &Metadata| (m.st_dev(), m.st_ino());
         let wanted = place(&file.metadata().unwrap());
         let fds = fs::read_dir("/proc/self/fd").unwrap();
-        // Other tests close theirs meanwhile.
+        // Other tests close file descriptors concurrently.
         fds.filter_map(|fd| fs::metadata(fd.ok()?.path()).ok())
             .filter(|m| place(m) == wanted)
             .count()
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_are_taken_over_when_others_of_the_packet_are_lost() {
+    fn installed_file_descriptors_are_owned_when_others_of_the_packet_are_lost() {
         let (a, b) = pair();
         let file = tempfile::tempfile().unwrap();
         send(a.as_fd(), &Request::Status, &[file.as_fd(); 5]).unwrap();
@@ -193,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_peer_and_rubbish_are_told_apart() {
+    fn a_closed_peer_and_an_invalid_packet_are_different_errors() {
         let (a, b) = pair();
         nix::unistd::write(&a, b"{\"request\":\"fly\"}").unwrap();
         assert!(matches!(receive::<Request>(b.as_fd()), Err(TransportError::Json(_))));

@@ -1,81 +1,48 @@
-//! Puts a VM together from its resources, runs it, and says how it ended.
+//! Assembles a VM from its resources and runs it until it ends.
 //!
-//! Order matters: the jail comes before anything that belongs to the guest is looked at, threads
-//! come after the jail (so that they are all in it), each thread's filter before its first work, the
-//! main thread's filter last, and only then the guest's first instruction.
+//! - [`error`]: errors of assembly; [`signals`]: signals that end the VM; [`running`]: control
+//!   requests.
+//!
+//! Order: the jail is entered before anything of the guest is read; threads are started after that,
+//! so that all of them are in the jail; each thread installs its seccomp filter before any other
+//! work; the main thread's filter is installed last, before the vCPUs run.
+
+mod error;
+mod running;
+mod signals;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
-use machine::acpi::AcpiError;
-use machine::boot::{Boot, BootError};
-use machine::cpuid::CpuidError;
+use machine::boot::Boot;
 use machine::interrupts::{Doorbells, Interrupts};
-use machine::kernel::KernelError;
-use machine::layout::{Layout, LayoutError};
-use machine::memory::MemoryError;
-use machine::vcpu::{Vcpu, VcpuError};
-use machine::vm::{Host, Room, VmError};
+use machine::layout::Layout;
+use machine::vcpu::Vcpu;
+use machine::vm::{Host, HotplugRegion};
 use machine::{Ram, acpi, boot, cpuid, kernel, vm};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
 use virtio::Granted;
-use vmm_api::{Counters, ExitReason, Phase, Reply, Request, VERSION, VmExit, VmStatus};
+use vmm_api::{ExitReason, VmExit};
 
-use crate::config::{self, ConfigError, Resources};
+pub use self::error::AssembleError;
+use self::error::os;
+use self::running::RunningVm;
+pub use self::signals::block_signals;
+use crate::config::Resources;
 use crate::console::Console;
-use crate::control::{ControlError, Server, Vm};
+use crate::control::Server;
 use crate::devices::Devices;
-use crate::end::{CONSOLE_WANTED, End};
-use crate::jail::{self, JailError};
-use crate::memory::{Growth, Memory};
+use crate::exit::{CONSOLE_TAIL, ExitState};
+use crate::memory::{Hotplug, Memory};
 use crate::platform::Platform;
-use crate::processors::{ProcessorError, Processors};
-use crate::seccomp::{FilterError, Filters, Policy, Role};
-use crate::{cmdline, log};
+use crate::seccomp::{Filters, Policy, Role};
+use crate::vcpus::VcpuThreads;
+use crate::{cmdline, jail, log};
 
-#[derive(Debug, thiserror::Error)]
-pub enum AssembleError {
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    #[error(transparent)]
-    Jail(#[from] JailError),
-    #[error(transparent)]
-    Filter(#[from] FilterError),
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    #[error(transparent)]
-    Vm(#[from] VmError),
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    #[error(transparent)]
-    Acpi(#[from] AcpiError),
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    #[error(transparent)]
-    Cpuid(#[from] CpuidError),
-    #[error(transparent)]
-    Vcpu(#[from] VcpuError),
-    #[error("device {id:?}")]
-    Device { id: String, source: vmm_api::Error },
-    #[error(transparent)]
-    Processors(#[from] ProcessorError),
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    #[error("{what}")]
-    Os { what: &'static str, source: std::io::Error },
-}
-
-fn os<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> AssembleError {
-    move |source| AssembleError::Os { what, source: source.into() }
-}
-
-/// Runs a VM to its end. `started` is when the process began.
+/// Runs a VM until it ends. Returns the exit report and the file to write it to. `started` is the
+/// start time of the process.
 pub fn run(resources: Resources, policy: Policy, started: Instant) -> (VmExit, File) {
     let Resources {
         config,
@@ -93,39 +60,40 @@ pub fn run(resources: Resources, policy: Policy, started: Instant) -> (VmExit, F
     } = resources;
     log::init(&config.name, log);
     let parts = Parts { config, kernel, initramfs, kvm, control, vsock, disks, nets, jail };
-    let outcome = End::new().map_err(os("eventfd")).and_then(|end| {
-        let console = Console::new(console).map_err(os("console ring"))?;
-        report_panics(&end);
-        if let Err(error) = parts.run(&end, &console, policy, started) {
-            end.set(ExitReason::Error, crate::chain(&error));
+    let outcome = ExitState::new().map_err(os("cannot create an eventfd")).and_then(|exit| {
+        let console = Console::new(console).map_err(os("cannot open the console ring"))?;
+        end_on_panic(&exit);
+        if let Err(error) = parts.run(&exit, &console, policy, started) {
+            exit.set(ExitReason::Error, crate::chain(&error));
         }
-        let tail = console.tail(CONSOLE_WANTED).unwrap_or_default();
-        Ok(end.report(&tail))
+        let tail = console.tail(CONSOLE_TAIL).unwrap_or_default();
+        Ok(exit.report(&tail))
     });
     let exit = outcome.unwrap_or_else(|error| failure(&error));
     tracing::info!(reason = ?exit.reason, message = exit.message, "VM has ended");
     (exit, status)
 }
 
-/// What to leave in the status file when it did not even come to assembling.
+/// The exit report of a VM that could not be assembled.
 pub fn failure(error: &dyn std::error::Error) -> VmExit {
     let message = crate::chain(error);
     VmExit { reason: ExitReason::Error, message, console_tail: String::new() }
 }
 
-/// A thread of ours that panics would leave a VM that half works: end it, saying where.
-fn report_panics(end: &End) {
-    let end = end.clone();
+/// Ends the VM when a thread of the VMM panics, with the panic message as the reason.
+fn end_on_panic(exit: &ExitState) {
+    let exit = exit.clone();
     std::panic::set_hook(Box::new(move |info| {
-        let message = format!("VMM is broken: {info}");
+        let message = format!("VMM panicked: {info}");
         tracing::error!(message);
-        end.set(ExitReason::Error, message);
+        exit.set(ExitReason::Error, message);
     }));
 }
 
-/// The VM, for as long as the process lives.
-static KEPT: OnceLock<Arc<Running>> = OnceLock::new();
+/// Keeps the VM until the process exits.
+static VM: OnceLock<Arc<RunningVm>> = OnceLock::new();
 
+/// [`Resources`] without console, log and status.
 struct Parts {
     config: vmm_api::VmConfig,
     kernel: File,
@@ -141,14 +109,14 @@ struct Parts {
 impl Parts {
     fn run(
         mut self,
-        end: &End,
+        exit: &ExitState,
         console: &Console,
         policy: Policy,
         started: Instant,
     ) -> Result<(), AssembleError> {
-        let signals = ending_signals()?;
+        let signals = signals::signalfd()?;
         let filters = Filters::new(policy)?;
-        machine::vcpu::install_kick_handler().map_err(os("signal handler"))?;
+        machine::vcpu::install_kick_handler().map_err(os("cannot install a signal handler"))?;
         if let Some(config) = &self.jail {
             jail::enter(config)?;
         }
@@ -156,7 +124,7 @@ impl Parts {
 
         let host = Host::new(self.kvm)?;
         let (memory_mib, max) = (self.config.memory_mib, self.config.max_memory_mib);
-        let layout = Layout::with_room(memory_mib, max, host.address_bits())?;
+        let layout = Layout::with_hotplug(memory_mib, max, host.address_bits())?;
         let fd = host.create_vm(self.config.max_vcpus)?;
         let mut ram = machine::memory::allocate(&layout)?;
         vm::map_ram(&fd, &ram)?;
@@ -169,17 +137,17 @@ impl Parts {
         }
         vcpus[0].boot(entry)?;
 
-        let room = match &layout.room {
-            Some(room) => {
-                ram = machine::memory::add_room(&ram, room)?;
-                Some(Room::new(fd.clone(), ram.clone(), room.clone()))
+        let region = match &layout.hotplug {
+            Some(range) => {
+                ram = machine::memory::add_hotplug_region(&ram, range)?;
+                Some(HotplugRegion::new(fd.clone(), ram.clone(), range.clone()))
             }
             None => None,
         };
         let bus = Arc::new(pci::Bus::new(layout.pci_window_64.clone()));
         let (interrupts, doorbells) = (Interrupts::new(fd.clone()), Doorbells::new(fd));
-        let worker = bound(&filters, end, Role::Worker);
-        let granted = layout.room.clone().map_or_else(Granted::everything, Granted::without);
+        let worker = thread_init(&filters, exit, Role::Worker);
+        let granted = layout.hotplug.clone().map_or_else(Granted::all, Granted::with_hotplug);
         let memory = (ram, granted.clone());
         let devices = Devices::new(bus.clone(), memory, interrupts, doorbells, worker)
             .map_err(|source| AssembleError::Device { id: "worker".to_owned(), source })?;
@@ -192,22 +160,22 @@ impl Parts {
         if let Some((cid, listener)) = self.vsock {
             added("vsock", devices.add_vsock(cid, listener))?;
         }
-        let growth = match (room, &layout.room) {
-            (Some(room), Some(range)) => {
+        let hotplug = match (region, &layout.hotplug) {
+            (Some(region), Some(range)) => {
                 let device = devices.add_mem(range.clone());
                 let device = device
                     .map_err(|source| AssembleError::Device { id: "mem".to_owned(), source })?;
-                // The room is cut where addresses end, and rounded up to whole blocks.
+                // The region is limited by the address space, and rounded up to whole blocks.
                 let size = u32::try_from((range.end - range.start) >> 20).unwrap_or(u32::MAX);
                 let limit_mib = size.min(max - memory_mib);
-                let (room, block) = (Mutex::new(room), layout.memory_block());
-                Some(Growth { limit_mib, room, granted, device, block })
+                let (region, block) = (Mutex::new(region), layout.memory_block());
+                Some(Hotplug { limit_mib, region, granted, device, block })
             }
             _ => None,
         };
         if self.config.free_page_reporting {
-            let room = growth.as_ref().map(|growth| growth.device.clone());
-            added("balloon", devices.add_balloon(room))?;
+            let device = hotplug.as_ref().map(|hotplug| hotplug.device.clone());
+            added("balloon", devices.add_balloon(device))?;
         }
         for disk in self.disks {
             added(&disk.serial.clone(), devices.add_disk(disk))?;
@@ -217,43 +185,47 @@ impl Parts {
         }
 
         let serial = self.config.serial_console.then(|| console.clone());
-        let platform = Arc::new(Platform::new(bus, end.clone(), serial));
-        let processors =
-            Processors::start(vcpus, &platform, end, bound(&filters, end, Role::Vcpu))?;
-        let running = Arc::new(Running {
+        let platform = Arc::new(Platform::new(bus, exit.clone(), serial));
+        let vcpu_threads =
+            VcpuThreads::start(vcpus, &platform, exit, thread_init(&filters, exit, Role::Vcpu))?;
+        let running = Arc::new(RunningVm {
             config: self.config,
-            memory: Memory::new(memory_mib, growth),
+            memory: Memory::new(memory_mib, hotplug),
             devices,
-            processors,
+            vcpu_threads,
             paused: AtomicBool::new(false),
             start_us: started.elapsed().as_micros() as u64,
         });
-        let init = bound(&filters, end, Role::Orders);
+        let init = thread_init(&filters, exit, Role::Control);
         let mut server = Server::new(
             self.control,
             signals,
-            end.clone(),
+            exit.clone(),
             console.clone(),
             running.clone(),
             init,
         )?;
         filters.apply(Role::Main)?;
-        // Taking a VM apart piece by piece (a grace period for each doorbell) would only delay its
-        // end: the kernel does it faster when the process goes.
-        let _ = KEPT.set(running.clone());
-        running.devices.guest_starts();
-        running.processors.resume();
+        // The VM is never dropped: removing each ioeventfd waits for a grace period; the kernel
+        // frees everything faster when the process exits.
+        let _ = VM.set(running.clone());
+        running.devices.set_guest_running();
+        running.vcpu_threads.resume();
         Ok(server.run()?)
     }
 }
 
-/// What a thread of this role does first: bind itself to its filter, or end the VM.
-fn bound(filters: &Filters, end: &End, role: Role) -> impl Fn() + Send + Clone + 'static {
-    let (filters, end) = (filters.clone(), end.clone());
+/// What a thread of this role runs first: it installs its seccomp filter, or ends the VM.
+fn thread_init(
+    filters: &Filters,
+    exit: &ExitState,
+    role: Role,
+) -> impl Fn() + Send + Clone + 'static {
+    let (filters, exit) = (filters.clone(), exit.clone());
     move || {
         if let Err(error) = filters.apply(role) {
-            end.set(ExitReason::Error, crate::chain(&error));
-            // Nothing may run here without its filter; the process is about to end.
+            exit.set(ExitReason::Error, crate::chain(&error));
+            // The thread must not run without its filter; the process is about to exit.
             loop {
                 std::thread::park();
             }
@@ -261,7 +233,7 @@ fn bound(filters: &Filters, end: &End, role: Role) -> impl Fn() + Send + Clone +
     }
 }
 
-/// Loads kernel and initramfs and writes all tables; returns the entry point.
+/// Loads kernel and initramfs and writes boot data and ACPI tables; returns the entry point.
 fn load(
     config: &vmm_api::VmConfig,
     ram: &Ram,
@@ -278,124 +250,4 @@ fn load(
     let cmdline = cmdline::build(config);
     boot::write(ram, layout, &Boot { kernel: &kernel, cmdline: &cmdline, initramfs, rsdp })?;
     Ok(kernel.entry)
-}
-
-/// The signals that end a VM.
-fn ending() -> SigSet {
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        set.add(signal);
-    }
-    set
-}
-
-/// Blocks the signals that end a VM, in this thread and those it starts from now on. [`run`] does
-/// so itself; whoever starts threads before it must do it earlier.
-pub fn block_signals() -> Result<(), AssembleError> {
-    ending().thread_block().map_err(os("blocking signals"))
-}
-
-/// A descriptor for the signals that end a VM, which are blocked.
-fn ending_signals() -> Result<OwnedFd, AssembleError> {
-    block_signals()?;
-    let set = ending();
-    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-    Ok(OwnedFd::from(SignalFd::with_flags(&set, flags).map_err(os("signalfd"))?))
-}
-
-/// A VM that runs.
-struct Running {
-    config: vmm_api::VmConfig,
-    memory: Memory,
-    devices: Devices,
-    processors: Processors,
-    paused: AtomicBool,
-    start_us: u64,
-}
-
-impl Running {
-    fn add(&self, request: Request, fd: OwnedFd) -> Result<String, vmm_api::Error> {
-        let refused =
-            |error: ConfigError| vmm_api::Error::Malformed { message: crate::chain(&error) };
-        match request {
-            Request::AddDisk { disk } => {
-                self.devices.add_disk(config::hot_disk(&disk, fd).map_err(refused)?)
-            }
-            Request::AddNet { net } => {
-                self.devices.add_net(config::hot_net(&net, fd).map_err(refused)?)
-            }
-            Request::AddFs { id, tag } => {
-                self.devices.add_fs(config::hot_fs(&id, &tag, fd).map_err(refused)?)
-            }
-            other => {
-                Err(vmm_api::Error::Failed { message: format!("{other:?} takes no descriptor") })
-            }
-        }
-    }
-
-    fn pause(&self) -> Result<(), vmm_api::Error> {
-        let failed =
-            |error: ProcessorError| vmm_api::Error::Failed { message: crate::chain(&error) };
-        if self.paused.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        self.processors.pause().map_err(failed)?;
-        if let Err(error) = self.devices.pause() {
-            self.processors.resume();
-            return Err(error);
-        }
-        self.paused.store(true, Ordering::Release);
-        Ok(())
-    }
-
-    fn resume(&self) -> Result<(), vmm_api::Error> {
-        if self.paused.load(Ordering::Acquire) {
-            self.devices.resume()?;
-            self.processors.resume();
-            self.paused.store(false, Ordering::Release);
-        }
-        Ok(())
-    }
-}
-
-impl Vm for Running {
-    fn status(&self) -> VmStatus {
-        let paused = self.paused.load(Ordering::Acquire);
-        VmStatus {
-            version: VERSION,
-            phase: if paused { Phase::Paused } else { Phase::Running },
-            pid: std::process::id(),
-            vcpus: self.config.vcpus,
-            memory_mib: self.memory.wanted_mib(),
-            plugged_mib: self.memory.plugged_mib(),
-            max_memory_mib: self.memory.max_mib(),
-            devices: self.devices.list(),
-        }
-    }
-
-    fn counters(&self) -> Counters {
-        let (exits, start_us) = (self.processors.exits(), self.start_us);
-        Counters { exits, start_us, devices: self.devices.counters() }
-    }
-
-    fn perform(&self, request: Request, mut fds: Vec<OwnedFd>) -> Reply {
-        let done = |result: Result<(), vmm_api::Error>| match result {
-            Ok(()) => Reply::Done,
-            Err(error) => Reply::Error(error),
-        };
-        match (request, fds.pop()) {
-            (Request::Pause, _) => done(self.pause()),
-            (Request::Resume, _) => done(self.resume()),
-            (Request::ResizeMemory { memory_mib }, _) => done(self.memory.resize(memory_mib)),
-            (Request::RemoveDevice { id }, _) => done(self.devices.remove(&id)),
-            (request, Some(fd)) => match self.add(request, fd) {
-                Ok(pci) => Reply::Added { pci },
-                Err(error) => Reply::Error(error),
-            },
-            (request, None) => {
-                let message = format!("{request:?} was not expected here");
-                Reply::Error(vmm_api::Error::Failed { message })
-            }
-        }
-    }
 }

@@ -1,5 +1,5 @@
-//! `nacelle-vmm boot`: a VM from paths, for tests, benchmarks and people. Opens everything itself,
-//! then goes the same way as a VM from a configuration; the console appears on standard output.
+//! `nacelle-vmm boot`: a VM from paths, for tests, benchmarks and manual use. It opens all files
+//! itself, then starts the VM as from a configuration, and prints the console on standard output.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -22,7 +22,7 @@ use vmm_api::{
 
 use crate::tap;
 
-/// How often the console's follower looks; a VM's end is noticed by that much later at most.
+/// Interval at which the console is read; it also delays the end of the process.
 const FOLLOW: Duration = Duration::from_millis(5);
 
 #[derive(Debug, clap::Args)]
@@ -32,7 +32,7 @@ pub struct Options {
     pub kernel: PathBuf,
     #[arg(long)]
     pub initramfs: Option<PathBuf>,
-    /// Raw image or block device, `FILE[:ro]`; serials are disk0, disk1, ...
+    /// Raw image or block device, `FILE[:ro]`; serials are disk0, disk1, ...; repeatable
     #[arg(long = "disk", value_name = "FILE[:ro]")]
     pub disks: Vec<String>,
     /// Name of a tap to open or create; repeatable
@@ -40,39 +40,39 @@ pub struct Options {
     pub taps: Vec<String>,
     #[arg(long, default_value_t = 1)]
     pub vcpus: u8,
-    /// vCPUs the guest may bring online later; default: as many as --vcpus
+    /// vCPUs that the guest may bring online later; default: as --vcpus
     #[arg(long)]
     pub max_vcpus: Option<u8>,
-    /// MiB
+    /// Guest memory, MiB
     #[arg(long, default_value_t = 256)]
     pub memory: u32,
-    /// MiB that the guest can be given later; default: as much as --memory
+    /// Guest memory that the VM can be resized to later, MiB; default: as --memory
     #[arg(long)]
     pub max_memory: Option<u32>,
-    /// Without the device through which the guest gives free memory back
+    /// Without free page reporting (no balloon device)
     #[arg(long)]
     pub no_balloon: bool,
     /// Appended to the kernel command line
     #[arg(long, default_value = "")]
     pub cmdline: String,
-    /// Listen here for vsock connections (`CONNECT <port>`)
+    /// Unix socket for vsock connections to the guest (`CONNECT <port>`)
     #[arg(long)]
     pub vsock_path: Option<PathBuf>,
     #[arg(long, default_value_t = 3)]
     pub vsock_cid: u64,
-    /// Control socket; without it there is none
+    /// Path of the control socket; none by default
     #[arg(long)]
     pub control: Option<PathBuf>,
-    /// Emulate a serial port and print the kernel's messages on it; slow
+    /// Emulate an 8250 serial port and use it as the kernel's console; slow
     #[arg(long)]
     pub serial: bool,
-    /// Write how the VM ended (JSON) here
+    /// File for the exit report (JSON)
     #[arg(long)]
     pub status: Option<PathBuf>,
     /// Enter the jail as this uid and gid
     #[arg(long, value_name = "UID")]
     pub jail: Option<u32>,
-    /// What a system call that is not allowed does
+    /// Action for system calls that are not allowed
     #[arg(long, value_enum, default_value = "kill")]
     pub seccomp: Seccomp,
 }
@@ -84,7 +84,7 @@ pub enum Seccomp {
     Off,
 }
 
-/// Opens everything the options name; returns the configuration and the console's file.
+/// Opens all files of the options; returns the configuration and the console ring file.
 pub fn open(options: &Options) -> Result<(VmConfig, File)> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     let kvm = kvm.context("cannot open /dev/kvm; see `nacelle-vmm probe`")?;
@@ -115,7 +115,7 @@ pub fn open(options: &Options) -> Result<(VmConfig, File)> {
     };
     let net = |(n, name): (usize, &String)| -> Result<NetConfig> {
         let tap = tap::open(name).with_context(|| format!("cannot open tap {name}"))?;
-        // Locally administered; the same every time.
+        // A locally administered address, the same in every run.
         let mac = [0x02, 0x6e, 0x63, 0, 0, n as u8 + 1];
         Ok(NetConfig { id: format!("net{n}"), tap: fd(tap), mac, mtu: 1500 })
     };
@@ -144,7 +144,7 @@ pub fn open(options: &Options) -> Result<(VmConfig, File)> {
     Ok((config, console))
 }
 
-/// Descriptors go the same way as inherited ones: as numbers.
+/// The configuration has file descriptors as numbers.
 fn fd(owned: impl Into<OwnedFd>) -> Fd {
     Fd(owned.into().into_raw_fd())
 }
@@ -157,7 +157,7 @@ fn memfd(name: &str) -> Result<File> {
     Ok(File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC)?))
 }
 
-/// A listening control socket; an unnamed one, which nobody can reach, without a path.
+/// A listening control socket; without a path an unnamed one, to which nobody can connect.
 fn control(path: Option<&Path>) -> Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
@@ -170,19 +170,19 @@ fn control(path: Option<&Path>) -> Result<OwnedFd> {
     };
     let shown = path.unwrap_or(Path::new("an unnamed socket")).display();
     bind(listener.as_raw_fd(), &address?).with_context(|| format!("cannot bind {shown}"))?;
-    let Ok(backlog) = Backlog::new(16) else { bail!("backlog of 16 is refused") };
+    let Ok(backlog) = Backlog::new(16) else { bail!("listen backlog of 16 is invalid") };
     listen(&listener, backlog)?;
     Ok(listener)
 }
 
-/// Prints the console as it grows.
+/// Prints new console output on a thread.
 #[derive(Debug)]
-pub struct Follower {
+pub struct ConsoleFollower {
     done: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
-impl Follower {
+impl ConsoleFollower {
     pub fn start(console: File) -> io::Result<Self> {
         let done = Arc::new(AtomicBool::new(false));
         let stop = done.clone();
@@ -206,7 +206,7 @@ impl Follower {
         Ok(Self { done, thread })
     }
 
-    /// Prints what is left.
+    /// Prints the rest and ends the thread.
     pub fn finish(self) {
         self.done.store(true, Ordering::Release);
         let _ = self.thread.join();

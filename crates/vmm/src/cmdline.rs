@@ -1,24 +1,25 @@
-//! The kernel command line: what this machine needs, then what the operator adds.
+//! The kernel command line: parameters of the VMM, then those of the configuration, which take
+//! precedence.
 
 use vmm_api::VmConfig;
 
-/// - `panic=-1 oops=panic`: a broken guest ends at once instead of limping on.
-/// - `tsc=reliable`: KVM keeps the TSC in step; the clocksource watchdog has nothing to compare with.
-/// - `no_timer_check`: there is no I/O APIC pin whose timer could be checked.
-/// - `pci=noearly`: early quirks probe ports of host bridges that are not there.
-/// - `i8042.noaux i8042.nokbd 8250.nr_uarts=...`: no keyboard controller to wait for.
-/// - `random.trust_cpu=on`: do not wait for entropy with RDRAND at hand.
+/// - `panic=-1 oops=panic`: the guest resets at once after a panic or an oops.
+/// - `tsc=reliable`: KVM keeps the TSCs synchronized; there is no other clocksource to compare
+///   with.
+/// - `no_timer_check`: there is no timer on an I/O APIC pin.
+/// - `pci=noearly`: early quirks use the configuration ports, which do not exist.
+/// - `i8042.noaux i8042.nokbd i8042.noprobe`: there is no keyboard controller.
+/// - `random.trust_cpu=on`: RDRAND initializes the random number generator.
 const BASE: &str = "panic=-1 oops=panic tsc=reliable no_timer_check pci=noearly \
                     i8042.noaux i8042.nokbd i8042.noprobe random.trust_cpu=on";
-/// For VMs that can grow: plugged memory is for what can be moved, as far as the kernel can spare it
-/// for that (three parts to one of what it may use for itself), or what it puts there of its own
-/// could never be unplugged again.
-const GROWING: &str = "memory_hotplug.online_policy=auto-movable";
-/// Printing costs more than all the rest of a boot.
+/// For VMs with a hotplug region: plugged memory goes to ZONE_MOVABLE, up to three times the size
+/// of the kernel zones. Unmovable kernel allocations in it would make it impossible to unplug.
+const HOTPLUG: &str = "memory_hotplug.online_policy=auto-movable";
+/// Kernel messages on the console would take longer than the rest of the boot.
 const QUIET: &str = "console=hvc0 quiet";
 const SERIAL: &str = "earlyprintk=ttyS0 console=ttyS0";
 
-/// Puts the command line of a VM together.
+/// Builds the kernel command line of a VM.
 pub fn build(config: &VmConfig) -> String {
     let (console, vcpus) = (if config.serial_console { SERIAL } else { QUIET }, config.vcpus);
     let mut line = format!("{console} {BASE}");
@@ -27,7 +28,7 @@ pub fn build(config: &VmConfig) -> String {
     }
     if config.memory_mib < config.max_memory_mib {
         line.push(' ');
-        line.push_str(GROWING);
+        line.push_str(HOTPLUG);
     }
     let extra = config.cmdline.trim();
     if !extra.is_empty() {
@@ -70,10 +71,10 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_that_can_grow_keeps_its_kernel_off_plugged_memory_and_the_operator_speaks_last() {
-        assert!(!build(&config(256, "")).contains(GROWING));
+    fn a_vm_with_a_hotplug_region_onlines_it_movable_unless_the_configuration_overrides_it() {
+        assert!(!build(&config(256, "")).contains(HOTPLUG));
         let line = build(&config(512, " memory_hotplug.online_policy=contig-zones "));
         let last = line.rfind("memory_hotplug.online_policy=contig-zones").unwrap();
-        assert!(line.find(GROWING).unwrap() < last && line.ends_with("zones"), "{line}");
+        assert!(line.find(HOTPLUG).unwrap() < last && line.ends_with("zones"), "{line}");
     }
 }

@@ -1,7 +1,7 @@
-//! From a [`VmConfig`] and inherited descriptors to owned, checked resources.
+//! Turns a [`VmConfig`] with inherited file descriptors into owned, checked [`Resources`].
 //!
-//! Every descriptor is taken exactly once, verified to be what the configuration says it is, and
-//! marked close-on-exec. Whatever is wrong is found here, before anything is started.
+//! Every file descriptor is taken once, verified to be of the expected kind, and marked
+//! close-on-exec. All errors of a configuration are found here, before anything is started.
 #![allow(unsafe_code)] // inherited descriptors are plain numbers
 
 use std::collections::HashSet;
@@ -18,44 +18,44 @@ use vmm_api::{DiskConfig, Fd, JailConfig, MIN_VERSION, NetConfig, VERSION, VmCon
 use crate::devices::{Disk, FsDevice, NetDevice};
 use machine::layout::VCPUS_MAX;
 
-/// Longest configuration, bytes. Attack: a daemon that is tricked into passing an endless file.
+/// Longest configuration, bytes. Attack: the daemon is made to pass an endless file.
 const CONFIG_MAX: u64 = 1 << 20;
 /// `VIRTIO_BLK_ID_BYTES` (virtio 1.2, 5.2.6).
 const SERIAL_MAX: usize = 20;
 const ID_MAX: usize = 64;
-/// IPv6 needs 1280, IPv4 68; the upper end is what an Ethernet frame's length can say.
+/// From the minimum of IPv4 (68) to the largest MTU of a tap (65535 minus an Ethernet header).
 const MTU: std::ops::RangeInclusive<u16> = 68..=65_521;
-/// The kinds of character device that taps are opened through (`/dev/net/tun`).
+/// Device number of `/dev/net/tun` (major, minor).
 const TUN_DEVICE: (u64, u64) = (10, 200);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    #[error("cannot read the configuration from descriptor {fd}")]
+    #[error("cannot read the configuration from file descriptor {fd}")]
     Read { fd: RawFd, source: io::Error },
     #[error("configuration is longer than {CONFIG_MAX} bytes")]
     TooLong,
     #[error("configuration is not valid")]
     Json(#[from] serde_json::Error),
     #[error(
-        "configuration has version {got}, this VMM understands {MIN_VERSION} to {VERSION}; update \
+        "configuration has version {got}, this VMM supports {MIN_VERSION} to {VERSION}; update \
          one of them"
     )]
     Version { got: u32 },
     #[error(
-        "vcpus is {vcpus} and max_vcpus {max}; 1 <= vcpus <= max_vcpus <= {VCPUS_MAX} is needed"
+        "vcpus is {vcpus} and max_vcpus {max}; 1 <= vcpus <= max_vcpus <= {VCPUS_MAX} is required"
     )]
     Vcpus { vcpus: u8, max: u8 },
-    #[error("memory_mib is {got}, {} at least is needed", machine::layout::MEMORY_MIN_MIB)]
+    #[error("memory_mib is {got}, at least {} is required", machine::layout::MEMORY_MIN_MIB)]
     Memory { got: u32 },
     #[error("max_memory_mib is {max}, less than memory_mib, {memory}")]
     MaxMemory { memory: u32, max: u32 },
-    #[error("{what}: descriptor {fd} is not open; it must be inherited by the VMM")]
+    #[error("{what}: file descriptor {fd} is not open; the VMM must inherit it")]
     NotOpen { what: String, fd: RawFd },
-    #[error("{what}: descriptor {fd} is used twice in the configuration")]
+    #[error("{what}: file descriptor {fd} is used twice in the configuration")]
     Reused { what: String, fd: RawFd },
-    #[error("{what}: descriptor {fd} is not {want}")]
+    #[error("{what}: file descriptor {fd} is not {want}")]
     WrongKind { what: String, fd: RawFd, want: &'static str },
-    #[error("{what}: descriptor {fd} cannot be examined")]
+    #[error("{what}: cannot examine file descriptor {fd}")]
     Examine { what: String, fd: RawFd, source: Errno },
     #[error("disk serial {serial:?} is not 1 to {SERIAL_MAX} printable ASCII characters")]
     Serial { serial: String },
@@ -63,26 +63,26 @@ pub enum ConfigError {
     Id { id: String },
     #[error("device id {id:?} is used twice")]
     DuplicateId { id: String },
-    #[error("net {id:?}: MTU {mtu} is outside of 68 to 65521")]
+    #[error("net {id:?}: MTU {mtu} is outside 68 to 65521")]
     Mtu { id: String, mtu: u16 },
     #[error("net {id:?}: {mac:02x?} is not a unicast MAC address")]
     Mac { id: String, mac: [u8; 6] },
-    #[error("vsock: guest cid {cid} is reserved; 3 to 0xfffffffe are free to use")]
+    #[error("vsock: guest CID {cid} is reserved; use 3 to 0xfffffffe")]
     Cid { cid: u64 },
 }
 
-/// A configuration that cannot be taken over.
+/// A refused configuration.
 #[derive(Debug)]
 pub struct Refused {
     pub error: ConfigError,
-    /// Where that is to be told; none if the descriptor is no such file.
+    /// The status file, for the error; none if its file descriptor is not a regular file.
     pub status: Option<File>,
 }
 
-/// What a VM is made of, owned.
+/// Owned resources of a VM.
 #[derive(Debug)]
 pub struct Resources {
-    /// The configuration itself; its descriptor numbers are spent.
+    /// The configuration; its file descriptor numbers must not be used any more.
     pub config: VmConfig,
     pub kernel: File,
     pub initramfs: Option<File>,
@@ -97,12 +97,13 @@ pub struct Resources {
     pub jail: Option<JailConfig>,
 }
 
-/// Reads the configuration from an inherited descriptor, which is closed.
+/// Reads the configuration from an inherited file descriptor, which is closed. Fails if it cannot
+/// be read, is longer than [`CONFIG_MAX`], or is not valid JSON.
 pub fn read(fd: RawFd) -> Result<VmConfig, ConfigError> {
-    let file = Table::default().take("configuration", Fd(fd), Kind::Any)?;
+    let file = FdTable::default().take("configuration", Fd(fd), Kind::Any)?;
     let mut file = File::from(file);
     let failed = |source| ConfigError::Read { fd, source };
-    // A file is read from its start wherever its writer left the position; a pipe cannot seek.
+    // A file is read from its start, whatever its position; a pipe cannot seek.
     let _ = file.rewind();
     let mut text = Vec::new();
     file.take(CONFIG_MAX + 1).read_to_end(&mut text).map_err(failed)?;
@@ -112,10 +113,10 @@ pub fn read(fd: RawFd) -> Result<VmConfig, ConfigError> {
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// Takes over everything a configuration names.
+/// Checks the configuration and takes all its file descriptors.
 pub fn take(config: VmConfig) -> Result<Resources, Refused> {
-    let mut table = Table::default();
-    // The status file first, whatever else is wrong: it is where that is told.
+    let mut table = FdTable::default();
+    // The status file first: errors are written to it.
     let status = table.take("status", config.status, Kind::Regular).map(File::from);
     match (check(&config), status) {
         (Ok(()), Ok(status)) => match take_rest(config, table) {
@@ -127,12 +128,12 @@ pub fn take(config: VmConfig) -> Result<Resources, Refused> {
     }
 }
 
-/// Everything but the status file, which is to be added.
+/// Takes everything but the status file, which the returned function adds.
 fn take_rest(
     config: VmConfig,
-    mut table: Table,
+    mut table: FdTable,
 ) -> Result<impl FnOnce(File) -> Resources, ConfigError> {
-    let file = |table: &mut Table, what, fd, kind| table.take(what, fd, kind).map(File::from);
+    let file = |table: &mut FdTable, what, fd, kind| table.take(what, fd, kind).map(File::from);
     let console = file(&mut table, "console", config.console, Kind::Regular)?;
     let log = config.log.map(|fd| table.take("log", fd, Kind::Any)).transpose()?;
     let kvm = table.take("kvm", config.kvm, Kind::Character)?;
@@ -176,7 +177,7 @@ fn take_rest(
     })
 }
 
-/// A disk from the control socket.
+/// A disk of an AddDisk request. Fails if its serial is invalid or `file` is not a disk.
 pub fn hot_disk(disk: &DiskConfig, file: OwnedFd) -> Result<Disk, ConfigError> {
     check_disk(disk)?;
     let what = format!("disk {:?}", disk.serial);
@@ -184,14 +185,15 @@ pub fn hot_disk(disk: &DiskConfig, file: OwnedFd) -> Result<Disk, ConfigError> {
     Ok(Disk { serial: disk.serial.clone(), file, read_only: disk.read_only })
 }
 
-/// A network interface from the control socket.
+/// A network interface of an AddNet request. Fails if a field is invalid or `tap` is not a tap.
 pub fn hot_net(net: &NetConfig, tap: OwnedFd) -> Result<NetDevice, ConfigError> {
     check_net(net)?;
     examine(&format!("net {:?}", net.id), &tap, Kind::Tap)?;
     Ok(NetDevice { id: net.id.clone(), tap, mac: net.mac, mtu: net.mtu })
 }
 
-/// A file system from the control socket.
+/// A file system of an AddFs request. Fails if the id is invalid or `backend` is not a connected
+/// stream socket.
 pub fn hot_fs(id: &str, tag: &str, backend: OwnedFd) -> Result<FsDevice, ConfigError> {
     if !printable(id, ID_MAX) {
         return Err(ConfigError::Id { id: id.to_owned() });
@@ -222,7 +224,7 @@ fn check(config: &VmConfig) -> Result<(), ConfigError> {
             return Err(ConfigError::Cid { cid });
         }
     }
-    // Names that the VMM's own devices have.
+    // Ids of the VMM's own devices.
     let mut ids: HashSet<&str> = ["vsock", "rng", "console", "mem", "balloon"].into();
     config.disks.iter().try_for_each(check_disk)?;
     config.nets.iter().try_for_each(check_net)?;
@@ -269,17 +271,17 @@ enum Kind {
     Character,
     Tap,
     Listener(SockType),
-    /// A stream socket that somebody is connected to.
+    /// A connected stream socket.
     Stream,
 }
 
-/// Descriptors already taken over.
+/// File descriptors already taken.
 #[derive(Default)]
-struct Table {
+struct FdTable {
     taken: HashSet<RawFd>,
 }
 
-impl Table {
+impl FdTable {
     fn take(&mut self, what: &str, Fd(fd): Fd, kind: Kind) -> Result<OwnedFd, ConfigError> {
         let what = what.to_owned();
         if fd < 0 {
@@ -288,12 +290,13 @@ impl Table {
         if !self.taken.insert(fd) {
             return Err(ConfigError::Reused { what, fd });
         }
-        // SAFETY: F_GETFD touches no memory; it is how a number is found out to be a descriptor.
+        // SAFETY: F_GETFD accesses no memory; it fails for a number that is not a file descriptor.
         if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
             return Err(ConfigError::NotOpen { what, fd });
         }
-        // SAFETY: the descriptor is open, was opened for us by our parent (nothing in this process
-        // has opened or adopted it: it was named by the configuration), and is taken once.
+        // SAFETY: the file descriptor is open and was inherited from the parent process for the
+        // VMM: the configuration names it, nothing in this process has opened it, and it is taken
+        // once.
         let owned = unsafe { OwnedFd::from_raw_fd(fd) };
         examine(&what, &owned, kind)?;
         fcntl(owned.as_fd(), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))

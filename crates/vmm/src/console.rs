@@ -1,8 +1,8 @@
-//! Guest console output on its way into the ring file.
+//! Buffers guest console output and writes it to the ring file.
 //!
-//! A guest's console driver hands over 16 bytes at a time. A write to the file for each would cost
-//! more than the guest's exit, so output is gathered up to the end of a line; what stands there
-//! without one for [`FLUSH_AFTER`] is written by the main thread.
+//! Linux's hvc driver passes 16 bytes at a time. A file write for each would cost more than the KVM
+//! exit, so output is buffered until a newline; the main thread writes a partial line after
+//! [`FLUSH_AFTER`].
 
 use std::fs::File;
 use std::io;
@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use vmm_api::console_ring::Writer;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Most bytes held back.
+/// Most bytes buffered.
 const PENDING: usize = 1 << 10;
-/// How long a prompt without a line's end may take to appear.
+/// A partial line, such as a prompt, is written after this time.
 const FLUSH_AFTER: Duration = Duration::from_millis(30);
 
 /// Shared by the console devices and the main thread.
@@ -26,7 +26,7 @@ pub struct Console {
 #[derive(Debug)]
 struct Shared {
     output: Mutex<Output>,
-    /// Signalled when something begins to wait for its flush.
+    /// Signalled when a partial line was buffered.
     waiting: EventFd,
 }
 
@@ -35,7 +35,7 @@ struct Output {
     ring: Writer,
     pending: Vec<u8>,
     since: Option<Instant>,
-    /// The first failed write, e.g. a full disk; reported once, then output is lost silently.
+    /// A write has failed (for example ENOSPC). Logged once; output is lost.
     failed: bool,
 }
 
@@ -47,7 +47,7 @@ impl Console {
         Ok(Self { shared: Arc::new(Shared { output: Mutex::new(output), waiting }) })
     }
 
-    /// Takes output from a device.
+    /// Output of a device.
     pub fn write(&self, bytes: &[u8]) {
         let mut output = self.output();
         output.pending.extend_from_slice(bytes);
@@ -55,12 +55,12 @@ impl Console {
             output.flush();
         } else if output.since.is_none() && !output.pending.is_empty() {
             output.since = Some(Instant::now());
-            // A full counter (EAGAIN) has woken the main thread already.
+            // EAGAIN: the counter is full, so the main thread is woken anyway.
             let _ = self.shared.waiting.write(1);
         }
     }
 
-    /// Flushes what has waited long enough; tells when to look again.
+    /// Writes a partial line that is due at `now`; otherwise returns when one is due.
     pub fn poll(&self, now: Instant) -> Option<Instant> {
         let mut output = self.output();
         let due = output.since? + FLUSH_AFTER;
@@ -71,12 +71,12 @@ impl Console {
         Some(due)
     }
 
-    /// Readable when there is something new to [`Self::poll`].
+    /// Readable when [`Self::poll`] has to be called.
     pub fn event(&self) -> &EventFd {
         &self.shared.waiting
     }
 
-    /// Flushes, and returns the last `limit` bytes.
+    /// Writes buffered output, and returns the last `limit` bytes of the console.
     pub fn tail(&self, limit: usize) -> io::Result<Vec<u8>> {
         let mut output = self.output();
         output.flush();
@@ -84,7 +84,7 @@ impl Console {
     }
 
     fn output(&self) -> MutexGuard<'_, Output> {
-        // The ring stays consistent across a panic: its count is written last.
+        // The ring is consistent after a panic: its count is written last.
         self.shared.output.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -95,7 +95,7 @@ impl Output {
         if let Err(error) = self.ring.write(&self.pending)
             && !std::mem::replace(&mut self.failed, true)
         {
-            tracing::error!(%error, "console output is being lost");
+            tracing::error!(%error, "cannot write console output; it is lost");
         }
         self.pending.clear();
     }
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_in_pieces_is_written_at_its_end() {
+    fn a_line_is_written_at_its_newline() {
         let file = tempfile::tempfile().unwrap();
         let console = Console::new(file.try_clone().unwrap()).unwrap();
         for piece in ["one ", "two ", "three"] {
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prompt_appears_after_a_moment() {
+    fn a_partial_line_is_written_after_the_flush_interval() {
         let file = tempfile::tempfile().unwrap();
         let console = Console::new(file.try_clone().unwrap()).unwrap();
         console.write(b"login: ");
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_without_line_ends_is_not_held_back() {
+    fn output_without_newlines_is_written_when_the_buffer_is_full() {
         let file = tempfile::tempfile().unwrap();
         let console = Console::new(file.try_clone().unwrap()).unwrap();
         for _ in 0..1000 {

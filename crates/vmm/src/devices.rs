@@ -1,9 +1,8 @@
-//! The devices of a VM: made from descriptors, plugged, pulled, listed. The only file here that
-//! knows virtio.
+//! The devices of a VM: created from file descriptors, plugged, unplugged, listed.
 //!
-//! Two workers share the devices: `disk` (block, rng, console, fs, mem, balloon) and `net` (net, vsock), so that a
-//! burst of packets does not delay the disk. Plugging and pulling may wait for a worker; listing
-//! never does: it reads atomics under a lock that is held for moments only.
+//! Two workers run the devices: `disk` (block, rng, console, fs, mem, balloon) and `net` (net,
+//! vsock), so that bursts of packets do not delay disks. Plugging and unplugging may wait for a
+//! worker; listing does not: it reads atomics under a lock that is held briefly.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,7 +19,7 @@ use virtio::balloon::Balloon;
 use virtio::blk::Block;
 use virtio::console::Console as ConsoleDevice;
 use virtio::fs::Fs;
-use virtio::mem::{Mem, Resize};
+use virtio::mem::{Mem, ResizeHandle};
 use virtio::net::Net;
 use virtio::pci::{DeviceView, VirtioPci, vector_count};
 use virtio::rng::Rng;
@@ -31,10 +30,10 @@ use vmm_api::{DeviceStatus, Error};
 use crate::console::Console;
 use crate::glue;
 
-/// A worker must have finished what is in flight by then, or the pause is refused.
+/// Deadline for a worker to drain its devices; after it the pause fails.
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 
-/// Everything a device needs from the VM.
+/// The devices, and what they need from the VM.
 pub struct Devices {
     bus: Arc<pci::Bus>,
     ram: Ram,
@@ -44,8 +43,8 @@ pub struct Devices {
     disk: Worker,
     net: Worker,
     plugged: Mutex<Vec<Plugged>>,
-    /// The guest may have scanned the bus.
-    guest_runs: AtomicBool,
+    /// vCPUs run, so the guest may have scanned the bus.
+    guest_running: AtomicBool,
 }
 
 struct Plugged {
@@ -77,12 +76,13 @@ pub struct Disk {
 pub struct FsDevice {
     pub id: String,
     pub tag: String,
-    /// Connected to the process that serves it.
+    /// Connected vhost-user socket of the backend.
     pub backend: OwnedFd,
 }
 
 impl Devices {
-    /// Starts the workers; devices touch no memory but what is granted. `init` runs on each of their threads first.
+    /// Starts the workers; `init` runs first on each of their threads. Devices access granted
+    /// memory only.
     pub fn new(
         bus: Arc<pci::Bus>,
         (ram, granted): (Ram, Granted),
@@ -100,64 +100,71 @@ impl Devices {
             disk: worker("disk")?,
             net: worker("net")?,
             plugged: Mutex::default(),
-            guest_runs: AtomicBool::new(false),
+            guest_running: AtomicBool::new(false),
         })
     }
 
-    /// To be called before the first vCPU runs: what is plugged from now on has to be found by a
-    /// rescan.
-    pub fn guest_starts(&self) {
-        self.guest_runs.store(true, Ordering::Release);
+    /// To be called before the first vCPU runs: devices plugged from then on are found by a rescan
+    /// only.
+    pub fn set_guest_running(&self) {
+        self.guest_running.store(true, Ordering::Release);
     }
 
+    /// Plugs a disk (virtio-blk). Fails if the file or the serial is invalid, or the id is in use.
     pub fn add_disk(&self, disk: Disk) -> Result<String, Error> {
         let Disk { serial, file, read_only } = disk;
         let device = Block::new(File::from(file), &serial, read_only).map_err(|e| failed(&e))?;
         self.plug(serial, Box::new(device), true)
     }
 
+    /// Plugs a network interface (virtio-net).
     pub fn add_net(&self, net: NetDevice) -> Result<String, Error> {
         let NetDevice { id, tap, mac, mtu } = net;
         let device = Net::new(File::from(tap), mac, mtu).map_err(|e| failed(&e))?;
         self.plug(id, Box::new(device), true)
     }
 
+    /// Plugs a file system (virtio-fs) that a vhost-user back end serves.
     pub fn add_fs(&self, fs: FsDevice) -> Result<String, Error> {
         let FsDevice { id, tag, backend } = fs;
         let device = Fs::new(&tag, backend).map_err(|e| failed(&e))?;
         self.plug(id, Box::new(device), true)
     }
 
+    /// Plugs the vsock device; `listener` is the unix socket for host clients.
     pub fn add_vsock(&self, cid: u64, listener: OwnedFd) -> Result<String, Error> {
         let device = Vsock::new(cid, UnixListener::from(listener)).map_err(|e| failed(&e))?;
         self.plug("vsock".to_owned(), Box::new(device), false)
     }
 
+    /// Plugs the entropy device.
     pub fn add_rng(&self) -> Result<String, Error> {
         let device = Rng::new().map_err(|e| failed(&e))?;
         self.plug("rng".to_owned(), Box::new(device), false)
     }
 
+    /// Plugs the console, whose output goes to `console`.
     pub fn add_console(&self, console: Console) -> Result<String, Error> {
         let sink = Box::new(move |bytes: &[u8]| console.write(bytes));
         let device = ConsoleDevice::new(sink).map_err(|e| failed(&e))?;
         self.plug("console".to_owned(), Box::new(device), false)
     }
 
-    /// A device for memory that is plugged in later, which lies in the VM's as a region of its own.
-    pub fn add_mem(&self, room: Range<u64>) -> Result<Resize, Error> {
-        let device = Mem::new(&self.ram, room).map_err(|e| failed(&e))?;
-        let resize = device.resize();
+    /// The memory device for the hotplug region of guest memory.
+    pub fn add_mem(&self, region: Range<u64>) -> Result<ResizeHandle, Error> {
+        let device = Mem::new(&self.ram, region).map_err(|e| failed(&e))?;
+        let resize = device.resize_handle();
         self.plug("mem".to_owned(), Box::new(device), false)?;
         Ok(resize)
     }
 
-    /// A device by which the guest gives free pages back, in a VM that grows through `room`.
-    pub fn add_balloon(&self, room: Option<Resize>) -> Result<String, Error> {
-        self.plug("balloon".to_owned(), Box::new(Balloon::new(room)), false)
+    /// The balloon device for free page reporting; `hotplug` is that of [`Self::add_mem`].
+    pub fn add_balloon(&self, hotplug: Option<ResizeHandle>) -> Result<String, Error> {
+        self.plug("balloon".to_owned(), Box::new(Balloon::new(hotplug)), false)
     }
 
-    /// Plugs a device; returns its PCI address. Only one thread plugs and pulls at a time.
+    /// Plugs a device; returns its PCI address. Only one thread at a time plugs and unplugs. Fails
+    /// if the id is in use or the bus is full.
     fn plug(
         &self,
         id: String,
@@ -173,10 +180,13 @@ impl Devices {
         let (vectors, doorbells) = (Arc::new(vectors), self.doorbells.clone());
         let device = VirtioPci::new(device, self.ram.clone(), vectors, doorbells, worker)
             .map_err(|e| failed(&e))?
-            .within(self.granted.clone());
+            .with_granted(self.granted.clone());
         let view = device.view();
-        let plug =
-            if self.guest_runs.load(Ordering::Acquire) { pci::Plug::Hot } else { pci::Plug::Boot };
+        let plug = if self.guest_running.load(Ordering::Acquire) {
+            pci::Plug::Hot
+        } else {
+            pci::Plug::Boot
+        };
         let address = self.bus.add(Box::new(device), plug).map_err(|error| match error {
             pci::BusError::Full => Error::BusFull { limit: pci::CAPACITY },
             other => failed(&other),
@@ -185,7 +195,8 @@ impl Devices {
         Ok(address.to_string())
     }
 
-    /// Pulls a device by id.
+    /// Unplugs a device. Fails if there is none with this id, it is not removable, or the guest's
+    /// driver still uses it.
     pub fn remove(&self, id: &str) -> Result<(), Error> {
         let address = {
             let plugged = self.plugged();
@@ -195,7 +206,7 @@ impl Devices {
             let refused =
                 |why: &str| Error::NotRemovable { id: id.to_owned(), why: why.to_owned() };
             if !found.removable {
-                return Err(refused("the VM cannot live without it"));
+                return Err(refused("it is a device that every VM has"));
             }
             if found.view.active() {
                 return Err(refused("the guest's driver still uses it"));
@@ -207,6 +218,7 @@ impl Devices {
         Ok(())
     }
 
+    /// Status of all devices, in the order in which they were plugged.
     pub fn list(&self) -> Vec<DeviceStatus> {
         let status = |p: &Plugged| DeviceStatus {
             id: p.id.clone(),
@@ -217,6 +229,7 @@ impl Devices {
         self.plugged().iter().map(status).collect()
     }
 
+    /// Counters by device id.
     pub fn counters(&self) -> BTreeMap<String, vmm_api::DeviceCounters> {
         let counters = |p: &Plugged| {
             let counters = p.view.counters();
@@ -227,7 +240,7 @@ impl Devices {
         self.plugged().iter().map(counters).collect()
     }
 
-    /// Finishes what is in flight and stands still.
+    /// Drains and pauses all devices; resumes them again if a worker misses the deadline.
     pub fn pause(&self) -> Result<(), Error> {
         for worker in [&self.disk, &self.net] {
             if let Err(error) = worker.handle().pause(PAUSE_LIMIT) {
@@ -238,6 +251,7 @@ impl Devices {
         Ok(())
     }
 
+    /// Resumes all devices after [`Self::pause`].
     pub fn resume(&self) -> Result<(), Error> {
         let (disk, net) = (self.disk.handle().resume(), self.net.handle().resume());
         disk.and(net).map_err(|e| failed(&e))

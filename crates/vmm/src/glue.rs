@@ -1,39 +1,40 @@
-//! Joins the PCI crate's ports to KVM: MSI-X vectors on interrupt lines, doorbells on ioeventfds.
+//! Implements the PCI crate's traits on KVM: MSI-X vectors as interrupt routes, doorbells as
+//! ioeventfds.
 
 use std::io;
 
-use machine::interrupts::{InterruptError, Interrupts, Line, Message};
+use machine::interrupts::{InterruptError, InterruptRoute, Interrupts, Message};
 use pci::MsixMessage;
 use vmm_sys_util::eventfd::EventFd;
 
 /// The vectors of one device.
 pub(crate) struct Vectors {
-    lines: Vec<Line>,
+    routes: Vec<InterruptRoute>,
 }
 
 impl Vectors {
     pub(crate) fn new(interrupts: &Interrupts, count: u16) -> Result<Self, InterruptError> {
-        Ok(Self { lines: (0..count).map(|_| interrupts.line()).collect::<Result<_, _>>()? })
+        Ok(Self { routes: (0..count).map(|_| interrupts.allocate()).collect::<Result<_, _>>()? })
     }
 
-    fn line(&self, vector: u16) -> io::Result<&Line> {
-        self.lines.get(usize::from(vector)).ok_or_else(|| io::ErrorKind::NotFound.into())
+    fn route(&self, vector: u16) -> io::Result<&InterruptRoute> {
+        self.routes.get(usize::from(vector)).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
 
 impl pci::Vectors for Vectors {
     fn program(&self, vector: u16, message: MsixMessage) -> io::Result<()> {
-        let line = self.line(vector)?;
+        let route = self.route(vector)?;
         let MsixMessage { address, data, masked } = message;
-        if masked { line.mask() } else { line.unmask(Message { address, data }) }
+        if masked { route.mask() } else { route.unmask(Message { address, data }) }
     }
 
     fn trigger(&self, vector: u16) -> io::Result<()> {
-        self.line(vector)?.trigger()
+        self.route(vector)?.trigger()
     }
 
     fn event(&self, vector: u16) -> io::Result<EventFd> {
-        self.line(vector)?.event()
+        self.route(vector)?.event()
     }
 }
 

@@ -1,8 +1,8 @@
-//! What the VMM gives up before it looks at the first byte from a guest.
+//! The privileges that the VMM drops before it starts the guest: an empty root, an unprivileged
+//! user, no capabilities, no core dumps, limited file descriptors.
 //!
-//! Namespaces are the launcher's part (pid, ipc, uts, net; mount too, but see [`empty_root`]). Here:
-//! an empty root, an unprivileged user, no capabilities ever again, no dumps, few descriptors.
-//! System calls are cut down a thread: [`crate::seccomp`].
+//! The launcher creates the namespaces (pid, ipc, uts, net, mount; see [`empty_root`]). System
+//! calls are limited per thread: [`crate::seccomp`].
 #![allow(unsafe_code)] // prctl and capget are not wrapped for capabilities
 
 use std::fs;
@@ -14,13 +14,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, chdir, geteuid, pivot_root, setgroups, setresgid, setresuid};
 use vmm_api::JailConfig;
 
-/// Descriptors: 64 vCPUs; up to 248 devices, of which a disk has 7 (the file, an io_uring with its
-/// eventfd, a doorbell twice, two vectors), so at most some 1,750; and the vsock connections of a busy
-/// pod. Attack: a guest or a client that makes the VMM open more and more of them.
+/// Most file descriptors: 64 vCPUs; up to 248 devices, of which a disk has 7 (the file, an io_uring
+/// with its eventfd, a doorbell twice, two vectors), so about 1,750; and up to 1,024 vsock
+/// connections.
+/// Attack: a guest or a client makes the VMM open more and more of them.
 const OPEN_FILES: u64 = 4096;
-/// Bytes; see [`stay_small`].
+/// Stack size of threads, bytes; see [`reduce_memory_use`].
 const STACK: &str = "262144";
-/// Where the empty root is mounted for a moment; any directory that every system has.
+/// Temporary mount point of the empty root: a directory that every system has.
 const STAGE: &str = "/proc";
 
 #[derive(Debug, thiserror::Error)]
@@ -28,13 +29,12 @@ pub enum JailError {
     #[error("jail: cannot {step}")]
     Step { step: &'static str, source: Errno },
     #[error(
-        "jail as uid {uid} was asked for, but the VMM runs as uid {euid}; start it as root, or as \
-         {uid} itself"
+        "jail: cannot change to uid {uid} as uid {euid}; start the VMM as root or as uid {uid}"
     )]
     NotRoot { uid: u32, euid: u32 },
-    #[error("jail: uid 0 is no jail; name an unprivileged user")]
+    #[error("jail: uid and gid must not be 0")]
     Root,
-    #[error("jail: capabilities {left:#x} are still there")]
+    #[error("jail: capabilities {left:#x} were not dropped")]
     Capabilities { left: u64 },
 }
 
@@ -42,7 +42,7 @@ fn step(step: &'static str) -> impl FnOnce(Errno) -> JailError {
     move |source| JailError::Step { step, source }
 }
 
-/// Gives up everything. Single-threaded callers only: some of it is a thread's own.
+/// Drops all privileges. The process must be single-threaded: some of them are per thread.
 pub fn enter(config: &JailConfig) -> Result<(), JailError> {
     let (uid, euid) = (config.uid, geteuid().as_raw());
     if uid == 0 || config.gid == 0 {
@@ -66,11 +66,11 @@ pub fn enter(config: &JailConfig) -> Result<(), JailError> {
     }
 }
 
-/// What every VMM does, jailed or not: no new privileges, no core dumps of a tenant's memory, a
-/// bounded descriptor table. `RLIMIT_FSIZE` stays: disks are as large as they are.
+/// Limits that apply with and without a jail: no_new_privs, no core dumps (they would have tenant
+/// data), RLIMIT_NOFILE. RLIMIT_FSIZE is unchanged, as disks may be of any size.
 pub fn limits() -> Result<(), JailError> {
     nix::sys::prctl::set_no_new_privs().map_err(step("set no_new_privs"))?;
-    nix::sys::prctl::set_dumpable(false).map_err(step("become undumpable"))?;
+    nix::sys::prctl::set_dumpable(false).map_err(step("clear the dumpable flag"))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("forbid core dumps"))?;
     let (_, hard) =
         getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the limit of open files"))?;
@@ -78,14 +78,14 @@ pub fn limits() -> Result<(), JailError> {
     setrlimit(Resource::RLIMIT_NOFILE, files, files).map_err(step("limit open files"))
 }
 
-/// Makes an empty, read-only tmpfs the root, and forgets the former one.
+/// Changes the root to an empty, read-only tmpfs and detaches the old root.
 fn empty_root() -> Result<(), JailError> {
-    // The launcher has given us a mount namespace. If it did not (a person at a shell), get one:
-    // the host's root must never be pivoted away.
+    // The launcher creates a mount namespace. Without it (started from a shell) one is created
+    // here: the host's root must not be changed.
     let mine = fs::read_link("/proc/self/ns/mnt");
     let host = fs::read_link("/proc/1/ns/mnt");
     if mine.is_err() || mine.ok() == host.ok() {
-        unshare(CloneFlags::CLONE_NEWNS).map_err(step("get a mount namespace"))?;
+        unshare(CloneFlags::CLONE_NEWNS).map_err(step("create a mount namespace"))?;
     }
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
@@ -94,22 +94,22 @@ fn empty_root() -> Result<(), JailError> {
     mount(Some("none"), STAGE, Some("tmpfs"), flags, Some("size=4k,nr_inodes=2,mode=0555"))
         .map_err(step("mount an empty root"))?;
     chdir(STAGE).map_err(step("enter the empty root"))?;
-    // Stacks the old root on the new one, from where it is detached (pivot_root(2), NOTES).
+    // Mounts the old root on top of the new one; it is detached next (pivot_root(2), NOTES).
     pivot_root(".", ".").map_err(step("change the root"))?;
-    umount2(".", MntFlags::MNT_DETACH).map_err(step("forget the old root"))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(step("detach the old root"))?;
     chdir("/").map_err(step("enter the new root"))?;
     mount(none, "/", none, flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, none)
         .map_err(step("make the root read-only"))
 }
 
-/// Without the bounding set not even a set-user-id program could bring capabilities back.
+/// Without a bounding set, a set-user-id program cannot regain capabilities.
 fn drop_bounding_set() -> Result<(), JailError> {
     for cap in 0..64 {
-        // SAFETY: PR_CAPBSET_DROP takes a number and touches no memory.
+        // SAFETY: PR_CAPBSET_DROP takes a number and accesses no memory.
         let done = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, cap, 0, 0, 0) };
         match Errno::result(done) {
             Ok(_) => {}
-            // The kernel knows no more capabilities than this.
+            // Above the kernel's last capability.
             Err(Errno::EINVAL) if cap > 0 => break,
             Err(e) => return Err(step("drop the capability bounding set")(e)),
         }
@@ -120,7 +120,7 @@ fn drop_bounding_set() -> Result<(), JailError> {
     Errno::result(done).map(drop).map_err(step("clear ambient capabilities"))
 }
 
-/// Effective and permitted capabilities together.
+/// The union of effective and permitted capabilities.
 fn capabilities() -> Result<u64, Errno> {
     /// `struct __user_cap_header_struct` and `_data_struct`, version 3 (capget(2)).
     const VERSION_3: u32 = 0x2008_0522;
@@ -133,13 +133,13 @@ fn capabilities() -> Result<u64, Errno> {
     Ok(u64::from(high[0] | high[1]) << 32 | u64::from(low[0] | low[1]))
 }
 
-/// Keeps the process small; to be called first in `main`.
+/// Reduces the memory use of the process; to be called first in `main`.
 ///
-/// - One allocator arena: an arena a thread would cost more than everything it holds.
-/// - Stacks of 256 KiB where a library does not say otherwise: with huge pages enabled, the first
-///   touch of a default stack of 2 MiB takes all of it.
+/// - One allocator arena: per-thread arenas would use more memory than their contents.
+/// - Stacks of 256 KiB for threads of libraries: with transparent huge pages, the first touch of a
+///   default stack of 2 MiB allocates all of it.
 #[allow(clippy::disallowed_methods)] // the environment: no other thread can be reading it yet
-pub fn stay_small() {
+pub fn reduce_memory_use() {
     // SAFETY: mallopt changes allocator parameters; no other thread exists yet.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     // SAFETY: no other thread exists yet that could read the environment.
@@ -151,13 +151,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn root_is_no_jail() {
+    fn uid_0_is_refused() {
         let refused = enter(&JailConfig { uid: 0, gid: 1000 });
         assert!(matches!(refused, Err(JailError::Root)));
     }
 
     #[test]
-    fn root_has_capabilities_and_others_do_not() {
+    fn only_root_has_capabilities() {
         assert_eq!(capabilities().unwrap() != 0, geteuid().is_root());
     }
 }

@@ -1,13 +1,13 @@
-//! `nacelle-vmm`: puts a virtual machine together, runs it, and answers for it.
+//! `nacelle-vmm`: assembles a virtual machine, runs it, and serves its control socket.
 //!
 //! ```text
-//!   main thread      control socket, signals, end of the VM         never waits for anybody
-//!   orders           plug, pull, pause, resume                      may wait for a device
-//!   vcpu N           KVM_RUN and what it exits for
+//!   main thread      control socket, signals, exit of the VM            never blocks on a device
+//!   control          plug, unplug, pause, resume, resize                may wait for a device
+//!   vcpu N           KVM_RUN and its exits
 //!   disk, net        engines of the devices (virtio::Worker)
 //! ```
-//! Has never heard of pods, images or networks: it is given descriptors ([`vmm_api::VmConfig`]) and
-//! gives up everything else ([`jail`], [`seccomp`]).
+//! Does not depend on pods, images or networks: it inherits file descriptors
+//! ([`vmm_api::VmConfig`]) and drops all other privileges ([`jail`], [`seccomp`]).
 
 pub mod assemble;
 pub mod boot;
@@ -16,17 +16,17 @@ pub mod config;
 pub mod console;
 pub mod control;
 pub mod devices;
-pub mod end;
+pub mod exit;
 mod glue;
 pub mod jail;
 pub mod log;
 mod memory;
 pub mod platform;
-pub mod processors;
 pub mod seccomp;
 mod tap;
+pub mod vcpus;
 
-/// An error and its causes in one line, for another process or a log.
+/// An error and its causes in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut message = error.to_string();
     let mut next = error.source();

@@ -1,7 +1,7 @@
-//! Log lines as JSON objects, one a line, one `write` each.
+//! Log lines as JSON objects, one per line, one `write` each.
 //!
-//! A subscriber of our own instead of `tracing-subscriber`: no regexes, no thread-local buffers, a
-//! few kilobytes instead of a tenth of the process.
+//! An own subscriber instead of `tracing-subscriber`, which would use a tenth of the process's
+//! memory (regexes, thread-local buffers); this one uses a few kilobytes.
 
 use std::fmt::{self, Write as _};
 use std::io::Write as _;
@@ -14,10 +14,10 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-/// A line is cut there: guests and clients choose parts of some messages.
-const LINE: usize = 4 << 10;
+/// Longest line, bytes: guests and clients choose parts of some messages.
+const MAX_LINE: usize = 4 << 10;
 
-/// Sends every event up to INFO to `file`, or to standard error.
+/// Writes events of level INFO and above to `file`, or to standard error.
 pub fn init(name: &str, file: Option<OwnedFd>) {
     let log = Log { name: name.to_owned(), file };
     // A second call (tests in one process) keeps the first subscriber.
@@ -66,7 +66,7 @@ impl Log {
         map.insert("target".to_owned(), event.metadata().target().into());
         map.append(&mut fields.map);
         let mut line = serde_json::to_vec(&map).unwrap_or_default();
-        if line.len() > LINE {
+        if line.len() > MAX_LINE {
             map.retain(|key, _| matches!(key.as_str(), "ts" | "level" | "vm" | "target"));
             map.insert("message".to_owned(), "log line was too long".into());
             line = serde_json::to_vec(&map).unwrap_or_default();
@@ -83,7 +83,7 @@ impl Subscriber for Log {
 
     fn event(&self, event: &Event<'_>) {
         let line = self.line(event);
-        // There is nobody to tell that the log cannot be written.
+        // An error of the log cannot be reported.
         match &self.file {
             Some(file) => drop(unistd::write(file.as_fd(), &line)),
             None => drop(std::io::stderr().write_all(&line)),
@@ -106,13 +106,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_one_json_object_and_a_long_one_is_cut() {
+    fn a_line_is_one_json_object_and_a_long_one_is_replaced() {
         let mut file = tempfile::tempfile().unwrap();
         let log = Log { name: "vm1".to_owned(), file: Some(file.try_clone().unwrap().into()) };
         tracing::subscriber::with_default(log, || {
             tracing::warn!(queue = 3, "bad \"descriptor\"");
             tracing::debug!("not shown");
-            tracing::error!("{}", "x".repeat(2 * LINE));
+            tracing::error!("{}", "x".repeat(2 * MAX_LINE));
         });
         let mut text = String::new();
         file.rewind().unwrap();

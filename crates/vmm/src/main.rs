@@ -6,18 +6,18 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use vmm::boot::{Follower, Options, Seccomp};
+use vmm::boot::{ConsoleFollower, Options, Seccomp};
 use vmm::seccomp::Policy;
-use vmm::{assemble, boot, config, end};
+use vmm::{assemble, boot, config, exit};
 
-/// A configuration that is refused, as clap's own exit status.
+/// Exit code for a refused configuration, as for clap's errors.
 const REFUSED: u8 = 2;
 
 /// Runs one virtual machine.
 #[derive(Debug, Parser)]
 #[command(name = "nacelle-vmm", version, args_conflicts_with_subcommands = true)]
 struct Cli {
-    /// Descriptor to read the VM's configuration (JSON) from
+    /// File descriptor to read the VM's configuration (JSON) from
     #[arg(long, value_name = "N")]
     config_fd: Option<RawFd>,
     #[command(subcommand)]
@@ -28,28 +28,28 @@ struct Cli {
 enum Command {
     /// Boot a kernel from files and print its console
     Boot(Box<Options>),
-    /// Measure what KVM on this host is worth, and print it as JSON
+    /// Measure the speed of KVM on this host and print it as JSON
     Probe,
 }
 
 fn main() -> ExitCode {
     let started = Instant::now();
-    vmm::jail::stay_small();
-    // The daemon's way in, without the argument parser: it would be a third of the start-up time
-    // and stay in memory.
+    vmm::jail::reduce_memory_use();
+    // `--config-fd N` as the daemon passes it is parsed without clap, which would take a third of
+    // the start-up time and stay in memory.
     let mut arguments = std::env::args_os().skip(1);
     if arguments.next().is_some_and(|a| a == "--config-fd")
         && let Some(fd) = arguments.next().and_then(|a| a.to_str()?.parse().ok())
     {
-        return from_config(fd, started);
+        return run_from_config(fd, started);
     }
     let cli = Cli::parse();
     let outcome = match (cli.config_fd, cli.command) {
-        (Some(fd), _) => return from_config(fd, started),
-        (None, Some(Command::Boot(options))) => from_options(&options, started),
+        (Some(fd), _) => return run_from_config(fd, started),
+        (None, Some(Command::Boot(options))) => run_from_options(&options, started),
         (None, Some(Command::Probe)) => probe(),
         (None, None) => {
-            Err(anyhow::anyhow!("--config-fd, `boot` or `probe` is needed; see --help"))
+            Err(anyhow::anyhow!("--config-fd, `boot` or `probe` is required; see --help"))
         }
     };
     outcome.unwrap_or_else(|error| {
@@ -58,9 +58,9 @@ fn main() -> ExitCode {
     })
 }
 
-/// A VM from an inherited configuration. What goes wrong is told in the status file if that can be
-/// reached, and on standard error.
-fn from_config(fd: RawFd, started: Instant) -> ExitCode {
+/// A VM from an inherited configuration. Errors are written to the status file, if it can be
+/// opened, and to standard error.
+fn run_from_config(fd: RawFd, started: Instant) -> ExitCode {
     let config = match config::read(fd) {
         Ok(config) => config,
         Err(error) => {
@@ -71,22 +71,22 @@ fn from_config(fd: RawFd, started: Instant) -> ExitCode {
     match config::take(config) {
         Ok(resources) => {
             let (exit, mut status) = assemble::run(resources, Policy::Kill, started);
-            if let Err(error) = end::write_status(&mut status, &exit) {
+            if let Err(error) = exit::write_status(&mut status, &exit) {
                 eprintln!("nacelle-vmm: cannot write the status file: {error}");
             }
-            ExitCode::from(end::exit_code(exit.reason))
+            ExitCode::from(exit::exit_code(exit.reason))
         }
         Err(config::Refused { error, status }) => {
             eprintln!("nacelle-vmm: {}", vmm::chain(&error));
             if let Some(mut status) = status {
-                let _ = end::write_status(&mut status, &assemble::failure(&error));
+                let _ = exit::write_status(&mut status, &assemble::failure(&error));
             }
             ExitCode::from(REFUSED)
         }
     }
 }
 
-fn from_options(options: &Options, started: Instant) -> Result<ExitCode> {
+fn run_from_options(options: &Options, started: Instant) -> Result<ExitCode> {
     let policy = match options.seccomp {
         Seccomp::Kill => Policy::Kill,
         Seccomp::Log => Policy::Log,
@@ -95,14 +95,14 @@ fn from_options(options: &Options, started: Instant) -> Result<ExitCode> {
     let (config, console) = boot::open(options)?;
     let resources = config::take(config).map_err(|refused| refused.error);
     let resources = resources.context("the VM cannot be started")?;
-    // A signal must not find the follower, which would let it kill the process.
+    // Blocked before the follower's thread starts: a signal delivered to it would kill the process.
     assemble::block_signals()?;
-    let follower = Follower::start(console).context("cannot follow the console")?;
+    let follower = ConsoleFollower::start(console).context("cannot follow the console")?;
     let (exit, mut status) = assemble::run(resources, policy, started);
     follower.finish();
-    end::write_status(&mut status, &exit).context("cannot write the status file")?;
+    exit::write_status(&mut status, &exit).context("cannot write the status file")?;
     eprintln!("nacelle-vmm: {:?}: {}", exit.reason, exit.message);
-    Ok(ExitCode::from(end::exit_code(exit.reason)))
+    Ok(ExitCode::from(exit::exit_code(exit.reason)))
 }
 
 fn probe() -> Result<ExitCode> {

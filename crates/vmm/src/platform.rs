@@ -1,7 +1,7 @@
-//! What stands behind the guest's port and memory-mapped accesses: PCI, power, panic port, serial.
+//! Dispatches the guest's port and memory-mapped accesses: PCI, power, pvpanic port, serial port.
 //!
-//! Everything else reads as ones and swallows writes, as an empty bus does. Called on vCPU threads;
-//! nothing here waits for a device's work.
+//! Other addresses read as all ones and ignore writes. Called on vCPU threads; no access waits for
+//! a device's worker.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,7 +17,7 @@ use vm_superio::{Serial, Trigger};
 use vmm_api::ExitReason;
 
 use crate::console::Console;
-use crate::end::End;
+use crate::exit::ExitState;
 
 /// SLP_EN and SLP_TYP of the sleep control register (ACPI 6.5, 4.8.3.7).
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -25,32 +25,32 @@ const SLEEP_TYPE_SHIFT: u8 = 2;
 const SLEEP_TYPE_MASK: u8 = 0x7;
 /// Events of the panic port (QEMU `docs/specs/pvpanic.rst`): the guest has panicked.
 const PANICKED: u8 = 1 << 0;
-/// Keyboard controller: command port, and the command that pulls the reset line. The last resort of
-/// a kernel without ACPI.
+/// Keyboard controller: command port, and the command that resets the CPU. Linux's fallback when an
+/// ACPI reset is not available.
 const KEYBOARD_PORT: u16 = 0x64;
 const KEYBOARD_RESET: u8 = 0xfe;
 
 /// One VM's platform.
 pub struct Platform {
     pci: Arc<pci::Bus>,
-    end: End,
+    exit: ExitState,
     serial: Option<Mutex<Uart>>,
 }
 
 type Uart = Serial<NoInterrupt, NoEvents, ConsoleWriter>;
 
 impl Platform {
-    /// `serial`: where an emulated 8250's output goes.
-    pub fn new(pci: Arc<pci::Bus>, end: End, serial: Option<Console>) -> Self {
+    /// With `serial` an 8250 is emulated, whose output goes to that console.
+    pub fn new(pci: Arc<pci::Bus>, exit: ExitState, serial: Option<Console>) -> Self {
         let uart = |console| Mutex::new(Serial::new(NoInterrupt, ConsoleWriter(console)));
-        Self { pci, end, serial: serial.map(uart) }
+        Self { pci, exit, serial: serial.map(uart) }
     }
 
     fn port_read_byte(&self, port: u16) -> u8 {
         match port {
             PANIC_PORT => PANICKED,
             SLEEP_CONTROL_PORT | SLEEP_STATUS_PORT => 0,
-            // Output and input buffer empty.
+            // Keyboard controller status: output and input buffer empty.
             KEYBOARD_PORT => 0,
             _ => match (&self.serial, serial_register(port)) {
                 (Some(uart), Some(register)) => {
@@ -63,19 +63,19 @@ impl Platform {
 
     fn port_write_byte(&self, port: u16, value: u8) {
         match port {
-            PANIC_PORT if value & PANICKED != 0 => self.end.panicked(),
+            PANIC_PORT if value & PANICKED != 0 => self.exit.panicked(),
             SLEEP_CONTROL_PORT if value & SLEEP_ENABLE != 0 => {
                 if value >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK == SLEEP_TYPE_S5 {
-                    self.end.set(ExitReason::Shutdown, "guest powered off");
+                    self.exit.set(ExitReason::Shutdown, "guest powered off");
                 }
             }
-            RESET_PORT if value == RESET_VALUE => self.end.set(ExitReason::Reset, "guest reset"),
+            RESET_PORT if value == RESET_VALUE => self.exit.set(ExitReason::Reset, "guest reset"),
             KEYBOARD_PORT if value == KEYBOARD_RESET => {
-                self.end.set(ExitReason::Reset, "guest reset through the keyboard controller");
+                self.exit.set(ExitReason::Reset, "guest reset through the keyboard controller");
             }
             _ => {
                 if let (Some(uart), Some(register)) = (&self.serial, serial_register(port)) {
-                    // The sink takes everything, and there is no interrupt that could fail.
+                    // The writer never fails, and there is no interrupt.
                     let mut uart = uart.lock().unwrap_or_else(PoisonError::into_inner);
                     let _ = uart.write(register, value);
                 }
@@ -92,8 +92,8 @@ fn serial_register(port: u16) -> Option<u8> {
 impl Bus for Platform {
     fn port_read(&self, port: u16, data: &mut [u8]) {
         match port {
-            // PCI is reached through ECAM alone: one exit an access instead of two. All ones tell
-            // Linux that configuration mechanism 1 is absent.
+            // PCI configuration space is accessed through ECAM only: one exit per access instead of
+            // two. All ones tell Linux that configuration mechanism 1 is absent.
             0xcf8..=0xcff => data.fill(0xff),
             _ => data.fill_with(|| self.port_read_byte(port)),
         }
@@ -122,7 +122,7 @@ impl Bus for Platform {
     }
 }
 
-/// The serial port is polled: there is no I/O APIC it could interrupt through.
+/// The guest polls the serial port: there is no I/O APIC for its interrupt.
 struct NoInterrupt;
 
 impl Trigger for NoInterrupt {
@@ -150,53 +150,53 @@ impl Write for ConsoleWriter {
 mod tests {
     use super::*;
 
-    fn platform() -> (Platform, End, std::fs::File) {
-        let end = End::new().unwrap();
+    fn platform() -> (Platform, ExitState, std::fs::File) {
+        let exit = ExitState::new().unwrap();
         let file = tempfile::tempfile().unwrap();
         let console = Console::new(file.try_clone().unwrap()).unwrap();
         let bus = Arc::new(pci::Bus::new(1 << 32..1 << 33));
-        (Platform::new(bus, end.clone(), Some(console)), end, file)
+        (Platform::new(bus, exit.clone(), Some(console)), exit, file)
     }
 
-    fn reason(end: &End) -> ExitReason {
-        end.report(b"x").reason
+    fn reason(exit: &ExitState) -> ExitReason {
+        exit.report(b"x").reason
     }
 
     #[test]
     fn sleep_state_5_is_a_power_off_and_other_states_are_not() {
-        let (platform, end, _) = platform();
+        let (platform, exit, _) = platform();
         for value in [0, SLEEP_TYPE_S5 << 2, SLEEP_ENABLE | 3 << 2] {
             platform.port_write(SLEEP_CONTROL_PORT, &[value]);
-            assert!(!end.is_set(), "{value:#x} powered off");
+            assert!(!exit.is_set(), "{value:#x} powered off");
         }
         platform.port_write(SLEEP_CONTROL_PORT, &[SLEEP_ENABLE | SLEEP_TYPE_S5 << 2]);
-        assert_eq!(reason(&end), ExitReason::Shutdown);
+        assert_eq!(reason(&exit), ExitReason::Shutdown);
     }
 
     #[test]
-    fn both_ways_of_resetting_end_the_vm() {
+    fn a_reset_through_acpi_or_the_keyboard_controller_ends_the_vm() {
         for (port, value) in [(RESET_PORT, RESET_VALUE), (KEYBOARD_PORT, KEYBOARD_RESET)] {
-            let (platform, end, _) = platform();
+            let (platform, exit, _) = platform();
             platform.port_write(port, &[0]);
-            assert!(!end.is_set());
+            assert!(!exit.is_set());
             platform.port_write(port, &[value]);
-            assert_eq!(reason(&end), ExitReason::Reset);
+            assert_eq!(reason(&exit), ExitReason::Reset);
         }
     }
 
     #[test]
-    fn the_panic_port_announces_itself_and_makes_a_reset_a_panic() {
-        let (platform, end, _) = platform();
+    fn the_pvpanic_port_reads_its_events_and_a_write_makes_a_reset_a_panic() {
+        let (platform, exit, _) = platform();
         let mut capability = [0];
         platform.port_read(PANIC_PORT, &mut capability);
         assert_eq!(capability, [PANICKED]);
         platform.port_write(PANIC_PORT, &[PANICKED]);
         platform.port_write(RESET_PORT, &[RESET_VALUE]);
-        assert_eq!(reason(&end), ExitReason::Panic);
+        assert_eq!(reason(&exit), ExitReason::Panic);
     }
 
     #[test]
-    fn serial_output_reaches_the_console_byte_by_byte_and_in_strings() {
+    fn serial_output_reaches_the_console_from_single_and_string_writes() {
         let (platform, _, file) = platform();
         platform.port_write(SERIAL_PORT, b"a");
         platform.port_write(SERIAL_PORT, b"bc\n");
@@ -204,8 +204,8 @@ mod tests {
     }
 
     #[test]
-    fn nothing_answers_elsewhere() {
-        let (platform, end, _) = platform();
+    fn other_addresses_read_as_all_ones_and_ignore_writes() {
+        let (platform, exit, _) = platform();
         let mut data = [0; 4];
         platform.port_read(0xcfc, &mut data);
         assert_eq!(data, [0xff; 4]);
@@ -213,7 +213,7 @@ mod tests {
         assert_eq!(data, [0xff; 4]);
         platform.mmio_write(0, &[0; 8]);
         platform.port_write(0x80, &[1]);
-        assert!(!end.is_set());
+        assert!(!exit.is_set());
         platform.mmio_read(ECAM.start, &mut data);
         assert_ne!(data, [0xff; 4], "the host bridge does not answer");
     }

@@ -1,7 +1,8 @@
-//! System calls each kind of thread may make; any other kills the process.
+//! Seccomp filters: the system calls that each kind of thread may make; any other kills the
+//! process.
 //!
-//! A filter is installed by the thread itself, as the first thing it does; the main thread's comes
-//! last, when everything has been started.
+//! Each thread installs its filter itself before any other work; the main thread does so last, when
+//! all threads were started.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,24 +12,24 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch, apply_filter,
 };
 
-/// The kinds of threads.
+/// Kinds of threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// Control socket, signals, the end.
+    /// Control socket, signals, exit of the VM.
     Main,
-    /// Plugs and pulls devices.
-    Orders,
+    /// Plugs and unplugs devices, pauses, resizes.
+    Control,
     Vcpu,
     /// Runs device engines.
     Worker,
 }
 
-/// What happens on a call that is not listed.
+/// Action for a system call that is not listed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Policy {
     /// The process is killed with SIGSYS.
     Kill,
-    /// The kernel logs it and goes on: for finding out what a change needs.
+    /// The call is logged and allowed, to find out which calls a change needs.
     Log,
     /// No filter.
     Off,
@@ -36,71 +37,71 @@ pub enum Policy {
 
 #[derive(Debug, thiserror::Error)]
 pub enum FilterError {
-    #[error("seccomp filter of {role:?} threads")]
+    #[error("cannot compile the seccomp filter of {role:?} threads")]
     Build { role: Role, source: BackendError },
-    #[error("kernel refuses the seccomp filter of a {role:?} thread")]
+    #[error("cannot install the seccomp filter of a {role:?} thread")]
     Apply { role: Role, source: seccompiler::Error },
 }
 
-/// Condition on an argument beyond the call's number.
+/// Condition on an argument of the call.
 #[derive(Debug, Clone, Copy)]
 enum When {
     Always,
-    /// Argument 1 is this (requests of ioctl and fcntl).
+    /// Argument 1 equals this (request of ioctl, command of fcntl).
     Request(u32),
-    /// Argument 2 has none of these bits (protection flags).
+    /// Argument 2 has none of these bits (prot of mmap and mprotect).
     Without(u32),
 }
 
 type Call = (i64, When, &'static str);
 
-/// Every thread: allocator, locks, logging, its own end.
+/// Calls of every thread: allocator, locks, logging, exit.
 const COMMON: &[Call] = &[
     (libc::SYS_brk, When::Always, "allocator"),
     (libc::SYS_mmap, When::Without(libc::PROT_EXEC as u32), "allocator, io_uring rings"),
     (libc::SYS_mprotect, When::Without(libc::PROT_EXEC as u32), "allocator"),
     (libc::SYS_munmap, When::Always, "allocator"),
     (libc::SYS_mremap, When::Always, "allocator"),
-    (libc::SYS_madvise, When::Always, "allocator, a thread's stack at its end"),
+    (libc::SYS_madvise, When::Always, "allocator, stack of an exiting thread"),
     (libc::SYS_futex, When::Always, "locks, channels"),
     (libc::SYS_sched_yield, When::Always, "contended locks"),
     (libc::SYS_read, When::Always, "eventfds"),
     (libc::SYS_write, When::Always, "eventfds, log lines"),
-    (libc::SYS_close, When::Always, "devices that go, descriptors of clients"),
+    (libc::SYS_close, When::Always, "unplugged devices, file descriptors of clients"),
     (libc::SYS_fcntl, When::Request(libc::F_GETFD as u32), "debug builds, before every close"),
-    (libc::SYS_clock_gettime, When::Always, "hosts whose clock is not in the vDSO"),
+    (libc::SYS_clock_gettime, When::Always, "hosts without a vDSO clock"),
     (libc::SYS_getrandom, When::Always, "seeds of hash tables; the guest's entropy"),
-    (libc::SYS_rt_sigprocmask, When::Always, "a thread's end, abort"),
+    (libc::SYS_rt_sigprocmask, When::Always, "thread exit, abort"),
     (libc::SYS_rt_sigaction, When::Always, "abort"),
-    (libc::SYS_rt_sigreturn, When::Always, "end of a signal handler"),
-    (libc::SYS_sigaltstack, When::Always, "a thread's end"),
+    (libc::SYS_rt_sigreturn, When::Always, "return from a signal handler"),
+    (libc::SYS_sigaltstack, When::Always, "thread exit"),
     (libc::SYS_gettid, When::Always, "abort, kicks"),
     (libc::SYS_getpid, When::Always, "abort, kicks, status"),
     (libc::SYS_tgkill, When::Always, "kicks to vCPU threads, abort"),
-    (libc::SYS_restart_syscall, When::Always, "waits interrupted by stop and continue"),
-    (libc::SYS_exit, When::Always, "a thread's end"),
-    (libc::SYS_exit_group, When::Always, "the end"),
+    (libc::SYS_restart_syscall, When::Always, "waits interrupted by SIGSTOP and SIGCONT"),
+    (libc::SYS_exit, When::Always, "thread exit"),
+    (libc::SYS_exit_group, When::Always, "process exit"),
 ];
 
-/// Making, starting and dropping a device's parts: vCPU threads activate devices, the orders thread
-/// makes them, workers and whoever holds the last reference drop them.
+/// Calls to create, activate and drop devices: the control thread creates them, vCPU threads
+/// activate them, workers and the holder of the last reference drop them.
 const DEVICES: &[Call] = &[
     (libc::SYS_eventfd2, When::Always, "doorbells and vectors"),
     (libc::SYS_fcntl, When::Request(F_DUPFD_CLOEXEC), "duplicates of doorbells for an engine"),
-    (libc::SYS_fcntl, When::Request(libc::F_GETFL as u32), "a disk's access mode"),
+    (libc::SYS_fcntl, When::Request(libc::F_GETFL as u32), "access mode of a disk"),
     (libc::SYS_fcntl, When::Request(libc::F_SETFL as u32), "non-blocking descriptors"),
     (libc::SYS_dup, When::Always, "duplicates of doorbells for an engine"),
     (libc::SYS_fstat, When::Always, "a disk's size"),
     (libc::SYS_statx, When::Always, "a disk's size"),
     (libc::SYS_lseek, When::Always, "a disk's size"),
     (libc::SYS_newfstatat, When::Always, "fstat of newer C libraries"),
-    (libc::SYS_getsockopt, When::Always, "what kind of socket a descriptor is"),
-    (libc::SYS_ioctl, When::Request(KVM_SET_GSI_ROUTING), "a vector gets its message"),
-    (libc::SYS_ioctl, When::Request(KVM_IRQFD), "a vector is masked or unmasked"),
-    (libc::SYS_ioctl, When::Request(KVM_IOEVENTFD), "doorbells move with their BAR"),
-    (libc::SYS_ioctl, When::Request(TUNGETIFF), "what a tap is"),
-    (libc::SYS_ioctl, When::Request(TUNSETOFFLOAD), "offloads the guest's driver takes"),
-    (libc::SYS_ioctl, When::Request(TUNSETVNETHDRSZ), "header size the guest's driver takes"),
+    (libc::SYS_getsockopt, When::Always, "type of a socket"),
+    (libc::SYS_ioctl, When::Request(KVM_SET_GSI_ROUTING), "message of a vector"),
+    (libc::SYS_ioctl, When::Request(KVM_IRQFD), "mask and unmask a vector"),
+    (libc::SYS_ioctl, When::Request(KVM_IOEVENTFD), "doorbells, when a BAR moves"),
+    (libc::SYS_ioctl, When::Request(TUNGETIFF), "flags of a tap"),
+    (libc::SYS_ioctl, When::Request(TUNSETOFFLOAD), "negotiated offloads"),
+    (libc::SYS_ioctl, When::Request(TUNSETVNETHDRSZ), "negotiated header size"),
     (libc::SYS_ioctl, When::Request(BLKGETSIZE64), "a block device's size"),
     (libc::SYS_ioctl, When::Request(BLKSSZGET), "a block device's sector size"),
     (libc::SYS_ioctl, When::Request(FIONBIO), "non-blocking descriptors"),
@@ -109,38 +110,38 @@ const DEVICES: &[Call] = &[
 const MAIN: &[Call] = &[
     (libc::SYS_epoll_wait, When::Always, "waiting"),
     (libc::SYS_epoll_pwait, When::Always, "waiting"),
-    (libc::SYS_epoll_ctl, When::Always, "clients come and go"),
+    (libc::SYS_epoll_ctl, When::Always, "clients of the control socket"),
     (libc::SYS_accept4, When::Always, "clients of the control socket"),
     (libc::SYS_recvmsg, When::Always, "requests"),
     (libc::SYS_sendmsg, When::Always, "replies"),
     (libc::SYS_pwrite64, When::Always, "console ring"),
-    (libc::SYS_pread64, When::Always, "the console's last lines"),
+    (libc::SYS_pread64, When::Always, "console tail of the exit report"),
     (libc::SYS_lseek, When::Always, "status file"),
     (libc::SYS_ftruncate, When::Always, "status file"),
     (libc::SYS_fsync, When::Always, "status file"),
-    (libc::SYS_clock_nanosleep, When::Always, "`boot`: waiting for the output's follower"),
+    (libc::SYS_clock_nanosleep, When::Always, "`boot`: waiting for the console follower"),
 ];
 
-/// Rings are made here and, before its filter, by the main thread; the threads that work for the
-/// guest can make none.
-const ORDERS: &[Call] = &[
-    (libc::SYS_io_uring_setup, When::Always, "a new disk's ring"),
-    (libc::SYS_io_uring_register, When::Always, "a new disk's ring"),
-    (libc::SYS_clock_nanosleep, When::Always, "waiting for an engine to go"),
-    (libc::SYS_ioctl, When::Request(KVM_SET_USER_MEMORY_REGION), "memory that the VM grows by"),
+/// io_uring instances are created on this thread and, before it has its filter, on the main thread;
+/// threads that process guest input cannot create any.
+const CONTROL: &[Call] = &[
+    (libc::SYS_io_uring_setup, When::Always, "io_uring of a new disk"),
+    (libc::SYS_io_uring_register, When::Always, "io_uring of a new disk"),
+    (libc::SYS_clock_nanosleep, When::Always, "waiting for an engine to drain"),
+    (libc::SYS_ioctl, When::Request(KVM_SET_USER_MEMORY_REGION), "memory hotplug"),
 ];
 
 const VCPU: &[Call] = &[
-    (libc::SYS_ioctl, When::Request(KVM_RUN), "the guest"),
-    (libc::SYS_ioctl, When::Request(KVM_GET_REGS), "where an emulation failure happened"),
-    (libc::SYS_ioctl, When::Request(KVM_KVMCLOCK_CTRL), "a guest that was paused is told so"),
+    (libc::SYS_ioctl, When::Request(KVM_RUN), "running the guest"),
+    (libc::SYS_ioctl, When::Request(KVM_GET_REGS), "RIP of an emulation failure"),
+    (libc::SYS_ioctl, When::Request(KVM_KVMCLOCK_CTRL), "tells the guest that it was paused"),
     (libc::SYS_pwrite64, When::Always, "console ring, from the serial port"),
 ];
 
 const WORKER: &[Call] = &[
     (libc::SYS_epoll_wait, When::Always, "waiting"),
     (libc::SYS_epoll_pwait, When::Always, "waiting"),
-    (libc::SYS_epoll_ctl, When::Always, "engines and connections come and go"),
+    (libc::SYS_epoll_ctl, When::Always, "engines and connections"),
     (libc::SYS_io_uring_enter, When::Always, "disk requests"),
     (libc::SYS_readv, When::Always, "packets from a tap into guest memory"),
     (libc::SYS_writev, When::Always, "packets to a tap"),
@@ -152,7 +153,7 @@ const WORKER: &[Call] = &[
     (
         libc::SYS_fallocate,
         When::Always,
-        "free and unplugged memory; disk without io_uring: discard",
+        "freed and unplugged memory; disk without io_uring: discard",
     ),
     (libc::SYS_fadvise64, When::Always, "disk without io_uring: drop the host's page cache"),
     (libc::SYS_ioctl, When::Request(BLKDISCARD), "block device: discard"),
@@ -163,7 +164,7 @@ const WORKER: &[Call] = &[
     (libc::SYS_recvmsg, When::Always, "vsock streams"),
     (libc::SYS_sendmsg, When::Always, "vsock streams"),
     (libc::SYS_shutdown, When::Always, "vsock half-close"),
-    (libc::SYS_clock_nanosleep, When::Always, "draining at the end"),
+    (libc::SYS_clock_nanosleep, When::Always, "draining at exit"),
 ];
 
 // Request numbers, <linux/kvm.h>, <linux/if_tun.h>, <linux/fs.h>.
@@ -187,14 +188,14 @@ const F_DUPFD_CLOEXEC: u32 = libc::F_DUPFD_CLOEXEC as u32;
 fn calls(role: Role) -> impl Iterator<Item = &'static Call> {
     let (own, devices) = match role {
         Role::Main => (MAIN, &[][..]),
-        Role::Orders => (ORDERS, DEVICES),
+        Role::Control => (CONTROL, DEVICES),
         Role::Vcpu => (VCPU, DEVICES),
         Role::Worker => (WORKER, DEVICES),
     };
     COMMON.iter().chain(devices).chain(own)
 }
 
-/// Compiled filters of all roles, to be handed to threads.
+/// The compiled filters of all roles.
 #[derive(Debug, Clone)]
 pub struct Filters {
     programs: Arc<BTreeMap<Role, BpfProgram>>,
@@ -208,7 +209,7 @@ impl Filters {
             Policy::Log => SeccompAction::Log,
             Policy::Off => return Ok(Self { programs: Arc::new(programs) }),
         };
-        for role in [Role::Main, Role::Orders, Role::Vcpu, Role::Worker] {
+        for role in [Role::Main, Role::Control, Role::Vcpu, Role::Worker] {
             let program = compile(role, mismatch.clone())
                 .map_err(|source| FilterError::Build { role, source })?;
             programs.insert(role, program);
@@ -216,7 +217,7 @@ impl Filters {
         Ok(Self { programs: Arc::new(programs) })
     }
 
-    /// Binds the calling thread.
+    /// Installs the filter of `role` on the calling thread.
     pub fn apply(&self, role: Role) -> Result<(), FilterError> {
         match self.programs.get(&role) {
             Some(program) => {
@@ -251,22 +252,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_role_compiles_and_no_call_is_listed_both_with_and_without_a_condition() {
+    fn every_filter_compiles_and_no_call_is_listed_with_and_without_a_condition() {
         Filters::new(Policy::Kill).unwrap();
-        for role in [Role::Main, Role::Orders, Role::Vcpu, Role::Worker] {
+        for role in [Role::Main, Role::Control, Role::Vcpu, Role::Worker] {
             let always: Vec<i64> = calls(role)
                 .filter(|(_, when, _)| matches!(when, When::Always))
                 .map(|(call, ..)| *call)
                 .collect();
             for (call, when, why) in calls(role) {
                 let free = matches!(when, When::Always);
-                assert!(free || !always.contains(call), "{role:?}: {why}: condition is void");
+                assert!(free || !always.contains(call), "{role:?}: {why}: condition has no effect");
             }
         }
     }
 
     #[test]
-    fn no_role_may_open_files_start_programs_or_make_memory_executable() {
+    fn no_role_may_open_files_execute_programs_or_map_executable_memory() {
         let forbidden = [
             libc::SYS_open,
             libc::SYS_openat,
@@ -279,7 +280,7 @@ mod tests {
             libc::SYS_mount,
             libc::SYS_bpf,
         ];
-        for role in [Role::Main, Role::Orders, Role::Vcpu, Role::Worker] {
+        for role in [Role::Main, Role::Control, Role::Vcpu, Role::Worker] {
             for (call, when, why) in calls(role) {
                 assert!(!forbidden.contains(call), "{role:?}: {why}");
                 let memory = matches!(*call, libc::SYS_mmap | libc::SYS_mprotect);
@@ -289,17 +290,17 @@ mod tests {
     }
 
     #[test]
-    fn rings_are_made_by_the_orders_thread_alone() {
-        for role in [Role::Main, Role::Orders, Role::Vcpu, Role::Worker] {
-            let makes = calls(role).any(|(call, ..)| {
+    fn only_the_control_thread_may_create_io_uring_instances() {
+        for role in [Role::Main, Role::Control, Role::Vcpu, Role::Worker] {
+            let may_create = calls(role).any(|(call, ..)| {
                 matches!(*call, libc::SYS_io_uring_setup | libc::SYS_io_uring_register)
             });
-            assert_eq!(makes, role == Role::Orders, "{role:?}");
+            assert_eq!(may_create, role == Role::Control, "{role:?}");
         }
     }
 
     #[test]
-    fn a_thread_under_a_filter_can_still_allocate_lock_and_end() {
+    fn a_thread_with_a_filter_can_allocate_lock_and_exit() {
         let filters = Filters::new(Policy::Kill).unwrap();
         let outcome = std::thread::spawn(move || {
             filters.apply(Role::Worker).unwrap();

@@ -1,4 +1,4 @@
-//! System calls that nix does not wrap, or wraps for the whole process where one thread is meant.
+//! System calls that nix does not wrap, or wraps for the whole process instead of one thread.
 #![allow(unsafe_code)] // raw system calls
 
 use std::ffi::CStr;
@@ -12,10 +12,10 @@ use nix::sys::stat::Mode;
 
 use super::stat::{Stat, Time};
 
-/// What is asked of statx(2): the fields of stat(2), the birth time, and the mount.
+/// Mask of statx(2): the fields of stat(2), birth time, and mount id.
 const WANTED: u32 = libc::STATX_BASIC_STATS | libc::STATX_BTIME | libc::STATX_MNT_ID;
 
-/// Opens one component of a path; a symbolic link is not followed, whatever the flags are.
+/// Opens one component of a path; symbolic links are not followed, whatever the flags.
 pub(super) fn open_at(
     dir: BorrowedFd<'_>,
     name: &CStr,
@@ -26,12 +26,12 @@ pub(super) fn open_at(
     Ok(openat(dir, name, flags, Mode::from_bits_truncate(mode))?)
 }
 
-/// The attributes of `name` in `dir`; a symbolic link is not followed, an automount not triggered.
+/// The attributes of `name` in `dir`; symbolic links are not followed, automounts not triggered.
 pub(super) fn stat_at(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Stat> {
     statx(dir, name, libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT)
 }
 
-/// The attributes of what `fd` refers to.
+/// The attributes of the file of `fd`.
 pub(super) fn stat_of(fd: BorrowedFd<'_>) -> io::Result<Stat> {
     statx(fd, c"", libc::AT_EMPTY_PATH)
 }
@@ -39,11 +39,12 @@ pub(super) fn stat_of(fd: BorrowedFd<'_>) -> io::Result<Stat> {
 fn statx(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<Stat> {
     let mut found = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: `name` is NUL-terminated and outlives the call; the kernel writes one record into
-    // `found`, which has room for it.
+    // `found`, which has its size.
     let done =
         unsafe { libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, WANTED, found.as_mut_ptr()) };
     Errno::result(done)?;
-    // SAFETY: zeroed at first and filled since: integers only, for which every bit pattern is valid.
+    // SAFETY: zeroed at first and filled since: integers only, for which every bit pattern is
+    // valid.
     let found = unsafe { found.assume_init() };
     let time = |stamp: libc::statx_timestamp| Time { seconds: stamp.tv_sec, nanos: stamp.tv_nsec };
     Ok(Stat {
@@ -65,7 +66,7 @@ fn statx(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<Stat> {
     })
 }
 
-/// Reads directory entries (`struct linux_dirent64`); returns how many bytes of `buffer` they fill.
+/// Reads directory entries (`struct linux_dirent64`); returns the number of bytes read.
 pub(super) fn read_entries(dir: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the kernel writes at most `buffer.len()` bytes into `buffer`.
     let got = unsafe {
@@ -74,23 +75,24 @@ pub(super) fn read_entries(dir: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result
     Ok(Errno::result(got)? as usize)
 }
 
-/// Copies at most `length` bytes between two files, from and to these offsets.
+/// Copies at most `length` bytes between two files at the given offsets; returns the number of
+/// bytes.
 pub(super) fn copy_range(
     (from, mut from_offset): (BorrowedFd<'_>, i64),
     (to, mut to_offset): (BorrowedFd<'_>, i64),
     length: usize,
 ) -> io::Result<usize> {
     let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
-    // SAFETY: the kernel reads and writes one integer at each of both pointers, which are to
-    // variables of our own.
+    // SAFETY: the kernel reads and writes one integer through each of both pointers, which point to
+    // local variables.
     let copied = unsafe {
         libc::copy_file_range(from, &raw mut from_offset, to, &raw mut to_offset, length, 0)
     };
     Ok(Errno::result(copied)? as usize)
 }
 
-/// Extended attributes go by a path: `path` is relative to the working directory, which is that of
-/// the own descriptors. An empty `value` asks for the size.
+/// xattr system calls take a path: `path` is relative to the working directory, which is the mount
+/// of /proc/self/fd. With an empty `value` the size of the attribute is returned.
 pub(super) fn get_xattr(path: &CStr, name: &CStr, value: &mut [u8]) -> io::Result<usize> {
     // SAFETY: both strings are NUL-terminated and outlive the call; the kernel writes at most
     // `value.len()` bytes into `value`.
@@ -125,33 +127,35 @@ pub(super) fn remove_xattr(path: &CStr, name: &CStr) -> io::Result<()> {
 /// "Leave this id as it is" of setresuid(2) and setresgid(2).
 const KEEP: libc::c_long = -1;
 
-/// The calling thread's effective user id alone; the C library's wrapper changes all threads.
+/// Sets the effective user id of the calling thread only; the C library's wrapper changes all
+/// threads.
 pub(super) fn set_effective_uid(uid: u32) -> io::Result<()> {
-    // SAFETY: takes three integers and touches no memory.
+    // SAFETY: takes three integers and accesses no memory.
     let done = unsafe { libc::syscall(libc::SYS_setresuid, KEEP, uid, KEEP) };
     Ok(Errno::result(done).map(drop)?)
 }
 
-/// The calling thread's effective group id alone.
+/// Sets the effective group id of the calling thread only.
 pub(super) fn set_effective_gid(gid: u32) -> io::Result<()> {
-    // SAFETY: takes three integers and touches no memory.
+    // SAFETY: takes three integers and accesses no memory.
     let done = unsafe { libc::syscall(libc::SYS_setresgid, KEEP, gid, KEEP) };
     Ok(Errno::result(done).map(drop)?)
 }
 
-/// The calling thread's supplementary groups alone.
+/// Sets the supplementary groups of the calling thread only.
 pub(super) fn set_groups(groups: &[u32]) -> io::Result<()> {
     // SAFETY: `groups` is readable for its length; no memory is written.
     let done = unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) };
     Ok(Errno::result(done).map(drop)?)
 }
 
-/// fstatvfs(3) with the record of the C library, which the `virtiofsd` crate takes.
+/// fstatvfs(3) with the C library's structure, which the `virtiofsd` crate uses.
 pub(super) fn statvfs(fd: BorrowedFd<'_>) -> io::Result<libc::statvfs64> {
     let mut found = MaybeUninit::<libc::statvfs64>::zeroed();
     // SAFETY: the C library writes one record into `found`, which has room for it.
     let done = unsafe { libc::fstatvfs64(fd.as_raw_fd(), found.as_mut_ptr()) };
     Errno::result(done)?;
-    // SAFETY: zeroed at first and filled since: integers only, for which every bit pattern is valid.
+    // SAFETY: zeroed at first and filled since: integers only, for which every bit pattern is
+    // valid.
     Ok(unsafe { found.assume_init() })
 }

@@ -1,6 +1,6 @@
 //! Changes of attributes (FUSE_SETATTR), and extended attributes.
 //!
-//! POSIX ACLs are kept from the guest: its kernel would show them, but not apply them.
+//! POSIX ACLs are hidden from the guest: its kernel would show them, but not apply them.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -22,7 +22,7 @@ use super::node::Node;
 use super::stat::Stat;
 use super::{Passthrough, calls, own_path};
 
-/// Longest value and list of the kernel (XATTR_SIZE_MAX, XATTR_LIST_MAX), bytes.
+/// Longest value and list, bytes (XATTR_SIZE_MAX, XATTR_LIST_MAX).
 const XATTR_MAX: u32 = 64 << 10;
 
 impl Passthrough {

@@ -1,13 +1,13 @@
-//! On whose behalf the calling thread acts: as the guest's user while something is made, and with or
-//! without CAP_FSETID while something is changed.
+//! Credentials of the calling thread: the ids of the guest's user while a file is created, and with
+//! or without CAP_FSETID while a file is changed.
 //!
-//! A file is made with the caller's effective ids, so that owner, group, quota and default ACLs come
-//! out as on a local file system. The ids are those of the thread alone (raw system calls). Going
-//! away from root takes the effective capabilities, coming back restores all permitted ones.
+//! A file is created with the caller's effective ids, so that owner, group, quota and default ACLs
+//! are as on a local file system. The ids are per thread (raw system calls). Changing from root to
+//! another user clears the effective capabilities; changing back restores all permitted ones.
 //!
-//! With CAP_FSETID set-id bits survive a change; the guest says for each change whether its process
-//! may keep them (FUSE_HANDLE_KILLPRIV_V2). The capability stays as the last change wanted it, so
-//! that a series of changes by the same kind of user costs no system calls.
+//! With CAP_FSETID set-id bits survive a change; the guest tells for each change whether they may
+//! (FUSE_HANDLE_KILLPRIV_V2). The capability is left as the last change needed it, so that a series
+//! of equal changes needs no system calls.
 
 use std::cell::Cell;
 use std::io;
@@ -19,7 +19,7 @@ const DAC_OVERRIDE: u32 = 1;
 const FSETID: u32 = 4;
 
 thread_local! {
-    /// Whether this thread has CAP_FSETID in effect.
+    /// Whether CAP_FSETID is effective in this thread.
     static KEEPS_SET_ID: Cell<bool> = const { Cell::new(true) };
 }
 
@@ -27,7 +27,7 @@ fn permitted() -> u64 {
     jail::mask(&jail::SERVER)
 }
 
-/// Makes set-id bits survive the changes that follow, or go.
+/// Sets whether set-id bits survive the following changes.
 pub(super) fn keep_set_id(keep: bool) -> io::Result<()> {
     if KEEPS_SET_ID.get() == keep {
         return Ok(());
@@ -38,18 +38,18 @@ pub(super) fn keep_set_id(keep: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Who makes something.
+/// The guest's user that creates a file.
 #[derive(Debug)]
 pub(super) struct Caller<'a> {
     pub(super) uid: u32,
     pub(super) gid: u32,
-    /// Supplementary groups that count for what is made; none in most requests.
+    /// Supplementary groups that matter for the new file; none in most requests.
     pub(super) groups: &'a [u32],
-    /// The guest's kernel (before 6.3) cannot tell the groups: it has checked the permission.
+    /// The guest's kernel (before 6.3) does not send groups; it has checked the permission itself.
     pub(super) groups_unknown: bool,
 }
 
-/// Ends acting as somebody else.
+/// Guard that restores root's credentials.
 #[derive(Debug)]
 #[must_use]
 pub(super) struct Acting {
@@ -59,7 +59,7 @@ pub(super) struct Acting {
 }
 
 impl Caller<'_> {
-    /// Acts as this user until the guard is dropped. Root stays what the server is.
+    /// Takes the credentials of this user until the guard is dropped. For root nothing is changed.
     pub(super) fn act(&self) -> io::Result<Acting> {
         let mut acting = Acting { uid: false, gid: false, groups: false };
         if self.uid == 0 {
@@ -69,7 +69,7 @@ impl Caller<'_> {
             calls::set_groups(self.groups)?;
             acting.groups = true;
         }
-        // The group first: the right to change it goes with the user.
+        // The group first: CAP_SETGID is not effective any more after the change of the user.
         if self.gid != 0 {
             calls::set_effective_gid(self.gid)?;
             acting.gid = true;
@@ -99,7 +99,7 @@ impl Drop for Acting {
             restored = restored.and(calls::set_groups(&[]));
         }
         if let Err(error) = restored {
-            // The next request would be served with the wrong rights.
+            // The next request would be handled with the wrong credentials.
             eprintln!("nacelle-fs: cannot become root again: {error}");
             std::process::exit(1);
         }

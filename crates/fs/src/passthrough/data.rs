@@ -1,6 +1,6 @@
-//! Opening files, and what is in them.
+//! Open files and their data.
 //!
-//! Data goes straight between the host's page cache and the guest's memory (preadv2(2),
+//! Data is copied directly between the host's page cache and guest memory (preadv2(2),
 //! pwritev2(2)). System calls: open 2 (openat, statx), read 1 and one more at the end of the file,
 //! write 1, release 1.
 
@@ -23,8 +23,8 @@ use super::resolve::{Way, stale};
 use super::stat::Stat;
 use super::{Passthrough, calls, own_path};
 
-/// Flags of open(2) that are the guest's to choose. O_APPEND is not among them: the guest can take it
-/// away later, so each write says whether it appends.
+/// Flags of open(2) that the guest may set. O_APPEND is not among them: the guest can clear it
+/// later, so each write request says whether it appends.
 const FLAGS: i32 = libc::O_ACCMODE
     | libc::O_TRUNC
     | libc::O_DIRECT
@@ -43,7 +43,7 @@ impl Passthrough {
         kill_set_id: bool,
     ) -> io::Result<Opened> {
         if !node.is_regular() {
-            // The guest's kernel serves pipes, sockets and devices itself.
+            // The guest's kernel handles pipes, sockets and devices itself.
             let folder = node.is_folder();
             let error = if folder { libc::EISDIR } else { libc::ENXIO };
             return Err(io::Error::from_raw_os_error(error));
@@ -53,8 +53,8 @@ impl Passthrough {
         Ok((self.handles.add(node, file), options))
     }
 
-    /// The guest keeps its pages if it knows this version of the file, and reports closes where they
-    /// matter.
+    /// KEEP_CACHE if the guest's cached pages are of this version of the file; NOFLUSH if close(2)
+    /// cannot report an error.
     fn open_options(&self, node: &Node, file: &File, stat: &Stat) -> OpenOptions {
         let mut options = OpenOptions::empty();
         let place = node.place();
@@ -76,7 +76,8 @@ impl Passthrough {
         match self.descriptors.way(node) {
             Way::Through(parent, name) => {
                 match self.open_by_name(node, &parent, &name, flags) {
-                    // The name leads elsewhere by now; the node may have a descriptor of old.
+                    // The name refers to another file now; the node may still have a file
+                    // descriptor.
                     Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {}
                     result => return result,
                 }
@@ -96,7 +97,8 @@ impl Passthrough {
         flags: i32,
     ) -> io::Result<(File, Stat)> {
         let dir = self.descriptors.get(parent)?;
-        // Not to wait for the other end of a pipe, nor to empty a file, that took the name.
+        // The name may refer to another file now: O_NONBLOCK so as not to block on a pipe, no
+        // O_TRUNC so as not to truncate that file.
         let first = flags & !libc::O_TRUNC | libc::O_NONBLOCK;
         let file = match calls::open_at(dir.as_fd(), name, first, 0) {
             Ok(file) => File::from(file),
@@ -119,15 +121,15 @@ impl Passthrough {
         Ok((file, stat))
     }
 
-    /// Opens what a descriptor refers to once more, with other flags.
+    /// Reopens the file of a file descriptor with other flags.
     pub(super) fn reopen(&self, fd: &OwnedFd, flags: i32) -> io::Result<File> {
         let flags = nix::fcntl::OFlag::from_bits_retain(flags | libc::O_CLOEXEC);
         let mode = nix::sys::stat::Mode::empty();
-        // A link of /proc: followed, and to nothing but the file itself.
+        // A magic link of /proc, which leads to the file itself.
         Ok(nix::fcntl::openat(&self.own, &*own_path(fd), flags, mode)?.into())
     }
 
-    /// Makes a file and opens it; one that is there is only opened.
+    /// Creates and opens a file; an existing one is only opened.
     pub(super) fn create_file(
         &self,
         parent: &Arc<Node>,
@@ -137,7 +139,7 @@ impl Passthrough {
         caller: &Caller<'_>,
     ) -> io::Result<(Entry, Opened)> {
         let dir = self.descriptors.get(parent)?;
-        // Exclusive, so that nothing is opened with the caller's rights that was there before.
+        // O_EXCL, so that an existing file is not opened with the caller's credentials.
         let wanted = flags as i32 & FLAGS | libc::O_CREAT | libc::O_EXCL;
         let made = {
             let _acting = caller.act()?;
@@ -216,7 +218,7 @@ impl Passthrough {
         Ok(done?)
     }
 
-    /// What close(2) may have to report on the host: write errors of a network's file system.
+    /// Errors that close(2) may report on the host: write errors of network file systems.
     pub(super) fn flush_file(&self, node: u64, handle: u64) -> io::Result<()> {
         let handle = self.handles.get(node, handle)?;
         let copy = handle.file.try_clone()?;
@@ -237,7 +239,7 @@ impl Passthrough {
         Ok(fallocate(&handle.file, mode, offset, length)?)
     }
 
-    /// Where the next data or the next hole is. Other places the guest's kernel knows.
+    /// SEEK_DATA and SEEK_HOLE; the guest's kernel handles the others itself.
     pub(super) fn seek(&self, node: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
         let handle = self.handles.get(node, handle)?;
         let whence = match whence as i32 {
@@ -262,13 +264,13 @@ impl Passthrough {
         calls::copy_range((source.file.as_fd(), read), (target.file.as_fd(), write), length)
     }
 
-    /// All of the host's file systems that the guest has seen something of.
+    /// syncfs(2) on all file systems of the host of which the guest knows a file.
     pub(super) fn sync_all(&self) -> io::Result<()> {
         let mut result = Ok(());
         for node in self.table.one_of_each() {
             let flags = libc::O_RDONLY | libc::O_NONBLOCK;
             let opened = self.descriptors.get(&node).and_then(|fd| self.reopen(&fd, flags));
-            // What has gone has nothing to be written.
+            // A file that was removed needs no sync.
             let Ok(file) = opened else { continue };
             let done = nix::unistd::syncfs(&file).map_err(io::Error::from);
             result = result.and(done);
@@ -277,7 +279,7 @@ impl Passthrough {
     }
 }
 
-/// An offset and a length as the kernel takes them.
+/// Offset and length as signed numbers; EINVAL if their sum overflows.
 fn range(offset: u64, length: u64) -> io::Result<(i64, i64)> {
     let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
     let end = offset.checked_add(length).ok_or_else(invalid)?;

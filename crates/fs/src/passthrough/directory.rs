@@ -1,8 +1,8 @@
-//! Reading folders.
+//! Reading directories.
 //!
-//! The host's kernel fills a buffer with as many entries as fit; the guest asks for fewer at a time,
-//! as its format needs more room. What is over stays with the handle for the next request, so most
-//! requests need no system call.
+//! The host's kernel fills a buffer with entries; a request of the guest takes fewer, as the FUSE
+//! format is larger. The rest stays in the handle for the next request, so most requests need no
+//! system call.
 
 use std::ffi::CStr;
 use std::io;
@@ -16,34 +16,34 @@ use super::calls;
 use super::handles::Handle;
 use super::stat::Numbers;
 
-/// Of entries read at once, bytes.
+/// Size of the buffer for entries, bytes.
 const BUFFER: usize = 32 << 10;
 /// `struct linux_dirent64`: d_ino, d_off (8 bytes each), d_reclen (2), d_type (1), d_name.
 const HEADER: usize = 19;
 
-/// Entries that were read and not asked for yet.
+/// Entries that were read and not returned yet.
 #[derive(Debug, Default)]
 pub(super) struct Position {
     entries: Vec<u8>,
-    /// Where the kernel goes on reading.
+    /// Offset at which the kernel continues.
     next: u64,
 }
 
-/// The entries that one request can have.
+/// The entries for one request.
 #[derive(Debug)]
 pub(crate) struct Entries {
     handle: Arc<Handle>,
     numbers: Arc<Numbers>,
     entries: Vec<u8>,
-    /// Of the next one in `entries`.
+    /// Position of the next entry in `entries`.
     at: usize,
     next: u64,
 }
 
-/// An entry of the kernel's format.
+/// A `struct linux_dirent64`.
 struct Raw<'a> {
     ino: u64,
-    /// Of the entry after it.
+    /// d_off: offset of the next entry.
     offset: u64,
     length: usize,
     kind: u8,
@@ -57,7 +57,7 @@ fn parse(bytes: &[u8]) -> Option<Raw<'_>> {
     Some(Raw { ino: wide(0)?, offset: wide(8)?, length, kind: *bytes.get(18)?, name })
 }
 
-/// Where in `entries` the one at `offset` begins: after the one that names that offset.
+/// Position of the entry at `offset` in `entries`: after the entry whose d_off it is.
 fn find(entries: &[u8], offset: u64) -> Option<usize> {
     let mut at = 0;
     while let Some(entry) = entries.get(at..).and_then(parse) {
@@ -70,7 +70,7 @@ fn find(entries: &[u8], offset: u64) -> Option<usize> {
 }
 
 impl Entries {
-    /// The entries from `offset` on; 0 is the start, and the folder as it is now.
+    /// The entries from `offset` on; 0 reads the directory anew.
     pub(super) fn read(
         handle: Arc<Handle>,
         numbers: Arc<Numbers>,
@@ -123,7 +123,7 @@ impl DirectoryIterator for Entries {
 impl Drop for Entries {
     fn drop(&mut self) {
         let mut position = self.handle.position();
-        // At the end there is nothing to keep.
+        // At the end of the directory there is nothing to keep.
         if !self.entries.is_empty() {
             *position = Position { entries: std::mem::take(&mut self.entries), next: self.next };
         }
@@ -164,7 +164,7 @@ mod tests {
                     offset = entry.offset;
                     seen.push(entry.name.to_str().unwrap().to_owned());
                 }
-                // One more is looked at, as when it does not fit.
+                // One more is taken and not counted, as when it does not fit into the answer.
                 entries.next();
                 if got == 0 {
                     break;
@@ -174,7 +174,7 @@ mod tests {
             assert_eq!(seen.len(), names.len(), "{taken} at a time");
             assert_eq!(seen.into_iter().collect::<BTreeSet<_>>(), names);
         }
-        // From the start, the folder as it is now.
+        // Offset 0 reads the directory anew.
         File::create(dir.path().join("new")).unwrap();
         let mut entries = Entries::read(handle.clone(), numbers.clone(), 0).unwrap();
         let mut found = false;

@@ -1,4 +1,4 @@
-//! Files and folders that the guest has open.
+//! Open files and directories of the guest.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,12 +13,12 @@ use super::node::Node;
 pub(super) struct Handle {
     node: Arc<Node>,
     pub(super) file: File,
-    /// Of a folder: what was read from it, but not asked for yet.
+    /// For a directory: entries that were read and not returned yet.
     position: Mutex<Position>,
 }
 
 impl Handle {
-    /// The file system that it is on.
+    /// Device number of its file system.
     pub(super) fn dev(&self) -> u64 {
         self.node.dev()
     }
@@ -28,7 +28,7 @@ impl Handle {
     }
 }
 
-/// All open files; each costs a descriptor, of which the process has a limit.
+/// All open files; each has a file descriptor, so RLIMIT_NOFILE is their limit.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
     open: RwLock<HashMap<u64, Arc<Handle>>>,
@@ -43,7 +43,7 @@ impl Handles {
         id
     }
 
-    /// The handle, if it was opened for that node.
+    /// The handle; EBADF if it does not exist or is not of that node.
     pub(super) fn get(&self, node: u64, id: u64) -> io::Result<Arc<Handle>> {
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
         let handle = open.get(&id).filter(|handle| handle.node.id == node);
@@ -57,7 +57,7 @@ impl Handles {
         }
         let handle = open.remove(&id);
         drop(open);
-        // Closes the file, which may take its time on a network's file system.
+        // Closes the file without the lock: this may take long on a network file system.
         drop(handle);
         Ok(())
     }

@@ -1,17 +1,19 @@
-//! The pass-through file system: files of the host as the guest's, one node a file.
+//! The passthrough file system: files of the host with one node per file.
 //!
-//! - [`node`]: the nodes; [`resolve`]: their descriptors; [`handles`]: what is open;
-//! - [`names`], [`data`], [`change`], [`directory`]: the requests, by topic;
+//! - [`node`]: nodes (inodes of the guest); [`resolve`]: their file descriptors; [`handles`]: open
+//!   files;
+//! - [`names`], [`data`], [`change`], [`directory`]: requests by topic;
 //! - [`stat`]: attributes, and inode numbers that are unique in the guest;
-//! - [`credentials`]: on whose behalf something is done; [`calls`]: raw system calls.
+//! - [`credentials`]: ids and capabilities per request; [`calls`]: raw system calls.
 //!
-//! The `virtiofsd` crate reads requests and writes answers ([`virtiofsd::server`]); its own
-//! pass-through file system keys what it knows by mount, too, so that two ways to a file are two
-//! files for the guest, and announces what is mounted below a share as a file system of its own.
-//! Here the guest has one file system for all shares of its pod: one page cache, locks that hold
-//! between all containers, sockets and pipes that they share, change notices of each other.
+//! The `virtiofsd` crate parses requests and writes answers ([`virtiofsd::server`]). Its own
+//! passthrough file system identifies a file by its mount, too, so that one file reached through
+//! two mounts is two inodes, and reports mounts below a share as submounts. Here the guest has one
+//! file system for all shares of its pod: containers share page cache, locks, sockets, pipes and
+//! inotify events.
 //!
-//! Names are single components and no symbolic link is ever followed; the guest's kernel does both.
+//! Names are single path components and symbolic links are never followed; the guest's kernel
+//! resolves both.
 
 mod calls;
 mod change;
@@ -49,45 +51,45 @@ use self::resolve::Descriptors;
 use self::stat::{Numbers, Stat};
 use self::systems::Systems;
 
-/// How long the guest believes names and attributes; also how late it sees a change of the host.
+/// Cache timeout of names and attributes; also the delay until the guest sees a change by the host.
 const BELIEVED: Duration = Duration::from_secs(1);
 
 pub(crate) struct Passthrough {
-    /// Folder of the shares.
+    /// Directory of the shares.
     root: CString,
-    /// The process' own descriptors as files (/proc/self/fd), which is also its working directory:
-    /// the way to open a file anew that is known by a descriptor only.
+    /// Mount of /proc/self/fd, which is also the working directory: used to reopen files that are
+    /// known by a file descriptor only.
     own: OwnedFd,
     table: Table,
     descriptors: Descriptors,
     handles: Handles,
     numbers: Arc<Numbers>,
     systems: Systems,
-    /// The guest tells its processes' supplementary groups where they count (from Linux 6.3 on).
+    /// The guest sends supplementary groups with creating requests (from Linux 6.3 on).
     groups_told: AtomicBool,
 }
 
-/// Whether a share of this name wants nothing cached: the daemon's way to say so.
+/// Whether the name of the share says that nothing may be cached.
 fn is_strict(name: &CStr) -> bool {
     name.to_bytes().ends_with(shares::STRICT.as_bytes())
 }
 
-/// Whether the host's later mounts appear in a share of this name.
+/// Whether the name of the share says that later mounts of the host appear in it.
 fn follows(name: &CStr) -> bool {
     let name = name.to_bytes();
     let name = name.strip_suffix(shares::STRICT.as_bytes()).unwrap_or(name);
     name.ends_with(shares::FOLLOWS.as_bytes())
 }
 
-/// Where a descriptor is among the own ones.
+/// Path of a file descriptor in [`Passthrough::own`].
 fn own_path(fd: &OwnedFd) -> CString {
     // Digits have no NUL.
     CString::new(fd.as_raw_fd().to_string()).unwrap_or_default()
 }
 
 impl Passthrough {
-    /// Serves what is mounted in the folder `root`. `own` is /proc/self/fd; it becomes the working
-    /// directory.
+    /// Serves the mounts in the directory `root`. `own` is a mount of /proc/self/fd; it becomes the
+    /// working directory.
     pub(crate) fn new(root: CString, own: OwnedFd) -> io::Result<Self> {
         fchdir(&own)?;
         Ok(Self {
@@ -116,7 +118,7 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Notes that the guest is told these attributes; for how long it may believe them.
+    /// Records that these attributes are sent to the guest; returns their cache timeout.
     fn tell(&self, node: &Node, stat: &Stat) -> Duration {
         let mut place = node.place();
         place.told = Some(stat.version());
@@ -146,7 +148,7 @@ impl FileSystem for Passthrough {
         self.destroy();
         self.open_root()?;
         self.groups_told.store(capable.contains(FsOptions::CREATE_SUPP_GROUP), Ordering::Relaxed);
-        // The crate adds what every server of its kind can do.
+        // The crate adds further options.
         Ok(FsOptions::DO_READDIRPLUS
             | FsOptions::READDIRPLUS_AUTO
             | FsOptions::HANDLE_KILLPRIV_V2
@@ -324,7 +326,7 @@ impl FileSystem for Passthrough {
         kill: bool,
         flags: u32,
     ) -> io::Result<usize> {
-        // What comes from the guest's page cache has its place.
+        // Writeback of cached pages has explicit offsets.
         let append = !delayed && flags as i32 & libc::O_APPEND != 0;
         self.write_data((inode, handle), from, size, offset, append, kill)
     }

@@ -1,17 +1,17 @@
-//! Names in folders: looked up, made, removed, moved.
+//! Names in directories: lookup, create, remove, rename, link.
 //!
-//! System calls of a request whose folder has a descriptor, without those for the caller's ids
-//! (four for a user other than root, [`super::credentials`]):
+//! System calls of a request whose directory has a file descriptor, without those for the caller's
+//! ids (four for a user other than root, [`super::credentials`]):
 //!
 //! | request | calls |
 //! |---|---|
-//! | lookup of a file, or of a known folder | statx |
-//! | lookup of a new folder | statx, openat, statx |
+//! | lookup of a file, or of a known directory | statx |
+//! | lookup of a new directory | statx, openat, statx |
 //! | create | openat, statx |
 //! | mkdir | mkdirat, statx, openat, statx |
 //! | mknod, symlink | mknodat or symlinkat, statx |
 //! | unlink, rmdir | openat, statx, unlinkat |
-//! | rename | statx, openat (nothing there, as a rule), renameat2 |
+//! | rename | statx, openat (of the target, mostly ENOENT), renameat2 |
 //! | link | openat, statx, linkat, statx, close |
 
 use std::ffi::CStr;
@@ -32,7 +32,7 @@ use super::resolve::DEPTH_MAX;
 use super::stat::Stat;
 use super::{BELIEVED, Passthrough, calls, follows, is_strict, own_path};
 
-/// A name that is one component of a path.
+/// Checks that the name is one path component.
 pub(super) fn component(name: &CStr) -> io::Result<&CStr> {
     let bytes = name.to_bytes();
     if matches!(bytes, b"" | b"." | b"..") || bytes.contains(&b'/') {
@@ -41,8 +41,8 @@ pub(super) fn component(name: &CStr) -> io::Result<&CStr> {
     Ok(name)
 }
 
-/// How long the guest may believe what a name in `parent` leads to. Shares come and go, and their
-/// names with them.
+/// Cache timeout of a name in `parent`. Names of shares are not cached, as shares are added and
+/// removed.
 fn believed(parent: &Node) -> Duration {
     if parent.id == ROOT || parent.place().strict { Duration::ZERO } else { BELIEVED }
 }
@@ -55,7 +55,7 @@ impl Passthrough {
         Entry { inode: node.id, generation: 0, attr, attr_timeout, entry_timeout }
     }
 
-    /// Looks a name up, and counts that.
+    /// LOOKUP: returns the entry, and counts the lookup.
     pub(super) fn look_up(&self, parent: &Arc<Node>, name: &CStr) -> io::Result<Entry> {
         let dir = self.descriptors.get(parent)?;
         match calls::stat_at(dir.as_fd(), component(name)?) {
@@ -63,8 +63,8 @@ impl Passthrough {
                 let (node, stat) = self.enter(parent, &dir, name, stat)?;
                 Ok(self.entry(parent, &node, &stat))
             }
-            // The guest may believe that, too. A reader of the folder (FUSE_READDIRPLUS) goes on
-            // with the next name, which an error would keep it from.
+            // A negative entry, which the guest may cache. FUSE_READDIRPLUS continues with the next
+            // name after it, but not after an error.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Entry {
                 inode: 0,
                 generation: 0,
@@ -76,7 +76,7 @@ impl Passthrough {
         }
     }
 
-    /// The node of what `name` is; counts a lookup.
+    /// The node of the file found as `name`; counts a lookup.
     pub(super) fn enter(
         &self,
         parent: &Arc<Node>,
@@ -112,8 +112,7 @@ impl Passthrough {
         Ok((node, stat))
     }
 
-    /// A known file was found under a name, perhaps another one than before, or through another
-    /// mount.
+    /// A known file was found, perhaps by another name or through another mount than before.
     fn seen(
         &self,
         node: &Arc<Node>,
@@ -129,7 +128,8 @@ impl Passthrough {
             (place.mount != stat.mount, same)
         };
         if !same && node.is_folder() && is_above(node, parent) {
-            // A folder in itself, by a mount of the host. The guest's kernel knows no such thing.
+            // A directory inside itself, through a bind mount of the host. The guest's kernel does
+            // not support that.
             self.table.forget(node.id, 1);
             return Err(io::Error::from_raw_os_error(libc::ELOOP));
         }
@@ -148,7 +148,7 @@ impl Passthrough {
         let keeps = node.is_folder() || node.is_held();
         let closed = match way {
             Some(fd) if keeps => {
-                // What is below was found through the other mount, too.
+                // Files below were also found through the other mount.
                 place.epoch = self.descriptors.next_epoch();
                 place.fd.replace(Arc::new(fd))
             }
@@ -160,9 +160,8 @@ impl Passthrough {
         Ok(())
     }
 
-    /// A descriptor of a node through the mount by which its name was found now. None if the way by
-    /// which it is known is as good: what nothing can be written through is no replacement for what
-    /// lets that.
+    /// A file descriptor of a node through the mount by which its name was found now; none if it is
+    /// not to be replaced: a read-only mount does not replace a writable one.
     fn better_way(&self, node: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> Option<OwnedFd> {
         let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0).ok()?;
         let stat = calls::stat_of(fd.as_fd()).ok()?;
@@ -170,8 +169,8 @@ impl Passthrough {
         (better && node.is(&stat)).then_some(fd)
     }
 
-    /// Keeps what is at a name that is about to go; the guest may have it in use without having
-    /// opened it (O_PATH, a mount, a working directory).
+    /// Keeps a file descriptor of a file whose name is about to be removed: the guest may use it
+    /// without having opened it (O_PATH, a mount, a working directory).
     fn hold(&self, parent: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> Option<Arc<Node>> {
         let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0).ok()?;
         let stat = calls::stat_of(fd.as_fd()).ok()?;
@@ -179,7 +178,7 @@ impl Passthrough {
         let mut place = node.place();
         let here = matches!(&place.parent, Some(known) if Arc::ptr_eq(known, parent));
         if !here || *place.name != *name {
-            // It is known by another of its names.
+            // The node has another name of the file (hard link).
             return None;
         }
         if place.fd.is_none() {
@@ -305,7 +304,7 @@ impl Passthrough {
     }
 }
 
-/// Whether `node` is `below` or above it.
+/// Whether `node` is `below` or one of its ancestors.
 fn is_above(node: &Arc<Node>, below: &Arc<Node>) -> bool {
     let mut at = Some(below.clone());
     for _ in 0..DEPTH_MAX {
@@ -322,7 +321,7 @@ fn is_read_only(dir: &OwnedFd) -> bool {
     fstatvfs(dir.as_fd()).is_ok_and(|found| found.flags().contains(FsFlags::ST_RDONLY))
 }
 
-/// The name that a node is known by is gone, or would have been.
+/// The name of a node was removed (`gone`), or its removal has failed.
 fn loses_name(node: &Node, gone: bool) {
     let mut place = node.place();
     let closed = if gone {

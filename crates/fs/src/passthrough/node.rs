@@ -1,17 +1,18 @@
-//! What the guest knows: a node for each file of the host, whichever way led to it.
+//! Nodes: the guest's inodes, one per file of the host, through whichever path it was found.
 //!
-//! A node is found by the file's device and inode number alone, so all shares, mounts and hard links
-//! that lead to one file give one node, and the guest's kernel has one inode for it: one page cache,
+//! A node is identified by the file's device and inode number only, so all shares, mounts and hard
+//! links of one file give one node, and the guest's kernel has one inode for it: one page cache,
 //! one set of locks, one socket.
 //!
-//! Folders are the exception ([`View`]), because a folder of the guest's kernel has one name only, which
-//! moves when it is found under another. A folder that is reached through a mount inside a share is
-//! another node than the same folder elsewhere in the share, so that a mount point in the guest stays
-//! where it is. Where the host's later mounts are to appear, a folder is another one than where they are
-//! not, as it may contain something else. The files in these folders are the same.
+//! Directories are an exception ([`View`]): a directory in the guest's kernel has only one dentry,
+//! which is moved when the directory is found by another name. A directory reached through a mount
+//! inside a share is another node than the same directory elsewhere in the share, so that a mount
+//! point in the guest stays where it is. A directory in a share that follows the host's mounts is
+//! another node than in a share that does not, as its contents may differ. The files in these
+//! directories are the same nodes.
 //!
-//! Inode numbers are used again after a file is gone. The birth time tells the next file from the
-//! last; where the file system has none, the node holds a descriptor, which keeps the number taken.
+//! Inode numbers are reused after a file is removed. The birth time distinguishes the files; on
+//! file systems without it the node keeps a file descriptor, so that the number is not reused.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -22,27 +23,27 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::stat::{Stat, Time, Version};
 
-/// The root's id (linux/fuse.h, FUSE_ROOT_ID).
+/// The root's id (FUSE_ROOT_ID, linux/fuse.h).
 pub(super) const ROOT: u64 = 1;
-/// Nodes that a guest may know of, some 250 bytes each.
-/// Attack: a guest that looks up one file after the other and forgets none.
+/// Most nodes, about 250 bytes each.
+/// Attack: a guest looks up one file after the other and forgets none.
 const NODES_MAX: usize = 4 << 20;
 
-/// Which file of the host, as long as it exists.
+/// Identifies a file of the host while it exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     dev: u64,
     ino: u64,
-    /// The default for all that is no folder.
+    /// The default for all files that are not directories.
     view: View,
 }
 
-/// Which of the nodes of one folder of the host.
+/// Distinguishes the nodes of one directory of the host.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct View {
-    /// The host's later mounts appear in it.
+    /// Later mounts of the host appear in it.
     pub(super) follows: bool,
-    /// Id of the mount inside the share through which it is reached; 0: it is on the share's own.
+    /// Id of the mount inside the share through which it was reached; 0: the share's own mount.
     pub(super) submount: u64,
 }
 
@@ -61,24 +62,24 @@ pub(super) struct Node {
     place: Mutex<Place>,
 }
 
-/// Where the file was seen last, and what refers to it meanwhile.
+/// Where the file was last found, and its file descriptor, if any.
 #[derive(Debug)]
 pub(super) struct Place {
-    /// None for the root, and for what the guest has forgotten.
+    /// None for the root and for nodes that the guest has forgotten.
     pub(super) parent: Option<Arc<Node>>,
     pub(super) name: Box<CStr>,
-    /// Id of the mount through which it was seen.
+    /// Id of the mount through which it was found.
     pub(super) mount: u64,
     pub(super) fd: Option<Arc<OwnedFd>>,
-    /// The descriptor counts as long as this is the current epoch ([`super::resolve`]).
+    /// The file descriptor is current while this is the current epoch ([`super::resolve`]).
     pub(super) epoch: u64,
-    /// The name leads here no more: the descriptor is all there is.
+    /// The name was removed: the node is only reachable through its file descriptor.
     pub(super) nameless: bool,
-    /// Used since it was last looked at by those who close descriptors.
+    /// Used since the last check for file descriptors to close.
     pub(super) used: bool,
-    /// A share that wants nothing cached leads here.
+    /// Found in a share of which nothing may be cached.
     pub(super) strict: bool,
-    /// As the guest was last told.
+    /// Version of the attributes last sent to the guest.
     pub(super) told: Option<Version>,
 }
 
@@ -103,13 +104,13 @@ impl Node {
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether these are the attributes of this very file.
+    /// Whether these are attributes of the same file.
     pub(super) fn is(&self, stat: &Stat) -> bool {
         let reborn = matches!((self.born, stat.born), (Some(a), Some(b)) if a != b);
         self.key == key(stat, self.key.view) && self.kind == stat.kind() && !reborn
     }
 
-    /// How a folder in it that is found with these attributes is seen.
+    /// The view of a directory that was found in it with these attributes.
     pub(super) fn view_below(&self, stat: &Stat) -> View {
         let crossed = stat.mount != self.place().mount;
         View {
@@ -130,7 +131,7 @@ impl Node {
         self.kind == libc::S_IFREG
     }
 
-    /// Whether it holds a descriptor from the start to the end.
+    /// Whether it keeps a file descriptor for its whole lifetime.
     pub(super) fn is_held(&self) -> bool {
         self.born.is_none()
     }
@@ -139,7 +140,7 @@ impl Node {
 #[derive(Debug)]
 struct Known {
     node: Arc<Node>,
-    /// As the guest counts (FUSE_FORGET).
+    /// Lookup count (FUSE_FORGET).
     lookups: u64,
 }
 
@@ -159,7 +160,7 @@ impl Table {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets everything but the root.
+    /// Removes all nodes and adds the root.
     pub(super) fn reset(&self, root: &Stat, place: Place) -> Arc<Node> {
         let node = node(ROOT, root, View::default(), place);
         let mut inner = self.inner();
@@ -185,21 +186,21 @@ impl Table {
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
     }
 
-    /// The node of a file, if the guest knows it; counts nothing.
+    /// The node of a file, if the guest knows it; does not count a lookup.
     pub(super) fn find(&self, stat: &Stat, view: View) -> Option<Arc<Node>> {
         let inner = self.inner();
         let known = inner.nodes.get(inner.keys.get(&key(stat, view))?)?;
         known.node.is(stat).then(|| known.node.clone())
     }
 
-    /// The node of a file, counted as looked up once more.
+    /// The node of a file, if the guest knows it; counts a lookup.
     pub(super) fn claim(&self, stat: &Stat, view: View) -> Option<Arc<Node>> {
         let key = key(stat, view);
         let mut inner = self.inner();
         let id = *inner.keys.get(&key)?;
         let known = inner.nodes.get_mut(&id)?;
         if !known.node.is(stat) {
-            // Another file with that number: the last one is gone.
+            // Another file with that inode number: the previous one was removed.
             inner.keys.remove(&key);
             return None;
         }
@@ -207,7 +208,8 @@ impl Table {
         Some(known.node.clone())
     }
 
-    /// The same, and made if it is not known; whether it was made.
+    /// Like [`Self::claim`], and creates the node if it is not known; returns whether it was
+    /// created.
     pub(super) fn claim_or_insert(
         &self,
         stat: &Stat,
@@ -223,7 +225,7 @@ impl Table {
         }
         let id = inner.last + 1;
         match inner.keys.entry(key(stat, view)) {
-            // Another thread was faster.
+            // Another thread has created it.
             Entry::Occupied(_) => {
                 drop(inner);
                 let known = self.claim(stat, view).map(|node| (node, false));
@@ -240,14 +242,14 @@ impl Table {
     }
 
     pub(super) fn forget(&self, id: u64, count: u64) {
-        // Closes descriptors, without the lock.
+        // Closes file descriptors without the lock.
         let gone = self.inner().forget(id, count);
         if let Some(node) = gone {
             release(&node);
         }
     }
 
-    /// A node in each file system, a folder where there is one.
+    /// One node per file system, a directory if there is one.
     pub(super) fn one_of_each(&self) -> Vec<Arc<Node>> {
         let mut found: HashMap<u64, Arc<Node>> = HashMap::new();
         for known in self.inner().nodes.values() {
@@ -293,8 +295,8 @@ fn node(id: u64, stat: &Stat, view: View, place: Place) -> Arc<Node> {
     Arc::new(Node { id, key, kind, born, place: Mutex::new(place) })
 }
 
-/// The way upwards is let go: nodes whose parents have changed places on the host since would hold
-/// each other for ever. A folder's descriptor stays as long as something in it is known.
+/// Clears the parent: nodes that were found in each other, after renames on the host, would form a
+/// reference cycle. The file descriptor of a directory stays open while nodes in it are known.
 fn release(node: &Node) {
     let mut place = node.place();
     let parent = place.parent.take();
@@ -352,7 +354,7 @@ mod tests {
         assert!(table.get(first.id).is_ok());
         table.forget(first.id, 9);
         assert!(table.get(first.id).is_err() && table.find(&stat(5, 0), View::default()).is_none());
-        // What is not known can be forgotten, and the root cannot.
+        // Forgetting unknown nodes has no effect; the root is never forgotten.
         for (id, count) in [(first.id, 1), (0, 1), (u64::MAX, u64::MAX), (ROOT, u64::MAX)] {
             table.forget(id, count);
         }
@@ -385,7 +387,7 @@ mod tests {
         let place_behind = Place::new(Some(top.clone()), c"y", 2);
         let (other, made) = table.claim_or_insert(&behind, view, place_behind).unwrap();
         assert!(made && other.id != top.id);
-        // It passes on what it is to what lies in it.
+        // Directories in it inherit its view.
         assert_eq!(other.view_below(&behind), view);
         let (file, _) = table.claim_or_insert(&stat(6, 0), View::default(), place()).unwrap();
         let same = Stat { mount: 2, ..stat(6, 0) };

@@ -1,19 +1,18 @@
-//! Descriptors of nodes.
+//! File descriptors of nodes.
 //!
-//! Most nodes have none: a file is reached through its folder and its name, and what is found there
-//! is compared with what the node stands for, so a name that leads to another file by now gives
-//! ESTALE, upon which the guest's kernel looks the path up anew. So hundreds of thousands of known
-//! files cost no descriptors, and the host's kernel may forget their inodes. A descriptor (O_PATH) is
-//! kept by
-//! - folders in use, of which the least recently used are closed when they are too many;
-//! - what a guest has just removed or replaced, as it may go on using it without a name;
+//! Most nodes have none: a file is opened by its directory and name, and the attributes found are
+//! compared with the node. If the name refers to another file now, the error is ESTALE, upon which
+//! the guest's kernel looks the path up again. So hundreds of thousands of known files need no file
+//! descriptors, and the host's kernel can reclaim their inodes. A file descriptor (O_PATH) is kept
+//! for
+//! - directories in use; the least recently used ones are closed when there are too many;
+//! - files that the guest has removed or replaced, as it may still use them without a name;
 //! - files on file systems without birth times ([`super::node`]).
 //!
-//! A descriptor belongs to the mount through which it was opened, so write protection and what is
-//! mounted below depend on it. When a folder is seen through another mount than before (a share was
-//! taken away and came back, the host has mounted something anew), a new epoch begins: descriptors of
-//! earlier epochs are replaced by way of their names when they are next needed, where that is
-//! possible.
+//! A file descriptor belongs to the mount through which it was opened, on which write protection
+//! and the mounts below depend. When a directory is found through another mount than before (a
+//! share was removed and added again, the host has mounted something), a new epoch begins: file
+//! descriptors of earlier epochs are reopened by name when they are next needed, if possible.
 
 use std::collections::VecDeque;
 use std::ffi::CStr;
@@ -28,10 +27,10 @@ use super::calls;
 use super::node::Node;
 use super::stat::Stat;
 
-/// Folders that keep a descriptor.
+/// Most directories with a file descriptor.
 const OPEN_FOLDERS: usize = 16 << 10;
-/// Folders above each other that are opened to reach one. Attack: a host whose folders change places
-/// while a guest looks, so that the ways recorded here go round.
+/// Most ancestors that are opened to reach a directory. Attack: renames on the host while a guest
+/// looks files up, so that the recorded parents form a cycle.
 pub(super) const DEPTH_MAX: usize = 4096;
 
 pub(super) fn stale() -> io::Error {
@@ -41,9 +40,9 @@ pub(super) fn stale() -> io::Error {
 #[derive(Debug)]
 pub(super) struct Descriptors {
     epoch: AtomicU64,
-    /// Folders with a descriptor, the one that has it longest first.
+    /// Directories with a file descriptor, the oldest first.
     folders: Mutex<VecDeque<Weak<Node>>>,
-    /// Most of them.
+    /// Most directories with a file descriptor.
     limit: usize,
 }
 
@@ -56,7 +55,7 @@ impl Default for Descriptors {
 /// How a node is reached.
 pub(super) enum Way {
     Open(Arc<OwnedFd>),
-    /// By its folder and its name there.
+    /// By its directory and name.
     Through(Arc<Node>, Box<CStr>),
     None,
 }
@@ -70,7 +69,7 @@ impl Descriptors {
         self.epoch.load(Ordering::Relaxed)
     }
 
-    /// Begins another epoch; its number.
+    /// Begins a new epoch and returns its number.
     pub(super) fn next_epoch(&self) -> u64 {
         self.epoch.fetch_add(1, Ordering::Relaxed) + 1
     }
@@ -88,9 +87,9 @@ impl Descriptors {
         }
     }
 
-    /// A descriptor of the node: its own, or one just opened.
+    /// A file descriptor of the node: its own, or a new one.
     pub(super) fn get(&self, node: &Arc<Node>) -> io::Result<Arc<OwnedFd>> {
-        // Upwards until there is a descriptor, then down again.
+        // Collects ancestors up to one with a file descriptor, then opens them downwards.
         let mut below: Vec<(Arc<Node>, Box<CStr>)> = Vec::new();
         let mut at = node.clone();
         let mut fd = loop {
@@ -100,7 +99,8 @@ impl Descriptors {
                     below.push((at, name));
                     at = parent;
                 }
-                // A host whose folders go round: what the node has is better than nothing.
+                // The recorded parents form a cycle: an old file descriptor is used if there is
+                // one.
                 _ => return node.place().fd.clone().ok_or_else(stale),
             }
         };
@@ -110,7 +110,8 @@ impl Descriptors {
         Ok(fd)
     }
 
-    /// Opens the node by its name; the former descriptor goes on where the name leads elsewhere.
+    /// Opens the node by its name. If the name refers to another file, the old file descriptor is
+    /// kept.
     fn open(&self, node: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> io::Result<Arc<OwnedFd>> {
         let epoch = self.epoch();
         let opened = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0).and_then(|fd| {
@@ -143,12 +144,12 @@ impl Descriptors {
         Ok(fd)
     }
 
-    /// Counts a folder that has a descriptor now, and closes those of others.
+    /// Registers a directory with a file descriptor, and closes those of others over the limit.
     pub(super) fn opened(&self, node: &Arc<Node>) {
         let mut closed = Vec::new();
         let mut folders = self.folders.lock().unwrap_or_else(PoisonError::into_inner);
         folders.push_back(Arc::downgrade(node));
-        // Each one used meanwhile gets a second chance, so the oldest may have to be asked for twice.
+        // Directories used since the last check get a second chance, so each may be checked twice.
         let mut attempts = 2 * folders.len();
         while folders.len() > self.limit && attempts > 0 {
             attempts -= 1;
@@ -156,7 +157,7 @@ impl Descriptors {
             let Some(node) = oldest.upgrade() else { continue };
             let mut place = node.place();
             if place.nameless || node.is_held() || place.parent.is_none() {
-                // Stays open as long as the guest knows it.
+                // Stays open while the guest knows it.
                 continue;
             }
             if std::mem::take(&mut place.used) {
@@ -170,7 +171,7 @@ impl Descriptors {
         drop(closed);
     }
 
-    /// The attributes of the file as it is now, at the least cost.
+    /// The current attributes of the file, with as few system calls as possible.
     pub(super) fn stat(&self, node: &Arc<Node>) -> io::Result<Stat> {
         if node.is_folder() {
             return calls::stat_of(self.get(node)?.as_fd());
@@ -188,7 +189,7 @@ impl Descriptors {
         }
     }
 
-    /// Whether nothing can be written through the mount by which the node was seen last.
+    /// Whether the mount through which the node was last found is read-only.
     pub(super) fn is_read_only(&self, node: &Arc<Node>) -> bool {
         let flags = self.get(node).and_then(|fd| Ok(fstatvfs(fd.as_fd())?.flags()));
         flags.is_ok_and(|flags| flags.contains(FsFlags::ST_RDONLY))

@@ -1,21 +1,21 @@
-//! Attributes of files: as the host tells them, and as the guest is told.
+//! Attributes of files, on the host and for the guest.
 //!
-//! The guest sees one file system, so an inode number has to be unique over all file systems of the
-//! host that are shared. The upper 16 bits are replaced by an index that stands for the host's file
-//! system and the bits that were there. The first file system has index 0, so its numbers mostly
-//! stay as they are, which 32-bit programs need.
+//! The guest has one file system, so inode numbers must be unique over all shared file systems of
+//! the host. The upper 16 bits are replaced by an index of the host's file system and of the
+//! original bits. The first file system has index 0, so its numbers mostly do not change, which
+//! 32-bit programs need.
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
 
 use virtiofsd::fuse;
 
-/// Bits of an inode number that are passed on.
+/// Bits of an inode number that are kept.
 const KEPT: u32 = 48;
-/// Index for what is beyond the table: numbers of such file systems may coincide.
-/// Attack: a guest that looks at more than 65,534 file systems, which the host would have to mount.
+/// Index of all file systems over the limit: their inode numbers may collide.
+/// Attack: a guest accesses more than 65,534 file systems, which the host would have to mount.
 const OVERFLOW: u16 = u16::MAX;
-/// The folder of shares, which is in memory and not the first file system of anybody.
+/// Index of the tmpfs of the directory of shares, so that a shared file system gets index 0.
 const OWN: u16 = u16::MAX - 1;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,15 +35,15 @@ pub(super) struct Stat {
     pub(super) rdev: u64,
     /// Bytes.
     pub(super) size: u64,
-    /// Of 512 bytes.
+    /// Units of 512 bytes.
     pub(super) blocks: u64,
     pub(super) blksize: u32,
     pub(super) accessed: Time,
     pub(super) modified: Time,
     pub(super) changed: Time,
-    /// Not every file system has it.
+    /// Birth time; not every file system has it.
     pub(super) born: Option<Time>,
-    /// Id of the mount by which the file was found.
+    /// Id of the mount through which the file was found.
     pub(super) mount: u64,
 }
 
@@ -52,7 +52,7 @@ impl Stat {
         self.mode & libc::S_IFMT
     }
 
-    /// What a guest's cached content of the file depends on.
+    /// The attributes on which the validity of the guest's cached data depends.
     pub(super) fn version(&self) -> Version {
         Version { modified: self.modified, size: self.size }
     }
@@ -72,21 +72,21 @@ pub(super) struct Numbers {
 }
 
 impl Numbers {
-    /// `dev` is the file system that the folder of shares is in.
+    /// Clears the table. `dev` is the file system of the directory of shares.
     pub(super) fn reset(&self, dev: u64) {
         let mut indices = self.indices.write().unwrap_or_else(PoisonError::into_inner);
         indices.clear();
         indices.insert((dev, 0), OWN);
     }
 
-    /// The guest's number of an inode.
+    /// The inode number in the guest.
     pub(super) fn number(&self, dev: u64, ino: u64) -> u64 {
         let class = (dev, (ino >> KEPT) as u16);
         let known =
             self.indices.read().unwrap_or_else(PoisonError::into_inner).get(&class).copied();
         let index = known.unwrap_or_else(|| {
             let mut indices = self.indices.write().unwrap_or_else(PoisonError::into_inner);
-            // One entry is the folder of shares.
+            // One entry is the directory of shares.
             let next = u16::try_from(indices.len().saturating_sub(1)).unwrap_or(OVERFLOW);
             if next >= OWN {
                 return OVERFLOW;
@@ -114,7 +114,7 @@ impl Numbers {
             // The low half is the kernel's own 32-bit encoding (new_encode_dev).
             rdev: stat.rdev as u32,
             blksize: stat.blksize,
-            // No ATTR_SUBMOUNT: all is one file system, whatever the host has mounted where.
+            // No ATTR_SUBMOUNT: mounts of the host are part of the one file system.
             flags: 0,
         }
     }

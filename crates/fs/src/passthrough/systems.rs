@@ -1,4 +1,4 @@
-//! What has to be known of the host's file systems.
+//! Properties of the host's file systems.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -9,11 +9,11 @@ use nix::sys::statfs::{
     XFS_SUPER_MAGIC, fstatfs,
 };
 
-/// Those on which close(2) does nothing that could fail or that others wait for. On others, above
-/// all those of a network, it writes back and reports errors.
+/// File systems on which close(2) neither fails nor writes back. On others, mainly network file
+/// systems, it writes back and reports errors.
 const LOCAL: [FsType; 5] =
     [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC, OVERLAYFS_SUPER_MAGIC];
-/// Remembered file systems. Attack: as [`super::stat`] has it.
+/// Most file systems in the table. Attack: see [`super::stat`].
 const SYSTEMS_MAX: usize = 64 << 10;
 
 #[derive(Debug, Default)]
@@ -22,8 +22,8 @@ pub(super) struct Systems {
 }
 
 impl Systems {
-    /// Whether the guest need not say when it closes a file of file system `dev`, of which `file` is
-    /// one.
+    /// Whether the guest need not send FLUSH at close(2) for files of file system `dev`, of which
+    /// `file` is one.
     pub(super) fn close_is_silent(&self, dev: u64, file: &File) -> bool {
         let known = self.silent.read().unwrap_or_else(PoisonError::into_inner).get(&dev).copied();
         known.unwrap_or_else(|| {

@@ -85,7 +85,7 @@ fn is_multi_function(bus: &Bus, address: Address) -> bool {
 }
 
 #[test]
-fn both_ways_into_configuration_space_show_the_same_devices() {
+fn ports_and_ecam_show_the_same_devices() {
     let bus = Bus::new(WINDOW);
     assert_eq!(bus.add(Echo::boxed(0x1042), Plug::Boot).unwrap(), at(1, 0));
     assert_eq!(bus.add(Echo::boxed(0x1043), Plug::Hot).unwrap(), at(2, 0));
@@ -102,7 +102,7 @@ fn both_ways_into_configuration_space_show_the_same_devices() {
 }
 
 #[test]
-fn bytes_and_words_of_a_register_can_be_read_by_port() {
+fn parts_of_a_register_can_be_read_through_ports() {
     let bus = Bus::new(WINDOW);
     bus.add(Echo::boxed(0x1042), Plug::Boot).unwrap();
     bus.port_write(PORT_ADDRESS, &(1u32 << 31 | 1 << 11).to_le_bytes());
@@ -115,7 +115,7 @@ fn bytes_and_words_of_a_register_can_be_read_by_port() {
 }
 
 #[test]
-fn a_bar_answers_only_while_decoded_and_follows_when_moved() {
+fn a_bar_answers_only_while_decoded_and_at_its_current_address() {
     let bus = Bus::new(WINDOW);
     bus.add(Echo::boxed(0x1042), Plug::Boot).unwrap();
     let home = WINDOW.start;
@@ -132,7 +132,7 @@ fn a_bar_answers_only_while_decoded_and_follows_when_moved() {
 }
 
 #[test]
-fn a_pulled_device_is_gone_and_its_function_and_addresses_are_reused() {
+fn function_and_addresses_of_an_unplugged_device_are_reused() {
     for plug in [Plug::Boot, Plug::Hot] {
         let bus = Bus::new(WINDOW);
         let address = bus.add(Echo::boxed(0x1042), plug).unwrap();
@@ -148,7 +148,7 @@ fn a_pulled_device_is_gone_and_its_function_and_addresses_are_reused() {
 }
 
 #[test]
-fn a_full_window_and_a_full_bus_are_told_apart() {
+fn a_full_window_and_a_full_bus_are_different_errors() {
     let bus = Bus::new(WINDOW);
     for _ in 0..16 {
         bus.add(Echo::boxed(1), Plug::Boot).unwrap();
@@ -167,7 +167,7 @@ fn a_full_window_and_a_full_bus_are_told_apart() {
 }
 
 #[test]
-fn boot_devices_leave_the_guests_scan_as_short_as_it_can_be_and_room_for_others() {
+fn boot_devices_get_slots_of_their_own_and_leave_the_reserved_slots_free() {
     let bus = Bus::new(0..u64::MAX);
     for slot in 1..SLOTS as u8 - HOT_SLOTS as u8 {
         assert_eq!(bus.add(Echo::boxed(1), Plug::Boot).unwrap(), at(slot, 0));
@@ -188,7 +188,7 @@ fn boot_devices_leave_the_guests_scan_as_short_as_it_can_be_and_room_for_others(
 }
 
 #[test]
-fn the_multi_function_bit_is_in_function_0_of_a_shared_slot_whatever_width_it_is_read_with() {
+fn function_0_of_a_shared_slot_has_the_multi_function_bit_for_reads_of_any_width() {
     let bus = Bus::new(WINDOW);
     bus.add(Echo::boxed(1), Plug::Hot).unwrap();
     bus.add(Echo::boxed(2), Plug::Hot).unwrap();
@@ -202,7 +202,7 @@ fn the_multi_function_bit_is_in_function_0_of_a_shared_slot_whatever_width_it_is
 }
 
 #[test]
-fn a_device_that_was_not_scanned_yet_is_found_after_function_0_has_gone() {
+fn a_device_not_scanned_yet_is_found_after_function_0_was_removed() {
     let bus = Bus::new(WINDOW);
     let mut guest = Guest::default();
     let first = bus.add(Echo::boxed(1), Plug::Hot).unwrap();
@@ -212,13 +212,13 @@ fn a_device_that_was_not_scanned_yet_is_found_after_function_0_has_gone() {
     bus.remove(first).unwrap();
     guest.scan(&bus);
     assert!(guest.known.contains_key(&second));
-    // A placeholder that the guest knows stays, and is nobody's to remove.
+    // A placeholder that the guest has seen stays and cannot be removed.
     assert!(matches!(bus.remove(first), Err(BusError::Reserved { .. })));
     assert_eq!(bus.add(Echo::boxed(3), Plug::Hot).unwrap(), at(1, 2));
 }
 
 #[test]
-fn no_placeholder_is_left_where_the_guest_has_seen_none() {
+fn a_placeholder_that_the_guest_has_not_seen_is_removed() {
     let bus = Bus::new(WINDOW);
     let first = bus.add(Echo::boxed(1), Plug::Hot).unwrap();
     let second = bus.add(Echo::boxed(2), Plug::Hot).unwrap();
@@ -226,7 +226,7 @@ fn no_placeholder_is_left_where_the_guest_has_seen_none() {
     assert_eq!(ecam_config(&bus, first, 4), 0, "a placeholder");
     bus.remove(second).unwrap();
     assert_eq!(ecam_config(&bus, first, 0), u32::MAX);
-    // The usual order needs none: what is left is known to the guest.
+    // No placeholder if the guest knows the remaining devices.
     let mut guest = Guest::default();
     let first = bus.add(Echo::boxed(1), Plug::Hot).unwrap();
     bus.add(Echo::boxed(2), Plug::Hot).unwrap();
@@ -237,15 +237,16 @@ fn no_placeholder_is_left_where_the_guest_has_seen_none() {
     assert_eq!(bus.add(Echo::boxed(3), Plug::Hot).unwrap(), first);
 }
 
-/// Scans as Linux does (`drivers/pci/probe.c`, `pci_scan_slot`): what is known is not read again.
+/// Scans as Linux does (`drivers/pci/probe.c`, `pci_scan_slot`): known functions are not read
+/// again.
 #[derive(Default)]
 struct Guest {
-    /// Functions, and whether they showed the multi-function bit when they were found.
+    /// Known functions, and whether they had the multi-function bit when they were found.
     known: HashMap<Address, bool>,
 }
 
 impl Guest {
-    /// Answers how many vendor ids were read.
+    /// Returns the number of vendor ids read.
     fn scan(&mut self, bus: &Bus) -> usize {
         let mut reads = 0;
         for slot in 0..SLOTS as u8 {
@@ -274,7 +275,7 @@ impl Guest {
 enum Step {
     Plug,
     Scan,
-    /// Of a device, by its place in the list of those plugged.
+    /// Index into the list of plugged devices.
     Remove(usize),
 }
 
@@ -287,10 +288,10 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    /// Whatever comes and goes in whatever order: after a scan the guest knows every device, under
-    /// the identity that it has now.
+    /// After any sequence of plugs and removals a scan finds every plugged device, and no address
+    /// that the guest still knows is reused.
     #[test]
-    fn a_scan_finds_all_that_is_plugged(steps in proptest::collection::vec(step(), 0..200)) {
+    fn a_scan_finds_all_plugged_devices(steps in proptest::collection::vec(step(), 0..200)) {
         let bus = Bus::new(0..u64::MAX);
         let mut guest = Guest::default();
         let mut plugged: Vec<Address> = Vec::new();
@@ -320,7 +321,7 @@ proptest! {
             guest.release(address);
             bus.remove(address).unwrap();
         }
-        // What is left is a placeholder a slot at most.
+        // At most one placeholder per slot is left.
         let left = every_address().filter(|a| ecam_config(&bus, *a, 0) != u32::MAX);
         prop_assert!(left.clone().all(|address| address.function() == 0));
         while bus.add(Echo::boxed(1), Plug::Hot).is_ok() {}

@@ -11,7 +11,7 @@ use virtio::blk::Block;
 /// Sectors of the disk.
 const SECTORS: u64 = 256;
 
-/// One disk for all inputs: making a ring costs more than most inputs take.
+/// One disk for all inputs: creating an io_uring takes longer than most inputs.
 static DISK: Mutex<Option<(Block, File)>> = Mutex::new(None);
 
 fn disk() -> (Block, File) {
@@ -25,7 +25,7 @@ fuzz_target!(|data: &[u8]| {
     let mut kept = DISK.lock().expect("one thread");
     let (block, file) = kept.get_or_insert_with(disk);
     nacelle_fuzz::play(data, block, |guest, u| {
-        // A header that makes sense more often than not.
+        // Mostly valid headers.
         let kind = *u.choose(&[0u32, 1, 4, 8, 11, 13, 99])?;
         let sector = match u.int_in_range(0..=3u8)? {
             0 => u.arbitrary::<u64>()?,

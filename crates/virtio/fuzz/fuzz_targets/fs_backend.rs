@@ -1,5 +1,5 @@
 #![no_main]
-//! A file server that answers as it likes, and a driver that pauses and resets meanwhile.
+//! A back end with arbitrary replies, and a driver that pauses and resets.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -29,7 +29,7 @@ fn start(fs: &mut Fs, queues: &[MockQueue]) -> Runner {
     Runner::start(fs.activate(made).expect("an engine")).expect("an engine that starts")
 }
 
-/// A reply: mostly of the right shape.
+/// A reply, mostly with a valid header.
 fn reply(u: &mut Unstructured<'_>) -> Result<Vec<u8>> {
     let request = *u.choose(&[1u32, 11, 11, 3, 0])?;
     let flags = if u.ratio(9, 10)? { 5u32 } else { u.arbitrary()? };

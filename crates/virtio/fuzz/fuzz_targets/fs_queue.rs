@@ -1,5 +1,5 @@
 #![no_main]
-//! The requests of a guest whose file server is gone: the only ones that the VMM reads itself.
+//! Requests after the back end has exited, the only ones that the VMM parses itself.
 
 use std::os::unix::net::UnixStream;
 

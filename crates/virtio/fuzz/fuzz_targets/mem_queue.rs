@@ -1,5 +1,5 @@
 #![no_main]
-//! Requests to plug and unplug, while the host changes its mind.
+//! Plug and unplug requests while the host resizes.
 
 use std::fs::File;
 
@@ -18,11 +18,11 @@ fuzz_target!(|data: &[u8]| {
     let ranges = [(GuestAddress(REGION), SIZE as usize, Some(FileOffset::new(file, 0)))];
     let mem = GuestMemoryMmap::from_ranges_with_files(ranges).expect("region");
     let mut device = Mem::new(&mem, REGION..REGION + SIZE).expect("mem");
-    let resize = device.resize();
+    let resize = device.resize_handle();
     nacelle_fuzz::play(data, &mut device, |guest, u| {
         if u.ratio(1, 4)? {
             let wanted = u64::from(u.arbitrary::<u16>()?) << 12;
-            let _ = resize.ask(wanted, u64::from(u.arbitrary::<u16>()?) << 12);
+            let _ = resize.request(wanted, u64::from(u.arbitrary::<u16>()?) << 12);
             return Ok(());
         }
         let mut request = [0; REQUEST_LEN as usize];

@@ -57,7 +57,7 @@ fn value(u: &mut Unstructured<'_>) -> Result<[u8; 8]> {
     Ok(wide.to_le_bytes())
 }
 
-/// The steps of a good driver, which the others then disturb.
+/// The initialization steps of a driver, between which arbitrary accesses happen.
 fn bring_up(bus: &Bus) {
     let write = |at: u64, data: &[u8]| bus.mmio_write(WINDOW + at, data);
     bus.ecam_write(SLOT | 4, &[6, 0]);

@@ -12,10 +12,10 @@ use nacelle_fuzz::Guest;
 use virtio::vsock::Vsock;
 
 const CID: u64 = 3;
-/// Ports the device gives to its clients begin here.
+/// First host port that the device assigns to clients.
 const HOST_PORT: u32 = 1 << 30;
 
-/// A packet that makes sense more often than not, with data behind it.
+/// A mostly valid packet with data.
 fn packet(guest: &mut Guest, u: &mut Unstructured<'_>) -> Result<()> {
     let at = guest.address(u)?;
     let mut header = [0; 44];

@@ -1,8 +1,8 @@
-//! A hostile driver: turns fuzz input into descriptor tables, ring states, kicks and the host's
-//! part in it, over the mock queues of `virtio`.
+//! A hostile driver: turns fuzz input into descriptor tables, ring states, kicks and events of the
+//! host, on the mock queues of `virtio`.
 //!
-//! Beside not crashing, every input checks two promises: a device comes to rest when the guest
-//! does (no input makes its worker spin), and it drains when told to.
+//! Besides crashes, two properties are checked: a device becomes idle when the guest does (no input
+//! makes its worker busy-loop), and it drains.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use virtio::VirtioDevice;
 use virtio::mock::{MockInterrupt, MockQueue, Runner, activation, memory, queues};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-/// Guest memory; rings first, the rest is buffers.
+/// Size of guest memory, bytes: first the rings, then buffers.
 pub const MEMORY: u64 = 1 << 20;
 const MAX_STEPS: usize = 200;
 
@@ -24,7 +24,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// An address: mostly of a buffer, sometimes of a ring or of nothing.
+    /// An address: mostly of a buffer, sometimes of a ring or outside memory.
     pub fn address(&self, u: &mut Unstructured<'_>) -> Result<u64> {
         Ok(match u.int_in_range(0..=9u8)? {
             0 => u.arbitrary()?,
@@ -52,7 +52,7 @@ impl Guest {
         Ok(&mut self.queues[index])
     }
 
-    /// A chain with this many segments of either kind, of any size and anywhere.
+    /// Adds a chain that begins with `prefix` and has arbitrary segments after it.
     pub fn chain(&mut self, u: &mut Unstructured<'_>, prefix: &[(u64, u32)]) -> Result<()> {
         let mut readable = prefix.to_vec();
         let mut writable = Vec::new();
@@ -77,7 +77,7 @@ impl Guest {
         Ok(())
     }
 
-    /// One thing a driver might do.
+    /// One arbitrary action of a driver.
     fn step(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
         match u.int_in_range(0..=9u8)? {
             0 => {
@@ -111,8 +111,7 @@ impl Guest {
     }
 }
 
-/// Plays the input against a device; `other` is what the world outside the guest does, and device
-/// specific requests.
+/// Runs the input against a device; `other` does actions of the host and device-specific requests.
 pub fn play(
     data: &[u8],
     device: &mut dyn VirtioDevice,
@@ -142,7 +141,7 @@ pub fn play(
     for queue in &guest.queues {
         queue.kick();
     }
-    assert!(guest.runner.settle(20_000), "the worker never comes to rest");
+    assert!(guest.runner.settle(20_000), "the worker does not become idle");
     guest.runner.engine().drain();
     let end = Instant::now() + Duration::from_secs(5);
     while !guest.runner.engine().drained() {

@@ -1,6 +1,6 @@
-//! The driver's reports, one after the other. A report lends its pages to the device: the driver
-//! uses none of them until it is handed back. Freeing takes time (the kernel does it page by page),
-//! so it is done in pieces, between which other devices have their turn.
+//! Handles free page reports one at a time. The driver does not use the reported pages until the
+//! report is returned. Freeing takes long (the kernel works page by page), so a round frees a
+//! limited number of bytes and ranges, and other devices of the worker are served in between.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,51 +13,51 @@ use crate::chain::Chain;
 use crate::device::{DeviceCounters, Engine, Poll};
 use crate::discard::{PAGE, discard};
 use crate::guest_warn;
-use crate::mem::Resize;
+use crate::mem::ResizeHandle;
 use crate::queue::VirtQueue;
 
-/// Chains handed back before other devices get their turn.
+/// Chains processed per round.
 const BUDGET: usize = 16;
-/// Bytes given back before other devices get their turn.
-pub(super) const PIECE: u64 = 64 << 20;
-/// Ranges given back before other devices get their turn.
+/// Bytes freed per round.
+pub(super) const MAX_BYTES: u64 = 64 << 20;
+/// Ranges freed per round.
 /// Attack: reports of as many single pages as a chain can hold, each of which costs a system call
-/// and has KVM flush the guest's address translations.
-pub(super) const PIECES: usize = 64;
+/// and a TLB flush of the guest.
+pub(super) const MAX_RANGES: usize = 64;
 
 const REPORTS: u32 = 0;
-const UNUSED: u32 = 1;
+const INFLATE_DEFLATE: u32 = 1;
 
 pub(super) struct BalloonEngine {
-    unused: [VirtQueue; 2],
+    inflate_deflate: [VirtQueue; 2],
     reporting: VirtQueue,
-    room: Option<Resize>,
+    hotplug: Option<ResizeHandle>,
     counters: Arc<DeviceCounters>,
-    /// The report that is being carried out. After a pause it goes on; a driver that resets the
-    /// device meanwhile keeps what is left of it.
+    /// The report in progress. It continues after a pause; after a reset its remaining ranges are
+    /// not freed.
     report: Option<Report>,
 }
 
 struct Report {
     head: u16,
-    /// Whole pages of the guest's, apart from each other.
+    /// Page-aligned ranges of guest memory that are not freed yet; sorted, disjoint.
     left: VecDeque<Range<u64>>,
 }
 
 impl BalloonEngine {
     pub(super) fn new(
-        unused: [VirtQueue; 2],
+        inflate_deflate: [VirtQueue; 2],
         reporting: VirtQueue,
-        room: Option<Resize>,
+        hotplug: Option<ResizeHandle>,
         counters: Arc<DeviceCounters>,
     ) -> Self {
-        Self { unused, reporting, room, counters, report: None }
+        Self { inflate_deflate, reporting, hotplug, counters, report: None }
     }
 
-    /// Serves until the budget is spent; `true` when there is (or may be) more to do.
+    /// Processes reports until the budget is spent; `true` when more may be available.
     fn serve(&mut self) -> bool {
         self.reporting.disable_kicks();
-        let (mut bytes, mut pieces) = (PIECE, PIECES);
+        let (mut bytes, mut pieces) = (MAX_BYTES, MAX_RANGES);
         for _ in 0..BUDGET {
             if let Some(report) = &mut self.report {
                 while let Some(next) = report.left.front_mut() {
@@ -72,7 +72,7 @@ impl BalloonEngine {
                     }
                     bytes -= part.end - part.start;
                     pieces -= 1;
-                    give_back(&self.reporting, &self.counters, part);
+                    discard_range(&self.reporting, &self.counters, part);
                 }
                 self.reporting.push(report.head, 0);
                 self.report = None;
@@ -92,20 +92,25 @@ impl BalloonEngine {
         true
     }
 
-    /// The whole pages of a report, in order and joined; none if a part of it must not be given back.
+    /// The whole pages of a report, sorted and merged; none if a range of it is not plugged or if
+    /// there is no whole page.
     ///
-    /// Attack: a report of memory that was never granted, to have the host work on what is not the
-    /// guest's. That it lies in guest memory at all is known of every chain.
+    /// Attack: a report of memory that was never granted, so that the host works on memory that is
+    /// not the guest's. [`Chain::read`] has checked that the ranges lie in guest memory.
     fn ranges(&self, chain: &Chain) -> Option<VecDeque<Range<u64>>> {
         let mut found: Vec<Range<u64>> = Vec::new();
         for (addr, len) in chain.writable.segments() {
-            // Both lie in guest memory, so the sums are far from the end of all addresses.
+            // The range lies in guest memory, so the sums do not overflow.
             let part = addr.next_multiple_of(PAGE)..(addr + len) / PAGE * PAGE;
             if part.is_empty() {
                 continue;
             }
-            if self.room.as_ref().is_some_and(|room| !room.has(&part)) {
-                guest_warn!(self.counters.limit, ?part, "report of memory that is not plugged");
+            if self.hotplug.as_ref().is_some_and(|hotplug| !hotplug.is_plugged(&part)) {
+                guest_warn!(
+                    self.counters.limit,
+                    ?part,
+                    "free page report of memory that is not plugged"
+                );
                 return None;
             }
             found.push(part);
@@ -114,24 +119,24 @@ impl BalloonEngine {
             return None;
         }
         found.sort_unstable_by_key(|part| part.start);
-        let mut joined: VecDeque<Range<u64>> = VecDeque::new();
+        let mut merged: VecDeque<Range<u64>> = VecDeque::new();
         for part in found {
-            match joined.back_mut() {
+            match merged.back_mut() {
                 Some(last) if part.start <= last.end => last.end = last.end.max(part.end),
-                _ => joined.push_back(part),
+                _ => merged.push_back(part),
             }
         }
-        Some(joined)
+        Some(merged)
     }
 }
 
-fn give_back(queue: &VirtQueue, counters: &DeviceCounters, part: Range<u64>) {
+fn discard_range(queue: &VirtQueue, counters: &DeviceCounters, part: Range<u64>) {
     let bytes = part.end - part.start;
     match discard(queue.mem(), part) {
         Ok(()) => counters.operation(bytes),
         Err(error) => {
             counters.error();
-            guest_warn!(counters.limit, %error, "free pages cannot be given back");
+            guest_warn!(counters.limit, %error, "cannot free reported pages");
         }
     }
 }
@@ -139,11 +144,11 @@ fn give_back(queue: &VirtQueue, counters: &DeviceCounters, part: Range<u64>) {
 impl Engine for BalloonEngine {
     fn start(&mut self, poll: &mut Poll<'_>) -> io::Result<()> {
         poll.add(self.reporting.kick_fd(), REPORTS, EventSet::IN)?;
-        for queue in &self.unused {
-            poll.add(queue.kick_fd(), UNUSED, EventSet::IN)?;
+        for queue in &self.inflate_deflate {
+            poll.add(queue.kick_fd(), INFLATE_DEFLATE, EventSet::IN)?;
         }
-        poll.again(REPORTS);
-        poll.again(UNUSED);
+        poll.reschedule(REPORTS);
+        poll.reschedule(INFLATE_DEFLATE);
         Ok(())
     }
 
@@ -151,26 +156,26 @@ impl Engine for BalloonEngine {
         if token == REPORTS {
             self.reporting.clear_kick();
             if self.serve() {
-                poll.again(REPORTS);
+                poll.reschedule(REPORTS);
             }
-            self.reporting.announce();
+            self.reporting.signal_used();
             return;
         }
-        for queue in &mut self.unused {
+        for queue in &mut self.inflate_deflate {
             queue.clear_kick();
             let counters = &self.counters;
-            // No page was asked for.
-            let hand_back = |_: &Chain| {
+            // The device never asks for pages, so nothing is expected in these queues.
+            let return_chain = |_: &Chain| {
                 counters.error();
                 0
             };
-            if queue.serve(BUDGET, hand_back) {
-                poll.again(UNUSED);
+            if queue.serve(BUDGET, return_chain) {
+                poll.reschedule(INFLATE_DEFLATE);
             }
         }
     }
 
     fn resume(&mut self, poll: &mut Poll<'_>) {
-        poll.again(REPORTS);
+        poll.reschedule(REPORTS);
     }
 }

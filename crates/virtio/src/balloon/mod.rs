@@ -1,13 +1,12 @@
-//! Balloon device (virtio 1.2, section 5.5) for free page reporting: the driver tells which pages it
-//! does not use, and they go back to the host.
+//! Balloon device (virtio 1.2, section 5.5) for free page reporting: the driver reports pages that
+//! it does not use, and their memory is returned to the host.
 //!
-//! - [`spec`]: the specification's numbers; [`engine`]: the driver's reports.
+//! - [`spec`]: constants of the specification; [`engine`]: handles reports.
 //!
-//! The balloon itself is never inflated: the configuration always asks for 0 pages, and what a driver
-//! puts into the inflate and deflate queues is handed back without effect. A report is a hint about
-//! the driver's own memory; the worst that a false one does is to lose what the guest had there. It
-//! must lie in memory that was granted to the guest: in the room that a VM grows into, only blocks
-//! that are plugged ([`crate::mem`]) count.
+//! The balloon is never inflated: `num_pages` is always 0, and chains in the inflate and deflate
+//! queues are returned without effect. A report concerns the guest's own memory; a false one only
+//! loses the guest's data there. It must lie in memory granted to the guest: within the hotplug
+//! region only in plugged blocks ([`crate::mem`]).
 
 mod engine;
 mod spec;
@@ -21,18 +20,18 @@ use self::engine::BalloonEngine;
 use self::spec::{F_REPORTING, QUEUE_SIZES};
 use crate::device::{Activation, DeviceCounters, DeviceKind, Engine, VirtioDevice, take_queues};
 use crate::features;
-use crate::mem::Resize;
+use crate::mem::ResizeHandle;
 
 /// The device. All fields of its configuration (`num_pages`, `actual`) are 0.
 pub struct Balloon {
-    room: Option<Resize>,
+    hotplug: Option<ResizeHandle>,
     counters: Arc<DeviceCounters>,
 }
 
 impl Balloon {
-    /// `room`: the memory device of a VM that can grow.
-    pub fn new(room: Option<Resize>) -> Self {
-        Self { room, counters: Arc::default() }
+    /// `hotplug`: the memory device of the VM, if it has one.
+    pub fn new(hotplug: Option<ResizeHandle>) -> Self {
+        Self { hotplug, counters: Arc::default() }
     }
 }
 
@@ -57,7 +56,7 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, activation: Activation) -> io::Result<Box<dyn Engine>> {
         let [inflate, deflate, reporting] = take_queues(activation.queues)?;
-        let (room, counters) = (self.room.clone(), self.counters.clone());
-        Ok(Box::new(BalloonEngine::new([inflate, deflate], reporting, room, counters)))
+        let (hotplug, counters) = (self.hotplug.clone(), self.counters.clone());
+        Ok(Box::new(BalloonEngine::new([inflate, deflate], reporting, hotplug, counters)))
     }
 }

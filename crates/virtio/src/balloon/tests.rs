@@ -5,25 +5,25 @@ use std::time::Duration;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
-use super::engine::{PIECE, PIECES};
+use super::engine::{MAX_BYTES, MAX_RANGES};
 use super::*;
 use crate::discard::PAGE;
 use crate::mem::{BLOCK, Mem};
 use crate::mock::{MockInterrupt, MockQueue, Runner, activation, queues};
 
-/// Rings and indirect tables.
+/// Size of the area at address 0 for rings and indirect tables.
 const RINGS: u64 = 2 << 20;
 const RAM: u64 = 256 << 20;
-/// Room to grow, above a hole.
-const ROOM: u64 = 1 << 32;
+/// Start of the hotplug region.
+const HOTPLUG: u64 = 1 << 32;
 const BLOCKS: u64 = 8;
 const REPORTING: usize = 2;
 
-/// Guest memory as a VM has it: RAM, and room to grow with a file of its own.
+/// Guest memory: RAM, and a hotplug region with a file of its own.
 struct Rig {
     mem: Arc<GuestMemoryMmap>,
     ram: File,
-    room: File,
+    hotplug: File,
     memory: Mem,
     memory_queues: Vec<MockQueue>,
     memory_runner: Runner,
@@ -45,26 +45,26 @@ fn bytes(file: &File) -> u64 {
 
 impl Rig {
     fn new() -> Self {
-        let (ram, room) = (file(RAM), file(BLOCKS * BLOCK));
+        let (ram, hotplug) = (file(RAM), file(BLOCKS * BLOCK));
         let backing = |file: &File| Some(FileOffset::new(file.try_clone().unwrap(), 0));
         let ranges = [
             (GuestAddress(0), RAM as usize, backing(&ram)),
-            (GuestAddress(ROOM), (BLOCKS * BLOCK) as usize, backing(&room)),
+            (GuestAddress(HOTPLUG), (BLOCKS * BLOCK) as usize, backing(&hotplug)),
         ];
         let mem = Arc::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap());
         let interrupt = Arc::new(MockInterrupt::default());
-        let mut memory = Mem::new(&mem, ROOM..ROOM + BLOCKS * BLOCK).unwrap();
+        let mut memory = Mem::new(&mem, HOTPLUG..HOTPLUG + BLOCKS * BLOCK).unwrap();
         let memory_queues = queues(&mem, RINGS / 2, memory.queue_sizes());
         let made = activation(&memory, &memory_queues, interrupt.clone(), memory.features());
         let memory_runner = Runner::start(memory.activate(made).unwrap()).unwrap();
-        let mut device = Balloon::new(Some(memory.resize()));
+        let mut device = Balloon::new(Some(memory.resize_handle()));
         let queues = queues(&mem, 0x1000, device.queue_sizes());
         let made = activation(&device, &queues, interrupt.clone(), device.features());
         let runner = Runner::start(device.activate(made).unwrap()).unwrap();
         let mut rig = Self {
             mem,
             ram,
-            room,
+            hotplug,
             memory,
             memory_queues,
             memory_runner,
@@ -73,34 +73,34 @@ impl Rig {
             interrupt,
             runner,
         };
-        // What the queues take of the file is not to change later.
+        // Allocates the pages of the queues now, so that later counts do not change.
         rig.touch_kept(0, RINGS);
         assert!(rig.runner.settle(10));
         rig
     }
 
-    /// Plugs the first blocks of the room, as the guest's driver does.
+    /// Plugs the first blocks of the hotplug region, as the guest's driver does.
     fn plug(&mut self, blocks: u64) {
-        self.memory.resize().ask(blocks * BLOCK, blocks * BLOCK).unwrap();
+        self.memory.resize_handle().request(blocks * BLOCK, blocks * BLOCK).unwrap();
         let (request, response) = (RINGS - 0x2000, RINGS - 0x1000);
         let mut bytes = [0; 24];
-        bytes[8..16].copy_from_slice(&ROOM.to_le_bytes());
+        bytes[8..16].copy_from_slice(&HOTPLUG.to_le_bytes());
         bytes[16..18].copy_from_slice(&(blocks as u16).to_le_bytes());
         self.mem.write_slice(&bytes, GuestAddress(request)).unwrap();
         self.memory_queues[0].add(&[(request, 24)], &[(response, 10)]);
         self.memory_queues[0].kick();
         assert!(self.memory_runner.settle(10));
-        assert_eq!(self.memory.resize().plugged(), blocks * BLOCK);
+        assert_eq!(self.memory.resize_handle().plugged(), blocks * BLOCK);
     }
 
-    /// Has the host hold memory.
+    /// Writes to each page, so that the host allocates it.
     fn touch(&self, addr: u64, len: u64) {
         for page in 0..len / PAGE {
             self.mem.write_obj(7u8, GuestAddress(addr + page * PAGE)).unwrap();
         }
     }
 
-    /// The same for memory that has its content already.
+    /// Like [`Self::touch`], without changing the contents.
     fn touch_kept(&self, addr: u64, len: u64) {
         for page in 0..len / PAGE {
             let addr = GuestAddress(addr + page * PAGE);
@@ -132,12 +132,12 @@ impl Rig {
 }
 
 #[test]
-fn reported_pages_go_back_to_the_host_and_come_again_as_zeroes() {
+fn reported_pages_are_freed_and_read_as_zeroes() {
     let mut rig = Rig::new();
     let block = BLOCK as u32;
     rig.touch(64 << 20, 64 * BLOCK);
     let before = bytes(&rig.ram);
-    // As Linux does: 32 blocks a report, in no order.
+    // As Linux does: 32 blocks per report, unordered.
     let ranges: Vec<_> = (0..32).rev().map(|n| ((64 << 20) + 2 * n * BLOCK, block)).collect();
     rig.report(&ranges);
     assert_eq!(before - bytes(&rig.ram), 32 * BLOCK);
@@ -149,7 +149,7 @@ fn reported_pages_go_back_to_the_host_and_come_again_as_zeroes() {
 }
 
 #[test]
-fn neighbours_and_pages_that_are_named_twice_are_given_back_at_once() {
+fn adjacent_and_overlapping_ranges_are_freed_as_one() {
     let mut rig = Rig::new();
     let (addr, page) = (64 << 20, PAGE as u32);
     rig.touch(addr, 16 * PAGE);
@@ -160,7 +160,7 @@ fn neighbours_and_pages_that_are_named_twice_are_given_back_at_once() {
 }
 
 #[test]
-fn only_pages_that_lie_in_a_report_as_a_whole_are_given_back() {
+fn only_whole_pages_of_a_report_are_freed() {
     let mut rig = Rig::new();
     let addr = 64 << 20;
     rig.touch(addr, 16 * PAGE);
@@ -173,40 +173,41 @@ fn only_pages_that_lie_in_a_report_as_a_whole_are_given_back() {
 }
 
 #[test]
-fn a_report_of_room_that_is_not_plugged_is_refused_as_a_whole() {
+fn a_report_with_blocks_that_are_not_plugged_frees_nothing() {
     let mut rig = Rig::new();
     let block = BLOCK as u32;
     rig.touch(64 << 20, BLOCK);
-    // Held by the host although the guest has plugged only a part of it.
-    rig.touch(ROOM, BLOCKS * BLOCK);
-    let before = bytes(&rig.ram) + bytes(&rig.room);
-    let all = |rig: &Rig| bytes(&rig.ram) + bytes(&rig.room);
-    rig.report(&[(64 << 20, block), (ROOM, block)]);
+    // Allocated by the host although the guest has plugged only a part of it.
+    rig.touch(HOTPLUG, BLOCKS * BLOCK);
+    let before = bytes(&rig.ram) + bytes(&rig.hotplug);
+    let all = |rig: &Rig| bytes(&rig.ram) + bytes(&rig.hotplug);
+    rig.report(&[(64 << 20, block), (HOTPLUG, block)]);
     assert_eq!((all(&rig), rig.errors()), (before, 1), "nothing is plugged");
     rig.plug(2);
-    for (n, addr) in
-        [ROOM + 2 * BLOCK, ROOM + BLOCK + PAGE, ROOM + (BLOCKS - 1) * BLOCK].into_iter().enumerate()
+    for (n, addr) in [HOTPLUG + 2 * BLOCK, HOTPLUG + BLOCK + PAGE, HOTPLUG + (BLOCKS - 1) * BLOCK]
+        .into_iter()
+        .enumerate()
     {
         rig.report(&[(addr, block)]);
         assert_eq!((all(&rig), rig.errors()), (before, 2 + n as u64), "{addr:#x}");
     }
-    rig.report(&[(ROOM, 2 * block)]);
+    rig.report(&[(HOTPLUG, 2 * block)]);
     assert_eq!((before - all(&rig), rig.errors()), (2 * BLOCK, 4));
 }
 
 #[test]
-fn a_report_outside_of_memory_is_refused_and_the_next_one_served() {
+fn a_report_outside_memory_frees_nothing_and_the_next_one_is_handled() {
     let mut rig = Rig::new();
     let block = BLOCK as u32;
     rig.touch(64 << 20, BLOCK);
     let before = bytes(&rig.ram);
-    // The hole, its edges, the end of all addresses, a device's window.
+    // The hole, its edges, the end of the address space, the local APIC.
     let outside = [
         RAM,
         RAM - PAGE,
         2 << 30,
-        ROOM - PAGE,
-        ROOM + BLOCKS * BLOCK,
+        HOTPLUG - PAGE,
+        HOTPLUG + BLOCKS * BLOCK,
         0xfee0_0000,
         u64::MAX - PAGE,
     ];
@@ -215,7 +216,7 @@ fn a_report_outside_of_memory_is_refused_and_the_next_one_served() {
     }
     assert_eq!(bytes(&rig.ram), before);
     assert_eq!(rig.errors(), outside.len() as u64);
-    // Nothing but what the driver says to the device.
+    // A device-readable buffer only.
     rig.queues[REPORTING].add(&[(64 << 20, block)], &[]);
     rig.queues[REPORTING].kick();
     assert!(rig.runner.settle(10));
@@ -227,16 +228,16 @@ fn a_report_outside_of_memory_is_refused_and_the_next_one_served() {
 }
 
 #[test]
-fn a_large_report_is_carried_out_in_pieces_that_a_pause_may_part() {
+fn a_large_report_is_handled_in_rounds_and_continues_after_a_pause() {
     let mut rig = Rig::new();
     let (addr, size) = (32 << 20, RAM - (32 << 20));
-    assert!(size > 2 * PIECE);
+    assert!(size > 2 * MAX_BYTES);
     rig.touch(addr, size);
     let before = bytes(&rig.ram);
     rig.send(&[(addr, size as u32)]);
     rig.runner.round(Duration::ZERO);
-    assert_eq!(before - bytes(&rig.ram), PIECE, "one piece");
-    assert!(rig.queues[REPORTING].used().is_none(), "handed back before its end");
+    assert_eq!(before - bytes(&rig.ram), MAX_BYTES, "one round");
+    assert!(rig.queues[REPORTING].used().is_none(), "returned before it was complete");
     rig.runner.engine().drain();
     assert!(rig.runner.engine().drained());
     rig.runner.resume();
@@ -246,27 +247,27 @@ fn a_large_report_is_carried_out_in_pieces_that_a_pause_may_part() {
 }
 
 #[test]
-fn many_small_ranges_are_carried_out_in_pieces() {
+fn many_small_ranges_are_handled_in_rounds() {
     let mut rig = Rig::new();
     let addr = 64 << 20;
-    let count = 4 * PIECES as u64;
+    let count = 4 * MAX_RANGES as u64;
     rig.touch(addr, 2 * count * PAGE);
     let before = bytes(&rig.ram);
     let ranges: Vec<_> = (0..count).map(|n| (addr + 2 * n * PAGE, PAGE as u32)).collect();
     rig.send(&ranges);
     rig.runner.round(Duration::ZERO);
-    assert_eq!(before - bytes(&rig.ram), PIECES as u64 * PAGE);
+    assert_eq!(before - bytes(&rig.ram), MAX_RANGES as u64 * PAGE);
     assert!(rig.runner.settle(100));
     assert_eq!(before - bytes(&rig.ram), count * PAGE);
 }
 
 #[test]
-fn pages_that_nobody_asked_for_are_handed_back_untouched() {
+fn inflate_and_deflate_requests_are_returned_without_effect() {
     let mut rig = Rig::new();
     rig.touch(64 << 20, BLOCK);
     let before = bytes(&rig.ram);
     for queue in 0..REPORTING {
-        // Page numbers of 32 bits (section 5.5.6).
+        // 32-bit page numbers (section 5.5.6).
         rig.queues[queue].add(&[(64 << 20, 1024)], &[]);
         rig.queues[queue].kick();
         assert!(rig.runner.settle(10));
@@ -276,7 +277,7 @@ fn pages_that_nobody_asked_for_are_handed_back_untouched() {
 }
 
 #[test]
-fn the_driver_is_asked_for_no_page() {
+fn the_configuration_asks_for_no_pages() {
     let device = Balloon::new(None);
     let mut config = [0; 16];
     device.read_config(0, &mut config);

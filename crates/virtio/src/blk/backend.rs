@@ -1,4 +1,4 @@
-//! How a block engine reaches its file: through io_uring, or by plain system calls.
+//! I/O of the block engine: io_uring ([`Ring`]), or synchronous system calls ([`Direct`]).
 
 use std::fs::File;
 use std::io;
@@ -11,31 +11,31 @@ use super::direct::Direct;
 use super::ring::Ring;
 use crate::chain::Buffer;
 
-/// One system call's worth of work.
+/// One system call.
 pub(super) enum Io<'a> {
     Read {
         offset: u64,
         data: &'a Buffer,
     },
-    /// `durable`: on stable storage when it completes.
+    /// `durable`: on stable storage at completion (RWF_DSYNC).
     Write {
         offset: u64,
         data: &'a Buffer,
         durable: bool,
     },
-    /// Everything completed before is on stable storage when it completes.
+    /// All writes completed before are on stable storage at completion (fdatasync).
     Sync,
     Fallocate {
         mode: i32,
         offset: u64,
         len: u64,
     },
-    /// What the host's page cache holds of the file is written and dropped; what is being written
-    /// just then stays.
+    /// Writes back and drops the file's pages in the host's page cache (POSIX_FADV_DONTNEED); pages
+    /// under writeback stay.
     DropCache,
 }
 
-/// A finished [`Io`]: the number it was started under, and bytes moved (0 where none are).
+/// A completed [`Io`]: its slot, and the bytes transferred (0 if none are).
 pub(super) struct Done {
     pub(super) slot: usize,
     pub(super) result: io::Result<usize>,
@@ -47,20 +47,20 @@ pub(super) enum Backend {
 }
 
 impl Backend {
-    /// io_uring where the host allows it. Without it (`ENOSYS`, `EPERM` from a sysctl or a filter,
-    /// `EINVAL` from a kernel before 5.10, whose rings cannot be restricted) every request blocks
-    /// the worker while it runs: correct, but slow under load, so it is said once.
+    /// Uses io_uring if the host allows it. Without it (`ENOSYS`, `EPERM` from a sysctl or a
+    /// seccomp filter, `EINVAL` from a kernel before 5.10, whose rings cannot be restricted) every
+    /// request blocks the worker while it runs, which is slow under load, so it is logged once.
     pub(super) fn open(file: &Arc<File>, slots: usize) -> Self {
         match Ring::new(file.clone(), slots) {
             Ok(ring) => Self::Ring(Box::new(ring)),
             Err(error) => {
-                tracing::warn!(%error, "io_uring is unavailable; disk requests run one by one");
+                tracing::warn!(%error, "io_uring is unavailable; disk requests run one at a time");
                 Self::Direct(Direct::new(file.clone()))
             }
         }
     }
 
-    /// Becomes readable when something completes later; nothing does without a ring.
+    /// Readable after an asynchronous completion; none for synchronous calls.
     pub(super) fn event_fd(&self) -> Option<RawFd> {
         match self {
             Self::Ring(ring) => Some(ring.event_fd()),
@@ -68,7 +68,7 @@ impl Backend {
         }
     }
 
-    /// Starts one; at most `slots` are under way at once, each under its own number.
+    /// Starts one; at most `slots` are in flight, each in its own slot.
     pub(super) fn start(&mut self, slot: usize, io: &Io<'_>, mem: &Arc<GuestMemoryMmap>) {
         match self {
             Self::Ring(ring) => ring.start(slot, io, mem),
@@ -76,7 +76,7 @@ impl Backend {
         }
     }
 
-    /// Hands what was started to the kernel. An error is passing: call again.
+    /// Submits started operations to the kernel. An error is temporary: call again.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         match self {
             Self::Ring(ring) => ring.submit(),
@@ -84,7 +84,7 @@ impl Backend {
         }
     }
 
-    /// Whether something has finished already that no event tells of.
+    /// Whether an operation has completed without an event.
     pub(super) fn has_finished(&self) -> bool {
         match self {
             Self::Ring(_) => false,
@@ -92,7 +92,7 @@ impl Backend {
         }
     }
 
-    /// What has finished since the last call.
+    /// Appends the operations completed since the last call.
     pub(super) fn finished(&mut self, out: &mut Vec<Done>) {
         match self {
             Self::Ring(ring) => ring.finished(out),

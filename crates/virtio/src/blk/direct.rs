@@ -1,4 +1,4 @@
-//! Disk requests by plain system calls, each finished when `run` returns.
+//! Disk requests by synchronous system calls: each is complete when `run` returns.
 #![allow(unsafe_code)] // preadv, pwritev, fallocate, posix_fadvise; iovecs over guest memory
 
 use std::fs::File;
@@ -15,7 +15,7 @@ pub(super) struct Direct {
     file: Arc<File>,
     iovecs: Vec<libc::iovec>,
     pub(super) done: Vec<Done>,
-    /// Errors to answer with, one a call, before anything is done.
+    /// Errors for the next calls, last first, which then do nothing.
     #[cfg(test)]
     pub(super) faults: Vec<i32>,
     /// Counts [`Io::DropCache`].
@@ -23,7 +23,8 @@ pub(super) struct Direct {
     pub(super) drops: Arc<std::sync::atomic::AtomicU32>,
 }
 
-// SAFETY: `iovecs` is scratch space, cleared before each use; nothing in it outlives `run`.
+// SAFETY: `iovecs` is a buffer that is cleared before each use; its pointers are not used after
+// `run`.
 unsafe impl Send for Direct {}
 
 impl Direct {

@@ -1,8 +1,9 @@
-//! The block device's moving half: chains in, system calls under way, status bytes out.
+//! The block device's engine: takes requests from the queue, runs them on the backend, writes
+//! status bytes.
 //!
-//! Completions may overtake each other (section 5.2.6: requests have no order). A flush covers the
-//! writes that had completed when it was made available, which is what `fdatasync` started then
-//! covers; writes still in flight are not its business.
+//! Requests complete in any order (virtio 1.2, section 5.2.6). A flush covers the writes that had
+//! completed when it was made available, as the `fdatasync` that is started then does; writes in
+//! flight are not covered.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,71 +19,72 @@ use crate::device::{DeviceCounters, Engine, Poll};
 use crate::guest_warn;
 use crate::queue::VirtQueue;
 
-/// Requests taken from the queue before other devices get their turn.
+/// Requests taken from the queue per call, so that other devices of the worker are served too.
 const BUDGET: usize = 64;
-/// Times a request is begun again because the host was interrupted or busy; then it fails. A host's
-/// device that is always busy would keep the worker for ever.
+/// Times that a request is restarted after EINTR or EAGAIN before it fails: a device of the host
+/// that is always busy would occupy the worker forever.
 pub(super) const MAX_RESTARTS: u8 = 16;
 
-/// What a disk that is written to may leave in the host's page cache, bytes: the guest has a cache of
-/// its own, and the host's is charged to the pod as well. What the guest reads of an image stays: other
-/// pods read it too.
-pub(super) const CACHE: u64 = 16 << 20;
-/// A disk that has rested for so long leaves nothing there.
-const REST: Duration = Duration::from_secs(1);
-/// Times that a resting disk's cache is dropped: what is being written is dropped only later.
-pub(super) const DROPS: u8 = 3;
+/// Bytes that a writable disk may transfer before its pages are dropped from the host's page cache:
+/// the guest has a page cache of its own, and the host's is charged to the pod's cgroup as well.
+/// Read-only images stay cached: other pods read them too.
+pub(super) const CACHE_LIMIT: u64 = 16 << 20;
+/// The page cache of a disk is dropped after this idle time.
+const CACHE_IDLE: Duration = Duration::from_secs(1);
+/// Times that an idle disk's page cache is dropped: pages under writeback are dropped only by a
+/// later call.
+pub(super) const MAX_CACHE_DROPS: u8 = 3;
 
 const REQUESTS: u32 = 0;
 const COMPLETIONS: u32 = 1;
 
 pub(super) struct BlockEngine {
-    // Fixed.
+    // Set at creation.
     pub(super) limits: Limits,
     pub(super) id: [u8; ID_LEN],
     /// The driver did not negotiate FLUSH: every write is durable when it completes (section
     /// 5.2.6.2).
     pub(super) write_through: bool,
     pub(super) block_device: bool,
-    // Glue.
+    // Connections to queue, backend and counters.
     pub(super) queue: VirtQueue,
     pub(super) backend: Option<Backend>,
-    /// Where the backend goes back to for the next activation.
-    pub(super) home: Arc<Mutex<Option<Backend>>>,
+    /// Keeps the backend for the next activation.
+    pub(super) idle_backend: Arc<Mutex<Option<Backend>>>,
     pub(super) counters: Arc<DeviceCounters>,
-    // Volatile.
+    // Runtime state.
     pub(super) slots: Vec<Option<Pending>>,
     pub(super) free: Vec<usize>,
     pub(super) draining: bool,
-    /// Chains were left in the queue for want of a slot.
-    pub(super) starved: bool,
+    /// Chains were left in the queue because no slot was free.
+    pub(super) no_free_slot: bool,
     pub(super) cache: Cache,
 }
 
-/// What the host's page cache holds of a disk that is not shared.
+/// When to drop a writable disk from the host's page cache.
 #[derive(Debug, Default)]
 pub(super) struct Cache {
-    /// Bytes moved since it was dropped last.
+    /// Bytes transferred since the last drop.
     moved: u64,
-    /// When it is dropped next, if nothing else is moved.
-    rest: Option<Instant>,
-    /// Times that it was dropped since something was moved.
+    /// When to drop it next if no data is transferred until then.
+    drop_at: Option<Instant>,
+    /// Drops since the last transfer.
     drops: u8,
-    /// The slot of the request to drop it.
+    /// Slot of the [`Io::DropCache`] in flight.
     slot: Option<usize>,
 }
 
-/// A request that the kernel has.
+/// A request in flight.
 pub(super) struct Pending {
     head: u16,
     operation: Operation,
     status: Buffer,
-    /// Bytes of data moved by earlier, short system calls.
+    /// Data bytes transferred by earlier, short system calls.
     moved: usize,
-    /// Times it was begun again for nothing.
+    /// Restarts after EINTR or EAGAIN.
     restarts: u8,
-    /// A second way to zero a range is being tried.
-    retried: bool,
+    /// The other fallocate mode is being tried for a write-zeroes request.
+    fallback_tried: bool,
 }
 
 impl Engine for BlockEngine {
@@ -91,7 +93,7 @@ impl Engine for BlockEngine {
         if let Some(fd) = self.backend.as_ref().and_then(Backend::event_fd) {
             poll.add(fd, COMPLETIONS, EventSet::IN)?;
         }
-        poll.again(REQUESTS);
+        poll.reschedule(REQUESTS);
         Ok(())
     }
 
@@ -101,38 +103,38 @@ impl Engine for BlockEngine {
         }
         self.reap();
         if !self.draining && self.take_requests() {
-            poll.again(REQUESTS);
+            poll.reschedule(REQUESTS);
         }
         self.submit(poll);
-        // Requests that the page cache answers are done already.
+        // Requests served from the page cache are complete already.
         if self.reap() {
             self.submit(poll);
         }
-        // Begun again, and done already, with no event to tell of it.
+        // Restarted requests of the synchronous backend complete without an event.
         if self.backend.as_ref().is_some_and(Backend::has_finished) {
-            poll.again(COMPLETIONS);
+            poll.reschedule(COMPLETIONS);
         }
-        if std::mem::take(&mut self.starved) {
+        if std::mem::take(&mut self.no_free_slot) {
             if self.free.is_empty() {
-                self.starved = true;
+                self.no_free_slot = true;
             } else {
-                poll.again(REQUESTS);
+                poll.reschedule(REQUESTS);
             }
         }
-        self.queue.announce();
+        self.queue.signal_used();
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.cache.rest.filter(|_| !self.draining && self.cache.slot.is_none())
+        self.cache.drop_at.filter(|_| !self.draining && self.cache.slot.is_none())
     }
 
     fn tick(&mut self, now: Instant, poll: &mut Poll<'_>) {
         self.cache.drops += 1;
-        self.cache.rest = (self.cache.drops < DROPS).then(|| now + REST);
+        self.cache.drop_at = (self.cache.drops < MAX_CACHE_DROPS).then(|| now + CACHE_IDLE);
         self.drop_cache();
         self.submit(poll);
         if self.backend.as_ref().is_some_and(Backend::has_finished) {
-            poll.again(COMPLETIONS);
+            poll.reschedule(COMPLETIONS);
         }
     }
 
@@ -145,23 +147,23 @@ impl Engine for BlockEngine {
         if let Some(backend) = &mut self.backend {
             let _ = backend.submit();
         }
-        self.queue.announce();
-        self.is_at_rest()
+        self.queue.signal_used();
+        self.is_idle()
     }
 
     fn resume(&mut self, poll: &mut Poll<'_>) {
         self.draining = false;
-        poll.again(REQUESTS);
+        poll.reschedule(REQUESTS);
     }
 }
 
 impl BlockEngine {
-    /// Takes what there is room for; `true` when more may be waiting.
+    /// Takes requests while slots are free; `true` when more may be available.
     fn take_requests(&mut self) -> bool {
         self.queue.disable_kicks();
         for _ in 0..BUDGET {
             let Some(slot) = self.free.pop() else {
-                self.starved = true;
+                self.no_free_slot = true;
                 return false;
             };
             let Some(chain) = self.queue.pop() else {
@@ -189,23 +191,24 @@ impl BlockEngine {
                 return self.answer(chain.head, &status, error.status(), 0);
             }
             Err(error) => {
-                guest_warn!(self.counters.limit, %error, "block request cannot be answered");
+                guest_warn!(self.counters.limit, %error, "block request has no status byte");
                 self.free.push(slot);
                 self.counters.error();
                 return self.queue.push(chain.head, 0);
             }
         };
-        let at_once = match &operation {
+        let immediate = match &operation {
             Operation::GetId { data } => Some(data.write(&mem, 0, &self.id)),
             Operation::Discard { len: 0, .. } | Operation::WriteZeroes { len: 0, .. } => Some(0),
             _ => None,
         };
-        if let Some(written) = at_once {
+        if let Some(written) = immediate {
             self.free.push(slot);
             return self.answer(chain.head, &status, Status::Ok, written);
         }
         let head = chain.head;
-        let pending = Pending { head, operation, status, moved: 0, restarts: 0, retried: false };
+        let pending =
+            Pending { head, operation, status, moved: 0, restarts: 0, fallback_tried: false };
         self.start_io(slot, &pending);
         self.slots[slot] = Some(pending);
     }
@@ -227,9 +230,10 @@ impl BlockEngine {
                 Io::Fallocate { mode: PUNCH, offset: *offset, len: *len }
             }
             Operation::WriteZeroes { offset, len, unmap } => {
-                // A hole reads as zeroes. A block device that cannot unmap refuses to punch, and a
-                // file system (tmpfs) may refuse to zero: each then gets the other order.
-                let punch = (*unmap && !self.block_device) != pending.retried;
+                // A hole reads as zeroes. A block device without unmap does not support PUNCH_HOLE,
+                // and some file systems (tmpfs) do not support ZERO_RANGE: then the other one is
+                // tried.
+                let punch = (*unmap && !self.block_device) != pending.fallback_tried;
                 let mode = if punch { PUNCH } else { ZERO };
                 Io::Fallocate { mode, offset: *offset, len: *len }
             }
@@ -243,13 +247,13 @@ impl BlockEngine {
         if let Some(backend) = &mut self.backend
             && let Err(error) = backend.submit()
         {
-            tracing::debug!(%error, "io_uring is busy");
-            poll.again(COMPLETIONS);
+            tracing::debug!(%error, "io_uring submission is busy");
+            poll.reschedule(COMPLETIONS);
         }
     }
 
-    /// Answers what has finished; `true` when something has to be submitted again or slots have
-    /// become free.
+    /// Completes finished requests; `true` when there were any: slots have become free, or requests
+    /// were restarted and must be submitted.
     fn reap(&mut self) -> bool {
         let mut finished = Vec::new();
         if let Some(backend) = &mut self.backend {
@@ -262,20 +266,20 @@ impl BlockEngine {
         any
     }
 
-    /// Counts what the host's page cache may hold now.
-    fn cached(&mut self, bytes: u64) {
+    /// Counts transferred bytes, which the host's page cache may hold now.
+    fn count_cached(&mut self, bytes: u64) {
         if self.limits.read_only {
             return;
         }
         self.cache.moved += bytes;
-        self.cache.rest = Some(Instant::now() + REST);
+        self.cache.drop_at = Some(Instant::now() + CACHE_IDLE);
         self.cache.drops = 0;
-        if self.cache.moved >= CACHE {
+        if self.cache.moved >= CACHE_LIMIT {
             self.drop_cache();
         }
     }
 
-    /// Starts to drop the host's page cache, if there is a slot for that.
+    /// Starts to drop the disk from the host's page cache, if a slot is free.
     fn drop_cache(&mut self) {
         if self.draining || self.cache.slot.is_some() {
             return;
@@ -286,7 +290,7 @@ impl BlockEngine {
         self.cache.moved = 0;
     }
 
-    fn is_at_rest(&self) -> bool {
+    fn is_idle(&self) -> bool {
         self.cache.slot.is_none() && self.slots.iter().all(Option::is_none)
     }
 
@@ -295,7 +299,7 @@ impl BlockEngine {
             self.cache.slot = None;
             self.free.push(slot);
             if let Err(error) = result {
-                tracing::debug!(%error, "the host keeps a disk in its page cache");
+                tracing::debug!(%error, "cannot drop a disk from the host's page cache");
             }
             return;
         }
@@ -325,10 +329,12 @@ impl BlockEngine {
                 return;
             }
             Err(error) => match &pending.operation {
-                // Discard is advice (section 5.2.6.2).
+                // A device may ignore a discard (section 5.2.6.2).
                 Operation::Discard { .. } if is_unsupported(&error) => Status::Ok,
-                Operation::WriteZeroes { .. } if is_unsupported(&error) && !pending.retried => {
-                    pending.retried = true;
+                Operation::WriteZeroes { .. }
+                    if is_unsupported(&error) && !pending.fallback_tried =>
+                {
+                    pending.fallback_tried = true;
                     self.start_io(slot, &pending);
                     self.slots[slot] = Some(pending);
                     return;
@@ -342,7 +348,7 @@ impl BlockEngine {
             _ => 0,
         };
         if matches!(pending.operation, Operation::Read { .. } | Operation::Write { .. }) {
-            self.cached(wanted as u64);
+            self.count_cached(wanted as u64);
         }
         if let (Status::Ok, Operation::Write { data, .. }) = (status, &pending.operation) {
             self.counters.operation(data.len() as u64);
@@ -352,14 +358,14 @@ impl BlockEngine {
         self.complete(pending.head, &pending.status, status, written);
     }
 
-    /// A full disk, a bad sector: the guest sees an I/O error, as from any disk.
+    /// Counts and logs an error of the host (ENOSPC, EIO); the guest gets VIRTIO_BLK_S_IOERR.
     fn host_failed(&mut self, error: &io::Error) -> Status {
         self.counters.error();
         guest_warn!(self.counters.limit, %error, "disk request failed on the host");
         Status::IoError
     }
 
-    /// Answers a request that never reached the kernel.
+    /// Completes a request that needed no I/O.
     fn answer(&mut self, head: u16, place: &Buffer, status: Status, written: usize) {
         match status {
             Status::Ok => self.counters.operation(written as u64),
@@ -375,10 +381,10 @@ impl BlockEngine {
 }
 
 impl Drop for BlockEngine {
-    /// The backend serves the next activation, unless requests are stuck in it.
+    /// Keeps the backend for the next activation, unless requests are still in flight.
     fn drop(&mut self) {
-        if self.is_at_rest() {
-            *self.home.lock().unwrap_or_else(PoisonError::into_inner) = self.backend.take();
+        if self.is_idle() {
+            *self.idle_backend.lock().unwrap_or_else(PoisonError::into_inner) = self.backend.take();
         }
     }
 }

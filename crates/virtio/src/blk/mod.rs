@@ -1,12 +1,12 @@
 //! Block device (virtio 1.2, section 5.2) on a raw file or a block device of the host.
 //!
-//! - [`spec`]: the specification's numbers; [`request`]: a chain becomes a checked operation;
-//! - [`engine`]: operations under way; [`backend`]: io_uring ([`ring`]) or, where the host forbids
-//!   it, plain calls ([`direct`]).
+//! - [`spec`]: constants of the specification; [`request`]: parses and checks a request;
+//! - [`engine`]: requests in flight; [`backend`]: io_uring ([`ring`]) or, where the host forbids
+//!   it, synchronous system calls ([`direct`]).
 //!
-//! Discards and zeroes go through `fallocate` for files and for block devices alike (the kernel's
-//! `blkdev_fallocate` unmaps or zeroes): unlike the `BLKDISCARD` ioctl it can be queued, so a
-//! gigabyte's discard never stops the worker.
+//! Discard and write-zeroes use `fallocate` for files and for block devices (`blkdev_fallocate`
+//! unmaps or zeroes). Unlike the `BLKDISCARD` ioctl it can be queued in io_uring, so a large
+//! discard does not block the worker.
 
 mod backend;
 mod direct;
@@ -37,24 +37,24 @@ use crate::device::{
 use crate::features;
 use crate::guest_warn;
 
-/// Linux allocates and zeroes a request (some 500 bytes) for each, a disk: more would cost an idle
-/// guest memory and make no disk faster.
+/// Linux allocates a request (about 500 bytes) per entry and disk: a larger queue would cost an
+/// idle guest memory without more throughput.
 const QUEUE_SIZE: u16 = 128;
-/// Data segments in a request; with header and status they are as many as the queue is long, which
-/// a driver without indirect descriptors needs.
+/// Data segments per request: with header and status the queue size, as a driver without indirect
+/// descriptors needs.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// Physical blocks of 4 KiB, as the host's page cache has them.
+/// log2 of sectors per physical block: 4 KiB, the page size of the host.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
     #[error("serial {serial:?} is not 1 to {ID_LEN} printable ASCII bytes")]
     Serial { serial: String },
-    #[error("disk cannot be examined")]
+    #[error("cannot stat the disk")]
     Examine(#[source] io::Error),
     #[error("disk is neither a regular file nor a block device")]
     Kind,
-    #[error("disk of {size} bytes has no whole sector")]
+    #[error("disk of {size} bytes is smaller than a sector")]
     Empty { size: u64 },
 }
 
@@ -64,14 +64,15 @@ pub struct Block {
     id: [u8; ID_LEN],
     limits: Limits,
     block_device: bool,
-    /// Between activations; opened when the device is made: the threads that activate it may make
-    /// no rings.
+    /// The backend between activations. It is opened when the device is created: the seccomp filter
+    /// of the vCPU threads that activate it forbids io_uring_setup.
     backend: Arc<Mutex<Option<Backend>>>,
     counters: Arc<DeviceCounters>,
 }
 
 impl Block {
-    /// A disk on `file`. Its size is taken now; a trailing part of a sector is not seen.
+    /// A disk on `file`, a regular file or block device. Its size is read now, in whole sectors of
+    /// 512 bytes. `serial` is 1 to 20 printable ASCII bytes (VIRTIO_BLK_T_GET_ID).
     pub fn new(file: File, serial: &str, read_only: bool) -> Result<Self, BlockError> {
         let mut id = [0; ID_LEN];
         let good =
@@ -142,12 +143,15 @@ impl VirtioDevice for Block {
 
     fn activate(&mut self, activation: Activation) -> io::Result<Box<dyn Engine>> {
         let [queue] = take_queues(activation.queues)?;
-        let home = self.backend.clone();
-        let kept = home.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // Only after a reset with requests stuck in the old one is there none.
+        let idle_backend = self.backend.clone();
+        let kept = idle_backend.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // There is none only after a reset with requests that did not complete.
         let backend = kept.unwrap_or_else(|| {
             let limit = &self.counters.limit;
-            guest_warn!(limit, "requests are stuck in io_uring; others run one by one from now on");
+            guest_warn!(
+                limit,
+                "io_uring requests did not complete; further ones run one at a time"
+            );
             Backend::Direct(Direct::new(self.file.clone()))
         });
         let slots = usize::from(QUEUE_SIZE);
@@ -158,12 +162,12 @@ impl VirtioDevice for Block {
             block_device: self.block_device,
             queue,
             backend: Some(backend),
-            home,
+            idle_backend,
             counters: self.counters.clone(),
             slots: std::iter::repeat_with(|| None).take(slots).collect(),
             free: (0..slots).rev().collect(),
             draining: false,
-            starved: false,
+            no_free_slot: false,
             cache: Default::default(),
         }))
     }

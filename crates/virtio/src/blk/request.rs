@@ -1,4 +1,4 @@
-//! A block request as the guest wrote it, checked against the disk (virtio 1.2, section 5.2.6).
+//! Parses a block request and checks it against the disk (virtio 1.2, section 5.2.6).
 
 use vm_memory::GuestMemoryMmap;
 
@@ -8,13 +8,13 @@ use super::spec::{
 };
 use crate::chain::{Buffer, Chain};
 
-/// Most bytes of data in a request.
-/// Attack: a few requests of gigabytes that occupy the disk and the page cache for seconds.
+/// Most data bytes in a request.
+/// Attack: a few requests of gigabytes occupy disk and page cache for seconds.
 pub(super) const MAX_DATA: usize = 64 << 20;
-/// Most sectors in a discard or write-zeroes request: 2 GiB, so that the host can interleave.
+/// Most sectors in a discard or write-zeroes request: 2 GiB, so that other requests run in between.
 pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 22;
 
-/// The disk as far as checks need it.
+/// Properties of the disk that requests are checked against.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     /// In [`SECTOR`]s.
@@ -22,7 +22,7 @@ pub(super) struct Limits {
     pub(super) read_only: bool,
 }
 
-/// What to do, with byte offsets that lie within the disk.
+/// A checked operation; offsets and lengths are bytes within the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Operation {
     Read { offset: u64, data: Buffer },
@@ -35,13 +35,13 @@ pub(super) enum Operation {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RequestError {
-    #[error("no room for the status byte")]
+    #[error("request has no status byte")]
     NoStatus,
-    #[error("header of {len} bytes")]
+    #[error("request header has {len} of {HEADER_LEN} bytes")]
     ShortHeader { len: usize },
-    #[error("request type {kind}")]
+    #[error("request type {kind} is not supported")]
     Unsupported { kind: u32 },
-    #[error("{len} bytes of data are no whole sectors, or over the limit of {MAX_DATA}")]
+    #[error("{len} data bytes are not whole sectors, or over the limit of {MAX_DATA}")]
     BadLength { len: usize },
     #[error("{len} bytes at sector {sector} reach past the end at sector {capacity}")]
     PastEnd { sector: u64, len: u64, capacity: u64 },
@@ -49,14 +49,14 @@ pub(super) enum RequestError {
     ReadOnly,
     #[error("range of {sectors} sectors is over the limit of {MAX_RANGE_SECTORS}")]
     LongRange { sectors: u32 },
-    #[error("range flags {flags:#x}")]
+    #[error("range flags {flags:#x} are not supported")]
     RangeFlags { flags: u32 },
-    #[error("buffer for the id has {len} bytes")]
+    #[error("buffer for the device id has {len} of {ID_LEN} bytes")]
     ShortId { len: usize },
 }
 
 impl RequestError {
-    /// What the driver is told.
+    /// The status byte of the answer.
     pub(super) fn status(self) -> Status {
         match self {
             Self::Unsupported { .. } | Self::RangeFlags { .. } => Status::Unsupported,
@@ -71,7 +71,7 @@ impl RequestError {
     }
 }
 
-/// The chain's writable part without and with its last byte, which holds the status.
+/// Splits the writable part into data and the last byte, which takes the status.
 pub(super) fn split_status(chain: &Chain) -> Result<(Buffer, Buffer), RequestError> {
     let len = chain.writable.len().checked_sub(1).ok_or(RequestError::NoStatus)?;
     Ok(chain.writable.split_at(len))
@@ -118,7 +118,7 @@ fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([0, 1, 2, 3].map(|n| bytes[at + n]))
 }
 
-/// Byte offset of a data transfer, if it is one and lies within the disk.
+/// Byte offset of a data transfer, whose length and range are checked.
 fn data_range(sector: u64, len: usize, limits: Limits) -> Result<u64, RequestError> {
     if len == 0 || len > MAX_DATA || !(len as u64).is_multiple_of(SECTOR) {
         return Err(RequestError::BadLength { len });
@@ -134,7 +134,7 @@ fn within(sector: u64, len: u64, limits: Limits) -> Result<u64, RequestError> {
     }
 }
 
-/// One range a request, as the configuration announces.
+/// A discard or write-zeroes request; the configuration announces one range per request.
 fn range_operation(
     mem: &GuestMemoryMmap,
     kind: u32,
@@ -148,7 +148,7 @@ fn range_operation(
     }
     let sector = u64::from(word(&range, 0)) | u64::from(word(&range, 4)) << 32;
     let (sectors, flags) = (word(&range, 8), word(&range, 12));
-    // Section 5.2.6.2: a discard has no flag at all.
+    // Section 5.2.6.2: a discard has no flags.
     let known = if kind == T_DISCARD { 0 } else { RANGE_UNMAP };
     if flags & !known != 0 {
         return Err(RequestError::RangeFlags { flags });

@@ -1,11 +1,10 @@
 //! Disk requests through io_uring.
 //!
-//! The kernel holds pointers into guest memory, and to arrays of such pointers, from submission to
-//! completion. This module owns both for just as long: a slot keeps the arrays and a handle on the
-//! memory until its completion has been seen.
+//! From submission to completion the kernel holds pointers into guest memory and to iovec arrays. A
+//! slot keeps the arrays and a reference to the memory until its completion was read.
 //!
-//! A ring does what disks need and nothing else: it could open files and sockets behind the back of
-//! the filter on the thread that uses it.
+//! The ring is restricted to the operations of disks: io_uring could otherwise open files and
+//! sockets, which the seccomp filter of the thread does not see.
 #![allow(unsafe_code)] // submission entries with pointers
 
 use std::fs::File;
@@ -25,21 +24,21 @@ use crate::chain::Buffer;
 /// `IORING_REGISTER_ENABLE_RINGS`, linux/io_uring.h.
 const REGISTER_ENABLE_RINGS: u8 = 12;
 
-/// What the kernel may be pointing to.
-struct Held {
+/// What the kernel may access for one slot.
+struct InFlight {
     iovecs: Vec<libc::iovec>,
     _mem: Option<Arc<GuestMemoryMmap>>,
 }
 
 // SAFETY: the pointers go to guest memory, which `_mem` keeps mapped and which any thread may
 // access; they are never dereferenced here.
-unsafe impl Send for Held {}
+unsafe impl Send for InFlight {}
 
 pub(super) struct Ring {
     uring: IoUring,
     event: EventFd,
     file: Arc<File>,
-    slots: Vec<Option<Held>>,
+    slots: Vec<Option<InFlight>>,
 }
 
 impl Ring {
@@ -56,7 +55,7 @@ impl Ring {
         self.event.as_raw_fd()
     }
 
-    fn in_flight(&self) -> bool {
+    fn has_in_flight(&self) -> bool {
         self.slots.iter().any(Option::is_some)
     }
 
@@ -65,12 +64,12 @@ impl Ring {
         let fd = types::Fd(self.file.as_raw_fd());
         let (held, entry) = match io {
             Io::Read { offset, data } => {
-                let held = Held::new(data, mem);
+                let held = InFlight::new(data, mem);
                 let (iovecs, count) = held.array();
                 (held, opcode::Readv::new(fd, iovecs, count).offset(*offset).build())
             }
             Io::Write { offset, data, durable } => {
-                let held = Held::new(data, mem);
+                let held = InFlight::new(data, mem);
                 let (iovecs, count) = held.array();
                 let flags = if *durable { libc::RWF_DSYNC } else { 0 };
                 let entry = opcode::Writev::new(fd, iovecs, count).offset(*offset);
@@ -78,16 +77,16 @@ impl Ring {
             }
             Io::Sync => {
                 let entry = opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC);
-                (Held::nothing(), entry.build())
+                (InFlight::nothing(), entry.build())
             }
             Io::Fallocate { mode, offset, len } => {
                 let entry = opcode::Fallocate::new(fd, *len).offset(*offset).mode(*mode);
-                (Held::nothing(), entry.build())
+                (InFlight::nothing(), entry.build())
             }
             Io::DropCache => {
-                // Length 0: to the end.
+                // Length 0: to the end of the file.
                 let entry = opcode::Fadvise::new(fd, 0, libc::POSIX_FADV_DONTNEED);
-                (Held::nothing(), entry.build())
+                (InFlight::nothing(), entry.build())
             }
         };
         self.slots[slot] = Some(held);
@@ -97,9 +96,9 @@ impl Ring {
     fn push(&mut self, entry: &Entry) {
         // SAFETY: the entry's file is `self.file`, open as long as `self`; its pointers are to the
         // slot's iovecs, whose heap storage does not move, and through them to guest memory; the
-        // slot keeps both until `finished` has seen the completion, or for ever (see Drop).
+        // slot keeps both until `finished` has read the completion, or forever (see Drop).
         //
-        // The submission queue has as many entries as there are slots, so it has room.
+        // The submission queue has as many entries as there are slots, so it is never full.
         if unsafe { self.uring.submission().push(entry) }.is_err() {
             unreachable!("more requests in flight than slots");
         }
@@ -128,7 +127,7 @@ impl Ring {
     }
 }
 
-/// Lets a ring that has not been enabled yet do what [`Ring::start`] asks for, and enables it.
+/// Restricts a disabled ring to the operations of [`Ring::start`], and enables it.
 fn restrict(uring: &IoUring) -> io::Result<()> {
     let submitter = uring.submitter();
     submitter.register_restrictions(&mut [
@@ -137,17 +136,17 @@ fn restrict(uring: &IoUring) -> io::Result<()> {
         Restriction::sqe_op(opcode::Fsync::CODE),
         Restriction::sqe_op(opcode::Fallocate::CODE),
         Restriction::sqe_op(opcode::Fadvise::CODE),
-        // A ring is enabled once; nothing can be registered after that.
+        // The only registration left is the one that enables the ring, once.
         Restriction::register_op(REGISTER_ENABLE_RINGS),
     ])?;
     submitter.register_enable_rings()
 }
 
-impl Held {
+impl InFlight {
     fn new(data: &Buffer, mem: &Arc<GuestMemoryMmap>) -> Self {
         let mut iovecs = Vec::new();
         data.iovecs(mem, data.len(), &mut iovecs);
-        // The kernel takes no more at once; the rest is moved by a second request.
+        // IOV_MAX per operation; the rest is transferred by further ones.
         iovecs.truncate(libc::UIO_MAXIOV as usize);
         Self { iovecs, _mem: Some(mem.clone()) }
     }
@@ -162,10 +161,10 @@ impl Held {
 }
 
 impl Drop for Ring {
-    /// Closing a ring does not wait for what is in flight. A disk that has not answered for the
-    /// whole drain limit may still write to guest memory, so that memory stays mapped for ever.
+    /// Closing a ring does not wait for operations in flight. They may still write to guest memory
+    /// after the drain limit has passed, so that memory stays mapped forever.
     fn drop(&mut self) {
-        if self.in_flight() {
+        if self.has_in_flight() {
             tracing::error!("disk requests still in flight; their guest memory stays mapped");
             Box::leak(Box::new(std::mem::take(&mut self.slots)));
         }
@@ -177,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ring_does_nothing_but_what_disks_need() {
+    fn a_ring_refuses_operations_that_disks_do_not_need() {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let Ok(mut ring) = Ring::new(file, 4) else {
             println!("SKIP: no io_uring on this host: the ring was not tested");
@@ -196,7 +195,7 @@ mod tests {
             ring.finished(&mut done);
         }
         assert!(matches!(done[0], Done { slot: 1, result: Ok(0) }));
-        let again = ring.uring.submitter().register_eventfd(ring.event.as_raw_fd());
-        assert_eq!(again.unwrap_err().raw_os_error(), Some(libc::EACCES));
+        let registered = ring.uring.submitter().register_eventfd(ring.event.as_raw_fd());
+        assert_eq!(registered.unwrap_err().raw_os_error(), Some(libc::EACCES));
     }
 }

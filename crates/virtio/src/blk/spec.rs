@@ -1,6 +1,6 @@
-//! Numbers of the block device (virtio 1.2, section 5.2).
+//! Constants of the block device (virtio 1.2, section 5.2).
 
-/// Section 5.2.3.
+/// Section 5.2.3: feature bits.
 pub(super) const F_SEG_MAX: u64 = 1 << 2;
 pub(super) const F_RO: u64 = 1 << 5;
 pub(super) const F_BLK_SIZE: u64 = 1 << 6;
@@ -17,7 +17,7 @@ pub(super) const T_GET_ID: u32 = 8;
 pub(super) const T_DISCARD: u32 = 11;
 pub(super) const T_WRITE_ZEROES: u32 = 13;
 
-/// Section 5.2.6: what the status byte says.
+/// Section 5.2.6: the status byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Status {
@@ -26,24 +26,24 @@ pub(super) enum Status {
     Unsupported = 2,
 }
 
-/// Capacity and ranges are counted in these, whatever the block size.
+/// Unit of capacity and ranges, bytes, independent of the block size.
 pub(super) const SECTOR: u64 = 512;
 /// `struct virtio_blk_req` before its data: type, reserved, sector.
 pub(super) const HEADER_LEN: usize = 16;
-/// Bytes a GET_ID request is answered with.
+/// Bytes of the answer to GET_ID.
 pub(super) const ID_LEN: usize = 20;
 /// `struct virtio_blk_discard_write_zeroes`: sector, count, flags.
 pub(super) const RANGE_LEN: usize = 16;
 /// The only flag in it.
 pub(super) const RANGE_UNMAP: u32 = 1;
 
-/// Section 5.2.4: `struct virtio_blk_config`, as far as the features offered reach.
+/// Section 5.2.4: the fields of `struct virtio_blk_config` for the offered features.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Config {
     pub(super) capacity: u64,
     pub(super) seg_max: u32,
     pub(super) blk_size: u32,
-    /// Logarithm of logical blocks in a physical one.
+    /// log2 of logical blocks per physical block.
     pub(super) physical_block_exp: u8,
     pub(super) max_discard_sectors: u32,
     pub(super) max_discard_seg: u32,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::engine::{CACHE, DROPS, MAX_RESTARTS};
+use super::engine::{CACHE_LIMIT, MAX_CACHE_DROPS, MAX_RESTARTS};
 use super::spec::{RANGE_UNMAP, Status, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES};
 use super::*;
 use crate::limit::LINES;
@@ -17,7 +17,7 @@ const STATUS: u64 = 0x10100;
 const DATA: u64 = 0x20000;
 const TABLE: u64 = 0x11000;
 
-/// A disk, its driver, and the engine run by hand.
+/// A disk, its driver, and the engine in a [`Runner`].
 struct Rig {
     mem: Arc<GuestMemoryMmap>,
     queue: MockQueue,
@@ -48,13 +48,13 @@ fn rig() -> Rig {
 }
 
 impl Rig {
-    /// The disk after a reset, with empty rings; `change` has the backend between activations.
+    /// The disk after a reset, with empty rings; `change` gets the backend between activations.
     fn reset(self, features: u64, change: impl FnOnce(&mut Option<Backend>)) -> Self {
         let Self { mem, mut block, runner, interrupt, file, .. } = self;
         drop(runner);
-        let mut home = block.backend.lock().unwrap();
-        change(&mut home);
-        drop(home);
+        let mut idle_backend = block.backend.lock().unwrap();
+        change(&mut idle_backend);
+        drop(idle_backend);
         mem.write_slice(&vec![0; 0x8000], GuestAddress(0)).unwrap();
         let mut queues = queues(&mem, 0x1000, block.queue_sizes());
         let made = activation(&block, &queues, interrupt.clone(), features);
@@ -62,11 +62,11 @@ impl Rig {
         Self { mem, queue: queues.remove(0), block, runner, interrupt, file }
     }
 
-    /// The disk without io_uring, and with errors before anything is done, the last one first.
+    /// The disk without io_uring, whose next operations fail with `faults`, last first.
     fn faulty(self, faults: Vec<i32>) -> Self {
         let mut direct = Direct::new(self.block.file.clone());
         direct.faults = faults;
-        self.reset(features::COMMON, |home| *home = Some(Backend::Direct(direct)))
+        self.reset(features::COMMON, |idle_backend| *idle_backend = Some(Backend::Direct(direct)))
     }
 
     fn header(&self, at: u64, kind: u32, sector: u64) {
@@ -112,7 +112,7 @@ const IOERR: u8 = Status::IoError as u8;
 const UNSUPP: u8 = Status::Unsupported as u8;
 
 #[test]
-fn what_is_written_in_pieces_is_read_back_in_others_by_either_backend() {
+fn both_backends_write_and_read_back_data_split_over_buffers() {
     for direct in [false, true] {
         let mut rig = rig_with(false, u64::MAX, direct);
         let bytes: Vec<u8> = (0..2048u32).map(|n| (n * 7) as u8).collect();
@@ -132,7 +132,7 @@ fn what_is_written_in_pieces_is_read_back_in_others_by_either_backend() {
 }
 
 #[test]
-fn an_indirect_request_with_header_and_status_split_works() {
+fn an_indirect_request_with_a_split_header_works() {
     let mut rig = rig();
     rig.file.write_all_at(b"sector nine", 9 * 512).unwrap();
     rig.header(HEADER, T_IN, 9);
@@ -152,7 +152,7 @@ fn an_indirect_request_with_header_and_status_split_works() {
 }
 
 #[test]
-fn transfers_past_the_end_or_of_broken_length_fail_and_move_nothing() {
+fn transfers_past_the_end_or_of_invalid_length_fail_without_effect() {
     let mut rig = rig();
     let end = DISK / 512;
     rig.mem.write_slice(&[7; 1024], GuestAddress(DATA)).unwrap();
@@ -170,7 +170,7 @@ fn transfers_past_the_end_or_of_broken_length_fail_and_move_nothing() {
 }
 
 #[test]
-fn a_read_only_disk_refuses_everything_that_changes_it() {
+fn a_read_only_disk_refuses_writes_discards_and_zeroes() {
     let mut rig = rig_with(true, u64::MAX, false);
     assert_eq!(rig.block.features() & F_RO, F_RO);
     assert_eq!(rig.block.features() & (F_DISCARD | F_WRITE_ZEROES), 0);
@@ -194,7 +194,7 @@ fn the_id_is_the_serial_padded_with_zeroes() {
 }
 
 #[test]
-fn discard_gives_space_back_and_zeroes_read_as_zeroes() {
+fn discard_frees_space_and_write_zeroes_reads_as_zeroes() {
     for direct in [false, true] {
         let mut rig = rig_with(false, u64::MAX, direct);
         rig.file.write_all_at(&vec![5; 256 << 10], 0).unwrap();
@@ -215,7 +215,7 @@ fn discard_gives_space_back_and_zeroes_read_as_zeroes() {
 }
 
 #[test]
-fn ranges_are_checked_before_the_host_sees_them() {
+fn discard_ranges_are_checked() {
     let mut rig = rig();
     for (sector, sectors, flags, status) in [
         (DISK / 512, 1, 0, IOERR),
@@ -239,7 +239,7 @@ fn unknown_types_are_unsupported_and_short_headers_fail() {
     assert_eq!(rig.request(77, 0, &[], &[]), UNSUPP);
     rig.header(HEADER, T_IN, 0);
     rig.queue.add(&[(HEADER, 15)], &[(DATA, 512), (STATUS, 1)]);
-    // No room for a status: comes back all the same.
+    // Without a status byte the chain is returned with length 0.
     rig.queue.add(&[(HEADER, 16)], &[]);
     rig.queue.kick();
     assert!(rig.runner.settle(100));
@@ -252,7 +252,7 @@ fn unknown_types_are_unsupported_and_short_headers_fail() {
 fn a_full_queue_of_requests_completes_with_few_interrupts() {
     let mut rig = rig();
     for round in 0..8u64 {
-        let count = 42; // of 128 descriptors, three a request
+        let count = 42; // of 128 descriptors, three per request
         for n in 0..count {
             let (header, status) = (HEADER + 32 * n, DATA + 0x40000 + n);
             let at = DATA + 0x400 * n;
@@ -277,7 +277,7 @@ fn a_full_queue_of_requests_completes_with_few_interrupts() {
 }
 
 #[test]
-fn draining_finishes_what_is_in_flight_and_takes_nothing_new() {
+fn a_drained_engine_takes_no_requests_until_resume() {
     let mut rig = rig();
     rig.runner.settle(10);
     rig.runner.engine().drain();
@@ -310,26 +310,28 @@ fn an_activation_after_a_reset_uses_the_same_ring() {
 }
 
 #[test]
-fn a_disk_whose_ring_is_stuck_goes_on_without_one() {
-    let mut rig = rig().reset(features::COMMON, |home| *home = None);
+fn a_disk_whose_ring_has_stuck_requests_continues_without_io_uring() {
+    let mut rig = rig().reset(features::COMMON, |idle_backend| *idle_backend = None);
     assert_eq!(rig.request(T_IN, 0, &[], &[(DATA, 512)]), OK);
-    rig.reset(features::COMMON, |home| assert!(matches!(home, Some(Backend::Direct(_)))));
+    rig.reset(features::COMMON, |idle_backend| {
+        assert!(matches!(idle_backend, Some(Backend::Direct(_))));
+    });
 }
 
 #[test]
-fn a_request_that_is_begun_again_is_answered_without_another_kick() {
+fn a_restarted_request_completes_without_another_kick() {
     let mut faulty = rig().faulty(vec![libc::EINTR, libc::EAGAIN, libc::EAGAIN]);
     assert_eq!(faulty.request(T_IN, 0, &[], &[(DATA, 512)]), OK);
     for direct in [false, true] {
         let mut rig = rig_with(false, u64::MAX, direct);
-        // The host's file has shrunk: half of the request is done, the rest cannot be.
+        // The host's file was truncated: only half of the request can be read.
         rig.file.set_len(DISK - 512).unwrap();
         assert_eq!(rig.request(T_IN, DISK / 512 - 2, &[], &[(DATA, 1024)]), IOERR);
     }
 }
 
 #[test]
-fn a_host_that_is_always_busy_fails_the_request_and_not_the_next() {
+fn a_request_fails_after_too_many_restarts_and_the_next_one_succeeds() {
     for errno in [libc::EAGAIN, libc::EINTR] {
         let mut rig = rig().faulty(vec![errno; usize::from(MAX_RESTARTS) + 1]);
         assert_eq!(rig.request(T_OUT, 0, &[(DATA, 512)], &[]), IOERR);
@@ -338,10 +340,10 @@ fn a_host_that_is_always_busy_fails_the_request_and_not_the_next() {
     }
 }
 
-/// Counts what would be printed.
-struct Lines(Arc<AtomicU32>);
+/// Counts the events that would be logged.
+struct EventCount(Arc<AtomicU32>);
 
-impl tracing::Subscriber for Lines {
+impl tracing::Subscriber for EventCount {
     fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
         metadata.is_event() && *metadata.level() <= tracing::Level::INFO
     }
@@ -358,29 +360,29 @@ impl tracing::Subscriber for Lines {
 }
 
 #[test]
-fn a_driver_that_resets_the_device_gets_no_more_log_lines_for_it() {
+fn a_reset_does_not_renew_the_log_limit() {
     let resets = 4 * LINES;
     let lines = Arc::new(AtomicU32::new(0));
     let mut rig = rig();
-    let guard = tracing::subscriber::set_default(Lines(lines.clone()));
+    let guard = tracing::subscriber::set_default(EventCount(lines.clone()));
     for _ in 0..resets {
         rig = rig.reset(features::COMMON, |_| {});
-        // A line from the queue, and one from the engine.
+        // One line from the queue, one from the engine.
         rig.queue.add(&[(u64::MAX - 0x1000, 16)], &[]);
         assert_eq!(rig.request(77, 0, &[], &[]), UNSUPP);
     }
     drop(guard);
     assert_eq!(rig.block.counters().errors(), u64::from(2 * resets));
     assert!(lines.load(Ordering::Relaxed) <= LINES, "{lines:?}");
-    assert_eq!(rig.block.counters.limit.allow(), None, "nothing was held back");
+    assert_eq!(rig.block.counters.limit.allow(), None, "no line was suppressed");
 }
 
 #[test]
-fn a_full_disk_is_an_io_error_that_is_counted() {
+fn enospc_is_an_io_error_that_is_counted() {
     for direct in [false, true] {
         let mut rig = rig();
         drop(rig.runner);
-        // Writes there fail with ENOSPC.
+        // Writes to /dev/full fail with ENOSPC.
         let full = Arc::new(File::options().write(true).open("/dev/full").unwrap());
         let backend = if direct {
             Backend::Direct(Direct::new(full))
@@ -399,7 +401,7 @@ fn a_full_disk_is_an_io_error_that_is_counted() {
 }
 
 #[test]
-fn a_disk_that_cannot_be_one_is_refused_with_its_reason() {
+fn files_that_cannot_be_disks_are_refused() {
     let file = tempfile::tempfile().unwrap();
     assert!(matches!(
         Block::new(file.try_clone().unwrap(), "x", false),
@@ -415,7 +417,7 @@ fn a_disk_that_cannot_be_one_is_refused_with_its_reason() {
 }
 
 #[test]
-fn the_configuration_tells_size_and_limits() {
+fn the_configuration_has_capacity_and_limits() {
     let rig = rig();
     if !matches!(Backend::open(&rig.block.file, 8), Backend::Ring(_)) {
         println!("SKIP: no io_uring on this host: the ring was not tested");
@@ -435,7 +437,7 @@ fn the_configuration_tells_size_and_limits() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// Whatever sectors a guest writes in whatever order, the disk holds what a plain array would.
+    /// After any sequence of writes the disk has the contents of a byte array with the same writes.
     #[test]
     fn the_disk_agrees_with_a_model(
         writes in prop::collection::vec((0u64..64, 1usize..8, any::<u8>(), any::<bool>()), 1..20)
@@ -464,42 +466,42 @@ proptest! {
     }
 }
 
-/// A disk without io_uring, and the number of times that the host's page cache of it was dropped.
+/// A disk without io_uring, and a counter of its page cache drops.
 fn counted(read_only: bool) -> (Rig, Arc<AtomicU32>) {
     let drops = Arc::new(AtomicU32::new(0));
     let rig = rig_with(read_only, u64::MAX, true);
     let mut direct = Direct::new(rig.block.file.clone());
     direct.drops = drops.clone();
     let features = rig.block.features();
-    (rig.reset(features, |home| *home = Some(Backend::Direct(direct))), drops)
+    (rig.reset(features, |idle_backend| *idle_backend = Some(Backend::Direct(direct))), drops)
 }
 
 #[test]
-fn a_disk_that_is_used_leaves_little_in_the_hosts_page_cache_and_nothing_when_it_rests() {
+fn a_writable_disk_is_dropped_from_the_page_cache_after_many_bytes_and_when_idle() {
     let (mut rig, drops) = counted(false);
     let size = DISK as u32;
-    for _ in 0..CACHE / DISK {
+    for _ in 0..CACHE_LIMIT / DISK {
         assert_eq!(drops.load(Ordering::Relaxed), 0);
         assert_eq!(rig.request(T_OUT, 0, &[(DATA, size)], &[]), OK);
     }
-    assert_eq!(drops.load(Ordering::Relaxed), 1, "much was written");
-    for _ in 0..CACHE / DISK {
+    assert_eq!(drops.load(Ordering::Relaxed), 1, "after the limit of written bytes");
+    for _ in 0..CACHE_LIMIT / DISK {
         assert_eq!(rig.request(T_IN, 0, &[], &[(DATA, size)]), OK);
     }
-    assert_eq!(drops.load(Ordering::Relaxed), 2, "much was read");
+    assert_eq!(drops.load(Ordering::Relaxed), 2, "after the limit of read bytes");
     assert_eq!(rig.request(T_OUT, 0, &[(DATA, 512)], &[]), OK);
-    let all = 2 + u32::from(DROPS);
-    assert!(rig.runner.until(|| drops.load(Ordering::Relaxed) == all), "it rests");
+    let all = 2 + u32::from(MAX_CACHE_DROPS);
+    assert!(rig.runner.until(|| drops.load(Ordering::Relaxed) == all), "when idle");
     assert!(rig.runner.settle(10));
-    assert_eq!(rig.runner.engine().deadline(), None, "a disk at rest wakes nobody");
+    assert_eq!(rig.runner.engine().deadline(), None, "an idle disk has no timer");
     assert_eq!(rig.request(T_IN, 0, &[], &[(DATA, 512)]), OK);
     assert!(rig.runner.engine().deadline().is_some());
 }
 
 #[test]
-fn what_a_guest_reads_of_an_image_stays_in_the_hosts_page_cache_for_others() {
+fn a_read_only_disk_stays_in_the_hosts_page_cache() {
     let (mut rig, drops) = counted(true);
-    for _ in 0..2 * CACHE / DISK {
+    for _ in 0..2 * CACHE_LIMIT / DISK {
         assert_eq!(rig.request(T_IN, 0, &[], &[(DATA, DISK as u32)]), OK);
     }
     assert_eq!((drops.load(Ordering::Relaxed), rig.runner.engine().deadline()), (0, None));

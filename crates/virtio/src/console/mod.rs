@@ -1,5 +1,5 @@
-//! Console device with one port (virtio 1.2, section 5.3): what the guest prints goes to a sink;
-//! its input buffers are kept and never filled.
+//! Console device with one port (virtio 1.2, section 5.3): guest output goes to a [`Sink`]; there
+//! is no input, so receive buffers are never used.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,25 +13,25 @@ use crate::device::{
 use crate::features;
 use crate::queue::VirtQueue;
 
-/// Most bytes taken from one buffer; the rest is dropped. Linux sends at most a page.
-/// Attack: a chain of gigabytes over the same page, to keep the worker printing.
+/// Most bytes taken from one chain; the rest is dropped. Linux sends at most a page.
+/// Attack: a chain of gigabytes over the same page, to keep the worker busy.
 const MAX_BYTES: usize = 64 << 10;
-/// Bytes copied at once.
+/// Bytes per call of the sink.
 const PIECE: usize = 4 << 10;
-/// Buffers printed before other devices get their turn.
+/// Chains processed per call, so that other devices of the worker are served too.
 const BUDGET: usize = 16;
 
-/// Input and output. Linux fills the first with pages, which are never used here; of the second it
-/// uses one entry at a time.
+/// receiveq and transmitq of port 0. Linux fills the first with pages that are never used here; of
+/// the second it uses one entry at a time.
 const QUEUE_SIZES: [u16; 2] = [4, 16];
 
 const INPUT: u32 = 0;
 const OUTPUT: u32 = 1;
 
-/// Where output goes; called on the worker's thread.
+/// Takes guest output; called on the worker's thread.
 pub type Sink = Box<dyn FnMut(&[u8]) + Send>;
 
-/// The device. Without F_SIZE and F_MULTIPORT it has no configuration.
+/// The device. Without F_SIZE and F_MULTIPORT it has no configuration fields.
 pub struct Console {
     sink: Arc<Mutex<Sink>>,
     counters: Arc<DeviceCounters>,
@@ -81,7 +81,7 @@ impl Engine for ConsoleEngine {
         poll.add(self.input.kick_fd(), INPUT, EventSet::IN)?;
         poll.add(self.output.kick_fd(), OUTPUT, EventSet::IN)?;
         self.input.disable_kicks();
-        poll.again(OUTPUT);
+        poll.reschedule(OUTPUT);
         Ok(())
     }
 
@@ -114,7 +114,7 @@ impl Engine for ConsoleEngine {
             0
         };
         if self.output.serve(BUDGET, print) {
-            poll.again(OUTPUT);
+            poll.reschedule(OUTPUT);
         }
     }
 }
@@ -127,7 +127,7 @@ mod tests {
     use crate::mock::{MockInterrupt, Runner, activation, memory, queues};
 
     #[test]
-    fn output_reaches_the_sink_in_order_and_input_buffers_are_kept() {
+    fn output_reaches_the_sink_in_order_and_input_buffers_are_not_used() {
         let mem = memory(1 << 20);
         let printed = Arc::new(Mutex::new(Vec::new()));
         let copy = printed.clone();
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn of_an_oversized_buffer_only_the_cap_is_printed() {
+    fn output_over_the_limit_of_a_chain_is_dropped() {
         let mem = memory(1 << 20);
         let printed = Arc::new(Mutex::new(0));
         let copy = printed.clone();

@@ -1,10 +1,10 @@
-//! The frontend's end of a vhost-user socket: messages out, the few replies back, never waiting.
+//! The vhost-user socket of the front end: sends messages and receives replies, without blocking.
 //!
-//! rust-vmm's `vhost` crate has a frontend too, which waits for each reply; it would hold up every
-//! device of the worker while a backend sleeps. The messages needed here fit on a page.
+//! The front end of rust-vmm's `vhost` crate blocks for each reply, which would stop all devices of
+//! the worker while a back end does not answer; so the few messages needed are implemented here.
 //!
-//! The backend is not trusted with more than the guest's memory: a reply that was not asked for, or
-//! has another shape than expected, ends the connection.
+//! The back end is trusted with guest memory only: an unexpected or malformed reply ends the
+//! connection.
 
 use std::collections::VecDeque;
 use std::io;
@@ -40,14 +40,14 @@ pub(super) enum BackendError {
     Event(#[source] io::Error),
 }
 
-/// What a backend answered with: the request, and its payload.
+/// A reply: message type and payload.
 pub(super) type Reply = (u32, [u8; REPLY_PAYLOAD]);
 
-/// A connected socket and what is still to come from it.
+/// A connected socket and the replies that are outstanding.
 #[derive(Debug)]
 pub(super) struct Connection {
     socket: OwnedFd,
-    /// The backend has been told once that it is ours.
+    /// SET_OWNER was sent; it is sent once per connection.
     pub(super) owned: bool,
     expected: VecDeque<u32>,
     buffer: [u8; REPLY_LEN],
@@ -81,7 +81,8 @@ impl Connection {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         match sendmsg::<()>(self.fd(), &parts, control, flags, None) {
             Ok(sent) if sent == message.len() => {}
-            // All messages of a start fit into a socket's buffer many times over.
+            // The socket buffer has space for all messages of a start, so the back end does not
+            // read.
             Ok(_) | Err(Errno::EAGAIN) => return Err(BackendError::Full),
             Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(BackendError::Closed),
             Err(e) => return Err(e.into()),
@@ -92,12 +93,12 @@ impl Connection {
         Ok(())
     }
 
-    /// A number, as the payload.
+    /// Sends a message with a u64 payload.
     pub(super) fn send_u64(&mut self, request: u32, value: u64) -> Result<(), BackendError> {
         self.send(request, &value.to_ne_bytes(), &[])
     }
 
-    /// A queue and a number (`struct vhost_vring_state`).
+    /// Sends a message with a `struct vhost_vring_state`: queue index and number.
     pub(super) fn send_state(
         &mut self,
         request: u32,
@@ -107,7 +108,7 @@ impl Connection {
         self.send(request, &join(queue, number), &[])
     }
 
-    /// A queue's eventfd.
+    /// Sends a queue's eventfd.
     pub(super) fn send_event(
         &mut self,
         request: u32,
@@ -117,9 +118,9 @@ impl Connection {
         self.send(request, &u64::from(queue).to_ne_bytes(), &[event])
     }
 
-    /// All of the guest's memory: where it is, and the files to map it from. The frontend's own
-    /// addresses, which ring addresses are told in, are the guest's: a backend need not learn where
-    /// the VMM has its mappings.
+    /// Sends SET_MEM_TABLE with all regions of guest memory and their files. User addresses, which
+    /// ring addresses are given in, equal guest addresses: the back end does not learn the
+    /// addresses of the VMM's mappings.
     pub(super) fn send_memory(&mut self, mem: &GuestMemoryMmap) -> Result<(), BackendError> {
         let mut payload = join(mem.num_regions() as u32, 0).to_vec();
         let mut files = Vec::new();
@@ -134,7 +135,7 @@ impl Connection {
         self.send(request::SET_MEM_TABLE, &payload, &files)
     }
 
-    /// The next reply, if it is there.
+    /// The next reply, if it has arrived.
     pub(super) fn receive(&mut self) -> Result<Option<Reply>, BackendError> {
         while self.filled < REPLY_LEN {
             let rest = &mut self.buffer[self.filled..];
@@ -167,7 +168,7 @@ impl Connection {
     }
 }
 
-/// Two 32-bit numbers, one after the other.
+/// Two 32-bit numbers as a payload.
 fn join(first: u32, second: u32) -> [u8; 8] {
     let mut bytes = [0; 8];
     bytes[..4].copy_from_slice(&first.to_ne_bytes());
@@ -175,7 +176,7 @@ fn join(first: u32, second: u32) -> [u8; 8] {
     bytes
 }
 
-/// The other way round.
+/// The inverse of [`join`].
 pub(super) fn split(payload: [u8; REPLY_PAYLOAD]) -> (u32, u32) {
     let wide = u64::from_ne_bytes(payload);
     if cfg!(target_endian = "little") {

@@ -1,13 +1,13 @@
-//! The moving half: brings the backend up when the driver is ready, stops its rings for a pause or
-//! a reset, and steps in when it is gone.
+//! The engine: starts the back end's rings when the driver is ready, stops them for a pause or a
+//! reset, and answers requests itself after the back end has failed.
 //!
 //! ```text
 //!   Greeting --features--> Serving --drain--> Stopping --bases--> Stopped --resume--> Serving
 //!      |                      |                  |                   |
-//!      +--- dead, dumb or late ------------------+-------------------+--> Lost --> Orphaned
+//!      +--- closed, malformed reply, deadline ---+-------------------+--> Lost --> Orphaned
 //! ```
-//! `Lost` still holds the socket, which may be closed only after it was taken out of the epoll.
-//! Nothing waits here: replies are events, or are looked for while draining, and both have an end.
+//! `Lost` still has the socket, which is closed only after its removal from epoll. No call blocks:
+//! replies are epoll events, or are polled while draining, and both have a deadline.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,10 +23,10 @@ use crate::device::{DeviceCounters, Engine, Interrupt, Poll};
 use crate::guest_warn;
 use crate::queue::{Rings, VirtQueue};
 
-/// A backend answers by then, or counts as dead. It may have to be scheduled, nothing more: it looks
-/// at no file for these replies, but a ring stops only after the request under way.
+/// Deadline for a reply; after it the back end is treated as failed. Replies need no file access,
+/// but a ring stops only after the request in progress.
 const REPLY_LIMIT: Duration = Duration::from_secs(10);
-/// Requests refused before other devices get their turn.
+/// Requests refused per call, so that other devices of the worker are served too.
 const BUDGET: usize = 64;
 
 const SOCKET: u32 = 0;
@@ -51,7 +51,7 @@ pub(super) struct FsEngine {
     features: u64,
     home: Arc<Mutex<Option<Connection>>>,
     counters: Arc<DeviceCounters>,
-    /// Eventfds of queues whose interrupt is none itself.
+    /// Call eventfds of queues whose interrupt has no eventfd of its own.
     calls: [Option<EventFd>; QUEUES],
     // Volatile.
     state: State,
@@ -79,7 +79,7 @@ impl FsEngine {
         std::mem::replace(&mut self.state, State::Orphaned)
     }
 
-    /// The backend is of no use any more; [`Self::settle`] draws the consequences.
+    /// The back end has failed; [`Self::settle`] completes the transition to `Orphaned`.
     fn lose(&mut self, error: &BackendError) {
         let connection = match self.take_state() {
             State::Greeting { connection, .. }
@@ -95,7 +95,7 @@ impl FsEngine {
         self.state = State::Lost { connection };
     }
 
-    /// From `Lost` to `Orphaned`: the queues become ours.
+    /// From `Lost` to `Orphaned`: the engine processes the queues itself.
     fn settle(&mut self, poll: &mut Poll<'_>) {
         let State::Lost { connection } = &self.state else { return };
         if let Some(connection) = connection {
@@ -103,17 +103,17 @@ impl FsEngine {
         }
         self.state = State::Orphaned;
         for (token, queue) in (KICK..).zip(&mut self.queues) {
-            // The backend answers one request of a ring after the other, so what is not used is
-            // what it has not answered.
-            queue.take_over();
+            // The back end answers the requests of a ring in order, so all requests after the used
+            // index are unanswered.
+            queue.resume_at_used_index();
             if poll.add(queue.kick_fd(), token, EventSet::IN).is_err() {
                 self.interrupt.needs_reset();
             }
-            poll.again(token);
+            poll.reschedule(token);
         }
     }
 
-    /// Does what a state asks for at once, and gives up the backend if that fails.
+    /// Runs `work`; an error means that the back end has failed.
     fn attempt(
         &mut self,
         poll: &mut Poll<'_>,
@@ -136,7 +136,7 @@ impl FsEngine {
         connection.send(request::GET_FEATURES, &[], &[])
     }
 
-    /// Takes what the backend has answered.
+    /// Handles the replies that have arrived.
     fn replies(&mut self, poll: Option<&mut Poll<'_>>) -> Result<(), BackendError> {
         let mut poll = poll;
         loop {
@@ -176,13 +176,13 @@ impl FsEngine {
                         return Err(BackendError::Queue { got: queue });
                     }
                 }
-                // Asked for by an engine that is gone; a connection refuses anything else.
+                // A reply to an earlier engine; the connection refuses all other unexpected ones.
                 (state, _) => self.state = state,
             }
         }
     }
 
-    /// Hands memory and rings to a backend that stands still.
+    /// Sends memory and rings to a back end whose rings are stopped.
     fn serve(&mut self, poll: &mut Poll<'_>) -> Result<(), BackendError> {
         let (mut connection, bases) = match self.take_state() {
             State::Stopped { connection, bases } => (connection, bases),
@@ -205,7 +205,7 @@ impl FsEngine {
         connection.send_u64(request::SET_FEATURES, self.features | F_PROTOCOL_FEATURES)?;
         connection.send_memory(self.queues[0].mem())?;
         for (index, queue) in (0u16..).zip(&self.queues) {
-            // One that the driver does not use never gets anything.
+            // The driver has not enabled this queue.
             let Some(Rings { size, desc, driver, device }) = queue.rings() else { continue };
             let n = u32::from(index);
             let base = u32::from(bases[usize::from(index)]);
@@ -237,7 +237,7 @@ impl FsEngine {
             connection.send_event(request::SET_VRING_CALL, n, borrow(call))?;
             connection.send_event(request::SET_VRING_KICK, n, borrow(queue.kick()))?;
             connection.send_state(request::SET_VRING_ENABLE, n, 1)?;
-            // For what became available while nobody was listening.
+            // For chains that became available before the ring was started.
             let _ = queue.kick().write(1);
             self.counters.operation(0);
         }
@@ -302,7 +302,7 @@ impl Engine for FsEngine {
             refuse(&mem, chain)
         };
         if queue.serve(BUDGET, refuse) {
-            poll.again(token);
+            poll.reschedule(token);
         }
     }
 
@@ -341,15 +341,15 @@ impl Engine for FsEngine {
         self.attempt(poll, Self::serve);
         if matches!(self.state, State::Orphaned) {
             for token in (KICK..).take(QUEUES) {
-                poll.again(token);
+                poll.reschedule(token);
             }
         }
     }
 }
 
 impl Drop for FsEngine {
-    /// A backend whose rings stand still can serve the driver's next try; any other is hung up on,
-    /// which is how it learns to let go of the guest's memory.
+    /// Keeps a connection whose rings are stopped for the next activation. Any other is closed,
+    /// upon which the back end unmaps guest memory.
     fn drop(&mut self) {
         if let State::Stopped { connection, .. } | State::Greeting { connection, .. } =
             self.take_state()
@@ -361,6 +361,6 @@ impl Drop for FsEngine {
 
 #[allow(unsafe_code)] // vmm-sys-util's EventFd lends only its number
 fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open as long as `event`, which the result borrows.
+    // SAFETY: the file descriptor is open as long as `event`, which the result borrows.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

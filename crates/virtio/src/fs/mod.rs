@@ -1,12 +1,13 @@
-//! File system device (virtio 1.2, section 5.11) whose requests another process answers: this side
-//! is a vhost-user frontend, so not a byte of FUSE is read here while that process lives.
+//! File system device (virtio 1.2, section 5.11) as a vhost-user front end: a back end process
+//! answers the requests, so the VMM parses no FUSE request while that process runs.
 //!
-//! - [`spec`]: the specifications' numbers; [`connection`]: messages to the backend;
-//! - [`engine`]: the rings' way to the backend and back; [`orphan`]: what requests get when it died.
+//! - [`spec`]: constants of the specifications; [`connection`]: messages to the back end;
+//! - [`engine`]: starts and stops the rings in the back end; [`orphan`]: answers requests after it
+//!   has exited.
 //!
-//! The backend (`nacelle-fs`) has the tenant's files and the rights to them; the VMM has neither.
-//! It gets the guest's memory, one eventfd a queue that the guest's doorbell signals, and one that
-//! is the guest's interrupt: requests go past the VMM's threads in both directions.
+//! The back end (`nacelle-fs`) has access to the tenant's files; the VMM has not. It gets the
+//! guest's memory and, per queue, the kick eventfd (doorbell) and the call eventfd (interrupt), so
+//! requests do not involve threads of the VMM.
 
 mod connection;
 mod engine;
@@ -28,10 +29,10 @@ use crate::device::{
 };
 use crate::features;
 
-/// High priority (forgets, interrupts), then requests. Linux puts as many pages into a request as
-/// the queue is long, up to 256; both queues cost the guest memory only where it has shares.
+/// hiprio (FORGET, INTERRUPT) and request queue (section 5.11.2). Linux puts as many pages into a
+/// request as the queue has entries, up to 256. Only VMs with shares have this device.
 const QUEUE_SIZES: [u16; QUEUES] = [128, 512];
-/// Section 5.11.4.
+/// `num_request_queues` (section 5.11.4).
 const REQUEST_QUEUES: u32 = 1;
 
 #[derive(Debug, thiserror::Error)]
@@ -43,13 +44,14 @@ pub enum FsError {
 /// The device.
 pub struct Fs {
     config: [u8; CONFIG_LEN],
-    /// Between activations; none once it has failed.
+    /// The connection between activations; none once it has failed.
     home: Arc<Mutex<Option<Connection>>>,
     counters: Arc<DeviceCounters>,
 }
 
 impl Fs {
-    /// A file system that the guest mounts by `tag`; `backend` is connected to who serves it.
+    /// A file system that the guest mounts by `tag`, 1 to 36 bytes without NUL. `backend` is the
+    /// connected vhost-user socket.
     pub fn new(tag: &str, backend: OwnedFd) -> Result<Self, FsError> {
         if !(1..=TAG_LEN).contains(&tag.len()) || tag.contains('\0') {
             return Err(FsError::Tag { tag: tag.to_owned() });
@@ -71,8 +73,8 @@ impl VirtioDevice for Fs {
         &QUEUE_SIZES
     }
 
-    /// Offered without asking: the backend says what it can when the driver is ready, and one that
-    /// cannot do this much is as good as gone.
+    /// Offered before the back end was asked, which happens at activation; a back end without these
+    /// features is treated as failed.
     fn features(&self) -> u64 {
         features::COMMON
     }

@@ -1,14 +1,14 @@
-//! What requests get when the process that answered them is gone: ENOTCONN, as from any FUSE file
-//! system whose server died. A request without an answer would hang its process in the guest for
-//! ever, past every signal.
+//! Answers requests with ENOTCONN after the back end has exited, as FUSE does for a file system
+//! whose server has exited. Without an answer the guest's process would hang uninterruptibly
+//! forever.
 
 use vm_memory::GuestMemoryMmap;
 
 use super::spec::{FUSE_IN_UNIQUE, FUSE_OUT_LEN};
 use crate::chain::Chain;
 
-/// Answers a request; returns how much was written. Those that want no answer (forgets) have no
-/// room for one.
+/// Answers a request; returns the bytes written. Requests without an answer (FORGET) have no
+/// writable buffer.
 pub(super) fn refuse(mem: &GuestMemoryMmap, chain: &Chain) -> u32 {
     let mut unique = [0; 8];
     if chain.readable.read(mem, FUSE_IN_UNIQUE, &mut unique) < unique.len() {

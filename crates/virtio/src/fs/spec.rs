@@ -1,16 +1,16 @@
-//! Numbers of the file system device (virtio 1.2, section 5.11), of the vhost-user protocol that its
-//! backend speaks (QEMU `docs/interop/vhost-user.rst`), and the two FUSE headers (linux/fuse.h) that
-//! are needed to answer for a backend that is gone.
+//! Constants of the file system device (virtio 1.2, section 5.11), of the vhost-user protocol (QEMU
+//! `docs/interop/vhost-user.rst`), and of the two FUSE headers (linux/fuse.h) that are needed to
+//! answer requests after the back end has exited.
 
 /// Section 5.11.4: UTF-8, padded with NULs, not terminated where it fills the field.
 pub const TAG_LEN: usize = 36;
 /// `struct virtio_fs_config` without the field of a feature that is not offered.
 pub(super) const CONFIG_LEN: usize = TAG_LEN + 4;
 
-/// Section 5.11.2: one queue for requests that must not wait behind others, and the requests.
+/// Section 5.11.2: hiprio and one request queue.
 pub(super) const QUEUES: usize = 2;
 
-/// vhost-user, frontend message types.
+/// vhost-user: message types of the front end.
 pub(super) mod request {
     pub(crate) const GET_FEATURES: u32 = 1;
     pub(crate) const SET_FEATURES: u32 = 2;
@@ -25,17 +25,17 @@ pub(super) mod request {
     pub(crate) const SET_VRING_ENABLE: u32 = 18;
 }
 
-/// Header: type, flags, payload size, each 32 bits in the machine's order.
+/// Header: type, flags, payload size; 32 bits each in native byte order.
 pub(super) const HEADER_LEN: usize = 12;
-/// Flags of a message, and those of a reply.
+/// Flags of a message: version 1. A reply also has the reply flag.
 pub(super) const FLAGS_VERSION: u32 = 1;
 pub(super) const FLAGS_REPLY: u32 = FLAGS_VERSION | 4;
-/// Payload of every reply that is asked for here: a 64-bit number, or a queue and a 32-bit number.
+/// Payload length of all replies used here: a u64, or a `struct vhost_vring_state`.
 pub(super) const REPLY_PAYLOAD: usize = 8;
-/// Feature bit of the protocol itself; with it rings start only when they are enabled.
+/// `VHOST_USER_F_PROTOCOL_FEATURES`: rings start disabled, until SET_VRING_ENABLE.
 pub(super) const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
-/// `struct fuse_in_header`: length, opcode, unique, and more that does not matter here.
+/// `struct fuse_in_header`: offset of `unique`, after length and opcode.
 pub(super) const FUSE_IN_UNIQUE: usize = 8;
-/// `struct fuse_out_header`: length, error, unique.
+/// Length of `struct fuse_out_header`: length, error, unique.
 pub(super) const FUSE_OUT_LEN: usize = 16;

@@ -1,4 +1,4 @@
-//! The device beside a backend that knows the protocol from the other side, and ones that do not.
+//! Tests the device with a fake back end that follows the protocol or violates it.
 
 use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
@@ -20,7 +20,7 @@ const REQUEST: u64 = 0x80000;
 const ANSWER: u64 = 0x90000;
 const UNIQUE: u64 = 0x1122_3344_5566_7788;
 
-/// Memory that can be shared, in two regions as a large guest has it.
+/// File-backed memory in two regions, as in a VM with more than 3 GiB.
 fn shared_memory() -> Arc<GuestMemoryMmap> {
     let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
     file.set_len(2 * SIZE as u64).unwrap();
@@ -33,7 +33,7 @@ fn shared_memory() -> Arc<GuestMemoryMmap> {
     Arc::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap())
 }
 
-/// A message as the backend gets it.
+/// A message received by the back end.
 #[derive(Debug)]
 struct Message {
     request: u32,
@@ -121,7 +121,7 @@ impl Rig {
         self.backend.as_mut().unwrap()
     }
 
-    /// The greeting, answered as nacelle-fs does.
+    /// Answers the first messages as nacelle-fs does.
     fn greet(&mut self, runner: &mut Runner, first: bool) {
         let backend = self.backend();
         if first {
@@ -132,7 +132,7 @@ impl Rig {
         runner.settle(10);
     }
 
-    /// All messages of a start; returns each queue's base, call and kick.
+    /// Expects all messages of a start; returns base, call and kick of each queue.
     fn started(&mut self) -> Vec<(u32, File, File)> {
         let rings: Vec<_> =
             self.queues.iter().map(|q| (q.desc(), q.device(), q.driver())).collect();
@@ -161,7 +161,7 @@ impl Rig {
         started
     }
 
-    /// A FUSE request; 16 bytes of room for the answer.
+    /// Sends a FUSE request, with a buffer of 16 bytes for the answer if `room`.
     fn request(&mut self, room: bool) {
         let mut header = [0; 40];
         header[8..16].copy_from_slice(&UNIQUE.to_le_bytes());
@@ -171,7 +171,7 @@ impl Rig {
         self.queues[1].kick();
     }
 
-    /// That the request was answered with ENOTCONN.
+    /// Expects that the request was answered with ENOTCONN.
     fn refused(&mut self, runner: &mut Runner) {
         let queue = &mut self.queues[1];
         let mut used = None;
@@ -211,7 +211,7 @@ fn a_backend_gets_memory_rings_and_events_and_serves_past_the_worker() {
     rig.greet(&mut runner, true);
     let mut started = rig.started();
     assert_eq!([started[0].0, started[1].0], [0, 0]);
-    // The kick from before the start, and the device's own.
+    // The kick from before the start, and the one of the engine.
     let mut count = [0; 8];
     started[1].2.read_exact(&mut count).unwrap();
     assert!(u64::from_ne_bytes(count) >= 1);
@@ -285,7 +285,7 @@ fn requests_of_a_backend_that_dies_are_answered_and_so_are_later_ones() {
     assert!(runner.until(|| queue.used().is_some_and(|(_, len)| len == 0)));
     rig.refused(&mut runner);
     assert!(rig.fs.counters().errors() >= 4);
-    // The next driver finds it dead, too.
+    // Also after the next activation.
     runner.engine().drain();
     assert!(runner.engine().drained());
     drop(runner);

@@ -1,5 +1,6 @@
-//! The guest's requests, one after the other. Giving memory back takes time (the kernel frees page
-//! by page), so it is done in pieces, between which other devices have their turn.
+//! Handles plug and unplug requests one at a time. Freeing memory takes long (the kernel works page
+//! by page), so a round frees a limited number of blocks, and other devices of the worker are
+//! served in between.
 
 use std::io;
 use std::ops::Range;
@@ -16,10 +17,10 @@ use crate::discard::{DiscardError, discard};
 use crate::guest_warn;
 use crate::queue::VirtQueue;
 
-/// Requests served before other devices get their turn.
+/// Requests processed per round.
 const BUDGET: usize = 16;
-/// Blocks given back before other devices get their turn: 64 MiB.
-const PIECE: usize = 32;
+/// Blocks freed per round: 64 MiB.
+const MAX_BLOCKS: usize = 32;
 
 const REQUESTS: u32 = 0;
 const RESIZED: u32 = 1;
@@ -29,8 +30,8 @@ pub(super) struct MemEngine {
     interrupt: Arc<dyn Interrupt>,
     control: Arc<Control>,
     counters: Arc<DeviceCounters>,
-    /// The request whose memory is being given back. After a pause it goes on; a driver that resets
-    /// the device meanwhile finds what was done until then.
+    /// The unplug request in progress. It continues after a pause; after a reset the blocks
+    /// unplugged so far stay unplugged.
     unplugging: Option<Unplugging>,
 }
 
@@ -39,11 +40,11 @@ struct Unplugging {
     blocks: Range<usize>,
 }
 
-/// What becomes of a request.
+/// The outcome of parsing a request.
 enum Outcome {
     Answer(Response, u16),
     Unplug(Range<usize>),
-    /// Not a request, or no room for an answer.
+    /// Shorter than a request, or without space for the response.
     Malformed,
 }
 
@@ -57,13 +58,13 @@ impl MemEngine {
         Self { queue, interrupt, control, counters, unplugging: None }
     }
 
-    /// Serves until the budget is spent; `true` when there is (or may be) more to do.
+    /// Processes requests until the budget is spent; `true` when more may be available.
     fn serve(&mut self) -> bool {
         self.queue.disable_kicks();
         for _ in 0..BUDGET {
             if self.unplugging.is_some() {
-                // The rest in a later round.
-                if self.unplug_piece() {
+                // The rest follows in a later round.
+                if self.unplug_some() {
                     return true;
                 }
                 continue;
@@ -74,7 +75,7 @@ impl MemEngine {
                 }
                 return false;
             };
-            match self.perform(&chain) {
+            match self.handle_request(&chain) {
                 Outcome::Answer(response, state) => self.answer(&chain, response, state),
                 Outcome::Unplug(blocks) => self.unplugging = Some(Unplugging { chain, blocks }),
                 Outcome::Malformed => {
@@ -86,7 +87,7 @@ impl MemEngine {
         true
     }
 
-    fn perform(&mut self, chain: &Chain) -> Outcome {
+    fn handle_request(&mut self, chain: &Chain) -> Outcome {
         let mut bytes = [0; REQUEST_LEN];
         let whole = chain.readable.read(self.queue.mem(), 0, &mut bytes) == REQUEST_LEN;
         if !whole || chain.writable.len() < RESPONSE_LEN {
@@ -105,9 +106,9 @@ impl MemEngine {
                 Outcome::Answer(response, 0)
             }
             request::UNPLUG => state
-                .to_unplug(addr, count)
+                .check_unplug(addr, count)
                 .map_or(Outcome::Answer(Response::Error, 0), Outcome::Unplug),
-            request::UNPLUG_ALL => Outcome::Unplug(0..state.end()),
+            request::UNPLUG_ALL => Outcome::Unplug(0..state.usable_blocks()),
             request::STATE => match state.state(addr, count) {
                 Some(found) => Outcome::Answer(Response::Ack, found as u16),
                 None => Outcome::Answer(Response::Error, 0),
@@ -127,15 +128,15 @@ impl MemEngine {
         self.queue.push(chain.head, written as u32);
     }
 
-    /// Gives a piece of what is to be unplugged back to the host; `true` if more is left.
-    fn unplug_piece(&mut self) -> bool {
+    /// Frees the next [`MAX_BLOCKS`] blocks of the unplug request; `true` if more are left.
+    fn unplug_some(&mut self) -> bool {
         let Some(Unplugging { chain, blocks }) = self.unplugging.take() else { return false };
-        let end = blocks.end.min(blocks.start + PIECE);
-        let response = match self.give_back(blocks.start..end) {
+        let end = blocks.end.min(blocks.start + MAX_BLOCKS);
+        let response = match self.discard_blocks(blocks.start..end) {
             Ok(()) => {
                 let bytes = (end - blocks.start) as u64 * BLOCK;
                 self.counters.operation(bytes);
-                self.control.state().unplugged(blocks.start..end);
+                self.control.state().set_unplugged(blocks.start..end);
                 if end < blocks.end {
                     self.unplugging = Some(Unplugging { chain, blocks: end..blocks.end });
                     return true;
@@ -143,7 +144,7 @@ impl MemEngine {
                 Response::Ack
             }
             Err(error) => {
-                guest_warn!(self.counters.limit, %error, "memory cannot be given back");
+                guest_warn!(self.counters.limit, %error, "cannot free unplugged memory");
                 Response::Error
             }
         };
@@ -151,7 +152,7 @@ impl MemEngine {
         false
     }
 
-    fn give_back(&self, blocks: Range<usize>) -> Result<(), DiscardError> {
+    fn discard_blocks(&self, blocks: Range<usize>) -> Result<(), DiscardError> {
         let part = self.control.state().addresses(blocks);
         discard(&self.control.mem, part)
     }
@@ -161,13 +162,13 @@ impl Engine for MemEngine {
     fn start(&mut self, poll: &mut Poll<'_>) -> io::Result<()> {
         poll.add(self.queue.kick_fd(), REQUESTS, EventSet::IN)?;
         poll.add(self.control.resized.as_raw_fd(), RESIZED, EventSet::IN)?;
-        poll.again(REQUESTS);
+        poll.reschedule(REQUESTS);
         Ok(())
     }
 
     fn handle(&mut self, token: u32, _events: EventSet, poll: &mut Poll<'_>) {
         if token == RESIZED {
-            // A wake-up from before the driver was there costs it a look at its configuration.
+            // A resize before activation causes one unneeded configuration interrupt.
             if self.control.resized.read().is_ok() {
                 self.interrupt.config();
             }
@@ -175,12 +176,12 @@ impl Engine for MemEngine {
         }
         self.queue.clear_kick();
         if self.serve() {
-            poll.again(REQUESTS);
+            poll.reschedule(REQUESTS);
         }
-        self.queue.announce();
+        self.queue.signal_used();
     }
 
     fn resume(&mut self, poll: &mut Poll<'_>) {
-        poll.again(REQUESTS);
+        poll.reschedule(REQUESTS);
     }
 }

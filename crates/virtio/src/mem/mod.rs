@@ -1,13 +1,13 @@
-//! Memory device (virtio 1.2, section 5.15): a region of guest memory above what the VM was started
-//! with, of which the guest plugs in and out as many blocks as the host asks for.
+//! Memory device (virtio 1.2, section 5.15): a region of guest memory above the boot memory, in
+//! which the guest plugs and unplugs as many blocks as the host requests.
 //!
-//! - [`spec`]: the specification's numbers; [`state`]: which blocks are plugged;
-//! - [`engine`]: the guest's requests.
+//! - [`spec`]: constants of the specification; [`state`]: which blocks are plugged;
+//! - [`engine`]: handles the guest's requests.
 //!
-//! The region lies in a file of its own; what the guest unplugs is punched out of it, which takes
-//! the pages from everybody who has the file mapped. Nothing here keeps a guest from touching blocks
-//! it has not plugged: that the region is visible to it and to devices no further than it was ever
-//! granted is the VM's affair, and the pod's cgroup counts every page.
+//! The region has a file of its own. Unplugged blocks are punched out of it, which frees the pages
+//! for every process that maps the file. This device does not prevent the guest from touching
+//! blocks that are not plugged: the VMM makes the region accessible to guest and devices only as
+//! far as it was granted, and every touched page is charged to the pod's cgroup.
 
 mod engine;
 mod spec;
@@ -31,20 +31,20 @@ use crate::device::{
 };
 use crate::features;
 
-/// What is plugged and unplugged at a time: a page block of Linux, the least it can do.
+/// `block_size`, bytes: a pageblock, the smallest unit that Linux supports.
 pub const BLOCK: u64 = 2 << 20;
-/// Largest region; its map has a bit a block.
+/// Largest region, bytes; limits the size of the bitmap with one bit per block.
 const REGION_MAX: u64 = 16 << 40;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MemError {
-    #[error("{region:#x?} is not a region of guest memory that begins and ends at blocks of 2 MiB")]
+    #[error("{region:#x?} is not a region of guest memory aligned to blocks of 2 MiB")]
     Region { region: Range<u64> },
-    #[error("guest memory at {addr:#x} has no file to take pages from")]
+    #[error("guest memory at {addr:#x} is not backed by a file")]
     NoFile { addr: u64 },
     #[error("{bytes} bytes are more than the {size} bytes of the region")]
     TooLarge { bytes: u64, size: u64 },
-    #[error("eventfd")]
+    #[error("cannot create an eventfd")]
     Event(#[from] io::Error),
 }
 
@@ -54,19 +54,19 @@ pub struct Mem {
     counters: Arc<DeviceCounters>,
 }
 
-/// How the host resizes; outlives the device's move into its transport.
+/// Resizes the memory; usable after the device was moved into its transport.
 #[derive(Debug, Clone)]
-pub struct Resize(Arc<Control>);
+pub struct ResizeHandle(Arc<Control>);
 
-/// What device, engine and host share.
+/// State shared by device, engine and [`ResizeHandle`].
 #[derive(Debug)]
 struct Control {
     state: Mutex<State>,
-    /// Counts changes of the configuration that the guest did not bring about itself.
+    /// Counts configuration changes that the guest did not cause.
     generation: AtomicU8,
-    /// Tells the engine to tell the driver.
+    /// Signalled when the configuration has changed, so that the engine interrupts the driver.
     resized: EventFd,
-    /// What the region is part of.
+    /// All guest memory.
     mem: GuestMemoryMmap,
 }
 
@@ -77,7 +77,7 @@ impl Control {
 }
 
 impl Mem {
-    /// A device for `region`, which is one region of `mem` with a file behind it.
+    /// A device for `region`, which must be one file-backed region of `mem`, aligned to [`BLOCK`].
     pub fn new(mem: &GuestMemoryMmap, region: Range<u64>) -> Result<Self, MemError> {
         let size = region.end.saturating_sub(region.start);
         let aligned = region.start.is_multiple_of(BLOCK) && size.is_multiple_of(BLOCK);
@@ -98,15 +98,16 @@ impl Mem {
         Ok(Self { control: Arc::new(control), counters: Arc::default() })
     }
 
-    pub fn resize(&self) -> Resize {
-        Resize(self.control.clone())
+    pub fn resize_handle(&self) -> ResizeHandle {
+        ResizeHandle(self.control.clone())
     }
 }
 
-impl Resize {
-    /// Asks the guest to have `bytes` plugged, from the first `usable` bytes of the region or from
-    /// what it was allowed earlier. Answers at once; the guest follows, or does not.
-    pub fn ask(&self, bytes: u64, usable: u64) -> Result<(), MemError> {
+impl ResizeHandle {
+    /// Sets `requested_size` to `bytes` and raises `usable_region_size` to at least `usable` bytes;
+    /// both are rounded up to blocks. Returns at once; the guest plugs or unplugs later, or does
+    /// not. Fails if either is larger than the region.
+    pub fn request(&self, bytes: u64, usable: u64) -> Result<(), MemError> {
         let mut state = self.0.state();
         let size = state.size();
         if bytes > size || usable > size {
@@ -115,22 +116,22 @@ impl Resize {
         state.resize(bytes.next_multiple_of(BLOCK), usable.next_multiple_of(BLOCK));
         self.0.generation.fetch_add(1, Ordering::AcqRel);
         drop(state);
-        // A counter that is full wakes the engine as well.
+        // EAGAIN: the counter is full, so the engine is woken anyway.
         let _ = self.0.resized.write(1);
         Ok(())
     }
 
-    /// Whether the guest may use `part`, as far as the region is concerned: what lies in it is plugged.
-    pub(crate) fn has(&self, part: &Range<u64>) -> bool {
+    /// Whether every block of the region that `part` touches is plugged.
+    pub(crate) fn is_plugged(&self, part: &Range<u64>) -> bool {
         self.0.state().is_plugged(part)
     }
 
-    /// Bytes that were asked for.
+    /// `requested_size`, bytes.
     pub fn requested(&self) -> u64 {
         self.0.state().requested()
     }
 
-    /// Bytes that the guest has plugged.
+    /// `plugged_size`, bytes.
     pub fn plugged(&self) -> u64 {
         self.0.state().plugged()
     }

@@ -1,6 +1,6 @@
-//! Numbers of the memory device (virtio 1.2, section 5.15).
+//! Constants of the memory device (virtio 1.2, section 5.15).
 
-/// Section 5.15.3: unplugged memory must not be touched, not even read.
+/// Section 5.15.3: the driver must not access unplugged memory, not even read it.
 pub(super) const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 
 /// `struct virtio_mem_config` (section 5.15.4).
@@ -22,12 +22,12 @@ pub(super) mod request {
 #[repr(u16)]
 pub(super) enum Response {
     Ack = 0,
-    /// Not now: more than is wanted of the guest.
+    /// The request would exceed `requested_size`.
     Nack = 1,
     Error = 3,
 }
 
-/// What [`request::STATE`] is answered with.
+/// State in the response to [`request::STATE`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub(super) enum Plugged {

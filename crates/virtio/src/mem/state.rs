@@ -1,5 +1,5 @@
-//! Which blocks of the region are plugged, and how many of them the host wants to be (virtio 1.2,
-//! section 5.15.5): arithmetic on what the guest asks, nothing else.
+//! Which blocks of the region are plugged, and the sizes in the configuration (virtio 1.2, section
+//! 5.15.5). Plain values: no I/O, no locks.
 
 use std::ops::Range;
 
@@ -12,18 +12,18 @@ const BITS: usize = u64::BITS as usize;
 #[derive(Debug)]
 pub(super) struct State {
     region: Range<u64>,
-    /// The part that the guest may plug in, bytes from the region's start; only grows.
+    /// `usable_region_size`: bytes from the region's start that may be plugged; only grows.
     usable: u64,
-    /// Bytes the guest shall plug.
+    /// `requested_size`, bytes.
     requested: u64,
-    /// Bytes it has plugged.
+    /// `plugged_size`, bytes.
     plugged: u64,
-    /// A bit a block.
+    /// One bit per block.
     map: Vec<u64>,
 }
 
 impl State {
-    /// Nothing is plugged, and nothing wanted. The region's ends are multiples of [`BLOCK`].
+    /// Nothing is plugged and nothing requested. The region's ends are multiples of [`BLOCK`].
     pub(super) fn new(region: Range<u64>) -> Self {
         let blocks = ((region.end - region.start) / BLOCK) as usize;
         let map = vec![0; blocks.div_ceil(BITS)];
@@ -42,8 +42,7 @@ impl State {
         self.plugged
     }
 
-    /// Wants `bytes` to be plugged, and lets the guest use at least the first `usable` of the region
-    /// for that.
+    /// Sets the requested bytes, and raises the usable bytes to at least `usable`.
     pub(super) fn resize(&mut self, bytes: u64, usable: u64) {
         self.requested = bytes;
         self.usable = self.usable.max(usable);
@@ -68,10 +67,10 @@ impl State {
         config
     }
 
-    /// Plugs `count` blocks at `addr`.
+    /// Plugs `count` blocks at guest address `addr`.
     pub(super) fn plug(&mut self, addr: u64, count: u16) -> Response {
         let Some(blocks) = self.blocks(addr, count) else { return Response::Error };
-        if blocks.clone().any(|block| self.has(block)) {
+        if blocks.clone().any(|block| self.has_block(block)) {
             return Response::Error;
         }
         let bytes = u64::from(count) * BLOCK;
@@ -85,59 +84,61 @@ impl State {
         Response::Ack
     }
 
-    /// The blocks that a request to unplug `count` at `addr` is about: all of them plugged.
-    pub(super) fn to_unplug(&self, addr: u64, count: u16) -> Option<Range<usize>> {
+    /// The blocks of a request to unplug `count` at `addr`; none unless all of them are plugged.
+    pub(super) fn check_unplug(&self, addr: u64, count: u16) -> Option<Range<usize>> {
         let blocks = self.blocks(addr, count)?;
-        blocks.clone().all(|block| self.has(block)).then_some(blocks)
+        blocks.clone().all(|block| self.has_block(block)).then_some(blocks)
     }
 
-    /// Where these blocks stand in guest memory.
+    /// Guest addresses of these blocks.
     pub(super) fn addresses(&self, blocks: Range<usize>) -> Range<u64> {
         let addr = |block: usize| self.region.start + block as u64 * BLOCK;
         addr(blocks.start)..addr(blocks.end)
     }
 
-    /// Blocks that may be plugged.
-    pub(super) fn end(&self) -> usize {
+    /// Number of usable blocks.
+    pub(super) fn usable_blocks(&self) -> usize {
         (self.usable / BLOCK) as usize
     }
 
-    /// Notes that these blocks are unplugged, whatever they were.
-    pub(super) fn unplugged(&mut self, blocks: Range<usize>) {
+    /// Marks these blocks as unplugged, whatever they were before.
+    pub(super) fn set_unplugged(&mut self, blocks: Range<usize>) {
         for block in blocks {
-            if self.has(block) {
+            if self.has_block(block) {
                 self.map[block / BITS] &= !(1 << (block % BITS));
                 self.plugged -= BLOCK;
             }
         }
     }
 
-    /// Whether every block of the region that `part` touches is plugged; `part` may lie anywhere.
+    /// Whether every block of the region that `part` touches is plugged; `part` may lie outside the
+    /// region.
     pub(super) fn is_plugged(&self, part: &Range<u64>) -> bool {
         let (start, end) = (part.start.max(self.region.start), part.end.min(self.region.end));
         if start >= end {
             return true;
         }
         let block = |addr: u64| ((addr - self.region.start) / BLOCK) as usize;
-        (block(start)..=block(end - 1)).all(|block| self.has(block))
+        (block(start)..=block(end - 1)).all(|block| self.has_block(block))
     }
 
-    /// What a range is; none for one that is not in the usable part.
+    /// State of a range; none if it is not in the usable part.
     pub(super) fn state(&self, addr: u64, count: u16) -> Option<Plugged> {
         let mut blocks = self.blocks(addr, count)?;
-        let first = self.has(blocks.start);
-        Some(match (blocks.all(|block| self.has(block) == first), first) {
+        let first = self.has_block(blocks.start);
+        Some(match (blocks.all(|block| self.has_block(block) == first), first) {
             (true, true) => Plugged::All,
             (true, false) => Plugged::None,
             (false, _) => Plugged::Some,
         })
     }
 
-    fn has(&self, block: usize) -> bool {
+    fn has_block(&self, block: usize) -> bool {
         self.map[block / BITS] >> (block % BITS) & 1 != 0
     }
 
-    /// Attack: addresses and counts whose sum overflows or ends outside of the region.
+    /// The blocks of a request; none if it is empty, misaligned or not in the usable part.
+    /// Attack: addresses and counts whose sum overflows or lies outside the region.
     fn blocks(&self, addr: u64, count: u16) -> Option<Range<usize>> {
         let offset = addr.checked_sub(self.region.start)?;
         let end = offset.checked_add(u64::from(count) * BLOCK)?;

@@ -14,7 +14,7 @@ const RESPONSE: u64 = 0x90000;
 const REGION: u64 = 1 << 32;
 const BLOCKS: u64 = 100;
 
-/// RAM, and a region whose file begins with something else.
+/// RAM, and a hotplug region that begins at an offset of its file.
 fn guest_memory() -> (Arc<GuestMemoryMmap>, File) {
     let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
     file.set_len((BLOCKS + 1) * BLOCK).unwrap();
@@ -59,12 +59,12 @@ impl Rig {
         self.queue.kick();
     }
 
-    /// A request about `count` blocks from `block` on; its answer.
-    fn ask(&mut self, kind: u16, block: u64, count: u16) -> (u16, u16) {
-        self.ask_at(kind, REGION + block * BLOCK, count)
+    /// Sends a request for `count` blocks from `block` on; returns response type and state.
+    fn request(&mut self, kind: u16, block: u64, count: u16) -> (u16, u16) {
+        self.send_at(kind, REGION + block * BLOCK, count)
     }
 
-    fn ask_at(&mut self, kind: u16, addr: u64, count: u16) -> (u16, u16) {
+    fn send_at(&mut self, kind: u16, addr: u64, count: u16) -> (u16, u16) {
         self.send(kind, addr, count);
         assert!(self.runner.settle(100));
         assert_eq!(self.queue.used().unwrap().1 as usize, RESPONSE_LEN);
@@ -92,80 +92,80 @@ const NACK: (u16, u16) = (Response::Nack as u16, 0);
 const ERROR: (u16, u16) = (Response::Error as u16, 0);
 
 #[test]
-fn a_wish_is_told_to_the_driver_which_plugs_no_more_than_was_wanted() {
+fn a_resize_interrupts_the_driver_which_can_plug_no_more_than_requested() {
     let mut rig = Rig::new();
     let all = BLOCKS * BLOCK;
     assert_eq!(rig.config(), [BLOCK, 0, REGION, all, 0, 0, 0]);
-    assert_eq!(rig.ask(request::PLUG, 0, 1), ERROR, "nothing is usable yet");
-    let (resize, generation) = (rig.device.resize(), rig.device.config_generation());
-    resize.ask(3 * BLOCK - 1, 8 * BLOCK).unwrap();
+    assert_eq!(rig.request(request::PLUG, 0, 1), ERROR, "nothing is usable yet");
+    let (resize, generation) = (rig.device.resize_handle(), rig.device.config_generation());
+    resize.request(3 * BLOCK - 1, 8 * BLOCK).unwrap();
     assert!(rig.runner.settle(10));
     assert_eq!(rig.interrupt.configs.load(Ordering::Relaxed), 1);
     assert_ne!(rig.device.config_generation(), generation);
     assert_eq!(rig.config(), [BLOCK, 0, REGION, all, 8 * BLOCK, 0, 3 * BLOCK]);
 
-    assert_eq!(rig.ask(request::PLUG, 1, 2), ACK);
-    assert_eq!(rig.ask(request::PLUG, 2, 1), ERROR, "plugged already");
-    assert_eq!(rig.ask(request::PLUG, 3, 2), NACK, "more than is wanted");
-    assert_eq!(rig.ask(request::PLUG, 7, 1), ACK);
+    assert_eq!(rig.request(request::PLUG, 1, 2), ACK);
+    assert_eq!(rig.request(request::PLUG, 2, 1), ERROR, "plugged already");
+    assert_eq!(rig.request(request::PLUG, 3, 2), NACK, "more than requested");
+    assert_eq!(rig.request(request::PLUG, 7, 1), ACK);
     assert_eq!(rig.config()[5..], [3 * BLOCK, 3 * BLOCK]);
     assert_eq!((resize.requested(), resize.plugged()), (3 * BLOCK, 3 * BLOCK));
 
     let state = |found: Plugged| (Response::Ack as u16, found as u16);
-    assert_eq!(rig.ask(request::STATE, 1, 2), state(Plugged::All));
-    assert_eq!(rig.ask(request::STATE, 3, 4), state(Plugged::None));
-    assert_eq!(rig.ask(request::STATE, 0, 8), state(Plugged::Some));
-    assert_eq!(rig.ask(request::STATE, 0, 9), ERROR);
+    assert_eq!(rig.request(request::STATE, 1, 2), state(Plugged::All));
+    assert_eq!(rig.request(request::STATE, 3, 4), state(Plugged::None));
+    assert_eq!(rig.request(request::STATE, 0, 8), state(Plugged::Some));
+    assert_eq!(rig.request(request::STATE, 0, 9), ERROR);
 }
 
 #[test]
-fn what_is_unplugged_goes_back_to_the_host_and_comes_again_as_zeroes() {
+fn unplugged_blocks_are_freed_and_read_as_zeroes() {
     let mut rig = Rig::new();
-    rig.device.resize().ask(4 * BLOCK, 4 * BLOCK).unwrap();
-    assert_eq!(rig.ask(request::PLUG, 0, 4), ACK);
+    rig.device.resize_handle().request(4 * BLOCK, 4 * BLOCK).unwrap();
+    assert_eq!(rig.request(request::PLUG, 0, 4), ACK);
     for block in 0..4 {
         rig.touch(block);
     }
     assert_eq!(rig.pages(), 4);
-    assert_eq!(rig.ask(request::UNPLUG, 1, 2), ACK);
-    assert_eq!((rig.pages(), rig.device.resize().plugged()), (2, 2 * BLOCK));
-    assert_eq!(rig.ask(request::UNPLUG, 0, 4), ERROR, "half of it is unplugged already");
+    assert_eq!(rig.request(request::UNPLUG, 1, 2), ACK);
+    assert_eq!((rig.pages(), rig.device.resize_handle().plugged()), (2, 2 * BLOCK));
+    assert_eq!(rig.request(request::UNPLUG, 0, 4), ERROR, "half of it is unplugged already");
     assert_eq!(rig.pages(), 2);
-    assert_eq!(rig.ask(request::PLUG, 1, 1), ACK);
+    assert_eq!(rig.request(request::PLUG, 1, 1), ACK);
     let byte: u8 = rig.mem.read_obj(GuestAddress(REGION + BLOCK)).unwrap();
     assert_eq!(byte, 0);
 }
 
 #[test]
-fn a_wish_for_less_unplugs_nothing_by_itself() {
+fn a_smaller_request_unplugs_nothing_by_itself() {
     let mut rig = Rig::new();
-    let resize = rig.device.resize();
-    resize.ask(4 * BLOCK, 4 * BLOCK).unwrap();
-    assert_eq!(rig.ask(request::PLUG, 0, 4), ACK);
-    resize.ask(BLOCK, BLOCK).unwrap();
+    let resize = rig.device.resize_handle();
+    resize.request(4 * BLOCK, 4 * BLOCK).unwrap();
+    assert_eq!(rig.request(request::PLUG, 0, 4), ACK);
+    resize.request(BLOCK, BLOCK).unwrap();
     assert_eq!((resize.requested(), resize.plugged()), (BLOCK, 4 * BLOCK));
-    assert_eq!(rig.config()[4], 4 * BLOCK, "what is usable stays so");
-    assert_eq!(rig.ask(request::UNPLUG, 3, 1), ACK);
-    assert_eq!(rig.ask(request::PLUG, 3, 1), NACK);
+    assert_eq!(rig.config()[4], 4 * BLOCK, "the usable size is not reduced");
+    assert_eq!(rig.request(request::UNPLUG, 3, 1), ACK);
+    assert_eq!(rig.request(request::PLUG, 3, 1), NACK);
     assert!(matches!(
-        resize.ask(BLOCKS * BLOCK + 1, 0),
+        resize.request(BLOCKS * BLOCK + 1, 0),
         Err(MemError::TooLarge { size, .. }) if size == BLOCKS * BLOCK
     ));
 }
 
 #[test]
-fn everything_is_unplugged_in_pieces_that_a_pause_may_part() {
+fn unplug_all_is_handled_in_rounds_and_continues_after_a_pause() {
     let mut rig = Rig::new();
-    let (all, resize) = (BLOCKS * BLOCK, rig.device.resize());
-    resize.ask(all, all).unwrap();
-    assert_eq!(rig.ask(request::PLUG, 0, BLOCKS as u16), ACK);
+    let (all, resize) = (BLOCKS * BLOCK, rig.device.resize_handle());
+    resize.request(all, all).unwrap();
+    assert_eq!(rig.request(request::PLUG, 0, BLOCKS as u16), ACK);
     for block in 0..BLOCKS {
         rig.touch(block);
     }
     rig.send(request::UNPLUG_ALL, 0, 0);
     rig.runner.round(std::time::Duration::ZERO);
     let left = resize.plugged();
-    assert!(left > 0 && left < all, "{left:#x} is left after one piece");
+    assert!(left > 0 && left < all, "{left:#x} is left after one round");
     assert!(rig.queue.used().is_none());
     rig.runner.engine().drain();
     assert!(rig.runner.engine().drained());
@@ -176,10 +176,10 @@ fn everything_is_unplugged_in_pieces_that_a_pause_may_part() {
 }
 
 #[test]
-fn addresses_and_counts_that_fit_nowhere_are_refused() {
+fn invalid_addresses_and_counts_are_refused() {
     let mut rig = Rig::new();
     let all = BLOCKS * BLOCK;
-    rig.device.resize().ask(all, all).unwrap();
+    rig.device.resize_handle().request(all, all).unwrap();
     for kind in [request::PLUG, request::UNPLUG, request::STATE, 4, u16::MAX] {
         for (addr, count) in [
             (REGION, 0),
@@ -191,15 +191,15 @@ fn addresses_and_counts_that_fit_nowhere_are_refused() {
             (0, 1),
             (u64::MAX - BLOCK + 1, u16::MAX),
         ] {
-            assert_eq!(rig.ask_at(kind, addr, count), ERROR, "{kind} {addr:#x} {count}");
+            assert_eq!(rig.send_at(kind, addr, count), ERROR, "{kind} {addr:#x} {count}");
         }
     }
-    assert_eq!(rig.device.resize().plugged(), 0);
+    assert_eq!(rig.device.resize_handle().plugged(), 0);
     assert_eq!(rig.device.counters().errors(), 40);
 }
 
 #[test]
-fn a_chain_that_is_no_request_is_handed_back_and_the_next_one_served() {
+fn a_malformed_request_is_returned_with_length_0_and_the_next_one_is_handled() {
     let mut rig = Rig::new();
     rig.queue.add(&[(REQUEST, 23)], &[(RESPONSE, 16)]);
     rig.queue.add(&[(REQUEST, 24)], &[(RESPONSE, 9)]);
@@ -210,11 +210,11 @@ fn a_chain_that_is_no_request_is_handed_back_and_the_next_one_served() {
         assert_eq!(rig.queue.used().unwrap().1, 0);
     }
     assert_eq!(rig.device.counters().errors(), 3);
-    assert_eq!(rig.ask(request::UNPLUG_ALL, 0, 0), ACK);
+    assert_eq!(rig.request(request::UNPLUG_ALL, 0, 0), ACK);
 }
 
 #[test]
-fn a_region_has_to_be_one_of_the_guests_with_a_file_behind_it() {
+fn a_region_must_be_a_file_backed_region_of_guest_memory() {
     let (mem, _) = guest_memory();
     for region in [
         REGION..REGION + BLOCK,

@@ -1,7 +1,7 @@
-//! The network device's moving half.
+//! The network device's engine: moves packets between the tap and the queues.
 //!
-//! A packet that the guest has no buffers for waits here, and behind it everything else waits in
-//! the tap's own queue, which drops what is too much, as a wire would.
+//! One packet waits here while the guest has no receive buffers; further packets wait in the tap's
+//! queue, which drops packets when it is full.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -17,7 +17,7 @@ use crate::device::{DeviceCounters, Engine, Poll};
 use crate::guest_warn;
 use crate::queue::VirtQueue;
 
-/// Packets moved in one direction before other devices get their turn.
+/// Packets moved in one direction per call, so that other devices of the worker are served too.
 const BUDGET: usize = 64;
 
 const RX: u32 = 0;
@@ -25,27 +25,28 @@ const TX: u32 = 1;
 const TAP: u32 = 2;
 
 pub(super) struct NetEngine {
-    // Fixed.
+    // Set at creation.
     features: u64,
     set_offloads: SetOffloads,
-    // Glue.
+    // Connections to tap, queues and counters.
     tap: Arc<File>,
     rx: VirtQueue,
     tx: VirtQueue,
     counters: Arc<DeviceCounters>,
-    // Volatile.
-    /// The tap may have something (it is polled edge-triggered).
+    // Runtime state.
+    /// The tap may be readable; it is polled edge-triggered.
     readable: bool,
-    /// A packet from the tap, and its length if there is one.
+    /// The last packet from the tap; `waiting` is its length while it waits for receive buffers.
     packet: Vec<u8>,
     waiting: Option<usize>,
-    /// Taken from the guest for the next packet.
+    /// Receive buffers taken from the queue for the next packet.
     chains: Vec<Chain>,
     iovecs: Vec<libc::iovec>,
 }
 
 #[allow(unsafe_code)] // raw pointers in iovecs
-// SAFETY: `iovecs` is scratch space, cleared before each use; nothing in it outlives a call.
+// SAFETY: `iovecs` is a buffer that is cleared before each use; its pointers are not used after a
+// call.
 unsafe impl Send for NetEngine {}
 
 impl NetEngine {
@@ -78,8 +79,8 @@ impl Engine for NetEngine {
         poll.add(self.rx.kick_fd(), RX, EventSet::IN)?;
         poll.add(self.tx.kick_fd(), TX, EventSet::IN)?;
         poll.add(self.tap.as_raw_fd(), TAP, EventSet::IN | EventSet::EDGE_TRIGGERED)?;
-        poll.again(TX);
-        poll.again(RX);
+        poll.reschedule(TX);
+        poll.reschedule(RX);
         Ok(())
     }
 
@@ -99,7 +100,7 @@ impl Engine for NetEngine {
 }
 
 impl NetEngine {
-    /// From the tap to the guest.
+    /// Moves packets from the tap to the guest.
     fn receive(&mut self, poll: &mut Poll<'_>) {
         self.rx.disable_kicks();
         let mut more = true;
@@ -111,16 +112,16 @@ impl NetEngine {
             self.waiting = None;
             if !self.deliver(len) {
                 self.waiting = Some(len);
-                // The guest kicks when it has buffers again.
+                // The driver kicks when it adds buffers.
                 more = self.rx.enable_kicks();
                 if !more {
                     break;
                 }
             }
         }
-        self.rx.announce();
+        self.rx.signal_used();
         if more {
-            poll.again(RX);
+            poll.reschedule(RX);
         }
     }
 
@@ -133,8 +134,8 @@ impl NetEngine {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {
                     if e.kind() != io::ErrorKind::WouldBlock {
-                        // EBADFD while the interface is down; an edge follows when it is up.
-                        guest_warn!(self.counters.limit, error = %e, "tap cannot be read");
+                        // EBADFD while the interface is down; an event follows when it is up.
+                        guest_warn!(self.counters.limit, error = %e, "cannot read from the tap");
                     }
                     self.readable = false;
                 }
@@ -143,20 +144,20 @@ impl NetEngine {
         None
     }
 
-    /// Copies the packet into the guest's buffers; `false` when there are not enough yet.
+    /// Copies the packet into receive buffers; `false` when there are too few of them.
     fn deliver(&mut self, len: usize) -> bool {
         let mergeable = self.features & F_MRG_RXBUF != 0;
-        let most = if mergeable { usize::from(self.rx.size()) } else { 1 };
-        let mut room: usize = self.chains.iter().map(|c| c.writable.len()).sum();
-        while room < len && self.chains.len() < most {
+        let max_chains = if mergeable { usize::from(self.rx.size()) } else { 1 };
+        let mut space: usize = self.chains.iter().map(|c| c.writable.len()).sum();
+        while space < len && self.chains.len() < max_chains {
             let Some(chain) = self.rx.pop() else { return false };
-            room += chain.writable.len();
+            space += chain.writable.len();
             self.chains.push(chain);
         }
-        if room < len {
-            // Section 5.1.6.4: without merging each buffer must hold a whole packet.
+        if space < len {
+            // Section 5.1.6.4: without MRG_RXBUF each buffer must hold a whole packet.
             let limit = &self.counters.limit;
-            guest_warn!(limit, len, room, "receive buffers too small; packet dropped");
+            guest_warn!(limit, len, space, "receive buffers too small; packet dropped");
             self.counters.error();
             return true;
         }
@@ -173,7 +174,7 @@ impl NetEngine {
         true
     }
 
-    /// From the guest to the tap.
+    /// Moves packets from the guest to the tap.
     fn transmit(&mut self, poll: &mut Poll<'_>) {
         self.tx.clear_kick();
         let mem = self.tx.mem().clone();
@@ -181,23 +182,23 @@ impl NetEngine {
         let more = tx.serve(BUDGET, |chain| {
             let len = chain.readable.len();
             if !(HEADER_LEN + MIN_FRAME..=MAX_PACKET).contains(&len) {
-                guest_warn!(counters.limit, len, "packet of impossible length dropped");
+                guest_warn!(counters.limit, len, "packet of invalid length dropped");
                 counters.error();
                 return 0;
             }
-            // A tap takes a packet whole or not at all, and checks its header itself.
+            // A tap takes a whole packet or none, and checks its header itself.
             match chain.readable.writev(&mem, tap.as_raw_fd(), iovecs) {
                 Ok(done) if done == len => counters.operation((len - HEADER_LEN) as u64),
                 Ok(_) => counters.error(),
                 Err(error) => {
-                    guest_warn!(counters.limit, %error, "packet dropped by the tap");
+                    guest_warn!(counters.limit, %error, "cannot write a packet to the tap");
                     counters.error();
                 }
             }
             0
         });
         if more {
-            poll.again(TX);
+            poll.reschedule(TX);
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Network device (virtio 1.2, section 5.1) on a tap: one queue pair, checksum and TCP segmentation
 //! offload both ways, mergeable receive buffers.
 //!
-//! - [`spec`]: the numbers; [`tap`]: the host's end; [`engine`]: packets on their way.
+//! - [`spec`]: constants of the specification; [`tap`]: ioctls of the tap; [`engine`]: moves
+//!   packets.
 //!
-//! Absent: control queue, several queue pairs, UDP fragmentation offload.
+//! Not implemented: control queue, multiqueue, UDP fragmentation offload.
 
 mod engine;
 mod spec;
@@ -27,16 +28,16 @@ use crate::features;
 
 const QUEUE_SIZE: u16 = 256;
 
-/// Tells a tap what may be offloaded to the guest.
+/// Sets a tap's offloads (TUNSETOFFLOAD).
 type SetOffloads = fn(&File, libc::c_uint) -> io::Result<()>;
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
     #[error("MTU {mtu} is below {MIN_MTU}")]
     Mtu { mtu: u16 },
-    #[error("MAC {mac:02x?} is a group address or empty")]
+    #[error("MAC address {mac:02x?} is a group address or all zero")]
     Mac { mac: [u8; 6] },
-    #[error("descriptor is no tap with IFF_VNET_HDR")]
+    #[error("file descriptor is not a tap with IFF_VNET_HDR")]
     Tap(#[source] io::Error),
 }
 
@@ -51,14 +52,15 @@ pub struct Net {
 }
 
 impl Net {
-    /// `tap` has `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+    /// A device on `tap`, which has `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`. Fails if it has not, or
+    /// if MAC address or MTU (bytes) are invalid.
     pub fn new(tap: File, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
         tap::prepare(&tap).map_err(NetError::Tap)?;
         Self::over(tap, tap::set_offloads, mac, mtu)
     }
 
-    /// Over anything that reads and writes whole packets with their headers, for tests and fuzz
-    /// targets.
+    /// A device on any file that reads and writes whole packets with their headers, for tests and
+    /// fuzz targets.
     #[cfg(any(test, feature = "mock"))]
     pub fn over_packets(packets: File, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
         Self::over(packets, |_, _| Ok(()), mac, mtu)

@@ -1,6 +1,6 @@
-//! Numbers of the network device (virtio 1.2, section 5.1) and of Linux' tap (linux/if_tun.h).
+//! Constants of the network device (virtio 1.2, section 5.1) and of Linux taps (linux/if_tun.h).
 
-/// Section 5.1.3.
+/// Section 5.1.3: feature bits.
 pub(super) const F_CSUM: u64 = 1 << 0;
 pub(super) const F_GUEST_CSUM: u64 = 1 << 1;
 pub(super) const F_MTU: u64 = 1 << 3;
@@ -18,11 +18,11 @@ pub(super) const HEADER_LEN: usize = 12;
 pub(super) const NUM_BUFFERS: usize = 10;
 /// Section 5.1.6.3.1: the largest packet with its header.
 pub(super) const MAX_PACKET: usize = 65562;
-/// An Ethernet header; anything shorter is no frame.
+/// Length of an Ethernet header, the shortest frame.
 pub(super) const MIN_FRAME: usize = 14;
 /// Bit in the status field.
 const STATUS_LINK_UP: u16 = 1;
-/// Section 5.1.4.1 with IPv4's smallest.
+/// Section 5.1.4.1: at least the minimum MTU of IPv4.
 pub(super) const MIN_MTU: u16 = 68;
 
 /// Section 5.1.4: `struct virtio_net_config` up to the MTU.
@@ -35,13 +35,12 @@ pub(super) fn config(mac: [u8; 6], mtu: u16) -> [u8; 12] {
     bytes
 }
 
-/// What the tap may hand to us: TUNSETOFFLOAD's flags for the features a driver accepted.
+/// TUNSETOFFLOAD flags for the negotiated features: what packets read from the tap may use.
 pub(super) fn tap_offloads(features: u64) -> libc::c_uint {
     const TUN_F_CSUM: libc::c_uint = 1;
     const TUN_F_TSO4: libc::c_uint = 2;
     const TUN_F_TSO6: libc::c_uint = 4;
-    // Segmentation needs checksum offload (section 5.1.3.1), and the tap refuses one without the
-    // other.
+    // Segmentation needs checksum offload (section 5.1.3.1); the tap refuses it otherwise.
     if features & F_GUEST_CSUM == 0 {
         return 0;
     }

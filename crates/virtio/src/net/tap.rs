@@ -1,4 +1,4 @@
-//! The host's end: a tap that gives and takes packets behind a 12-byte `virtio_net_hdr`.
+//! Ioctls of the tap, whose packets have a 12-byte `virtio_net_hdr` each.
 #![allow(unsafe_code)] // ioctls of linux/if_tun.h
 
 use std::fs::File;
@@ -12,7 +12,7 @@ const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
 /// `_IOW('T', 216, int)`
 const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
 
-/// Makes reads and writes non-blocking and the header 12 bytes long.
+/// Sets O_NONBLOCK and the header length of 12 bytes.
 pub(super) fn prepare(tap: &File) -> io::Result<()> {
     let len = HEADER_LEN as libc::c_int;
     // SAFETY: TUNSETVNETHDRSZ reads one int through its argument, which points to `len`.
@@ -25,7 +25,7 @@ pub(super) fn prepare(tap: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Tells the tap what the guest can take.
+/// Sets what packets read from the tap may use (TUN_F_*).
 pub(super) fn set_offloads(tap: &File, flags: libc::c_uint) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes its argument by value.
     if unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(flags)) } < 0 {

@@ -10,7 +10,7 @@ use crate::mock::{MockInterrupt, MockQueue, Runner, activation, memory, queues};
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const DATA: u64 = 0x10_0000;
 
-/// A device whose tap is one end of a datagram socket.
+/// A device whose tap is one end of a datagram socket pair; `wire` is the other.
 struct Rig {
     mem: Arc<GuestMemoryMmap>,
     rx: MockQueue,
@@ -56,7 +56,7 @@ fn a_packet_from_the_guest_reaches_the_tap_whole_with_its_header() {
 }
 
 #[test]
-fn packets_of_impossible_length_are_dropped_and_counted() {
+fn packets_of_invalid_length_are_dropped_and_counted() {
     let mut rig = rig(u64::MAX);
     rig.tx.add(&[(DATA, 25)], &[]);
     rig.tx.add(&[(DATA, 60000), (DATA, 6000)], &[]);
@@ -69,7 +69,7 @@ fn packets_of_impossible_length_are_dropped_and_counted() {
 }
 
 #[test]
-fn a_packet_for_the_guest_is_spread_over_buffers_and_their_number_told() {
+fn a_received_packet_is_split_over_buffers_and_num_buffers_is_set() {
     let mut rig = rig(u64::MAX);
     for n in 0..4 {
         rig.rx.add(&[], &[(DATA + n * 0x1000, 400)]);
@@ -90,7 +90,7 @@ fn a_packet_for_the_guest_is_spread_over_buffers_and_their_number_told() {
 }
 
 #[test]
-fn packets_wait_for_buffers_and_none_is_lost_or_swapped() {
+fn packets_wait_for_buffers_and_arrive_in_order() {
     let mut rig = rig(u64::MAX);
     for seed in 0..5 {
         rig.wire.send(&packet(600, seed)).unwrap();
@@ -114,7 +114,7 @@ fn packets_wait_for_buffers_and_none_is_lost_or_swapped() {
 }
 
 #[test]
-fn without_merging_a_packet_that_does_not_fit_is_dropped_and_the_buffer_kept() {
+fn without_mrg_rxbuf_a_packet_larger_than_a_buffer_is_dropped_and_the_buffer_kept() {
     let mut rig = rig(!F_MRG_RXBUF);
     rig.rx.add(&[], &[(DATA, 500)]);
     rig.rx.kick();
@@ -127,7 +127,7 @@ fn without_merging_a_packet_that_does_not_fit_is_dropped_and_the_buffer_kept() {
 }
 
 #[test]
-fn the_largest_packet_fits_through_both_ways() {
+fn the_largest_packet_passes_in_both_directions() {
     let mut rig = rig(u64::MAX);
     let big = packet(MAX_PACKET, 3);
     rig.mem.write_slice(&big, GuestAddress(DATA)).unwrap();
@@ -147,7 +147,7 @@ fn the_largest_packet_fits_through_both_ways() {
 }
 
 #[test]
-fn offloads_follow_what_the_driver_accepted() {
+fn tap_offloads_follow_the_negotiated_features() {
     assert_eq!(spec::tap_offloads(0), 0);
     assert_eq!(spec::tap_offloads(F_GUEST_TSO4), 0);
     assert_eq!(spec::tap_offloads(F_GUEST_CSUM), 1);
@@ -155,7 +155,7 @@ fn offloads_follow_what_the_driver_accepted() {
 }
 
 #[test]
-fn what_is_no_tap_is_refused() {
+fn files_that_are_not_taps_and_invalid_addresses_are_refused() {
     let file = tempfile::tempfile().unwrap();
     assert!(matches!(Net::new(file.try_clone().unwrap(), MAC, 1500), Err(NetError::Tap(_))));
     let refused = Net::over_packets(file.try_clone().unwrap(), MAC, 60);

@@ -1,7 +1,7 @@
 //! The common configuration structure (virtio 1.2, section 4.1.4.3).
 //!
-//! A driver accesses fields with their own width, 64-bit fields also by halves (section 4.1.3.1);
-//! anything else reads zero and writes nothing.
+//! A driver accesses each field with its own width, 64-bit fields also as two 32-bit words (section
+//! 4.1.3.1). Other reads return zero, other writes are ignored.
 
 use std::sync::atomic::{AtomicU16, Ordering};
 
@@ -15,9 +15,13 @@ impl VirtioPci {
         let queue = self.queues.get(usize::from(self.queue_select));
         let value = match (offset, data.len()) {
             (common::DEVICE_FEATURE_SELECT, 4) => u64::from(self.device_feature_select),
-            (common::DEVICE_FEATURE, 4) => half(self.device.features(), self.device_feature_select),
+            (common::DEVICE_FEATURE, 4) => {
+                feature_word(self.device.features(), self.device_feature_select)
+            }
             (common::DRIVER_FEATURE_SELECT, 4) => u64::from(self.driver_feature_select),
-            (common::DRIVER_FEATURE, 4) => half(self.driver_features, self.driver_feature_select),
+            (common::DRIVER_FEATURE, 4) => {
+                feature_word(self.driver_features, self.driver_feature_select)
+            }
             (common::CONFIG_VECTOR, 2) => load(&self.shared.config_vector),
             (common::NUM_QUEUES, 2) => self.queues.len() as u64,
             (common::DEVICE_STATUS, 1) => {
@@ -58,8 +62,8 @@ impl VirtioPci {
         if offset == common::DEVICE_STATUS && data.len() == 1 {
             return self.write_status(value as u8);
         }
-        // A driver that does not wait for the end of its reset talks to a device that is not there.
-        self.finish_reset_if_begun();
+        // A driver that does not wait until the reset is complete: its writes are ignored.
+        self.poll_reset();
         if self.resetting.is_some() {
             return;
         }
@@ -75,12 +79,12 @@ impl VirtioPci {
                 _ => {}
             },
             (common::CONFIG_VECTOR, 2) => {
-                let vector = self.known_vector(value as u16);
+                let vector = self.valid_vector(value as u16);
                 self.shared.config_vector.store(vector, Ordering::Release);
             }
             (common::QUEUE_SELECT, 2) => self.queue_select = value as u16,
             (common::QUEUE_VECTOR, 2) => {
-                let vector = self.known_vector(value as u16);
+                let vector = self.valid_vector(value as u16);
                 if let Some(place) = self.shared.queue_vectors.get(usize::from(self.queue_select)) {
                     place.store(vector, Ordering::Release);
                 }
@@ -89,10 +93,10 @@ impl VirtioPci {
         }
     }
 
-    /// Size, addresses and enabling of the selected queue; fixed once it is enabled.
+    /// Size, addresses and enable of the selected queue; read-only once it is enabled.
     fn write_queue(&mut self, offset: u64, len: usize, value: u64) {
         let running = self.status() & status::DRIVER_OK != 0;
-        let open = self.open_memory();
+        let mem = self.accessible_memory();
         let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else { return };
         if queue.enabled || running {
             return;
@@ -101,7 +105,7 @@ impl VirtioPci {
             (common::QUEUE_SIZE, 2) => queue.size = value as u16,
             (common::QUEUE_ENABLE, 2) if value == 1 => {
                 let setup = QueueSetup { enabled: true, ..queue.clone() };
-                match setup.build(&open, false) {
+                match setup.build(&mem, false) {
                     Ok(_) => *queue = setup,
                     Err(error) => self.fail(&error),
                 }
@@ -125,7 +129,7 @@ impl VirtioPci {
     }
 
     fn write_status(&mut self, value: u8) {
-        self.finish_reset_if_begun();
+        self.poll_reset();
         if value == 0 {
             return self.begin_reset();
         }
@@ -139,8 +143,8 @@ impl VirtioPci {
         }
         let after = before | set;
         let can_run = status::FEATURES_OK | status::DRIVER;
-        let stuck = status::NEEDS_RESET | status::FAILED;
-        if set & status::DRIVER_OK != 0 && (after & can_run != can_run || after & stuck != 0) {
+        let error_bits = status::NEEDS_RESET | status::FAILED;
+        if set & status::DRIVER_OK != 0 && (after & can_run != can_run || after & error_bits != 0) {
             set &= !status::DRIVER_OK;
         }
         self.shared.status.fetch_or(set, Ordering::AcqRel);
@@ -149,7 +153,7 @@ impl VirtioPci {
         }
     }
 
-    fn finish_reset_if_begun(&mut self) {
+    fn poll_reset(&mut self) {
         if self.resetting.is_some() {
             self.finish_reset();
         }
@@ -159,20 +163,20 @@ impl VirtioPci {
         self.shared.status.load(Ordering::Acquire)
     }
 
-    /// Section 6.1: nothing that was not offered, and not without VERSION_1.
+    /// Section 6.1: only offered features, and VERSION_1 among them.
     fn features_acceptable(&self) -> bool {
         self.driver_features & !self.device.features() == 0
             && self.driver_features & features::VERSION_1 != 0
     }
 
-    /// A vector this device does not have becomes "none", which tells the driver so (section
-    /// 4.1.5.1.2).
-    fn known_vector(&self, vector: u16) -> u16 {
+    /// A vector that this device does not have becomes [`NO_VECTOR`], which the driver reads back
+    /// (section 4.1.5.1.2).
+    fn valid_vector(&self, vector: u16) -> u16 {
         if usize::from(vector) <= self.queues.len() { vector } else { NO_VECTOR }
     }
 }
 
-fn half(features: u64, select: u32) -> u64 {
+fn feature_word(features: u64, select: u32) -> u64 {
     match select {
         0 => features & u64::from(u32::MAX),
         1 => features >> 32,

@@ -1,18 +1,18 @@
-//! Virtio over PCI (virtio 1.2, section 4.1), modern only: capabilities, common configuration,
-//! notifications, MSI-X.
+//! The virtio PCI transport (virtio 1.2, section 4.1), non-transitional devices only: capabilities,
+//! common configuration, notifications, MSI-X.
 //!
 //! ```text
-//!   0 -> ACKNOWLEDGE -> DRIVER -> FEATURES_OK -> DRIVER_OK  engine on its worker
+//!   0 -> ACKNOWLEDGE -> DRIVER -> FEATURES_OK -> DRIVER_OK  engine runs on its worker
 //!   ^                                              |
-//!   +-- engine gone <-- status reads as before <-- status = 0
+//!   +-- engine dropped <-- old status is read <-- driver writes status 0
 //! ```
-//! A reset never waits on the vCPU thread: the status reads 0 once the engine is gone (section
-//! 4.1.4.3.2 has the driver poll for that). Register writes that the state does not allow are
+//! A reset never blocks the vCPU thread: the status reads 0 once the engine was dropped (section
+//! 4.1.4.3.2: the driver polls for that). Register writes that the state does not allow are
 //! ignored.
 
 mod common;
+mod interrupt;
 mod queues;
-mod signals;
 mod spec;
 #[cfg(test)]
 mod tests;
@@ -25,25 +25,25 @@ use pci::{BarRange, BarRequest, ConfigSpace, Doorbells, Identity, Msix, PciDevic
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::interrupt::{PciInterrupt, SharedState};
 use self::queues::QueueSetup;
-use self::signals::{Shared, Signals};
 use self::spec::{CAP_MSIX, CAP_VENDOR, DEVICE_BASE, REVISION, SUBSYSTEM, VENDOR, layout, status};
 use crate::device::{Activation, DeviceCounters, DeviceKind, VirtioDevice};
 use crate::features;
-use crate::granted::{Granted, OpenMemory};
+use crate::granted::{AccessibleMemory, Granted};
 use crate::queue::VirtQueue;
 use crate::worker::{Attachment, Detached, WorkerHandle};
 
-/// MSI-X vectors a device needs: one for configuration changes, one a queue.
+/// MSI-X vectors of a device: one for configuration changes, one per queue.
 pub fn vector_count(device: &dyn VirtioDevice) -> u16 {
     device.queue_sizes().len() as u16 + 1
 }
 
-/// What may be asked of a plugged device without its lock.
+/// Status and counters of a plugged device, readable without its lock.
 #[derive(Clone)]
 pub struct DeviceView {
     kind: DeviceKind,
-    shared: Arc<Shared>,
+    shared: Arc<SharedState>,
     counters: Arc<DeviceCounters>,
 }
 
@@ -65,7 +65,7 @@ impl DeviceView {
 
 /// A virtio device in a PCI slot.
 pub struct VirtioPci {
-    // Fixed.
+    // Set at creation.
     device: Box<dyn VirtioDevice>,
     mem: Arc<GuestMemoryMmap>,
     granted: Granted,
@@ -74,29 +74,30 @@ pub struct VirtioPci {
     kicks: Vec<EventFd>,
     msix_control: u16,
     pci_cfg: u16,
-    shared: Arc<Shared>,
-    // What the driver has written.
+    shared: Arc<SharedState>,
+    // Registers that the driver writes.
     config: ConfigSpace,
     queues: Vec<QueueSetup>,
     queue_select: u16,
     device_feature_select: u32,
     driver_feature_select: u32,
     driver_features: u64,
-    // Volatile.
+    // Runtime state.
     active: Option<Active>,
     resetting: Option<Detached>,
-    /// Address of the first doorbell while they are bound.
-    bound: Option<u64>,
+    /// Address of queue 0's doorbell while the doorbells are bound.
+    doorbell_addr: Option<u64>,
 }
 
 struct Active {
     attachment: Attachment,
-    signals: Arc<Signals>,
+    interrupt: Arc<PciInterrupt>,
 }
 
 impl VirtioPci {
-    /// Makes the transport of a device whose queues live in `mem` and whose engine will run on
-    /// `worker`. `vectors` are [`vector_count`] vectors of this device alone.
+    /// The transport of `device`, whose queues lie in `mem` and whose engines run on `worker`.
+    /// `vectors` are [`vector_count`] vectors used by this device only. Fails if no eventfd can be
+    /// created.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         mem: GuestMemoryMmap,
@@ -108,13 +109,13 @@ impl VirtioPci {
         let kicks =
             sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>()?;
         let count = vector_count(&*device);
-        let shared = Arc::new(Shared::new(sizes.len(), Msix::new(count, vectors)));
+        let shared = Arc::new(SharedState::new(sizes.len(), Msix::new(count, vectors)));
         let queues = (0..).zip(sizes).map(|(index, max)| QueueSetup::new(index, *max)).collect();
         let (config, msix_control, pci_cfg) = config_space(&*device, count);
         Ok(Self {
             device,
             mem: Arc::new(mem),
-            granted: Granted::everything(),
+            granted: Granted::all(),
             doorbells,
             worker,
             kicks,
@@ -129,18 +130,18 @@ impl VirtioPci {
             driver_features: 0,
             active: None,
             resetting: None,
-            bound: None,
+            doorbell_addr: None,
         })
     }
 
-    /// Rings and buffers may stand in what was granted only; elsewhere they are the driver's fault.
-    pub fn within(mut self, granted: Granted) -> Self {
+    /// Limits rings and buffers to granted memory; others are errors of the driver.
+    pub fn with_granted(mut self, granted: Granted) -> Self {
         self.granted = granted;
         self
     }
 
-    fn open_memory(&self) -> OpenMemory {
-        OpenMemory::new(self.mem.clone(), self.granted.clone())
+    fn accessible_memory(&self) -> AccessibleMemory {
+        AccessibleMemory::new(self.mem.clone(), self.granted.clone())
     }
 
     /// A handle for status and counters that outlives the device's move into the bus.
@@ -152,35 +153,35 @@ impl VirtioPci {
         }
     }
 
-    /// DRIVER_OK: makes the engine and hands it to the worker.
+    /// DRIVER_OK was set: creates the engine and starts it on the worker.
     fn activate(&mut self) {
-        let signals = Arc::new(Signals::new(self.shared.clone()));
+        let interrupt = Arc::new(PciInterrupt::new(self.shared.clone()));
         let event_idx = self.driver_features & features::RING_EVENT_IDX != 0;
         let counters = self.device.counters();
-        let open = self.open_memory();
+        let accessible = self.accessible_memory();
         let mut queues = Vec::with_capacity(self.queues.len());
         for (setup, kick) in self.queues.iter().zip(&self.kicks) {
-            let queue = setup.build(&open, event_idx).map_err(io::Error::other);
+            let queue = setup.build(&accessible, event_idx).map_err(io::Error::other);
             let built = queue.and_then(|queue| Ok((queue, kick.try_clone()?)));
             let (queue, kick) = match built {
                 Ok(built) => built,
                 Err(error) => return self.fail(&error),
             };
-            let (mem, signals) = (self.mem.clone(), signals.clone());
-            let queue = VirtQueue::new(setup.index, queue, kick, mem, signals, counters.clone());
-            queues.push(queue.within(self.granted.clone()));
+            let (mem, interrupt) = (self.mem.clone(), interrupt.clone());
+            let queue = VirtQueue::new(setup.index, queue, kick, mem, interrupt, counters.clone());
+            queues.push(queue.with_granted(self.granted.clone()));
         }
         let activation =
-            Activation { queues, interrupt: signals.clone(), features: self.driver_features };
+            Activation { queues, interrupt: interrupt.clone(), features: self.driver_features };
         let engine = match self.device.activate(activation) {
             Ok(engine) => engine,
             Err(error) => return self.fail(&error),
         };
-        match self.worker.attach(engine, signals.clone()) {
-            Ok(attachment) => self.active = Some(Active { attachment, signals }),
+        match self.worker.attach(engine, interrupt.clone()) {
+            Ok(attachment) => self.active = Some(Active { attachment, interrupt }),
             Err(error) => return self.fail(&io::Error::other(error)),
         }
-        self.rebind();
+        self.update_doorbells();
     }
 
     fn fail(&mut self, error: &dyn std::error::Error) {
@@ -190,17 +191,17 @@ impl VirtioPci {
         self.shared.needs_reset();
     }
 
-    /// Lets the engine go; [`Self::finish_reset`] completes the reset when it has.
+    /// Detaches the engine; [`Self::finish_reset`] completes the reset once it was dropped.
     fn begin_reset(&mut self) {
-        if let Some(Active { attachment, signals }) = self.active.take() {
-            signals.silence();
+        if let Some(Active { attachment, interrupt }) = self.active.take() {
+            interrupt.disable();
             self.resetting = Some(attachment.detach());
-            self.rebind();
+            self.update_doorbells();
         }
         self.finish_reset();
     }
 
-    /// Completes a reset whose engine is gone.
+    /// Completes a reset whose engine was dropped; without effect before that.
     fn finish_reset(&mut self) {
         if self.active.is_some() || self.resetting.as_ref().is_some_and(|d| !d.is_done()) {
             return;
@@ -219,17 +220,18 @@ impl VirtioPci {
         self.driver_features = 0;
     }
 
-    /// Binds the doorbells where the BAR now is while there is an engine to hear them.
-    fn rebind(&mut self) {
+    /// Binds the doorbells at the BAR's current address while an engine is attached, and unbinds
+    /// them otherwise.
+    fn update_doorbells(&mut self) {
         let bar = self.config.bars().first().map(|range| range.addr);
         let wanted = bar
             .filter(|_| self.active.is_some())
             .and_then(|addr| addr.checked_add(layout::NOTIFY))
             .filter(|addr| addr.checked_add(layout::PAGE).is_some());
-        if wanted == self.bound {
+        if wanted == self.doorbell_addr {
             return;
         }
-        if let Some(addr) = std::mem::replace(&mut self.bound, wanted) {
+        if let Some(addr) = std::mem::replace(&mut self.doorbell_addr, wanted) {
             self.each_doorbell(addr, |doorbells, addr, kick| doorbells.unbind(addr, kick));
         }
         if let Some(addr) = wanted {
@@ -237,7 +239,7 @@ impl VirtioPci {
         }
     }
 
-    /// A doorbell that cannot be bound still works, as an exit to [`Self::mmio_write`].
+    /// A doorbell that cannot be bound still works, as a KVM exit to [`Self::mmio_write`].
     fn each_doorbell(
         &self,
         base: u64,
@@ -247,12 +249,13 @@ impl VirtioPci {
             let addr = base + index * u64::from(layout::NOTIFY_STRIDE);
             if let Err(error) = action(&*self.doorbells, addr, kick) {
                 let (device, counters) = (self.device.kind().name(), self.device.counters());
-                crate::guest_warn!(counters.limit, device, addr, %error, "doorbell");
+                crate::guest_warn!(counters.limit, device, addr, %error, "cannot set a doorbell");
             }
         }
     }
 
-    /// The window that `struct virtio_pci_cfg_cap` opens into the BAR: offset and length.
+    /// The range of the BAR that `struct virtio_pci_cfg_cap` selects: offset and length, bytes
+    /// (section 4.1.4.9).
     fn cfg_window(&self) -> Option<(u64, usize)> {
         let mut cap = [0; 16];
         self.config.read(self.pci_cfg, &mut cap);
@@ -263,7 +266,7 @@ impl VirtioPci {
         good.then_some((offset, len))
     }
 
-    /// Whether a configuration access begins at `pci_cfg_data` (section 4.1.4.9).
+    /// Whether a configuration access begins at `pci_cfg_data`.
     fn is_cfg_data(&self, offset: u16) -> bool {
         offset == self.pci_cfg + 16
     }
@@ -305,7 +308,7 @@ impl PciDevice for VirtioPci {
             self.config.read(control as u16, &mut high);
             self.shared.msix.set_control(high[0]);
         }
-        self.rebind();
+        self.update_doorbells();
     }
 
     fn bars(&self) -> Vec<BarRange> {
@@ -342,25 +345,25 @@ impl PciDevice for VirtioPci {
                 }
             }
             layout::MSIX_TABLE => self.shared.msix.write_table(at, data),
-            // Devices here have no configuration that a driver may write.
+            // No device here has a writable configuration field.
             _ => {}
         }
     }
 }
 
 impl Drop for VirtioPci {
-    /// Pulled: the engine goes in its own time, and takes its files with it.
+    /// Unplugged: the worker drops the engine and its files once it has drained.
     fn drop(&mut self) {
-        if let Some(Active { attachment, signals }) = self.active.take() {
-            signals.silence();
+        if let Some(Active { attachment, interrupt }) = self.active.take() {
+            interrupt.disable();
             attachment.detach();
         }
-        self.rebind();
+        self.update_doorbells();
     }
 }
 
-/// The configuration space, and where in it MSI-X message control and the PCI configuration access
-/// capability stand.
+/// The configuration space, with the offsets of MSI-X message control and of the PCI configuration
+/// access capability.
 fn config_space(device: &dyn VirtioDevice, vectors: u16) -> (ConfigSpace, u16, u16) {
     let kind = device.kind();
     let mut config = ConfigSpace::new(Identity {
@@ -392,7 +395,7 @@ fn config_space(device: &dyn VirtioDevice, vectors: u16) -> (ConfigSpace, u16, u
         let body = capability(kind, offset as u32, len as u32, extra);
         config.add_capability(CAP_VENDOR, &body, &vec![0; body.len()]);
     }
-    // bar, offset, length and data of the access window are the driver's.
+    // The driver writes bar, offset, length and data of the access window.
     let body = capability(spec::CFG_PCI, 0, 0, &[0; 4]);
     let mut writable = vec![0; body.len()];
     writable[2] = 0xff;
@@ -401,8 +404,8 @@ fn config_space(device: &dyn VirtioDevice, vectors: u16) -> (ConfigSpace, u16, u
     (config, msix as u16 + 2, pci_cfg as u16)
 }
 
-/// `struct virtio_pci_cap` after its first two bytes: length, type, BAR, id, padding, offset,
-/// length, and what follows.
+/// `struct virtio_pci_cap` after its first two bytes: capability length, type, BAR, id, padding,
+/// offset, length, type-specific data.
 fn capability(kind: u8, offset: u32, len: u32, extra: &[u8]) -> Vec<u8> {
     let mut body = vec![(16 + extra.len()) as u8, kind, layout::BAR, 0, 0, 0];
     body.extend(offset.to_le_bytes());

@@ -1,5 +1,5 @@
-//! The queues as the driver sets them up through the common configuration structure, before an
-//! engine owns them (virtio 1.2, section 4.1.5.1.3).
+//! Registers of the queues, which the driver writes through the common configuration structure
+//! before an engine owns the queues (virtio 1.2, section 4.1.5.1.3).
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
@@ -8,7 +8,7 @@ use vm_memory::{GuestAddress, GuestMemory, Permissions};
 pub(super) enum QueueError {
     #[error("queue {index}: size {size} is not a power of two up to {max}")]
     Size { index: u16, size: u16, max: u16 },
-    #[error("queue {index}: {what} at {addr:#x} is misaligned or outside the guest's memory")]
+    #[error("queue {index}: {what} at {addr:#x} is misaligned or outside guest memory")]
     Ring { index: u16, what: &'static str, addr: u64 },
 }
 
@@ -29,7 +29,8 @@ impl QueueSetup {
         Self { index, max, size: max, enabled: false, desc: 0, driver: 0, device: 0 }
     }
 
-    /// The queue these registers describe; not ready if the driver has not enabled it.
+    /// The queue that these registers describe; not ready if the driver has not enabled it. Fails
+    /// if its size is invalid, or an address is misaligned or outside accessible memory.
     pub(super) fn build(
         &self,
         mem: &impl GuestMemory,
@@ -43,7 +44,7 @@ impl QueueSetup {
         }
         queue.try_set_size(size).map_err(|_| bad_size)?;
         let ring = |what, addr| QueueError::Ring { index, what, addr };
-        // Address 0 is where rust-vmm's queue sees an unset ring.
+        // rust-vmm's queue takes address 0 for an unset ring.
         let set = |what, addr: u64, done: Result<(), virtio_queue::Error>| {
             if addr == 0 || done.is_err() { Err(ring(what, addr)) } else { Ok(()) }
         };
@@ -52,7 +53,7 @@ impl QueueSetup {
         set("device ring", device, queue.try_set_used_ring_address(GuestAddress(device)))?;
         let entries = usize::from(size);
         let fits = |addr, len| mem.check_range(GuestAddress(addr), len, Permissions::ReadWrite);
-        // Sizes with the event suppression fields (section 2.7).
+        // Sizes including the event suppression fields (section 2.7).
         if !fits(desc, 16 * entries) {
             return Err(ring("descriptor table", desc));
         }

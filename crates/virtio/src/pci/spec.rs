@@ -1,10 +1,11 @@
-//! Numbers of virtio over PCI (virtio 1.2, sections 2.1 and 4.1).
+//! Constants of the PCI transport (virtio 1.2, sections 2.1 and 4.1).
 
-/// Section 4.1.2.
+/// PCI vendor id (section 4.1.2).
 pub(super) const VENDOR: u16 = 0x1af4;
-/// A modern device's PCI id is this plus its type.
+/// PCI device id of a non-transitional device minus its virtio device type (section 4.1.2).
 pub(super) const DEVICE_BASE: u16 = 0x1040;
-/// Section 4.1.2.1: non-transitional devices have revision 1 or higher, subsystem 0x40 or higher.
+/// PCI vendor id (section 4.1.2).1: non-transitional devices have revision 1 or higher, subsystem
+/// 0x40 or higher.
 pub(super) const REVISION: u8 = 1;
 pub(super) const SUBSYSTEM: u16 = 0x40;
 
@@ -16,7 +17,7 @@ pub(super) mod status {
     pub(crate) const FEATURES_OK: u8 = 8;
     pub(crate) const NEEDS_RESET: u8 = 64;
     pub(crate) const FAILED: u8 = 128;
-    /// What the driver may set.
+    /// Bits that the driver may set.
     pub(crate) const DRIVER_BITS: u8 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED;
 }
 
@@ -47,17 +48,17 @@ pub(super) mod common {
     pub(crate) const QUEUE_DESC: u64 = 0x20;
     pub(crate) const QUEUE_DRIVER: u64 = 0x28;
     pub(crate) const QUEUE_DEVICE: u64 = 0x30;
-    /// Bytes in the structure, with the two fields of features that are not offered here.
+    /// Bytes of the structure, including two fields of features that are not offered.
     pub(crate) const SIZE: u64 = 0x3c;
 }
 
-/// No vector (section 4.1.5.1.2).
+/// `VIRTIO_MSI_NO_VECTOR` (section 4.1.5.1.2).
 pub(super) const NO_VECTOR: u16 = 0xffff;
 /// ISR bits (section 4.1.4.5).
 pub(super) const ISR_QUEUE: u8 = 1;
 pub(super) const ISR_CONFIG: u8 = 2;
 
-/// BAR 0: one page a structure, so that each could be mapped alone.
+/// BAR 0: one page per structure, so that each could be mapped separately.
 pub(super) mod layout {
     pub(crate) const BAR: u8 = 0;
     pub(crate) const PAGE: u64 = 0x1000;
@@ -68,7 +69,7 @@ pub(super) mod layout {
     pub(crate) const MSIX_TABLE: u64 = 4 * PAGE;
     pub(crate) const MSIX_PENDING: u64 = 5 * PAGE;
     pub(crate) const SIZE: u64 = 8 * PAGE;
-    /// `notify_off_multiplier`: bytes from one queue's doorbell to the next.
+    /// `notify_off_multiplier`: bytes between the doorbells of two queues.
     pub(crate) const NOTIFY_STRIDE: u32 = 4;
 }
 

@@ -1,4 +1,4 @@
-//! The transport as a driver sees it: through the bus, by registers.
+//! Drives the transport as a driver does: by register accesses through the bus.
 
 use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
@@ -19,7 +19,7 @@ const WINDOW: u64 = 0x40_0000_0000;
 struct Host {
     programmed: Mutex<Vec<(u16, MsixMessage)>>,
     triggered: AtomicUsize,
-    bells: Mutex<Vec<u64>>,
+    doorbells: Mutex<Vec<u64>>,
 }
 
 impl Vectors for Host {
@@ -36,14 +36,14 @@ impl Vectors for Host {
 
 impl Doorbells for Host {
     fn bind(&self, address: u64, _event: &EventFd) -> io::Result<()> {
-        self.bells.lock().unwrap().push(address);
+        self.doorbells.lock().unwrap().push(address);
         Ok(())
     }
 
     fn unbind(&self, address: u64, _event: &EventFd) -> io::Result<()> {
-        let mut bells = self.bells.lock().unwrap();
-        let at = bells.iter().position(|b| *b == address).expect("bound before");
-        bells.remove(at);
+        let mut doorbells = self.doorbells.lock().unwrap();
+        let at = doorbells.iter().position(|b| *b == address).expect("bound before");
+        doorbells.remove(at);
         Ok(())
     }
 }
@@ -58,7 +58,7 @@ struct Rig {
 }
 
 fn rig() -> Rig {
-    rig_over(memory(1 << 20), Granted::everything())
+    rig_over(memory(1 << 20), Granted::all())
 }
 
 fn rig_over(mem: Arc<GuestMemoryMmap>, granted: Granted) -> Rig {
@@ -72,7 +72,7 @@ fn rig_over(mem: Arc<GuestMemoryMmap>, granted: Granted) -> Rig {
         worker.handle(),
     )
     .unwrap()
-    .within(granted);
+    .with_granted(granted);
     let view = device.view();
     let bus = Bus::new(WINDOW..WINDOW + (1 << 20));
     assert_eq!(bus.add(Box::new(device), Plug::Boot).unwrap(), Address::new(1, 0));
@@ -167,7 +167,7 @@ impl Rig {
         eventually("reset", || self.status() == 0);
     }
 
-    /// One request of 16 random bytes, rung through the BAR.
+    /// One request for 16 random bytes, notified through the BAR.
     fn request(&mut self) {
         self.queue.add(&[], &[(0x10000, 16)]);
         self.write::<2>(layout::NOTIFY, 0);
@@ -184,13 +184,13 @@ impl Rig {
 fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(10);
     while !done() {
-        assert!(Instant::now() < end, "never: {what}");
+        assert!(Instant::now() < end, "timed out: {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 #[test]
-fn capabilities_lead_a_driver_to_every_structure() {
+fn capabilities_describe_every_structure() {
     let rig = rig();
     assert_eq!(u32::from_le_bytes(rig.config(0)), 0x1044_1af4);
     let mut at = u64::from(rig.config::<4>(0x34)[0]);
@@ -211,11 +211,11 @@ fn capabilities_lead_a_driver_to_every_structure() {
 }
 
 #[test]
-fn a_driver_brings_the_device_up_and_is_answered_with_an_interrupt() {
+fn an_initialized_device_answers_a_request_with_an_interrupt() {
     let mut rig = rig();
     assert!(!rig.view.active());
     rig.bring_up();
-    assert_eq!(*rig.host.bells.lock().unwrap(), [WINDOW + layout::NOTIFY]);
+    assert_eq!(*rig.host.doorbells.lock().unwrap(), [WINDOW + layout::NOTIFY]);
     assert_eq!(rig.host.programmed.lock().unwrap().len(), 2);
     rig.request();
     eventually("interrupt", || rig.host.triggered.load(Ordering::Acquire) >= 1);
@@ -224,21 +224,21 @@ fn a_driver_brings_the_device_up_and_is_answered_with_an_interrupt() {
 }
 
 #[test]
-fn a_reset_forgets_everything_and_the_device_comes_up_again() {
+fn a_reset_clears_all_registers_and_the_device_can_be_initialized_again() {
     let mut rig = rig();
     for _ in 0..5 {
         rig.bring_up();
         rig.request();
         rig.reset();
         assert!(!rig.view.active());
-        assert!(rig.host.bells.lock().unwrap().is_empty());
+        assert!(rig.host.doorbells.lock().unwrap().is_empty());
         assert_eq!(rig.read::<2>(common::QUEUE_ENABLE), 0);
         assert_eq!(rig.read::<2>(common::QUEUE_VECTOR), u64::from(NO_VECTOR));
         assert_eq!(rig.read::<4>(common::QUEUE_DESC), 0);
         rig.mem.write_slice(&[0; 0x4000], GuestAddress(0x1000)).unwrap();
         rig.queue = MockQueue::new(rig.mem.clone(), 0x1000, 64);
     }
-    // A kick that nobody hears.
+    // A kick without an engine.
     rig.write::<2>(layout::NOTIFY, 0);
     assert_eq!(rig.view.counters().operations(), 5);
 }
@@ -258,14 +258,14 @@ fn features_are_refused_without_version_1_or_when_never_offered() {
         rig.set_status(asked);
         assert_eq!(rig.status() & status::FEATURES_OK != 0, accepted, "{features:#x}");
     }
-    // Too late to change one's mind.
+    // Features are fixed after FEATURES_OK.
     rig.accept(features::COMMON);
     rig.write::<4>(common::DRIVER_FEATURE_SELECT, 0);
     assert_eq!(rig.read::<4>(common::DRIVER_FEATURE), 0);
 }
 
 #[test]
-fn a_driver_cannot_start_without_features_nor_after_a_bad_queue() {
+fn driver_ok_is_refused_without_features_ok_or_after_an_invalid_queue() {
     let rig = rig();
     rig.set_status(0x0f & !status::FEATURES_OK);
     assert_eq!(rig.status() & status::DRIVER_OK, 0);
@@ -291,7 +291,7 @@ fn a_driver_cannot_start_without_features_nor_after_a_bad_queue() {
 }
 
 #[test]
-fn a_broken_ring_asks_the_driver_for_a_reset_and_gets_it() {
+fn an_invalid_ring_sets_needs_reset_and_a_reset_clears_it() {
     let mut rig = rig();
     rig.bring_up();
     rig.queue.set_avail(999);
@@ -307,20 +307,20 @@ fn a_broken_ring_asks_the_driver_for_a_reset_and_gets_it() {
 }
 
 #[test]
-fn doorbells_follow_the_bar() {
+fn doorbells_follow_the_address_of_the_bar() {
     let rig = rig();
     rig.bring_up();
     let moved = WINDOW + 0x4_0000;
     rig.bus.ecam_write(1 << 15 | 0x10, &(moved as u32).to_le_bytes());
-    assert_eq!(*rig.host.bells.lock().unwrap(), [moved + layout::NOTIFY]);
+    assert_eq!(*rig.host.doorbells.lock().unwrap(), [moved + layout::NOTIFY]);
     rig.bus.ecam_write(1 << 15 | 4, &[0, 0]);
-    assert!(rig.host.bells.lock().unwrap().is_empty());
+    assert!(rig.host.doorbells.lock().unwrap().is_empty());
     rig.bus.ecam_write(1 << 15 | 4, &[6, 0]);
-    assert_eq!(*rig.host.bells.lock().unwrap(), [moved + layout::NOTIFY]);
+    assert_eq!(*rig.host.doorbells.lock().unwrap(), [moved + layout::NOTIFY]);
 }
 
 #[test]
-fn the_configuration_window_reaches_the_same_registers() {
+fn the_pci_configuration_access_capability_reaches_the_registers() {
     let rig = rig();
     let mut at = u64::from(rig.config::<4>(0x34)[0]);
     while rig.config::<4>(at)[3] != spec::CFG_PCI || rig.config::<4>(at)[0] != CAP_VENDOR {
@@ -335,7 +335,7 @@ fn the_configuration_window_reaches_the_same_registers() {
     assert_eq!(rig.status(), 1);
     place(common::NUM_QUEUES, 2);
     assert_eq!(rig.config::<4>(at + 16)[..2], [1, 0]);
-    // Outside the BAR, or of no width: nothing happens.
+    // Outside the BAR or of an invalid width: ignored.
     for (offset, len) in [(layout::SIZE, 4), (layout::SIZE - 2, 4), (0, 3), (0, 0), (u64::MAX, 4)] {
         place(offset, len);
         rig.bus.ecam_write(1 << 15 | (at + 16), &[0xff; 4]);
@@ -345,20 +345,20 @@ fn the_configuration_window_reaches_the_same_registers() {
 }
 
 #[test]
-fn a_pulled_device_lets_go_of_its_doorbells_and_its_engine() {
+fn an_unplugged_device_unbinds_its_doorbells_and_drops_its_engine() {
     let rig = rig();
     rig.bring_up();
     rig.bus.remove(Address::new(1, 0)).unwrap();
-    assert!(rig.host.bells.lock().unwrap().is_empty());
+    assert!(rig.host.doorbells.lock().unwrap().is_empty());
     let Rig { host, worker, view, .. } = rig;
     drop(view);
-    // The engine held the last references to the vectors.
-    eventually("engine gone", || Arc::strong_count(&host) == 1);
+    // The engine holds the last references to the vectors.
+    eventually("engine dropped", || Arc::strong_count(&host) == 1);
     worker.stop(Duration::from_secs(5)).unwrap();
 }
 
 #[test]
-fn a_paused_worker_answers_after_resume_only() {
+fn a_paused_worker_answers_only_after_resume() {
     let mut rig = rig();
     rig.bring_up();
     rig.worker.handle().pause(Duration::from_secs(5)).unwrap();
@@ -369,13 +369,13 @@ fn a_paused_worker_answers_after_resume_only() {
     rig.worker.handle().resume().unwrap();
     let queue = &mut rig.queue;
     eventually("answer", || queue.used().is_some());
-    // A reset in a pause completes.
+    // A reset completes during a pause.
     rig.worker.handle().pause(Duration::from_secs(5)).unwrap();
     rig.reset();
 }
 
 #[test]
-fn a_stopped_worker_does_not_hang_its_devices() {
+fn a_device_can_be_reset_after_its_worker_has_stopped() {
     let rig = rig();
     rig.bring_up();
     let handle = rig.worker.handle();
@@ -392,24 +392,24 @@ fn a_stopped_worker_does_not_hang_its_devices() {
     eventually("reset", || read_status() == 0);
 }
 
-const ROOM: std::ops::Range<u64> = (2 << 20)..(3 << 20);
+const HOTPLUG: std::ops::Range<u64> = (2 << 20)..(3 << 20);
 
-/// Memory with room of which nothing may be touched: an access ends the process.
-fn memory_with_closed_room() -> Arc<GuestMemoryMmap> {
+/// Memory with a hotplug region that is mapped PROT_NONE: an access ends the process.
+fn memory_with_protected_hotplug_region() -> Arc<GuestMemoryMmap> {
     use vm_memory::mmap::MmapRegionBuilder;
-    let room = MmapRegionBuilder::new((ROOM.end - ROOM.start) as usize)
+    let region = MmapRegionBuilder::new((HOTPLUG.end - HOTPLUG.start) as usize)
         .with_mmap_prot(libc::PROT_NONE)
         .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
         .build()
         .unwrap();
-    let room = vm_memory::GuestRegionMmap::new(room, GuestAddress(ROOM.start)).unwrap();
+    let region = vm_memory::GuestRegionMmap::new(region, GuestAddress(HOTPLUG.start)).unwrap();
     let mem = memory(1 << 20);
-    Arc::new(mem.insert_region(Arc::new(room)).unwrap())
+    Arc::new(mem.insert_region(Arc::new(region)).unwrap())
 }
 
 #[test]
-fn a_ring_in_memory_that_was_not_granted_is_a_device_error() {
-    let (inside, end) = (ROOM.start, ROOM.end);
+fn a_ring_in_memory_that_is_not_granted_sets_needs_reset() {
+    let (inside, end) = (HOTPLUG.start, HOTPLUG.end);
     let good = MockQueue::new(memory(1 << 20), 0x1000, 64);
     let (desc, driver, device) = (good.desc(), good.driver(), good.device());
     for (desc, driver, device) in [
@@ -418,7 +418,7 @@ fn a_ring_in_memory_that_was_not_granted_is_a_device_error() {
         (desc, driver, inside),
         (desc, driver, end - 0x1000),
     ] {
-        let rig = rig_over(memory_with_closed_room(), Granted::without(ROOM));
+        let rig = rig_over(memory_with_protected_hotplug_region(), Granted::with_hotplug(HOTPLUG));
         rig.set_status(status::ACKNOWLEDGE | status::DRIVER);
         rig.accept(features::COMMON);
         rig.set_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
@@ -431,14 +431,14 @@ fn a_ring_in_memory_that_was_not_granted_is_a_device_error() {
 }
 
 #[test]
-fn a_buffer_or_table_in_memory_that_was_not_granted_is_handed_back_unused() {
-    let mut rig = rig_over(memory_with_closed_room(), Granted::without(ROOM));
+fn a_chain_in_memory_that_is_not_granted_is_returned_with_length_0() {
+    let mut rig = rig_over(memory_with_protected_hotplug_region(), Granted::with_hotplug(HOTPLUG));
     rig.bring_up();
-    // An indirect table, and buffers at both ends.
-    rig.queue.write_desc(63, ROOM.start, 32, 4, 0);
+    // An indirect table, and buffers at both ends of the region.
+    rig.queue.write_desc(63, HOTPLUG.start, 32, 4, 0);
     rig.queue.publish(63);
-    rig.queue.add(&[], &[(ROOM.start, 16)]);
-    rig.queue.add(&[], &[(ROOM.end - 16, 16)]);
+    rig.queue.add(&[], &[(HOTPLUG.start, 16)]);
+    rig.queue.add(&[], &[(HOTPLUG.end - 16, 16)]);
     rig.write::<2>(layout::NOTIFY, 0);
     let mut used = Vec::new();
     eventually("buffers back", || {
@@ -450,15 +450,15 @@ fn a_buffer_or_table_in_memory_that_was_not_granted_is_handed_back_unused() {
 }
 
 #[test]
-fn what_is_granted_while_the_device_runs_can_be_used() {
-    let all = [(GuestAddress(0), 1 << 20), (GuestAddress(ROOM.start), 1 << 20)];
+fn memory_granted_while_the_device_runs_can_be_used() {
+    let all = [(GuestAddress(0), 1 << 20), (GuestAddress(HOTPLUG.start), 1 << 20)];
     let mem = Arc::new(GuestMemoryMmap::from_ranges(&all).unwrap());
-    let granted = Granted::without(ROOM);
+    let granted = Granted::with_hotplug(HOTPLUG);
     let mut rig = rig_over(mem, granted.clone());
     rig.bring_up();
     for (bytes, wanted) in [(0, 0), (0x1000, 16)] {
         granted.grant(bytes);
-        rig.queue.add(&[], &[(ROOM.start + 0xff0, 16)]);
+        rig.queue.add(&[], &[(HOTPLUG.start + 0xff0, 16)]);
         rig.write::<2>(layout::NOTIFY, 0);
         let mut used = None;
         eventually("answer", || {

@@ -1,4 +1,4 @@
-//! Entropy device (virtio 1.2, section 5.4): fills buffers from the host's `getrandom`.
+//! Entropy device (virtio 1.2, section 5.4): fills buffers with `getrandom` of the host.
 
 use std::io;
 use std::sync::Arc;
@@ -12,15 +12,15 @@ use crate::device::{
 use crate::features;
 use crate::queue::VirtQueue;
 
-/// Most bytes given for one buffer; a driver asks again (section 5.4.6.2 allows less than asked).
-/// Attack: buffers of gigabytes, to keep the worker busy with the random generator.
+/// Most bytes written per chain (section 5.4.6.2 allows fewer bytes than the buffer's length).
+/// Attack: buffers of gigabytes, to keep the worker busy.
 const MAX_BYTES: usize = 4096;
-/// Buffers filled before other devices get their turn.
+/// Chains processed per call, so that other devices of the worker are served too.
 const BUDGET: usize = 32;
 
 const REQUESTS: u32 = 0;
 
-/// The device; it has no configuration.
+/// The device; it has no configuration fields.
 #[derive(Debug, Default)]
 pub struct Rng {
     counters: Arc<DeviceCounters>,
@@ -65,7 +65,7 @@ struct RngEngine {
 impl Engine for RngEngine {
     fn start(&mut self, poll: &mut Poll<'_>) -> io::Result<()> {
         poll.add(self.queue.kick_fd(), REQUESTS, EventSet::IN)?;
-        poll.again(REQUESTS);
+        poll.reschedule(REQUESTS);
         Ok(())
     }
 
@@ -86,12 +86,12 @@ impl Engine for RngEngine {
             written as u32
         };
         if self.queue.serve(BUDGET, fill) {
-            poll.again(REQUESTS);
+            poll.reschedule(REQUESTS);
         }
     }
 }
 
-/// Fills with random bytes without waiting; returns how many there were.
+/// Fills `bytes` without blocking; returns the number of random bytes.
 #[allow(unsafe_code)] // getrandom has no safe wrapper among this crate's dependencies
 fn random(bytes: &mut [u8]) -> usize {
     // SAFETY: the pointer and the length describe `bytes`, which is exclusively borrowed.
@@ -110,7 +110,7 @@ mod tests {
     use crate::mock::{MockInterrupt, Runner, activation, memory, queues};
 
     #[test]
-    fn buffers_are_filled_up_to_the_cap_and_differ() {
+    fn buffers_are_filled_up_to_the_limit_with_different_bytes() {
         let mem = memory(1 << 20);
         let mut rng = Rng::new().unwrap();
         let mut queues = queues(&mem, 0x1000, rng.queue_sizes());
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_outside_memory_is_handed_back_and_the_next_one_served() {
+    fn a_buffer_outside_memory_is_returned_with_length_0_and_the_next_one_is_filled() {
         let mem = memory(1 << 20);
         let mut rng = Rng::new().unwrap();
         let mut queues = queues(&mem, 0x1000, rng.queue_sizes());
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn an_impossible_ring_index_asks_for_a_reset() {
+    fn an_invalid_ring_index_sets_needs_reset() {
         let mem = memory(1 << 20);
         let mut rng = Rng::new().unwrap();
         let mut queues = queues(&mem, 0x1000, rng.queue_sizes());

@@ -1,15 +1,27 @@
-//! One host program joined to one guest socket.
+//! One host client connected to one guest socket: its phase, its buffers, and its credit.
 //!
+//! Phases:
 //! ```text
-//!  Handshake --CONNECT--> Requested --RESPONSE--> Open --hang-up--> Closing --RST--> (gone)
-//!      | bad line, time-out   | RST, time-out      | guest SHUTDOWN both, RST
-//!      v                      v                    v
-//!    (gone)                 (gone)               Linger --buffer written--> (gone)
+//!  Handshake --CONNECT--> Requested --RESPONSE--> Open --SHUTDOWN(both)--> Closing --RST--> end
+//!   | bad line, timeout    | RST, timeout          | SHUTDOWN(both) or RST from the guest,
+//!   v                      v                       v data still buffered
+//!  end                    end                     Linger --flushed or client gone--> end
 //! ```
-//! Half-closes live inside Open: the client's end of stream becomes SHUTDOWN(send) after the last
-//! byte; the guest's SHUTDOWN(send) becomes `shutdown(WR)` after the last buffered byte.
+//! Without buffered data, SHUTDOWN(both) or RST from the guest removes an Open or Closing
+//! connection at once. A packet that the phase does not allow resets the connection.
 //!
-//! Sockets are polled edge-triggered, so readiness is remembered here until a call says EAGAIN.
+//! Within Open and Closing each direction has a state of its own:
+//! ```text
+//!  client to guest (ReadState):  Readable <--EAGAIN / EPOLLIN--> Blocked
+//!      Readable --end of stream--> Closed   SHUTDOWN(send) follows the last data packet
+//!      any --guest SHUTDOWN(receive)--> Closed   and shutdown(SHUT_RD) on the client's socket
+//!  guest to client (write_closed):  open --guest SHUTDOWN(send), buffer flushed--> closed
+//!                                   open --EPIPE, client gone--> closed   buffered data is dropped
+//!  shutdown flags:  our_shutdown is what the guest has to be sent, sent_shutdown what it was sent
+//!  client gone (hung_up and end of stream):  our_shutdown becomes SHUTDOWN(both)
+//! ```
+//! Client sockets are polled edge-triggered, so readability is kept here until a read returns
+//! EAGAIN.
 
 use std::collections::VecDeque;
 use std::io;
@@ -20,36 +32,50 @@ use std::time::Instant;
 
 use nix::sys::socket::{MsgFlags, recv, send};
 
-use super::credit::{Incoming, Outgoing};
-use super::handshake::{HandshakeError, Line};
+use super::credit::{LocalCredit, PeerCredit};
+use super::handshake::{ConnectLine, HandshakeError};
 use super::spec::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 
-/// Bytes buffered for a client that does not read; the credit the guest gets.
-/// Attack: a guest that sends to many slow clients, to grow the VMM: the worst case is this times
+/// Bytes buffered for a client that does not read; announced to the guest as `buf_alloc`.
+/// Attack: a guest sends to many slow clients to grow the VMM. The worst case is this times
 /// [`super::MAX_CONNECTIONS`].
 pub(super) const BUFFER: u32 = 128 << 10;
 
 #[derive(Debug)]
 pub(super) enum Phase {
+    /// The client has not sent its complete CONNECT line yet.
     Handshake {
-        line: Line,
-        until: Instant,
+        line: ConnectLine,
+        deadline: Instant,
     },
+    /// The guest has not answered REQUEST yet.
     Requested {
-        until: Instant,
+        deadline: Instant,
     },
     Open,
-    /// The client is gone and the guest has been told; it answers with RST.
+    /// SHUTDOWN(both) was sent; the guest answers with RST.
     Closing {
-        until: Instant,
+        deadline: Instant,
     },
-    /// The guest is gone; the client still gets what is buffered.
+    /// The guest has closed the connection; buffered data is still written to the client.
     Linger,
 }
 
-/// A packet this connection wants to send; data is read when there is room for it.
+/// The direction from the client to the guest; see the module header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Want {
+enum ReadState {
+    /// The client's socket may have data.
+    Readable,
+    /// The last read returned EAGAIN.
+    Blocked,
+    /// End of stream, or the guest has shut down its receiving side.
+    Closed,
+}
+
+/// The next packet of a connection to the guest. Data is read from the client when the guest has a
+/// buffer for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Packet {
     Control { op: u16, flags: u32 },
     Data { limit: usize },
 }
@@ -61,48 +87,47 @@ pub(super) struct Connection {
     pub(super) guest_port: u32,
     // Volatile.
     pub(super) phase: Phase,
-    /// It stands in the engine's line of connections with something to send.
-    pub(super) in_line: bool,
-    pub(super) outgoing: Outgoing,
-    pub(super) incoming: Incoming,
+    /// Its port is in the engine's `rx_ready`.
+    pub(super) rx_scheduled: bool,
+    pub(super) peer_credit: PeerCredit,
+    pub(super) local_credit: LocalCredit,
     pub(super) request_sent: bool,
-    /// The guest has sent a CREDIT_REQUEST.
-    pub(super) update_asked: bool,
-    /// The socket may have something to read.
-    readable: bool,
-    /// Nothing will be read any more: end of stream, or the guest does not want it.
-    read_done: bool,
-    /// The client is gone altogether.
+    /// The guest has sent a CREDIT_REQUEST that is not answered yet.
+    pub(super) credit_requested: bool,
+    read: ReadState,
+    /// EPOLLHUP or EPOLLERR was seen on the client's socket.
     hung_up: bool,
-    /// From the guest, not yet taken by the socket.
+    /// Data from the guest that the socket has not taken yet.
     buffer: VecDeque<u8>,
     /// The socket takes no more writes.
-    write_done: bool,
+    write_closed: bool,
+    /// Flags of the guest's SHUTDOWN packets.
     guest_shutdown: u32,
+    /// Flags that the guest has to be sent.
     our_shutdown: u32,
-    told_shutdown: u32,
+    /// Flags of the last SHUTDOWN packet sent.
+    sent_shutdown: u32,
 }
 
 impl Connection {
-    pub(super) fn new(stream: UnixStream, host_port: u32, until: Instant) -> Self {
+    pub(super) fn new(stream: UnixStream, host_port: u32, deadline: Instant) -> Self {
         Self {
             stream,
             host_port,
             guest_port: 0,
-            phase: Phase::Handshake { line: Line::default(), until },
-            in_line: false,
-            outgoing: Outgoing::default(),
-            incoming: Incoming::new(BUFFER),
+            phase: Phase::Handshake { line: ConnectLine::default(), deadline },
+            rx_scheduled: false,
+            peer_credit: PeerCredit::default(),
+            local_credit: LocalCredit::new(BUFFER),
             request_sent: false,
-            update_asked: false,
-            readable: true,
-            read_done: false,
+            credit_requested: false,
+            read: ReadState::Readable,
             hung_up: false,
             buffer: VecDeque::new(),
-            write_done: false,
+            write_closed: false,
             guest_shutdown: 0,
             our_shutdown: 0,
-            told_shutdown: 0,
+            sent_shutdown: 0,
         }
     }
 
@@ -110,48 +135,50 @@ impl Connection {
         self.stream.as_raw_fd()
     }
 
-    pub(super) fn until(&self) -> Option<Instant> {
+    pub(super) fn deadline(&self) -> Option<Instant> {
         match self.phase {
-            Phase::Handshake { until, .. }
-            | Phase::Requested { until }
-            | Phase::Closing { until } => Some(until),
+            Phase::Handshake { deadline, .. }
+            | Phase::Requested { deadline }
+            | Phase::Closing { deadline } => Some(deadline),
             Phase::Open | Phase::Linger => None,
         }
     }
 
-    /// The socket may be readable again.
-    pub(super) fn note_readable(&mut self) {
-        self.readable = true;
+    /// EPOLLIN or EPOLLRDHUP on the client's socket.
+    pub(super) fn set_readable(&mut self) {
+        if self.read == ReadState::Blocked {
+            self.read = ReadState::Readable;
+        }
     }
 
-    /// Both directions of the socket are shut.
-    pub(super) fn note_hangup(&mut self) {
+    /// EPOLLHUP or EPOLLERR on the client's socket. Remaining data is read first; the end of stream
+    /// then closes both directions.
+    pub(super) fn set_hung_up(&mut self) {
         self.hung_up = true;
-        // What is left to read is read first; the end of it then shuts both directions.
-        self.readable = true;
+        self.set_readable();
     }
 
     pub(super) fn hung_up(&self) -> bool {
         self.hung_up
     }
 
-    /// Reads on in the client's first line; the guest port when it is complete.
-    pub(super) fn handshake(&mut self) -> Result<Option<u32>, HandshakeClosed> {
+    /// Reads more of the CONNECT line. Returns the guest port once the line is complete.
+    pub(super) fn handshake(&mut self) -> Result<Option<u32>, HandshakeFailed> {
         let fd = self.fd();
         let Phase::Handshake { line, .. } = &mut self.phase else { return Ok(None) };
         loop {
             let mut next = [0; super::handshake::MAX_LINE];
-            let room = line.room();
-            let seen = match recv(fd, &mut next[..room], MsgFlags::MSG_PEEK) {
-                Ok(0) => return Err(HandshakeClosed::Gone),
+            let remaining = line.remaining();
+            let seen = match recv(fd, &mut next[..remaining], MsgFlags::MSG_PEEK) {
+                Ok(0) => return Err(HandshakeFailed::Gone),
                 Ok(seen) => seen,
                 Err(nix::Error::EAGAIN) => return Ok(None),
                 Err(nix::Error::EINTR) => continue,
-                Err(_) => return Err(HandshakeClosed::Gone),
+                Err(_) => return Err(HandshakeFailed::Gone),
             };
             let take = line.take(&next[..seen]);
             let Ok(took) = recv(fd, &mut next[..take], MsgFlags::empty()) else {
-                return Err(HandshakeClosed::Gone);
+                return Err(HandshakeFailed::Gone);
             };
             if let Some(port) = line.push(&next[..took])? {
                 return Ok(Some(port));
@@ -159,67 +186,67 @@ impl Connection {
         }
     }
 
-    /// RESPONSE came: tells the client, which then may send.
+    /// The guest has sent RESPONSE: writes the OK line to the client.
     pub(super) fn open(&mut self) -> io::Result<()> {
         self.phase = Phase::Open;
         let answer = format!("OK {}\n", self.host_port);
-        // The socket is new, so its buffer has room for the line.
+        // Nothing was written to the socket before, so its buffer has space for the line.
         let sent = send(self.fd(), answer.as_bytes(), MsgFlags::MSG_NOSIGNAL)?;
         if sent == answer.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 
-    /// What to send next, if anything.
-    pub(super) fn want(&self) -> Option<Want> {
-        let control = |op, flags| Some(Want::Control { op, flags });
+    /// The next packet for the guest, if there is one.
+    pub(super) fn next_packet(&self) -> Option<Packet> {
+        let control = |op, flags| Some(Packet::Control { op, flags });
         match self.phase {
             Phase::Requested { .. } if !self.request_sent => control(op::REQUEST, 0),
-            // Each flag was set when there was nothing more to say in its direction, so telling it
-            // never overtakes data.
-            Phase::Open | Phase::Closing { .. } if self.our_shutdown != self.told_shutdown => {
+            // A flag is set only after the last data packet of its direction, so SHUTDOWN never
+            // overtakes data.
+            Phase::Open | Phase::Closing { .. } if self.our_shutdown != self.sent_shutdown => {
                 control(op::SHUTDOWN, self.our_shutdown)
             }
             Phase::Open | Phase::Closing { .. } => {
-                if self.readable && !self.read_done {
-                    let room = self.outgoing.room() as usize;
-                    if room > 0 {
-                        return Some(Want::Data { limit: room });
+                if self.read == ReadState::Readable {
+                    let limit = self.peer_credit.available() as usize;
+                    if limit > 0 {
+                        return Some(Packet::Data { limit });
                     }
-                    if self.outgoing.should_ask() {
+                    if self.peer_credit.needs_request() {
                         return control(op::CREDIT_REQUEST, 0);
                     }
                 }
-                let update = self.update_asked || self.incoming.should_tell();
+                let update = self.credit_requested || self.local_credit.needs_update();
                 if update { control(op::CREDIT_UPDATE, 0) } else { None }
             }
             Phase::Handshake { .. } | Phase::Requested { .. } | Phase::Linger => None,
         }
     }
 
-    /// A packet of this kind is on its way.
+    /// Records that a control packet was sent.
     pub(super) fn control_sent(&mut self, op: u16, flags: u32) {
         match op {
             op::REQUEST => self.request_sent = true,
-            op::SHUTDOWN => self.told_shutdown = flags,
-            op::CREDIT_REQUEST => self.outgoing.asked(),
-            op::CREDIT_UPDATE => self.update_asked = false,
+            op::SHUTDOWN => self.sent_shutdown = flags,
+            op::CREDIT_REQUEST => self.peer_credit.request_sent(),
+            op::CREDIT_UPDATE => self.credit_requested = false,
             _ => {}
         }
     }
 
-    /// The client and the guest both know that nothing more comes from the client.
-    pub(super) fn fully_shut_by_us(&self) -> bool {
-        self.told_shutdown == SHUTDOWN_BOTH
+    /// SHUTDOWN(both) was sent.
+    pub(super) fn sent_full_shutdown(&self) -> bool {
+        self.sent_shutdown == SHUTDOWN_BOTH
     }
 
-    /// Reads for the guest; 0 when there is nothing now or nothing more, which changes
-    /// [`Self::want`].
+    /// Reads data for the guest. 0: no data now, or end of stream; [`Self::next_packet`] has
+    /// changed.
     pub(super) fn read(&mut self, into: &mut [u8]) -> usize {
         loop {
             match recv(self.fd(), into, MsgFlags::MSG_DONTWAIT) {
                 Ok(0) => self.end_of_stream(false),
                 Ok(got) => return got,
                 Err(nix::Error::EINTR) => continue,
-                Err(nix::Error::EAGAIN) => self.readable = false,
+                Err(nix::Error::EAGAIN) => self.read = ReadState::Blocked,
                 Err(_) => self.end_of_stream(true),
             }
             return 0;
@@ -227,52 +254,53 @@ impl Connection {
     }
 
     fn end_of_stream(&mut self, broken: bool) {
-        self.read_done = true;
+        self.read = ReadState::Closed;
         self.our_shutdown |= SHUTDOWN_SEND;
         if broken || self.hung_up {
-            self.client_is_gone();
+            self.close_client();
         }
     }
 
-    /// After the last read: whether or not it was known at that time that the client is gone.
-    pub(super) fn settle_hangup(&mut self) {
-        if self.hung_up && self.read_done {
-            self.client_is_gone();
+    /// Closes both directions if the end of stream was read before the hang-up was seen.
+    pub(super) fn check_hung_up(&mut self) {
+        if self.hung_up && self.read == ReadState::Closed {
+            self.close_client();
         }
     }
 
-    fn client_is_gone(&mut self) {
+    fn close_client(&mut self) {
         self.our_shutdown = SHUTDOWN_BOTH;
         self.stop_writing();
     }
 
     fn stop_writing(&mut self) {
-        self.write_done = true;
+        self.write_closed = true;
         self.our_shutdown |= SHUTDOWN_RECEIVE;
         let dropped = std::mem::take(&mut self.buffer).len();
-        self.incoming.forward(dropped as u32);
+        self.local_credit.forward(dropped as u32);
     }
 
-    /// Data from the guest, within its credit: written at once as far as the socket takes it.
+    /// Takes data from the guest, within its credit. Writes what the socket takes, buffers the
+    /// rest.
     pub(super) fn deliver(&mut self, mut data: &[u8]) {
         if self.buffer.is_empty() {
             let done = self.write(data);
             data = &data[done.min(data.len())..];
         }
-        if self.write_done {
-            self.incoming.forward(data.len() as u32);
+        if self.write_closed {
+            self.local_credit.forward(data.len() as u32);
         } else {
             self.buffer.extend(data);
         }
     }
 
-    /// Writes what is buffered as far as the socket takes it.
+    /// Writes buffered data until the socket returns EAGAIN.
     pub(super) fn flush(&mut self) {
         while !self.buffer.is_empty() {
             let piece = std::mem::take(&mut self.buffer);
             let done = self.write(piece.as_slices().0);
-            if self.write_done {
-                self.incoming.forward((piece.len() - done) as u32);
+            if self.write_closed {
+                self.local_credit.forward((piece.len() - done) as u32);
                 return;
             }
             self.buffer = piece;
@@ -281,23 +309,23 @@ impl Connection {
                 return;
             }
         }
-        // Connections that were busy once do not keep their buffers.
+        // Frees the buffer's memory.
         self.buffer = VecDeque::new();
-        if self.guest_shutdown & SHUTDOWN_SEND != 0 && !self.write_done {
-            self.write_done = true;
+        if self.guest_shutdown & SHUTDOWN_SEND != 0 && !self.write_closed {
+            self.write_closed = true;
             let _ = self.stream.shutdown(Shutdown::Write);
         }
     }
 
-    /// One write; counts what was taken as forwarded.
+    /// One write; bytes taken by the socket count as forwarded.
     fn write(&mut self, data: &[u8]) -> usize {
-        if self.write_done || data.is_empty() {
+        if self.write_closed || data.is_empty() {
             return 0;
         }
         loop {
             match send(self.fd(), data, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT) {
                 Ok(done) => {
-                    self.incoming.forward(done as u32);
+                    self.local_credit.forward(done as u32);
                     return done;
                 }
                 Err(nix::Error::EINTR) => {}
@@ -310,32 +338,32 @@ impl Connection {
         }
     }
 
-    /// SHUTDOWN from the guest; `true` when it has shut both directions.
-    pub(super) fn guest_shut(&mut self, flags: u32) -> bool {
+    /// SHUTDOWN from the guest. `true`: both directions are shut down.
+    pub(super) fn on_guest_shutdown(&mut self, flags: u32) -> bool {
         self.guest_shutdown |= flags & SHUTDOWN_BOTH;
-        if self.guest_shutdown & SHUTDOWN_RECEIVE != 0 && !self.read_done {
-            self.read_done = true;
+        if self.guest_shutdown & SHUTDOWN_RECEIVE != 0 && self.read != ReadState::Closed {
+            self.read = ReadState::Closed;
             let _ = self.stream.shutdown(Shutdown::Read);
         }
         self.flush();
         self.guest_shutdown == SHUTDOWN_BOTH
     }
 
-    /// The guest may send no more: it said so.
-    pub(super) fn guest_finished_sending(&self) -> bool {
+    /// The guest has sent SHUTDOWN(send), after which it must not send data.
+    pub(super) fn guest_send_shut(&self) -> bool {
         self.guest_shutdown & SHUTDOWN_SEND != 0
     }
 
-    /// Nothing left to give to the client.
-    pub(super) fn written_out(&self) -> bool {
+    /// No data is buffered for the client.
+    pub(super) fn is_flushed(&self) -> bool {
         self.buffer.is_empty()
     }
 }
 
-/// Why a client did not get as far as a request.
+/// Why a handshake ended without a REQUEST to the guest.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum HandshakeClosed {
-    #[error("client left before its first line was complete")]
+pub(super) enum HandshakeFailed {
+    #[error("client disconnected before its CONNECT line was complete")]
     Gone,
     #[error(transparent)]
     Line(#[from] HandshakeError),

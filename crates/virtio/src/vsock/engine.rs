@@ -1,10 +1,11 @@
-//! The socket device's moving half: packets from the guest, connections from the host, and the line
-//! of those that have something to send when the guest offers a buffer.
+//! The socket device's engine: queues, connections, and the list of connections with a packet for
+//! the guest.
 //!
-//! Nothing here waits for a slow peer. What the guest sends fits the buffers it was promised; what
-//! the host sends stays in its sockets until there is credit and a buffer for it.
+//! No call waits for a slow peer. Data from the guest fits the buffers announced to it; data from
+//! the host stays in the client's socket until the guest has given credit and a receive buffer.
 //!
-//! [`clients`]: the host's programs; [`inbound`]: packets from the guest; [`outbound`]: to it.
+//! [`clients`]: host clients; [`inbound`]: packets from the guest; [`outbound`]: packets to the
+//! guest.
 
 mod clients;
 mod inbound;
@@ -23,14 +24,14 @@ use super::spec::Header;
 use crate::device::{DeviceCounters, Engine, Poll};
 use crate::queue::VirtQueue;
 
-/// Packets handled in one direction before other devices get their turn.
+/// Packets handled in one direction per call, so that other devices of the worker are served too.
 const BUDGET: usize = 64;
 
 const RX: u32 = 0;
 const TX: u32 = 1;
 const EVENT: u32 = 2;
 const LISTENER: u32 = 3;
-/// Host ports serve as epoll tokens too.
+/// First host port. Host ports are also epoll tokens, so they lie above the tokens before.
 const FIRST_PORT: u32 = 1 << 30;
 
 pub(super) struct VsockEngine {
@@ -45,13 +46,14 @@ pub(super) struct VsockEngine {
     counters: Arc<DeviceCounters>,
     // Volatile.
     connections: HashMap<u32, Connection>,
-    /// Host ports of connections with something to send, each once.
-    line: VecDeque<u32>,
+    /// Host ports of connections with a packet for the guest, each at most once, in order.
+    rx_ready: VecDeque<u32>,
+    /// RST packets for the guest.
     replies: VecDeque<Header>,
     deadlines: BTreeSet<(Instant, u32)>,
     next_port: u32,
     accepting: bool,
-    accept_again: Option<Instant>,
+    accept_retry_at: Option<Instant>,
     scratch: Vec<u8>,
 }
 
@@ -72,12 +74,12 @@ impl VsockEngine {
             event,
             counters,
             connections: HashMap::new(),
-            line: VecDeque::new(),
+            rx_ready: VecDeque::new(),
             replies: VecDeque::new(),
             deadlines: BTreeSet::new(),
             next_port: FIRST_PORT,
             accepting: false,
-            accept_again: None,
+            accept_retry_at: None,
             scratch: vec![0; BUFFER as usize],
         }
     }
@@ -90,30 +92,31 @@ impl Engine for VsockEngine {
         poll.add(self.event.kick_fd(), EVENT, EventSet::IN)?;
         self.event.disable_kicks();
         self.resume_accepting(poll)?;
-        poll.again(TX);
+        poll.reschedule(TX);
         Ok(())
     }
 
     fn handle(&mut self, token: u32, events: EventSet, poll: &mut Poll<'_>) {
         match token {
             RX => self.rx.clear_kick(),
-            TX => self.serve_guest(poll),
-            // Buffers for events are kept; a transport reset is only due after a restore.
+            TX => self.process_tx(poll),
+            // Event buffers are never used: TRANSPORT_RESET (section 5.10.6.7) is sent only after a
+            // restore from a snapshot.
             EVENT => self.event.clear_kick(),
             LISTENER => self.accept(poll),
-            port => self.serve_client(port, events, poll),
+            port => self.process_client(port, events, poll),
         }
-        self.fill_buffers(poll);
+        self.process_rx(poll);
     }
 
     fn deadline(&self) -> Option<Instant> {
         let first = self.deadlines.first().map(|(at, _)| *at);
-        first.into_iter().chain(self.accept_again).min()
+        first.into_iter().chain(self.accept_retry_at).min()
     }
 
     fn tick(&mut self, now: Instant, poll: &mut Poll<'_>) {
-        if self.accept_again.is_some_and(|at| at <= now) {
-            self.accept_again = None;
+        if self.accept_retry_at.is_some_and(|at| at <= now) {
+            self.accept_retry_at = None;
             let _ = self.resume_accepting(poll);
         }
         while let Some((at, port)) = self.deadlines.first().copied()
@@ -122,6 +125,6 @@ impl Engine for VsockEngine {
             tracing::debug!(port, "vsock connection timed out");
             self.abort(port, poll);
         }
-        self.fill_buffers(poll);
+        self.process_rx(poll);
     }
 }

@@ -1,8 +1,8 @@
-//! What a host program says before it is joined to the guest: `CONNECT <port>\n`, answered with
-//! `OK <host port>\n` once the guest has accepted.
+//! The handshake of a host client, as in Firecracker: `CONNECT <port>\n`, answered with
+//! `OK <host port>\n` once the guest has accepted the connection.
 
-/// Longest line, with its newline: any port in decimal, and leading zeroes nobody needs.
-/// Attack: a client that never ends its line, to grow the buffer.
+/// Longest line with its newline, bytes; enough for any decimal port.
+/// Attack: a client never ends its line, to grow the buffer.
 pub(super) const MAX_LINE: usize = 32;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -13,24 +13,24 @@ pub(super) enum HandshakeError {
     NotConnect { line: String },
 }
 
-/// The line as far as it has come.
+/// The bytes of the line received so far.
 #[derive(Debug, Default)]
-pub(super) struct Line {
+pub(super) struct ConnectLine {
     bytes: Vec<u8>,
 }
 
-impl Line {
-    /// Bytes that may still come.
-    pub(super) fn room(&self) -> usize {
+impl ConnectLine {
+    /// Bytes until [`MAX_LINE`].
+    pub(super) fn remaining(&self) -> usize {
         MAX_LINE - self.bytes.len()
     }
 
-    /// How many of the bytes that stand next in the stream belong to the line.
+    /// How many of the next bytes of the stream belong to the line.
     pub(super) fn take(&self, next: &[u8]) -> usize {
         next.iter().position(|b| *b == b'\n').map_or(next.len(), |at| at + 1)
     }
 
-    /// Takes bytes of the line; the guest port once it is complete.
+    /// Appends bytes of the line; returns the guest port once the line is complete.
     pub(super) fn push(&mut self, bytes: &[u8]) -> Result<Option<u32>, HandshakeError> {
         self.bytes.extend_from_slice(bytes);
         if self.bytes.len() > MAX_LINE {
@@ -56,8 +56,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_may_come_in_pieces_and_what_follows_it_is_not_touched() {
-        let mut line = Line::default();
+    fn a_line_may_arrive_in_parts_and_the_bytes_after_it_are_not_consumed() {
+        let mut line = ConnectLine::default();
         assert_eq!(line.push(b"CONN"), Ok(None));
         let next = b"ECT 1024\nhello";
         let take = line.take(next);
@@ -66,21 +66,21 @@ mod tests {
     }
 
     #[test]
-    fn anything_but_a_port_is_refused() {
+    fn a_line_without_a_valid_port_is_refused() {
         for bad in
             ["CONNECT \n", "CONNECT -1\n", "CONNECT +1\n", "CONNECT 4294967296\n", "\n", "GET /\n"]
         {
-            let refused = Line::default().push(bad.as_bytes());
+            let refused = ConnectLine::default().push(bad.as_bytes());
             assert!(matches!(refused, Err(HandshakeError::NotConnect { .. })), "{bad:?}");
         }
-        assert_eq!(Line::default().push(b"CONNECT 4294967295\n"), Ok(Some(u32::MAX)));
+        assert_eq!(ConnectLine::default().push(b"CONNECT 4294967295\n"), Ok(Some(u32::MAX)));
     }
 
     #[test]
-    fn an_endless_line_is_cut_off() {
-        let mut line = Line::default();
+    fn a_line_longer_than_the_limit_is_refused() {
+        let mut line = ConnectLine::default();
         assert_eq!(line.push(&[b'C'; MAX_LINE - 1]), Ok(None));
-        assert_eq!(line.room(), 1);
+        assert_eq!(line.remaining(), 1);
         assert_eq!(line.push(b"C"), Err(HandshakeError::TooLong));
     }
 }

@@ -1,13 +1,17 @@
-//! Socket device (virtio 1.2, section 5.10), streams only, opened by the host.
+//! Socket device (virtio 1.2, section 5.10): stream sockets only, connections opened by the host
+//! only.
 //!
-//! A host program connects to a unix socket, sends `CONNECT <port>\n`, reads `OK <host port>\n`,
-//! and is then joined to whoever listens on that vsock port in the guest; if nobody does, its
-//! connection is closed without an answer. Connections opened by the guest are refused with RST: no
-//! service of the host listens.
+//! A host client connects to a unix socket, sends `CONNECT <port>\n` and reads `OK <host port>\n`.
+//! It is then connected to the guest's listener on that vsock port; without a listener its
+//! connection is closed without an answer. Connections opened by the guest are refused with RST:
+//! the host has no listeners.
 //!
-//! - [`spec`]: the specification's numbers; [`credit`]: flow control as plain values;
-//! - [`handshake`]: the client's first line; [`connection`]: one client joined to one guest socket;
-//! - [`engine`]: all of them and the queues.
+//! - [`spec`]: constants of the specification; [`credit`]: flow control;
+//! - [`handshake`]: the CONNECT line; [`connection`]: one client connected to one guest socket;
+//! - [`engine`]: queues and all connections.
+//!
+//! An implementation of our own: rust-vmm's `vhost-device-vsock` is a separate process that speaks
+//! vhost-user.
 
 mod connection;
 mod credit;
@@ -27,18 +31,18 @@ use crate::device::{
 };
 use crate::features;
 
-/// Received packets, sent packets, events. Linux fills the first with buffers of 4 KiB, which an
-/// idle guest pays for with as many touched pages.
+/// Queues rx, tx, event (section 5.10.2). Linux fills rx with buffers of 4 KiB, each a touched page
+/// of an idle guest.
 const QUEUE_SIZES: [u16; 3] = [64, 128, 16];
 
-/// Most clients at once; others wait in the listener's backlog.
-/// Attack: a program on the host, or a guest that never answers, that piles up connections until
-/// the VMM has no descriptors left for anything else.
+/// Most clients at once; further ones wait in the listener's backlog.
+/// Attack: a host program, or a guest that never answers, accumulates connections until the VMM has
+/// no file descriptors left.
 pub const MAX_CONNECTIONS: usize = 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum VsockError {
-    #[error("guest address {cid} is reserved (section 5.10.4): use 3 to 2^32 - 2")]
+    #[error("guest CID {cid} is reserved (virtio 1.2, section 5.10.4): use 3 to 2^32 - 2")]
     Cid { cid: u64 },
     #[error("vsock listener")]
     Listener(#[from] io::Error),
@@ -53,7 +57,8 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// `listener` is bound and listens; clients wait in its backlog while no driver is ready.
+    /// `listener` is a listening unix stream socket; clients wait in its backlog until the driver
+    /// is ready. Fails if the CID is reserved or the listener cannot be made non-blocking.
     pub fn new(guest_cid: u64, listener: UnixListener) -> Result<Self, VsockError> {
         if guest_cid <= spec::HOST_CID || guest_cid >= u64::from(u32::MAX) {
             return Err(VsockError::Cid { cid: guest_cid });

@@ -1,10 +1,10 @@
-//! Numbers of the socket device (virtio 1.2, section 5.10).
+//! Constants of the socket device (virtio 1.2, section 5.10).
 
-/// Section 5.10.4: the host's address.
+/// Section 5.10.4: the host's CID.
 pub(super) const HOST_CID: u64 = 2;
 /// Bytes of `struct virtio_vsock_hdr`.
 pub(super) const HEADER_LEN: usize = 44;
-/// Section 5.10.6.1: the only socket type here.
+/// Section 5.10.6.1: the only socket type implemented here.
 pub(super) const TYPE_STREAM: u16 = 1;
 
 /// Section 5.10.6: operations.
@@ -18,7 +18,7 @@ pub(super) mod op {
     pub(crate) const CREDIT_REQUEST: u16 = 7;
 }
 
-/// Section 5.10.6.6.1: flags of SHUTDOWN, about its sender.
+/// Section 5.10.6.6.1: flags of SHUTDOWN: what the sender of the packet will no longer do.
 pub(super) const SHUTDOWN_RECEIVE: u32 = 1;
 pub(super) const SHUTDOWN_SEND: u32 = 2;
 pub(super) const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_header_survives_its_bytes_and_fields_stand_in_order() {
+    fn a_header_is_encoded_in_the_order_of_the_specification_and_decoded_again() {
         let header = Header {
             src_cid: 1,
             dst_cid: 2,

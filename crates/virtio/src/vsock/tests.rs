@@ -12,7 +12,7 @@ use super::spec::{Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use super::*;
 use crate::mock::{MockInterrupt, Runner, activation, memory, queues};
 
-/// A device with its listener, the guest behind it, and the engine run by hand.
+/// A device with its listener, the guest, and the engine in a [`Runner`].
 struct Rig {
     path: tempfile::TempDir,
     vsock: Vsock,
@@ -63,7 +63,7 @@ impl Rig {
         }
     }
 
-    /// Steps until `done` says so, or fails.
+    /// Steps until `done` returns `true`; panics after 20,000 steps.
     fn until(&mut self, what: &str, mut done: impl FnMut(&mut Guest) -> bool) {
         for _ in 0..20_000 {
             if done(&mut self.guest) {
@@ -71,11 +71,11 @@ impl Rig {
             }
             self.step();
         }
-        panic!("never: {what}");
+        panic!("timed out: {what}");
     }
 
-    /// A client joined to the guest, and its host port.
-    fn join(&mut self) -> (UnixStream, u32) {
+    /// A client connected to the guest, and its host port.
+    fn connect(&mut self) -> (UnixStream, u32) {
         let mut client = self.client();
         client.write_all(format!("CONNECT {PORT}\n").as_bytes()).unwrap();
         let mut answer = Vec::new();
@@ -93,7 +93,7 @@ impl Rig {
     }
 }
 
-/// Reads what there is; `true` at the end of the stream.
+/// Reads all available bytes; `true` at the end of the stream.
 fn drain(client: &mut UnixStream, into: &mut Vec<u8>) -> bool {
     let mut piece = [0; 8192];
     loop {
@@ -108,9 +108,9 @@ fn drain(client: &mut UnixStream, into: &mut Vec<u8>) -> bool {
 }
 
 #[test]
-fn a_client_is_joined_and_bytes_pass_both_ways() {
+fn a_client_is_connected_and_bytes_pass_in_both_directions() {
     let mut rig = rig();
-    let (mut client, port) = rig.join();
+    let (mut client, port) = rig.connect();
     client.write_all(b"ping").unwrap();
     rig.until("ping", |guest| guest.sockets[&port].received == b"ping");
     rig.guest.sockets.get_mut(&port).unwrap().to_send.extend(b"pong");
@@ -122,15 +122,15 @@ fn a_client_is_joined_and_bytes_pass_both_ways() {
 }
 
 #[test]
-fn what_a_client_sends_right_after_its_first_line_is_data() {
+fn bytes_after_the_connect_line_are_data() {
     let mut rig = rig();
     let mut client = rig.client();
-    client.write_all(b"CONNECT 1024\nearly bird").unwrap();
-    rig.until("data", |guest| guest.sockets.values().any(|s| s.received == b"early bird"));
+    client.write_all(b"CONNECT 1024\nearly data").unwrap();
+    rig.until("data", |guest| guest.sockets.values().any(|s| s.received == b"early data"));
 }
 
 #[test]
-fn a_port_nobody_listens_on_closes_the_client_without_an_answer() {
+fn a_port_without_a_listener_closes_the_client_without_an_answer() {
     let mut rig = rig();
     let mut client = rig.client();
     client.write_all(b"CONNECT 9\n").unwrap();
@@ -140,7 +140,7 @@ fn a_port_nobody_listens_on_closes_the_client_without_an_answer() {
 }
 
 #[test]
-fn a_client_that_speaks_something_else_is_closed_and_counted() {
+fn a_client_with_an_invalid_connect_line_is_closed_and_counted() {
     let mut rig = rig();
     for line in ["GET / HTTP/1.1\r\n", "CONNECT x\n", &"C".repeat(100)] {
         let mut client = rig.client();
@@ -154,9 +154,9 @@ fn a_client_that_speaks_something_else_is_closed_and_counted() {
 }
 
 #[test]
-fn a_half_closed_client_still_gets_its_answer_and_the_end_of_it() {
+fn a_half_closed_client_still_receives_data_and_the_end_of_stream() {
     let mut rig = rig();
-    let (mut client, port) = rig.join();
+    let (mut client, port) = rig.connect();
     client.write_all(b"question").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
     rig.until("end of the question", |guest| guest.sockets[&port].shut_by_host == SHUTDOWN_SEND);
@@ -176,9 +176,9 @@ fn a_half_closed_client_still_gets_its_answer_and_the_end_of_it() {
 }
 
 #[test]
-fn a_half_closed_guest_is_still_sent_to() {
+fn a_half_closed_guest_still_receives_data() {
     let mut rig = rig();
-    let (mut client, port) = rig.join();
+    let (mut client, port) = rig.connect();
     rig.guest.sockets.get_mut(&port).unwrap().to_send.extend(b"bye");
     rig.guest.step();
     rig.guest.shutdown(port, SHUTDOWN_SEND);
@@ -194,9 +194,9 @@ fn a_half_closed_guest_is_still_sent_to() {
 }
 
 #[test]
-fn a_guest_that_shuts_its_receiving_side_makes_the_client_s_writes_fail() {
+fn after_shutdown_receive_of_the_guest_the_client_s_writes_fail() {
     let mut rig = rig();
-    let (mut client, port) = rig.join();
+    let (mut client, port) = rig.connect();
     rig.guest.shutdown(port, SHUTDOWN_RECEIVE);
     rig.until("EPIPE", |_| client.write(b"x").is_err_and(|e| e.kind() == ErrorKind::BrokenPipe));
     rig.guest.sockets.get_mut(&port).unwrap().to_send.extend(b"still talking");
@@ -208,9 +208,9 @@ fn a_guest_that_shuts_its_receiving_side_makes_the_client_s_writes_fail() {
 }
 
 #[test]
-fn a_client_that_writes_and_leaves_at_once_is_heard_in_full() {
+fn data_of_a_client_that_disconnects_at_once_arrives_completely() {
     let mut rig = rig();
-    let (mut client, port) = rig.join();
+    let (mut client, port) = rig.connect();
     client.set_nonblocking(false).unwrap();
     client.write_all(&vec![3; 100_000]).unwrap();
     drop(client);
@@ -222,9 +222,9 @@ fn a_client_that_writes_and_leaves_at_once_is_heard_in_full() {
 }
 
 #[test]
-fn a_guest_that_does_not_read_stops_the_client_and_nothing_spins() {
+fn a_guest_that_does_not_read_blocks_the_client_without_busy_looping() {
     let mut rig = rig();
-    let (mut client, port) = rig.join();
+    let (mut client, port) = rig.connect();
     let data: Vec<u8> = (0..1_000_000u32).map(|n| (n / 7) as u8).collect();
     let mut written = 0;
     for _ in 0..500 {
@@ -235,8 +235,8 @@ fn a_guest_that_does_not_read_stops_the_client_and_nothing_spins() {
     }
     assert!(written < data.len());
     assert_eq!(rig.guest.sockets[&port].received.len(), 64 << 10);
-    let asked = rig.guest.log.iter().filter(|h| h.op == op::CREDIT_REQUEST).count();
-    assert!((1..4).contains(&asked), "asked {asked} times");
+    let requests = rig.guest.log.iter().filter(|h| h.op == op::CREDIT_REQUEST).count();
+    assert!((1..4).contains(&requests), "{requests} CREDIT_REQUESTs");
     assert!(rig.runner.settle(10), "a connection without credit must not keep the worker busy");
     rig.until("everything", |guest| {
         if let Ok(len) = client.write(&data[written..]) {
@@ -249,14 +249,14 @@ fn a_guest_that_does_not_read_stops_the_client_and_nothing_spins() {
 }
 
 #[test]
-fn a_client_that_does_not_read_costs_no_more_than_its_buffer_and_loses_nothing() {
+fn a_client_that_does_not_read_uses_no_more_than_its_buffer_and_loses_nothing() {
     let mut rig = rig();
-    let (mut client, port) = rig.join();
+    let (mut client, port) = rig.connect();
     let data: Vec<u8> = (0..2_000_000u32).map(|n| (n / 5) as u8).collect();
     rig.guest.sockets.get_mut(&port).unwrap().to_send.extend(&data);
     rig.steps(500);
     let left = rig.guest.sockets[&port].to_send.len();
-    // The buffer promised, and what the unix socket itself holds.
+    // The announced buffer, and the buffer of the unix socket.
     assert!(data.len() - left < BUFFER as usize + (1 << 20));
     assert_eq!(rig.guest.sockets[&port].credit(), 0);
     assert!(rig.runner.settle(10), "a slow client must not keep the worker busy");
@@ -269,7 +269,7 @@ fn a_client_that_does_not_read_costs_no_more_than_its_buffer_and_loses_nothing()
         got.len() == data.len()
     });
     assert_eq!(got, data);
-    // A guest that leaves after its last word: the client still gets it.
+    // The guest closes the connection after its last data: the client still receives that.
     rig.guest.sockets.get_mut(&port).unwrap().to_send.extend(&data[..100_000]);
     rig.until("sent", |guest| guest.sockets[&port].to_send.is_empty());
     rig.guest.shutdown(port, SHUTDOWN_BOTH);
@@ -282,7 +282,7 @@ fn a_client_that_does_not_read_costs_no_more_than_its_buffer_and_loses_nothing()
 #[test]
 fn a_guest_that_sends_beyond_its_credit_is_reset() {
     let mut rig = rig();
-    let (mut client, port) = rig.join();
+    let (mut client, port) = rig.connect();
     for _ in 0..40 {
         let header = rig.guest.header(port, PORT, op::RW);
         rig.guest.raw(Header { len: 0x1_0000, ..header }, &vec![1; 0x1_0000]);
@@ -292,11 +292,11 @@ fn a_guest_that_sends_beyond_its_credit_is_reset() {
     rig.until("end", |_| drain(&mut client, &mut got));
     assert!(rig.vsock.counters().errors() >= 1);
     // The device still works.
-    rig.join();
+    rig.connect();
 }
 
 #[test]
-fn packets_that_make_no_sense_are_answered_with_a_reset_or_not_at_all() {
+fn invalid_packets_are_answered_with_rst_or_not_at_all() {
     let mut rig = rig();
     rig.steps(5);
     let normal = rig.guest.header(99, 55, op::REQUEST);
@@ -326,22 +326,22 @@ fn packets_that_make_no_sense_are_answered_with_a_reset_or_not_at_all() {
 }
 
 #[test]
-fn packets_a_connection_s_state_does_not_allow_end_it() {
+fn packets_that_the_phase_does_not_allow_reset_the_connection() {
     for bad in [op::REQUEST, op::RESPONSE, 0, 99] {
         let mut rig = rig();
-        let (mut client, port) = rig.join();
+        let (mut client, port) = rig.connect();
         rig.guest.send(port, PORT, bad, 0);
         rig.until("RST", |guest| guest.sockets[&port].reset);
         rig.until("end", |_| drain(&mut client, &mut Vec::new()));
     }
-    // A packet that claims more data than its chain has.
+    // A packet whose length field exceeds its chain.
     let mut rig = rig();
-    let (_client, port) = rig.join();
+    let (_client, port) = rig.connect();
     let header = rig.guest.header(port, PORT, op::RW);
     rig.guest.raw(Header { len: 100, ..header }, b"short");
     rig.until("RST", |guest| guest.sockets[&port].reset);
-    // A port that is known, from a guest port that is not its own.
-    let (mut client, port) = rig.join();
+    // A known host port with another guest port.
+    let (mut client, port) = rig.connect();
     rig.guest.send(port, PORT + 1, op::RST, 0);
     rig.steps(20);
     client.write_all(b"alive").unwrap();
@@ -349,9 +349,9 @@ fn packets_a_connection_s_state_does_not_allow_end_it() {
 }
 
 #[test]
-fn without_receive_buffers_everything_waits_for_the_guest_s_kick() {
+fn without_receive_buffers_data_waits_for_the_driver_s_kick() {
     let mut rig = rig();
-    let (mut client, port) = rig.join();
+    let (mut client, port) = rig.connect();
     rig.guest.give_buffers = false;
     let data: Vec<u8> = (0..600_000u32).map(|n| (n / 3) as u8).collect();
     let mut written = 0;
@@ -375,31 +375,31 @@ fn without_receive_buffers_everything_waits_for_the_guest_s_kick() {
 }
 
 #[test]
-fn clients_over_the_cap_wait_until_somebody_leaves() {
+fn clients_over_the_limit_wait_until_a_connection_ends() {
     let mut rig = rig_with(3);
-    let mut joined: Vec<_> = (0..3).map(|_| rig.join()).collect();
+    let mut connected: Vec<_> = (0..3).map(|_| rig.connect()).collect();
     let mut late = rig.client();
     late.write_all(b"CONNECT 1024\n").unwrap();
     rig.steps(100);
     assert_eq!(rig.guest.sockets.len(), 3);
-    assert!(rig.runner.settle(10), "a full house must not keep the worker busy");
-    let (gone, port) = joined.remove(0);
+    assert!(rig.runner.settle(10), "waiting clients must not keep the worker busy");
+    let (gone, port) = connected.remove(0);
     drop(gone);
     rig.until("reset", |guest| guest.sockets[&port].reset);
-    rig.until("the fourth", |guest| guest.sockets.len() == 4);
+    rig.until("the fourth connection", |guest| guest.sockets.len() == 4);
 }
 
 #[test]
-fn credit_asked_for_by_the_guest_is_told() {
+fn a_credit_request_of_the_guest_is_answered() {
     let mut rig = rig();
-    let (_client, port) = rig.join();
+    let (_client, port) = rig.connect();
     rig.guest.send(port, PORT, op::CREDIT_REQUEST, 0);
     rig.until("update", |guest| guest.log.iter().any(|h| h.op == op::CREDIT_UPDATE));
     assert_eq!(rig.guest.log.last().unwrap().buf_alloc, BUFFER);
 }
 
 #[test]
-fn reserved_addresses_are_refused() {
+fn reserved_cids_are_refused() {
     let path = tempfile::tempdir().unwrap();
     for cid in [0, 1, 2, u64::from(u32::MAX), 1 << 40] {
         let listener = UnixListener::bind(path.path().join(cid.to_string())).unwrap();

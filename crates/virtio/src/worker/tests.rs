@@ -2,18 +2,19 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
 
 use super::*;
+use crate::device::Poll;
 use crate::mock::MockInterrupt;
 
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Counts how often it is handled; with a bell it can be made busy for ever.
+/// Counts calls of `handle`; `greedy` reschedules itself forever once its eventfd was written.
 struct Probe {
-    bell: EventFd,
+    event: EventFd,
     handled: Arc<AtomicUsize>,
     greedy: bool,
     fails: bool,
     /// Not drained before this is set.
-    may_go: Arc<AtomicBool>,
+    may_drain: Arc<AtomicBool>,
     ticks: Arc<Mutex<Vec<Instant>>>,
     next_tick: Option<Instant>,
 }
@@ -21,11 +22,11 @@ struct Probe {
 impl Probe {
     fn new() -> Self {
         Self {
-            bell: EventFd::new(EFD_NONBLOCK).unwrap(),
+            event: EventFd::new(EFD_NONBLOCK).unwrap(),
             handled: Arc::default(),
             greedy: false,
             fails: false,
-            may_go: Arc::new(AtomicBool::new(true)),
+            may_drain: Arc::new(AtomicBool::new(true)),
             ticks: Arc::default(),
             next_tick: None,
         }
@@ -37,15 +38,15 @@ impl Engine for Probe {
         if self.fails {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        poll.add(self.bell.as_raw_fd(), 7, EventSet::IN)
+        poll.add(self.event.as_raw_fd(), 7, EventSet::IN)
     }
 
     fn handle(&mut self, token: u32, _events: EventSet, poll: &mut Poll<'_>) {
         assert_eq!(token, 7);
-        let _ = self.bell.read();
+        let _ = self.event.read();
         self.handled.fetch_add(1, Ordering::AcqRel);
         if self.greedy {
-            poll.again(7);
+            poll.reschedule(7);
         }
     }
 
@@ -59,7 +60,7 @@ impl Engine for Probe {
     }
 
     fn drained(&mut self) -> bool {
-        self.may_go.load(Ordering::Acquire)
+        self.may_drain.load(Ordering::Acquire)
     }
 }
 
@@ -74,31 +75,31 @@ fn attach(worker: &Worker, probe: Probe) -> Attachment {
 fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + LIMIT;
     while !done() {
-        assert!(Instant::now() < end, "never: {what}");
+        assert!(Instant::now() < end, "timed out: {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 #[test]
-fn a_greedy_engine_leaves_others_their_turn() {
+fn a_busy_engine_does_not_starve_others() {
     let worker = worker();
     let (mut greedy, modest) = (Probe::new(), Probe::new());
     greedy.greedy = true;
-    let (count, bell) = (greedy.handled.clone(), greedy.bell.try_clone().unwrap());
+    let (count, event) = (greedy.handled.clone(), greedy.event.try_clone().unwrap());
     attach(&worker, greedy);
-    bell.write(1).unwrap();
-    eventually("greed", || count.load(Ordering::Acquire) > 1000);
-    let (heard, bell) = (modest.handled.clone(), modest.bell.try_clone().unwrap());
+    event.write(1).unwrap();
+    eventually("busy engine", || count.load(Ordering::Acquire) > 1000);
+    let (handled, event) = (modest.handled.clone(), modest.event.try_clone().unwrap());
     attach(&worker, modest);
-    for turn in 1..20 {
-        bell.write(1).unwrap();
-        eventually("a turn", || heard.load(Ordering::Acquire) >= turn);
+    for round in 1..20 {
+        event.write(1).unwrap();
+        eventually("handled", || handled.load(Ordering::Acquire) >= round);
     }
     worker.stop(LIMIT).unwrap();
 }
 
 #[test]
-fn init_runs_on_the_thread_before_anything_else() {
+fn init_runs_first_on_the_thread() {
     let name = Arc::new(Mutex::new(None));
     let copy = name.clone();
     let init = move || {
@@ -110,45 +111,45 @@ fn init_runs_on_the_thread_before_anything_else() {
 }
 
 #[test]
-fn a_detached_engine_is_dropped_only_when_it_has_drained() {
+fn a_detached_engine_is_dropped_after_it_has_drained() {
     let worker = worker();
     let probe = Probe::new();
-    let (may_go, handled) = (probe.may_go.clone(), probe.handled.clone());
-    let bell = probe.bell.try_clone().unwrap();
-    may_go.store(false, Ordering::Release);
-    let leaving = attach(&worker, probe).detach();
-    assert!(!leaving.wait(Duration::from_millis(50)));
-    may_go.store(true, Ordering::Release);
-    assert!(leaving.wait(LIMIT));
-    // The duplicate of its bell is not polled any more.
+    let (may_drain, handled) = (probe.may_drain.clone(), probe.handled.clone());
+    let event = probe.event.try_clone().unwrap();
+    may_drain.store(false, Ordering::Release);
+    let detached = attach(&worker, probe).detach();
+    assert!(!detached.wait(Duration::from_millis(50)));
+    may_drain.store(true, Ordering::Release);
+    assert!(detached.wait(LIMIT));
+    // Its eventfd is still open here, but not in the epoll any more.
     let before = handled.load(Ordering::Acquire);
-    bell.write(1).unwrap();
+    event.write(1).unwrap();
     worker.handle().pause(LIMIT).unwrap();
     assert_eq!(handled.load(Ordering::Acquire), before);
 }
 
 #[test]
-fn a_pause_that_cannot_be_is_answered_by_the_deadline_and_resume_still_works() {
+fn a_pause_that_cannot_complete_fails_at_its_deadline_and_resume_still_works() {
     let worker = worker();
     let probe = Probe::new();
-    let (may_go, handled) = (probe.may_go.clone(), probe.handled.clone());
-    let bell = probe.bell.try_clone().unwrap();
-    may_go.store(false, Ordering::Release);
+    let (may_drain, handled) = (probe.may_drain.clone(), probe.handled.clone());
+    let event = probe.event.try_clone().unwrap();
+    may_drain.store(false, Ordering::Release);
     attach(&worker, probe);
     let limit = Duration::from_millis(50);
     let paused = worker.handle().pause(limit);
     assert!(matches!(paused, Err(WorkerError::Deadline { .. })));
-    bell.write(1).unwrap();
+    event.write(1).unwrap();
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(handled.load(Ordering::Acquire), 0);
-    may_go.store(true, Ordering::Release);
+    may_drain.store(true, Ordering::Release);
     worker.handle().pause(LIMIT).unwrap();
     worker.handle().resume().unwrap();
-    eventually("the bell", || handled.load(Ordering::Acquire) == 1);
+    eventually("the event", || handled.load(Ordering::Acquire) == 1);
 }
 
 #[test]
-fn ticks_come_when_they_are_due_and_not_again() {
+fn tick_is_called_once_at_its_deadline() {
     let worker = worker();
     let mut probe = Probe::new();
     let due = Instant::now() + Duration::from_millis(30);
@@ -163,18 +164,18 @@ fn ticks_come_when_they_are_due_and_not_again() {
 }
 
 #[test]
-fn an_engine_that_cannot_start_asks_for_a_reset() {
+fn an_engine_that_cannot_start_sets_needs_reset() {
     let worker = worker();
     let interrupt = Arc::new(MockInterrupt::default());
     let mut probe = Probe::new();
     probe.fails = true;
     let attached = worker.handle().attach(Box::new(probe), interrupt.clone()).unwrap();
-    eventually("reset wanted", || interrupt.reset_wanted.load(Ordering::Acquire));
+    eventually("DEVICE_NEEDS_RESET", || interrupt.reset_wanted.load(Ordering::Acquire));
     assert!(attached.detach().wait(LIMIT));
 }
 
 #[test]
-fn orders_to_a_stopped_worker_fail_and_do_not_wait() {
+fn commands_to_a_stopped_worker_fail_without_waiting() {
     let worker = worker();
     let handle = worker.handle();
     let attached = attach(&worker, Probe::new());

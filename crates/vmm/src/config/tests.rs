@@ -6,7 +6,7 @@ use vmm_api::VsockConfig;
 
 use super::*;
 use crate::assemble::failure;
-use crate::end::write_status;
+use crate::exit::write_status;
 
 fn file() -> Fd {
     Fd(tempfile::tempfile().unwrap().into_raw_fd())
@@ -50,7 +50,7 @@ fn config(dir: &tempfile::TempDir) -> VmConfig {
     }
 }
 
-/// What [`take`] says to a configuration that was changed.
+/// The error of [`take`] for a changed configuration.
 fn refusal(change: impl FnOnce(&mut VmConfig)) -> ConfigError {
     let dir = tempfile::tempdir().unwrap();
     let mut config = config(&dir);
@@ -59,7 +59,7 @@ fn refusal(change: impl FnOnce(&mut VmConfig)) -> ConfigError {
 }
 
 #[test]
-fn a_good_configuration_is_taken_over() {
+fn a_valid_configuration_is_accepted() {
     let dir = tempfile::tempdir().unwrap();
     let resources = take(config(&dir)).unwrap();
     assert_eq!((resources.disks.len(), resources.vsock.is_some()), (1, true));
@@ -68,14 +68,14 @@ fn a_good_configuration_is_taken_over() {
 }
 
 #[test]
-fn what_is_wrong_is_told_in_the_status_file_before_and_after_that_was_taken() {
-    type Spoil = fn(&mut VmConfig);
-    let wrong: [(Spoil, &str); 3] = [
+fn errors_are_written_to_the_status_file() {
+    type Change = fn(&mut VmConfig);
+    let wrong: [(Change, &str); 3] = [
         (|c| c.vcpus = 0, "vcpus is 0"),
-        (|c| c.kernel = Fd(9999), "kernel: descriptor 9999 is not open"),
+        (|c| c.kernel = Fd(9999), "kernel: file descriptor 9999 is not open"),
         (|c| c.disks[0].file = null(), "is not a regular file or a block device"),
     ];
-    for (change, told) in wrong {
+    for (change, expected) in wrong {
         let dir = tempfile::tempdir().unwrap();
         let mut kept = tempfile::tempfile().unwrap();
         let status = Fd(kept.try_clone().unwrap().into_raw_fd());
@@ -86,12 +86,12 @@ fn what_is_wrong_is_told_in_the_status_file_before_and_after_that_was_taken() {
         kept.rewind().unwrap();
         let exit: vmm_api::VmExit = serde_json::from_reader(kept).unwrap();
         assert_eq!(exit.reason, vmm_api::ExitReason::Error);
-        assert!(exit.message.contains(told), "{}", exit.message);
+        assert!(exit.message.contains(expected), "{}", exit.message);
     }
 }
 
 #[test]
-fn a_status_file_that_is_none_is_named_and_not_written_to() {
+fn a_status_file_of_the_wrong_kind_is_reported_and_not_written_to() {
     let dir = tempfile::tempdir().unwrap();
     let refused = take(VmConfig { status: null(), ..config(&dir) }).unwrap_err();
     assert!(matches!(refused.error, ConfigError::WrongKind { what, .. } if what == "status"));
@@ -99,7 +99,7 @@ fn a_status_file_that_is_none_is_named_and_not_written_to() {
 }
 
 #[test]
-fn sizes_out_of_range_are_named() {
+fn sizes_out_of_range_are_refused() {
     assert!(matches!(refusal(|c| c.vcpus = 0), ConfigError::Vcpus { vcpus: 0, .. }));
     assert!(matches!(refusal(|c| c.vcpus = 3), ConfigError::Vcpus { vcpus: 3, max: 2 }));
     assert!(matches!(refusal(|c| c.max_vcpus = 65), ConfigError::Vcpus { max: 65, .. }));
@@ -116,7 +116,7 @@ fn sizes_out_of_range_are_named() {
 }
 
 #[test]
-fn descriptors_that_are_missing_shared_or_of_the_wrong_kind_are_named() {
+fn file_descriptors_that_are_missing_reused_or_of_the_wrong_kind_are_refused() {
     assert!(matches!(
         refusal(|c| c.kernel = Fd(9999)),
         ConfigError::NotOpen { what, fd: 9999 } if what == "kernel"
@@ -160,7 +160,7 @@ fn network_interfaces_are_checked() {
 }
 
 #[test]
-fn a_configuration_that_is_no_json_or_has_unknown_keys_is_refused() {
+fn a_configuration_that_is_not_json_or_has_unknown_keys_is_refused() {
     for text in ["", "{", "{\"version\":1,\"fly\":true}"] {
         let mut file = tempfile::tempfile().unwrap();
         io::Write::write_all(&mut file, text.as_bytes()).unwrap();
@@ -172,7 +172,7 @@ fn a_configuration_that_is_no_json_or_has_unknown_keys_is_refused() {
 }
 
 #[test]
-fn a_file_system_comes_with_a_stream_socket_that_does_not_listen() {
+fn a_file_system_needs_a_connected_stream_socket() {
     let dir = tempfile::tempdir().unwrap();
     let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let taken = hot_fs("shares", "nacelle", ours.into()).unwrap();

@@ -10,7 +10,7 @@ use vmm_api::{DiskConfig, Fd, Phase};
 
 use super::*;
 
-/// A VM whose devices hang until the barrier is passed.
+/// A VM whose Pause blocks until the barrier is passed.
 struct Fake {
     hang: Barrier,
 }
@@ -47,7 +47,7 @@ impl Vm for Fake {
 struct Running {
     dir: tempfile::TempDir,
     vm: Arc<Fake>,
-    end: End,
+    exit: ExitState,
     thread: Option<std::thread::JoinHandle<Result<(), ControlError>>>,
 }
 
@@ -58,12 +58,13 @@ impl Running {
         bind(fd.as_raw_fd(), &UnixAddr::new(&dir.path().join("control")).unwrap()).unwrap();
         listen(&fd, Backlog::new(16).unwrap()).unwrap();
         let vm = Arc::new(Fake { hang: Barrier::new(2) });
-        let end = End::new().unwrap();
+        let exit = ExitState::new().unwrap();
         let console = Console::new(tempfile::tempfile().unwrap()).unwrap();
         let signals = OwnedFd::from(SignalFd::new(&SigSet::empty()).unwrap());
-        let mut server = Server::new(fd, signals, end.clone(), console, vm.clone(), || {}).unwrap();
+        let mut server =
+            Server::new(fd, signals, exit.clone(), console, vm.clone(), || {}).unwrap();
         let thread = Some(std::thread::spawn(move || server.run()));
-        Self { dir, vm, end, thread }
+        Self { dir, vm, exit, thread }
     }
 
     fn path(&self) -> PathBuf {
@@ -77,7 +78,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.end.set(ExitReason::Killed, "test is over");
+        self.exit.set(ExitReason::Killed, "test is over");
         self.thread.take().unwrap().join().unwrap().unwrap();
     }
 }
@@ -88,7 +89,7 @@ fn disk() -> Request {
 }
 
 #[test]
-fn status_is_answered_while_a_device_hangs() {
+fn status_is_answered_while_another_request_blocks() {
     let running = Running::new();
     let (slow, quick) = (running.client(), running.client());
     std::thread::scope(|scope| {
@@ -104,7 +105,7 @@ fn status_is_answered_while_a_device_hangs() {
 }
 
 #[test]
-fn a_descriptor_reaches_the_vm_and_a_missing_one_is_refused() {
+fn file_descriptors_reach_the_vm_and_missing_ones_are_refused() {
     let running = Running::new();
     let client = running.client();
     let file = tempfile::tempfile().unwrap();
@@ -117,7 +118,7 @@ fn a_descriptor_reaches_the_vm_and_a_missing_one_is_refused() {
 }
 
 #[test]
-fn rubbish_is_answered_with_an_error_and_the_connection_goes_on() {
+fn an_invalid_packet_is_answered_with_an_error_and_the_connection_continues() {
     let running = Running::new();
     let client = running.client();
     let long = vec![b'x'; vmm_api::transport::MAX_PACKET];
@@ -134,21 +135,21 @@ fn rubbish_is_answered_with_an_error_and_the_connection_goes_on() {
 }
 
 #[test]
-fn refusals_carry_their_type() {
+fn errors_keep_their_type() {
     let running = Running::new();
     let gone = running.client().order(&Request::RemoveDevice { id: "x".to_owned() });
     assert!(matches!(gone, Err(ClientError::Refused(Error::NoSuchDevice { id })) if id == "x"));
 }
 
 #[test]
-fn too_many_clients_are_hung_up_on_and_the_others_served() {
+fn clients_over_the_limit_are_disconnected_and_the_others_served() {
     let running = Running::new();
-    let crowd: Vec<_> = (0..CLIENTS_MAX).map(|_| running.client()).collect();
-    crowd[CLIENTS_MAX - 1].call(&Request::Status, &[]).unwrap();
+    let clients: Vec<_> = (0..CLIENTS_MAX).map(|_| running.client()).collect();
+    clients[CLIENTS_MAX - 1].call(&Request::Status, &[]).unwrap();
     assert!(running.client().call(&Request::Status, &[]).is_err());
-    crowd[0].call(&Request::Status, &[]).unwrap();
-    drop(crowd);
-    // Their places are free again once the server has seen them leave.
+    clients[0].call(&Request::Status, &[]).unwrap();
+    drop(clients);
+    // New clients are accepted once the server has seen the others disconnect.
     let served = (0..100).any(|_| {
         std::thread::sleep(Duration::from_millis(5));
         running.client().call(&Request::Status, &[]).is_ok()
@@ -157,14 +158,14 @@ fn too_many_clients_are_hung_up_on_and_the_others_served() {
 }
 
 #[test]
-fn kill_is_acknowledged_and_ends_the_vm() {
+fn kill_is_answered_and_ends_the_vm() {
     let running = Running::new();
     running.client().order(&Request::Kill).unwrap();
-    assert_eq!(running.end.report(b"").reason, ExitReason::Killed);
+    assert_eq!(running.exit.report(b"").reason, ExitReason::Killed);
 }
 
 #[test]
-fn a_client_that_vanishes_while_its_order_runs_does_no_harm() {
+fn a_client_that_disconnects_during_its_request_is_removed() {
     let running = Running::new();
     let raw = connect(&running);
     send(raw.as_fd(), &Request::Pause, &[]).unwrap();

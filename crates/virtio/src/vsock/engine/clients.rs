@@ -1,4 +1,4 @@
-//! The host's programs: accepted, listened to, let go.
+//! Host clients: accept, handshake, socket events, removal.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -12,19 +12,19 @@ use super::{FIRST_PORT, LISTENER, VsockEngine};
 use crate::device::Poll;
 use crate::guest_warn;
 
-/// Connections accepted before other work gets its turn.
+/// Connections accepted per call, so that other work of the worker is done too.
 const ACCEPT_BUDGET: usize = 16;
-/// For a client to say where it wants to go.
+/// Deadline for a client's CONNECT line.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// For the guest to accept or refuse; generous, as it may just be booting.
+/// Deadline for the guest's RESPONSE or RST; long, as the guest may be booting.
 const REQUEST_LIMIT: Duration = Duration::from_secs(20);
-/// Pause after the process ran out of descriptors.
+/// Pause before the next accept after it failed, for example with EMFILE.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 const LAST_PORT: u32 = (1 << 31) - 1;
 
 impl VsockEngine {
     pub(super) fn resume_accepting(&mut self, poll: &mut Poll<'_>) -> io::Result<()> {
-        if !self.accepting && self.accept_again.is_none() {
+        if !self.accepting && self.accept_retry_at.is_none() {
             poll.add(self.listener.as_raw_fd(), LISTENER, EventSet::IN)?;
             self.accepting = true;
         }
@@ -39,22 +39,22 @@ impl VsockEngine {
     pub(super) fn accept(&mut self, poll: &mut Poll<'_>) {
         for _ in 0..ACCEPT_BUDGET {
             if self.connections.len() >= self.max_connections {
-                // Others wait in the listener's backlog until somebody leaves.
+                // Further clients wait in the listener's backlog until a connection is removed.
                 return self.stop_accepting(poll);
             }
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
-                    // Out of descriptors or memory: the backlog keeps, epoll would spin.
+                    // EMFILE or ENOMEM: the listener stays readable, so polling it would busy-loop.
                     guest_warn!(self.counters.limit, %error, "vsock listener cannot accept");
                     self.stop_accepting(poll);
-                    self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
+                    self.accept_retry_at = Some(Instant::now() + ACCEPT_PAUSE);
                     return;
                 }
             };
             let port = self.free_port();
-            let until = Instant::now() + HANDSHAKE_LIMIT;
+            let deadline = Instant::now() + HANDSHAKE_LIMIT;
             let events =
                 EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
             let added = stream
@@ -64,8 +64,8 @@ impl VsockEngine {
                 guest_warn!(self.counters.limit, %error, "vsock client cannot be polled");
                 continue;
             }
-            self.connections.insert(port, Connection::new(stream, port, until));
-            self.deadlines.insert((until, port));
+            self.connections.insert(port, Connection::new(stream, port, deadline));
+            self.deadlines.insert((deadline, port));
         }
     }
 
@@ -79,23 +79,23 @@ impl VsockEngine {
         }
     }
 
-    /// Something has changed on a client's socket.
-    pub(super) fn serve_client(&mut self, port: u32, events: EventSet, poll: &mut Poll<'_>) {
+    /// Events on a client's socket.
+    pub(super) fn process_client(&mut self, port: u32, events: EventSet, poll: &mut Poll<'_>) {
         let Some(connection) = self.connections.get_mut(&port) else { return };
         if events.intersects(EventSet::HANG_UP | EventSet::ERROR) {
-            connection.note_hangup();
-            connection.settle_hangup();
+            connection.set_hung_up();
+            connection.check_hung_up();
         }
         if events.intersects(EventSet::IN | EventSet::READ_HANG_UP) {
-            connection.note_readable();
+            connection.set_readable();
         }
         match connection.phase {
             Phase::Handshake { .. } => match connection.handshake() {
                 Ok(None) => {}
                 Ok(Some(guest_port)) => {
                     connection.guest_port = guest_port;
-                    let until = Instant::now() + REQUEST_LIMIT;
-                    self.enter(port, Phase::Requested { until });
+                    let deadline = Instant::now() + REQUEST_LIMIT;
+                    self.set_phase(port, Phase::Requested { deadline });
                 }
                 Err(error) => {
                     tracing::debug!(%error, "vsock client");
@@ -106,30 +106,30 @@ impl VsockEngine {
             Phase::Requested { .. } if connection.hung_up() => self.abort(port, poll),
             Phase::Linger => {
                 connection.flush();
-                if connection.hung_up() || connection.written_out() {
+                if connection.hung_up() || connection.is_flushed() {
                     self.remove(port, poll);
                 }
             }
             Phase::Requested { .. } | Phase::Open | Phase::Closing { .. } => connection.flush(),
         }
-        self.stand_in_line(port);
+        self.schedule_rx(port);
     }
 
-    pub(super) fn enter(&mut self, port: u32, phase: Phase) {
+    pub(super) fn set_phase(&mut self, port: u32, phase: Phase) {
         let Some(connection) = self.connections.get_mut(&port) else { return };
-        if let Some(until) = connection.until() {
-            self.deadlines.remove(&(until, port));
+        if let Some(deadline) = connection.deadline() {
+            self.deadlines.remove(&(deadline, port));
         }
         connection.phase = phase;
-        if let Some(until) = connection.until() {
-            self.deadlines.insert((until, port));
+        if let Some(deadline) = connection.deadline() {
+            self.deadlines.insert((deadline, port));
         }
     }
 
     pub(super) fn remove(&mut self, port: u32, poll: &mut Poll<'_>) {
         let Some(connection) = self.connections.remove(&port) else { return };
-        if let Some(until) = connection.until() {
-            self.deadlines.remove(&(until, port));
+        if let Some(deadline) = connection.deadline() {
+            self.deadlines.remove(&(deadline, port));
         }
         poll.remove(connection.fd());
         drop(connection);
@@ -138,7 +138,7 @@ impl VsockEngine {
         }
     }
 
-    /// Ends a connection and tells the guest, if it knows of it.
+    /// Removes a connection, and sends RST if the guest has seen its REQUEST.
     pub(super) fn abort(&mut self, port: u32, poll: &mut Poll<'_>) {
         let Some(connection) = self.connections.get(&port) else { return };
         let known = match connection.phase {

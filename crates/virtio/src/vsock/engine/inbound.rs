@@ -1,4 +1,4 @@
-//! Packets from the guest.
+//! Packets from the guest (tx queue).
 
 use super::super::connection::Phase;
 use super::super::spec::{HEADER_LEN, HOST_CID, Header, TYPE_STREAM, op};
@@ -7,18 +7,18 @@ use crate::chain::Chain;
 use crate::device::Poll;
 use crate::guest_warn;
 
-/// RSTs waiting for a receive buffer; more are dropped and counted.
-/// Attack: a guest that sends nonsense and offers no buffers, to grow the queue of answers.
+/// RST packets waiting for a receive buffer; more are dropped and counted.
+/// Attack: a guest sends invalid packets and gives no receive buffers, to grow this queue.
 const MAX_REPLIES: usize = 1024;
 
 impl VsockEngine {
-    pub(super) fn serve_guest(&mut self, poll: &mut Poll<'_>) {
+    pub(super) fn process_tx(&mut self, poll: &mut Poll<'_>) {
         self.tx.clear_kick();
         self.tx.disable_kicks();
         let mut more = true;
         for _ in 0..BUDGET {
             if let Some(chain) = self.tx.pop() {
-                self.packet(&chain, poll);
+                self.process_packet(&chain, poll);
                 self.tx.push(chain.head, 0);
             } else {
                 more = self.tx.enable_kicks();
@@ -27,20 +27,20 @@ impl VsockEngine {
                 }
             }
         }
-        self.tx.announce();
+        self.tx.signal_used();
         if more {
-            poll.again(TX);
+            poll.reschedule(TX);
         }
     }
 
-    fn packet(&mut self, chain: &Chain, poll: &mut Poll<'_>) {
+    fn process_packet(&mut self, chain: &Chain, poll: &mut Poll<'_>) {
         let mut bytes = [0; HEADER_LEN];
         if chain.readable.read(self.tx.mem(), 0, &mut bytes) < HEADER_LEN {
-            return self.refuse("packet without a whole header");
+            return self.reject("packet shorter than its header");
         }
         let header = Header::from_bytes(&bytes);
         if header.src_cid != self.guest_cid {
-            return self.refuse("packet from a foreign address");
+            return self.reject("packet with a source CID that is not the guest's");
         }
         let port = header.dst_port;
         let to_host = header.dst_cid == HOST_CID && header.kind == TYPE_STREAM;
@@ -50,24 +50,24 @@ impl VsockEngine {
                 && !matches!(c.phase, Phase::Handshake { .. })
         });
         let Some(connection) = known else {
-            // Also every request of the guest's: no service of the host listens. An RST is never
+            // Includes every REQUEST of the guest: the host has no listeners. An RST is never
             // answered with an RST.
             if header.op != op::RST {
                 self.reply_reset(header.dst_cid, port, header.src_port);
-                self.refuse("packet for no connection");
+                self.reject("packet for no connection");
             }
             return;
         };
-        connection.outgoing.heard(header.buf_alloc, header.fwd_cnt);
-        if let Err(why) = self.obey(&header, chain, poll) {
-            self.refuse(why);
+        connection.peer_credit.update(header.buf_alloc, header.fwd_cnt);
+        if let Err(why) = self.dispatch(&header, chain, poll) {
+            self.reject(why);
             self.abort(port, poll);
         }
-        self.stand_in_line(port);
+        self.schedule_rx(port);
     }
 
-    /// Carries out a packet for a connection that exists; an error ends the connection.
-    fn obey(
+    /// Handles a packet of an existing connection; an error resets the connection.
+    fn dispatch(
         &mut self,
         header: &Header,
         chain: &Chain,
@@ -77,27 +77,29 @@ impl VsockEngine {
         let Some(connection) = self.connections.get_mut(&port) else { return Ok(()) };
         match (header.op, &connection.phase) {
             (op::RESPONSE, Phase::Requested { .. }) if connection.request_sent => {
-                if let Some(until) = connection.until() {
-                    self.deadlines.remove(&(until, port));
+                if let Some(deadline) = connection.deadline() {
+                    self.deadlines.remove(&(deadline, port));
                 }
-                // A client that left meanwhile shows in its next event.
-                connection.open().or(Err("client does not take its answer"))?;
+                // A client that has disconnected meanwhile is removed at its next event.
+                connection.open().or(Err("cannot write the OK line to the client"))?;
                 self.counters.operation(0);
             }
-            (op::RST, Phase::Open) if !connection.written_out() => self.enter(port, Phase::Linger),
+            (op::RST, Phase::Open) if !connection.is_flushed() => {
+                self.set_phase(port, Phase::Linger);
+            }
             (op::RST, _) => self.remove(port, poll),
             (op::RW, Phase::Open | Phase::Closing { .. }) => {
                 let len = header.len as usize;
                 if len > chain.readable.len() - HEADER_LEN {
-                    return Err("packet shorter than it says");
+                    return Err("packet shorter than its length field");
                 }
-                if connection.guest_finished_sending() {
-                    return Err("data after the end of data");
+                if connection.guest_send_shut() {
+                    return Err("data after SHUTDOWN(send)");
                 }
-                if !connection.incoming.receive(header.len) {
+                if !connection.local_credit.receive(header.len) {
                     return Err("data beyond the guest's credit");
                 }
-                // Credit is at most BUFFER, which is what the scratch space holds.
+                // Credit is at most BUFFER, the size of `scratch`.
                 let data = &mut self.scratch[..len];
                 if chain.readable.read(self.tx.mem(), HEADER_LEN, data) < len {
                     return Err("data outside guest memory");
@@ -106,30 +108,30 @@ impl VsockEngine {
                 self.counters.operation(u64::from(header.len));
             }
             (op::SHUTDOWN, Phase::Open | Phase::Closing { .. }) => {
-                if connection.guest_shut(header.flags) {
-                    let (guest_port, done) = (connection.guest_port, connection.written_out());
+                if connection.on_guest_shutdown(header.flags) {
+                    let (guest_port, done) = (connection.guest_port, connection.is_flushed());
                     if done {
                         self.remove(port, poll);
                     } else {
-                        self.enter(port, Phase::Linger);
+                        self.set_phase(port, Phase::Linger);
                     }
                     self.reply_reset(HOST_CID, port, guest_port);
                 }
             }
             (op::CREDIT_UPDATE, Phase::Open | Phase::Closing { .. }) => {}
             (op::CREDIT_REQUEST, Phase::Open | Phase::Closing { .. }) => {
-                connection.update_asked = true;
+                connection.credit_requested = true;
             }
-            // The guest has given it up: as if it did not exist.
+            // The guest has closed the connection: answered as if it did not exist.
             (_, Phase::Linger) => self.reply_reset(HOST_CID, port, header.src_port),
-            _ => return Err("packet that the connection's state does not allow"),
+            _ => return Err("operation not allowed in the connection's phase"),
         }
         Ok(())
     }
 
-    pub(super) fn refuse(&mut self, why: &'static str) {
+    pub(super) fn reject(&mut self, why: &'static str) {
         self.counters.error();
-        guest_warn!(self.counters.limit, why, "vsock packet refused");
+        guest_warn!(self.counters.limit, why, "vsock packet rejected");
     }
 
     pub(super) fn reply_reset(&mut self, src_cid: u64, src_port: u32, dst_port: u32) {

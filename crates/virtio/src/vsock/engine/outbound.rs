@@ -1,39 +1,40 @@
-//! Packets to the guest: who has something to send stands in line for the next buffer.
+//! Packets to the guest (rx queue): one connection of `rx_ready` after the other gets the next
+//! receive buffer.
 
 use std::time::{Duration, Instant};
 
-use super::super::connection::{Phase, Want};
+use super::super::connection::{Packet, Phase};
 use super::super::spec::{HEADER_LEN, HOST_CID, Header, TYPE_STREAM, op};
 use super::{BUDGET, RX, VsockEngine};
 use crate::device::Poll;
 
-/// Most data in a packet to the guest; Linux uses the same.
+/// Most data bytes in a packet to the guest (Linux `VIRTIO_VSOCK_MAX_PKT_BUF_SIZE`).
 const MAX_PAYLOAD: usize = 64 << 10;
-/// For the guest to confirm the end of a connection.
+/// Deadline for the guest's RST after SHUTDOWN(both).
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
 impl VsockEngine {
-    pub(super) fn stand_in_line(&mut self, port: u32) {
+    pub(super) fn schedule_rx(&mut self, port: u32) {
         if let Some(connection) = self.connections.get_mut(&port)
-            && !connection.in_line
-            && connection.want().is_some()
+            && !connection.rx_scheduled
+            && connection.next_packet().is_some()
         {
-            connection.in_line = true;
-            self.line.push_back(port);
+            connection.rx_scheduled = true;
+            self.rx_ready.push_back(port);
         }
     }
 
-    /// Sends as long as there is something to send and a buffer for it.
-    pub(super) fn fill_buffers(&mut self, poll: &mut Poll<'_>) {
+    /// Sends packets while there are packets and receive buffers, within the budget.
+    pub(super) fn process_rx(&mut self, poll: &mut Poll<'_>) {
         let mut more = true;
         for _ in 0..BUDGET {
-            if self.replies.is_empty() && self.line.is_empty() {
+            if self.replies.is_empty() && self.rx_ready.is_empty() {
                 more = false;
                 break;
             }
             self.rx.disable_kicks();
             let Some(chain) = self.rx.pop() else {
-                // The guest kicks when it has buffers again.
+                // The driver kicks when it adds buffers.
                 more = self.rx.enable_kicks();
                 if more {
                     continue;
@@ -42,11 +43,11 @@ impl VsockEngine {
             };
             let space = chain.writable.len().saturating_sub(HEADER_LEN);
             if space == 0 {
-                self.refuse("receive buffer too small for any data");
+                self.reject("receive buffer not larger than a packet header");
                 self.rx.push(chain.head, 0);
                 continue;
             }
-            let Some(header) = self.next_packet(space) else {
+            let Some(header) = self.build_packet(space) else {
                 self.rx.unpop();
                 more = false;
                 break;
@@ -57,34 +58,34 @@ impl VsockEngine {
                 + chain.writable.write(mem, HEADER_LEN, &self.scratch[..len]);
             self.rx.push(chain.head, written as u32);
         }
-        self.rx.announce();
+        self.rx.signal_used();
         if more {
-            poll.again(RX);
+            poll.reschedule(RX);
         }
     }
 
-    /// The next packet; its data stands in the scratch space.
-    fn next_packet(&mut self, space: usize) -> Option<Header> {
+    /// Returns the header of the next packet; its data is in `scratch`.
+    fn build_packet(&mut self, space: usize) -> Option<Header> {
         if let Some(reply) = self.replies.pop_front() {
             return Some(reply);
         }
-        while let Some(port) = self.line.pop_front() {
+        while let Some(port) = self.rx_ready.pop_front() {
             let Some(connection) = self.connections.get_mut(&port) else { continue };
-            connection.in_line = false;
-            let (op, flags, len) = match connection.want() {
+            connection.rx_scheduled = false;
+            let (op, flags, len) = match connection.next_packet() {
                 None => continue,
-                Some(Want::Control { op, flags }) => {
+                Some(Packet::Control { op, flags }) => {
                     connection.control_sent(op, flags);
                     (op, flags, 0)
                 }
-                Some(Want::Data { limit }) => {
+                Some(Packet::Data { limit }) => {
                     let limit = limit.min(space).min(MAX_PAYLOAD);
                     let len = connection.read(&mut self.scratch[..limit]);
                     if len == 0 {
-                        self.stand_in_line(port);
+                        self.schedule_rx(port);
                         continue;
                     }
-                    connection.outgoing.sent(len as u32);
+                    connection.peer_credit.sent(len as u32);
                     self.counters.operation(len as u64);
                     (op::RW, 0, len)
                 }
@@ -98,13 +99,13 @@ impl VsockEngine {
                 kind: TYPE_STREAM,
                 op,
                 flags,
-                buf_alloc: connection.incoming.alloc(),
-                fwd_cnt: connection.incoming.tell(),
+                buf_alloc: connection.local_credit.buf_alloc(),
+                fwd_cnt: connection.local_credit.report_fwd_cnt(),
             };
-            if matches!(connection.phase, Phase::Open) && connection.fully_shut_by_us() {
-                self.enter(port, Phase::Closing { until: Instant::now() + CLOSE_LIMIT });
+            if matches!(connection.phase, Phase::Open) && connection.sent_full_shutdown() {
+                self.set_phase(port, Phase::Closing { deadline: Instant::now() + CLOSE_LIMIT });
             }
-            self.stand_in_line(port);
+            self.schedule_rx(port);
             return Some(header);
         }
         None

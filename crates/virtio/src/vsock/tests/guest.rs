@@ -1,4 +1,5 @@
-//! A guest's socket layer over mock queues: honest about credit, as slow as a test wants.
+//! The guest's vsock driver on mock queues. It keeps to its credit; tests control how fast it
+//! reads.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use crate::vsock::spec::{
 };
 
 pub(super) const CID: u64 = 42;
-/// The only port anybody listens on in the guest.
+/// The only port with a listener in the guest.
 pub(super) const PORT: u32 = 1024;
 
 const RX_AT: u64 = 0x10_0000;
@@ -22,14 +23,15 @@ const SLOT: u64 = 0x1_1000;
 #[derive(Default)]
 pub(super) struct Socket {
     pub(super) received: Vec<u8>,
-    /// How much of it the program has read.
+    /// Bytes of it that the guest's program has read.
     pub(super) consumed: usize,
     pub(super) to_send: VecDeque<u8>,
     pub(super) shut_by_host: u32,
-    pub(super) shut_by_us: u32,
+    pub(super) shut_by_guest: u32,
     pub(super) reset: bool,
     pub(super) alloc: u32,
-    told: usize,
+    /// `consumed` in the last packet sent.
+    last_fwd_cnt: usize,
     sent: u32,
     peer_alloc: u32,
     peer_forwarded: u32,
@@ -52,7 +54,7 @@ pub(super) struct Guest {
     tx_free: Vec<u64>,
     outbox: VecDeque<(Header, Vec<u8>)>,
     pub(super) sockets: HashMap<u32, Socket>,
-    /// Every packet that came, for tests that look closely.
+    /// Headers of all packets from the host.
     pub(super) log: Vec<Header>,
     /// Buffer size of new sockets.
     pub(super) alloc: u32,
@@ -78,7 +80,7 @@ impl Guest {
         }
     }
 
-    /// Handles what came, sends what can be sent, kicks.
+    /// Handles received packets, adds receive buffers, sends data within the credit.
     pub(super) fn step(&mut self) {
         while let Some((head, len)) = self.rx.used() {
             let at = self.rx_slots.remove(&head).unwrap();
@@ -138,7 +140,7 @@ impl Guest {
         match header.op {
             op::REQUEST => self.send(port, PORT, op::RESPONSE, 0),
             op::RW => {
-                assert_eq!(socket.shut_by_host & SHUTDOWN_SEND, 0, "data after its end");
+                assert_eq!(socket.shut_by_host & SHUTDOWN_SEND, 0, "data after SHUTDOWN(send)");
                 socket.received.extend_from_slice(data);
                 let held = socket.received.len() - socket.consumed;
                 assert!(held <= socket.alloc as usize, "host sent {held} beyond credit");
@@ -157,18 +159,18 @@ impl Guest {
         }
     }
 
-    /// The program in the guest reads.
+    /// The guest's program reads up to `most` bytes.
     pub(super) fn consume(&mut self, port: u32, most: usize) {
         let Some(socket) = self.sockets.get_mut(&port) else { return };
         socket.consumed += most.min(socket.received.len() - socket.consumed);
-        if !socket.reset && socket.consumed - socket.told > socket.alloc as usize / 2 {
+        if !socket.reset && socket.consumed - socket.last_fwd_cnt > socket.alloc as usize / 2 {
             self.send(port, PORT, op::CREDIT_UPDATE, 0);
         }
     }
 
     pub(super) fn shutdown(&mut self, port: u32, flags: u32) {
         let socket = self.sockets.get_mut(&port).unwrap();
-        socket.shut_by_us |= flags;
+        socket.shut_by_guest |= flags;
         self.send(port, PORT, op::SHUTDOWN, flags);
     }
 
@@ -180,7 +182,7 @@ impl Guest {
     pub(super) fn header(&mut self, port: u32, from: u32, op: u16) -> Header {
         let (mut alloc, mut consumed) = (0, 0);
         if let Some(socket) = self.sockets.get_mut(&port) {
-            socket.told = socket.consumed;
+            socket.last_fwd_cnt = socket.consumed;
             (alloc, consumed) = (socket.alloc, socket.consumed);
         }
         Header {
@@ -197,7 +199,7 @@ impl Guest {
         }
     }
 
-    /// Queues any packet at all.
+    /// Queues a packet, valid or not.
     pub(super) fn raw(&mut self, header: Header, data: &[u8]) {
         self.outbox.push_back((header, data.to_vec()));
     }

@@ -1,17 +1,17 @@
-//! A hundred connections at once, each with its own pace, sizes and way of ending.
+//! Many connections at once with different amounts of data and reading speeds.
 
 use proptest::prelude::*;
 
 use super::*;
 
-struct Talk {
+struct Session {
     client: UnixStream,
     port: u32,
     to_guest: Vec<u8>,
     written: usize,
     to_host: Vec<u8>,
     got: Vec<u8>,
-    /// Most bytes a side reads a step.
+    /// Bytes that a side reads per step, at most.
     client_pace: usize,
     guest_pace: usize,
     client_shut: bool,
@@ -19,7 +19,7 @@ struct Talk {
     guest_shut: bool,
 }
 
-impl Talk {
+impl Session {
     fn step(&mut self, guest: &mut Guest) {
         while self.written < self.to_guest.len() {
             match self.client.write(&self.to_guest[self.written..]) {
@@ -46,8 +46,8 @@ impl Talk {
     }
 
     fn done(&self, guest: &Guest) -> bool {
-        let heard = guest.sockets[&self.port].shut_by_host & SHUTDOWN_SEND != 0;
-        self.client_saw_end && heard
+        let host_shut = guest.sockets[&self.port].shut_by_host & SHUTDOWN_SEND != 0;
+        self.client_saw_end && host_shut
     }
 }
 
@@ -63,14 +63,14 @@ fn bytes(len: usize, seed: u64) -> Vec<u8> {
     std::iter::repeat_with(next).take(len).collect()
 }
 
-fn talk_all(rig: &mut Rig, plans: &[(usize, usize, usize, usize, u32)]) {
-    let mut talks = Vec::new();
+fn run_sessions(rig: &mut Rig, plans: &[(usize, usize, usize, usize, u32)]) {
+    let mut sessions = Vec::new();
     for (n, (up, down, client_pace, guest_pace, alloc)) in plans.iter().enumerate() {
         rig.guest.alloc = *alloc;
-        let (client, port) = rig.join();
+        let (client, port) = rig.connect();
         let to_host = bytes(*down, 1000 + n as u64);
         rig.guest.sockets.get_mut(&port).unwrap().to_send.extend(&to_host);
-        talks.push(Talk {
+        sessions.push(Session {
             client,
             port,
             to_guest: bytes(*up, n as u64),
@@ -85,29 +85,29 @@ fn talk_all(rig: &mut Rig, plans: &[(usize, usize, usize, usize, u32)]) {
         });
     }
     for _ in 0..200_000 {
-        for talk in &mut talks {
-            talk.step(&mut rig.guest);
+        for session in &mut sessions {
+            session.step(&mut rig.guest);
         }
         rig.step();
-        if talks.iter().all(|t| t.done(&rig.guest)) {
+        if sessions.iter().all(|t| t.done(&rig.guest)) {
             break;
         }
     }
-    for talk in &talks {
-        assert!(talk.done(&rig.guest), "a talk never ended");
-        assert!(talk.got == talk.to_host, "bytes to the host differ");
+    for session in &sessions {
+        assert!(session.done(&rig.guest), "a session did not end");
+        assert!(session.got == session.to_host, "bytes to the host differ");
         assert!(
-            rig.guest.sockets[&talk.port].received == talk.to_guest,
+            rig.guest.sockets[&session.port].received == session.to_guest,
             "bytes to the guest differ"
         );
     }
-    let ports: Vec<u32> = talks.iter().map(|t| t.port).collect();
-    drop(talks);
+    let ports: Vec<u32> = sessions.iter().map(|t| t.port).collect();
+    drop(sessions);
     rig.until("all reset", |guest| ports.iter().all(|p| guest.sockets[p].reset));
 }
 
 #[test]
-fn a_hundred_talks_at_different_paces_all_arrive_whole_and_leave_nothing() {
+fn a_hundred_sessions_at_different_speeds_transfer_all_bytes_and_free_their_slots() {
     let mut rig = rig_with(100);
     let plans: Vec<_> = (0..100usize)
         .map(|n| {
@@ -118,9 +118,9 @@ fn a_hundred_talks_at_different_paces_all_arrive_whole_and_leave_nothing() {
         })
         .map(|(up, down, a, b, alloc)| (up, down, a.max(500), b.max(500), alloc))
         .collect();
-    talk_all(&mut rig, &plans);
-    // All hundred places are free again.
-    talk_all(&mut rig, &plans[..10]);
+    run_sessions(&mut rig, &plans);
+    // All hundred slots are free again.
+    run_sessions(&mut rig, &plans[..10]);
     assert_eq!(rig.vsock.counters().errors(), 0);
 }
 
@@ -128,27 +128,27 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_the_sizes_and_paces_bytes_arrive_whole(
+    fn all_bytes_arrive_for_any_sizes_and_speeds(
         plans in prop::collection::vec(
             (0usize..200_000, 0usize..200_000, 200usize..70_000, 200usize..70_000, 100u32..300_000),
             1..8,
         )
     ) {
         let mut rig = rig();
-        talk_all(&mut rig, &plans);
+        run_sessions(&mut rig, &plans);
     }
 
-    /// Any packets at all: nothing panics, and an honest connection beside them is not disturbed.
+    /// Arbitrary packets: nothing panics, and another connection is not disturbed.
     #[test]
-    fn a_hostile_guest_disturbs_only_itself(
+    fn arbitrary_packets_do_not_disturb_another_connection(
         packets in prop::collection::vec(
             (0u64..4, 0u64..4, 0u32..4, any::<u32>(), 0u16..3, 0u16..9, any::<u32>(), any::<u32>(), any::<u32>()),
             0..60,
         )
     ) {
         let mut rig = rig();
-        let (_victim, hostile) = rig.join();
-        let (mut honest, port) = rig.join();
+        let (_victim, hostile) = rig.connect();
+        let (mut honest, port) = rig.connect();
         for (src, dst, which, len, kind, op, flags, buf_alloc, fwd_cnt) in packets {
             let header = Header {
                 src_cid: [CID, CID, CID, src][src as usize],

@@ -1,5 +1,4 @@
-//! Where the halves of a transport meet: the status and the interrupts, which vCPU threads program
-//! and worker threads raise.
+//! Device status and interrupts: written by vCPU threads, read and raised by worker threads.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
@@ -10,8 +9,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::spec::{ISR_CONFIG, ISR_QUEUE, NO_VECTOR, status};
 use crate::device::Interrupt;
 
-/// Shared by everything that belongs to one device.
-pub(super) struct Shared {
+/// State shared between the transport and the interrupts of its engines.
+pub(super) struct SharedState {
     pub(super) status: AtomicU8,
     pub(super) isr: AtomicU8,
     pub(super) config_vector: AtomicU16,
@@ -19,7 +18,7 @@ pub(super) struct Shared {
     pub(super) msix: Msix,
 }
 
-impl Shared {
+impl SharedState {
     pub(super) fn new(queues: usize, msix: Msix) -> Self {
         let none = || AtomicU16::new(NO_VECTOR);
         Self {
@@ -41,7 +40,8 @@ impl Shared {
     }
 
     fn raise(&self, vector: &AtomicU16, isr: u8) {
-        // Without MSI-X there is no line to raise, but a driver may poll the ISR status.
+        // INTx does not exist here, but a driver without MSI-X may poll the ISR status (section
+        // 4.1.4.5).
         if !self.msix.enabled() {
             self.isr.fetch_or(isr, Ordering::AcqRel);
             return;
@@ -58,30 +58,30 @@ impl Shared {
     }
 }
 
-/// One activation's way to its driver; falls silent when the driver resets the device, although
-/// the engine may still be winding down.
-pub(super) struct Signals {
-    shared: Arc<Shared>,
-    live: AtomicBool,
+/// The interrupts of one activation. Disabled when the driver resets the device: the engine of that
+/// activation may still be draining.
+pub(super) struct PciInterrupt {
+    shared: Arc<SharedState>,
+    enabled: AtomicBool,
 }
 
-impl Signals {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, live: AtomicBool::new(true) }
+impl PciInterrupt {
+    pub(super) fn new(shared: Arc<SharedState>) -> Self {
+        Self { shared, enabled: AtomicBool::new(true) }
     }
 
-    pub(super) fn silence(&self) {
-        self.live.store(false, Ordering::Release);
+    pub(super) fn disable(&self) {
+        self.enabled.store(false, Ordering::Release);
     }
 
-    fn live(&self) -> bool {
-        self.live.load(Ordering::Acquire)
+    fn enabled(&self) -> bool {
+        self.enabled.load(Ordering::Acquire)
     }
 }
 
-impl Interrupt for Signals {
+impl Interrupt for PciInterrupt {
     fn queue(&self, index: u16) {
-        if self.live()
+        if self.enabled()
             && let Some(vector) = self.shared.queue_vectors.get(usize::from(index))
         {
             self.shared.raise(vector, ISR_QUEUE);
@@ -89,13 +89,13 @@ impl Interrupt for Signals {
     }
 
     fn config(&self) {
-        if self.live() {
+        if self.enabled() {
             self.shared.raise(&self.shared.config_vector, ISR_CONFIG);
         }
     }
 
     fn needs_reset(&self) {
-        if self.live() {
+        if self.enabled() {
             self.shared.needs_reset();
         }
     }

@@ -1,4 +1,4 @@
-//! vCPU threads: started together, paused together, ended with the process.
+//! The vCPU threads: started, paused and resumed together; they end with the process.
 //!
 //! ```text
 //!   running --pause: gate closed, kick--> parked (counted) --resume: gate opened--> running
@@ -12,16 +12,16 @@ use std::time::{Duration, Instant};
 use machine::vcpu::{Bus, ExitCounts, Kicker, Step, Vcpu};
 use vmm_api::ExitReason;
 
-use crate::end::End;
+use crate::exit::ExitState;
 
-/// Enough for the deepest path (a configuration write that activates a device) with room to spare;
-/// only what is used costs memory.
+/// Stack size, bytes: more than the deepest call path needs (a configuration write that activates a
+/// device). Only touched pages use memory.
 const STACK: usize = 256 << 10;
-/// A vCPU leaves the guest within microseconds of a kick.
+/// Deadline for all vCPUs to park; a kick takes effect within microseconds.
 const PARK_LIMIT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, thiserror::Error)]
-pub enum ProcessorError {
+pub enum VcpuThreadError {
     #[error("cannot start the thread of vCPU {id}; raise the limit of processes")]
     Spawn { id: usize, source: io::Error },
     #[error("{missing} vCPUs did not stop within {PARK_LIMIT:?}")]
@@ -30,7 +30,7 @@ pub enum ProcessorError {
 
 /// All vCPUs of a VM.
 #[derive(Debug)]
-pub struct Processors {
+pub struct VcpuThreads {
     gate: Arc<Gate>,
     kickers: Vec<Kicker>,
     exits: Vec<Arc<ExitCounts>>,
@@ -38,7 +38,7 @@ pub struct Processors {
 
 #[derive(Debug, Default)]
 struct Gate {
-    /// Looked at after every exit; the truth is in `state`.
+    /// Copy of `state.closed` that vCPU threads read after every exit without taking the lock.
     closed: AtomicBool,
     state: Mutex<GateState>,
     changed: Condvar,
@@ -56,7 +56,8 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn pass(&self) -> bool {
+    /// Parks the calling thread while the gate is closed; `true` if it was parked.
+    fn wait_open(&self) -> bool {
         if !self.closed.load(Ordering::Acquire) {
             return false;
         }
@@ -71,39 +72,39 @@ impl Gate {
     }
 }
 
-impl Processors {
-    /// Starts a thread for each vCPU; `init` runs on each first. They run once [`Self::resume`] is
-    /// called.
+impl VcpuThreads {
+    /// Starts a thread per vCPU, paused; `init` runs first on each. [`Self::resume`] starts the
+    /// guest. Fails if a thread cannot be started or does not park before the deadline.
     pub fn start<B: Bus + Send + Sync + 'static>(
         vcpus: Vec<Vcpu>,
         bus: &Arc<B>,
-        end: &End,
+        exit: &ExitState,
         init: impl Fn() + Send + Clone + 'static,
-    ) -> Result<Self, ProcessorError> {
+    ) -> Result<Self, VcpuThreadError> {
         let gate = Arc::new(Gate::default());
         gate.closed.store(true, Ordering::Release);
         gate.lock().closed = true;
         let count = vcpus.len();
         let exits = vcpus.iter().map(Vcpu::exits).collect();
         for (id, mut vcpu) in vcpus.into_iter().enumerate() {
-            let (bus, end, init, gate) = (bus.clone(), end.clone(), init.clone(), gate.clone());
+            let (bus, exit, init, gate) = (bus.clone(), exit.clone(), init.clone(), gate.clone());
             let body = move || {
-                let kicker = vcpu.adopt();
+                let kicker = vcpu.bind_to_thread();
                 gate.lock().kickers.push(kicker);
                 init();
-                run(&mut vcpu, &*bus, &end, &gate);
+                run(&mut vcpu, &*bus, &exit, &gate);
             };
             let thread = std::thread::Builder::new().name(format!("vcpu {id}")).stack_size(STACK);
-            thread.spawn(body).map_err(|source| ProcessorError::Spawn { id, source })?;
+            thread.spawn(body).map_err(|source| VcpuThreadError::Spawn { id, source })?;
         }
-        let mut processors = Self { gate, kickers: Vec::new(), exits };
-        processors.wait_parked(count)?;
-        processors.kickers = std::mem::take(&mut processors.gate.lock().kickers);
-        Ok(processors)
+        let mut vcpu_threads = Self { gate, kickers: Vec::new(), exits };
+        vcpu_threads.wait_parked(count)?;
+        vcpu_threads.kickers = std::mem::take(&mut vcpu_threads.gate.lock().kickers);
+        Ok(vcpu_threads)
     }
 
-    /// Stops all vCPUs outside of the guest.
-    pub fn pause(&self) -> Result<(), ProcessorError> {
+    /// Parks all vCPU threads; resumes them again if one misses the deadline.
+    pub fn pause(&self) -> Result<(), VcpuThreadError> {
         self.gate.lock().closed = true;
         self.gate.closed.store(true, Ordering::Release);
         for kicker in &self.kickers {
@@ -116,19 +117,20 @@ impl Processors {
         done
     }
 
+    /// Lets all vCPU threads continue.
     pub fn resume(&self) {
         self.gate.closed.store(false, Ordering::Release);
         self.gate.lock().closed = false;
         self.gate.changed.notify_all();
     }
 
-    fn wait_parked(&self, count: usize) -> Result<(), ProcessorError> {
+    fn wait_parked(&self, count: usize) -> Result<(), VcpuThreadError> {
         let end = Instant::now() + PARK_LIMIT;
         let mut state = self.gate.lock();
         while state.parked < count {
             let rest = end.saturating_duration_since(Instant::now());
             if rest.is_zero() {
-                return Err(ProcessorError::Stuck { missing: count - state.parked });
+                return Err(VcpuThreadError::Stuck { missing: count - state.parked });
             }
             let waited = self.gate.changed.wait_timeout(state, rest);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -136,7 +138,7 @@ impl Processors {
         Ok(())
     }
 
-    /// Exits of all vCPUs together, by reason.
+    /// KVM exits to user space of all vCPUs, by reason.
     pub fn exits(&self) -> std::collections::BTreeMap<String, u64> {
         let mut sums = std::collections::BTreeMap::new();
         for (name, count) in self.exits.iter().flat_map(|exits| exits.all()) {
@@ -146,23 +148,23 @@ impl Processors {
     }
 }
 
-fn run<B: Bus>(vcpu: &mut Vcpu, bus: &B, end: &End, gate: &Gate) {
+fn run<B: Bus>(vcpu: &mut Vcpu, bus: &B, exit: &ExitState, gate: &Gate) {
     loop {
-        if gate.pass() {
-            vcpu.was_paused();
+        if gate.wait_open() {
+            vcpu.notify_paused();
         }
         match vcpu.step(bus) {
             Ok(Step::Handled | Step::Interrupted) => {}
-            Ok(Step::Shutdown) => end.set(ExitReason::TripleFault, "guest triple-faulted"),
-            // With an in-kernel APIC the kernel keeps halted processors.
-            Ok(Step::Halted) => end.set(ExitReason::Error, "vCPU halted outside of the kernel"),
-            Err(error) => end.set(ExitReason::Error, crate::chain(&error)),
+            Ok(Step::Shutdown) => exit.set(ExitReason::TripleFault, "guest triple-faulted"),
+            // With an in-kernel APIC, HLT does not exit to user space.
+            Ok(Step::Halted) => exit.set(ExitReason::Error, "unexpected HLT exit"),
+            Err(error) => exit.set(ExitReason::Error, crate::chain(&error)),
         }
         if gate.closed.load(Ordering::Acquire) {
             continue;
         }
-        if end.is_set() {
-            // Nothing runs in the guest any more; the main thread is about to end the process.
+        if exit.is_set() {
+            // The VM has ended; the main thread exits the process.
             return;
         }
     }
