@@ -1,34 +1,33 @@
-//! Framing of forwarded connections on vsock port [`crate::FORWARD_PORT`].
+//! Framing of port-forward connections on vsock port [`crate::FORWARD_PORT`].
 //!
-//! One connection carries one TCP connection to a port of the pod's loopback interface. The host
-//! sends [`Open`]; the agent connects to 127.0.0.1, and to ::1 where that is refused, and answers
-//! one [`Status`] byte. After [`Status::Ok`] both directions are raw bytes, each with its own
-//! half-close.
+//! Each connection carries one TCP connection to a port of the pod's loopback interface. The host
+//! sends [`Open`]; the agent connects to 127.0.0.1, then to ::1 if that is refused, and replies
+//! with one [`Status`] byte. After [`Status::Ok`] both directions are raw bytes with half-close.
 
 const MAGIC: [u8; 4] = *b"NCF1";
-/// Length of a header, bytes.
+/// Length of the header, bytes.
 pub const LENGTH: usize = 6;
 
-/// First bytes of a connection, from the host.
+/// Header that the host sends first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Open {
     pub port: u16,
 }
 
-/// The agent's answer to [`Open`].
+/// The agent's reply to [`Open`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
     Ok = 0,
-    /// Nobody listens at the port.
+    /// No program listens on the port.
     Refused = 1,
     BadHeader = 2,
-    /// Too many connections are forwarded, or the guest is out of something.
+    /// Too many forwarded connections, or another error in the guest.
     Failed = 3,
 }
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("header of a forwarded connection is malformed")]
+#[error("malformed header of a forwarded connection")]
 pub struct BadHeader;
 
 impl TryFrom<u8> for Status {
@@ -45,7 +44,7 @@ impl TryFrom<u8> for Status {
 }
 
 impl Open {
-    /// Magic and port (little-endian).
+    /// Magic and port, little-endian.
     pub fn encode(self) -> [u8; LENGTH] {
         let [low, high] = self.port.to_le_bytes();
         let [a, b, c, d] = MAGIC;
@@ -64,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_header_comes_back_as_it_was_and_rubbish_does_not() {
+    fn a_header_round_trips_and_garbage_is_refused() {
         let open = Open { port: 8080 };
         assert_eq!(Open::decode(open.encode()), Ok(open));
         assert_eq!(Open::decode(Open { port: 0 }.encode()), Err(BadHeader));

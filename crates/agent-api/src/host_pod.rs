@@ -1,41 +1,41 @@
-//! How the host starts an agent for a pod that has no VM: `nacelle-agent --host-pod ...`, with the
-//! descriptors below. It then serves the same protocol on the listeners it was given.
+//! Command line and descriptors of the agent of a pod without a VM: `nacelle-agent --host-pod ...`.
+//! It serves the same protocol as in a guest, on the listening sockets that it inherits.
 
 use std::path::PathBuf;
 
-/// First argument of such an agent.
+/// First argument.
 pub const FLAG: &str = "--host-pod";
-/// A mount namespace: paths of the host are looked up there.
+/// Descriptor of the host's mount namespace, in which host paths are resolved.
 pub const MOUNTS_FD: i32 = 3;
-/// Listening stream socket of the gRPC service.
+/// Descriptor of the listening socket of the gRPC service.
 pub const CONTROL_FD: i32 = 4;
-/// ... of process streams.
+/// Same for process streams.
 pub const STDIO_FD: i32 = 5;
-/// ... of forwarded connections.
+/// Same for forwarded connections.
 pub const FORWARD_FD: i32 = 6;
-/// The pod's network namespace, unless it has the host's.
+/// Descriptor of the pod's network namespace, if it does not use the host's.
 pub const NETNS_FD: i32 = 7;
 
-/// Begins a disk's name that stands for an image file of the host.
+/// Prefix of a disk serial that is the path of an image file on the host.
 pub const FILE: &str = "file:";
-/// Begins a disk's name that stands for a folder of the host, as a writable layer.
+/// Prefix of a disk serial that is the path of a host directory, as writable layer.
 pub const FOLDER: &str = "dir:";
 
-/// What is told by arguments. The agent is started with a mount namespace of its own, and with PID,
-/// IPC and UTS namespaces of its own as far as the pod does not have the host's.
+/// Arguments of the agent. The launcher starts it in a new mount namespace, and in new PID, IPC and
+/// UTS namespaces unless the pod uses the host's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Start {
-    /// A folder on which the agent mounts its root, where nobody else sees it.
+    /// An empty directory on which the agent mounts its root, in its own mount namespace.
     pub root: PathBuf,
-    /// Where the host has cgroup v2 mounted.
+    /// Mount point of cgroup v2 on the host.
     pub cgroup_mount: PathBuf,
-    /// The pod's cgroup below that, in which the agent is born.
+    /// The pod's cgroup relative to that, in which the agent is started.
     pub cgroup: String,
-    /// The pod has the host's network and host name.
+    /// The pod uses the host's network and UTS namespaces.
     pub network: bool,
-    /// ... the host's processes.
+    /// The pod uses the host's PID namespace.
     pub pid: bool,
-    /// ... the host's shared memory and message queues.
+    /// The pod uses the host's IPC namespace.
     pub ipc: bool,
 }
 
@@ -44,7 +44,7 @@ const PID: &str = "pid";
 const IPC: &str = "ipc";
 
 impl Start {
-    /// The command line, without the program.
+    /// The arguments, without the program.
     pub fn to_args(&self) -> Vec<String> {
         let Self { root, cgroup_mount, cgroup, network, pid, ipc } = self;
         let mut args = vec![
@@ -58,7 +58,7 @@ impl Start {
         args
     }
 
-    /// None: not such a command line.
+    /// Parses the arguments; None if they do not start with [`FLAG`] or are malformed.
     pub fn from_args(args: &[String]) -> Option<Self> {
         let [flag, root, cgroup_mount, cgroup, shared @ ..] = args else { return None };
         let known = |name: &String| [NETWORK, PID, IPC].contains(&name.as_str());
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_start_survives_the_command_line() {
+    fn arguments_round_trip() {
         let mut start = Start {
             root: "/run/x".into(),
             cgroup_mount: "/sys/fs/cgroup".into(),

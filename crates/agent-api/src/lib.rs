@@ -1,7 +1,7 @@
-//! The guest protocol: messages and gRPC stubs generated from `proto/agent/v1/agent.proto`, and
-//! the framing of process streams and forwarded connections.
+//! The guest protocol: messages and gRPC stubs generated from `proto/agent/v1/agent.proto`, and the
+//! framing of process streams and forwarded connections.
 //!
-//! Knows no KVM, no CRI, no transport: it is handed byte streams.
+//! Knows nothing of KVM, CRI or transports: callers provide byte streams.
 
 use std::ops::RangeInclusive;
 
@@ -15,10 +15,10 @@ pub mod v1 {
     tonic::include_proto!("nacelle.agent.v1");
 }
 
-/// Newest version of the protocol that this release speaks; a host names its own in
-/// [`v1::HelloRequest`]. Guests outlive daemons, so a new version is spoken beside the one before.
+/// Newest protocol version of this release; a host sends its own in [`v1::HelloRequest`]. Guests
+/// outlive daemons, so the previous version stays supported.
 pub const PROTOCOL: u32 = 1;
-/// Oldest version that this release speaks.
+/// Oldest supported protocol version.
 pub const MIN_PROTOCOL: u32 = 1;
 /// vsock port of the gRPC service.
 pub const CONTROL_PORT: u32 = 1024;
@@ -26,18 +26,18 @@ pub const CONTROL_PORT: u32 = 1024;
 pub const STDIO_PORT: u32 = 1025;
 /// vsock port of forwarded connections ([`forward`]).
 pub const FORWARD_PORT: u32 = 1026;
-/// Tag of the pod's virtio-fs device, whose top-level entries are the shared volumes.
+/// Tag of the pod's virtio-fs device; its top-level entries are the shared volumes.
 pub const SHARE_TAG: &str = "nacelle";
-/// virtio-blk serial of the pod's scratch disk: ext4 with project quotas, empty at first.
+/// virtio-blk serial of the pod's scratch disk (ext4 with project quotas).
 pub const SCRATCH_SERIAL: &str = "scratch";
-/// vsock CID of every guest. CIDs are private to a VMM here, so one value serves all.
+/// vsock CID of every guest. CIDs are local to a VMM here, so one value is enough.
 pub const GUEST_CID: u64 = 3;
-/// Largest gRPC message either side takes, bytes. A hostile peer can make the other side hold this
-/// much, once a connection.
+/// Maximum size of a gRPC message in both directions, bytes. A hostile peer can make the other side
+/// buffer this much for each connection.
 pub const MAX_MESSAGE: usize = 4 << 20;
 
-/// What an agent that speaks `own` answers to a host whose newest version is `newest`: the newest
-/// that both speak, if the host speaks it; with none in common, its own newest.
+/// The version that an agent supporting `own` replies to a host whose newest version is `newest`:
+/// that version if it is supported, otherwise the agent's newest.
 pub fn negotiate(newest: u32, own: RangeInclusive<u32>) -> u32 {
     if own.contains(&newest) { newest } else { *own.end() }
 }
@@ -47,14 +47,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_version_that_both_speak_is_chosen() {
+    fn the_newest_common_version_is_chosen() {
         for (newest, own, chosen) in [
             (1, 1..=1, 1),
-            // A guest of the release before, and a daemon of the release before.
+            // A guest of the previous release, and a daemon of the previous release.
             (2, 1..=1, 1),
             (1, 1..=2, 1),
             (2, 1..=2, 2),
-            // Nothing in common; 0: a host that names none.
+            // No common version; 0 is a host that sends none.
             (1, 2..=3, 3),
             (0, 1..=2, 2),
         ] {
@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn the_release_before_is_spoken_to() {
+    fn the_version_of_the_previous_release_is_supported() {
         assert!((MIN_PROTOCOL..=PROTOCOL).contains(&1), "running guests speak version 1");
     }
 }

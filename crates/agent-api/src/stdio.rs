@@ -1,40 +1,39 @@
 //! Framing of process streams on vsock port [`crate::STDIO_PORT`].
 //!
-//! One connection carries one stream of one process. The host opens it and sends an [`Open`]
-//! header; the agent answers one [`Status`] byte. Then:
+//! Each connection carries one stream of one process. The host opens it and sends an [`Open`]
+//! header; the agent replies with one [`Status`] byte. Then:
 //!
 //! - `Stdin`: the host sends raw bytes; its half-close closes the process' stdin.
-//! - `Stdout`, `Stderr` (a tty has `Stdout` only): the agent sends raw bytes from the header's
-//!   `offset` on, and half-closes after the last. The host answers with cumulative
-//!   acknowledgements, a little-endian `u64` each: "all bytes before this offset are stored".
-//!   The agent keeps what is not acknowledged (at most [`WINDOW`] bytes; then it stops reading the
-//!   pipe, and the process feels ordinary back-pressure), so a host that died resumes at the offset
-//!   it had stored, without loss or repetition. A second connection for the same stream replaces
-//!   the first.
+//! - `Stdout`, `Stderr` (with a tty `Stdout` only): the agent sends raw bytes from the header's
+//!   `offset` on, and half-closes after the last. The host sends cumulative acknowledgements, each
+//!   a little-endian `u64`: all bytes before this offset are stored. The agent keeps unacknowledged
+//!   bytes (at most [`WINDOW`]; then it stops reading the pipe and the process blocks in write(2)),
+//!   so a restarted host resumes at its stored offset without loss or duplication. A second
+//!   connection for the same stream replaces the first.
 //!
-//! With [`Open::framed`] the agent sends frames instead of raw bytes: a length (little-endian `u32`,
-//! at most [`MAX_FRAME`]) and as many bytes. A length of 0 is the end of the stream, after which
-//! nothing follows. A connection that ends without it has broken, and the stream goes on at the same
-//! offset over another one. Agents before this answer [`Status::BadHeader`]; the host asks them again
-//! without it, and has to take the connection's end for the stream's.
+//! With [`Open::framed`] the agent sends frames: a length (little-endian `u32`, at most
+//! [`MAX_FRAME`]) and that number of bytes. Length 0 is the end of the stream. A connection that
+//! ends without it is broken, and the stream continues at the same offset on a new one. Agents
+//! without framing reply [`Status::BadHeader`]; the host then reconnects without it, and the end of
+//! the connection is the end of the stream.
 
-/// Bytes an agent keeps for a stream whose host has not acknowledged them.
+/// Maximum unacknowledged bytes that the agent keeps for a stream.
 pub const WINDOW: usize = 256 << 10;
-/// Longest id in a header, bytes: a guard for the side that parses it.
+/// Maximum length of an id in a header, bytes; bounds the allocation of the parser.
 pub const MAX_ID: usize = 256;
-/// Most bytes in a frame. With its length it is written at once, and the guest's kernel allocates
-/// that in one piece: 28 KiB and the packet's header are an order-3 allocation, which it can make
-/// also when its memory is fragmented.
+/// Maximum bytes of a frame. A frame is written in one call with its length, for which the guest's
+/// kernel allocates one contiguous buffer: 28 KiB and the packet header are an order-3 allocation,
+/// which succeeds also with fragmented memory.
 pub const MAX_FRAME: usize = (28 << 10) - FRAME_HEADER;
-/// Bytes of a frame's length.
+/// Size of a frame's length, bytes.
 pub const FRAME_HEADER: usize = 4;
-/// In the kind's byte: frames are wanted.
+/// Flag in the kind's byte: framing requested.
 const FRAMED: u8 = 0x80;
 const MAGIC: [u8; 4] = *b"NCS1";
 /// Length of the fixed part of a header, bytes.
 pub const FIXED: usize = 4 + 1 + 8 + 2 + 2;
 
-/// Which stream of a process.
+/// A stream of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Kind {
@@ -43,33 +42,33 @@ pub enum Kind {
     Stderr = 2,
 }
 
-/// First bytes of a connection, from the host.
+/// Header that the host sends first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Open {
     pub kind: Kind,
-    /// Offset of the first byte that the host wants, in bytes since the process started.
+    /// First byte to send, counted from the start of the process.
     pub offset: u64,
     pub container_id: String,
-    /// Empty: the container's init process.
+    /// Empty for the container's init process.
     pub exec_id: String,
-    /// Output comes in frames, with an end of its own.
+    /// Output is sent in frames.
     pub framed: bool,
 }
 
-/// The agent's answer to [`Open`].
+/// The agent's reply to [`Open`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
     Ok = 0,
-    /// No such process, or it has no such stream.
+    /// The process does not exist or has no such stream.
     NoSuchStream = 1,
-    /// The offset is not in the agent's window any more (or not yet).
+    /// The offset is outside of the agent's window.
     BadOffset = 2,
     BadHeader = 3,
 }
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("stream header is malformed")]
+#[error("malformed stream header")]
 pub struct BadHeader;
 
 impl TryFrom<u8> for Status {
@@ -86,7 +85,7 @@ impl TryFrom<u8> for Status {
 }
 
 impl Open {
-    /// The header on the wire: magic, kind, offset, both lengths (little-endian), both ids.
+    /// Encodes magic, kind, offset, both id lengths (little-endian), both ids.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(FIXED + self.container_id.len() + self.exec_id.len());
         out.extend_from_slice(&MAGIC);
@@ -99,14 +98,14 @@ impl Open {
         out
     }
 
-    /// Lengths of the two ids that follow the fixed part.
+    /// Returns the lengths of the two ids that follow the fixed part.
     pub fn id_lengths(fixed: &[u8; FIXED]) -> Result<(usize, usize), BadHeader> {
         let a = usize::from(u16::from_le_bytes([fixed[13], fixed[14]]));
         let b = usize::from(u16::from_le_bytes([fixed[15], fixed[16]]));
         if fixed[..4] != MAGIC || a > MAX_ID || b > MAX_ID { Err(BadHeader) } else { Ok((a, b)) }
     }
 
-    /// Parses the fixed part and the ids that follow it.
+    /// Parses the fixed part and the ids.
     pub fn decode(fixed: &[u8; FIXED], ids: &[u8]) -> Result<Self, BadHeader> {
         let (a, b) = Self::id_lengths(fixed)?;
         if ids.len() != a + b {
@@ -114,7 +113,7 @@ impl Open {
         }
         let framed = fixed[4] & FRAMED != 0;
         let kind = match fixed[4] & !FRAMED {
-            // Input has an end of its own already: the half-close of the host, which is trusted.
+            // Not for stdin: its end is the half-close of the host, which is trusted.
             0 if framed => return Err(BadHeader),
             0 => Kind::Stdin,
             1 => Kind::Stdout,
@@ -149,14 +148,14 @@ mod tests {
     }
 
     #[test]
-    fn a_header_survives_the_wire() {
+    fn a_header_round_trips() {
         let wire = open().encode();
         let fixed: [u8; FIXED] = wire[..FIXED].try_into().unwrap();
         assert_eq!(Open::decode(&fixed, &wire[FIXED..]), Ok(open()));
-        assert_eq!(fixed[4], 2, "as agents before frames expect it");
+        assert_eq!(fixed[4], 2, "same encoding as before framing");
         let framed = Open { framed: true, ..open() };
         let fixed: [u8; FIXED] = framed.encode()[..FIXED].try_into().unwrap();
-        assert!(fixed[4] > 2, "agents before frames refuse it");
+        assert!(fixed[4] > 2, "agents without framing refuse it");
         assert_eq!(Open::decode(&fixed, &wire[FIXED..]), Ok(framed));
     }
 

@@ -1,11 +1,11 @@
-//! The agent's state: the pod, its containers and their processes. One thread; the lock is held
-//! for look-ups and changes only, never across an await.
+//! State of the agent: the pod, its containers and their processes. All tasks run on one thread;
+//! the state's lock is never held across an await.
 //!
 //! ```text
 //! container:  (creating) -> Created -> Running -> Ended -> (removed)
 //! exec:                                Running -> Ended -> (collected)
 //! ```
-//! Verbs on one container follow one another (`verbs`); execs run beside each other.
+//! Requests on one container are serialized by `container_locks`; execs of it run concurrently.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -15,6 +15,7 @@ use agent_api::v1;
 use nix::errno::Errno;
 use tokio::sync::{Notify, OwnedMutexGuard};
 
+use crate::blocking::Pools;
 use crate::containers::Container;
 use crate::containers::images::Images;
 use crate::containers::process::Process;
@@ -27,33 +28,32 @@ use crate::guest::reclaim::Reclaim;
 use crate::guest::scratch::{self, Scratch};
 use crate::guest::share::{self, Share};
 use crate::guest::volumes::Volumes;
-use crate::lanes::Lanes;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::userns::UserNamespace;
-use crate::reaper::Ended;
+use crate::reaper::ExitStatus;
 use crate::stdio::input::Input;
 use crate::stdio::output::Output;
 
-/// What differs between a guest and a test on a development machine.
+/// Settings that differ between a guest, a pod on the host, and tests.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Everything the agent writes is below this folder.
+    /// Everything the agent writes is below this directory.
     pub base: PathBuf,
     /// Name of the pod's cgroup below the cgroup v2 mount.
     pub cgroup: String,
-    /// `dir:` instead of a disk's serial, for tests without disks.
-    pub folders_as_disks: bool,
-    /// None: a VM's kernel is the pod's own.
+    /// Accept `dir:PATH` instead of a disk serial, for tests without disks.
+    pub dirs_as_disks: bool,
+    /// Set for a pod without a VM.
     pub host: Option<Host>,
-    /// Where the pod's shared volumes come from.
+    /// Source of the pod's shared volumes.
     pub share: share::Source,
-    /// Where writable layers and emptyDirs are.
+    /// Location of writable layers and emptyDirs.
     pub scratch: scratch::Source,
-    /// The machine is the agent's own: it may be powered off.
+    /// The machine is the pod's VM and may be powered off.
     pub is_guest: bool,
 }
 
-/// What a pod without a VM has of the host.
+/// Host resources that a pod without a VM uses.
 #[derive(Debug, Clone)]
 pub struct Host {
     pub mounts: Arc<HostMounts>,
@@ -62,39 +62,39 @@ pub struct Host {
 }
 
 impl Config {
-    /// Refuses what only a pod without a VM can have.
+    /// Returns the host part, or an error for a pod with a VM.
     pub fn host(&self) -> Result<&Host> {
         self.host.as_ref().ok_or_else(|| {
-            Error::Precondition("the pod has a VM: it knows no paths of the host".to_owned())
+            Error::Precondition("host paths are available to pods without a VM only".to_owned())
         })
     }
 
-    /// Refuses what would be done to the machine itself, which must be a VM.
-    pub fn has_devices(&self) -> Result<()> {
+    /// Returns an error for a pod without a VM, where the request would change the host itself.
+    pub fn require_vm(&self) -> Result<()> {
         match self.host {
             None => Ok(()),
             Some(_) => Err(Error::Precondition(
-                "the pod has no VM: disks, cards, CPUs, user namespaces and AppArmor policy are not \
-                 its own"
+                "the pod has no VM: disks, network interfaces, CPUs, user namespaces and AppArmor \
+                 policies are not available"
                     .to_owned(),
             )),
         }
     }
 }
 
-/// What ConfigurePod has set.
+/// Values set by ConfigurePod.
 #[derive(Debug, Clone)]
 pub struct Pod {
     pub id: String,
     pub hostname: String,
 }
 
-/// Whose process a pid is.
+/// Role of a child process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Owner {
     Helper,
     PodPid,
-    /// Empty exec id: the container's init.
+    /// Init process if the exec id is empty.
     Process {
         container: String,
         exec: String,
@@ -107,15 +107,15 @@ pub struct State {
     pub containers: BTreeMap<String, Container>,
     pub events: EventLog,
     pub volumes: Volumes,
-    /// Numbers the containers and execs of this boot.
+    /// Last number given to a container or an exec since boot.
     pub next_number: u64,
     /// PID 1 of the PID namespace that containers share in mode POD.
     pub pod_pid: Option<i32>,
     pids: HashMap<i32, Owner>,
-    /// Children that ended before their helper had told their pids.
-    early: HashMap<i32, Ended>,
-    /// Helpers at work.
-    expected: usize,
+    /// Exits of children whose pid is not registered yet.
+    early_exits: HashMap<i32, ExitStatus>,
+    /// Helper processes that run now.
+    pending_spawns: usize,
 }
 
 #[derive(Debug)]
@@ -125,25 +125,25 @@ pub struct Agent {
     pub images: tokio::sync::Mutex<Images>,
     pub share: Arc<tokio::sync::Mutex<Share>>,
     pub scratch: Arc<tokio::sync::Mutex<Scratch>>,
-    /// Held while discarded files are deleted.
-    cleaning: tokio::sync::Mutex<()>,
-    /// Taken before `scratch`, never after it.
+    /// Held while the scratch disk's trash is deleted.
+    trash_lock: tokio::sync::Mutex<()>,
+    /// Lock order: before `scratch`.
     pub empty_dirs: Arc<tokio::sync::Mutex<EmptyDirs>>,
-    /// Made when the first container asks for it.
+    /// Created with the first container that needs it.
     pub userns: tokio::sync::Mutex<Option<Arc<UserNamespace>>>,
     pub huge_pages: HugePages,
     pub reclaim: Arc<Reclaim>,
-    /// Threads for what may block on a file system.
-    pub lanes: Lanes,
-    /// Makes the pod's PID namespace once.
-    pub pod_pid_making: tokio::sync::Mutex<()>,
+    /// Threads for calls that may block on a file system.
+    pub pools: Pools,
+    /// Serializes the creation of the pod's PID namespace.
+    pub pod_pid_lock: tokio::sync::Mutex<()>,
     state: Mutex<State>,
-    verbs: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
-    /// An event was added, or a newer stream of events replaces the former.
+    container_locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// Notified when an event was added or a newer event stream replaced the current one.
     pub events_changed: Notify,
-    /// A child was reaped.
+    /// Notified when a child was reaped.
     pub reaped: Notify,
-    /// Cgroups to watch for OOM kills have changed.
+    /// Watches of the containers' `memory.events`.
     pub oom: crate::containers::oom::Watch,
 }
 
@@ -151,7 +151,7 @@ impl Agent {
     pub fn new(config: Config) -> Result<Arc<Self>> {
         let pod_cgroup = match config.host {
             None => Cgroup::pod(&config.cgroup)?,
-            Some(_) => Cgroup::pod_of_host(&config.cgroup)?,
+            Some(_) => Cgroup::host_pod(&config.cgroup)?,
         };
         let share = Share::new(config.share.clone(), config.base.join("shares"));
         let scratch = Scratch::new(config.scratch.clone(), config.base.join("scratch"));
@@ -161,13 +161,13 @@ impl Agent {
             images: tokio::sync::Mutex::default(),
             share: Arc::new(tokio::sync::Mutex::new(share)),
             scratch: Arc::new(tokio::sync::Mutex::new(scratch)),
-            cleaning: tokio::sync::Mutex::default(),
+            trash_lock: tokio::sync::Mutex::default(),
             empty_dirs: Arc::new(tokio::sync::Mutex::new(empty_dirs)),
             userns: tokio::sync::Mutex::default(),
             huge_pages: HugePages::default(),
             reclaim: Arc::default(),
-            lanes: Lanes::default(),
-            pod_pid_making: tokio::sync::Mutex::default(),
+            pools: Pools::default(),
+            pod_pid_lock: tokio::sync::Mutex::default(),
             state: Mutex::new(State {
                 pod: None,
                 containers: BTreeMap::new(),
@@ -176,10 +176,10 @@ impl Agent {
                 next_number: 0,
                 pod_pid: None,
                 pids: HashMap::new(),
-                early: HashMap::new(),
-                expected: 0,
+                early_exits: HashMap::new(),
+                pending_spawns: 0,
             }),
-            verbs: Mutex::default(),
+            container_locks: Mutex::default(),
             events_changed: Notify::new(),
             reaped: Notify::new(),
             oom: crate::containers::oom::Watch::new()?,
@@ -188,95 +188,97 @@ impl Agent {
     }
 
     pub fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic ends the process (`panics`), so a poisoned lock is not seen.
+        // Panics abort the process (`panics`), so the lock cannot be poisoned.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a container is known and its program has run to its end.
-    pub fn has_ended(&self, container: &str) -> bool {
-        self.lock().containers.get(container).is_some_and(|container| container.init.is_ended())
+    /// Whether the container exists and its init process has exited.
+    pub fn has_exited(&self, container: &str) -> bool {
+        self.lock().containers.get(container).is_some_and(|container| container.init.is_stopped())
     }
 
-    /// Waits for its turn with a container's verbs.
-    pub async fn verb(&self, container: &str) -> OwnedMutexGuard<()> {
-        let turn = {
-            let mut verbs = self.verbs.lock().unwrap_or_else(PoisonError::into_inner);
-            // Ids come from the host without end; only those in use are kept.
-            verbs.retain(|_, turn| Arc::strong_count(turn) > 1);
-            Arc::clone(verbs.entry(container.to_owned()).or_default())
+    /// Locks the container's id for one request.
+    pub async fn lock_container(&self, container: &str) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut container_locks =
+                self.container_locks.lock().unwrap_or_else(PoisonError::into_inner);
+            // The host may use any number of ids: unused locks are dropped.
+            container_locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            Arc::clone(container_locks.entry(container.to_owned()).or_default())
         };
-        turn.lock_owned().await
+        lock.lock_owned().await
     }
 
-    /// Announces a helper: until the guard is dropped, unknown children's ends are kept.
-    pub fn expect_child(&self) -> Expecting<'_> {
-        self.lock().expected += 1;
-        Expecting { agent: self }
+    /// Keeps the exits of unknown children until the returned guard is dropped. Taken before a
+    /// helper is spawned.
+    pub fn begin_spawn(&self) -> SpawnGuard<'_> {
+        self.lock().pending_spawns += 1;
+        SpawnGuard { agent: self }
     }
 
-    pub fn know_helper(&self, pid: i32) {
-        self.lock().know(pid, Owner::Helper);
+    pub fn register_helper(&self, pid: i32) {
+        self.lock().register(pid, Owner::Helper);
     }
 
-    /// Takes charge of a process. If it has ended already, its end is handled now.
-    pub fn adopt(&self, pid: i32, owner: Owner) {
-        let early = {
+    /// Registers a process. If its exit was reaped before, the exit is handled now.
+    pub fn track(&self, pid: i32, owner: Owner) {
+        let early_exits = {
             let mut state = self.lock();
             state.pids.insert(pid, owner);
-            state.early.remove(&pid)
+            state.early_exits.remove(&pid)
         };
-        if let Some(status) = early {
-            self.child_ended(pid, status);
+        if let Some(status) = early_exits {
+            self.child_exited(pid, status);
         }
     }
 
-    /// Kills a helper's child of which nobody will take charge, with what it has started. An
-    /// [`Expecting`] must still stand: only then is it known whether the pid is still its own.
-    pub fn give_up(&self, pid: i32) {
+    /// Kills a process that was spawned but will not be registered, with its session. Needs a live
+    /// [`SpawnGuard`]: only then can the pid not have been reused.
+    pub fn kill_untracked(&self, pid: i32) {
         let state = self.lock();
-        if state.early.contains_key(&pid) {
+        if state.early_exits.contains_key(&pid) {
             return;
         }
-        // It leads a session, unless it has not come that far.
+        // It is a session leader, unless it has not called setsid yet.
         for target in [-pid, pid] {
             match crate::oci::raw_kill(target, libc::SIGKILL) {
                 Ok(()) | Err(Errno::ESRCH) => {}
-                Err(error) => tracing::error!(pid, %error, "cannot kill a process given up"),
+                Err(error) => tracing::error!(pid, %error, "cannot kill an unregistered process"),
             }
         }
     }
 
-    /// Deletes in the background what was discarded on the scratch disk, one tree after the other: it
-    /// may be as large as the disk.
-    pub fn empty_trash(self: &Arc<Self>) {
+    /// Deletes the scratch disk's trash in the background, one tree at a time; a tree may be as
+    /// large as the disk.
+    pub fn delete_trash(self: &Arc<Self>) {
         let agent = Arc::clone(self);
         tokio::spawn(async move {
-            let _one_at_a_time = agent.cleaning.lock().await;
+            let _guard = agent.trash_lock.lock().await;
             let Some(trash) = agent.scratch.lock().await.trash() else { return };
-            let emptied = tokio::task::spawn_blocking(move || scratch::empty_trash(&trash));
+            let emptied = tokio::task::spawn_blocking(move || scratch::delete_trash(&trash));
             if let Err(error) = emptied.await {
-                tracing::error!(%error, "cannot empty the trash");
+                tracing::error!(%error, "cannot delete the trash");
             }
         });
     }
 
-    /// Called by the reaper for every child that has ended.
-    pub fn child_ended(&self, pid: i32, status: Ended) {
+    /// Called by the reaper for every child that has exited.
+    pub fn child_exited(&self, pid: i32, status: ExitStatus) {
         {
             let mut state = self.lock();
             match state.pids.remove(&pid) {
                 Some(Owner::Process { container, exec }) => {
-                    state.process_ended(&container, &exec, status);
+                    state.process_exited(&container, &exec, status);
                 }
                 Some(Owner::PodPid) => {
-                    tracing::error!("PID 1 of the pod's PID namespace has died");
+                    tracing::error!("PID 1 of the pod's PID namespace has exited");
                     state.pod_pid = None;
                 }
                 Some(Owner::Helper) => {}
-                None if state.expected > 0 => {
-                    state.early.insert(pid, status);
+                None if state.pending_spawns > 0 => {
+                    state.early_exits.insert(pid, status);
                 }
-                // An orphan that was re-parented here.
+                // A re-parented orphan.
                 None => {}
             }
         }
@@ -294,13 +296,13 @@ impl Agent {
         if stderr { process.stderr.clone() } else { process.stdout.clone() }
     }
 
-    /// Forgets execs that nobody will ask for any more.
-    pub fn sweep_execs(&self) {
+    /// Drops execs whose exit and output the host has collected.
+    pub fn remove_collected_execs(&self) {
         let mut state = self.lock();
         let State { containers, events, .. } = &mut *state;
         for (id, container) in containers {
             container.execs.retain(|exec, process| {
-                let keep = events.holds_exit(id, exec) || !process.is_collected();
+                let keep = events.has_exit(id, exec) || !process.is_collected();
                 if !keep {
                     process.close();
                 }
@@ -310,30 +312,30 @@ impl Agent {
     }
 }
 
-/// See [`Agent::expect_child`].
+/// See [`Agent::begin_spawn`].
 #[derive(Debug)]
-pub struct Expecting<'a> {
+pub struct SpawnGuard<'a> {
     agent: &'a Agent,
 }
 
-impl Drop for Expecting<'_> {
+impl Drop for SpawnGuard<'_> {
     fn drop(&mut self) {
         let mut state = self.agent.lock();
-        state.expected -= 1;
-        if state.expected == 0 {
-            // Orphans, or the remains of containers that failed to come up.
-            state.early.clear();
+        state.pending_spawns -= 1;
+        if state.pending_spawns == 0 {
+            // Orphans, or processes of containers that failed to start.
+            state.early_exits.clear();
         }
     }
 }
 
 impl State {
-    pub fn know(&mut self, pid: i32, owner: Owner) {
-        self.early.remove(&pid);
+    pub fn register(&mut self, pid: i32, owner: Owner) {
+        self.early_exits.remove(&pid);
         self.pids.insert(pid, owner);
     }
 
-    pub fn number(&mut self) -> u64 {
+    pub fn allocate_number(&mut self) -> u64 {
         self.next_number += 1;
         self.next_number
     }
@@ -357,13 +359,13 @@ impl State {
             .ok_or_else(|| Error::NotFound { what: "exec", id: exec.to_owned() })
     }
 
-    fn process_ended(&mut self, container_id: &str, exec_id: &str, status: Ended) {
+    fn process_exited(&mut self, container_id: &str, exec_id: &str, status: ExitStatus) {
         let Some(container) = self.containers.get_mut(container_id) else { return };
-        // The verdict before the exit, so that whoever sees the exit knows why.
-        if let Some(oom) = container.new_oom(container_id) {
+        // The OOM event precedes the exit event, so a client that sees the exit knows its cause.
+        if let Some(oom) = container.take_oom(container_id) {
             self.events.push(v1::event::Event::Oom(oom));
         }
-        if let Some(exit) = container.process_ended(container_id, exec_id, status) {
+        if let Some(exit) = container.process_exited(container_id, exec_id, status) {
             self.events.push(v1::event::Event::Exit(exit));
         }
     }

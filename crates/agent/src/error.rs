@@ -1,5 +1,5 @@
-//! What can go wrong in the guest, as the callers may want to tell apart. `service` alone maps
-//! these to gRPC codes.
+//! Errors of the agent, by the distinctions that callers need. Only `service` maps them to gRPC
+//! codes.
 
 use std::io;
 use std::time::Duration;
@@ -10,43 +10,44 @@ pub enum Error {
     NotFound { what: &'static str, id: String },
     #[error("{what} {id:?} exists already")]
     Exists { what: &'static str, id: String },
-    #[error("{field}: {why}")]
-    Invalid { field: &'static str, why: String },
+    #[error("{field}: {reason}")]
+    Invalid { field: &'static str, reason: String },
     #[error("{0}")]
     Precondition(String),
-    /// The program of a container or an exec could not be run.
+    /// The program of a container or an exec could not be executed.
     #[error("{message}")]
     Command { missing: bool, message: String },
     #[error("{what}: the limit is {limit}")]
     Exhausted { what: &'static str, limit: u64 },
-    #[error("{doing} has not finished in {} s", after.as_secs())]
-    Deadline { doing: String, after: Duration },
-    /// A file system of the container does not answer, and as many threads wait for it as may.
-    #[error("{doing}: {threads} earlier calls wait for a file system that does not answer")]
-    Hung { doing: String, threads: usize },
-    #[error("{doing}")]
-    Os { doing: String, source: io::Error },
-    #[error("{doing}: {why}")]
-    Helper { doing: &'static str, why: String },
+    #[error("{operation} has not finished in {} s", after.as_secs())]
+    Deadline { operation: String, after: Duration },
+    /// A file system of the container does not answer, and the maximum number of threads is blocked
+    /// in it.
+    #[error("{operation}: {threads} earlier calls wait for a file system that does not answer")]
+    Hung { operation: String, threads: usize },
+    #[error("{operation}")]
+    Os { operation: String, source: io::Error },
+    #[error("{operation}: {reason}")]
+    Helper { operation: &'static str, reason: String },
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    pub fn invalid(field: &'static str, why: impl Into<String>) -> Self {
-        Self::Invalid { field, why: why.into() }
+    pub fn invalid(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Invalid { field, reason: reason.into() }
     }
 
     pub fn container(id: &str) -> Self {
         Self::NotFound { what: "container", id: id.to_owned() }
     }
 
-    /// Whether the operating system said this errno.
+    /// Whether the error is this errno.
     pub fn is_errno(&self, errno: nix::errno::Errno) -> bool {
         matches!(self, Self::Os { source, .. } if source.raw_os_error() == Some(errno as i32))
     }
 
-    /// The error and its sources in one line.
+    /// The error and its sources, joined by `: `.
     pub fn chain(&self) -> String {
         let mut text = self.to_string();
         let mut source = std::error::Error::source(self);
@@ -59,13 +60,13 @@ impl Error {
     }
 }
 
-/// Says what was being done when the operating system refused.
-pub trait Doing<T> {
-    fn doing(self, what: impl FnOnce() -> String) -> Result<T>;
+/// Adds the failed operation to an operating system error.
+pub trait Context<T> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T>;
 }
 
-impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
-    fn doing(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|source| Error::Os { doing: what(), source: source.into() })
+impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|source| Error::Os { operation: what(), source: source.into() })
     }
 }

@@ -1,28 +1,28 @@
-//! What the host must not miss: exits and OOM verdicts, numbered, kept until acknowledged.
+//! Events of the pod (exits, OOM kills): numbered and kept until the host acknowledges them.
 
 use std::collections::VecDeque;
 
 use agent_api::v1;
 
-/// Events kept. They come one or two a process; a host that starts processes and never collects
-/// their exits is refused further ones (see [`EventLog::is_full`]) before memory becomes a problem.
+/// Maximum kept events. At this number new processes are refused ([`EventLog::is_full`]), which
+/// bounds the memory used for a host that never acknowledges.
 const MAX_KEPT: usize = 8192;
 
 #[derive(Debug, Default)]
 pub struct EventLog {
     kept: VecDeque<v1::Event>,
-    /// Sequence of the newest event ever; the first one is 1.
+    /// Sequence number of the newest event; the first is 1.
     newest: u64,
-    /// The current stream of events; a newer one ends the former.
+    /// Number of the current event stream; a newer stream ends it.
     pub(crate) stream: u64,
 }
 
 impl EventLog {
-    /// An OOM verdict is dropped while an earlier one is kept: how many there are is up to the
-    /// container.
+    /// Appends an event. An OOM event is dropped while an earlier one of the container is kept, as
+    /// a container can cause any number of them.
     pub fn push(&mut self, event: v1::event::Event) {
         if let v1::event::Event::Oom(oom) = &event
-            && self.holds_verdict(&oom.container_id)
+            && self.has_oom_event(&oom.container_id)
         {
             return;
         }
@@ -30,8 +30,8 @@ impl EventLog {
         self.kept.push_back(v1::Event { sequence: self.newest, event: Some(event) });
     }
 
-    /// Whether an OOM verdict is kept that no end of the container follows.
-    fn holds_verdict(&self, id: &str) -> bool {
+    /// Whether the newest kept event of the container's init is an OOM event.
+    fn has_oom_event(&self, id: &str) -> bool {
         let newest = self.kept.iter().rev().find_map(|event| match event.event.as_ref()? {
             v1::event::Event::Oom(oom) if oom.container_id == id => Some(true),
             v1::event::Event::Exit(exit) if exit.container_id == id && exit.exec_id.is_empty() => {
@@ -46,7 +46,7 @@ impl EventLog {
         self.kept.len() >= MAX_KEPT
     }
 
-    /// Forgets all up to and including `sequence`.
+    /// Drops all events up to and including `sequence`.
     pub fn acknowledge(&mut self, sequence: u64) {
         while self.kept.front().is_some_and(|event| event.sequence <= sequence) {
             self.kept.pop_front();
@@ -59,8 +59,8 @@ impl EventLog {
         self.kept.get(index).cloned()
     }
 
-    /// Whether the exit of this process is still kept.
-    pub fn holds_exit(&self, container_id: &str, exec_id: &str) -> bool {
+    /// Whether the exit event of this process is still kept.
+    pub fn has_exit(&self, container_id: &str, exec_id: &str) -> bool {
         self.kept.iter().any(|event| match &event.event {
             Some(v1::event::Event::Exit(exit)) => {
                 exit.container_id == container_id && exit.exec_id == exec_id
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn one_oom_verdict_is_kept_until_it_is_acknowledged_or_the_container_ends() {
+    fn one_oom_event_is_kept_until_it_is_acknowledged_or_the_container_exits() {
         let mut log = EventLog::default();
         let exit = |exec: &str| {
             v1::event::Event::Exit(v1::Exit {
@@ -95,7 +95,7 @@ mod tests {
         log.acknowledge(1);
         log.push(oom("a"));
         assert_eq!(log.after(3).unwrap().event, Some(oom("a")));
-        // Another one of the same name.
+        // A new container with the same id.
         log.push(exit(""));
         log.push(oom("a"));
         log.push(oom("a"));
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn events_are_numbered_without_gaps_and_forgotten_once_acknowledged() {
+    fn events_are_numbered_without_gaps_and_dropped_once_acknowledged() {
         let mut log = EventLog::default();
         for id in ["a", "b", "c"] {
             log.push(oom(id));

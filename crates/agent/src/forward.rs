@@ -1,5 +1,5 @@
-//! Forwarded connections: each of the host's connections on the forward port is joined to a port
-//! of the pod's loopback interface (see `agent_api::forward`).
+//! Port-forward: connects each connection on the forward port to a TCP port of the pod's loopback
+//! interface (`agent_api::forward`).
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -13,17 +13,17 @@ use tokio::sync::Semaphore;
 
 use crate::listen::{Conn, Listener};
 
-/// Connections at once: each holds two sockets and two buffers, and clients behind the host may
-/// open them without end.
+/// Maximum open connections. Each holds two sockets and two buffers, and their number is up to
+/// clients of the host.
 const MAX_CONNECTIONS: usize = 256;
-/// For the header to arrive; after the answer a connection may be silent as long as it likes.
+/// Time for the header to arrive. No limit after the reply: a connection may be idle.
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
-/// For a connection to the pod's own loopback: only a full backlog makes one wait.
+/// Time for connect(2) to the loopback address; it waits only if the backlog is full.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
-/// Bytes under way in each direction of a connection.
+/// Size of the copy buffer of each direction, bytes.
 const BUFFER: usize = 16 << 10;
 
-/// Serves for ever.
+/// Accepts connections; never returns.
 pub async fn run(listener: Listener) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
@@ -33,7 +33,7 @@ pub async fn run(listener: Listener) {
                 tokio::spawn(async move {
                     let result = match &slot {
                         Some(_) => serve(conn).await,
-                        None => answer(conn, Status::Failed).await,
+                        None => send_status(conn, Status::Failed).await,
                     };
                     if let Err(error) = result {
                         tracing::debug!(%error, "forwarded connection ended");
@@ -48,7 +48,7 @@ pub async fn run(listener: Listener) {
     }
 }
 
-async fn answer(mut conn: Conn, status: Status) -> io::Result<()> {
+async fn send_status(mut conn: Conn, status: Status) -> io::Result<()> {
     conn.write_all(&[status as u8]).await?;
     conn.shutdown().await
 }
@@ -57,27 +57,27 @@ async fn serve(mut conn: Conn) -> io::Result<()> {
     let mut header = [0; LENGTH];
     match tokio::time::timeout(HEADER_DEADLINE, conn.read_exact(&mut header)).await {
         Ok(read) => read?,
-        Err(_elapsed) => return answer(conn, Status::BadHeader).await,
+        Err(_elapsed) => return send_status(conn, Status::BadHeader).await,
     };
     let Ok(Open { port }) = Open::decode(header) else {
-        return answer(conn, Status::BadHeader).await;
+        return send_status(conn, Status::BadHeader).await;
     };
     let mut stream = match connect(port).await {
         Ok(stream) => stream,
-        Err(error) if is_refusal(&error) => return answer(conn, Status::Refused).await,
+        Err(error) if is_refusal(&error) => return send_status(conn, Status::Refused).await,
         Err(error) => {
             tracing::info!(port, %error, "cannot forward a connection");
-            return answer(conn, Status::Failed).await;
+            return send_status(conn, Status::Failed).await;
         }
     };
     let _ = stream.set_nodelay(true);
     conn.write_all(&[Status::Ok as u8]).await?;
-    // Passes each direction's end on by itself, and ends with the second.
+    // Propagates half-close in each direction and returns after both.
     tokio::io::copy_bidirectional_with_sizes(&mut conn, &mut stream, BUFFER, BUFFER).await?;
     Ok(())
 }
 
-/// A program may listen on one family only; IPv4 first, as kubectl's users expect.
+/// Tries 127.0.0.1, then ::1, as a program may listen on one family only.
 async fn connect(port: u16) -> io::Result<TcpStream> {
     let first = connect_to(Ipv4Addr::LOCALHOST.into(), port).await;
     match first {
@@ -93,7 +93,7 @@ async fn connect_to(address: IpAddr, port: u16) -> io::Result<TcpStream> {
     }
 }
 
-/// Nobody listens, or the pod has no loopback of this family.
+/// Whether no program listens, or the pod has no loopback address of this family.
 fn is_refusal(error: &io::Error) -> bool {
     use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, NetworkUnreachable};
     matches!(error.kind(), ConnectionRefused | AddrNotAvailable | NetworkUnreachable)

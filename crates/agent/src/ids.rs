@@ -1,11 +1,11 @@
-//! Names that the host chooses: they become parts of paths, so they are held to a plain alphabet.
+//! Validation of ids chosen by the host, which become parts of paths.
 
 use crate::error::{Error, Result};
 
-/// Longest id, bytes: it is a cgroup's and a folder's name.
+/// Maximum length of an id, bytes; it names a cgroup and a directory.
 const MAX_ID: usize = 128;
 
-/// Refuses what could not be a file name of its own.
+/// Refuses an id that is not a plain file name.
 pub fn check(field: &'static str, id: &str) -> Result<()> {
     let plain = id.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
     if id.is_empty() || id.len() > MAX_ID || !plain || id.starts_with(['.', '-']) {

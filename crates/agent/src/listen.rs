@@ -1,5 +1,4 @@
-//! Where the host's connections come from: vsock in a guest, Unix sockets when the agent runs on the
-//! host.
+//! Listening sockets and connections of the host: vsock in a guest, Unix sockets on a host.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -33,7 +32,7 @@ impl Listener {
         UnixListener::bind(path).map(Self::Unix)
     }
 
-    /// A Unix socket that listens already.
+    /// Uses a Unix socket that is already listening.
     pub fn inherited(socket: OwnedFd) -> io::Result<Self> {
         let listener = std::os::unix::net::UnixListener::from(socket);
         listener.set_nonblocking(true)?;
@@ -47,14 +46,14 @@ impl Listener {
         }
     }
 
-    /// Accepts for ever; for tonic.
+    /// Stream of accepted connections for tonic; never ends.
     pub fn incoming(self) -> impl tokio_stream::Stream<Item = io::Result<Conn>> {
         futures_util::stream::unfold(self, |listener| async move {
             loop {
                 match listener.accept().await {
                     Ok(conn) => return Some((Ok(conn), listener)),
                     Err(error) => {
-                        // E.g. out of descriptors for a moment: the server must not end by it.
+                        // For example EMFILE: a passing error must not stop the server.
                         tracing::warn!(%error, "cannot accept a connection");
                         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
                     }

@@ -1,8 +1,8 @@
-//! The agent's own log: one line an event, on the console (`hvc0` in a guest).
+//! Log of the agent: one line per event on stderr (the console `hvc0` in a guest).
 //!
-//! A subscriber of our own because the usual one brings regular expressions, colours and time
-//! formatting into every guest. Quiet unless `nacelle.log=` on the kernel's command line says
-//! otherwise. Containers can provoke lines, so there are at most [`BURST`] in a second.
+//! A small subscriber instead of tracing-subscriber, which would add regular expressions, colours
+//! and time formatting to the initramfs. Level ERROR unless `nacelle.log=` on the kernel command
+//! line sets another. Containers can cause log lines, so there are at most [`BURST`] in a second.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -14,8 +14,8 @@ use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
-/// Lines a second. A console line costs the host a dozen VM exits; a container that provokes
-/// errors in a loop must not be able to make a storm of it.
+/// Maximum lines in a second. A console line costs the host a dozen VM exits; a container could
+/// cause errors in a loop.
 const BURST: u32 = 50;
 
 struct Console {
@@ -38,7 +38,7 @@ impl Visit for Line {
 impl Subscriber for Console {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         let ours = metadata.target().starts_with("agent");
-        // Libraries are heard only when everything is asked for.
+        // Other crates log only at level TRACE.
         *metadata.level() <= self.level && (ours || self.level >= LevelFilter::TRACE)
     }
 
@@ -73,10 +73,10 @@ impl Subscriber for Console {
     }
 }
 
-/// Installs the log; `level` as in `nacelle.log=debug`.
+/// Installs the subscriber; `level` as in `nacelle.log=debug`.
 pub fn install(level: Option<&str>) {
     let level = level.and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::ERROR);
     let console = Console { level, window: Mutex::new((Instant::now(), 0)) };
-    // A second installation (in tests) keeps the first.
+    // A second call (in tests) keeps the first subscriber.
     let _ = tracing::subscriber::set_global_default(console);
 }

@@ -1,4 +1,4 @@
-//! `nacelle-agent`, `/init` of a guest.
+//! Binary `nacelle-agent`, `/init` of the guest's initramfs.
 
 fn main() {
     agent::main();

@@ -1,32 +1,35 @@
-//! A panic anywhere ends the agent: with a task or a lock broken it would go on half alive, answering
-//! pings and nothing else. In a guest the kernel panics then, which the VMM reports.
+//! Panic handling: a panic in any task or thread aborts the agent, which otherwise would go on with
+//! a broken task or lock and still answer pings. In a guest the kernel then panics, which the VMM
+//! reports.
 //!
-//! Not by the profile's `panic = "abort"`, which holds for every program of the workspace.
+//! A panic hook instead of `panic = "abort"`, as a Cargo profile applies to every program of the
+//! workspace.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The machine is a guest, whose kernel may be made to panic.
+/// The machine is the pod's VM, so its kernel may be made to panic.
 static IN_A_GUEST: AtomicBool = AtomicBool::new(false);
 
-/// Logs and aborts on every panic from now on. Helpers replace this: they report to the agent.
-#[allow(clippy::disallowed_methods)] // the message has been written
+/// Installs a panic hook that prints the message and aborts. Helpers replace it with one that
+/// reports to the agent.
+#[allow(clippy::disallowed_methods)] // aborts after the message was written
 pub fn abort() {
     std::panic::set_hook(Box::new(|info| {
-        // Not through the log, which drops lines, may be off, or may be what has panicked.
+        // Written directly: the log drops lines, may be off, or may be the code that panicked.
         let line = format!("nacelle-agent: panic: {info}\n");
         let _ = std::io::stderr().write_all(line.as_bytes());
         if IN_A_GUEST.load(Ordering::Relaxed) {
-            // The kernel notices the end of PID 1 only when its last thread has ended, and one may
-            // wait for a file system for ever.
+            // The kernel panics over PID 1 only when all its threads have exited, and one of them
+            // may be blocked in a file system.
             let _ = std::fs::write("/proc/sysrq-trigger", "c");
         }
         std::process::abort();
     }));
 }
 
-/// Called by PID 1 of a guest, and by nobody on a machine that is not the agent's own.
-pub fn this_is_a_guest() {
+/// Called by PID 1 of a guest only.
+pub fn set_in_guest() {
     IN_A_GUEST.store(true, Ordering::Relaxed);
 }
 
@@ -37,14 +40,14 @@ mod tests {
 
     const CHILD: &str = "NACELLE_TEST_PANICS";
 
-    /// Runs itself a second time, as the process that panics.
+    /// The test runs its own binary again as the process that panics.
     #[test]
     fn a_panic_in_a_task_or_a_thread_aborts_the_process() {
         match std::env::var(CHILD).as_deref() {
             Ok("task") => {
                 super::abort();
                 let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-                // Without the hook it would be an error value here, and nothing else.
+                // Without the hook this returns an error and the process continues.
                 let _ = runtime.block_on(async { tokio::spawn(async { panic!("broken") }).await });
                 std::process::exit(0);
             }

@@ -1,5 +1,5 @@
-//! Collects ended children: PID 1's foremost duty.
-#![allow(unsafe_code)] // waitpid(2) with any signal: nix names no real-time ones, and loses the status
+//! Reaps exited children.
+#![allow(unsafe_code)] // waitpid(2): nix has no real-time signals, and drops the status of a child ended by one
 
 use std::sync::Arc;
 
@@ -8,52 +8,52 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::agent::Agent;
 
-/// How a child has ended.
+/// Exit status of a child.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
+pub enum ExitStatus {
     Exited(i32),
     Signaled(i32),
 }
 
-impl Ended {
-    /// Whether SIGKILL ended it, which is what the OOM killer sends.
-    pub fn by_kill(self) -> bool {
+impl ExitStatus {
+    /// Whether SIGKILL ended it, as the OOM killer does.
+    pub fn is_sigkill(self) -> bool {
         self == Self::Signaled(libc::SIGKILL)
     }
 }
 
-/// Has to be made before the first child.
-pub fn children() -> std::io::Result<Signal> {
+/// Registers for SIGCHLD; called before the first child is spawned.
+pub fn watch() -> std::io::Result<Signal> {
     signal(SignalKind::child())
 }
 
-/// One child that has ended, if there is one.
-fn next() -> nix::Result<Option<(i32, Ended)>> {
+/// Reaps one exited child, if there is one.
+fn reap_one() -> nix::Result<Option<(i32, ExitStatus)>> {
     let mut status = 0;
     // SAFETY: the kernel writes one int, to a variable that lives until the call returns.
     let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
     match Errno::result(pid)? {
         0 => Ok(None),
         pid if libc::WIFSIGNALED(status) => {
-            Ok(Some((pid, Ended::Signaled(libc::WTERMSIG(status)))))
+            Ok(Some((pid, ExitStatus::Signaled(libc::WTERMSIG(status)))))
         }
-        pid => Ok(Some((pid, Ended::Exited(libc::WEXITSTATUS(status))))),
+        pid => Ok(Some((pid, ExitStatus::Exited(libc::WEXITSTATUS(status))))),
     }
 }
 
-/// Reaps for ever.
-pub async fn run(mut ended: Signal, agent: Arc<Agent>) {
+/// Reaps children; never returns.
+pub async fn run(mut sigchld: Signal, agent: Arc<Agent>) {
     loop {
         loop {
-            match next() {
-                Ok(Some((pid, ended))) => agent.child_ended(pid, ended),
+            match reap_one() {
+                Ok(Some((pid, sigchld))) => agent.child_exited(pid, sigchld),
                 Ok(None) => break,
                 Err(Errno::EINTR) => {}
-                // ECHILD: none at all.
+                // ECHILD: no children.
                 Err(_) => break,
             }
         }
-        if ended.recv().await.is_none() {
+        if sigchld.recv().await.is_none() {
             return;
         }
     }

@@ -1,7 +1,7 @@
-//! The agent of a pod without a VM runs from a sealed copy of its program in memory. Its helpers
-//! run from the same file (`oci::helper`) and become processes of containers, whose
-//! `/proc/<pid>/exe` leads to it for a moment: a container that sees the host's processes could
-//! open the host's file there and write to it (CVE-2019-5736).
+//! The agent of a pod without a VM runs from a sealed memfd copy of its binary, as runc does.
+//! Helpers (`oci::helper`) are started from the same file and become processes of containers, whose
+//! `/proc/<pid>/exe` refers to it until execve: a container in the host's PID namespace could
+//! otherwise open the host's binary there and write to it (CVE-2019-5736).
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -13,20 +13,20 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::fexecve;
 
-use crate::error::{Doing, Result};
+use crate::error::{Context, Result};
 
 const PROGRAM: &str = "/proc/self/exe";
 const NAME: &CStr = c"nacelle-agent";
-/// Asks for a file that may be run, whatever `vm.memfd_noexec` says; Linux 6.3.
+/// Creates an executable memfd whatever `vm.memfd_noexec` is; Linux 6.3.
 const MFD_EXEC: u32 = 0x10;
 
-/// Starts the program again from a sealed copy, with the same arguments, variables and descriptors.
-/// Returns where it runs from one already. Wants a process with one thread.
+/// Re-executes the program from a sealed copy, with the same arguments, environment and
+/// descriptors. Returns `Ok` if it already runs from one. Needs a single-threaded process.
 pub fn run_from_copy() -> Result<()> {
-    let program = File::open(PROGRAM).doing(|| format!("open {PROGRAM}"))?;
+    let program = File::open(PROGRAM).context(|| format!("open {PROGRAM}"))?;
     if is_sealed(&program) {
-        // Without a path the kernel has called it by the number of a descriptor.
-        return nix::sys::prctl::set_name(NAME).doing(|| "name the agent".to_owned());
+        // fexecve(3) sets comm to the number of the descriptor.
+        return nix::sys::prctl::set_name(NAME).context(|| "set the process name".to_owned());
     }
     let copy = copy(&program)?;
     let args: Vec<CString> =
@@ -38,31 +38,31 @@ pub fn run_from_copy() -> Result<()> {
     });
     let variables: Vec<CString> = variables.collect();
     let Err(errno) = fexecve(&copy, &args, &variables);
-    Err(errno).doing(|| "run the agent from a copy in memory".to_owned())
+    Err(errno).context(|| "execute the sealed copy of the agent".to_owned())
 }
 
 fn seals() -> SealFlag {
     SealFlag::F_SEAL_SEAL | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_WRITE
 }
 
-/// Files of most file systems have no seals, and say so by an error.
+/// Most file systems do not support seals: F_GET_SEALS fails with EINVAL.
 fn is_sealed(file: &File) -> bool {
     fcntl(file, FcntlArg::F_GET_SEALS)
         .is_ok_and(|found| SealFlag::from_bits_truncate(found).contains(seals()))
 }
 
-/// A sealed copy. It is closed by execve(2), which has opened it for itself by then.
+/// Returns a sealed copy with close-on-exec; execve(2) has opened it before it is closed.
 fn copy(mut program: &File) -> Result<File> {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let made = match memfd_create(NAME, flags | MFdFlags::from_bits_retain(MFD_EXEC)) {
-        // An older kernel: any may be run.
+        // Before Linux 6.3 every memfd is executable.
         Err(Errno::EINVAL) => memfd_create(NAME, flags),
         made => made,
     };
-    let mut copy = File::from(made.doing(|| "make a file in memory for the agent".to_owned())?);
-    io::copy(&mut program, &mut copy).doing(|| "copy the agent to memory".to_owned())?;
+    let mut copy = File::from(made.context(|| "create a memfd for the agent".to_owned())?);
+    io::copy(&mut program, &mut copy).context(|| "copy the agent to a memfd".to_owned())?;
     fcntl(&copy, FcntlArg::F_ADD_SEALS(seals()))
-        .doing(|| "seal the agent's copy in memory".to_owned())?;
+        .context(|| "seal the memfd of the agent".to_owned())?;
     Ok(copy)
 }
 
@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_copy_cannot_be_changed() {
+    fn a_sealed_copy_cannot_be_changed() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"no program").unwrap();
         assert!(!is_sealed(&file));
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_holds_what_is_needed_to_run() {
+    fn a_sealed_copy_can_be_executed() {
         let program = File::open("/bin/sh").unwrap();
         let copy = copy(&program).unwrap();
         let path = format!("/proc/{}/fd/{}", std::process::id(), copy.as_raw_fd());

@@ -1,5 +1,6 @@
-//! The gRPC face (`proto/agent/v1`): requests in, errors out as status codes. Verbs run as tasks of
-//! their own, so that a caller who hangs up does not leave one half done.
+//! gRPC service (`proto/agent/v1`): calls the implementation of each request and maps errors to
+//! gRPC status codes. Requests run as tasks of their own, so that a disconnected client does not
+//! interrupt one halfway.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,23 +22,27 @@ pub struct AgentService {
 
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
-        let text = error.chain();
-        tracing::debug!(error = text, "refused");
+        let read_trimmed = error.chain();
+        tracing::debug!(error = read_trimmed, "request failed");
         match error {
-            Error::NotFound { .. } | Error::Command { missing: true, .. } => Self::not_found(text),
-            Error::Exists { .. } => Self::already_exists(text),
-            Error::Invalid { .. } => Self::invalid_argument(text),
-            Error::Precondition(_) | Error::Command { .. } => Self::failed_precondition(text),
-            Error::Exhausted { .. } => Self::resource_exhausted(text),
-            Error::Deadline { .. } | Error::Hung { .. } => Self::deadline_exceeded(text),
-            Error::Os { .. } | Error::Helper { .. } => Self::internal(text),
+            Error::NotFound { .. } | Error::Command { missing: true, .. } => {
+                Self::not_found(read_trimmed)
+            }
+            Error::Exists { .. } => Self::already_exists(read_trimmed),
+            Error::Invalid { .. } => Self::invalid_argument(read_trimmed),
+            Error::Precondition(_) | Error::Command { .. } => {
+                Self::failed_precondition(read_trimmed)
+            }
+            Error::Exhausted { .. } => Self::resource_exhausted(read_trimmed),
+            Error::Deadline { .. } | Error::Hung { .. } => Self::deadline_exceeded(read_trimmed),
+            Error::Os { .. } | Error::Helper { .. } => Self::internal(read_trimmed),
         }
     }
 }
 
-type Answer<T> = std::result::Result<Response<T>, Status>;
+type Reply<T> = std::result::Result<Response<T>, Status>;
 
-fn answer<T>(result: Result<T>) -> Answer<T> {
+fn into_reply<T>(result: Result<T>) -> Reply<T> {
     result.map(Response::new).map_err(Status::from)
 }
 
@@ -46,23 +51,23 @@ impl AgentService {
         Self { agent }
     }
 
-    /// Runs a verb to its end, whatever becomes of the call.
-    async fn run<T, F>(&self, verb: impl FnOnce(Arc<Agent>) -> F) -> Answer<T>
+    /// Runs a request to completion even if the client cancels the call.
+    async fn run<T, F>(&self, request_fn: impl FnOnce(Arc<Agent>) -> F) -> Reply<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        match tokio::spawn(verb(Arc::clone(&self.agent))).await {
-            Ok(result) => answer(result),
+        match tokio::spawn(request_fn(Arc::clone(&self.agent))).await {
+            Ok(result) => into_reply(result),
             Err(error) => {
-                tracing::error!(%error, "a request has failed badly");
-                Err(Status::internal("the agent failed on this request"))
+                tracing::error!(%error, "the task of a request panicked");
+                Err(Status::internal("internal error of the agent"))
             }
         }
     }
 }
 
-fn text(path: &str) -> String {
+fn read_trimmed(path: &str) -> String {
     std::fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
 
@@ -78,17 +83,17 @@ async fn configure_pod(agent: Arc<Agent>, request: v1::ConfigurePodRequest) -> R
             Some(crate::agent::Pod { id: request.pod_id, hostname: request.hostname });
         return Ok(());
     }
-    // Clock and entropy first: what follows may write times and draw numbers.
+    // Clock and entropy first: the later steps may write timestamps and draw random numbers.
     identity::set_clock(request.unix_time_ns)?;
     identity::add_entropy(&request.entropy)?;
     identity::set_hostname(&request.hostname)?;
     let macs: Vec<String> = request.interfaces.iter().map(|each| each.mac.clone()).collect();
     devices::rescan(&[], &macs).await?;
     network::configure(&request.interfaces, &request.routes)?;
-    // After the interfaces, as some are theirs.
+    // After the interfaces: `net.*.conf.<interface>` exists only then.
     identity::set_sysctls(&request.sysctls)?;
     crate::guest::shm::set_up(&agent.config.base.join("shm"), request.shm_size)?;
-    // On a development machine the page cache is not the agent's to reclaim.
+    // In tests the page cache is the host's.
     agent.reclaim.enable(request.reclaim_idle && agent.config.is_guest);
     agent.lock().pod = Some(crate::agent::Pod { id: request.pod_id, hostname: request.hostname });
     Ok(())
@@ -96,17 +101,17 @@ async fn configure_pod(agent: Arc<Agent>, request: v1::ConfigurePodRequest) -> R
 
 #[tonic::async_trait]
 impl Service for AgentService {
-    async fn hello(&self, request: Request<v1::HelloRequest>) -> Answer<v1::HelloReply> {
+    async fn hello(&self, request: Request<v1::HelloRequest>) -> Reply<v1::HelloReply> {
         let newest = request.into_inner().protocol;
-        let uptime = text("/proc/uptime");
+        let uptime = read_trimmed("/proc/uptime");
         let seconds: f64 =
             uptime.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0.0);
         Ok(Response::new(v1::HelloReply {
             protocol: negotiate(newest, MIN_PROTOCOL..=PROTOCOL),
             min_protocol: MIN_PROTOCOL,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-            kernel_release: text("/proc/sys/kernel/osrelease"),
-            boot_id: text("/proc/sys/kernel/random/boot_id"),
+            kernel_release: read_trimmed("/proc/sys/kernel/osrelease"),
+            boot_id: read_trimmed("/proc/sys/kernel/random/boot_id"),
             uptime_ms: (seconds * 1000.0) as u64,
             configured: self.agent.lock().pod.is_some(),
         }))
@@ -115,7 +120,7 @@ impl Service for AgentService {
     async fn configure_pod(
         &self,
         request: Request<v1::ConfigurePodRequest>,
-    ) -> Answer<v1::ConfigurePodReply> {
+    ) -> Reply<v1::ConfigurePodReply> {
         let request = request.into_inner();
         self.run(|agent| async move {
             configure_pod(agent, request).await.map(|()| v1::ConfigurePodReply {})
@@ -126,7 +131,7 @@ impl Service for AgentService {
     async fn create_container(
         &self,
         request: Request<v1::CreateContainerRequest>,
-    ) -> Answer<v1::CreateContainerReply> {
+    ) -> Reply<v1::CreateContainerReply> {
         let request = request.into_inner();
         self.run(|agent| async move { create::create(&agent, request).await }).await
     }
@@ -134,7 +139,7 @@ impl Service for AgentService {
     async fn start_container(
         &self,
         request: Request<v1::StartContainerRequest>,
-    ) -> Answer<v1::StartContainerReply> {
+    ) -> Reply<v1::StartContainerReply> {
         let id = request.into_inner().container_id;
         self.run(|agent| async move {
             start::start(&agent, &id).await.map(|()| v1::StartContainerReply {})
@@ -145,7 +150,7 @@ impl Service for AgentService {
     async fn remove_container(
         &self,
         request: Request<v1::RemoveContainerRequest>,
-    ) -> Answer<v1::RemoveContainerReply> {
+    ) -> Reply<v1::RemoveContainerReply> {
         let id = request.into_inner().container_id;
         self.run(|agent| async move {
             remove::remove(&agent, &id).await.map(|()| v1::RemoveContainerReply {})
@@ -156,7 +161,7 @@ impl Service for AgentService {
     async fn update_container(
         &self,
         request: Request<v1::UpdateContainerRequest>,
-    ) -> Answer<v1::UpdateContainerReply> {
+    ) -> Reply<v1::UpdateContainerReply> {
         let v1::UpdateContainerRequest { container_id, linux_resources } = request.into_inner();
         self.run(|agent| async move {
             update::update(&agent, &container_id, &linux_resources).await?;
@@ -165,7 +170,7 @@ impl Service for AgentService {
         .await
     }
 
-    async fn exec(&self, request: Request<v1::ExecRequest>) -> Answer<v1::ExecReply> {
+    async fn exec(&self, request: Request<v1::ExecRequest>) -> Reply<v1::ExecReply> {
         let request = request.into_inner();
         self.run(|agent| async move {
             let pid = exec::exec(&agent, request).await?.unsigned_abs();
@@ -177,12 +182,12 @@ impl Service for AgentService {
     async fn signal_process(
         &self,
         request: Request<v1::SignalProcessRequest>,
-    ) -> Answer<v1::SignalProcessReply> {
+    ) -> Reply<v1::SignalProcessReply> {
         let v1::SignalProcessRequest { container_id, exec_id, signal, all, await_handler } =
             request.into_inner();
         self.run(move |agent| async move {
             if await_handler && !all {
-                signal::until_set_up(&agent, &container_id, &exec_id, signal).await;
+                signal::wait_for_handler(&agent, &container_id, &exec_id, signal).await;
             }
             signal::signal(&agent, &container_id, &exec_id, signal, all)?;
             Ok(v1::SignalProcessReply {})
@@ -193,19 +198,19 @@ impl Service for AgentService {
     async fn resize_tty(
         &self,
         request: Request<v1::ResizeTtyRequest>,
-    ) -> Answer<v1::ResizeTtyReply> {
+    ) -> Reply<v1::ResizeTtyReply> {
         let v1::ResizeTtyRequest { container_id, exec_id, width, height } = request.into_inner();
         let state = self.agent.lock();
         let result = state
             .process(&container_id, &exec_id)
             .and_then(|process| process.resize(width, height));
-        answer(result.map(|()| v1::ResizeTtyReply {}))
+        into_reply(result.map(|()| v1::ResizeTtyReply {}))
     }
 
     async fn list_processes(
         &self,
         _: Request<v1::ListProcessesRequest>,
-    ) -> Answer<v1::ListProcessesReply> {
+    ) -> Reply<v1::ListProcessesReply> {
         let state = self.agent.lock();
         let mut processes = Vec::new();
         for (id, container) in &state.containers {
@@ -218,19 +223,19 @@ impl Service for AgentService {
 
     type EventsStream = Pin<Box<dyn Stream<Item = std::result::Result<v1::Event, Status>> + Send>>;
 
-    async fn events(&self, _: Request<v1::EventsRequest>) -> Answer<Self::EventsStream> {
+    async fn events(&self, _: Request<v1::EventsRequest>) -> Reply<Self::EventsStream> {
         let agent = Arc::clone(&self.agent);
         let stream = {
             let mut state = agent.lock();
             state.events.stream += 1;
             state.events.stream
         };
-        // Ends the former stream.
+        // Ends the previous stream.
         agent.events_changed.notify_waiters();
         let events = futures_util::stream::unfold((agent, 0), move |(agent, sent)| async move {
             loop {
                 let mut changed = std::pin::pin!(agent.events_changed.notified());
-                // Registered before the look, so that what happens in between is not missed.
+                // Enabled before the check, so that a notification in between is not lost.
                 changed.as_mut().enable();
                 let next = {
                     let state = agent.lock();
@@ -252,13 +257,13 @@ impl Service for AgentService {
     async fn ack_events(
         &self,
         request: Request<v1::AckEventsRequest>,
-    ) -> Answer<v1::AckEventsReply> {
+    ) -> Reply<v1::AckEventsReply> {
         self.agent.lock().events.acknowledge(request.into_inner().sequence);
-        self.agent.sweep_execs();
+        self.agent.remove_collected_execs();
         Ok(Response::new(v1::AckEventsReply {}))
     }
 
-    async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsReply> {
+    async fn stats(&self, _: Request<v1::StatsRequest>) -> Reply<v1::StatsReply> {
         self.run(|agent| async move {
             let reply = stats::stats(&agent).await?;
             let cpu = reply.pod.as_ref().and_then(|pod| pod.cpu.as_ref());
@@ -271,13 +276,13 @@ impl Service for AgentService {
     async fn rescan_devices(
         &self,
         request: Request<v1::RescanDevicesRequest>,
-    ) -> Answer<v1::RescanDevicesReply> {
+    ) -> Reply<v1::RescanDevicesReply> {
         let request = request.into_inner();
         self.run(|agent| async move {
-            agent.config.has_devices()?;
+            agent.config.require_vm()?;
             if request.disk_serials.is_empty() && request.macs.is_empty() {
-                // The share has no name to wait for; whoever mounts it waits.
-                devices::look_for_new().await?;
+                // A share has no serial or MAC to wait for; its mount waits.
+                devices::rescan_pci().await?;
             }
             devices::rescan(&request.disk_serials, &request.macs).await?;
             Ok(v1::RescanDevicesReply {})
@@ -288,15 +293,15 @@ impl Service for AgentService {
     async fn release_device(
         &self,
         request: Request<v1::ReleaseDeviceRequest>,
-    ) -> Answer<v1::ReleaseDeviceReply> {
+    ) -> Reply<v1::ReleaseDeviceReply> {
         let request = request.into_inner();
         self.run(|agent| async move {
-            agent.config.has_devices()?;
+            agent.config.require_vm()?;
             if !request.disk_serial.is_empty() {
                 devices::release_disk(&request.disk_serial).await?;
             }
             if !request.mac.is_empty() {
-                devices::release_card(&request.mac).await?;
+                devices::release_nic(&request.mac).await?;
             }
             Ok(v1::ReleaseDeviceReply {})
         })
@@ -306,28 +311,28 @@ impl Service for AgentService {
     async fn write_volume(
         &self,
         request: Request<v1::WriteVolumeRequest>,
-    ) -> Answer<v1::WriteVolumeReply> {
+    ) -> Reply<v1::WriteVolumeReply> {
         let result = self.agent.lock().volumes.write(request.get_ref());
-        answer(result.map(|()| v1::WriteVolumeReply {}))
+        into_reply(result.map(|()| v1::WriteVolumeReply {}))
     }
 
     async fn prepare_empty_dir(
         &self,
         request: Request<v1::PrepareEmptyDirRequest>,
-    ) -> Answer<v1::PrepareEmptyDirReply> {
+    ) -> Reply<v1::PrepareEmptyDirReply> {
         let request = request.into_inner();
         self.run(|agent| async move {
-            agent.config.has_devices()?;
+            agent.config.require_vm()?;
             let mut dirs = Arc::clone(&agent.empty_dirs).lock_owned().await;
             let mut scratch = Arc::clone(&agent.scratch).lock_owned().await;
             let task = tokio::task::spawn_blocking(move || dirs.prepare(&mut scratch, &request));
             let ready = task.await.map_err(|error| Error::Helper {
-                doing: "prepare an emptyDir",
-                why: error.to_string(),
+                operation: "prepare an emptyDir",
+                reason: error.to_string(),
             })??;
             if !ready {
-                // Of an attempt before this one.
-                agent.empty_trash();
+                // Remains of an earlier attempt.
+                agent.delete_trash();
             }
             Ok(v1::PrepareEmptyDirReply { ready })
         })
@@ -337,33 +342,33 @@ impl Service for AgentService {
     async fn read_volume_file(
         &self,
         request: Request<v1::ReadVolumeFileRequest>,
-    ) -> Answer<v1::ReadVolumeFileReply> {
+    ) -> Reply<v1::ReadVolumeFileReply> {
         let v1::ReadVolumeFileRequest { volume_id, path, limit } = request.into_inner();
         let result = self.agent.lock().volumes.read(&volume_id, &path, limit);
-        answer(result.map(|content| v1::ReadVolumeFileReply { content }))
+        into_reply(result.map(|content| v1::ReadVolumeFileReply { content }))
     }
 
     async fn resize_pod(
         &self,
         request: Request<v1::ResizePodRequest>,
-    ) -> Answer<v1::ResizePodReply> {
+    ) -> Reply<v1::ResizePodReply> {
         let wanted = request.into_inner().cpus;
         self.run(move |agent| async move {
-            agent.config.has_devices()?;
+            agent.config.require_vm()?;
             let task = tokio::task::spawn_blocking(move || cpus::resize(wanted));
             let cpus = task.await.map_err(|error| Error::Helper {
-                doing: "switch CPUs",
-                why: error.to_string(),
+                operation: "set CPUs online",
+                reason: error.to_string(),
             })??;
             Ok(v1::ResizePodReply { cpus })
         })
         .await
     }
 
-    async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Answer<v1::ShutdownReply> {
+    async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Reply<v1::ShutdownReply> {
         let agent = Arc::clone(&self.agent);
         tokio::spawn(async move {
-            // The reply goes out first, if it can.
+            // Lets the reply be sent first.
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
             if agent.config.is_guest {
                 shutdown::power_off(|| agent.pod_cgroup.is_populated()).await;

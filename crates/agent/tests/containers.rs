@@ -1,7 +1,7 @@
-//! Containers from creation to removal, with the agent as an ordinary process: everything but
-//! disks, network cards and cgroup limits, which the tests in a guest cover.
+//! Containers from creation to removal, with the agent as an ordinary process. Disks, network
+//! interfaces and cgroup limits are tested in a guest.
 //!
-//! Assumes: root, a static busybox, unshare(1), cgroup v2 in the kernel.
+//! Needs root, a static busybox, unshare(1), cgroup v2 in the kernel.
 
 mod common;
 
@@ -11,7 +11,7 @@ use common::{guest, spec};
 use serde_json::json;
 
 #[tokio::test]
-async fn a_container_runs_prints_and_leaves_nothing() {
+async fn a_container_runs_and_leaves_nothing_behind() {
     let Some(mut guest) = guest().await else { return };
     guest.configure().await;
     let hello = guest.client.hello(v1::HelloRequest { protocol: 1 }).await.unwrap().into_inner();
@@ -31,7 +31,7 @@ async fn a_container_runs_prints_and_leaves_nothing() {
     ));
     let list = guest.client.list_processes(v1::ListProcessesRequest {}).await.unwrap();
     assert!(list.into_inner().processes.is_empty());
-    // The same name again: nothing of the first may be in the way.
+    // Reuse of the id.
     let request = guest.request("c1", &spec("ls /new 2>/dev/null; touch /new", json!({})));
     assert_eq!(guest.run(request).await.0, "");
     guest.remove("c1").await.unwrap();
@@ -57,20 +57,20 @@ async fn exits_are_kept_until_they_are_acknowledged() {
 }
 
 #[tokio::test]
-async fn output_survives_a_host_that_goes_away() {
+async fn output_survives_a_host_that_disconnects() {
     let Some(mut guest) = guest().await else { return };
     let request = guest.request("c", &spec("seq 1 200000", json!({})));
     guest.create(request).await;
     guest.start("c").await.unwrap();
     let mut got = Vec::new();
     let mut stored = 0;
-    // The host dies again and again, having stored less than it has read.
+    // The host disconnects repeatedly, with less stored than it has read.
     for round in 0.. {
         let mut stream = guest.open(Kind::Stdout, "c", "", stored).await;
         got.truncate(stored as usize);
         let mut ended = false;
-        // At most three reads of 64 KiB: the window is four, and unacknowledged rounds must not
-        // wait for more than it holds.
+        // At most three reads of 64 KiB: the window is four, and rounds without acknowledgements
+        // must not wait for more than it holds.
         for _ in 0..=round % 3 {
             let bytes = stream.read().await;
             ended = bytes.is_empty();
@@ -92,7 +92,7 @@ async fn output_survives_a_host_that_goes_away() {
 }
 
 #[tokio::test]
-async fn stdin_reaches_the_process_and_its_end_too() {
+async fn stdin_reaches_the_process_with_its_end() {
     let Some(mut guest) = guest().await else { return };
     let mut request = guest.request("c", &spec("cat; echo done", json!({})));
     (request.stdin, request.stdin_once) = (true, true);
@@ -134,7 +134,7 @@ async fn a_terminal_has_a_size_and_echoes() {
 }
 
 #[tokio::test]
-async fn a_terminal_goes_on_after_nobody_had_it_open() {
+async fn a_terminal_stays_usable_after_the_process_closed_it() {
     let Some(mut guest) = guest().await else { return };
     let script = "t=$(tty); echo early; exec </dev/null >/dev/null 2>&1; sleep 0.3; echo late >$t; \
                   exit 6";
@@ -142,7 +142,7 @@ async fn a_terminal_goes_on_after_nobody_had_it_open() {
     request.tty = true;
     let (output, exit) = guest.run(request).await;
     assert_eq!((output.as_str(), exit.code), ("early\r\nlate\r\n", 6));
-    // The same for an exec.
+    // Same for an exec.
     let request = guest.request("d", &spec("sleep 1000", json!({})));
     guest.create(request).await;
     guest.start("d").await.unwrap();
@@ -180,7 +180,7 @@ async fn execs_join_the_container_with_and_without_a_terminal() {
     assert!(text.ends_with("/home/web y\n"), "{text}");
     assert_eq!(guest.exit("c", "e1").await.code, 5);
 
-    // Short and silent: its streams are there for a host that acknowledges first.
+    // The streams of a short exec without output remain after its exit was acknowledged.
     guest.exec("c", "e0", json!({"args": ["true"]})).await.unwrap();
     guest.exit("c", "e0").await;
     guest.client.ack_events(v1::AckEventsRequest { sequence: 100 }).await.unwrap();
@@ -207,7 +207,7 @@ async fn execs_join_the_container_with_and_without_a_terminal() {
 }
 
 #[tokio::test]
-async fn a_program_that_cannot_run_is_told_by_start_and_by_exec() {
+async fn start_and_exec_report_a_program_that_cannot_run() {
     let Some(mut guest) = guest().await else { return };
     for (id, program, code, text) in [
         (
@@ -240,7 +240,7 @@ async fn a_program_that_cannot_run_is_told_by_start_and_by_exec() {
 }
 
 #[tokio::test]
-async fn the_pods_processes_are_shared_as_asked() {
+async fn containers_share_pid_namespaces_as_requested() {
     let Some(mut guest) = guest().await else { return };
     guest.configure().await;
     let script = "sleep 2000 & echo $$; exec sleep 1000";
@@ -263,7 +263,7 @@ async fn the_pods_processes_are_shared_as_asked() {
     for id in ["a", "b"] {
         assert_eq!(guest.exit(id, "").await.code, 137);
     }
-    // The rest of a container goes with its init, in a shared namespace too.
+    // The exit of init ends all other processes also in a shared namespace.
     let script = "while ps | grep -q 'sleep [2]000'; do sleep 0.01; done; echo gone";
     let mut request = guest.request("u", &spec(script, json!({})));
     request.pid_mode = v1::PidMode::Pod as i32;
@@ -296,8 +296,8 @@ async fn an_unprivileged_container_is_confined() {
     request.user = "101".into();
     request.rootfs.as_mut().unwrap().read_only = true;
     let (output, _) = guest.run(request).await;
-    // Nothing of the agent's own is inherited: no signal that a program knows is ignored (32 and
-    // 33 are the C library's own, and whoever started the tests may ignore them).
+    // No signal disposition of the agent is inherited. 32 and 33 are reserved by the C library and
+    // may be ignored by the caller of the tests.
     let field = |name: &str| {
         let value = output.lines().find_map(|line| line.strip_prefix(name)).unwrap();
         u64::from_str_radix(value.trim(), 16).unwrap()
@@ -318,7 +318,7 @@ async fn an_unprivileged_container_is_confined() {
     ] {
         assert!(output.contains(text), "{text:?} is not in {output}");
     }
-    // The same holds for an exec.
+    // Same for an exec.
     let mut request = guest.request("d", &common::spec("sleep 1000", json!({})));
     request.oci_spec = {
         let mut spec = spec;
@@ -337,7 +337,7 @@ async fn an_unprivileged_container_is_confined() {
 }
 
 #[tokio::test]
-async fn a_filter_that_allows_what_the_program_needs_is_enough() {
+async fn a_filter_needs_to_allow_only_the_calls_of_the_program() {
     let Some(mut guest) = guest().await else { return };
     let allowed = [
         "arch_prctl",
@@ -379,7 +379,7 @@ async fn a_filter_that_allows_what_the_program_needs_is_enough() {
     guest.start("d").await.unwrap();
     guest.exec("d", "e", json!({"args": ["echo", "too"]})).await.unwrap();
     assert_eq!(guest.open(Kind::Stdout, "d", "e", 0).await.read_all().await, b"too\n");
-    // It holds: no directory is made.
+    // The filter is active: mkdir fails.
     guest.exec("d", "f", json!({"args": ["mkdir", "/tmp/x"]})).await.unwrap();
     assert_eq!(guest.exit("d", "f").await.code, 1);
     let error = guest.exec("d", "g", json!({"args": ["nosuch"]})).await.unwrap_err();
@@ -387,7 +387,7 @@ async fn a_filter_that_allows_what_the_program_needs_is_enough() {
 }
 
 #[tokio::test]
-async fn a_seccomp_filter_works_without_no_new_privs_too() {
+async fn a_seccomp_filter_works_without_no_new_privs() {
     let Some(mut guest) = guest().await else { return };
     let extra = json!({
         "process": {"noNewPrivileges": false},
@@ -409,7 +409,7 @@ async fn a_seccomp_filter_works_without_no_new_privs_too() {
 }
 
 #[tokio::test]
-async fn volumes_are_mounted_and_change_under_a_running_container() {
+async fn volumes_are_mounted_and_can_change_while_the_container_runs() {
     let Some(mut guest) = guest().await else { return };
     let file = |path: &str, content: &str| v1::VolumeFile {
         path: path.into(),
@@ -463,7 +463,7 @@ async fn volumes_are_mounted_and_change_under_a_running_container() {
 }
 
 #[tokio::test]
-async fn an_exec_beside_an_ending_container_says_that_it_is_not_running() {
+async fn an_exec_in_an_exiting_container_fails_with_not_running() {
     let Some(mut guest) = guest().await else { return };
     for round in 0..10 {
         let id = format!("c{round}");
@@ -506,7 +506,7 @@ async fn statistics_count_processes_threads_and_files() {
     let processes = own.processes.unwrap();
     assert_eq!((processes.processes, processes.sockets), (3, 1), "{processes:?}");
     assert!(processes.threads >= 3, "{processes:?}");
-    // Three streams each, and what the script opens.
+    // Three standard streams for each process, and the script's own.
     assert!((11..=20).contains(&processes.file_descriptors), "{processes:?}");
     assert_eq!(processes.ulimit_soft_nofile, 100);
     let age = reply.unix_time_ns - own.started_unix_ns;
@@ -542,7 +542,7 @@ async fn signals_reach_one_process_or_all() {
     guest.client.signal_process(signal(9, true)).await.unwrap();
     let exit = guest.exit("c", "").await;
     assert_eq!((exit.code, exit.signal), (137, 9));
-    // A real-time signal is one like the others.
+    // Real-time signals.
     let request = guest.request("d", &spec("exec sleep 1000", json!({})));
     guest.create(request).await;
     guest.start("d").await.unwrap();
@@ -560,7 +560,7 @@ async fn signals_reach_one_process_or_all() {
 }
 
 #[tokio::test]
-async fn bad_requests_are_refused_and_leave_nothing() {
+async fn bad_requests_are_refused_and_leave_nothing_behind() {
     let Some(mut guest) = guest().await else { return };
     let good = guest.request("c", &spec("sleep 1000", json!({})));
     let with = |change: fn(&mut v1::CreateContainerRequest)| {
@@ -589,11 +589,11 @@ async fn bad_requests_are_refused_and_leave_nothing() {
         let text = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         text.lines().filter(|line| line.contains("/run/nacelle/")).count()
     };
-    assert_eq!(leftovers(), 0, "the agent's mounts are its own");
+    assert_eq!(leftovers(), 0, "the agent has a mount namespace of its own");
     guest.create(good.clone()).await;
     let error = guest.client.create_container(good).await.unwrap_err();
     assert_eq!(error.code(), Code::AlreadyExists);
-    // Created, never started: it goes all the same.
+    // A container that was created but never started can be removed.
     guest.remove("c").await.unwrap();
     for id in ["c", ""] {
         assert_eq!(guest.start(id).await.unwrap_err().code(), Code::NotFound);
@@ -601,7 +601,7 @@ async fn bad_requests_are_refused_and_leave_nothing() {
 }
 
 #[tokio::test]
-async fn many_containers_and_execs_at_once_do_not_mix_up() {
+async fn many_concurrent_containers_and_execs_keep_their_streams_apart() {
     let Some(guest) = guest().await else { return };
     let guest = std::sync::Arc::new(guest);
     let mut tasks = tokio::task::JoinSet::new();
@@ -643,11 +643,11 @@ async fn many_containers_and_execs_at_once_do_not_mix_up() {
     let mut events = client.events(v1::EventsRequest {}).await.unwrap().into_inner();
     let mut seen = std::collections::BTreeSet::new();
     while seen.len() < 8 * 9 {
-        let next = tokio::time::timeout(common::PATIENCE, events.message());
+        let next = tokio::time::timeout(common::TIMEOUT, events.message());
         let event = next.await.expect("an exit is missing").unwrap().unwrap();
         let Some(v1::event::Event::Exit(exit)) = event.event else { continue };
         let code = if exit.exec_id.is_empty() { 137 } else { 0 };
         assert_eq!(exit.code, code, "{exit:?}");
-        assert!(seen.insert((exit.container_id, exit.exec_id)), "told twice");
+        assert!(seen.insert((exit.container_id, exit.exec_id)), "reported twice");
     }
 }

@@ -1,17 +1,17 @@
-//! Forwarded connections: to either loopback address, with half-closes, bounded in number.
+//! Port-forward: both loopback addresses, half-close, maximum number of connections.
 //!
-//! Assumes what `containers.rs` does.
+//! Needs the same as `containers.rs`.
 
 mod common;
 
 use agent_api::forward::{Open, Status};
-use common::{PATIENCE, guest};
+use common::{TIMEOUT, guest};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// Connections the agent forwards at once.
+/// Maximum connections of the agent.
 const LIMIT: usize = 256;
 
-/// Answers each connection with what comes in, after all of it has come if `whole`.
+/// Echoes each connection; with `whole` only after its end.
 fn echo(listener: tokio::net::TcpListener, whole: bool) {
     tokio::spawn(async move {
         loop {
@@ -31,10 +31,10 @@ fn echo(listener: tokio::net::TcpListener, whole: bool) {
 }
 
 #[tokio::test]
-async fn bytes_go_both_ways_and_each_direction_ends_by_itself() {
+async fn data_flows_in_both_directions_and_each_is_closed_separately() {
     let Some(guest) = guest().await else { return };
     for (address, port) in [("127.0.0.1", 7001), ("[::1]", 7002)] {
-        // The answer comes after the request's end: both sides see a half-close.
+        // The echo starts after the half-close of the request.
         echo(guest.listen(&format!("{address}:{port}")), true);
         let (status, mut conn) = guest.forward(&Open { port }.encode()).await;
         assert_eq!(status, Status::Ok);
@@ -45,13 +45,13 @@ async fn bytes_go_both_ways_and_each_direction_ends_by_itself() {
             conn.shutdown().await.unwrap();
             conn.read_to_end(&mut answer).await.unwrap();
         };
-        tokio::time::timeout(PATIENCE, talk).await.expect("the connection hangs");
+        tokio::time::timeout(TIMEOUT, talk).await.expect("the connection hangs");
         assert!(answer == data, "{} bytes came back", answer.len());
     }
 }
 
 #[tokio::test]
-async fn a_server_that_hangs_up_first_is_seen_by_the_client() {
+async fn a_close_by_the_server_reaches_the_client() {
     let Some(guest) = guest().await else { return };
     let listener = guest.listen("127.0.0.1:7004");
     let (status, mut conn) = guest.forward(&Open { port: 7004 }.encode()).await;
@@ -60,18 +60,18 @@ async fn a_server_that_hangs_up_first_is_seen_by_the_client() {
     server.write_all(b"bye").await.unwrap();
     server.shutdown().await.unwrap();
     let mut answer = String::new();
-    tokio::time::timeout(PATIENCE, conn.read_to_string(&mut answer)).await.unwrap().unwrap();
+    tokio::time::timeout(TIMEOUT, conn.read_to_string(&mut answer)).await.unwrap().unwrap();
     assert_eq!(answer, "bye");
     // The other direction is still open.
     conn.write_all(b"after").await.unwrap();
     conn.shutdown().await.unwrap();
     let mut rest = String::new();
-    tokio::time::timeout(PATIENCE, server.read_to_string(&mut rest)).await.unwrap().unwrap();
+    tokio::time::timeout(TIMEOUT, server.read_to_string(&mut rest)).await.unwrap().unwrap();
     assert_eq!(rest, "after");
 }
 
 #[tokio::test]
-async fn what_cannot_be_forwarded_is_answered() {
+async fn connections_that_cannot_be_forwarded_get_a_status() {
     let Some(guest) = guest().await else { return };
     assert_eq!(guest.forward(&Open { port: 9 }.encode()).await.0, Status::Refused);
     assert_eq!(guest.forward(b"GET / ").await.0, Status::BadHeader);
@@ -79,7 +79,7 @@ async fn what_cannot_be_forwarded_is_answered() {
 }
 
 #[tokio::test]
-async fn the_number_of_connections_is_bounded_and_ended_ones_make_room() {
+async fn the_number_of_connections_is_limited_and_closed_ones_free_a_slot() {
     let Some(guest) = guest().await else { return };
     echo(guest.listen("127.0.0.1:7003"), false);
     let header = Open { port: 7003 }.encode();
@@ -96,13 +96,13 @@ async fn the_number_of_connections_is_bounded_and_ended_ones_make_room() {
     held.truncate(LIMIT / 2);
     let start = std::time::Instant::now();
     while guest.forward(&header).await.0 != Status::Ok {
-        assert!(start.elapsed() < PATIENCE, "ended connections hold their places");
+        assert!(start.elapsed() < TIMEOUT, "closed connections keep their slots");
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
-    // Idle ones still work.
+    // Idle connections still work.
     let conn = &mut held[0];
     conn.write_all(b"still here").await.unwrap();
     let mut answer = [0; 10];
-    tokio::time::timeout(PATIENCE, conn.read_exact(&mut answer)).await.unwrap().unwrap();
+    tokio::time::timeout(TIMEOUT, conn.read_exact(&mut answer)).await.unwrap().unwrap();
     assert_eq!(&answer, b"still here");
 }

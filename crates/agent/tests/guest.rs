@@ -1,9 +1,10 @@
-//! The agent as PID 1 of a microVM: boot, disks, limits, OOM verdicts, device rules, hot removal,
-//! power-off, streams, volumes on disks, user namespaces. Two boots for all of it, as booting is what takes the time.
+//! The agent as PID 1 of a microVM: boot, disks, limits, OOM events, device rules, hot-unplug,
+//! power-off, streams, image and block volumes, user namespaces. Few boots, as booting takes most
+//! of the time.
 //!
-//! Assumes: KVM, root, nacelle-vmm, mkfs.erofs and mke2fs in the search path, a static busybox,
-//! and NACELLE_GUEST with the guest's kernel and initramfs. In the lab all of these are there: the
-//! story `agent::the agent's tests as PID 1 of a VM pass` runs them with `--ignored`.
+//! Needs KVM, root, nacelle-vmm, mkfs.erofs and mke2fs in PATH, a static busybox, and NACELLE_GUEST
+//! with the guest's kernel and initramfs. The lab has all of these: the story
+//! `agent::the agent's tests as PID 1 of a VM pass` runs them with `--ignored`.
 
 mod common;
 
@@ -16,8 +17,8 @@ use serde_json::json;
 
 #[tokio::test]
 #[ignore = "needs KVM: runs in the lab"]
-async fn a_guest_boots_keeps_its_limits_and_powers_off() {
-    let _one_at_a_time = common::turn().await;
+async fn a_guest_boots_enforces_limits_and_powers_off() {
+    let _guard = common::serialize().await;
     let mut guest = boot().await;
     identity(&mut guest).await;
     disks(&mut guest).await;
@@ -34,7 +35,7 @@ async fn a_guest_boots_keeps_its_limits_and_powers_off() {
 #[tokio::test]
 #[ignore = "needs KVM: runs in the lab"]
 async fn a_guest_serves_many_execs_and_much_output() {
-    let _one_at_a_time = common::turn().await;
+    let _guard = common::serialize().await;
     let mut guest = boot().await;
     many_execs(&mut guest).await;
     throughput(&mut guest).await;
@@ -43,8 +44,8 @@ async fn a_guest_serves_many_execs_and_much_output() {
 
 #[tokio::test]
 #[ignore = "needs KVM: runs in the lab"]
-async fn a_stock_distribution_kernel_runs_containers_too() {
-    let _one_at_a_time = common::turn().await;
+async fn a_stock_distribution_kernel_runs_containers() {
+    let _guard = common::serialize().await;
     let boot = common::boot_with("debian/vmlinuz", "initramfs-debian.cpio", &[]);
     let mut guest = boot.await;
     identity(&mut guest).await;
@@ -55,11 +56,11 @@ async fn a_stock_distribution_kernel_runs_containers_too() {
 
 #[tokio::test]
 #[ignore = "needs KVM: runs in the lab"]
-async fn disks_come_and_go_while_the_guest_runs() {
-    let _one_at_a_time = common::turn().await;
+async fn disks_can_be_plugged_and_unplugged_while_the_guest_runs() {
+    let _guard = common::serialize().await;
     let mut guest = boot().await;
     let control = guest.dir.path().join("control");
-    let vmm = vmm_api::client::Client::connect(&control, common::PATIENCE).unwrap();
+    let vmm = vmm_api::client::Client::connect(&control, common::TIMEOUT).unwrap();
     let scratch = guest.dir.path().join("scratch");
     for round in 0..3 {
         let serial = format!("hot-{round}");
@@ -82,11 +83,11 @@ async fn disks_come_and_go_while_the_guest_runs() {
     power_off(&mut guest).await;
 }
 
-/// A card that is there from the start; the host's end is a tap.
+/// A NIC that is present at boot; the host's end is a tap.
 #[tokio::test]
 #[ignore = "needs KVM: runs in the lab"]
-async fn a_card_is_named_addressed_and_routed() {
-    let _one_at_a_time = common::turn().await;
+async fn a_nic_gets_name_addresses_and_routes() {
+    let _guard = common::serialize().await;
     let boot = common::boot_with("vmlinux", "initramfs.cpio", &["--tap", TAP]);
     let mut guest = boot.await;
     for args in [
@@ -112,7 +113,7 @@ async fn a_card_is_named_addressed_and_routed() {
             mtu: 1400,
             addresses: vec!["10.55.0.2/24".into(), "fd55::2/64".into()],
         }],
-        // The second gateway lies in none of the interface's prefixes.
+        // The second gateway is outside of the interface's prefixes.
         routes: vec![route("", "10.55.0.1"), route("10.77.0.0/16", "10.66.0.1")],
         ..Default::default()
     };
@@ -136,8 +137,8 @@ async fn a_card_is_named_addressed_and_routed() {
         assert!(reply.ends_with("1400\nhello from the host"), "{reply}");
     }
     let stats = guest.client.stats(v1::StatsRequest {}).await.unwrap().into_inner();
-    let card = &stats.pod.unwrap().interfaces[0];
-    assert!(card.name == "pod0" && card.rx_bytes > 0 && card.tx_bytes > 0, "{card:?}");
+    let nic = &stats.pod.unwrap().interfaces[0];
+    assert!(nic.name == "pod0" && nic.rx_bytes > 0 && nic.tx_bytes > 0, "{nic:?}");
     power_off(&mut guest).await;
 }
 
@@ -228,7 +229,7 @@ async fn power_off(guest: &mut Guest) {
         if let Some(status) = guest.child.try_wait().unwrap() {
             break status;
         }
-        assert!(start.elapsed() < common::PATIENCE, "the VM does not end");
+        assert!(start.elapsed() < common::TIMEOUT, "the VM does not exit");
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     };
     assert!(status.success(), "{status}");
@@ -289,7 +290,7 @@ fn release_of(serial: &str) -> v1::ReleaseDeviceRequest {
 
 async fn memory_limit(guest: &mut Guest) {
     let limit = json!({"linux": {"resources": {"memory": {"limit": 32 << 20}}}});
-    // A child is killed first; init, which survives it, is told of no exit by it.
+    // A child is killed first; init continues and must not get an exit event.
     let script = "tail /dev/zero; echo child $?; exec tail /dev/zero";
     let request = guest.request("oom", &spec(script, limit));
     guest.create(request).await;
@@ -379,10 +380,10 @@ async fn many_execs(guest: &mut Guest) {
         let sequence = events.last().unwrap().sequence;
         guest.client.ack_events(v1::AckEventsRequest { sequence }).await.unwrap();
     }
-    println!("an exec round trip takes {:?}", start.elapsed() / 20);
+    println!("exec round trip: {:?}", start.elapsed() / 20);
     let list = guest.client.list_processes(v1::ListProcessesRequest {}).await.unwrap();
     let left = list.into_inner().processes.len();
-    assert_eq!(left, 1, "collected execs are forgotten");
+    assert_eq!(left, 1, "collected execs are removed");
     guest.remove("execs").await.unwrap();
 }
 
@@ -393,14 +394,14 @@ async fn throughput(guest: &mut Guest) {
     let start = std::time::Instant::now();
     let (output, _) = guest.run(request).await;
     assert_eq!(output.len(), MIB << 20);
-    println!("{MIB} MiB of output take {:?}", start.elapsed());
+    println!("{MIB} MiB of output: {:?}", start.elapsed());
     guest.remove("bulk").await.unwrap();
 }
 
 async fn release(guest: &mut Guest) {
     for serial in ["disk0", "disk1"] {
         guest.client.release_device(release_of(serial)).await.unwrap();
-        // Again: it is gone, which is what was asked for.
+        // Idempotent.
         guest.client.release_device(release_of(serial)).await.unwrap();
     }
     let request = guest.request("none", &spec("true", json!({})));

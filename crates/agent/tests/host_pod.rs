@@ -1,8 +1,8 @@
-//! An agent without a VM, as the launcher starts it: on this machine, in a cgroup of its own.
+//! The agent of a pod without a VM, started as the launcher starts it, in a cgroup of its own.
 //!
-//! Assumes: root, cgroup v2 in the kernel, loop devices, EROFS, mkfs.erofs, unshare(1) and a static
-//! busybox. What is missing is said.
-#![allow(unsafe_code)] // descriptors for the agent
+//! Needs root, cgroup v2 in the kernel, loop devices, EROFS, mkfs.erofs, unshare(1) and a static
+//! busybox; prints SKIP if something is missing.
+#![allow(unsafe_code)] // passes descriptors to the agent
 
 mod common;
 
@@ -28,7 +28,7 @@ impl Drop for Host {
         let _ = fs::write(self.cgroup.join("cgroup.kill"), "1");
         let _ = self.guest.child.wait();
         let start = std::time::Instant::now();
-        while self.cgroup.exists() && start.elapsed() < common::PATIENCE {
+        while self.cgroup.exists() && start.elapsed() < common::TIMEOUT {
             for entry in fs::read_dir(&self.cgroup).into_iter().flatten().flatten() {
                 let _ = fs::remove_dir(entry.path());
             }
@@ -44,7 +44,7 @@ fn cgroup_mount() -> Option<PathBuf> {
     line.split(' ').nth(1).map(PathBuf::from)
 }
 
-/// An agent; `own` are unshare(1)'s letters for namespaces that it has of its own.
+/// Starts an agent; `own` are unshare(1)'s letters of its own namespaces.
 async fn host_pod(own: &str, network: bool, pid: bool, ipc: bool) -> Option<Host> {
     let Some(mount) = cgroup_mount() else {
         println!("SKIP: cgroup v2 is not mounted");
@@ -55,12 +55,12 @@ async fn host_pod(own: &str, network: bool, pid: bool, ipc: bool) -> Option<Host
         println!("SKIP: no mkfs.erofs, or no loop devices");
         return None;
     }
-    let dir = common::root_folder()?;
+    let dir = common::root_dir()?;
     let path = |name: &str| dir.path().join(name);
     let image = Command::new("mkfs.erofs").arg(path("image")).arg(path("root")).output().unwrap();
     assert!(image.status.success(), "{image:?}");
-    for folder in ["at", "layer", "data"] {
-        fs::create_dir(path(folder)).unwrap();
+    for dir in ["at", "layer", "data"] {
+        fs::create_dir(path(dir)).unwrap();
     }
     let name = dir.path().file_name().unwrap().to_str().unwrap().trim_start_matches('.');
     let start = Start {
@@ -80,7 +80,7 @@ async fn host_pod(own: &str, network: bool, pid: bool, ipc: bool) -> Option<Host
     if !network {
         fds.push(File::open("/proc/self/ns/net").unwrap().into());
     }
-    // Above those that the agent finds.
+    // Above the numbers that are passed to the agent.
     let above: Vec<i32> = fds
         .iter()
         .map(|fd| nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(100)).unwrap())
@@ -111,7 +111,7 @@ async fn host_pod(own: &str, network: bool, pid: bool, ipc: bool) -> Option<Host
     let child = command.spawn().unwrap();
     drop(fds);
     let lower = format!("file:{}", path("image").display());
-    let guest = Guest::in_folder(child, dir, lower).await;
+    let guest = Guest::in_dir(child, dir, lower).await;
     Some(Host { guest, cgroup })
 }
 
@@ -124,12 +124,12 @@ fn loops(image: &Path) -> usize {
 }
 
 #[tokio::test]
-async fn a_container_sees_the_hosts_network_and_processes_and_leaves_nothing() {
+async fn a_container_uses_the_hosts_network_and_processes_and_leaves_nothing_behind() {
     let Some(mut host) = host_pod("i", true, true, false).await else { return };
     let guest = &mut host.guest;
     guest.configure().await;
-    assert_ne!(nix::unistd::gethostname().unwrap(), "pod-host", "the host's name is not the pod's");
-    // What a container could write to is not the host's file; for the rest nothing has changed.
+    assert_ne!(nix::unistd::gethostname().unwrap(), "pod-host", "the host's name is unchanged");
+    // /proc/<pid>/exe is the sealed copy; cmdline and comm are unchanged.
     let agent = PathBuf::from(format!("/proc/{}", guest.child.id()));
     let program = fs::read_link(agent.join("exe")).unwrap();
     assert_eq!(program.to_str(), Some("/memfd:nacelle-agent (deleted)"));
@@ -173,7 +173,7 @@ async fn a_container_sees_the_hosts_network_and_processes_and_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn a_pod_with_namespaces_of_its_own_is_named_and_hides_the_host() {
+async fn a_pod_with_its_own_namespaces_has_a_hostname_and_cannot_see_the_host() {
     let Some(mut host) = host_pod("uip", false, false, false).await else { return };
     let guest = &mut host.guest;
     guest.configure().await;
@@ -182,7 +182,7 @@ async fn a_pod_with_namespaces_of_its_own_is_named_and_hides_the_host() {
         format!("hostname; echo $$; test -d /proc/{test} || echo alone; ls /dev/shm | wc -l");
     let request = guest.request("c1", &spec(&script, json!({})));
     assert_eq!(guest.run(request).await.0, "pod-host\n1\nalone\n0\n");
-    // A process of the pod that nobody waits for any more, and an exec beside it.
+    // A running container and an exec in it, ended by Shutdown.
     let request = guest.request("c2", &spec("sleep 1000", json!({})));
     guest.create(request).await;
     guest.start("c2").await.unwrap();
@@ -196,19 +196,19 @@ async fn a_pod_with_namespaces_of_its_own_is_named_and_hides_the_host() {
     };
     let start = std::time::Instant::now();
     while !empty() {
-        assert!(start.elapsed() < common::PATIENCE, "processes are left");
+        assert!(start.elapsed() < common::TIMEOUT, "processes are still running");
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
 }
 
 #[tokio::test]
-async fn what_would_be_done_to_the_machine_is_refused() {
+async fn requests_that_would_change_the_host_are_refused() {
     let Some(mut host) = host_pod("", true, true, true).await else { return };
     let guest = &mut host.guest;
     let sysctls = [("vm.swappiness".to_owned(), "1".to_owned())].into();
     let request = v1::ConfigurePodRequest { pod_id: "pod".into(), sysctls, ..Default::default() };
     let status = guest.client.configure_pod(request).await.unwrap_err();
-    assert!(status.message().contains("whole host"), "{status}");
+    assert!(status.message().contains("not namespaced"), "{status}");
     guest.configure().await;
     let status = guest.client.resize_pod(v1::ResizePodRequest { cpus: 1 }).await.unwrap_err();
     assert_eq!(status.code(), tonic::Code::FailedPrecondition);
@@ -230,7 +230,7 @@ async fn what_would_be_done_to_the_machine_is_refused() {
 }
 
 #[tokio::test]
-async fn mounts_of_a_container_appear_on_the_host_and_the_hosts_in_it() {
+async fn mounts_propagate_between_a_container_and_the_host() {
     let Some(mut host) = host_pod("", true, true, true).await else { return };
     let guest = &mut host.guest;
     guest.configure().await;
@@ -253,7 +253,7 @@ async fn mounts_of_a_container_appear_on_the_host_and_the_hosts_in_it() {
     assert_eq!(exit.code, 0);
     assert_eq!(fs::read_to_string(data.join("in/file")).unwrap(), "y\n");
     guest.remove("c1").await.unwrap();
-    assert!(data.join("in/file").exists(), "a removal unmounts nothing of the host");
+    assert!(data.join("in/file").exists(), "a removal does not unmount on the host");
     let script = "until test -e /data/late/file; do sleep 0.1; done; cat /data/late/file";
     let mut request = guest.request("c2", &spec(script, json!({})));
     request.volumes = vec![volume(v1::Propagation::Slave)];
@@ -267,7 +267,7 @@ async fn mounts_of_a_container_appear_on_the_host_and_the_hosts_in_it() {
     assert!(data.join("late/file").exists());
 }
 
-/// A folder of this machine whose mounts are shared; unmounted in the end.
+/// A shared mount in this mount namespace, unmounted on drop.
 struct Shared(PathBuf);
 
 impl Shared {

@@ -1,6 +1,6 @@
-//! A file system that never answers inside one container: nobody else notices.
+//! A hung file system in one container does not affect others.
 //!
-//! Assumes: root, a static busybox, unshare(1), cgroup v2 in the kernel, /dev/fuse.
+//! Needs root, a static busybox, unshare(1), cgroup v2 in the kernel, /dev/fuse.
 
 mod common;
 
@@ -14,24 +14,24 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::json;
 
-/// For what does not touch the file system that hangs.
-const PROMPT: Duration = Duration::from_secs(5);
+/// Timeout for calls that do not access the hung file system.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Mounts a FUSE file system that nobody serves over a folder of a container; it hangs until the
-/// answer is dropped. None, with a reason on standard output, where that cannot be done.
-fn hang(guest: &Guest, pid: u32, folder: &'static str) -> Option<File> {
+/// Mounts a FUSE file system without a server over a directory of a container; it hangs until the
+/// returned file is dropped. Prints SKIP and returns None without FUSE.
+fn hang(guest: &Guest, pid: u32, dir: &'static str) -> Option<File> {
     let Ok(fuse) = File::options().read(true).write(true).open("/dev/fuse") else {
         println!("SKIP: no /dev/fuse");
         return None;
     };
-    // The pid is that of the agent's own PID namespace.
+    // `pid` is in the agent's PID namespace.
     let agent = guest.agent_pid();
     let namespace = File::open(format!("/proc/{agent}/root/proc/{pid}/ns/mnt")).unwrap();
     let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", fuse.as_raw_fd());
     let mounting = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_FS).unwrap();
         setns(namespace, CloneFlags::CLONE_NEWNS).unwrap();
-        mount(Some("hung"), folder, Some("fuse"), MsFlags::empty(), Some(data.as_str())).unwrap();
+        mount(Some("hung"), dir, Some("fuse"), MsFlags::empty(), Some(data.as_str())).unwrap();
     });
     mounting.join().unwrap();
     Some(fuse)
@@ -47,13 +47,13 @@ fn as_user(id: &str, exec_id: &str) -> v1::ExecRequest {
     }
 }
 
-async fn prompt<T>(what: &str, work: impl Future<Output = T>) -> T {
-    let done = tokio::time::timeout(PROMPT, work).await;
-    done.unwrap_or_else(|_| panic!("{what}: waits for a file system of another container"))
+async fn within_timeout<T>(what: &str, work: impl Future<Output = T>) -> T {
+    let done = tokio::time::timeout(TIMEOUT, work).await;
+    done.unwrap_or_else(|_| panic!("{what}: waits for another container's file system"))
 }
 
 #[tokio::test]
-async fn an_etc_that_never_answers_fails_execs_by_their_deadline_and_holds_up_nobody_else() {
+async fn a_hung_etc_fails_execs_at_their_deadline_and_blocks_no_other_container() {
     let Some(mut guest) = guest().await else { return };
     guest.configure().await;
     let mut pid = 0;
@@ -64,7 +64,7 @@ async fn an_etc_that_never_answers_fails_execs_by_their_deadline_and_holds_up_no
     }
     let Some(fuse) = hang(&guest, pid, "/etc") else { return };
     let start = Instant::now();
-    // As many as could use up a pool that all containers share.
+    // Enough to use up a pool that all containers would share.
     let waiting: Vec<_> = (0..12)
         .map(|n| {
             let mut client = guest.client.clone();
@@ -76,39 +76,42 @@ async fn an_etc_that_never_answers_fails_execs_by_their_deadline_and_holds_up_no
     for n in 0..3 {
         let exec_id = format!("f{n}");
         let hello = guest.client.hello(v1::HelloRequest { protocol: 1 });
-        prompt("ping", hello).await.unwrap();
+        within_timeout("ping", hello).await.unwrap();
         let mut client = guest.client.clone();
-        prompt("exec", client.exec(as_user("free", &exec_id))).await.unwrap();
-        assert_eq!(prompt("exit", guest.exit("free", &exec_id)).await.code, 0);
+        within_timeout("exec", client.exec(as_user("free", &exec_id))).await.unwrap();
+        assert_eq!(within_timeout("exit", guest.exit("free", &exec_id)).await.code, 0);
     }
     let request = guest.request("new", &spec("echo new", json!({})));
-    let (output, exit) = prompt("a new container", guest.run(request)).await;
+    let (output, exit) = within_timeout("a new container", guest.run(request)).await;
     assert_eq!((output.as_str(), exit.code), ("new\n", 0));
-    prompt("removal", guest.remove("new")).await.unwrap();
-    let stats = prompt("statistics", guest.client.stats(v1::StatsRequest {})).await.unwrap();
+    within_timeout("removal", guest.remove("new")).await.unwrap();
+    let stats =
+        within_timeout("statistics", guest.client.stats(v1::StatsRequest {})).await.unwrap();
     assert_eq!(stats.into_inner().containers.len(), 2);
-    // Without a user nothing has to be looked up.
+    // An exec without a user needs no lookup.
     let exec = guest.exec("hung", "plain", json!({"args": ["true"]}));
-    prompt("exec without a user", exec).await.unwrap();
-    assert_eq!(prompt("exit", guest.exit("hung", "plain")).await.code, 0);
-    assert!(!waiting.iter().any(tokio::task::JoinHandle::is_finished), "nothing hung at all");
+    within_timeout("exec without a user", exec).await.unwrap();
+    assert_eq!(within_timeout("exit", guest.exit("hung", "plain")).await.code, 0);
+    assert!(!waiting.iter().any(tokio::task::JoinHandle::is_finished), "no exec hangs");
 
     for exec in waiting {
         let error = exec.await.unwrap().unwrap_err();
         assert_eq!(error.code(), tonic::Code::DeadlineExceeded, "{error}");
-        assert!(error.message().contains("container hung: look up the user in /etc"), "{error}");
+        let text = "container hung: read the user database in /etc";
+        assert!(error.message().contains(text), "{error}");
     }
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
-    // Now that all of its threads hang, the next one fails at once.
-    let error = prompt("exec", guest.client.exec(as_user("hung", "late"))).await.unwrap_err();
+    // All threads hang now: the next call fails at once.
+    let error =
+        within_timeout("exec", guest.client.exec(as_user("hung", "late"))).await.unwrap_err();
     assert!(error.message().contains("does not answer"), "{error}");
-    prompt("removal", guest.remove("hung")).await.unwrap();
+    within_timeout("removal", guest.remove("hung")).await.unwrap();
     drop(fuse);
-    prompt("removal", guest.remove("free")).await.unwrap();
+    within_timeout("removal", guest.remove("free")).await.unwrap();
 }
 
 #[tokio::test]
-async fn an_exec_that_waits_for_a_file_system_fails_when_its_container_ends() {
+async fn an_exec_waiting_for_a_file_system_fails_when_its_container_exits() {
     let Some(mut guest) = guest().await else { return };
     let request = guest.request("hung", &spec("sleep 1000", json!({})));
     let pid = guest.create(request).await;
@@ -120,13 +123,13 @@ async fn an_exec_that_waits_for_a_file_system_fails_when_its_container_ends() {
     let kill =
         v1::SignalProcessRequest { container_id: "hung".into(), signal: 9, ..Default::default() };
     guest.client.signal_process(kill).await.unwrap();
-    let error = prompt("exec", exec).await.unwrap().unwrap_err();
+    let error = within_timeout("exec", exec).await.unwrap().unwrap_err();
     assert_eq!(error.code(), tonic::Code::FailedPrecondition, "{error}");
-    prompt("removal", guest.remove("hung")).await.unwrap();
+    within_timeout("removal", guest.remove("hung")).await.unwrap();
 }
 
 #[tokio::test]
-async fn a_working_directory_that_never_answers_holds_up_nobody_else() {
+async fn a_hung_working_directory_blocks_no_other_container() {
     let Some(mut guest) = guest().await else { return };
     let mut pid = 0;
     for id in ["free", "hung"] {
@@ -143,15 +146,15 @@ async fn a_working_directory_that_never_answers_holds_up_nobody_else() {
         client.exec(request).await
     });
     tokio::time::sleep(Duration::from_millis(300)).await;
-    prompt("exec", guest.client.exec(as_user("free", "f"))).await.unwrap();
-    assert_eq!(prompt("exit", guest.exit("free", "f")).await.code, 0);
+    within_timeout("exec", guest.client.exec(as_user("free", "f"))).await.unwrap();
+    assert_eq!(within_timeout("exit", guest.exit("free", "f")).await.code, 0);
     assert!(!exec.is_finished());
     let error = exec.await.unwrap().unwrap_err();
     assert_eq!(error.code(), tonic::Code::DeadlineExceeded, "{error}");
-    prompt("removal", guest.remove("hung")).await.unwrap();
+    within_timeout("removal", guest.remove("hung")).await.unwrap();
 }
 
-/// A volume of the share.
+/// A volume from the share.
 fn share(id: &str) -> v1::VolumeMount {
     v1::VolumeMount {
         volume_id: id.into(),
@@ -162,7 +165,7 @@ fn share(id: &str) -> v1::VolumeMount {
 }
 
 #[tokio::test]
-async fn a_share_that_never_answers_fails_creates_by_their_deadline_and_holds_up_nobody_else() {
+async fn a_hung_share_fails_creates_at_their_deadline_and_blocks_no_other_container() {
     let Some(mut guest) = guest().await else { return };
     let shares = guest.dir.path().join("shares");
     std::fs::create_dir_all(shares.join("bad/hung")).unwrap();
@@ -171,7 +174,7 @@ async fn a_share_that_never_answers_fails_creates_by_their_deadline_and_holds_up
     request.volumes = vec![share("good")];
     guest.create(request).await;
     guest.start("free").await.unwrap();
-    // Among the agent's own mounts, where the share is: PID 1 of its namespace is the agent.
+    // In the agent's mount namespace, where the share is mounted.
     let Some(_fuse) = hang(&guest, 1, "/run/nacelle/shares/bad/hung") else { return };
     let cwd = json!({"process": {"cwd": "/data/hung/deep"}});
     let mut in_cwd = guest.request("cwd", &spec("true", cwd));
@@ -187,24 +190,24 @@ async fn a_share_that_never_answers_fails_creates_by_their_deadline_and_holds_up
         .collect();
     tokio::time::sleep(Duration::from_millis(500)).await;
 
-    prompt("ping", guest.client.hello(v1::HelloRequest { protocol: 1 })).await.unwrap();
-    prompt("exec", guest.client.exec(as_user("free", "f"))).await.unwrap();
-    assert_eq!(prompt("exit", guest.exit("free", "f")).await.code, 0);
+    within_timeout("ping", guest.client.hello(v1::HelloRequest { protocol: 1 })).await.unwrap();
+    within_timeout("exec", guest.client.exec(as_user("free", "f"))).await.unwrap();
+    assert_eq!(within_timeout("exit", guest.exit("free", "f")).await.code, 0);
     let mut request = guest.request("new", &spec("echo new > /data/new", json!({})));
     request.volumes = vec![share("good")];
-    assert_eq!(prompt("a new container", guest.run(request)).await.1.code, 0);
-    assert!(!creates.iter().any(tokio::task::JoinHandle::is_finished), "nothing hung at all");
+    assert_eq!(within_timeout("a new container", guest.run(request)).await.1.code, 0);
+    assert!(!creates.iter().any(tokio::task::JoinHandle::is_finished), "no create hangs");
 
     for create in creates {
         let error = create.await.unwrap().unwrap_err();
         assert_eq!(error.code(), tonic::Code::DeadlineExceeded, "{error}");
     }
-    // Nothing of them is left but the threads.
+    // Only the threads remain.
     let mounts = format!("/proc/{}/mounts", guest.agent_pid());
     let mounts = std::fs::read_to_string(mounts).unwrap();
     for id in ["cwd", "sub"] {
         assert!(!mounts.contains(&format!("/binds/{id}/")), "{mounts}");
         assert!(!mounts.contains(&format!("/containers/{id}/")), "{mounts}");
-        prompt("removal", guest.remove(id)).await.unwrap();
+        within_timeout("removal", guest.remove(id)).await.unwrap();
     }
 }

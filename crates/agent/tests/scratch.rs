@@ -1,7 +1,7 @@
-//! The scratch disk (a folder here, without quotas; a disk in a guest): writable layers, emptyDirs,
-//! VOLUMEs of images.
+//! The scratch disk: writable layers, emptyDirs, VOLUMEs of images. Here it is a directory without
+//! quotas, in a guest a disk.
 //!
-//! Assumes what `containers.rs` does.
+//! Needs the same as `containers.rs`.
 
 mod common;
 
@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use agent_api::v1;
-use common::{Guest, PATIENCE, guest, spec};
+use common::{Guest, TIMEOUT, guest, spec};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
@@ -24,7 +24,7 @@ fn empty_dir(id: &str, destination: &str) -> v1::VolumeMount {
     }
 }
 
-/// A specification whose process may do what a privileged one does.
+/// A spec with capabilities of a privileged container.
 fn privileged(script: &str) -> serde_json::Value {
     let all = ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_MKNOD", "CAP_CHOWN", "CAP_FOWNER"];
     let sets = json!({"bounding": all, "effective": all, "permitted": all});
@@ -74,7 +74,7 @@ fn file(path: &str, content: &str) -> v1::VolumeFile {
 async fn containers_share_an_empty_dir_that_outlives_them() {
     let Some(mut guest) = guest().await else { return };
     let ready = v1::PrepareEmptyDirRequest { done: true, ..begin("cache") };
-    // An attempt that broke off leaves nothing in the next one.
+    // An incomplete attempt leaves nothing in the next one.
     let half = v1::PrepareEmptyDirRequest { files: vec![file("old", "x")], ..begin("cache") };
     assert!(!prepare(&mut guest, half).await);
     let mut early = on_scratch(&guest, "early", "true");
@@ -89,7 +89,7 @@ async fn containers_share_an_empty_dir_that_outlives_them() {
     };
     assert!(!prepare(&mut guest, more.clone()).await);
     assert!(prepare(&mut guest, v1::PrepareEmptyDirRequest { done: true, ..more }).await);
-    // Ready is ready: nothing is thrown away, nothing added.
+    // A complete emptyDir is not changed by further requests.
     let again = v1::PrepareEmptyDirRequest { files: vec![file("new", "x")], ..begin("cache") };
     assert!(prepare(&mut guest, again).await);
     let unknown = v1::PrepareEmptyDirRequest { begin: false, ..begin("other") };
@@ -127,7 +127,7 @@ async fn containers_share_an_empty_dir_that_outlives_them() {
 }
 
 #[tokio::test]
-async fn an_empty_dir_in_memory_has_its_size_and_mounts_pass_between_containers() {
+async fn an_empty_dir_in_memory_has_a_size_and_mounts_propagate_between_containers() {
     let Some(mut guest) = guest().await else { return };
     let memory = v1::PrepareEmptyDirRequest {
         memory: true,
@@ -141,7 +141,7 @@ async fn an_empty_dir_in_memory_has_its_size_and_mounts_pass_between_containers(
     let mut request = on_scratch(&guest, "c", script);
     request.volumes = vec![empty_dir("memory", "/m")];
     assert_eq!(run(&mut guest, request).await, "tmpfs\n8192\n12 34 2775\n1\n2\n");
-    // One container mounts, another that asks for it sees that, a third does not.
+    // A mount of one container propagates to a slave mount, not to a private one.
     let with = |propagation: v1::Propagation| v1::VolumeMount {
         propagation: propagation as i32,
         ..empty_dir("memory", "/m")
@@ -171,9 +171,9 @@ async fn an_empty_dir_in_memory_has_its_size_and_mounts_pass_between_containers(
     }
 }
 
-/// What this machine's file systems cannot carry is tried in a guest only.
-fn overlayfs_works_on(folder: &Path) -> bool {
-    let path = |name: &str| folder.join(name);
+/// Whether this machine's file system supports overlayfs on it; otherwise tested in a guest only.
+fn overlayfs_works_on(dir: &Path) -> bool {
+    let path = |name: &str| dir.join(name);
     for name in ["lower", "upper", "work", "merged"] {
         fs::create_dir_all(path(name)).unwrap();
     }
@@ -187,7 +187,7 @@ fn overlayfs_works_on(folder: &Path) -> bool {
 }
 
 #[tokio::test]
-async fn volumes_of_an_image_are_copies_outside_of_the_root_file_system() {
+async fn volumes_of_an_image_are_copied_out_of_the_root_file_system() {
     let Some(mut guest) = guest().await else { return };
     let overlay = overlayfs_works_on(&guest.dir.path().join("try"));
     let root = guest.dir.path().join("root");
@@ -210,10 +210,10 @@ async fn volumes_of_an_image_are_copies_outside_of_the_root_file_system() {
     let stacked = if overlay { "low\nup\n" } else { "" };
     assert_eq!(output, format!("1234 5678 2750\nimage\nown\n2\n{stacked}"));
     if !overlay {
-        println!("SKIP: overlayfs does not stand on {}", guest.dir.path().display());
+        println!("SKIP: overlayfs cannot be mounted on {}", guest.dir.path().display());
     }
     assert_eq!(fs::read_to_string(data.join("sub/file")).unwrap(), "image\n");
-    // With too much in it, it stays where it is.
+    // A volume beyond the copy limits stays in the root file system.
     let huge = fs::File::create(root.join("var/data/huge")).unwrap();
     let block = vec![1; 1 << 20];
     for n in 0..513 {
@@ -239,10 +239,10 @@ async fn a_removed_containers_files_are_deleted_from_the_scratch_disk() {
     assert_eq!(layers(), 0);
     let begin = Instant::now();
     while fs::read_dir(disk.join("trash")).unwrap().count() > 0 {
-        assert!(begin.elapsed() < PATIENCE, "what was removed stays");
+        assert!(begin.elapsed() < TIMEOUT, "the trash is not deleted");
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
-    // And those of one that could not be made.
+    // Same for a container whose creation failed.
     let mut request = on_scratch(&guest, "bad", "true");
     request.volumes = vec![empty_dir("nosuch", "/x")];
     guest.client.create_container(request).await.unwrap_err();

@@ -1,6 +1,6 @@
-//! Who a container's processes are and what they may: groups, user namespaces, privileges.
+//! Users and privileges of processes: groups, user namespaces, privileged containers.
 //!
-//! Assumes what `containers.rs` does, and user namespaces in the kernel.
+//! Needs the same as `containers.rs`, and user namespaces in the kernel.
 
 mod common;
 
@@ -38,7 +38,7 @@ async fn exec(guest: &mut Guest, id: &str, exec_id: &str, script: &str) -> Strin
 }
 
 #[tokio::test]
-async fn groups_of_the_image_join_those_given_unless_that_is_strict() {
+async fn groups_of_the_image_are_merged_unless_strict() {
     let Some(mut guest) = guest().await else { return };
     for (id, user, strict, expected) in [
         ("merged", "101", false, vec![102, 200, 1234]),
@@ -59,17 +59,17 @@ async fn groups_of_the_image_join_those_given_unless_that_is_strict() {
         groups.sort_unstable();
         assert_eq!(groups, expected, "{id}");
         assert_eq!(reply.groups[0], reply.gid, "{id}");
-        let mut told = reply.groups.clone();
-        told.sort_unstable();
-        assert_eq!(told, expected, "{id}");
-        // What an exec inherits.
+        let mut reported = reply.groups.clone();
+        reported.sort_unstable();
+        assert_eq!(reported, expected, "{id}");
+        // An exec has the same groups.
         assert_eq!(exec(&mut guest, id, "e", "id -G").await, output, "{id}");
         guest.remove(id).await.unwrap();
     }
 }
 
 #[tokio::test]
-async fn a_terminal_belongs_to_its_user() {
+async fn a_terminal_is_owned_by_its_user() {
     let Some(mut guest) = guest().await else { return };
     let script = "stat -c %u:%a $(tty); echo again > $(tty) && exec sleep 1000";
     let mut request = guest.request("c", &spec(script, json!({})));
@@ -95,7 +95,7 @@ fn userns(script: &str, extra: Value) -> Value {
 }
 
 #[tokio::test]
-async fn a_pod_has_a_user_namespace_of_its_own() {
+async fn containers_share_the_pods_user_namespace() {
     let Some(mut guest) = guest().await else { return };
     guest.configure().await;
     let shares = guest.dir.path().join("shares");
@@ -151,15 +151,15 @@ async fn a_pod_has_a_user_namespace_of_its_own() {
     let expected =
         "0\n0:0\n0:0\n0\n0\n0\n0\n101\n0\nshm\nsys\nmounted\n1\n2\npod-host\n4096\n143\nend\n";
     assert_eq!(rest, expected);
-    // Outside, the share's file belongs to whom the container says.
+    // In the share the file has the container's ids.
     use std::os::unix::fs::MetadataExt;
     let meta = std::fs::metadata(shares.join("dir/new")).unwrap();
     assert_eq!((meta.uid(), meta.gid()), (101, 102));
     let output = exec(&mut guest, "c", "e", "cat /proc/self/uid_map; id; pwd").await;
     assert!(output.starts_with(map), "{output}");
     assert!(output.contains("uid=0(root) gid=0(root)") && output.ends_with("/made/here\n"));
-    // Another container of the pod, another user, a terminal, a volume written to afterwards, the
-    // pod's processes.
+    // Another container with another user, a terminal, a volume that was written later, and the
+    // pod's PID namespace.
     let mut late = early;
     late.files = vec![file("late", 101, 0o100_400)];
     guest.client.write_volume(late).await.unwrap();
@@ -177,11 +177,11 @@ async fn a_pod_has_a_user_namespace_of_its_own() {
     assert!(lines[2].starts_with("uid=101(web) gid=102(web) groups=102(web),200(log)"), "{text}");
     assert_eq!(lines[3], "101", "{text}");
     assert!(lines[4].ends_with("100000") && lines[5] == "x", "{text}");
-    // Joins the processes of another one.
+    // A container in the PID namespace of another one.
     let mut request = guest.request("t", &userns("ps | grep -c 'sleep [1]000'", json!({})));
     (request.pid_mode, request.pid_target) = (v1::PidMode::Target as i32, "c".into());
     assert_eq!(guest.run(request).await.0, "1\n");
-    // One mapping a pod.
+    // A pod has one mapping.
     let other = json!([{"containerID": 0, "hostID": 5000, "size": 1000}]);
     let extra = json!({"linux": {"uidMappings": other}});
     let request = guest.request("o", &userns("true", extra));
@@ -203,7 +203,7 @@ async fn a_user_that_is_not_mapped_is_refused() {
 }
 
 #[tokio::test]
-async fn a_privileged_container_has_the_guests_devices_and_may_write_to_sys() {
+async fn a_privileged_container_has_the_guests_devices_and_a_writable_sys() {
     let Some(mut guest) = guest().await else { return };
     let access = ["nosuid", "noexec", "nodev", "rw"];
     let extra = json!({
@@ -225,7 +225,7 @@ async fn a_privileged_container_has_the_guests_devices_and_may_write_to_sys() {
     let request = guest.request("c", &powerful(script, extra));
     let (output, _) = guest.run(request).await;
     assert_eq!(output, "loop\nnull\ncgroup\nsysctl\nmount\nnot a tty\nptmx\n");
-    // Another one sees none of that.
+    // Not so an unprivileged one.
     let script = "ls -d /dev/loop-control /proc/asound 2>/dev/null; mkdir /sys/fs/cgroup/x 2>&1; \
                   echo 1 > /proc/sys/vm/oom_dump_tasks";
     let request = guest.request("d", &powerful(script, json!({})));
@@ -234,11 +234,11 @@ async fn a_privileged_container_has_the_guests_devices_and_may_write_to_sys() {
 }
 
 #[tokio::test]
-async fn labels_that_no_module_of_the_guest_enforces_are_refused() {
+async fn labels_of_unsupported_security_modules_are_refused() {
     let Some(mut guest) = guest().await else { return };
     for (extra, words) in [
-        (json!({"process": {"selinuxLabel": "system_u:system_r:x:s0"}}), "no SELinux"),
-        (json!({"linux": {"mountLabel": "system_u:object_r:x:s0"}}), "no SELinux"),
+        (json!({"process": {"selinuxLabel": "system_u:system_r:x:s0"}}), "support SELinux"),
+        (json!({"linux": {"mountLabel": "system_u:object_r:x:s0"}}), "support SELinux"),
         (json!({"process": {"apparmorProfile": "nosuch"}}), "AppArmor"),
     ] {
         let request = guest.request("c", &spec("true", extra));

@@ -1,7 +1,7 @@
-//! Volumes: the share (a folder here, a virtio-fs device in a guest), images, propagation, write
-//! protection, and where in a container they go.
+//! Volumes: the share (here a directory, in a guest a virtio-fs device), images, propagation,
+//! read-only mounts, mount points.
 //!
-//! Assumes what `containers.rs` does.
+//! Needs the same as `containers.rs`.
 
 mod common;
 
@@ -33,7 +33,7 @@ fn write(path: impl AsRef<Path>, text: &str) {
     std::fs::write(path, text).unwrap();
 }
 
-/// A specification whose process may mount.
+/// A spec whose process may mount.
 fn mounting(script: &str) -> serde_json::Value {
     let all = ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"];
     let sets = json!({"bounding": all, "effective": all, "permitted": all});
@@ -55,7 +55,7 @@ async fn refused(guest: &mut Guest, volume: v1::VolumeMount) -> tonic::Status {
 }
 
 #[tokio::test]
-async fn entries_of_the_share_are_folders_files_and_sub_paths() {
+async fn entries_of_the_share_can_be_directories_files_and_sub_paths() {
     let Some(mut guest) = guest().await else { return };
     let shares = guest.dir.path().join("shares");
     write(shares.join("dir/sub/deep/file"), "deep\n");
@@ -89,7 +89,7 @@ async fn entries_of_the_share_are_folders_files_and_sub_paths() {
 }
 
 #[tokio::test]
-async fn images_are_volumes_too_and_always_read_only() {
+async fn image_volumes_are_always_read_only() {
     let Some(mut guest) = guest().await else { return };
     let image = guest.dir.path().join("image");
     write(image.join("etc/passwd"), "image\n");
@@ -113,14 +113,14 @@ async fn images_are_volumes_too_and_always_read_only() {
 }
 
 #[tokio::test]
-async fn mounts_below_a_read_only_volume_are_writable_unless_that_is_recursive() {
+async fn mounts_below_a_read_only_volume_are_writable_unless_recursive() {
     let Some(mut guest) = guest().await else { return };
     let shares = guest.dir.path().join("shares");
     std::fs::create_dir_all(shares.join("dir/tmpfs")).unwrap();
-    // Over virtio-fs a mount of the host is a folder like others.
-    std::fs::create_dir_all(shares.join("dir/folder/deep")).unwrap();
+    // Over virtio-fs a mount of the host appears as a directory.
+    std::fs::create_dir_all(shares.join("dir/subdir/deep")).unwrap();
     std::os::unix::fs::symlink("tmpfs", shares.join("dir/link")).unwrap();
-    // A mount inside the share, made by a container that shares its mounts.
+    // A mount inside the share, by a container with shared propagation.
     let mut maker = share("dir", "/data");
     maker.propagation = v1::Propagation::Shared as i32;
     let script = "mount -t tmpfs none /data/tmpfs && echo up && exec sleep 1000";
@@ -130,15 +130,15 @@ async fn mounts_below_a_read_only_volume_are_writable_unless_that_is_recursive()
     guest.start("maker").await.unwrap();
     guest.open(Kind::Stdout, "maker", "", 0).await.read_until("up").await;
     let script =
-        "touch /ro/x /ro/folder/x 2>&1; touch /ro/tmpfs/x /ro/folder/deep/x && echo written";
+        "touch /ro/x /ro/subdir/x 2>&1; touch /ro/tmpfs/x /ro/subdir/deep/x && echo written";
     let mut read_only = share("dir", "/ro");
     read_only.read_only = true;
-    read_only.submounts = ["tmpfs", "gone", "link", "folder/deep"].map(str::to_owned).to_vec();
+    read_only.submounts = ["tmpfs", "gone", "link", "subdir/deep"].map(str::to_owned).to_vec();
     let output = run_with(&mut guest, script, vec![read_only.clone()]).await;
     let refused_there = "touch: /ro/x: Read-only file system\n\
-                         touch: /ro/folder/x: Read-only file system\n";
+                         touch: /ro/subdir/x: Read-only file system\n";
     assert_eq!(output, format!("{refused_there}written\n"));
-    assert!(shares.join("dir/folder/deep/x").exists());
+    assert!(shares.join("dir/subdir/deep/x").exists());
     read_only.recursive_read_only = true;
     let output = run_with(&mut guest, "touch /ro/tmpfs/y 2>&1", vec![read_only.clone()]).await;
     assert_eq!(output, "touch: /ro/tmpfs/y: Read-only file system\n");
@@ -150,7 +150,7 @@ async fn mounts_below_a_read_only_volume_are_writable_unless_that_is_recursive()
 }
 
 #[tokio::test]
-async fn mounts_reach_other_containers_as_their_propagation_says() {
+async fn mounts_propagate_to_other_containers_as_configured() {
     let Some(mut guest) = guest().await else { return };
     let shares = guest.dir.path().join("shares");
     std::fs::create_dir_all(shares.join("dir/mnt")).unwrap();
@@ -179,7 +179,7 @@ async fn mounts_reach_other_containers_as_their_propagation_says() {
         let output = guest.open(Kind::Stdout, id, "", 0).await.read_all().await;
         assert_eq!(String::from_utf8(output).unwrap(), seen, "{id}");
     }
-    // What a slave mounts stays with it.
+    // A mount in a slave does not propagate.
     let script = "mount -t tmpfs none /data/mnt && touch /data/mnt/mine && ls /data/mnt";
     assert_eq!(run_with(&mut guest, script, vec![with(v1::Propagation::Slave)]).await, "mine\n");
     let output = run_with(&mut guest, "ls /data/mnt", vec![with(v1::Propagation::Private)]).await;
@@ -187,7 +187,7 @@ async fn mounts_reach_other_containers_as_their_propagation_says() {
 }
 
 #[tokio::test]
-async fn volumes_go_below_dev_below_each_other_and_behind_symlinks_of_the_image() {
+async fn volumes_can_be_mounted_below_dev_nested_and_behind_symlinks_of_the_image() {
     let Some(mut guest) = guest().await else { return };
     let shares = guest.dir.path().join("shares");
     for name in ["log", "outer/inner/placeholder", "run/file", "abs/file"] {
@@ -223,7 +223,7 @@ async fn volumes_go_below_dev_below_each_other_and_behind_symlinks_of_the_image(
 }
 
 #[tokio::test]
-async fn a_watcher_sees_the_swap_of_a_config_volume() {
+async fn inotify_reports_the_swap_of_a_config_volume() {
     let Some(mut guest) = guest().await else { return };
     let write = |text: &str| v1::WriteVolumeRequest {
         volume_id: "cfg".into(),
@@ -242,23 +242,23 @@ async fn a_watcher_sees_the_swap_of_a_config_volume() {
     request.volumes[0].read_only = true;
     guest.create(request).await;
     guest.start("c").await.unwrap();
-    // The container's own view of it. Its init is the agent's youngest child.
+    // The container's root; its init is the newest child of the agent.
     let agent = guest.agent_pid();
     let children = std::fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).unwrap();
     let init = children.split_whitespace().next_back().unwrap();
-    let folder = format!("/proc/{init}/root/cfg");
-    assert_eq!(std::fs::read_to_string(format!("{folder}/key")).unwrap(), "one");
+    let dir = format!("/proc/{init}/root/cfg");
+    assert_eq!(std::fs::read_to_string(format!("{dir}/key")).unwrap(), "one");
     let inotify = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
-    inotify.add_watch(folder.as_str(), AddWatchFlags::IN_MOVED_TO).unwrap();
+    inotify.add_watch(dir.as_str(), AddWatchFlags::IN_MOVED_TO).unwrap();
     guest.client.write_volume(write("two")).await.unwrap();
     let events = inotify.read_events().unwrap();
     let names: Vec<_> = events.iter().filter_map(|event| event.name.clone()).collect();
     assert_eq!(names, ["..data"]);
-    assert_eq!(std::fs::read_to_string(format!("{folder}/key")).unwrap(), "two");
+    assert_eq!(std::fs::read_to_string(format!("{dir}/key")).unwrap(), "two");
 }
 
 #[tokio::test]
-async fn volumes_of_the_image_can_be_written_to_below_a_read_only_root() {
+async fn volumes_of_the_image_are_writable_below_a_read_only_root() {
     let Some(mut guest) = guest().await else { return };
     let root = guest.dir.path().join("root");
     write(root.join("var/data/file"), "image\n");
@@ -288,7 +288,7 @@ async fn volumes_of_the_image_can_be_written_to_below_a_read_only_root() {
          mounted\n"
     );
     guest.remove("c").await.unwrap();
-    // The image is as it was, and nothing is left of the container.
+    // The image is unchanged, and nothing of the container is left.
     assert_eq!(std::fs::read_to_string(root.join("var/data/file")).unwrap(), "image\n");
     let output = run_with(&mut guest, "cat /var/data/file; ls /none 2>&1", vec![]).await;
     assert_eq!(output, "image\nls: /none: No such file or directory\n");

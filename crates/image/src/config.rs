@@ -1,4 +1,4 @@
-//! Settings of the image service, as they stand in the daemon's configuration file.
+//! Settings of the image service: the `image` part of the daemon's configuration file.
 
 use std::path::PathBuf;
 
@@ -9,38 +9,37 @@ use crate::layer::Limits;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Holds `content/` and `images/`.
+    /// Root directory of the store: `content/`, `images/`, `damaged/`.
     pub root: PathBuf,
-    /// Folders with how to reach registries, with colons between them: in each, a folder a
-    /// registry with a `hosts.toml` or certificates, as containerd reads them. Looked at anew for
-    /// each pull.
+    /// Directories with registry host configuration, separated by colons. Each has one subdirectory
+    /// per registry with a `hosts.toml` or certificates, in containerd's format. Read at each pull.
     pub config_path: String,
-    /// References of images that a kubelet must not remove to make room.
+    /// References of images that the kubelet's image garbage collection must not remove.
     pub pinned: Vec<String>,
-    /// Keep compressed layers after an image is made. Off: a pull of an image that shares layers
-    /// with another fetches them again, but the disk holds every file once instead of twice.
+    /// Keep compressed layers after an image is built. Off: a pull of an image that shares layers
+    /// with another fetches them again, but the disk holds each file once instead of twice.
     pub keep_layers: bool,
-    /// Layers of one image that are fetched at the same time.
+    /// Maximum number of layers of one image fetched concurrently.
     pub parallel_layers: usize,
     pub connect_timeout_seconds: u64,
-    /// A registry that sends nothing for this long has failed.
+    /// A transfer fails if the registry sends nothing for this many seconds.
     pub stall_timeout_seconds: u64,
-    /// Attempts in a row without a byte of progress before a transfer fails.
+    /// Consecutive attempts without progress before a transfer fails.
     pub attempts: u32,
-    /// Of a manifest, index or image configuration: they are held in memory.
+    /// Maximum size of a manifest, index or image configuration; these are held in memory.
     pub max_manifest_bytes: u64,
     pub max_layers: usize,
-    /// Of all layers of an image as the registry stores them.
+    /// Maximum total size of an image's compressed layers.
     pub max_compressed_bytes: u64,
-    /// Of layers that came in part, kept so that a later pull goes on with them; the oldest go
+    /// Maximum total size of partial layers kept for resuming a later pull; the oldest are deleted
     /// first.
     pub max_partial_bytes: u64,
-    /// Of all files of an image with their holes, and of all its uncompressed layers: a small blob
-    /// can expand a thousandfold.
+    /// Maximum total size of an image's files including holes, and of its uncompressed layers: a
+    /// small blob can expand a thousandfold.
     pub max_unpacked_bytes: u64,
-    /// Files and directories of an image, those hidden by later layers included.
+    /// Maximum number of files and directories, including those hidden by later layers.
     pub max_files: u64,
-    /// Memory for names, symlinks and attributes while an image is made.
+    /// Maximum memory for names, symlinks and attributes while an image is built.
     pub max_metadata_bytes: u64,
 }
 

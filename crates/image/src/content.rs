@@ -1,12 +1,13 @@
 //! The content store: blobs by digest, under `content/blobs/sha256/`.
 //!
-//! A blob lives as long as somebody holds a [`Lease`] on it: a pull under way, or an image that
-//! refers to it. The last lease to go takes the file along, so garbage only comes from a process
-//! that was killed, and is swept when the store opens.
+//! A blob is kept while a [`Lease`] on it exists: a pull in progress, or an image that refers to
+//! it.
+//! Dropping the last lease deletes the file, so garbage is only left by a process that was killed;
+//! it is swept when the store opens.
 //!
-//! A blob that came in part stays in `content/ingest/` under its digest, so that a later pull can
-//! go on with it: for a day at most, and within a limit of bytes, the oldest going first. Its bytes
-//! are believed only once the whole has the right digest.
+//! A partial blob stays in `content/ingest/` under its digest so that a later pull can resume it:
+//! for at most a day and within a byte limit, the oldest deleted first. Its bytes are used only
+//! after the complete blob has the expected digest.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -19,14 +20,14 @@ use std::time::{Duration, SystemTime};
 
 use sha2::{Digest as _, Sha256};
 
-use crate::aside::Aside;
+use crate::damaged::DamagedFiles;
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::files::{SPACE_CHECK_INTERVAL, Space, create_directory, list, sync_directory};
 
-/// Less is not worth a file.
+/// Smaller partial blobs are deleted, not kept for resuming.
 const MIN_PARTIAL: u64 = 64 << 10;
-const PARTIAL_LIFE: Duration = Duration::from_secs(24 * 3600);
+const PARTIAL_MAX_AGE: Duration = Duration::from_secs(24 * 3600);
 
 #[derive(Debug, Clone)]
 pub struct Content(Arc<Inner>);
@@ -36,10 +37,10 @@ struct Inner {
     blobs: PathBuf,
     ingest: PathBuf,
     max_partial: u64,
-    aside: Aside,
+    damaged: DamagedFiles,
     state: Mutex<State>,
-    /// Whether a blob goes with its last lease. Not before the store is open as a whole, and not
-    /// when the process ends: then leases go, but images stay.
+    /// Whether the last lease deletes its blob. False until the whole store is open, and again at
+    /// process exit: leases are dropped then, but images stay.
     live: AtomicBool,
     next: AtomicU64,
 }
@@ -47,9 +48,9 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     leases: HashMap<Digest, usize>,
-    /// Room on the disk of the blobs that are here.
+    /// Bytes on disk of each complete blob.
     blobs: HashMap<Digest, u64>,
-    /// Files in `ingest` by name.
+    /// Files in `ingest/` by name.
     ingests: HashMap<String, Partial>,
 }
 
@@ -57,14 +58,14 @@ struct State {
 struct Partial {
     bytes: u64,
     touched: SystemTime,
-    /// Somebody writes it.
+    /// An [`Ingest`] is writing it.
     open: bool,
 }
 
 impl Content {
-    /// Opens the store and removes what a killed process left half-written, except for partial
-    /// blobs. Blobs stay until [`Content::start`], so that images can take their leases first.
-    pub fn open(root: &Path, max_partial: u64, aside: Aside) -> Result<Self, Error> {
+    /// Opens the store and deletes incomplete files of a killed process except partial blobs. Blobs
+    /// stay until [`Content::start`], so that images can take their leases first.
+    pub fn open(root: &Path, max_partial: u64, damaged: DamagedFiles) -> Result<Self, Error> {
         let blobs = root.join("blobs/sha256");
         let ingest = root.join("ingest");
         create_directory(&blobs)?;
@@ -77,14 +78,14 @@ impl Content {
                 let partial = Partial { bytes: metadata.len(), touched, open: false };
                 state.ingests.insert(name, partial);
             } else if metadata.is_dir() {
-                aside.take(&entry.path(), "a directory in the place of a file");
+                damaged.move_away(&entry.path(), "is a directory, expected a file");
             } else {
                 fs::remove_file(entry.path()).map_err(|e| Error::io("remove", &entry.path(), e))?;
             }
         }
         for (name, entry) in list(&blobs)? {
             if !entry.metadata().is_ok_and(|metadata| metadata.is_file()) {
-                aside.take(&entry.path(), "no regular file in the place of a blob");
+                damaged.move_away(&entry.path(), "is not a regular file, expected a blob");
             } else if let Some(digest) = Digest::from_hex(&name) {
                 state.blobs.insert(digest, entry.metadata().map_or(0, |m| m.blocks() * 512));
             }
@@ -93,7 +94,7 @@ impl Content {
             blobs,
             ingest,
             max_partial,
-            aside,
+            damaged,
             state: Mutex::new(state),
             live: AtomicBool::new(false),
             next: AtomicU64::new(0),
@@ -102,14 +103,14 @@ impl Content {
         Ok(content)
     }
 
-    /// From here on blobs go with their last lease; what has none already goes now.
+    /// Enables deletion with the last lease; deletes blobs that have no lease now.
     pub fn start(&self) -> Result<(), Error> {
         self.sweep()?;
         self.0.live.store(true, Ordering::Relaxed);
         Ok(())
     }
 
-    /// From here on leases that are dropped take nothing along.
+    /// Disables deletion with the last lease.
     pub fn stop(&self) {
         self.0.live.store(false, Ordering::Relaxed);
     }
@@ -118,19 +119,19 @@ impl Content {
         self.0.state.lock().expect("no holder panics")
     }
 
-    /// Removes every blob without a lease, and partial ones that are too old; returns the blobs'
-    /// number and bytes.
+    /// Deletes all blobs without a lease and expired partial blobs; returns the number and bytes of
+    /// the deleted blobs.
     pub fn sweep(&self) -> Result<(u64, u64), Error> {
         let (mut blobs, mut bytes) = (0, 0);
         for (name, entry) in list(&self.0.blobs)? {
-            // Held for one file at a time: nobody can take a lease between check and removal.
+            // Locked per file: no lease can be taken between check and removal.
             let mut state = self.state();
             let digest = Digest::from_hex(&name);
             if digest.is_some_and(|digest| state.leases.contains_key(&digest)) {
                 continue;
             }
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                // Nobody's; it is moved aside by the next start.
+                // Not a blob name. The next open moves it to `damaged/`.
                 continue;
             }
             let size = entry.metadata().map_or(0, |metadata| metadata.len());
@@ -145,7 +146,7 @@ impl Content {
         Ok((blobs, bytes))
     }
 
-    /// Removes partial blobs that are too old, and the oldest of the others until `limit` is kept.
+    /// Deletes expired partial blobs, then the oldest ones until at most `limit` bytes are kept.
     fn trim(&self, limit: u64) {
         let mut state = self.state();
         let mut idle: Vec<_> = state
@@ -157,9 +158,9 @@ impl Content {
         idle.sort();
         let mut total: u64 = idle.iter().map(|(_, _, bytes)| bytes).sum();
         for (touched, name, bytes) in idle {
-            // A clock that was set back makes files of the future; they are old then.
-            let age = touched.elapsed().unwrap_or(PARTIAL_LIFE);
-            if age < PARTIAL_LIFE && total <= limit {
+            // A modification time in the future (the clock was set back) counts as expired.
+            let age = touched.elapsed().unwrap_or(PARTIAL_MAX_AGE);
+            if age < PARTIAL_MAX_AGE && total <= limit {
                 continue;
             }
             total -= bytes;
@@ -168,7 +169,7 @@ impl Content {
         }
     }
 
-    /// Bytes on the disk and number of files, from memory.
+    /// Bytes on disk and number of files, from counters in memory.
     pub fn usage(&self) -> (u64, u64) {
         let state = self.state();
         let bytes: u64 = state.blobs.values().sum();
@@ -180,24 +181,25 @@ impl Content {
         self.0.blobs.join(digest.hex())
     }
 
-    /// Whether the blob is here; only an answer that lasts while the caller holds a lease.
+    /// Whether the blob exists with this size. The result stays valid only while the caller holds a
+    /// lease.
     pub fn has(&self, digest: &Digest, size: u64) -> bool {
         fs::metadata(self.path(digest)).is_ok_and(|metadata| metadata.len() == size)
     }
 
-    /// Room on the disk of a blob; zero for one that is not here.
-    pub fn room(&self, digest: &Digest) -> u64 {
+    /// Bytes on disk of a blob; 0 if it does not exist.
+    pub fn disk_size(&self, digest: &Digest) -> u64 {
         self.state().blobs.get(digest).copied().unwrap_or_default()
     }
 
-    /// Zero for a blob that is not here.
+    /// Length of a blob in bytes; 0 if it does not exist.
     pub fn size(&self, digest: &Digest) -> u64 {
         fs::metadata(self.path(digest)).map_or(0, |metadata| metadata.len())
     }
 
-    /// Fails where what is missing of these blobs does not fit on the disk. Partial ones that
-    /// nobody writes make room first.
-    pub fn check_room(&self, blobs: &BTreeMap<Digest, u64>) -> Result<(), Error> {
+    /// Fails if the missing bytes of these blobs do not fit on the disk. Partial blobs without a
+    /// writer are deleted first if that frees enough space.
+    pub fn check_space(&self, blobs: &BTreeMap<Digest, u64>) -> Result<(), Error> {
         let fits = || {
             let needed: u64 = blobs.iter().map(|(digest, size)| self.missing(digest, *size)).sum();
             Space::of(File::open(&self.0.ingest)?)?.check(needed)
@@ -212,7 +214,7 @@ impl Content {
         checked.map_err(|e| Error::io("write", &self.0.ingest, e))
     }
 
-    /// Bytes of a blob that have to come.
+    /// Bytes of a blob that are still to be fetched.
     fn missing(&self, digest: &Digest, size: u64) -> u64 {
         if self.has(digest, size) {
             return 0;
@@ -221,22 +223,23 @@ impl Content {
         size.saturating_sub(state.ingests.get(&digest.hex()).map_or(0, |partial| partial.bytes))
     }
 
-    pub fn aside(&self) -> &Aside {
-        &self.0.aside
+    pub fn damaged(&self) -> &DamagedFiles {
+        &self.0.damaged
     }
 
-    /// Moves a blob aside; fine when it is not here.
-    pub fn set_aside(&self, digest: &Digest, reason: &str) {
+    /// Moves a blob to `damaged/`; no error if it does not exist.
+    pub fn move_to_damaged(&self, digest: &Digest, reason: &str) {
         let path = self.path(digest);
         let mut state = self.state();
         state.blobs.remove(digest);
         if fs::symlink_metadata(&path).is_ok() {
-            self.0.aside.take(&path, reason);
+            self.0.damaged.move_away(&path, reason);
         }
     }
 
-    /// Moves a blob aside if it does not have its digest; then it can be fetched again.
-    pub fn distrust(&self, digest: &Digest) {
+    /// Verifies a blob's digest and moves it to `damaged/` on a mismatch, so that it is fetched
+    /// again.
+    pub fn verify_digest(&self, digest: &Digest) {
         let hashed = self.open_blob(digest).and_then(|mut file| {
             let mut hash = Sha256::new();
             io::copy(&mut file, &mut hash).map_err(|e| Error::io("read", &self.path(digest), e))?;
@@ -244,8 +247,8 @@ impl Content {
         });
         match hashed {
             Ok(got) if got == *digest => {}
-            Ok(_) => self.set_aside(digest, "its content has another digest"),
-            Err(e) if e.is_damage() => self.set_aside(digest, &e.to_string()),
+            Ok(_) => self.move_to_damaged(digest, "its content has a different digest"),
+            Err(e) if e.is_damage() => self.move_to_damaged(digest, &e.to_string()),
             Err(_) => {}
         }
     }
@@ -260,7 +263,7 @@ impl Content {
         File::open(&path).map_err(|e| Error::io("open", &path, e))
     }
 
-    /// Reads a small blob and checks that it is what it should be.
+    /// Reads a small blob and verifies its digest.
     pub fn read(&self, digest: &Digest) -> Result<Vec<u8>, Error> {
         let path = self.path(digest);
         let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
@@ -275,7 +278,7 @@ impl Content {
         Ok(bytes)
     }
 
-    /// Starts a blob that leaves nothing behind when it does not come to its end.
+    /// Starts writing a blob; the file is deleted unless [`Ingest::commit`] succeeds.
     pub fn ingest(&self) -> Result<Ingest, Error> {
         let name = self.0.next.fetch_add(1, Ordering::Relaxed).to_string();
         let path = self.0.ingest.join(&name);
@@ -283,7 +286,7 @@ impl Content {
         Ok(self.new_ingest(name, path, file))
     }
 
-    /// Starts a blob, or goes on with what is there of it; what comes of it stays for the next.
+    /// Starts or resumes writing a blob; an incomplete file is kept for the next resume.
     pub fn resume(&self, digest: &Digest) -> Result<Ingest, Error> {
         let name = digest.hex();
         let path = self.0.ingest.join(&name);
@@ -291,7 +294,7 @@ impl Content {
             let mut state = self.state();
             let partial = Partial { bytes: 0, touched: SystemTime::now(), open: true };
             match state.ingests.get_mut(&name) {
-                // Its writer was given up a moment ago and has not noticed yet.
+                // The previous writer was cancelled and has not closed it yet.
                 Some(known) if known.open => {
                     drop(state);
                     return self.ingest();
@@ -344,7 +347,7 @@ impl Content {
     }
 }
 
-/// Keeps a blob; see the module.
+/// Keeps a blob on disk; see the module header.
 #[derive(Debug)]
 pub struct Lease {
     content: Content,
@@ -360,7 +363,7 @@ impl Drop for Lease {
             state.leases.remove(&self.digest);
             if self.content.0.live.load(Ordering::Relaxed) {
                 state.blobs.remove(&self.digest);
-                // Often not there: the download failed.
+                // Missing if the download failed.
                 let _ = fs::remove_file(self.content.path(&self.digest));
             }
         }
@@ -376,9 +379,9 @@ pub struct Ingest {
     path: PathBuf,
     hash: Sha256,
     written: u64,
-    /// Written since the room of the file system was looked at.
+    /// Bytes written since the last check of the free space.
     unchecked: u64,
-    /// Whether what is here stays when the rest does not come.
+    /// Whether an incomplete file is kept.
     keep: bool,
     committed: bool,
 }
@@ -390,7 +393,7 @@ impl Ingest {
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
         if let Err(e) = self.check_space(bytes.len()).and_then(|()| self.file.write_all(bytes)) {
-            // On a full disk half a blob is only in the way, and so are all others.
+            // On a full disk, incomplete blobs are deleted to free space.
             self.keep = false;
             self.content.trim(0);
             return Err(Error::io("write", &self.path, e));
@@ -410,7 +413,7 @@ impl Ingest {
         Space::of(&self.file)?.check(0)
     }
 
-    /// Starts over.
+    /// Discards what was written and starts from the beginning.
     pub fn reset(&mut self) -> Result<(), Error> {
         use io::Seek;
         self.file
@@ -423,7 +426,7 @@ impl Ingest {
         Ok(())
     }
 
-    /// Takes in what the file holds already.
+    /// Hashes the bytes that the file already holds.
     fn rehash(&mut self) -> Result<(), Error> {
         let mut buffer = vec![0; 256 << 10];
         loop {
@@ -444,7 +447,7 @@ impl Ingest {
         }
     }
 
-    /// Fails when the blob is not what it should be.
+    /// Fails if digest or size of the written bytes differ from the expected ones.
     pub fn check(&self, expected: &Digest, what: &str) -> Result<(), Error> {
         let got = Digest::from_hash(self.hash.clone().finalize().into());
         if got == *expected {
@@ -453,8 +456,9 @@ impl Ingest {
         Err(Error::DigestMismatch { what: what.into(), expected: *expected, got })
     }
 
-    /// Gives the blob its name, if it is what `expected` says. Blobs that do not outlive the
-    /// process need not be `durable`: syncing gigabytes of layers would double a pull's time.
+    /// Verifies the digest and renames the file to its blob name. `durable` syncs it; not needed
+    /// for blobs that do not outlive the process: syncing gigabytes of layers would double a pull's
+    /// time.
     pub fn commit(mut self, expected: &Digest, what: &str, durable: bool) -> Result<(), Error> {
         self.keep = false;
         self.check(expected, what)?;
@@ -462,11 +466,11 @@ impl Ingest {
         if durable {
             self.file.sync_all().map_err(|e| Error::io("sync", &self.path, e))?;
         }
-        let room = self.file.metadata().map_or(self.written, |metadata| metadata.blocks() * 512);
+        let size = self.file.metadata().map_or(self.written, |metadata| metadata.blocks() * 512);
         {
             let mut state = self.content.state();
             fs::rename(&self.path, &target).map_err(|e| Error::io("rename", &target, e))?;
-            state.blobs.insert(*expected, room);
+            state.blobs.insert(*expected, size);
             state.ingests.remove(&self.name);
         }
         self.committed = true;
@@ -499,8 +503,8 @@ mod tests {
     use crate::error::ErrorKind;
 
     fn content(dir: &Path, max_partial: u64) -> Content {
-        let aside = Aside::open(dir).unwrap();
-        let content = Content::open(dir, max_partial, aside).unwrap();
+        let damaged = DamagedFiles::open(dir).unwrap();
+        let content = Content::open(dir, max_partial, damaged).unwrap();
         content.start().unwrap();
         content
     }
@@ -509,13 +513,13 @@ mod tests {
         Digest::of(&[name])
     }
 
-    fn leave(content: &Content, name: u8, bytes: usize) {
+    fn write_partial(content: &Content, name: u8, bytes: usize) {
         let mut ingest = content.resume(&digest(name)).unwrap();
         ingest.write(&vec![name; bytes]).unwrap();
     }
 
     #[test]
-    fn a_partial_blob_is_gone_on_with_also_by_the_next_process() {
+    fn a_partial_blob_is_resumed_also_by_the_next_process() {
         let dir = tempfile::tempdir().unwrap();
         let whole = vec![7; 200_000];
         let expected = Digest::of(&whole);
@@ -527,7 +531,7 @@ mod tests {
         let _lease = next.lease(expected);
         let mut ingest = next.resume(&expected).unwrap();
         assert_eq!(ingest.written(), 100_000);
-        // A second writer does not get in its way.
+        // A second writer of the same blob starts a separate file.
         assert_eq!(next.resume(&expected).unwrap().written(), 0);
         ingest.write(&whole[100_000..]).unwrap();
         ingest.commit(&expected, "blob", false).unwrap();
@@ -536,54 +540,54 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_partial_blobs_make_room_and_small_ones_are_not_kept() {
+    fn the_oldest_partial_blobs_are_deleted_first_and_small_ones_are_not_kept() {
         let dir = tempfile::tempdir().unwrap();
         let content = content(dir.path(), 250_000);
-        leave(&content, 1, 100_000);
-        leave(&content, 2, 100_000);
-        leave(&content, 3, 1_000);
+        write_partial(&content, 1, 100_000);
+        write_partial(&content, 2, 100_000);
+        write_partial(&content, 3, 1_000);
         assert_eq!(content.usage(), (200_000, 2));
-        leave(&content, 4, 100_000);
+        write_partial(&content, 4, 100_000);
         assert_eq!(content.usage(), (200_000, 2));
-        assert_eq!(content.resume(&digest(1)).unwrap().written(), 0, "the oldest went");
+        assert_eq!(content.resume(&digest(1)).unwrap().written(), 0, "the oldest was deleted");
         assert_eq!(content.resume(&digest(4)).unwrap().written(), 100_000);
         let names = fs::read_dir(dir.path().join("ingest")).unwrap().count();
         assert_eq!(names, 2);
     }
 
     #[test]
-    fn a_partial_blob_of_yesterday_is_swept() {
+    fn a_partial_blob_older_than_a_day_is_swept() {
         let dir = tempfile::tempdir().unwrap();
         let content = content(dir.path(), 1 << 20);
-        leave(&content, 1, 100_000);
+        write_partial(&content, 1, 100_000);
         content.state().ingests.get_mut(&digest(1).hex()).unwrap().touched =
-            SystemTime::now() - PARTIAL_LIFE;
+            SystemTime::now() - PARTIAL_MAX_AGE;
         content.sweep().unwrap();
         assert_eq!(content.usage(), (0, 0));
         assert_eq!(fs::read_dir(dir.path().join("ingest")).unwrap().count(), 0);
     }
 
     #[test]
-    fn blobs_that_do_not_fit_on_the_disk_are_refused_before_they_come() {
+    fn blobs_that_do_not_fit_on_the_disk_are_refused_before_the_download() {
         let dir = tempfile::tempdir().unwrap();
         let content = content(dir.path(), 1 << 20);
         let here = content.put(&[1; 100]).unwrap();
-        leave(&content, 2, 100_000);
+        write_partial(&content, 2, 100_000);
         assert_eq!(content.missing(&here.digest, 100), 0);
         assert_eq!(content.missing(&digest(2), 150_000), 50_000);
         assert_eq!(content.missing(&digest(3), 150_000), 150_000);
-        content.check_room(&BTreeMap::from([(here.digest, 100)])).unwrap();
+        content.check_space(&BTreeMap::from([(here.digest, 100)])).unwrap();
         assert_eq!(content.usage().1, 2);
         let huge = 1 << 60;
-        let error = content.check_room(&BTreeMap::from([(digest(3), huge)])).unwrap_err();
+        let error = content.check_space(&BTreeMap::from([(digest(3), huge)])).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
-        let words = std::error::Error::source(&error).unwrap().to_string();
-        assert!(words.starts_with(&format!("{huge} bytes are needed")), "{words}");
-        assert_eq!(content.usage().1, 1, "the partial blob made room");
+        let message = std::error::Error::source(&error).unwrap().to_string();
+        assert!(message.starts_with(&format!("{huge} bytes are needed")), "{message}");
+        assert_eq!(content.usage().1, 1, "the partial blob was deleted");
     }
 
     #[test]
-    fn the_room_is_looked_at_now_and_then_while_a_blob_comes() {
+    fn the_free_space_is_checked_periodically_while_a_blob_is_written() {
         let dir = tempfile::tempdir().unwrap();
         let content = content(dir.path(), 1 << 20);
         let mut ingest = content.ingest().unwrap();
@@ -595,7 +599,7 @@ mod tests {
     }
 
     #[test]
-    fn directories_in_the_place_of_files_are_moved_aside() {
+    fn directories_in_place_of_files_are_moved_to_damaged() {
         let dir = tempfile::tempdir().unwrap();
         let first = content(dir.path(), 1 << 20);
         let path = first.path(&digest(1));
@@ -604,27 +608,27 @@ mod tests {
             fs::create_dir_all(place.join("deep")).unwrap();
         }
         let next = content(dir.path(), 1 << 20);
-        assert_eq!(next.aside().list().len(), 2);
+        assert_eq!(next.damaged().list().len(), 2);
         assert!(!path.exists());
-        // One that comes later stops nobody either.
+        // A directory that appears after the open causes no error.
         fs::create_dir(&path).unwrap();
         next.sweep().unwrap();
     }
 
     #[test]
-    fn a_blob_with_another_content_is_found_out_and_a_good_one_stays() {
+    fn a_blob_with_wrong_content_is_detected_and_a_good_one_stays() {
         let dir = tempfile::tempdir().unwrap();
         let content = content(dir.path(), 1 << 20);
         let good = content.put(b"good").unwrap();
-        content.distrust(&good.digest);
+        content.verify_digest(&good.digest);
         assert!(content.has(&good.digest, 4));
         fs::write(content.path(&good.digest), "evil").unwrap();
-        content.distrust(&good.digest);
-        assert!(!content.has(&good.digest, 4) && content.aside().list().len() == 1);
+        content.verify_digest(&good.digest);
+        assert!(!content.has(&good.digest, 4) && content.damaged().list().len() == 1);
     }
 
     #[test]
-    fn a_blob_that_is_something_else_leaves_nothing() {
+    fn a_blob_with_a_wrong_digest_leaves_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let content = content(dir.path(), 1 << 20);
         let mut ingest = content.resume(&digest(1)).unwrap();

@@ -1,5 +1,5 @@
-//! Content digests (OCI image-spec v1.1, descriptor.md, "Digests"). SHA-256 only: it is what every
-//! registry serves, and one algorithm means one identity for each blob.
+//! Content digests (OCI image-spec v1.1, descriptor.md, "Digests"). SHA-256 only: every registry
+//! serves it, and with one algorithm each blob has one name.
 
 use std::fmt;
 use std::str::FromStr;
@@ -28,7 +28,7 @@ impl Digest {
         &self.0
     }
 
-    /// Sixty-four lower-case digits: the name of files made from it.
+    /// Sixty-four lower-case hex digits; used as file name.
     pub fn hex(&self) -> String {
         use fmt::Write;
         self.0.iter().fold(String::with_capacity(64), |mut hex, byte| {

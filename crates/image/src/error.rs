@@ -1,4 +1,4 @@
-//! What can go wrong with images, with the operands; [`Error::kind`] is for mapping to a protocol.
+//! The crate's error type; [`Error::kind`] classifies errors for mapping to a protocol.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use crate::layer::LayerError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{reference:?} is no image reference: {reason}")]
+    #[error("{reference:?} is not a valid image reference: {reason}")]
     InvalidReference { reference: String, reason: &'static str },
     #[error("registry {registry} has no {what}")]
     NotFound { registry: String, what: String },
@@ -19,25 +19,25 @@ pub enum Error {
          credentials"
     )]
     Denied { registry: String, repository: String, detail: String },
-    #[error("registry {registry} answers {status} to {url}: {detail}")]
+    #[error("registry {registry} returned status {status} for {url}: {detail}")]
     Status { registry: String, url: String, status: u16, detail: String },
     #[error("registry {registry} cannot be reached")]
     Transport { registry: String, source: reqwest::Error },
-    #[error("registry {registry} sent nothing for {seconds} s ({what})")]
+    #[error("registry {registry} sent no data for {seconds} s ({what})")]
     Stalled { registry: String, what: String, seconds: u64 },
-    #[error("registry {registry} breaks the protocol: {reason}")]
+    #[error("registry {registry} violated the protocol: {reason}")]
     Protocol { registry: String, reason: String },
     #[error("registry {registry} cannot be used: {reason}")]
     RegistryConfig { registry: String, reason: String },
     #[error("{what} has digest {got}, expected {expected}")]
     DigestMismatch { what: String, expected: Digest, got: Digest },
-    #[error("{what} is {got} bytes long, its descriptor says {expected}")]
+    #[error("{what} is {got} bytes long, expected {expected} from its descriptor")]
     SizeMismatch { what: String, expected: u64, got: u64 },
     #[error("{what} is {got}, more than the limit of {limit} ({setting})")]
     TooLarge { what: String, got: u64, limit: u64, setting: &'static str },
-    #[error("{what} is not usable: {reason}")]
+    #[error("{what} is not valid: {reason}")]
     InvalidImage { what: String, reason: String },
-    #[error("{reference} has no image for linux/amd64; it offers {offered}")]
+    #[error("{reference} has no image for linux/amd64; available: {offered}")]
     NoPlatform { reference: String, offered: String },
     #[error("layer {digest} cannot be used")]
     Layer { digest: Digest, source: LayerError },
@@ -56,10 +56,10 @@ pub enum Error {
     RecordVersion { path: PathBuf, found: u64, known: u64 },
     #[error("{} is neither an OCI layout nor a docker archive: {reason}", path.display())]
     NotAnArchive { path: PathBuf, reason: String },
-    #[error("{what} came from none of its places: {}", list(tried))]
+    #[error("{what} could not be fetched from any host: {}", list(tried))]
     Endpoints { what: String, tried: Vec<(String, Error)> },
-    #[error("credentials: the auth field is not the base64 of a user name, a colon and a password")]
-    GarbledAuth,
+    #[error("credentials: the auth field is not base64 of \"user:password\"")]
+    MalformedAuth,
     #[error("the pull was cancelled")]
     Cancelled,
     #[error(transparent)]
@@ -71,19 +71,19 @@ pub enum ErrorKind {
     InvalidArgument,
     NotFound,
     PermissionDenied,
-    /// Trying again later may help.
+    /// A retry may succeed.
     Unavailable,
     DeadlineExceeded,
     /// The disk is full.
     ResourceExhausted,
-    /// The image itself is broken, hostile, or beyond a limit.
+    /// The image is invalid, malicious, or exceeds a limit.
     BadImage,
     Cancelled,
     Internal,
 }
 
 impl Error {
-    /// The error itself where several callers share it.
+    /// The original error if several callers share it.
     pub fn inner(&self) -> &Self {
         match self {
             Self::Shared(inner) => inner.inner(),
@@ -93,7 +93,7 @@ impl Error {
 
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::InvalidReference { .. } | Self::NotAnArchive { .. } | Self::GarbledAuth => {
+            Self::InvalidReference { .. } | Self::NotAnArchive { .. } | Self::MalformedAuth => {
                 ErrorKind::InvalidArgument
             }
             Self::NotFound { .. } => ErrorKind::NotFound,
@@ -116,14 +116,14 @@ impl Error {
             | Self::Record { .. }
             | Self::RecordVersion { .. } => ErrorKind::Internal,
             Self::Endpoints { tried, .. } => {
-                most_telling(tried).map_or(ErrorKind::Internal, Self::kind)
+                most_specific(tried).map_or(ErrorKind::Internal, Self::kind)
             }
             Self::Shared(inner) => inner.kind(),
         }
     }
 
-    /// A file of the store is not what it should be; not a failure of this process or its disk's
-    /// room, which may pass.
+    /// The content of a store file is invalid. False for errors of this process and for a full
+    /// disk, which may be temporary.
     pub(crate) fn is_damage(&self) -> bool {
         use io::ErrorKind as Kind;
 
@@ -156,7 +156,7 @@ impl Error {
         }
         match source.host_fault() {
             Some((path, e)) => {
-                // The original cannot be taken out of its wrapping.
+                // The source cannot be moved out, so the error is rebuilt from its code.
                 let copy = e.raw_os_error().map_or_else(
                     || io::Error::new(e.kind(), e.to_string()),
                     io::Error::from_raw_os_error,
@@ -175,9 +175,9 @@ impl Error {
     }
 }
 
-/// Of several places' errors: an answer says more than silence, and of equals the last, which is
-/// the registry itself.
-fn most_telling(tried: &[(String, Error)]) -> Option<&Error> {
+/// The most specific of several hosts' errors: a response outranks a connection error; among equals
+/// the last wins, which is the registry itself.
+fn most_specific(tried: &[(String, Error)]) -> Option<&Error> {
     let rank = |error: &Error| match error {
         Error::Transport { .. } => 0,
         Error::Stalled { .. } | Error::Status { .. } => 1,
@@ -187,7 +187,7 @@ fn most_telling(tried: &[(String, Error)]) -> Option<&Error> {
     tried.iter().map(|(_, error)| error).max_by_key(|error| rank(error))
 }
 
-/// Each place with its error and the causes.
+/// Each host with its error and the error's sources.
 fn list(tried: &[(String, Error)]) -> String {
     let one = |(place, error): &(String, Error)| {
         let mut text = format!("{place}: {error}");

@@ -1,5 +1,5 @@
-//! Durable files: a reader sees the old content or the new, also after a crash. And the room for
-//! them.
+//! Durable files (readers see the old or the new content, also after a crash) and the free-space
+//! check of their file system.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -9,9 +9,9 @@ use std::path::Path;
 
 use crate::error::Error;
 
-/// The room of the file system is looked at each time this much was written.
+/// Bytes written between two checks of the free space.
 pub const SPACE_CHECK_INTERVAL: u64 = 64 << 20;
-/// What images leave free, whatever the size of the file system.
+/// Upper bound of [`Space`]'s reserve in bytes.
 const MAX_RESERVE: u64 = 1 << 30;
 
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Error> {
@@ -26,7 +26,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         let _ = fs::remove_file(&partial);
         return Err(Error::io("write", path, source));
     }
-    sync_directory(path.parent().expect("files of the store lie in directories"))
+    sync_directory(path.parent().expect("files of the store have a parent directory"))
 }
 
 pub fn sync_directory(path: &Path) -> Result<(), Error> {
@@ -50,7 +50,7 @@ pub fn remove_any(path: &Path) -> Result<(), Error> {
     removed.map_err(|e| Error::io("remove", path, e))
 }
 
-/// Entries of a directory with their names; those that are not UTF-8 are nobody's.
+/// Entries of a directory with their names; names that are not UTF-8 are skipped.
 pub fn list(path: &Path) -> Result<Vec<(String, fs::DirEntry)>, Error> {
     let entries = fs::read_dir(path).map_err(|e| Error::io("list", path, e))?;
     let mut list = Vec::new();
@@ -63,8 +63,8 @@ pub fn list(path: &Path) -> Result<Vec<(String, fs::DirEntry)>, Error> {
     Ok(list)
 }
 
-/// Bytes on the disk and number of files of `path` and below it. What vanishes meanwhile is not
-/// counted.
+/// Bytes on disk and number of files of `path`, recursively. Files that vanish during the walk are
+/// not counted.
 pub fn usage(path: &Path) -> (u64, u64) {
     let (mut bytes, mut inodes) =
         fs::symlink_metadata(path).map_or((0, 0), |metadata| (metadata.blocks() * 512, 1));
@@ -73,7 +73,7 @@ pub fn usage(path: &Path) -> (u64, u64) {
         let Ok(entries) = fs::read_dir(&directory) else { continue };
         for entry in entries.flatten() {
             let Ok(metadata) = entry.metadata() else { continue };
-            // Counted in units of 512 bytes (stat(2)).
+            // st_blocks counts units of 512 bytes (stat(2)).
             bytes += metadata.blocks() * 512;
             inodes += 1;
             if metadata.is_dir() {
@@ -84,17 +84,17 @@ pub fn usage(path: &Path) -> (u64, u64) {
     (bytes, inodes)
 }
 
-/// Room on a file system.
+/// Free space of a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
     free: u64,
-    /// The last 2 % (at most 1 GiB): neither an image that expands without end nor a download may
-    /// take the room that the node's other parts need.
+    /// 2 % of the file system, at most 1 GiB, which neither images nor downloads may use: the
+    /// node's other components need it.
     reserve: u64,
 }
 
 impl Space {
-    /// Of the file system that holds this file.
+    /// Of the file system that contains this file.
     pub fn of(file: impl AsFd) -> io::Result<Self> {
         let stat = nix::sys::statvfs::fstatvfs(file)?;
         let total = stat.blocks() as u64 * stat.fragment_size() as u64;
@@ -103,25 +103,25 @@ impl Space {
     }
 
     fn new(total: u64, free: u64) -> Self {
-        // Some file systems do not count their blocks.
+        // Some file systems report no block count.
         let free = if total == 0 { u64::MAX } else { free };
         Self { free, reserve: (total / 50).min(MAX_RESERVE) }
     }
 
-    /// Fails unless so many bytes fit beside the reserve.
+    /// Fails unless `needed` bytes fit without using the reserve.
     pub fn check(self, needed: u64) -> io::Result<()> {
         let Self { free, reserve } = self;
         if free >= reserve.saturating_add(needed) {
             return Ok(());
         }
-        let words = match needed {
-            0 => format!("{free} bytes are free, and {reserve} are kept for the node"),
+        let message = match needed {
+            0 => format!("{free} bytes are free, {reserve} are reserved for the node"),
             _ => format!(
-                "{needed} bytes are needed, {free} are free, and {reserve} of these are kept for \
+                "{needed} bytes are needed, {free} are free, of which {reserve} are reserved for \
                  the node"
             ),
         };
-        Err(io::Error::new(io::ErrorKind::StorageFull, words))
+        Err(io::Error::new(io::ErrorKind::StorageFull, message))
     }
 }
 
@@ -130,15 +130,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_of_the_room_is_kept_for_the_node() {
+    fn the_reserve_is_kept_for_the_node() {
         for (total, reserve) in [(100 << 20, 2 << 20), (1 << 40, MAX_RESERVE)] {
             let space = Space::new(total, reserve + 10);
             space.check(0).unwrap();
             space.check(10).unwrap();
             let error = space.check(11).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::StorageFull);
-            let words = format!("11 bytes are needed, {} are free", reserve + 10);
-            assert!(error.to_string().starts_with(&words), "{error}");
+            let message = format!("11 bytes are needed, {} are free", reserve + 10);
+            assert!(error.to_string().starts_with(&message), "{error}");
             Space::new(total, reserve - 1).check(0).unwrap_err();
             space.check(u64::MAX).unwrap_err();
         }
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn the_room_of_a_real_file_system_is_found() {
+    fn the_free_space_of_a_real_file_system_is_read() {
         let file = tempfile::tempfile().unwrap();
         assert!(Space::of(&file).unwrap().free > 0);
     }

@@ -1,4 +1,4 @@
-//! Layers in, one EROFS file out. Blocking; runs on its own thread.
+//! Builds one EROFS file from an image's layers. Blocking; runs on its own thread.
 
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use crate::erofs::{DataArea, DataError, FileData, Summary, uuid, write_metadata}
 use crate::layer::{Applied, LayerError, Limits, apply};
 use crate::tree::Tree;
 
-/// An image file in the making; removed when dropped before [`Flattener::finish`].
+/// An image file being built; deleted if dropped before [`Flattener::finish`].
 pub struct Flattener {
     tree: Tree<FileData>,
     out: Option<DataArea>,
@@ -36,8 +36,8 @@ impl Flattener {
         })
     }
 
-    /// Applies the next layer, the lowest one first. Without a `diff_id` the caller has checked the
-    /// blob itself.
+    /// Applies the next layer, the lowest one first. Without a `diff_id` the caller has verified
+    /// the blob's digest itself.
     pub fn layer(
         &mut self,
         blob: impl BufRead,

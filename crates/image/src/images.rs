@@ -1,4 +1,4 @@
-//! The image service: pull, import, look up, remove.
+//! The image service: pull, import, look up, remove; shares a pull between concurrent callers.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
@@ -9,9 +9,9 @@ use oci_spec::image::ImageConfiguration;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-use crate::aside::{Aside, Damaged};
 use crate::config::Config;
 use crate::content::Content;
+use crate::damaged::{Damaged, DamagedFiles};
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::files::{create_directory, remove_directory};
@@ -21,12 +21,12 @@ use crate::progress::{Progress, ProgressSender, Tracker};
 use crate::pull::pull;
 use crate::reference::Reference;
 use crate::registry::{Auth, Registries, run_blocking};
-use crate::store::{Holds, Seen, Store, Temporary, View};
+use crate::store::{Holds, ImageState, Store, Temporary, View};
 
-/// Digest of an image's configuration; prints as `sha256:<hex>`.
+/// Digest of an image's configuration; displayed as `sha256:<hex>`.
 pub type ImageId = Digest;
 
-/// A cheap handle on the images of this machine.
+/// Handle of the image service; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Images(Arc<Inner>);
 
@@ -34,35 +34,34 @@ pub struct Images(Arc<Inner>);
 pub struct ImageInfo {
     /// `sha256:<hex>`.
     pub id: String,
-    /// Complete names with tags.
+    /// Full names with tags.
     pub repo_tags: Vec<String>,
-    /// Complete names with the digest of a manifest or index.
+    /// Full names with the digest of a manifest or index.
     pub repo_digests: Vec<String>,
-    /// Bytes that the image takes on this machine's disk: the file system, the configuration, the
-    /// manifest, and the layers if they are kept.
+    /// Bytes on disk: file system image, configuration, manifest, and the layers if they are kept.
     pub size: u64,
-    /// A kubelet must not remove it to make room.
+    /// The kubelet's image garbage collection must not remove it.
     pub pinned: bool,
-    /// As the image's configuration has it: user, uid, and group in one string; may be empty.
+    /// `User` of the image's configuration (`user`, `uid`, `user:group`, ...); may be empty.
     pub user: String,
-    /// An artifact's is empty.
+    /// Empty for an artifact.
     pub config: Arc<ImageConfiguration>,
-    /// The image as a read-only file system.
+    /// The image as an EROFS file.
     pub erofs_path: PathBuf,
-    /// Seconds since the epoch at which the image came here.
+    /// Time of the pull or import in seconds since the epoch.
     pub added: u64,
 }
 
-/// How much room the images take.
+/// Disk usage of the images.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FsInfo {
     pub used_bytes: u64,
     pub inodes_used: u64,
-    /// The directory that holds everything.
+    /// Root directory of the store.
     pub mountpoint: PathBuf,
 }
 
-/// What a collection found.
+/// What [`Images::collect_garbage`] deleted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Garbage {
     pub images: u64,
@@ -70,7 +69,7 @@ pub struct Garbage {
     pub bytes: u64,
 }
 
-/// Keeps an image's file on the disk; see [`Images::hold`].
+/// Keeps an image's file on disk; see [`Images::hold`].
 #[derive(Debug)]
 pub struct Hold {
     inner: Arc<Inner>,
@@ -82,18 +81,18 @@ pub struct Hold {
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub config: Arc<Config>,
-    /// Complete names and ids.
+    /// Full names and ids.
     pinned: BTreeSet<String>,
     pub content: Content,
     pub registries: Registries,
-    /// Locked over disk writes; who only reads takes `view`.
+    /// Locked during disk writes; readers use `view`.
     store: Mutex<Store>,
-    /// The store after its last change. Locked for no longer than it takes to copy a pointer.
+    /// The store after its last change. Locked only to copy or replace the pointer.
     view: RwLock<Arc<View>>,
-    flights: Mutex<HashMap<FlightKey, Flight>>,
-    next_flight: std::sync::atomic::AtomicU64,
+    pulls: Mutex<HashMap<PullKey, SharedPull>>,
+    next_pull: std::sync::atomic::AtomicU64,
     locks: Mutex<HashMap<(Purpose, Digest), Weak<Lock>>>,
-    /// Locked for as long as this process uses the directory.
+    /// flock on the directory for the lifetime of this process.
     _lock: File,
 }
 
@@ -103,15 +102,15 @@ enum Purpose {
     Blob,
 }
 
-/// Pulls are shared only between callers with the same credentials: who may not see an image must
-/// not get it because somebody else may.
-type FlightKey = (Reference, Auth);
+/// Pulls are shared only between callers with equal credentials: a caller without access must not
+/// get an image because another caller has access.
+type PullKey = (Reference, Auth);
 type Lock = tokio::sync::Mutex<()>;
 type Outcome = Option<Result<Digest, Arc<Error>>>;
 
-/// A pull under way.
+/// A pull in progress.
 #[derive(Debug)]
-struct Flight {
+struct SharedPull {
     number: u64,
     waiters: usize,
     abort: AbortHandle,
@@ -120,16 +119,16 @@ struct Flight {
 }
 
 impl Images {
-    /// Opens the directory, which must not be open in another process, and removes what a killed
-    /// one left half-done.
+    /// Opens the store and deletes incomplete files of a killed process. Fails if another process
+    /// has it open.
     pub async fn open(config: Config) -> Result<Self, Error> {
         run_blocking(move || {
             create_directory(&config.root)?;
             let lock = lock(&config.root)?;
             let pinned = config.pinned.iter().map(|name| pinned(name)).collect::<Result<_, _>>()?;
-            let aside = Aside::open(&config.root)?;
+            let damaged = DamagedFiles::open(&config.root)?;
             let blobs = config.root.join("content");
-            let content = Content::open(&blobs, config.max_partial_bytes, aside)?;
+            let content = Content::open(&blobs, config.max_partial_bytes, damaged)?;
             let store = Store::open(&config.root.join("images"), &content)?;
             content.start()?;
             let config = Arc::new(config);
@@ -140,8 +139,8 @@ impl Images {
                 content,
                 view: RwLock::new(Arc::new(store.view())),
                 store: Mutex::new(store),
-                flights: Mutex::default(),
-                next_flight: Default::default(),
+                pulls: Mutex::default(),
+                next_pull: Default::default(),
                 locks: Mutex::default(),
                 _lock: lock,
             })))
@@ -149,8 +148,8 @@ impl Images {
         .await
     }
 
-    /// Pulls an image. Callers that ask for the same at the same time share one pull, which ends
-    /// early when all of them have dropped their futures.
+    /// Pulls an image. Concurrent callers with equal arguments share one pull, which is cancelled
+    /// when all of them have dropped their futures.
     pub async fn pull(
         &self,
         reference: &str,
@@ -158,7 +157,7 @@ impl Images {
         progress: Option<ProgressSender>,
     ) -> Result<ImageId, Error> {
         let reference: Reference = reference.parse()?;
-        let mut waiter = self.join_flight(reference, auth.unwrap_or_default());
+        let mut waiter = self.join_pull(reference, auth.unwrap_or_default());
         loop {
             if let (Some(sender), Some(updates)) = (&progress, &mut waiter.progress) {
                 sender.send_replace(updates.borrow_and_update().clone());
@@ -176,7 +175,7 @@ impl Images {
                 }
             };
             tokio::select! {
-                // The pull was aborted from outside: its runtime is going down.
+                // The task was aborted: its runtime shuts down.
                 gone = waiter.outcome.changed() => gone.map_err(|_| Error::Cancelled)?,
                 ended = progressed => {
                     if ended.is_err() {
@@ -187,59 +186,59 @@ impl Images {
         }
     }
 
-    fn join_flight(&self, reference: Reference, auth: Auth) -> Waiter {
+    fn join_pull(&self, reference: Reference, auth: Auth) -> Waiter {
         let key = (reference.clone(), auth.clone());
-        let mut flights = self.0.flights.lock().expect("no holder panics");
-        let flight = flights.entry(key.clone()).or_insert_with(|| {
-            let number = self.0.next_flight.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let mut pulls = self.0.pulls.lock().expect("no holder panics");
+        let shared = pulls.entry(key.clone()).or_insert_with(|| {
+            let number = self.0.next_pull.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let tracker = Tracker::new();
             let progress = tracker.subscribe();
             let (done, outcome) = watch::channel(None);
             let (inner, key) = (Arc::clone(&self.0), key.clone());
             let task = tokio::spawn(async move {
                 let result = pull(Arc::clone(&inner), reference, auth, tracker).await;
-                // From here on a new caller starts a new pull.
-                let mut flights = inner.flights.lock().expect("no holder panics");
-                if flights.get(&key).is_some_and(|flight| flight.number == number) {
-                    flights.remove(&key);
+                // A later caller starts a new pull.
+                let mut pulls = inner.pulls.lock().expect("no holder panics");
+                if pulls.get(&key).is_some_and(|shared| shared.number == number) {
+                    pulls.remove(&key);
                 }
-                drop(flights);
+                drop(pulls);
                 done.send_replace(Some(result.map_err(Arc::new)));
             });
-            Flight { number, waiters: 0, abort: task.abort_handle(), outcome, progress }
+            SharedPull { number, waiters: 0, abort: task.abort_handle(), outcome, progress }
         });
-        flight.waiters += 1;
+        shared.waiters += 1;
         Waiter {
             inner: Arc::clone(&self.0),
-            number: flight.number,
-            outcome: flight.outcome.clone(),
-            progress: Some(flight.progress.clone()),
+            number: shared.number,
+            outcome: shared.outcome.clone(),
+            progress: Some(shared.progress.clone()),
             key,
         }
     }
 
-    /// Imports an OCI layout (directory or tar) or a docker archive. `name` names the image where
-    /// there is only one; otherwise the names in the archive count.
+    /// Imports an OCI layout (directory or tar) or a docker archive. `name` names the image of an
+    /// archive with a single image; otherwise the archive's names are used.
     pub async fn import(&self, path: &Path, name: Option<&str>) -> Result<Vec<ImageId>, Error> {
         let name = name.map(str::parse).transpose()?;
         let (inner, path) = (Arc::clone(&self.0), path.to_owned());
         import::import(inner, path, name).await
     }
 
-    /// Finds an image by name, id, or the first digits of its id.
+    /// Finds an image by name, id, or unique prefix of its id.
     pub fn image(&self, reference_or_id: &str) -> Option<ImageInfo> {
         let view = self.0.view();
         let id = find(&view, reference_or_id)?;
-        view.get(&id).map(|seen| self.0.info(&view, seen))
+        view.get(&id).map(|state| self.0.info(&view, state))
     }
 
     pub fn images(&self) -> Vec<ImageInfo> {
         let view = self.0.view();
-        view.images().map(|seen| self.0.info(&view, seen)).collect()
+        view.images().map(|state| self.0.info(&view, state)).collect()
     }
 
-    /// Removes the image that a name or id stands for, with all its names, as containerd's CRI
-    /// does. Succeeds when there is none.
+    /// Removes the image with this name or id and all its names, as containerd's CRI plugin does.
+    /// Succeeds if there is none.
     pub async fn remove(&self, reference: &str) -> Result<(), Error> {
         let (inner, reference) = (Arc::clone(&self.0), reference.to_owned());
         run_blocking(move || {
@@ -251,7 +250,7 @@ impl Images {
         .await
     }
 
-    /// Takes one name away; the image goes with its last name.
+    /// Removes one name; removing the last name removes the image.
     pub async fn untag(&self, reference: &str) -> Result<(), Error> {
         let name = reference.parse::<Reference>()?.to_string();
         let inner = Arc::clone(&self.0);
@@ -259,7 +258,7 @@ impl Images {
             inner.change(|store| {
                 let Some(id) = store.view().resolve(&name) else { return Ok(()) };
                 store.untag(&name)?;
-                // What is left of a pulled image without tags is the name with its digest.
+                // Without tags, a pulled image has only the name with its digest left.
                 let tagged = store.view().names(&id).any(|name| !name.contains('@'));
                 if tagged { Ok(()) } else { store.remove(&id) }
             })
@@ -267,9 +266,9 @@ impl Images {
         .await
     }
 
-    /// Keeps the files of an image until the hold is dropped, also when the image is removed
-    /// meanwhile. `None`: there is no such image. An image whose removal waits for its holders is
-    /// found by its whole id only, so that containers of an earlier process keep it.
+    /// Keeps the files of an image until the hold is dropped, also if the image is removed
+    /// meanwhile. `None` if there is no such image. An image whose removal is pending is found by
+    /// its full id only, so that containers of an earlier daemon process can hold it.
     pub fn hold(&self, reference_or_id: &str) -> Option<Hold> {
         let view = self.0.view();
         let id = find(&view, reference_or_id).or_else(|| reference_or_id.parse().ok())?;
@@ -278,19 +277,19 @@ impl Images {
         holds.take().then(|| Hold { inner: Arc::clone(&self.0), holds, id, path })
     }
 
-    /// [`Images::hold`] by the file of the image.
+    /// [`Images::hold`] by the path of the image's EROFS file.
     pub fn hold_file(&self, path: &Path) -> Option<Hold> {
         let id = Digest::from_hex(path.parent()?.file_name()?.to_str()?)?;
         let here = self.0.view().rootfs(&id) == path;
         here.then(|| self.hold(&id.to_string())).flatten()
     }
 
-    /// Files of the store that could not be understood and were moved aside.
+    /// Files of the store that were found damaged; see [`Damaged`].
     pub fn damaged(&self) -> Vec<Damaged> {
-        self.0.content.aside().list()
+        self.0.content.damaged().list()
     }
 
-    /// From what is counted in memory; cheap enough for every call.
+    /// From counters in memory; cheap.
     pub fn fs_info(&self) -> FsInfo {
         let root = &self.0.config.root;
         let (content, images) = (self.0.content.usage(), self.0.view().usage());
@@ -301,12 +300,12 @@ impl Images {
         }
     }
 
-    /// Deletes removed images that nobody holds and blobs that nothing refers to. To be called
-    /// once after a start, when the containers that live on hold their images again.
+    /// Deletes removed images without holds and unreferenced blobs. To be called once after a
+    /// start, when the running containers hold their images again.
     pub async fn collect_garbage(&self) -> Result<Garbage, Error> {
         let inner = Arc::clone(&self.0);
         run_blocking(move || {
-            let (images, image_bytes) = inner.change(Store::reap_all)?;
+            let (images, image_bytes) = inner.change(Store::delete_removed)?;
             let (blobs, blob_bytes) = inner.content.sweep()?;
             Ok(Garbage { images, blobs, bytes: image_bytes + blob_bytes })
         })
@@ -315,37 +314,38 @@ impl Images {
 }
 
 impl Inner {
-    /// What the images are now; a change under way shows when it is done.
+    /// The current state of the images; a change in progress is visible when it is complete.
     fn view(&self) -> Arc<View> {
         self.view.read().expect("no holder panics").clone()
     }
 
-    /// Changes the store, and deletes what that gave up once others can go on. Blocking.
+    /// Changes the store, then, without the lock, deletes the files that the change released.
+    /// Blocking.
     pub fn change<T>(&self, work: impl FnOnce(&mut Store) -> Result<T, Error>) -> Result<T, Error> {
-        let (result, doomed) = {
+        let (result, pending_deletes) = {
             let mut store = self.store.lock().expect("no holder panics");
             let result = work(&mut store);
-            // A change that failed may have done a part.
+            // Also after an error: the change may have been applied in part.
             let view = Arc::new(store.view());
             let before =
                 std::mem::replace(&mut *self.view.write().expect("no holder panics"), view);
             drop(before);
-            (result, store.take_doomed())
+            (result, store.take_pending_deletes())
         };
-        let deleted = doomed.iter().try_for_each(|path| remove_directory(path));
+        let deleted = pending_deletes.iter().try_for_each(|path| remove_directory(path));
         result.and_then(|value| deleted.map(|()| value))
     }
 
-    /// A directory in which an image can be built. Blocking.
+    /// A directory in which to build an image. Blocking.
     pub fn temporary(&self) -> Result<Temporary, Error> {
         self.change(Store::temporary)
     }
 
-    fn info(&self, view: &View, seen: &Seen) -> ImageInfo {
-        let id = seen.record.id;
+    fn info(&self, view: &View, state: &ImageState) -> ImageInfo {
+        let id = state.record.id;
         let (repo_digests, repo_tags): (Vec<_>, Vec<_>) =
             view.names(&id).map(str::to_owned).partition(|name| name.contains('@'));
-        let user = seen.config.config().as_ref().and_then(|config| config.user().clone());
+        let user = state.config.config().as_ref().and_then(|config| config.user().clone());
         let mut names = repo_digests.iter().chain(&repo_tags);
         ImageInfo {
             pinned: names.any(|name| self.pinned.contains(name))
@@ -353,11 +353,11 @@ impl Inner {
             id: id.to_string(),
             repo_tags,
             repo_digests,
-            size: seen.size,
+            size: state.size,
             user: user.unwrap_or_default(),
-            config: Arc::clone(&seen.config),
+            config: Arc::clone(&state.config),
             erofs_path: view.rootfs(&id),
-            added: seen.record.added,
+            added: state.record.added,
         }
     }
 
@@ -392,7 +392,7 @@ impl Hold {
         self.id
     }
 
-    /// The image as a read-only file system.
+    /// The image's EROFS file.
     pub fn erofs_path(&self) -> &Path {
         &self.path
     }
@@ -405,11 +405,11 @@ impl Drop for Hold {
         }
         let (inner, id) = (Arc::clone(&self.inner), self.id);
         let release = move || {
-            if let Err(error) = inner.change(|store| store.reap(&id)) {
+            if let Err(error) = inner.change(|store| store.delete_if_removed(&id)) {
                 tracing::warn!(image = %id, %error, "cannot delete a removed image");
             }
         };
-        // Deleting a large file takes a while.
+        // Off the async threads: deleting a large file takes time.
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) => drop(runtime.spawn_blocking(release)),
             Err(_) => release(),
@@ -417,10 +417,10 @@ impl Drop for Hold {
     }
 }
 
-/// One caller's part in a pull.
+/// One caller's share of a pull; dropping the last one cancels the pull.
 struct Waiter {
     inner: Arc<Inner>,
-    key: FlightKey,
+    key: PullKey,
     number: u64,
     outcome: watch::Receiver<Outcome>,
     progress: Option<watch::Receiver<Progress>>,
@@ -428,14 +428,14 @@ struct Waiter {
 
 impl Drop for Waiter {
     fn drop(&mut self) {
-        let mut flights = self.inner.flights.lock().expect("no holder panics");
-        let Some(flight) = flights.get_mut(&self.key).filter(|f| f.number == self.number) else {
+        let mut pulls = self.inner.pulls.lock().expect("no holder panics");
+        let Some(shared) = pulls.get_mut(&self.key).filter(|f| f.number == self.number) else {
             return;
         };
-        flight.waiters -= 1;
-        if flight.waiters == 0 {
-            flight.abort.abort();
-            flights.remove(&self.key);
+        shared.waiters -= 1;
+        if shared.waiters == 0 {
+            shared.abort.abort();
+            pulls.remove(&self.key);
         }
     }
 }
@@ -452,13 +452,13 @@ fn lock(root: &Path) -> Result<File, Error> {
 
 fn find(view: &View, text: &str) -> Option<Digest> {
     if let Ok(id) = text.parse::<Digest>() {
-        return view.get(&id).map(|seen| seen.record.id);
+        return view.get(&id).map(|state| state.record.id);
     }
     let named = text.parse::<Reference>().ok().and_then(|name| view.resolve(&name.to_string()));
     named.or_else(|| view.by_prefix(text.strip_prefix("sha256:").unwrap_or(text)))
 }
 
-/// A reference as names are kept, or an id.
+/// A full reference, or an id.
 fn pinned(text: &str) -> Result<String, Error> {
     match text.parse::<Digest>() {
         Ok(id) => Ok(id.to_string()),
@@ -467,7 +467,7 @@ fn pinned(text: &str) -> Result<String, Error> {
 }
 
 impl ImageInfo {
-    /// Name of the image's stack of layers; empty without layers.
+    /// ChainID of the image's layers; empty without layers.
     pub fn chain_id(&self) -> String {
         chain_id(&self.config)
     }

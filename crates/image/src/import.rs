@@ -1,7 +1,8 @@
 //! Import of images from files: OCI layouts (image-spec v1.1, image-layout.md), as a directory or
-//! a tar, and the archives of `docker save`.
+//! a tar, and `docker save` archives.
 //!
-//! Nothing is unpacked: members are read where they lie, layers go straight into the image.
+//! Nothing is unpacked: members are read at their offset in the tar, and layers are applied
+//! directly to the image.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -24,15 +25,15 @@ use crate::reference::Reference;
 use crate::registry::run_blocking;
 use crate::store::{Layer, Record};
 
-/// Members of an archive; their names are kept in memory.
+/// Maximum number of archive members; their names are kept in memory.
 const MAX_MEMBERS: usize = 100_000;
-/// Links from one member to another, followed at most this often (old archives share layers so).
+/// Maximum length of a chain of links between members (old docker archives share layers by links).
 const MAX_LINKS: usize = 8;
-/// Where tools put an image's name into an index.
+/// Index annotations that hold an image's name.
 const NAME_ANNOTATIONS: [&str; 2] =
     ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
 
-/// Imports everything in `path`; `name` is for an archive of one image.
+/// Imports all images in `path`; `name` applies to an archive of one image.
 pub async fn import(
     inner: Arc<Inner>,
     path: PathBuf,
@@ -44,10 +45,10 @@ pub async fn import(
         let archive = Archive::open(&path)?;
         let images = archive.images(&inner)?;
         if images.is_empty() {
-            return Err(archive.not_one("it lists no image for linux/amd64"));
+            return Err(archive.invalid("it lists no image for linux/amd64"));
         }
         if name.is_some() && images.len() > 1 {
-            return Err(archive.not_one("a name was given, but it holds several images"));
+            return Err(archive.invalid("a name was given, but it holds several images"));
         }
         let mut ids = Vec::new();
         for image in images {
@@ -62,12 +63,12 @@ pub async fn import(
     .await
 }
 
-/// An image as the archive describes it.
-struct Found {
+/// An image as described in the archive.
+struct ArchivedImage {
     names: Vec<Reference>,
-    /// An artifact has none.
+    /// `None` for an artifact.
     config: Option<Vec<u8>>,
-    /// Layers: member name and, in OCI layouts, the descriptor.
+    /// Layers: member name and, in an OCI layout, the descriptor.
     layers: Vec<(String, Option<Descriptor>)>,
     manifest: Option<Vec<u8>>,
 }
@@ -75,7 +76,7 @@ struct Found {
 fn import_one(
     inner: &Arc<Inner>,
     archive: &Archive,
-    image: Found,
+    image: ArchivedImage,
     names: &[Reference],
     stop: &Arc<AtomicBool>,
 ) -> Result<Digest, Error> {
@@ -87,13 +88,13 @@ fn import_one(
             (Digest::of(config), diff_ids.into_iter().map(Some).collect())
         }
         None => {
-            let id = manifest.ok_or_else(|| archive.not_one("it has no configuration"))?;
+            let id = manifest.ok_or_else(|| archive.invalid("it has no configuration"))?;
             (id, vec![None; image.layers.len()])
         }
     };
     let building = inner.build_lock(id);
     let _building = building.blocking_lock();
-    let here = inner.change(|store| store.revive(&id))?;
+    let here = inner.change(|store| store.cancel_removal(&id))?;
     if !here {
         let temporary = inner.temporary()?;
         let mut flattener =
@@ -103,7 +104,7 @@ fn import_one(
         for ((member, descriptor), diff_id) in image.layers.iter().zip(&diff_ids) {
             let (blob, size) = archive.member(member)?;
             let digest = descriptor.as_ref().map(|d| d.digest).or(*diff_id);
-            let digest = digest.ok_or_else(|| archive.not_one("a layer has no digest"))?;
+            let digest = digest.ok_or_else(|| archive.invalid("a layer has no digest"))?;
             if diff_id.is_none() {
                 archive.check(member, &digest)?;
             }
@@ -111,8 +112,8 @@ fn import_one(
                 return Err(Error::SizeMismatch { what: member.clone(), expected, got: size });
             }
             layers.push(Layer { digest, size });
-            // The layer's content is checked against the configuration, whose digest is the
-            // image's id; the compressed form carries nothing else.
+            // The uncompressed layer is verified against the configuration, whose digest is the
+            // image id; the digest of the compressed form is not needed.
             flattener.layer(blob, diff_id.as_ref()).map_err(|e| Error::layer(digest, e))?;
         }
         let summary = flattener.finish(&id).map_err(|e| Error::data(&what, e))?;
@@ -128,13 +129,13 @@ fn import_one(
     if let Some(manifest) = manifest {
         all.extend(names.iter().map(|name| name.with_digest(manifest).to_string()));
     }
-    // Removed by somebody between the two steps: that is as good as right after.
+    // The image was removed between the two steps.
     if inner.change(|store| store.tag(&id, &all))? { Ok(id) } else { Err(Error::Cancelled) }
 }
 
 struct Archive {
     path: PathBuf,
-    /// Offset and length of the members of a tar; `None` for a directory.
+    /// Offset and length of a tar's members; `None` for a directory.
     members: Option<HashMap<String, Member>>,
 }
 
@@ -169,7 +170,7 @@ impl Archive {
         let mut start = [0; 6];
         let read = file.read(&mut start).map_err(|e| Error::io("read", &self.path, e))?;
         if matches!(&start[..read], [0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd, ..]) {
-            return Err(self.not_one("it is compressed; decompress it first"));
+            return Err(self.invalid("it is compressed; decompress it first"));
         }
         file.rewind().map_err(|e| Error::io("read", &self.path, e))?;
         let mut members = HashMap::new();
@@ -178,7 +179,7 @@ impl Archive {
             let entry = match tar.next() {
                 Ok(Some(entry)) => entry,
                 Ok(None) => break,
-                Err(e) => return Err(self.not_one(&e.to_string())),
+                Err(e) => return Err(self.invalid(&e.to_string())),
             };
             let Ok(name) = normal(&entry.path) else { continue };
             let member = match entry.kind {
@@ -189,7 +190,7 @@ impl Archive {
                     Ok(target) => Member::Link(target),
                     Err(_) => continue,
                 },
-                EntryKind::Symlink => match relative(&name, &entry.link) {
+                EntryKind::Symlink => match resolve_link(&name, &entry.link) {
                     Some(target) => Member::Link(target),
                     None => continue,
                 },
@@ -197,7 +198,7 @@ impl Archive {
             };
             members.insert(name, member);
             if members.len() > MAX_MEMBERS {
-                return Err(self.not_one("it has too many members"));
+                return Err(self.invalid("it has too many members"));
             }
             let rest = tar.take_rest();
             tar.get_mut().skip(rest).map_err(|e| Error::io("read", &self.path, e))?;
@@ -205,7 +206,7 @@ impl Archive {
         Ok(members)
     }
 
-    fn not_one(&self, reason: &str) -> Error {
+    fn invalid(&self, reason: &str) -> Error {
         Error::NotAnArchive { path: self.path.clone(), reason: reason.into() }
     }
 
@@ -216,7 +217,7 @@ impl Archive {
         }
     }
 
-    /// Opens a member; gives its size too.
+    /// Opens a member; returns its reader and size.
     fn member(&self, name: &str) -> Result<(BufReader<std::io::Take<File>>, u64), Error> {
         let name = normal(name.as_bytes())?;
         let open = |path: &Path| File::open(path).map_err(|e| Error::io("open", path, e));
@@ -238,10 +239,10 @@ impl Archive {
                 None => break,
             }
         }
-        Err(self.not_one(&format!("it has no member {:?}", shown(name.as_bytes()))))
+        Err(self.invalid(&format!("it has no member {:?}", shown(name.as_bytes()))))
     }
 
-    /// Reads a member whole to see whether it is what it should be.
+    /// Reads a whole member and verifies its digest.
     fn check(&self, name: &str, expected: &Digest) -> Result<(), Error> {
         let (mut reader, _) = self.member(name)?;
         let mut hash = Sha256::new();
@@ -275,31 +276,31 @@ impl Archive {
         Ok(bytes)
     }
 
-    fn images(&self, inner: &Inner) -> Result<Vec<Found>, Error> {
-        // Newer dockers write both; their index is the complete one, but the names with their
-        // registries stand in manifest.json.
+    fn images(&self, inner: &Inner) -> Result<Vec<ArchivedImage>, Error> {
+        // Newer dockers write both. The index is complete, but only manifest.json has the names
+        // with their registries.
         if self.has("manifest.json") {
             let bytes = self.small(inner, "manifest.json")?;
             let list: Vec<DockerImage> = serde_json::from_slice(&bytes)
-                .map_err(|e| self.not_one(&format!("manifest.json: {e}")))?;
+                .map_err(|e| self.invalid(&format!("manifest.json: {e}")))?;
             return list.into_iter().map(|image| self.docker_image(inner, image)).collect();
         }
         if self.has("index.json") {
             let bytes = self.small(inner, "index.json")?;
             let index: Index = serde_json::from_slice(&bytes)
-                .map_err(|e| self.not_one(&format!("index.json: {e}")))?;
+                .map_err(|e| self.invalid(&format!("index.json: {e}")))?;
             return index
                 .manifests
                 .iter()
                 .filter_map(|d| self.oci_image(inner, d).transpose())
                 .collect();
         }
-        Err(self.not_one("it has neither an index.json nor a manifest.json"))
+        Err(self.invalid("it has neither an index.json nor a manifest.json"))
     }
 
-    fn docker_image(&self, inner: &Inner, image: DockerImage) -> Result<Found, Error> {
+    fn docker_image(&self, inner: &Inner, image: DockerImage) -> Result<ArchivedImage, Error> {
         let tags = image.repo_tags.unwrap_or_default();
-        Ok(Found {
+        Ok(ArchivedImage {
             names: tags.iter().map(|tag| tag.parse()).collect::<Result<_, _>>()?,
             config: Some(self.small(inner, &image.config)?),
             layers: image.layers.into_iter().map(|layer| (layer, None)).collect(),
@@ -308,7 +309,7 @@ impl Archive {
     }
 
     /// `None` for images of other platforms.
-    fn oci_image(&self, inner: &Inner, entry: &Descriptor) -> Result<Option<Found>, Error> {
+    fn oci_image(&self, inner: &Inner, entry: &Descriptor) -> Result<Option<ArchivedImage>, Error> {
         let what = self.path.display().to_string();
         if entry.platform.as_ref().is_some_and(|p| p.os != "linux" || p.architecture != "amd64") {
             return Ok(None);
@@ -320,15 +321,15 @@ impl Archive {
                 bytes = self.blob(inner, &index.select(&what)?.digest)?;
                 match Document::parse(&bytes, "", &what)? {
                     Document::Manifest(manifest) => manifest,
-                    Document::Index(_) => return Err(self.not_one("its indexes are nested")),
+                    Document::Index(_) => return Err(self.invalid("it has nested indexes")),
                 }
             }
         };
         manifest.check(&what, &inner.config)?;
         let names = NAME_ANNOTATIONS.iter().find_map(|key| entry.annotations.as_ref()?.get(*key));
-        // Many tools write a bare tag there, which names nothing by itself.
+        // Many tools write a bare tag there, which is no reference.
         let names = names.filter(|name| name.contains(['/', ':'])).map(|name| name.parse());
-        Ok(Some(Found {
+        Ok(Some(ArchivedImage {
             names: names.into_iter().collect::<Result<_, _>>()?,
             config: match manifest.is_artifact() {
                 true => None,
@@ -344,15 +345,15 @@ impl Archive {
     }
 }
 
-/// A member's name with one spelling.
+/// A member's normalised name.
 fn normal(path: &[u8]) -> Result<String, Error> {
     let invalid = |reason: String| Error::InvalidImage { what: "the archive".into(), reason };
     let components = split(path).map_err(|e| invalid(e.to_string()))?;
     String::from_utf8(components.join(&b'/')).map_err(|e| invalid(e.to_string()))
 }
 
-/// What a symlink among the members points to.
-fn relative(name: &str, target: &[u8]) -> Option<String> {
+/// Resolves the target of a symlink member relative to the archive's root.
+fn resolve_link(name: &str, target: &[u8]) -> Option<String> {
     let target = std::str::from_utf8(target).ok()?;
     let mut parts: Vec<&str> = name.split('/').collect();
     parts.pop();
@@ -366,7 +367,7 @@ fn relative(name: &str, target: &[u8]) -> Option<String> {
     Some(parts.join("/"))
 }
 
-/// Knows how far a file was read.
+/// A reader that counts its position in the file.
 struct Positioned {
     file: BufReader<File>,
     position: u64,

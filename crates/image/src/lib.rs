@@ -1,24 +1,24 @@
 //! Images: pulled from registries or imported from files, flattened into one read-only EROFS file
-//! an image, which every pod that runs it shares.
+//! per image, which all pods of that image share.
 //!
 //! ```text
 //! registry/   HTTP: authentication, mirrors, retries, resumed transfers
-//! content     blobs by digest, kept while somebody holds a lease
-//! layer/      decompression, tar, whiteouts and all: from layer blobs to ...
-//! tree        ... a file tree that has never heard of host paths
+//! content     blobs by digest, reference-counted by leases
+//! layer/      decompression, tar, whiteouts: applies layer blobs to the tree
+//! tree        the file tree in memory, without host paths
 //! erofs/      writes the tree and the files' contents as an EROFS image
 //! store       records and names of the images, durable
-//! aside       what of these is damaged
-//! pull        one pull; images.rs shares it between its callers
+//! damaged     damaged files of the store
+//! pull        one pull; images.rs shares it between callers
 //! import      OCI layouts and docker archives
 //! ```
 //!
-//! Everything that comes from a registry or an archive is hostile until its digest is checked, and
-//! its shape (sizes, counts, depths) afterwards too. This crate knows no sandboxes and no CRI.
+//! Data from a registry or an archive is untrusted: its digest is verified, and its sizes, counts
+//! and depths are limited. The crate knows neither sandboxes nor the CRI.
 
-mod aside;
 mod config;
 mod content;
+mod damaged;
 mod digest;
 mod erofs;
 mod error;
@@ -36,8 +36,8 @@ mod registry;
 mod store;
 mod tree;
 
-pub use aside::Damaged;
 pub use config::Config;
+pub use damaged::Damaged;
 pub use digest::{BadDigest, Digest};
 pub use erofs::DataError;
 pub use error::{Error, ErrorKind};

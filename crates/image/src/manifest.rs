@@ -1,5 +1,5 @@
 //! Manifests and indexes (OCI image-spec v1.1, manifest.md and image-index.md; Docker image
-//! manifest version 2, schema 2), as far as a pull needs them.
+//! manifest version 2, schema 2), limited to the fields that a pull uses.
 
 use std::collections::BTreeMap;
 
@@ -14,12 +14,12 @@ pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-/// An index may point to another one this often.
+/// Maximum depth of nested indexes.
 pub const MAX_NESTING: usize = 4;
 const CONFIGS: [&str; 2] =
     ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
 
-/// For the Accept header.
+/// Value of the Accept header.
 pub const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, \
      application/vnd.oci.image.manifest.v1+json, \
@@ -59,7 +59,7 @@ pub struct Index {
     pub manifests: Vec<Descriptor>,
 }
 
-/// What a manifest endpoint can answer with.
+/// A response of the manifest endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Document {
     Manifest(Manifest),
@@ -75,17 +75,19 @@ struct Probe {
 }
 
 impl Document {
-    /// `what` is for messages; `content_type` decides where the document does not say itself.
+    /// `what` is used in messages; `content_type` applies if the document has no mediaType.
     pub fn parse(bytes: &[u8], content_type: &str, what: &str) -> Result<Self, Error> {
         let invalid = |reason: String| Error::InvalidImage { what: what.into(), reason };
         let json = |e: serde_json::Error| invalid(e.to_string());
         let probe: Probe = serde_json::from_slice(bytes).map_err(json)?;
         if probe.schema_version != Some(2) {
             return Err(invalid(match probe.schema_version {
-                Some(1) => "it is a schema 1 manifest, which no current registry makes; push the \
+                Some(1) => {
+                    "it is a schema 1 manifest, which current registries do not make; push the \
                             image again"
-                    .into(),
-                _ => "it is no manifest of schema version 2".into(),
+                        .into()
+                }
+                _ => "it is not a manifest of schema version 2".into(),
             }));
         }
         let media_type = probe.media_type.as_deref().unwrap_or(content_type);
@@ -96,7 +98,7 @@ impl Document {
             OCI_MANIFEST | DOCKER_MANIFEST => {
                 Ok(Self::Manifest(serde_json::from_slice(bytes).map_err(json)?))
             }
-            // Servers of plain files know no better type.
+            // Plain file servers send a generic content type.
             _ if probe.manifests.is_some() => {
                 Ok(Self::Index(serde_json::from_slice(bytes).map_err(json)?))
             }
@@ -106,13 +108,13 @@ impl Document {
 }
 
 impl Index {
-    /// The entry for this machine. Entries without a platform are taken last.
+    /// The entry for this machine's platform. Entries without a platform have the lowest rank.
     pub fn select(&self, reference: &str) -> Result<&Descriptor, Error> {
         let rank = |d: &Descriptor| match &d.platform {
             Some(p) => rank(&p.os, &p.architecture, p.variant.as_deref().unwrap_or_default()),
             None => Some(u32::MAX),
         };
-        // The first of equals.
+        // min_by_key returns the first of equal entries.
         let best =
             self.manifests.iter().filter_map(|d| Some((rank(d)?, d))).min_by_key(|(r, _)| *r);
         best.map(|(_, descriptor)| descriptor).ok_or_else(|| Error::NoPlatform {
@@ -139,8 +141,8 @@ impl Index {
     }
 }
 
-/// How well an image for a platform runs here, the lowest best: as containerd chooses on amd64,
-/// with variants as far as this machine's CPU goes, and images of i386 when there is nothing else.
+/// Rank of a platform on this machine, lowest best, as containerd's platform matcher on amd64:
+/// variants up to the CPU's level, then i386 images.
 fn rank(os: &str, architecture: &str, variant: &str) -> Option<u32> {
     if !matches!(os, "linux" | "") {
         return None;
@@ -156,7 +158,7 @@ fn rank(os: &str, architecture: &str, variant: &str) -> Option<u32> {
     }
 }
 
-/// Micro-architecture level of the x86-64 psABI.
+/// Microarchitecture level of the x86-64 psABI (1 to 4).
 fn cpu_level() -> u32 {
     use std::arch::is_x86_feature_detected as has;
     if !(has!("sse4.2") && has!("ssse3") && has!("popcnt") && has!("cmpxchg16b")) {
@@ -171,18 +173,19 @@ fn cpu_level() -> u32 {
 }
 
 impl Manifest {
-    /// Whether its configuration describes a container. An artifact has none, or an empty one, so
-    /// it takes its identity from its manifest, and nothing tells what its layers unpack to.
+    /// Whether the configuration is not an image configuration. An artifact has none or an empty
+    /// one, so its id is the digest of its manifest, and there are no diff_ids to verify its
+    /// layers.
     pub fn is_artifact(&self) -> bool {
         !CONFIGS.contains(&&self.config.media_type[..]) || self.config.digest == Digest::of(b"{}")
     }
 
-    /// The image's id; `bytes` are this manifest's own.
+    /// The image's id; `bytes` is the manifest's encoding.
     pub fn id(&self, bytes: &[u8]) -> Digest {
         if self.is_artifact() { Digest::of(bytes) } else { self.config.digest }
     }
 
-    /// Checks what can be told before anything is fetched.
+    /// Checks everything that is known before the blobs are fetched.
     pub fn check(&self, what: &str, config: &Config) -> Result<(), Error> {
         let invalid = |reason: String| Error::InvalidImage { what: what.into(), reason };
         let too_large = |name: &str, got: u64, limit: u64, setting| Error::TooLarge {
@@ -197,7 +200,7 @@ impl Manifest {
             let config: String = self.config.media_type.chars().take(100).collect();
             let layer: String = layer.media_type.chars().take(100).collect();
             return Err(invalid(format!(
-                "its config is {config:?} and it has a layer of {layer:?}, so it holds no files"
+                "its config is {config:?} with a layer of type {layer:?}, so it holds no files"
             )));
         }
         let layers = self.layers.len();
@@ -227,19 +230,19 @@ impl Manifest {
     }
 }
 
-/// Layers of artifacts are believed to be what they say; those of images are looked at.
+/// Artifact layers are classified by media type only; image layers are detected by content.
 fn is_tar(media_type: &str) -> bool {
     [".tar", ".tar+gzip", ".tar.gzip", ".tar+zstd", ".tar.zstd"]
         .iter()
         .any(|end| media_type.ends_with(end))
 }
 
-/// The configuration of what has none.
+/// Configuration of an artifact.
 pub fn empty_config() -> ImageConfiguration {
     read_config(b"{}").expect("defaults are complete")
 }
 
-/// Reads an image's configuration. What it must have but often lacks is taken to be right.
+/// Reads an image's configuration. Required fields that are often missing get defaults.
 pub fn read_config(bytes: &[u8]) -> Result<ImageConfiguration, serde_json::Error> {
     let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(bytes)?;
     for (field, default) in [
@@ -255,8 +258,7 @@ pub fn read_config(bytes: &[u8]) -> Result<ImageConfiguration, serde_json::Error
     serde_json::from_value(fields.into())
 }
 
-/// Parses an image's configuration; gives the digests of its uncompressed layers, which must be
-/// `layers` many.
+/// Parses an image's configuration; returns the diff_ids, of which there must be `layers`.
 pub fn parse_config(
     bytes: &[u8],
     layers: usize,
@@ -288,7 +290,7 @@ pub fn parse_config(
     Ok((config, diff_ids))
 }
 
-/// The name that a stack of layers has (OCI image-spec v1.1, config.md, "Layer ChainID").
+/// ChainID of the layers (OCI image-spec v1.1, config.md, "Layer ChainID").
 pub fn chain_id(config: &ImageConfiguration) -> String {
     let mut ids = config.rootfs().diff_ids().iter();
     let lowest = ids.next().cloned().unwrap_or_default();
@@ -314,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn the_index_entry_of_this_machine_is_taken() {
+    fn the_index_entry_for_this_machine_is_selected() {
         let manifests = vec![
             entry("linux", "arm64", None, 0),
             entry("windows", "amd64", None, 1),
@@ -358,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_may_lack_what_everybody_knows() {
+    fn a_configuration_may_lack_required_fields() {
         for text in ["{}", r#"{"os":"","architecture":null,"rootfs":null}"#] {
             let (config, ids) = parse_config(text.as_bytes(), 0, "x").unwrap();
             assert_eq!((config.architecture().to_string(), ids.len()), ("amd64".into(), 0));
@@ -370,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_of_layers_is_named_as_the_specification_says() {
+    fn the_chain_id_follows_the_specification() {
         let ids = [Digest::of(b"a"), Digest::of(b"b")].map(|id| id.to_string());
         let json = serde_json::json!({"rootfs": {"type": "layers", "diff_ids": ids}}).to_string();
         let config = read_config(json.as_bytes()).unwrap();

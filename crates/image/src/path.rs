@@ -1,6 +1,6 @@
-//! Paths as layers carry them: bytes, relative to the image's root.
+//! Paths in layers: bytes, relative to the image's root.
 
-/// PATH_MAX of Linux, less the terminating zero.
+/// PATH_MAX of Linux without the terminating NUL.
 pub const MAX_PATH: usize = 4095;
 /// NAME_MAX of Linux and of EROFS.
 pub const MAX_NAME: usize = 255;
@@ -13,12 +13,12 @@ pub enum PathError {
     TooLong { path: String, length: usize },
     #[error("name {name:?} is {length} bytes long, more than {MAX_NAME}")]
     NameTooLong { name: String, length: usize },
-    #[error("path {0:?} has a zero byte")]
+    #[error("path {0:?} has a NUL byte")]
     ZeroByte(String),
 }
 
-/// Components of `path`; leading and doubled slashes and `.` are dropped, so that absolute paths
-/// are taken from the image's root.
+/// Components of `path`. Leading and repeated slashes and `.` are dropped, so absolute paths are
+/// relative to the image's root.
 pub fn split(path: &[u8]) -> Result<Vec<&[u8]>, PathError> {
     if path.len() > MAX_PATH {
         return Err(PathError::TooLong { path: shown(path), length: path.len() });
@@ -40,12 +40,12 @@ pub fn split(path: &[u8]) -> Result<Vec<&[u8]>, PathError> {
     Ok(components)
 }
 
-/// For messages.
+/// The path for messages.
 pub fn display(components: &[&[u8]]) -> String {
     shown(&components.join(&b'/'))
 }
 
-/// For messages: an image must not be able to flood the log through its names.
+/// A path shortened for messages, so that an image cannot flood the log with long names.
 pub fn shown(path: &[u8]) -> String {
     const SHOWN: usize = 128;
     match path.get(..SHOWN) {

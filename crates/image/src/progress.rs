@@ -1,26 +1,26 @@
-//! How far a pull is: always the latest state, so that a slow watcher neither holds the pull up
-//! nor makes it keep a history.
+//! Progress of a pull as a watch channel of the latest state: a slow receiver neither blocks the
+//! pull nor accumulates a history.
 
 use tokio::sync::watch;
 
-/// Give its sender to a pull and watch the receiver.
+/// Pass the sender to a pull and watch the receiver.
 pub type ProgressSender = watch::Sender<Progress>;
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
     pub phase: Phase,
-    /// From the lowest layer up.
+    /// In order from the lowest layer.
     pub layers: Vec<LayerProgress>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Phase {
-    /// Asking the registry what the name stands for.
+    /// Resolving the name at the registry.
     #[default]
     Resolving,
-    /// Fetching layers; those that are complete are applied meanwhile.
+    /// Fetching layers; complete ones are applied concurrently.
     Fetching,
-    /// All layers are here.
+    /// All layers are fetched; the rest of the image is built.
     Building,
     Done,
 }
@@ -31,11 +31,11 @@ pub struct LayerProgress {
     /// Compressed bytes.
     pub size: u64,
     pub fetched: u64,
-    /// Compressed bytes that went into the image.
+    /// Compressed bytes that were applied to the image.
     pub applied: u64,
 }
 
-/// The pull's side.
+/// Sending side of [`Progress`].
 #[derive(Debug, Clone)]
 pub(crate) struct Tracker(watch::Sender<Progress>);
 

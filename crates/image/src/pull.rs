@@ -1,5 +1,5 @@
-//! One pull: manifest, configuration, layers in parallel, and the image built from the layers
-//! that are complete while others still come.
+//! One pull: manifest, configuration, layers in parallel; the image is built from the complete
+//! layers while others are still fetched.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -53,22 +53,22 @@ pub async fn pull(
     };
     manifest.check(&what, &inner.config)?;
     let id = manifest.id(&manifest_bytes);
-    // What the tag stands for today, as the registry and every other node know it.
+    // The digest that the tag resolves to now.
     let mut names = vec![reference.with_digest(top_digest).to_string()];
     if let Target::Tag(_) = reference.target {
         names.push(reference.to_string());
     }
 
-    // Two names of one image, pulled at the same time, build it once.
+    // Two names of one image that are pulled concurrently build it once.
     let building = inner.build_lock(id);
     let _building = building.lock().await;
     let here = Arc::clone(&inner);
-    if !run_blocking(move || here.change(|store| store.revive(&id))).await? {
+    if !run_blocking(move || here.change(|store| store.cancel_removal(&id))).await? {
         build(&inner, &session, id, &manifest, manifest_bytes, &what, &tracker).await?;
     }
     let tagging = Arc::clone(&inner);
     if !run_blocking(move || tagging.change(|store| store.tag(&id, &names))).await? {
-        // Somebody removed it between the two steps: that is as good as right after.
+        // The image was removed between the two steps.
         return Err(Error::Cancelled);
     }
     tracker.phase(Phase::Done);
@@ -99,7 +99,7 @@ async fn build(
         manifest.layers.iter().map(|layer| inner.content.lease(layer.digest)).collect();
     let blobs: BTreeMap<_, _> = manifest.layers.iter().map(|l| (l.digest, l.size)).collect();
     let content = inner.content.clone();
-    run_blocking(move || content.check_room(&blobs)).await?;
+    run_blocking(move || content.check_space(&blobs)).await?;
     let (ready, arrivals): (Vec<_>, Vec<_>) =
         manifest.layers.iter().map(|_| oneshot::channel::<()>()).unzip();
     let mut downloads = JoinSet::new();
@@ -110,13 +110,13 @@ async fn build(
         downloads.spawn(async move {
             let _slot = slots.acquire_owned().await.map_err(|_| Error::Cancelled)?;
             fetch_layer(&inner, &session, &layer, index, &tracker).await?;
-            // The builder may have given up; its own error tells why.
+            // A send fails if the builder has stopped; its own error is reported.
             let _ = ready.send(());
             Ok(())
         });
     }
 
-    // Dropped with this future: the builder stops at its next read.
+    // Dropped with this future: the builder then fails at its next read.
     let stop = StopOnDrop(Arc::default());
     let making = Arc::clone(inner);
     let temporary = run_blocking(move || making.temporary()).await?;
@@ -138,7 +138,7 @@ async fn build(
         tracker: tracker.clone(),
         stop: Arc::clone(&stop.0),
         id,
-        // The files must stay until the builder has really ended.
+        // The files must stay until the builder's thread has ended.
         _leases: leases,
     };
     let mut builder = tokio::task::spawn_blocking(move || {
@@ -148,7 +148,7 @@ async fn build(
     });
     let built = loop {
         tokio::select! {
-            // A failed download ends the builder too, but only the download knows why.
+            // Downloads first: a failed download also ends the builder, whose error has no cause.
             biased;
             Some(done) = downloads.join_next(), if !downloads.is_empty() => {
                 done.map_err(|_| Error::Cancelled)??;
@@ -173,7 +173,7 @@ async fn build(
     record.inodes = summary.inodes;
     let inner = Arc::clone(inner);
     run_blocking(move || {
-        // The record takes its own leases; these bridge the time until then.
+        // Leases until the record has its own.
         let _config = config_bytes.map(|bytes| inner.content.put(&bytes)).transpose()?;
         let _manifest = inner.content.put(&manifest_bytes)?;
         let published = inner.change(|store| store.publish(temporary, record));
@@ -190,7 +190,7 @@ async fn fetch_layer(
     index: usize,
     tracker: &Tracker,
 ) -> Result<(), Error> {
-    // A layer that another pull fetches at this moment, or that this image has twice.
+    // Another pull may fetch this layer now, or this image may contain it twice.
     let lock = inner.blob_lock(layer.digest);
     let _locked = lock.lock().await;
     if !inner.content.has(&layer.digest, layer.size) {
@@ -202,10 +202,10 @@ async fn fetch_layer(
     Ok(())
 }
 
-/// The blocking part of a pull.
+/// The blocking part of a pull: builds the image.
 struct Build {
     inner: Arc<Inner>,
-    /// Digest of the blob and, where it is known, of its uncompressed content.
+    /// Digest of the blob and, if known, of its uncompressed content.
     layers: Vec<(Digest, Option<Digest>)>,
     arrivals: Vec<oneshot::Receiver<()>>,
     tracker: Tracker,
@@ -222,16 +222,17 @@ impl Build {
             .map_err(|e| Error::data(&what, e))?;
         let arrivals = std::mem::take(&mut self.arrivals);
         for (index, ((digest, diff_id), arrival)) in self.layers.iter().zip(arrivals).enumerate() {
-            // The download failed, and the pull with it.
+            // Closed if the download failed, which ends the pull.
             arrival.blocking_recv().map_err(|_| Error::Cancelled)?;
             let file = self.inner.content.open_blob(digest)?;
             let report = |bytes| self.tracker.applied(index, bytes);
             let file = BufReader::with_capacity(256 << 10, file);
             let blob = Counted { file, read: 0, report: &report };
             let applied = flattener.layer(blob, diff_id.as_ref()).map_err(|e| {
-                // A kept layer is believed by its length; the next attempt fetches a bad one again.
+                // Kept layers are trusted by their length alone; after a failure the digest is
+                // verified, and a bad one is fetched again.
                 if self.inner.config.keep_layers {
-                    self.inner.content.distrust(digest);
+                    self.inner.content.verify_digest(digest);
                 }
                 Error::layer(*digest, e)
             })?;
@@ -243,7 +244,7 @@ impl Build {
     }
 }
 
-/// Tells the builder that nobody waits any more.
+/// Sets the builder's stop flag when dropped.
 struct StopOnDrop(Arc<AtomicBool>);
 
 impl Drop for StopOnDrop {
@@ -252,7 +253,7 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// A layer's blob; counts what was read.
+/// A layer's blob; counts the bytes read.
 struct Counted<'a> {
     file: BufReader<File>,
     read: u64,
@@ -280,7 +281,7 @@ impl BufRead for Counted<'_> {
 
 impl Counted<'_> {
     fn consume_count(&mut self, amount: usize) {
-        // Reported in steps: every report wakes the progress display.
+        // Reported in steps: each report wakes the receivers.
         const STEP: u64 = 256 << 10;
         let before = self.read;
         self.read += amount as u64;

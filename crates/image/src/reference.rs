@@ -1,5 +1,5 @@
-//! Names of images (the grammar of the distribution project, as Docker and containerd read it):
-//! `[registry/]repository[:tag][@digest]`.
+//! Image references in the grammar of the distribution project, as Docker and containerd parse
+//! them: `[registry/]repository[:tag][@digest]`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,11 +9,11 @@ use crate::error::Error;
 
 const DEFAULT_REGISTRY: &str = "docker.io";
 const DEFAULT_TAG: &str = "latest";
-/// Of the whole name without tag and digest.
+/// Maximum length in bytes of the name without tag and digest.
 const MAX_NAME: usize = 255;
 const MAX_TAG: usize = 128;
 
-/// A complete name: registry, repository, and a tag or a digest.
+/// A complete reference: registry, repository, and a tag or a digest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Reference {
     /// Host and optional port.
@@ -63,7 +63,7 @@ impl FromStr for Reference {
             }
             None => (text, None),
         };
-        // A colon before a slash belongs to a port.
+        // A colon before a slash starts a port.
         let (name, tag) = match rest.rsplit_once(':') {
             Some((name, tag)) if !tag.contains('/') => (name, Some(tag)),
             _ => (rest, None),
@@ -75,7 +75,7 @@ impl FromStr for Reference {
             return Err(bad("its name is longer than 255 bytes"));
         }
         if Digest::from_hex(name).is_some() {
-            return Err(bad("sixty-four hexadecimal digits are an image's id"));
+            return Err(bad("sixty-four hexadecimal digits are an image id"));
         }
         let (registry, repository) = match name.split_once('/') {
             Some((first, rest)) if is_registry(first) => (first, rest),
@@ -96,7 +96,7 @@ impl FromStr for Reference {
         if tag.is_some_and(|tag| !valid_tag(tag)) {
             return Err(bad("its tag must be up to 128 letters, digits, `.`, `_` and `-`"));
         }
-        // With both, the digest decides, as in containerd.
+        // With tag and digest, the digest is used, as in containerd.
         let target = match digest {
             Some(digest) => Target::Digest(digest),
             None => Target::Tag(tag.unwrap_or(DEFAULT_TAG).to_owned()),
@@ -105,7 +105,7 @@ impl FromStr for Reference {
     }
 }
 
-/// Whether the first component is a registry and not the start of a repository.
+/// Whether the first component is a registry host.
 fn is_registry(component: &str) -> bool {
     component == "localhost"
         || component.contains(['.', ':'])
@@ -131,7 +131,7 @@ fn valid_registry(registry: &str) -> bool {
     valid_host && port.is_none_or(valid_port)
 }
 
-/// Words of letters and digits with one `.`, one or two `_`, or any number of `-` between them.
+/// Lower-case letters and digits, separated by one `.`, one or two `_`, or any number of `-`.
 fn valid_component(component: &str) -> bool {
     let alphanumeric = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     component.starts_with(alphanumeric)
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_completed_name_stays_as_it_is() {
+    fn a_complete_name_is_unchanged() {
         for text in ["nginx", "localhost:5000/x:1", "[::1]:5000/a"] {
             assert_eq!(full(&full(text)), full(text));
         }

@@ -1,16 +1,16 @@
-//! What is known of the images on this machine: one record an image, and one file with the names.
+//! The store's records: one per image, and one file with all names.
 //!
 //! ```text
 //! images/<id>/record.json     written once, before the directory gets its name
 //! images/<id>/rootfs.erofs
-//! images/refs.json            name -> id, replaced as a whole: a tag moves atomically
+//! images/refs.json            name -> id, replaced atomically
 //! ```
 //!
-//! A record also holds the names of its image, so that `refs.json` can be made again from the
-//! records when it is damaged. What is damaged is moved aside ([`crate::aside`]).
+//! A record also contains its image's names, so that a damaged `refs.json` can be rebuilt from the
+//! records. Damaged files are moved away ([`crate::damaged`]).
 //!
-//! Blocking; callers bring their own thread and lock. A [`View`] is what the store was at one moment:
-//! it answers without the disk, so that readers never wait for a writer.
+//! Blocking; callers provide thread and lock. A [`View`] is an immutable copy of the store's state:
+//! readers use it without disk access and never wait for a writer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -28,38 +28,37 @@ use crate::error::Error;
 use crate::files::{create_directory, list, remove_any, sync_directory, usage, write_atomic};
 use crate::manifest::{empty_config, read_config};
 
-/// Of both kinds of file. A newer version's files are moved aside, not guessed at.
+/// Format version of records and `refs.json`. Files of a newer version are moved to `damaged/`.
 const VERSION: u64 = 1;
-/// Directories in the making or on their way out; nobody's after a restart.
+/// Prefix of directories being built or deleted; deleted when the store opens.
 const TEMPORARY: &str = ".tmp-";
 const RECORD: &str = "record.json";
 const ROOTFS: &str = "rootfs.erofs";
 const REFS: &str = "refs.json";
 
-/// An image's record as it is stored.
+/// Stored record of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     pub version: u64,
-    /// Digest of the configuration, which is in the content store; of an artifact, that of the
+    /// Digest of the configuration, which is in the content store; for an artifact, of the
     /// manifest.
     pub id: Digest,
-    /// Has no configuration.
+    /// The image has no configuration.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub artifact: bool,
-    /// Manifest that the image came with; archives of docker have none.
+    /// Manifest of the image; `None` for an image from a docker archive.
     pub manifest: Option<Digest>,
     pub layers: Vec<Layer>,
-    /// Whether the compressed layers are kept.
+    /// The compressed layers are kept.
     pub layers_kept: bool,
-    /// Length of the image file.
+    /// Length of the EROFS file.
     pub rootfs_bytes: u64,
     pub inodes: u64,
     /// Seconds since the epoch.
     pub added: u64,
-    /// Removed by the user while something still held it: gone from every list, its files go with
-    /// the last holder.
+    /// Removed while held: not listed any more, its files are deleted with the last hold.
     pub removed: bool,
-    /// As in `refs.json`, which counts; former releases wrote none.
+    /// Copy of the names in `refs.json`, which takes precedence; older releases wrote none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub names: Vec<String>,
 }
@@ -82,83 +81,83 @@ pub struct Entry {
     record: Record,
     config: Arc<ImageConfiguration>,
     size: u64,
-    room: (u64, u64),
+    usage: (u64, u64),
     holds: Arc<Holds>,
     _leases: Vec<Lease>,
 }
 
-/// What readers see of an image.
+/// State of an image for readers.
 #[derive(Debug, Clone)]
-pub struct Seen {
+pub struct ImageState {
     pub record: Record,
     pub config: Arc<ImageConfiguration>,
-    /// Room on the host's disk of the image file and the blobs that belong to the image.
+    /// Bytes on disk of the EROFS file and the blobs that belong to the image.
     pub size: u64,
-    /// Room of what is in the image's directory, and the number of files with the directory.
-    room: (u64, u64),
+    /// Bytes and number of files of the image's directory, including the directory.
+    usage: (u64, u64),
     pub holds: Arc<Holds>,
 }
 
-/// How many hold an image's files, or that they are gone. Shared by the store and all its views, so
-/// that a hold needs no lock and no view takes hold of an image that is going.
+/// Number of holds on an image's files, or the mark that they are deleted. Shared by the store and
+/// its views, so that taking a hold needs no lock and fails if the files are being deleted.
 #[derive(Debug, Default)]
 pub struct Holds(AtomicUsize);
 
 impl Holds {
-    const GONE: usize = usize::MAX;
+    const DELETED: usize = usize::MAX;
 
-    /// False when the files are gone.
+    /// Takes a hold; false if the files are deleted.
     pub fn take(&self) -> bool {
-        let one_more = |holds| (holds != Self::GONE).then(|| holds + 1);
+        let one_more = |holds| (holds != Self::DELETED).then(|| holds + 1);
         self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_ok()
     }
 
-    /// Undoes one [`Holds::take`]; true for the last. See [`Store::reap`].
+    /// Releases a hold; true if it was the last. See [`Store::delete_if_removed`].
     pub fn release(&self) -> bool {
         self.0.fetch_sub(1, Ordering::AcqRel) == 1
     }
 
-    /// Nobody can take hold any more; false when somebody has.
+    /// Prevents further holds; false if there are any.
     fn close(&self) -> bool {
-        self.0.compare_exchange(0, Self::GONE, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        self.0.compare_exchange(0, Self::DELETED, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// Undoes [`Holds::close`].
+    /// Reverts [`Holds::close`].
     fn reopen(&self) {
         self.0.store(0, Ordering::Release);
     }
 
-    fn are_gone(&self) -> bool {
-        self.0.load(Ordering::Acquire) == Self::GONE
+    fn are_deleted(&self) -> bool {
+        self.0.load(Ordering::Acquire) == Self::DELETED
     }
 
     fn is_held(&self) -> bool {
-        !matches!(self.0.load(Ordering::Acquire), 0 | Self::GONE)
+        !matches!(self.0.load(Ordering::Acquire), 0 | Self::DELETED)
     }
 }
 
-/// The store at one moment.
+/// Immutable state of the store.
 #[derive(Debug)]
 pub struct View {
     root: PathBuf,
-    images: BTreeMap<Digest, Seen>,
+    images: BTreeMap<Digest, ImageState>,
     refs: BTreeMap<String, Digest>,
     temporaries: Vec<Weak<PathBuf>>,
 }
 
 impl View {
-    /// An image that is not being removed.
-    pub fn get(&self, id: &Digest) -> Option<&Seen> {
-        self.images.get(id).filter(|seen| seen.is_listed())
+    /// An image whose removal is not pending.
+    pub fn get(&self, id: &Digest) -> Option<&ImageState> {
+        self.images.get(id).filter(|state| state.is_listed())
     }
 
-    /// Also one whose removal waits for its holders.
+    /// Also for an image whose removal is pending.
     pub fn holds(&self, id: &Digest) -> Option<Arc<Holds>> {
-        self.images.get(id).map(|seen| seen.holds.clone())
+        self.images.get(id).map(|state| state.holds.clone())
     }
 
-    pub fn images(&self) -> impl Iterator<Item = &Seen> {
-        self.images.values().filter(|seen| seen.is_listed())
+    pub fn images(&self) -> impl Iterator<Item = &ImageState> {
+        self.images.values().filter(|state| state.is_listed())
     }
 
     /// Names of an image.
@@ -170,13 +169,13 @@ impl View {
         self.refs.get(name).copied()
     }
 
-    /// The one image whose id begins with these digits.
+    /// The only image whose id has this prefix.
     pub fn by_prefix(&self, prefix: &str) -> Option<Digest> {
         let hex = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
         if prefix.is_empty() || !prefix.chars().all(hex) {
             return None;
         }
-        let mut matching = self.images().filter(|seen| seen.record.id.hex().starts_with(prefix));
+        let mut matching = self.images().filter(|state| state.record.id.hex().starts_with(prefix));
         let first = matching.next()?;
         matching.next().is_none().then_some(first.record.id)
     }
@@ -185,21 +184,20 @@ impl View {
         self.root.join(id.hex()).join(ROOTFS)
     }
 
-    /// Bytes on the disk and number of files, known without a look but for the images in the
-    /// making.
+    /// Bytes on disk and number of files, from memory except for images being built.
     pub fn usage(&self) -> (u64, u64) {
         let making = self.temporaries.iter().filter_map(Weak::upgrade).map(|path| {
-            // Gone already: published, or given up.
+            // Missing after publish or failure.
             fs::metadata(path.join(ROOTFS)).map_or((0, 0), |m| (m.blocks() * 512, 2))
         });
-        let made = self.images.values().map(|seen| seen.room);
+        let made = self.images.values().map(|state| state.usage);
         made.chain(making).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
     }
 }
 
-impl Seen {
+impl ImageState {
     fn is_listed(&self) -> bool {
-        !self.record.removed && !self.holds.are_gone()
+        !self.record.removed && !self.holds.are_deleted()
     }
 }
 
@@ -210,10 +208,10 @@ pub struct Store {
     images: BTreeMap<Digest, Entry>,
     refs: BTreeMap<String, Digest>,
     next_temporary: u64,
-    /// Images in the making.
+    /// Directories of images being built.
     temporaries: Vec<Weak<PathBuf>>,
-    /// Directories that nothing refers to any more; see [`Store::take_doomed`].
-    doomed: Vec<PathBuf>,
+    /// Directories to delete without the lock; see [`Store::take_pending_deletes`].
+    pending_deletes: Vec<PathBuf>,
 }
 
 impl Store {
@@ -226,7 +224,7 @@ impl Store {
             refs: BTreeMap::new(),
             next_temporary: 0,
             temporaries: Vec::new(),
-            doomed: Vec::new(),
+            pending_deletes: Vec::new(),
         };
         for (name, entry) in list(root)? {
             let path = entry.path();
@@ -235,7 +233,7 @@ impl Store {
             } else if let Some(id) = Digest::from_hex(&name) {
                 match read_record(&path.join(RECORD), id).and_then(|record| store.load(record)) {
                     Ok(entry) => drop(store.images.insert(id, entry)),
-                    Err(e) if e.is_damage() => store.set_aside(&path, &e),
+                    Err(e) if e.is_damage() => store.move_to_damaged(&path, &e),
                     Err(e) => return Err(e),
                 }
             }
@@ -244,15 +242,15 @@ impl Store {
         Ok(store)
     }
 
-    /// One bad image must not keep the node from starting; it can be pulled again. Its file system
-    /// goes at once: without a record nobody can tell whether it is whole, and it is large. What a
-    /// newer release has written is kept as it is.
-    fn set_aside(&self, path: &Path, error: &Error) {
+    /// Moves a damaged image away: one bad image must not prevent the daemon from starting, and it
+    /// can be pulled again. Its EROFS file is deleted first: it is large, and cannot be verified
+    /// without a record. Files of a newer release are kept.
+    fn move_to_damaged(&self, path: &Path, error: &Error) {
         if !matches!(error, Error::RecordVersion { .. }) {
-            // Not there, or a directory: then it is moved with the rest.
+            // Fails if missing or a directory, which is then moved with the rest.
             let _ = fs::remove_file(path.join(ROOTFS));
         }
-        self.content.aside().take(path, &with_causes(error));
+        self.content.damaged().move_away(path, &with_causes(error));
     }
 
     fn load_refs(&mut self) -> Result<(), Error> {
@@ -262,7 +260,7 @@ impl Store {
         let known = match read {
             Ok(refs) => refs.map(|refs| refs.refs),
             Err(e) if e.is_damage() => {
-                self.content.aside().take(&path, &with_causes(&e));
+                self.content.damaged().move_away(&path, &with_causes(&e));
                 None
             }
             Err(e) => return Err(e),
@@ -271,10 +269,10 @@ impl Store {
         self.refs = known.unwrap_or_else(|| self.refs_of_records());
         self.refs.retain(|_, id| self.images.get(id).is_some_and(|e| !e.record.removed));
         if rebuilt {
-            tracing::warn!(names = self.refs.len(), "names of images are those of their records");
-            // On a full disk: they are rebuilt again by the next start.
+            tracing::warn!(names = self.refs.len(), "image names were rebuilt from the records");
+            // On a full disk: the next start rebuilds them again.
             if let Err(error) = self.write_refs(self.refs.clone()) {
-                tracing::warn!(%error, "names of images are not written");
+                tracing::warn!(%error, "cannot write the image names");
             }
         }
         for id in self.images.keys().copied().collect::<Vec<_>>() {
@@ -283,7 +281,7 @@ impl Store {
         Ok(())
     }
 
-    /// Of two records with one name the one written last counts: the name moved to it.
+    /// If two records have the same name, the one written last has it: the name was moved to it.
     fn refs_of_records(&self) -> BTreeMap<String, Digest> {
         let written = |id: &Digest| {
             let metadata = fs::metadata(self.root.join(id.hex()).join(RECORD));
@@ -298,8 +296,8 @@ impl Store {
         names.collect()
     }
 
-    /// Brings the names in an image's record in step with `refs`. They are a second copy, so a
-    /// failure is only told.
+    /// Updates the names in an image's record from `refs`. They are a second copy, so a failure is
+    /// only logged.
     fn write_names(&mut self, id: &Digest) {
         let of_image = self.refs.iter().filter(|(_, target)| *target == id);
         let names: Vec<String> = of_image.map(|(name, _)| name.clone()).collect();
@@ -311,7 +309,7 @@ impl Store {
         match write_record(&path, &record) {
             Ok(()) => entry.record = record,
             Err(error) => {
-                tracing::warn!(image = %id, %error, "names are not in the image's record");
+                tracing::warn!(image = %id, %error, "cannot write the names to the image's record");
             }
         }
     }
@@ -332,7 +330,7 @@ impl Store {
             if let Err(e) = &config
                 && e.is_damage()
             {
-                self.content.set_aside(&record.id, &with_causes(e));
+                self.content.move_to_damaged(&record.id, &with_causes(e));
             }
             config?
         };
@@ -343,16 +341,16 @@ impl Store {
             let reason = format!("{} bytes, not {}", metadata.len(), record.rootfs_bytes);
             return Err(Error::Record { path: rootfs, reason });
         }
-        let room = usage(&self.root.join(record.id.hex()));
+        let usage = usage(&self.root.join(record.id.hex()));
         let mut blobs = BTreeSet::from([record.id]);
         blobs.extend(record.manifest);
         if record.layers_kept {
             blobs.extend(record.layers.iter().map(|layer| layer.digest));
         }
-        let blobs: u64 = blobs.iter().map(|digest| self.content.room(digest)).sum();
+        let blobs: u64 = blobs.iter().map(|digest| self.content.disk_size(digest)).sum();
         Ok(Entry {
             size: metadata.blocks() * 512 + blobs,
-            room,
+            usage,
             record,
             config: Arc::new(config),
             holds: Arc::default(),
@@ -360,34 +358,34 @@ impl Store {
         })
     }
 
-    /// What an image can do without is moved aside where it is damaged, and the image stays. Layers
-    /// are looked at by their length only: reading them all would take minutes.
+    /// Moves damaged blobs away that the image does not need to run; the image stays. Layers are
+    /// checked by length only: hashing them would take minutes.
     fn check_blobs(&self, record: &Record) {
         let manifest = record.manifest.filter(|digest| self.content.path(digest).exists());
         if let Some(digest) = manifest
             && let Err(e) = self.content.read(&digest)
             && e.is_damage()
         {
-            self.content.set_aside(&digest, &with_causes(&e));
+            self.content.move_to_damaged(&digest, &with_causes(&e));
         }
         for Layer { digest, size } in record.layers.iter().filter(|_| record.layers_kept) {
             let got = self.content.size(digest);
             if got != *size && self.content.path(digest).exists() {
                 let reason = format!("{got} bytes, not {size}");
-                self.content.set_aside(digest, &reason);
+                self.content.move_to_damaged(digest, &reason);
             }
         }
     }
 
     pub fn view(&self) -> View {
-        let seen = |entry: &Entry| {
-            let Entry { record, config, size, room, holds, _leases } = entry;
+        let state = |entry: &Entry| {
+            let Entry { record, config, size, usage, holds, _leases } = entry;
             let (record, config, holds) = (record.clone(), config.clone(), holds.clone());
-            Seen { record, config, size: *size, room: *room, holds }
+            ImageState { record, config, size: *size, usage: *usage, holds }
         };
         View {
             root: self.root.clone(),
-            images: self.images.iter().map(|(id, entry)| (*id, seen(entry))).collect(),
+            images: self.images.iter().map(|(id, entry)| (*id, state(entry))).collect(),
             refs: self.refs.clone(),
             temporaries: self.temporaries.clone(),
         }
@@ -397,7 +395,7 @@ impl Store {
         self.root.join(id.hex()).join(ROOTFS)
     }
 
-    /// A directory in which an image can be built; see [`Store::publish`].
+    /// A directory in which to build an image; see [`Store::publish`].
     pub fn temporary(&mut self) -> Result<Temporary, Error> {
         self.next_temporary += 1;
         let path = self.root.join(format!("{TEMPORARY}{}", self.next_temporary));
@@ -408,18 +406,18 @@ impl Store {
         Ok(Temporary(path))
     }
 
-    /// Puts a finished image in its place. The configuration's blob must be in the content store.
+    /// Renames a finished image into place. The configuration's blob must be in the content store.
     pub fn publish(&mut self, build: Temporary, record: Record) -> Result<(), Error> {
         let id = record.id;
         let target = self.root.join(id.hex());
         if self.images.contains_key(&id) {
-            // The same bytes; only a pending removal has to be taken back.
-            return self.revive(&id).map(drop);
+            // Same content; only a pending removal is cancelled.
+            return self.cancel_removal(&id).map(drop);
         }
         write_record(&build.0.join(RECORD), &record)?;
         if fs::symlink_metadata(&target).is_ok() {
-            // Damaged, and could not be moved aside when the store was opened.
-            self.content.aside().take(&target, "not in use");
+            // Damaged, and the move failed when the store was opened.
+            self.content.damaged().move_away(&target, "not in use");
         }
         fs::rename(&*build.0, &target).map_err(|e| Error::io("rename", &target, e))?;
         sync_directory(&self.root)?;
@@ -428,8 +426,8 @@ impl Store {
         Ok(())
     }
 
-    /// Whether the image is here; takes back a removal that waits for the last holder.
-    pub fn revive(&mut self, id: &Digest) -> Result<bool, Error> {
+    /// Whether the image exists; cancels a pending removal.
+    pub fn cancel_removal(&mut self, id: &Digest) -> Result<bool, Error> {
         let path = self.root.join(id.hex()).join(RECORD);
         let Some(entry) = self.images.get_mut(id) else { return Ok(false) };
         if entry.record.removed {
@@ -440,8 +438,7 @@ impl Store {
         Ok(true)
     }
 
-    /// Points names at an image, wherever they pointed before. False when the image is not here
-    /// (any more).
+    /// Points names to an image, replacing previous targets. False if the image does not exist.
     pub fn tag(&mut self, id: &Digest, names: &[String]) -> Result<bool, Error> {
         if self.images.get(id).is_none_or(|entry| entry.record.removed) {
             return Ok(false);
@@ -454,13 +451,13 @@ impl Store {
         let written = self.write_refs(refs);
         let named = self.refs.values().any(|target| target == id);
         if written.is_err() && !names.is_empty() && !named {
-            // New, and nobody would find it: better not there than half there.
+            // A new image without a name cannot be found, so it is removed.
             let _ = self.remove(id);
         }
         written.map(|()| true)
     }
 
-    /// Takes one name away.
+    /// Removes one name.
     pub fn untag(&mut self, name: &str) -> Result<(), Error> {
         let mut refs = self.refs.clone();
         if refs.remove(name).is_none() {
@@ -469,13 +466,13 @@ impl Store {
         self.write_refs(refs)
     }
 
-    /// Removes an image with all its names; its files stay while it is held.
+    /// Removes an image and its names; its files stay while it is held.
     pub fn remove(&mut self, id: &Digest) -> Result<(), Error> {
         let Some(entry) = self.images.get_mut(id) else { return Ok(()) };
         if entry.holds.close() {
-            // The files first: on a full disk nothing can be written before. Names without an
-            // image are dropped when the store opens.
-            self.give_up(id)?;
+            // The files first, as a full disk allows no write before. Names without an image are
+            // dropped when the store opens.
+            self.forget(id)?;
         } else if !entry.record.removed {
             let record = Record { removed: true, ..entry.record.clone() };
             write_record(&self.root.join(id.hex()).join(RECORD), &record)?;
@@ -486,27 +483,27 @@ impl Store {
         self.write_refs(refs)
     }
 
-    /// Gives up the files of removed images that nobody holds; returns their number and bytes.
-    pub fn reap_all(&mut self) -> Result<(u64, u64), Error> {
+    /// Deletes the files of all removed images without holds; returns their number and bytes.
+    pub fn delete_removed(&mut self) -> Result<(u64, u64), Error> {
         let removed = self.images.values().filter(|e| e.record.removed && !e.holds.is_held());
-        let removed: BTreeSet<_> = removed.map(|e| (e.record.id, e.room.0)).collect();
+        let removed: BTreeSet<_> = removed.map(|e| (e.record.id, e.usage.0)).collect();
         for (id, _) in &removed {
-            self.reap(id)?;
+            self.delete_if_removed(id)?;
         }
         Ok((removed.len() as u64, removed.iter().map(|(_, bytes)| bytes).sum()))
     }
 
-    /// Gives up the files of an image that is removed and that nobody holds. To be called after the
-    /// last hold was released.
-    pub fn reap(&mut self, id: &Digest) -> Result<(), Error> {
+    /// Deletes the files of an image if it is removed and has no holds. To be called after the last
+    /// hold was released.
+    pub fn delete_if_removed(&mut self, id: &Digest) -> Result<(), Error> {
         match self.images.get(id) {
-            Some(entry) if entry.record.removed && entry.holds.close() => self.give_up(id),
+            Some(entry) if entry.record.removed && entry.holds.close() => self.forget(id),
             _ => Ok(()),
         }
     }
 
-    /// After [`Holds::close`].
-    fn give_up(&mut self, id: &Digest) -> Result<(), Error> {
+    /// Forgets the image and moves its directory to the pending deletes. After [`Holds::close`].
+    fn forget(&mut self, id: &Digest) -> Result<(), Error> {
         let discarded = self.discard(&self.root.join(id.hex()));
         if discarded.is_err() {
             if let Some(entry) = self.images.get(id) {
@@ -514,24 +511,24 @@ impl Store {
             }
             return discarded;
         }
-        // Its leases go with it, and their blobs.
+        // Drops its leases, and so its blobs.
         self.images.remove(id);
         Ok(())
     }
 
-    /// Renamed only: a directory without its record would not be understood after a crash, and
-    /// deleting a large file takes longer than anybody should wait for the store.
+    /// Renames the directory for later deletion: deleting a large file takes too long under the
+    /// lock, and a directory without its record would count as damaged after a crash.
     fn discard(&mut self, path: &Path) -> Result<(), Error> {
         self.next_temporary += 1;
-        let doomed = self.root.join(format!("{TEMPORARY}{}", self.next_temporary));
-        fs::rename(path, &doomed).map_err(|e| Error::io("rename", path, e))?;
-        self.doomed.push(doomed);
+        let pending_deletes = self.root.join(format!("{TEMPORARY}{}", self.next_temporary));
+        fs::rename(path, &pending_deletes).map_err(|e| Error::io("rename", path, e))?;
+        self.pending_deletes.push(pending_deletes);
         Ok(())
     }
 
-    /// What to delete once the store is not locked any more.
-    pub fn take_doomed(&mut self) -> Vec<PathBuf> {
-        std::mem::take(&mut self.doomed)
+    /// The directories to delete after unlocking the store.
+    pub fn take_pending_deletes(&mut self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.pending_deletes)
     }
 
     fn write_refs(&mut self, refs: BTreeMap<String, Digest>) -> Result<(), Error> {
@@ -543,8 +540,8 @@ impl Store {
             let moved = from.iter().filter(|(name, id)| to.get(*name) != Some(*id));
             moved.map(|(_, id)| *id).collect::<BTreeSet<_>>()
         };
-        // Those that gain names first: a name that is cut short on its way is in two records then,
-        // and in none otherwise.
+        // First the images that gain names: after a crash in between, a name is then in two records
+        // instead of in none.
         let (losing, gaining) = (changed(&before, &self.refs), changed(&self.refs, &before));
         for id in gaining.iter().chain(losing.difference(&gaining)) {
             self.write_names(id);
@@ -572,7 +569,7 @@ impl Record {
     }
 }
 
-/// A directory that vanishes with its owner unless it was published.
+/// A directory that is deleted on drop unless it was published.
 #[derive(Debug)]
 pub struct Temporary(Arc<PathBuf>);
 
@@ -584,7 +581,7 @@ impl Temporary {
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // Gone already when it was published.
+        // Missing if it was published.
         let _ = fs::remove_dir_all(&*self.0);
     }
 }
@@ -603,7 +600,7 @@ fn read_record(path: &Path, id: Digest) -> Result<Record, Error> {
     Ok(record)
 }
 
-/// An error and what it came from, on one line.
+/// An error and its sources on one line.
 fn with_causes(error: &Error) -> String {
     let mut text = error.to_string();
     let mut source = std::error::Error::source(error);

@@ -1,31 +1,31 @@
-//! The file tree that the layers of an image add up to (OCI image-spec v1.1, layer.md), in memory
-//! and without any path of the host: a name from an image can only ever lead to a node of this
-//! tree.
+//! The file tree that results from an image's layers (OCI image-spec v1.1, layer.md), in memory and
+//! without host paths: a name from an image can only resolve to a node of this tree.
 //!
-//! Rules, with `L` the layer being applied:
+//! Rules, where `L` is the layer being applied:
 //! - a directory over a directory keeps the children and takes the new metadata; anything else
-//!   replaces what was there;
-//! - a whiteout hides only what layers below `L` brought, whatever the order of entries in `L`;
+//!   replaces the existing node;
+//! - a whiteout hides only entries of layers below `L`, regardless of the order of entries in `L`;
 //! - a hard link is a second name of one inode;
-//! - symlinks in the parents of a path are followed inside of the tree (`..` at its root stays
-//!   there), the last component never is;
-//! - missing parents appear as root's, mode 0755.
+//! - symlinks in the parents of a path are followed inside the tree (`..` at the root stays there),
+//!   the last component is not followed;
+//! - missing parents are created with owner root and mode 0755.
 
 use std::collections::BTreeMap;
 
 use crate::path::display;
 
-/// Follows at most this many symlinks in one path, as the kernel does.
+/// Maximum symlinks followed in one path, as in the kernel.
 const MAX_SYMLINKS: u32 = 40;
-/// Components walked for one path, those of its symlinks included: forty targets of two thousand
-/// components each would make every entry cost milliseconds.
+/// Maximum components resolved for one path, including those of its symlinks: forty targets of two
+/// thousand components each would make every entry cost milliseconds.
 const MAX_STEPS: u32 = 4096;
-/// A chain of symlinked parents can build a tree deeper than any one path is long; walks recurse.
+/// Maximum depth: symlinked parents can build a tree deeper than PATH_MAX allows, and walks
+/// recurse.
 const MAX_DEPTH: usize = 512;
-/// Files that the whiteouts of one layer look at, for each that an image may have: else a mark that
-/// is repeated in a full directory costs the square of the layer's length.
+/// Files that the whiteouts of one layer may visit, as a multiple of the image's maximum number of
+/// files: repeated opaque whiteouts of a full directory would cost quadratic time.
 const MAX_VISITS: u64 = 4;
-/// What a node costs beside its name, target and attributes.
+/// Bytes charged per node besides its name, target and attributes.
 const NODE_COST: u64 = 192;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -34,7 +34,7 @@ pub enum TreeError {
     NotADirectory { path: String, parent: String },
     #[error("too many symlinks in the parents of {path:?}")]
     SymlinkLoop { path: String },
-    #[error("{path:?} lies more than {MAX_DEPTH} directories deep")]
+    #[error("{path:?} is more than {MAX_DEPTH} directories deep")]
     TooDeep { path: String },
     #[error("hard link {path:?} points to {target:?}, which does not exist")]
     LinkTargetMissing { path: String, target: String },
@@ -46,7 +46,7 @@ pub enum TreeError {
     TooManyNodes { limit: u64 },
     #[error("names, symlinks and attributes of the image exceed {limit} bytes")]
     TooMuchMetadata { limit: u64 },
-    #[error("the whiteouts of the layer look at more than {limit} files")]
+    #[error("the whiteouts of the layer visit more than {limit} files")]
     TooManyVisits { limit: u64 },
 }
 
@@ -78,7 +78,7 @@ pub enum Kind<F> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Child {
     pub node: NodeId,
-    /// The layer that brought the name, or last gave the directory its metadata.
+    /// The layer that added the name, or last set the directory's metadata.
     layer: u32,
 }
 
@@ -86,11 +86,11 @@ pub struct Child {
 pub struct Node<F> {
     pub metadata: Metadata,
     pub kind: Kind<F>,
-    /// Names that lead here.
+    /// Number of names of this node.
     pub links: u32,
 }
 
-/// `F` is what is known of a file's content.
+/// `F` is the location of a file's content.
 #[derive(Debug)]
 pub struct Tree<F> {
     nodes: Vec<Node<F>>,
@@ -98,13 +98,13 @@ pub struct Tree<F> {
     max_nodes: u64,
     metadata_left: u64,
     max_metadata: u64,
-    /// Of the present layer; see [`MAX_VISITS`].
+    /// Remaining visits of the current layer; see [`MAX_VISITS`].
     visits_left: u64,
 }
 
 impl<F> Tree<F> {
-    /// The limits hold for everything ever added, hidden or not: a hostile image could otherwise
-    /// grow the table by replacing the same name for ever.
+    /// The limits cover everything ever added, hidden or not: a hostile image could otherwise grow
+    /// the table without end by replacing one name.
     pub fn new(max_nodes: u64, max_metadata: u64) -> Self {
         let metadata = Metadata { mode: 0o755, ..Metadata::default() };
         let root = Node { metadata, kind: Kind::Directory(BTreeMap::new()), links: 1 };
@@ -122,7 +122,7 @@ impl<F> Tree<F> {
         max_nodes.saturating_mul(MAX_VISITS)
     }
 
-    /// What is added from here on belongs to the next layer.
+    /// Starts the next layer; later additions belong to it.
     pub fn begin_layer(&mut self) {
         self.layer += 1;
         self.visits_left = Self::max_visits(self.max_nodes);
@@ -137,7 +137,7 @@ impl<F> Tree<F> {
         self.nodes.iter().filter(|node| node.links == 0)
     }
 
-    /// Puts a directory at `path` (split and checked by [`split`]).
+    /// Adds a directory at `path` (split and checked by [`split`]).
     pub fn add_directory(&mut self, path: &[&[u8]], metadata: Metadata) -> Result<(), TreeError> {
         let Some((name, parents)) = path.split_last() else {
             self.nodes[ROOT as usize].metadata = metadata;
@@ -157,7 +157,7 @@ impl<F> Tree<F> {
         self.put(parent, name, metadata, Kind::Directory(BTreeMap::new()))
     }
 
-    /// Puts anything but a directory at `path`.
+    /// Adds a node other than a directory at `path`.
     pub fn add(
         &mut self,
         path: &[&[u8]],
@@ -192,7 +192,7 @@ impl<F> Tree<F> {
         Ok(())
     }
 
-    /// Takes away whatever `path` names, of any layer.
+    /// Removes `path` in all layers.
     pub fn remove(&mut self, path: &[&[u8]]) -> Result<(), TreeError> {
         let (name, parents) = path.split_last().ok_or(TreeError::Root)?;
         let (parent, _) = self.resolve(path, parents, true)?;
@@ -202,14 +202,14 @@ impl<F> Tree<F> {
         Ok(())
     }
 
-    /// Hides what lower layers put at `path`.
+    /// Hides the entries of lower layers at `path`.
     pub fn whiteout(&mut self, path: &[&[u8]]) -> Result<(), TreeError> {
         let (name, parents) = path.split_last().ok_or(TreeError::Root)?;
         let Some(parent) = self.existing_directory(path, parents)? else { return Ok(()) };
         self.prune(parent, name)
     }
 
-    /// Hides what lower layers put into the directory `path`.
+    /// Hides the entries of lower layers in the directory `path`.
     pub fn opaque(&mut self, path: &[&[u8]]) -> Result<(), TreeError> {
         let Some(directory) = self.existing_directory(path, path)? else { return Ok(()) };
         let names: Vec<Box<[u8]>> = self.children(directory).keys().cloned().collect();
@@ -231,8 +231,8 @@ impl<F> Tree<F> {
         }
     }
 
-    /// Removes `name` as far as it comes from lower layers; a directory stays when something of
-    /// this layer lies in it.
+    /// Removes `name` if it comes from lower layers; a directory stays if it contains entries of
+    /// this layer.
     fn prune(&mut self, parent: NodeId, name: &[u8]) -> Result<(), TreeError> {
         let Some(child) = self.children(parent).get(name).copied() else { return Ok(()) };
         self.visits_left = self
@@ -254,8 +254,8 @@ impl<F> Tree<F> {
         Ok(())
     }
 
-    /// Finds the directory at `directory`; with `create`, makes what is missing. `path` is for
-    /// messages. The second value is its depth.
+    /// Finds the directory `directory`; with `create`, creates missing parents. `path` is used in
+    /// messages. The second value is the depth.
     fn resolve(
         &mut self,
         path: &[&[u8]],
@@ -263,7 +263,7 @@ impl<F> Tree<F> {
         create: bool,
     ) -> Result<(NodeId, usize), TreeError> {
         let mut stack = vec![ROOT];
-        // Components still to walk, the next one last.
+        // Remaining components in reverse order.
         let mut ahead: Vec<Vec<u8>> = directory.iter().rev().map(|c| c.to_vec()).collect();
         let (mut symlinks, mut steps) = (0, 0);
         while let Some(component) = ahead.pop() {
@@ -304,7 +304,7 @@ impl<F> Tree<F> {
                     if target.first() == Some(&b'/') {
                         stack.truncate(1);
                     }
-                    // `..` is harmless here: it cannot leave the tree.
+                    // `..` cannot leave the tree.
                     let parts = target.split(|&b| b == b'/');
                     let parts = parts.filter(|part| !part.is_empty() && *part != b".");
                     ahead.extend(parts.map(<[u8]>::to_vec).collect::<Vec<_>>().into_iter().rev());
@@ -344,7 +344,7 @@ impl<F> Tree<F> {
         }
     }
 
-    /// One name less for `node`; a directory lets go of its children.
+    /// Removes one name of `node`; a directory without names releases its children.
     fn release(&mut self, node: NodeId) {
         let mut released = vec![node];
         while let Some(id) = released.pop() {
@@ -379,18 +379,18 @@ impl<F> Tree<F> {
     fn children(&self, id: NodeId) -> &BTreeMap<Box<[u8]>, Child> {
         match &self.nodes[id as usize].kind {
             Kind::Directory(children) => children,
-            _ => unreachable!("only directories are asked for children"),
+            _ => unreachable!("only directories have children"),
         }
     }
 
     fn children_mut(&mut self, id: NodeId) -> &mut BTreeMap<Box<[u8]>, Child> {
         match &mut self.nodes[id as usize].kind {
             Kind::Directory(children) => children,
-            _ => unreachable!("only directories are asked for children"),
+            _ => unreachable!("only directories have children"),
         }
     }
 
-    /// The node at `path`, no symlink followed.
+    /// The node at `path` without following symlinks.
     #[cfg(test)]
     pub fn lookup(&self, path: &str) -> Option<&Node<F>> {
         let mut at = ROOT;

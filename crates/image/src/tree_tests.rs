@@ -1,4 +1,4 @@
-//! The tree against a plain model: a map from whole paths to what stands there.
+//! Property test of the tree against a model: a map from paths to their content.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// What one entry of a layer does; paths are made of few names so that they meet often.
+/// One entry of a layer; paths use few names so that they collide often.
 #[derive(Debug, Clone)]
 enum Op {
     Directory(Vec<u8>),
@@ -16,7 +16,7 @@ enum Op {
     NextLayer,
 }
 
-/// Path -> (layer that brought it, content; `None` for directories).
+/// Path -> (layer that added it, content; `None` for directories).
 type Model = BTreeMap<Vec<u8>, (u32, Option<u8>)>;
 
 fn below<'a>(model: &'a Model, path: &'a [u8]) -> impl Iterator<Item = Vec<u8>> + 'a {
@@ -25,7 +25,7 @@ fn below<'a>(model: &'a Model, path: &'a [u8]) -> impl Iterator<Item = Vec<u8>> 
 
 fn hide(model: &mut Model, path: &[u8], layer: u32) {
     let hidden: Vec<_> = below(model, path).filter(|p| model[p].0 < layer).collect();
-    // The deepest first: a directory stays while something of this layer lies in it.
+    // Deepest first: a directory stays if it contains entries of this layer.
     for path in hidden.into_iter().rev().chain([path.to_vec()]) {
         let has_children = below(model, &path).next().is_some();
         if model.get(&path).is_some_and(|(l, _)| *l < layer) && !has_children {
@@ -34,7 +34,7 @@ fn hide(model: &mut Model, path: &[u8], layer: u32) {
     }
 }
 
-/// Applies an operation to the model; false when a parent is a file.
+/// Applies an operation to the model; false if a parent is a file.
 fn model_apply(model: &mut Model, op: &Op, layer: u32) -> bool {
     match op {
         Op::Directory(path) | Op::File(path, _) => {
@@ -106,7 +106,7 @@ fn op() -> impl Strategy<Value = Op> {
 
 proptest! {
     #[test]
-    fn the_tree_is_what_the_layers_say(ops in prop::collection::vec(op(), 0..60)) {
+    fn the_tree_equals_the_model(ops in prop::collection::vec(op(), 0..60)) {
         let mut tree = Tree::new(10_000, 1 << 20);
         let mut model = Model::new();
         let mut layer = 0;
@@ -141,7 +141,7 @@ proptest! {
 }
 
 #[test]
-fn a_chain_of_symlinks_cannot_dig_without_end() {
+fn a_chain_of_symlinks_cannot_exceed_the_depth_limit() {
     let mut tree: Tree<()> = Tree::new(100_000, 64 << 20);
     let down: Vec<u8> = b"d/".repeat(400);
     tree.add(&[b"s"], Metadata::default(), Kind::Symlink(down.clone().into())).unwrap();
@@ -154,7 +154,7 @@ fn a_chain_of_symlinks_cannot_dig_without_end() {
 }
 
 #[test]
-fn marks_that_look_at_the_same_files_again_and_again_are_refused() {
+fn whiteouts_that_visit_too_many_files_are_refused() {
     for deep in [false, true] {
         let mut tree: Tree<()> = Tree::new(10, 1 << 20);
         tree.begin_layer();
@@ -162,14 +162,14 @@ fn marks_that_look_at_the_same_files_again_and_again_are_refused() {
             let path = [&b"top"[..], b"dir", name];
             tree.add(&path, Metadata::default(), Kind::Fifo).unwrap();
         }
-        // From above, the directory itself is one more that is looked at.
+        // Removed from its parent, the directory itself is visited too.
         let path: &[&[u8]] = if deep { &[b"top", b"dir"] } else { &[b"top"] };
         for _ in 0..if deep { 8 } else { 6 } {
             tree.opaque(path).unwrap();
         }
         let error = tree.opaque(path).unwrap_err();
         assert_eq!(error, TreeError::TooManyVisits { limit: 40 });
-        // A layer has what it needs whatever the one before it took.
+        // Each layer has its own limit.
         tree.begin_layer();
         assert!(tree.lookup("top/dir/e").is_some());
         tree.whiteout(&[b"top"]).unwrap();

@@ -1,5 +1,5 @@
-//! Registries reached as `hosts.toml` says: mirrors, certificates, headers, and errors that name
-//! what was tried.
+//! Registries configured by `hosts.toml`: mirrors, certificates, headers, and errors that name the
+//! hosts that were tried.
 
 mod support;
 
@@ -9,14 +9,14 @@ use std::sync::Arc;
 use image::{Auth, Config, Error, ErrorKind, Images};
 use support::{Registry, Response, config, explain, hosts, layer, noise, open};
 
-/// A store whose registries are described in `certs`.
+/// A store whose registries are configured in `certs`.
 async fn with_hosts(root: &Path, certs: &Path, registry: &str, toml: &str) -> Images {
     let config_path = hosts(certs, registry, toml);
     Images::open(Config { config_path, ..config(root) }).await.unwrap()
 }
 
 #[tokio::test]
-async fn an_error_names_every_place_that_was_tried() {
+async fn an_error_names_every_host_that_was_tried() {
     let broken = Registry::scripted(|_, _| Response::status(500));
     let empty = Registry::new();
     let (dir, certs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -33,13 +33,13 @@ async fn an_error_names_every_place_that_was_tried() {
     let at = |part: &str| text.find(part).unwrap_or_else(|| panic!("{part}: {text}"));
     assert!(at(&places[0]) < at(&places[1]) && at(&places[1]) < at(&empty.authority()), "{text}");
     assert!(text.contains("example.com/test/image:v1") && text.contains("500"), "{text}");
-    // What the registry itself says counts most.
+    // The registry's own error determines the kind.
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert_eq!(empty.count("/manifests/"), 1);
 }
 
 #[tokio::test]
-async fn mirrors_hear_whom_they_stand_for_and_get_their_headers() {
+async fn mirrors_get_the_registrys_name_and_their_headers() {
     let mirror = Registry::new();
     let id = mirror.image(&[layer("a", b"x")]);
     let (dir, certs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -59,7 +59,7 @@ async fn mirrors_hear_whom_they_stand_for_and_get_their_headers() {
 }
 
 #[tokio::test]
-async fn a_mirror_is_asked_only_for_what_it_can() {
+async fn a_mirror_is_used_only_for_its_capabilities() {
     let layers = [layer("a", b"x"), layer("b", &noise(5000))];
     let (tags, blobs, upstream) = (Registry::new(), Registry::new(), Registry::new());
     for registry in [&tags, &blobs, &upstream] {
@@ -82,11 +82,11 @@ async fn a_mirror_is_asked_only_for_what_it_can() {
     let toml = "capabilities = [\"push\"]\nserver = \"http://127.0.0.1:1\"";
     hosts(certs.path(), "none.example", toml);
     let error = images.pull("none.example/test/image:v1", None, None).await.unwrap_err();
-    assert!(error.to_string().contains("no host that may be asked"), "{error}");
+    assert!(error.to_string().contains("no host with the capability"), "{error}");
 }
 
 #[tokio::test]
-async fn a_path_of_ones_own_replaces_the_usual_one() {
+async fn override_path_replaces_the_v2_prefix() {
     let registry = Registry::scripted(|request, response| {
         assert!(request.path.starts_with("/odd/test/image/"), "{}", request.path);
         response
@@ -100,7 +100,7 @@ async fn a_path_of_ones_own_replaces_the_usual_one() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_repaired_counts_from_the_next_pull_on() {
+async fn a_corrected_file_applies_to_the_next_pull() {
     let registry = Registry::new();
     registry.image(&[layer("a", b"x")]);
     let (dir, certs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -115,28 +115,28 @@ async fn a_file_that_is_repaired_counts_from_the_next_pull_on() {
 }
 
 #[tokio::test]
-async fn a_dead_mirror_costs_little() {
+async fn an_unresponsive_mirror_delays_a_pull_only_once() {
     let upstream = Registry::new();
     upstream.image(&[layer("a", b"x"), layer("b", b"y"), layer("c", b"z")]);
-    // Accepts and says nothing.
-    let dead = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    // Accepts connections and sends nothing.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let (dir, certs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let toml = format!(
         "server = \"http://{}\"\n[host.\"http://{}\"]\n",
         upstream.authority(),
-        dead.local_addr().unwrap()
+        silent.local_addr().unwrap()
     );
     let config_path = hosts(certs.path(), "reg.example", &toml);
     let settings = Config { config_path, attempts: 1, ..config(dir.path()) };
     let images = Images::open(settings).await.unwrap();
     let start = std::time::Instant::now();
     images.pull("reg.example/test/image:v1", None, None).await.unwrap();
-    // It was asked once, for a second, and not again for each blob.
+    // One request with a timeout of one second, and none for the blobs.
     assert!(start.elapsed().as_secs() < 4, "{:?}", start.elapsed());
 }
 
 #[tokio::test]
-async fn a_mirror_gets_credentials_that_are_for_nobody_else() {
+async fn a_mirror_gets_credentials_that_name_no_server() {
     let challenge = |request: &support::Request, response: Response| match request
         .headers
         .contains_key("authorization")
@@ -164,7 +164,7 @@ async fn a_mirror_gets_credentials_that_are_for_nobody_else() {
 }
 
 #[tokio::test]
-async fn a_registry_that_wants_a_client_certificate_gets_it() {
+async fn a_client_certificate_is_sent_on_request() {
     let registry = Registry::new();
     let id = registry.image(&[layer("a", &noise(200_000))]);
     let server = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
@@ -173,9 +173,9 @@ async fn a_registry_that_wants_a_client_certificate_gets_it() {
     let authority = format!("localhost:{port}");
     let name = format!("{authority}/test/image:v1");
     let certs = tempfile::tempdir().unwrap();
-    let folder = certs.path().join(format!("localhost_{port}_"));
-    std::fs::create_dir(&folder).unwrap();
-    let put = |file: &str, text: String| std::fs::write(folder.join(file), text).unwrap();
+    let directory = certs.path().join(format!("localhost_{port}_"));
+    std::fs::create_dir(&directory).unwrap();
+    let put = |file: &str, text: String| std::fs::write(directory.join(file), text).unwrap();
     put("ca.crt", server.cert.pem());
     let pull = async || {
         let root = tempfile::tempdir().unwrap();
@@ -186,14 +186,14 @@ async fn a_registry_that_wants_a_client_certificate_gets_it() {
     let error = pull().await.unwrap_err();
     assert!(explain(&error).to_lowercase().contains("certificate"), "{}", explain(&error));
 
-    // Bare files: the one that the server trusts is chosen.
+    // Docker layout: the certificate that the server trusts is chosen.
     put("a.cert", other.cert.pem());
     put("a.key", other.signing_key.serialize_pem());
     put("b.cert", client.cert.pem());
     put("b.key", client.signing_key.serialize_pem());
     assert_eq!(pull().await.unwrap(), id);
 
-    // In hosts.toml: a pair, and both in one file.
+    // In hosts.toml: a pair, and certificate and key in one file.
     for (name, text) in [
         ("pair", "client = [[\"b.cert\", \"b.key\"]]"),
         ("one", "client = \"both.pem\""),
@@ -215,7 +215,7 @@ fn self_signed(name: &str) -> rcgen::CertifiedKey<rcgen::KeyPair> {
     rcgen::CertifiedKey { cert: parameters.self_signed(&signing_key).unwrap(), signing_key }
 }
 
-/// TLS that asks for a client certificate, in front of a plain registry.
+/// TLS that requests a client certificate, in front of a plain registry.
 async fn mutual_tls_proxy(
     server: &rcgen::CertifiedKey<rcgen::KeyPair>,
     client: &rcgen::CertifiedKey<rcgen::KeyPair>,
@@ -243,7 +243,7 @@ async fn mutual_tls_proxy(
 }
 
 #[tokio::test]
-async fn redirects_that_go_in_circles_end() {
+async fn redirect_loops_fail() {
     let registry = Registry::scripted(|request, response| {
         if !request.path.contains("/blobs/") {
             return response;
@@ -263,7 +263,7 @@ async fn redirects_that_go_in_circles_end() {
 }
 
 #[tokio::test]
-async fn headers_of_a_host_go_to_no_other_server() {
+async fn headers_of_a_host_are_not_sent_to_other_servers() {
     let realm = Registry::scripted(|_, _| Response::ok(r#"{"token":"t"}"#));
     let storage = Registry::new();
     let (service, target) = (realm.authority(), storage.authority());
@@ -272,7 +272,7 @@ async fn headers_of_a_host_go_to_no_other_server() {
             let challenge = format!("Bearer realm=\"http://{service}/token\",service=\"reg\"");
             return Response::status(401).header("WWW-Authenticate", challenge);
         }
-        // Once within the server, then away from it.
+        // First a redirect within the server, then one to another.
         match (request.path.contains("/blobs/"), request.path.contains("?within")) {
             (false, _) => response,
             (true, false) => {
@@ -309,7 +309,7 @@ async fn headers_of_a_host_go_to_no_other_server() {
 }
 
 #[tokio::test]
-async fn a_password_in_a_body_follows_no_redirect_to_another_server() {
+async fn a_password_in_a_body_is_not_sent_to_a_redirects_other_server() {
     let thief = Registry::scripted(|_, _| Response::ok(r#"{"token":"t"}"#));
     let target = thief.authority();
     let port = Arc::new(std::sync::Mutex::new(0));

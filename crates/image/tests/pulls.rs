@@ -1,4 +1,4 @@
-//! Pulls of every kind of image, shared, cancelled and gone on with.
+//! Pulls of all kinds of images: shared, cancelled and resumed pulls, artifacts, indexes.
 
 mod support;
 
@@ -11,7 +11,7 @@ use support::{MANIFEST, Registry, Response, assert_clean, config, layer, noise, 
 
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
-/// A registry whose large blobs stop after a megabyte, unless the rest is asked for.
+/// A registry whose large blobs stop after a megabyte unless a range is requested.
 fn slow(big: &[u8]) -> (Registry, String) {
     let registry = Registry::scripted(|request, response| {
         let ranged = request.headers.contains_key("range");
@@ -32,14 +32,14 @@ async fn wait_for(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// Bytes of partial blobs.
+/// Total bytes of partial blobs.
 fn partial(root: &Path) -> u64 {
     let entries = std::fs::read_dir(root.join("content/ingest")).unwrap();
     entries.map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
 }
 
 #[tokio::test]
-async fn a_pull_that_nobody_waited_for_is_gone_on_with_by_the_next() {
+async fn a_cancelled_pull_is_resumed_by_the_next() {
     let big = layer("big", &noise(3_000_000));
     let (registry, id) = slow(&big);
     let dir = tempfile::tempdir().unwrap();
@@ -52,7 +52,7 @@ async fn a_pull_that_nobody_waited_for_is_gone_on_with_by_the_next() {
     wait_for("half of the layer", || partial(dir.path()) > 400_000).await;
     pull.abort();
     let _ = pull.await;
-    // Also when the daemon was restarted meanwhile.
+    // Also after a restart of the daemon.
     drop(images);
     let images = reopen(settings).await;
     let here = partial(dir.path());
@@ -66,14 +66,14 @@ async fn a_pull_that_nobody_waited_for_is_gone_on_with_by_the_next() {
 }
 
 #[tokio::test]
-async fn a_partial_blob_that_is_not_what_it_should_be_is_fetched_again() {
+async fn a_wrong_partial_blob_is_fetched_again() {
     let big = layer("big", &noise(500_000));
     let registry = Registry::new();
     let id = registry.image(std::slice::from_ref(&big));
     let dir = tempfile::tempdir().unwrap();
     let ingest = dir.path().join("content/ingest");
     std::fs::create_dir_all(&ingest).unwrap();
-    // Wrong bytes, too many bytes, and all of them but wrong.
+    // Wrong bytes, too many bytes, and the right number of wrong bytes.
     for length in [200_000, big.len() + 5000, big.len()] {
         std::fs::write(ingest.join(Digest::of(&big).hex()), vec![7; length]).unwrap();
         let images = open(dir.path()).await;
@@ -84,7 +84,7 @@ async fn a_partial_blob_that_is_not_what_it_should_be_is_fetched_again() {
 }
 
 #[tokio::test]
-async fn what_one_mirror_began_another_ends() {
+async fn a_blob_begun_at_one_mirror_is_completed_at_another() {
     let big = layer("big", &noise(800_000));
     let dying = Registry::scripted(|request, response| {
         if request.path.contains("/blobs/") && response.body.len() > 1000 {
@@ -142,7 +142,7 @@ async fn artifacts_without_a_configuration_are_images_for_volumes() {
     let dir = tempfile::tempdir().unwrap();
     let images = open(dir.path()).await;
     let mut ids = Vec::new();
-    // Their configurations are equal; they are not.
+    // Equal configurations, different images.
     for (tag, config_type) in [
         ("one", "application/vnd.oci.empty.v1+json"),
         ("two", "application/vnd.oci.image.config.v1+json"),
@@ -166,7 +166,7 @@ async fn artifacts_without_a_configuration_are_images_for_volumes() {
     assert_eq!(ids.len(), 3);
     drop(images);
     let images = reopen(config(dir.path())).await;
-    assert_eq!(images.images().len(), 3, "they are there after a restart");
+    assert_eq!(images.images().len(), 3, "listed after a restart");
     for id in &ids {
         images.remove(id).await.unwrap();
     }
@@ -225,7 +225,7 @@ async fn indexes_nest_and_entries_need_no_platform() {
     assert_eq!(images.pull(&registry.name(), None, None).await.unwrap().to_string(), id);
     let info = images.image(&registry.name()).unwrap();
     assert!(info.repo_digests[0].ends_with(&outer), "{:?}", info.repo_digests);
-    // By digest it has no tag, whatever else was asked for.
+    // By digest it has no tag, even if one was requested.
     let by_digest = format!("{}/test/image:other@{outer}", registry.authority());
     images.remove(&id).await.unwrap();
     images.pull(&by_digest, None, None).await.unwrap();
@@ -290,7 +290,7 @@ async fn docker_manifests_and_compressed_layers_are_read() {
 }
 
 #[tokio::test]
-async fn pinned_images_are_said_to_be_and_removed_when_asked() {
+async fn pinned_images_are_reported_and_removed_on_request() {
     let registry = Registry::new();
     let id = registry.image(&[layer("a", b"x")]);
     let other = registry.image_as("v2", &[layer("a", b"y")], "");
@@ -312,7 +312,7 @@ async fn pinned_images_are_said_to_be_and_removed_when_asked() {
 }
 
 #[tokio::test]
-async fn the_use_of_the_disk_is_known_without_looking() {
+async fn disk_usage_is_counted_in_memory() {
     use std::os::unix::fs::MetadataExt;
     fn walk(path: &Path, sum: &mut (u64, u64)) {
         for entry in std::fs::read_dir(path).unwrap().flatten() {
@@ -321,7 +321,7 @@ async fn the_use_of_the_disk_is_known_without_looking() {
             if metadata.is_dir() {
                 walk(&entry.path(), sum);
             }
-            // The frame is there with and without images.
+            // Directories and files that exist without images too.
             if metadata.is_dir() && name.len() != 64 || name == "refs.json" {
                 continue;
             }
@@ -391,7 +391,7 @@ async fn an_image_is_gone_after_each_of_many_removals_at_once() {
     );
 }
 
-/// A registry whose token service knows one way only.
+/// A registry whose token service supports one grant only.
 fn one_way(method: &'static str, refuses_with: u16) -> Registry {
     let port = std::sync::Arc::new(AtomicUsize::new(0));
     let known = std::sync::Arc::clone(&port);
@@ -416,7 +416,7 @@ fn one_way(method: &'static str, refuses_with: u16) -> Registry {
 }
 
 #[tokio::test]
-async fn token_services_may_know_one_way_only() {
+async fn token_services_may_support_one_grant_only() {
     let identity = Auth { identity_token: "me".into(), ..Auth::default() };
     let basic = Auth { username: "u".into(), password: "p".into(), ..Auth::default() };
     for status in [400, 401, 404, 405] {
@@ -424,22 +424,22 @@ async fn token_services_may_know_one_way_only() {
         let dir = tempfile::tempdir().unwrap();
         let images = open(dir.path()).await;
         images.pull(&registry.name(), Some(identity.clone()), None).await.unwrap();
-        let asked: Vec<_> =
+        let requests: Vec<_> =
             registry.requests().into_iter().filter(|r| r.path.starts_with("/token")).collect();
-        assert_eq!(asked[0].method, "POST");
-        // An empty user and the token.
-        assert_eq!(asked[1].headers["authorization"], "Basic Om1l");
+        assert_eq!(requests[0].method, "POST");
+        // An empty user name and the token.
+        assert_eq!(requests[1].headers["authorization"], "Basic Om1l");
     }
     for status in [404, 405] {
         let registry = one_way("POST", status);
         let dir = tempfile::tempdir().unwrap();
         let images = open(dir.path()).await;
         images.pull(&registry.name(), Some(basic.clone()), None).await.unwrap();
-        let asked: Vec<_> =
+        let requests: Vec<_> =
             registry.requests().into_iter().filter(|r| r.path.starts_with("/token")).collect();
-        assert_eq!(asked[0].headers["authorization"], "Basic dTpw");
-        assert!(asked[1].body.contains("grant_type=password&"), "{}", asked[1].body);
-        assert!(asked[1].body.contains("username=u&password=p"), "{}", asked[1].body);
+        assert_eq!(requests[0].headers["authorization"], "Basic dTpw");
+        assert!(requests[1].body.contains("grant_type=password&"), "{}", requests[1].body);
+        assert!(requests[1].body.contains("username=u&password=p"), "{}", requests[1].body);
     }
     let registry = one_way("NONE", 401);
     let dir = tempfile::tempdir().unwrap();
@@ -448,15 +448,15 @@ async fn token_services_may_know_one_way_only() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_write_that_hangs_keeps_nobody_from_reading() {
+async fn a_hanging_write_does_not_block_readers() {
     let registry = Registry::new();
     let id = registry.image(&[layer("a", b"x")]);
     let second = registry.image_as("v2", &[layer("b", b"y")], "B=1");
     let dir = tempfile::tempdir().unwrap();
     let images = open(dir.path()).await;
     images.pull(&registry.name(), None, None).await.unwrap();
-    // Whoever writes the names waits until this has a reader, and then fails, as on a disk that
-    // hangs and breaks.
+    // Opening the FIFO for writing blocks until it has a reader, then the write fails: a disk that
+    // hangs and then reports an error.
     let pipe = dir.path().join("images/refs.partial");
     nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let v2 = registry.name().replace(":v1", ":v2");
@@ -477,11 +477,11 @@ async fn a_write_that_hangs_keeps_nobody_from_reading() {
     };
     let read = tokio::time::timeout(Duration::from_secs(20), reads).await;
     let blocked = !pull.is_finished();
-    // Also when the test has failed: a thread that hangs would keep it from ending.
+    // Also if the test fails: a blocked thread would prevent its end.
     let reader = tokio::task::spawn_blocking(move || std::fs::File::open(pipe).map(drop));
     let pulled = pull.await.unwrap();
     reader.await.unwrap().unwrap();
-    read.expect("readers wait for a writer").unwrap();
+    read.expect("readers do not wait for a writer").unwrap();
     assert!(blocked, "nothing was blocked: {pulled:?}");
     assert_eq!(pulled.unwrap_err().kind(), ErrorKind::Internal);
     assert!(images.image(&v2).is_none());
@@ -490,7 +490,7 @@ async fn a_write_that_hangs_keeps_nobody_from_reading() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hold_and_a_removal_at_once_leave_the_files_to_one_of_them() {
+async fn a_concurrent_hold_and_removal_are_consistent() {
     let registry = Registry::new();
     let id = registry.image(&[layer("a", b"x")]);
     let dir = tempfile::tempdir().unwrap();
@@ -501,7 +501,7 @@ async fn a_hold_and_a_removal_at_once_leave_the_files_to_one_of_them() {
             let (images, id) = (images.clone(), id.clone());
             tokio::task::spawn_blocking(move || {
                 let hold = images.hold(&id)?;
-                assert!(hold.erofs_path().exists(), "round {round}: held, and gone");
+                assert!(hold.erofs_path().exists(), "round {round}: held, but missing");
                 Some(hold)
             })
         };
@@ -510,9 +510,9 @@ async fn a_hold_and_a_removal_at_once_leave_the_files_to_one_of_them() {
         assert!(images.image(&id).is_none());
         if let Some(hold) = hold {
             let path = hold.erofs_path().to_owned();
-            assert!(path.exists(), "round {round}: held, and gone");
+            assert!(path.exists(), "round {round}: held, but missing");
             drop(hold);
-            wait_for("the files of a removed image go", || !path.exists()).await;
+            wait_for("deletion of a removed image's files", || !path.exists()).await;
         }
     }
 }

@@ -1,6 +1,6 @@
-//! Images made here against the tools that define the formats: Debian's docker-registry and skopeo
-//! on one side, erofs-utils and the kernel's own EROFS on the other. Needs root for ownership,
-//! devices and mounts; says what it skips.
+//! Images built here compared with reference tools: Debian's docker-registry and skopeo on one
+//! side, erofs-utils and the kernel's EROFS on the other. Needs root for ownership, devices and
+//! mounts; reports what it skips.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, symlink};
@@ -43,7 +43,7 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("temporary paths are UTF-8")
 }
 
-/// A tree with everything that an image can hold.
+/// A tree with every file type and attribute that an image can contain.
 fn fill(root: &Path) {
     let file = |path: &str, bytes: &[u8]| {
         let path = root.join(path);
@@ -61,7 +61,7 @@ fn fill(root: &Path) {
             })
             .collect()
     };
-    // Sizes around every limit of the layouts.
+    // Sizes around every limit of the data layouts.
     for size in [0, 1, 2031, 2032, 2033, 4095, 4096, 4097, 6128, 6129, 65536, 1 << 20, 3_000_001] {
         file(&format!("sizes/{size}"), &noise(size));
     }
@@ -79,7 +79,7 @@ fn fill(root: &Path) {
     sparse.set_len(1100 << 20).unwrap();
     sparse.write_all_at(b"far away", 1090 << 20).unwrap();
     sparse.write_all_at(&noise(10_000), 123_456).unwrap();
-    // More inline data than the writer buffers, of odd lengths.
+    // More inline data than the writer's buffer, of odd lengths.
     for i in 0..3000 {
         file(&format!("many/{i:0>width$}", width = 1 + i % 200), &noise(501 + i % 2));
     }
@@ -249,7 +249,7 @@ impl Drop for Mounted {
 }
 
 #[tokio::test]
-async fn every_kind_of_file_survives_the_way_through_tar_and_erofs() {
+async fn every_file_type_survives_tar_and_erofs() {
     if missing(&["fsck.erofs", "tar", "gzip", "getfattr"]) || !is_root() {
         return;
     }
@@ -261,7 +261,7 @@ async fn every_kind_of_file_survives_the_way_through_tar_and_erofs() {
         fs::create_dir(&tree).unwrap();
         fill(&tree);
         if options != ["--format=pax", "--sparse"] {
-            // Larger than what single blocks may map, so it takes a while to read; once is enough.
+            // Larger than one block can map, so reading it takes time; tested once.
             fs::remove_file(tree.join("zeros/sparse")).unwrap();
         }
         let pax = options[0] == "--format=pax";
@@ -289,12 +289,12 @@ async fn every_kind_of_file_survives_the_way_through_tar_and_erofs() {
             );
             assert_eq!(value.len(), 3000);
         } else {
-            // GNU headers keep whole seconds.
+            // GNU headers have whole seconds.
             let whole =
                 |lines: &[String]| lines.iter().map(|l| without_fraction(l)).collect::<Vec<_>>();
             same(&whole(&expected), &whole(&got));
         }
-        // Holes stay holes.
+        // Holes are kept.
         if options.contains(&"--sparse") {
             let sparse = fs::metadata(&rootfs).unwrap();
             assert!(sparse.size() < 64 << 20, "{} bytes", sparse.size());
@@ -346,7 +346,7 @@ async fn a_real_registry_serves_what_skopeo_pushed() {
     let by_digest = info.repo_digests[0].clone();
     assert_eq!(images.pull(&by_digest, None, None).await.unwrap(), id);
 
-    // The same image made from a file has the same bytes.
+    // The same image imported from a file is identical.
     let other = tempfile::tempdir().unwrap();
     let again = self::images(other.path()).await;
     again.import(&oci, Some("other/name:1")).await.unwrap();
@@ -354,7 +354,7 @@ async fn a_real_registry_serves_what_skopeo_pushed() {
     assert_eq!(twin.id, info.id);
     assert!(fs::read(twin.erofs_path).unwrap() == fs::read(info.erofs_path).unwrap());
 
-    // A docker archive gives the same image, too.
+    // A docker archive gives the same image.
     let archive = dir.path().join("docker.tar");
     let target = format!("docker-archive:{}:some/name:2", text(&archive));
     run("skopeo", &["--insecure-policy", "copy", &source, &target]);
@@ -366,21 +366,21 @@ async fn a_real_registry_serves_what_skopeo_pushed() {
 }
 
 #[tokio::test]
-async fn real_images_look_as_umoci_unpacks_them() {
-    let Ok(folder) = std::env::var("NACELLE_IMAGES") else {
-        println!("SKIP: NACELLE_IMAGES does not name a folder of OCI layouts");
+async fn real_images_equal_umocis_unpacked_ones() {
+    let Ok(directory) = std::env::var("NACELLE_IMAGES") else {
+        println!("SKIP: NACELLE_IMAGES does not name a directory of OCI layouts");
         return;
     };
     if missing(&["umoci", "fsck.erofs"]) || !is_root() {
         return;
     }
-    for layout in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+    for layout in fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()) {
         let dir = tempfile::tempdir().unwrap();
         let images = images(&dir.path().join("store")).await;
         let id = images.import(&layout, Some("real/image:1")).await.unwrap()[0];
         let rootfs = images.image(&id.to_string()).unwrap().erofs_path;
         run("fsck.erofs", &[text(&rootfs)]);
-        // umoci finds images by a name in the index only.
+        // umoci finds images only by a name in the index.
         let copy = dir.path().join("layout");
         run("cp", &["-rL", text(&layout), text(&copy)]);
         let index = fs::read_to_string(copy.join("index.json")).unwrap();
@@ -398,7 +398,7 @@ async fn real_images_look_as_umoci_unpacks_them() {
         }
         run("umoci", &["unpack", "--image", &source, text(&bundle)]);
         let Some(mounted) = mount(&rootfs, &dir.path().join("mnt")) else { return };
-        // umoci writes down when it changed the root last; the image keeps what its layer says.
+        // umoci sets the root's time of change; the image has the time from its layer.
         let root = |line: &String| !line.starts_with("\"\" ");
         let [expected, got] = [&bundle.join("rootfs"), &mounted.0]
             .map(|path| describe(path).into_iter().filter(root).collect::<Vec<_>>());

@@ -11,13 +11,13 @@ use support::{
     MANIFEST, Registry, Response, assert_clean, config, explain, hosts, layer, noise, open,
 };
 
-/// Pulls from a registry that must fail; checks that nothing is left and that a good pull works
+/// Pulls from a registry that must fail; checks that no files remain and that a good pull succeeds
 /// afterwards in the same store.
 async fn fails(registry: &Registry) -> Error {
     let dir = tempfile::tempdir().unwrap();
     let images = open(dir.path()).await;
     let error = images.pull(&registry.name(), None, None).await.expect_err("must fail");
-    // The builder's thread may take a moment to notice.
+    // The builder's thread stops with a delay.
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_clean(dir.path());
     assert!(images.images().is_empty());
@@ -28,7 +28,7 @@ async fn fails(registry: &Registry) -> Error {
 }
 
 #[tokio::test]
-async fn a_pull_by_tag_gives_names_and_a_file() {
+async fn a_pull_by_tag_returns_names_and_a_file() {
     let registry = Registry::new();
     let id = registry.image(&[layer("a", b"1"), layer("b", &noise(100_000))]);
     let dir = tempfile::tempdir().unwrap();
@@ -53,13 +53,13 @@ async fn a_pull_by_tag_gives_names_and_a_file() {
 }
 
 #[tokio::test]
-async fn a_broken_transfer_goes_on_where_it_broke() {
+async fn a_broken_transfer_is_resumed() {
     let cuts = AtomicUsize::new(0);
     let big = layer("big", &noise(3_000_000));
     let size = big.len();
     let registry = Registry::scripted(move |request, response| {
         if request.path.contains("/blobs/") && response.body.len() > 100_000 {
-            // Each connection brings a megabyte.
+            // Each connection delivers a megabyte.
             cuts.fetch_add(1, Ordering::Relaxed);
             return Response { cut: Some(1_000_000), ..response };
         }
@@ -78,7 +78,7 @@ async fn a_broken_transfer_goes_on_where_it_broke() {
 }
 
 #[tokio::test]
-async fn a_server_without_ranges_is_read_from_the_start_again() {
+async fn a_server_without_ranges_is_read_from_the_start() {
     let first = AtomicUsize::new(0);
     let big = layer("big", &noise(400_000));
     let whole = big.clone();
@@ -98,7 +98,7 @@ async fn a_server_without_ranges_is_read_from_the_start_again() {
 }
 
 #[tokio::test]
-async fn a_blob_with_other_bytes_is_refused() {
+async fn a_blob_with_wrong_bytes_is_refused() {
     let registry = Registry::scripted(|request, mut response| {
         if request.path.contains("/blobs/") && response.body.len() > 1000 {
             response.body[700] ^= 1;
@@ -124,7 +124,7 @@ async fn a_manifest_with_another_digest_is_refused() {
 }
 
 #[tokio::test]
-async fn a_blob_longer_than_promised_is_cut_off() {
+async fn a_blob_longer_than_its_descriptor_is_refused() {
     let registry = Registry::scripted(|request, mut response| {
         if request.path.contains("/blobs/") && response.body.len() > 1000 {
             response.body.extend(noise(1 << 20));
@@ -149,7 +149,7 @@ async fn a_blob_that_always_ends_early_fails_after_some_attempts() {
 }
 
 #[tokio::test]
-async fn a_silent_registry_is_given_up() {
+async fn a_silent_registry_times_out() {
     let registry = Registry::scripted(|request, response| {
         if request.path.contains("/blobs/") && response.body.len() > 1000 {
             return Response { stall: Some(100), ..response };
@@ -164,7 +164,7 @@ async fn a_silent_registry_is_given_up() {
 }
 
 #[tokio::test]
-async fn server_errors_pass_when_they_end() {
+async fn temporary_server_errors_are_retried() {
     let failures = AtomicUsize::new(0);
     let registry =
         Registry::scripted(move |_, response| match failures.fetch_add(1, Ordering::Relaxed) % 3 {
@@ -178,7 +178,7 @@ async fn server_errors_pass_when_they_end() {
 }
 
 #[tokio::test]
-async fn a_server_error_that_stays_is_told_with_its_message() {
+async fn a_permanent_server_error_is_reported_with_its_message() {
     let registry = Registry::scripted(|_, _| {
         let mut response = Response::ok(r#"{"errors":[{"code":"X","message":"disk on fire"}]}"#);
         response.status = 500;
@@ -189,7 +189,7 @@ async fn a_server_error_that_stays_is_told_with_its_message() {
 }
 
 #[tokio::test]
-async fn an_unknown_image_is_not_found_at_once() {
+async fn an_unknown_image_fails_without_retries() {
     let registry = Registry::new();
     let error = fails(&registry).await;
     assert_eq!(error.kind(), ErrorKind::NotFound);
@@ -210,7 +210,7 @@ async fn a_huge_manifest_is_refused_before_it_is_read() {
 }
 
 #[tokio::test]
-async fn an_index_without_this_platform_names_what_it_has() {
+async fn an_index_without_this_platform_lists_the_available_ones() {
     let registry = Registry::new();
     let index = format!(
         r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[{{"mediaType":"{MANIFEST}","digest":"sha256:{}","size":3,"platform":{{"os":"linux","architecture":"riscv64"}}}}]}}"#,
@@ -222,7 +222,7 @@ async fn an_index_without_this_platform_names_what_it_has() {
 }
 
 #[tokio::test]
-async fn hostile_layers_fail_the_pull_and_leave_nothing() {
+async fn hostile_layers_fail_the_pull_and_leave_no_files() {
     for (path, word) in [("../../etc/cron.d/x", ".."), (".wh.", "whiteout")] {
         let registry = Registry::new();
         registry.image(&[layer("ok", b"x"), layer(path, b"evil")]);
@@ -234,7 +234,7 @@ async fn hostile_layers_fail_the_pull_and_leave_nothing() {
 }
 
 #[tokio::test]
-async fn redirects_are_followed_without_the_credentials() {
+async fn redirects_are_followed_without_credentials() {
     let storage = Registry::new();
     let target = storage.authority();
     let registry = Registry::scripted(move |request, response| {
@@ -256,7 +256,7 @@ async fn redirects_are_followed_without_the_credentials() {
     assert!(storage.requests().iter().all(|r| !r.headers.contains_key("authorization")));
 }
 
-/// A registry with a token service beside it; `accept` judges the request for a token.
+/// A registry with its own token service; `accept` decides about a token request.
 fn with_tokens(accept: fn(&support::Request) -> bool) -> Registry {
     let port = std::sync::Arc::new(Mutex::new(0));
     let known = std::sync::Arc::clone(&port);
@@ -282,7 +282,7 @@ fn with_tokens(accept: fn(&support::Request) -> bool) -> Registry {
 }
 
 #[tokio::test]
-async fn tokens_are_fetched_once_and_used_for_everything() {
+async fn tokens_are_fetched_once_and_reused() {
     let registry = with_tokens(|request| {
         request.headers.get("authorization").map(String::as_str) == Some("Basic dTpw")
             && request.path.contains("service=the%2C+registry")
@@ -299,7 +299,7 @@ async fn tokens_are_fetched_once_and_used_for_everything() {
 }
 
 #[tokio::test]
-async fn identity_tokens_are_exchanged_and_registry_tokens_sent_as_they_are() {
+async fn identity_tokens_are_exchanged_and_registry_tokens_sent_unchanged() {
     let registry = with_tokens(|request| {
         request.method == "POST"
             && request.body.contains("grant_type=refresh_token")
@@ -316,10 +316,10 @@ async fn identity_tokens_are_exchanged_and_registry_tokens_sent_as_they_are() {
 }
 
 #[tokio::test]
-async fn mirrors_are_asked_first_and_need_not_be_complete() {
+async fn mirrors_are_tried_first_and_may_be_incomplete() {
     let upstream = Registry::new();
     upstream.image(&[layer("a", b"x"), layer("b", &noise(5000))]);
-    // Has the manifest, and lies about the blobs.
+    // Has the manifest and wrong blobs.
     let mirror = Registry::scripted(|request, mut response| {
         if request.path.contains("/blobs/") {
             response.body.reverse();
@@ -340,7 +340,7 @@ async fn mirrors_are_asked_first_and_need_not_be_complete() {
 }
 
 #[tokio::test]
-async fn nobody_listening_is_told_with_the_registrys_name() {
+async fn a_refused_connection_is_reported_with_the_registrys_name() {
     let dir = tempfile::tempdir().unwrap();
     let images = open(dir.path()).await;
     let error = images.pull("127.0.0.1:1/a/b", None, None).await.unwrap_err();
@@ -349,7 +349,7 @@ async fn nobody_listening_is_told_with_the_registrys_name() {
 }
 
 #[tokio::test]
-async fn equal_pulls_at_the_same_time_are_one() {
+async fn concurrent_equal_pulls_are_shared() {
     let registry = Registry::scripted(|_, response| {
         std::thread::sleep(Duration::from_millis(100));
         response
@@ -370,7 +370,7 @@ async fn equal_pulls_at_the_same_time_are_one() {
 }
 
 #[tokio::test]
-async fn a_pull_ends_when_the_last_caller_leaves() {
+async fn a_pull_ends_when_its_last_caller_is_dropped() {
     let registry = Registry::scripted(|request, response| {
         if request.path.contains("/blobs/") && response.body.len() > 1000 {
             return Response { stall: Some(100), ..response };
@@ -389,13 +389,13 @@ async fn a_pull_ends_when_the_last_caller_leaves() {
     let (first, second) = (pull(), pull());
     let start = Instant::now();
     while registry.count("/blobs/") < 2 {
-        assert!(start.elapsed() < Duration::from_secs(30), "the pull does not get to its layer");
+        assert!(start.elapsed() < Duration::from_secs(30), "the pull does not reach its layer");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     first.abort();
     tokio::time::sleep(Duration::from_millis(300)).await;
     let ingest = || std::fs::read_dir(dir.path().join("content/ingest")).unwrap().count();
-    assert_eq!(ingest(), 1, "the pull goes on for the second caller");
+    assert_eq!(ingest(), 1, "the pull continues for the second caller");
     assert_eq!(registry.count("/manifests/"), 1, "and is the only one");
     second.abort();
     tokio::time::sleep(Duration::from_millis(300)).await;
@@ -436,7 +436,7 @@ async fn a_held_image_outlives_its_removal() {
     assert!(images.image(&id).is_none() && images.images().is_empty());
     assert!(hold.erofs_path().is_file());
 
-    // The same after the process was killed, once the container holds it again.
+    // The same after the process was killed, once the container holds the image again.
     let path = hold.erofs_path().to_owned();
     drop(images);
     let lock = dir.path().join("images.lock");
@@ -449,13 +449,13 @@ async fn a_held_image_outlives_its_removal() {
     drop(again);
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert!(!path.exists());
-    // Its first holder is of the old process; nothing is left for it.
+    // The first hold belongs to the old process and has nothing to delete.
     drop(hold);
     assert_clean(dir.path());
 }
 
 #[tokio::test]
-async fn images_are_there_after_a_restart_and_leftovers_are_not() {
+async fn images_survive_a_restart_and_temporary_files_do_not() {
     let registry = Registry::new();
     let id = registry.image(&[layer("a", b"x")]);
     let dir = tempfile::tempdir().unwrap();
@@ -480,7 +480,7 @@ async fn images_are_there_after_a_restart_and_leftovers_are_not() {
     }
 }
 
-/// Three ways of damage to a file: emptied, overwritten, replaced by a directory.
+/// Three kinds of damage to a file: emptied, overwritten, replaced by a directory.
 fn damage(path: &std::path::Path, kind: usize) {
     match kind {
         0 => std::fs::write(path, "").unwrap(),
@@ -496,7 +496,7 @@ fn damage(path: &std::path::Path, kind: usize) {
 }
 
 #[tokio::test]
-async fn a_damaged_image_is_moved_aside_and_the_others_stay() {
+async fn a_damaged_image_is_moved_to_damaged_and_the_others_stay() {
     for file in ["record", "rootfs", "config", "version", "other's record"] {
         for kind in 0..3 {
             let registry = Registry::new();
@@ -510,11 +510,11 @@ async fn a_damaged_image_is_moved_aside_and_the_others_stay() {
                 images.pull(name, None, None).await.unwrap();
             }
             drop(images);
-            let folder = |id: &str| dir.path().join("images").join(&id[7..]);
-            let record = folder(&bad).join("record.json");
+            let directory = |id: &str| dir.path().join("images").join(&id[7..]);
+            let record = directory(&bad).join("record.json");
             match file {
                 "record" => damage(&record, kind),
-                "rootfs" => damage(&folder(&bad).join("rootfs.erofs"), [0, 0, 2][kind]),
+                "rootfs" => damage(&directory(&bad).join("rootfs.erofs"), [0, 0, 2][kind]),
                 "config" => {
                     damage(&dir.path().join("content/blobs/sha256").join(&bad[7..]), kind);
                 }
@@ -523,14 +523,14 @@ async fn a_damaged_image_is_moved_aside_and_the_others_stay() {
                     let text = text.replace("\"version\": 1", "\"version\": 9");
                     std::fs::write(&record, text).unwrap();
                 }
-                _ => drop(std::fs::copy(folder(&good).join("record.json"), &record).unwrap()),
+                _ => drop(std::fs::copy(directory(&good).join("record.json"), &record).unwrap()),
             }
             let images = open(dir.path()).await;
             let at = format!("{file}, {kind}: {:?}", images.damaged());
             assert_eq!(images.image(&good_name).unwrap().id, good, "{at}");
             assert!(images.image(&bad_name).is_none(), "{at}");
             assert!(!images.damaged().is_empty(), "{at}");
-            // A newer release may want what it has written.
+            // Files of a newer release are kept for it.
             let kept = dir.path().join("damaged").join(&bad[7..]).join("rootfs.erofs");
             assert_eq!(kept.exists(), file == "version" || (file == "rootfs" && kind == 2), "{at}");
             images.pull(&bad_name, None, None).await.unwrap();
@@ -579,7 +579,7 @@ async fn names_are_rebuilt_from_the_records() {
 }
 
 #[tokio::test]
-async fn a_store_of_the_release_before_gets_names_into_its_records() {
+async fn a_store_of_the_previous_release_gets_names_in_its_records() {
     let registry = Registry::new();
     let id = registry.image(&[layer("a", b"1")]);
     let dir = tempfile::tempdir().unwrap();
@@ -598,7 +598,7 @@ async fn a_store_of_the_release_before_gets_names_into_its_records() {
 }
 
 #[tokio::test]
-async fn damaged_blobs_that_an_image_can_do_without_leave_it_usable() {
+async fn damaged_blobs_that_an_image_does_not_need_leave_it_usable() {
     for kind in 0..3 {
         let registry = Registry::new();
         let id = registry.image(&[layer("a", b"1")]);
@@ -618,7 +618,7 @@ async fn damaged_blobs_that_an_image_can_do_without_leave_it_usable() {
         assert_eq!(damaged, 2, "a manifest and a layer");
         let images = image::Images::open(keeping).await.unwrap();
         assert!(images.image(&registry.name()).is_some());
-        // A layer of the right length is found out when it is read.
+        // A damaged layer of the right length is detected when it is read.
         assert!(!images.damaged().is_empty(), "{kind}");
         images.collect_garbage().await.unwrap();
         images.remove(&id).await.unwrap();
@@ -626,7 +626,7 @@ async fn damaged_blobs_that_an_image_can_do_without_leave_it_usable() {
     }
 }
 
-/// A small file system of its own; gone when dropped.
+/// A small tmpfs; unmounted on drop.
 struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
@@ -650,9 +650,9 @@ impl Drop for SmallDisk {
 }
 
 #[tokio::test]
-async fn a_full_disk_is_told_with_the_path_and_leaves_the_store_usable() {
-    // Sizes at which the layer is known not to fit, and those at which different writes are the
-    // first to fail: the image's, the last.
+async fn a_full_disk_is_reported_with_the_path_and_leaves_the_store_usable() {
+    // Sizes at which the layer is known not to fit, and sizes at which different writes fail first;
+    // at the last size, the image's.
     for (size, layer_size) in [(2048, 4 << 20), (3072, 2 << 20), (4096, 2_500_000), (64, 100_000)] {
         let Some(disk) = SmallDisk::mount(&format!("size={size}k")) else { return };
         let images = open(disk.0.path()).await;
@@ -669,7 +669,7 @@ async fn a_full_disk_is_told_with_the_path_and_leaves_the_store_usable() {
         registry.image_as("small", &[layer("a", b"x")], "small");
         let small = format!("{}/test/image:small", registry.authority());
         images.pull(&small, None, None).await.unwrap();
-        // An image can be removed when there is no room for anything.
+        // Images can be removed on a full disk.
         let fill = disk.0.path().join("images/.tmp-fill");
         let _ = std::fs::write(&fill, vec![1; 8 << 20]);
         images.remove(&small).await.unwrap();
@@ -705,7 +705,7 @@ async fn certificates_are_checked_against_the_configured_authority() {
     assert!(explain(&error).contains("certificate"), "{}", explain(&error));
     let error = pull("ca = \"/nowhere/ca.pem\"").await.unwrap_err();
     assert!(error.to_string().contains("/nowhere/ca.pem"), "{error}");
-    // Nobody configured anything: on loopback any certificate does, as with containerd.
+    // Without configuration, any certificate is accepted on loopback, as in containerd.
     let root = tempfile::tempdir().unwrap();
     assert_eq!(open(root.path()).await.pull(&name, None, None).await.unwrap().to_string(), id);
 }
@@ -726,7 +726,7 @@ async fn tls_proxy(certified: &rcgen::CertifiedKey<rcgen::KeyPair>, target: u16)
 }
 
 #[tokio::test]
-async fn archives_that_are_none_are_refused_with_the_reason() {
+async fn invalid_archives_are_refused_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     let images = open(&dir.path().join("store")).await;
     let file = |name: &str, bytes: &[u8]| {

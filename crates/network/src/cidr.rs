@@ -1,4 +1,4 @@
-//! An address with the length of its network's prefix.
+//! An IP address with a prefix length.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -15,12 +15,12 @@ impl Cidr {
         (prefix <= full(ip)).then_some(Self { ip, prefix })
     }
 
-    /// The address alone.
+    /// The address with a full-length prefix.
     pub fn host(ip: IpAddr) -> Self {
         Self { ip, prefix: full(ip) }
     }
 
-    /// The same with the host's bits cleared.
+    /// The network address: host bits cleared.
     pub fn network(self) -> Self {
         let ip = match self.ip {
             IpAddr::V4(ip) => {
@@ -35,7 +35,7 @@ impl Cidr {
         Self { ip, prefix: self.prefix }
     }
 
-    /// First address after the network's own: where gateways usually are.
+    /// First address after the network address; the usual gateway.
     pub fn first_host(self) -> IpAddr {
         match self.network().ip {
             IpAddr::V4(ip) => IpAddr::V4(Ipv4Addr::from_bits(ip.to_bits().saturating_add(1))),
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn networks_are_cut_out_at_every_length() {
+    fn the_network_address_is_computed_for_every_length() {
         for (text, network, first) in [
             ("10.1.2.3/16", "10.1.0.0/16", "10.1.0.1"),
             ("10.1.2.3/0", "0.0.0.0/0", "0.0.0.1"),
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_prefixes_are_refused() {
+    fn invalid_prefixes_are_refused() {
         for text in ["10.0.0.1", "10.0.0.1/33", "fd00::/129", "x/8", "10.0.0.1/-1", ""] {
             assert!(text.parse::<Cidr>().is_err(), "{text}");
         }

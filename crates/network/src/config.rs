@@ -1,5 +1,4 @@
-//! Where things are and how long they may take. Every field has a default, so that a configuration
-//! names only what differs.
+//! Configuration of [`crate::Cni`]: directories, timeouts, limits. All fields have defaults.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,31 +9,31 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Network configurations; the first `.conflist`, `.conf` or `.json` by name counts. It is read
-    /// again for each pod, so a new one needs no restart.
+    /// Network configurations; the first `.conflist`, `.conf` or `.json` by name is used. Read for
+    /// each pod, so a change needs no restart.
     pub conf_dir: PathBuf,
-    /// Where plugins are looked for, in this order.
+    /// Directories that are searched for plugins, in order.
     pub bin_dirs: Vec<PathBuf>,
-    /// What each pod was given, kept until it has been given back; must survive a reboot, because
-    /// address leases do.
+    /// Records of the pods' networks, kept until the networks are removed. Must survive a reboot,
+    /// because IPAM leases do.
     pub cache_dir: PathBuf,
-    /// Where runtimes that use the reference library (libcni) keep a file for each pod on a network.
-    /// Our pods get one too, and a GC spares the pods that have one. Empty: none is written or read.
+    /// Cache directory of libcni, with a file for each attachment of a pod to a network. nacelle
+    /// writes such files for its pods, and its GC keeps the pods that have one. Empty: not used.
     pub results_dir: PathBuf,
-    /// Where network namespaces are mounted, as `ip netns` does.
+    /// Directory in which network namespaces are mounted, as by `ip netns`.
     pub netns_dir: PathBuf,
-    /// Name of the pod's first interface.
+    /// Name of the pod's first interface (CNI_IFNAME).
     pub interface: String,
-    /// A plugin that takes longer is killed together with its children.
+    /// Timeout of a plugin, milliseconds; it is then killed with its children.
     pub plugin_timeout_ms: u64,
-    /// Bytes of output a plugin may write to each of stdout and stderr.
+    /// Maximum bytes of a plugin on each of stdout and stderr.
     pub plugin_output_limit: usize,
-    /// Pods attached or detached at the same time; 0: twice the number of CPUs.
+    /// Maximum concurrent attaches, and the same for detaches; 0: twice the number of CPUs.
     pub parallel: usize,
-    /// Run the plugins' CHECK right after ADD.
+    /// Run CHECK after ADD.
     pub check_after_add: bool,
-    /// After a removal plugins are asked to collect garbage (GC, where the network's cniVersion is
-    /// 1.1.0 or later), but not more often than this.
+    /// Minimum interval between GCs after a detach, milliseconds. GC needs cniVersion 1.1.0 or
+    /// later.
     pub gc_interval_ms: u64,
 }
 

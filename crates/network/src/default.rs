@@ -1,4 +1,4 @@
-//! A network configuration for a single node: what `nacelled config cni` prints.
+//! The default network configuration of a single node, printed by `nacelled config cni`.
 
 use serde_json::{Value, json};
 
@@ -14,14 +14,14 @@ pub enum SubnetError {
     Text(String),
     #[error("{subnet} is not an {family} network")]
     Family { subnet: String, family: &'static str },
-    #[error("{subnet} leaves no room for pods")]
+    #[error("{subnet} is too small for pods")]
     Small { subnet: String },
     #[error("a network needs an IPv4 or an IPv6 subnet")]
     None,
 }
 
-/// A bridge with addresses from the given subnets, masquerading towards the outside, and published
-/// ports; needs Debian's package containernetworking-plugins.
+/// A bridge network with host-local IPAM for the given subnets, masquerading and hostPorts. Needs
+/// the plugins of Debian's package containernetworking-plugins.
 pub fn default_conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<String, SubnetError> {
     let mut ranges: Vec<Value> = Vec::new();
     let mut routes: Vec<Value> = Vec::new();
@@ -33,7 +33,7 @@ pub fn default_conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<String
         if subnet.ip.is_ipv4() != is_v4 {
             return Err(SubnetError::Family { subnet: text.to_owned(), family });
         }
-        // Network, gateway, one pod, broadcast.
+        // Network address, gateway, one pod, broadcast.
         let longest = if is_v4 { 30 } else { 126 };
         if subnet.prefix > longest {
             return Err(SubnetError::Small { subnet: text.to_owned() });
@@ -48,7 +48,7 @@ pub fn default_conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<String
         return Err(SubnetError::None);
     }
     let list = json!({
-        // Understood by every release of the plugins since 2022.
+        // Supported by all plugin releases since 2022.
         "cniVersion": SpecVersion::V1_0_0.as_str(),
         "name": "nacelle",
         "plugins": [
@@ -58,12 +58,12 @@ pub fn default_conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<String
                 "isGateway": true,
                 "isDefaultGateway": false,
                 "ipMasq": true,
-                // A pod reaches its own published port.
+                // Lets a pod connect to its own hostPort.
                 "hairpinMode": true,
                 "ipam": { "type": "host-local", "ranges": ranges, "routes": routes },
             },
             { "type": "portmap", "capabilities": { "portMappings": true }, "snat": true },
-            // Lets the pods' packets pass where the host's own forwarding rules drop by default.
+            // Accepts the pods' packets on hosts whose FORWARD policy is DROP.
             { "type": "firewall", "backend": "iptables" },
         ],
     });
@@ -76,7 +76,7 @@ mod tests {
     use crate::plugin::conf::Network;
 
     #[test]
-    fn the_default_is_a_valid_network_of_both_families() {
+    fn the_default_is_a_valid_dual_stack_network() {
         let text = default_conflist(Some(DEFAULT_IPV4), Some(DEFAULT_IPV6)).unwrap();
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("10-nacelle.conflist"), &text).unwrap();
@@ -88,12 +88,12 @@ mod tests {
     }
 
     #[test]
-    fn impossible_subnets_are_refused() {
+    fn invalid_subnets_are_refused() {
         for (v4, v6, expected) in [
             (None, None, "needs an IPv4"),
             (Some("fd00::/64"), None, "not an IPv4"),
             (None, Some("10.0.0.0/8"), "not an IPv6"),
-            (Some("10.0.0.0/31"), None, "no room"),
+            (Some("10.0.0.0/31"), None, "too small"),
             (Some("10.0.0"), None, "not an address"),
         ] {
             let e = default_conflist(v4, v6).unwrap_err().to_string();

@@ -1,67 +1,67 @@
-//! Collecting what belongs to no pod: our own leftovers by their records, then the plugins' by their
-//! GC (CNI spec 1.1, sections 2 and 4).
+//! Garbage collection: first the networks of removed pods, by their records, then the plugins' GC
+//! (CNI spec 1.1, sections 2 and 4).
 //!
-//! A plugin frees all that it is not told of. So it is told of every pod that may be alive, and
-//! when that is not known, GC is not run at all. The specification forbids ADD and DEL during GC: an
-//! address that is given while GC runs would be taken away again.
+//! A plugin frees every attachment that is not in the list it gets. So the list has every pod that
+//! may exist, and if that is not known, GC is not run. The spec forbids ADD and DEL during GC,
+//! which could free a new address.
 //!
-//! Pods come first. A GC starts only in a moment without any ADD or DEL, and does not keep new ones
-//! out while it waits for that moment. A GC that runs is ended early when an ADD or DEL has waited
-//! for it for [`GRACE`]. A GC that did not come to its end is tried again later.
+//! ADD and DEL have priority. GC starts only if no ADD or DEL runs, and does not delay new ones
+//! while it waits for that. A running GC is killed when an ADD or DEL has waited for [`GRACE`]. An
+//! incomplete GC is retried later.
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::host::{Error, Host, Leftover, with_causes};
-use crate::peers;
+use crate::host::{Error, Host, NetnsOnError, with_causes};
+use crate::libcni_cache;
 use crate::plugin::conf::{ConfError, Network};
 use crate::plugin::params::check_id;
 
-/// How long an ADD or DEL waits for a GC before the GC is ended.
+/// Time that an ADD or DEL waits for a GC before the GC is killed.
 const GRACE: Duration = Duration::from_secs(3);
-/// How long a GC waits for a moment without ADD and DEL before it is put off.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time that a GC waits for running ADDs and DELs before it is postponed.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Who may run plugins: any number of ADD and DEL, or one GC.
+/// Lock for running plugins: shared by any number of ADD and DEL, exclusive for GC.
 #[derive(Debug)]
-pub struct Turns {
+pub struct PluginLock {
     state: Mutex<State>,
     changed: Condvar,
     interval: Duration,
     grace: Duration,
-    patience: Duration,
+    timeout: Duration,
 }
 
 #[derive(Debug)]
 struct State {
-    /// ADDs and DELs under way.
+    /// Running ADDs and DELs.
     pods: usize,
     collecting: bool,
-    /// ADDs and DELs that wait for the GC under way, and since when the first of them does.
+    /// ADDs and DELs that wait for the running GC, and the start of the first wait.
     waiting: usize,
     waiting_since: Option<Instant>,
     last: Instant,
-    /// The last GC did not come to its end.
+    /// The last GC was not completed.
     postponed: bool,
-    /// Somebody tries a GC that was put off again.
-    retried: bool,
+    /// A task for the retry of a postponed GC exists.
+    retry_task: bool,
 }
 
-/// The right to ADD and DEL.
+/// Shared lock, for ADD and DEL.
 #[derive(Debug)]
-pub struct Shared<'a>(&'a Turns);
+pub struct SharedGuard<'a>(&'a PluginLock);
 
-/// The right to GC.
+/// Exclusive lock, for GC.
 #[derive(Debug)]
-pub struct Exclusive<'a>(&'a Turns);
+pub struct ExclusiveGuard<'a>(&'a PluginLock);
 
-impl Turns {
+impl PluginLock {
     pub fn new(interval: Duration) -> Self {
-        Self::with_limits(interval, GRACE, PATIENCE)
+        Self::with_limits(interval, GRACE, TIMEOUT)
     }
 
-    fn with_limits(interval: Duration, grace: Duration, patience: Duration) -> Self {
+    fn with_limits(interval: Duration, grace: Duration, timeout: Duration) -> Self {
         let state = State {
             pods: 0,
             collecting: false,
@@ -69,17 +69,17 @@ impl Turns {
             waiting_since: None,
             last: Instant::now(),
             postponed: false,
-            retried: false,
+            retry_task: false,
         };
-        Self { state: Mutex::new(state), changed: Condvar::new(), interval, grace, patience }
+        Self { state: Mutex::new(state), changed: Condvar::new(), interval, grace, timeout }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// For ADD and DEL. Waits for a GC under way only.
-    pub fn shared(&self) -> Shared<'_> {
+    /// Takes the shared lock; waits only for a running GC.
+    pub fn shared(&self) -> SharedGuard<'_> {
         let mut state = self.state();
         if state.collecting {
             state.waiting += 1;
@@ -93,24 +93,24 @@ impl Turns {
             }
         }
         state.pods += 1;
-        Shared(self)
+        SharedGuard(self)
     }
 
-    /// For GC. None when there was no moment without ADD and DEL.
-    fn exclusive(&self) -> Option<Exclusive<'_>> {
+    /// Takes the exclusive lock; None if ADDs or DELs run until the timeout.
+    fn exclusive(&self) -> Option<ExclusiveGuard<'_>> {
         let busy = |state: &mut State| state.collecting || state.pods > 0 || state.waiting > 0;
         let (mut state, _) = self
             .changed
-            .wait_timeout_while(self.state(), self.patience, busy)
+            .wait_timeout_while(self.state(), self.timeout, busy)
             .unwrap_or_else(PoisonError::into_inner);
         if busy(&mut state) {
             return None;
         }
         state.collecting = true;
-        Some(Exclusive(self))
+        Some(ExclusiveGuard(self))
     }
 
-    /// True once an interval.
+    /// Whether an interval has passed since the last call that returned true.
     fn is_due(&self) -> bool {
         let mut state = self.state();
         let due = state.last.elapsed() >= self.interval;
@@ -124,42 +124,42 @@ impl Turns {
         self.state().postponed = postponed;
     }
 
-    /// True for the one caller that has to try a GC again that was put off.
+    /// Whether a GC was postponed and no retry task exists yet; registers one then.
     pub fn begin_retry(&self) -> bool {
         let mut state = self.state();
-        state.postponed && !std::mem::replace(&mut state.retried, true)
+        state.postponed && !std::mem::replace(&mut state.retry_task, true)
     }
 
-    /// False while there still is a GC to try again.
+    /// Whether the retry task can end because no GC is postponed.
     pub fn end_retry(&self) -> bool {
         let mut state = self.state();
         if !state.postponed {
-            state.retried = false;
+            state.retry_task = false;
         }
         !state.postponed
     }
 
-    /// The longest pause between two tries of one GC.
+    /// Maximum delay between two retries.
     pub fn interval(&self) -> Duration {
         self.interval
     }
 }
 
-impl Exclusive<'_> {
-    /// An ADD or DEL has waited for long enough.
-    fn is_in_the_way(&self) -> bool {
+impl ExclusiveGuard<'_> {
+    /// Whether an ADD or DEL has waited too long.
+    fn must_stop(&self) -> bool {
         self.0.state().waiting_since.is_some_and(|since| since.elapsed() >= self.0.grace)
     }
 }
 
-impl Drop for Shared<'_> {
+impl Drop for SharedGuard<'_> {
     fn drop(&mut self) {
         self.0.state().pods -= 1;
         self.0.changed.notify_all();
     }
 }
 
-impl Drop for Exclusive<'_> {
+impl Drop for ExclusiveGuard<'_> {
     fn drop(&mut self) {
         self.0.state().collecting = false;
         self.0.changed.notify_all();
@@ -167,109 +167,113 @@ impl Drop for Exclusive<'_> {
 }
 
 impl Host {
-    /// Frees what belongs to pods that nobody knows, then lets the plugins do their own GC. The
-    /// records say what is ours: they are older than what they speak of and outlive it, while a
-    /// namespace with our prefix may be another daemon's.
+    /// Removes the networks of pods that are not in `known`, then runs the plugins' GC. The records
+    /// decide which networks are nacelle's, as a namespace with the prefix may belong to another
+    /// daemon.
     pub fn collect(&self, known: &[String]) -> Result<(), Error> {
         let mut errors: Vec<Error> = Vec::new();
         for damaged in self.damaged() {
-            tracing::error!(damaged, "its pod keeps its network until it is removed");
+            tracing::error!(damaged, "the pod keeps its network until it is removed");
         }
         match self.records.ids() {
             Ok(ids) => {
-                errors.extend(ids.iter().filter_map(|id| self.bury(id, known).err()));
-                ids.iter().for_each(|id| self.announce_again(id));
+                errors.extend(ids.iter().filter_map(|id| self.collect_pod(id, known).err()));
+                ids.iter().for_each(|id| self.restore_cache_file(id));
             }
             Err(e) => errors.push(e.into()),
         }
-        errors.extend(self.collect_by_plugins(Some(known)));
+        errors.extend(self.run_gc(Some(known)));
         Error::all(errors)
     }
 
-    fn bury(&self, id: &str, known: &[String]) -> Result<(), Error> {
-        // Busy: somebody knows it well.
-        let Some(_alone) = self.pods.try_enter(id) else { return Ok(()) };
-        // A file of another name is not ours.
-        if known.iter().any(|k| k == id) || self.young().contains(id) || check_id(id).is_err() {
+    fn collect_pod(&self, id: &str, known: &[String]) -> Result<(), Error> {
+        // Locked: the pod is in use.
+        let Some(_pod_lock) = self.pods.try_lock(id) else { return Ok(()) };
+        // A file with another name is not a record.
+        if known.iter().any(|k| k == id)
+            || self.attached_here().contains(id)
+            || check_id(id).is_err()
+        {
             return Ok(());
         }
-        tracing::info!(pod = id, "collecting the network of a pod that is no more");
-        let _shared = self.turns.shared();
-        self.release(id, Leftover::Take)
+        tracing::info!(pod = id, "removing the network of a pod that does not exist");
+        let _guard = self.plugin_lock.shared();
+        self.release(id, NetnsOnError::Take)
     }
 
-    /// For pods of a release that told other runtimes nothing, and after somebody has emptied the
-    /// folder.
-    fn announce_again(&self, id: &str) {
-        let Some(_alone) = self.pods.try_enter(id) else { return };
+    /// Writes a missing libcni cache file: of a pod of an earlier release, or after the directory
+    /// was cleared.
+    fn restore_cache_file(&self, id: &str) {
+        let Some(_pod_lock) = self.pods.try_lock(id) else { return };
         if let Ok(Some(record)) = self.records.read(id)
-            && !peers::is_announced(&self.config.results_dir, &record)
+            && !libcni_cache::exists(&self.config.results_dir, &record)
         {
-            self.announce(&record);
+            self.write_cache_file(&record);
         }
     }
 
-    /// GC after removals, now and then.
-    pub fn is_sweep_due(&self) -> bool {
-        self.turns.is_due()
+    /// Whether a GC after a detach is due.
+    pub fn is_gc_due(&self) -> bool {
+        self.plugin_lock.is_due()
     }
 
-    /// The plugins' GC alone. All that has a record is taken to be alive.
-    pub fn sweep(&self) {
-        for error in self.collect_by_plugins(None) {
+    /// Runs the plugins' GC only. All pods with a record are kept.
+    pub fn gc(&self) {
+        for error in self.run_gc(None) {
             tracing::warn!("CNI garbage collection: {}", with_causes(&error));
         }
     }
 
-    fn collect_by_plugins(&self, known: Option<&[String]>) -> Vec<Error> {
-        // This is the other try; whether there has to be one more is told below.
-        self.turns.postpone(false);
+    fn run_gc(&self, known: Option<&[String]>) -> Vec<Error> {
+        // This is the retry; it may be postponed again below.
+        self.plugin_lock.postpone(false);
         let network = match Network::load(&self.config.conf_dir) {
-            Ok(network) if network.collects() => network,
+            Ok(network) if network.supports_gc() => network,
             Ok(_) | Err(ConfError::None { .. }) => return Vec::new(),
             Err(e) => return vec![e.into()],
         };
-        let Some(turn) = self.turns.exclusive() else {
-            tracing::debug!("pods are being attached and detached; CNI GC is tried again later");
-            self.turns.postpone(true);
+        let Some(permit) = self.plugin_lock.exclusive() else {
+            tracing::debug!("CNI GC is postponed because pods are being attached or detached");
+            self.plugin_lock.postpone(true);
             return Vec::new();
         };
-        let valid = match self.living(&network, known) {
+        let valid = match self.valid_attachments(&network, known) {
             Ok(valid) => valid,
             Err(e) => return vec![e],
         };
-        let collected = self.runner.gc(&network, &valid, &|| turn.is_in_the_way());
-        self.turns.postpone(collected.gave_way);
-        if collected.gave_way {
-            tracing::warn!("CNI GC was ended because a pod waited for it; it is tried again later");
+        let collected = self.runner.gc(&network, &valid, &|| permit.must_stop());
+        self.plugin_lock.postpone(collected.stopped);
+        if collected.stopped {
+            tracing::warn!("CNI GC was stopped for a waiting pod and is retried later");
         }
         collected.errors.into_iter().map(Error::from).collect()
     }
 
     /// Container ids and interfaces of all pods that may be on the network.
-    fn living(
+    fn valid_attachments(
         &self,
         network: &Network,
         known: Option<&[String]>,
     ) -> Result<Vec<(String, String)>, Error> {
         let mut valid = BTreeSet::new();
-        let young: Vec<String> = self.young().iter().cloned().collect();
-        let is_known = |id: &String| known.is_none_or(|k| k.contains(id)) || young.contains(id);
+        let attached_here: Vec<String> = self.attached_here().iter().cloned().collect();
+        let is_known =
+            |id: &String| known.is_none_or(|k| k.contains(id)) || attached_here.contains(id);
         for id in self.records.ids()?.into_iter().filter(is_known) {
-            // A damaged record is a pod all the same.
+            // A damaged record counts as a pod.
             let interface = match self.records.read(&id) {
                 Ok(Some(record)) => record.params.interface,
                 _ => self.config.interface.clone(),
             };
             valid.insert((id, interface));
         }
-        for id in known.unwrap_or_default().iter().chain(&young) {
+        for id in known.unwrap_or_default().iter().chain(&attached_here) {
             valid.insert((id.clone(), self.config.interface.clone()));
         }
-        // Other runtimes may share the network; their pods must live. Of our own pods the records
-        // have told already.
-        let peers = peers::attachments(&self.config.results_dir, &network.name);
-        let peers = peers.map_err(|path| Error::Unsure {
+        // Other runtimes may use the same network. nacelle's own pods are already listed by their
+        // records.
+        let peers = libcni_cache::attachments(&self.config.results_dir, &network.name);
+        let peers = peers.map_err(|path| Error::IncompletePodList {
             problem: format!("{} cannot be read", path.display()),
         })?;
         valid.extend(peers.into_iter().filter(|(id, _)| !self.records.exists(id)));
@@ -282,65 +286,65 @@ mod tests {
     use super::*;
     use std::sync::mpsc;
 
-    fn turns(grace_ms: u64, patience_ms: u64) -> Turns {
+    fn plugin_lock(grace_ms: u64, patience_ms: u64) -> PluginLock {
         let ms = Duration::from_millis;
-        Turns::with_limits(ms(0), ms(grace_ms), ms(patience_ms))
+        PluginLock::with_limits(ms(0), ms(grace_ms), ms(patience_ms))
     }
 
     #[test]
-    fn a_waiting_collection_keeps_nobody_out_and_gives_up() {
-        let turns = turns(60_000, 400);
-        let hung = turns.shared();
+    fn a_waiting_gc_blocks_no_pod_and_times_out() {
+        let plugin_lock = plugin_lock(60_000, 400);
+        let hung = plugin_lock.shared();
         std::thread::scope(|scope| {
-            let collection = scope.spawn(|| turns.exclusive().is_none());
+            let collection = scope.spawn(|| plugin_lock.exclusive().is_none());
             let (done, others) = mpsc::channel();
-            let turns = &turns;
+            let plugin_lock = &plugin_lock;
             scope.spawn(move || {
                 std::thread::sleep(Duration::from_millis(100));
-                drop(turns.shared());
+                drop(plugin_lock.shared());
                 let _ = done.send(());
             });
-            // Unblocks everything when the test has failed.
+            // Bounded, so that a failed test does not hang.
             let passed = others.recv_timeout(Duration::from_secs(10)).is_ok();
             let gave_up = collection.join().unwrap();
             drop(hung);
             assert!(passed && gave_up, "others passed: {passed}, the GC gave up: {gave_up}");
         });
-        assert!(turns.exclusive().is_some());
+        assert!(plugin_lock.exclusive().is_some());
     }
 
     #[test]
-    fn a_collection_is_asked_to_end_only_when_somebody_waits_for_it() {
-        let turns = turns(200, 60_000);
-        let collection = turns.exclusive().unwrap();
+    fn a_gc_is_stopped_only_if_a_pod_waits_for_it() {
+        let plugin_lock = plugin_lock(200, 60_000);
+        let collection = plugin_lock.exclusive().unwrap();
         std::thread::sleep(Duration::from_millis(300));
-        assert!(!collection.is_in_the_way());
+        assert!(!collection.must_stop());
         std::thread::scope(|scope| {
-            let pod = scope.spawn(|| drop(turns.shared()));
+            let pod = scope.spawn(|| drop(plugin_lock.shared()));
             let started = Instant::now();
-            while !collection.is_in_the_way() && started.elapsed() < Duration::from_secs(10) {
+            while !collection.must_stop() && started.elapsed() < Duration::from_secs(10) {
                 std::thread::sleep(Duration::from_millis(10));
             }
-            assert!(collection.is_in_the_way());
+            assert!(collection.must_stop());
             assert!(started.elapsed() >= Duration::from_millis(150));
             drop(collection);
             pod.join().unwrap();
         });
-        // Nobody waits any more.
-        assert!(!turns.exclusive().unwrap().is_in_the_way());
+        // No pod waits any more.
+        assert!(!plugin_lock.exclusive().unwrap().must_stop());
     }
 
     #[test]
-    fn a_collection_that_was_put_off_is_tried_again_by_one() {
-        let turns = turns(0, 0);
-        assert!(!turns.begin_retry());
-        turns.postpone(true);
-        assert!(turns.begin_retry());
-        assert!(!turns.begin_retry());
-        assert!(!turns.end_retry());
-        turns.postpone(false);
-        assert!(turns.end_retry());
-        turns.postpone(true);
-        assert!(turns.begin_retry());
+    fn a_postponed_gc_is_retried_by_one_task() {
+        let plugin_lock = plugin_lock(0, 0);
+        assert!(!plugin_lock.begin_retry());
+        plugin_lock.postpone(true);
+        assert!(plugin_lock.begin_retry());
+        assert!(!plugin_lock.begin_retry());
+        assert!(!plugin_lock.end_retry());
+        plugin_lock.postpone(false);
+        assert!(plugin_lock.end_retry());
+        plugin_lock.postpone(true);
+        assert!(plugin_lock.begin_retry());
     }
 }

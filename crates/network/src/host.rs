@@ -1,12 +1,12 @@
-//! The work itself, blocking. The order of an attach, each step undone by [`Host::detach`]:
+//! Blocking implementation of [`crate::Cni`]. Steps of an attach, each undone by [`Host::detach`]:
 //!
-//! 1. what an earlier, half-done attach left is taken away
-//! 2. the record of what the pod will be given is written, then the file for other runtimes
-//! 3. the network namespace is made
-//! 4. the plugins run; the record and the file get their result
-//! 5. each interface is joined to a tap
+//! 1. remove the remains of an earlier incomplete attach
+//! 2. write the record, then the libcni cache file
+//! 3. create the network namespace
+//! 4. run the plugins; add their result to the record and the cache file
+//! 5. connect each interface with a tap
 //!
-//! Two calls for one pod never overlap, also when the caller of the first has given up waiting.
+//! Calls for one pod never run concurrently, also if the caller of the first no longer waits.
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
@@ -14,21 +14,21 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::alone::Queue;
 use crate::config::Config;
-use crate::garbage::Turns;
+use crate::garbage::PluginLock;
+use crate::libcni_cache;
 use crate::model::{Attachment, Pod};
 use crate::netns::{self, NetnsError};
 use crate::nic::{self, NicError};
-use crate::peers;
 use crate::plugin::chain::{AddError, PluginError, Runner};
 use crate::plugin::conf::{ConfError, Network};
 use crate::plugin::params::{Params, PodError, check_id};
 use crate::plugin::reply::Success;
+use crate::pod_locks::PodLocks;
 use crate::record::{Record, RecordError, Records};
 use crate::tap;
 
-/// Tells people which namespaces are pods of ours.
+/// Prefix of the names of nacelle's network namespaces.
 pub const PREFIX: &str = "nacelle-";
 
 #[derive(Debug, thiserror::Error)]
@@ -45,27 +45,27 @@ pub enum Error {
     Nic(#[from] NicError),
     #[error(transparent)]
     Record(#[from] RecordError),
-    #[error("plugins collect no garbage now, the pods of the network are not all known: {problem}")]
-    Unsure { problem: String },
-    #[error("the plugins' stored result is damaged: {problem}")]
+    #[error("CNI GC is not run, because not all pods of the network are known: {problem}")]
+    IncompletePodList { problem: String },
+    #[error("the stored result of the plugins is damaged: {problem}")]
     Result { problem: String },
-    #[error("cannot take back what tells other runtimes of the pod in {}", .dir.display())]
+    #[error("cannot remove the libcni cache file of the pod in {}", .dir.display())]
     Results { dir: PathBuf, source: std::io::Error },
     #[error("the pod {id} is not attached to a network")]
     Unattached { id: String },
-    /// A clean-up goes on past failures; these are all of them.
-    #[error("{}", join(.0))]
+    /// All errors of a clean-up, which continues after failures.
+    #[error("{}", join_errors(.0))]
     Several(Vec<Error>),
     #[error("the worker thread of a network operation panicked")]
     Panicked,
 }
 
 impl Error {
-    /// The same call may go well later, without anybody changing anything.
-    pub fn is_passing(&self) -> bool {
+    /// Whether a retry may succeed without a change of configuration.
+    pub fn is_temporary(&self) -> bool {
         match self {
-            Self::Plugin(e) => e.is_passing(),
-            Self::Several(all) => all.iter().all(Self::is_passing),
+            Self::Plugin(e) => e.is_temporary(),
+            Self::Several(all) => all.iter().all(Self::is_temporary),
             _ => false,
         }
     }
@@ -79,11 +79,11 @@ impl Error {
     }
 }
 
-fn join(errors: &[Error]) -> String {
+fn join_errors(errors: &[Error]) -> String {
     errors.iter().map(|e| with_causes(e)).collect::<Vec<_>>().join("; and ")
 }
 
-/// An error and what it came from, on one line.
+/// The error and its sources, joined by `: `.
 pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -95,7 +95,7 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// A step of an attach that failed, and how many plugins have to be undone.
+/// A failed step of an attach, with the number of plugins that need a DEL.
 struct Failed {
     error: Error,
     reached: usize,
@@ -107,12 +107,12 @@ impl Failed {
     }
 }
 
-/// What becomes of the namespace when a plugin did not take back what it gave.
+/// Handling of the namespace if a plugin's DEL failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Leftover {
-    /// Somebody will call again, and the plugin may need it then to find what it has to undo.
+pub(crate) enum NetnsOnError {
+    /// Keep it: DEL is retried and the plugin may need it.
     Keep,
-    /// Nobody may ever call again.
+    /// Remove it: there may be no retry.
     Take,
 }
 
@@ -121,12 +121,12 @@ pub struct Host {
     pub(crate) config: Config,
     pub(crate) runner: Runner,
     pub(crate) records: Records,
-    /// Calls for one pod wait for each other.
-    pub(crate) pods: Queue,
-    pub(crate) turns: Turns,
-    /// Attached by this process: younger than any list of known pods that a caller of
-    /// [`Host::collect`] may hold.
-    young: Mutex<BTreeSet<String>>,
+    /// Serializes calls for one pod.
+    pub(crate) pods: PodLocks,
+    pub(crate) plugin_lock: PluginLock,
+    /// Pods attached by this process. They may be missing in a list of known pods that a caller of
+    /// [`Host::collect`] made earlier.
+    attached_here: Mutex<BTreeSet<String>>,
 }
 
 impl Host {
@@ -134,9 +134,9 @@ impl Host {
         Self {
             runner: Runner::new(&config),
             records: Records::new(&config.cache_dir),
-            pods: Queue::default(),
-            turns: Turns::new(Duration::from_millis(config.gc_interval_ms)),
-            young: Mutex::default(),
+            pods: PodLocks::default(),
+            plugin_lock: PluginLock::new(Duration::from_millis(config.gc_interval_ms)),
+            attached_here: Mutex::default(),
             config,
         }
     }
@@ -148,33 +148,33 @@ impl Host {
     pub fn attach(&self, pod: &Pod) -> Result<Attachment, Error> {
         let path = self.netns_path(&pod.id);
         let params = Params::new(pod, &self.config.interface, &path)?;
-        let _alone = self.pods.enter(&pod.id);
-        let _shared = self.turns.shared();
+        let _pod_lock = self.pods.lock(&pod.id);
+        let _guard = self.plugin_lock.shared();
         if self.records.exists(&pod.id) || path.exists() {
-            self.release(&pod.id, Leftover::Take)?;
+            self.release(&pod.id, NetnsOnError::Take)?;
         }
         let network = Network::load(&self.config.conf_dir)?;
         self.runner.check_binaries(&network)?;
-        for capability in params.unserved(&network) {
+        for capability in params.unsupported_capabilities(&network) {
             tracing::warn!(
                 pod = pod.id,
                 network = network.name,
-                "the pod asks for {capability}, but no plugin of {} has this capability: it gets none",
+                "the pod requests {capability}, but no plugin of {} has this capability",
                 network.path.display()
             );
         }
         let mut record = Record { network, params, result: None };
         self.records.write(&record)?;
-        self.young().insert(pod.id.clone());
-        self.announce(&record);
-        self.build(&path, &mut record, pod.native).map_err(|Failed { error, reached }| {
-            let undone = self.undo(&record, reached);
-            self.young().remove(&pod.id);
+        self.attached_here().insert(pod.id.clone());
+        self.write_cache_file(&record);
+        self.attach_network(&path, &mut record, pod.native).map_err(|Failed { error, reached }| {
+            let undone = self.undo_attach(&record, reached);
+            self.attached_here().remove(&pod.id);
             if let Err(e) = undone {
-                // Told here, because the caller wants to hear of the first failure.
+                // Logged, as the caller gets the first error.
                 tracing::warn!(
                     pod = pod.id,
-                    "after a failed attach, something is left and will be collected later: {}",
+                    "cannot undo a failed attach completely; garbage collection will retry: {}",
                     with_causes(&e)
                 );
             }
@@ -182,12 +182,17 @@ impl Host {
         })
     }
 
-    fn build(&self, path: &Path, record: &mut Record, native: bool) -> Result<Attachment, Failed> {
+    fn attach_network(
+        &self,
+        path: &Path,
+        record: &mut Record,
+        native: bool,
+    ) -> Result<Attachment, Failed> {
         netns::create(path).map_err(Failed::before)?;
-        netns::within(path, nic::set_up_loopback).map_err(Failed::before)?;
+        netns::run_in_netns(path, nic::set_up_loopback).map_err(Failed::before)?;
         let Record { network, params, .. } = &*record;
         let success = self.runner.add(network, params).map_err(|AddError { error, reached }| {
-            // The plugin that failed may have done half of its work.
+            // The failed plugin needs a DEL too.
             Failed { error: error.into(), reached: reached + 1 }
         })?;
         let all = network.plugins.len();
@@ -197,15 +202,15 @@ impl Host {
         }
         record.result = Some(success.raw.clone());
         self.records.write(record).map_err(|e| after(e.into()))?;
-        self.announce(record);
+        self.write_cache_file(record);
         let primary = record.params.interface.as_str();
-        let join = if native { nic::look } else { nic::join };
-        netns::within(path, || join(path, primary, &success)).map_err(|e| after(e.into()))
+        let connect = if native { nic::describe_interfaces } else { nic::connect_taps };
+        netns::run_in_netns(path, || connect(path, primary, &success)).map_err(|e| after(e.into()))
     }
 
-    /// After a failed attach. The namespace goes in any case, since nothing has run in it; the
-    /// record stays while a plugin owes us something.
-    fn undo(&self, record: &Record, reached: usize) -> Result<(), Error> {
+    /// Undoes a failed attach. The namespace is removed in any case, as no process runs in it; the
+    /// record is kept if a DEL failed.
+    fn undo_attach(&self, record: &Record, reached: usize) -> Result<(), Error> {
         let Record { network, params, result } = record;
         let mut errors: Vec<Error> = self
             .runner
@@ -214,27 +219,27 @@ impl Host {
             .map(Error::from)
             .collect();
         if errors.is_empty() {
-            errors.extend(self.forget(record).err());
+            errors.extend(self.remove_records(record).err());
         }
         errors.extend(netns::remove(&params.netns).err().map(Error::from));
         Error::all(errors)
     }
 
-    /// The last step of giving back: nothing is owed any more.
-    fn forget(&self, record: &Record) -> Result<(), Error> {
+    /// Removes cache file and record, after all DELs succeeded.
+    fn remove_records(&self, record: &Record) -> Result<(), Error> {
         let dir = &self.config.results_dir;
-        peers::withdraw(dir, record)
+        libcni_cache::remove(dir, record)
             .map_err(|source| Error::Results { dir: dir.clone(), source })?;
         Ok(self.records.remove(&record.params.container_id)?)
     }
 
-    /// Tells other runtimes of the pod. The pod does not depend on it.
-    pub(crate) fn announce(&self, record: &Record) {
+    /// Writes the libcni cache file. A failure is logged only.
+    pub(crate) fn write_cache_file(&self, record: &Record) {
         let dir = &self.config.results_dir;
-        if let Err(e) = peers::announce(dir, record) {
+        if let Err(e) = libcni_cache::write(dir, record) {
             tracing::warn!(
                 pod = record.params.container_id,
-                "{} cannot be written, and the GC of another runtime may free the pod's address: {e}",
+                "cannot write to {}; the GC of another runtime may free the pod's address: {e}",
                 dir.display()
             );
         }
@@ -243,26 +248,25 @@ impl Host {
     pub fn open_taps(&self, id: &str, attachment: &Attachment) -> Result<Vec<OwnedFd>, Error> {
         check_id(id)?;
         let path = self.netns_path(id);
-        Ok(netns::within(&path, || nic::open_taps(&attachment.interfaces))?)
+        Ok(netns::run_in_netns(&path, || nic::open_taps(&attachment.interfaces))?)
     }
 
     pub fn detach(&self, id: &str) -> Result<(), Error> {
         check_id(id)?;
-        let _alone = self.pods.enter(id);
-        let _shared = self.turns.shared();
-        self.release(id, Leftover::Keep)?;
-        self.young().remove(id);
+        let _pod_lock = self.pods.lock(id);
+        let _guard = self.plugin_lock.shared();
+        self.release(id, NetnsOnError::Keep)?;
+        self.attached_here().remove(id);
         Ok(())
     }
 
-    /// Gives back what a pod was given. When a plugin fails, the others run all the same, and the
-    /// record stays so that the next call tries again; `leftover` says whether the namespace stays
-    /// with it.
-    pub(crate) fn release(&self, id: &str, leftover: Leftover) -> Result<(), Error> {
+    /// Detaches a pod. If a plugin fails, the others run anyway and the record is kept for a retry;
+    /// `netns_on_error` decides about the namespace.
+    pub(crate) fn release(&self, id: &str, netns_on_error: NetnsOnError) -> Result<(), Error> {
         let path = self.netns_path(id);
         let mut errors: Vec<Error> = Vec::new();
         if path.exists() && !netns::is_mounted(&path) {
-            // Cut short between the file and the mount, or a reboot that kept /run.
+            // An interrupted creation, or a reboot with a persistent /run.
             errors.extend(netns::remove(&path).err().map(Error::from));
         }
         let mut damaged = false;
@@ -271,52 +275,51 @@ impl Host {
             Err(e) => {
                 tracing::warn!(
                     pod = id,
-                    "{}; the present configuration has to serve",
+                    "{}; using the current network configuration",
                     with_causes(&e)
                 );
                 damaged = true;
-                Some(self.substitute(id, &path)?)
+                Some(self.record_from_config(id, &path)?)
             }
         };
-        let mut owing = false;
+        let mut del_failed = false;
         if let Some(Record { network, params, result }) = &record {
             let count = network.plugins.len();
             let failed = self.runner.del(network, params, result.as_ref(), count);
-            owing = !failed.is_empty();
+            del_failed = !failed.is_empty();
             errors.extend(failed.into_iter().map(Error::from));
         }
-        if !owing || leftover == Leftover::Take {
+        if !del_failed || netns_on_error == NetnsOnError::Take {
             errors.extend(netns::remove(&path).err().map(Error::from));
         }
         if errors.is_empty() && damaged {
             let dir = &self.config.results_dir;
-            let withdrawn = peers::withdraw_by_id(dir, id, &path);
-            errors
-                .extend(withdrawn.err().map(|source| Error::Results { dir: dir.clone(), source }));
+            let removed = libcni_cache::remove_by_id(dir, id, &path);
+            errors.extend(removed.err().map(|source| Error::Results { dir: dir.clone(), source }));
         }
         if errors.is_empty() {
             errors.extend(match &record {
-                _ if damaged => self.records.set_aside(id).err().map(Error::from),
-                Some(record) => self.forget(record).err(),
+                _ if damaged => self.records.move_to_damaged(id).err().map(Error::from),
+                Some(record) => self.remove_records(record).err(),
                 None => self.records.remove(id).err().map(Error::from),
             });
         }
         Error::all(errors)
     }
 
-    fn substitute(&self, id: &str, path: &Path) -> Result<Record, Error> {
+    fn record_from_config(&self, id: &str, path: &Path) -> Result<Record, Error> {
         Ok(Record {
             network: Network::load(&self.config.conf_dir)?,
-            params: Params::bare(id, &self.config.interface, path)?,
+            params: Params::from_id(id, &self.config.interface, path)?,
             result: None,
         })
     }
 
-    /// Whether the pod's network still is as it was made: the joints, and the plugins' own CHECK.
+    /// Checks the connections of the taps and runs the plugins' CHECK.
     pub fn check(&self, id: &str, attachment: &Attachment) -> Result<(), Error> {
         check_id(id)?;
         let path = self.netns_path(id);
-        netns::within(&path, || nic::check(&attachment.interfaces))?;
+        netns::run_in_netns(&path, || nic::check(&attachment.interfaces))?;
         let unattached = || Error::Unattached { id: id.to_owned() };
         let record = self.records.read(id)?.ok_or_else(unattached)?;
         let result = record.result.as_ref().ok_or_else(unattached)?;
@@ -324,7 +327,7 @@ impl Host {
         Ok(self.runner.check(&record.network, &record.params, result)?)
     }
 
-    /// Records that cannot be read, in words.
+    /// Descriptions of damaged records.
     pub fn damaged(&self) -> Vec<String> {
         match self.records.damaged() {
             Ok(damaged) => damaged.iter().map(|e| with_causes(e)).collect(),
@@ -332,7 +335,7 @@ impl Host {
         }
     }
 
-    /// What keeps pods from being attached, in words.
+    /// The reason why pods cannot be attached, if there is one.
     pub fn trouble(&self) -> Option<String> {
         if let Some(trouble) = tap::trouble() {
             return Some(trouble);
@@ -349,7 +352,7 @@ impl Host {
             .map(|e| with_causes(&e))
     }
 
-    pub(crate) fn young(&self) -> MutexGuard<'_, BTreeSet<String>> {
-        self.young.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn attached_here(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.attached_here.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

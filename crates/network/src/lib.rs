@@ -1,24 +1,24 @@
-//! Host side of pod networks: a network namespace a pod, CNI plugins that connect it (spec versions
-//! 0.3.0 to 1.1.0), and taps that lead from there into the pod's VM.
+//! Host side of pod networks: a network namespace for each pod, CNI plugins that configure it (spec
+//! versions 0.3.0 to 1.1.0), and taps for the pod's VM.
 //!
-//! Has never heard of sandboxes, VMs or the CRI. The entry is [`Cni`]; all its calls are idempotent
-//! and may be repeated after a crash of the caller. What a pod was given is on disk before the
-//! first plugin runs ([`record`]), so nothing is ever leaked for good.
+//! Knows nothing of sandboxes, VMs or the CRI. The API is [`Cni`]; all its calls are idempotent and
+//! can be repeated after a crash. A record is on disk before the first plugin runs ([`record`]), so
+//! every network can be removed.
 //!
-//! Everything blocks (plugins are processes, namespaces belong to threads), so all of it happens on
-//! tokio's blocking threads and, inside a namespace, on threads that end with the job.
+//! All work blocks (plugins are processes, namespaces belong to threads), so it runs on tokio's
+//! blocking threads and, inside a namespace, on short-lived threads.
 
-mod alone;
 mod cidr;
 mod config;
 mod default;
 mod garbage;
 mod host;
+mod libcni_cache;
 mod model;
 mod netns;
 mod nic;
-mod peers;
 mod plugin;
+mod pod_locks;
 mod record;
 mod rtnl;
 mod tap;
@@ -47,20 +47,20 @@ pub use rtnl::RtnlError;
 
 use host::Host;
 
-/// Pod networks made by CNI plugins. A cheap handle.
+/// Pod networks by CNI plugins. A cheap handle.
 ///
-/// A call whose future is dropped goes on to its end in the background, and a later call for the
-/// same pod waits for it: giving up never leaves half a network unseen.
+/// A call whose future is dropped still runs to completion in the background; a later call for the
+/// same pod waits for it.
 #[derive(Debug, Clone)]
 pub struct Cni {
     host: Arc<Host>,
-    /// Each start of a pod runs several processes; hundreds at once would only slow each other.
+    /// Limits concurrent attaches: each runs several processes.
     attaching: Arc<Semaphore>,
-    /// Apart from the above: plugins that hang at ADD must not keep pods from being removed.
+    /// Separate limit for detaches, so that plugins that hang in ADD do not block removals.
     detaching: Arc<Semaphore>,
 }
 
-/// First pause before a GC that was put off is tried again; doubles up to the configured interval.
+/// Delay before the first retry of a postponed GC; doubles up to the configured interval.
 const FIRST_RETRY: Duration = Duration::from_secs(5);
 
 impl Cni {
@@ -70,15 +70,15 @@ impl Cni {
         Self { host: Arc::new(Host::new(config)), attaching, detaching }
     }
 
-    /// Where the pod's network namespace will be mounted; known before [`Cni::attach`].
+    /// Path of the pod's network namespace; known before [`Cni::attach`].
     pub fn netns_path(&self, pod: &str) -> PathBuf {
         self.host.netns_path(pod)
     }
 
-    /// Makes the namespace, runs the plugins, makes the taps. Whatever an earlier attach of this pod
-    /// left is taken away first; after a failure nothing is left.
+    /// Creates the namespace, runs the plugins and creates the taps. Remains of an earlier attach
+    /// are removed first; a failed attach is undone.
     pub async fn attach(&self, pod: Pod) -> Result<Attachment, Error> {
-        self.work(&self.attaching, move |host| host.attach(&pod)).await
+        self.with_permit(&self.attaching, move |host| host.attach(&pod)).await
     }
 
     /// Opens the tap of each interface, in the order of [`Attachment::interfaces`].
@@ -88,95 +88,96 @@ impl Cni {
         attachment: &Attachment,
     ) -> Result<Vec<OwnedFd>, Error> {
         let (pod, attachment) = (pod.to_owned(), attachment.clone());
-        self.at_once(move |host| host.open_taps(&pod, &attachment)).await
+        self.without_permit(move |host| host.open_taps(&pod, &attachment)).await
     }
 
-    /// Undoes [`Cni::attach`]; goes on past failures and reports them all. An unknown pod is fine.
+    /// Undoes [`Cni::attach`]; continues after failures and returns all errors. An unknown pod is
+    /// success.
     pub async fn detach(&self, pod: &str) -> Result<(), Error> {
         let pod = pod.to_owned();
-        self.work(&self.detaching, move |host| host.detach(&pod)).await?;
-        if self.host.is_sweep_due() {
+        self.with_permit(&self.detaching, move |host| host.detach(&pod)).await?;
+        if self.host.is_gc_due() {
             let (cni, host) = (self.clone(), self.host.clone());
-            // Nobody waits for it: a removal is done when the pod's own things are gone.
-            let sweeping = spawn_blocking(move || host.sweep());
+            // In the background: the removal of the pod is complete.
+            let running_gc = spawn_blocking(move || host.gc());
             tokio::spawn(async move {
-                let _ = sweeping.await;
-                cni.retry_later();
+                let _ = running_gc.await;
+                cni.spawn_gc_retry();
             });
         }
         Ok(())
     }
 
-    /// Whether the pod's network still stands as it was made.
+    /// Checks whether the pod's network is still as it was created.
     pub async fn check(&self, pod: &str, attachment: &Attachment) -> Result<(), Error> {
         let (pod, attachment) = (pod.to_owned(), attachment.clone());
-        self.work(&self.attaching, move |host| host.check(&pod, &attachment)).await
+        self.with_permit(&self.attaching, move |host| host.check(&pod, &attachment)).await
     }
 
-    /// What keeps pods from being attached, for people; none: all is well.
+    /// The reason why pods cannot be attached, as text; None if they can.
     pub async fn trouble(&self) -> Option<String> {
-        match self.at_once(|host| Ok(host.trouble())).await {
+        match self.without_permit(|host| Ok(host.trouble())).await {
             Ok(trouble) => trouble,
             Err(e) => Some(e.to_string()),
         }
     }
 
-    /// Records that cannot be read, for people.
+    /// Descriptions of damaged records, as text.
     pub async fn damaged(&self) -> Vec<String> {
-        match self.at_once(|host| Ok(host.damaged())).await {
+        match self.without_permit(|host| Ok(host.damaged())).await {
             Ok(damaged) => damaged,
             Err(e) => vec![e.to_string()],
         }
     }
 
-    /// Frees what belongs to no pod in `known` and was not attached through this handle. The
-    /// plugins' own GC may come later, when pods are being attached or detached now.
+    /// Removes networks of pods that are neither in `known` nor attached through this handle. The
+    /// plugins' GC may run later if pods are being attached or detached.
     pub async fn collect(&self, known: &[String]) -> Result<(), Error> {
         let known = known.to_vec();
-        // Without a permit: a plugin that hangs here must not take one from the pods.
-        let collected = self.at_once(move |host| host.collect(&known)).await;
-        self.retry_later();
+        // Without a permit: a hanging plugin must not take one from pods.
+        let collected = self.without_permit(move |host| host.collect(&known)).await;
+        self.spawn_gc_retry();
         collected
     }
 
-    /// Sees to a GC that was put off. Ends with the last handle.
-    fn retry_later(&self) {
-        if !self.host.turns.begin_retry() {
+    /// Starts a task that retries a postponed GC, if necessary. It ends with the last handle.
+    fn spawn_gc_retry(&self) {
+        if !self.host.plugin_lock.begin_retry() {
             return;
         }
         let host: Weak<Host> = Arc::downgrade(&self.host);
-        let longest = self.host.turns.interval().max(FIRST_RETRY);
+        let longest = self.host.plugin_lock.interval().max(FIRST_RETRY);
         tokio::spawn(async move {
             let mut pause = FIRST_RETRY;
             loop {
                 tokio::time::sleep(pause).await;
                 pause = longest.min(pause * 2);
                 let Some(host) = host.upgrade() else { return };
-                let sweeping = host.clone();
-                let _ = spawn_blocking(move || sweeping.sweep()).await;
-                if host.turns.end_retry() {
+                let running_gc = host.clone();
+                let _ = spawn_blocking(move || running_gc.gc()).await;
+                if host.plugin_lock.end_retry() {
                     return;
                 }
             }
         });
     }
 
-    async fn work<T: Send + 'static>(
+    async fn with_permit<T: Send + 'static>(
         &self,
         permits: &Arc<Semaphore>,
         work: impl FnOnce(&Host) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let turn = permits.clone().acquire_owned().await;
-        self.at_once(move |host| {
-            // The semaphore is never closed; without a turn the work would still be right.
-            let _turn = turn;
+        let permit = permits.clone().acquire_owned().await;
+        self.without_permit(move |host| {
+            // The semaphore is never closed.
+            let _permit = permit;
             work(host)
         })
         .await
     }
 
-    /// For what is quick, or must not wait behind a storm of starts.
-    async fn at_once<T: Send + 'static>(
+    /// Runs without a permit: for short calls, and those that must not wait for attaches.
+    async fn without_permit<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Host) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {

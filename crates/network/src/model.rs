@@ -1,4 +1,4 @@
-//! What goes in ([`Pod`]) and what comes out ([`Attachment`]). Plain values.
+//! Input ([`Pod`]) and output ([`Attachment`]) of the crate. Plain values.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,21 +7,22 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// A pod as far as networks care.
+/// The network-related part of a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pod {
-    /// Unique on this host; the plugins' container id.
+    /// Unique on this host; CNI_CONTAINERID.
     pub id: String,
     pub name: String,
     pub namespace: String,
     pub uid: String,
     pub annotations: BTreeMap<String, String>,
     pub ports: Vec<PortMapping>,
-    /// What the pod's resolver is to use; told to plugins that ask for it.
+    /// Resolver configuration, for plugins with the capability `dns`.
     pub dns: Dns,
-    /// Told to plugins that ask for it.
+    /// Cgroup of the pod, for plugins with the capability `cgroupPath`.
     pub cgroup_parent: String,
-    /// Its processes live in the namespace itself: no taps are made, no interfaces told.
+    /// The pod's processes run in the namespace itself, without a VM: no taps are created and no
+    /// interfaces returned.
     pub native: bool,
 }
 
@@ -60,42 +61,41 @@ impl fmt::Display for Protocol {
 pub struct PortMapping {
     pub protocol: Protocol,
     pub container_port: u16,
-    /// 0: not published on the host.
+    /// 0: no hostPort.
     pub host_port: u16,
     pub host_ip: Option<IpAddr>,
 }
 
-/// One network interface as the guest has to set it up.
+/// A network interface as the guest has to configure it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Interface {
     pub name: String,
     pub mac: [u8; 6],
     pub mtu: u16,
-    /// CIDR notation, both families. A prefix of full length where the host has no on-link route
-    /// for the network, so that the guest makes none either.
+    /// CIDR notation, both families. Full prefix length if the host has no on-link route for the
+    /// network, so that the guest creates none.
     pub addresses: Vec<String>,
 }
 
-/// A route of the guest. On-link routes come first, so that gateways are reachable when used.
+/// A route of the guest. On-link routes come first, as gateways need them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
-    /// CIDR; empty: default route of the gateway's family.
+    /// CIDR; empty for the default route of the gateway's family.
     pub destination: String,
-    /// Empty: on link.
+    /// Empty for an on-link route.
     pub gateway: String,
     pub interface: String,
 }
 
-/// A pod's network as it stands on the host.
+/// The network of an attached pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
     pub netns: PathBuf,
-    /// The n-th one is joined to the tap that [`crate::Cni::open_taps`] returns n-th. First is the
-    /// one that the plugins were asked for.
+    /// Interface n is connected with tap n of [`crate::Cni::open_taps`]. The first is CNI_IFNAME.
     pub interfaces: Vec<Interface>,
     pub routes: Vec<Route>,
-    /// Of the first interface, in the plugins' order: first is the primary address.
+    /// Addresses of the first interface in the plugins' order; the first is the primary one.
     pub addresses: Vec<IpAddr>,
-    /// From the plugins' result; empty when they said nothing.
+    /// From the plugins' result; may be empty.
     pub dns: Dns,
 }

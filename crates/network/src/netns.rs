@@ -1,8 +1,8 @@
-//! Network namespaces with a name, kept alive by a mount as `ip netns` does (ip-netns(8)), so that
-//! people can look into them with the tools they know.
+//! Named network namespaces, kept by a bind mount as by `ip netns` (ip-netns(8)), so that the usual
+//! tools work with them.
 //!
-//! A namespace is a property of a thread. Whatever has to be done inside one is done on a thread
-//! made for it, which ends afterwards: no thread of a pool ever comes back changed.
+//! A namespace is a property of a thread. Work inside of one runs on a new thread, which ends
+//! afterwards, so no pool thread stays in a namespace.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -16,9 +16,9 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{FsType, statfs};
 
-/// `NSFS_MAGIC` of linux/magic.h: what a mounted namespace looks like.
+/// `NSFS_MAGIC` of linux/magic.h: file system of a mounted namespace.
 const NSFS_MAGIC: FsType = FsType(0x6e73_6673);
-/// Mounts stacked on one name before we stop believing that each umount takes one away.
+/// Maximum mounts on one path that `remove` unmounts.
 const MAX_STACK: usize = 64;
 const NONE: Option<&str> = None;
 
@@ -28,8 +28,8 @@ pub enum NetnsError {
     Io { what: &'static str, path: PathBuf, source: io::Error },
     #[error("cannot start a thread for the network namespace {}", .path.display())]
     Thread { path: PathBuf, source: io::Error },
-    #[error("the network namespace {} is not there", .path.display())]
-    Gone { path: PathBuf },
+    #[error("the network namespace {} does not exist", .path.display())]
+    Missing { path: PathBuf },
     #[error("a thread in the network namespace {} panicked", .path.display())]
     Panicked { path: PathBuf },
 }
@@ -38,10 +38,10 @@ fn io_error<E: Into<io::Error>>(what: &'static str, path: &Path) -> impl FnOnce(
     move |source| NetnsError::Io { what, path: path.to_owned(), source: source.into() }
 }
 
-/// Makes a namespace and mounts it at `path`, which must not be taken.
+/// Creates a namespace and mounts it at `path`, which must not exist.
 pub fn create(path: &Path) -> Result<(), NetnsError> {
     let dir = path.parent().unwrap_or(Path::new("/"));
-    prepare(dir)?;
+    make_shared(dir)?;
     OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -60,12 +60,12 @@ pub fn create(path: &Path) -> Result<(), NetnsError> {
     made
 }
 
-/// Unmounts and removes; fine when there is nothing.
+/// Unmounts and removes a namespace; success if it does not exist.
 pub fn remove(path: &Path) -> Result<(), NetnsError> {
     for _ in 0..MAX_STACK {
         match umount2(path, MntFlags::MNT_DETACH) {
             Ok(()) => {}
-            // Not a mount point, or no such file.
+            // Not a mount point, or it does not exist.
             Err(nix::Error::EINVAL | nix::Error::ENOENT) => break,
             Err(e) => return Err(io_error("unmount", path)(e)),
         }
@@ -76,23 +76,23 @@ pub fn remove(path: &Path) -> Result<(), NetnsError> {
     }
 }
 
-/// Whether a namespace is mounted there (a bare file is the trace of a creation cut short).
+/// Whether a namespace is mounted there. A plain file is left by an interrupted creation.
 pub fn is_mounted(path: &Path) -> bool {
     statfs(path).is_ok_and(|s| s.filesystem_type() == NSFS_MAGIC)
 }
 
-/// Runs `work` inside the namespace.
-pub fn within<T, E>(path: &Path, work: impl FnOnce() -> Result<T, E> + Send) -> Result<T, E>
+/// Runs `work` on a thread in the namespace.
+pub fn run_in_netns<T, E>(path: &Path, work: impl FnOnce() -> Result<T, E> + Send) -> Result<T, E>
 where
     T: Send,
     E: Send + From<NetnsError>,
 {
     if !is_mounted(path) {
-        return Err(NetnsError::Gone { path: path.to_owned() }.into());
+        return Err(NetnsError::Missing { path: path.to_owned() }.into());
     }
     let netns = File::open(path).map_err(io_error("open", path))?;
     on_thread(path, || {
-        setns(netns.as_fd(), CloneFlags::CLONE_NEWNET).map_err(io_error("enter", path))?;
+        setns(netns.as_fd(), CloneFlags::CLONE_NEWNET).map_err(io_error("join", path))?;
         work()
     })
 }
@@ -111,12 +111,12 @@ where
     })
 }
 
-/// The folder must be a shared mount: a namespace unmounted here must go away in every mount
-/// namespace that got a copy, or it would live on there unseen.
-fn prepare(dir: &Path) -> Result<(), NetnsError> {
+/// Makes the directory a shared mount: an unmount must propagate to mount namespaces with a copy,
+/// which would otherwise keep the namespace alive.
+fn make_shared(dir: &Path) -> Result<(), NetnsError> {
     fs::create_dir_all(dir).map_err(io_error("create", dir))?;
     let handle = File::open(dir).map_err(io_error("open", dir))?;
-    // Two of us (or `ip netns add`) at the same time would stack two mounts.
+    // A concurrent call (or `ip netns add`) could mount twice.
     let _lock =
         Flock::lock(handle, FlockArg::LockExclusive).map_err(|(_, e)| io_error("lock", dir)(e))?;
     let share = || mount(NONE, dir, NONE, MsFlags::MS_SHARED | MsFlags::MS_REC, NONE);
@@ -127,6 +127,6 @@ fn prepare(dir: &Path) -> Result<(), NetnsError> {
         Err(e) => return Err(io_error("share the mount", dir)(e)),
     }
     mount(Some(dir), dir, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)
-        .map_err(io_error("make a mount point of", dir))?;
+        .map_err(io_error("create a mount point at", dir))?;
     share().map_err(io_error("share the mount", dir))
 }

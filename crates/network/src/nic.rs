@@ -1,15 +1,15 @@
-//! The joint between what CNI made and what the guest gets. In the pod's network namespace:
+//! Connects CNI interfaces with taps. In the pod's network namespace:
 //! ```text
 //!   host bridge ── veth ═══ eth0 ⇄ tap0 ── VMM ── guest's eth0
 //!                            └ tc ingress, mirred redirect, both ways
 //! ```
-//! The guest's NIC has the MAC, MTU, addresses and routes of the interface, so to the network the
-//! guest *is* that interface, whatever the plugin (bridge, ptp, macvlan, ...) made it of.
+//! The guest's NIC has the MAC, MTU, addresses and routes of the interface, so it replaces the
+//! interface for any plugin (bridge, ptp, macvlan, ...).
 //!
-//! The interface keeps its addresses on the host side too, because plugins look for them at CHECK,
-//! and at DEL to know which rules (masquerading) to take away. That the namespace's own kernel
-//! never answers in the guest's place is the redirect's doing: it steals every frame before the
-//! protocols see it, and the sysctls below keep the kernel from speaking unasked.
+//! The interface keeps its addresses in the namespace, as plugins need them in CHECK, and in DEL to
+//! find their rules (masquerading). The namespace's kernel does not answer for the guest: the
+//! redirect takes every frame before the protocol handlers, and the sysctls below prevent
+//! unsolicited packets.
 
 use std::collections::HashSet;
 use std::fs;
@@ -24,10 +24,9 @@ use crate::plugin::reply::{ResultIp, Success};
 use crate::rtnl::{Link, LinkAddress, LinkRoute, Rtnl, RtnlError};
 use crate::tap;
 
-/// Interfaces one pod may have: each costs a device of the VM, and a plugin gone wild must not use
-/// them up.
+/// Maximum interfaces of a pod; each is a device of the VM.
 const MAX_INTERFACES: usize = 8;
-/// Routes one pod may have; a guest configuration stays small whatever a routing daemon put there.
+/// Maximum routes of a pod; bounds the guest's configuration.
 const MAX_ROUTES: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +35,7 @@ pub enum NicError {
     Netns(#[from] NetnsError),
     #[error(transparent)]
     Rtnl(#[from] RtnlError),
-    #[error("cannot make the tap {name}")]
+    #[error("cannot create the tap {name}")]
     Tap { name: String, source: io::Error },
     #[error("cannot open the tap {name}: {hint}")]
     OpenTap { name: String, hint: &'static str, source: io::Error },
@@ -47,27 +46,28 @@ pub enum NicError {
          namespace {}", .netns.display()
     )]
     NoInterface { netns: PathBuf },
-    #[error("the network plugins reported success but gave the pod's interface {name} no address")]
+    #[error(
+        "the network plugins reported success but assigned no address to the pod's interface {name}"
+    )]
     NoAddress { name: String },
     #[error(
-        "the pod's interfaces {one} and {other} have the same MAC: a guest cannot tell them apart"
+        "the pod's interfaces {one} and {other} have the same MAC, so the guest cannot identify them"
     )]
     SameMac { one: String, other: String },
-    #[error("the pod has {count} interfaces, {MAX_INTERFACES} at most are possible")]
+    #[error("the pod has {count} interfaces, the maximum is {MAX_INTERFACES}")]
     TooManyInterfaces { count: usize },
-    #[error("the pod has {count} routes, {MAX_ROUTES} at most are possible")]
+    #[error("the pod has {count} routes, the maximum is {MAX_ROUTES}")]
     TooManyRoutes { count: usize },
-    #[error("the tap {name} of interface {interface} is not joined to it")]
-    Severed { name: String, interface: String },
+    #[error("the tap {name} is not connected with interface {interface}")]
+    NotConnected { name: String, interface: String },
 }
 
 fn tap_name(n: usize) -> String {
     format!("tap{n}")
 }
 
-/// Joins every interface of the calling thread's namespace to a tap of its own. `primary` is the
-/// one the plugins were asked for.
-pub fn join(netns: &Path, primary: &str, result: &Success) -> Result<Attachment, NicError> {
+/// Connects every interface of the thread's namespace with a new tap. `primary` is CNI_IFNAME.
+pub fn connect_taps(netns: &Path, primary: &str, result: &Success) -> Result<Attachment, NicError> {
     let mut rtnl = Rtnl::open()?;
     let (links, attachment) = find(&mut rtnl, netns, primary, result)?;
     for (n, link) in links.iter().enumerate() {
@@ -78,10 +78,10 @@ pub fn join(netns: &Path, primary: &str, result: &Success) -> Result<Attachment,
     for (n, link) in links.iter().enumerate() {
         let name = tap_name(n);
         tap::create(&name).map_err(|source| NicError::Tap { name: name.clone(), source })?;
-        silence(&link.name, SILENT_INTERFACE)?;
-        silence(&name, SILENT_TAP)?;
+        set_sysctls(&link.name, INTERFACE_SYSCTLS)?;
+        set_sysctls(&name, TAP_SYSCTLS)?;
         let found = rtnl.links()?.into_iter().find(|l| l.name == name);
-        let tap = found.ok_or_else(|| NicError::Severed {
+        let tap = found.ok_or_else(|| NicError::NotConnected {
             name: name.clone(),
             interface: link.name.clone(),
         })?;
@@ -94,9 +94,12 @@ pub fn join(netns: &Path, primary: &str, result: &Success) -> Result<Attachment,
     Ok(attachment)
 }
 
-/// What the plugins have made, for processes that live in the calling thread's namespace: the
-/// interfaces are theirs as they are.
-pub fn look(netns: &Path, primary: &str, result: &Success) -> Result<Attachment, NicError> {
+/// Describes the interfaces for processes in the thread's namespace, which use them directly.
+pub fn describe_interfaces(
+    netns: &Path,
+    primary: &str,
+    result: &Success,
+) -> Result<Attachment, NicError> {
     let (_, attachment) = find(&mut Rtnl::open()?, netns, primary, result)?;
     Ok(Attachment { interfaces: Vec::new(), routes: Vec::new(), ..attachment })
 }
@@ -115,35 +118,35 @@ fn find(
         return Err(NicError::TooManyInterfaces { count: links.len() });
     }
     let attachment = describe(netns, &links, &rtnl.addresses()?, &rtnl.routes()?, result)?;
-    // A kubelet makes a pod without an address anew, over and over.
+    // kubelet would recreate a pod without an address in a loop.
     if attachment.addresses.is_empty() {
         return Err(NicError::NoAddress { name: links[0].name.clone() });
     }
     Ok((links, attachment))
 }
 
-/// The loopback chain of other runtimes does no more than this.
+/// Sets the loopback interface up, as other runtimes do with the loopback plugin.
 pub fn set_up_loopback() -> Result<(), NicError> {
     /// The first link of every network namespace (drivers/net/loopback.c).
     const LOOPBACK: u32 = 1;
     Ok(Rtnl::open()?.set_up(LOOPBACK)?)
 }
 
-/// Opens the interfaces' taps in the calling thread's namespace.
+/// Opens the taps in the thread's namespace.
 pub fn open_taps(interfaces: &[Interface]) -> Result<Vec<std::os::fd::OwnedFd>, NicError> {
     let there: HashSet<String> = Rtnl::open()?.links()?.into_iter().map(|l| l.name).collect();
     (0..interfaces.len())
         .map(|n| {
             let name = tap_name(n);
-            // Opening would make a new one, joined to nothing.
+            // Opening would create a new tap.
             if !there.contains(&name) {
                 let interface = interfaces[n].name.clone();
-                return Err(NicError::Severed { name, interface });
+                return Err(NicError::NotConnected { name, interface });
             }
             tap::open(&name).map_err(|source| {
                 let hint = match source.raw_os_error() {
                     Some(libc::EBUSY) => "another VMM has it open",
-                    _ => "is the kernel's tun driver there?",
+                    _ => "is the tun driver available?",
                 };
                 NicError::OpenTap { name, hint, source }
             })
@@ -151,7 +154,7 @@ pub fn open_taps(interfaces: &[Interface]) -> Result<Vec<std::os::fd::OwnedFd>, 
         .collect()
 }
 
-/// Whether the joints still stand.
+/// Checks that all interfaces are connected with their taps.
 pub fn check(interfaces: &[Interface]) -> Result<(), NicError> {
     let mut rtnl = Rtnl::open()?;
     let links = rtnl.links()?;
@@ -165,14 +168,14 @@ pub fn check(interfaces: &[Interface]) -> Result<(), NicError> {
             _ => false,
         };
         if !joined {
-            return Err(NicError::Severed { name, interface: interface.name.clone() });
+            return Err(NicError::NotConnected { name, interface: interface.name.clone() });
         }
     }
     Ok(())
 }
 
-/// The interfaces that are the pod's: the primary, those the result names in its order, then others
-/// that are up (added by plugins that call plugins and report only the first network).
+/// Interfaces of the pod: the primary, those of the result in its order, then others that are up
+/// (meta plugins may report the first network only).
 fn pod_links(rtnl: &mut Rtnl, primary: &str, result: &Success) -> Result<Vec<Link>, NicError> {
     let mut links: Vec<Link> = rtnl.links()?.into_iter().filter(|l| !l.tun).collect();
     links.sort_by_key(|l| l.index);
@@ -185,8 +188,8 @@ fn pod_links(rtnl: &mut Rtnl, primary: &str, result: &Success) -> Result<Vec<Lin
     Ok(links)
 }
 
-/// What the guest has to set up. The kernel's own state is the truth (plugins later in the chain
-/// may have changed what the result says); the result fills in what the kernel does not have.
+/// Describes the guest's configuration. The kernel's state has precedence, as later plugins may
+/// have changed it; missing parts are from the result.
 fn describe(
     netns: &Path,
     links: &[Link],
@@ -198,8 +201,8 @@ fn describe(
     for link in links {
         let own = addresses.iter().filter(|a| a.link == link.index && !is_automatic(a));
         let mut own: Vec<Cidr> =
-            own.map(|a| with_or_without_network(a.address, link.index, routes)).collect();
-        // The result's order names the primary address.
+            own.map(|a| adjust_prefix(a.address, link.index, routes)).collect();
+        // The result's order determines the primary address.
         own.sort_by_key(|a| {
             result.ips.iter().position(|ip| ip.address.ip == a.ip).unwrap_or(usize::MAX)
         });
@@ -210,7 +213,7 @@ fn describe(
             addresses: own.iter().map(Cidr::to_string).collect(),
         });
     }
-    // As other runtimes do it: a pod is known by the addresses of its primary interface.
+    // Same as other runtimes: the pod's addresses are those of its primary interface.
     let of_primary = interfaces.iter().take(1).flat_map(|i: &Interface| &i.addresses);
     let addresses: Vec<IpAddr> =
         of_primary.filter_map(|a| a.parse::<Cidr>().ok()).map(|a| a.ip).collect();
@@ -223,15 +226,14 @@ fn describe(
     })
 }
 
-/// Link-local IPv6 comes from the MAC, which the guest has as well.
+/// Link-local IPv6 addresses are derived from the MAC, also in the guest.
 fn is_automatic(address: &LinkAddress) -> bool {
     address.link_local && address.address.ip.is_ipv6()
 }
 
-/// A guest that is given `10.0.0.5/24` makes the route to `10.0.0.0/24` itself. Where the plugin
-/// took that route away (ptp, and others that route every packet over the host), the guest is given
-/// the address alone.
-fn with_or_without_network(address: Cidr, link: u32, routes: &[LinkRoute]) -> Cidr {
+/// A guest with `10.0.0.5/24` adds a route to `10.0.0.0/24`. If the plugin removed that route (ptp,
+/// and others that route all packets over the host), the address gets a full-length prefix.
+fn adjust_prefix(address: Cidr, link: u32, routes: &[LinkRoute]) -> Cidr {
     let network = address.network();
     let on_link = |r: &LinkRoute| {
         r.link == link && r.connected && r.gateway.is_none() && r.destination == network
@@ -244,12 +246,12 @@ fn describe_routes(
     routes: &[LinkRoute],
     result: &Success,
 ) -> Result<Vec<Route>, NicError> {
-    let mut wanted: Vec<(u32, Cidr, Option<IpAddr>, &str)> = Vec::new();
+    let mut requested: Vec<(u32, Cidr, Option<IpAddr>, &str)> = Vec::new();
     for route in routes.iter().filter(|r| !r.connected) {
         let Some(link) = links.iter().find(|l| l.index == route.link) else { continue };
-        wanted.push((route.metric, route.destination.network(), route.gateway, &link.name));
+        requested.push((route.metric, route.destination.network(), route.gateway, &link.name));
     }
-    let known: HashSet<Cidr> = wanted.iter().map(|w| w.1).collect();
+    let known: HashSet<Cidr> = requested.iter().map(|w| w.1).collect();
     for route in &result.routes {
         let destination = route.destination.network();
         if known.contains(&destination) {
@@ -257,30 +259,30 @@ fn describe_routes(
         }
         let of_family =
             result.ips.iter().filter(|ip| ip.address.ip.is_ipv4() == destination.ip.is_ipv4());
-        let beside = |ip: &&ResultIp| {
+        let same_subnet = |ip: &&ResultIp| {
             let gateway = route.gateway.and_then(|g| Cidr::new(g, ip.address.prefix));
             gateway.is_some_and(|g| g.network() == ip.address.network())
         };
         let ip = of_family
             .clone()
-            .find(beside)
+            .find(same_subnet)
             .or_else(|| of_family.clone().find(|ip| ip.gateway.is_some()));
         let gateway = route.gateway.or(ip.and_then(|ip| ip.gateway));
         let interface = ip
             .and_then(|ip| result.interfaces.get(ip.interface?))
             .and_then(|i| links.iter().find(|l| l.name == i.name))
             .unwrap_or(&links[0]);
-        wanted.push((0, destination, gateway, &interface.name));
+        requested.push((0, destination, gateway, &interface.name));
     }
-    if wanted.len() > MAX_ROUTES {
-        return Err(NicError::TooManyRoutes { count: wanted.len() });
+    if requested.len() > MAX_ROUTES {
+        return Err(NicError::TooManyRoutes { count: requested.len() });
     }
-    // Gateways must be reachable when their route is added; of two routes to the same place the
-    // one with the lower metric comes first, and the kernel refuses the second.
-    wanted.sort_by_key(|(metric, _, gateway, _)| (gateway.is_some(), *metric));
+    // On-link routes first, as gateways need them. Of two routes to one destination the one with
+    // the lower metric is kept.
+    requested.sort_by_key(|(metric, _, gateway, _)| (gateway.is_some(), *metric));
     let mut seen = HashSet::new();
-    wanted.retain(|(_, destination, _, _)| seen.insert(*destination));
-    Ok(wanted
+    requested.retain(|(_, destination, _, _)| seen.insert(*destination));
+    Ok(requested
         .into_iter()
         .map(|(_, destination, gateway, interface)| Route {
             destination: match gateway {
@@ -293,27 +295,27 @@ fn describe_routes(
         .collect())
 }
 
-/// Keeps the namespace's kernel from speaking on the pod's interface on its own account.
-const SILENT_INTERFACE: &[(&str, &str, &str)] = &[
-    // Never answer ARP, should a frame ever get past the redirect.
+/// Sysctls that keep the namespace's kernel from sending packets on the pod's interface.
+const INTERFACE_SYSCTLS: &[(&str, &str, &str)] = &[
+    // No ARP replies, in case a frame passes the redirect.
     ("ipv4", "arp_ignore", "8"),
-    // The guest solicits routers, takes their advertisements and looks for duplicates.
+    // The guest does router solicitation and duplicate address detection.
     ("ipv6", "accept_ra", "0"),
     ("ipv6", "router_solicitations", "0"),
     ("ipv6", "accept_dad", "0"),
     ("ipv6", "dad_transmits", "0"),
 ];
-/// The tap has no addresses at all; with IPv6 it would greet the guest with its own.
-const SILENT_TAP: &[(&str, &str, &str)] = &[("ipv6", "disable_ipv6", "1")];
+/// The tap has no addresses; with IPv6 it would send router solicitations to the guest.
+const TAP_SYSCTLS: &[(&str, &str, &str)] = &[("ipv6", "disable_ipv6", "1")];
 
-fn silence(link: &str, settings: &[(&str, &str, &str)]) -> Result<(), NicError> {
+fn set_sysctls(link: &str, settings: &[(&str, &str, &str)]) -> Result<(), NicError> {
     for (family, key, value) in settings {
         let path = PathBuf::from(format!("/proc/sys/net/{family}/conf/{link}/{key}"));
         match fs::write(&path, value) {
             Ok(()) => {}
-            // A kernel without IPv6.
+            // IPv6 is not in the kernel.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            // Inside a container; the redirect does the greater part anyway.
+            // In a container with read-only /proc/sys; the redirect alone is sufficient.
             Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => {
                 tracing::warn!(path = %path.display(), "cannot set a sysctl: {e}");
             }

@@ -1,6 +1,5 @@
-//! What each pod was given, on disk: written before the first plugin runs and removed after the
-//! last one has taken everything back. So whatever happens in between, the pod can be taken off its
-//! network with the very configuration that put it there.
+//! Records of attachments on disk: written before the first plugin runs and removed after the last
+//! DEL, so that a pod can always be detached with the configuration of its attach.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -13,7 +12,7 @@ use crate::plugin::conf::{ConfError, Network};
 use crate::plugin::params::Params;
 
 const VERSION: u32 = 1;
-/// Longest record that is read: twice the configuration and the result, generously.
+/// Maximum size of a record, bytes: more than the maximum of two configurations and a result.
 const MAX_BYTES: u64 = 4 << 20;
 const SUFFIX: &str = ".json";
 
@@ -25,16 +24,16 @@ pub enum RecordError {
     Damaged { path: PathBuf, problem: String },
 }
 
-/// A pod on a network.
+/// The attachment of a pod to a network.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
     pub network: Network,
     pub params: Params,
-    /// None: ADD has not come to its end.
+    /// None until ADD has succeeded.
     pub result: Option<Value>,
 }
 
-/// The form on disk.
+/// Format on disk.
 #[derive(Serialize, Deserialize)]
 struct Stored {
     version: u32,
@@ -44,24 +43,24 @@ struct Stored {
     result: Option<Value>,
 }
 
-/// The folder of records.
+/// The directory of records.
 #[derive(Debug, Clone)]
 pub struct Records {
     dir: PathBuf,
-    /// Takes damaged ones whose pods have been taken off their networks.
-    aside: PathBuf,
+    /// Directory for damaged records of detached pods.
+    damaged_dir: PathBuf,
 }
 
 impl Records {
     pub fn new(dir: &Path) -> Self {
-        Self { dir: dir.join("attachments"), aside: dir.join("damaged") }
+        Self { dir: dir.join("attachments"), damaged_dir: dir.join("damaged") }
     }
 
     fn path(&self, id: &str) -> PathBuf {
         self.dir.join(format!("{id}{SUFFIX}"))
     }
 
-    /// Atomic and durable: an address that was leased and forgotten is lost for ever.
+    /// Atomic and durable: without its record a leased address could not be released.
     pub fn write(&self, record: &Record) -> Result<(), RecordError> {
         let id = &record.params.container_id;
         let path = self.path(id);
@@ -93,7 +92,7 @@ impl Records {
         written.map_err(io("write", &path))
     }
 
-    /// None when the pod was given nothing.
+    /// None if the pod has no record.
     pub fn read(&self, id: &str) -> Result<Option<Record>, RecordError> {
         let path = self.path(id);
         let mut bytes = Vec::new();
@@ -106,13 +105,13 @@ impl Records {
         let damaged = |problem| RecordError::Damaged { path: path.clone(), problem };
         let stored: Stored = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
         if stored.version != VERSION {
-            let problem = format!("version {}, only {VERSION} is known", stored.version);
+            let problem = format!("version {}, only {VERSION} is supported", stored.version);
             return Err(damaged(problem));
         }
         let network = Network::from_value(stored.conf_path, stored.conf)
             .map_err(|e: ConfError| damaged(e.to_string()))?;
         if stored.params.container_id != id {
-            return Err(damaged(format!("it is about {:?}", stored.params.container_id)));
+            return Err(damaged(format!("it belongs to {:?}", stored.params.container_id)));
         }
         Ok(Some(Record { network, params: stored.params, result: stored.result }))
     }
@@ -121,7 +120,7 @@ impl Records {
         self.path(id).exists()
     }
 
-    /// Fine when there is none.
+    /// Removes a record; success if there is none.
     pub fn remove(&self, id: &str) -> Result<(), RecordError> {
         let path = self.path(id);
         match fs::remove_file(&path) {
@@ -132,9 +131,9 @@ impl Records {
         }
     }
 
-    /// Moves a record aside that cannot be read, or cannot be removed. It must stay until its pod is
-    /// off the network: as long as it is there, the pod's address is not free.
-    pub fn set_aside(&self, id: &str) -> Result<(), RecordError> {
+    /// Moves a damaged record to the directory `damaged`. Only after its pod was detached: until
+    /// then the record marks the pod's address as in use.
+    pub fn move_to_damaged(&self, id: &str) -> Result<(), RecordError> {
         let io = |what, path: &Path| {
             let path = path.to_owned();
             move |source| RecordError::Io { what, path, source }
@@ -143,9 +142,9 @@ impl Records {
         if fs::symlink_metadata(&path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
             return Ok(());
         }
-        fs::create_dir_all(&self.aside).map_err(io("create", &self.aside))?;
-        let target = self.aside.join(format!("{id}{SUFFIX}"));
-        // Of an earlier damage to the same pod's.
+        fs::create_dir_all(&self.damaged_dir).map_err(io("create", &self.damaged_dir))?;
+        let target = self.damaged_dir.join(format!("{id}{SUFFIX}"));
+        // Of earlier damage to the same pod's record.
         let removed =
             if target.is_dir() { fs::remove_dir_all(&target) } else { fs::remove_file(&target) };
         match removed {
@@ -157,12 +156,12 @@ impl Records {
         fs::rename(&path, &target).map_err(io("move aside", &path))
     }
 
-    /// Records that cannot be read, and why.
+    /// Errors of all records that cannot be read.
     pub fn damaged(&self) -> Result<Vec<RecordError>, RecordError> {
         Ok(self.ids()?.iter().filter_map(|id| self.read(id).err()).collect())
     }
 
-    /// Ids of all pods that were given something.
+    /// Ids of all pods with a record.
     pub fn ids(&self) -> Result<Vec<String>, RecordError> {
         let io = |source| RecordError::Io { what: "list", path: self.dir.clone(), source };
         let entries = match fs::read_dir(&self.dir) {
@@ -177,7 +176,7 @@ impl Records {
             if let Some(id) = name.strip_suffix(SUFFIX).filter(|id| !id.starts_with('.')) {
                 ids.push(id.to_owned());
             } else if name.starts_with('.') && name.ends_with(".tmp") {
-                // A writer was killed; nothing that counts was in it.
+                // Left by an interrupted write.
                 let _ = fs::remove_file(self.dir.join(name));
             }
         }
@@ -194,13 +193,13 @@ mod tests {
         let conf = json!({"cniVersion":"1.0.0","name":"n","plugins":[{"type":"bridge"}]});
         Record {
             network: Network::from_value("/etc/cni/net.d/1.conflist".into(), conf).unwrap(),
-            params: Params::bare("pod1", "eth0", Path::new("/run/netns/p")).unwrap(),
+            params: Params::from_id("pod1", "eth0", Path::new("/run/netns/p")).unwrap(),
             result: Some(json!({"ips":[]})),
         }
     }
 
     #[test]
-    fn a_record_comes_back_as_it_was() {
+    fn a_record_round_trips() {
         let dir = tempfile::tempdir().unwrap();
         let records = Records::new(dir.path());
         assert_eq!(records.ids().unwrap(), Vec::<String>::new());
@@ -214,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_told_and_half_written_files_are_swept() {
+    fn damaged_records_are_reported_and_temporary_files_removed() {
         let dir = tempfile::tempdir().unwrap();
         let records = Records::new(dir.path());
         records.write(&record()).unwrap();
@@ -239,12 +238,12 @@ mod tests {
         fs::write(records.dir.join(".pod3.tmp"), "x").unwrap();
         assert_eq!(records.ids().unwrap(), ["pod1"]);
         assert!(!records.dir.join(".pod3.tmp").exists());
-        records.set_aside("pod1").unwrap();
+        records.move_to_damaged("pod1").unwrap();
         assert!(records.ids().unwrap().is_empty() && records.damaged().unwrap().is_empty());
-        // The folder made place for it, and a second one for it takes its place.
+        // A directory or file of an earlier call is replaced.
         records.write(&record()).unwrap();
-        records.set_aside("pod1").unwrap();
-        records.set_aside("pod1").unwrap();
-        assert!(records.aside.join("pod1.json").is_file());
+        records.move_to_damaged("pod1").unwrap();
+        records.move_to_damaged("pod1").unwrap();
+        assert!(records.damaged_dir.join("pod1.json").is_file());
     }
 }

@@ -1,5 +1,5 @@
-//! A synchronous rtnetlink(7) client with the few requests that joining a tap to an interface
-//! needs. It talks to the network namespace of the thread that opened it.
+//! Synchronous rtnetlink(7) client with the requests needed to connect taps. It operates on the
+//! network namespace of the thread that opened it.
 
 use std::io;
 use std::net::IpAddr;
@@ -27,7 +27,7 @@ use crate::cidr::Cidr;
 
 /// All protocols (linux/if_ether.h), VLAN-tagged frames included.
 const ETH_P_ALL: u16 = 0x0003;
-/// Any fixed value: there is one filter an interface.
+/// Any fixed value, as there is one filter on an interface.
 const FILTER_PRIORITY: u16 = 1;
 
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +36,7 @@ pub enum RtnlError {
     Open(#[source] io::Error),
     #[error("netlink: cannot {what}")]
     Request { what: String, source: io::Error },
-    #[error("netlink: the answer to {what} makes no sense: {problem}")]
+    #[error("netlink: invalid reply to {what}: {problem}")]
     Answer { what: String, problem: String },
 }
 
@@ -47,7 +47,7 @@ pub struct Link {
     pub mac: [u8; 6],
     pub mtu: u32,
     pub up: bool,
-    /// Made by the tun driver.
+    /// Created by the tun driver.
     pub tun: bool,
 }
 
@@ -63,7 +63,7 @@ pub struct LinkRoute {
     pub link: u32,
     pub destination: Cidr,
     pub gateway: Option<IpAddr>,
-    /// Made by the kernel for an address.
+    /// Added by the kernel for an address.
     pub connected: bool,
     pub metric: u32,
 }
@@ -80,7 +80,7 @@ impl Rtnl {
         Ok(Self { socket, sequence: 0 })
     }
 
-    /// Ethernet-like links only.
+    /// Ethernet links only.
     pub fn links(&mut self) -> Result<Vec<Link>, RtnlError> {
         let answers =
             self.dump("list links", RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
@@ -136,8 +136,8 @@ impl Rtnl {
         self.change(&what, RouteNetlinkMessage::SetLink(message), 0)
     }
 
-    /// Every frame that arrives on `from` leaves through `to` and is seen by nobody else: the
-    /// ingress hook runs before the protocols, packet filters and bridges get hold of a frame.
+    /// Redirects every frame that arrives on `from` to `to`. The ingress hook runs before protocol
+    /// handlers, packet filters and bridges.
     pub fn redirect(&mut self, from: u32, to: u32) -> Result<(), RtnlError> {
         let create = NLM_F_CREATE | NLM_F_EXCL;
         let mut qdisc = TcMessage::with_index(from as i32);
@@ -145,7 +145,7 @@ impl Rtnl {
         qdisc.header.handle = TcHandle { major: 0xffff, minor: 0 };
         qdisc.attributes.push(TcAttribute::Kind("ingress".into()));
         self.change(
-            &format!("add an ingress queue to link {from} (kernel option NET_SCH_INGRESS)"),
+            &format!("add an ingress qdisc to link {from} (kernel option NET_SCH_INGRESS)"),
             RouteNetlinkMessage::NewQueueDiscipline(qdisc),
             create,
         )?;
@@ -167,7 +167,7 @@ impl Rtnl {
         )
     }
 
-    /// Indices of the links that frames arriving on `from` are redirected to.
+    /// Indices of the links to which frames arriving on `from` are redirected.
     pub fn redirects(&mut self, from: u32) -> Result<Vec<u32>, RtnlError> {
         let mut message = TcMessage::with_index(from as i32);
         message.header.parent = TcHandle { major: 0xffff, minor: 0 };
@@ -225,7 +225,7 @@ impl Rtnl {
                     .map_err(|e| answer(what, &e.to_string()))?;
                 let length = message.header.length as usize;
                 if length == 0 || length > rest.len() {
-                    return Err(answer(what, "a message of impossible length"));
+                    return Err(answer(what, "invalid message length"));
                 }
                 if message.header.sequence_number == self.sequence {
                     match message.payload {
@@ -252,7 +252,7 @@ fn answer(what: &str, problem: &str) -> RtnlError {
 fn match_all() -> TcU32Selector {
     let mut selector = TcU32Selector::default();
     selector.flags = TcU32SelectorFlags::Terminal;
-    // One key with an empty mask: true for every frame.
+    // One key with an empty mask: matches every frame.
     selector.nkeys = 1;
     selector.keys = vec![TcU32Key::default()];
     selector
@@ -316,9 +316,9 @@ fn link(message: &LinkMessage) -> Option<Link> {
 }
 
 fn address(message: &AddressMessage) -> Option<LinkAddress> {
-    // IPv4 point-to-point links name the peer in Address and themselves in Local.
-    let pick = |wanted: fn(&AddressAttribute) -> Option<IpAddr>| {
-        message.attributes.iter().find_map(wanted)
+    // On IPv4 point-to-point links Address is the peer and Local the own address.
+    let pick = |requested: fn(&AddressAttribute) -> Option<IpAddr>| {
+        message.attributes.iter().find_map(requested)
     };
     let ip = pick(|a| if let AddressAttribute::Local(ip) = a { Some(*ip) } else { None }).or_else(
         || pick(|a| if let AddressAttribute::Address(ip) = a { Some(*ip) } else { None }),

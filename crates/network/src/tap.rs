@@ -1,14 +1,14 @@
 #![allow(unsafe_code)] // the tun driver is set up by ioctl
-//! Tap devices (linux/if_tun.h, Documentation/networking/tuntap.rst). They are made persistent, so
-//! that they are there before the VMM is and can be opened again for it.
+//! Tap devices (linux/if_tun.h, Documentation/networking/tuntap.rst). They are persistent, so they
+//! exist before the VMM opens them.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
-/// Frames bare of a protocol header and led by `struct virtio_net_hdr`, so that checksum and
-/// segmentation offloads pass between guest and host untouched.
+/// Frames without protocol header (IFF_NO_PI) and with `struct virtio_net_hdr`, so that checksum
+/// and segmentation offloads are passed between guest and host.
 const FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 pub const DEVICE: &str = "/dev/net/tun";
 
@@ -19,7 +19,7 @@ nix::ioctl_write_ptr_bad!(
     libc::ifreq
 );
 
-/// Opens, and makes if needed, the tap of that name in the calling thread's network namespace.
+/// Opens a tap in the thread's network namespace; creates it if it does not exist.
 pub fn open(name: &str) -> io::Result<OwnedFd> {
     if name.is_empty() || name.len() >= libc::IFNAMSIZ {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -37,7 +37,7 @@ pub fn open(name: &str) -> io::Result<OwnedFd> {
     Ok(device.into())
 }
 
-/// The same, and keeps it when closed.
+/// Creates a persistent tap.
 pub fn create(name: &str) -> io::Result<()> {
     let tap = open(name)?;
     // SAFETY: takes its argument by value; the file is open.
@@ -49,15 +49,15 @@ fn device() -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(DEVICE)
 }
 
-/// Says in words why taps cannot be made here, if so.
+/// The reason why taps cannot be created, if there is one.
 pub fn trouble() -> Option<String> {
     let error = device().err()?;
     Some(match error.kind() {
         _ if !Path::new(DEVICE).exists() => {
-            format!("{DEVICE} is missing: load the kernel module tun (modprobe tun)")
+            format!("{DEVICE} does not exist: load the kernel module tun (modprobe tun)")
         }
         _ => {
-            format!("{DEVICE} cannot be opened ({error}): load the kernel module tun, run as root")
+            format!("cannot open {DEVICE} ({error}): load the kernel module tun, run as root")
         }
     })
 }

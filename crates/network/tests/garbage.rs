@@ -1,5 +1,5 @@
-//! What the plugins' own garbage collection (GC of CNI 1.1) is told, and when it is spoken. Shell
-//! scripts stand in for plugins. Needs root and iproute2.
+//! GC of CNI 1.1: the list of valid attachments and the conditions. Shell scripts act as plugins.
+//! Needs root and iproute2.
 
 mod common;
 
@@ -10,7 +10,7 @@ use common::{GOOD, Host, conflist, json, on_a_host, pod, text};
 use network::{Cni, Config};
 use serde_json::json;
 
-fn told(host: &Host) -> Vec<String> {
+fn gc_attachments(host: &Host) -> Vec<String> {
     let stdin = json(host, "stdin.GC");
     assert_eq!(stdin["cni.dev/valid-attachments"], stdin["cni.dev/attachments"]);
     let attachments = stdin["cni.dev/valid-attachments"].as_array().unwrap();
@@ -29,7 +29,7 @@ fn collect(host: &Host, cni: &Cni, known: &[&str]) -> Result<(), network::Error>
 }
 
 #[test]
-fn plugins_are_told_of_every_pod_that_may_live() {
+fn plugins_get_every_pod_that_may_exist() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.1.0", &["good"]));
@@ -37,9 +37,9 @@ fn plugins_are_told_of_every_pod_that_may_live() {
         for id in ["p1", "p2", "p3"] {
             host.runtime.block_on(before.attach(pod(id))).unwrap();
         }
-        // A damaged record is a pod all the same.
+        // A damaged record counts as a pod.
         fs::write(host.path("cache/attachments/p2.json"), "{").unwrap();
-        // So is one of another runtime on the same network, and not one of another network.
+        // So does a pod of another runtime on the same network, but not one of another network.
         for network in ["test", "other"] {
             let cached = json!({"kind":"cniCacheV1","containerId":format!("c-{network}"),
                 "ifName":"eth0","networkName":network});
@@ -53,8 +53,8 @@ fn plugins_are_told_of_every_pod_that_may_live() {
         let log = host.log();
         assert!(log.contains("DEL p3") && log.contains("\nGC"), "{log}");
         assert!(log.find("DEL p3") < log.find("GC"), "{log}");
-        assert_eq!(told(host), ["c-test", "p1", "p2", "p4"]);
-        // When the others cannot be known, nothing is freed.
+        assert_eq!(gc_attachments(host), ["c-test", "p1", "p2", "p4"]);
+        // If other runtimes' pods cannot be determined, nothing is freed.
         fs::write(host.path("results/test-c2-eth0"), "{").unwrap();
         host.clear_log();
         let error = collect(host, &after, &["p1", "p2"]).unwrap_err();
@@ -68,7 +68,7 @@ fn plugins_are_told_of_every_pod_that_may_live() {
 }
 
 #[test]
-fn older_networks_and_those_that_forbid_it_are_left_alone() {
+fn gc_is_not_run_for_older_networks_or_with_disable_gc() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         let cni = Cni::new(Config { gc_interval_ms: 0, ..host.config() });
@@ -87,7 +87,7 @@ fn older_networks_and_those_that_forbid_it_are_left_alone() {
 }
 
 #[test]
-fn a_removal_is_followed_by_a_collection_but_not_too_often() {
+fn a_detach_is_followed_by_gc_with_a_minimum_interval() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.1.0", &["good"]));
@@ -106,14 +106,14 @@ fn a_removal_is_followed_by_a_collection_but_not_too_often() {
             assert!(started.elapsed() < Duration::from_secs(10), "{}", host.log());
             std::thread::sleep(Duration::from_millis(20));
         }
-        assert_eq!(told(host), ["p3"]);
+        assert_eq!(gc_attachments(host), ["p3"]);
         host.runtime.block_on(rare.detach("p3")).unwrap();
         host.nothing_left();
     });
 }
 
 #[test]
-fn no_pod_comes_or_goes_while_plugins_collect() {
+fn no_add_or_del_runs_during_gc() {
     on_a_host(|host| {
         let note = r#"echo "$CNI_COMMAND end" >> $(dirname "$0")/../log"#;
         let slow = format!(
@@ -166,13 +166,13 @@ fn no_pod_comes_or_goes_while_plugins_collect() {
     });
 }
 
-/// What a runtime that uses the reference library knows of the pods on the network.
+/// Files of libcni's cache directory.
 fn cached(host: &Host) -> Vec<String> {
     host.names("results").into_iter().filter(|name| name.starts_with("test-")).collect()
 }
 
 #[test]
-fn other_runtimes_are_told_of_a_pod_from_before_its_add_until_after_its_del() {
+fn the_cache_file_of_a_pod_exists_from_before_add_until_after_del() {
     on_a_host(|host| {
         let look = r#"ls $(dirname "$0")/../results > $(dirname "$0")/../seen.$CNI_COMMAND"#;
         host.plugin("good", &format!("{look}\n{GOOD}"));
@@ -191,17 +191,17 @@ fn other_runtimes_are_told_of_a_pod_from_before_its_add_until_after_its_del() {
         assert_eq!(seen("DEL"), "test-p1-eth0\n");
         assert_eq!(cached(host), Vec::<String>::new());
 
-        // A pod of an earlier release has a record, and nothing for others yet.
+        // A pod of an earlier release has a record but no cache file.
         host.runtime.block_on(cni.attach(pod("p2"))).unwrap();
         fs::remove_file(host.path("results/test-p2-eth0")).unwrap();
         collect(host, &host.cni(), &["p2"]).unwrap();
         assert_eq!(cached(host), ["test-p2-eth0"]);
-        // A damaged record does not leave its pod with the others for ever.
+        // The cache file of a pod with a damaged record is removed at detach.
         fs::write(host.path("cache/attachments/p2.json"), "{").unwrap();
         host.runtime.block_on(cni.detach("p2")).unwrap();
         assert_eq!(cached(host), Vec::<String>::new());
 
-        // An attach that fails takes back what it told.
+        // A failed attach removes its cache file.
         host.plugin("good", "[ $CNI_COMMAND = ADD ] && exit 1; exit 0");
         host.runtime.block_on(cni.attach(pod("p3"))).unwrap_err();
         assert_eq!(cached(host), Vec::<String>::new());
@@ -209,12 +209,12 @@ fn other_runtimes_are_told_of_a_pod_from_before_its_add_until_after_its_del() {
     });
 }
 
-/// Lets tasks run; between calls of the runtime they do not.
+/// Runs the runtime's tasks for some time.
 fn drive(host: &Host, time: Duration) {
     host.runtime.block_on(async { tokio::time::sleep(time).await });
 }
 
-/// Waits for a line that a plugin notes.
+/// Waits for a line in the plugins' log.
 fn wait_for(host: &Host, line: &str) {
     let started = Instant::now();
     while !host.log().lines().any(|l| l.starts_with(line)) {
@@ -224,7 +224,7 @@ fn wait_for(host: &Host, line: &str) {
 }
 
 #[test]
-fn an_add_that_hangs_and_a_collection_that_waits_for_it_hold_up_no_other_pod() {
+fn a_hanging_add_and_a_waiting_gc_block_no_other_pod() {
     on_a_host(|host| {
         let hang = "[ $CNI_COMMAND$CNI_CONTAINERID = ADDhung ] && { \
                     echo hangs >> $(dirname $0)/../log; sleep 600; }";
@@ -242,7 +242,7 @@ fn an_add_that_hangs_and_a_collection_that_waits_for_it_hold_up_no_other_pod() {
             let cni = cni.clone();
             async move { cni.collect(&["p1".into(), "hung".into()]).await }
         });
-        // The collection waits now.
+        // The GC waits now.
         drive(host, Duration::from_millis(500));
         let started = Instant::now();
         host.runtime.block_on(async {
@@ -255,14 +255,14 @@ fn an_add_that_hangs_and_a_collection_that_waits_for_it_hold_up_no_other_pod() {
         let error = host.runtime.block_on(hung).unwrap().unwrap_err();
         assert!(text(&error).contains("15000 ms"), "{}", text(&error));
         host.runtime.block_on(collection).unwrap().unwrap();
-        // Not given up: it is tried again.
+        // The GC is retried.
         wait_for(host, "GC");
         host.nothing_left();
     });
 }
 
 #[test]
-fn a_collection_that_hangs_gives_way_to_pods_and_is_tried_again() {
+fn a_hanging_gc_is_stopped_for_a_pod_and_retried() {
     on_a_host(|host| {
         let hang = "[ $CNI_COMMAND = GC ] && { echo GC $$ >> $(dirname $0)/../log; sleep 600; }";
         host.plugin("good", &format!("{hang}\n{GOOD}"));
@@ -286,12 +286,12 @@ fn a_collection_that_hangs_gives_way_to_pods_and_is_tried_again() {
         let pid = host.log().lines().find_map(|l| l.strip_prefix("GC ")?.parse::<i32>().ok());
         let stat = fs::read_to_string(format!("/proc/{}/stat", pid.unwrap())).unwrap_or_default();
         assert!(stat.is_empty() || stat.contains(") Z "), "the plugin still runs: {stat}");
-        // The plugin is repaired.
+        // The plugin works again.
         host.plugin("good", GOOD);
         host.clear_log();
         wait_for(host, "GC");
         drive(host, Duration::from_millis(500));
-        assert_eq!(told(host), ["p2"]);
+        assert_eq!(gc_attachments(host), ["p2"]);
         host.runtime.block_on(cni.detach("p2")).unwrap();
         host.nothing_left();
     });

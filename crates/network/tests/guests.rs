@@ -1,5 +1,5 @@
 //! Pods on a real network: Debian's plugins (containernetworking-plugins), a bridge, masquerading,
-//! published ports. Needs root, iproute2 and iptables.
+//! hostPorts. Needs root, iproute2 and iptables.
 
 mod common;
 
@@ -7,20 +7,20 @@ use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use common::guest::{Guest, PATIENCE, address, ask, attach, inside, on_a_network, rules, serve};
+use common::guest::{Guest, TIMEOUT, address, ask, attach, inside, on_a_network, rules, serve};
 use common::{pod, run, run_in};
 use network::{PortMapping, Protocol};
 
 #[test]
-fn pods_reach_each_other_and_the_host_in_both_families() {
+fn pods_reach_each_other_and_the_host_over_ipv4_and_ipv6() {
     on_a_network(|host, cni| {
         let (a, b) = (attach(host, cni, pod("a")), attach(host, cni, pod("b")));
         let (one, two) = (Guest::boot(host, cni, "a", &a), Guest::boot(host, cni, "b", &b));
-        // The bridge plugin does not wait for the kernel to make sure of the gateway's address, and
-        // what the host says meanwhile comes from its link-local one.
+        // The bridge plugin does not wait for duplicate address detection of the gateway's address;
+        // until then the host uses its link-local address.
         let started = Instant::now();
         while !run("ip", &["-6", "addr", "show", "tentative"]).is_empty() {
-            assert!(started.elapsed() < PATIENCE, "the gateway's address stays tentative");
+            assert!(started.elapsed() < TIMEOUT, "the gateway's address is still tentative");
             std::thread::sleep(Duration::from_millis(50));
         }
         for v6 in [false, true] {
@@ -30,18 +30,18 @@ fn pods_reach_each_other_and_the_host_in_both_families() {
             assert_eq!(
                 seen,
                 address(&a, v6).trim_matches(['[', ']']),
-                "a pod's address is its own"
+                "a pod's address is not masqueraded"
             );
             server.join().unwrap();
             let server = serve(&two.netns, &format!("{any}:7001"));
             ask(None, &format!("{}:7001", address(&b, v6)));
             server.join().unwrap();
         }
-        // From a pod to the host, by the gateway's address.
+        // From a pod to the host, by the gateway address.
         let listener = TcpListener::bind("10.99.0.1:7002").unwrap();
         let server = std::thread::spawn(move || listener.accept().unwrap().1.ip());
         inside(&one.netns, || {
-            TcpStream::connect_timeout(&"10.99.0.1:7002".parse().unwrap(), PATIENCE).unwrap()
+            TcpStream::connect_timeout(&"10.99.0.1:7002".parse().unwrap(), TIMEOUT).unwrap()
         });
         assert_eq!(server.join().unwrap(), a.addresses[0]);
         drop((one, two));
@@ -53,7 +53,7 @@ fn pods_reach_each_other_and_the_host_in_both_families() {
 }
 
 #[test]
-fn the_namespaces_own_kernel_never_answers_in_the_guests_place() {
+fn the_namespaces_kernel_never_answers_for_the_guest() {
     on_a_network(|host, cni| {
         let a = attach(host, cni, pod("a"));
         let knock = |v6| {
@@ -61,18 +61,18 @@ fn the_namespaces_own_kernel_never_answers_in_the_guests_place() {
             TcpStream::connect_timeout(&door, Duration::from_secs(1)).unwrap_err().kind()
         };
         for v6 in [false, true] {
-            // A closed port of somebody who is there says so.
-            assert_ne!(knock(v6), ErrorKind::ConnectionRefused, "something answered");
+            // A closed port would be refused.
+            assert_ne!(knock(v6), ErrorKind::ConnectionRefused, "the kernel answered");
             let ip = address(&a, v6);
             let ip = ip.trim_matches(['[', ']']);
             let neighbours = run("ip", &["neigh", "show", "to", ip]);
-            assert!(!neighbours.contains("lladdr"), "something answered: {neighbours}");
+            assert!(!neighbours.contains("lladdr"), "the kernel answered: {neighbours}");
         }
         let guest = Guest::boot(host, cni, "a", &a);
         for v6 in [false, true] {
             let started = Instant::now();
             while knock(v6) != ErrorKind::ConnectionRefused {
-                assert!(started.elapsed() < PATIENCE, "the guest does not answer");
+                assert!(started.elapsed() < TIMEOUT, "the guest does not answer");
             }
         }
         drop(guest);
@@ -82,7 +82,7 @@ fn the_namespaces_own_kernel_never_answers_in_the_guests_place() {
 }
 
 #[test]
-fn published_ports_lead_into_the_pod_and_vanish_with_it() {
+fn host_ports_lead_into_the_pod_and_are_removed_with_it() {
     on_a_network(|host, cni| {
         let before = rules();
         let port = |protocol, host_port, container_port| PortMapping {
@@ -95,7 +95,7 @@ fn published_ports_lead_into_the_pod_and_vanish_with_it() {
         p.ports = vec![port(Protocol::Tcp, 8080, 80), port(Protocol::Udp, 8053, 53)];
         let a = attach(host, cni, p);
         let guest = Guest::boot(host, cni, "a", &a);
-        // Somebody outside of the host.
+        // A client outside of the host.
         let outside = host.path("netns").join("guest-outside");
         std::fs::write(&outside, "").unwrap();
         let name = outside.display().to_string();
@@ -110,20 +110,20 @@ fn published_ports_lead_into_the_pod_and_vanish_with_it() {
         run("nsenter", &[&netns, "ip", "link", "set", "up1", "up"]);
         let server = serve(&guest.netns, "0.0.0.0:80");
         let seen = ask(Some(&outside), "192.0.2.1:8080");
-        assert_eq!(seen, "192.0.2.2", "the pod sees who asks");
+        assert_eq!(seen, "192.0.2.2", "the pod sees the client's address");
         server.join().unwrap();
         let server = serve(&guest.netns, "0.0.0.0:80");
         ask(None, "127.0.0.1:8080");
         server.join().unwrap();
-        // Datagrams.
+        // UDP.
         let socket = inside(&guest.netns, || UdpSocket::bind("0.0.0.0:53").unwrap());
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
         let client = inside(&outside, || UdpSocket::bind("0.0.0.0:0").unwrap());
         client.send_to(b"name?", "192.0.2.1:8053").unwrap();
         let mut buffer = [0; 16];
         let (n, peer) = socket.recv_from(&mut buffer).unwrap();
         assert_eq!((&buffer[..n], peer.ip().to_string().as_str()), (&b"name?"[..], "192.0.2.2"));
-        // The way out: masqueraded as the host.
+        // Outbound connections are masqueraded.
         let server = serve(&outside, "192.0.2.2:9000");
         assert_eq!(ask(Some(&guest.netns), "192.0.2.2:9000"), "192.0.2.1");
         server.join().unwrap();
@@ -144,7 +144,7 @@ fn published_ports_lead_into_the_pod_and_vanish_with_it() {
 }
 
 #[test]
-fn nothing_is_left_after_many_pods_come_and_go() {
+fn nothing_is_left_after_many_pods() {
     on_a_network(|host, cni| {
         let leases = || {
             let mut names: Vec<_> = std::fs::read_dir("/var/lib/cni/networks/nacelle")
@@ -155,7 +155,7 @@ fn nothing_is_left_after_many_pods_come_and_go() {
         };
         let links = || run("ip", &["-o", "link"]).lines().count();
         let fds = || std::fs::read_dir("/proc/self/fd").unwrap().count();
-        // The first pod makes the bridge and the plugins' own chains.
+        // The first pod creates the bridge and the plugins' chains.
         attach(host, cni, pod("first"));
         host.runtime.block_on(cni.detach("first")).unwrap();
         let (links_before, rules_before, fds_before) = (links(), rules().lines().count(), fds());
@@ -179,8 +179,8 @@ fn nothing_is_left_after_many_pods_come_and_go() {
             }
             addresses.sort();
             addresses.dedup();
-            assert_eq!(addresses.len(), 12, "an address was given twice");
-            // A daemon that was killed: its successor knows half of them.
+            assert_eq!(addresses.len(), 12, "an address was assigned twice");
+            // The daemon is killed; its successor knows half of the pods.
             let successor = host.cni();
             successor.collect(&pods[..6]).await.unwrap();
             for id in &pods[..6] {
@@ -191,13 +191,13 @@ fn nothing_is_left_after_many_pods_come_and_go() {
         assert_eq!(leases(), Vec::<String>::new());
         assert_eq!(links(), links_before);
         assert_eq!(rules().lines().count(), rules_before, "{}", rules());
-        // Other tests of this process open and close files meanwhile.
+        // Other tests of this process open files meanwhile.
         assert!(fds() < fds_before + 40, "{} open files, {fds_before} before", fds());
     });
 }
 
 #[test]
-fn point_to_point_routes_are_carried_over() {
+fn point_to_point_routes_are_passed_on() {
     on_a_network(|host, cni| {
         host.conflist(
             r#"{"cniVersion":"0.4.0","name":"p2p","plugins":[{"type":"ptp","mtu":1300,"ipam":
@@ -221,7 +221,7 @@ fn point_to_point_routes_are_carried_over() {
 }
 
 #[test]
-fn the_plugins_own_check_is_content_with_a_pod() {
+fn check_succeeds_for_an_attached_pod() {
     on_a_network(|host, cni| {
         let a = attach(host, cni, pod("a"));
         host.runtime.block_on(cni.check("a", &a)).unwrap();

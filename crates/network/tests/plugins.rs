@@ -1,5 +1,5 @@
-//! Plugins that behave, and plugins that do not: shell scripts stand in for them. Needs root and
-//! iproute2; no network, no VM.
+//! Behaviour and misbehaviour of plugins, which are shell scripts here. Needs root and iproute2; no
+//! network, no VM.
 
 mod common;
 
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use common::{GOOD, Host, conflist, json, on_a_host, pod, run_in, text};
 use network::{Cni, Config, Error, PluginError};
 
-/// Passes the previous result on, and notes that it ran.
+/// Passes prevResult on and logs the command.
 const SECOND: &str = r#"
 LOG=$(dirname "$0")/../log
 echo "second $CNI_COMMAND" >> $LOG
@@ -25,7 +25,7 @@ fn fails(host: &Host, cni: &Cni, id: &str) -> Error {
 }
 
 #[test]
-fn a_pod_gets_what_the_plugin_made_and_gives_all_of_it_back() {
+fn a_pod_gets_the_plugins_network_and_releases_all_of_it() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good"]));
@@ -55,14 +55,14 @@ fn a_pod_gets_what_the_plugin_made_and_gives_all_of_it_back() {
         let busy = host.runtime.block_on(cni.open_taps("p1", &a)).unwrap_err();
         assert!(text(&busy).contains("another VMM"), "{}", text(&busy));
         drop(taps);
-        // The tap is still there after its user has gone, with the same MTU.
+        // The tap remains after it was closed, with the same MTU.
         let link = run_in(&a.netns, "ip", &["link", "show", "tap0"]);
         assert!(link.contains("mtu 1400"), "{link}");
         host.runtime.block_on(cni.open_taps("p1", &a)).unwrap();
         host.runtime.block_on(cni.check("p1", &a)).unwrap();
         run_in(&a.netns, "tc", &["qdisc", "del", "dev", "eth0", "ingress"]);
-        let severed = host.runtime.block_on(cni.check("p1", &a)).unwrap_err();
-        assert!(text(&severed).contains("not joined"), "{}", text(&severed));
+        let not_connected = host.runtime.block_on(cni.check("p1", &a)).unwrap_err();
+        assert!(text(&not_connected).contains("not connected"), "{}", text(&not_connected));
         host.runtime.block_on(cni.detach("p1")).unwrap();
         host.runtime.block_on(cni.detach("p1")).unwrap();
         host.nothing_left();
@@ -70,7 +70,7 @@ fn a_pod_gets_what_the_plugin_made_and_gives_all_of_it_back() {
 }
 
 #[test]
-fn results_and_capabilities_travel_along_the_chain() {
+fn results_and_capabilities_are_passed_along_the_chain() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.plugin("second", SECOND);
@@ -92,12 +92,12 @@ fn results_and_capabilities_travel_along_the_chain() {
         assert!(stdin.get("capabilities").is_none());
         assert!(json(host, "stdin.ADD").get("prevResult").is_none());
         host.clear_log();
-        // The configuration changes meanwhile; the pod is taken off as it was put on.
+        // The configuration changes meanwhile; DEL uses the one of ADD.
         host.conflist(&conflist("1.0.0", &["nonesuch"]));
         host.runtime.block_on(host.cni().detach("p1")).unwrap();
         let log = host.log();
         assert!(log.starts_with("second DEL\nDEL p1 eth0"), "{log}");
-        // DEL sees the last plugin's result and the same capabilities.
+        // DEL gets the last plugin's result and the same capabilities.
         let stdin = json(host, "stdin.DEL");
         assert!(stdin["prevResult"].get("dns").is_none());
         assert_eq!(stdin["runtimeConfig"]["portMappings"][0]["containerPort"], 80);
@@ -106,12 +106,12 @@ fn results_and_capabilities_travel_along_the_chain() {
 }
 
 #[test]
-fn every_way_to_fail_is_named_and_leaves_nothing() {
+fn every_failure_is_reported_and_leaves_nothing_behind() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good", "bad"]));
         let cni = Cni::new(Config { plugin_timeout_ms: 4000, ..host.config() });
-        // DEL works, ADD fails in a way of its own.
+        // DEL succeeds, ADD fails.
         let bad = |add: &str| {
             host.clear_log();
             let del = "echo \"bad DEL\" >> $(dirname $0)/../log; exit 0";
@@ -128,13 +128,13 @@ fn every_way_to_fail_is_named_and_leaves_nothing() {
                 r#"echo '{"code":7,"msg":"no pool","details":"left"}'; exit 1"#,
                 "no pool (left), code 7",
             ),
-            ("echo oops >&2; exit 3", "without saying why: exit status: 3; it said: oops"),
-            ("echo hello", "rubbish: it is not JSON"),
-            ("exit 0", "rubbish: it printed nothing"),
+            ("echo oops >&2; exit 3", "without an error message: exit status: 3; output: oops"),
+            ("echo hello", "invalid reply to ADD: it is not JSON"),
+            ("exit 0", "invalid reply to ADD: it printed nothing"),
             ("echo '[1]'", "not a JSON object"),
-            ("echo panic; exit 2", "not in the form that CNI asks for; it said: panic"),
-            ("sleep 60", "did not answer within 4000 ms and was killed"),
-            ("exec 1>&- 2>&-; sleep 60", "did not answer within 4000 ms and was killed"),
+            ("echo panic; exit 2", "its output is not a CNI error; output: panic"),
+            ("sleep 60", "did not finish within 4000 ms and was killed"),
+            ("exec 1>&- 2>&-; sleep 60", "did not finish within 4000 ms and was killed"),
             ("yes", "printed more than 1048576 bytes"),
             ("kill -9 $$", "signal: 9"),
             (r#"echo '{"ips":[{"address":"nowhere"}]}'"#, "\"nowhere\" is not an address"),
@@ -148,7 +148,7 @@ fn every_way_to_fail_is_named_and_leaves_nothing() {
 }
 
 #[test]
-fn a_missing_plugin_is_told_before_anything_is_done() {
+fn a_missing_plugin_is_reported_before_anything_is_changed() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good", "nonesuch"]));
@@ -165,7 +165,7 @@ fn a_missing_plugin_is_told_before_anything_is_done() {
 }
 
 #[test]
-fn success_without_an_interface_is_a_failure() {
+fn success_without_an_interface_is_an_error() {
     on_a_host(|host| {
         host.plugin("liar", r#"[ $CNI_COMMAND = ADD ] && echo '{"cniVersion":"1.0.0"}'; exit 0"#);
         host.conflist(&conflist("1.0.0", &["liar"]));
@@ -176,7 +176,7 @@ fn success_without_an_interface_is_a_failure() {
 }
 
 #[test]
-fn a_failed_detach_is_told_and_done_again() {
+fn a_failed_detach_is_reported_and_can_be_retried() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.plugin("second", SECOND);
@@ -187,8 +187,8 @@ fn a_failed_detach_is_told_and_done_again() {
         host.clear_log();
         let error = host.runtime.block_on(cni.detach("p1")).unwrap_err();
         assert!(text(&error).contains("stuck, code 100"), "{}", text(&error));
-        assert!(host.log().contains("DEL p1"), "the other plugin must run all the same");
-        assert!(a.netns.exists(), "the plugin may need it at the next try");
+        assert!(host.log().contains("DEL p1"), "the other plugin must run anyway");
+        assert!(a.netns.exists(), "the plugin may need it for a retry");
         host.plugin("second", SECOND);
         host.runtime.block_on(cni.detach("p1")).unwrap();
         host.nothing_left();
@@ -196,7 +196,7 @@ fn a_failed_detach_is_told_and_done_again() {
 }
 
 #[test]
-fn a_plugin_that_does_not_know_the_pod_has_nothing_to_undo() {
+fn a_plugin_that_does_not_know_the_pod_does_not_fail_its_detach() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good"]));
@@ -209,7 +209,7 @@ fn a_plugin_that_does_not_know_the_pod_has_nothing_to_undo() {
 }
 
 #[test]
-fn the_dead_are_collected_and_the_living_are_not() {
+fn networks_of_unknown_pods_are_removed_and_others_kept() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good"]));
@@ -217,8 +217,8 @@ fn the_dead_are_collected_and_the_living_are_not() {
         for id in ["p1", "p2", "p3", "p4"] {
             host.runtime.block_on(before.attach(pod(id))).unwrap();
         }
-        // p3's namespace went away with a reboot; of p4's only the file is there, as when its
-        // creation was cut short. Other namespaces are others' business, another daemon's too.
+        // The namespace of p3 was lost in a reboot; p4 has only the file of an interrupted
+        // creation. Other namespaces belong to other programs, also to another daemon.
         nix::mount::umount(&before.netns_path("p3")).unwrap();
         fs::remove_file(before.netns_path("p3")).unwrap();
         nix::mount::umount(&before.netns_path("p4")).unwrap();
@@ -242,7 +242,7 @@ fn the_dead_are_collected_and_the_living_are_not() {
 }
 
 #[test]
-fn collecting_goes_on_past_a_plugin_that_always_fails() {
+fn collection_continues_after_a_plugin_that_always_fails() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good"]));
@@ -251,7 +251,7 @@ fn collecting_goes_on_past_a_plugin_that_always_fails() {
         let error = host.runtime.block_on(host.cni().collect(&[])).unwrap_err();
         assert!(text(&error).contains("failed at DEL"), "{}", text(&error));
         assert_eq!(host.names("netns"), Vec::<String>::new());
-        assert_eq!(host.names("cache/attachments"), ["p1.json"], "the debt must be remembered");
+        assert_eq!(host.names("cache/attachments"), ["p1.json"], "the record must be kept");
         host.plugin("good", "exit 0");
         host.runtime.block_on(host.cni().collect(&[])).unwrap();
         host.nothing_left();
@@ -259,7 +259,7 @@ fn collecting_goes_on_past_a_plugin_that_always_fails() {
 }
 
 #[test]
-fn a_damaged_record_does_not_keep_a_pod_from_being_freed() {
+fn a_pod_with_a_damaged_record_can_be_detached() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good"]));
@@ -280,7 +280,7 @@ fn a_damaged_record_does_not_keep_a_pod_from_being_freed() {
             host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
             assert_eq!(host.runtime.block_on(cni.damaged()), Vec::<String>::new());
             damage(&host.path("cache/attachments/p1.json"));
-            // By a new daemon: the pod is known, and keeps what it has.
+            // A new daemon knows the pod and does not change its network.
             let cni = host.cni();
             assert_eq!(host.runtime.block_on(cni.damaged()).len(), 1);
             host.clear_log();
@@ -297,7 +297,7 @@ fn a_damaged_record_does_not_keep_a_pod_from_being_freed() {
 }
 
 #[test]
-fn attaching_again_starts_by_undoing_what_is_there() {
+fn a_repeated_attach_first_undoes_the_previous_one() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good"]));
@@ -314,14 +314,15 @@ fn attaching_again_starts_by_undoing_what_is_there() {
 }
 
 #[test]
-fn status_is_asked_of_networks_of_1_1_only_and_its_words_are_passed_on() {
+fn status_is_run_for_networks_of_1_1_and_its_message_is_passed_on() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.1.0", &["good"]));
         let cni = host.cni();
         assert_eq!(host.runtime.block_on(cni.trouble()), None);
         assert!(host.log().contains("STATUS"), "{}", host.log());
-        for (code, meaning) in [(50, "cannot serve pods now"), (51, "may have lost connectivity")] {
+        for (code, meaning) in [(50, "cannot attach pods now"), (51, "may have lost connectivity")]
+        {
             host.plugin(
                 "good",
                 &format!(
@@ -343,7 +344,7 @@ fn status_is_asked_of_networks_of_1_1_only_and_its_words_are_passed_on() {
 }
 
 #[test]
-fn a_check_after_the_add_fails_the_pod_with_the_plugins_words() {
+fn a_failed_check_after_add_fails_the_pod_with_the_plugins_message() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         let checks = |script: &str| {
@@ -360,7 +361,7 @@ fn a_check_after_the_add_fails_the_pod_with_the_plugins_words() {
         assert!(error.contains("the route is gone, code 110"), "{error}");
         assert!(host.log().contains("second DEL\nDEL p1"), "{}", host.log());
         host.nothing_left();
-        // A configuration may forbid it; and one that is content lets the pod pass.
+        // With disableCheck, or a successful CHECK, the pod is attached.
         let list = conflist("1.0.0", &["good", "second"]);
         host.conflist(&list.replace("\"name\"", "\"disableCheck\":true,\"name\""));
         host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
@@ -375,15 +376,15 @@ fn a_check_after_the_add_fails_the_pod_with_the_plugins_words() {
 }
 
 #[test]
-fn a_configuration_that_comes_changes_or_goes_is_seen_at_once() {
+fn changes_of_the_configuration_take_effect_at_once() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         let cni = host.cni();
         let trouble = || host.runtime.block_on(cni.trouble());
-        let folder = host.path("conf").display().to_string();
+        let directory = host.path("conf").display().to_string();
         let none = trouble().unwrap();
-        assert!(none.contains(&folder) && none.contains("nacelled config cni"), "{none}");
-        assert!(text(&fails(host, &cni, "p1")).contains(&folder));
+        assert!(none.contains(&directory) && none.contains("nacelled config cni"), "{none}");
+        assert!(text(&fails(host, &cni, "p1")).contains(&directory));
         host.conflist(&conflist("1.0.0", &["good"]));
         assert_eq!(trouble(), None);
         host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
@@ -391,8 +392,8 @@ fn a_configuration_that_comes_changes_or_goes_is_seen_at_once() {
         let broken = trouble().unwrap();
         assert!(broken.contains("10-test.conflist is not JSON"), "{broken}");
         fs::remove_file(host.path("conf/10-test.conflist")).unwrap();
-        assert!(trouble().unwrap().contains(&folder));
-        // A pod leaves with the configuration it came with.
+        assert!(trouble().unwrap().contains(&directory));
+        // DEL uses the configuration of ADD.
         host.runtime.block_on(cni.detach("p1")).unwrap();
         assert!(host.log().contains("DEL p1"), "{}", host.log());
         host.nothing_left();
@@ -400,12 +401,12 @@ fn a_configuration_that_comes_changes_or_goes_is_seen_at_once() {
 }
 
 #[test]
-fn a_plugin_too_old_for_the_network_is_trouble() {
+fn a_plugin_too_old_for_the_network_is_reported() {
     on_a_host(|host| {
         host.plugin("good", "echo '{\"supportedVersions\":[\"0.3.1\"]}'");
         host.conflist(&conflist("1.0.0", &["good"]));
         let trouble = host.runtime.block_on(host.cni().trouble()).unwrap();
-        assert!(trouble.contains("does not speak") && trouble.contains("0.3.1"), "{trouble}");
+        assert!(trouble.contains("does not support") && trouble.contains("0.3.1"), "{trouble}");
         let none = Cni::new(Config { conf_dir: host.path("void"), ..host.config() });
         let trouble = host.runtime.block_on(none.trouble()).unwrap();
         assert!(trouble.contains("no network is configured"), "{trouble}");
@@ -413,7 +414,7 @@ fn a_plugin_too_old_for_the_network_is_trouble() {
 }
 
 #[test]
-fn giving_up_on_an_attach_leaves_nothing_after_the_detach() {
+fn a_cancelled_attach_leaves_nothing_after_a_detach() {
     on_a_host(|host| {
         host.plugin("good", &format!("[ $CNI_COMMAND = ADD ] && sleep 1\n{GOOD}"));
         host.conflist(&conflist("1.0.0", &["good"]));
@@ -424,13 +425,13 @@ fn giving_up_on_an_attach_leaves_nothing_after_the_detach() {
             assert!(impatient.is_err());
             cni.detach("p1").await.unwrap();
         });
-        assert!(host.log().contains("ADD p1"), "the attach must have come to its end first");
+        assert!(host.log().contains("ADD p1"), "the attach must have been completed first");
         host.nothing_left();
     });
 }
 
 #[test]
-fn two_attaches_of_one_pod_do_not_mix() {
+fn concurrent_attaches_of_one_pod_are_serialized() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good"]));
@@ -445,7 +446,7 @@ fn two_attaches_of_one_pod_do_not_mix() {
 }
 
 #[test]
-fn wrong_pods_are_refused_before_anything_is_done() {
+fn invalid_pods_are_refused_before_anything_is_changed() {
     on_a_host(|host| {
         host.plugin("good", GOOD);
         host.conflist(&conflist("1.0.0", &["good"]));

@@ -1,5 +1,5 @@
-//! Ports of the host that lead into pods, by Debian's `portmap`: every protocol, both families, one
-//! address or all. Needs root, iproute2 and iptables.
+//! hostPorts with Debian's `portmap`: all protocols, both families, one or all host addresses.
+//! Needs root, iproute2 and iptables.
 
 mod common;
 
@@ -7,7 +7,7 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::guest::{Guest, PATIENCE, ask, attach, inside, on_a_network, rules, serve};
+use common::guest::{Guest, TIMEOUT, ask, attach, inside, on_a_network, rules, serve};
 use common::{Host, pod, run, run_in, sctp};
 use network::{Cni, Pod, PortMapping, Protocol};
 
@@ -15,7 +15,7 @@ fn port(protocol: Protocol, host_port: u16, container_port: u16, host_ip: &str) 
     PortMapping { protocol, container_port, host_port, host_ip: host_ip.parse().ok() }
 }
 
-/// Somebody beyond the host, which has 192.0.2.1, 192.0.2.7 and 2001:db8::1 there.
+/// A client outside of the host, which has 192.0.2.1, 192.0.2.7 and 2001:db8::1 there.
 struct Outside(PathBuf);
 
 impl Outside {
@@ -58,7 +58,7 @@ fn with_ports(ports: Vec<PortMapping>, body: impl FnOnce(&Guest, &Outside) + Sen
         let guest = Guest::boot(host, cni, "a", &a);
         let started = Instant::now();
         while !run("ip", &["-6", "addr", "show", "tentative"]).is_empty() {
-            assert!(started.elapsed() < PATIENCE, "an address stays tentative");
+            assert!(started.elapsed() < TIMEOUT, "an address is still tentative");
             std::thread::sleep(Duration::from_millis(50));
         }
         body(&guest, &outside);
@@ -83,7 +83,7 @@ fn one_port_serves_both_families() {
             server.join().unwrap();
             let bind_udp = |netns, address: String| {
                 let socket = inside(netns, || UdpSocket::bind(address).unwrap());
-                socket.set_read_timeout(Some(PATIENCE)).unwrap();
+                socket.set_read_timeout(Some(TIMEOUT)).unwrap();
                 socket
             };
             let server = bind_udp(&guest.netns, format!("{bind}:53"));
@@ -92,7 +92,7 @@ fn one_port_serves_both_families() {
             let mut buffer = [0; 16];
             let (n, peer) = server.recv_from(&mut buffer).unwrap();
             assert_eq!((&buffer[..n], peer.ip().to_string().as_str()), (&b"name?"[..], from));
-            // The answer comes from where the question went.
+            // The reply has the source address to which the request was sent.
             server.send_to(b"this", peer).unwrap();
             let (n, peer) = client.recv_from(&mut buffer).unwrap();
             assert_eq!(&buffer[..n], b"this");
@@ -102,7 +102,7 @@ fn one_port_serves_both_families() {
 }
 
 #[test]
-fn a_port_of_one_address_is_open_on_that_address_only() {
+fn a_port_with_a_host_ip_is_open_on_that_address_only() {
     let ports = vec![
         port(Protocol::Tcp, 8080, 80, "192.0.2.7"),
         port(Protocol::Tcp, 8081, 81, "2001:db8::1"),
@@ -120,17 +120,17 @@ fn a_port_of_one_address_is_open_on_that_address_only() {
 }
 
 #[test]
-fn sctp_is_mapped_where_the_kernel_tracks_it() {
+fn sctp_ports_are_mapped_if_the_kernel_tracks_sctp() {
     if !Path::new("/proc/sys/net/netfilter/nf_conntrack_sctp_timeout_closed").exists() {
-        println!("SKIP: this kernel does not track SCTP (NF_CT_PROTO_SCTP)");
+        println!("SKIP: the kernel does not track SCTP (NF_CT_PROTO_SCTP)");
         return;
     }
     let ports = vec![port(Protocol::Sctp, 5060, 6050, "")];
     with_ports(ports, |guest, outside| {
         let rules = rules();
         assert!(rules.contains("-p sctp") && rules.contains("--dport 5060"), "{rules}");
-        let server = inside(&guest.netns, || sctp::socket(PATIENCE));
-        let client = inside(&outside.0, || sctp::socket(PATIENCE));
+        let server = inside(&guest.netns, || sctp::socket(TIMEOUT));
+        let client = inside(&outside.0, || sctp::socket(TIMEOUT));
         sctp::send_init(&client, 4000, "192.0.2.1".parse().unwrap(), 5060);
         let arrived = sctp::recv_init(&server);
         assert_eq!(arrived, Some(("192.0.2.2".parse().unwrap(), 6050)));

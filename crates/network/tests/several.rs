@@ -1,15 +1,14 @@
-//! Pods with more than one interface, and with addresses of both families in the plugins' order.
-//! A script that calls Debian's `bridge` twice stands in for plugins that call plugins.
+//! Pods with several interfaces, and with addresses of both families in any order. A script that
+//! runs Debian's `bridge` twice acts as a meta plugin.
 
 mod common;
 
 use std::time::{Duration, Instant};
 
-use common::guest::{Guest, PATIENCE, address, ask, attach, inside, on_a_network, serve};
+use common::guest::{Guest, TIMEOUT, address, ask, attach, inside, on_a_network, serve};
 use common::{Host, on_a_host, pod, run, run_in};
 
-/// Makes eth0 and net1 with real bridges, and reports what `REPORT` says: as Multus, only the
-/// first.
+/// Creates eth0 and net1 with real bridges and reports `REPORT`: like Multus, only the first.
 const TWO: &str = r#"
 IFS=:
 for dir in $CNI_PATH; do test -x "$dir/bridge" && bridge=$dir/bridge; done
@@ -38,13 +37,13 @@ const CHAIN: &str = r#"{"cniVersion":"1.0.0","name":"two","plugins":[{"type":"tw
 fn gateways_are_sure() {
     let started = Instant::now();
     while !run("ip", &["-6", "addr", "show", "tentative"]).is_empty() {
-        assert!(started.elapsed() < PATIENCE, "a gateway's address stays tentative");
+        assert!(started.elapsed() < TIMEOUT, "a gateway's address is still tentative");
         std::thread::sleep(Duration::from_millis(50));
     }
 }
 
 #[test]
-fn each_interface_gets_its_own_tap_and_both_networks_carry() {
+fn each_interface_has_its_own_tap_and_both_networks_work() {
     on_a_network(|host, cni| {
         host.plugin("two", TWO);
         host.conflist(CHAIN);
@@ -55,7 +54,7 @@ fn each_interface_gets_its_own_tap_and_both_networks_carry() {
         assert_eq!((a.interfaces[0].mtu, a.interfaces[1].mtu), (1500, 1300));
         assert!(a.interfaces[1].addresses[0].starts_with("10.97.0."), "{:?}", a.interfaces);
         assert!(a.interfaces[1].addresses[1].starts_with("fd97::"), "{:?}", a.interfaces);
-        // A pod is known by its primary interface, IPv6 first when the plugin says so.
+        // The pod's addresses are those of the primary interface, in the plugin's order.
         assert_eq!(a.addresses.len(), 2);
         assert!(a.addresses[0].is_ipv6() && a.addresses[1].is_ipv4(), "{:?}", a.addresses);
         let routes: Vec<_> =
@@ -83,17 +82,24 @@ fn each_interface_gets_its_own_tap_and_both_networks_carry() {
                 let (mine, theirs) = (plain(mine), plain(theirs));
                 let to = if v6 { format!("[{theirs}]:7000") } else { format!("{theirs}:7000") };
                 let server = serve(&two.netns, &format!("{any}:7000"));
-                assert_eq!(ask(Some(&one.netns), &to), mine, "it leaves by that interface");
+                assert_eq!(
+                    ask(Some(&one.netns), &to),
+                    mine,
+                    "the packet leaves through that interface"
+                );
                 server.join().unwrap();
                 let server = serve(&two.netns, &format!("{any}:7000"));
                 ask(None, &to);
                 server.join().unwrap();
             }
         }
-        // One that is cut is noticed.
+        // A removed redirect is detected.
         run_in(&a.netns, "tc", &["qdisc", "del", "dev", "net1", "ingress"]);
-        let severed = host.runtime.block_on(cni.check("a", &a)).unwrap_err().to_string();
-        assert!(severed.contains("tap1") && severed.contains("net1"), "{severed}");
+        let not_connected = host.runtime.block_on(cni.check("a", &a)).unwrap_err().to_string();
+        assert!(
+            not_connected.contains("tap1") && not_connected.contains("net1"),
+            "{not_connected}"
+        );
         drop((one, two));
         for id in ["a", "b"] {
             host.runtime.block_on(cni.detach(id)).unwrap();
@@ -102,7 +108,7 @@ fn each_interface_gets_its_own_tap_and_both_networks_carry() {
     });
 }
 
-/// Two interfaces of which all is reported, the primary last.
+/// Two interfaces, both reported, the primary last.
 const REPORTED: &str = r#"
 cat > /dev/null
 in="nsenter --net=$CNI_NETNS ip"
@@ -124,7 +130,7 @@ esac
 "#;
 
 #[test]
-fn the_primary_comes_first_also_when_it_is_reported_last() {
+fn the_primary_interface_comes_first_also_if_it_is_reported_last() {
     on_a_host(|host: &Host| {
         host.plugin("reported", REPORTED);
         host.conflist(r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"reported"}]}"#);
@@ -138,7 +144,7 @@ fn the_primary_comes_first_also_when_it_is_reported_last() {
         assert_eq!(
             routes,
             [["10.8.0.0/16", "10.9.0.7", "eth0"], ["10.7.0.0/16", "10.9.1.7", "net1"]],
-            "a route leaves by the interface its gateway is at"
+            "a route uses the interface of its gateway"
         );
         host.runtime.block_on(cni.detach("a")).unwrap();
         host.nothing_left();
@@ -146,7 +152,7 @@ fn the_primary_comes_first_also_when_it_is_reported_last() {
 }
 
 #[test]
-fn interfaces_that_a_guest_cannot_tell_apart_are_refused() {
+fn interfaces_with_the_same_mac_are_refused() {
     on_a_host(|host: &Host| {
         host.plugin(
             "reported",
@@ -160,13 +166,13 @@ fn interfaces_that_a_guest_cannot_tell_apart_are_refused() {
 }
 
 #[test]
-fn a_pod_without_a_vm_uses_the_interfaces_as_they_are() {
+fn a_pod_without_a_vm_uses_the_interfaces_directly() {
     on_a_network(|host, cni| {
         let a = attach(host, cni, network::Pod { native: true, ..pod("a") });
         let b = attach(host, cni, pod("b"));
         assert!(a.interfaces.is_empty() && a.routes.is_empty());
         assert_eq!(a.addresses.len(), 2);
-        assert!(!run_in(&a.netns, "ip", &["link"]).contains("tap"), "nobody would read from a tap");
+        assert!(!run_in(&a.netns, "ip", &["link"]).contains("tap"), "there is no tap");
         let guest = Guest::boot(host, cni, "b", &b);
         gateways_are_sure();
         for v6 in [false, true] {
@@ -185,19 +191,19 @@ fn a_pod_without_a_vm_uses_the_interfaces_as_they_are() {
 }
 
 #[test]
-fn an_interface_without_an_address_is_a_failure() {
+fn an_interface_without_an_address_is_an_error() {
     on_a_network(|host, cni| {
         host.conflist(
             r#"{"cniVersion":"1.0.0","name":"l2","plugins":[{"type":"bridge","bridge":"l20"}]}"#,
         );
         let error = host.runtime.block_on(cni.attach(pod("a"))).unwrap_err().to_string();
-        assert!(error.contains("eth0 no address"), "{error}");
+        assert!(error.contains("no address to the pod's interface eth0"), "{error}");
         host.nothing_left();
     });
 }
 
 #[test]
-fn the_loopback_of_the_namespace_is_up() {
+fn the_loopback_interface_of_the_namespace_is_up() {
     on_a_network(|host, cni| {
         let a = attach(host, cni, pod("a"));
         let lo = run_in(&a.netns, "ip", &["addr", "show", "lo"]);

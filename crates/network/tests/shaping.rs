@@ -1,6 +1,5 @@
-//! Bandwidth of pods, shaped by Debian's `bandwidth` plugin. Its queues stand at the host's end of
-//! the pod's veth pair, which frames of the guest pass like those of any other pod. Needs root,
-//! iproute2 and the kernel's tbf and ifb.
+//! Bandwidth limits with Debian's `bandwidth` plugin, whose queues are at the host's end of the
+//! pod's veth pair. Needs root, iproute2 and the kernel's tbf and ifb.
 
 mod common;
 
@@ -44,8 +43,8 @@ fn on_a_shaping_network(body: impl FnOnce(&Host, &Cni) + Send + 'static) {
         ] {
             let output = Command::new(program).args(args).output().unwrap();
             if !output.status.success() {
-                let said = String::from_utf8_lossy(&output.stderr);
-                println!("SKIP: this kernel has no {what} ({})", said.trim());
+                let stderr = String::from_utf8_lossy(&output.stderr);
+                println!("SKIP: the kernel does not support {what} ({})", stderr.trim());
                 return;
             }
         }
@@ -54,7 +53,7 @@ fn on_a_shaping_network(body: impl FnOnce(&Host, &Cni) + Send + 'static) {
     });
 }
 
-/// Queues that shape, one a line with their counters.
+/// Shaping qdiscs with their counters, one on each line.
 fn queues() -> Vec<String> {
     let all = run("tc", &["-s", "qdisc", "show"]);
     let blocks = all.split("qdisc ").filter(|block| block.starts_with("tbf"));
@@ -71,7 +70,7 @@ fn sent(queue: &str) -> u64 {
 }
 
 #[test]
-fn annotations_shape_both_directions_and_vanish_with_the_pod() {
+fn annotations_limit_both_directions_and_queues_are_removed_with_the_pod() {
     on_a_shaping_network(|host, cni| {
         host.conflist(&conflist(r#""capabilities":{"bandwidth":true}"#));
         let annotations =
@@ -87,7 +86,7 @@ fn annotations_shape_both_directions_and_vanish_with_the_pod() {
         let (into, out) = (queues_of("rate 20Mbit"), queues_of("rate 10Mbit"));
         assert_eq!((into.len(), out.len()), (1, 1), "{:?}", queues());
         assert!(into[0].contains("dev veth") && !out[0].contains("dev veth"), "{into:?} {out:?}");
-        // What went to the pod and what came from it passed them.
+        // Traffic in both directions passed the queues.
         assert!(sent(&into[0]) > 400_000 && sent(&out[0]) > 400_000, "{into:?} {out:?}");
         assert_eq!(ifbs(), 1);
         drop(guest);
@@ -98,7 +97,7 @@ fn annotations_shape_both_directions_and_vanish_with_the_pod() {
 }
 
 #[test]
-fn a_rate_is_really_kept_for_a_guest_behind_a_tap() {
+fn the_rate_of_a_guest_behind_a_tap_is_limited() {
     on_a_shaping_network(|host, cni| {
         let time = |shaping: &str| {
             host.conflist(&conflist(shaping));
@@ -113,7 +112,7 @@ fn a_rate_is_really_kept_for_a_guest_behind_a_tap() {
             host.runtime.block_on(cni.detach("a")).unwrap();
             took
         };
-        // 3.2 Mbit each way, of which the burst passes at once: 0.6 s a direction.
+        // 3.2 Mbit in each direction, of which the burst passes at once: 0.6 s for each direction.
         let ingress = r#""ingressRate":4000000,"ingressBurst":800000"#;
         let egress = r#""egressRate":4000000,"egressBurst":800000"#;
         for shaping in [ingress, egress] {
@@ -124,7 +123,7 @@ fn a_rate_is_really_kept_for_a_guest_behind_a_tap() {
 }
 
 #[test]
-fn a_malformed_annotation_fails_the_pod_before_anything_is_done() {
+fn an_invalid_annotation_fails_the_pod_before_anything_is_changed() {
     on_a_network(|host, cni| {
         for (key, value) in [(INGRESS, "10Mbit"), (EGRESS, "1")] {
             let annotations = [(key.to_owned(), value.to_owned())].into();
@@ -133,7 +132,7 @@ fn a_malformed_annotation_fails_the_pod_before_anything_is_done() {
             assert!(error.contains(key) && error.contains(value), "{error}");
             host.nothing_left();
         }
-        // A pod that asks for nothing passes a chain with the plugin as if it were not there.
+        // Without annotations the plugin has no effect.
         host.conflist(&conflist(r#""capabilities":{"bandwidth":true}"#));
         if Path::new("/usr/lib/cni/bandwidth").exists() {
             attach(host, cni, pod("a"));

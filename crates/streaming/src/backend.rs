@@ -1,4 +1,4 @@
-//! The port through which the server reaches processes: whoever serves implements [`Backend`].
+//! Interface of the server to its embedder: [`Backend`] starts processes and connects ports.
 
 use std::fmt;
 use std::pin::Pin;
@@ -35,37 +35,38 @@ pub struct AttachParams {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortForwardParams {
     pub pod: String,
-    /// Only the old WebSocket form, which has two channels a port, takes its ports from here;
-    /// all others name a port with each stream.
+    /// Used by the WebSocket protocol with two channels for each port only; the other protocols
+    /// name the port with each stream.
     pub ports: Vec<u16>,
 }
 
-/// In characters.
+/// Terminal size in characters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TtySize {
     pub width: u16,
     pub height: u16,
 }
 
-/// Every future here is dropped when the client goes away.
+/// Starts and attaches processes, connects ports. Futures are dropped when the client disconnects.
 #[async_trait]
 pub trait Backend: Send + Sync + 'static {
-    /// Starts a command. `size` is the client's terminal, where it has told.
+    /// Starts a command. `size` is the client's terminal size, if it was sent.
     async fn exec(
         &self,
         params: ExecParams,
         size: Option<TtySize>,
     ) -> Result<Session, BackendError>;
 
-    /// Joins the streams of a process that runs already. The session is over when its output
-    /// ends, or, if it has none, its process.
+    /// Attaches to the streams of a running process. The session ends with its output, or with the
+    /// process if it has no output.
     async fn attach(
         &self,
         params: AttachParams,
         size: Option<TtySize>,
     ) -> Result<Session, BackendError>;
 
-    /// Connects to a port on a pod's loopback. Shutting the stream down closes one direction.
+    /// Connects to a port of a pod's loopback interface. Shutting down the stream closes one
+    /// direction.
     async fn port_forward(&self, pod: &str, port: u16) -> Result<ByteStream, BackendError>;
 }
 
@@ -73,20 +74,20 @@ pub struct Session {
     pub stdin: Option<ByteWriter>,
     pub stdout: Option<ByteReader>,
     pub stderr: Option<ByteReader>,
-    /// What the end of the client's input means.
+    /// Effect of the end of the client's input.
     pub stdin_end: StdinEnd,
-    /// Dropped when the session ends, also when the client goes away: an exec'd process that
-    /// still runs is then to be killed.
+    /// Dropped at the end of the session, also if the client disconnects; a process started by exec
+    /// that still runs is to be killed then.
     pub process: Box<dyn Process>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StdinEnd {
-    /// The process's input is shut down and dropped: exec, and attach where a container's stdin is for one
-    /// client only and no terminal.
+    /// The process' stdin is shut down and dropped. For exec, and for attach with stdin_once and
+    /// without a terminal.
     Close,
-    /// The process's input is dropped without being shut down, stays open for others, and this
-    /// session is over.
+    /// The process' stdin is dropped without shutdown and stays open for other clients; the session
+    /// ends.
     Detach,
 }
 
@@ -94,11 +95,11 @@ pub enum StdinEnd {
 pub trait Process: Send {
     async fn resize(&mut self, size: TtySize) -> Result<(), BackendError>;
 
-    /// Waits for the end and returns the exit code, 128 + n after signal n. Must be cancel-safe.
+    /// Waits for the exit; returns the exit code, 128 + n after signal n. Must be cancel-safe.
     async fn wait(&mut self) -> Result<i32, BackendError>;
 }
 
-/// An error that a client is told in words. Its sources' words are part of it.
+/// An error whose text, with its sources, is sent to the client.
 pub struct BackendError(Box<dyn std::error::Error + Send + Sync>);
 
 impl BackendError {

@@ -1,5 +1,5 @@
-//! Clients for tests, here and end to end: SPDY by hand, WebSocket through tungstenite, and plain
-//! HTTP. They panic where a server does not behave; no program has any use for them.
+//! Test clients, for this crate and end-to-end tests: SPDY, WebSocket (with tungstenite) and plain
+//! HTTP. They panic if the server misbehaves.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -17,23 +17,23 @@ use crate::ByteStream;
 use crate::spdy::frame::{Decoder, FLAG_FIN, Frame, kind};
 use crate::spdy::headers::Deflater;
 
-/// What takes longer hangs.
+/// Timeout of all operations.
 const DEADLINE: Duration = Duration::from_secs(60);
 
 pub(crate) async fn within<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, what).await.expect("done within the deadline")
 }
 
-/// Bytes that do not repeat in a way that hides a lost or doubled chunk.
+/// Pseudo-random bytes, so that a lost or duplicated chunk is detected.
 pub fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    let words = std::iter::repeat_with(|| {
+    let message = std::iter::repeat_with(|| {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
         state.to_le_bytes()
     });
-    words.flatten().take(length).collect()
+    message.flatten().take(length).collect()
 }
 
 pub(crate) fn address(url: &str) -> SocketAddr {
@@ -60,7 +60,7 @@ impl Head {
     }
 }
 
-/// Sends a request with these header lines, and reads the head of the response.
+/// Sends a request with headers and reads the head of the response.
 pub(crate) async fn request(
     socket: &mut ByteStream,
     method: &str,
@@ -85,7 +85,7 @@ pub(crate) async fn connect(url: &str) -> ByteStream {
     Box::pin(TcpStream::connect(address(url)).await.unwrap())
 }
 
-/// A request of its own on a connection of its own: status and body.
+/// Sends a request on a new connection; returns head and body.
 pub async fn fetch(url: &str, method: &str, headers: &[(&str, &str)]) -> (Head, String) {
     let mut socket = connect(url).await;
     let head = request(&mut socket, method, path(url), headers).await;
@@ -131,7 +131,7 @@ impl Spdy {
         }
     }
 
-    /// The SPDY connection inside of a WebSocket.
+    /// Connects with SPDY inside of a WebSocket.
     pub async fn through_websocket(url: &str, protocol: &str) -> Spdy {
         let Websocket(websocket) = Websocket::connect(url, protocol).await;
         let (ours, theirs) = tokio::io::duplex(64 << 10);
@@ -143,7 +143,7 @@ impl Spdy {
                 loop {
                     match inside.read(&mut buffer).await {
                         Ok(n @ 1..) => {
-                            // In messages of odd sizes: they mean nothing.
+                            // Message boundaries have no meaning.
                             for part in buffer[..n].chunks(1001) {
                                 sink.send(Message::binary(part.to_vec())).await.unwrap();
                             }
@@ -165,7 +165,7 @@ impl Spdy {
         Spdy::raw(stream)
     }
 
-    /// Opens exec's or attach's streams, in the order of clients: error first.
+    /// Opens the streams of exec or attach, in the order of kubectl: error first.
     pub async fn open_all(&mut self, kinds: &[&'static str]) -> HashMap<&'static str, u32> {
         let mut ids = HashMap::new();
         for kind in kinds {
@@ -222,7 +222,7 @@ impl Spdy {
         }
     }
 
-    /// The next data of a stream, or None at its end. Other streams' is thrown away.
+    /// The next data of a stream, or None at its end. Data of other streams is dropped.
     pub async fn data_of(&mut self, stream: u32) -> Option<Bytes> {
         loop {
             match self.next().await? {
@@ -237,7 +237,7 @@ impl Spdy {
         }
     }
 
-    /// Everything until the server closes: the streams' bytes, and those that were ended.
+    /// Reads until the server closes the connection.
     pub async fn rest(&mut self) -> Received {
         let mut received = Received::default();
         while let Some(frame) = self.next().await {
@@ -246,7 +246,7 @@ impl Spdy {
         received
     }
 
-    /// Sends input in a task of its own while everything is read.
+    /// Sends input in a task while reading everything.
     pub async fn rest_while_sending(self, id: u32, input: Vec<u8>) -> Received {
         let Spdy { socket, decoder, bytes, deflater, next_id } = self;
         let (read_half, mut write_half) = tokio::io::split(socket);
@@ -257,7 +257,7 @@ impl Spdy {
                 }
             }
             let _ = write_half.write_all(&data_frame(id, &[], true)).await;
-            // Held until the reader is done.
+            // Keeps the connection open until the reader is done.
             std::future::pending::<()>().await;
         });
         let socket: ByteStream = Box::pin(tokio::io::join(read_half, tokio::io::sink()));
@@ -275,7 +275,7 @@ pub struct Pair {
 }
 
 impl Spdy {
-    /// Opens a forwarded connection.
+    /// Opens the streams of a forwarded connection.
     pub async fn open_pair(&mut self, port: u16, request: u32) -> Pair {
         let (port, request) = (port.to_string(), request.to_string());
         let headers =
@@ -286,7 +286,7 @@ impl Spdy {
         Pair { error, data }
     }
 
-    /// Everything until both streams of every pair have ended.
+    /// Reads until both streams of every pair have ended.
     pub async fn until_ended(&mut self, pairs: &[Pair]) -> Received {
         let mut received = Received::default();
         while !pairs
@@ -362,11 +362,11 @@ impl Websocket {
         self.0.send(Message::binary(message)).await.unwrap();
     }
 
-    /// Sends input in a task of its own while everything is read, and closes it (version 5 only).
+    /// Sends input in a task while reading everything, then closes it (version 5 only).
     pub async fn rest_while_sending(self, input: Vec<u8>) -> Received {
         let (mut sink, stream) = self.0.split();
         let sending = tokio::spawn(async move {
-            // One message may be as large as it likes.
+            // The size of a message is not limited.
             let (head, tail) = input.split_at(input.len() / 2);
             for chunk in std::iter::once(head).chain(tail.chunks(32 << 10)) {
                 sink.send(Message::binary([&[0], chunk].concat())).await.unwrap();
@@ -383,7 +383,7 @@ impl Websocket {
         within(self.0.next()).await?.ok()
     }
 
-    /// Everything until the server says goodbye: the channels' bytes.
+    /// Reads until the server sends a close frame.
     pub async fn rest(&mut self) -> Received {
         rest(&mut self.0).await
     }

@@ -1,5 +1,5 @@
-//! What the server is told, and its caps. Whoever holds a URL may be a user with no more rights
-//! than to exec into one pod: nothing that such a client sends may cost others memory or time.
+//! Configuration and limits of the server. A client with a URL may have no more rights than exec
+//! into one pod, so nothing that it sends may cost others memory or time.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -7,17 +7,17 @@ use std::time::Duration;
 
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Port 0 takes a free one.
+    /// Port 0 selects a free port.
     pub address: SocketAddr,
     pub tls: Option<Tls>,
-    /// A connection on which nothing moves for this long is closed.
+    /// A connection without data for this time is closed.
     pub stream_idle_timeout: Duration,
-    /// A URL that nobody uses for this long is forgotten.
+    /// Validity of a URL that is not used.
     pub url_ttl: Duration,
     pub limits: Limits,
 }
 
-/// PEM files; the certificate file may hold a chain.
+/// PEM files; the certificate file may contain a chain.
 #[derive(Clone, Debug)]
 pub struct Tls {
     pub certificate: PathBuf,
@@ -26,22 +26,23 @@ pub struct Tls {
 
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// URLs handed out and not yet used: else a caller that never uses them grows the table.
+    /// Maximum URLs that are issued and not used.
     pub pending_urls: usize,
-    /// Connections at once; further ones wait in the listener's queue.
+    /// Maximum connections; further ones wait in the listen backlog.
     pub connections: usize,
-    /// A request line with its headers. hyper has a floor of 8 KiB.
+    /// Maximum size of the request line with headers, bytes. hyper's minimum is 8 KiB.
     pub http_header_bytes: usize,
-    /// From the connection's start to the end of the request's headers, TLS handshake included
-    /// once more: else idle connections use up the above.
+    /// Time from the start of a connection to the end of the request's headers; the same again for
+    /// a TLS handshake. Bounds how long idle connections take up `connections`.
     pub http_header_time: Duration,
-    /// Streams open at once on one SPDY connection; each may hold some 64 KiB.
+    /// Maximum open streams on one SPDY connection; each may hold about 64 KiB.
     pub streams: usize,
-    /// Payload of one SPDY control frame; data frames are not gathered, so they need no cap.
+    /// Maximum payload of a SPDY control frame, bytes. Data frames are not buffered whole, so they
+    /// have no limit.
     pub control_frame_bytes: usize,
-    /// One header block after inflation: else 16 KiB of zlib become 16 MiB.
+    /// Maximum size of an inflated header block, bytes: 16 KiB of zlib could inflate to 16 MiB.
     pub header_block_bytes: usize,
-    /// How long a client may take to open the streams that it asked for.
+    /// Time for a client to open the streams of its request.
     pub stream_creation: Duration,
 }
 

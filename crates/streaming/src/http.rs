@@ -1,4 +1,5 @@
-//! From a request to an upgraded connection: the token, the transport and the protocol.
+//! From an HTTP request to an upgraded connection: checks the token, selects transport and
+//! protocol.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -30,7 +31,7 @@ const PROTOCOL_VERSION: HeaderName = HeaderName::from_static("x-stream-protocol-
 const ACCEPTED_VERSIONS: HeaderName =
     HeaderName::from_static("x-accepted-stream-protocol-versions");
 
-/// SPDY's protocols of exec and attach, each with its form of errors and whether it can resize.
+/// SPDY protocols of exec and attach, with the form of errors and whether there is a resize stream.
 const COMMAND_SPDY: &[(&str, (Form, bool))] = &[
     ("v5.channel.k8s.io", (Form::Status, true)),
     ("v4.channel.k8s.io", (Form::Status, true)),
@@ -44,7 +45,7 @@ const BINARY: Protocol = Protocol { codec: Codec::Binary, close_signal: false };
 const BASE64: Protocol = Protocol { codec: Codec::Base64, close_signal: false };
 const CLOSING: Protocol = Protocol { codec: Codec::Binary, close_signal: true };
 
-/// WebSocket's protocols of exec and attach. The empty name is that of a client that asks for none.
+/// WebSocket protocols of exec and attach. The empty name is for clients that send none.
 const COMMAND_WEBSOCKET: &[(&str, (Form, Protocol))] = &[
     ("v5.channel.k8s.io", (Form::Status, CLOSING)),
     ("v4.channel.k8s.io", (Form::Status, BINARY)),
@@ -75,7 +76,7 @@ pub(crate) struct Shared {
     pub(crate) backend: Arc<dyn Backend>,
 }
 
-/// A session that begins once the connection is handed over.
+/// A session that starts after the response with status 101.
 pub(crate) struct Upgrade {
     handover: OnUpgrade,
     plan: Plan,
@@ -89,21 +90,21 @@ enum Plan {
     ChannelForward { pod: String, ports: Vec<u16>, protocol: Protocol },
 }
 
-type Answer = Response<Full<Bytes>>;
+type HttpResponse = Response<Full<Bytes>>;
 
-/// Answers the one request of a connection. A session to run goes to `upgrades`.
+/// Responds to the request of a connection. A session to run is sent to `upgrades`.
 pub(crate) async fn respond<B>(
     request: Request<B>,
     shared: Arc<Shared>,
     upgrades: mpsc::Sender<Upgrade>,
-) -> Result<Answer, Infallible> {
+) -> Result<HttpResponse, Infallible> {
     Ok(match negotiate(request, &shared) {
-        Ok((answer, upgrade)) => {
-            // There is room: a connection carries one request.
+        Ok((response, upgrade)) => {
+            // The channel has a slot: a connection has one request.
             let _ = upgrades.try_send(upgrade);
-            answer
+            response
         }
-        Err(refusal) => refusal.answer(),
+        Err(refusal) => refusal.response(),
     })
 }
 
@@ -111,25 +112,25 @@ pub(crate) async fn respond<B>(
 enum Refusal {
     #[error("no such path")]
     Path,
-    #[error("only GET and POST are served")]
+    #[error("method not allowed: only GET and POST")]
     Method,
-    #[error("the URL is unknown, has expired, or was used before")]
+    #[error("the URL is unknown, expired, or already used")]
     Token,
-    #[error("this URL serves upgrades to {SPDY} or WebSocket only")]
+    #[error("this URL supports upgrades to {SPDY} or WebSocket only")]
     NoUpgrade,
     #[error("unable to upgrade: header {PROTOCOL_VERSION} is missing")]
     NoVersion,
-    #[error("unable to upgrade: none of the client's protocols is served")]
+    #[error("unable to upgrade: none of the client's protocols is supported")]
     Protocol { ours: Vec<&'static str> },
-    #[error("a WebSocket begins with GET")]
+    #[error("a WebSocket handshake needs method GET")]
     WebsocketMethod,
-    #[error("WebSocket version {WEBSOCKET_VERSION} is served")]
+    #[error("only WebSocket version {WEBSOCKET_VERSION} is supported")]
     WebsocketVersion,
     #[error("Sec-WebSocket-Key is missing")]
     WebsocketKey,
-    #[error("unable to upgrade: none of the client's WebSocket protocols is served")]
+    #[error("unable to upgrade: none of the client's WebSocket protocols is supported")]
     WebsocketProtocol,
-    #[error("this protocol needs a URL made for 1 to {PORTS_LIMIT} ports, not {ports}")]
+    #[error("this protocol needs a URL with 1 to {PORTS_LIMIT} ports, not {ports}")]
     Ports { ports: usize },
 }
 
@@ -148,12 +149,12 @@ impl Refusal {
         }
     }
 
-    fn answer(&self) -> Answer {
-        let mut answer = Response::new(Full::from(format!("{self}\n")));
-        *answer.status_mut() = self.status();
-        let headers = answer.headers_mut();
+    fn response(&self) -> HttpResponse {
+        let mut response = Response::new(Full::from(format!("{self}\n")));
+        *response.status_mut() = self.status();
+        let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-        // A connection carries one request.
+        // A connection has one request.
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
         match self {
             Refusal::Method => {
@@ -170,11 +171,14 @@ impl Refusal {
             }
             _ => {}
         }
-        answer
+        response
     }
 }
 
-fn negotiate<B>(mut request: Request<B>, shared: &Shared) -> Result<(Answer, Upgrade), Refusal> {
+fn negotiate<B>(
+    mut request: Request<B>,
+    shared: &Shared,
+) -> Result<(HttpResponse, Upgrade), Refusal> {
     let path = request.uri().path().to_owned();
     let (verb, token) = match path.trim_start_matches('/').split_once('/') {
         Some((verb @ ("exec" | "attach" | "portforward"), token)) => (verb, token),
@@ -183,17 +187,17 @@ fn negotiate<B>(mut request: Request<B>, shared: &Shared) -> Result<(Answer, Upg
     if request.method() != Method::GET && request.method() != Method::POST {
         return Err(Refusal::Method);
     }
-    let wanted = shared.pending.look(verb, token).ok_or(Refusal::Token)?;
+    let requested = shared.pending.get(verb, token).ok_or(Refusal::Token)?;
     let headers = request.headers();
-    let (answer, plan) = match Transport::of(headers).ok_or(Refusal::NoUpgrade)? {
-        Transport::Spdy => over_spdy(headers, wanted)?,
-        Transport::Websocket => over_websocket(request.method(), headers, wanted)?,
+    let (response, plan) = match Transport::of(headers).ok_or(Refusal::NoUpgrade)? {
+        Transport::Spdy => over_spdy(headers, requested)?,
+        Transport::Websocket => over_websocket(request.method(), headers, requested)?,
     };
-    // Only now, so that a client whose protocol is refused may come back with another.
+    // Last, so that a client whose protocol is refused can retry with another.
     if !shared.pending.take(token) {
         return Err(Refusal::Token);
     }
-    Ok((answer, Upgrade { handover: hyper::upgrade::on(&mut request), plan }))
+    Ok((response, Upgrade { handover: hyper::upgrade::on(&mut request), plan }))
 }
 
 enum Transport {
@@ -213,7 +217,7 @@ impl Transport {
     }
 }
 
-/// The parts of a header that lists with commas, or is there several times.
+/// Elements of a header that is a comma-separated list or repeated.
 fn items<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
     headers
         .get_all(name)
@@ -224,24 +228,27 @@ fn items<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = 
         .filter(|item| !item.is_empty())
 }
 
-/// The first of the client's that is ours.
+/// The first of the client's protocols that is supported.
 fn choose<'a, T: Copy>(
-    mut asked: impl Iterator<Item = &'a str>,
+    mut requested: impl Iterator<Item = &'a str>,
     ours: &[(&'static str, T)],
 ) -> Option<(&'static str, T)> {
-    asked.find_map(|name| ours.iter().find(|(our, _)| *our == name)).copied()
+    requested.find_map(|name| ours.iter().find(|(our, _)| *our == name)).copied()
 }
 
-fn switch(upgrade: &'static str) -> Answer {
-    let mut answer = Response::new(Full::default());
-    *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("Upgrade"));
-    answer.headers_mut().insert(UPGRADE, HeaderValue::from_static(upgrade));
-    answer
+fn switch(upgrade: &'static str) -> HttpResponse {
+    let mut response = Response::new(Full::default());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    response.headers_mut().insert(UPGRADE, HeaderValue::from_static(upgrade));
+    response
 }
 
-fn over_spdy(headers: &HeaderMap, wanted: pending::Request) -> Result<(Answer, Plan), Refusal> {
-    let (protocol, plan) = match wanted {
+fn over_spdy(
+    headers: &HeaderMap,
+    requested: pending::Request,
+) -> Result<(HttpResponse, Plan), Refusal> {
+    let (protocol, plan) = match requested {
         pending::Request::PortForward(params) => {
             let (protocol, ()) = choose_spdy(headers, FORWARD_SPDY)?;
             (protocol, Plan::SpdyForward { pod: params.pod })
@@ -251,9 +258,9 @@ fn over_spdy(headers: &HeaderMap, wanted: pending::Request) -> Result<(Answer, P
             (protocol, Plan::SpdyCommand(command, form))
         }
     };
-    let mut answer = switch(SPDY);
-    answer.headers_mut().insert(PROTOCOL_VERSION, HeaderValue::from_static(protocol));
-    Ok((answer, plan))
+    let mut response = switch(SPDY);
+    response.headers_mut().insert(PROTOCOL_VERSION, HeaderValue::from_static(protocol));
+    Ok((response, plan))
 }
 
 fn choose_spdy<T: Copy>(
@@ -270,8 +277,8 @@ fn choose_spdy<T: Copy>(
 fn over_websocket(
     method: &Method,
     headers: &HeaderMap,
-    wanted: pending::Request,
-) -> Result<(Answer, Plan), Refusal> {
+    requested: pending::Request,
+) -> Result<(HttpResponse, Plan), Refusal> {
     if method != Method::GET {
         return Err(Refusal::WebsocketMethod);
     }
@@ -281,7 +288,7 @@ fn over_websocket(
     let key = headers.get(SEC_WEBSOCKET_KEY).ok_or(Refusal::WebsocketKey)?;
     let accept = HeaderValue::try_from(websocket::accept_key(key.as_bytes()))
         .map_err(|_| Refusal::WebsocketKey)?;
-    let (protocol, plan) = match wanted {
+    let (protocol, plan) = match requested {
         pending::Request::PortForward(params) => {
             let pod = params.pod;
             match choose_websocket(headers, FORWARD_WEBSOCKET)? {
@@ -299,12 +306,12 @@ fn over_websocket(
             (name, Plan::WebsocketCommand(command, form, protocol))
         }
     };
-    let mut answer = switch("websocket");
-    answer.headers_mut().insert(SEC_WEBSOCKET_ACCEPT, accept);
+    let mut response = switch("websocket");
+    response.headers_mut().insert(SEC_WEBSOCKET_ACCEPT, accept);
     if !protocol.is_empty() {
-        answer.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
+        response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
     }
-    Ok((answer, plan))
+    Ok((response, plan))
 }
 
 fn choose_websocket<T: Copy>(
@@ -317,7 +324,7 @@ fn choose_websocket<T: Copy>(
         .ok_or(Refusal::WebsocketProtocol)
 }
 
-/// Runs the session to its end.
+/// Runs the session.
 pub(crate) async fn run(upgrade: Upgrade, shared: &Shared, peer: Peer) {
     let socket = match upgrade.handover.await {
         Ok(upgraded) => TokioIo::new(upgraded),

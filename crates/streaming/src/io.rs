@@ -1,5 +1,5 @@
-//! What links and sessions hand to each other: chunks of a stream in either direction, through
-//! queues short enough that a slow side holds up its own connection and nothing else.
+//! Streams between links and sessions: bounded queues of chunks, so a slow side delays only its own
+//! connection.
 
 use std::sync::Arc;
 
@@ -7,38 +7,38 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-/// Bytes read from a socket or a process at once.
+/// Maximum bytes of one read from a socket or process.
 pub(crate) const CHUNK: usize = 16 << 10;
-/// Chunks of one stream that may wait for their session.
-const CHUNKS_WAITING: usize = 4;
-/// Chunks and replies that may wait for the socket.
-pub(crate) const OUT_WAITING: usize = 16;
+/// Queue length of a stream to its session, in chunks.
+const STREAM_QUEUE: usize = 4;
+/// Queue length to the socket, in chunks and control frames.
+pub(crate) const OUT_QUEUE: usize = 16;
 
-/// The client has thrown the stream away, in both directions, or is gone.
+/// The client has reset the stream, or has disconnected.
 #[derive(Debug)]
 pub(crate) struct Reset;
 
-/// The link's end of a stream from the client. Dropping it ends the stream; cancelling `reset`
-/// first breaks it off.
+/// Sending end of a stream from the client, held by the link. Dropping it is the end of the stream;
+/// cancelling `reset` first is a reset.
 pub(crate) struct Sender {
     pub(crate) chunks: mpsc::Sender<Bytes>,
     pub(crate) reset: Arc<CancellationToken>,
 }
 
-/// A stream from the client. Dropping it discards what is still to come.
+/// A stream from the client. Dropping it discards further data.
 pub(crate) struct Incoming {
     chunks: mpsc::Receiver<Bytes>,
     reset: Arc<CancellationToken>,
 }
 
 pub(crate) fn incoming() -> (Sender, Incoming) {
-    let (sender, chunks) = mpsc::channel(CHUNKS_WAITING);
+    let (sender, chunks) = mpsc::channel(STREAM_QUEUE);
     let reset = Arc::new(CancellationToken::new());
     (Sender { chunks: sender, reset: reset.clone() }, Incoming { chunks, reset })
 }
 
 impl Incoming {
-    /// None at the client's end of input. Cancel-safe.
+    /// The next chunk; None at the end of the client's input. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, Reset> {
         match self.chunks.recv().await {
             Some(chunk) => Ok(Some(chunk)),
@@ -68,8 +68,7 @@ impl Outgoing {
         self.queue.send(data).await.map_err(|_| Reset)
     }
 
-    /// Ends this direction, where the protocol can.
-    /// Nothing may be sent after it.
+    /// Ends this direction, if the protocol has half-close. Nothing may be sent afterwards.
     pub(crate) async fn finish(&self) {
         if !self.reset.is_cancelled() {
             let data = Out::Data { id: self.id, bytes: Bytes::new(), end: true };
@@ -77,13 +76,13 @@ impl Outgoing {
         }
     }
 
-    /// Resolves when the client throws the stream away.
+    /// Resolves when the client resets the stream.
     pub(crate) async fn reset(&self) {
         self.reset.cancelled().await;
     }
 }
 
-/// What a link's writer puts on the wire, in order.
+/// Items for a link's writer, sent in order.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Out {
     Data {
@@ -91,20 +90,20 @@ pub(crate) enum Out {
         bytes: Bytes,
         end: bool,
     },
-    /// A stream is accepted.
+    /// Accepts a stream (SYN_REPLY).
     Reply {
         id: u32,
     },
-    /// A stream is not accepted.
+    /// Refuses a stream (RST_STREAM).
     Refuse {
         id: u32,
         status: u32,
     },
-    /// The answer to a ping.
+    /// Reply to a ping.
     Pong(Bytes),
-    /// Something that a client neither answers nor shows, see [`crate::link::deliver`].
+    /// A frame that clients ignore, see [`crate::link::deliver`].
     Heartbeat,
-    /// The last one: nothing more will come.
+    /// The last item.
     Close(CloseReason),
 }
 

@@ -1,9 +1,8 @@
-//! Exec, attach and port-forward for clients of Kubernetes' remote command protocols: one HTTP
-//! server whose one-use URLs are handed out by [`Server`], and which speaks SPDY/3.1 and
-//! WebSocket on them.
+//! Exec, attach and port-forward with the streaming protocols of Kubernetes: an HTTP server with
+//! one-use URLs, issued by [`Server`], that supports SPDY/3.1 and WebSocket.
 //!
-//! This crate carries bytes. Where they come from and go to is behind [`Backend`]; it has never
-//! heard of pods' life cycles, CRI messages or VMs.
+//! The crate transfers bytes; processes and ports are behind [`Backend`]. It knows nothing of pod
+//! life cycles, CRI messages or VMs.
 //!
 //! ```text
 //!  client ── TCP or TLS ── http: token, negotiation ──┬─ SPDY link ─────────────┐
@@ -13,8 +12,8 @@
 //!                                     │
 //!                                  Backend
 //! ```
-//! A link is two tasks, one that reads and one that writes, joined to the session by short bounded
-//! queues: who does not read or write is held up by TCP, and holds up nobody else.
+//! A link has a reader and a writer task, connected with the session by bounded queues: a client or
+//! process that does not read is throttled by TCP flow control and delays no other connection.
 
 mod backend;
 #[cfg(any(test, feature = "client"))]

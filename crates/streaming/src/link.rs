@@ -1,4 +1,4 @@
-//! The two tasks of a connection, and the watch over a client that is idle, slow or gone.
+//! Reader and writer task of a connection, with detection of idle and disconnected clients.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,30 +14,31 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::io::{CHUNK, CloseReason, Out, Sender};
 
-/// After everything is sent, the client gets this long to close: a socket closed with unread
-/// input would be reset, and the client might lose the last bytes.
+/// Time for the client to close after everything was sent: closing a socket with unread input sends
+/// RST, which could discard the last bytes at the client.
 const LINGER: Duration = Duration::from_secs(2);
-/// How often a client is looked after whose input is held up.
+/// Interval of checks whether a client whose input is blocked has disconnected.
 const PEER_CHECK: Duration = Duration::from_secs(2);
-/// How long the writer has for the last word to a client that broke the protocol.
-const LAST_WORD: Duration = Duration::from_millis(100);
+/// Time for the writer to send the close frame after a protocol error.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// An upgraded connection. Dropping it closes it at once.
+/// An upgraded connection. Dropping it closes the socket at once.
 pub(crate) struct Link {
-    /// Cancelled when the client is gone or has broken the protocol, and after idling too long.
-    pub(crate) gone: CancellationToken,
+    /// Cancelled when the client has disconnected, after a protocol error, and after the idle
+    /// timeout.
+    pub(crate) closed: CancellationToken,
     queue: mpsc::Sender<Out>,
     writer: AbortOnDropHandle<()>,
     _reader: AbortOnDropHandle<()>,
     _idle: AbortOnDropHandle<()>,
 }
 
-/// Turns what is to be sent into bytes.
+/// Encodes frames.
 pub(crate) trait Encoder: Send + 'static {
     fn encode(&mut self, out: Out, into: &mut BytesMut);
 }
 
-/// What a link's reader needs beside the socket.
+/// Resources of a link's reader.
 pub(crate) struct ReaderContext {
     pub(crate) queue: mpsc::Sender<Out>,
     pub(crate) activity: Activity,
@@ -45,7 +46,8 @@ pub(crate) struct ReaderContext {
 }
 
 impl Link {
-    /// `read` runs until the client's end. Its Err is a broken protocol, which the client is told.
+    /// `read` runs until the client closes. An error is a protocol error, which is reported to the
+    /// client.
     pub(crate) fn start<W, R, F, E>(
         write_half: W,
         encoder: impl Encoder,
@@ -59,39 +61,39 @@ impl Link {
         E: std::error::Error + Send,
     {
         let LinkContext { queue, out, idle_timeout, peer } = context;
-        let gone = CancellationToken::new();
+        let closed = CancellationToken::new();
         let activity = Activity::new();
         let reader = read(ReaderContext { queue: queue.clone(), activity: activity.clone(), peer });
         let reader = tokio::spawn({
-            let (gone, queue) = (gone.clone(), queue.clone());
+            let (closed, queue) = (closed.clone(), queue.clone());
             async move {
                 if let Err(error) = reader.await {
-                    tracing::debug!(%error, "streaming client broke the protocol");
+                    tracing::debug!(%error, "protocol error of a streaming client");
                     let _ = queue.try_send(Out::Close(CloseReason::ProtocolError));
-                    tokio::time::sleep(LAST_WORD).await;
+                    tokio::time::sleep(CLOSE_TIMEOUT).await;
                 }
-                gone.cancel();
+                closed.cancel();
             }
         });
         let writer = tokio::spawn({
-            let (gone, activity) = (gone.clone(), activity.clone());
+            let (closed, activity) = (closed.clone(), activity.clone());
             async move {
                 if let Err(error) = write_loop(write_half, encoder, out, &activity).await {
                     tracing::debug!(%error, "streaming client");
-                    gone.cancel();
+                    closed.cancel();
                 }
             }
         });
         let idle = tokio::spawn({
-            let gone = gone.clone();
+            let closed = closed.clone();
             async move {
                 activity.idle(idle_timeout).await;
-                tracing::debug!(?idle_timeout, "streaming connection idled too long");
-                gone.cancel();
+                tracing::debug!(?idle_timeout, "idle timeout of a streaming connection");
+                closed.cancel();
             }
         });
         Link {
-            gone,
+            closed,
             queue,
             writer: AbortOnDropHandle::new(writer),
             _reader: AbortOnDropHandle::new(reader),
@@ -99,22 +101,22 @@ impl Link {
         }
     }
 
-    /// Sends what is queued, says goodbye, and lets the client close. The session's streams must
-    /// have been dropped.
+    /// Sends what is queued and a close frame, then waits for the client to close. The session's
+    /// streams must be dropped before.
     pub(crate) async fn finish(mut self) {
-        let goodbye = async {
+        let close = async {
             let _ = self.queue.send(Out::Close(CloseReason::Done)).await;
             let _ = (&mut self.writer).await;
         };
         tokio::select! {
-            () = goodbye => {}
-            () = self.gone.cancelled() => return,
+            () = close => {}
+            () = self.closed.cancelled() => return,
         }
-        let _ = tokio::time::timeout(LINGER, self.gone.cancelled()).await;
+        let _ = tokio::time::timeout(LINGER, self.closed.cancelled()).await;
     }
 }
 
-/// What both tasks of a link share.
+/// Resources of both tasks.
 pub(crate) struct LinkContext {
     pub(crate) queue: mpsc::Sender<Out>,
     pub(crate) out: mpsc::Receiver<Out>,
@@ -130,10 +132,10 @@ async fn write_loop(
 ) -> std::io::Result<()> {
     let mut bytes = BytesMut::with_capacity(2 * CHUNK);
     while let Some(mut next) = out.recv().await {
-        let mut moves = false;
+        let mut has_data = false;
         loop {
             let last = matches!(next, Out::Close(_));
-            moves |= !matches!(next, Out::Heartbeat | Out::Pong(_));
+            has_data |= !matches!(next, Out::Heartbeat | Out::Pong(_));
             encoder.encode(next, &mut bytes);
             if last {
                 socket.write_all(&bytes).await?;
@@ -149,7 +151,7 @@ async fn write_loop(
         }
         while !bytes.is_empty() {
             socket.write_buf(&mut bytes).await?;
-            if moves {
+            if has_data {
                 activity.touch();
             }
         }
@@ -161,44 +163,43 @@ async fn write_loop(
 
 pub(crate) enum Delivery {
     Sent,
-    /// Nobody reads this stream any more.
-    Unwanted,
-    /// The client went away while its bytes waited.
-    Gone,
+    /// The session no longer reads this stream.
+    Closed,
+    /// The client disconnected while the chunk waited.
+    Disconnected,
 }
 
-/// Hands a chunk to its session, and waits for room if it has to. A link that waits does not read,
-/// so it would not learn that the client has closed, and a command that never reads its input
-/// would live on. Worse, the client's FIN is stuck behind the bytes that do not fit into our
-/// window. So the socket is looked at, and something is sent now and then: a closed socket
-/// answers with a reset.
+/// Sends a chunk to its session and waits for a slot if necessary. While it waits, the reader does
+/// not read, so it would not see a closed connection, and a command that never reads its input
+/// would not be ended; the client's FIN may even be behind data that exceeds the receive window. So
+/// the socket's state is polled and a heartbeat frame is sent: a closed socket answers with RST.
 pub(crate) async fn deliver(to: &Sender, chunk: Bytes, context: &ReaderContext) -> Delivery {
     use mpsc::error::TrySendError::{Closed, Full};
     let chunk = match to.chunks.try_send(chunk) {
         Ok(()) => return Delivery::Sent,
-        Err(Closed(_)) => return Delivery::Unwanted,
+        Err(Closed(_)) => return Delivery::Closed,
         Err(Full(chunk)) => chunk,
     };
-    let gone = async {
+    let closed = async {
         loop {
             tokio::time::sleep(PEER_CHECK).await;
-            if context.peer.has_hung_up().await {
+            if context.peer.is_disconnected().await {
                 return;
             }
-            // A queue that is full has something to send already.
+            // A full queue already has something to send.
             let _ = context.queue.try_send(Out::Heartbeat);
         }
     };
     tokio::select! {
         sent = to.chunks.send(chunk) => match sent {
             Ok(()) => Delivery::Sent,
-            Err(_) => Delivery::Unwanted,
+            Err(_) => Delivery::Closed,
         },
-        () = gone => Delivery::Gone,
+        () = closed => Delivery::Disconnected,
     }
 }
 
-/// A second descriptor of the client's socket, to look at what both tasks are too busy for.
+/// A duplicate descriptor of the client's socket, to poll its state.
 #[derive(Clone)]
 pub(crate) struct Peer(Arc<TcpStream>);
 
@@ -209,8 +210,8 @@ impl Peer {
         Ok(Peer(Arc::new(TcpStream::from_std(second)?)))
     }
 
-    async fn has_hung_up(&self) -> bool {
-        // Ready at once if there ever was anything to read.
+    async fn is_disconnected(&self) -> bool {
+        // Ready at once if there was ever something to read.
         let ready = self.0.ready(Interest::READABLE);
         match tokio::time::timeout(PEER_CHECK, ready).await {
             Ok(Ok(ready)) => ready.is_read_closed(),
@@ -220,7 +221,7 @@ impl Peer {
     }
 }
 
-/// When something last moved.
+/// Time of the last transfer.
 #[derive(Clone)]
 pub(crate) struct Activity {
     start: Instant,
@@ -237,7 +238,7 @@ impl Activity {
         self.last_ms.store(now, Ordering::Relaxed);
     }
 
-    /// Resolves once nothing has moved for `timeout`.
+    /// Resolves after `timeout` without a transfer.
     async fn idle(&self, timeout: Duration) {
         loop {
             let last = Duration::from_millis(self.last_ms.load(Ordering::Relaxed));

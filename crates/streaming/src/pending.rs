@@ -1,4 +1,4 @@
-//! URLs that were handed out and not used yet: a random token each, good once, and not for long.
+//! Issued URLs that are not used yet: each has a random token, valid once and for a limited time.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -15,7 +15,7 @@ pub(crate) enum Request {
 }
 
 impl Request {
-    /// First segment of the URL's path.
+    /// First segment of the URL path.
     pub(crate) fn verb(&self) -> &'static str {
         match self {
             Request::Exec(_) => "exec",
@@ -28,7 +28,7 @@ impl Request {
 pub(crate) struct Pending {
     ttl: Duration,
     limit: usize,
-    /// Held for a look-up only.
+    /// Held for lookups only.
     requests: Mutex<HashMap<String, Entry>>,
 }
 
@@ -42,7 +42,7 @@ impl Pending {
         Pending { ttl, limit, requests: Mutex::default() }
     }
 
-    /// Returns the URL's path.
+    /// Issues a token; returns the URL path.
     pub(crate) fn add(&self, request: Request) -> Result<String, Error> {
         let now = Instant::now();
         let mut requests = self.lock();
@@ -52,21 +52,21 @@ impl Pending {
                 return Err(Error::TooManyPending { limit: self.limit });
             }
         }
-        // 122 bits from the system's generator.
+        // 122 random bits.
         let token = uuid::Uuid::new_v4().simple().to_string();
         let path = format!("/{}/{token}", request.verb());
         requests.insert(token, Entry { request, expires: now + self.ttl });
         Ok(path)
     }
 
-    pub(crate) fn look(&self, verb: &str, token: &str) -> Option<Request> {
+    pub(crate) fn get(&self, verb: &str, token: &str) -> Option<Request> {
         let requests = self.lock();
         let entry = requests.get(token)?;
         (entry.request.verb() == verb && entry.expires > Instant::now())
             .then(|| entry.request.clone())
     }
 
-    /// Uses a token up. False where another request was faster.
+    /// Consumes a token. False if another request was first or it has expired.
     pub(crate) fn take(&self, token: &str) -> bool {
         self.lock().remove(token).is_some_and(|entry| entry.expires > Instant::now())
     }
@@ -89,23 +89,23 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_good_once_and_for_its_own_verb() {
+    fn a_token_is_valid_once_and_for_its_own_verb() {
         let pending = Pending::new(Duration::from_secs(60), 10);
         let path = pending.add(request()).unwrap();
-        assert!(pending.look("exec", token(&path)).is_none());
-        assert!(pending.look("portforward", token(&path)).is_some());
+        assert!(pending.get("exec", token(&path)).is_none());
+        assert!(pending.get("portforward", token(&path)).is_some());
         assert!(pending.take(token(&path)));
         assert!(!pending.take(token(&path)));
-        assert!(pending.look("portforward", token(&path)).is_none());
+        assert!(pending.get("portforward", token(&path)).is_none());
     }
 
     #[test]
-    fn a_token_expires_and_makes_room() {
+    fn a_token_expires_and_frees_its_slot() {
         let pending = Pending::new(Duration::from_millis(20), 1);
         let path = pending.add(request()).unwrap();
         assert!(matches!(pending.add(request()), Err(Error::TooManyPending { limit: 1 })));
         std::thread::sleep(Duration::from_millis(40));
-        assert!(pending.look("portforward", token(&path)).is_none());
+        assert!(pending.get("portforward", token(&path)).is_none());
         pending.add(request()).unwrap();
         assert!(!pending.take(token(&path)));
     }

@@ -1,6 +1,6 @@
-//! Port-forward. Over SPDY, bare or inside a WebSocket, each forwarded connection is a pair of
-//! streams, data and error, joined by a request id; any number share a client's connection. The
-//! old WebSocket form has two channels a port, and one connection each.
+//! Port-forward. With SPDY, directly or inside a WebSocket, each forwarded connection is a pair of
+//! streams, data and error, with the same request id; a client's connection may have any number of
+//! pairs. The older WebSocket protocol has two channels and one connection for each port.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -18,18 +18,18 @@ use crate::link::Link;
 use crate::spdy::{self, Headers};
 use crate::websocket::Channel;
 
-/// Headers of a SPDY stream, in lower case as all of them.
+/// SPDY headers of a stream; names are in lower case.
 const STREAM_TYPE: &str = "streamtype";
 const PORT: &str = "port";
 const REQUEST_ID: &str = "requestid";
-/// Clients count their requests; what is longer is no number.
+/// Maximum length of a request id, bytes; clients send a number.
 const REQUEST_ID_LIMIT: usize = 64;
-/// Streams of a connection that wait for the other of their pair. Each may hold some 64 KiB, and
-/// clients open a pair's streams one right after the other.
+/// Maximum streams of a connection that wait for the other of their pair. Each may hold about 64
+/// KiB, and clients open both streams of a pair directly after each other.
 const WAITING_LIMIT: usize = 32;
-/// Forwards under way on one connection.
+/// Maximum forwarded connections of one client connection.
 const FORWARDS_LIMIT: usize = 256;
-/// Ports of the old WebSocket form: channel numbers are bytes.
+/// Maximum ports of the older WebSocket protocol, whose channel numbers are bytes.
 pub(crate) const PORTS_LIMIT: usize = 127;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +56,7 @@ pub(crate) fn accept(headers: &Headers) -> bool {
         && headers.get(REQUEST_ID).is_none_or(|id| id.len() <= REQUEST_ID_LIMIT)
 }
 
-/// Clients that send no request id open a pair's streams one after the other: error, data.
+/// Key of a pair. Clients that send no request id open the streams in the order error, data.
 fn request_id(stream: &spdy::Stream, part: Part) -> String {
     match (stream.headers.get(REQUEST_ID), part) {
         (Some(id), _) if !id.is_empty() => id.to_owned(),
@@ -65,15 +65,15 @@ fn request_id(stream: &spdy::Stream, part: Part) -> String {
     }
 }
 
-/// Pairs of which one stream is there.
+/// Pairs with one open stream.
 #[derive(Default)]
-struct Halves {
+struct IncompletePairs {
     waiting: HashMap<String, (Part, spdy::Stream)>,
     deadlines: VecDeque<(Instant, String)>,
 }
 
-impl Halves {
-    /// A whole pair, data first.
+impl IncompletePairs {
+    /// Adds a stream; returns the pair if it is complete.
     fn add(&mut self, stream: spdy::Stream, limit: Duration) -> Option<Pair> {
         let part = part(&stream.headers)?;
         let id = request_id(&stream, part);
@@ -85,8 +85,7 @@ impl Halves {
                     Part::Error => Pair { data: first, error: stream },
                 })
             }
-            // The older one is dropped: its client waits for it in vain, as it must with an id
-            // that is not its own.
+            // A duplicate replaces the older stream, which is dropped: the client has reused an id.
             Some(_) | None => {
                 self.deadlines.retain(|(_, waiting)| *waiting != id);
                 self.deadlines.push_back((Instant::now() + limit, id.clone()));
@@ -96,7 +95,7 @@ impl Halves {
         }
     }
 
-    /// The one that waits longest, where too many wait.
+    /// Removes the stream that has waited longest if too many wait.
     fn excess(&mut self) -> Option<(Part, spdy::Stream)> {
         if self.waiting.len() <= WAITING_LIMIT {
             return None;
@@ -105,14 +104,14 @@ impl Halves {
         self.waiting.remove(&id)
     }
 
-    async fn late(&mut self) -> Option<(Part, spdy::Stream)> {
+    async fn timed_out(&mut self) -> Option<(Part, spdy::Stream)> {
         let Some((deadline, id)) = self.deadlines.front() else {
             return std::future::pending().await;
         };
         tokio::time::sleep_until(*deadline).await;
-        let late = self.waiting.remove(id);
+        let timed_out = self.waiting.remove(id);
         self.deadlines.pop_front();
-        late
+        timed_out
     }
 }
 
@@ -127,20 +126,20 @@ pub(crate) async fn over_spdy(
     (link, mut streams): (Link, mpsc::Receiver<spdy::Stream>),
     creation_limit: Duration,
 ) {
-    let mut halves = Halves::default();
+    let mut incomplete = IncompletePairs::default();
     let mut forwards = JoinSet::new();
     loop {
         tokio::select! {
             stream = streams.recv() => {
                 let Some(stream) = stream else { break };
-                let pair = halves.add(stream, creation_limit);
-                if let Some((part, stream)) = halves.excess() {
-                    tracing::debug!(?part, "too many streams wait for the other of their pair");
-                    let words = b"too many connections wait for their data stream";
-                    let ended = give_up(part, stream, words);
+                let pair = incomplete.add(stream, creation_limit);
+                if let Some((part, stream)) = incomplete.excess() {
+                    tracing::debug!(?part, "too many incomplete stream pairs");
+                    let message = b"too many connections wait for their data stream";
+                    let ended = end_incomplete(part, stream, message);
                     tokio::select! {
                         () = ended => {}
-                        () = link.gone.cancelled() => break,
+                        () = link.closed.cancelled() => break,
                     }
                 }
                 let Some(Pair { data, error }) = pair else { continue };
@@ -148,13 +147,13 @@ pub(crate) async fn over_spdy(
                 while forwards.try_join_next().is_some() {}
                 if forwards.len() >= FORWARDS_LIMIT {
                     tracing::debug!(pod, port, "too many forwards on one connection");
-                    let words = format!(
-                        "error forwarding port {port} to pod {pod}: {FORWARDS_LIMIT} connections \
-                         are open already"
+                    let message = format!(
+                        "error forwarding port {port} to pod {pod}: the maximum of \
+                         {FORWARDS_LIMIT} connections is reached"
                     );
                     tokio::select! {
-                        () = refuse(words, &data.outgoing, &error.outgoing) => {}
-                        () = link.gone.cancelled() => break,
+                        () = refuse(message, &data.outgoing, &error.outgoing) => {}
+                        () = link.closed.cancelled() => break,
                     }
                     continue;
                 }
@@ -164,41 +163,41 @@ pub(crate) async fn over_spdy(
                     forward(&*backend, &pod, port, data, error, HalfClose::Yes).await;
                 });
             }
-            late = halves.late() => {
-                if let Some((part, stream)) = late {
-                    tracing::debug!(?part, "the other stream of a pair did not come");
-                    let ended = give_up(part, stream, b"timed out waiting for the data stream");
+            timed_out = incomplete.timed_out() => {
+                if let Some((part, stream)) = timed_out {
+                    tracing::debug!(?part, "timeout waiting for the other stream of a pair");
+                    let ended = end_incomplete(part, stream, b"timed out waiting for the data stream");
                     tokio::select! {
                         () = ended => {}
-                        () = link.gone.cancelled() => break,
+                        () = link.closed.cancelled() => break,
                     }
                 }
             }
             Some(_) = forwards.join_next() => {}
-            () = link.gone.cancelled() => break,
+            () = link.closed.cancelled() => break,
         }
     }
 }
 
-/// Ends a stream whose other one is not there.
-async fn give_up(part: Part, stream: spdy::Stream, words: &'static [u8]) {
+/// Ends a stream without the other of its pair.
+async fn end_incomplete(part: Part, stream: spdy::Stream, message: &'static [u8]) {
     let spdy::Stream { incoming, outgoing, .. } = stream;
     drop(incoming);
     if part == Part::Error {
-        let _ = outgoing.send(Bytes::from_static(words)).await;
+        let _ = outgoing.send(Bytes::from_static(message)).await;
     }
     outgoing.finish().await;
 }
 
-/// Ends a pair with words for its user.
-async fn refuse(words: String, data: &Outgoing, error: &Outgoing) {
-    let _ = error.send(words.into()).await;
+/// Ends a pair with an error text.
+async fn refuse(message: String, data: &Outgoing, error: &Outgoing) {
+    let _ = error.send(message.into()).await;
     data.finish().await;
     error.finish().await;
 }
 
-/// The old form: channels 2n and 2n + 1 are data and error of the nth port, each of which begins
-/// with the port's number in little endian.
+/// The older WebSocket protocol: channels 2n and 2n + 1 are data and error of the nth port; each
+/// starts with the port number, little-endian.
 pub(crate) async fn over_websocket(
     backend: Arc<dyn Backend>,
     pod: &str,
@@ -220,12 +219,12 @@ pub(crate) async fn over_websocket(
     }
     tokio::select! {
         () = async { while forwards.join_next().await.is_some() {} } => {}
-        () = link.gone.cancelled() => return,
+        () = link.closed.cancelled() => return,
     }
     link.finish().await;
 }
 
-/// Whether the client can end its direction.
+/// Whether the client can close its direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum HalfClose {
     Yes,
@@ -246,56 +245,67 @@ async fn forward(
     };
     match connected {
         Ok(stream) => tokio::select! {
-            () = join(stream, incoming, &outgoing, half_close) => {}
+            () = copy_both(stream, incoming, &outgoing, half_close) => {}
             () = outgoing.reset() => {}
         },
         Err(refused) => {
             tracing::debug!(pod, port, error = %refused, "port-forward");
-            let words = format!("error forwarding port {port} to pod {pod}: {refused}");
-            return refuse(words, &outgoing, &error).await;
+            let message = format!("error forwarding port {port} to pod {pod}: {refused}");
+            return refuse(message, &outgoing, &error).await;
         }
     }
     error.finish().await;
 }
 
-/// Until both directions have ended, each on its own.
-async fn join(stream: ByteStream, incoming: Incoming, outgoing: &Outgoing, half_close: HalfClose) {
+/// Copies until both directions have ended.
+async fn copy_both(
+    stream: ByteStream,
+    incoming: Incoming,
+    outgoing: &Outgoing,
+    half_close: HalfClose,
+) {
     let (from_pod, to_pod) = tokio::io::split(stream);
-    let inwards = inwards(incoming, to_pod);
-    let outwards = outwards(from_pod, outgoing);
+    let copy_to_pod = copy_to_pod(incoming, to_pod);
+    let copy_from_pod = copy_from_pod(from_pod, outgoing);
     match half_close {
         HalfClose::Yes => {
-            // An error is a reset, which ends both.
-            let _ = tokio::try_join!(inwards, outwards);
+            // An error is a reset, which ends both directions.
+            let _ = tokio::try_join!(copy_to_pod, copy_from_pod);
         }
         HalfClose::No => tokio::select! {
-            _ = outwards => {}
+            _ = copy_from_pod => {}
             () = async {
-                let _ = inwards.await;
+                let _ = copy_to_pod.await;
                 std::future::pending::<()>().await;
             } => {}
         },
     }
 }
 
-async fn inwards(mut incoming: Incoming, mut to_pod: WriteHalf<ByteStream>) -> Result<(), Reset> {
+async fn copy_to_pod(
+    mut incoming: Incoming,
+    mut to_pod: WriteHalf<ByteStream>,
+) -> Result<(), Reset> {
     while let Some(chunk) = incoming.next().await? {
         let written = async {
             to_pod.write_all(&chunk).await?;
             to_pod.flush().await
         };
         if let Err(error) = written.await {
-            tracing::debug!(%error, "port-forward: the pod takes no more");
+            tracing::debug!(%error, "port-forward: cannot write to the pod");
             return Ok(());
         }
     }
     if let Err(error) = to_pod.shutdown().await {
-        tracing::debug!(%error, "port-forward: end of input");
+        tracing::debug!(%error, "port-forward: cannot shut down");
     }
     Ok(())
 }
 
-async fn outwards(mut from_pod: ReadHalf<ByteStream>, outgoing: &Outgoing) -> Result<(), Reset> {
+async fn copy_from_pod(
+    mut from_pod: ReadHalf<ByteStream>,
+    outgoing: &Outgoing,
+) -> Result<(), Reset> {
     let mut bytes = BytesMut::new();
     loop {
         bytes.reserve(CHUNK);
@@ -303,7 +313,7 @@ async fn outwards(mut from_pod: ReadHalf<ByteStream>, outgoing: &Outgoing) -> Re
             Ok(1..) => outgoing.send(bytes.split().freeze()).await?,
             Ok(0) => break,
             Err(error) => {
-                tracing::debug!(%error, "port-forward: output of the pod");
+                tracing::debug!(%error, "port-forward: cannot read from the pod");
                 break;
             }
         }

@@ -1,10 +1,10 @@
-//! Exec and attach: joins a client's streams to a session's, and tells the end on the error
+//! Exec and attach: connects a client's streams with a process and reports the result on the error
 //! stream.
 //!
 //! ```text
-//! streams there -> process started -> bytes flow -> process over and its output read to the end
-//!       |                |                |              -> status -> goodbye
-//!    too late          refused          client gone: everything dropped, which kills an exec
+//! streams opened -> process started -> copy -> process exited and its output drained
+//!       |                |               |         -> status -> close
+//!    timeout           error        client disconnected: all dropped, which kills an exec
 //! ```
 
 use std::time::Duration;
@@ -22,17 +22,17 @@ use crate::spdy::{self, Headers};
 use crate::status::{Form, Outcome};
 use crate::websocket::Channel;
 
-/// Header of a SPDY stream, in lower case as all of them.
+/// SPDY header of a stream; names are in lower case.
 const STREAM_TYPE: &str = "streamtype";
-/// How long a terminal's process may wait for the client to tell its size.
+/// Time to wait for the client's terminal size before the process is started.
 const FIRST_SIZE_WAIT: Duration = Duration::from_millis(100);
 
-/// Channels of the WebSocket protocols, by number.
+/// Number of channels of the WebSocket protocols.
 pub(crate) const CHANNELS: u8 = 5;
 
-/// The streams that a client asked for.
+/// The streams of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Wanted {
+pub(crate) struct RequestedStreams {
     pub(crate) tty: bool,
     pub(crate) stdin: bool,
     pub(crate) stdout: bool,
@@ -46,7 +46,7 @@ struct Client {
     stderr: Option<Outgoing>,
     error: Option<Outgoing>,
     resize: Option<Incoming>,
-    /// The sending ends of streams that only the client writes to.
+    /// Sending directions of stdin and resize, which are only closed.
     inputs: Vec<Outgoing>,
 }
 
@@ -63,33 +63,33 @@ pub(crate) async fn over_spdy(
     (form, resizes): (Form, bool),
     creation_limit: Duration,
 ) {
-    let Some(wanted) = Wanted::of(&request) else { return };
+    let Some(requested) = RequestedStreams::of(&request) else { return };
     let collected = tokio::select! {
-        collected = tokio::time::timeout(creation_limit, collect(streams, wanted, resizes)) => {
+        collected = tokio::time::timeout(creation_limit, collect(streams, requested, resizes)) => {
             collected
         }
-        () = link.gone.cancelled() => return,
+        () = link.closed.cancelled() => return,
     };
     match collected {
         Ok(Some(client)) => serve(backend, request, client, &link, form).await,
         Ok(None) => return,
-        Err(_) => tracing::debug!(?creation_limit, "client did not open the streams it asked for"),
+        Err(_) => tracing::debug!(?creation_limit, "the client did not open its streams in time"),
     }
     link.finish().await;
 }
 
 async fn collect(
     mut streams: mpsc::Receiver<spdy::Stream>,
-    wanted: Wanted,
+    requested: RequestedStreams,
     resizes: bool,
 ) -> Option<Client> {
     let mut client = Client::default();
     loop {
         let missing = client.error.is_none()
-            || wanted.stdin && client.stdin.is_none()
-            || wanted.stdout && client.stdout.is_none()
-            || wanted.stderr && client.stderr.is_none()
-            || wanted.tty && resizes && client.resize.is_none();
+            || requested.stdin && client.stdin.is_none()
+            || requested.stdout && client.stdout.is_none()
+            || requested.stderr && client.stderr.is_none()
+            || requested.tty && resizes && client.resize.is_none();
         if !missing {
             return Some(client);
         }
@@ -108,33 +108,33 @@ async fn collect(
                 inputs.push(outgoing);
             }
             kind => {
-                tracing::debug!(?kind, "stream is there already");
+                tracing::debug!(?kind, "duplicate stream");
                 outgoing.finish().await;
             }
         }
     }
 }
 
-/// A session over WebSocket channels: 0 to 2 are the process's, 3 errors, 4 resizes.
+/// A session over WebSocket channels: 0 to 2 are stdin, stdout, stderr; 3 is error, 4 is resize.
 pub(crate) async fn over_websocket(
     backend: &dyn Backend,
     request: Request,
     (link, channels): (Link, Vec<Channel>),
     form: Form,
 ) {
-    let Some(wanted) = Wanted::of(&request) else { return };
+    let Some(requested) = RequestedStreams::of(&request) else { return };
     let Ok([stdin, stdout, stderr, error, resize]) = <[Channel; 5]>::try_from(channels) else {
         return;
     };
     let client = Client {
-        stdin: wanted.stdin.then_some(stdin.incoming),
-        stdout: wanted.stdout.then_some(stdout.outgoing),
-        stderr: wanted.stderr.then_some(stderr.outgoing),
+        stdin: requested.stdin.then_some(stdin.incoming),
+        stdout: requested.stdout.then_some(stdout.outgoing),
+        stderr: requested.stderr.then_some(stderr.outgoing),
         error: Some(error.outgoing),
-        resize: wanted.tty.then_some(resize.incoming),
+        resize: requested.tty.then_some(resize.incoming),
         inputs: Vec::new(),
     };
-    // Tells the client that the connection is made.
+    // Signals the client that the connection is established, as kubelet does.
     let first = client.stdout.as_ref().or(client.stderr.as_ref()).or(client.error.as_ref());
     if let Some(first) = first {
         let _ = first.send(Bytes::new()).await;
@@ -143,15 +143,21 @@ pub(crate) async fn over_websocket(
     link.finish().await;
 }
 
-impl Wanted {
-    fn of(request: &Request) -> Option<Wanted> {
+impl RequestedStreams {
+    fn of(request: &Request) -> Option<RequestedStreams> {
         match request {
-            Request::Exec(p) => {
-                Some(Wanted { tty: p.tty, stdin: p.stdin, stdout: p.stdout, stderr: p.stderr })
-            }
-            Request::Attach(p) => {
-                Some(Wanted { tty: p.tty, stdin: p.stdin, stdout: p.stdout, stderr: p.stderr })
-            }
+            Request::Exec(p) => Some(RequestedStreams {
+                tty: p.tty,
+                stdin: p.stdin,
+                stdout: p.stdout,
+                stderr: p.stderr,
+            }),
+            Request::Attach(p) => Some(RequestedStreams {
+                tty: p.tty,
+                stdin: p.stdin,
+                stdout: p.stdout,
+                stderr: p.stderr,
+            }),
             Request::PortForward(_) => None,
         }
     }
@@ -162,7 +168,7 @@ async fn serve(backend: &dyn Backend, request: Request, client: Client, link: &L
     let session = run(backend, request, stdin, [&stdout, &stderr], Sizes::new(resize));
     let outcome = tokio::select! {
         outcome = session => outcome,
-        () = link.gone.cancelled() => return,
+        () = link.closed.cancelled() => return,
     };
     let end = async {
         for output in [stdout, stderr].into_iter().flatten() {
@@ -181,11 +187,11 @@ async fn serve(backend: &dyn Backend, request: Request, client: Client, link: &L
     };
     tokio::select! {
         () = end => {}
-        () = link.gone.cancelled() => {}
+        () = link.closed.cancelled() => {}
     }
 }
 
-/// When it returns, all output is on its way to the client and the session is dropped.
+/// Runs the process. After it returns, all output is queued and the session is dropped.
 async fn run(
     backend: &dyn Backend,
     request: Request,
@@ -193,7 +199,7 @@ async fn run(
     [stdout, stderr]: [&Option<Outgoing>; 2],
     mut sizes: Sizes,
 ) -> Outcome {
-    let tty = Wanted::of(&request).is_some_and(|wanted| wanted.tty);
+    let tty = RequestedStreams::of(&request).is_some_and(|requested| requested.tty);
     let size = match tty {
         true => tokio::time::timeout(FIRST_SIZE_WAIT, sizes.next()).await.ok(),
         false => None,
@@ -219,10 +225,10 @@ async fn run(
     let input = input(stdin, session.stdin.take(), stdin_end);
     let (out, err) = (session.stdout.take(), session.stderr.take());
     let outputs = async { tokio::join!(output(out, stdout), output(err, stderr)) };
-    let life = life(&mut session, &mut sizes);
+    let wait_and_resize = wait_and_resize(&mut session, &mut sizes);
     let over = async {
         if !attached {
-            let (end, _) = tokio::join!(life, outputs);
+            let (end, _) = tokio::join!(wait_and_resize, outputs);
             return match end {
                 Ok(code) => Outcome::Exited(code),
                 Err(e) => Outcome::Failed(format!("error executing command in container: {e}")),
@@ -231,8 +237,8 @@ async fn run(
         tokio::pin!(outputs);
         tokio::select! {
             _ = &mut outputs, if has_output => {}
-            _ = life => {
-                // What was written before the end still comes.
+            _ = wait_and_resize => {
+                // Output that was written before the exit is still sent.
                 outputs.await;
             }
         }
@@ -244,23 +250,23 @@ async fn run(
     }
 }
 
-/// The process until its end, resized meanwhile.
-async fn life(session: &mut Session, sizes: &mut Sizes) -> Result<i32, BackendError> {
+/// Waits for the exit of the process; applies new terminal sizes meanwhile.
+async fn wait_and_resize(session: &mut Session, sizes: &mut Sizes) -> Result<i32, BackendError> {
     loop {
         let size = tokio::select! {
             code = session.process.wait() => return code,
             size = sizes.next() => size,
         };
         if let Err(error) = session.process.resize(size).await {
-            tracing::debug!(%error, ?size, "terminal is not resized");
+            tracing::debug!(%error, ?size, "cannot resize the terminal");
         }
     }
 }
 
-/// Resolves at the client's end of input if that ends the session.
+/// Copies the client's input. Returns at its end only if that ends the session.
 async fn input(from: Option<Incoming>, to: Option<ByteWriter>, at_end: StdinEnd) {
     let (Some(mut from), Some(mut to)) = (from, to) else {
-        // What comes is discarded, and its end means nothing.
+        // Input is discarded and its end ignored.
         return std::future::pending().await;
     };
     while let Ok(Some(chunk)) = from.next().await {
@@ -269,7 +275,7 @@ async fn input(from: Option<Incoming>, to: Option<ByteWriter>, at_end: StdinEnd)
             to.flush().await
         };
         if let Err(error) = written.await {
-            tracing::debug!(%error, "process takes no more input");
+            tracing::debug!(%error, "cannot write to the process' stdin");
             drop(from);
             return std::future::pending().await;
         }
@@ -278,15 +284,15 @@ async fn input(from: Option<Incoming>, to: Option<ByteWriter>, at_end: StdinEnd)
         return;
     }
     if let Err(error) = to.shutdown().await {
-        tracing::debug!(%error, "end of input");
+        tracing::debug!(%error, "cannot shut down stdin");
     }
-    // Of a pipe, only this is the end.
+    // A pipe is closed by the drop.
     drop(to);
     std::future::pending::<()>().await;
 }
 
-/// Reads a process's output to its end. What the client does not want is read all the same: the
-/// process would hang.
+/// Copies a process's output. Output that the client did not request is read and dropped, otherwise
+/// the process would block.
 async fn output(from: Option<ByteReader>, to: &Option<Outgoing>) {
     let Some(mut from) = from else { return };
     let mut to = to.as_ref();
@@ -297,7 +303,7 @@ async fn output(from: Option<ByteReader>, to: &Option<Outgoing>) {
             Ok(0) => return,
             Ok(_) => {}
             Err(error) => {
-                tracing::debug!(%error, "output of a process");
+                tracing::debug!(%error, "cannot read the output of the process");
                 return;
             }
         }

@@ -1,4 +1,4 @@
-//! The resize stream: JSON objects `{"Width":80,"Height":24}` back to back.
+//! The resize stream: concatenated JSON objects `{"Width":80,"Height":24}`.
 
 use bytes::{Buf, BytesMut};
 use serde::Deserialize;
@@ -6,7 +6,7 @@ use serde::Deserialize;
 use crate::backend::TtySize;
 use crate::io::Incoming;
 
-/// What may come before an object is whole: a client that never ends one is not listened to.
+/// Maximum size of an object, bytes; the stream is ignored after a longer one.
 const OBJECT_LIMIT: usize = 1 << 10;
 
 #[derive(Deserialize)]
@@ -27,7 +27,7 @@ impl Sizes {
         Sizes { stream, buffer: BytesMut::new() }
     }
 
-    /// The newest size that has arrived. Pends for ever once no more come. Cancel-safe.
+    /// The newest size received. Pending forever after the end of the stream. Cancel-safe.
     pub(crate) async fn next(&mut self) -> TtySize {
         while let Some(stream) = &mut self.stream {
             match stream.next().await {
@@ -80,7 +80,7 @@ mod tests {
     use crate::io;
 
     #[tokio::test]
-    async fn the_newest_whole_size_counts() {
+    async fn the_newest_complete_size_is_used() {
         let (sender, incoming) = io::incoming();
         let mut sizes = Sizes::new(Some(incoming));
         let both =
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nonsense_and_endless_objects_are_not_listened_to() {
+    async fn the_stream_is_ignored_after_invalid_or_endless_objects() {
         for nonsense in ["hello", "{\"Width\":70000,\"Height\":1}", "[", &" ".repeat(2000)] {
             let (sender, incoming) = io::incoming();
             let mut sizes = Sizes::new(Some(incoming));

@@ -1,4 +1,4 @@
-//! The listener: connections, TLS, and the URLs that lead to them.
+//! The listening socket, TLS, and the issuing of URLs.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,9 +23,9 @@ use crate::http::{self, Shared};
 use crate::link::Peer;
 use crate::pending::{Pending, Request};
 
-/// Connections that wait to be accepted.
+/// Backlog of listen(2).
 const BACKLOG: u32 = 256;
-/// After accept has failed, mostly for want of descriptors.
+/// Delay after a failed accept, usually EMFILE.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until it is dropped, which ends all sessions.
@@ -37,12 +37,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens. Has to be called inside of a tokio runtime.
+    /// Starts to listen. Must be called in a tokio runtime.
     pub fn bind(config: Config, backend: Arc<dyn Backend>) -> Result<Server, Error> {
         let tls = config.tls.as_ref().map(acceptor).transpose()?;
-        let asked = config.address;
+        let requested = config.address;
         let (listener, address) =
-            listen(asked).map_err(|source| Error::Bind { address: asked, source })?;
+            listen(requested).map_err(|source| Error::Bind { address: requested, source })?;
         let scheme = if tls.is_some() { "https" } else { "http" };
         let base_url = format!("{scheme}://{address}");
         let pending = Arc::new(Pending::new(config.url_ttl, config.limits.pending_urls));
@@ -55,7 +55,7 @@ impl Server {
         self.address
     }
 
-    /// Without a slash at its end.
+    /// URL of the server, without a slash at the end.
     pub fn base_url(&self) -> &str {
         &self.base_url
     }
@@ -64,7 +64,7 @@ impl Server {
         let ExecParams { container, command, tty, stdin, stdout, stderr } = &params;
         check(container, *tty, [*stdin, *stdout, *stderr])?;
         if command.is_empty() {
-            return Err(Error::Invalid("the command is missing"));
+            return Err(Error::Invalid("the command is empty"));
         }
         self.url(Request::Exec(params))
     }
@@ -77,7 +77,7 @@ impl Server {
 
     pub fn port_forward_url(&self, params: PortForwardParams) -> Result<String, Error> {
         if params.pod.is_empty() {
-            return Err(Error::Invalid("the pod's id is missing"));
+            return Err(Error::Invalid("the pod id is empty"));
         }
         if params.ports.contains(&0) {
             return Err(Error::Invalid("port 0 cannot be forwarded"));
@@ -93,11 +93,11 @@ impl Server {
 
 fn check(container: &str, tty: bool, [stdin, stdout, stderr]: [bool; 3]) -> Result<(), Error> {
     if container.is_empty() {
-        return Err(Error::Invalid("the container's id is missing"));
+        return Err(Error::Invalid("the container id is empty"));
     }
     if tty && stderr {
         return Err(Error::Invalid(
-            "tty and stderr cannot both be true: a terminal has one output",
+            "tty and stderr cannot both be true, as a terminal has one output",
         ));
     }
     if !stdin && !stdout && !stderr {
@@ -109,7 +109,7 @@ fn check(container: &str, tty: bool, [stdin, stdout, stderr]: [bool; 3]) -> Resu
 fn listen(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket.set_reuseaddr(true)?;
-    // Inherited by connections: a peer that vanishes without a word is noticed some day.
+    // Inherited by connections: detects peers that disappear without closing.
     socket.set_keepalive(true)?;
     socket.bind(address)?;
     let listener = socket.listen(BACKLOG)?;
@@ -141,10 +141,10 @@ fn acceptor(tls: &Tls) -> Result<TlsAcceptor, Error> {
 }
 
 async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, shared: Arc<Shared>) {
-    let room = Arc::new(Semaphore::new(shared.config.limits.connections));
+    let semaphore = Arc::new(Semaphore::new(shared.config.limits.connections));
     let mut connections = JoinSet::new();
     loop {
-        let Ok(place) = room.clone().acquire_owned().await else { return };
+        let Ok(permit) = semaphore.clone().acquire_owned().await else { return };
         let accepted = loop {
             tokio::select! {
                 accepted = listener.accept() => break accepted,
@@ -155,7 +155,7 @@ async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, shared: Arc<Sha
             Ok((socket, _)) => {
                 let (tls, shared) = (tls.clone(), shared.clone());
                 connections.spawn(async move {
-                    let _place = place;
+                    let _permit = permit;
                     if let Err(error) = connection(socket, tls, shared).await {
                         tracing::debug!(%error, "streaming connection");
                     }
@@ -192,7 +192,7 @@ async fn connection(
     }
 }
 
-/// One request, and the session that it leads to.
+/// Handles one request and its session.
 async fn exchange(
     socket: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     shared: &Arc<Shared>,

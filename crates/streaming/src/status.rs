@@ -1,16 +1,16 @@
-//! How a session's end is told on the error stream. From protocol version 4 on, as a Status of
-//! meta/v1 in JSON; before that, an error's words, or nothing after a success.
+//! Result of a session on the error stream: from protocol version 4 on a meta/v1 Status in JSON;
+//! before, the error text, or nothing on success.
 
 use bytes::Bytes;
 use serde::Serialize;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// An exec'd command's exit code.
+    /// Exit code of an exec.
     Exited(i32),
-    /// An attached session is over.
+    /// End of an attach session.
     Done,
-    /// There was no process, or its end is not known.
+    /// The process could not be started, or its exit code is unknown.
     Failed(String),
 }
 
@@ -74,7 +74,7 @@ impl Outcome {
         let (reason, cause, code) = match self {
             Outcome::Done | Outcome::Exited(0) => (None, None, None),
             Outcome::Exited(code) => {
-                // Clients read eight bits, and nothing else as a failure.
+                // Clients read eight bits, and treat 0 as success.
                 let code = Some(code & 0xff).filter(|c| *c != 0).unwrap_or(255);
                 let cause = Cause { reason: Some("ExitCode"), message: code.to_string() };
                 (Some("NonZeroExitCode"), Some(cause), None)
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn success_is_a_status_from_version_4_on_and_nothing_before() {
+    fn success_is_a_status_from_version_4_on_and_empty_before() {
         for outcome in [Outcome::Done, Outcome::Exited(0)] {
             assert_eq!(
                 json(outcome.clone()),
@@ -124,13 +124,13 @@ mod tests {
             serde_json::json!([{"reason": "ExitCode", "message": "7"}])
         );
         assert!(Outcome::Exited(7).encode(Form::Text).ends_with(b"exit code 7"));
-        for (code, told) in [(-1, "255"), (256, "255"), (137, "137")] {
-            assert_eq!(json(Outcome::Exited(code))["details"]["causes"][0]["message"], told);
+        for (code, expected) in [(-1, "255"), (256, "255"), (137, "137")] {
+            assert_eq!(json(Outcome::Exited(code))["details"]["causes"][0]["message"], expected);
         }
     }
 
     #[test]
-    fn a_failure_is_an_internal_error_with_its_words() {
+    fn a_failure_is_an_internal_error_with_its_text() {
         let status = json(Outcome::Failed("no such container".into()));
         assert_eq!(status["reason"], "InternalError");
         assert_eq!(status["code"], 500);

@@ -1,4 +1,5 @@
-//! CreateContainer: root, cgroup, volumes, specification, and an init process that waits.
+//! CreateContainer: mounts the root file system and volumes, creates the cgroup, completes the OCI
+//! spec and starts an init process that waits for StartContainer.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,34 +7,34 @@ use std::sync::Arc;
 use agent_api::v1;
 use oci_spec::runtime::{LinuxDevice, LinuxResources, Process as OciProcess, Spec};
 
-use super::process::{Life, Process};
+use super::process::{Process, Status};
 use super::rootfs::Rootfs;
-use super::volumes::Staged;
+use super::volumes::StagedVolumes;
 use super::{Container, Parts, namespaces, streams};
 use crate::agent::{Agent, Owner};
+use crate::blocking::{LOOKUP_TIMEOUT, MOUNT_TIMEOUT};
 use crate::error::{Error, Result};
 use crate::guest::inroot::Root;
-use crate::lanes::{LOOK_UP, MOUNT};
 use crate::oci::cgroup::Cgroup;
 use crate::oci::console::ConsoleSocket;
 use crate::oci::create::Bundle;
 use crate::oci::helper::Streams;
-use crate::oci::spec::{Bind, InUserNamespace, Surroundings, complete};
+use crate::oci::spec::{Bind, SpecContext, UserNamespaceContext, complete};
 use crate::oci::user::Database;
 use crate::oci::userns::{Mapping, UserNamespace};
 use crate::oci::{apparmor, device_filter, devices};
 
-/// Containers of a pod, ended ones included: each holds mounts, a cgroup and buffers.
+/// Maximum containers of a pod, stopped ones included: each holds mounts, a cgroup and buffers.
 const MAX_CONTAINERS: usize = 512;
 
-/// Answers the init process' pid and user.
+/// Returns the pid and the user of the init process.
 pub async fn create(
     agent: &Arc<Agent>,
     request: v1::CreateContainerRequest,
 ) -> Result<v1::CreateContainerReply> {
     let id = request.container_id.clone();
     crate::ids::check("container_id", &id)?;
-    let _turn = agent.verb(&id).await;
+    let _guard = agent.lock_container(&id).await;
     {
         let state = agent.lock();
         if state.containers.contains_key(&id) {
@@ -53,21 +54,21 @@ pub async fn create(
         Ok(reply) => Ok(reply),
         Err(error) => {
             if let Err(second) = parts.dismantle(agent).await {
-                tracing::error!(container = id, error = %second.chain(), "left behind");
+                tracing::error!(container = id, error = %second.chain(), "cannot clean up");
             }
-            agent.empty_trash();
+            agent.delete_trash();
             if let Err(second) = release_huge_pages(agent, &id).await {
-                tracing::error!(container = id, error = %second.chain(), "left behind");
+                tracing::error!(container = id, error = %second.chain(), "cannot clean up");
             }
-            if let Err(second) = agent.lock().volumes.remove_of(&id) {
-                tracing::error!(container = id, error = %second.chain(), "left behind");
+            if let Err(second) = agent.lock().volumes.remove_container_volumes(&id) {
+                tracing::error!(container = id, error = %second.chain(), "cannot clean up");
             }
             Err(error)
         }
     }
 }
 
-/// What `build` has to give to a new container.
+/// Builds the container; what was built is in `parts` also after a failure.
 async fn build(
     agent: &Arc<Agent>,
     request: &v1::CreateContainerRequest,
@@ -82,18 +83,18 @@ async fn build(
         None => None,
     };
     if !request.apparmor_policies.is_empty() {
-        // Never into the host's kernel.
-        agent.config.has_devices()?;
+        // Policies are never loaded into the host's kernel.
+        agent.config.require_vm()?;
         apparmor::load(&request.apparmor_policies)?;
     }
     let rootfs = Rootfs::mount(agent, id, wanted, userns.as_ref()).await?;
     let rootfs = parts.rootfs.insert(rootfs).path();
     let cgroup = parts.cgroup.insert(agent.pod_cgroup.create(id)?).clone();
-    let volumes = parts.volumes.insert(Staged::new(agent, id));
+    let volumes = parts.volumes.insert(StagedVolumes::new(agent, id));
     let mut binds = volumes.stage(agent, &request.volumes, userns.as_ref()).await?;
     let pid = namespaces::pid_namespace(agent, request, userns.as_deref()).await?;
     let hostname = agent.lock().pod.as_ref().map(|pod| pod.hostname.clone()).unwrap_or_default();
-    let lane = agent.lanes.of_container(id);
+    let pool = agent.pools.for_container(id);
     let (at, root_user) = (rootfs.clone(), userns.as_ref().map(|userns| userns.mapping.root()));
     let open = move || {
         let root = Root::open(&at)?;
@@ -101,15 +102,16 @@ async fn build(
         let users = Database::read(&root);
         Ok((Arc::new(root), users))
     };
-    let (root, users) = lane.run("look up users in the root", LOOK_UP, open).await?;
+    let (root, users) =
+        pool.run("read the user database of the root", LOOKUP_TIMEOUT, open).await?;
     if let Some(layer) = parts.rootfs.as_ref().and_then(Rootfs::layer) {
-        binds.extend(volumes.stage_of_image(&root, layer, &wanted.volumes).await?);
+        binds.extend(volumes.stage_image_volumes(&root, layer, &wanted.volumes).await?);
     }
-    let asked = spec.linux().as_ref().and_then(|linux| linux.resources().clone());
+    let requested = spec.linux().as_ref().and_then(|linux| linux.resources().clone());
     if !request.block_devices.is_empty() {
-        agent.config.has_devices()?;
+        agent.config.require_vm()?;
     }
-    let extra = Devices::find(agent, request, &asked.unwrap_or_default(), userns.is_some())?;
+    let extra = Devices::find(agent, request, &requested.unwrap_or_default(), userns.is_some())?;
     let (mqueue, userns_path) =
         (agent.config.base.join("mqueue"), userns.as_ref().map(|u| u.path()));
     if userns.is_some() {
@@ -118,17 +120,17 @@ async fn build(
     let (mut spec, resources) = complete(
         spec,
         &users,
-        &Surroundings {
+        &SpecContext {
             rootfs: &rootfs,
             read_only: wanted.read_only,
             cgroup: cgroup.path(),
             pid,
             shm: &agent.config.base.join("shm"),
             binds: &binds,
-            shared_mounts: Staged::is_shared(&request.volumes),
+            shared_mounts: StagedVolumes::is_shared(&request.volumes),
             devices: extra.in_dev,
             userns: userns.as_ref().zip(userns_path.as_ref()).map(|(userns, path)| {
-                InUserNamespace { path, mapping: &userns.mapping, mqueue: &mqueue }
+                UserNamespaceContext { path, mapping: &userns.mapping, mqueue: &mqueue }
             }),
             hostname: &hostname,
             tty: request.tty,
@@ -143,7 +145,7 @@ async fn build(
     if let Some(userns) = &userns {
         cgroup.delegate(userns.mapping.root())?;
     }
-    if agent.config.has_devices().is_ok() {
+    if agent.config.require_vm().is_ok() {
         reserve_huge_pages(agent, id, &resources).await?;
     }
     cgroup.apply(&resources)?;
@@ -151,41 +153,43 @@ async fn build(
         .process_mut()
         .take()
         .ok_or_else(|| Error::invalid("oci_spec.process", "is missing"))?;
-    let (cwd, nodes) = (process.cwd().clone(), extra.elsewhere);
-    // A working directory that the image does not hold is made, in the volume if it lies in one.
-    let in_volume = in_volume(&cwd, &binds);
-    if let Some((source, below)) = in_volume.clone() {
-        // Without a hold on the root, which could not be unmounted while this hangs.
+    let (cwd, nodes) = (process.cwd().clone(), extra.outside_dev);
+    // A working directory that does not exist is created, as runc does; in the volume if it is inside
+    // one.
+    let enclosing_volume = enclosing_volume(&cwd, &binds);
+    if let Some((source, below)) = enclosing_volume.clone() {
+        // Holds no descriptor of the root, so a hung volume does not prevent its unmount.
         let owner = root.owner();
         let make = move || Root::open(&source)?.owned_by(owner).make_dirs(&below);
-        lane.run("make the working directory in its volume", LOOK_UP, make).await?;
+        pool.run("create the working directory in its volume", LOOKUP_TIMEOUT, make).await?;
     }
     let make = move || {
-        if in_volume.is_none() {
+        if enclosing_volume.is_none() {
             root.make_dirs(&cwd)?;
         }
         make_targets(&root, &binds)?;
         nodes.iter().try_for_each(|node| root.make_node(node))
     };
-    lane.run("make the working directory and mount points", LOOK_UP, make).await?;
+    pool.run("create the working directory and mount points", LOOKUP_TIMEOUT, make).await?;
     let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
-    let rlimits = limits_before(&process, userns.is_some());
-    spec.set_process(Some(inside(process.clone(), userns.is_some())));
+    let rlimits = rlimits_before_userns(&process, userns.is_some());
+    spec.set_process(Some(without_rlimits(process.clone(), userns.is_some())));
 
-    let number = agent.lock().number();
+    let number = agent.lock().allocate_number();
     let bundle = parts.bundle.insert(Bundle::new(&agent.config.base, number, spec)?);
     let console = if request.tty { Some(ConsoleSocket::new(bundle.dir())?) } else { None };
     let owner = owner(&process, userns.as_deref())?;
-    let (given, ends) = if request.tty {
+    let (child_stdio, ends) = if request.tty {
         (Streams::null(), None)
     } else {
-        let (given, ends) = streams::pipes(request.stdin, owner)?;
-        (given, Some(ends))
+        let (child_stdio, ends) = streams::pipes(request.stdin, owner)?;
+        (child_stdio, Some(ends))
     };
-    let expecting = agent.expect_child();
+    let spawn_guard = agent.begin_spawn();
     let path = console.as_ref().map(|console| console.path().to_owned());
-    let made = bundle.create(given, path, rlimits, |pid| agent.know_helper(pid)).await?;
-    let mut init = Process::new(made.pid, Life::Created);
+    let spawned =
+        bundle.create(child_stdio, path, rlimits, |pid| agent.register_helper(pid)).await?;
+    let mut init = Process::new(spawned.pid, Status::Created);
     match (ends, &console) {
         (Some(ends), _) => ends.connect(&mut init, request.stdin_once)?,
         (None, Some(console)) => {
@@ -199,7 +203,7 @@ async fn build(
     let others = user.additional_gids().clone().unwrap_or_default();
     let others = others.into_iter().filter(|gid| *gid != user.gid());
     let reply = v1::CreateContainerReply {
-        pid: made.pid.unsigned_abs(),
+        pid: spawned.pid.unsigned_abs(),
         uid: user.uid(),
         gid: user.gid(),
         groups: std::iter::once(user.gid()).chain(others).collect(),
@@ -210,14 +214,14 @@ async fn build(
         execs: std::collections::BTreeMap::new(),
         oom_kills: 0,
         parts: std::mem::take(parts),
-        start: Some(made.start),
+        start: Some(spawned.start),
         process,
         seccomp,
         userns,
     };
     agent.lock().containers.insert(id.clone(), container);
-    agent.adopt(made.pid, Owner::Process { container: id.clone(), exec: String::new() });
-    drop(expecting);
+    agent.track(spawned.pid, Owner::Process { container: id.clone(), exec: String::new() });
+    drop(spawn_guard);
     Ok(reply)
 }
 
@@ -226,29 +230,29 @@ async fn reserve_huge_pages(
     id: &str,
     resources: &LinuxResources,
 ) -> Result<()> {
-    let lane = agent.lanes.of_container(id);
+    let pool = agent.pools.for_container(id);
     let (agent, id, resources) = (Arc::clone(agent), id.to_owned(), resources.clone());
-    let work = move || agent.huge_pages.reserve(&id, &resources, |id| agent.has_ended(id));
-    lane.run("reserve huge pages", MOUNT, work).await
+    let work = move || agent.huge_pages.reserve(&id, &resources, |id| agent.has_exited(id));
+    pool.run("reserve huge pages", MOUNT_TIMEOUT, work).await
 }
 
 pub(super) async fn release_huge_pages(agent: &Arc<Agent>, id: &str) -> Result<()> {
-    let lane = agent.lanes.of_removal(id);
+    let pool = agent.pools.for_removal(id);
     let (agent, id) = (Arc::clone(agent), id.to_owned());
     let work = move || {
         agent.huge_pages.release(&id);
         Ok(())
     };
-    lane.run("release huge pages", MOUNT, work).await
+    pool.run("release huge pages", MOUNT_TIMEOUT, work).await
 }
 
-/// Devices beyond those that every container has.
+/// Device nodes beyond the default ones of the OCI runtime spec.
 #[derive(Default)]
 struct Devices {
-    /// libcontainer makes these.
+    /// Below `/dev`; created by libcontainer.
     in_dev: Vec<LinuxDevice>,
-    /// ... and refuses these, whose nodes are made in the root file system.
-    elsewhere: Vec<LinuxDevice>,
+    /// Elsewhere, which libcontainer refuses; created in the root file system.
+    outside_dev: Vec<LinuxDevice>,
     rules: Vec<oci_spec::runtime::LinuxDeviceCgroup>,
 }
 
@@ -260,22 +264,20 @@ impl Devices {
         in_user_namespace: bool,
     ) -> Result<Self> {
         if in_user_namespace && !request.block_devices.is_empty() {
-            return Err(Error::invalid(
-                "block_devices",
-                "nobody in a user namespace could open them",
-            ));
+            return Err(Error::invalid("block_devices", "cannot be opened in a user namespace"));
         }
         let mut found = Self::default();
         if devices::allows_all(resources) {
-            // In a user namespace nodes are mounts of the guest's, so there are only those that it has.
-            let of_guest = agent.config.has_devices().is_ok() && !in_user_namespace;
-            found.in_dev = if of_guest { devices::all_of_guest() } else { devices::all() };
+            // In a user namespace nodes are bind mounts of the guest's nodes, so only existing ones
+            // are possible.
+            let of_guest = agent.config.require_vm().is_ok() && !in_user_namespace;
+            found.in_dev = if of_guest { devices::all_with_loops() } else { devices::all() };
         }
         for volume in devices::block_volumes(&request.block_devices)? {
             let place = if volume.node.path().starts_with("/dev") {
                 &mut found.in_dev
             } else {
-                &mut found.elsewhere
+                &mut found.outside_dev
             };
             place.push(volume.node);
             found.rules.push(volume.rule);
@@ -284,31 +286,31 @@ impl Devices {
     }
 }
 
-/// The guest's ids of a process' user.
+/// The user of a process as uid and gid outside of the user namespace.
 pub(super) fn owner(process: &OciProcess, userns: Option<&UserNamespace>) -> Result<(u32, u32)> {
     let (uid, gid) = (process.user().uid(), process.user().gid());
     userns.map_or(Ok((uid, gid)), |userns| userns.mapping.outside(uid, gid))
 }
 
-/// Limits that the process' maker has to have before it enters a user namespace, where nobody may
-/// raise any.
-fn limits_before(
+/// Rlimits to set before the process joins a user namespace, where raising one needs a capability
+/// it lacks.
+fn rlimits_before_userns(
     process: &OciProcess,
     in_user_namespace: bool,
 ) -> Vec<oci_spec::runtime::PosixRlimit> {
     if in_user_namespace { process.rlimits().clone().unwrap_or_default() } else { Vec::new() }
 }
 
-/// See [`limits_before`].
-fn inside(mut process: OciProcess, in_user_namespace: bool) -> OciProcess {
+/// The process without its rlimits in a user namespace; see [`rlimits_before_userns`].
+fn without_rlimits(mut process: OciProcess, in_user_namespace: bool) -> OciProcess {
     if in_user_namespace {
         process.set_rlimits(None);
     }
     process
 }
 
-/// The folder that is mounted as a volume around a path, and the path in it.
-fn in_volume(path: &Path, binds: &[Bind]) -> Option<(PathBuf, PathBuf)> {
+/// The innermost volume that contains `path`: its directory, and the path relative to it.
+fn enclosing_volume(path: &Path, binds: &[Bind]) -> Option<(PathBuf, PathBuf)> {
     let (bind, below) = binds
         .iter()
         .filter_map(|bind| Some((bind, path.strip_prefix(&bind.destination).ok()?)))
@@ -316,7 +318,7 @@ fn in_volume(path: &Path, binds: &[Bind]) -> Option<(PathBuf, PathBuf)> {
     bind.directory.then(|| (bind.source.clone(), below.to_owned()))
 }
 
-/// What volumes are mounted on, unless it lies in another volume: then libcontainer makes it.
+/// Creates the mount points of volumes; libcontainer creates those inside other volumes.
 fn make_targets(root: &Root, binds: &[Bind]) -> Result<()> {
     for bind in binds {
         let nested = binds.iter().any(|other| {
@@ -331,8 +333,8 @@ fn make_targets(root: &Root, binds: &[Bind]) -> Result<()> {
 }
 
 impl Parts {
-    /// Takes everything down, last built first; goes on past failures. What is left may be tried
-    /// again.
+    /// Removes all parts in reverse order; continues after a failure. May be called again for what
+    /// is left.
     pub async fn dismantle(&mut self, agent: &Agent) -> Result<()> {
         let mut result = Ok(());
         if let Some(bundle) = self.bundle.take() {

@@ -1,4 +1,4 @@
-//! Exec: a further process in a running container.
+//! Exec: starts a further process in a running container.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -11,37 +11,37 @@ use nix::sys::stat::Mode;
 use oci_spec::runtime::Process as OciProcess;
 use serde_json::{Map, Value};
 
-use super::process::{Life, Process};
+use super::process::{Process, Status};
 use super::streams::{self, Ends};
 use crate::agent::{Agent, Owner};
-use crate::error::{Doing, Error, Result};
+use crate::blocking::LOOKUP_TIMEOUT;
+use crate::error::{Context, Error, Result};
 use crate::guest::inroot::Root;
-use crate::lanes::LOOK_UP;
 use crate::oci::exec::{self, Program, Target};
-use crate::oci::helper::{Made, Streams};
+use crate::oci::helper::{Spawned, Streams};
 use crate::oci::spec::{Groups, complete_process};
 use crate::oci::user::Database;
 use crate::stdio::pty;
 
-/// Exec records of one container, ended but uncollected ones included: each may hold a window of
-/// output.
+/// Maximum execs of one container, including exited ones that were not collected: each may hold a
+/// window of output.
 const MAX_EXECS: usize = 512;
 
-/// From an init process' death until it is known here.
-const ENDING: Duration = Duration::from_millis(200);
+/// Time in which the death of an init process is reaped.
+const INIT_EXIT_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Returns the pid.
 pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
     crate::ids::check("exec_id", &request.exec_id)?;
-    agent.sweep_execs();
+    agent.remove_collected_execs();
     let (target, userns, base, seccomp, hostname, number, proc) = {
         let mut state = agent.lock();
-        let number = state.number();
+        let number = state.allocate_number();
         let full = state.events.is_full();
         let hostname = state.pod.as_ref().map(|pod| pod.hostname.clone()).unwrap_or_default();
         let container = state.container(&request.container_id)?;
-        if container.init.life != Life::Running {
-            return Err(stopped(&request.container_id));
+        if container.init.status != Status::Running {
+            return Err(not_running_error(&request.container_id));
         }
         if container.execs.contains_key(&request.exec_id) {
             return Err(Error::Exists { what: "exec", id: request.exec_id });
@@ -59,89 +59,93 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
         let userns = container.userns.clone();
         let target =
             Target { pid: container.init.pid, cgroup: cgroup.dir(), userns: userns.is_some() };
-        // While the lock is held, the pid cannot have been given to another process.
-        let proc = proc_folder(target.pid)?;
+        // The pid cannot have been reused while the lock is held: children are reaped under it.
+        let proc = open_proc_dir(target.pid)?;
         (target, userns, base, container.seccomp.clone(), hostname, number, proc)
     };
-    // Without a user the process has the container's own, whose groups and home are known.
+    // Without a user the exec runs as the container's user, whose groups and home are known.
     let users = if request.user.is_empty() {
         Database::default()
     } else {
-        let lane = agent.lanes.of_container(&request.container_id);
+        let pool = agent.pools.for_container(&request.container_id);
         tokio::select! {
-            users = lane.run("look up the user in /etc", LOOK_UP, move || Ok(users_of(&proc))) => {
+            users = pool.run("read the user database in /etc", LOOKUP_TIMEOUT, move || {
+                Ok(read_users(&proc))
+            }) => {
                 users?
             }
-            () = ended(agent, &request.container_id) => return Err(stopped(&request.container_id)),
+            () = wait_for_init_exit(agent, &request.container_id) => return Err(not_running_error(&request.container_id)),
         }
     };
     let mut process = merge(&base, &request.oci_process)?;
     process.set_terminal(Some(request.tty));
-    // The container's own groups are complete.
+    // The container's own groups are already merged.
     let groups = if request.user.is_empty() { Groups::Given } else { Groups::Merged };
     complete_process(&mut process, &users, &request.user, groups, &hostname)?;
     let owner = super::create::owner(&process, userns.as_deref())?;
     let program = Program { process, seccomp };
 
-    let (given, ends, sockets) = if request.tty {
+    let (child_stdio, ends, sockets) = if request.tty {
         let pair = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
-            .doing(|| "make a console socket".to_owned())?;
+            .context(|| "create a console socket".to_owned())?;
         (Streams::null(), None, Some(pair))
     } else {
-        let (given, ends) = streams::pipes(request.stdin, owner)?;
-        (given, Some(ends), None)
+        let (child_stdio, ends) = streams::pipes(request.stdin, owner)?;
+        (child_stdio, Some(ends), None)
     };
     let (receiver, sender) = sockets.unzip();
     let file = agent.config.base.join(format!("exec-{number}.json"));
-    let expecting = agent.expect_child();
-    let made = exec::start(target, &program, &file, given, sender, |pid| {
-        agent.know_helper(pid);
+    let spawn_guard = agent.begin_spawn();
+    let spawned = exec::start(target, &program, &file, child_stdio, sender, |pid| {
+        agent.register_helper(pid);
     });
-    let made = match made.await {
-        Ok(made) => made,
-        Err(error) => return Err(not_running(agent, &request.container_id).await.unwrap_or(error)),
+    let spawned = match spawned.await {
+        Ok(spawned) => spawned,
+        Err(error) => {
+            return Err(init_exit_error(agent, &request.container_id).await.unwrap_or(error));
+        }
     };
-    // Its end is kept aside until it is adopted below, or forgotten if it failed to start.
-    let pid = made.pid;
-    if let Err(error) = take_charge(agent, &request, made, ends, receiver, owner).await {
-        // A program that could not be run has told so, and is ending. Any other would run unknown.
+    // From here its exit is kept until it is registered below.
+    let pid = spawned.pid;
+    if let Err(error) = register_exec(agent, &request, spawned, ends, receiver, owner).await {
+        // A failed execve has been reported and the process exits. Any other process would run
+        // untracked.
         if !matches!(error, Error::Command { .. }) {
-            agent.give_up(pid);
+            agent.kill_untracked(pid);
         }
         return Err(error);
     }
     let owner = Owner::Process { container: request.container_id, exec: request.exec_id };
-    agent.adopt(pid, owner);
-    drop(expecting);
+    agent.track(pid, owner);
+    drop(spawn_guard);
     Ok(pid)
 }
 
-/// A process' folder of /proc, which outlives the process, but never becomes another one's.
-fn proc_folder(pid: i32) -> Result<OwnedFd> {
+/// An O_PATH descriptor of `/proc/<pid>`: valid after the process, and never another process' one.
+fn open_proc_dir(pid: i32) -> Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let path = format!("/proc/{pid}");
-    open(path.as_str(), flags, Mode::empty()).doing(|| format!("open {path}"))
+    open(path.as_str(), flags, Mode::empty()).context(|| format!("open {path}"))
 }
 
-/// As the container sees them: something may be mounted over the image's /etc, and it may not
-/// answer.
-fn users_of(proc: &OwnedFd) -> Database {
+/// The user database as the container sees it. A mount over the image's /etc may not answer.
+fn read_users(proc: &OwnedFd) -> Database {
     Root::open(format!("/proc/self/fd/{}/root", proc.as_raw_fd()).as_ref())
         .map(|root| Database::read(&root))
         .unwrap_or_default()
 }
 
-/// Waits until the program runs, and makes it known.
-async fn take_charge(
+/// Waits for the execve of the program, connects its streams and records the exec.
+async fn register_exec(
     agent: &Agent,
     request: &v1::ExecRequest,
-    made: Made,
+    spawned: Spawned,
     ends: Option<Ends>,
     receiver: Option<OwnedFd>,
     owner: (u32, u32),
 ) -> Result<()> {
-    made.start.wait().await?;
-    let mut process = Process::new(made.pid, Life::Running);
+    spawned.start.wait().await?;
+    let mut process = Process::new(spawned.pid, Status::Running);
     match (ends, receiver) {
         (Some(ends), _) => ends.connect(&mut process, true)?,
         (None, Some(receiver)) => {
@@ -158,29 +162,29 @@ async fn take_charge(
     Ok(())
 }
 
-fn stopped(container: &str) -> Error {
+fn not_running_error(container: &str) -> Error {
     Error::Precondition(format!("container {container:?} is not running"))
 }
 
-/// A command that fails to come up beside an init that is just ending has failed because of that.
-async fn not_running(agent: &Agent, container: &str) -> Option<Error> {
-    let ended = ended(agent, container);
-    tokio::time::timeout(ENDING, ended).await.ok().map(|()| stopped(container))
+/// The error to return if the exec failed because the container's init exited at the same time.
+async fn init_exit_error(agent: &Agent, container: &str) -> Option<Error> {
+    let ended = wait_for_init_exit(agent, container);
+    tokio::time::timeout(INIT_EXIT_TIMEOUT, ended).await.ok().map(|()| not_running_error(container))
 }
 
-/// Waits for the end of a container's init process.
-async fn ended(agent: &Agent, container: &str) {
+/// Waits for the exit of a container's init process.
+async fn wait_for_init_exit(agent: &Agent, container: &str) {
     loop {
         let reaped = agent.reaped.notified();
-        if agent.lock().containers.get(container).is_none_or(|found| found.init.is_ended()) {
+        if agent.lock().containers.get(container).is_none_or(|found| found.init.is_stopped()) {
             return;
         }
         reaped.await;
     }
 }
 
-/// The request's process over the container's: fields that it does not have are the container's,
-/// and variables are added to the container's.
+/// The request's process merged over the container's: missing or empty fields are the container's,
+/// and variables are appended to it.
 fn merge(base: &OciProcess, partial: &[u8]) -> Result<OciProcess> {
     let bad = |error: serde_json::Error| Error::invalid("oci_process", error.to_string());
     let mut merged = serde_json::to_value(base).map_err(bad)?;
@@ -214,7 +218,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_partial_process_is_laid_over_the_containers() {
+    fn an_exec_process_is_merged_over_the_containers_process() {
         let base: OciProcess = serde_json::from_str(
             r#"{"cwd":"/srv","args":["main"],"env":["A=1","B=2"],"user":{"uid":5,"gid":6},
                 "noNewPrivileges":true}"#,

@@ -1,6 +1,6 @@
-//! EROFS images on disks, mounted once at `<base>/images/<serial>` whatever the number of
-//! containers that stand on one or have it as a volume. In a pod without a VM they are files of the
-//! host, behind loop devices.
+//! EROFS images on disks. Each is mounted once at `<base>/images/<serial>` and shared by all
+//! containers that use it as root file system or volume. In a pod without a VM they are host files
+//! behind loop devices.
 
 use std::collections::HashMap;
 use std::fs;
@@ -10,10 +10,10 @@ use nix::mount::MsFlags;
 
 use super::rootfs::{detach, mount_at, unmount};
 use crate::agent::Agent;
-use crate::error::{Doing, Error, Result};
+use crate::blocking::{MOUNT_TIMEOUT, Pool, with_timeout};
+use crate::error::{Context, Error, Result};
 use crate::guest::devices;
 use crate::guest::loop_device::Loop;
-use crate::lanes::{Lane, MOUNT, in_time};
 
 /// Mounted images by serial.
 #[derive(Debug, Default)]
@@ -25,61 +25,63 @@ struct Mounted {
     path: PathBuf,
 }
 
-/// An image in use; has to be given back with [`release`].
+/// A reference to a mounted image; returned with [`release`].
 #[derive(Debug)]
 pub struct Image {
-    /// None: a folder instead of a disk, in tests.
+    /// None: a directory instead of a disk, in tests.
     serial: Option<String>,
     path: PathBuf,
 }
 
 impl Image {
-    /// Where its content is.
+    /// The mount point.
     pub fn path(&self) -> &PathBuf {
         &self.path
     }
 }
 
-pub async fn take(agent: &Agent, lane: &Lane, serial: &str) -> Result<Image> {
-    if let Some(folder) = serial.strip_prefix("dir:") {
-        if !agent.config.folders_as_disks {
-            return Err(Error::invalid("disk serial", "names a folder, not a disk"));
+pub async fn acquire(agent: &Agent, pool: &Pool, serial: &str) -> Result<Image> {
+    if let Some(dir) = serial.strip_prefix("dir:") {
+        if !agent.config.dirs_as_disks {
+            return Err(Error::invalid("disk serial", "names a directory, not a disk"));
         }
-        return Ok(Image { serial: None, path: PathBuf::from(folder) });
+        return Ok(Image { serial: None, path: PathBuf::from(dir) });
     }
-    let mut images = in_time("wait for the images", MOUNT, agent.images.lock()).await?;
+    let mut images = with_timeout("lock the images", MOUNT_TIMEOUT, agent.images.lock()).await?;
     if let Some(mounted) = images.0.get_mut(serial) {
         mounted.users += 1;
         return Ok(Image { serial: Some(serial.to_owned()), path: mounted.path.clone() });
     }
-    let path = mount(agent, lane, serial).await?;
+    let path = mount(agent, pool, serial).await?;
     images.0.insert(serial.to_owned(), Mounted { users: 1, path: path.clone() });
     Ok(Image { serial: Some(serial.to_owned()), path })
 }
 
-async fn mount(agent: &Agent, lane: &Lane, serial: &str) -> Result<PathBuf> {
-    let folder = agent.config.base.join("images");
+async fn mount(agent: &Agent, pool: &Pool, serial: &str) -> Result<PathBuf> {
+    let dir = agent.config.base.join("images");
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
     let (target, result) = if let Some(file) = serial.strip_prefix(agent_api::host_pod::FILE) {
         let mounts = agent.config.host()?.mounts.clone();
-        let target = folder.join(agent.lock().number().to_string());
+        let target = dir.join(agent.lock().allocate_number().to_string());
         let (file, at) = (PathBuf::from(file), target.clone());
         let work = move || {
             let image = mounts.open(&file)?;
             let device = Loop::of(&image)
-                .doing(|| format!("set up a loop device for image {}", file.display()))?;
+                .context(|| format!("set up a loop device for image {}", file.display()))?;
             mount_at(device.node(), &at, "erofs", flags, "")
         };
         let late = target.clone();
-        let mounted = lane.run_or_undo("mount the image", MOUNT, work, move |()| detach(&late));
+        let mounted =
+            pool.run_or_undo("mount the image", MOUNT_TIMEOUT, work, move |()| detach(&late));
         (target, mounted.await)
     } else {
-        agent.config.has_devices()?;
+        agent.config.require_vm()?;
         let node = devices::disk_node(serial)?;
-        let target = folder.join(serial);
+        let target = dir.join(serial);
         let (at, late) = (target.clone(), target.clone());
         let work = move || mount_at(&node, &at, "erofs", flags, "");
-        let mounted = lane.run_or_undo("mount the image", MOUNT, work, move |()| detach(&late));
+        let mounted =
+            pool.run_or_undo("mount the image", MOUNT_TIMEOUT, work, move |()| detach(&late));
         (target, mounted.await)
     };
     match result {
@@ -91,16 +93,16 @@ async fn mount(agent: &Agent, lane: &Lane, serial: &str) -> Result<PathBuf> {
     }
 }
 
-pub async fn release(agent: &Agent, lane: &Lane, image: Image) -> Result<()> {
+pub async fn release(agent: &Agent, pool: &Pool, image: Image) -> Result<()> {
     let Some(serial) = image.serial else { return Ok(()) };
-    let mut images = in_time("wait for the images", MOUNT, agent.images.lock()).await?;
+    let mut images = with_timeout("lock the images", MOUNT_TIMEOUT, agent.images.lock()).await?;
     let Some(mounted) = images.0.get_mut(&serial) else { return Ok(()) };
     mounted.users -= 1;
     if mounted.users > 0 {
         return Ok(());
     }
     images.0.remove(&serial);
-    unmount(lane, &image.path).await?;
+    unmount(pool, &image.path).await?;
     let _ = fs::remove_dir(&image.path);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Containers and what can be done with them, one verb a file.
+//! Containers and the requests on them, one request per file.
 
 pub mod create;
 pub mod exec;
@@ -25,16 +25,16 @@ use crate::oci::cgroup::Cgroup;
 use crate::oci::create::Bundle;
 use crate::oci::helper::StartPipe;
 use crate::oci::userns::UserNamespace;
-use crate::reaper::Ended;
+use crate::reaper::ExitStatus;
 use process::Process;
 use rootfs::Rootfs;
-use volumes::Staged;
+use volumes::StagedVolumes;
 
-/// What a container stands on; taken down in reverse, also when only some of it was built.
+/// Resources of a container; removed in reverse order, also after an incomplete creation.
 #[derive(Debug, Default)]
 pub struct Parts {
     pub rootfs: Option<Rootfs>,
-    pub volumes: Option<Staged>,
+    pub volumes: Option<StagedVolumes>,
     pub cgroup: Option<Cgroup>,
     pub bundle: Option<Bundle>,
 }
@@ -44,13 +44,13 @@ pub struct Container {
     pub init: Process,
     pub execs: BTreeMap<String, Process>,
     pub parts: Parts,
-    /// Tells whether the program runs; taken by the first StartContainer.
+    /// Reports whether the program was executed; taken by StartContainer.
     pub start: Option<StartPipe>,
-    /// As completed; execs take from it what they do not say themselves.
+    /// The completed process of the OCI spec; defaults of execs.
     pub process: OciProcess,
     pub seccomp: Option<LinuxSeccomp>,
     pub userns: Option<Arc<UserNamespace>>,
-    /// OOM kills that were told.
+    /// OOM kills that were reported.
     pub oom_kills: u64,
 }
 
@@ -59,8 +59,8 @@ impl Container {
         self.parts.cgroup.as_ref().map_or(0, Cgroup::oom_kills)
     }
 
-    /// An event if there were OOM kills since the last look.
-    pub fn new_oom(&mut self, id: &str) -> Option<v1::Oom> {
+    /// An event if there were OOM kills since the last call.
+    pub fn take_oom(&mut self, id: &str) -> Option<v1::Oom> {
         let now = self.oom_kills_now();
         if now <= self.oom_kills {
             return None;
@@ -69,21 +69,26 @@ impl Container {
         Some(v1::Oom { container_id: id.to_owned() })
     }
 
-    /// Records the end of a process; after init's, everything else in the container is killed.
-    pub fn process_ended(&mut self, id: &str, exec_id: &str, status: Ended) -> Option<v1::Exit> {
+    /// Records the exit of a process. After the exit of init all other processes are killed.
+    pub fn process_exited(
+        &mut self,
+        id: &str,
+        exec_id: &str,
+        status: ExitStatus,
+    ) -> Option<v1::Exit> {
         let kills = self.oom_kills;
         if !exec_id.is_empty() {
             let process = self.execs.get_mut(exec_id)?;
-            let oom = kills > process.oom_kills_before && status.by_kill();
-            return Some(process.ended(id, exec_id, status, oom));
+            let oom = kills > process.oom_kills_before && status.is_sigkill();
+            return Some(process.set_stopped(id, exec_id, status, oom));
         }
-        // Its own PID namespace would see to it, a shared one does not.
+        // The kernel does this in a PID namespace of its own, but not in a shared one.
         if let Some(cgroup) = &self.parts.cgroup
             && let Err(error) = cgroup.kill()
         {
-            tracing::error!(container = id, error = %error.chain(), "cannot kill the rest");
+            tracing::error!(container = id, error = %error.chain(), "cannot kill the cgroup");
         }
         self.start = None;
-        Some(self.init.ended(id, "", status, kills > 0))
+        Some(self.init.set_stopped(id, "", status, kills > 0))
     }
 }

@@ -1,4 +1,4 @@
-//! The namespaces that containers of a pod share, made at first use.
+//! The namespaces that containers of a pod share (PID, user), created at first use.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,16 +22,16 @@ pub(super) async fn pid_namespace(
         Ok(v1::PidMode::Container) => Ok(PidNamespace::Own),
         Ok(v1::PidMode::Node) if userns.is_some() => Err(Error::invalid(
             "pid_mode",
-            "processes of the node cannot be shared with a user namespace",
+            "the node's PID namespace cannot be used with a user namespace",
         )),
         Ok(v1::PidMode::Node) => Ok(PidNamespace::Guest),
         Ok(v1::PidMode::Pod) => Ok(of(pod_pid_1(agent, userns).await?)),
         Ok(v1::PidMode::Target) => {
             let state = agent.lock();
             let target = &state.container(&request.pid_target)?.init;
-            if target.is_ended() {
+            if target.is_stopped() {
                 return Err(Error::Precondition(format!(
-                    "container {:?}, whose processes were to be shared, has ended",
+                    "target container {:?} has ended",
                     request.pid_target
                 )));
             }
@@ -43,45 +43,46 @@ pub(super) async fn pid_namespace(
 
 /// PID 1 of the pod's shared PID namespace, made at first use.
 async fn pod_pid_1(agent: &Arc<Agent>, userns: Option<&UserNamespace>) -> Result<i32> {
-    let _making = agent.pod_pid_making.lock().await;
+    let _making = agent.pod_pid_lock.lock().await;
     if let Some(pid) = agent.lock().pod_pid {
         return Ok(pid);
     }
-    let expecting = agent.expect_child();
-    let pid = pod_pid::make(userns.map(UserNamespace::path), |pid| agent.know_helper(pid)).await?;
+    let spawn_guard = agent.begin_spawn();
+    let pid =
+        pod_pid::make(userns.map(UserNamespace::path), |pid| agent.register_helper(pid)).await?;
     agent.lock().pod_pid = Some(pid);
-    agent.adopt(pid, Owner::PodPid);
-    drop(expecting);
+    agent.track(pid, Owner::PodPid);
+    drop(spawn_guard);
     Ok(pid)
 }
 
-/// The pod's user namespace. All containers that have one have the same.
+/// The pod's user namespace, shared by all containers that have one.
 pub(super) async fn user_namespace(
     agent: &Arc<Agent>,
     mapping: Mapping,
 ) -> Result<Arc<UserNamespace>> {
-    // Its sysctls would be the host's.
-    agent.config.has_devices()?;
+    // A user namespace needs sysctls that would change the host.
+    agent.config.require_vm()?;
     let mut made = agent.userns.lock().await;
     let userns = match &*made {
         Some(userns) if userns.mapping == mapping => Arc::clone(userns),
         Some(_) => {
             return Err(Error::invalid(
                 "oci_spec.linux.uidMappings",
-                "another container of the pod has other ones",
+                "another container of the pod has a different mapping",
             ));
         }
         None => {
-            let expecting = agent.expect_child();
+            let spawn_guard = agent.begin_spawn();
             let userns =
-                UserNamespace::make(mapping, |pid| agent.adopt(pid, Owner::Helper)).await?;
-            drop(expecting);
-            identity::open_network_to_all()?;
+                UserNamespace::make(mapping, |pid| agent.track(pid, Owner::Helper)).await?;
+            drop(spawn_guard);
+            identity::allow_unprivileged_network()?;
             Arc::clone(made.insert(Arc::new(userns)))
         }
     };
     let shm = agent.config.base.join("shm");
-    crate::guest::shm::open_to(&shm, &userns.mapping)?;
-    agent.lock().volumes.belong_to(&userns.mapping)?;
+    crate::guest::shm::set_owner(&shm, &userns.mapping)?;
+    agent.lock().volumes.set_mapping(&userns.mapping)?;
     Ok(userns)
 }

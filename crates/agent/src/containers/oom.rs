@@ -1,5 +1,5 @@
-//! Notices OOM kills when they happen: `memory.events` of each container's cgroup raises an inotify
-//! event when a count in it changes (kernel Documentation/admin-guide/cgroup-v2.rst).
+//! Reports OOM kills when they happen: `memory.events` of each container's cgroup raises an inotify
+//! event when a counter in it changes (kernel Documentation/admin-guide/cgroup-v2.rst).
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -10,14 +10,14 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 
 use crate::agent::Agent;
-use crate::error::{Doing, Result};
+use crate::error::{Context, Result};
 use crate::oci::cgroup::Cgroup;
 use crate::stdio::{Channel, channel};
 
 #[derive(Debug)]
 pub struct Watch {
     inotify: Inotify,
-    /// The same, for the event loop.
+    /// The same descriptor, registered with tokio.
     channel: Channel,
     containers: Mutex<HashMap<WatchDescriptor, String>>,
 }
@@ -25,13 +25,14 @@ pub struct Watch {
 impl Watch {
     pub fn new() -> Result<Self> {
         let what = || "watch for OOM kills".to_owned();
-        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).doing(what)?;
-        let fd = inotify.as_fd().try_clone_to_owned().doing(what)?;
-        let channel = channel(fd).doing(what)?;
+        let inotify =
+            Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).context(what)?;
+        let fd = inotify.as_fd().try_clone_to_owned().context(what)?;
+        let channel = channel(fd).context(what)?;
         Ok(Self { inotify, channel, containers: Mutex::default() })
     }
 
-    /// The kernel drops the watch together with the cgroup.
+    /// Watches a cgroup. The kernel drops the watch together with the cgroup.
     pub fn add(&self, container: &str, cgroup: &Cgroup) {
         let path = cgroup.dir().join("memory.events");
         match self.inotify.add_watch(&path, AddWatchFlags::IN_MODIFY) {
@@ -39,12 +40,12 @@ impl Watch {
                 let mut all = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
                 all.insert(watch, container.to_owned());
             }
-            // No memory controller: no limit either, so no kill.
+            // Without the memory controller there is no limit and no OOM kill.
             Err(error) => tracing::info!(container, %error, "OOM kills are not watched"),
         }
     }
 
-    /// Containers whose counts may have changed.
+    /// Waits for containers whose counters may have changed.
     async fn next(&self) -> std::io::Result<Vec<String>> {
         let mut ready = self.channel.readable().await?;
         let mut names = Vec::new();
@@ -66,20 +67,20 @@ impl Watch {
     }
 }
 
-/// Turns kills into events, for ever.
+/// Pushes an event for each OOM kill; never returns unless inotify fails.
 pub async fn run(agent: Arc<Agent>) {
     loop {
         let names = match agent.oom.next().await {
             Ok(names) => names,
             Err(error) => {
-                tracing::error!(%error, "OOM kills are told with the exits only");
+                tracing::error!(%error, "OOM kills are reported with exits only");
                 return;
             }
         };
         let mut state = agent.lock();
         for name in names {
             let Ok(container) = state.container_mut(&name) else { continue };
-            if let Some(oom) = container.new_oom(&name) {
+            if let Some(oom) = container.take_oom(&name) {
                 state.events.push(v1::event::Event::Oom(oom));
             }
         }

@@ -1,4 +1,4 @@
-//! RemoveContainer: ends what runs, then takes the container down. Unknown ids are removed already.
+//! RemoveContainer: kills all processes, then removes the container. An unknown id is success.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,15 +7,15 @@ use super::create::release_huge_pages;
 use crate::agent::Agent;
 use crate::error::{Error, Result};
 
-/// From SIGKILL until the init process is gone.
+/// Time from SIGKILL to the exit of all processes.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
 pub async fn remove(agent: &Arc<Agent>, id: &str) -> Result<()> {
-    let _turn = agent.verb(id).await;
+    let _guard = agent.lock_container(id).await;
     let mut parts = {
         let mut state = agent.lock();
         let Some(container) = state.containers.get_mut(id) else {
-            return state.volumes.remove_of(id);
+            return state.volumes.remove_container_volumes(id);
         };
         if let Some(cgroup) = &container.parts.cgroup {
             cgroup.kill()?;
@@ -31,7 +31,7 @@ pub async fn remove(agent: &Arc<Agent>, id: &str) -> Result<()> {
     let removed = {
         let mut state = agent.lock();
         if let Err(error) = ended.and(dismantled) {
-            // Kept, so that the caller can try again.
+            // Kept, so that the caller can retry.
             if let Some(container) = state.containers.get_mut(id) {
                 container.parts = parts;
             }
@@ -41,9 +41,9 @@ pub async fn remove(agent: &Arc<Agent>, id: &str) -> Result<()> {
             container.init.close();
             container.execs.values().for_each(super::process::Process::close);
         }
-        state.volumes.remove_of(id)
+        state.volumes.remove_container_volumes(id)
     };
-    agent.empty_trash();
+    agent.delete_trash();
     removed.and(release_huge_pages(agent, id).await)
 }
 
@@ -52,8 +52,8 @@ async fn wait_for_end(agent: &Agent, id: &str) -> Result<()> {
         loop {
             let reaped = agent.reaped.notified();
             let running = agent.lock().containers.get(id).is_some_and(|container| {
-                !container.init.is_ended()
-                    || container.execs.values().any(|process| !process.is_ended())
+                !container.init.is_stopped()
+                    || container.execs.values().any(|process| !process.is_stopped())
             });
             if !running {
                 return;
@@ -62,7 +62,7 @@ async fn wait_for_end(agent: &Agent, id: &str) -> Result<()> {
         }
     };
     tokio::time::timeout(KILL_DEADLINE, wait).await.map_err(|_| Error::Deadline {
-        doing: format!("end of killed container {id:?}"),
+        operation: format!("wait for the exit of killed container {id:?}"),
         after: KILL_DEADLINE,
     })
 }

@@ -1,8 +1,8 @@
-//! A container's root file system: the image's EROFS disk below, a writable layer above, joined by
-//! overlayfs at `<base>/containers/<id>/rootfs`. In the layer:
+//! A container's root file system: overlayfs of the image's EROFS disk and a writable layer at
+//! `<base>/containers/<id>/rootfs`. Content of the layer:
 //! ```text
-//! data, work     overlayfs' own
-//! volumes/<n>    the image's VOLUMEs, mounts of their own
+//! data, work     upperdir and workdir of overlayfs
+//! volumes/<n>    VOLUMEs of the image, mounted separately
 //! ```
 
 use std::fs;
@@ -18,54 +18,54 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::images::{self, Image};
 use crate::agent::Agent;
-use crate::error::{Doing, Error, Result};
+use crate::blocking::{MOUNT_TIMEOUT, Pool, with_timeout};
+use crate::error::{Context, Error, Result};
 use crate::guest::devices;
 use crate::guest::host_mounts::HostMounts;
 use crate::guest::quota::Limits;
-use crate::guest::scratch::{Folder, Purpose};
+use crate::guest::scratch::{Purpose, ScratchDir};
 use crate::guest::tree::Tree;
 use crate::guest::volumes::open_dir;
-use crate::lanes::{Lane, MOUNT, in_time};
 use crate::oci::userns::UserNamespace;
 
-/// A container's mount namespace goes away a moment after its last process.
+/// Time in which a mount may stay busy: the mount namespace ends shortly after its last process.
 const BUSY_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Of a disk that is one container's: nothing on it has to survive a crash, so no barriers; what is
-/// deleted is given back to the host.
+/// Options of a disk for one container: no barriers, as nothing has to survive a crash; discard, to
+/// free deleted blocks on the host.
 const EXT4_OPTIONS: &str = "discard,nobarrier";
 
-/// Folder of a layer in which the image's VOLUMEs are.
+/// Directory of a layer for the image's VOLUMEs.
 pub const VOLUMES: &str = "volumes";
 
-/// Where what a container writes comes from, if it is mounted for it.
+/// Source of a writable layer that is mounted for the container.
 enum Source {
     Tmpfs,
-    /// A virtio-blk disk of its own, as hosts of former releases give it.
+    /// A separate virtio-blk disk, as hosts of earlier releases attach it.
     Disk(PathBuf),
-    /// Of the host, for a pod without a VM.
-    Folder {
+    /// A host directory, for a pod without a VM.
+    Directory {
         mounts: Arc<HostMounts>,
-        folder: PathBuf,
+        dir: PathBuf,
     },
 }
 
-/// What a container writes goes here.
+/// Location of a writable layer.
 #[derive(Debug, Clone)]
 pub enum Layer {
-    /// A file system of its own.
+    /// A separate file system.
     Own(PathBuf),
-    /// A folder of the host, beside other files.
+    /// A directory in a host file system.
     Host(PathBuf),
-    /// A folder of the pod's scratch disk.
-    Scratch(Folder),
+    /// A directory of the pod's scratch disk.
+    Scratch(ScratchDir),
 }
 
 impl Layer {
     pub fn path(&self) -> &Path {
         match self {
             Self::Own(path) | Self::Host(path) => path,
-            Self::Scratch(folder) => folder.path(),
+            Self::Scratch(dir) => dir.path(),
         }
     }
 }
@@ -75,11 +75,11 @@ impl Source {
         if serial.is_empty() {
             return Ok(Self::Tmpfs);
         }
-        if let Some(folder) = serial.strip_prefix(agent_api::host_pod::FOLDER) {
+        if let Some(dir) = serial.strip_prefix(agent_api::host_pod::FOLDER) {
             let mounts = agent.config.host()?.mounts.clone();
-            return Ok(Self::Folder { mounts, folder: folder.into() });
+            return Ok(Self::Directory { mounts, dir: dir.into() });
         }
-        agent.config.has_devices()?;
+        agent.config.require_vm()?;
         devices::disk_node(serial).map(Self::Disk)
     }
 
@@ -91,12 +91,12 @@ impl Source {
                 mount_at(Path::new("upper"), target, "tmpfs", flags, "mode=0755")
             }
             Self::Disk(node) => mount_at(node, target, "ext4", flags, EXT4_OPTIONS),
-            Self::Folder { mounts, folder } => {
-                let what = || format!("mount {} at {}", folder.display(), target.display());
-                let (tree, _) = mounts.copy(folder)?;
-                tree.propagation(MsFlags::MS_PRIVATE).doing(what)?;
-                fs::create_dir_all(target).doing(what)?;
-                tree.attach(target).doing(what)
+            Self::Directory { mounts, dir } => {
+                let what = || format!("mount {} at {}", dir.display(), target.display());
+                let (tree, _) = mounts.copy(dir)?;
+                tree.propagation(MsFlags::MS_PRIVATE).context(what)?;
+                fs::create_dir_all(target).context(what)?;
+                tree.attach(target).context(what)
             }
         }
     }
@@ -104,20 +104,20 @@ impl Source {
 
 #[derive(Debug)]
 pub struct Rootfs {
-    lane: Lane,
-    removal: Lane,
+    pool: Pool,
+    removal: Pool,
     dir: PathBuf,
     layer: Option<Layer>,
     image: Option<Image>,
-    /// What is mounted, in order.
+    /// Mount points, in mount order.
     mounted: Vec<PathBuf>,
 }
 
-/// Undoes a mount that was made after its deadline, when nobody knows of it any more.
+/// Undoes a mount that succeeded after its deadline.
 pub(super) fn detach(target: &Path) {
     let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
     if let Err(error) = umount2(target, flags) {
-        tracing::warn!(target = %target.display(), %error, "mount made too late is left behind");
+        tracing::warn!(target = %target.display(), %error, "cannot unmount a late mount");
     }
 }
 
@@ -129,33 +129,34 @@ pub(super) fn mount_at(
     data: &str,
 ) -> Result<()> {
     let what = || format!("mount {} ({kind}) at {}", source.display(), target.display());
-    fs::create_dir_all(target).doing(what)?;
-    mount(Some(source), target, Some(kind), flags, Some(data)).doing(what)
+    fs::create_dir_all(target).context(what)?;
+    mount(Some(source), target, Some(kind), flags, Some(data)).context(what)
 }
 
-pub(super) async fn unmount(lane: &Lane, target: &Path) -> Result<()> {
+pub(super) async fn unmount(pool: &Pool, target: &Path) -> Result<()> {
     let deadline = tokio::time::Instant::now() + BUSY_DEADLINE;
     let mut pause = Duration::from_millis(1);
     loop {
         let path = target.to_owned();
         let work = move || Ok(umount2(&path, MntFlags::UMOUNT_NOFOLLOW));
-        let result = lane.run(&format!("unmount {}", target.display()), MOUNT, work).await?;
+        let result =
+            pool.run(&format!("unmount {}", target.display()), MOUNT_TIMEOUT, work).await?;
         match result {
-            // EINVAL: not a mount point (any more).
+            // EINVAL: not a mount point.
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
             Err(Errno::EBUSY) if tokio::time::Instant::now() < deadline => {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_millis(100));
             }
             Err(error) => {
-                return Err(error).doing(|| format!("unmount {}", target.display()));
+                return Err(error).context(|| format!("unmount {}", target.display()));
             }
         }
     }
 }
 
 impl Rootfs {
-    /// With a user namespace the image's files belong to its ids, and so does what is written.
+    /// In a user namespace the files of the image and of the layer have its ids.
     pub async fn mount(
         agent: &Agent,
         id: &str,
@@ -163,8 +164,8 @@ impl Rootfs {
         userns: Option<&Arc<UserNamespace>>,
     ) -> Result<Self> {
         let mut rootfs = Self {
-            lane: agent.lanes.of_container(id),
-            removal: agent.lanes.of_removal(id),
+            pool: agent.pools.for_container(id),
+            removal: agent.pools.for_removal(id),
             dir: agent.config.base.join("containers").join(id),
             layer: None,
             image: None,
@@ -174,7 +175,7 @@ impl Rootfs {
             Ok(()) => Ok(rootfs),
             Err(error) => {
                 if let Err(second) = rootfs.unmount(agent).await {
-                    tracing::error!(container = id, error = %second.chain(), "left behind");
+                    tracing::error!(container = id, error = %second.chain(), "cannot clean up");
                 }
                 Err(error)
             }
@@ -187,7 +188,7 @@ impl Rootfs {
         wanted: &v1::RootFs,
         userns: Option<&Arc<UserNamespace>>,
     ) -> Result<()> {
-        let image = images::take(agent, &self.lane, &wanted.lower_serial).await?;
+        let image = images::acquire(agent, &self.pool, &wanted.lower_serial).await?;
         let mut lower = self.image.insert(image).path().clone();
         if let Some(userns) = userns {
             let (image, userns) = (lower, Arc::clone(userns));
@@ -195,7 +196,9 @@ impl Rootfs {
             let (at, late) = (lower.clone(), lower.clone());
             self.mounted.push(lower.clone());
             let work = move || mount_mapped(&image, &at, &userns);
-            self.lane.run_or_undo("mount the image", MOUNT, work, move |()| detach(&late)).await?;
+            self.pool
+                .run_or_undo("mount the image", MOUNT_TIMEOUT, work, move |()| detach(&late))
+                .await?;
         }
         let (uid, gid) = userns.map_or((0, 0), |userns| userns.mapping.root());
         let upper = self.make_layer(agent, wanted).await?;
@@ -204,16 +207,16 @@ impl Rootfs {
         self.mounted.push(target);
         let join = move || {
             let (data, work) = (upper.join("data"), upper.join("work"));
-            // A disk that was used before carries the mark of a volatile mount, which overlayfs
-            // refuses; within one boot what was written is there all the same.
+            // A disk that was used before has the marker of a volatile mount, which overlayfs
+            // refuses. Within one boot its data is complete.
             let _ = fs::remove_dir_all(&work);
             for dir in [&data, &work] {
-                fs::create_dir_all(dir).doing(|| format!("make {}", dir.display()))?;
+                fs::create_dir_all(dir).context(|| format!("make {}", dir.display()))?;
             }
-            // Overlayfs shows it as the container's `/`.
-            chown(&data, Some(uid), Some(gid)).doing(|| "give the root to its user".to_owned())?;
-            // metacopy off: a file's metadata must not depend on the image staying attached.
-            // volatile: the layer dies with the pod, so syncing it is of no use to anybody.
+            // The root of the upperdir becomes `/` of the container.
+            chown(&data, Some(uid), Some(gid)).context(|| "chown the root directory".to_owned())?;
+            // metacopy=off: a file's metadata must not depend on the attached image.
+            // volatile: the layer ends with the pod, so sync would have no effect.
             let data = format!(
                 "lowerdir={},upperdir={},workdir={},metacopy=off,volatile",
                 lower.display(),
@@ -222,37 +225,39 @@ impl Rootfs {
             );
             mount_at(Path::new("overlay"), &at, "overlay", MsFlags::empty(), &data)
         };
-        self.lane.run_or_undo("mount the root", MOUNT, join, move |()| detach(&late)).await
+        self.pool
+            .run_or_undo("mount the root file system", MOUNT_TIMEOUT, join, move |()| detach(&late))
+            .await
     }
 
-    /// Answers where it is.
+    /// Creates the writable layer and returns its path.
     async fn make_layer(&mut self, agent: &Agent, wanted: &v1::RootFs) -> Result<PathBuf> {
         let layer = if let Some(scratch) = &wanted.scratch {
-            agent.config.has_devices()?;
+            agent.config.require_vm()?;
             if !wanted.upper_serial.is_empty() {
-                let why = "given with a scratch folder";
-                return Err(Error::invalid("rootfs.upper_serial", why));
+                let reason = "given with a scratch directory";
+                return Err(Error::invalid("rootfs.upper_serial", reason));
             }
             let limits = Limits { bytes: scratch.bytes, inodes: scratch.inodes };
             let wait = Arc::clone(&agent.scratch).lock_owned();
-            let mut disk = in_time("wait for the scratch disk", MOUNT, wait).await?;
+            let mut disk = with_timeout("lock the scratch disk", MOUNT_TIMEOUT, wait).await?;
             let work = move || disk.make(Purpose::Container, limits);
-            Layer::Scratch(self.lane.run("make the writable layer", MOUNT, work).await?)
+            Layer::Scratch(self.pool.run("make the writable layer", MOUNT_TIMEOUT, work).await?)
         } else {
             let source = Source::of(agent, &wanted.upper_serial)?;
-            let is_folder = matches!(source, Source::Folder { .. });
+            let is_dir = matches!(source, Source::Directory { .. });
             let upper = self.dir.join("upper");
             let (target, late) = (upper.clone(), upper.clone());
             self.mounted.push(upper.clone());
             let work = move || source.mount(&target);
             let undo = move |()| detach(&late);
-            self.lane.run_or_undo("mount the writable layer", MOUNT, work, undo).await?;
-            if is_folder { Layer::Host(upper) } else { Layer::Own(upper) }
+            self.pool.run_or_undo("mount the writable layer", MOUNT_TIMEOUT, work, undo).await?;
+            if is_dir { Layer::Host(upper) } else { Layer::Own(upper) }
         };
         Ok(self.layer.insert(layer).path().to_owned())
     }
 
-    /// The joined root.
+    /// Mount point of the overlayfs.
     pub fn path(&self) -> PathBuf {
         self.dir.join("rootfs")
     }
@@ -261,8 +266,8 @@ impl Rootfs {
         self.layer.as_ref()
     }
 
-    /// Takes everything down; goes on past failures, may be repeated after one. What is to be deleted
-    /// then is in the scratch disk's trash.
+    /// Unmounts everything; continues after a failure and may be called again. The layer's files
+    /// are moved to the trash of the scratch disk.
     pub async fn unmount(&mut self, agent: &Agent) -> Result<()> {
         let mut result = Ok(());
         let mut left = Vec::new();
@@ -282,12 +287,14 @@ impl Rootfs {
             if let Some(image) = self.image.take() {
                 result = images::release(agent, &self.removal, image).await;
             }
-            if let Some(Layer::Scratch(folder)) = self.layer.take() {
+            if let Some(Layer::Scratch(dir)) = self.layer.take() {
                 let wait = Arc::clone(&agent.scratch).lock_owned();
-                let discarded = match in_time("wait for the scratch disk", MOUNT, wait).await {
+                let discarded = match with_timeout("lock the scratch disk", MOUNT_TIMEOUT, wait)
+                    .await
+                {
                     Ok(mut disk) => {
-                        let work = move || disk.discard(&folder);
-                        self.removal.run("discard the writable layer", MOUNT, work).await
+                        let work = move || disk.discard(&dir);
+                        self.removal.run("discard the writable layer", MOUNT_TIMEOUT, work).await
                     }
                     Err(error) => Err(error),
                 };
@@ -300,11 +307,11 @@ impl Rootfs {
     }
 }
 
-/// The image as the user namespace sees it.
+/// Mounts the image with ids mapped into the user namespace.
 fn mount_mapped(image: &Path, at: &Path, userns: &UserNamespace) -> Result<()> {
     let what = || format!("map the ids of image {}", image.display());
-    fs::create_dir_all(at).doing(what)?;
-    let tree = Tree::copy(open_dir(image)?.as_fd()).doing(what)?;
-    tree.map_ids(userns.as_fd()).doing(what)?;
-    tree.attach(at).doing(what)
+    fs::create_dir_all(at).context(what)?;
+    let tree = Tree::copy(open_dir(image)?.as_fd()).context(what)?;
+    tree.map_ids(userns.as_fd()).context(what)?;
+    tree.attach(at).context(what)
 }

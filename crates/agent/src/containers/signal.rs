@@ -1,4 +1,4 @@
-//! SignalProcess and ResizeTty.
+//! SignalProcess.
 
 use std::time::Duration;
 
@@ -6,57 +6,58 @@ use nix::errno::Errno;
 
 use super::process::{Process, unix_time_ns};
 use crate::agent::Agent;
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
 /// SIGRTMAX of Linux.
 const MAX_SIGNAL: u32 = 64;
 pub(super) const SIGKILL: u32 = 9;
 
-/// From a program's start until it has set up its signals, if it ever does.
-const SETTING_UP: Duration = Duration::from_secs(5);
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
-/// Looks in a row that must find the signal blocked: fork(2) and its like in libraries block all
-/// signals for a moment, and what a PID 1 gets in that moment is dropped afterwards.
-const BLOCKED_LOOKS: usize = 3;
+/// Time after the start in which a program may set up its signal handlers.
+const HANDLER_TIMEOUT: Duration = Duration::from_secs(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// Polls in a row that must find the signal blocked: fork(3) and some libraries block all signals
+/// for a moment, and a signal to PID 1 in that moment is dropped afterwards.
+const BLOCKED_POLLS: usize = 3;
 
-/// Waits until PID 1 of a PID namespace, started a moment ago, handles, ignores or waits for a
-/// signal: before that the kernel would drop it. Any other process is not waited for.
-pub async fn until_set_up(agent: &Agent, id: &str, exec_id: &str, signal: u32) {
+/// Waits until a recently started PID 1 of a PID namespace handles, ignores or blocks a signal:
+/// before that the kernel drops it. Returns at once for other processes.
+pub async fn wait_for_handler(agent: &Agent, id: &str, exec_id: &str, signal: u32) {
     let mut blocked = 0;
     loop {
         {
             let state = agent.lock();
             let Ok(process) = state.process(id, exec_id) else { return };
-            if process.is_ended() || !is_young(process) {
+            if process.is_stopped() || !started_recently(process) {
                 return;
             }
-            // The pid is still this process': it would be reaped under the same lock.
+            // The pid cannot have been reused: children are reaped under the same lock.
             let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid));
             match status.ok().and_then(|status| disposition(&status, signal)) {
                 Some(Disposition::Dropped) => blocked = 0,
-                Some(Disposition::Blocked) if blocked + 1 < BLOCKED_LOOKS => blocked += 1,
+                Some(Disposition::Blocked) if blocked + 1 < BLOCKED_POLLS => blocked += 1,
                 _ => return,
             }
         }
-        tokio::time::sleep(LOOK_AGAIN).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
-fn is_young(process: &Process) -> bool {
+fn started_recently(process: &Process) -> bool {
     let age = unix_time_ns().saturating_sub(process.started_unix_ns);
-    process.started_unix_ns > 0 && u128::try_from(age).is_ok_and(|age| age < SETTING_UP.as_nanos())
+    process.started_unix_ns > 0
+        && u128::try_from(age).is_ok_and(|age| age < HANDLER_TIMEOUT.as_nanos())
 }
 
-/// What becomes of a signal that is sent now.
+/// Effect of a signal that is sent now.
 #[derive(Debug, PartialEq, Eq)]
 enum Disposition {
     Taken,
     Blocked,
-    /// To PID 1 of a PID namespace, by the kernel.
+    /// By the kernel: PID 1 of a PID namespace without a handler.
     Dropped,
 }
 
-/// Parses `/proc/<pid>/status` (proc_pid_status(5)); None if it is not understood.
+/// Parses `/proc/<pid>/status` (proc_pid_status(5)); None if a field is missing.
 fn disposition(status: &str, signal: u32) -> Option<Disposition> {
     let field = |name: &str| {
         status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
@@ -72,7 +73,7 @@ fn disposition(status: &str, signal: u32) -> Option<Disposition> {
 
 pub fn signal(agent: &Agent, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
     if signal > MAX_SIGNAL {
-        return Err(Error::invalid("signal", format!("{signal} is not one")));
+        return Err(Error::invalid("signal", format!("{signal} is not a signal number")));
     }
     let state = agent.lock();
     let process = state.process(id, exec_id)?;
@@ -81,28 +82,28 @@ pub fn signal(agent: &Agent, id: &str, exec_id: &str, signal: u32, all: bool) ->
         if signal == SIGKILL {
             return cgroup.kill();
         }
-        // A process that is just being made may be missed, as with every such loop.
+        // A process that is forked during the loop may be missed.
         for pid in cgroup.processes() {
             send(pid, signal)?;
         }
         return Ok(());
     }
-    if process.is_ended() {
+    if process.is_stopped() {
         return Err(Error::Precondition("the process has ended".to_owned()));
     }
     if !exec_id.is_empty() && signal == SIGKILL {
-        // A command is the leader of a session: one that is given up takes along what it started.
+        // An exec leads a session: its process group is killed with it.
         send(-process.pid, signal)?;
     }
     send(process.pid, signal)
 }
 
-/// The pid cannot have been given to another process: ours are reaped under the same lock that
-/// says whether they have ended. Real-time signals have no name in nix, so the number is used.
+/// The pid cannot have been reused: children are reaped under the lock that the caller holds. A
+/// number, as nix has no real-time signals.
 fn send(pid: i32, signal: u32) -> Result<()> {
     match crate::oci::raw_kill(pid, signal as i32) {
         Ok(()) | Err(Errno::ESRCH) => Ok(()),
-        Err(error) => Err(error).doing(|| format!("send signal {signal} to process {pid}")),
+        Err(error) => Err(error).context(|| format!("send signal {signal} to process {pid}")),
     }
 }
 
@@ -118,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_is_dropped_only_by_a_pid_1_that_has_not_set_it_up() {
+    fn a_signal_is_dropped_only_by_a_pid_1_without_a_handler() {
         use Disposition::{Blocked, Dropped, Taken};
         let (none, term) = ("0000000000000000", "0000000000004000");
         for (pid, blocked, ignored, caught, wanted) in [

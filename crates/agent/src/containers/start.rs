@@ -1,24 +1,24 @@
-//! StartContainer: the waiting init process becomes the container's program.
+//! StartContainer: lets the waiting init process execute the container's program.
 
 use std::sync::Arc;
 
-use super::process::{Life, unix_time_ns};
+use super::process::{Status, unix_time_ns};
 use super::signal;
 use crate::agent::Agent;
+use crate::blocking::LOOKUP_TIMEOUT;
 use crate::error::{Error, Result};
-use crate::lanes::LOOK_UP;
 
 pub async fn start(agent: &Arc<Agent>, id: &str) -> Result<()> {
-    let _turn = agent.verb(id).await;
+    let _guard = agent.lock_container(id).await;
     let (pipe, bundle) = {
         let mut state = agent.lock();
         let container = state.container_mut(id)?;
-        match container.init.life {
-            Life::Created => {}
-            Life::Running => {
+        match container.init.status {
+            Status::Created => {}
+            Status::Running => {
                 return Err(Error::Precondition(format!("container {id:?} runs already")));
             }
-            Life::Ended(_) => {
+            Status::Stopped(_) => {
                 return Err(Error::Precondition(format!("container {id:?} has ended")));
             }
         }
@@ -29,10 +29,11 @@ pub async fn start(agent: &Arc<Agent>, id: &str) -> Result<()> {
         (pipe, container.parts.bundle.clone())
     };
     if let Some(bundle) = bundle {
-        // The peer is a process of the container: it may not be there to accept.
-        let lane = agent.lanes.of_container(id);
-        let started =
-            lane.run("tell the init process to start", LOOK_UP, move || bundle.start()).await;
+        // The peer is a process of the container and may not accept.
+        let pool = agent.pools.for_container(id);
+        let started = pool
+            .run("send the start notification to init", LOOKUP_TIMEOUT, move || bundle.start())
+            .await;
         if let Err(error) = started {
             kill(agent, id);
             return Err(error);
@@ -40,8 +41,8 @@ pub async fn start(agent: &Arc<Agent>, id: &str) -> Result<()> {
     }
     let started = unix_time_ns();
     if let Err(error) = pipe.wait().await {
-        // A program that could not be run has told so, and is ending. Any other must not run after
-        // this answer; its exit is told as ever.
+        // A failed execve has been reported and the process exits. Any other process must not run
+        // after this error; its exit is reported as usual.
         if !matches!(error, Error::Command { .. }) {
             kill(agent, id);
         }
@@ -50,18 +51,18 @@ pub async fn start(agent: &Arc<Agent>, id: &str) -> Result<()> {
     let mut state = agent.lock();
     let container = state.container_mut(id)?;
     container.init.started_unix_ns = started;
-    // A short program may have ended by now.
-    if container.init.life == Life::Created {
-        container.init.life = Life::Running;
+    // A short program may have exited already.
+    if container.init.status == Status::Created {
+        container.init.status = Status::Running;
     }
     Ok(())
 }
 
 fn kill(agent: &Agent, id: &str) {
-    if agent.has_ended(id) {
+    if agent.has_exited(id) {
         return;
     }
     if let Err(error) = signal::signal(agent, id, "", signal::SIGKILL, false) {
-        tracing::error!(container = id, error = %error.chain(), "cannot kill what did not start");
+        tracing::error!(container = id, error = %error.chain(), "cannot kill a failed init");
     }
 }

@@ -1,4 +1,4 @@
-//! Stats: what the cgroups, the interfaces and the writable layers say now.
+//! Stats: counters of cgroups, network interfaces, writable layers and emptyDirs.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -11,22 +11,21 @@ use super::Container;
 use super::process::unix_time_ns;
 use super::rootfs::{Layer, Rootfs, VOLUMES};
 use crate::agent::Agent;
+use crate::blocking::{LOOKUP_TIMEOUT, Pool, STATS_TIMEOUT};
 use crate::error::Result;
 use crate::guest::devices;
 use crate::guest::scratch::file_system_usage;
-use crate::lanes::{LOOK_UP, Lane, MEASURE};
 use crate::oci::cgroup::Cgroup;
 
-/// Open files looked at in one request, all containers together: each costs a system call, and how
-/// many there are is up to the containers.
+/// Maximum open files counted in one request, for all containers together: each costs a system
+/// call, and their number is up to the containers.
 const MAX_FILES: usize = 16384;
-/// Files of a writable layer that are counted, where the file system does not count them: how many
-/// there are is up to the container.
+/// Maximum files counted in a writable layer without a quota: their number is up to the container.
 const MAX_INODES: u64 = 200_000;
-/// Processes of one container that are looked at.
+/// Maximum processes counted in one container.
 const MAX_PROCESSES: usize = 4096;
 
-/// What has to be known of a container to look at the rest without the agent's state.
+/// Data of a container for the statistics, copied out of the locked state.
 struct Subject {
     id: String,
     cgroup: Cgroup,
@@ -35,13 +34,13 @@ struct Subject {
     started_unix_ns: i64,
 }
 
-/// Measures a file system of its own lane; None if that takes too long.
+/// Measures a file system in a pool of its own; None after the timeout.
 async fn measure<T: Send + 'static>(
-    lane: Lane,
+    pool: Pool,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
-    // Told where it is noticed; the next request tries again.
-    lane.run("measure a file system", MEASURE, move || Ok(work())).await.ok()
+    // The error was logged; the next request tries again.
+    pool.run("measure a file system", STATS_TIMEOUT, move || Ok(work())).await.ok()
 }
 
 pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
@@ -59,29 +58,29 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
         state.containers.iter().filter_map(subject).collect()
     };
     let pod = agent.pod_cgroup.clone();
-    // Not waited for: an emptyDir that is being filled holds it.
+    // try_lock: the lock is held while an emptyDir is filled.
     let empty_dirs = agent.empty_dirs.try_lock().map(|dirs| dirs.list()).unwrap_or_default();
-    // Each in a lane of its own: one that hangs is left out, and none of the others with it.
+    // A pool for each: a file system that hangs is left out without delaying the others.
     let layers = subjects.iter().map(|subject| {
-        let lane = agent.lanes.of_measurement("container", &subject.id);
+        let pool = agent.pools.for_stats("container", &subject.id);
         let layer = subject.layer.clone();
         async move {
             let layer = layer?;
-            measure(lane, move || layer_usage(&layer)).await
+            measure(pool, move || layer_usage(&layer)).await
         }
     });
     let volumes = empty_dirs.into_iter().map(|dir| {
-        let lane = agent.lanes.of_measurement("emptyDir", &dir.id);
+        let pool = agent.pools.for_stats("emptyDir", &dir.id);
         let volume_id = dir.id.clone();
         async move {
-            let usage = Some(measure(lane, move || dir.usage()).await?);
+            let usage = Some(measure(pool, move || dir.usage()).await?);
             Some(v1::VolumeStats { volume_id, usage })
         }
     });
     let (layers, volumes) = futures_util::join!(join_all(layers), join_all(volumes));
     let volumes = volumes.into_iter().flatten().collect();
     let host = agent.config.host.as_ref().map(|host| host.network);
-    // Hundreds of small files of the kernel's: not on the thread that serves streams.
+    // Hundreds of reads of kernel files: not on the event loop's thread.
     let collect = move || {
         let mut files = MAX_FILES;
         let all = subjects.iter().zip(layers);
@@ -97,8 +96,9 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
                 interfaces: interfaces(
                     &fs::read_to_string("/proc/net/dev").unwrap_or_default(),
                     |name| match host {
-                        None => devices::is_card(name),
-                        // What plugins have made is no card; the host's are not the pod's.
+                        None => devices::is_nic(name),
+                        // Only PCI devices count, not interfaces that programs created. In a host
+                        // pod all but loopback, or none if the network is the host's.
                         Some(has_hosts_network) => !has_hosts_network && name != "lo",
                     },
                 ),
@@ -107,14 +107,14 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
             }),
         })
     };
-    agent.lanes.of_measurement("the", "pod").run("read cgroups", LOOK_UP, collect).await
+    agent.pools.for_stats("the", "pod").run("read cgroup files", LOOKUP_TIMEOUT, collect).await
 }
 
 fn layer_usage(layer: &Layer) -> v1::FsUsage {
     match layer {
         Layer::Own(path) => file_system_usage(path),
-        Layer::Host(path) => folder_usage(path),
-        Layer::Scratch(folder) => folder.usage(),
+        Layer::Host(path) => directory_usage(path),
+        Layer::Scratch(dir) => dir.usage(),
     }
 }
 
@@ -137,14 +137,14 @@ fn container(
     }
 }
 
-/// Of a writable layer that is a folder, counted; size and room are the file system's.
-fn folder_usage(layer: &Path) -> v1::FsUsage {
+/// Usage of a layer that is a directory, by counting; size and free space are the file system's.
+fn directory_usage(layer: &Path) -> v1::FsUsage {
     let mut found = v1::FsUsage { used_bytes: 0, inodes_used: 0, ..file_system_usage(layer) };
-    let mut folders = vec![layer.join("data"), layer.join(VOLUMES)];
-    while let Some(folder) = folders.pop() {
-        let Ok(entries) = fs::read_dir(&folder) else { continue };
+    let mut dirs = vec![layer.join("data"), layer.join(VOLUMES)];
+    while let Some(dir) = dirs.pop() {
+        let Ok(entries) = fs::read_dir(&dir) else { continue };
         for entry in entries.flatten() {
-            // Of the entry itself, where it is a link.
+            // Not followed if it is a symlink.
             let Ok(meta) = entry.metadata() else { continue };
             if found.inodes_used >= MAX_INODES {
                 return found;
@@ -152,19 +152,19 @@ fn folder_usage(layer: &Path) -> v1::FsUsage {
             found.inodes_used += 1;
             found.used_bytes += meta.blocks() * 512;
             if meta.is_dir() {
-                folders.push(entry.path());
+                dirs.push(entry.path());
             }
         }
     }
     found
 }
 
-/// Counts what the processes of a container hold open, until `files` are used up.
+/// Counts the open files of a container's processes; `files` is the remaining budget.
 fn processes(cgroup: &Cgroup, init: i32, files: &mut usize) -> v1::ProcessStats {
-    let pids = cgroup.some_processes(MAX_PROCESSES);
+    let pids = cgroup.processes_up_to(MAX_PROCESSES);
     let (mut open, mut sockets) = (0, 0);
     for pid in &pids {
-        // A process may be gone by now.
+        // The process may have exited.
         let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
         for entry in entries.flatten() {
             if *files == 0 {
@@ -181,7 +181,7 @@ fn processes(cgroup: &Cgroup, init: i32, files: &mut usize) -> v1::ProcessStats 
     let limits = fs::read_to_string(format!("/proc/{init}/limits")).unwrap_or_default();
     v1::ProcessStats {
         processes: pids.len() as u64,
-        // The kernel counts every thread.
+        // pids.current counts threads.
         threads: cgroup.pids(),
         threads_max: cgroup.pids_max(),
         file_descriptors: open,
@@ -190,23 +190,23 @@ fn processes(cgroup: &Cgroup, init: i32, files: &mut usize) -> v1::ProcessStats 
     }
 }
 
-/// Parses `/proc/<pid>/limits`; 0: unlimited or not known.
+/// Parses `/proc/<pid>/limits`; 0 if unlimited or unknown.
 fn soft_limit(text: &str, name: &str) -> u64 {
     text.lines()
         .find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
         .unwrap_or(0)
 }
 
-/// Parses `/proc/net/dev`; only cards count: what loopback, bridges and tunnels inside the pod carry
-/// has not left it, or is counted on a card.
-fn interfaces(text: &str, is_card: impl Fn(&str) -> bool) -> Vec<v1::NetworkStats> {
+/// Parses `/proc/net/dev`. Only NICs are counted: traffic of loopback, bridges and tunnels stays in
+/// the pod or is counted on a NIC.
+fn interfaces(text: &str, is_nic: impl Fn(&str) -> bool) -> Vec<v1::NetworkStats> {
     text.lines()
         .filter_map(|line| {
             let (name, numbers) = line.split_once(':')?;
             let numbers: Vec<u64> =
                 numbers.split_whitespace().map_while(|number| number.parse().ok()).collect();
             let name = name.trim();
-            if numbers.len() < 12 || !is_card(name) {
+            if numbers.len() < 12 || !is_nic(name) {
                 return None;
             }
             Some(v1::NetworkStats {

@@ -1,4 +1,4 @@
-//! The pipes or the terminal between a process and its stream buffers.
+//! Creates the pipes or the terminal of a process and connects them to stream buffers.
 
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
@@ -8,13 +8,13 @@ use nix::fcntl::OFlag;
 use nix::unistd::{Gid, Uid, fchown, pipe2};
 
 use super::process::Process;
-use crate::error::{Doing, Result};
+use crate::error::{Context, Result};
 use crate::oci::helper::Streams;
 use crate::stdio::input::Input;
 use crate::stdio::output::Output;
 use crate::stdio::{channel, pty};
 
-/// The agent's ends; the process' ends travel with the helper.
+/// The agent's ends of the pipes; the helper gets the others.
 #[derive(Debug, Default)]
 pub(super) struct Ends {
     stdin: Option<OwnedFd>,
@@ -22,12 +22,12 @@ pub(super) struct Ends {
     stderr: Option<OwnedFd>,
 }
 
-/// Pipes that belong to the process' user, so that it may open `/dev/stdout` again.
+/// Creates pipes owned by the process' user, so that it may reopen `/dev/stdout`.
 pub(super) fn pipes(stdin: bool, (uid, gid): (u32, u32)) -> Result<(Streams, Ends)> {
-    let what = || "make the pipes of a process".to_owned();
+    let what = || "create the pipes of a process".to_owned();
     let pipe = || -> Result<(OwnedFd, OwnedFd)> {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC).doing(what)?;
-        fchown(&read, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).doing(what)?;
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).context(what)?;
+        fchown(&read, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).context(what)?;
         Ok((read, write))
     };
     let (stdin, stdin_end) = if stdin {
@@ -43,24 +43,25 @@ pub(super) fn pipes(stdin: bool, (uid, gid): (u32, u32)) -> Result<(Streams, End
 }
 
 impl Ends {
-    /// Starts the pumps.
+    /// Starts a task per output and registers the input.
     pub(super) fn connect(self, process: &mut Process, close_stdin_on_end: bool) -> Result<()> {
-        let what = || "watch the pipes of a process".to_owned();
+        let what = || "register the pipes of a process".to_owned();
         if let Some(fd) = self.stdin {
-            let input = Input::new(channel(fd).doing(what)?, close_stdin_on_end);
+            let input = Input::new(channel(fd).context(what)?, close_stdin_on_end);
             process.stdin = Some(Arc::new(input));
         }
         if let Some(fd) = self.stdout {
-            process.stdout = Some(Output::start(channel(fd).doing(what)?));
+            process.stdout = Some(Output::start(channel(fd).context(what)?));
         }
         if let Some(fd) = self.stderr {
-            process.stderr = Some(Output::start(channel(fd).doing(what)?));
+            process.stderr = Some(Output::start(channel(fd).context(what)?));
         }
         Ok(())
     }
 }
 
-/// Connects a terminal that belongs to `owner`: one output, and an input that a connection's end leaves open.
+/// Connects a terminal owned by `owner`: one output, and an input that stays open after a
+/// connection ends.
 pub(super) fn connect_terminal(
     master: OwnedFd,
     stdin: bool,
@@ -70,8 +71,8 @@ pub(super) fn connect_terminal(
 ) -> Result<()> {
     use std::os::fd::AsFd;
     pty::resize(master.as_fd(), width, height)?;
-    let slave = pty::give(master.as_fd(), owner)?;
-    let terminal = channel(master).doing(|| "watch the terminal".to_owned())?;
+    let slave = pty::set_owner(master.as_fd(), owner)?;
+    let terminal = channel(master).context(|| "register the terminal".to_owned())?;
     process.stdout = Some(Output::start(Arc::clone(&terminal)));
     if stdin {
         process.stdin = Some(Arc::new(Input::new(Arc::clone(&terminal), false)));

@@ -1,6 +1,5 @@
-//! A container's volumes, each staged as a mount of its own at `<base>/binds/<container>/<n>`: with
-//! its propagation, write protection and id mapping as they are to be in the container, where
-//! libcontainer only has to bind it.
+//! Volumes of a container. Each is staged as a mount at `<base>/binds/<container>/<n>`, with its
+//! propagation, read-only flag and id mapping; libcontainer then bind-mounts it into the container.
 //!
 //! ```text
 //! written  <base>/volumes/<id>  (tmpfs)     \
@@ -9,7 +8,7 @@
 //! huge     <base>/hugepages/<id> (hugetlbfs) -> copy of the tree -> stage
 //! empty    <base>/empty-dirs/<id> (scratch disk, tmpfs), sub_path -> copy of the tree -> stage
 //! host     a path of the host, in a pod without a VM -> copy of the tree -> stage
-//! VOLUME of the image   a folder of the container's layer, beside overlayfs' -> stage
+//! VOLUME of the image   a directory of the container's layer, beside the overlayfs -> stage
 //! ```
 
 use std::fs;
@@ -26,46 +25,46 @@ use nix::sys::statvfs::{FsFlags, fstatvfs};
 use super::images::{self, Image};
 use super::rootfs::{Layer, VOLUMES, detach};
 use crate::agent::Agent;
-use crate::error::{Doing, Error, Result};
+use crate::blocking::{COPY_TIMEOUT, LOOKUP_TIMEOUT, MOUNT_TIMEOUT, Pool, with_timeout};
+use crate::error::{Context, Error, Result};
 use crate::guest::copy::{self, Copied, Limits};
-use crate::guest::empty_dirs::{self, Made};
+use crate::guest::empty_dirs::{self, Ownership};
 use crate::guest::inroot::Root;
-use crate::guest::tree::{Reach, Tree};
+use crate::guest::tree::{Scope, Tree};
 use crate::guest::volumes::{open_dir, relative};
 use crate::guest::{huge_pages, remove, share};
-use crate::lanes::{COPY, LOOK_UP, Lane, MOUNT, in_time};
 use crate::oci::spec::Bind;
 use crate::oci::userns::UserNamespace;
 
-/// Volumes of one container.
+/// Maximum volumes of one container.
 const MAX_VOLUMES: usize = 512;
 
-/// Folders of a volume on which the host has mounted something; the list is the host's.
+/// Maximum mounts of the host below one volume; the host chooses the list.
 const MAX_SUBMOUNTS: usize = 256;
-/// What is copied of an image into its VOLUMEs, for all those of a container together: it has to be
-/// there before CreateContainer answers, and somebody waits. A VOLUME with more content stays where it
-/// is in the root file system.
-const MOST_COPIED: Limits = Limits { bytes: 512 << 20, entries: 65536 };
+/// Limits of the content copied from an image into its VOLUMEs, for all VOLUMEs of a container
+/// together: the copy delays CreateContainer. A VOLUME with more content stays in the root file
+/// system.
+const MAX_COPIED: Limits = Limits { bytes: 512 << 20, entries: 65536 };
 
-/// What has to be taken down with the container.
+/// The staged volumes of a container.
 #[derive(Debug)]
-pub struct Staged {
-    lane: Lane,
-    removal: Lane,
+pub struct StagedVolumes {
+    pool: Pool,
+    removal: Pool,
     dir: PathBuf,
     mounted: Vec<PathBuf>,
     images: Vec<Image>,
 }
 
-/// What is to be mounted.
-enum Place {
+/// Source of a mount.
+enum MountSource {
     /// An O_PATH descriptor.
-    Here(OwnedFd),
-    /// Of the host; whether it is a folder.
-    Copied(Tree, bool),
+    Path(OwnedFd),
+    /// A tree cloned from the host's mount namespace; whether it is a directory.
+    Tree(Tree, bool),
 }
 
-/// Checked once, so that the rest may rely on it.
+/// Validated fields of a volume.
 struct Kind {
     source: v1::VolumeSource,
     propagation: v1::Propagation,
@@ -79,35 +78,34 @@ fn kind(volume: &v1::VolumeMount, in_user_namespace: bool) -> Result<Kind> {
     })?;
     let at = &volume.destination;
     if volume.recursive_read_only && !volume.read_only {
-        let why = format!("{at}: recursive, but the volume itself is not read-only");
-        return Err(Error::invalid("volumes.recursive_read_only", why));
+        let reason = format!("{at}: recursive read-only needs a read-only volume");
+        return Err(Error::invalid("volumes.recursive_read_only", reason));
     }
     if volume.recursive_read_only && propagation != v1::Propagation::Private {
-        let why =
-            format!("{at}: what is mounted later would be writable; wants private propagation");
-        return Err(Error::invalid("volumes.recursive_read_only", why));
+        let reason = format!("{at}: later mounts would be writable; needs private propagation");
+        return Err(Error::invalid("volumes.recursive_read_only", reason));
     }
     if propagation == v1::Propagation::Shared && in_user_namespace {
-        let why = format!("{at}: mounts do not leave a user namespace, so they cannot be shared");
-        return Err(Error::invalid("volumes.propagation", why));
+        let reason = format!("{at}: mounts of a user namespace cannot propagate to the pod");
+        return Err(Error::invalid("volumes.propagation", reason));
     }
     Ok(Kind { source, propagation })
 }
 
-impl Staged {
+impl StagedVolumes {
     pub fn new(agent: &Agent, container: &str) -> Self {
         let dir = agent.config.base.join("binds").join(container);
-        let lane = agent.lanes.of_container(container);
-        let removal = agent.lanes.of_removal(container);
-        Self { lane, removal, dir, mounted: Vec::new(), images: Vec::new() }
+        let pool = agent.pools.for_container(container);
+        let removal = agent.pools.for_removal(container);
+        Self { pool, removal, dir, mounted: Vec::new(), images: Vec::new() }
     }
 
-    /// Whether any of these wants mounts of the container to be seen outside of it.
+    /// Whether a volume has shared (bidirectional) propagation.
     pub fn is_shared(volumes: &[v1::VolumeMount]) -> bool {
         volumes.iter().any(|volume| volume.propagation == v1::Propagation::Shared as i32)
     }
 
-    /// Stages all; what is done when one fails is left for `unstage`.
+    /// Stages all volumes. After a failure `unstage` removes those already staged.
     pub async fn stage(
         &mut self,
         agent: &Agent,
@@ -127,7 +125,7 @@ impl Staged {
             let target = self.dir.join(n.to_string());
             let at = target.clone();
             let wanted = volume.clone();
-            // tmpfs and hugetlbfs of older kernels take no id mapping: their files belong to the
+            // Older kernels cannot map ids of tmpfs and hugetlbfs: their files are owned by the
             // mapped ids.
             let in_memory =
                 matches!(kind.source, v1::VolumeSource::Written | v1::VolumeSource::HugePages);
@@ -144,7 +142,8 @@ impl Staged {
         Ok(binds)
     }
 
-    /// Mounts something at `target`, which is taken down again whatever becomes of this.
+    /// Runs `work`, which mounts at `target`; the mount is recorded first, so `unstage` removes it
+    /// in any case.
     async fn mount(
         &mut self,
         volume: &v1::VolumeMount,
@@ -153,14 +152,14 @@ impl Staged {
     ) -> Result<bool> {
         let late = target.clone();
         self.mounted.push(target);
-        let doing = format!("prepare the volume for {}", volume.destination);
-        self.lane.run_or_undo(&doing, MOUNT, work, move |_| detach(&late)).await
+        let operation = format!("prepare the volume for {}", volume.destination);
+        self.pool.run_or_undo(&operation, MOUNT_TIMEOUT, work, move |_| detach(&late)).await
     }
 
-    /// Stages the image's own volumes: folders beside overlayfs in the container's layer, with what
-    /// the image holds there. They can be written to where the root cannot, and overlayfs can stand
-    /// on them.
-    pub async fn stage_of_image(
+    /// Stages the image's VOLUMEs: directories of the container's layer beside the overlayfs,
+    /// filled with the image's content. They are writable also if the root is read-only, and
+    /// overlayfs can be mounted on them (docker-in-docker).
+    pub async fn stage_image_volumes(
         &mut self,
         root: &Arc<Root>,
         layer: &Layer,
@@ -173,25 +172,25 @@ impl Staged {
             });
         }
         let mut binds = Vec::new();
-        let mut left = MOST_COPIED;
+        let mut left = MAX_COPIED;
         for (n, destination) in volumes.iter().enumerate() {
             let path = PathBuf::from(destination);
             let (root, at) = (Arc::clone(root), path.clone());
             let own = layer.path().join(VOLUMES).join(n.to_string());
             let work = move || {
                 root.make_target(&at, true)?;
-                fill(root.place(&at)?, &own, left)
+                fill(root.open_path(&at)?, &own, left)
             };
-            let doing = format!("fill the volume for {destination}");
-            let (place, copied) = self.lane.run(&doing, COPY, work).await?;
+            let operation = format!("fill the volume for {destination}");
+            let (place, copied) = self.pool.run(&operation, COPY_TIMEOUT, work).await?;
             match copied {
                 Some(copied) => left = copied,
                 None => tracing::info!(
                     path = destination,
-                    "VOLUME with much content stays in the root file system"
+                    "VOLUME exceeds the copy limits and stays in the root file system"
                 ),
             }
-            let place = Place::Here(place);
+            let place = MountSource::Path(place);
             let kind =
                 Kind { source: v1::VolumeSource::Written, propagation: v1::Propagation::Private };
             let volume = v1::VolumeMount { destination: destination.clone(), ..Default::default() };
@@ -209,66 +208,71 @@ impl Staged {
         agent: &Agent,
         volume: &v1::VolumeMount,
         source: v1::VolumeSource,
-    ) -> Result<Place> {
+    ) -> Result<MountSource> {
         let (id, sub_path) = (&volume.volume_id, &volume.sub_path);
-        let doing = format!("open the volume for {}", volume.destination);
+        let operation = format!("open the volume for {}", volume.destination);
         match source {
             v1::VolumeSource::Host => {
                 let mounts = agent.config.host()?.mounts.clone();
                 let path = PathBuf::from(id);
                 let (tree, directory) =
-                    self.lane.run(&doing, LOOK_UP, move || mounts.copy(&path)).await?;
-                return Ok(Place::Copied(tree, directory));
+                    self.pool.run(&operation, LOOKUP_TIMEOUT, move || mounts.copy(&path)).await?;
+                return Ok(MountSource::Tree(tree, directory));
             }
-            // A tmpfs that nobody else mounts anything in.
+            // A tmpfs in which only the agent mounts.
             v1::VolumeSource::Written => agent.lock().volumes.open(id, sub_path),
             v1::VolumeSource::Share => {
-                agent.config.has_devices()?;
+                agent.config.require_vm()?;
                 let wait = Arc::clone(&agent.share).lock_owned();
-                let mut share = in_time("wait for the pod's share", MOUNT, wait).await?;
-                // Held while mounting only: the first one mounts for the others. A look-up may
-                // lead to what a container has mounted in the share.
-                let mount = move || share.mount().map(|()| share.place().to_owned());
-                let at = self.lane.run("mount the pod's share", MOUNT, mount).await?;
+                let mut share = with_timeout("lock the pod's share", MOUNT_TIMEOUT, wait).await?;
+                // The lock is held for the mount only. A path lookup may reach a mount that a
+                // container made in the share.
+                let mount = move || share.mount().map(|()| share.mount_point().to_owned());
+                let at = self.pool.run("mount the pod's share", MOUNT_TIMEOUT, mount).await?;
                 let (id, sub_path) = (id.clone(), sub_path.clone());
-                self.lane.run(&doing, LOOK_UP, move || share::open(&at, &id, &sub_path)).await
+                self.pool
+                    .run(&operation, LOOKUP_TIMEOUT, move || share::open(&at, &id, &sub_path))
+                    .await
             }
             v1::VolumeSource::HugePages => {
-                agent.config.has_devices()?;
+                agent.config.require_vm()?;
                 let (base, id) = (agent.config.base.join("hugepages"), id.clone());
                 let work = move || open_dir(&huge_pages::volume(&base, &id)?);
-                self.lane.run(&doing, LOOK_UP, work).await
+                self.pool.run(&operation, LOOKUP_TIMEOUT, work).await
             }
             v1::VolumeSource::EmptyDir => {
-                agent.config.has_devices()?;
-                // Not held while looking: a container may have mounted something in it.
+                agent.config.require_vm()?;
+                // The lock is not held for the lookup: a container may have mounted something in
+                // it.
                 let wait = agent.empty_dirs.lock();
-                let root = in_time("wait for the emptyDirs", MOUNT, wait).await?.ready(id)?;
+                let root =
+                    with_timeout("lock the emptyDirs", MOUNT_TIMEOUT, wait).await?.ready(id)?;
                 let sub_path = sub_path.clone();
-                let made = Made { uid: volume.uid, gid: volume.gid, mode: volume.mode };
+                let made = Ownership { uid: volume.uid, gid: volume.gid, mode: volume.mode };
                 let work = move || empty_dirs::open(&root, &sub_path, made);
-                self.lane.run(&doing, LOOK_UP, work).await
+                self.pool.run(&operation, LOOKUP_TIMEOUT, work).await
             }
             v1::VolumeSource::Image => {
-                let image = images::take(agent, &self.lane, id).await?;
+                let image = images::acquire(agent, &self.pool, id).await?;
                 let path = image.path().clone();
                 self.images.push(image);
                 let (id, sub_path) = (id.clone(), sub_path.clone());
                 let work = move || open_in_image(&path, &id, &sub_path);
-                self.lane.run(&doing, LOOK_UP, work).await
+                self.pool.run(&operation, LOOKUP_TIMEOUT, work).await
             }
         }
-        .map(Place::Here)
+        .map(MountSource::Path)
     }
 
-    /// Takes everything down; goes on past failures, may be repeated after one.
+    /// Unmounts everything; continues after a failure and may be called again.
     pub async fn unstage(&mut self, agent: &Agent) -> Result<()> {
         let mounted = self.mounted.clone();
         let work = move || Ok(unmount_all(mounted));
-        let (left, mut result) = self.removal.run("unmount the volumes", MOUNT, work).await?;
+        let (left, mut result) =
+            self.removal.run("unmount the volumes", MOUNT_TIMEOUT, work).await?;
         self.mounted = left;
         if self.mounted.is_empty() {
-            remove_places(&self.dir);
+            remove_mount_points(&self.dir);
             for image in std::mem::take(&mut self.images) {
                 if let Err(error) = images::release(agent, &self.removal, image).await {
                     result = Err(error);
@@ -279,20 +283,20 @@ impl Staged {
     }
 }
 
-/// Answers what is still mounted, and the last failure.
+/// Returns what is still mounted, and the last error.
 fn unmount_all(mounted: Vec<PathBuf>) -> (Vec<PathBuf>, Result<()>) {
     let mut result = Ok(());
     let mut left = Vec::new();
     for target in mounted.into_iter().rev() {
-        // What is unmounted inside stays where its mounts are shared with others.
+        // Slave first, so that unmounts inside do not propagate to peers.
         let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
         let _ = mount(None::<&str>, &target, None::<&str>, slave, None::<&str>);
-        // Detached: what was mounted inside goes too, and a mount namespace that is just going
-        // away may still hold a copy.
+        // MNT_DETACH also unmounts what was mounted inside; an ending mount namespace may still
+        // hold a copy.
         match umount2(&target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
             Err(error) => {
-                result = Err(error).doing(|| format!("unmount {}", target.display()));
+                result = Err(error).context(|| format!("unmount {}", target.display()));
                 left.insert(0, target);
             }
         }
@@ -300,34 +304,34 @@ fn unmount_all(mounted: Vec<PathBuf>) -> (Vec<PathBuf>, Result<()>) {
     (left, result)
 }
 
-/// Copies a folder of the image to `own`; what is to be mounted then, and what may still be copied.
-/// None: it was too much, and the folder itself is to be mounted.
+/// Copies a directory of the image to `own`. Returns the directory to mount and the remaining
+/// limits; None if the content exceeds them, and the image's directory itself is to be mounted.
 fn fill(place: OwnedFd, own: &Path, mut left: Limits) -> Result<(OwnedFd, Option<Limits>)> {
     let what = || format!("fill {}", own.display());
-    let is_folder = open_dir(Path::new(&format!("/proc/self/fd/{}", place.as_raw_fd()))).is_ok();
-    if !is_folder {
+    let is_dir = open_dir(Path::new(&format!("/proc/self/fd/{}", place.as_raw_fd()))).is_ok();
+    if !is_dir {
         return Ok((place, Some(left)));
     }
-    fs::create_dir_all(own).doing(what)?;
-    match copy::tree(&place, own, &mut left).doing(what)? {
+    fs::create_dir_all(own).context(what)?;
+    match copy::tree(&place, own, &mut left).context(what)? {
         Copied::All => Ok((open_dir(own)?, Some(left))),
-        Copied::TooMuch => {
-            remove::everything_in(own).doing(what)?;
-            fs::remove_dir(own).doing(what)?;
+        Copied::LimitExceeded => {
+            remove::remove_contents(own).context(what)?;
+            fs::remove_dir(own).context(what)?;
             Ok((place, None))
         }
     }
 }
 
-/// Removes what was mounted on. Not recursively: whatever is still mounted is somebody's data.
-fn remove_places(dir: &Path) {
+/// Removes the mount points. Not recursive: something still mounted there holds data.
+fn remove_mount_points(dir: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let _ = fs::remove_dir(entry.path()).or_else(|_| fs::remove_file(entry.path()));
     }
     let _ = fs::remove_dir(dir);
 }
 
-/// Symlinks of the image lead to places inside the image.
+/// Opens a path in an image; symlinks resolve inside the image.
 fn open_in_image(root: &Path, id: &str, sub_path: &str) -> Result<OwnedFd> {
     let dir = open_dir(root)?;
     if sub_path.is_empty() {
@@ -341,13 +345,14 @@ fn open_in_image(root: &Path, id: &str, sub_path: &str) -> Result<OwnedFd> {
             let id = sub_path.to_owned();
             Err(Error::NotFound { what: "path in the image of the volume", id })
         }
-        result => result.doing(|| format!("open {sub_path:?} in image {id}")),
+        result => result.context(|| format!("open {sub_path:?} in image {id}")),
     }
 }
 
-/// Mounts a copy of what `source` is on `target`, which is made; answers whether it is a folder.
+/// Clones `source` and attaches it to a new mount point `target`. Returns whether it is a
+/// directory.
 fn attach(
-    source: Place,
+    source: MountSource,
     volume: &v1::VolumeMount,
     kind: &Kind,
     userns: Option<&UserNamespace>,
@@ -355,11 +360,11 @@ fn attach(
 ) -> Result<bool> {
     let what = || format!("prepare the volume for {}", volume.destination);
     let (tree, directory) = match source {
-        Place::Copied(tree, directory) => (tree, directory),
-        Place::Here(place) => {
+        MountSource::Tree(tree, directory) => (tree, directory),
+        MountSource::Path(place) => {
             let path = format!("/proc/self/fd/{}", place.as_raw_fd());
-            let directory = fs::metadata(path).doing(what)?.is_dir();
-            (Tree::copy(place.as_fd()).doing(what)?, directory)
+            let directory = fs::metadata(path).context(what)?.is_dir();
+            (Tree::copy(place.as_fd()).context(what)?, directory)
         }
     };
     if let Some(userns) = userns {
@@ -371,7 +376,7 @@ fn attach(
                     volume.destination
                 )));
             }
-            result => result.doing(what)?,
+            result => result.context(what)?,
         }
     }
     tree.propagation(match kind.propagation {
@@ -379,29 +384,29 @@ fn attach(
         v1::Propagation::Slave => MsFlags::MS_SLAVE,
         v1::Propagation::Shared => MsFlags::MS_SHARED,
     })
-    .doing(what)?;
+    .context(what)?;
     if volume.recursive_read_only {
-        tree.read_only(Reach::All).doing(what)?;
+        tree.read_only(Scope::All).context(what)?;
     } else if volume.read_only || kind.source == v1::VolumeSource::Image {
-        tree.read_only(Reach::Top).doing(what)?;
+        tree.read_only(Scope::Top).context(what)?;
     }
     let parent = target.parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(parent).doing(what)?;
+    fs::create_dir_all(parent).context(what)?;
     if directory {
-        fs::create_dir(target).doing(what)?;
+        fs::create_dir(target).context(what)?;
     } else {
-        fs::File::create_new(target).doing(what)?;
+        fs::File::create_new(target).context(what)?;
     }
-    tree.attach(target).doing(what)?;
+    tree.attach(target).context(what)?;
     if volume.read_only && !volume.recursive_read_only {
-        open_submounts(target, &volume.submounts)?;
+        make_submounts_writable(target, &volume.submounts)?;
     }
     Ok(directory)
 }
 
-/// Lets be written to what the host has mounted below a read-only volume: here it is part of the
-/// volume's own mount.
-fn open_submounts(target: &Path, submounts: &[String]) -> Result<()> {
+/// Makes the host's mounts below a read-only volume writable: in the share they are part of one
+/// mount, while read-only on the host applies to the top mount only.
+fn make_submounts_writable(target: &Path, submounts: &[String]) -> Result<()> {
     if submounts.len() > MAX_SUBMOUNTS {
         return Err(Error::Exhausted { what: "submounts", limit: MAX_SUBMOUNTS as u64 });
     }
@@ -410,25 +415,25 @@ fn open_submounts(target: &Path, submounts: &[String]) -> Result<()> {
     }
     let root = open_dir(target)?;
     for submount in submounts {
-        // Another container may write to the volume: no link of it leads to what is protected.
+        // Another container may write to the volume: symlinks must not lead to protected files.
         let how = OpenHow::new()
             .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
         let place = match openat2(root.as_fd(), relative(submount)?, how) {
             Ok(place) => place,
-            // One that has gone away is no loss.
+            // Unmounted on the host meanwhile.
             Err(error) => {
-                tracing::info!(submount, %error, "submount is not there");
+                tracing::info!(submount, %error, "submount does not exist");
                 continue;
             }
         };
         let what = || format!("let {submount:?} be written to");
-        if !fstatvfs(&place).doing(what)?.flags().contains(FsFlags::ST_RDONLY) {
+        if !fstatvfs(&place).context(what)?.flags().contains(FsFlags::ST_RDONLY) {
             continue;
         }
-        let tree = Tree::copy(place.as_fd()).doing(what)?;
-        tree.writable().doing(what)?;
-        tree.attach_at(place.as_fd()).doing(what)?;
+        let tree = Tree::copy(place.as_fd()).context(what)?;
+        tree.writable().context(what)?;
+        tree.attach_at(place.as_fd()).context(what)?;
     }
     Ok(())
 }

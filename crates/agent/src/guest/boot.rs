@@ -1,8 +1,8 @@
-//! The first milliseconds of PID 1: mounts, a root that can be pivoted away from, loopback.
+//! Boot of PID 1: mounts, a root that pivot_root(2) can leave, limits, loopback.
 //!
-//! The kernel unpacks the initramfs into `rootfs`, which pivot_root(2) refuses to leave; containers
-//! need it. So an empty tmpfs is moved over `/`. The agent's own file stays below, where nothing
-//! but `/proc/self/exe` reaches it: no copy, no second exec, no memory.
+//! The kernel unpacks the initramfs into `rootfs`, which pivot_root(2) refuses to leave, but
+//! containers need it. So an empty tmpfs is moved over `/`. The agent's binary stays in the
+//! initramfs below, reachable by `/proc/self/exe` only, without a copy in memory.
 
 use std::fs;
 use std::path::Path;
@@ -11,10 +11,10 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 use super::modules;
-use crate::error::{Doing, Result};
+use crate::error::{Context, Result};
 use crate::oci::cgroup;
 
-/// Device node of the null device, wanted before devtmpfs is there.
+/// Major and minor of the null device, in case devtmpfs cannot be mounted.
 const NULL: (u64, u64) = (1, 3);
 
 struct Mount {
@@ -25,17 +25,23 @@ struct Mount {
     data: &'static str,
 }
 
-const fn quiet() -> MsFlags {
+const fn nosuid_nodev_noexec() -> MsFlags {
     MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC)
 }
 
-/// In this order; the reason each is there.
+/// In mount order, each with its use.
 const MOUNTS: [Mount; 6] = [
     // Processes, sysctls, /proc/self/exe for the helpers.
-    Mount { source: "proc", target: "/proc", kind: "proc", flags: quiet(), data: "" },
-    // Disks by serial, PCI rescan and removal.
-    Mount { source: "sysfs", target: "/sys", kind: "sysfs", flags: quiet(), data: "" },
-    // Nodes of disks; the kernel fills it.
+    Mount { source: "proc", target: "/proc", kind: "proc", flags: nosuid_nodev_noexec(), data: "" },
+    // Disks by serial, PCI rescan and remove.
+    Mount {
+        source: "sysfs",
+        target: "/sys",
+        kind: "sysfs",
+        flags: nosuid_nodev_noexec(),
+        data: "",
+    },
+    // Device nodes of disks.
     Mount {
         source: "devtmpfs",
         target: "/dev",
@@ -43,7 +49,7 @@ const MOUNTS: [Mount; 6] = [
         flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
         data: "mode=0755",
     },
-    // Terminals opened before a container has its own devpts.
+    // Terminals without a container's own devpts.
     Mount {
         source: "devpts",
         target: "/dev/pts",
@@ -51,24 +57,36 @@ const MOUNTS: [Mount; 6] = [
         flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
         data: "mode=0620,gid=5,ptmxmode=0666",
     },
-    Mount { source: "cgroup2", target: cgroup::MOUNT, kind: "cgroup2", flags: quiet(), data: "" },
+    Mount {
+        source: "cgroup2",
+        target: cgroup::MOUNT,
+        kind: "cgroup2",
+        flags: nosuid_nodev_noexec(),
+        data: "",
+    },
     // The pod's message queues; the IPC namespace is the guest's.
-    Mount { source: "mqueue", target: "/dev/mqueue", kind: "mqueue", flags: quiet(), data: "" },
+    Mount {
+        source: "mqueue",
+        target: "/dev/mqueue",
+        kind: "mqueue",
+        flags: nosuid_nodev_noexec(),
+        data: "",
+    },
 ];
 
 fn apply(mount_: &Mount) -> Result<()> {
     let what = || format!("mount {} on {}", mount_.kind, mount_.target);
-    fs::create_dir_all(mount_.target).doing(what)?;
+    fs::create_dir_all(mount_.target).context(what)?;
     mount(Some(mount_.source), mount_.target, Some(mount_.kind), mount_.flags, Some(mount_.data))
-        .doing(what)
+        .context(what)
 }
 
-/// An empty tmpfs becomes `/`.
+/// Mounts an empty tmpfs as `/`.
 fn switch_root() -> Result<()> {
-    let what = || "switch to a root that can be left".to_owned();
+    let what = || "switch to the tmpfs root".to_owned();
     let new = "/newroot";
-    fs::create_dir_all(new).doing(what)?;
-    // Sizes are those of what the agent writes: specifications, volumes get mounts of their own.
+    fs::create_dir_all(new).context(what)?;
+    // Holds OCI bundles only; volumes and images are mounts of their own.
     mount(
         Some("root"),
         new,
@@ -76,15 +94,15 @@ fn switch_root() -> Result<()> {
         MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
         Some("mode=0755,size=64m"),
     )
-    .doing(what)?;
-    nix::unistd::chdir(new).doing(what)?;
-    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).doing(what)?;
-    nix::unistd::chroot(".").doing(what)?;
-    nix::unistd::chdir("/").doing(what)
+    .context(what)?;
+    nix::unistd::chdir(new).context(what)?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).context(what)?;
+    nix::unistd::chroot(".").context(what)?;
+    nix::unistd::chdir("/").context(what)
 }
 
-/// Standard streams on the console. The kernel opens `/dev/console` of the initramfs for PID 1 if
-/// it is there; this is for initramfs images without that node.
+/// Opens `/dev/console` as standard streams, for an initramfs without that node, where the kernel
+/// could not.
 fn console() {
     use std::os::fd::AsFd;
     let Ok(console) = fs::OpenOptions::new().read(true).write(true).open("/dev/console") else {
@@ -106,23 +124,23 @@ fn parameter(cmdline: &str, name: &str) -> Option<String> {
         .next_back()
 }
 
-/// What containers inherit unless their specifications say otherwise. The kernel's own are sized by
-/// the VM's memory, or date from when 1024 files were many.
+/// Resource limits that containers inherit unless their spec sets them. The kernel's defaults
+/// depend on the VM's memory or are too low.
 fn limits() -> Result<()> {
     use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
     let what = || "set resource limits".to_owned();
-    // The soft limit stays where programs that close every possible file are still quick.
-    setrlimit(Resource::RLIMIT_NOFILE, 65536, 1 << 20).doing(what)?;
-    setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY).doing(what)?;
-    setrlimit(Resource::RLIMIT_SIGPENDING, RLIM_INFINITY, RLIM_INFINITY).doing(what)
+    // The soft limit is one for which programs that close every possible descriptor stay fast.
+    setrlimit(Resource::RLIMIT_NOFILE, 65536, 1 << 20).context(what)?;
+    setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY).context(what)?;
+    setrlimit(Resource::RLIMIT_SIGPENDING, RLIM_INFINITY, RLIM_INFINITY).context(what)
 }
 
-/// All of it. Errors are told on the console; the caller goes on, as a guest that answers with an
-/// error is worth more than a panic.
+/// Boots. Continues after errors and returns them: a guest that reports an error is more useful
+/// than a kernel panic.
 pub fn run() -> Vec<crate::error::Error> {
     let mut errors = modules::load_all();
-    modules::forget();
-    // Everything is mounted in the new root, so nothing has to be moved.
+    modules::delete_files();
+    // First, so that no mount has to be moved.
     errors.extend(switch_root().err());
     errors.extend(MOUNTS.iter().filter_map(|mount| apply(mount).err()));
     if !Path::new("/dev/null").exists() {
@@ -132,17 +150,17 @@ pub fn run() -> Vec<crate::error::Error> {
     console();
     let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     crate::log::install(parameter(&cmdline, "nacelle.log").as_deref());
-    for folder in ["/run", "/tmp", "/dev/shm"] {
-        errors.extend(fs::create_dir_all(folder).doing(|| format!("make {folder}")).err());
+    for dir in ["/run", "/tmp", "/dev/shm"] {
+        errors.extend(fs::create_dir_all(dir).context(|| format!("create {dir}")).err());
     }
     errors.extend(super::network::loopback_up().err());
-    errors.extend(crate::oci::apparmor::set_up().err());
-    // Every container may have as many processes and files as its own limits allow.
+    errors.extend(crate::oci::apparmor::mount_securityfs().err());
+    // The maximum: each container has its own pids limit.
     let _ = fs::write("/proc/sys/kernel/pid_max", "4194304");
     errors.extend(limits().err());
     if parameter(&cmdline, "nacelle.log").is_none() {
-        // Containers can provoke kernel messages (each OOM kill is one), and each costs a dozen VM
-        // exits. A panic or an oops is printed whatever this says.
+        // Containers can cause kernel messages (one per OOM kill), and each costs a dozen VM exits.
+        // Panics and oopses are printed at any level.
         let _ = fs::write("/proc/sys/kernel/printk", "2");
     }
     errors
@@ -153,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_value_of_a_parameter_counts() {
+    fn the_last_value_of_a_parameter_wins() {
         let line = "console=hvc0 nacelle.log=info quiet nacelle.log=debug\n";
         assert_eq!(parameter(line, "nacelle.log").as_deref(), Some("debug"));
         assert_eq!(parameter(line, "quiet"), None);

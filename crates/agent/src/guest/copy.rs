@@ -1,5 +1,5 @@
-//! Copies a tree with all that a file system keeps of it: owners, permissions, times, extended
-//! attributes, hard links, holes, special files. Source and target must be nobody else's meanwhile.
+//! Copies a directory tree with its metadata: owners, modes, times, extended attributes, hard
+//! links, holes, special files. Source and target must not change during the copy.
 
 use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
@@ -20,19 +20,19 @@ use nix::sys::stat::{
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, Whence, fchownat, linkat, lseek64, symlinkat};
 
-/// Folders in folders; each costs two open files and some of the stack.
+/// Maximum depth; each level uses two descriptors and some of the stack.
 const MAX_DEPTH: usize = 128;
-/// Bytes read at once.
-const PIECE: usize = 128 << 10;
-/// Zeros of this size become holes: the blocks of the file systems that are copied to.
+/// Buffer size, bytes.
+const CHUNK: usize = 128 << 10;
+/// Block size of the target file systems: zeros of this size become holes.
 const BLOCK: usize = 4096;
 
 const SELF: &str = ".";
 
-/// What a copy may cost.
+/// Limits of a copy.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Of content, holes left out.
+    /// Bytes of content, without holes.
     pub bytes: u64,
     pub entries: u64,
 }
@@ -40,12 +40,12 @@ pub struct Limits {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Copied {
     All,
-    /// What was copied so far is of no use.
-    TooMuch,
+    /// The limits were exceeded; the copy is incomplete.
+    LimitExceeded,
 }
 
 enum Stop {
-    TooMuch,
+    LimitExceeded,
     Failed(io::Error),
 }
 
@@ -55,17 +55,17 @@ impl<E: Into<io::Error>> From<E> for Stop {
     }
 }
 
-/// Copies what is in the folder `from`, and the folder's own attributes, into the empty folder `to`;
-/// takes off `left` what it cost. Blocks.
+/// Copies the content and attributes of directory `from` into the empty directory `to`; reduces
+/// `left` by the amount copied. Blocks.
 pub fn tree(from: &OwnedFd, to: &Path, left: &mut Limits) -> io::Result<Copied> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let from = openat(from, SELF, flags, Mode::empty())?;
     let to = nix::fcntl::open(to, flags, Mode::empty())?;
     let mut copy =
-        Copy { top: to.try_clone()?, left, links: HashMap::new(), buffer: vec![0; PIECE] };
-    match copy.folder(&from, &to, Path::new(""), 0) {
+        Copy { top: to.try_clone()?, left, links: HashMap::new(), buffer: vec![0; CHUNK] };
+    match copy.dir(&from, &to, Path::new(""), 0) {
         Ok(()) => Ok(Copied::All),
-        Err(Stop::TooMuch) => Ok(Copied::TooMuch),
+        Err(Stop::LimitExceeded) => Ok(Copied::LimitExceeded),
         Err(Stop::Failed(error)) => Err(error),
     }
 }
@@ -73,14 +73,14 @@ pub fn tree(from: &OwnedFd, to: &Path, left: &mut Limits) -> io::Result<Copied> 
 struct Copy<'a> {
     top: OwnedFd,
     left: &'a mut Limits,
-    /// Files with several names: the first of them, below `top`.
+    /// First path below `top` of each file with several hard links.
     links: HashMap<(u64, u64), PathBuf>,
     buffer: Vec<u8>,
 }
 
 impl Copy<'_> {
-    /// `below` is where `to` is, below the top.
-    fn folder(
+    /// `below` is the path of `to` relative to the top.
+    fn dir(
         &mut self,
         from: &OwnedFd,
         to: &OwnedFd,
@@ -88,7 +88,7 @@ impl Copy<'_> {
         depth: usize,
     ) -> Result<(), Stop> {
         if depth > MAX_DEPTH {
-            return Err(Stop::TooMuch);
+            return Err(Stop::LimitExceeded);
         }
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut dir = Dir::openat(from, SELF, flags, Mode::empty())?;
@@ -98,11 +98,11 @@ impl Copy<'_> {
             if name.as_c_str() == c"." || name.as_c_str() == c".." {
                 continue;
             }
-            self.left.entries = self.left.entries.checked_sub(1).ok_or(Stop::TooMuch)?;
+            self.left.entries = self.left.entries.checked_sub(1).ok_or(Stop::LimitExceeded)?;
             let name = OsStr::from_bytes(name.as_bytes());
             self.entry(from, to, &below.join(name), name, depth)?;
         }
-        // After the content, which changes its times.
+        // After the content, which changes the times.
         let stat = fstat(from)?;
         attributes(&of(from, SELF), &of(to, SELF), to, OsStr::new(SELF), &stat)
     }
@@ -123,7 +123,7 @@ impl Copy<'_> {
             let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let from = openat(from, name, flags, Mode::empty())?;
             let to = openat(to, name, flags, Mode::empty())?;
-            return self.folder(&from, &to, path, depth + 1);
+            return self.dir(&from, &to, path, depth + 1);
         }
         if stat.st_nlink > 1 {
             let file = (stat.st_dev, stat.st_ino);
@@ -155,8 +155,8 @@ impl Copy<'_> {
         let mut at: i64 = 0;
         while at < size {
             at = match lseek64(from, at, Whence::SeekData) {
-                Err(Errno::ENXIO) => return Ok(()), // only a hole is left
-                // Not every file system tells holes.
+                Err(Errno::ENXIO) => return Ok(()), // no data after `at`
+                // The file system does not report holes.
                 Err(Errno::EINVAL) => at,
                 data => data?,
             };
@@ -165,12 +165,13 @@ impl Copy<'_> {
                 hole => hole?.min(size),
             };
             while at < hole {
-                let want = usize::try_from(hole - at).map_or(PIECE, |left| left.min(PIECE));
+                let want = usize::try_from(hole - at).map_or(CHUNK, |left| left.min(CHUNK));
                 let got = from.read_at(&mut self.buffer[..want], at.unsigned_abs())?;
                 if got == 0 {
                     return Ok(());
                 }
-                self.left.bytes = self.left.bytes.checked_sub(got as u64).ok_or(Stop::TooMuch)?;
+                self.left.bytes =
+                    self.left.bytes.checked_sub(got as u64).ok_or(Stop::LimitExceeded)?;
                 write_sparse(to, &self.buffer[..got], at.unsigned_abs())?;
                 at += got as i64;
             }
@@ -179,7 +180,7 @@ impl Copy<'_> {
     }
 }
 
-/// Writes blocks that are not all zeros, each run of them at once.
+/// Writes the blocks that are not all zeros; adjacent ones in one write.
 fn write_sparse(to: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     let is_zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
     let mut start = 0;
@@ -196,35 +197,35 @@ fn write_sparse(to: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// A path to an entry of an open folder, for calls that know no descriptors.
-fn of(folder: &OwnedFd, name: impl AsRef<OsStr>) -> PathBuf {
-    Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name.as_ref())
+/// A path of an entry of an open directory, for calls without an `at` variant.
+fn of(dir: &OwnedFd, name: impl AsRef<OsStr>) -> PathBuf {
+    Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name.as_ref())
 }
 
-/// Each of these may undo some of what comes after it.
+/// Copies attributes, in the order in which no call resets an earlier one.
 fn attributes(
     from: &Path,
     to: &Path,
-    folder: &OwnedFd,
+    dir: &OwnedFd,
     name: &OsStr,
     stat: &FileStat,
 ) -> Result<(), Stop> {
     let no_follow = AtFlags::AT_SYMLINK_NOFOLLOW;
     let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-    fchownat(folder, name, Some(uid), Some(gid), no_follow)?;
+    fchownat(dir, name, Some(uid), Some(gid), no_follow)?;
     if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFLNK.bits() {
         let mode = Mode::from_bits_truncate(stat.st_mode & 0o7777);
-        fchmodat(folder, name, mode, FchmodatFlags::FollowSymlink)?;
+        fchmodat(dir, name, mode, FchmodatFlags::FollowSymlink)?;
     }
     extended(from, to)?;
     let time = |seconds, nanoseconds| TimeSpec::new(seconds, nanoseconds);
     let accessed = time(stat.st_atime, stat.st_atime_nsec);
     let modified = time(stat.st_mtime, stat.st_mtime_nsec);
-    utimensat(folder, name, &accessed, &modified, UtimensatFlags::NoFollowSymlink)?;
+    utimensat(dir, name, &accessed, &modified, UtimensatFlags::NoFollowSymlink)?;
     Ok(())
 }
 
-/// ACLs and file capabilities are among them.
+/// Copies extended attributes, including ACLs and file capabilities.
 fn extended(from: &Path, to: &Path) -> io::Result<()> {
     let unsupported = |error: &io::Error| error.raw_os_error() == Some(libc::EOPNOTSUPP);
     let names = match xattr::list(from) {
@@ -256,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_has_what_the_original_has() {
+    fn a_copy_has_the_content_and_metadata_of_the_original() {
         let dir = tempfile::tempdir().unwrap();
         let (from, to) = (dir.path().join("from"), dir.path().join("to"));
         fs::create_dir_all(from.join("a/b")).unwrap();
@@ -310,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn more_than_is_allowed_is_not_copied() {
+    fn a_copy_beyond_the_limits_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let from = dir.path().join("from");
         fs::create_dir(&from).unwrap();
@@ -319,8 +320,8 @@ mod tests {
         let limits = |bytes, entries| Limits { bytes, entries };
         for (n, limits, copied) in [
             (0, limits(5000, 2), Copied::All),
-            (1, limits(4999, 2), Copied::TooMuch),
-            (2, limits(5000, 1), Copied::TooMuch),
+            (1, limits(4999, 2), Copied::LimitExceeded),
+            (2, limits(5000, 1), Copied::LimitExceeded),
         ] {
             assert_eq!(copy(&from, &dir.path().join(n.to_string()), limits).unwrap(), copied);
         }
@@ -329,6 +330,6 @@ mod tests {
             deep.push("d");
         }
         fs::create_dir_all(&deep).unwrap();
-        assert_eq!(copy(&from, &dir.path().join("deep"), ENOUGH).unwrap(), Copied::TooMuch);
+        assert_eq!(copy(&from, &dir.path().join("deep"), ENOUGH).unwrap(), Copied::LimitExceeded);
     }
 }

@@ -1,39 +1,41 @@
-//! vCPUs that the VMM keeps parked: brought online and taken offline through sysfs
+//! CPU hotplug: brings vCPUs online and offline through sysfs
 //! (Documentation/core-api/cpu_hotplug.rst).
 
 use std::fs;
 use std::path::Path;
 
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
 const CPUS: &str = "/sys/devices/system/cpu";
 
-/// Makes `wanted` CPUs run, or as many as there are; answers how many do. CPU 0 always runs.
+/// Brings the first `wanted` CPUs online and the others offline; returns the number online, which
+/// is lower if there are fewer. CPU 0 is always online.
 pub fn resize(wanted: u32) -> Result<u32> {
     resize_in(Path::new(CPUS), wanted)
 }
 
-fn resize_in(folder: &Path, wanted: u32) -> Result<u32> {
+fn resize_in(dir: &Path, wanted: u32) -> Result<u32> {
     if wanted == 0 {
-        return Err(Error::invalid("cpus", "a pod needs at least one"));
+        return Err(Error::invalid("cpus", "a pod needs at least one CPU"));
     }
-    let mut numbers: Vec<u32> = fs::read_dir(folder)
-        .doing(|| format!("list {}", folder.display()))?
+    let mut numbers: Vec<u32> = fs::read_dir(dir)
+        .context(|| format!("list {}", dir.display()))?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("cpu")?.parse().ok())
         .collect();
     numbers.sort_unstable();
     let mut running = 0;
     for (index, number) in (0u32..).zip(numbers) {
-        let file = folder.join(format!("cpu{number}/online"));
-        // CPU 0 has no such file: it cannot be taken away.
+        let file = dir.join(format!("cpu{number}/online"));
+        // CPU 0 has no such file: it cannot be taken offline.
         let Ok(now) = fs::read_to_string(&file) else {
             running += 1;
             continue;
         };
         let want = index < wanted;
         if (now.trim() == "1") != want {
-            fs::write(&file, if want { "1" } else { "0" })
-                .doing(|| format!("switch CPU {number} {}", if want { "on" } else { "off" }))?;
+            fs::write(&file, if want { "1" } else { "0" }).context(|| {
+                format!("set CPU {number} {}", if want { "online" } else { "offline" })
+            })?;
         }
         running += u32::from(want);
     }
@@ -45,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_cpus_run_and_the_rest_is_parked() {
+    fn the_first_cpus_are_online_and_the_rest_offline() {
         let dir = tempfile::tempdir().unwrap();
         for (cpu, online) in [("cpu0", None), ("cpu1", Some("1")), ("cpu2", Some("0"))] {
             fs::create_dir(dir.path().join(cpu)).unwrap();

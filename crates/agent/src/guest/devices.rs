@@ -1,6 +1,6 @@
-//! Disks and network cards, found by the names the host gave them: a disk by its virtio-blk serial
-//! (virtio 1.2, 5.2.6.1), a card by its MAC address. Hot-plug goes through the PCI bus' sysfs
-//! files, so no firmware takes part.
+//! Disks and network interfaces, identified by values of the host: a disk by its virtio-blk serial
+//! (virtio 1.2, 5.2.6.1), a NIC by its MAC address. Hot-plug uses the PCI bus' sysfs files, without
+//! firmware.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,11 +12,11 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
-/// Bytes of a virtio-blk serial.
+/// Maximum length of a virtio-blk serial, bytes.
 const MAX_SERIAL: usize = 20;
-/// For a plugged device to be found by its driver.
+/// Time for a driver to bind a plugged device.
 const PLUG_DEADLINE: Duration = Duration::from_secs(10);
 
 fn entries(dir: &str) -> Vec<PathBuf> {
@@ -28,19 +28,19 @@ fn attribute(path: PathBuf) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.trim().to_owned())
 }
 
-/// sysfs folder of the disk with this serial.
+/// sysfs directory of the disk with this serial.
 fn disk(serial: &str) -> Option<PathBuf> {
     entries("/sys/block").into_iter().find(|path| serial_of(path).as_deref() == Some(serial))
 }
 
-/// Serials that were read: by a disk's name, with its number in the order in which disks appeared
-/// (`diskseq`), as names are used again.
+/// Cache of serials: by sysfs path, with the disk's sequence number (`diskseq`), as device names
+/// are reused.
 static SERIALS: Mutex<BTreeMap<PathBuf, (String, String)>> = Mutex::new(BTreeMap::new());
 
-/// Each read of the attribute is a request to the disk, which a pod with many disks would make for
-/// each of them whenever one is looked for.
+/// The serial of a disk. Cached, as each read of the attribute is a request to the device, for
+/// every disk of the pod in each lookup.
 fn serial_of(path: &Path) -> Option<String> {
-    // Before Linux 5.15 there is none.
+    // Linux before 5.15 has no diskseq.
     let Some(number) = attribute(path.join("diskseq")) else {
         return attribute(path.join("serial"));
     };
@@ -52,7 +52,7 @@ fn serial_of(path: &Path) -> Option<String> {
     }
     let serial = attribute(path.join("serial"))?;
     if !serial.is_empty() {
-        // Those of disks that are gone.
+        // Drops entries of removed disks.
         known.retain(|path, _| path.exists());
         known.insert(path.to_owned(), (number, serial.clone()));
     }
@@ -75,13 +75,13 @@ pub fn disk_node(serial: &str) -> Result<PathBuf> {
 fn check_serial(serial: &str) -> Result<()> {
     let plain = serial.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
     if serial.is_empty() || serial.len() > MAX_SERIAL || !plain || serial.starts_with('.') {
-        return Err(Error::invalid("disk serial", format!("{serial:?} is not one")));
+        return Err(Error::invalid("disk serial", format!("{serial:?} is not a valid serial")));
     }
     Ok(())
 }
 
-/// Whether an interface is a card, not made of software.
-pub fn is_card(name: &str) -> bool {
+/// Whether an interface is a device (NIC), not a virtual interface.
+pub fn is_nic(name: &str) -> bool {
     !name.contains('/') && Path::new("/sys/class/net").join(name).join("device").exists()
 }
 
@@ -89,7 +89,7 @@ pub fn is_card(name: &str) -> bool {
 pub fn interface(mac: &str) -> Option<String> {
     entries("/sys/class/net").into_iter().find_map(|path| {
         let address = attribute(path.join("address"))?;
-        // A bridge or VLAN of a container may carry the same address; a card has a device.
+        // A bridge or VLAN of a container may have the same address, but has no device.
         let found = address.eq_ignore_ascii_case(mac) && path.join("device").exists();
         found.then(|| path.file_name().map(|name| name.to_string_lossy().into_owned()))?
     })
@@ -97,23 +97,23 @@ pub fn interface(mac: &str) -> Option<String> {
 
 fn missing(serials: &[String], macs: &[String]) -> Option<String> {
     let disk = serials.iter().find(|serial| disk(serial).and_then(|sys| node(&sys)).is_none());
-    let card = || macs.iter().find(|mac| interface(mac).is_none());
-    disk.or_else(card).cloned()
+    let nic = || macs.iter().find(|mac| interface(mac).is_none());
+    disk.or_else(nic).cloned()
 }
 
-/// Has the kernel look for plugged devices of every kind. Blocks while drivers probe.
+/// Rescans the PCI bus for plugged devices. Blocks while drivers probe.
 pub fn rescan_bus() -> std::io::Result<()> {
     fs::write("/sys/bus/pci/rescan", "1")
 }
 
-/// The same, without keeping the thread that serves streams: probing takes milliseconds a device.
-pub async fn look_for_new() -> Result<()> {
-    tokio::task::spawn_blocking(|| rescan_bus().doing(|| "rescan the PCI bus".to_owned()))
+/// Same on a blocking thread: probing takes milliseconds for each device.
+pub async fn rescan_pci() -> Result<()> {
+    tokio::task::spawn_blocking(|| rescan_bus().context(|| "rescan the PCI bus".to_owned()))
         .await
-        .map_err(|error| Error::Helper { doing: "rescan", why: error.to_string() })?
+        .map_err(|error| Error::Helper { operation: "rescan", reason: error.to_string() })?
 }
 
-/// Waits for disks and cards, after having had the PCI bus looked over if one is missing.
+/// Waits for disks and NICs; rescans the PCI bus first if one is missing.
 pub async fn rescan(serials: &[String], macs: &[String]) -> Result<()> {
     for serial in serials {
         check_serial(serial)?;
@@ -121,13 +121,13 @@ pub async fn rescan(serials: &[String], macs: &[String]) -> Result<()> {
     if missing(serials, macs).is_none() {
         return Ok(());
     }
-    look_for_new().await?;
+    rescan_pci().await?;
     let deadline = tokio::time::Instant::now() + PLUG_DEADLINE;
     let mut pause = Duration::from_millis(1);
     while let Some(name) = missing(serials, macs) {
         if tokio::time::Instant::now() > deadline {
             return Err(Error::Deadline {
-                doing: format!("appearance of device {name:?}"),
+                operation: format!("wait for device {name:?}"),
                 after: PLUG_DEADLINE,
             });
         }
@@ -137,9 +137,9 @@ pub async fn rescan(serials: &[String], macs: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// The PCI function below which a sysfs device sits.
+/// The PCI function of a sysfs device.
 fn pci_function(device: &Path) -> Result<PathBuf> {
-    let real = fs::canonicalize(device).doing(|| format!("resolve {}", device.display()))?;
+    let real = fs::canonicalize(device).context(|| format!("resolve {}", device.display()))?;
     real.ancestors()
         .find(|path| path.join("subsystem").read_link().is_ok_and(|bus| bus.ends_with("bus/pci")))
         .map(Path::to_owned)
@@ -148,32 +148,32 @@ fn pci_function(device: &Path) -> Result<PathBuf> {
 
 async fn remove(function: PathBuf) -> Result<()> {
     tokio::task::spawn_blocking(move || {
-        fs::write(function.join("remove"), "1").doing(|| format!("detach {}", function.display()))
+        fs::write(function.join("remove"), "1").context(|| format!("detach {}", function.display()))
     })
     .await
-    .map_err(|error| Error::Helper { doing: "detach", why: error.to_string() })?
+    .map_err(|error| Error::Helper { operation: "detach", reason: error.to_string() })?
 }
 
-/// Detaches a disk from its driver; one that is not there is detached already.
+/// Removes a disk's PCI function; success if the disk does not exist.
 pub async fn release_disk(serial: &str) -> Result<()> {
     check_serial(serial)?;
     let Some(sys) = disk(serial) else { return Ok(()) };
     if let Some(node) = node(&sys) {
-        // O_EXCL on a block device: refused while anybody has it mounted.
+        // O_EXCL on a block device fails while it is mounted.
         let flags = OFlag::O_RDONLY | OFlag::O_EXCL | OFlag::O_CLOEXEC;
         match open(&node, flags, Mode::empty()) {
             Err(Errno::EBUSY) => {
                 return Err(Error::Precondition(format!("disk {serial:?} is in use")));
             }
-            Err(error) => return Err(error).doing(|| format!("open {}", node.display())),
+            Err(error) => return Err(error).context(|| format!("open {}", node.display())),
             Ok(_) => {}
         }
     }
     remove(pci_function(&sys.join("device"))?).await
 }
 
-/// Detaches a network card.
-pub async fn release_card(mac: &str) -> Result<()> {
+/// Removes a NIC's PCI function; success if it does not exist.
+pub async fn release_nic(mac: &str) -> Result<()> {
     let Some(name) = interface(mac) else { return Ok(()) };
     remove(pci_function(&Path::new("/sys/class/net").join(name).join("device"))?).await
 }
@@ -183,7 +183,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_serial_is_read_once_a_disk_and_again_for_another_one_of_the_name() {
+    fn a_serial_is_read_once_for_each_disk_and_anew_for_a_reused_name() {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("vda");
         fs::create_dir(&disk).unwrap();
@@ -193,7 +193,7 @@ mod tests {
         write("serial", "a\n");
         assert_eq!(serial_of(&disk).as_deref(), Some("a"));
         write("serial", "b\n");
-        assert_eq!(serial_of(&disk).as_deref(), Some("a"), "it was read again");
+        assert_eq!(serial_of(&disk).as_deref(), Some("a"), "the cached value is used");
         write("diskseq", "2\n");
         assert_eq!(serial_of(&disk).as_deref(), Some("b"));
     }

@@ -1,6 +1,6 @@
-//! A pod's emptyDirs: folders of the scratch disk, each with a quota of its own, or tmpfs. Each is a
-//! mount at `<base>/empty-dirs/<id>` that passes mounts on, so that containers which ask for it see
-//! what others mount there. They live as long as the guest.
+//! emptyDirs of a pod: directories of the scratch disk, each with a project quota, or tmpfs. Each
+//! is a shared mount at `<base>/empty-dirs/<id>`, so that mounts propagate between containers with
+//! such a propagation. They exist until the VM ends.
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder};
@@ -16,11 +16,11 @@ use nix::sys::stat::{Mode, fchmod, mkdirat};
 use nix::unistd::{Gid, Uid, fchown};
 
 use super::quota::Limits;
-use super::scratch::{Folder, Purpose, Scratch, file_system_usage};
+use super::scratch::{Purpose, Scratch, ScratchDir, file_system_usage};
 use super::volumes::{open_dir, relative, write_file};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
-/// EmptyDirs of a pod; each is a mount, and mounts slow down every container's start.
+/// Maximum emptyDirs of a pod; each is a mount, and mounts slow down every container start.
 const MAX: usize = 1024;
 const PERMISSIONS: u32 = 0o7777;
 
@@ -32,25 +32,25 @@ pub struct EmptyDirs {
 
 #[derive(Debug)]
 struct EmptyDir {
-    /// On the scratch disk; none: a tmpfs.
-    folder: Option<Folder>,
-    /// Its first content is complete.
+    /// Directory of the scratch disk; None for a tmpfs.
+    dir: Option<ScratchDir>,
+    /// The initial content is complete.
     ready: bool,
 }
 
-/// Of folders that are made.
+/// Owner and mode of created directories.
 #[derive(Debug, Clone, Copy)]
-pub struct Made {
+pub struct Ownership {
     pub uid: u32,
     pub gid: u32,
     pub mode: u32,
 }
 
-impl Made {
-    fn apply(self, folder: &OwnedFd) -> nix::Result<()> {
-        fchown(folder, Some(Uid::from_raw(self.uid)), Some(Gid::from_raw(self.gid)))?;
-        // After the owner: changing it clears set-id bits.
-        fchmod(folder, Mode::from_bits_truncate(self.mode & PERMISSIONS))
+impl Ownership {
+    fn apply(self, dir: &OwnedFd) -> nix::Result<()> {
+        fchown(dir, Some(Uid::from_raw(self.uid)), Some(Gid::from_raw(self.gid)))?;
+        // Mode after owner: chown(2) clears set-id bits.
+        fchmod(dir, Mode::from_bits_truncate(self.mode & PERMISSIONS))
     }
 }
 
@@ -59,7 +59,8 @@ impl EmptyDirs {
         Self { base, dirs: HashMap::new() }
     }
 
-    /// Answers whether it is ready. Blocks.
+    /// Creates an emptyDir and writes its initial content, in one or several requests. Returns
+    /// whether it is complete. Blocks.
     pub fn prepare(
         &mut self,
         scratch: &mut Scratch,
@@ -71,7 +72,7 @@ impl EmptyDirs {
             Some(dir) if dir.ready => return Ok(true),
             Some(_) if !request.begin => {}
             None if !request.begin => {
-                return Err(Error::NotFound { what: "emptyDir that was begun", id: id.clone() });
+                return Err(Error::NotFound { what: "begun emptyDir", id: id.clone() });
             }
             _ => self.begin(scratch, request)?,
         }
@@ -81,9 +82,9 @@ impl EmptyDirs {
         }
         if request.done {
             let what = || format!("set the owner of emptyDir {id}");
-            let root = open_readable(&path).doing(what)?;
-            let made = Made { uid: request.uid, gid: request.gid, mode: request.mode };
-            made.apply(&root).doing(what)?;
+            let root = open_readable(&path).context(what)?;
+            let made = Ownership { uid: request.uid, gid: request.gid, mode: request.mode };
+            made.apply(&root).context(what)?;
             if let Some(dir) = self.dirs.get_mut(id) {
                 dir.ready = true;
             }
@@ -91,26 +92,26 @@ impl EmptyDirs {
         Ok(request.done)
     }
 
-    /// Makes it, or makes it anew.
+    /// Creates the emptyDir; replaces an incomplete one.
     fn begin(&mut self, scratch: &mut Scratch, request: &v1::PrepareEmptyDirRequest) -> Result<()> {
         let id = &request.volume_id;
         let path = self.base.join(id);
-        let what = || format!("make emptyDir {id}");
+        let what = || format!("create emptyDir {id}");
         if let Some(old) = self.dirs.remove(id) {
             match umount2(&path, MntFlags::MNT_DETACH) {
                 Ok(()) | Err(Errno::EINVAL) => {}
-                Err(error) => return Err(error).doing(what),
+                Err(error) => return Err(error).context(what),
             }
-            if let Some(folder) = &old.folder {
-                scratch.discard(folder)?;
+            if let Some(dir) = &old.dir {
+                scratch.discard(dir)?;
             }
         }
         if self.dirs.len() >= MAX {
             return Err(Error::Exhausted { what: "emptyDirs of a pod", limit: MAX as u64 });
         }
-        DirBuilder::new().recursive(true).mode(0o700).create(&path).doing(what)?;
-        let folder = if request.memory {
-            // Without a size: half of the guest's memory.
+        DirBuilder::new().recursive(true).mode(0o700).create(&path).context(what)?;
+        let dir = if request.memory {
+            // Without a size limit tmpfs takes up to half of the guest's memory.
             let size = match request.size_limit {
                 0 => String::new(),
                 bytes => format!(",size={bytes}"),
@@ -118,20 +119,20 @@ impl EmptyDirs {
             let data = format!("mode=0700{size}");
             let no_flags = MsFlags::empty();
             mount(Some("emptydir"), &path, Some("tmpfs"), no_flags, Some(data.as_str()))
-                .doing(what)?;
+                .context(what)?;
             None
         } else {
             let limits = Limits { bytes: request.size_limit, inodes: 0 };
-            let folder = scratch.make(Purpose::Volume, limits)?;
+            let dir = scratch.make(Purpose::Volume, limits)?;
             let bind = MsFlags::MS_BIND;
-            mount(Some(folder.path()), &path, None::<&str>, bind, None::<&str>).doing(what)?;
-            Some(folder)
+            mount(Some(dir.path()), &path, None::<&str>, bind, None::<&str>).context(what)?;
+            Some(dir)
         };
-        self.dirs.insert(id.clone(), EmptyDir { folder, ready: false });
-        mount(None::<&str>, &path, None::<&str>, MsFlags::MS_SHARED, None::<&str>).doing(what)
+        self.dirs.insert(id.clone(), EmptyDir { dir, ready: false });
+        mount(None::<&str>, &path, None::<&str>, MsFlags::MS_SHARED, None::<&str>).context(what)
     }
 
-    /// Where a finished one is mounted.
+    /// The mount point of a complete emptyDir.
     pub fn ready(&self, id: &str) -> Result<PathBuf> {
         if !self.dirs.get(id).is_some_and(|dir| dir.ready) {
             return Err(Error::NotFound { what: "emptyDir", id: id.to_owned() });
@@ -139,51 +140,51 @@ impl EmptyDirs {
         Ok(self.base.join(id))
     }
 
-    /// All of them, to be measured without holding this.
-    pub fn list(&self) -> Vec<Measured> {
-        let measured = |(id, dir): (&String, &EmptyDir)| Measured {
+    /// All emptyDirs, to be measured without the lock.
+    pub fn list(&self) -> Vec<EmptyDirHandle> {
+        let measured = |(id, dir): (&String, &EmptyDir)| EmptyDirHandle {
             id: id.clone(),
-            folder: dir.folder.clone(),
+            dir: dir.dir.clone(),
             path: self.base.join(id),
         };
         self.dirs.iter().map(measured).collect()
     }
 }
 
-/// An emptyDir, to be measured.
+/// An emptyDir to measure.
 #[derive(Debug)]
-pub struct Measured {
+pub struct EmptyDirHandle {
     pub id: String,
-    folder: Option<Folder>,
+    dir: Option<ScratchDir>,
     path: PathBuf,
 }
 
-impl Measured {
-    /// May block: a container may have mounted something over it.
+impl EmptyDirHandle {
+    /// May block: a container may have mounted a file system over it.
     pub fn usage(&self) -> v1::FsUsage {
-        match &self.folder {
-            Some(folder) => folder.usage(),
+        match &self.dir {
+            Some(dir) => dir.usage(),
             None => file_system_usage(&self.path),
         }
     }
 }
 
-/// An O_PATH descriptor of the emptyDir at `root`, or of what `sub_path` names in it; folders that
-/// are missing are made. May block: a container may have mounted something in it.
-pub fn open(root: &Path, sub_path: &str, made: Made) -> Result<OwnedFd> {
+/// Returns an O_PATH descriptor of the emptyDir at `root`, or of `sub_path` in it; missing
+/// directories are created. May block: a container may have mounted a file system in it.
+pub fn open(root: &Path, sub_path: &str, made: Ownership) -> Result<OwnedFd> {
     let place = open_dir(root)?;
     if sub_path.is_empty() {
         return Ok(place);
     }
     let path = relative(sub_path)?;
-    let what = || format!("find {sub_path:?} in emptyDir {}", root.display());
+    let what = || format!("open {sub_path:?} in emptyDir {}", root.display());
     match beneath(&place, path, OFlag::O_PATH) {
-        Err(Errno::ENOENT) => make_folders(&place, path, made).doing(what),
-        found => found.doing(what),
+        Err(Errno::ENOENT) => make_dirs(&place, path, made).context(what),
+        found => found.context(what),
     }
 }
 
-/// Links that containers have made are followed inside the volume, and never out of it.
+/// Opens a path below `root`. Symlinks are followed, but not out of the volume.
 fn beneath(root: &OwnedFd, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
     let how = OpenHow::new()
         .flags(flags | OFlag::O_CLOEXEC)
@@ -191,7 +192,7 @@ fn beneath(root: &OwnedFd, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
     openat2(root.as_fd(), path, how)
 }
 
-fn make_folders(root: &OwnedFd, path: &Path, made: Made) -> nix::Result<OwnedFd> {
+fn make_dirs(root: &OwnedFd, path: &Path, made: Ownership) -> nix::Result<OwnedFd> {
     let mut done = PathBuf::from(".");
     let mut at = beneath(root, &done, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
     for part in path.components() {
@@ -201,14 +202,14 @@ fn make_folders(root: &OwnedFd, path: &Path, made: Made) -> nix::Result<OwnedFd>
             Err(Errno::ENOENT) => {
                 mkdirat(&at, name, Mode::S_IRWXU)?;
                 let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
-                let folder = beneath(&at, Path::new(name), flags)?;
-                made.apply(&folder)?;
-                folder
+                let dir = beneath(&at, Path::new(name), flags)?;
+                made.apply(&dir)?;
+                dir
             }
             found => found?,
         };
     }
-    // As callers expect it: not readable.
+    // Callers expect an O_PATH descriptor.
     beneath(&at, Path::new("."), OFlag::O_PATH)
 }
 
@@ -222,21 +223,21 @@ mod tests {
 
     use super::*;
 
-    /// As if mounted: mounting is left to the tests that run as root.
+    /// An emptyDir without its mount; mounts are tested as root.
     fn ready(dir: &Path) -> EmptyDirs {
         fs::create_dir(dir.join("v")).unwrap();
         let mut dirs = EmptyDirs::new(dir.to_owned());
-        dirs.dirs.insert("v".into(), EmptyDir { folder: None, ready: true });
+        dirs.dirs.insert("v".into(), EmptyDir { dir: None, ready: true });
         dirs
     }
 
-    fn made() -> Made {
+    fn made() -> Ownership {
         let me = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
-        Made { uid: me.0, gid: me.1, mode: 0o2770 }
+        Ownership { uid: me.0, gid: me.1, mode: 0o2770 }
     }
 
     #[test]
-    fn missing_folders_of_a_sub_path_are_made_as_told_and_others_stay_as_they_are() {
+    fn missing_directories_of_a_sub_path_are_created_with_the_given_owner_and_mode() {
         let dir = tempfile::tempdir().unwrap();
         let dirs = ready(dir.path());
         fs::create_dir(dir.path().join("v/a")).unwrap();
@@ -251,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn no_sub_path_leads_out_of_an_empty_dir() {
+    fn no_sub_path_leaves_an_empty_dir() {
         let dir = tempfile::tempdir().unwrap();
         let dirs = ready(dir.path());
         symlink("..", dir.path().join("v/up")).unwrap();

@@ -1,6 +1,6 @@
-//! The host's mount namespace, for an agent without a VM. The agent's own holds nothing of the host
-//! but `/dev` and cgroups: neither does it keep the host from unmounting something, nor can a path
-//! of its own be taken for one of the host.
+//! Access to the host's mount namespace for the agent of a pod without a VM. The agent's own mount
+//! namespace has only `/dev` and cgroups of the host, so it neither keeps host mounts busy nor
+//! resolves a path of its own as one of the host.
 
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use super::tree::Tree;
 use super::volumes::open_dir;
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
 #[derive(Debug)]
 pub struct HostMounts(OwnedFd);
@@ -21,46 +21,48 @@ impl HostMounts {
         Self(namespace)
     }
 
-    /// Runs `work` where paths are the host's. Blocks.
-    fn within<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let enter = || {
-            // Who enters a mount namespace must share its root and folder with no other thread.
+    /// Runs `work` on a thread in the host's mount namespace. Blocks.
+    fn run_in_namespace<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let join_namespace = || {
+            // setns(CLONE_NEWNS) fails while the fs_struct is shared with another thread.
             unshare(CloneFlags::CLONE_FS)?;
             setns(self.0.as_fd(), CloneFlags::CLONE_NEWNS)
         };
         let result = thread::scope(|scope| {
-            // A thread of its own, which ends there.
-            let inside = thread::Builder::new().name("host".into()).spawn_scoped(scope, || {
-                enter().doing(|| "enter the host's mount namespace".to_owned())?;
+            // A new thread, which ends in that namespace.
+            let spawned = thread::Builder::new().name("host".into()).spawn_scoped(scope, || {
+                join_namespace().context(|| "join the host's mount namespace".to_owned())?;
                 work()
             });
-            inside.map(|thread| thread.join())
+            spawned.map(|thread| thread.join())
         });
-        match result.doing(|| "start a thread".to_owned())? {
+        match result.context(|| "start a thread".to_owned())? {
             Ok(result) => result,
             Err(_panic) => Err(Error::Helper {
-                doing: "look at the host's files",
-                why: "the thread panicked".to_owned(),
+                operation: "access the host's files",
+                reason: "the thread panicked".to_owned(),
             }),
         }
     }
 
-    /// A copy of what is at `path` with all that is mounted below, still exchanging mounts with the
-    /// host as the host has it; whether it is a folder.
+    /// Clones the mount tree at `path` of the host, with its mounts below and its propagation.
+    /// Returns whether it is a directory.
     pub fn copy(&self, path: &Path) -> Result<(Tree, bool)> {
-        let what = || format!("open {} of the host", path.display());
+        let what = || format!("open host path {}", path.display());
         if !path.is_absolute() {
-            return Err(Error::invalid("path of the host", format!("{path:?} is not absolute")));
+            return Err(Error::invalid("host path", format!("{path:?} is not absolute")));
         }
-        self.within(|| {
-            let directory = fs::metadata(path).doing(what)?.is_dir();
-            let place = if directory { open_dir(path)? } else { open_file(path).doing(what)? };
-            Ok((Tree::copy(place.as_fd()).doing(what)?, directory))
+        self.run_in_namespace(|| {
+            let directory = fs::metadata(path).context(what)?.is_dir();
+            let place = if directory { open_dir(path)? } else { open_file(path).context(what)? };
+            Ok((Tree::copy(place.as_fd()).context(what)?, directory))
         })
     }
 
     pub fn open(&self, path: &Path) -> Result<File> {
-        self.within(|| File::open(path).doing(|| format!("open {} of the host", path.display())))
+        self.run_in_namespace(|| {
+            File::open(path).context(|| format!("open host path {}", path.display()))
+        })
     }
 }
 

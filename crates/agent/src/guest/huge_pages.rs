@@ -1,6 +1,6 @@
-//! Huge pages of the guest: as many as the limits of the pod's containers add up to, in the kernel's
-//! pool (Documentation/admin-guide/mm/hugetlbpage.rst), and volumes of them (`emptyDir` with medium
-//! `HugePages`).
+//! Huge pages of the guest: sizes the kernel's pool to the sum of the containers' limits
+//! (Documentation/admin-guide/mm/hugetlbpage.rst), and mounts hugetlbfs volumes (emptyDir with
+//! medium `HugePages`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,18 +11,19 @@ use nix::mount::{MsFlags, mount};
 use oci_spec::runtime::LinuxResources;
 
 use super::shm::is_mount_point;
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
-/// As the names of the hugetlb controller's files have it.
+/// Page size in the names of the hugetlb controller's files.
 const SIZE: &str = "2MB";
 const BYTES: u64 = 2 << 20;
 const MEMINFO: &str = "/proc/meminfo";
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
-/// Pages by container. The kernel takes what it can get of a wish, so one wish at a time.
+/// Pages reserved by container. Requests are serialized, as the kernel fulfils one as far as it
+/// can.
 #[derive(Debug)]
 pub struct HugePages {
-    /// Taken before the agent's lock, never after it.
+    /// Lock order: before the agent's state.
     pages: Mutex<BTreeMap<String, u64>>,
     pool: PathBuf,
 }
@@ -34,9 +35,9 @@ impl Default for HugePages {
 }
 
 impl HugePages {
-    /// Sees to it that there are pages for the limit in `resources`, if it has one; refused, and as
-    /// it was, if the guest has not enough free memory in one piece. Containers that have `ended`
-    /// need theirs no more. Blocks while the kernel makes room.
+    /// Grows or shrinks the pool for the limit in `resources`, if it has one. Fails, with the pool
+    /// unchanged, if there is not enough contiguous free memory. Reservations of containers for
+    /// which `ended` is true are dropped. Blocks while the kernel compacts memory.
     pub fn reserve(
         &self,
         container: &str,
@@ -53,7 +54,7 @@ impl HugePages {
         }
         let total = pages.values().sum::<u64>();
         let all = (total - before).saturating_add(wanted);
-        // The kernel would take all of the guest's memory on its way to find out.
+        // Checked first: the kernel would reclaim all memory before it fails.
         let mut got = self.count()?.saturating_add(available()?);
         if got >= all {
             got = self.fill(all)?;
@@ -61,8 +62,8 @@ impl HugePages {
         if got < all {
             self.fill(total)?;
             return Err(Error::Precondition(format!(
-                "huge pages for {} MiB are wanted in the pod, its VM has room for {} MiB: give the \
-                 pod more memory",
+                "the pod's containers need {} MiB of huge pages, but the VM has room for {} MiB; \
+                 give the pod more memory",
                 all.saturating_mul(BYTES >> 20),
                 got.saturating_mul(BYTES >> 20)
             )));
@@ -71,34 +72,34 @@ impl HugePages {
         Ok(())
     }
 
-    /// Gives a container's pages back; those that still hold something go when it does.
+    /// Drops a container's reservation; pages still in use are freed later.
     pub fn release(&self, container: &str) {
         let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         if pages.remove(container).is_none_or(|pages| pages == 0) {
             return;
         }
         if let Err(error) = self.fill(pages.values().sum()) {
-            tracing::error!(container, error = %error.chain(), "huge pages are kept");
+            tracing::error!(container, error = %error.chain(), "cannot shrink the huge page pool");
         }
     }
 
-    /// Answers how many pages there are then.
+    /// Sets the pool size and returns the resulting one, in pages.
     fn fill(&self, pages: u64) -> Result<u64> {
-        let what = || format!("have {pages} huge pages");
-        fs::write(&self.pool, pages.to_string()).doing(what)?;
+        let what = || format!("set the pool to {pages} huge pages");
+        fs::write(&self.pool, pages.to_string()).context(what)?;
         self.count()
     }
 
     fn count(&self) -> Result<u64> {
         let what = || format!("read {}", self.pool.display());
-        let text = fs::read_to_string(&self.pool).doing(what)?;
-        text.trim().parse().map_err(std::io::Error::other).doing(what)
+        let text = fs::read_to_string(&self.pool).context(what)?;
+        text.trim().parse().map_err(std::io::Error::other).context(what)
     }
 }
 
-/// Memory that could be had without swapping (proc_meminfo(5)), in huge pages.
+/// Memory available without swapping (proc_meminfo(5)), in huge pages.
 fn available() -> Result<u64> {
-    let text = fs::read_to_string(MEMINFO).doing(|| format!("read {MEMINFO}"))?;
+    let text = fs::read_to_string(MEMINFO).context(|| format!("read {MEMINFO}"))?;
     let kib = text
         .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB"))
@@ -113,17 +114,17 @@ fn limit(resources: &LinuxResources) -> Option<u64> {
     u64::try_from(limit.limit()).ok()
 }
 
-/// Mounts a volume of huge pages below `base`, once for all containers that have it. Whoever runs in
-/// them may use it, as with the folder that a kubelet makes.
+/// Mounts a hugetlbfs volume below `base`, once for all its containers. Mode 0777, as kubelet's
+/// directory has.
 pub fn volume(base: &Path, id: &str) -> Result<PathBuf> {
     crate::ids::check("volumes.volume_id", id)?;
     let path = base.join(id);
     let what = || format!("mount huge pages for volume {id:?}");
-    fs::create_dir_all(&path).doing(what)?;
+    fs::create_dir_all(&path).context(what)?;
     if !is_mount_point(&path) {
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         let data = Some("pagesize=2M,mode=0777");
-        mount(Some("hugetlbfs"), &path, Some("hugetlbfs"), flags, data).doing(what)?;
+        mount(Some("hugetlbfs"), &path, Some("hugetlbfs"), flags, data).context(what)?;
     }
     Ok(path)
 }
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pool_holds_what_the_containers_may_use() {
+    fn the_pool_has_the_sum_of_the_containers_limits() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), "0").unwrap();
         let pages = HugePages { pages: Mutex::default(), pool: file.path().to_owned() };
@@ -163,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wish_beyond_the_memory_is_refused_before_the_kernel_tries() {
+    fn a_request_beyond_the_memory_is_refused_before_the_kernel_tries() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), "0").unwrap();
         let pages = HugePages { pages: Mutex::default(), pool: file.path().to_owned() };

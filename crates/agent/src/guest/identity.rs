@@ -1,4 +1,4 @@
-//! What makes a guest this pod: clock, entropy, host name, sysctls.
+//! Settings that ConfigurePod applies to the guest: clock, entropy, hostname, sysctls.
 #![allow(unsafe_code)] // RNDADDENTROPY and RNDRESEEDCRNG have no safe wrapper
 
 use std::collections::HashMap;
@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
-/// Entropy the host may give at once, bytes.
+/// Maximum entropy of one request, bytes.
 const MAX_ENTROPY: usize = 512;
-/// Longest host name (__NEW_UTS_LEN).
+/// Maximum length of a hostname (__NEW_UTS_LEN).
 const MAX_HOSTNAME: usize = 64;
-/// Sysctls that name a program for the kernel to run outside of every container, as root and beside
-/// the agent. All others are the pod's to set: its kernel is its own.
+/// Sysctls with the path of a program that the kernel runs as root outside of all containers. All
+/// others may be set, as the kernel belongs to the pod.
 const FORBIDDEN: [&str; 6] = [
     "kernel.core_pattern",
     "kernel.hotplug",
@@ -31,7 +31,7 @@ pub fn set_clock(unix_time_ns: i64) -> Result<()> {
         return Ok(());
     }
     let time = TimeSpec::new(unix_time_ns / 1_000_000_000, unix_time_ns % 1_000_000_000);
-    clock_settime(ClockId::CLOCK_REALTIME, time).doing(|| "set the clock".to_owned())
+    clock_settime(ClockId::CLOCK_REALTIME, time).context(|| "set the clock".to_owned())
 }
 
 /// `struct rand_pool_info` of uapi/linux/random.h.
@@ -51,8 +51,7 @@ mod ioctl {
     nix::ioctl_none_bad!(reseed, RNDRESEEDCRNG);
 }
 
-/// Credits the bytes to the kernel's random number generator, fully: the host is trusted by its
-/// guest in everything.
+/// Adds bytes to the kernel's random number generator with full credit; the host is trusted.
 pub fn add_entropy(bytes: &[u8]) -> Result<()> {
     if bytes.is_empty() {
         return Ok(());
@@ -67,16 +66,16 @@ pub fn add_entropy(bytes: &[u8]) -> Result<()> {
     };
     info.bytes[..bytes.len()].copy_from_slice(bytes);
     let what = || "seed the random number generator".to_owned();
-    let device = OpenOptions::new().write(true).open("/dev/random").doing(what)?;
+    let device = OpenOptions::new().write(true).open("/dev/random").context(what)?;
     // SAFETY: the kernel reads `size` bytes after the two numbers; `size` is at most the array's
     // length, and the struct lives until the call returns.
-    unsafe { ioctl::add(device.as_raw_fd(), &raw const info) }.doing(what)?;
-    // Else what was given counts at the next reseeding only, which may be a minute away.
+    unsafe { ioctl::add(device.as_raw_fd(), &raw const info) }.context(what)?;
+    // Without a reseed the bytes take effect at the next one, up to a minute later.
     // SAFETY: the call takes no argument.
     match unsafe { ioctl::reseed(device.as_raw_fd()) } {
-        // ENODATA: too little was given so far; the kernel seeds when there is enough.
+        // ENODATA: not initialized yet; the kernel seeds when it has enough entropy.
         Ok(_) | Err(nix::errno::Errno::ENODATA) => Ok(()),
-        Err(error) => Err(error).doing(what),
+        Err(error) => Err(error).context(what),
     }
 }
 
@@ -85,19 +84,19 @@ pub fn set_hostname(name: &str) -> Result<()> {
         return Ok(());
     }
     if name.len() > MAX_HOSTNAME || name.contains(['\0', '\n', '/']) {
-        return Err(Error::invalid("hostname", format!("{name:?} cannot be one")));
+        return Err(Error::invalid("hostname", format!("{name:?} is not a valid hostname")));
     }
-    nix::unistd::sethostname(name).doing(|| format!("set host name {name:?}"))
+    nix::unistd::sethostname(name).context(|| format!("set hostname {name:?}"))
 }
 
 fn sysctl_path(name: &str) -> Result<PathBuf> {
-    let bad = |why: &str| Error::invalid("sysctls", format!("{name:?} {why}"));
+    let bad = |reason: &str| Error::invalid("sysctls", format!("{name:?} {reason}"));
     let dotted = name.replace('/', ".");
     if FORBIDDEN.iter().any(|prefix| dotted.starts_with(prefix)) {
-        return Err(bad("would have the kernel run a program outside of the containers"));
+        return Err(bad("would let the kernel run a program outside of the containers"));
     }
-    // Both spellings, as sysctl(8): the first separator decides. With dots, a slash stands for a
-    // dot inside a name (`net.ipv4.conf.eth0/1.mtu`).
+    // Both notations of sysctl(8): the first separator decides. With dots, a slash denotes a dot
+    // in a name (`net.ipv4.conf.eth0/1.mtu`).
     let slashes = name.find('/').is_some_and(|slash| name.find('.').is_none_or(|dot| slash < dot));
     let path: String = if slashes {
         name.to_owned()
@@ -118,32 +117,32 @@ fn sysctl_path(name: &str) -> Result<PathBuf> {
 
 pub fn set_sysctls(sysctls: &HashMap<String, String>) -> Result<()> {
     let mut names: Vec<_> = sysctls.iter().collect();
-    // An order that does not depend on the map, so that a failure can be repeated.
+    // Sorted, so that the first failure is deterministic.
     names.sort();
     for (name, value) in names {
         let path = sysctl_path(name)?;
         if !path.exists() {
-            return Err(Error::invalid("sysctls", format!("this kernel has no {name:?}")));
+            return Err(Error::invalid("sysctls", format!("the kernel does not support {name:?}")));
         }
-        fs::write(&path, value).doing(|| format!("set sysctl {name} to {value:?}"))?;
+        fs::write(&path, value).context(|| format!("set sysctl {name} to {value:?}"))?;
     }
     Ok(())
 }
 
-/// Sysctls, the kernel's default, and what lets processes without privileges in the guest do what
-/// root of a container expects.
-const FOR_ALL: [(&str, &str, &str); 2] = [
+/// Sysctls with the kernel's default and the value that gives unprivileged processes what root of a
+/// container expects.
+const UNPRIVILEGED_SYSCTLS: [(&str, &str, &str); 2] = [
     ("net.ipv4.ip_unprivileged_port_start", "1024", "0"),
     ("net.ipv4.ping_group_range", "1\t0", "0\t2147483647"),
 ];
 
-/// The pod's network namespace is not its user namespace's, so root in there has no privileges
-/// over it: low ports and ping are opened to everybody, unless the pod has its own will about them.
-pub fn open_network_to_all() -> Result<()> {
-    for (name, default, value) in FOR_ALL {
+/// Opens low ports and ping to all users. Root of the pod's user namespace has no privileges over
+/// the pod's network namespace. Values that the pod has set are kept.
+pub fn allow_unprivileged_network() -> Result<()> {
+    for (name, default, value) in UNPRIVILEGED_SYSCTLS {
         let path = sysctl_path(name)?;
         if fs::read_to_string(&path).is_ok_and(|now| now.trim() == default) {
-            fs::write(&path, value).doing(|| format!("set sysctl {name} to {value:?}"))?;
+            fs::write(&path, value).context(|| format!("set sysctl {name} to {value:?}"))?;
         }
     }
     Ok(())
@@ -154,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sysctl_names_become_paths_below_proc_sys_and_nowhere_else() {
+    fn sysctl_names_become_paths_below_proc_sys_only() {
         for (name, path) in [
             ("net.ipv4.ip_forward", "/proc/sys/net/ipv4/ip_forward"),
             ("net/ipv4/ip_forward", "/proc/sys/net/ipv4/ip_forward"),

@@ -1,5 +1,5 @@
-//! Paths inside a container's root, resolved by the kernel so that no symlink, `..` or magic link
-//! of an image leads out of it (`openat2(2)`, RESOLVE_IN_ROOT).
+//! Paths inside a container's root file system, resolved with openat2(2) and RESOLVE_IN_ROOT, so
+//! that no symlink, `..` or magic link of an image leads out of it.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -13,9 +13,9 @@ use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmodat, makedev, mkdirat, mkn
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, unlinkat};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 
-use crate::error::{Doing, Result};
+use crate::error::{Context, Result};
 
-/// Symlinks followed by hand; the kernel follows 40.
+/// Maximum symlinks followed by `make_target`; the kernel's limit is 40.
 const MAX_LINKS: usize = 16;
 
 fn how(flags: OFlag) -> OpenHow {
@@ -24,7 +24,7 @@ fn how(flags: OFlag) -> OpenHow {
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS)
 }
 
-/// The path without `..`, taken lexically, and below the root.
+/// The path without `..`, resolved lexically, relative to the root.
 fn plain(path: &Path) -> PathBuf {
     let mut out = PathBuf::from(".");
     for component in path.components() {
@@ -39,11 +39,11 @@ fn plain(path: &Path) -> PathBuf {
     out
 }
 
-/// A directory that paths are resolved in.
+/// A root directory in which paths are resolved.
 #[derive(Debug)]
 pub struct Root {
     dir: OwnedFd,
-    /// Of what is made.
+    /// uid and gid of created files.
     owner: (u32, u32),
 }
 
@@ -52,10 +52,10 @@ impl Root {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         open(path, flags, Mode::empty())
             .map(|dir| Self { dir, owner: (0, 0) })
-            .doing(|| format!("open root {}", path.display()))
+            .context(|| format!("open root {}", path.display()))
     }
 
-    /// User and group of what is made from now on; else root's.
+    /// Sets uid and gid of files created from now on; default 0:0.
     pub fn owned_by(self, owner: (u32, u32)) -> Self {
         Self { owner, ..self }
     }
@@ -64,7 +64,7 @@ impl Root {
         self.owner
     }
 
-    fn give(&self, parent: &OwnedFd, name: &OsStr) -> nix::Result<()> {
+    fn set_owner(&self, parent: &OwnedFd, name: &OsStr) -> nix::Result<()> {
         let (uid, gid) = self.owner;
         if self.owner == (0, 0) {
             return Ok(());
@@ -77,15 +77,15 @@ impl Root {
         openat2(self.dir.as_fd(), path, how(flags))
     }
 
-    /// What is at a path, for mounts.
-    pub fn place(&self, path: &Path) -> Result<OwnedFd> {
+    /// An O_PATH descriptor, for mounts.
+    pub fn open_path(&self, path: &Path) -> Result<OwnedFd> {
         self.openat(path, OFlag::O_PATH)
-            .doing(|| format!("open {} in the root file system", path.display()))
+            .context(|| format!("open {} in the root file system", path.display()))
     }
 
-    /// Content of a file, at most `limit` bytes of it; None if there is no such file.
+    /// Up to `limit` bytes of a regular file; None if there is none.
     pub fn read(&self, path: &Path, limit: u64) -> Option<String> {
-        // O_NONBLOCK: an image may hold a FIFO of that name.
+        // O_NONBLOCK: the path may be a FIFO.
         let fd = self.openat(path, OFlag::O_RDONLY | OFlag::O_NONBLOCK).ok()?;
         let file = File::from(fd);
         if !file.metadata().ok()?.is_file() {
@@ -96,7 +96,7 @@ impl Root {
         Some(String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    /// Makes a directory and its parents; those that exist stay as they are.
+    /// Creates a directory and its parents; existing ones are not changed.
     pub fn make_dirs(&self, path: &Path) -> Result<()> {
         let mut done = PathBuf::from(".");
         for component in path.components() {
@@ -107,21 +107,21 @@ impl Root {
         Ok(())
     }
 
-    /// Makes what something is to be mounted on: a file or a folder. A symlink that leads nowhere
-    /// (`/etc/resolv.conf` of many images) gets what it points to, inside the root.
+    /// Creates a mount point, a file or a directory. For a dangling symlink (`/etc/resolv.conf` of
+    /// many images) its target is created, inside the root.
     pub fn make_target(&self, path: &Path, directory: bool) -> Result<()> {
-        let what = || format!("make mount target {}", path.display());
+        let what = || format!("create mount point {}", path.display());
         let mut path = plain(path);
         for _ in 0..MAX_LINKS {
             match self.openat(&path, OFlag::O_PATH) {
                 Ok(_) => return Ok(()),
                 Err(Errno::ENOENT) => {}
-                Err(error) => return Err(error).doing(what),
+                Err(error) => return Err(error).context(what),
             }
             let parent = path.parent().unwrap_or(Path::new(".")).to_owned();
             match self.openat(&path, OFlag::O_PATH | OFlag::O_NOFOLLOW) {
                 Ok(link) => {
-                    let target = readlinkat(&link, "").doing(what)?;
+                    let target = readlinkat(&link, "").context(what)?;
                     path = plain(&parent.join(target));
                 }
                 Err(Errno::ENOENT) if directory => return self.make_dirs(&path),
@@ -129,45 +129,45 @@ impl Root {
                     self.make_dirs(&parent)?;
                     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
                     let how = how(flags).mode(Mode::from_bits_truncate(0o644));
-                    let file = openat2(self.dir.as_fd(), &path, how).doing(what)?;
+                    let file = openat2(self.dir.as_fd(), &path, how).context(what)?;
                     let (uid, gid) = self.owner;
                     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-                    return fchown(&file, Some(uid), Some(gid)).doing(what);
+                    return fchown(&file, Some(uid), Some(gid)).context(what);
                 }
-                Err(error) => return Err(error).doing(what),
+                Err(error) => return Err(error).context(what),
             }
         }
-        Err(Errno::ELOOP).doing(what)
+        Err(Errno::ELOOP).context(what)
     }
 
     fn make_dir(&self, parent: &Path, name: &OsStr) -> Result<()> {
-        let what = || format!("make directory {} in the root file system", name.display());
+        let what = || format!("create directory {} in the root file system", name.display());
         let path = parent.join(name);
         match self.openat(&path, OFlag::O_PATH | OFlag::O_DIRECTORY) {
             Ok(_) => return Ok(()),
             Err(Errno::ENOENT) => {}
-            Err(error) => return Err(error).doing(what),
+            Err(error) => return Err(error).context(what),
         }
-        let parent = self.openat(parent, OFlag::O_PATH | OFlag::O_DIRECTORY).doing(what)?;
+        let parent = self.openat(parent, OFlag::O_PATH | OFlag::O_DIRECTORY).context(what)?;
         match mkdirat(&parent, name, Mode::from_bits_truncate(0o755)) {
-            Ok(()) => self.give(&parent, name).doing(what),
-            // A dangling symlink: the process will say so if it needs the folder.
+            Ok(()) => self.set_owner(&parent, name).context(what),
+            // A dangling symlink: left to the process, which fails if it needs the directory.
             Err(Errno::EEXIST) => Ok(()),
-            Err(error) => Err(error).doing(what),
+            Err(error) => Err(error).context(what),
         }
     }
 
-    /// Makes a device node, in the place of what the image has there.
+    /// Creates a device node; replaces a file of the image.
     pub fn make_node(&self, node: &LinuxDevice) -> Result<()> {
-        let what = || format!("make device node {}", node.path().display());
+        let what = || format!("create device node {}", node.path().display());
         let path = plain(node.path());
         let parent = path.parent().unwrap_or(Path::new("."));
         let name = path.file_name().unwrap_or_default();
         self.make_dirs(parent)?;
-        let parent = self.openat(parent, OFlag::O_PATH | OFlag::O_DIRECTORY).doing(what)?;
+        let parent = self.openat(parent, OFlag::O_PATH | OFlag::O_DIRECTORY).context(what)?;
         match unlinkat(&parent, name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => {}
-            Err(error) => return Err(error).doing(what),
+            Err(error) => return Err(error).context(what),
         }
         let kind = match node.typ() {
             LinuxDeviceType::B => SFlag::S_IFBLK,
@@ -175,11 +175,11 @@ impl Root {
         };
         let number = makedev(node.major().unsigned_abs(), node.minor().unsigned_abs());
         let mode = Mode::from_bits_truncate(node.file_mode().unwrap_or(0o600));
-        mknodat(&parent, name, kind, mode, number).doing(what)?;
+        mknodat(&parent, name, kind, mode, number).context(what)?;
         let (uid, gid) = (node.uid().map(Uid::from_raw), node.gid().map(Gid::from_raw));
-        fchownat(&parent, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW).doing(what)?;
-        // After mknod: the agent's umask has no say in it.
-        fchmodat(&parent, name, mode, FchmodatFlags::FollowSymlink).doing(what)
+        fchownat(&parent, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW).context(what)?;
+        // mknod applied the umask.
+        fchmodat(&parent, name, mode, FchmodatFlags::FollowSymlink).context(what)
     }
 }
 
@@ -190,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn symlinks_of_an_image_do_not_lead_out_of_its_root() {
+    fn symlinks_of_an_image_do_not_leave_its_root() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("root");
         std::fs::create_dir_all(root.join("etc")).unwrap();
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mount_target_behind_a_dangling_symlink_is_made_inside_the_root() {
+    fn a_mount_point_behind_a_dangling_symlink_is_created_inside_the_root() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("root");
         std::fs::create_dir_all(root.join("etc")).unwrap();

@@ -1,5 +1,5 @@
-//! Image files as block devices (loop(4)), for an agent without a VM. The kernel frees a device with
-//! its last user, whatever becomes of the agent.
+//! Image files as loop devices (loop(4)), for the agent of a pod without a VM. With autoclear the
+//! kernel frees a device after its last user, even if the agent dies.
 #![allow(unsafe_code)] // ioctls without a safe wrapper
 
 use std::fs::{File, OpenOptions};
@@ -15,7 +15,7 @@ const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_NAME_SIZE: usize = 64;
-/// Others take devices as well; each attempt looks for a free one anew.
+/// Maximum attempts: another process may take the free device between the two ioctls.
 const ATTEMPTS: usize = 32;
 
 /// `struct loop_info64`.
@@ -47,7 +47,7 @@ struct Config {
 
 const _: () = assert!(size_of::<Info>() == 232 && size_of::<Config>() == 304);
 
-/// A device that shows a file; it goes away with this and what is mounted from it.
+/// A loop device; freed when this is dropped and it is no longer mounted.
 #[derive(Debug)]
 pub struct Loop {
     node: PathBuf,
@@ -55,12 +55,12 @@ pub struct Loop {
 }
 
 impl Loop {
-    /// Read-only.
+    /// Attaches a file read-only.
     pub fn of(image: &File) -> io::Result<Self> {
         let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
         let mut last = Errno::EBUSY;
         for _ in 0..ATTEMPTS {
-            // SAFETY: this request takes no argument and touches no memory of ours.
+            // SAFETY: this request takes no argument and accesses no user memory.
             let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE, 0) };
             let number = Errno::result(number)?;
             let node = PathBuf::from(format!("/dev/loop{number}"));
@@ -97,9 +97,8 @@ fn configure(device: &File, image: &File) -> nix::Result<()> {
     };
     let fd = image.as_raw_fd().unsigned_abs();
     let config = Config { fd, block_size: 0, info, reserved: [0; 8] };
-    // SAFETY: the kernel reads one `struct loop_config`, whose layout Config has (its size is
-    // asserted above), from a variable that outlives the call; both files stay open during it
-    // because they are borrowed.
+    // SAFETY: the kernel reads one `struct loop_config`, with the layout of Config (size asserted
+    // above), from a variable that outlives the call; both files are borrowed, so they stay open.
     let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) };
     Errno::result(result).map(drop)
 }

@@ -1,4 +1,6 @@
-//! The guest as a machine: what stands before and below the containers.
+//! The machine below the containers: boot, devices, network, file systems and limits of the guest;
+//! also the files of these that the agent of a pod without a VM uses (`host_mounts`,
+//! `loop_device`).
 
 pub mod boot;
 pub mod copy;

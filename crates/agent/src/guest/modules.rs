@@ -1,5 +1,5 @@
-//! Kernel modules, for a stock distribution kernel: `/modules.list` in the initramfs names the
-//! uncompressed `.ko` files below `/lib/modules`, one a line, in the order to load them. Our own
+//! Kernel modules of a stock distribution kernel: `/modules.list` in the initramfs lists
+//! uncompressed `.ko` files below `/lib/modules`, one on each line, in load order. nacelle's own
 //! kernel has no modules and its initramfs no list.
 
 use std::ffi::CStr;
@@ -9,13 +9,13 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
 
-use crate::error::{Doing, Result};
+use crate::error::{Context, Result};
 
 const LIST: &str = "/modules.list";
-const FOLDER: &str = "/lib/modules";
+const DIRECTORY: &str = "/lib/modules";
 
-/// Loads what the list names. A module that fails is reported and does not stop the others: the
-/// list may name more than this kernel needs.
+/// Loads the listed modules. Continues after failures, as the list may contain modules that the
+/// kernel does not need.
 pub(super) fn load_all() -> Vec<crate::error::Error> {
     let Ok(list) = fs::read_to_string(LIST) else { return Vec::new() };
     list.lines()
@@ -27,18 +27,18 @@ pub(super) fn load_all() -> Vec<crate::error::Error> {
 
 fn load(name: &str) -> Result<()> {
     let what = || format!("load kernel module {name}");
-    let path = Path::new(FOLDER).join(name.trim_start_matches('/'));
+    let path = Path::new(DIRECTORY).join(name.trim_start_matches('/'));
     let path = if path.exists() { path } else { Path::new("/").join(name) };
-    let file = File::open(path).doing(what)?;
+    let file = File::open(path).context(what)?;
     const NO_PARAMETERS: &CStr = c"";
     match finit_module(&file, NO_PARAMETERS, ModuleInitFlags::empty()) {
         Ok(()) | Err(Errno::EEXIST) => Ok(()),
-        Err(error) => Err(error).doing(what),
+        Err(error) => Err(error).context(what),
     }
 }
 
-/// Frees the memory of the files.
-pub(super) fn forget() {
-    let _ = fs::remove_dir_all(FOLDER);
+/// Deletes the files to free the memory of the initramfs.
+pub(super) fn delete_files() {
+    let _ = fs::remove_dir_all(DIRECTORY);
     let _ = fs::remove_file(LIST);
 }

@@ -1,5 +1,5 @@
-//! Just enough rtnetlink (rtnetlink(7), uapi/linux/rtnetlink.h): one request, one answer, no
-//! threads. A crate for it would bring a second runtime into every guest for five messages.
+//! Minimal rtnetlink client (rtnetlink(7), uapi/linux/rtnetlink.h): one request, one reply. A crate
+//! would add much code to the initramfs for five messages.
 
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
@@ -32,7 +32,7 @@ pub(super) const RTA_DST: u16 = 1;
 pub(super) const RTA_OIF: u16 = 4;
 pub(super) const RTA_GATEWAY: u16 = 5;
 
-/// A request being written.
+/// A request under construction.
 #[derive(Debug)]
 pub(super) struct Request {
     bytes: Vec<u8>,
@@ -40,14 +40,14 @@ pub(super) struct Request {
 
 impl Request {
     pub(super) fn new(kind: u16, flags: u16) -> Self {
-        let mut bytes = vec![0; 4]; // length, filled in when sent
+        let mut bytes = vec![0; 4]; // length, set by `finish`
         bytes.extend_from_slice(&kind.to_ne_bytes());
         bytes.extend_from_slice(&(NLM_F_REQUEST | NLM_F_ACK | flags).to_ne_bytes());
-        bytes.extend_from_slice(&[0; 8]); // sequence and port: one request at a time
+        bytes.extend_from_slice(&[0; 8]); // sequence and port id; one request at a time
         Self { bytes }
     }
 
-    /// The fixed part that follows the header.
+    /// Appends the fixed structure that follows the header.
     pub(super) fn body(mut self, body: &[u8]) -> Self {
         self.bytes.extend_from_slice(body);
         self
@@ -89,13 +89,13 @@ impl Netlink {
             SockFlag::SOCK_CLOEXEC,
             SockProtocol::NetlinkRoute,
         )?;
-        // The kernel answers at once; this is for a kernel that does not.
-        let patience = nix::sys::time::TimeVal::new(5, 0);
-        setsockopt(&fd, sockopt::ReceiveTimeout, &patience)?;
+        // The kernel replies at once; a timeout in case it does not.
+        let timeout = nix::sys::time::TimeVal::new(5, 0);
+        setsockopt(&fd, sockopt::ReceiveTimeout, &timeout)?;
         Ok(Self(fd))
     }
 
-    /// Sends a request and takes the kernel's verdict.
+    /// Sends a request and returns the result of its acknowledgement.
     pub(super) fn call(&self, request: Request) -> io::Result<()> {
         let message = request.finish();
         let kernel = NetlinkAddr::new(0, 0);
@@ -103,11 +103,11 @@ impl Netlink {
         sendmsg(self.0.as_raw_fd(), &iov, &[], MsgFlags::empty(), Some(&kernel))?;
         let mut answer = [0u8; 4096];
         let n = recv(self.0.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-        verdict(&answer[..n])
+        parse_ack(&answer[..n])
     }
 }
 
-fn verdict(answer: &[u8]) -> io::Result<()> {
+fn parse_ack(answer: &[u8]) -> io::Result<()> {
     let short = || io::Error::from(io::ErrorKind::UnexpectedEof);
     let kind = answer.get(4..6).ok_or_else(short)?;
     if kind != NLMSG_ERROR.to_ne_bytes() {
@@ -134,12 +134,12 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_refusal_is_an_errno() {
+    fn a_negative_acknowledgement_is_an_errno() {
         let mut answer = vec![0; 20];
         answer[4..6].copy_from_slice(&NLMSG_ERROR.to_ne_bytes());
-        assert!(verdict(&answer).is_ok());
+        assert!(parse_ack(&answer).is_ok());
         answer[16..20].copy_from_slice(&(-17i32).to_ne_bytes());
-        assert_eq!(verdict(&answer).unwrap_err().raw_os_error(), Some(17));
-        assert!(verdict(&answer[..10]).is_err());
+        assert_eq!(parse_ack(&answer).unwrap_err().raw_os_error(), Some(17));
+        assert!(parse_ack(&answer[..10]).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! The pod's interfaces as CNI gave them to the host: name, MTU, addresses, routes.
+//! The pod's network interfaces and routes, with the values of the host's CNI result.
 
 use std::net::IpAddr;
 
@@ -10,11 +10,11 @@ use super::netlink::{
     IFA_ADDRESS, IFA_BROADCAST, IFA_LOCAL, IFLA_IFNAME, IFLA_MTU, NLM_F_CREATE, NLM_F_REPLACE,
     Netlink, RTA_DST, RTA_GATEWAY, RTA_OIF, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWROUTE, Request,
 };
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
-/// Longest interface name (IFNAMSIZ less its end).
+/// Maximum length of an interface name (IFNAMSIZ without the NUL).
 const MAX_NAME: usize = 15;
-/// Interfaces, addresses and routes of a pod together.
+/// Maximum interfaces, addresses and routes of a pod in total.
 const MAX_ENTRIES: usize = 4096;
 
 // uapi/linux/if_addr.h, rtnetlink.h, if.h
@@ -27,7 +27,7 @@ const RT_SCOPE_LINK: u8 = 253;
 const RTN_UNICAST: u8 = 1;
 const RTNH_F_ONLINK: u32 = 4;
 
-/// An address or a destination with its prefix length.
+/// An address with a prefix length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Cidr {
     address: IpAddr,
@@ -68,10 +68,10 @@ fn link(index: i32, up: Option<bool>) -> Request {
 
 pub fn loopback_up() -> Result<()> {
     let what = || "bring the loopback interface up".to_owned();
-    Netlink::open().and_then(|netlink| netlink.call(link(1, Some(true)))).doing(what)
+    Netlink::open().and_then(|netlink| netlink.call(link(1, Some(true)))).context(what)
 }
 
-/// Sets all interfaces up, then the routes. Repeating it is harmless.
+/// Configures all interfaces, then the routes. Idempotent.
 pub fn configure(interfaces: &[v1::Interface], routes: &[v1::Route]) -> Result<()> {
     let addresses: usize = interfaces.iter().map(|each| 1 + each.addresses.len()).sum();
     if addresses + routes.len() > MAX_ENTRIES {
@@ -80,7 +80,7 @@ pub fn configure(interfaces: &[v1::Interface], routes: &[v1::Route]) -> Result<(
     if interfaces.is_empty() && routes.is_empty() {
         return Ok(());
     }
-    let netlink = Netlink::open().doing(|| "open netlink".to_owned())?;
+    let netlink = Netlink::open().context(|| "open netlink".to_owned())?;
     for interface in interfaces {
         set_up(&netlink, interface)?;
     }
@@ -93,7 +93,7 @@ pub fn configure(interfaces: &[v1::Interface], routes: &[v1::Route]) -> Result<(
 fn set_up(netlink: &Netlink, wanted: &v1::Interface) -> Result<()> {
     let name = wanted.name.as_str();
     if name.is_empty() || name.len() > MAX_NAME || name.contains(['/', ' ', '\0', ':']) {
-        return Err(Error::invalid("interface name", format!("{name:?} cannot be one")));
+        return Err(Error::invalid("interface name", format!("{name:?} is not a valid name")));
     }
     let present = devices::interface(&wanted.mac)
         .ok_or_else(|| Error::NotFound { what: "interface with MAC", id: wanted.mac.clone() })?;
@@ -101,23 +101,23 @@ fn set_up(netlink: &Netlink, wanted: &v1::Interface) -> Result<()> {
     if present != name {
         let mut text = name.as_bytes().to_vec();
         text.push(0);
-        // An interface that is up cannot be renamed.
+        // An interface can only be renamed while it is down.
         netlink
             .call(link(index, Some(false)))
             .and_then(|()| netlink.call(link(index, None).attribute(IFLA_IFNAME, &text)))
-            .doing(|| format!("rename interface {present} to {name}"))?;
+            .context(|| format!("rename interface {present} to {name}"))?;
     }
     if wanted.mtu != 0 {
         netlink
             .call(link(index, None).attribute(IFLA_MTU, &wanted.mtu.to_ne_bytes()))
-            .doing(|| format!("set MTU {} of {name}", wanted.mtu))?;
+            .context(|| format!("set MTU {} of {name}", wanted.mtu))?;
     }
-    netlink.call(link(index, Some(true))).doing(|| format!("bring {name} up"))?;
+    netlink.call(link(index, Some(true))).context(|| format!("bring {name} up"))?;
     for text in &wanted.addresses {
         let Cidr { address, prefix } = cidr(text, "address")?;
         let mut body = [0u8; 8];
-        // The host knows that the address is free: no duplicate address detection, which would
-        // keep the address unusable for a second.
+        // IFA_F_NODAD: IPAM guarantees a unique address, and duplicate address detection would keep
+        // it unusable for a second.
         (body[0], body[1], body[2]) = (family(address), prefix, IFA_F_NODAD);
         body[4..8].copy_from_slice(&index.to_ne_bytes());
         let mut request = Request::new(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE)
@@ -130,7 +130,7 @@ fn set_up(netlink: &Netlink, wanted: &v1::Interface) -> Result<()> {
             let broadcast = u32::from(address) | (u32::MAX >> prefix);
             request = request.address(IFA_BROADCAST, IpAddr::V4(broadcast.into()));
         }
-        netlink.call(request).doing(|| format!("add address {text} to {name}"))?;
+        netlink.call(request).context(|| format!("add address {text} to {name}"))?;
     }
     Ok(())
 }
@@ -182,8 +182,8 @@ fn add_route(netlink: &Netlink, route: &v1::Route) -> Result<()> {
     };
     match netlink.call(request(0)?) {
         Ok(()) => Ok(()),
-        // A gateway outside of the interface's prefixes (a /32 address, as many CNI plugins give):
-        // it is reached on the link itself.
+        // A gateway outside of the interface's prefixes (with a /32 address, as many CNI plugins
+        // assign): retried as on-link.
         Err(error)
             if gateway.is_some()
                 && !route.interface.is_empty()
@@ -194,9 +194,9 @@ fn add_route(netlink: &Netlink, route: &v1::Route) -> Result<()> {
                 ]
                 .contains(&error.raw_os_error().unwrap_or(0)) =>
         {
-            netlink.call(request(RTNH_F_ONLINK)?).doing(what)
+            netlink.call(request(RTNH_F_ONLINK)?).context(what)
         }
-        Err(error) => Err(error).doing(what),
+        Err(error) => Err(error).context(what),
     }
 }
 

@@ -1,14 +1,15 @@
-//! Project quotas of ext4: a folder, with all that is made in it, counts as a project of its own and
-//! may have limits (fs/quota, Documentation/filesystems/quota.rst; `struct fsxattr` of
-//! uapi/linux/fs.h, quotactl_fd(2) since Linux 5.14).
+//! Project quotas of ext4: a directory tree with a project id of its own, with usage and limits
+//! (fs/quota, Documentation/filesystems/quota.rst; `struct fsxattr` of uapi/linux/fs.h;
+//! quotactl_fd(2), Linux 5.14).
 //!
-//! Processes with CAP_SYS_RESOURCE are not held to limits, but overlayfs writes without it.
+//! Processes with CAP_SYS_RESOURCE are exempt from limits, but overlayfs writes without that
+//! capability.
 #![allow(unsafe_code)] // neither the ioctls nor quotactl_fd have safe wrappers
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-/// What is made in the folder belongs to its project.
+/// Files created in the directory inherit its project id.
 const FS_XFLAG_PROJINHERIT: u32 = 0x200;
 /// uapi/linux/quota.h
 const Q_GETQUOTA: u32 = 0x80_0007;
@@ -52,14 +53,14 @@ mod ioctl {
     nix::ioctl_write_ptr!(set, b'X', 32, super::FsXattr);
 }
 
-/// Of a project; 0: no limit.
+/// Limits of a project; 0 means no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Limits {
     pub bytes: u64,
     pub inodes: u64,
 }
 
-/// What a project uses and may use.
+/// Usage and limits of a project.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     pub bytes: u64,
@@ -67,20 +68,20 @@ pub struct Usage {
     pub limits: Limits,
 }
 
-/// Makes an empty folder a project's.
-pub fn join(folder: BorrowedFd<'_>, project: u32) -> io::Result<()> {
+/// Sets the project id of an empty directory.
+pub fn join(dir: BorrowedFd<'_>, project: u32) -> io::Result<()> {
     let mut attributes = FsXattr::default();
-    // SAFETY: the kernel writes one `struct fsxattr`, whose size the assertion above holds, to a
-    // value that lives until the call returns.
-    unsafe { ioctl::get(folder.as_raw_fd(), &raw mut attributes) }?;
+    // SAFETY: the kernel writes one `struct fsxattr`, whose size is asserted above, to a value that
+    // lives until the call returns.
+    unsafe { ioctl::get(dir.as_raw_fd(), &raw mut attributes) }?;
     attributes.projid = project;
     attributes.xflags |= FS_XFLAG_PROJINHERIT;
     // SAFETY: the kernel reads one `struct fsxattr` from a value that lives until the call returns.
-    unsafe { ioctl::set(folder.as_raw_fd(), &raw const attributes) }?;
+    unsafe { ioctl::set(dir.as_raw_fd(), &raw const attributes) }?;
     Ok(())
 }
 
-/// `file` is anything on the file system.
+/// Sets the limits of a project. `file` is any file of the file system.
 pub fn limit(file: impl AsFd, project: u32, limits: Limits) -> io::Result<()> {
     let mut block = Block {
         hard_blocks: limits.bytes.div_ceil(QUOTA_BLOCK),
@@ -102,9 +103,8 @@ pub fn usage(file: impl AsFd, project: u32) -> io::Result<Usage> {
 fn quotactl(file: BorrowedFd<'_>, command: u32, project: u32, block: &mut Block) -> io::Result<()> {
     let command = command << 8 | PRJQUOTA;
     let block: *mut Block = block;
-    // SAFETY: both commands take a `struct if_dqblk` (its size is asserted above), which the kernel
-    // reads or writes; the exclusive reference it comes from outlives the call. The descriptor is
-    // borrowed for as long.
+    // SAFETY: both commands take a `struct if_dqblk` (size asserted above), which the kernel reads
+    // or writes; the exclusive reference outlives the call, as does the borrowed descriptor.
     let done = unsafe {
         libc::syscall(
             libc::SYS_quotactl_fd,

@@ -1,17 +1,17 @@
-//! Page cache that an idle pod does not use is freed, so that free page reporting can give it back to
-//! the host.
+//! Reclaims unused page cache of an idle pod, so that free page reporting can return it to the
+//! host.
 //!
-//! A guest that is not short of memory keeps every page it has ever read, and its host has to hold
-//! them. So when the pod's containers have used next to no CPU time for some seconds, the kernel is
-//! asked to reclaim what is cold (`memory.reclaim` of the root cgroup,
-//! Documentation/admin-guide/cgroup-v2.rst), and chooses the pages itself. Cold is as much as the list
-//! of inactive file pages holds. A kernel with the multi-generational LRU counts pages as active that
-//! were read once (Documentation/admin-guide/mm/multigen_lru.rst: the youngest two generations, and
-//! there are always two), so there it is as much as no process has mapped. `drop_caches` would take
-//! the pages of running programs too, with every dentry and inode, and the pod would read them again.
+//! A guest without memory pressure keeps every page it has read, and the host has to back them.
+//! When the pod's containers have used almost no CPU time for some seconds, the agent writes the
+//! amount of cold page cache to `memory.reclaim` of the root cgroup
+//! (Documentation/admin-guide/cgroup-v2.rst); the kernel chooses the pages. The amount is the size
+//! of the inactive file list. With the multi-generational LRU, pages read once count as active
+//! (Documentation/admin-guide/mm/multigen_lru.rst: the two youngest generations), so there it is
+//! the page cache that no process has mapped. `drop_caches` would also drop mapped pages of running
+//! programs, dentries and inodes.
 //!
-//! No timer runs for this, as an idle guest is not to be woken: the host asks for statistics every few
-//! seconds anyway, and each such request is a sample.
+//! There is no timer, which would wake an idle guest: each stats request of the host, every few
+//! seconds, is a sample.
 
 use std::fs;
 use std::io;
@@ -20,23 +20,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Of one CPU's time: what a pod uses that does nothing but wait.
+/// CPU usage below which a pod is idle, percent of one CPU.
 const IDLE_PERCENT: u128 = 2;
-/// A pod that has been idle for so long is taken to stay so.
-const QUIET: Duration = Duration::from_secs(4);
-/// Samples that follow each other sooner say nothing.
-const SHORTEST: Duration = Duration::from_secs(1);
-/// Bytes of cold page cache that are not worth the work.
-const LITTLE: u64 = 4 << 20;
-/// Times that page cache which could not be freed is tried again: dirty pages are written first.
-const TRIES: u32 = 3;
+/// Time for which a pod must be idle.
+const IDLE_TIME: Duration = Duration::from_secs(4);
+/// Minimum interval between two samples.
+const MIN_INTERVAL: Duration = Duration::from_secs(1);
+/// Minimum amount of cold page cache to reclaim, bytes.
+const MIN_RECLAIM: u64 = 4 << 20;
+/// Maximum attempts for page cache that could not be freed; dirty pages need a second one.
+const MAX_ATTEMPTS: u32 = 3;
 
 const MEMINFO: &str = "/proc/meminfo";
-/// A bit mask; 0: the kernel has two lists.
+/// A bit mask; 0 if multi-generational LRU is off.
 const LRU_GEN: &str = "/sys/kernel/mm/lru_gen/enabled";
 const RECLAIM: &str = "/sys/fs/cgroup/memory.reclaim";
 
-/// Decides when, and has the kernel do it.
+/// Decides when to reclaim and does it.
 #[derive(Debug)]
 pub struct Reclaim {
     enabled: AtomicBool,
@@ -63,14 +63,14 @@ impl Reclaim {
         self.enabled.store(enabled, Ordering::Release);
     }
 
-    /// Takes a sample: CPU time that the pod's containers have used in all. Starts to reclaim, in the
-    /// background, if it is time for that.
+    /// Adds a sample: total CPU time of the pod's containers, nanoseconds. Starts a reclaim in the
+    /// background if it is due.
     pub fn sample(self: &Arc<Self>, cpu_ns: u64) {
         if !self.enabled.load(Ordering::Acquire) || !self.is_due(Instant::now(), cpu_ns) {
             return;
         }
         let reclaim = Arc::clone(self);
-        // It may take seconds. Nothing waits for it.
+        // May take seconds; nothing waits for it.
         tokio::task::spawn_blocking(move || reclaim.run());
     }
 
@@ -81,33 +81,33 @@ impl Reclaim {
 
     fn run(&self) {
         let before = self.cold();
-        // EAGAIN: it was not that much.
+        // EAGAIN: less than requested could be reclaimed.
         match fs::write(&self.file, before.to_string()) {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
-                tracing::warn!(%error, "page cache of an idle pod is kept");
+                tracing::warn!(%error, "cannot reclaim page cache");
             }
             _ => {}
         }
         let left = self.cold();
-        tracing::debug!(before, left, "page cache of an idle pod");
+        tracing::debug!(before, left, "reclaimed page cache of an idle pod");
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).end(left);
     }
 
-    /// Bytes of file pages that are cold.
+    /// Amount of cold page cache, bytes.
     fn cold(&self) -> u64 {
         let text = fs::read_to_string(&self.meminfo).unwrap_or_default();
-        let of = |name| bytes(&text, name);
+        let value = |name| bytes(&text, name);
         let mask = fs::read_to_string(&self.lru_gen).unwrap_or_default();
         let generations = mask.trim().trim_start_matches("0x").chars().any(|digit| digit != '0');
         if generations {
-            (of("Inactive(file):") + of("Active(file):")).saturating_sub(of("Mapped:"))
+            (value("Inactive(file):") + value("Active(file):")).saturating_sub(value("Mapped:"))
         } else {
-            of("Inactive(file):")
+            value("Inactive(file):")
         }
     }
 }
 
-/// A number of `/proc/meminfo`; 0 where it is missing.
+/// A value of `/proc/meminfo` in bytes; 0 if it is missing.
 fn bytes(text: &str, name: &str) -> u64 {
     let kib = text
         .lines()
@@ -116,62 +116,62 @@ fn bytes(text: &str, name: &str) -> u64 {
     u64::from(kib.unwrap_or(0)) * 1024
 }
 
-/// How long the pod has been idle, and what was done about it since.
+/// Idle state of the pod.
 ///
 /// ```text
-///  busy --quiet for long enough, much cold cache--> reclaiming --> reclaimed
+///  busy --idle for long enough, enough cold cache--> reclaiming --> reclaimed
 ///    ^------------------------ CPU time -----------------------------'
 /// ```
 #[derive(Debug, Default)]
 struct Idle {
-    /// When the last sample was taken, and what it was.
+    /// Time and value of the last sample.
     last: Option<(Instant, u64)>,
-    quiet: Duration,
+    idle_time: Duration,
     reclaiming: bool,
-    tries: u32,
-    /// Cold bytes that the last try could not free.
+    attempts: u32,
+    /// Cold bytes left after the last attempt.
     left: u64,
 }
 
 impl Idle {
-    /// Whether the pod is idle.
+    /// Adds a sample; returns whether the pod is idle.
     fn sample(&mut self, now: Instant, cpu_ns: u64) -> bool {
         let Some((then, before)) = self.last else {
             self.last = Some((now, cpu_ns));
             return false;
         };
         let passed = now.saturating_duration_since(then);
-        if passed < SHORTEST {
+        if passed < MIN_INTERVAL {
             return false;
         }
         self.last = Some((now, cpu_ns));
         let used = u128::from(cpu_ns.saturating_sub(before));
         if used * 100 > passed.as_nanos() * IDLE_PERCENT {
-            self.quiet = Duration::ZERO;
-            self.tries = 0;
+            self.idle_time = Duration::ZERO;
+            self.attempts = 0;
             self.left = 0;
             return false;
         }
-        self.quiet = self.quiet.saturating_add(passed);
-        self.quiet >= QUIET
+        self.idle_time = self.idle_time.saturating_add(passed);
+        self.idle_time >= IDLE_TIME
     }
 
-    /// Whether to reclaim, with `cold` bytes that could be freed; it has begun then.
+    /// Whether to reclaim with `cold` bytes of cold page cache; if true, the attempt has begun.
     fn begin(&mut self, cold: u64) -> bool {
-        if self.reclaiming || cold < LITTLE {
+        if self.reclaiming || cold < MIN_RECLAIM {
             return false;
         }
-        // An idle pod that reads a little now and then fills its memory as well.
-        if cold >= self.left.saturating_add(LITTLE) {
-            self.tries = 0;
+        // More cold cache than was left: new data, new attempts.
+        if cold >= self.left.saturating_add(MIN_RECLAIM) {
+            self.attempts = 0;
         }
-        self.reclaiming = self.tries < TRIES;
+        self.reclaiming = self.attempts < MAX_ATTEMPTS;
         self.reclaiming
     }
 
     fn end(&mut self, left: u64) {
         self.reclaiming = false;
-        self.tries += 1;
+        self.attempts += 1;
         self.left = left;
     }
 }
@@ -197,9 +197,9 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_freed_is_tried_some_times_and_what_comes_anew_again() {
+    fn attempts_are_limited_until_there_is_new_cold_cache_or_cpu_use() {
         let mut idle = Idle::default();
-        assert!(!idle.begin(LITTLE - 1));
+        assert!(!idle.begin(MIN_RECLAIM - 1));
         assert!(idle.begin(100 * MIB));
         assert!(!idle.begin(100 * MIB), "it is being done");
         idle.end(60 * MIB);
@@ -208,17 +208,17 @@ mod tests {
             idle.end(left);
         }
         assert!(!idle.begin(56 * MIB), "given up");
-        assert!(idle.begin(56 * MIB + LITTLE), "there is more");
+        assert!(idle.begin(56 * MIB + MIN_RECLAIM), "there is more");
         idle.end(0);
         let now = Instant::now();
         idle.sample(now, 0);
-        (idle.tries, idle.left) = (TRIES, 100 * MIB);
-        idle.sample(now + SHORTEST, 1_000_000_000);
-        assert!(idle.begin(LITTLE), "the pod has worked since");
+        (idle.attempts, idle.left) = (MAX_ATTEMPTS, 100 * MIB);
+        idle.sample(now + MIN_INTERVAL, 1_000_000_000);
+        assert!(idle.begin(MIN_RECLAIM), "the pod has worked since");
     }
 
     #[test]
-    fn the_kernel_is_asked_for_what_is_cold() {
+    fn the_amount_to_reclaim_is_the_cold_page_cache() {
         let dir = tempfile::tempdir().unwrap();
         let (meminfo, file) = (dir.path().join("meminfo"), dir.path().join("memory.reclaim"));
         let text = "MemTotal:       2045080 kB\nActive(file):      20480 kB\n\
@@ -229,16 +229,16 @@ mod tests {
             Reclaim { meminfo, lru_gen: lru_gen.clone(), file: file.clone(), ..Reclaim::default() };
         let now = Instant::now();
         assert!(!reclaim.is_due(now, 0));
-        assert!(reclaim.is_due(now + 5 * SHORTEST, 0));
+        assert!(reclaim.is_due(now + 5 * MIN_INTERVAL, 0));
         reclaim.run();
-        let asked = || fs::read_to_string(&file).unwrap().parse::<u64>().unwrap();
-        assert_eq!(asked(), 8 * MIB);
+        let requested = || fs::read_to_string(&file).unwrap().parse::<u64>().unwrap();
+        assert_eq!(requested(), 8 * MIB);
         fs::write(&lru_gen, "0x0000\n").unwrap();
         reclaim.run();
-        assert_eq!(asked(), 8 * MIB, "two lists");
+        assert_eq!(requested(), 8 * MIB, "two lists");
         fs::write(&lru_gen, "0x0007\n").unwrap();
         reclaim.run();
-        assert_eq!(asked(), 16 * MIB, "what is not mapped");
+        assert_eq!(requested(), 16 * MIB, "what is not mapped");
         assert_eq!(bytes("", "Mapped:"), 0);
     }
 }

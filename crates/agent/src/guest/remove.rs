@@ -1,6 +1,6 @@
-//! Deletes trees that containers have made: of any size and depth, so neither the stack nor the
-//! number of open files depends on them. A folder that is not empty is moved up, beside the one it
-//! was found in, and has its turn later.
+//! Deletes directory trees of containers, of any size and depth, with bounded stack and
+//! descriptors: a directory that is not empty is moved up next to the one it was found in, and
+//! deleted later.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,17 +12,17 @@ use nix::fcntl::{OFlag, open, openat, renameat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-/// Empties a folder that nobody else writes to. Goes on past what cannot be removed, which is told
-/// at the end. Blocks.
-pub fn everything_in(folder: &Path) -> io::Result<()> {
+/// Empties a directory that nothing else writes to. Continues after failures and returns the last
+/// one. Blocks.
+pub fn remove_contents(dir: &Path) -> io::Result<()> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let top = open(folder, flags, Mode::empty())?;
-    let mut moved = Moved::default();
+    let top = open(dir, flags, Mode::empty())?;
+    let mut moved = NameCounter::default();
     let mut failed = None;
     loop {
         let (mut progress, before) = (false, moved.0);
         for name in names(&top)? {
-            match one(&top, &name, &mut moved) {
+            match remove_entry(&top, &name, &mut moved) {
                 Ok(()) => progress = true,
                 Err(error) => failed = Some(error),
             }
@@ -33,23 +33,23 @@ pub fn everything_in(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Names for folders that are moved up; what is there has others.
+/// Counter for the names of moved directories.
 #[derive(Default)]
-struct Moved(u64);
+struct NameCounter(u64);
 
 type Name = std::ffi::CString;
 
-/// What a folder holds; at most some of a huge one.
-const AT_ONCE: usize = 1024;
+/// Maximum entries read at once.
+const BATCH: usize = 1024;
 
-fn names(folder: &OwnedFd) -> nix::Result<Vec<Name>> {
-    Ok(entries(folder)?.into_iter().map(|(name, _)| name).collect())
+fn names(dir: &OwnedFd) -> nix::Result<Vec<Name>> {
+    Ok(entries(dir)?.into_iter().map(|(name, _)| name).collect())
 }
 
-fn entries(folder: &OwnedFd) -> nix::Result<Vec<(Name, Option<Type>)>> {
+fn entries(dir: &OwnedFd) -> nix::Result<Vec<(Name, Option<Type>)>> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    // A descriptor of its own, as its position is read on from.
-    let mut dir = Dir::openat(folder, ".", flags, Mode::empty())?;
+    // A new descriptor, as reading changes the file position.
+    let mut dir = Dir::openat(dir, ".", flags, Mode::empty())?;
     let mut found = Vec::new();
     for entry in dir.iter() {
         let entry = entry?;
@@ -57,30 +57,30 @@ fn entries(folder: &OwnedFd) -> nix::Result<Vec<(Name, Option<Type>)>> {
         if name != c"." && name != c".." {
             found.push((name.to_owned(), entry.file_type()));
         }
-        if found.len() >= AT_ONCE {
+        if found.len() >= BATCH {
             break;
         }
     }
     Ok(found)
 }
 
-/// Removes one entry of `top`; if it is a folder, its folders may be in `top` afterwards.
-fn one(top: &OwnedFd, name: &Name, moved: &mut Moved) -> nix::Result<()> {
+/// Removes one entry of `top`; its subdirectories may be moved to `top`.
+fn remove_entry(top: &OwnedFd, name: &Name, moved: &mut NameCounter) -> nix::Result<()> {
     match unlinkat(top, name.as_c_str(), UnlinkatFlags::NoRemoveDir) {
         Ok(()) | Err(Errno::ENOENT) => return Ok(()),
         Err(Errno::EISDIR) => {}
         Err(error) => return Err(error),
     }
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let folder = openat(top, name.as_c_str(), flags, Mode::empty())?;
+    let dir = openat(top, name.as_c_str(), flags, Mode::empty())?;
     loop {
-        let found = entries(&folder)?;
+        let found = entries(&dir)?;
         if found.is_empty() {
             return unlinkat(top, name.as_c_str(), UnlinkatFlags::RemoveDir);
         }
         let mut failed = None;
         for (name, kind) in &found {
-            if let Err(error) = clear(&folder, name, *kind, top, moved) {
+            if let Err(error) = clear(&dir, name, *kind, top, moved) {
                 failed = Some(error);
             }
         }
@@ -91,27 +91,27 @@ fn one(top: &OwnedFd, name: &Name, moved: &mut Moved) -> nix::Result<()> {
 }
 
 fn clear(
-    folder: &OwnedFd,
+    dir: &OwnedFd,
     name: &Name,
     kind: Option<Type>,
     top: &OwnedFd,
-    moved: &mut Moved,
+    moved: &mut NameCounter,
 ) -> nix::Result<()> {
     if kind != Some(Type::Directory) {
-        match unlinkat(folder, name.as_c_str(), UnlinkatFlags::NoRemoveDir) {
+        match unlinkat(dir, name.as_c_str(), UnlinkatFlags::NoRemoveDir) {
             Err(Errno::EISDIR) => {}
             other => return other,
         }
     }
-    match unlinkat(folder, name.as_c_str(), UnlinkatFlags::RemoveDir) {
+    match unlinkat(dir, name.as_c_str(), UnlinkatFlags::RemoveDir) {
         Err(Errno::ENOTEMPTY | Errno::EEXIST) => {}
         other => return other,
     }
     loop {
         moved.0 += 1;
         let place = format!("moved-{}", moved.0);
-        match renameat(folder.as_fd(), name.as_c_str(), top.as_fd(), place.as_str()) {
-            // Of an earlier call that did not come to its end.
+        match renameat(dir.as_fd(), name.as_c_str(), top.as_fd(), place.as_str()) {
+            // Name in use since an earlier, incomplete call.
             Err(Errno::ENOTEMPTY | Errno::EEXIST | Errno::ENOTDIR) => {}
             other => return other,
         }
@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tree_of_any_depth_goes_and_what_its_links_lead_to_stays() {
+    fn a_tree_of_any_depth_is_deleted_and_targets_of_symlinks_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         let (trash, kept) = (dir.path().join("trash"), dir.path().join("kept"));
         fs::create_dir_all(trash.join("1/wide")).unwrap();
@@ -136,7 +136,7 @@ mod tests {
         }
         symlink(&kept, trash.join("1/link")).unwrap();
         symlink(dir.path(), trash.join("2")).unwrap();
-        // Deeper than a path can say, and than folders could be held open.
+        // Longer than PATH_MAX, and deeper than the descriptor limit.
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
         let mut at = open(&trash.join("1"), flags, Mode::empty()).unwrap();
         for _ in 0..3000 {
@@ -145,9 +145,9 @@ mod tests {
         }
         drop(at);
         fs::create_dir_all(trash.join("moved-1/full")).unwrap();
-        everything_in(&trash).unwrap();
+        remove_contents(&trash).unwrap();
         assert_eq!(fs::read_dir(&trash).unwrap().count(), 0);
         assert_eq!(fs::read_to_string(&kept).unwrap(), "x");
-        everything_in(&trash).unwrap();
+        remove_contents(&trash).unwrap();
     }
 }

@@ -1,11 +1,11 @@
 //! The pod's scratch disk: ext4 with project quotas, mounted at `<base>/scratch` at its first use.
-//! Each writable layer and each emptyDir is a folder of it with a project of its own:
+//! Each writable layer and each emptyDir is a directory with its own project id:
 //! ```text
 //! containers/<project>   a container's writable layer
 //! volumes/<project>      an emptyDir
-//! trash/<n>              removed, deleted by and by
+//! trash/<n>              discarded, deleted in the background
 //! ```
-//! Nothing on it outlives the VM.
+//! The disk exists as long as the VM.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,44 +20,44 @@ use nix::mount::{MsFlags, mount};
 use super::quota::{self, Limits};
 use super::volumes::open_dir;
 use super::{devices, remove};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
-/// Nothing has to survive a crash: no barriers. What is deleted is given back to the host. Inode
-/// tables are holes of the host's file, which read as zeros: nobody has to write them.
+/// No barriers, as nothing has to survive a crash. discard frees deleted blocks on the host.
+/// noinit_itable: the inode tables are holes of the host's file, which read as zeros.
 const OPTIONS: &str = "prjquota,discard,nobarrier,noinit_itable";
-/// Says what a guest kernel of the operator's own lacks.
-const NO_QUOTAS: &str = "the guest kernel has no project quotas, which the scratch disk needs: \
+/// Error for a custom guest kernel without project quotas.
+const NO_QUOTAS: &str = "the guest kernel does not support project quotas, which the scratch disk needs: \
      CONFIG_QUOTA and CONFIG_QFMT_V2, or the module quota_v2 loaded";
 const CONTAINERS: &str = "containers";
 const VOLUMES: &str = "volumes";
 const TRASH: &str = "trash";
 
-/// Where it comes from.
+/// Source of the file system.
 #[derive(Debug, Clone)]
 pub enum Source {
     /// The disk with agent-api's serial.
     Device,
-    /// A folder instead of it, without quotas: for tests without a VM.
-    Folder(PathBuf),
+    /// A directory without quotas, for tests without a VM.
+    Directory(PathBuf),
 }
 
-/// What a folder is made for.
+/// Use of a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     Container,
     Volume,
 }
 
-/// A folder of the scratch disk.
+/// A directory of the scratch disk.
 #[derive(Debug, Clone)]
-pub struct Folder {
+pub struct ScratchDir {
     path: PathBuf,
     project: u32,
-    /// The disk's root, for calls about its quotas; none: it has no quotas.
+    /// Root of the disk, for quota calls; None without quotas.
     disk: Option<Arc<OwnedFd>>,
 }
 
-impl Folder {
+impl ScratchDir {
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -76,7 +76,7 @@ impl Folder {
     }
 }
 
-/// What a whole file system holds and can hold.
+/// Usage and size of a whole file system.
 pub fn file_system_usage(path: &Path) -> v1::FsUsage {
     let Ok(stat) = nix::sys::statvfs::statvfs(path) else { return v1::FsUsage::default() };
     v1::FsUsage {
@@ -93,7 +93,8 @@ pub struct Scratch {
     at: PathBuf,
     mounted: bool,
     disk: Option<Arc<OwnedFd>>,
-    /// Projects and names of trash are given once. Project 0 is that of everything else.
+    /// Last number given to a project or a trash entry; each is used once. Project 0 is the default
+    /// of all other files.
     last: u32,
 }
 
@@ -104,32 +105,32 @@ impl Scratch {
 
     fn number(&mut self) -> Result<u32> {
         self.last = self.last.checked_add(1).ok_or(Error::Exhausted {
-            what: "folders of the scratch disk in a pod's life",
+            what: "directories created on the scratch disk",
             limit: u32::MAX.into(),
         })?;
         Ok(self.last)
     }
 
-    /// Mounts it unless it is mounted. Blocks.
+    /// Mounts the disk if it is not mounted. Blocks.
     fn mount(&mut self) -> Result<()> {
         if self.mounted {
             return Ok(());
         }
         let what = || format!("mount the scratch disk at {}", self.at.display());
-        fs::create_dir_all(&self.at).doing(what)?;
+        fs::create_dir_all(&self.at).context(what)?;
         match &self.source {
-            Source::Folder(folder) => {
-                fs::create_dir_all(folder).doing(what)?;
-                mount(Some(folder), &self.at, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-                    .doing(what)?;
+            Source::Directory(dir) => {
+                fs::create_dir_all(dir).context(what)?;
+                mount(Some(dir), &self.at, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+                    .context(what)?;
             }
             Source::Device => {
                 let node = devices::disk_node(SCRATCH_SERIAL)?;
                 let (kind, data) = (Some("ext4"), Some(OPTIONS));
                 match mount(Some(&node), &self.at, kind, MsFlags::empty(), data) {
-                    // ext4 answers so where find_quota_format() knows no vfsv1 (fs/quota/dquot.c).
+                    // ext4 returns ESRCH if find_quota_format() has no vfsv1 (fs/quota/dquot.c).
                     Err(Errno::ESRCH) => return Err(Error::Precondition(NO_QUOTAS.to_owned())),
-                    outcome => outcome.doing(what)?,
+                    outcome => outcome.context(what)?,
                 }
                 self.disk = Some(Arc::new(open_dir(&self.at)?));
             }
@@ -141,13 +142,13 @@ impl Scratch {
                 .recursive(true)
                 .mode(0o700)
                 .create(&path)
-                .doing(|| format!("make {}", path.display()))?;
+                .context(|| format!("create {}", path.display()))?;
         }
         Ok(())
     }
 
-    /// Makes an empty folder (0755, root's). Blocks.
-    pub fn make(&mut self, purpose: Purpose, limits: Limits) -> Result<Folder> {
+    /// Creates an empty directory (mode 0755, root:root) with limits. Blocks.
+    pub fn make(&mut self, purpose: Purpose, limits: Limits) -> Result<ScratchDir> {
         self.mount()?;
         let project = self.number()?;
         let parent = match purpose {
@@ -155,53 +156,53 @@ impl Scratch {
             Purpose::Volume => VOLUMES,
         };
         let path = self.at.join(parent).join(project.to_string());
-        let what = || format!("make {}", path.display());
-        fs::create_dir(&path).doing(what)?;
-        let folder = Folder { path: path.clone(), project, disk: self.disk.clone() };
-        if let Some(disk) = &folder.disk {
+        let what = || format!("create {}", path.display());
+        fs::create_dir(&path).context(what)?;
+        let dir = ScratchDir { path: path.clone(), project, disk: self.disk.clone() };
+        if let Some(disk) = &dir.disk {
             let quota = || format!("set the quota of {}", path.display());
             let joined = open_dir_to_read(&path)
                 .and_then(|dir| quota::join(dir.as_fd(), project))
                 .and_then(|()| quota::limit(disk, project, limits));
             if let Err(error) = joined {
                 let _ = fs::remove_dir(&path);
-                return Err(error).doing(quota);
+                return Err(error).context(quota);
             }
         }
-        Ok(folder)
+        Ok(dir)
     }
 
-    /// Takes a folder out of use at once; its files are deleted by [`Self::trash`]. Blocks.
-    pub fn discard(&mut self, folder: &Folder) -> Result<()> {
-        let what = || format!("discard {}", folder.path.display());
+    /// Moves a directory to the trash. Blocks for the rename only.
+    pub fn discard(&mut self, dir: &ScratchDir) -> Result<()> {
+        let what = || format!("discard {}", dir.path.display());
         let name = self.number()?.to_string();
-        match fs::rename(&folder.path, self.at.join(TRASH).join(name)) {
+        match fs::rename(&dir.path, self.at.join(TRASH).join(name)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).doing(what);
+                return Err(error).context(what);
             }
             _ => {}
         }
-        if let Some(disk) = &folder.disk {
-            // Without limits the project's record goes with its last file.
-            quota::limit(disk, folder.project, Limits::default()).doing(what)?;
+        if let Some(disk) = &dir.disk {
+            // Without limits the kernel drops the project's record with its last file.
+            quota::limit(disk, dir.project, Limits::default()).context(what)?;
         }
         Ok(())
     }
 
-    /// What is to be emptied, if anything ever was discarded.
+    /// Path of the trash, if the disk was mounted.
     pub fn trash(&self) -> Option<PathBuf> {
         self.mounted.then(|| self.at.join(TRASH))
     }
 }
 
-/// Deletes what was discarded. Blocks as long as that takes.
-pub fn empty_trash(trash: &Path) {
-    if let Err(error) = remove::everything_in(trash) {
-        tracing::warn!(%error, "discarded files stay on the scratch disk");
+/// Deletes the trash. Blocks.
+pub fn delete_trash(trash: &Path) {
+    if let Err(error) = remove::remove_contents(trash) {
+        tracing::warn!(%error, "cannot delete the trash of the scratch disk");
     }
 }
 
 fn open_dir_to_read(path: &Path) -> std::io::Result<fs::File> {
-    // The ioctls refuse O_PATH.
+    // The ioctls fail on O_PATH descriptors.
     fs::File::open(path)
 }

@@ -1,8 +1,8 @@
-//! The pod's share: the folder of the host's volumes, a virtio-fs device that is mounted at first
-//! use and stays until the pod ends. Its top-level entries are the volumes.
+//! The pod's share: one virtio-fs device with all host volumes as top-level entries, mounted at the
+//! first use until the pod ends.
 //!
-//! All of it is one file system, whatever the host has mounted inside a volume: two volumes that lead
-//! to one file of the host lead to one inode here.
+//! It is one file system whatever the host has mounted inside a volume: two volumes with the same
+//! host file have the same inode here.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,17 +16,17 @@ use nix::mount::{MsFlags, mount};
 
 use super::devices;
 use super::volumes::{open_dir, relative};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
-/// From the plugging of the device until its driver has found it.
+/// Time from hot-plug to the driver's probe.
 const TAG_DEADLINE: Duration = Duration::from_secs(10);
-/// Where the share comes from.
+/// Source of the share.
 #[derive(Debug, Clone)]
 pub enum Source {
     /// The virtio-fs device with agent-api's tag.
     Device,
-    /// A folder instead of it, for tests without a VM.
-    Folder(PathBuf),
+    /// A directory, for tests without a VM.
+    Directory(PathBuf),
 }
 
 #[derive(Debug)]
@@ -41,35 +41,35 @@ impl Share {
         Self { source, at, mounted: false }
     }
 
-    /// Mounts it unless it is mounted. Blocks.
+    /// Mounts the share if it is not mounted. Blocks.
     pub fn mount(&mut self) -> Result<()> {
         if self.mounted {
             return Ok(());
         }
         let what = || format!("mount the pod's share at {}", self.at.display());
-        fs::create_dir_all(&self.at).doing(what)?;
+        fs::create_dir_all(&self.at).context(what)?;
         match &self.source {
-            Source::Folder(folder) => {
+            Source::Directory(dir) => {
                 let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
-                mount(Some(folder), &self.at, None::<&str>, flags, None::<&str>).doing(what)?;
+                mount(Some(dir), &self.at, None::<&str>, flags, None::<&str>).context(what)?;
             }
-            Source::Device => mount_device(&self.at).doing(what)?,
+            Source::Device => mount_device(&self.at).context(what)?,
         }
-        // Slaves of it, in containers, see what is mounted in it later.
+        // Shared, so that later mounts propagate to slave mounts in containers.
         let flags = MsFlags::MS_SHARED | MsFlags::MS_REC;
-        mount(None::<&str>, &self.at, None::<&str>, flags, None::<&str>).doing(what)?;
+        mount(None::<&str>, &self.at, None::<&str>, flags, None::<&str>).context(what)?;
         self.mounted = true;
         Ok(())
     }
 
-    /// Where it is mounted.
-    pub fn place(&self) -> &Path {
+    /// The mount point.
+    pub fn mount_point(&self) -> &Path {
         &self.at
     }
 }
 
-/// An entry of the share mounted at `at`, or what `sub_path` names in it: an O_PATH descriptor. May
-/// block for as long as the host, or a file system that a container has mounted in it, does.
+/// Returns an O_PATH descriptor of an entry of the share mounted at `at`, or of `sub_path` in it.
+/// May block in the host's file system, or in one that a container has mounted there.
 pub fn open(at: &Path, id: &str, sub_path: &str) -> Result<OwnedFd> {
     crate::ids::check("volume id", id)?;
     let share = open_dir(at)?;
@@ -83,7 +83,7 @@ pub fn open(at: &Path, id: &str, sub_path: &str) -> Result<OwnedFd> {
             let id = path.display().to_string();
             Err(Error::NotFound { what: "entry of the pod's share", id })
         }
-        result => result.doing(what),
+        result => result.context(what),
     }
 }
 
@@ -102,7 +102,7 @@ fn mount_device(at: &Path) -> std::io::Result<()> {
         let no_flags = MsFlags::empty();
         match mount(Some(SHARE_TAG), at, Some("virtiofs"), no_flags, None::<&str>) {
             Ok(()) => return Ok(()),
-            // No device with this tag (yet).
+            // No device with this tag yet.
             Err(Errno::EINVAL | Errno::ENOENT) if Instant::now() < deadline => {
                 if !rescanned {
                     devices::rescan_bus()?;

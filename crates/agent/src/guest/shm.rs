@@ -1,5 +1,5 @@
-//! What containers share by having one IPC namespace: `/dev/shm`, one tmpfs for all of a pod, and
-//! the message queues.
+//! IPC resources that the pod's containers share: `/dev/shm`, one tmpfs for all, and POSIX message
+//! queues.
 
 use std::fs;
 use std::os::unix::fs::chown;
@@ -7,40 +7,40 @@ use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 
-use crate::error::{Doing, Result};
+use crate::error::{Context, Result};
 use crate::oci::userns::Mapping;
 
 const DEFAULT_SIZE: u64 = 64 << 20;
 
-/// Mounts it, or sets its size if it is mounted.
+/// Mounts the tmpfs, or changes its size (bytes; 0 for 64 MiB) if it is mounted.
 pub fn set_up(path: &Path, size: u64) -> Result<()> {
-    let what = || "set up the pod's /dev/shm".to_owned();
+    let what = || "mount the pod's /dev/shm".to_owned();
     let size = if size == 0 { DEFAULT_SIZE } else { size };
     let data = format!("mode=1777,size={size}");
     let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    fs::create_dir_all(path).doing(what)?;
+    fs::create_dir_all(path).context(what)?;
     if is_mount_point(path) {
         flags |= MsFlags::MS_REMOUNT;
     }
-    mount(Some("shm"), path, Some("tmpfs"), flags, Some(data.as_str())).doing(what)
+    mount(Some("shm"), path, Some("tmpfs"), flags, Some(data.as_str())).context(what)
 }
 
-/// Gives it to the root of the pod's user namespace.
-pub fn open_to(path: &Path, mapping: &Mapping) -> Result<()> {
+/// Makes the root of the pod's user namespace its owner.
+pub fn set_owner(path: &Path, mapping: &Mapping) -> Result<()> {
     let (uid, gid) = mapping.root();
-    chown(path, Some(uid), Some(gid)).doing(|| "give /dev/shm to the pod's root".to_owned())
+    chown(path, Some(uid), Some(gid)).context(|| "chown /dev/shm to the pod's root".to_owned())
 }
 
-/// Mounts the pod's message queues (`/dev/mqueue`) where containers that may not mount them
-/// themselves can have them from.
+/// Mounts the pod's mqueue file system, as the source of bind mounts for containers in a user
+/// namespace.
 pub fn mount_mqueue(path: &Path) -> Result<()> {
     let what = || "mount the pod's message queues".to_owned();
-    fs::create_dir_all(path).doing(what)?;
+    fs::create_dir_all(path).context(what)?;
     if is_mount_point(path) {
         return Ok(());
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("mqueue"), path, Some("mqueue"), flags, None::<&str>).doing(what)
+    mount(Some("mqueue"), path, Some("mqueue"), flags, None::<&str>).context(what)
 }
 
 pub(super) fn is_mount_point(path: &Path) -> bool {

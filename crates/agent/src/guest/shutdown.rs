@@ -1,4 +1,4 @@
-//! The end of the guest.
+//! Power-off of the guest.
 
 use std::time::Duration;
 
@@ -7,26 +7,26 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// For killed processes to go, before file systems are written out.
+/// Time for killed processes to exit before the sync.
 const GRACE: Duration = Duration::from_millis(500);
 
-/// Kills everything, writes everything out, and powers off. Returns only if power-off fails.
+/// Kills all processes, syncs and powers off. Returns only if that fails.
 pub async fn power_off(populated: impl Fn() -> bool) {
-    // From PID 1: everything but itself.
+    // All processes except PID 1.
     let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
     let deadline = tokio::time::Instant::now() + GRACE;
     while populated() && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     unmount_disks();
-    // `data=ordered` journals of what could not be unmounted. Scratch disks die with the pod, so
-    // this matters for volumes only.
+    // For file systems that could not be unmounted. Matters for volumes only, as the scratch disk
+    // ends with the pod.
     nix::unistd::sync();
     let Err(error) = reboot(RebootMode::RB_POWER_OFF);
     tracing::error!(%error, "cannot power off");
 }
 
-/// Unmounts what stands on block devices and on the host's folders, the newest first.
+/// Unmounts block devices, overlays and the share, newest first.
 fn unmount_disks() {
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     for line in mounts.lines().rev() {

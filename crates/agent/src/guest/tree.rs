@@ -1,6 +1,5 @@
-//! Mount trees held by descriptors: copied, given attributes, then attached (open_tree(2),
-//! mount_setattr(2), move_mount(2)). Nothing is looked up by a path that a container could change
-//! in the meantime.
+//! Mount trees as descriptors: cloned, changed, then attached (open_tree(2), mount_setattr(2),
+//! move_mount(2)), without a path that a container could change in between.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -21,13 +20,13 @@ const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
 const OPEN_TREE_CLONE: u32 = 1;
 const OPEN_TREE_CLOEXEC: u32 = libc::O_CLOEXEC as u32;
 
-/// A copy of mounts that is attached nowhere yet; dropping it unmounts it.
+/// A cloned, detached mount tree; dropping it unmounts it.
 #[derive(Debug)]
 pub struct Tree(OwnedFd);
 
-/// Whether a change concerns the top mount or all of the tree.
+/// Scope of a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reach {
+pub enum Scope {
     Top,
     All,
 }
@@ -41,16 +40,16 @@ fn io_error(error: SyscallError) -> io::Error {
 }
 
 impl Tree {
-    /// Copies what is at `place` with all that is mounted below it.
+    /// Clones the mount at `place` with all mounts below it.
     pub fn copy(place: BorrowedFd<'_>) -> io::Result<Self> {
         let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH | AT_RECURSIVE;
         create_syscall().open_tree(place.as_raw_fd(), None, flags).map(Self).map_err(io_error)
     }
 
-    fn set(&self, reach: Reach, attributes: &MountAttr) -> io::Result<()> {
+    fn set(&self, reach: Scope, attributes: &MountAttr) -> io::Result<()> {
         let flags = match reach {
-            Reach::Top => AT_EMPTY_PATH,
-            Reach::All => AT_EMPTY_PATH | AT_RECURSIVE,
+            Scope::Top => AT_EMPTY_PATH,
+            Scope::All => AT_EMPTY_PATH | AT_RECURSIVE,
         };
         let size = size_of::<MountAttr>();
         create_syscall()
@@ -58,24 +57,24 @@ impl Tree {
             .map_err(io_error)
     }
 
-    pub fn read_only(&self, reach: Reach) -> io::Result<()> {
+    pub fn read_only(&self, reach: Scope) -> io::Result<()> {
         self.set(reach, &MountAttr { attr_set: MOUNT_ATTR_RDONLY, ..attributes() })
     }
 
-    /// Undoes that for the top mount.
+    /// Makes the top mount writable.
     pub fn writable(&self) -> io::Result<()> {
-        self.set(Reach::Top, &MountAttr { attr_clr: MOUNT_ATTR_RDONLY, ..attributes() })
+        self.set(Scope::Top, &MountAttr { attr_clr: MOUNT_ATTR_RDONLY, ..attributes() })
     }
 
-    /// MS_PRIVATE, MS_SLAVE or MS_SHARED for all mounts of the tree.
+    /// Sets MS_PRIVATE, MS_SLAVE or MS_SHARED on all mounts of the tree.
     pub fn propagation(&self, kind: MsFlags) -> io::Result<()> {
-        self.set(Reach::All, &MountAttr { propagation: kind.bits(), ..attributes() })
+        self.set(Scope::All, &MountAttr { propagation: kind.bits(), ..attributes() })
     }
 
-    /// Shows the top mount's owners as the user namespace maps them.
+    /// Makes the top mount id-mapped with the user namespace.
     pub fn map_ids(&self, userns: BorrowedFd<'_>) -> io::Result<()> {
         let userns_fd = u64::from(userns.as_raw_fd().unsigned_abs());
-        self.set(Reach::Top, &MountAttr { attr_set: MOUNT_ATTR_IDMAP, userns_fd, ..attributes() })
+        self.set(Scope::Top, &MountAttr { attr_set: MOUNT_ATTR_IDMAP, userns_fd, ..attributes() })
     }
 
     pub fn attach(&self, target: &Path) -> io::Result<()> {

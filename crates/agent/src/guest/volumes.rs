@@ -1,12 +1,12 @@
-//! Volumes of small files (ConfigMaps, Secrets, `/etc/hosts`): a tmpfs each, written by the host,
-//! bind-mounted into containers.
+//! Volumes of small files (ConfigMaps, Secrets, `/etc/hosts`): one tmpfs for each, written by the
+//! host, bind-mounted into containers.
 //!
-//! With `swap` the files of one write appear together, by the layout that kubelet's own volumes
-//! have, so that programs watching it with inotify see what they expect:
+//! With `swap`, the files of one write appear atomically, in the layout of kubelet's own volumes
+//! (AtomicWriter), so that programs see the same inotify events:
 //! ```text
 //! name   -> ..data/name
 //! ..data -> ..v7          replaced by one rename(2)
-//! ..v7/name               former generations are removed afterwards
+//! ..v7/name               previous generations are removed
 //! ```
 
 use std::collections::HashMap;
@@ -25,19 +25,18 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, fchmod, mkdirat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, symlinkat, unlinkat};
 
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::oci::userns::Mapping;
 
 const DEFAULT_SIZE: u64 = 64 << 20;
-/// tmpfs pages are the pod's own memory; this keeps a wrong number from making one tmpfs that
-/// swallows any VM.
+/// Maximum size of one volume, bytes; pages of a tmpfs are memory of the pod.
 const MAX_SIZE: u64 = 16 << 30;
-/// Files of one volume; each costs an inode of kernel memory whatever its size.
+/// Maximum files of one volume; each uses kernel memory.
 const MAX_INODES: u64 = 65536;
-/// Volumes of a pod; each is a mount, and mounts slow down every container's start.
+/// Maximum volumes of a pod; each is a mount, and mounts slow down every container start.
 const MAX_VOLUMES: usize = 1024;
 
-/// Bytes of one [`Volumes::read`]; well below a message's limit.
+/// Maximum bytes of one [`Volumes::read`]; below the message size limit.
 const MAX_READ: u64 = 1 << 20;
 
 const DATA: &str = "..data";
@@ -47,15 +46,15 @@ const DATA_NEW: &str = "..data_tmp";
 pub struct Volumes {
     base: PathBuf,
     volumes: HashMap<String, Volume>,
-    /// Of the pod's user namespace: who owns the files.
+    /// Mapping of the pod's user namespace, for the owners of files.
     mapping: Option<Mapping>,
 }
 
 #[derive(Debug, Default)]
 struct Volume {
-    /// Numbers the generations of `..data`.
+    /// Number of the current `..data` generation.
     generation: u64,
-    /// A swap whose last request has not come yet.
+    /// Directory of a swap that further requests continue.
     staged: Option<PathBuf>,
 }
 
@@ -64,7 +63,7 @@ impl Volumes {
         Self { base, volumes: HashMap::new(), mapping: None }
     }
 
-    /// The folder of a volume, made (empty) if there is none.
+    /// Returns the directory of a volume; creates an empty volume if it does not exist.
     pub fn ensure(&mut self, id: &str, size_limit: u64) -> Result<PathBuf> {
         crate::ids::check("volume id", id)?;
         let dir = self.base.join(id);
@@ -75,49 +74,49 @@ impl Volumes {
             return Err(Error::Exhausted { what: "volumes of a pod", limit: MAX_VOLUMES as u64 });
         }
         let size = if size_limit == 0 { DEFAULT_SIZE } else { size_limit.min(MAX_SIZE) };
-        let what = || format!("make volume {id}");
-        fs::create_dir_all(&dir).doing(what)?;
+        let what = || format!("create volume {id}");
+        fs::create_dir_all(&dir).context(what)?;
         let data = format!("mode=0755,size={size},nr_inodes={MAX_INODES}");
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         if let Err(error) = mount(Some("volume"), &dir, Some("tmpfs"), flags, Some(data.as_str())) {
             let _ = fs::remove_dir(&dir);
-            return Err(error).doing(what);
+            return Err(error).context(what);
         }
-        // Containers that ask for it see each other's mounts in it.
+        // Shared, so that mounts propagate between containers with such a propagation.
         let shared = mount(None::<&str>, &dir, None::<&str>, MsFlags::MS_SHARED, None::<&str>);
         if let Err(error) = shared {
             let _ = umount2(&dir, MntFlags::MNT_DETACH);
             let _ = fs::remove_dir(&dir);
-            return Err(error).doing(what);
+            return Err(error).context(what);
         }
         self.volumes.insert(id.to_owned(), Volume::default());
         if let Some(mapping) = &self.mapping {
-            give(&dir, mapping).doing(what)?;
+            map_owners(&dir, mapping).context(what)?;
         }
         Ok(dir)
     }
 
-    /// From now on the volumes' files belong to the ids that a user namespace maps those of the
-    /// requests to: tmpfs takes no id-mapped mounts before Linux 6.3.
-    pub fn belong_to(&mut self, mapping: &Mapping) -> Result<()> {
+    /// Maps the owners of all files, existing and future, with the user namespace's mapping: tmpfs
+    /// supports id-mapped mounts since Linux 6.3 only.
+    pub fn set_mapping(&mut self, mapping: &Mapping) -> Result<()> {
         if self.mapping.is_some() {
             return Ok(());
         }
         for id in self.volumes.keys() {
             let dir = self.base.join(id);
-            give(&dir, mapping).doing(|| format!("map the owners in volume {id}"))?;
+            map_owners(&dir, mapping).context(|| format!("map the owners in volume {id}"))?;
         }
         self.mapping = Some(mapping.clone());
         Ok(())
     }
 
-    /// Writes files; a failed swap leaves the former content in place.
+    /// Writes files. A failed swap keeps the previous content.
     pub fn write(&mut self, request: &v1::WriteVolumeRequest) -> Result<()> {
         let dir = self.ensure(&request.volume_id, request.size_limit)?;
         let Some(volume) = self.volumes.get_mut(&request.volume_id) else { return Ok(()) };
         let owner = |file: &v1::VolumeFile| {
             let owner = (file.uid, file.gid);
-            // Ids that are not mapped stay as they are: nobody's, in the containers.
+            // Ids that are not mapped are kept; they appear as the overflow id in containers.
             self.mapping
                 .as_ref()
                 .and_then(|mapping| mapping.outside(owner.0, owner.1).ok())
@@ -134,10 +133,10 @@ impl Volumes {
             None => {
                 volume.generation += 1;
                 let stage = dir.join(format!("..v{}", volume.generation));
-                let what = || format!("make {}", stage.display());
-                fs::create_dir(&stage).doing(what)?;
+                let what = || format!("create {}", stage.display());
+                fs::create_dir(&stage).context(what)?;
                 if let Some(mapping) = &self.mapping {
-                    give(&stage, mapping).doing(what)?;
+                    map_owners(&stage, mapping).context(what)?;
                 }
                 stage
             }
@@ -155,47 +154,47 @@ impl Volumes {
         done
     }
 
-    /// At most `limit` bytes of a regular file in a volume.
+    /// Reads at most `limit` bytes of a regular file (0: the maximum of 1 MiB).
     pub fn read(&self, id: &str, path: &str, limit: u64) -> Result<Vec<u8>> {
         if !self.volumes.contains_key(id) {
             return Err(Error::NotFound { what: "volume", id: id.to_owned() });
         }
         let what = || format!("read {path:?} in volume {id}");
         let root = open_dir(&self.base.join(id))?;
-        // O_NONBLOCK: what a container has put there may be a pipe.
+        // O_NONBLOCK: a container may have created a FIFO.
         let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
-        let file = File::from(beneath(&root, relative(path)?, flags, Mode::empty()).doing(what)?);
-        if !file.metadata().doing(what)?.is_file() {
-            return Err(Error::invalid("path", format!("{path:?} is no regular file")));
+        let file = File::from(beneath(&root, relative(path)?, flags, Mode::empty()).context(what)?);
+        if !file.metadata().context(what)?.is_file() {
+            return Err(Error::invalid("path", format!("{path:?} is not a regular file")));
         }
         let limit = if limit == 0 { MAX_READ } else { limit.min(MAX_READ) };
         let mut content = Vec::new();
-        file.take(limit).read_to_end(&mut content).doing(what)?;
+        file.take(limit).read_to_end(&mut content).context(what)?;
         Ok(content)
     }
 
-    /// An O_PATH descriptor of a volume, or of what `sub_path` names in it; a missing folder is
-    /// made.
+    /// Returns an O_PATH descriptor of a volume, or of `sub_path` in it; missing directories are
+    /// created.
     pub fn open(&mut self, id: &str, sub_path: &str) -> Result<OwnedFd> {
         let root = open_dir(&self.ensure(id, 0)?)?;
         if sub_path.is_empty() {
             return Ok(root);
         }
         let path = relative(sub_path)?;
-        let what = || format!("find {sub_path:?} in volume {id}");
-        // The volume's own `..data` links are followed, out of the volume leads none.
+        let what = || format!("open {sub_path:?} in volume {id}");
+        // Symlinks such as `..data` are followed, but not out of the volume.
         let how = OpenHow::new()
             .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
         match openat2(root.as_fd(), path, how) {
-            Err(Errno::ENOENT) => make_parents(&root, path).doing(what),
-            result => result.doing(what),
+            Err(Errno::ENOENT) => make_parents(&root, path).context(what),
+            result => result.context(what),
         }
     }
 
-    /// Removes the volumes that belong to a container: those called like it, or like it and more
-    /// after a dot.
-    pub fn remove_of(&mut self, container: &str) -> Result<()> {
+    /// Removes the volumes of a container: those with the id `<container>` or
+    /// `<container>.<suffix>`.
+    pub fn remove_container_volumes(&mut self, container: &str) -> Result<()> {
         let own: Vec<String> = self
             .volumes
             .keys()
@@ -208,14 +207,14 @@ impl Volumes {
         let mut result = Ok(());
         for id in own {
             let dir = self.base.join(&id);
-            // Detached: a mount namespace that is just going away may still hold it.
+            // MNT_DETACH: an ending mount namespace may still hold it.
             match umount2(&dir, MntFlags::MNT_DETACH) {
                 Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {
                     let _ = fs::remove_dir(&dir);
                     self.volumes.remove(&id);
                 }
                 Err(error) => {
-                    result = Err(error).doing(|| format!("unmount volume {id}"));
+                    result = Err(error).context(|| format!("unmount volume {id}"));
                 }
             }
         }
@@ -225,10 +224,10 @@ impl Volumes {
 
 pub fn open_dir(dir: &Path) -> Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    open(dir, flags, Mode::empty()).doing(|| format!("open {}", dir.display()))
+    open(dir, flags, Mode::empty()).context(|| format!("open {}", dir.display()))
 }
 
-/// A relative path without `..`.
+/// Checks that a path is relative and without `..`.
 pub fn relative(text: &str) -> Result<&Path> {
     let path = Path::new(text);
     let plain = path.components().all(|part| matches!(part, Component::Normal(_)));
@@ -241,9 +240,8 @@ pub fn relative(text: &str) -> Result<&Path> {
     Ok(path)
 }
 
-/// Changes the owners of everything in a folder, once, to the ids they are mapped to. The tree is
-/// as large as [`MAX_INODES`] lets it be.
-fn give(dir: &Path, mapping: &Mapping) -> std::io::Result<()> {
+/// Maps the owners of all files in a directory; their number is bounded by [`MAX_INODES`].
+fn map_owners(dir: &Path, mapping: &Mapping) -> std::io::Result<()> {
     let mut left = vec![dir.to_owned()];
     while let Some(path) = left.pop() {
         let meta = fs::symlink_metadata(&path)?;
@@ -259,8 +257,7 @@ fn give(dir: &Path, mapping: &Mapping) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Writes one file into a volume, with this owner; with `swap`, names that begin with `..` are
-/// refused.
+/// Writes one file into a volume with an owner. With `swap`, names starting with `..` are refused.
 pub fn write_file(
     dir: &Path,
     file: &v1::VolumeFile,
@@ -276,41 +273,41 @@ pub fn write_file(
     let root = open_dir(dir)?;
     let parent = path.parent().unwrap_or(Path::new(""));
     let name = path.file_name().unwrap_or_default();
-    let parent = make_parents(&root, parent).doing(what)?;
+    let parent = make_parents(&root, parent).context(what)?;
     let mode = Mode::from_bits_truncate(file.mode & 0o7777);
     let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
     match file.mode & libc::S_IFMT {
         libc::S_IFDIR => {
             match mkdirat(&parent, name, mode) {
                 Ok(()) | Err(Errno::EEXIST) => {}
-                Err(error) => return Err(error).doing(what),
+                Err(error) => return Err(error).context(what),
             }
             let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
-            let opened = beneath(&parent, name, flags, Mode::empty()).doing(what)?;
-            fchown(&opened, uid, gid).doing(what)?;
-            fchmod(&opened, mode).doing(what)
+            let opened = beneath(&parent, name, flags, Mode::empty()).context(what)?;
+            fchown(&opened, uid, gid).context(what)?;
+            fchmod(&opened, mode).context(what)
         }
         libc::S_IFLNK => {
             let target = OsStr::from_bytes(&file.content);
             let _ = unlinkat(&parent, name, UnlinkatFlags::NoRemoveDir);
-            symlinkat(target, &parent, name).doing(what)?;
-            fchownat(&parent, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW).doing(what)
+            symlinkat(target, &parent, name).context(what)?;
+            fchownat(&parent, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW).context(what)
         }
         libc::S_IFREG | 0 => {
-            // In place, as the file itself may be what is mounted into a container.
+            // In place, as the file itself may be bind-mounted into a container.
             let how = if file.append { OFlag::O_APPEND } else { OFlag::O_TRUNC };
             let flags = OFlag::O_WRONLY | OFlag::O_CREAT | how;
-            let opened = beneath(&parent, name, flags, mode).doing(what)?;
-            fchown(&opened, uid, gid).doing(what)?;
-            // After the owner: changing it clears set-id bits.
-            fchmod(&opened, mode).doing(what)?;
-            File::from(opened).write_all(&file.content).doing(what)
+            let opened = beneath(&parent, name, flags, mode).context(what)?;
+            fchown(&opened, uid, gid).context(what)?;
+            // Mode after owner: chown(2) clears set-id bits.
+            fchmod(&opened, mode).context(what)?;
+            File::from(opened).write_all(&file.content).context(what)
         }
         other => Err(Error::invalid("volume file mode", format!("{other:#o} is not supported"))),
     }
 }
 
-/// Opens below `dir` without following any symlink.
+/// Opens a path below `dir` without following symlinks.
 fn beneath(
     dir: &OwnedFd,
     path: impl AsRef<Path>,
@@ -340,22 +337,22 @@ fn make_parents(root: &OwnedFd, path: &Path) -> nix::Result<OwnedFd> {
     Ok(dir)
 }
 
-/// Makes `stage` the current generation.
+/// Makes `stage` the current generation with an atomic rename of `..data`.
 fn publish(dir: &Path, stage: &Path) -> Result<()> {
     let what = || format!("publish {}", stage.display());
     let name = stage.file_name().unwrap_or_default();
-    fs::set_permissions(stage, fs::Permissions::from_mode(0o755)).doing(what)?;
+    fs::set_permissions(stage, fs::Permissions::from_mode(0o755)).context(what)?;
     let former = fs::read_link(dir.join(DATA)).ok();
     let _ = fs::remove_file(dir.join(DATA_NEW));
-    symlink(name, dir.join(DATA_NEW)).doing(what)?;
-    fs::rename(dir.join(DATA_NEW), dir.join(DATA)).doing(what)?;
-    let current = names(stage).doing(what)?;
+    symlink(name, dir.join(DATA_NEW)).context(what)?;
+    fs::rename(dir.join(DATA_NEW), dir.join(DATA)).context(what)?;
+    let current = names(stage).context(what)?;
     for name in &current {
         if fs::symlink_metadata(dir.join(name)).is_err() {
-            symlink(Path::new(DATA).join(name), dir.join(name)).doing(what)?;
+            symlink(Path::new(DATA).join(name), dir.join(name)).context(what)?;
         }
     }
-    for name in names(dir).doing(what)? {
+    for name in names(dir).context(what)? {
         let visible = !name.as_encoded_bytes().starts_with(b"..");
         if visible && !current.contains(&name) {
             let _ = fs::remove_file(dir.join(name));
@@ -386,7 +383,7 @@ mod tests {
         }
     }
 
-    /// Volumes on a plain folder: mounting is left to the tests that run as root.
+    /// Volumes in a plain directory; mounts are tested as root.
     fn volumes() -> (tempfile::TempDir, Volumes) {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("v")).unwrap();
@@ -436,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn no_path_leads_out_of_a_volume() {
+    fn no_path_leaves_a_volume() {
         let (dir, mut volumes) = volumes();
         symlink(dir.path(), dir.path().join("v/up")).unwrap();
         for path in ["../x", "/x", "a/../../x", "", "up/x", "./x"] {
@@ -447,7 +444,7 @@ mod tests {
         assert!(volumes.open("v", "up").is_err());
         assert!(volumes.open("v", "up/new").is_err());
         assert!(volumes.open("v", "../v").is_err());
-        volumes.open("v", "new/folder").unwrap();
-        assert!(dir.path().join("v/new/folder").is_dir());
+        volumes.open("v", "new/dir").unwrap();
+        assert!(dir.path().join("v/new/dir").is_dir());
     }
 }

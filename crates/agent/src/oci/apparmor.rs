@@ -1,6 +1,6 @@
-//! AppArmor profiles (kernel Documentation/admin-guide/LSM/apparmor.rst). The guest has none of its
-//! own and no compiler for them: it loads the policy that comes with a container, as the host's
-//! kernel has it. A privileged container may load more.
+//! AppArmor profiles (kernel Documentation/admin-guide/LSM/apparmor.rst). The guest has no profiles
+//! and no compiler: it loads the compiled policy of the host, which the host sends with a
+//! container. A privileged container may load more.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -8,37 +8,37 @@ use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
 const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
 const SECURITYFS: &str = "/sys/kernel/security";
-/// Takes compiled policy, one in a write, in the place of what it had by the same names.
+/// A write of one compiled policy replaces the profiles of the same names.
 const REPLACE: &str = "/sys/kernel/security/apparmor/.replace";
-/// `name (mode)` a line.
+/// One line `name (mode)` for each loaded profile.
 const PROFILES: &str = "/sys/kernel/security/apparmor/profiles";
 
-/// Whether the kernel was started with it.
-pub fn runs() -> bool {
+/// Whether AppArmor is enabled in the kernel.
+pub fn is_enabled() -> bool {
     fs::read_to_string(ENABLED).is_ok_and(|enabled| enabled.starts_with('Y'))
 }
 
-/// Mounts what its profiles are seen in, if it runs.
-pub fn set_up() -> Result<()> {
-    if !runs() || Path::new(PROFILES).exists() {
+/// Mounts securityfs, in which the list of profiles is, if AppArmor is enabled.
+pub fn mount_securityfs() -> Result<()> {
+    if !is_enabled() || Path::new(PROFILES).exists() {
         return Ok(());
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("securityfs"), SECURITYFS, Some("securityfs"), flags, None::<&str>)
-        .doing(|| format!("mount {SECURITYFS}"))
+        .context(|| format!("mount {SECURITYFS}"))
 }
 
-/// Gives the kernel policy from the host. What it has already is given again with each container:
-/// who came last is right, as on the host, and what runs goes on under the newer policy.
+/// Loads policies from the host. A policy is loaded again with each container: the newest replaces
+/// the older one also for running processes, as on the host.
 pub fn load(policies: &[Vec<u8>]) -> Result<()> {
-    if !policies.is_empty() && !runs() {
+    if !policies.is_empty() && !is_enabled() {
         return Err(Error::Precondition(
-            "the pod's kernel runs without AppArmor: it was started before the host's did, or with \
-             another configuration; make the pod anew"
+            "AppArmor is not enabled in the pod's kernel, as it was not when the pod started; \
+             recreate the pod"
                 .to_owned(),
         ));
     }
@@ -54,7 +54,7 @@ fn write(policy: &[u8]) -> io::Result<()> {
 }
 
 fn refused(error: &io::Error) -> Error {
-    let why = match error.raw_os_error() {
+    let reason = match error.raw_os_error() {
         Some(libc::EPROTONOSUPPORT | libc::EPROTO) => {
             "; it was compiled for a newer kernel than the pod's, so compile it for an older one \
              (apparmor_parser --policy-features, or an abi rule in the profile)"
@@ -62,15 +62,15 @@ fn refused(error: &io::Error) -> Error {
         _ => "",
     };
     Error::Precondition(format!(
-        "the pod's kernel does not take the AppArmor policy of the host: {error}{why}"
+        "the pod's kernel refuses the AppArmor policy of the host: {error}{reason}"
     ))
 }
 
-pub(super) fn has(profile: &str) -> bool {
-    lists(&fs::read_to_string(PROFILES).unwrap_or_default(), profile)
+pub(super) fn is_loaded(profile: &str) -> bool {
+    contains_profile(&fs::read_to_string(PROFILES).unwrap_or_default(), profile)
 }
 
-fn lists(profiles: &str, profile: &str) -> bool {
+fn contains_profile(profiles: &str, profile: &str) -> bool {
     profiles.lines().any(|line| line.rsplit_once(" (").is_some_and(|(name, _)| name == profile))
 }
 
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_policy_that_the_kernel_does_not_understand_is_told_with_what_to_do() {
+    fn a_policy_of_an_unsupported_abi_is_reported_with_advice() {
         let text = |number| refused(&io::Error::from_raw_os_error(number)).to_string();
         assert!(text(libc::EPROTONOSUPPORT).contains("--policy-features"));
         assert!(!text(libc::ENOENT).contains("--policy-features"));
@@ -87,9 +87,13 @@ mod tests {
     }
 
     #[test]
-    fn profiles_are_found_by_their_whole_name() {
+    fn profiles_are_found_by_their_full_name() {
         let text = "/usr/bin/man (enforce)\ndocker-default (enforce)\nmy prof (complain)\n";
-        assert!(lists(text, "docker-default") && lists(text, "my prof"));
-        assert!(!lists(text, "docker") && !lists(text, "") && !lists("", "x"));
+        assert!(contains_profile(text, "docker-default") && contains_profile(text, "my prof"));
+        assert!(
+            !contains_profile(text, "docker")
+                && !contains_profile(text, "")
+                && !contains_profile("", "x")
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! cgroup v2 of the pod and of its containers: `<mount>/<pod>/<container>`.
+//! cgroup v2 of the pod and of its containers: `<mount>/<pod>/<container>`. Creates and removes
+//! them, sets limits, reads counters.
 
 use std::fs;
 use std::io;
@@ -11,36 +12,36 @@ use nix::errno::Errno;
 use oci_spec::runtime::LinuxResources;
 
 use super::limits;
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
-/// Where cgroup v2 is mounted; libcontainer knows no other place.
+/// Mount point of cgroup v2; the only one that libcontainer supports.
 pub const MOUNT: &str = "/sys/fs/cgroup";
-/// Of the agent itself, beside the containers of a pod without a VM.
+/// Cgroup of the agent of a pod without a VM, beside its containers.
 const AGENT: &str = "agent";
-/// Controllers that containers' limits need; the host's other ones are left as they are.
-const FOR_CONTAINERS: [&str; 6] = ["cpu", "cpuset", "memory", "io", "pids", "hugetlb"];
-/// Devices told of in statistics; a pod has a few dozen disks.
+/// Controllers that containers need; other controllers of a host are not changed.
+const CONTAINER_CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "memory", "io", "pids", "hugetlb"];
+/// Maximum devices in the statistics; a pod has a few dozen disks.
 const MAX_DEVICES: usize = 256;
-/// Removing a cgroup waits this long for its killed processes to go.
+/// Time for killed processes to leave a cgroup before it is removed.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone)]
 pub struct Cgroup {
-    /// Below the mount, absolute; as `linux.cgroupsPath` takes it.
+    /// Absolute, relative to the mount, as in `linux.cgroupsPath`.
     path: PathBuf,
 }
 
 fn write(path: &Path, value: &str) -> Result<()> {
-    fs::write(path, value).doing(|| format!("write {value:?} to {}", path.display()))
+    fs::write(path, value).context(|| format!("write {value:?} to {}", path.display()))
 }
 
-/// Enables every controller there is for the children of `dir`. One by one: a controller that
-/// cannot be enabled must not take the others with it.
+/// Enables all available controllers for the children of `dir`, one by one: one that cannot be
+/// enabled must not prevent the others.
 pub fn enable_controllers(dir: &Path) {
-    enable_some(dir, |_| true);
+    enable_matching(dir, |_| true);
 }
 
-fn enable_some(dir: &Path, wanted: impl Fn(&str) -> bool) {
+fn enable_matching(dir: &Path, wanted: impl Fn(&str) -> bool) {
     let read = |file| fs::read_to_string(dir.join(file)).unwrap_or_default();
     let (available, enabled) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
     let missing = available
@@ -55,19 +56,19 @@ fn enable_some(dir: &Path, wanted: impl Fn(&str) -> bool) {
 }
 
 impl Cgroup {
-    /// The pod's cgroup, made if it is missing.
+    /// Creates the pod's cgroup if it does not exist.
     pub fn pod(name: &str) -> Result<Self> {
         let cgroup = Self { path: Path::new("/").join(name) };
         enable_controllers(Path::new(MOUNT));
-        fs::create_dir_all(cgroup.dir()).doing(|| format!("make cgroup {name}"))?;
+        fs::create_dir_all(cgroup.dir()).context(|| format!("create cgroup {name}"))?;
         enable_controllers(&cgroup.dir());
         Ok(cgroup)
     }
 
-    /// The cgroup that a pod without a VM was born in. Its processes go to one of their own, as a
-    /// cgroup with children that are limited may hold none (cgroup-v2.rst, "No Internal Process
-    /// Constraint").
-    pub fn pod_of_host(name: &str) -> Result<Self> {
+    /// Uses the cgroup in which the launcher started the agent of a pod without a VM. The agent
+    /// moves to a child, as a cgroup with controllers enabled for children may not hold processes
+    /// (cgroup-v2.rst, "No Internal Process Constraint").
+    pub fn host_pod(name: &str) -> Result<Self> {
         let cgroup = Self { path: Path::new("/").join(name) };
         let own = cgroup.create(AGENT)?;
         write(&own.dir().join("cgroup.procs"), "0")?;
@@ -76,15 +77,16 @@ impl Cgroup {
             dir.ancestors().take_while(|path| path.starts_with(MOUNT)).collect();
         all.reverse();
         for dir in all {
-            enable_some(dir, |controller| FOR_CONTAINERS.contains(&controller));
+            enable_matching(dir, |controller| CONTAINER_CONTROLLERS.contains(&controller));
         }
         Ok(cgroup)
     }
 
-    /// A container's cgroup, new.
+    /// Creates the cgroup of a container.
     pub fn create(&self, container: &str) -> Result<Self> {
         let cgroup = Self { path: self.path.join(container) };
-        fs::create_dir(cgroup.dir()).doing(|| format!("make cgroup of container {container}"))?;
+        fs::create_dir(cgroup.dir())
+            .context(|| format!("create cgroup of container {container}"))?;
         Ok(cgroup)
     }
 
@@ -100,9 +102,9 @@ impl Cgroup {
         for setting in limits::settings(resources)? {
             let path = self.dir().join(&setting.file);
             let result = write(&path, &setting.value);
-            // A guest without swap has no swap to limit: what was asked for holds.
+            // Without swap in the guest there is nothing to limit.
             let no_swap = setting.file == "memory.swap.max" && !path.exists();
-            // Nor has a kernel without huge pages any to withhold.
+            // Without huge pages in the kernel a limit of 0 always holds.
             let no_pages = setting.file.starts_with("hugetlb.") && setting.value == "0";
             if no_swap || no_pages && !path.exists() {
                 continue;
@@ -113,7 +115,7 @@ impl Cgroup {
                 } else {
                     Error::invalid(
                         "resources",
-                        format!("this guest kernel has no {}", setting.file),
+                        format!("the kernel does not support {}", setting.file),
                     )
                 });
             }
@@ -125,33 +127,33 @@ impl Cgroup {
         fs::read_to_string(self.dir().join(file)).ok()
     }
 
-    /// Value of a key of a flat keyed file.
+    /// Value of a key in a flat keyed file.
     fn keyed(&self, file: &str, key: &str) -> Option<u64> {
         value_of(&self.read(file)?, key)
     }
 
-    /// Times that a process of this cgroup was killed for want of memory.
+    /// Number of processes killed by the OOM killer.
     pub fn oom_kills(&self) -> u64 {
         self.keyed("memory.events", "oom_kill").unwrap_or(0)
     }
 
-    /// Kills all processes, of sub-cgroups too.
+    /// Kills all processes, including those of sub-cgroups.
     pub fn kill(&self) -> Result<()> {
         match fs::write(self.dir().join("cgroup.kill"), "1") {
             Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error).doing(|| format!("kill cgroup {}", self.path.display())),
+            Err(error) => Err(error).context(|| format!("kill cgroup {}", self.path.display())),
         }
     }
 
-    /// All processes, those of sub-cgroups included.
+    /// All processes, including those of sub-cgroups.
     pub fn processes(&self) -> Vec<i32> {
-        self.some_processes(usize::MAX)
+        self.processes_up_to(usize::MAX)
     }
 
-    /// The same, but at most `limit`: a container chooses how many it has, and how many sub-cgroups
-    /// they are spread over.
-    pub fn some_processes(&self, limit: usize) -> Vec<i32> {
+    /// At most `limit` processes from at most `limit` sub-cgroups: a container chooses both
+    /// numbers.
+    pub fn processes_up_to(&self, limit: usize) -> Vec<i32> {
         let mut pids = Vec::new();
         let mut dirs = vec![self.dir()];
         let mut seen: usize = 0;
@@ -172,7 +174,7 @@ impl Cgroup {
         self.keyed("cgroup.events", "populated").is_some_and(|populated| populated != 0)
     }
 
-    /// Kills what is left and removes the cgroup with its children.
+    /// Kills all processes and removes the cgroup with its children.
     pub async fn remove(&self) -> Result<()> {
         let deadline = tokio::time::Instant::now() + REMOVE_DEADLINE;
         let mut pause = Duration::from_millis(1);
@@ -184,7 +186,7 @@ impl Cgroup {
                     let busy = error.raw_os_error() == Some(Errno::EBUSY as i32);
                     if !busy || tokio::time::Instant::now() > deadline {
                         return Err(error)
-                            .doing(|| format!("remove cgroup {}", self.path.display()));
+                            .context(|| format!("remove cgroup {}", self.path.display()));
                     }
                 }
             }
@@ -216,7 +218,7 @@ impl Cgroup {
         v1::Memory {
             usage,
             working_set,
-            // "max" does not parse: no limit, so nothing to say.
+            // "max" does not parse: without a limit the field is 0.
             available: self.number("memory.max").map_or(0, |max| max.saturating_sub(working_set)),
             rss: of("anon"),
             page_faults: of("pgfault"),
@@ -238,7 +240,7 @@ impl Cgroup {
         self.number("pids.current").unwrap_or_else(|| self.processes().len() as u64)
     }
 
-    /// None where the kernel keeps no pressure information.
+    /// None if the kernel has no PSI.
     pub fn pressure(&self, file: &str) -> Option<v1::Pressure> {
         let text = self.read(file)?;
         let total = |kind: &str| {
@@ -248,19 +250,19 @@ impl Cgroup {
         Some(v1::Pressure { some_us: total("some")?, full_us: total("full").unwrap_or(0) })
     }
 
-    /// Gives the container's user namespace what a manager of sub-cgroups has to write to
-    /// (kernel Documentation/admin-guide/cgroup-v2.rst, "Model of Delegation").
+    /// Makes the user namespace's root the owner of the files that a manager of sub-cgroups writes
+    /// (cgroup-v2.rst, "Model of Delegation").
     pub fn delegate(&self, (uid, gid): (u32, u32)) -> Result<()> {
         let dir = self.dir();
         let what = || format!("delegate cgroup {}", self.path.display());
-        chown(&dir, Some(uid), Some(gid)).doing(what)?;
+        chown(&dir, Some(uid), Some(gid)).context(what)?;
         for file in ["cgroup.procs", "cgroup.subtree_control", "cgroup.threads"] {
-            chown(dir.join(file), Some(uid), Some(gid)).doing(what)?;
+            chown(dir.join(file), Some(uid), Some(gid)).context(what)?;
         }
         Ok(())
     }
 
-    /// pids.max; 0: no limit.
+    /// pids.max; 0 if unlimited.
     pub fn pids_max(&self) -> u64 {
         self.number("pids.max").unwrap_or(0)
     }
@@ -281,7 +283,7 @@ fn value_of(text: &str, key: &str) -> Option<u64> {
     })
 }
 
-/// Parses `io.stat`: `254:0 rbytes=1 wbytes=2 rios=3 wios=4 ...`, a line a device.
+/// Parses `io.stat`: one line `254:0 rbytes=1 wbytes=2 rios=3 wios=4 ...` for each device.
 fn block_io(text: &str) -> Vec<v1::BlockIo> {
     text.lines()
         .filter_map(|line| {
@@ -317,8 +319,8 @@ fn children(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Removes a cgroup and its children, deepest first. The depth is the container's choice (it may
-/// make sub-cgroups), so this does not recurse.
+/// Removes a cgroup and its children, deepest first. Not recursive, as the container chooses the
+/// depth.
 fn remove_tree(dir: &Path) -> io::Result<()> {
     let mut order = vec![dir.to_owned()];
     let mut next = 0;
@@ -342,7 +344,7 @@ mod tests {
 
     #[test]
     fn block_io_is_read_by_device() {
-        let text = "254:0 rbytes=4096 wbytes=8192 rios=1 wios=2 dbytes=0 dios=0\n7:0\nrubbish\n";
+        let text = "254:0 rbytes=4096 wbytes=8192 rios=1 wios=2 dbytes=0 dios=0\n7:0\ngarbage\n";
         let all = block_io(text);
         assert_eq!(all.len(), 2);
         assert_eq!((all[0].major, all[0].read_bytes, all[0].written_bytes), (254, 4096, 8192));

@@ -1,5 +1,6 @@
-//! Runs the program of a container or an exec: the last step of its process, inside the container.
-//! Failures are worded as callers of other runtimes know them, and travel through the start pipe.
+//! Executes the program of a container or an exec, as the last step of its process in the
+//! container. Failures are worded as runc words them, and are sent to the agent through the start
+//! pipe.
 
 #![allow(unsafe_code)] // sigaction
 
@@ -16,9 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use super::seccomp;
 
-/// Exit status of a process whose program was not found, as shells have it.
+/// Exit code if the program was not found, as in POSIX shells.
 const STATUS_MISSING: i32 = 127;
-/// ... or could not be run.
+/// Exit code if the program could not be executed.
 const STATUS_FAILED: i32 = 126;
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,14 +49,14 @@ fn executable(path: &Path) -> Result<(), Errno> {
     if meta.is_dir() {
         return Err(Errno::EISDIR);
     }
-    // access(2) says yes to root for a file without any x bit.
+    // access(2) returns success for root even if no x bit is set.
     if meta.permissions().mode() & 0o111 == 0 {
         return Err(Errno::EACCES);
     }
     access(path, AccessFlags::X_OK)
 }
 
-/// Finds the program as execvp(3) would, but with the container's own PATH.
+/// Finds the program like execvp(3), in the PATH of the container.
 fn find(name: &str, env: &[String]) -> Result<PathBuf, Failure> {
     if name.contains('/') {
         let path = Path::new(name);
@@ -66,8 +67,8 @@ fn find(name: &str, env: &[String]) -> Result<PathBuf, Failure> {
     }
     let path = env.iter().rev().find_map(|variable| variable.strip_prefix("PATH="));
     let mut denied = false;
-    for folder in path.unwrap_or_default().split(':').filter(|folder| !folder.is_empty()) {
-        let candidate = Path::new(folder).join(name);
+    for dir in path.unwrap_or_default().split(':').filter(|dir| !dir.is_empty()) {
+        let candidate = Path::new(dir).join(name);
         match executable(&candidate) {
             Ok(()) => return Ok(candidate),
             Err(Errno::EACCES) => denied = true,
@@ -84,7 +85,7 @@ fn find(name: &str, env: &[String]) -> Result<PathBuf, Failure> {
 }
 
 fn strings(list: &[String]) -> Vec<CString> {
-    // A NUL byte was refused when the specification was completed.
+    // `complete_process` has refused NUL bytes.
     list.iter().filter_map(|text| CString::new(text.as_bytes()).ok()).collect()
 }
 
@@ -100,7 +101,7 @@ fn run(process: &Process, filter: Option<&LinuxSeccomp>) -> Failure {
     };
     let text = path.display().to_string();
     let Ok(path) = CString::new(text.as_bytes()) else {
-        return Failure { missing: true, message: format!("exec: {name:?}: holds a NUL byte") };
+        return Failure { missing: true, message: format!("exec: {name:?}: contains a NUL byte") };
     };
     let (args, env) = (strings(args), strings(env));
     default_signals();
@@ -109,30 +110,29 @@ fn run(process: &Process, filter: Option<&LinuxSeccomp>) -> Failure {
     {
         return Failure { missing: false, message: format!("exec: seccomp filter: {error}") };
     }
-    // Nothing else may come between: a filter allows what the program needs.
+    // Directly after the filter: it need not allow any other system call.
     let Err(errno) = execve(&path, &args, &env);
     failure(name, errno, &format!("exec {text}: "))
 }
 
-/// Dispositions and masks survive execve(2), and Rust's runtime ignores SIGPIPE: `yes | head` would
-/// never end in a container.
+/// Resets signal dispositions and the mask, which execve(2) keeps. Rust's runtime ignores SIGPIPE.
 fn default_signals() {
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
     for signal in Signal::iterator() {
-        // SAFETY: the default disposition runs no code of this process.
+        // SAFETY: the default disposition installs no handler.
         let _ = unsafe { sigaction(signal, &default) };
     }
     let _ = SigSet::empty().thread_set_mask();
 }
 
-/// Becomes the program, or reports why not and ends the process. The start pipe is closed by the
-/// kernel on success. `filter` is loaded last, which takes no_new_privs.
+/// Executes the program, or reports the failure and exits. On success the kernel closes the start
+/// pipe. `filter` is loaded last, which needs no_new_privs.
 pub(super) fn execute(process: &Process, filter: Option<&LinuxSeccomp>, start: &OwnedFd) -> ! {
     let failure = run(process, filter);
     fail(start, &failure)
 }
 
-/// Reports and ends the process.
+/// Reports the failure and exits.
 pub(super) fn fail(start: &OwnedFd, failure: &Failure) -> ! {
     let text = serde_json::to_vec(failure).unwrap_or_default();
     let _ = nix::unistd::write(start, &text);
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_of_a_path_name_it() {
+    fn failures_of_a_path_contain_the_path() {
         let missing = find("/no/such", &[]).unwrap_err();
         assert_eq!(missing.message, "exec: \"/no/such\": stat /no/such: no such file or directory");
         assert!(!find("/etc", &[]).unwrap_err().missing);

@@ -1,13 +1,14 @@
-//! Takes the terminal that libcontainer opens inside a new container and sends to a socket.
+//! Receives the terminal that libcontainer opens inside a new container and sends to a console
+//! socket.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Doing, Result};
+use crate::error::{Context, Result};
 use crate::stdio::pty;
 
-/// A listening socket in the file system, removed when dropped.
+/// A listening Unix socket, removed when dropped.
 #[derive(Debug)]
 pub struct ConsoleSocket {
     listener: UnixListener,
@@ -17,9 +18,9 @@ pub struct ConsoleSocket {
 impl ConsoleSocket {
     pub fn new(dir: &Path) -> Result<Self> {
         let path = dir.join("console.sock");
-        let what = || format!("make console socket {}", path.display());
-        let listener = UnixListener::bind(&path).doing(what)?;
-        listener.set_nonblocking(true).doing(what)?;
+        let what = || format!("create console socket {}", path.display());
+        let listener = UnixListener::bind(&path).context(what)?;
+        listener.set_nonblocking(true).context(what)?;
         Ok(Self { listener, path: path.clone() })
     }
 
@@ -27,10 +28,10 @@ impl ConsoleSocket {
         &self.path
     }
 
-    /// The terminal's master side. It was sent before the container was reported as made.
+    /// Receives the master side. libcontainer sent it before it reported the container as created.
     pub fn receive(&self) -> Result<OwnedFd> {
         let (stream, _) =
-            self.listener.accept().doing(|| "accept the terminal's sender".to_owned())?;
+            self.listener.accept().context(|| "accept on the console socket".to_owned())?;
         pty::receive(&stream)
     }
 }

@@ -1,5 +1,5 @@
-//! Helper `create`: builds a container with libcontainer; its init waits on libcontainer's notify
-//! socket until `start` writes to it.
+//! Helper `create`: creates a container with libcontainer; its init process waits on libcontainer's
+//! notify socket until `Bundle::start`.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -18,9 +18,9 @@ use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, PosixRlimit, Spec};
 use serde::{Deserialize, Serialize};
 
 use super::command::{self, Failure};
-use super::helper::{self, Made, Streams};
+use super::helper::{self, Spawned, Streams};
 use super::seccomp;
-use crate::error::{Doing, Result};
+use crate::error::{Context, Result};
 
 pub(super) const VERB: &str = "@create";
 
@@ -29,18 +29,18 @@ const CONFINEMENT: &str = "confinement.json";
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Job {
-    /// libcontainer's name of the container; short, as a socket's path is made of it.
+    /// Container id for libcontainer; short, as the path of a socket contains it.
     name: String,
-    /// Folder that holds libcontainer's state, one folder a container.
+    /// libcontainer's root directory, with one directory for each container.
     state: PathBuf,
-    /// Folder that holds `config.json` and maybe [`CONFINEMENT`].
+    /// Bundle directory: `config.json` and optionally [`CONFINEMENT`].
     bundle: PathBuf,
     console: Option<PathBuf>,
-    /// Taken on before anything else.
+    /// Set before anything else.
     rlimits: Vec<PosixRlimit>,
 }
 
-/// Where a container's files for libcontainer are.
+/// Location of a container's OCI bundle and of libcontainer's state.
 #[derive(Debug, Clone)]
 pub struct Bundle {
     name: String,
@@ -49,21 +49,21 @@ pub struct Bundle {
 }
 
 impl Bundle {
-    /// Makes the folder and writes the specification.
+    /// Creates the directory and writes `config.json`.
     pub fn new(base: &Path, number: u64, mut spec: Spec) -> Result<Self> {
         let name = format!("c{number}");
         let dir = base.join("bundles").join(&name);
         let state = base.join("state");
         let what = || format!("write bundle {}", dir.display());
-        std::fs::create_dir_all(&state).doing(what)?;
-        std::fs::create_dir_all(&dir).doing(what)?;
+        std::fs::create_dir_all(&state).context(what)?;
+        std::fs::create_dir_all(&dir).context(what)?;
         if let Some(confinement) = Confinement::take(&mut spec) {
             let text =
-                serde_json::to_vec(&confinement).map_err(std::io::Error::from).doing(what)?;
-            std::fs::write(dir.join(CONFINEMENT), text).doing(what)?;
+                serde_json::to_vec(&confinement).map_err(std::io::Error::from).context(what)?;
+            std::fs::write(dir.join(CONFINEMENT), text).context(what)?;
         }
-        let text = serde_json::to_vec(&spec).map_err(std::io::Error::from).doing(what)?;
-        std::fs::write(dir.join("config.json"), text).doing(what)?;
+        let text = serde_json::to_vec(&spec).map_err(std::io::Error::from).context(what)?;
+        std::fs::write(dir.join("config.json"), text).context(what)?;
         Ok(Self { name, state, dir })
     }
 
@@ -71,14 +71,14 @@ impl Bundle {
         &self.dir
     }
 
-    /// Makes the container's init process.
+    /// Creates the container's init process.
     pub async fn create(
         &self,
         streams: Streams,
         console: Option<PathBuf>,
         rlimits: Vec<PosixRlimit>,
         spawned: impl FnOnce(i32),
-    ) -> Result<Made> {
+    ) -> Result<Spawned> {
         let job = Job {
             name: self.name.clone(),
             state: self.state.clone(),
@@ -89,40 +89,39 @@ impl Bundle {
         helper::run(VERB, job, streams, None, spawned).await
     }
 
-    /// Lets the init process run its program.
+    /// Notifies the init process to execute its program.
     pub fn start(&self) -> Result<()> {
         let socket = self.state.join(&self.name).join("notify.sock");
-        let what = || "tell the container's init process to start".to_owned();
-        let mut stream = UnixStream::connect(socket).doing(what)?;
-        stream.write_all(b"start container").doing(what)
+        let what = || "send the start notification to init".to_owned();
+        let mut stream = UnixStream::connect(socket).context(what)?;
+        stream.write_all(b"start container").context(what)
     }
 
-    /// Removes both folders; goes on past failures.
+    /// Removes both directories; continues after a failure.
     pub fn remove(&self) {
         for dir in [&self.state.join(&self.name), &self.dir] {
             if let Err(error) = std::fs::remove_dir_all(dir)
                 && error.kind() != std::io::ErrorKind::NotFound
             {
-                tracing::warn!(dir = %dir.display(), %error, "left behind");
+                tracing::warn!(dir = %dir.display(), %error, "cannot remove a bundle");
             }
         }
     }
 }
 
-/// A seccomp filter, which libcontainer does not load as [`seccomp`] does, and what has to come after
-/// it.
+/// The seccomp filter, which is loaded here instead of by libcontainer, and what has to follow it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Confinement {
     filter: LinuxSeccomp,
-    /// Given up once the filter is loaded; without no_new_privs that takes CAP_SYS_ADMIN.
+    /// Capabilities to drop after the filter: without no_new_privs, loading needs CAP_SYS_ADMIN.
     capabilities: Option<LinuxCapabilities>,
-    /// The process has no_new_privs: the filter is loaded last of all, as it need not allow what comes
-    /// before, least of all the wait for the start.
+    /// With no_new_privs the filter is loaded directly before execve, so it need not allow earlier
+    /// steps such as the wait for the start.
     late: bool,
 }
 
 impl Confinement {
-    /// Takes it out of a specification that has a filter.
+    /// Takes the filter out of the OCI spec, if it has one.
     fn take(spec: &mut Spec) -> Option<Self> {
         let filter = spec.linux_mut().as_mut()?.seccomp_mut().take()?;
         let process = spec.process_mut().as_mut()?;
@@ -142,7 +141,7 @@ impl Confinement {
         }
     }
 
-    /// Loads the filter and gives up capabilities, in the order that runc has.
+    /// Loads the filter, then drops capabilities, in the order of runc.
     fn enter(&self) -> std::result::Result<(), String> {
         seccomp::load(&self.filter)?;
         match &self.capabilities {
@@ -195,7 +194,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Runs the container's program when it is started.
+/// Executes the container's program after the start notification.
 #[derive(Clone)]
 struct Program {
     start: Arc<OwnedFd>,
@@ -216,9 +215,9 @@ impl Executor for Program {
         }
     }
 
-    /// Called once all else is set up, before the process says so and waits for its start: the last
-    /// moment at which it may have more capabilities than its program. A missing program is reported
-    /// by StartContainer, as callers expect.
+    /// Called by libcontainer after all setup, before init reports that it is created: the last
+    /// step with more capabilities than the program. A missing program is not an error here;
+    /// StartContainer reports it, as runc does.
     fn validate(&self, _: &Spec) -> std::result::Result<(), ExecutorValidationError> {
         match self.confinement.as_ref().filter(|own| !own.late) {
             Some(own) => own.enter().map_err(ExecutorValidationError::ArgValidationError),
@@ -226,7 +225,7 @@ impl Executor for Program {
         }
     }
 
-    /// Nothing here: `command` passes the environment to execve(2) itself.
+    /// Not used: `command` passes the environment to execve(2).
     fn setup_envs(
         &self,
         _: HashMap<String, String>,
@@ -240,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_filter_is_taken_with_the_capabilities_that_have_to_outlive_its_loading() {
+    fn capabilities_needed_to_load_the_filter_are_taken_out_with_it() {
         for (privileges, late) in [(r#","noNewPrivileges":true"#, true), ("", false)] {
             let json = format!(
                 r#"{{"ociVersion":"1.0.2",
@@ -253,7 +252,11 @@ mod tests {
             assert_eq!((taken.late, taken.capabilities.is_none()), (late, late));
             assert!(spec.linux().as_ref().unwrap().seccomp().is_none());
             let left = spec.process().as_ref().unwrap().capabilities();
-            assert_eq!(left.is_some(), late, "libcontainer gives up what is left to it");
+            assert_eq!(
+                left.is_some(),
+                late,
+                "libcontainer drops the capabilities left in the spec"
+            );
             assert_eq!(Confinement::take(&mut spec), None);
         }
     }

@@ -1,8 +1,8 @@
-//! The device rules of a container (runtime-spec config-linux.md, "Allowed Device list") as an
-//! eBPF program of type BPF_PROG_TYPE_CGROUP_DEVICE, which is what cgroup v2 has for them.
+//! Device rules of a container (runtime-spec config-linux.md, "Allowed Device list") as an eBPF
+//! program of type BPF_PROG_TYPE_CGROUP_DEVICE.
 //!
-//! The program is the rules from the last to the first, as the last one that matches counts; each
-//! compares type, access, major and minor and returns its verdict:
+//! The last matching rule decides, so the program checks the rules from the last to the first. Each
+//! compares type, access, major and minor and returns 1 (allow) or 0:
 //! ```text
 //! r2 = type, r3 = access, r4 = major, r5 = minor
 //! rule n: if it does not match, jump to rule n-1;  r0 = allow; exit
@@ -16,11 +16,10 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType};
 
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
-/// Rules of one container: each is at most 8 instructions, and the kernel takes 4096 of them
-/// without privileges and a million with; a specification must not make the verifier work for
-/// seconds.
+/// Maximum rules of one container. Each is at most 8 instructions; bounds the time of the kernel's
+/// verifier.
 const MAX_RULES: usize = 400;
 
 // uapi/linux/bpf.h
@@ -61,9 +60,9 @@ fn op(code: u8, dst: u8, src: u8, offset: i16, immediate: i32) -> Instruction {
     Instruction { code, registers: dst | src << 4, offset, immediate }
 }
 
-/// Devices every container may use, whatever its list says, as runc has them (`AllowedDevices` of its
-/// libcontainer/specconv): mknod of anything (without access to it), the nodes that every container's
-/// `/dev` holds, and tun, for which VPN clients with CAP_NET_ADMIN make the node themselves.
+/// Rules that precede those of every container, as in runc (`AllowedDevices` of
+/// libcontainer/specconv): mknod of any device, the default device nodes, and net/tun, whose node
+/// VPN clients with CAP_NET_ADMIN create themselves.
 fn defaults() -> Vec<LinuxDeviceCgroup> {
     let rule = |typ, major: Option<i64>, minor: Option<i64>, access: &str| {
         let mut builder = LinuxDeviceCgroupBuilder::default().allow(true).typ(typ).access(access);
@@ -95,7 +94,7 @@ fn defaults() -> Vec<LinuxDeviceCgroup> {
 }
 
 fn rule(out: &mut Vec<Instruction>, rule: &LinuxDeviceCgroup) -> Result<()> {
-    let bad = |why: String| Error::invalid("resources.devices", why);
+    let bad = |reason: String| Error::invalid("resources.devices", reason);
     let kind = match rule.typ() {
         None | Some(LinuxDeviceType::A) => None,
         Some(LinuxDeviceType::B) => Some(BPF_DEVCG_DEV_BLOCK),
@@ -121,7 +120,7 @@ fn rule(out: &mut Vec<Instruction>, rule: &LinuxDeviceCgroup) -> Result<()> {
     let all = BPF_DEVCG_ACC_READ | BPF_DEVCG_ACC_WRITE | BPF_DEVCG_ACC_MKNOD;
     let mut body = Vec::new();
     let mut jumps = Vec::new();
-    // Jumps out of the rule; where its end lies is filled in below.
+    // Jumps to the next rule; their offsets are set below.
     let mut jump = |body: &mut Vec<Instruction>, code, register, value| {
         jumps.push(body.len());
         body.push(op(code, register, 0, 0, value));
@@ -131,12 +130,12 @@ fn rule(out: &mut Vec<Instruction>, rule: &LinuxDeviceCgroup) -> Result<()> {
     }
     if access != all {
         if rule.allow() {
-            // All that is asked for lies in what is allowed.
+            // Matches if all requested accesses are allowed.
             body.push(op(ALU_MOV_X, 1, 3, 0, 0));
             body.push(op(ALU_AND_K, 1, 0, 0, !access & all));
             jump(&mut body, JMP_JNE_K, 1, 0);
         } else {
-            // Something that is asked for lies in what is denied: if nothing does, go on.
+            // Matches if any requested access is denied.
             body.push(op(ALU_MOV_X, 1, 3, 0, 0));
             body.push(op(ALU_AND_K, 1, 0, 0, access));
             jump(&mut body, JMP_JEQ_K, 1, 0);
@@ -154,12 +153,12 @@ fn rule(out: &mut Vec<Instruction>, rule: &LinuxDeviceCgroup) -> Result<()> {
     for at in jumps {
         body[at].offset = (end - at - 1) as i16;
     }
-    // Nothing conditional: what follows could not be reached, which the verifier refuses.
+    // A rule without conditions ends the program: the verifier refuses unreachable instructions.
     out.extend(body);
     Ok(())
 }
 
-/// Whether a rule matches everything.
+/// Whether a rule matches every access.
 fn is_catch_all(rule: &LinuxDeviceCgroup) -> bool {
     matches!(rule.typ(), None | Some(LinuxDeviceType::A))
         && rule.major().is_none_or(|n| n < 0)
@@ -195,19 +194,20 @@ fn program(rules: &[LinuxDeviceCgroup]) -> Result<Vec<Instruction>> {
     Ok(out)
 }
 
-/// Whether every device may be used, so that no program is needed. An empty list allows only what
-/// [`defaults`] does.
+/// Whether every device is allowed, so that no program is needed. An empty list allows the defaults
+/// only.
 fn is_open(rules: &[LinuxDeviceCgroup]) -> bool {
     rules.last().is_some_and(|rule| rule.allow() && is_catch_all(rule))
 }
 
-/// Loads the rules and attaches them to the cgroup; they go with it.
+/// Loads the rules and attaches them to the cgroup; they are removed with it.
 pub fn attach(rules: &[LinuxDeviceCgroup], cgroup: &Path) -> Result<()> {
     if is_open(rules) {
         return Ok(());
     }
     let program = load(&program(rules)?)?;
-    let cgroup = std::fs::File::open(cgroup).doing(|| "open the container's cgroup".to_owned())?;
+    let cgroup =
+        std::fs::File::open(cgroup).context(|| "open the container's cgroup".to_owned())?;
 
     #[repr(C)]
     struct AttachAttr {
@@ -229,11 +229,11 @@ pub fn attach(rules: &[LinuxDeviceCgroup], cgroup: &Path) -> Result<()> {
     let result = unsafe {
         libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<AttachAttr>())
     };
-    nix::errno::Errno::result(result).doing(|| "attach the device rules".to_owned())?;
+    nix::errno::Errno::result(result).context(|| "attach the device rules".to_owned())?;
     Ok(())
 }
 
-/// Signals come seldom; as many in a row are not chance.
+/// Maximum attempts of BPF_PROG_LOAD after EAGAIN.
 const LOAD_ATTEMPTS: usize = 16;
 
 fn load(program: &[Instruction]) -> Result<OwnedFd> {
@@ -269,13 +269,13 @@ fn load(program: &[Instruction]) -> Result<OwnedFd> {
         };
         nix::errno::Errno::result(result)
     };
-    // The verifier gives up with EAGAIN when a signal waits (bpf(2)); a child that ends is one.
+    // The verifier returns EAGAIN if a signal is pending (bpf(2)), such as SIGCHLD.
     let result = std::iter::repeat_with(attempt)
         .take(LOAD_ATTEMPTS)
         .find(|result| *result != Err(nix::errno::Errno::EAGAIN))
         .unwrap_or(Err(nix::errno::Errno::EAGAIN));
-    let fd = result.doing(|| "load the device rules".to_owned())?;
-    // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
+    let fd = result.context(|| "load the device rules".to_owned())?;
+    // SAFETY: the kernel has just created this descriptor; nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
@@ -283,8 +283,8 @@ fn load(program: &[Instruction]) -> Result<OwnedFd> {
 mod tests {
     use super::*;
 
-    /// Runs a program of the few instructions used here.
-    fn verdict(program: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) -> i32 {
+    /// Interprets the instructions used here.
+    fn evaluate(program: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) -> i32 {
         let context = [access << 16 | kind, major, minor];
         let mut registers = [0i32; 11];
         let mut at = 0usize;
@@ -312,16 +312,16 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_denied_but_the_nodes_of_every_container() {
+    fn everything_is_denied_except_default_devices() {
         let program = rules(r#"[{"allow":false,"access":"rwm"}]"#);
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 6, 1, 3), 1, "null");
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 6, 136, 7), 1, "a terminal");
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 7, 10, 200), 1, "net/tun");
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 2, 10, 229), 0, "fuse");
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 2, 5, 1), 0, "the guest's console");
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_BLOCK, 1, 254, 0), 1, "mknod");
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_BLOCK, 2, 254, 0), 0, "a disk");
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 2, 1, 1), 0, "memory");
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_CHAR, 6, 1, 3), 1, "null");
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_CHAR, 6, 136, 7), 1, "a terminal");
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_CHAR, 7, 10, 200), 1, "net/tun");
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_CHAR, 2, 10, 229), 0, "fuse");
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_CHAR, 2, 5, 1), 0, "the guest's console");
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_BLOCK, 1, 254, 0), 1, "mknod");
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_BLOCK, 2, 254, 0), 0, "a disk");
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_CHAR, 2, 1, 1), 0, "memory");
     }
 
     #[test]
@@ -331,18 +331,18 @@ mod tests {
                 {"allow":true,"type":"b","major":254,"access":"rw"},
                 {"allow":false,"type":"b","major":254,"minor":1,"access":"w"}]"#,
         );
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_BLOCK, 6, 254, 0), 1);
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_BLOCK, 2, 254, 1), 1);
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_BLOCK, 6, 254, 1), 0);
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 6, 254, 0), 0);
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_BLOCK, 6, 254, 0), 1);
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_BLOCK, 2, 254, 1), 1);
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_BLOCK, 6, 254, 1), 0);
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_CHAR, 6, 254, 0), 0);
     }
 
     #[test]
-    fn an_empty_list_allows_the_nodes_of_every_container_and_nothing_else() {
+    fn an_empty_list_allows_the_default_devices_only() {
         assert!(!is_open(&[]));
         let program = rules("[]");
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_CHAR, 6, 1, 3), 1, "null");
-        assert_eq!(verdict(&program, BPF_DEVCG_DEV_BLOCK, 2, 254, 0), 0, "a disk");
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_CHAR, 6, 1, 3), 1, "null");
+        assert_eq!(evaluate(&program, BPF_DEVCG_DEV_BLOCK, 2, 254, 0), 0, "a disk");
     }
 
     #[test]

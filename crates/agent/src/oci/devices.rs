@@ -1,5 +1,5 @@
-//! Device nodes of a container beyond the usual ones: block volumes, and for a privileged
-//! container every device of the guest.
+//! Device nodes of a container beyond the defaults: block volumes, and all devices of the guest for
+//! a privileged container.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -11,25 +11,25 @@ use oci_spec::runtime::{
     LinuxResources,
 };
 
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::guest::devices;
 
-/// Nodes handed to a privileged container; a guest has a few dozen.
+/// Maximum nodes of a privileged container; a guest has a few dozen.
 const MAX_NODES: usize = 4096;
-/// Block volumes of one container.
+/// Maximum block volumes of one container.
 const MAX_BLOCK_DEVICES: usize = 64;
-/// Of a block device's node, as udev has it: root and the group of disks.
+/// Mode and group of a block device's node, as udev sets them: root:disk.
 const BLOCK_MODE: u32 = 0o660;
 const DISK_GROUP: u32 = 6;
-/// Loop devices whose nodes a privileged container gets beside those that are there. The kernel makes
-/// a loop device when /dev/loop-control is asked for a free one, and its node in the guest's own /dev
-/// alone; `losetup` and `mount -o loop` then open the node in the container's.
+/// Loop device nodes that a privileged container gets even if they do not exist yet. The kernel
+/// creates loop devices on demand (LOOP_CTL_GET_FREE), but their nodes appear in the guest's
+/// devtmpfs only; `losetup` and `mount -o loop` open them in the container's /dev.
 const LOOP_NODES: i64 = 32;
 const LOOP_MAJOR: i64 = 7;
-/// What is a container's own in `/dev`, or no device of its.
-const NOT_SHARED: [&str; 7] = ["pts", "shm", "fd", "mqueue", "console", "ptmx", "tty"];
+/// Entries of `/dev` that belong to each container, or are not devices.
+const EXCLUDED: [&str; 7] = ["pts", "shm", "fd", "mqueue", "console", "ptmx", "tty"];
 
-/// Whether a container may use any device, which is what "privileged" comes to here.
+/// Whether the rules allow all devices, as for a privileged container.
 pub fn allows_all(resources: &LinuxResources) -> bool {
     resources.devices().iter().flatten().any(|rule| {
         rule.allow()
@@ -60,14 +60,14 @@ fn node(path: PathBuf, meta: &fs::Metadata) -> Option<LinuxDevice> {
         .ok()
 }
 
-/// All of the guest's, and loop devices to come.
-pub fn all_of_guest() -> Vec<LinuxDevice> {
+/// All devices of the guest, and nodes of loop devices that do not exist yet.
+pub fn all_with_loops() -> Vec<LinuxDevice> {
     let mut found = all();
-    found.extend(loops_beside(&found));
+    found.extend(missing_loop_nodes(&found));
     found
 }
 
-fn loops_beside(found: &[LinuxDevice]) -> Vec<LinuxDevice> {
+fn missing_loop_nodes(found: &[LinuxDevice]) -> Vec<LinuxDevice> {
     let has = |path: &Path| found.iter().any(|node| node.path() == path);
     if !has(Path::new("/dev/loop-control")) {
         return Vec::new();
@@ -90,20 +90,20 @@ fn loop_node(path: PathBuf, minor: i64) -> Option<LinuxDevice> {
         .ok()
 }
 
-/// All that there are.
+/// All existing devices.
 pub fn all() -> Vec<LinuxDevice> {
     let mut found = Vec::new();
-    let mut folders = vec![PathBuf::from("/dev")];
-    while let Some(folder) = folders.pop() {
-        let Ok(entries) = fs::read_dir(&folder) else { continue };
+    let mut dirs = vec![PathBuf::from("/dev")];
+    while let Some(dir) = dirs.pop() {
+        let Ok(entries) = fs::read_dir(&dir) else { continue };
         for entry in entries.flatten() {
-            let own = NOT_SHARED.iter().any(|name| entry.file_name() == *name);
+            let own = EXCLUDED.iter().any(|name| entry.file_name() == *name);
             let Ok(meta) = entry.metadata() else { continue };
-            if (own && folder == Path::new("/dev")) || found.len() >= MAX_NODES {
+            if (own && dir == Path::new("/dev")) || found.len() >= MAX_NODES {
                 continue;
             }
             if meta.is_dir() {
-                folders.push(entry.path());
+                dirs.push(entry.path());
             } else {
                 found.extend(node(entry.path(), &meta));
             }
@@ -112,14 +112,14 @@ pub fn all() -> Vec<LinuxDevice> {
     found
 }
 
-/// A block volume: its node, and the rule that lets the container use it.
+/// A block volume: its node, and the rule that allows it.
 #[derive(Debug)]
 pub struct BlockVolume {
     pub node: LinuxDevice,
     pub rule: LinuxDeviceCgroup,
 }
 
-/// Looks the disks up.
+/// Finds the disks of block volumes by serial.
 pub fn block_volumes(wanted: &[v1::BlockDevice]) -> Result<Vec<BlockVolume>> {
     if wanted.len() > MAX_BLOCK_DEVICES {
         return Err(Error::Exhausted {
@@ -141,9 +141,9 @@ fn block_volume(wanted: &v1::BlockDevice) -> Result<BlockVolume> {
         ));
     }
     let source = devices::disk_node(&wanted.disk_serial)?;
-    let meta = fs::metadata(&source).doing(|| format!("look at {}", source.display()))?;
+    let meta = fs::metadata(&source).context(|| format!("stat {}", source.display()))?;
     let mut node = node(PathBuf::from(&wanted.path), &meta)
-        .ok_or_else(|| Error::Precondition(format!("{} is no device", source.display())))?;
+        .ok_or_else(|| Error::Precondition(format!("{} is not a device", source.display())))?;
     node.set_file_mode(Some(BLOCK_MODE));
     node.set_uid(Some(0));
     node.set_gid(Some(DISK_GROUP));
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_rule_for_everything_means_privileged() {
+    fn only_a_rule_that_allows_all_devices_means_privileged() {
         assert!(allows_all(&resources(r#"{"devices":[{"allow":true,"access":"rwm"}]}"#)));
         for json in [
             r#"{"devices":[{"allow":false,"access":"rwm"}]}"#,
@@ -181,21 +181,21 @@ mod tests {
     }
 
     #[test]
-    fn loop_devices_that_are_not_there_yet_have_nodes_where_the_kernel_has_any() {
+    fn missing_loop_devices_get_nodes_if_the_kernel_has_loop_control() {
         let control: LinuxDevice = serde_json::from_str(
             r#"{"path":"/dev/loop-control","type":"c","major":10,"minor":237}"#,
         )
         .unwrap();
-        assert!(loops_beside(&[]).is_empty());
+        assert!(missing_loop_nodes(&[]).is_empty());
         let there = loop_node("/dev/loop3".into(), 3).unwrap();
-        let made = loops_beside(&[control, there]);
+        let made = missing_loop_nodes(&[control, there]);
         assert_eq!(made.len(), LOOP_NODES as usize - 1);
         assert!(made.iter().all(|node| (node.major(), node.typ()) == (7, LinuxDeviceType::B)));
         assert!(!made.iter().any(|node| node.minor() == 3));
     }
 
     #[test]
-    fn the_guests_devices_are_found_without_those_of_terminals() {
+    fn devices_of_the_guest_are_listed_without_terminals() {
         let all = all();
         let null = all.iter().find(|node| node.path() == Path::new("/dev/null")).unwrap();
         assert_eq!((null.major(), null.minor()), (1, 3));

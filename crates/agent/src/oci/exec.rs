@@ -1,8 +1,8 @@
-//! Helper `exec`: a further process in a running container. It joins the container's cgroup and
-//! namespaces, forks into the PID namespace, and the child takes on the identity of the OCI
-//! process (runtime-spec config.md, "Process") before it becomes the program.
+//! Helper `exec`: starts a further process in a running container. It joins the container's cgroup
+//! and namespaces and forks into the PID namespace; the child applies the OCI process (runtime-spec
+//! config.md, "Process") and executes the program.
 //!
-//! Not libcontainer's tenant container: that one runs without the container's seccomp filter.
+//! Not libcontainer's tenant container, which does not load the container's seccomp filter.
 #![allow(unsafe_code)] // fork; descriptors arrive as numbers
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -18,9 +18,9 @@ use oci_spec::runtime::{LinuxSeccomp, Process};
 use serde::{Deserialize, Serialize};
 
 use super::command::{self, Failure};
-use super::helper::{self, Made, Streams};
+use super::helper::{self, Spawned, Streams};
 use super::seccomp;
-use crate::error::{Doing, Result};
+use crate::error::{Context, Result};
 
 pub(super) const VERB: &str = "@exec";
 
@@ -30,11 +30,11 @@ pub(super) struct Job {
     target: i32,
     /// Directory of the container's cgroup.
     cgroup: PathBuf,
-    /// File with a [`Program`]; arguments may be too long for a command line.
+    /// File with a [`Program`], as it may be too long for an environment variable.
     program: PathBuf,
-    /// The container lives in the pod's user namespace.
+    /// The container is in the pod's user namespace.
     userns: bool,
-    /// Socket for the terminal's master side.
+    /// Socket to send the terminal's master to.
     console: Option<RawFd>,
 }
 
@@ -45,7 +45,7 @@ pub struct Program {
     pub seccomp: Option<LinuxSeccomp>,
 }
 
-/// Whose process an exec joins.
+/// The container that an exec joins.
 #[derive(Debug)]
 pub struct Target {
     /// The container's init.
@@ -62,10 +62,10 @@ pub async fn start(
     streams: Streams,
     console: Option<OwnedFd>,
     spawned: impl FnOnce(i32),
-) -> Result<Made> {
+) -> Result<Spawned> {
     let what = || format!("write {}", file.display());
-    let text = serde_json::to_vec(program).map_err(std::io::Error::from).doing(what)?;
-    std::fs::write(file, text).doing(what)?;
+    let text = serde_json::to_vec(program).map_err(std::io::Error::from).context(what)?;
+    std::fs::write(file, text).context(what)?;
     let job = Job {
         target: target.pid,
         cgroup: target.cgroup,
@@ -88,21 +88,21 @@ fn step<T, E: std::fmt::Display>(result: std::result::Result<T, E>, what: &str) 
 }
 
 pub(super) fn main(job: Job, start: OwnedFd) -> Step<i32> {
-    // Before it can be seen from the container: a process there must not trace it, nor reach what
-    // it has open of the agent's through its folder of /proc. Ends with execve(2).
-    step(nix::sys::prctl::set_dumpable(false), "hide from the container")?;
-    let text = step(std::fs::read(&job.program), "read the order")?;
-    let program: Program = step(serde_json::from_slice(&text), "read the order")?;
+    // Not dumpable before it is visible in the container: a process there must not be able to trace
+    // it or to reach its descriptors through /proc (CVE-2016-9962). execve(2) resets this.
+    step(nix::sys::prctl::set_dumpable(false), "PR_SET_DUMPABLE")?;
+    let text = step(std::fs::read(&job.program), "read the exec request")?;
+    let program: Program = step(serde_json::from_slice(&text), "parse the exec request")?;
     if let Some(score) = program.process.oom_score_adj() {
         step(std::fs::write("/proc/self/oom_score_adj", score.to_string()), "oom_score_adj")?;
     }
     join_cgroup(&job)?;
     if job.userns {
-        // Nobody may raise a limit in there.
+        // Raising a limit inside the user namespace fails.
         set_limits(&program.process)?;
     }
     join_namespaces(job.target, job.userns)?;
-    // SAFETY: this process has one thread, so the child may go on using everything.
+    // SAFETY: this process has one thread, so the child may use all of its state.
     match step(unsafe { fork() }, "fork")? {
         ForkResult::Parent { child } => Ok(child.as_raw()),
         ForkResult::Child => match become_process(&program, job.userns, job.console) {
@@ -110,9 +110,10 @@ pub(super) fn main(job: Job, start: OwnedFd) -> Step<i32> {
                 let late = program.seccomp.as_ref().filter(|_| !has_privileges(&program.process));
                 command::execute(&program.process, late, &start)
             }
-            Err(why) => {
-                command::fail(&start, &Failure { missing: false, message: format!("exec: {why}") })
-            }
+            Err(reason) => command::fail(
+                &start,
+                &Failure { missing: false, message: format!("exec: {reason}") },
+            ),
         },
     }
 }
@@ -120,8 +121,8 @@ pub(super) fn main(job: Job, start: OwnedFd) -> Step<i32> {
 fn join_cgroup(job: &Job) -> Step<()> {
     let join = |dir: &Path| std::fs::write(dir.join("cgroup.procs"), "0");
     match join(&job.cgroup) {
-        // A container that manages sub-cgroups (systemd, docker) has no processes in its own one;
-        // its init's cgroup is the place then.
+        // EBUSY: a container that manages sub-cgroups (systemd, docker) has no processes in its own
+        // cgroup. The cgroup of its init is used instead, as in runc.
         Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) => {
             let text =
                 step(std::fs::read_to_string(format!("/proc/{}/cgroup", job.target)), "cgroup")?;
@@ -145,15 +146,15 @@ fn join_namespaces(target: i32, userns: bool) -> Step<()> {
     // SAFETY: pidfd_open has no pointer arguments.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, target, 0) };
     let fd = step(Errno::result(fd), "the container's init process")?;
-    // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
+    // SAFETY: the kernel has just created this descriptor; nothing else owns it.
     let init = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
-    // All at once: the order in which rights would be lost does not matter then.
+    // One setns(2) for all: no step loses a capability that a later one needs.
     let mut all = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWCGROUP;
     all.set(CloneFlags::CLONE_NEWUSER, userns);
     step(nix::sched::setns(&init, all), "join the container's namespaces")
 }
 
-/// Whether there are or may be some, now or by a program that is run.
+/// Whether the process or a program it executes may gain privileges.
 fn has_privileges(process: &Process) -> bool {
     !process.no_new_privileges().unwrap_or(false)
 }
@@ -163,7 +164,7 @@ fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> St
     let syscall = create_syscall();
     step(setsid(), "new session")?;
     if userns {
-        // The agent's own root is nobody in there.
+        // uid 0 of the agent is not mapped there; become the namespace's root.
         step(setresgid(ROOT_GROUP, ROOT_GROUP, ROOT_GROUP), "group")?;
         step(setresuid(ROOT, ROOT, ROOT), "user")?;
     }
@@ -184,8 +185,8 @@ fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> St
     if !privileges {
         step(nix::sys::prctl::set_no_new_privs(), "no_new_privs")?;
     }
-    // Before the user changes: it may lie in a folder that only root can enter. A folder that
-    // only the user can enter (root-squashed) is tried again afterwards.
+    // First as root, as the directory may be accessible to root only. If access is denied (root
+    // squash), it is retried as the user.
     let entered = chdir(process.cwd().as_path());
     if let Err(error) = entered
         && error != Errno::EACCES
@@ -193,7 +194,7 @@ fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> St
     {
         return Err(format!("chdir to cwd {:?}: {}", process.cwd().display(), error.desc()));
     }
-    // With privileges the filter has to be loaded while there still are some, otherwise it is last.
+    // Without no_new_privs the filter is loaded before capabilities are dropped, otherwise last.
     if privileges {
         load_seccomp(program)?;
     }
@@ -207,7 +208,7 @@ fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> St
         let what = format!("chdir to cwd {:?}", process.cwd().display());
         step(chdir(process.cwd().as_path()), &what)?;
     }
-    // Nothing of the agent's may be left open in the program.
+    // Sets close-on-exec on all descriptors of the agent.
     step(syscall.close_range(0), "close descriptors")
 }
 
@@ -235,7 +236,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_helper_is_hidden_before_it_does_anything_else() {
+    fn the_exec_helper_is_not_dumpable_before_any_other_step() {
         let job = Job {
             target: 0,
             cgroup: "/nonexistent".into(),
@@ -245,7 +246,7 @@ mod tests {
         };
         let start = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         let failed = main(job, start).unwrap_err();
-        assert!(failed.contains("read the order"), "{failed}");
+        assert!(failed.contains("read the exec request"), "{failed}");
         assert!(!get_dumpable().unwrap());
         set_dumpable(true).unwrap();
     }

@@ -1,6 +1,6 @@
-//! Short-lived helper processes: the agent started again with a verb (`argv[1]`), so that
-//! PID 1 never forks itself, never changes its namespaces, and its reaping does not collide with
-//! the waits of libcontainer. What a helper leaves behind becomes PID 1's child.
+//! Short-lived helper processes: the agent's binary with a verb as `argv[1]`. PID 1 itself never
+//! forks and never changes its namespaces, and its reaper does not interfere with the waits of
+//! libcontainer. Processes that a helper leaves are re-parented to PID 1.
 //!
 //! ```text
 //! agent --spawn--> helper --clone--> (intermediate) --clone--> init of the container
@@ -21,21 +21,21 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 
 use super::{command, create, exec, pod_pid, userns};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
-/// Longest message of a helper, bytes: it may quote what an image holds.
+/// Maximum length of a helper's message, bytes: it may contain text of an image.
 const MAX_MESSAGE: usize = 64 << 10;
-/// For a helper to do its work; a mount of a sick disk may take a while.
+/// Time for a helper to finish; mounts may read a slow disk.
 const DEADLINE: Duration = Duration::from_secs(60);
-/// From "run the program" until it runs or has failed.
+/// Time from the start notification to execve or its failure.
 const START_DEADLINE: Duration = Duration::from_secs(20);
 
-/// Variable that holds a helper's [`Order`].
-const ORDER: &str = "NACELLE_ORDER";
+/// Environment variable with a helper's [`HelperRequest`].
+const REQUEST_ENV: &str = "NACELLE_HELPER_REQUEST";
 
-/// What a helper is to do; travels as JSON in a variable.
+/// Request to a helper, as JSON in an environment variable.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Order<T> {
+pub(super) struct HelperRequest<T> {
     pub(super) reply: RawFd,
     pub(super) start: RawFd,
     pub(super) job: T,
@@ -49,14 +49,14 @@ pub(super) enum Reply {
     Error(String),
 }
 
-/// A process that a helper has made, and the pipe that tells whether its program runs.
+/// A process that a helper has created, and the pipe that reports its execve.
 #[derive(Debug)]
-pub struct Made {
+pub struct Spawned {
     pub pid: i32,
     pub start: StartPipe,
 }
 
-/// Ends when the program runs; says why when it does not.
+/// Reaches end of file at execve of the program, or delivers the failure.
 #[derive(Debug)]
 pub struct StartPipe(Receiver);
 
@@ -65,10 +65,10 @@ impl StartPipe {
         let message = tokio::time::timeout(START_DEADLINE, read_message(&mut self.0, false))
             .await
             .map_err(|_| Error::Deadline {
-                doing: "start of the program".to_owned(),
+                operation: "execve of the program".to_owned(),
                 after: START_DEADLINE,
             })?
-            .doing(|| "read the start message".to_owned())?;
+            .context(|| "read the start message".to_owned())?;
         if message.is_empty() {
             return Ok(());
         }
@@ -79,12 +79,12 @@ impl StartPipe {
 
 fn parse<T: DeserializeOwned>(message: &[u8]) -> Result<T> {
     serde_json::from_slice(message).map_err(|error| Error::Helper {
-        doing: "understand a helper's message",
-        why: error.to_string(),
+        operation: "parse a helper's message",
+        reason: error.to_string(),
     })
 }
 
-/// Reads to a newline, or to the end.
+/// Reads to a newline or to the end of file.
 async fn read_message(pipe: &mut Receiver, line: bool) -> std::io::Result<Vec<u8>> {
     let mut message = Vec::new();
     let mut chunk = [0; 4096];
@@ -111,105 +111,113 @@ impl Streams {
     }
 }
 
-/// Runs a helper. `inherit` is a further descriptor that the job names by number. `spawned` gets
-/// the helper's own pid before anything is waited for.
+/// Runs a helper. `inherit` is a further descriptor, whose number the job contains. `spawned` gets
+/// the helper's pid before any wait.
 pub(super) async fn run<T: Serialize>(
     verb: &'static str,
     job: T,
     streams: Streams,
     inherit: Option<OwnedFd>,
     spawned: impl FnOnce(i32),
-) -> Result<Made> {
-    let doing = || format!("start helper {verb}");
-    let (reply_read, reply_write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).doing(doing)?;
-    let (start_read, start_write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).doing(doing)?;
-    let order = Order { reply: reply_write.as_raw_fd(), start: start_write.as_raw_fd(), job };
-    let order = serde_json::to_string(&order)
-        .map_err(|error| Error::Helper { doing: "write an order", why: error.to_string() })?;
+) -> Result<Spawned> {
+    let operation = || format!("start helper {verb}");
+    let (reply_read, reply_write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).context(operation)?;
+    let (start_read, start_write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).context(operation)?;
+    let request =
+        HelperRequest { reply: reply_write.as_raw_fd(), start: start_write.as_raw_fd(), job };
+    let request = serde_json::to_string(&request).map_err(|error| Error::Helper {
+        operation: "serialize a request",
+        reason: error.to_string(),
+    })?;
     let pid = {
-        // The agent is single-threaded where it spawns, so nothing else inherits these.
+        // Cleared just before the spawn; the agent has one thread that spawns, so no other process
+        // inherits them.
         for fd in [&reply_write, &start_write].into_iter().chain(&inherit) {
-            fcntl(fd.as_fd(), FcntlArg::F_SETFD(FdFlag::empty())).doing(doing)?;
+            fcntl(fd.as_fd(), FcntlArg::F_SETFD(FdFlag::empty())).context(operation)?;
         }
         let child = Command::new("/proc/self/exe")
             .arg0("nacelle")
             .arg(verb)
             .env_clear()
-            // Not an argument: `ps` in a container would show it.
-            .env(ORDER, order)
+            // Not an argument, as `ps` in a container would show it.
+            .env(REQUEST_ENV, request)
             .stdin(streams.stdin)
             .stdout(streams.stdout)
             .stderr(streams.stderr)
             .spawn()
-            .doing(doing)?;
-        // The reaper waits for it: dropping a `Child` does not.
+            .context(operation)?;
+        // The reaper waits for it; dropping a `Child` does not.
         i32::try_from(child.id()).unwrap_or(0)
     };
     spawned(pid);
     drop((reply_write, start_write, inherit));
-    let mut reply = Receiver::from_owned_fd(reply_read).doing(doing)?;
-    let start = StartPipe(Receiver::from_owned_fd(start_read).doing(doing)?);
+    let mut reply = Receiver::from_owned_fd(reply_read).context(operation)?;
+    let start = StartPipe(Receiver::from_owned_fd(start_read).context(operation)?);
     let message = match tokio::time::timeout(DEADLINE, read_message(&mut reply, true)).await {
-        Ok(message) => message.doing(|| format!("read the reply of helper {verb}"))?,
+        Ok(message) => message.context(|| format!("read the reply of helper {verb}"))?,
         Err(_elapsed) => {
             let helper = nix::unistd::Pid::from_raw(pid);
             let _ = nix::sys::signal::kill(helper, nix::sys::signal::Signal::SIGKILL);
-            return Err(Error::Deadline { doing: format!("helper {verb}"), after: DEADLINE });
+            return Err(Error::Deadline { operation: format!("helper {verb}"), after: DEADLINE });
         }
     };
     if message.is_empty() {
-        return Err(Error::Helper { doing: verb, why: "it died without a word".to_owned() });
+        return Err(Error::Helper {
+            operation: verb,
+            reason: "it exited without a reply".to_owned(),
+        });
     }
     match parse(&message)? {
-        Reply::Pid(pid) => Ok(Made { pid, start }),
-        Reply::Error(why) => Err(Error::Helper { doing: verb, why }),
+        Reply::Pid(pid) => Ok(Spawned { pid, start }),
+        Reply::Error(reason) => Err(Error::Helper { operation: verb, reason }),
     }
 }
 
-/// The other side: runs if the process was started as a helper, and does not return then.
+/// Entry point of helpers. Returns if the process is not one.
 pub fn main_if_helper() {
-    let (Some(verb), Ok(order)) = (std::env::args().nth(1), std::env::var(ORDER)) else {
+    let (Some(verb), Ok(request)) = (std::env::args().nth(1), std::env::var(REQUEST_ENV)) else {
         return;
     };
     match verb.as_str() {
-        create::VERB => become_helper(&order, create::main),
-        exec::VERB => become_helper(&order, exec::main),
-        pod_pid::VERB => become_helper(&order, pod_pid::main),
-        userns::VERB => become_helper(&order, userns::main),
+        create::VERB => become_helper(&request, create::main),
+        exec::VERB => become_helper(&request, exec::main),
+        pod_pid::VERB => become_helper(&request, pod_pid::main),
+        userns::VERB => become_helper(&request, userns::main),
         _ => {}
     }
 }
 
 fn become_helper<T: DeserializeOwned>(
-    order: &str,
+    request: &str,
     main: fn(T, OwnedFd) -> std::result::Result<i32, String>,
 ) -> ! {
-    let Ok(Order { reply, start, job }) = serde_json::from_str::<Order<T>>(order) else {
+    let Ok(HelperRequest { reply, start, job }) = serde_json::from_str::<HelperRequest<T>>(request)
+    else {
         std::process::exit(2);
     };
-    // SAFETY: the agent made both descriptors for this process and named them in the order;
-    // nothing else in this fresh process knows them.
+    // SAFETY: the agent created both descriptors for this process and passed their numbers; nothing
+    // else in this process owns them.
     let (reply, start) = unsafe { (OwnedFd::from_raw_fd(reply), OwnedFd::from_raw_fd(start)) };
     for fd in [&reply, &start] {
         let _ = fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC));
     }
     let for_panics = reply.as_raw_fd();
     std::panic::set_hook(Box::new(move |info| {
-        // Standard error is the container's already; nobody would look there.
+        // stderr is already the container's stream.
         // SAFETY: the descriptor stays open until the process ends.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(for_panics) };
-        answer(fd, &Reply::Error(format!("panic: {info}")));
+        send_reply(fd, &Reply::Error(format!("panic: {info}")));
     }));
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| main(job, start)));
     match result {
-        Ok(Ok(pid)) => answer(&reply, &Reply::Pid(pid)),
-        Ok(Err(why)) => answer(&reply, &Reply::Error(why)),
+        Ok(Ok(pid)) => send_reply(&reply, &Reply::Pid(pid)),
+        Ok(Err(reason)) => send_reply(&reply, &Reply::Error(reason)),
         Err(_) => {}
     }
     std::process::exit(0);
 }
 
-fn answer(fd: impl AsFd, reply: &Reply) {
+fn send_reply(fd: impl AsFd, reply: &Reply) {
     let mut text = serde_json::to_vec(reply).unwrap_or_default();
     text.push(b'\n');
     let _ = nix::unistd::write(fd, &text);

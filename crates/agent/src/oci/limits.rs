@@ -1,24 +1,24 @@
-//! OCI `LinuxResources` as writes to cgroup v2 files (runtime-spec config-linux.md, "Control
-//! groups"; kernel Documentation/admin-guide/cgroup-v2.rst). A pure conversion.
+//! Converts OCI `LinuxResources` to cgroup v2 settings (runtime-spec config-linux.md, "Control
+//! groups"; kernel Documentation/admin-guide/cgroup-v2.rst). Pure conversion.
 
 use oci_spec::runtime::LinuxResources;
 
 use crate::error::{Error, Result};
 
-/// One write: file name in the cgroup, content.
+/// One write: file name in the cgroup and value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Setting {
     pub file: String,
     pub value: String,
 }
 
-/// Default CFS period, microseconds; used when only a quota is given.
+/// Default CFS period, microseconds, for a quota without a period.
 const DEFAULT_PERIOD_US: u64 = 100_000;
-/// Controllers that `unified` may name.
+/// Controllers whose files `unified` may contain.
 const UNIFIED: [&str; 7] = ["cpu", "cpuset", "io", "memory", "pids", "hugetlb", "misc"];
 
-/// cgroup v1 shares (2..=262144) as a cgroup v2 weight (1..=10000), the mapping runc uses, so that
-/// a pod's requests weigh the same under either.
+/// Converts cgroup v1 shares (2..=262144) to a cgroup v2 weight (1..=10000), with the formula of
+/// runc.
 pub fn weight_of_shares(shares: u64) -> u64 {
     let shares = shares.clamp(2, 262_144);
     1 + (shares - 2) * 9999 / 262_142
@@ -28,7 +28,7 @@ fn limit(value: i64) -> String {
     if value < 0 { "max".to_owned() } else { value.to_string() }
 }
 
-/// The settings in the order in which they have to be written.
+/// The settings, in write order.
 pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
     let mut out = Vec::new();
     let mut set = |file: &str, value: String| out.push(Setting { file: file.into(), value });
@@ -74,14 +74,16 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
             set("memory.max", limit(bytes));
         }
         if let Some(both) = memory.swap().filter(|bytes| *bytes != 0) {
-            // OCI counts memory and swap together, cgroup v2 swap alone.
+            // OCI's swap is memory plus swap; cgroup v2's is swap only.
             let swap = match (both, max) {
                 (both, _) if both < 0 => -1,
                 (both, Some(max)) if max >= 0 && both >= max => both - max,
                 (both, _) => {
                     return Err(Error::invalid(
                         "resources.memory.swap",
-                        format!("{both} is memory and swap together; it needs a lower limit"),
+                        format!(
+                            "{both} includes memory, so it needs a memory limit that is not higher"
+                        ),
                     ));
                 }
             };
@@ -99,7 +101,7 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
             if !size.chars().all(|c| c.is_ascii_alphanumeric()) {
                 return Err(Error::invalid("resources.hugepageLimits", "bad page size"));
             }
-            // What is reserved counts as well: mmap(2) fails, and not the first write with SIGBUS.
+            // With rsvd, exceeding the limit fails in mmap(2) instead of SIGBUS at the first write.
             for kind in ["max", "rsvd.max"] {
                 set(&format!("hugetlb.{size}.{kind}"), page.limit().to_string());
             }
@@ -108,7 +110,7 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
     if let Some(io) = resources.block_io()
         && let Some(weight) = io.weight().filter(|weight| *weight != 0)
     {
-        // 10..=1000 of blkio as 1..=10000 of io.weight.
+        // blkio weight 10..=1000 to io.weight 1..=10000, with the formula of runc.
         let weight = 1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9999 / 990;
         set("io.weight", format!("default {weight}"));
     }
@@ -117,7 +119,7 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>> {
         keys.sort();
         for (key, value) in keys {
             let controller = key.split('.').next().unwrap_or_default();
-            // A key is a file name, not a way out of the cgroup's directory.
+            // The key is used as a file name.
             if key.contains('/') || !UNIFIED.contains(&controller) {
                 return Err(Error::invalid(
                     "resources.unified",

@@ -1,16 +1,16 @@
-//! From an OCI runtime specification to a running process: completing the specification (`spec`,
-//! `mounts`, `devices`, `apparmor`), users (`user`), cgroups (`cgroup`, `limits`,
-//! `device_filter`), and the short-lived helper processes that build containers and execs
-//! (`helper`, `create`, `exec`, `command`, `pod_pid`, `userns`).
+//! From an OCI runtime spec to a running process: completion of the spec (`spec`, `mounts`,
+//! `devices`, `apparmor`), users (`user`), cgroups (`cgroup`, `limits`, `device_filter`), and the
+//! helper processes that create containers and execs (`helper`, `create`, `exec`, `command`,
+//! `pod_pid`, `userns`).
 //!
-//! Containers are built by libcontainer: namespaces, mounts, devices, masked paths, seccomp,
-//! capabilities, terminals. What is done here instead, and why:
+//! libcontainer creates containers: namespaces, mounts, devices, masked paths, capabilities,
+//! terminals. Done here instead:
 //! - **cgroups**: the agent reads limits, statistics and OOM events anyway, and libcontainer's
 //!   device rules for cgroup v2 need libbpf and libelf.
-//! - **exec**: libcontainer's tenant container drops the container's seccomp filter.
-//! - **seccomp** (`seccomp`): libcontainer's filters have no ENOSYS for calls newer than the profile,
-//!   and those with no_new_privs it loads before it waits for the start.
-//! - **running the program**: its errors reach the caller of StartContainer and Exec as such.
+//! - **exec**: libcontainer's tenant container does not load the container's seccomp filter.
+//! - **seccomp** (`seccomp`): libcontainer does not return ENOSYS for calls newer than the profile,
+//!   and loads filters with no_new_privs before the wait for the start.
+//! - **execve**: its errors are returned by StartContainer and Exec.
 
 pub mod apparmor;
 pub mod cgroup;
@@ -29,7 +29,7 @@ pub mod spec;
 pub mod user;
 pub mod userns;
 
-/// kill(2) with any signal number: nix names no real-time signals.
+/// kill(2) with any signal number; nix has no real-time signals.
 pub fn raw_kill(pid: i32, signal: i32) -> nix::Result<()> {
     kill::raw(pid, signal)
 }

@@ -1,11 +1,11 @@
-//! The mounts of a container: the basic ones (runtime-spec config-linux.md, "Default
-//! Filesystems"), the specification's own, and its volumes.
+//! Mounts of a container: the default ones (runtime-spec config-linux.md, "Default Filesystems"),
+//! those of the OCI spec, and its volumes.
 
 use std::path::{Component, Path};
 
 use oci_spec::runtime::{Mount, MountBuilder};
 
-use super::spec::{Bind, Surroundings};
+use super::spec::{Bind, SpecContext};
 use crate::error::{Error, Result};
 
 fn mount(destination: &str, typ: &str, source: &str, options: &[&str]) -> Result<Mount> {
@@ -22,7 +22,7 @@ fn text<'a>(path: &'a Path, what: &'static str) -> Result<&'a str> {
     path.to_str().ok_or_else(|| Error::invalid(what, "a path is not UTF-8"))
 }
 
-fn basic(around: &Surroundings<'_>) -> Result<[Mount; 7]> {
+fn defaults(context: &SpecContext<'_>) -> Result<[Mount; 7]> {
     Ok([
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
         mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
@@ -33,11 +33,11 @@ fn basic(around: &Surroundings<'_>) -> Result<[Mount; 7]> {
             &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         )?,
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
-        // One for all containers of the pod, whatever the specification asks for.
+        // The pod's, shared by all its containers; the OCI spec cannot override it.
         mount(
             "/dev/shm",
             "bind",
-            text(around.shm, "shm")?,
+            text(context.shm, "shm")?,
             &["rbind", "nosuid", "noexec", "nodev"],
         )?,
         mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"])?,
@@ -45,10 +45,10 @@ fn basic(around: &Surroundings<'_>) -> Result<[Mount; 7]> {
     ])
 }
 
-/// A basic mount as a container in a user namespace can have it: the pod's network and IPC
-/// namespaces are not its own, so their file systems are the guest's.
-fn in_user_namespace(mut mount: Mount, around: &Surroundings<'_>) -> Mount {
-    let Some(userns) = &around.userns else { return mount };
+/// Changes a default mount for a user namespace: sysfs and mqueue cannot be mounted there, as the
+/// pod's network and IPC namespaces belong to the initial one, so the guest's are bind-mounted.
+fn in_user_namespace(mut mount: Mount, context: &SpecContext<'_>) -> Mount {
+    let Some(userns) = &context.userns else { return mount };
     let mut options = mount.options().clone().unwrap_or_default();
     let source = match mount.typ().as_deref() {
         Some("sysfs") => Path::new("/sys"),
@@ -67,19 +67,19 @@ fn in_user_namespace(mut mount: Mount, around: &Surroundings<'_>) -> Mount {
     mount
 }
 
-pub(super) fn complete(given: Vec<Mount>, around: &Surroundings<'_>) -> Result<Vec<Mount>> {
+pub(super) fn complete(given: Vec<Mount>, context: &SpecContext<'_>) -> Result<Vec<Mount>> {
     for destination in given.iter().map(Mount::destination) {
         check_destination(destination)?;
     }
-    for bind in around.binds {
+    for bind in context.binds {
         check_destination(&bind.destination)?;
         if bind.destination == Path::new("/dev") {
-            return Err(Error::invalid("volumes", "/dev is the container's own"));
+            return Err(Error::invalid("volumes", "a volume cannot be mounted at /dev"));
         }
     }
-    let is_volume = |path: &Path| around.binds.iter().any(|bind| bind.destination == path);
+    let is_volume = |path: &Path| context.binds.iter().any(|bind| bind.destination == path);
     let mut all: Vec<Mount> = Vec::new();
-    for default in basic(around)? {
+    for default in defaults(context)? {
         let destination = default.destination();
         if is_volume(destination) {
             continue;
@@ -89,7 +89,7 @@ pub(super) fn complete(given: Vec<Mount>, around: &Surroundings<'_>) -> Result<V
             Some(own) if destination != Path::new("/dev/shm") => own.clone(),
             _ => default,
         };
-        all.push(in_user_namespace(mount, around));
+        all.push(in_user_namespace(mount, context));
     }
     for mount in given {
         let known = all.iter().any(|present| present.destination() == mount.destination());
@@ -97,12 +97,12 @@ pub(super) fn complete(given: Vec<Mount>, around: &Surroundings<'_>) -> Result<V
             all.push(mount);
         }
     }
-    for Bind { source, destination, .. } in around.binds {
-        // Propagation, write protection and the rest are the staged mount's.
+    for Bind { source, destination, .. } in context.binds {
+        // Propagation and flags were set on the staged mount.
         let source = text(source, "volumes")?;
         all.push(mount(text(destination, "volumes")?, "bind", source, &["rbind"])?);
     }
-    // A mount below another one has to come after it.
+    // Parents before the mounts below them.
     all.sort_by_key(|mount| mount.destination().components().count());
     Ok(all)
 }
@@ -123,7 +123,7 @@ pub(super) fn check_destination(path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::spec::tests::around;
+    use super::super::spec::tests::context;
     use super::*;
 
     fn bind(destination: &str) -> Bind {
@@ -142,7 +142,7 @@ mod tests {
             mount("/sys", "sysfs", "sysfs", &["rw"]).unwrap(),
             mount("/tmp", "tmpfs", "tmpfs", &[]).unwrap(),
         ];
-        let mounts = complete(given, &around(&binds)).unwrap();
+        let mounts = complete(given, &context(&binds)).unwrap();
         let at = |path: &str| places(&mounts).iter().position(|place| *place == path).unwrap();
         assert_eq!(mounts[at("/dev/shm")].source().as_deref(), Some(Path::new("/run/nacelle/shm")));
         assert_eq!(mounts[at("/sys")].options().as_deref().unwrap(), ["rw"]);
@@ -152,14 +152,14 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_takes_the_place_of_a_basic_mount_but_not_of_dev() {
-        let mounts = complete(Vec::new(), &around(&[bind("/dev/shm")])).unwrap();
+    fn a_volume_replaces_a_default_mount_except_dev() {
+        let mounts = complete(Vec::new(), &context(&[bind("/dev/shm")])).unwrap();
         let all = places(&mounts);
         assert_eq!(all.iter().filter(|place| **place == "/dev/shm").count(), 1);
         let own = mounts.iter().find(|mount| mount.destination() == Path::new("/dev/shm"));
         assert_eq!(own.unwrap().source().as_deref(), Some(Path::new("/v")));
         for bad in ["/dev", "/", "x", "/a/../b"] {
-            assert!(complete(Vec::new(), &around(&[bind(bad)])).is_err(), "{bad}");
+            assert!(complete(Vec::new(), &context(&[bind(bad)])).is_err(), "{bad}");
         }
     }
 }

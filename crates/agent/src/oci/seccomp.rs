@@ -1,11 +1,10 @@
-//! The seccomp filter of a container (runtime-spec config-linux.md, "Seccomp"): libseccomp compiles
-//! it, and a prologue of our own answers ENOSYS for system calls that are newer than the profile.
+//! Seccomp filter of a container (runtime-spec config-linux.md, "Seccomp"): compiled by libseccomp,
+//! with a prologue that returns ENOSYS for system calls newer than the profile.
 //!
-//! A profile lists the calls that its author knew. Its default action, mostly EPERM, is meant for the
-//! known ones that it withholds. A call that came with a later kernel is not withheld but unknown, and
-//! C libraries fall back to an older call only on ENOSYS. So, as runc does: a number above the highest
-//! that the profile names for the architecture gets ENOSYS, unless the default action lets calls
-//! through, or is ENOSYS anyway.
+//! A profile lists the calls that its author knew; its default action, usually EPERM, is meant for
+//! known calls that are denied. C libraries fall back from a newer call only on ENOSYS. So, as in
+//! runc, a call number above the highest one that the profile names for the architecture returns
+//! ENOSYS, unless the default action allows calls or already returns ENOSYS.
 //!
 //! ```text
 //! ld arch;  x86-64: jump A;  i386: jump B;  else jump filter
@@ -13,11 +12,11 @@
 //! B: ld nr;  nr > last of i386: jump ENOSYS;  jump filter
 //! C: nr > last of x32: jump ENOSYS;  jump filter
 //! ENOSYS: ret ERRNO | ENOSYS
-//! filter: what libseccomp made
+//! filter: output of libseccomp
 //! ```
-//! Not libcontainer's loader: it has no place for the prologue, and leaves the calls in a list, which
-//! the kernel walks for each of its some 900 call numbers when a filter is loaded (for the bitmap of
-//! calls that are always allowed); a binary tree makes that twenty times shorter.
+//! Not libcontainer's loader: it has no prologue, and it keeps the calls in a linear list. When a
+//! filter is loaded, the kernel runs it for each of some 900 call numbers (bitmap of always allowed
+//! calls); with a binary tree that is about twenty times faster.
 #![allow(unsafe_code)] // seccomp(2) has no safe wrapper
 
 use std::io::{Read, Seek};
@@ -42,7 +41,7 @@ const X32_BIT: u32 = 0x4000_0000;
 const DATA_NR: u32 = 0;
 const DATA_ARCH: u32 = 4;
 const RET_ERRNO: u32 = 0x0005_0000;
-/// Instructions that the kernel takes (BPF_MAXINSNS).
+/// Maximum instructions of a program (BPF_MAXINSNS).
 const MAX_PROGRAM: usize = 4096;
 
 // linux/bpf_common.h
@@ -63,9 +62,9 @@ pub fn load(profile: &LinuxSeccomp) -> Result<()> {
             LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => {
                 libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW
             }
-            // There is one thread.
+            // The process has one thread.
             LinuxSeccompFilterFlag::SeccompFilterFlagTsync => 0,
-            // For those who listen to a filter, which nobody does here.
+            // For SCMP_ACT_NOTIFY, which is refused.
             LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
         };
     }
@@ -83,7 +82,7 @@ fn compile(profile: &LinuxSeccomp) -> Result<Vec<libc::sock_filter>> {
     program.extend(filter(profile)?);
     if program.len() > MAX_PROGRAM {
         return Err(format!(
-            "the filter has {} instructions, the kernel takes {MAX_PROGRAM}",
+            "the filter has {} instructions, the maximum is {MAX_PROGRAM}",
             program.len()
         ));
     }
@@ -94,13 +93,13 @@ fn op(code: u16, jump_true: u8, jump_false: u8, k: u32) -> libc::sock_filter {
     libc::sock_filter { code, jt: jump_true, jf: jump_false, k }
 }
 
-/// See the module's header. Empty where no call gets ENOSYS.
+/// The prologue (see the module header); empty if no call gets ENOSYS.
 fn prologue(profile: &LinuxSeccomp) -> Vec<libc::sock_filter> {
     let passes = matches!(
         profile.default_action(),
         LinuxSeccompAction::ScmpActAllow
             | LinuxSeccompAction::ScmpActLog
-            // A tracer answers for calls that it does not know.
+            // The tracer handles unknown calls.
             | LinuxSeccompAction::ScmpActTrace
     );
     let default_is_enosys = profile.default_errno_ret() == Some(libc::ENOSYS as u32);
@@ -109,13 +108,13 @@ fn prologue(profile: &LinuxSeccomp) -> Vec<libc::sock_filter> {
     }
     let last = |arch: ScmpArch, wanted: Arch| {
         let listed = profile.architectures().iter().flatten().any(|arch| *arch == wanted);
-        // Beside those that are listed libseccomp takes the native one.
+        // libseccomp always adds the native architecture.
         (listed || arch == ScmpArch::X8664).then(|| last_call(profile, arch)).flatten()
     };
     let native = last(ScmpArch::X8664, Arch::ScmpArchX86_64);
     let x32 = last(ScmpArch::X32, Arch::ScmpArchX32);
     let i386 = last(ScmpArch::X86, Arch::ScmpArchX86);
-    // Without a last call nothing is above it.
+    // Without a named call no number is above the last.
     let above = |last: Option<u32>| last.unwrap_or(u32::MAX);
     vec![
         op(LD_W_ABS, 0, 0, DATA_ARCH),
@@ -137,10 +136,10 @@ fn prologue(profile: &LinuxSeccomp) -> Vec<libc::sock_filter> {
     ]
 }
 
-/// The highest number that any rule names.
+/// The highest call number that the rules name.
 fn last_call(profile: &LinuxSeccomp, arch: ScmpArch) -> Option<u32> {
     let names = profile.syscalls().iter().flatten().flat_map(LinuxSyscall::names);
-    // Names that the architecture has not have negative numbers.
+    // Names that the architecture does not have map to negative numbers.
     let numbers = names.filter_map(|name| {
         u32::try_from(ScmpSyscall::from_name_by_arch(name, arch).ok()?.as_raw_syscall()).ok()
     });
@@ -151,7 +150,7 @@ fn filter(profile: &LinuxSeccomp) -> Result<Vec<libc::sock_filter>> {
     let bad = |error: libseccomp::error::SeccompError| error.to_string();
     let default = action(profile.default_action(), profile.default_errno_ret())?;
     let mut context = ScmpFilterContext::new(default).map_err(bad)?;
-    // A binary tree.
+    // 2: binary tree.
     context.set_ctl_optimize(2).map_err(bad)?;
     for arch in profile.architectures().iter().flatten() {
         context.add_arch(architecture(*arch)?).map_err(bad)?;
@@ -159,12 +158,11 @@ fn filter(profile: &LinuxSeccomp) -> Result<Vec<libc::sock_filter>> {
     for rule in profile.syscalls().iter().flatten() {
         let action = action(rule.action(), rule.errno_ret())?;
         if action == default {
-            // libseccomp refuses it, as it changes nothing.
+            // libseccomp refuses a rule with the default action.
             continue;
         }
         for name in rule.names() {
-            // A call that libseccomp does not know, as it is newer: what cannot be said of it is
-            // covered by the prologue.
+            // Unknown to libseccomp: a newer call, which the prologue handles.
             let Ok(call) = ScmpSyscall::from_name(name) else { continue };
             for conditions in conditions(rule.args().as_deref().unwrap_or_default())? {
                 let added = if conditions.is_empty() {
@@ -179,15 +177,15 @@ fn filter(profile: &LinuxSeccomp) -> Result<Vec<libc::sock_filter>> {
     export(&context)
 }
 
-/// The rules that a list of arguments comes to: one, or one an argument if an index appears twice,
-/// which libseccomp does not take in one rule; so does runc.
+/// Converts argument conditions to rules: one rule, or one for each condition if an index appears
+/// twice, as libseccomp allows an index only once in a rule. Same as runc.
 fn conditions(args: &[LinuxSeccompArg]) -> Result<Vec<Vec<ScmpArgCompare>>> {
     let mut compares = Vec::new();
     for arg in args {
         let index = u32::try_from(arg.index())
             .ok()
             .filter(|index| *index < 6)
-            .ok_or_else(|| format!("a call has no argument {}", arg.index()))?;
+            .ok_or_else(|| format!("argument {} of a call does not exist", arg.index()))?;
         let op = match arg.op() {
             LinuxSeccompOperator::ScmpCmpNe => ScmpCompareOp::NotEqual,
             LinuxSeccompOperator::ScmpCmpLt => ScmpCompareOp::Less,
@@ -195,7 +193,7 @@ fn conditions(args: &[LinuxSeccompArg]) -> Result<Vec<Vec<ScmpArgCompare>>> {
             LinuxSeccompOperator::ScmpCmpEq => ScmpCompareOp::Equal,
             LinuxSeccompOperator::ScmpCmpGe => ScmpCompareOp::GreaterEqual,
             LinuxSeccompOperator::ScmpCmpGt => ScmpCompareOp::Greater,
-            // The host turns the two values round for libcontainer 0.7 (cri's `for_guest`).
+            // The host swaps the two values, as libcontainer 0.7 expects (cri's `for_guest`).
             LinuxSeccompOperator::ScmpCmpMaskedEq => {
                 ScmpCompareOp::MaskedEqual(arg.value_two().unwrap_or(0))
             }
@@ -228,33 +226,33 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction> 
         LinuxSeccompAction::ScmpActAllow => ScmpAction::Allow,
         LinuxSeccompAction::ScmpActLog => ScmpAction::Log,
         LinuxSeccompAction::ScmpActNotify => {
-            return Err("SCMP_ACT_NOTIFY: nobody could be told of a call".to_owned());
+            return Err("SCMP_ACT_NOTIFY is not supported".to_owned());
         }
     })
 }
 
-/// The architectures that an x86-64 guest can run. Calls of others cannot be made there.
+/// Architectures of calls that an x86-64 kernel supports.
 fn architecture(arch: Arch) -> Result<ScmpArch> {
     match arch {
         Arch::ScmpArchNative | Arch::ScmpArchX86_64 => Ok(ScmpArch::X8664),
         Arch::ScmpArchX86 => Ok(ScmpArch::X86),
         Arch::ScmpArchX32 => Ok(ScmpArch::X32),
-        other => Err(format!("architecture {other:?}: this is x86-64")),
+        other => Err(format!("architecture {other:?} is not supported on x86-64")),
     }
 }
 
 fn export(context: &ScmpFilterContext) -> Result<Vec<libc::sock_filter>> {
-    let failed = |error: std::io::Error| format!("take over the filter: {error}");
+    let failed = |error: std::io::Error| format!("export the filter: {error}");
     let memory = nix::sys::memfd::memfd_create(c"filter", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
     let mut file = std::fs::File::from(memory.map_err(|error| failed(error.into()))?);
     context.export_bpf(&file).map_err(|error| error.to_string())?;
     file.rewind().map_err(failed)?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).map_err(failed)?;
-    // struct sock_filter { u16 code; u8 jt; u8 jf; u32 k; }, in the machine's byte order.
+    // struct sock_filter { u16 code; u8 jt; u8 jf; u32 k; }, in native byte order.
     let (instructions, rest) = bytes.as_chunks::<8>();
     if !rest.is_empty() {
-        return Err("libseccomp gave half an instruction".to_owned());
+        return Err("libseccomp exported a partial instruction".to_owned());
     }
     let parse = |bytes: &[u8; 8]| {
         let [a, b, jt, jf, k @ ..] = *bytes;

@@ -1,5 +1,5 @@
-//! Completes the host's OCI specification for this guest: what the host cannot know (root, pod
-//! namespaces, the image's users) is filled in, what cannot be had here is refused by name.
+//! Completes the host's OCI spec with what only the guest knows (root, namespaces of the pod, users
+//! of the image); refuses fields that are not supported here.
 
 use std::path::{Path, PathBuf};
 
@@ -13,13 +13,13 @@ use super::userns::Mapping;
 use super::{apparmor, mounts};
 use crate::error::{Error, Result};
 
-/// Search path of a container that sets none.
+/// PATH of a container that sets none.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Arguments and variables of a process, bytes: the kernel would take 2 MiB and more (ARG_MAX);
-/// a guest's agent holds them in memory as long as the container.
+/// Maximum size of arguments and environment of a process, bytes. The agent keeps them in memory as
+/// long as the container exists; the kernel's limit is 2 MiB or more (ARG_MAX).
 const MAX_STRINGS: usize = 1 << 20;
 
-/// Which PID namespace a container lives in.
+/// PID namespace of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PidNamespace {
     Own,
@@ -34,86 +34,86 @@ pub enum PidNamespace {
 pub struct Bind {
     pub source: PathBuf,
     pub destination: PathBuf,
-    /// Else it is mounted on a file.
+    /// The destination is a directory, otherwise a file.
     pub directory: bool,
 }
 
 /// The pod's user namespace.
 #[derive(Debug)]
-pub struct InUserNamespace<'a> {
+pub struct UserNamespaceContext<'a> {
     pub path: &'a Path,
     pub mapping: &'a Mapping,
-    /// A mount of the guest's message queues.
+    /// Mount point of the pod's mqueue file system.
     pub mqueue: &'a Path,
 }
 
-/// What the guest knows and the host does not.
+/// Values of the guest for the completion of a spec.
 #[derive(Debug)]
-pub struct Surroundings<'a> {
+pub struct SpecContext<'a> {
     pub rootfs: &'a Path,
     pub read_only: bool,
     pub cgroup: &'a Path,
     pub pid: PidNamespace,
     pub shm: &'a Path,
     pub binds: &'a [Bind],
-    /// Mounts made by the container are seen by others that share a volume.
+    /// A volume has shared propagation.
     pub shared_mounts: bool,
-    /// Nodes beside those of the specification.
+    /// Nodes in addition to those of the OCI spec.
     pub devices: Vec<LinuxDevice>,
-    pub userns: Option<InUserNamespace<'a>>,
+    pub userns: Option<UserNamespaceContext<'a>>,
     pub hostname: &'a str,
     pub tty: bool,
-    /// Image form, overrides the specification's user unless empty.
+    /// User as in an image config (`user[:group]`); overrides the OCI spec's user unless empty.
     pub user: &'a str,
-    /// Only the specification's groups.
+    /// Do not add groups of the image's `/etc/group`.
     pub strict_groups: bool,
     pub cwd: &'a str,
 }
 
-/// Resources are taken out: the agent applies them itself.
+/// Completes a spec. Resources are returned separately, as the agent sets them itself.
 pub fn complete(
     mut spec: Spec,
     users: &Database,
-    around: &Surroundings<'_>,
+    context: &SpecContext<'_>,
 ) -> Result<(Spec, LinuxResources)> {
     if spec.hooks().as_ref().is_some_and(|hooks| *hooks != Default::default()) {
-        return Err(Error::invalid("oci_spec.hooks", "the guest has no programs to run as hooks"));
+        return Err(Error::invalid("oci_spec.hooks", "hooks are not supported"));
     }
     spec.set_hooks(None);
     if !spec.version().starts_with("1.") {
         spec.set_version("1.2.0".to_owned());
     }
-    // The pod's, set by ConfigurePod: a container has no UTS namespace of its own.
+    // ConfigurePod has set the pod's hostname; containers have no UTS namespace of their own.
     spec.set_hostname(None);
     spec.set_domainname(None);
 
     let mut process =
         spec.process().clone().ok_or_else(|| Error::invalid("oci_spec.process", "is missing"))?;
-    if !around.cwd.is_empty() {
-        process.set_cwd(PathBuf::from(around.cwd));
+    if !context.cwd.is_empty() {
+        process.set_cwd(PathBuf::from(context.cwd));
     }
-    process.set_terminal(Some(around.tty));
-    let groups = if around.strict_groups { Groups::Given } else { Groups::Merged };
-    complete_process(&mut process, users, around.user, groups, around.hostname)?;
-    // Absent and false mean the same, but libcontainer loads the seccomp filter too late for a
-    // process without privileges when it reads "false".
+    process.set_terminal(Some(context.tty));
+    let groups = if context.strict_groups { Groups::Given } else { Groups::Merged };
+    complete_process(&mut process, users, context.user, groups, context.hostname)?;
+    // Absent and false mean the same, but for an explicit false libcontainer loads the seccomp
+    // filter after it has dropped the capabilities needed for it.
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }
     check_labels(&spec, &process)?;
-    // libcontainer refuses any profile on a kernel without AppArmor, but these ask for none.
+    // libcontainer refuses these on a kernel without AppArmor, although they need no profile.
     if matches!(process.apparmor_profile().as_deref(), Some("" | "unconfined")) {
         process.set_apparmor_profile(None);
     }
     spec.set_process(Some(process));
 
     let root = RootBuilder::default()
-        .path(around.rootfs)
-        .readonly(around.read_only || spec.root().as_ref().is_some_and(is_read_only))
+        .path(context.rootfs)
+        .readonly(context.read_only || spec.root().as_ref().is_some_and(is_read_only))
         .build()
         .map_err(|error| Error::invalid("oci_spec.root", error.to_string()))?;
     spec.set_root(Some(root));
-    let mounts = mounts::complete(spec.mounts().clone().unwrap_or_default(), around)?;
+    let mounts = mounts::complete(spec.mounts().clone().unwrap_or_default(), context)?;
     spec.set_mounts(Some(mounts));
 
     let mut linux = spec.linux().clone().unwrap_or_default();
@@ -125,23 +125,23 @@ pub fn complete(
             ));
         }
     }
-    linux.set_namespaces(Some(namespaces(around)?));
-    // Written when the pod's user namespace was made.
+    linux.set_namespaces(Some(namespaces(context)?));
+    // The mappings were written when the pod's user namespace was created.
     linux.set_uid_mappings(None);
     linux.set_gid_mappings(None);
-    if around.shared_mounts {
+    if context.shared_mounts {
         linux.set_rootfs_propagation(Some("shared".to_owned()));
     }
-    if !around.devices.is_empty() {
+    if !context.devices.is_empty() {
         let mut devices = linux.devices().clone().unwrap_or_default();
-        for device in &around.devices {
-            // The later one of a path counts.
+        for device in &context.devices {
+            // A later node replaces an earlier one of the same path.
             devices.retain(|known| known.path() != device.path());
             devices.push(device.clone());
         }
         linux.set_devices(Some(devices));
     }
-    linux.set_cgroups_path(Some(around.cgroup.to_owned()));
+    linux.set_cgroups_path(Some(context.cgroup.to_owned()));
     linux.set_sysctl(None);
     let resources = linux.resources().clone().unwrap_or_default();
     linux.set_resources(None);
@@ -149,8 +149,8 @@ pub fn complete(
     Ok((spec, resources))
 }
 
-/// What asks for a security module that this kernel does not run is refused, as ignoring it would
-/// leave a container less confined than its owner believes.
+/// Refuses labels of a security module that the kernel does not have; ignoring them would leave the
+/// container less confined than requested.
 fn check_labels(spec: &Spec, process: &Process) -> Result<()> {
     let label = process.selinux_label().as_deref().unwrap_or_default();
     let mount_label =
@@ -161,7 +161,7 @@ fn check_labels(spec: &Spec, process: &Process) -> Result<()> {
         if !label.is_empty() {
             return Err(Error::invalid(
                 field,
-                format!("{label:?}: the guest kernel has no SELinux"),
+                format!("{label:?}: the guest kernel does not support SELinux"),
             ));
         }
     }
@@ -169,13 +169,13 @@ fn check_labels(spec: &Spec, process: &Process) -> Result<()> {
     if matches!(profile, "" | "unconfined") {
         return Ok(());
     }
-    let bad = |why: &str| {
-        Error::invalid("oci_spec.process.apparmorProfile", format!("{profile:?}: {why}"))
+    let bad = |reason: &str| {
+        Error::invalid("oci_spec.process.apparmorProfile", format!("{profile:?}: {reason}"))
     };
-    if !apparmor::runs() {
-        return Err(bad("the kernel runs without AppArmor"));
+    if !apparmor::is_enabled() {
+        return Err(bad("AppArmor is not enabled in the kernel"));
     }
-    if !apparmor::has(profile) {
+    if !apparmor::is_loaded(profile) {
         return Err(bad("no such profile is loaded"));
     }
     Ok(())
@@ -185,7 +185,7 @@ fn is_read_only(root: &oci_spec::runtime::Root) -> bool {
     root.readonly().unwrap_or(false)
 }
 
-fn namespaces(around: &Surroundings<'_>) -> Result<Vec<LinuxNamespace>> {
+fn namespaces(context: &SpecContext<'_>) -> Result<Vec<LinuxNamespace>> {
     let namespace = |typ, path: Option<&Path>| {
         let mut builder = LinuxNamespaceBuilder::default().typ(typ);
         if let Some(path) = path {
@@ -199,10 +199,10 @@ fn namespaces(around: &Surroundings<'_>) -> Result<Vec<LinuxNamespace>> {
         namespace(LinuxNamespaceType::Mount, None)?,
         namespace(LinuxNamespaceType::Cgroup, None)?,
     ];
-    if let Some(userns) = &around.userns {
+    if let Some(userns) = &context.userns {
         all.push(namespace(LinuxNamespaceType::User, Some(userns.path))?);
     }
-    match &around.pid {
+    match &context.pid {
         PidNamespace::Own => all.push(namespace(LinuxNamespaceType::Pid, None)?),
         PidNamespace::Join(path) => all.push(namespace(LinuxNamespaceType::Pid, Some(path))?),
         PidNamespace::Guest => {}
@@ -210,15 +210,15 @@ fn namespaces(around: &Surroundings<'_>) -> Result<Vec<LinuxNamespace>> {
     Ok(all)
 }
 
-/// Which supplementary groups a process has.
+/// Supplementary groups of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Groups {
-    /// Those given, and those that the image's `/etc/group` lists for the user.
+    /// Those given, and those of the user in the image's `/etc/group`.
     Merged,
     Given,
 }
 
-/// User, environment and folder of a process; used for execs too.
+/// Completes user, environment and working directory of a process; also used for execs.
 pub fn complete_process(
     process: &mut Process,
     users: &Database,
@@ -236,7 +236,10 @@ pub fn complete_process(
         return Err(Error::Exhausted { what: "bytes of arguments", limit: MAX_STRINGS as u64 });
     }
     if args.iter().chain(env).any(|text| text.contains('\0')) {
-        return Err(Error::invalid("process", "an argument or a variable holds a NUL byte"));
+        return Err(Error::invalid(
+            "process",
+            "an argument or environment variable contains a NUL byte",
+        ));
     }
     if process.cwd().as_os_str().is_empty() {
         process.set_cwd(PathBuf::from("/"));
@@ -259,8 +262,8 @@ pub fn complete_process(
     if which == Groups::Merged {
         groups.extend(memberships);
     }
-    // The primary group is a supplementary one too: a process that changes its primary group must
-    // not escape a file's "this group may not" (negative group permissions).
+    // The primary group is also a supplementary one: otherwise a process could leave it to bypass
+    // negative group permissions (CVE-2022-2995).
     groups.push(account.gid());
     groups.sort_unstable();
     groups.dedup();
@@ -287,7 +290,7 @@ pub fn complete_process(
     Ok(())
 }
 
-/// The last of several variables of one name counts.
+/// Keeps the last of several variables with the same name.
 fn deduplicate(env: Vec<String>) -> Vec<String> {
     let name = |variable: &str| variable.split('=').next().map(str::to_owned);
     let mut seen = std::collections::HashSet::new();
@@ -305,8 +308,8 @@ pub(super) mod tests {
         serde_json::from_str(json).unwrap()
     }
 
-    pub(in super::super) fn around<'a>(binds: &'a [Bind]) -> Surroundings<'a> {
-        Surroundings {
+    pub(in super::super) fn context<'a>(binds: &'a [Bind]) -> SpecContext<'a> {
+        SpecContext {
             rootfs: Path::new("/r"),
             read_only: false,
             cgroup: Path::new("/pod/c"),
@@ -331,9 +334,9 @@ pub(super) mod tests {
         "resources":{"pids":{"limit":7}}}}"#;
 
     #[test]
-    fn the_pods_namespaces_are_never_unshared() {
+    fn the_pods_namespaces_are_not_unshared() {
         let (spec, resources) =
-            complete(spec(MINIMAL), &Database::default(), &around(&[])).unwrap();
+            complete(spec(MINIMAL), &Database::default(), &context(&[])).unwrap();
         let linux = spec.linux().as_ref().unwrap();
         let types: Vec<_> = linux.namespaces().iter().flatten().map(LinuxNamespace::typ).collect();
         assert_eq!(
@@ -346,8 +349,8 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn variables_are_completed_and_the_last_of_a_name_counts() {
-        let (spec, _) = complete(spec(MINIMAL), &Database::default(), &around(&[])).unwrap();
+    fn the_environment_is_completed_and_the_last_variable_of_a_name_wins() {
+        let (spec, _) = complete(spec(MINIMAL), &Database::default(), &context(&[])).unwrap();
         let process = spec.process().as_ref().unwrap();
         let env = process.env().as_deref().unwrap();
         assert_eq!(env, ["A=2", DEFAULT_PATH, "HOME=/", "HOSTNAME=web-0"]);
@@ -355,7 +358,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_cannot_be_had_is_refused_by_name() {
+    fn unsupported_fields_are_refused_by_name() {
         for (json, word) in [
             (MINIMAL.replace("\"network\"", "\"time\""), "time"),
             (MINIMAL.replace("\"cwd\"", "\"selinuxLabel\":\"a:b:c\",\"cwd\""), "SELinux"),
@@ -367,7 +370,7 @@ pub(super) mod tests {
                 "hook",
             ),
         ] {
-            let error = complete(spec(&json), &Database::default(), &around(&[])).unwrap_err();
+            let error = complete(spec(&json), &Database::default(), &context(&[])).unwrap_err();
             assert!(error.to_string().contains(word), "{error}");
         }
     }

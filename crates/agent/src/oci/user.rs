@@ -1,25 +1,25 @@
-//! Users of an image: `user[:group]` by name or number, looked up in the root file system's
-//! `/etc/passwd` and `/etc/group` (OCI image specification 1.1, config, `User`).
+//! Users of an image: resolves `user[:group]`, by name or number, with `/etc/passwd` and
+//! `/etc/group` of the root file system (OCI image spec 1.1, config, `User`).
 
 use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::guest::inroot::Root;
 
-/// Bytes read of an image's passwd and group files: a hostile image may hold endless ones.
+/// Maximum bytes read from each file, which the image chooses.
 const MAX_FILE: u64 = 1 << 20;
-/// Supplementary groups the kernel takes (NGROUPS_MAX).
+/// Maximum supplementary groups (NGROUPS_MAX).
 const MAX_GROUPS: usize = 65536;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     pub uid: u32,
     pub gid: u32,
-    /// Groups whose member lists hold the user.
+    /// Groups that list the user as a member.
     pub additional: Vec<u32>,
 }
 
-/// The two files.
+/// Content of `/etc/passwd` and `/etc/group`.
 #[derive(Debug, Default)]
 pub struct Database {
     passwd: String,
@@ -51,7 +51,7 @@ impl Database {
         })
     }
 
-    /// Name, number and members of each group.
+    /// Name, gid and member list of each group.
     fn groups(&self) -> impl Iterator<Item = (&str, u32, &str)> {
         self.group.lines().filter_map(|line| {
             let mut fields = line.split(':');
@@ -61,14 +61,14 @@ impl Database {
         })
     }
 
-    /// Looks up `user[:group]`.
+    /// Resolves `user[:group]`.
     pub fn resolve(&self, text: &str) -> Result<Identity> {
         let (user, group) = match text.split_once(':') {
             Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
             None => (text, None),
         };
-        // A number is one even if a user is called like it: a pod's `runAsUser` must not become
-        // somebody else by what an image says. containerd has it so.
+        // A number is always a uid, even if a user has it as a name: an image must not redirect a
+        // pod's `runAsUser`. Same as containerd.
         let number = user.parse::<u32>().ok();
         let entry = self.entries().find(|entry| match number {
             Some(number) => entry.uid == number,
@@ -94,7 +94,7 @@ impl Database {
         Ok(Identity { uid, gid, additional })
     }
 
-    /// Groups that list the user of this number as a member.
+    /// Groups that list the user with this uid as a member.
     pub fn groups_of(&self, uid: u32) -> Vec<u32> {
         let entry = self.entries().find(|entry| entry.uid == uid);
         entry.map(|entry| self.memberships(entry.name)).unwrap_or_default()
@@ -112,7 +112,7 @@ impl Database {
             .collect()
     }
 
-    /// The user's home folder; `/` for unknown ones.
+    /// The user's home directory; `/` if unknown.
     pub fn home(&self, uid: u32) -> &str {
         self.entries()
             .find(|entry| entry.uid == uid)
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_numbers_are_found_with_their_groups() {
+    fn names_and_numbers_are_resolved_with_their_groups() {
         let database = database();
         for (text, want) in [
             ("web", identity(101, 102, &[200, 65534])),
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_home_is_the_root_folder() {
+    fn a_missing_home_is_the_root_directory() {
         assert_eq!(database().home(101), "/srv/web");
         assert_eq!(database().home(4), "/");
         assert_eq!(Database::default().home(0), "/");

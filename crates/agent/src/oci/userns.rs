@@ -1,9 +1,8 @@
-//! The pod's user namespace: one for all of its containers (CRI: UserNamespace, mode POD), made
-//! when the first container asks for it, and kept alive by a descriptor.
+//! The pod's user namespace: one for all of its containers (CRI UserNamespace, mode POD), created
+//! with the first container that has one, and kept by a descriptor.
 //!
-//! What belongs to whom there: files of images are shown through an id-mapped mount, everything
-//! that the guest makes for the container (its writable layer, folders to mount on, small volumes,
-//! pipes, terminals) is given to the mapped ids.
+//! Ownership: images are shown through an id-mapped mount; what the guest creates for a container
+//! (writable layer, mount points, small volumes, pipes, terminals) is owned by the mapped ids.
 #![allow(unsafe_code)] // fork
 
 use std::fmt::Write as _;
@@ -17,14 +16,14 @@ use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType};
 use serde::{Deserialize, Serialize};
 
 use super::helper::{self, Streams};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Context, Error, Result};
 
 pub(super) const VERB: &str = "@userns";
 
-/// Lines of a map; the kernel takes 340, the CRI one.
+/// Maximum lines of a map; the kernel allows 340, the CRI one.
 const MAX_RANGES: usize = 32;
 
-/// `count` ids from `inside` in the container are those from `outside` in the guest.
+/// Maps `count` ids from `inside` in the container to ids from `outside` in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Range {
     inside: u32,
@@ -32,7 +31,7 @@ struct Range {
     count: u32,
 }
 
-/// Both maps of a user namespace; id 0 is mapped.
+/// uid and gid map of a user namespace. Id 0 is mapped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mapping {
     users: Vec<Range>,
@@ -48,8 +47,8 @@ pub struct UserNamespace {
 fn ranges(what: &'static str, given: Option<&Vec<LinuxIdMapping>>) -> Result<Vec<Range>> {
     let given = given.map(Vec::as_slice).unwrap_or_default();
     if given.is_empty() || given.len() > MAX_RANGES {
-        let why = format!("a user namespace needs 1 to {MAX_RANGES} ranges");
-        return Err(Error::invalid(what, why));
+        let reason = format!("a user namespace needs 1 to {MAX_RANGES} ranges");
+        return Err(Error::invalid(what, reason));
     }
     let ranges: Vec<Range> = given
         .iter()
@@ -64,7 +63,7 @@ fn ranges(what: &'static str, given: Option<&Vec<LinuxIdMapping>>) -> Result<Vec
         .iter()
         .any(|range| !fits(range.inside, range.count) || !fits(range.outside, range.count))
     {
-        return Err(Error::invalid(what, "a range is empty or goes past the last id"));
+        return Err(Error::invalid(what, "a range is empty or exceeds the highest id"));
     }
     if outside(&ranges, 0).is_none() {
         return Err(Error::invalid(what, "id 0 of the container is not mapped"));
@@ -87,14 +86,14 @@ fn text(ranges: &[Range]) -> String {
 }
 
 impl Mapping {
-    /// None if the specification asks for no user namespace.
+    /// None if the spec has no user namespace.
     pub fn of(linux: &Linux) -> Result<Option<Self>> {
-        let asked = linux
+        let wants_userns = linux
             .namespaces()
             .iter()
             .flatten()
             .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
-        if !asked {
+        if !wants_userns {
             return Ok(None);
         }
         Ok(Some(Self {
@@ -103,7 +102,7 @@ impl Mapping {
         }))
     }
 
-    /// The guest's user and group for those of the container.
+    /// The guest's uid and gid of a user of the container.
     pub fn outside(&self, uid: u32, gid: u32) -> Result<(u32, u32)> {
         match (outside(&self.users, uid), outside(&self.groups, gid)) {
             (Some(uid), Some(gid)) => Ok((uid, gid)),
@@ -115,7 +114,7 @@ impl Mapping {
     }
 
     pub fn root(&self) -> (u32, u32) {
-        // Checked when the mapping was read.
+        // `of` has checked that id 0 is mapped.
         self.outside(0, 0).unwrap_or_default()
     }
 
@@ -125,18 +124,18 @@ impl Mapping {
 }
 
 impl UserNamespace {
-    /// `spawned` gets the pids of the processes that are used up in making it.
+    /// Creates the namespace. `spawned` gets the pids of the processes used for it.
     pub async fn make(mapping: Mapping, spawned: impl Fn(i32)) -> Result<Self> {
         let job = Job { users: text(&mapping.users), groups: text(&mapping.groups) };
         let made = helper::run(VERB, job, Streams::null(), None, &spawned).await?;
         spawned(made.pid);
         let what = || "keep the pod's user namespace".to_owned();
-        let file = std::fs::File::open(format!("/proc/{}/ns/user", made.pid)).doing(what);
+        let file = std::fs::File::open(format!("/proc/{}/ns/user", made.pid)).context(what);
         let _ = kill(Pid::from_raw(made.pid), Signal::SIGKILL);
         Ok(Self { mapping, fd: file?.into() })
     }
 
-    /// Where another process of the guest finds it.
+    /// Path of the namespace for other processes of the guest.
     pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.fd.as_raw_fd()))
     }
@@ -158,7 +157,7 @@ pub(super) struct Job {
 pub(super) fn main(job: Job, start: OwnedFd) -> std::result::Result<i32, String> {
     let step = |what: &str, error: &dyn std::fmt::Display| format!("{what}: {error}");
     let (ready_read, ready_write) = pipe().map_err(|error| step("pipe", &error))?;
-    // SAFETY: this process has one thread, so the child may go on using everything.
+    // SAFETY: this process has one thread, so the child may use all of its state.
     match unsafe { fork() }.map_err(|error| step("fork", &error))? {
         ForkResult::Child => {
             drop((start, ready_read));
@@ -181,7 +180,7 @@ pub(super) fn main(job: Job, start: OwnedFd) -> std::result::Result<i32, String>
             };
             let result = match nix::unistd::read(&ready_read, &mut byte) {
                 Ok(1) => write("uid_map", &job.users).and_then(|()| write("gid_map", &job.groups)),
-                _ => Err("this kernel makes no user namespace".to_owned()),
+                _ => Err("unshare(CLONE_NEWUSER) failed".to_owned()),
             };
             if result.is_err() {
                 let _ = kill(child, Signal::SIGKILL);
@@ -213,12 +212,12 @@ mod tests {
     }
 
     #[test]
-    fn maps_that_make_no_sense_are_refused() {
+    fn invalid_maps_are_refused() {
         for (users, word) in [
             ("[]", "ranges"),
             (r#"[{"containerID":1,"hostID":1000,"size":100}]"#, "id 0"),
             (r#"[{"containerID":0,"hostID":1000,"size":0}]"#, "empty"),
-            (r#"[{"containerID":0,"hostID":4294967295,"size":2}]"#, "past"),
+            (r#"[{"containerID":0,"hostID":4294967295,"size":2}]"#, "exceeds"),
         ] {
             let json = format!(
                 r#"{{"namespaces":[{{"type":"user"}}],"uidMappings":{users},"gidMappings":{users}}}"#

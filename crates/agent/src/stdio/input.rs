@@ -1,5 +1,5 @@
-//! The input stream of a process: bytes of the host's connection go straight into the pipe or the
-//! terminal; nothing is buffered here, so a process that does not read slows the host down.
+//! Input stream of a process: bytes of the host's connection are written to the pipe or terminal
+//! without buffering, so a process that does not read slows the host down.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard};
@@ -10,7 +10,7 @@ use super::Channel;
 
 #[derive(Debug)]
 struct State {
-    /// None once the process' stdin was closed.
+    /// None after the process' stdin was closed.
     channel: Option<Channel>,
     connection: u64,
 }
@@ -19,8 +19,8 @@ struct State {
 pub struct Input {
     state: Mutex<State>,
     replaced: Notify,
-    /// The end of a connection ends the process' stdin too. Off for a container whose stdin is to
-    /// outlive one attach session.
+    /// The end of a connection closes the process' stdin (CRI `stdin_once`). Off if stdin outlives
+    /// an attach session.
     close_on_end: bool,
 }
 
@@ -63,7 +63,7 @@ impl Input {
         self.replaced.notified()
     }
 
-    /// The connection's orderly end.
+    /// Handles an orderly end of the connection.
     pub(super) fn end(&self, connection: u64) {
         let mut state = self.lock();
         if state.connection == connection && self.close_on_end {
@@ -71,7 +71,7 @@ impl Input {
         }
     }
 
-    /// Writes all; an error means that nobody will read it any more.
+    /// Writes all bytes; fails with EPIPE after the process closed its stdin.
     pub(super) async fn write(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let Some(channel) = self.lock().channel.clone() else {

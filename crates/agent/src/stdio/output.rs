@@ -1,5 +1,5 @@
-//! One output stream of a process: a pump fills the window from the pipe or the terminal; the
-//! host's connection empties it. A full window stops the pump, so the process feels back-pressure.
+//! One output stream of a process: a task copies from the pipe or terminal into the window; the
+//! host's connection empties it. A full window stops the task, so the process blocks in write(2).
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -10,15 +10,15 @@ use tokio::sync::Notify;
 use super::Channel;
 use super::window::{OutOfWindow, Window};
 
-/// Bytes read at once from a pipe: its capacity.
+/// Maximum bytes of one read: the capacity of a pipe.
 const CHUNK: usize = 64 << 10;
 
 #[derive(Debug)]
 struct State {
     window: Window,
-    /// Nothing follows what is in the window.
+    /// End of stream: nothing follows the window.
     finished: bool,
-    /// Connection that serves the stream; an older one sees that it was replaced.
+    /// Number of the connection that serves the stream; an older one ends.
     connection: u64,
     attached: bool,
 }
@@ -26,15 +26,15 @@ struct State {
 #[derive(Debug)]
 pub struct Output {
     state: Mutex<State>,
-    /// Bytes were added, the end was reached, or a connection was replaced.
+    /// Notified when bytes were added, at the end of stream, or when a connection was replaced.
     readable: Notify,
-    /// Bytes were acknowledged.
+    /// Notified when bytes were acknowledged.
     room: Notify,
-    /// The record is gone: the pump ends.
+    /// Notified when the task has to end.
     closed: Notify,
 }
 
-/// What a connection may do next.
+/// Next step of a connection.
 pub(super) enum Next {
     Bytes(usize),
     Wait,
@@ -43,7 +43,7 @@ pub(super) enum Next {
 }
 
 impl Output {
-    /// Starts the pump. It ends with the stream, or with `close`.
+    /// Starts the copy task. It ends at the end of the stream or with `close`.
     pub fn start(channel: Channel) -> Arc<Self> {
         let output = Arc::new(Self {
             state: Mutex::new(State {
@@ -80,7 +80,7 @@ impl Output {
                 continue;
             }
             let Ok(mut ready) = channel.readable().await else { return };
-            // The buffer lives only while there is something to read: idle streams cost nothing.
+            // Allocated only when there is data: idle streams hold no buffer.
             let mut buffer = vec![0; room.min(CHUNK)];
             match ready
                 .try_io(|fd| nix::unistd::read(fd.get_ref(), &mut buffer).map_err(io::Error::from))
@@ -91,16 +91,16 @@ impl Output {
                     self.readable.notify_waiters();
                 }
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                // EIO: the last holder of a terminal's slave side has gone. The agent is one of
-                // them until the process has ended, and what was written is read before.
+                // EIO: the last slave side of the terminal was closed. The agent holds one until
+                // the process exits; data written before is read first.
                 Ok(Err(_)) => return,
                 Err(_would_block) => {}
             }
         }
     }
 
-    /// Whether everything was read from the process and acknowledged by the host. Until the host
-    /// has come once, even nothing is something it may ask for.
+    /// Whether everything was read from the process and acknowledged by the host. False before the
+    /// first connection, as the host may still want to read even an empty stream.
     pub fn is_consumed(&self) -> bool {
         let state = self.lock();
         state.finished && state.window.is_empty() && state.connection > 0
@@ -110,7 +110,7 @@ impl Output {
         self.lock().attached
     }
 
-    /// Ends the pump and the connection; what is buffered is lost.
+    /// Ends the task and the connection; buffered bytes are dropped.
     pub fn close(&self) {
         let mut state = self.lock();
         state.connection += 1;
@@ -119,7 +119,7 @@ impl Output {
         self.readable.notify_waiters();
     }
 
-    /// Makes the caller's connection the one that serves the stream from `offset` on.
+    /// Makes the caller's connection the one that serves the stream, starting at `offset`.
     pub(super) fn attach(&self, offset: u64) -> Result<u64, OutOfWindow> {
         let mut state = self.lock();
         state.window.copy(offset, &mut [])?;

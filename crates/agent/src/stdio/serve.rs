@@ -1,4 +1,4 @@
-//! The host's connections on the stdio port: header, status, then bytes (see `agent_api::stdio`).
+//! Connections on the stdio port: header, status, then bytes (`agent_api::stdio`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,16 +12,16 @@ use super::output::{Next, Output};
 use crate::agent::Agent;
 use crate::listen::{Conn, Listener};
 
-/// Connections at once: a host that opens them without end must not use up the guest's memory.
+/// Maximum open connections: bounds the guest memory that a host can use up.
 const MAX_CONNECTIONS: usize = 4096;
-/// For the header to arrive; a silent connection is not kept.
+/// Time for the header to arrive.
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
-/// For acknowledgements that were sent on a connection which has broken or was replaced.
+/// Time to read acknowledgements that are still in a connection which broke or was replaced.
 const LAST_ACKNOWLEDGEMENTS: Duration = Duration::from_secs(1);
-/// Bytes read from the host at once.
+/// Maximum bytes of one read from the host.
 const INPUT_CHUNK: usize = 32 << 10;
 
-/// Serves for ever.
+/// Accepts connections; never returns.
 pub async fn run(listener: Listener, agent: Arc<Agent>) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
@@ -79,10 +79,10 @@ async fn serve(mut conn: Conn, agent: &Agent) -> std::io::Result<()> {
             let Ok(connection) = output.attach(open.offset) else {
                 return refuse(conn, Status::BadOffset).await;
             };
-            let from = From { connection, offset: open.offset, framed: open.framed };
+            let from = OutputRequest { connection, offset: open.offset, framed: open.framed };
             let result = serve_output(conn, &output, from).await;
             output.detach(connection);
-            agent.sweep_execs();
+            agent.remove_collected_execs();
             result
         }
     }
@@ -99,7 +99,7 @@ async fn serve_input(mut conn: Conn, input: &Input) -> std::io::Result<()> {
         }
         let forward = async {
             let n = conn.read(&mut buffer).await?;
-            // A process that has closed its stdin: the host is told by the connection's end.
+            // After the process closed its stdin this fails, and the connection is closed.
             input.write(&buffer[..n]).await?;
             Ok::<_, std::io::Error>(n)
         };
@@ -115,25 +115,25 @@ async fn serve_input(mut conn: Conn, input: &Input) -> std::io::Result<()> {
     }
 }
 
-/// What a connection is to be sent.
-struct From {
+/// Parameters of an output connection.
+struct OutputRequest {
     connection: u64,
     offset: u64,
     framed: bool,
 }
 
-async fn serve_output(conn: Conn, output: &Output, from: From) -> std::io::Result<()> {
+async fn serve_output(conn: Conn, output: &Output, from: OutputRequest) -> std::io::Result<()> {
     let (mut read, mut write) = tokio::io::split(conn);
     write.write_all(&[Status::Ok as u8]).await?;
-    // One future for the connection's whole life: dropping it between two `select!`s could lose
-    // half a number. Acknowledgements go on after the last byte was sent, until the host hangs up.
+    // One future for the whole connection: dropping it between two `select!`s could lose half an
+    // offset. Acknowledgements are read until the host closes the connection.
     let mut acknowledgements = std::pin::pin!(acknowledge(&mut read, output));
     tokio::select! {
         result = &mut acknowledgements => result,
         result = send(&mut write, output, from) => match result {
             Ok(Sent::All) => acknowledgements.await,
-            // What the host has acknowledged before it hung up still counts: its next connection
-            // may begin behind it, and would wait for room that only this makes.
+            // Pending acknowledgements still count: the host's next connection may start behind
+            // them and wait for the room they free.
             result => {
                 let _ = tokio::time::timeout(LAST_ACKNOWLEDGEMENTS, acknowledgements).await;
                 result.map(|_| ())
@@ -150,18 +150,18 @@ enum Sent {
 async fn send(
     write: &mut (impl AsyncWrite + Unpin),
     output: &Output,
-    from: From,
+    from: OutputRequest,
 ) -> std::io::Result<Sent> {
-    let From { connection, mut offset, framed } = from;
+    let OutputRequest { connection, mut offset, framed } = from;
     let (mut buffer, mut frame) = (Vec::new(), Vec::new());
     loop {
         let mut changed = std::pin::pin!(output.changed());
-        // Registered before the look, so that what happens in between is not missed.
+        // Enabled before the check, so that a notification in between is not lost.
         changed.as_mut().enable();
         match output.next(connection, offset, &mut buffer) {
             Next::Bytes(n) => {
                 if framed {
-                    // Length and bytes in one write: each is a packet.
+                    // Length and bytes in one write, so in one vsock packet.
                     frame.clear();
                     frame.extend_from_slice(&(n as u32).to_le_bytes());
                     frame.extend_from_slice(&buffer[..n]);
@@ -210,7 +210,7 @@ mod tests {
     use super::*;
     use crate::stdio::channel;
 
-    /// Notes the length of each write.
+    /// Records each write.
     #[derive(Default)]
     struct Writes(Vec<Vec<u8>>);
 
@@ -239,7 +239,7 @@ mod tests {
         }
     }
 
-    /// What is written for a stream of 200,000 bytes that has ended, and whether all was.
+    /// Returns the writes for a stream of 200,000 bytes, its content, and the result.
     async fn written(framed: bool, replaced: bool) -> (Vec<Vec<u8>>, Vec<u8>, Sent) {
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         let content: Vec<u8> = (0..200_000u32).map(|n| n as u8).collect();
@@ -254,8 +254,9 @@ mod tests {
             output.attach(0).unwrap();
         }
         let mut writes = Writes::default();
-        let sent =
-            send(&mut writes, &output, From { connection, offset: 0, framed }).await.unwrap();
+        let sent = send(&mut writes, &output, OutputRequest { connection, offset: 0, framed })
+            .await
+            .unwrap();
         if !replaced {
             writer.join().unwrap();
         }
@@ -263,8 +264,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_acknowledged_on_a_replaced_connection_makes_room() {
-        /// Offset of the last byte that the window takes at first.
+    async fn acknowledgements_on_a_replaced_connection_make_room() {
+        /// Offset of the last byte that fits into the window at first.
         const LAST: u64 = WINDOW as u64 - 1;
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         let writer = std::thread::spawn(move || {
@@ -279,13 +280,13 @@ mod tests {
             tokio::task::yield_now().await;
         }
         let next = output.attach(0).unwrap();
-        // The agent sees that the connection was replaced before it sees the acknowledgement.
+        // The replacement is noticed before the acknowledgement arrives.
         let host = tokio::spawn(async move {
             tokio::time::sleep(Duration::from_millis(100)).await;
             host.write_all(&(LAST + 1).to_le_bytes()).await.unwrap();
             host
         });
-        let from = From { connection, offset: 0, framed: true };
+        let from = OutputRequest { connection, offset: 0, framed: true };
         serve_output(Conn::Unix(guest), &output, from).await.unwrap();
         drop(host.await.unwrap());
         tokio::time::timeout(Duration::from_secs(20), async {
@@ -294,12 +295,12 @@ mod tests {
             }
         })
         .await
-        .expect("the pump waits for room");
+        .expect("the copy task waits for room");
         writer.join().unwrap();
     }
 
     #[tokio::test]
-    async fn only_the_end_of_a_stream_is_marked_and_no_write_is_large() {
+    async fn only_the_end_of_a_stream_has_an_end_frame_and_writes_are_small() {
         let (writes, content, sent) = written(true, false).await;
         assert!(matches!(sent, Sent::All));
         let mut got = Vec::new();
@@ -312,10 +313,10 @@ mod tests {
         }
         assert_eq!(last, &[0; FRAME_HEADER]);
         assert!(got == content);
-        // A connection that is replaced ends without the mark.
+        // A replaced connection gets no end frame.
         let (writes, _, sent) = written(true, true).await;
         assert!(matches!(sent, Sent::Replaced) && writes.is_empty());
-        // A host that knows no frames gets the bytes alone.
+        // Without framing only the bytes are sent.
         let (writes, content, _) = written(false, false).await;
         assert!(writes.iter().all(|write| write.len() <= 28 << 10));
         assert!(writes.concat() == content);

@@ -1,4 +1,4 @@
-//! The bytes of a stream that the host has not acknowledged yet; a plain value, no I/O.
+//! Output bytes of a stream that the host has not acknowledged. Pure data structure, no I/O.
 //!
 //! ```text
 //! 0 ........ start ............ end
@@ -15,7 +15,7 @@ pub(crate) struct Window {
     limit: usize,
 }
 
-/// An offset outside of what is kept.
+/// The offset is outside of the kept range.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct OutOfWindow;
 
@@ -32,34 +32,34 @@ impl Window {
         self.bytes.is_empty()
     }
 
-    /// How many bytes `push` takes now.
+    /// Number of bytes that `push` accepts now.
     pub(crate) fn room(&self) -> usize {
         self.limit - self.bytes.len()
     }
 
-    /// Appends; what exceeds `room` is the caller's mistake and is cut off.
+    /// Appends at most `room` bytes; the caller must not pass more.
     pub(crate) fn push(&mut self, bytes: &[u8]) {
         let n = bytes.len().min(self.room());
         self.bytes.extend(&bytes[..n]);
     }
 
-    /// Forgets what lies before `offset`. Acknowledging what was never sent is refused.
+    /// Drops bytes before `offset`. Fails for an offset that was never sent.
     pub(crate) fn acknowledge(&mut self, offset: u64) -> Result<(), OutOfWindow> {
         if offset > self.end() {
             return Err(OutOfWindow);
         }
-        // An older acknowledgement (from a connection that was replaced) is harmless.
+        // An older offset (from a replaced connection) is ignored.
         let n = offset.saturating_sub(self.start);
         self.bytes.drain(..n as usize);
         self.start += n;
         if self.bytes.is_empty() {
-            // Idle streams are many, and must not keep the memory of their busiest moment.
+            // Releases the allocation: idle streams must not keep their peak memory.
             self.bytes = VecDeque::new();
         }
         Ok(())
     }
 
-    /// Copies what is kept from `offset` on into `into`; returns how much.
+    /// Copies bytes from `offset` on into `into`; returns their number.
     pub(crate) fn copy(&self, offset: u64, into: &mut [u8]) -> Result<usize, OutOfWindow> {
         if offset < self.start || offset > self.end() {
             return Err(OutOfWindow);
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn acknowledging_what_was_never_sent_is_refused_and_an_old_one_changes_nothing() {
+    fn acknowledging_unsent_bytes_is_refused_and_an_older_offset_is_ignored() {
         let mut window = Window::new(8);
         window.push(b"abc");
         assert_eq!(window.acknowledge(4), Err(OutOfWindow));

@@ -1,7 +1,7 @@
-//! The host's side of an agent: a client of the gRPC service and of the streams. The agent is
-//! either an ordinary process in namespaces of its own (`guest`; wants root and Debian's
-//! busybox-static), or PID 1 of a microVM (`boot`; wants KVM, nacelle-vmm and a guest kernel).
-//! What is missing is said.
+//! A test host: a client of the agent's gRPC service and streams. The agent is either an ordinary
+//! process in namespaces of its own (`guest`; needs root and Debian's busybox-static), or PID 1 of
+//! a microVM (`boot`; needs KVM, nacelle-vmm and a guest kernel). Prints SKIP if something is
+//! missing.
 #![allow(dead_code)] // each test binary uses a part of it
 
 use std::path::{Path, PathBuf};
@@ -16,8 +16,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
-/// Guests inside an emulated machine are slow.
-pub const PATIENCE: Duration = Duration::from_secs(40);
+/// Timeout of all waits; guests in an emulated machine are slow.
+pub const TIMEOUT: Duration = Duration::from_secs(40);
 
 pub struct Guest {
     pub child: Child,
@@ -25,22 +25,22 @@ pub struct Guest {
     pub client: AgentClient<Channel>,
     /// Serial of the containers' image.
     lower: String,
-    door: Door,
+    transport: Transport,
 }
 
-/// How the agent is reached.
+/// How to connect to the agent.
 #[derive(Debug, Clone)]
-enum Door {
-    /// A folder with a socket a port.
-    Folder(PathBuf),
-    /// nacelle-vmm's socket for vsock: `CONNECT <port>`, answered with `OK <port>`.
+enum Transport {
+    /// A directory with a Unix socket for each port.
+    Directory(PathBuf),
+    /// The vsock socket of nacelle-vmm: `CONNECT <port>`, answered with `OK <port>`.
     Vsock(PathBuf),
 }
 
-impl Door {
+impl Transport {
     async fn connect(&self, port: u32) -> std::io::Result<UnixStream> {
         match self {
-            Self::Folder(dir) => {
+            Self::Directory(dir) => {
                 let name = match port {
                     agent_api::STDIO_PORT => "stdio.sock",
                     agent_api::FORWARD_PORT => "forward.sock",
@@ -62,20 +62,20 @@ impl Door {
     }
 
     async fn client(&self) -> Result<AgentClient<Channel>, tonic::transport::Error> {
-        let door = self.clone();
+        let transport = self.clone();
         let channel = Endpoint::from_static("http://agent")
             .connect_with_connector(tower::service_fn(move |_| {
-                let door = door.clone();
-                async move { door.connect(agent_api::CONTROL_PORT).await.map(TokioIo::new) }
+                let transport = transport.clone();
+                async move { transport.connect(agent_api::CONTROL_PORT).await.map(TokioIo::new) }
             }))
             .await?;
         Ok(AgentClient::new(channel).max_decoding_message_size(agent_api::MAX_MESSAGE))
     }
 }
 
-/// None, with a reason on standard output, where this cannot run.
+/// Starts an agent as an ordinary process; prints SKIP and returns None if that is not possible.
 pub async fn guest() -> Option<Guest> {
-    let dir = root_folder()?;
+    let dir = root_dir()?;
     let child = Command::new("unshare")
         .args(["-mpuiCn", "--fork", "--mount-proc", "--kill-child"])
         .arg(env!("CARGO_BIN_EXE_nacelle-agent"))
@@ -86,12 +86,12 @@ pub async fn guest() -> Option<Guest> {
         .spawn()
         .unwrap();
     let lower = format!("dir:{}", dir.path().join("root").display());
-    Some(Guest::in_folder(child, dir, lower).await)
+    Some(Guest::in_dir(child, dir, lower).await)
 }
 
-/// A folder with a root file system in `root`; None, with a reason on standard output, where
-/// containers cannot be run as ordinary processes.
-pub fn root_folder() -> Option<tempfile::TempDir> {
+/// Creates a directory with a root file system in `root`; prints SKIP and returns None if
+/// containers cannot run as ordinary processes.
+pub fn root_dir() -> Option<tempfile::TempDir> {
     let Some(busybox) = busybox() else {
         println!("SKIP: no static busybox (apt-get install busybox-static)");
         return None;
@@ -105,13 +105,13 @@ pub fn root_folder() -> Option<tempfile::TempDir> {
     Some(dir)
 }
 
-/// VMs one after the other: two at once in an emulated machine only make both slower.
-pub async fn turn() -> tokio::sync::MutexGuard<'static, ()> {
-    static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-    TURN.lock().await
+/// Serializes the tests with VMs: two at once in an emulated machine only slow each other down.
+pub async fn serialize() -> tokio::sync::MutexGuard<'static, ()> {
+    static VM_LOCK: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    VM_LOCK.lock().await
 }
 
-/// `boot_with` our own kernel.
+/// Boots nacelle's own kernel.
 pub async fn boot() -> Guest {
     boot_with("vmlinux", "initramfs.cpio", &[]).await
 }
@@ -119,7 +119,7 @@ pub async fn boot() -> Guest {
 /// Boots a microVM with an EROFS disk (`disk0`) and an empty ext4 disk (`disk1`).
 ///
 /// # Panics
-/// Where something that it needs is missing.
+/// If a file or a program that it needs is missing.
 pub async fn boot_with(kernel: &str, initramfs: &str, extra: &[&str]) -> Guest {
     let assets = PathBuf::from(std::env::var_os("NACELLE_GUEST").expect("NACELLE_GUEST"));
     for asset in [kernel, initramfs] {
@@ -155,23 +155,25 @@ pub async fn boot_with(kernel: &str, initramfs: &str, extra: &[&str]) -> Guest {
         .stdin(Stdio::null())
         .spawn()
         .unwrap();
-    let door = Door::Vsock(path("vsock"));
+    let transport = Transport::Vsock(path("vsock"));
     let start = Instant::now();
     let client = loop {
-        match door.client().await {
+        match transport.client().await {
             Ok(client) => break client,
-            Err(error) => assert!(start.elapsed() < 3 * PATIENCE, "no agent answers: {error:?}"),
+            Err(error) => {
+                assert!(start.elapsed() < 3 * TIMEOUT, "the agent does not answer: {error:?}")
+            }
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     };
-    println!("the agent answers after {:?}", start.elapsed());
-    Guest { child, dir, client, lower: "disk0".to_owned(), door }
+    println!("first reply of the agent after {:?}", start.elapsed());
+    Guest { child, dir, client, lower: "disk0".to_owned(), transport }
 }
 
 fn busybox() -> Option<PathBuf> {
     let path = PathBuf::from("/usr/bin/busybox");
     let text = Command::new("ldd").arg(&path).output().ok()?;
-    // ldd says so on standard error, and fails.
+    // For a static binary ldd prints this to stderr and fails.
     let is_static = !text.status.success() || text.stdout.starts_with(b"\tstatically");
     (path.exists() && is_static).then_some(path)
 }
@@ -203,7 +205,7 @@ impl Drop for Guest {
     }
 }
 
-/// The agent dies with its PID namespace, and leaves its empty cgroups.
+/// Removes the cgroups of an agent that was killed with its PID namespace.
 fn remove_cgroup(name: &str) {
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
     let Some(mount) = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")) else {
@@ -211,7 +213,7 @@ fn remove_cgroup(name: &str) {
     };
     let dir = Path::new(mount.split(' ').nth(1).unwrap()).join(name);
     let start = Instant::now();
-    while dir.exists() && start.elapsed() < PATIENCE {
+    while dir.exists() && start.elapsed() < TIMEOUT {
         for entry in std::fs::read_dir(&dir).unwrap().flatten() {
             let _ = std::fs::remove_dir(entry.path());
         }
@@ -220,7 +222,7 @@ fn remove_cgroup(name: &str) {
     }
 }
 
-/// A container specification that runs a shell script; `extra` is merged over it.
+/// An OCI spec that runs a shell script; `extra` is merged over it.
 pub fn spec(script: &str, extra: serde_json::Value) -> serde_json::Value {
     let mut spec = serde_json::json!({
         "ociVersion": "1.1.0",
@@ -254,25 +256,25 @@ pub fn merge(into: &mut serde_json::Value, from: serde_json::Value) {
 }
 
 impl Guest {
-    /// The agent that listens in `dir`.
-    pub async fn in_folder(mut child: Child, dir: tempfile::TempDir, lower: String) -> Self {
-        let door = Door::Folder(dir.path().to_owned());
+    /// Connects to the agent that listens in `dir`.
+    pub async fn in_dir(mut child: Child, dir: tempfile::TempDir, lower: String) -> Self {
+        let transport = Transport::Directory(dir.path().to_owned());
         let start = Instant::now();
-        // The control socket is the last to be made; it is there a moment before it listens.
+        // The control socket is created last, a moment before listen(2).
         let client = loop {
-            match door.client().await {
+            match transport.client().await {
                 Ok(client) => break client,
-                Err(error) if start.elapsed() > PATIENCE => {
+                Err(error) if start.elapsed() > TIMEOUT => {
                     let _ = (child.kill(), child.wait());
                     panic!("the agent does not listen: {error}");
                 }
                 Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
             }
         };
-        Self { child, dir, client, lower, door }
+        Self { child, dir, client, lower, transport }
     }
 
-    /// A disk as the image of the containers to come.
+    /// Uses a disk as the image of the following containers.
     pub fn use_lower(&mut self, serial: &str) {
         serial.clone_into(&mut self.lower);
     }
@@ -314,7 +316,7 @@ impl Guest {
         self.client.remove_container(request).await.map(|_| ())
     }
 
-    /// Runs a container from creation to its exit; what it wrote and the exit.
+    /// Runs a container from creation to its exit; returns its output and the exit.
     pub async fn run(&mut self, request: v1::CreateContainerRequest) -> (String, v1::Exit) {
         let id = request.container_id.clone();
         self.create(request).await;
@@ -349,12 +351,12 @@ impl Guest {
         }
     }
 
-    /// All kept events up to the exit.
+    /// All kept events up to the exit of a process.
     pub async fn events_until(&mut self, id: &str, exec_id: &str) -> Vec<v1::Event> {
         let mut stream = self.client.events(v1::EventsRequest {}).await.unwrap().into_inner();
         let mut all = Vec::new();
         loop {
-            let next = tokio::time::timeout(PATIENCE, stream.message());
+            let next = tokio::time::timeout(TIMEOUT, stream.message());
             let event = next.await.expect("no exit came").unwrap().expect("events ended");
             all.push(event.clone());
             if let Some(v1::event::Event::Exit(exit)) = event.event
@@ -366,7 +368,7 @@ impl Guest {
         }
     }
 
-    /// The agent, as this process sees it.
+    /// Pid of the agent in this PID namespace.
     pub fn agent_pid(&self) -> u32 {
         let unshare = self.child.id();
         let children = format!("/proc/{unshare}/task/{unshare}/children");
@@ -377,7 +379,7 @@ impl Guest {
     pub fn listen(&self, address: &str) -> tokio::net::TcpListener {
         let namespace = std::fs::File::open(format!("/proc/{}/ns/net", self.agent_pid())).unwrap();
         let address = address.to_owned();
-        // A thread of its own, which alone is in that namespace.
+        // A new thread, the only one in that namespace.
         let bind = std::thread::spawn(move || {
             nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
             std::net::TcpListener::bind(address).unwrap()
@@ -387,15 +389,15 @@ impl Guest {
         tokio::net::TcpListener::from_std(listener).unwrap()
     }
 
-    /// A connection that the agent forwards to a port of the pod's loopback.
+    /// Opens a forwarded connection to a port of the pod's loopback interface.
     pub async fn forward(&self, header: &[u8]) -> (forward::Status, UnixStream) {
-        let mut conn = self.door.connect(agent_api::FORWARD_PORT).await.unwrap();
+        let mut conn = self.transport.connect(agent_api::FORWARD_PORT).await.unwrap();
         match conn.write_all(header).await {
-            // One too many is answered before it has said anything.
+            // Above the maximum the agent replies without reading the header.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
             written => written.unwrap(),
         }
-        let status = tokio::time::timeout(PATIENCE, conn.read_u8()).await.expect("no answer");
+        let status = tokio::time::timeout(TIMEOUT, conn.read_u8()).await.expect("no reply");
         (forward::Status::try_from(status.unwrap()).unwrap(), conn)
     }
 
@@ -410,7 +412,7 @@ impl Guest {
         exec_id: &str,
         offset: u64,
     ) -> Result<Stream, Status> {
-        let mut conn = self.door.connect(agent_api::STDIO_PORT).await.unwrap();
+        let mut conn = self.transport.connect(agent_api::STDIO_PORT).await.unwrap();
         let (container_id, exec_id) = (id.into(), exec_id.into());
         let header = Open { kind, offset, container_id, exec_id, framed: false }.encode();
         conn.write_all(&header).await.unwrap();
@@ -421,17 +423,17 @@ impl Guest {
     }
 }
 
-/// The host's side of one stream.
+/// One stream of a process.
 pub struct Stream {
     pub conn: UnixStream,
     pub offset: u64,
 }
 
 impl Stream {
-    /// Some bytes, without acknowledging them; none: the end.
+    /// Reads some bytes without acknowledging them; empty at the end.
     pub async fn read(&mut self) -> Vec<u8> {
         let mut buffer = vec![0; 65536];
-        let read = tokio::time::timeout(PATIENCE, self.conn.read(&mut buffer));
+        let read = tokio::time::timeout(TIMEOUT, self.conn.read(&mut buffer));
         let n = read.await.expect("no output came").unwrap();
         self.offset += n as u64;
         buffer.truncate(n);
@@ -442,7 +444,7 @@ impl Stream {
         self.conn.write_all(&self.offset.to_le_bytes()).await.unwrap();
     }
 
-    /// Everything to the end, acknowledged as it comes.
+    /// Reads to the end and acknowledges everything.
     pub async fn read_all(&mut self) -> Vec<u8> {
         let mut all = Vec::new();
         loop {
@@ -455,7 +457,7 @@ impl Stream {
         }
     }
 
-    /// Until this text has come.
+    /// Reads and acknowledges nothing until `text` was received.
     pub async fn read_until(&mut self, text: &str) -> String {
         let mut all = Vec::new();
         loop {

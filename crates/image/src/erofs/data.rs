@@ -1,8 +1,8 @@
-//! The data area: file contents go straight from the layer stream to their blocks.
+//! The data area: file contents are written from the layer stream directly to their blocks.
 //!
 //! Blocks of zeros are never written, so they are holes in the image file; runs of at least
 //! [`MIN_HOLE`] zeros are holes in the EROFS file too (chunk-based layout). The last partial block
-//! of a file may be kept in memory to be stored beside its inode.
+//! of a file may be kept in memory to be stored inline after its inode.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,18 +14,18 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use super::format::{BLOCK, BLOCK_BITS};
 use crate::files::{SPACE_CHECK_INTERVAL, Space};
 
-/// Shorter runs of zeros stay plain blocks: a hole splits the guest's read-ahead.
+/// Shorter runs of zeros are stored as data blocks: a hole splits the guest's read-ahead.
 const MIN_HOLE: u64 = 64 << 10;
-/// Tails up to this length go beside the inode; longer ones would waste about as much there.
+/// Tails up to this length are stored inline; longer ones would waste about as much space there.
 const MAX_TAIL: usize = 2032;
-/// Memory for all tails of an image; an image of a million small files must not fill the host's
-/// memory. Past it, tails take a block each.
+/// Memory for all tails of an image. Above it each tail takes a block: an image of a million small
+/// files must not exhaust the host's memory.
 const TAIL_BUDGET: usize = 64 << 20;
-/// Entries of a file's chunk map; larger files get larger chunks, so that a sparse file of
-/// terabytes does not become gigabytes of metadata.
+/// Entries of a file's chunk map. Larger files get larger chunks, so that a sparse file of
+/// terabytes does not need gigabytes of metadata.
 const MAX_CHUNKS: u64 = 1 << 18;
-/// Holes in one image. Each costs memory until the metadata is written; past it zeros are stored
-/// as plain (host-sparse) blocks.
+/// Holes in one image. Each costs memory until the metadata is written; above the limit zeros are
+/// stored as data blocks (sparse on the host).
 const MAX_HOLES: usize = 1 << 20;
 const BUFFER: usize = 1 << 20;
 
@@ -41,28 +41,28 @@ pub enum DataError {
     TooManyBlocks,
 }
 
-/// A run of chunks: `block` is where they lie, `None` for a hole.
+/// A run of chunks: `block` is its first block, `None` for a hole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
     pub chunks: u32,
     pub block: Option<u32>,
 }
 
-/// Where a file's content lies.
+/// Location of a file's content.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FileData {
     pub size: u64,
     /// First block of the contiguous part.
     pub(super) start: u32,
     pub(super) blocks: u32,
-    /// Last bytes of the file, kept beside the inode.
+    /// Last bytes of the file, stored inline after the inode.
     pub(super) tail: Box<[u8]>,
     /// Chunk size as a power of two, and the map; empty when the file has no holes.
     pub(super) chunk_bits: u8,
     pub(super) runs: Box<[Run]>,
 }
 
-/// The image file while its data area grows.
+/// The image file while the data area is written.
 #[derive(Debug)]
 pub struct DataArea {
     file: File,
@@ -75,7 +75,7 @@ pub struct DataArea {
 }
 
 impl DataArea {
-    /// Block 0 is left for the superblock.
+    /// Block 0 is reserved for the superblock.
     pub fn create(path: &Path) -> Result<Self, DataError> {
         let file = File::options()
             .read(true)
@@ -110,7 +110,7 @@ impl DataArea {
         };
         let mut left = size;
         let mut tail = Box::default();
-        // Taken out for the loop, put back for the next file.
+        // Moved out because `self` is borrowed in the loop; restored below.
         let mut buffer = std::mem::take(&mut self.buffer);
         let result = (|| {
             while left > 0 {
@@ -122,8 +122,8 @@ impl DataArea {
                 if left == 0 && partial != 0 {
                     let fits = partial <= MAX_TAIL.min(self.tail_budget);
                     if fits && placer.chunk_blocks == 1 && !placer.has_holes() {
-                        // Whether there is a hole before the tail is known only once the whole
-                        // blocks are placed.
+                        // The tail goes last: only when the whole blocks are placed is it known
+                        // whether the file has a hole.
                         placer.place(self, &buffer[..want - partial])?;
                         if !placer.has_holes() && placer.pending_zero == 0 {
                             self.tail_budget -= partial;
@@ -158,8 +158,8 @@ impl DataArea {
         })
     }
 
-    /// Gives the blocks of a file that a later layer hid back to the host's file system. The bytes
-    /// of the image then read as zeros. Best effort: without support they merely stay allocated.
+    /// Punches holes for the blocks of a file that a later layer hid, to free host disk space; the
+    /// image reads as zeros there. On a file system without support the blocks stay allocated.
     pub fn discard(&self, data: &FileData) {
         if data.blocks == 0 {
             return;
@@ -169,11 +169,11 @@ impl DataArea {
         let _ = fallocate(&self.file, flags, bytes(data.start), bytes(data.blocks));
     }
 
-    /// Takes `count` blocks at the end.
+    /// Allocates `count` blocks at the end of the image.
     pub(super) fn allocate(&mut self, count: u64) -> Result<u32, DataError> {
         let start = self.next;
         let next = u64::from(start) + count;
-        // The last value means "no block".
+        // u32::MAX is NULL_BLOCK.
         if next >= u64::from(u32::MAX) {
             return Err(DataError::TooManyBlocks);
         }
@@ -221,15 +221,15 @@ fn read_full(content: &mut dyn Read, mut buffer: &mut [u8]) -> Result<(), DataEr
     Ok(())
 }
 
-/// Decides block by block what is data and what is a hole.
+/// Classifies blocks as data or hole.
 struct Placer {
     total_blocks: u64,
     chunk_blocks: u64,
-    /// Next block of the file.
+    /// Index of the file's next block.
     index: u64,
-    /// Where the present chunk lies, once it has data.
+    /// First image block of the current chunk, once it has data.
     current: Option<u32>,
-    /// Whole chunks of zeros seen and not placed yet.
+    /// Whole chunks of zeros read and not placed yet.
     pending_zero: u64,
     runs: Vec<Run>,
 }
@@ -239,7 +239,7 @@ impl Placer {
         self.runs.iter().any(|run| run.block.is_none())
     }
 
-    /// Blocks taken in the image: all data runs lie one behind the other.
+    /// Image blocks used: all data runs are contiguous.
     fn data_blocks(&self) -> u32 {
         let chunks: u64 =
             self.runs.iter().filter(|r| r.block.is_some()).map(|r| u64::from(r.chunks)).sum();
@@ -254,7 +254,7 @@ impl Placer {
 
     /// `bytes` is a whole number of blocks.
     fn place(&mut self, out: &mut DataArea, bytes: &[u8]) -> Result<(), DataError> {
-        // Neighbouring data blocks are written together.
+        // Contiguous data blocks are written with one call.
         let mut write: Option<(usize, u64)> = None;
         for (position, block) in bytes.chunks_exact(BLOCK).enumerate() {
             let position = position * BLOCK;
@@ -311,9 +311,9 @@ impl Placer {
         self.push_data(out, chunks, placed * self.chunk_blocks).map(drop)
     }
 
-    /// Takes blocks for `chunks` chunks that begin at the file's block `first`.
+    /// Allocates blocks for `chunks` chunks that begin at the file's block `first`.
     fn push_data(&mut self, out: &mut DataArea, chunks: u64, first: u64) -> Result<u32, DataError> {
-        // The last chunk ends with the file.
+        // The last chunk ends at the end of the file.
         let blocks = (chunks * self.chunk_blocks).min(self.total_blocks - first);
         let start = out.allocate(blocks)?;
         match self.runs.last_mut() {

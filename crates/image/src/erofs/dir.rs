@@ -1,5 +1,5 @@
-//! Directory blocks: fixed-size entries at a block's start, their names behind them, everything
-//! sorted bytewise (the kernel searches by bisection, `.` and `..` included).
+//! Directory blocks: fixed-size entries at the start of each block, followed by their names, all
+//! sorted bytewise (the kernel uses binary search; `.` and `..` are sorted too).
 
 use super::format::{BLOCK, DIRENT_SIZE};
 
@@ -25,7 +25,7 @@ pub fn size<'a>(names: impl Iterator<Item = &'a [u8]>) -> u64 {
     full + used as u64
 }
 
-/// The directory's content, as long as [`size`] says.
+/// The directory's content; its length is [`size`].
 pub fn encode(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut out = Vec::new();
     let mut rest = entries;
@@ -39,7 +39,7 @@ pub fn encode(entries: &[Entry<'_>]) -> Vec<u8> {
             })
             .count();
         let (block, next) = rest.split_at(count);
-        // Only the last block may end early.
+        // Only the last block may be partial.
         out.resize(out.len().next_multiple_of(BLOCK), 0);
         let mut name_offset = count * DIRENT_SIZE;
         for entry in block {
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_size_is_known_before_the_entries_are() {
+    fn size_equals_the_encoded_length() {
         for count in [1, 2, 13, 14, 15, 16, 400] {
             let names: Vec<Vec<u8>> =
                 (0..count).map(|i| format!("{i:0>width$}", width = 1 + i % 255).into()).collect();

@@ -1,8 +1,8 @@
-//! On-disk structures of EROFS as Linux 6.1 reads them (Documentation/filesystems/erofs.rst and
-//! the layout comments of the kernel's erofs_fs.h): constants and encoders, no behaviour.
+//! On-disk structures of EROFS for Linux 6.1 and later (Documentation/filesystems/erofs.rst and the
+//! layout comments of the kernel's erofs_fs.h): constants and encoders only.
 //!
-//! Only what the writer uses is here: extended inodes, flat, inline and chunk-based data, inline
-//! extended attributes. Everything is little-endian.
+//! Holds only what the writer uses: extended inodes, flat, inline and chunk-based data, inline
+//! extended attributes. All values are little-endian.
 
 pub const BLOCK: usize = 4096;
 pub const BLOCK_BITS: u8 = 12;
@@ -26,7 +26,7 @@ pub const COMPAT_SB_CHECKSUM: u32 = 1;
 pub const COMPAT_MTIME: u32 = 2;
 pub const INCOMPAT_CHUNKED_FILE: u32 = 4;
 
-/// How an inode's data lies on the disk (`i_format`, bits 1 to 3).
+/// Data layout of an inode (`i_format`, bits 1 to 3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Layout {
@@ -69,13 +69,13 @@ impl SuperBlock {
         sb[12] = BLOCK_BITS;
         sb[14..16].copy_from_slice(&self.root_nid.to_le_bytes());
         sb[16..24].copy_from_slice(&self.inodes.to_le_bytes());
-        // build_time (24..36) stays zero: the same image gives the same bytes.
+        // build_time (bytes 24..36) stays zero for reproducible images.
         sb[36..40].copy_from_slice(&self.blocks.to_le_bytes());
         sb[40..44].copy_from_slice(&self.meta_block.to_le_bytes());
         sb[48..64].copy_from_slice(&self.uuid);
         sb[80..84].copy_from_slice(&self.incompat.to_le_bytes());
-        // The kernel sums from the superblock to the end of its block, the field itself as zero,
-        // and does not invert the result.
+        // The kernel computes the checksum from the superblock to the end of its block with the
+        // field set to zero and does not invert the result.
         let sum = crc32c(!0, sb);
         sb[4..8].copy_from_slice(&sum.to_le_bytes());
         block
@@ -89,7 +89,7 @@ pub struct RawInode {
     pub xattr_count: u16,
     pub mode: u16,
     pub size: u64,
-    /// First data block, device number or chunk format, by type and layout.
+    /// First data block, device number or chunk format, depending on type and layout.
     pub union: u32,
     pub ino: u32,
     pub uid: u32,
@@ -118,15 +118,15 @@ impl RawInode {
     }
 }
 
-/// Device number in the kernel's `new_encode_dev` form; what does not fit (12 bits of major,
-/// 20 of minor) has no representation.
+/// Device number in the kernel's `new_encode_dev` form; `None` if major exceeds 12 bits or minor 20
+/// bits.
 pub fn encode_device(major: u32, minor: u32) -> Option<u32> {
     (major < 1 << 12 && minor < 1 << 20)
         .then_some((minor & 0xff) | (major << 8) | ((minor & !0xff) << 12))
 }
 
-/// Splits an attribute name into the index of a known prefix and the rest; `None` for name spaces
-/// that the format cannot hold.
+/// Splits an attribute name into the index of a known prefix and the rest; `None` for namespaces
+/// that the format cannot represent.
 pub fn split_xattr_name(name: &[u8]) -> Option<(u8, &[u8])> {
     const PREFIXES: [(u8, &[u8]); 5] = [
         (1, b"user."),
@@ -137,7 +137,7 @@ pub fn split_xattr_name(name: &[u8]) -> Option<(u8, &[u8])> {
     ];
     PREFIXES.iter().find_map(|&(index, prefix)| {
         let rest = name.strip_prefix(prefix)?;
-        // The two ACL names are whole names; the others need something after the dot.
+        // The two ACL prefixes are complete names; the others need a suffix.
         ((index == 2 || index == 3) == rest.is_empty()).then_some((index, rest))
     })
 }

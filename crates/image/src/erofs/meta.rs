@@ -1,5 +1,5 @@
-//! The metadata area: walks the finished tree, gives every inode its place, and writes inodes,
-//! attributes, inline tails, chunk maps and at last the superblock.
+//! The metadata area: walks the finished tree, assigns each inode its offset, and writes inodes,
+//! attributes, inline tails and chunk maps, and last the superblock.
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
@@ -12,7 +12,7 @@ use super::format::{
 use super::{data::Run, dir};
 use crate::tree::{Child, Kind, Node, NodeId, ROOT, Tree};
 
-/// Bytes of an image that stand for each other: made from the image's id.
+/// UUID of the superblock, derived from the image id.
 type Uuid = [u8; 16];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,11 +22,11 @@ pub struct Summary {
     pub bytes: u64,
 }
 
-/// Where an inode goes and what lies beside it.
+/// Position of an inode and of the data stored with it.
 struct Place {
     id: NodeId,
     parent: NodeId,
-    /// From the start of the metadata area.
+    /// In bytes from the start of the metadata area.
     offset: u64,
     nlink: u32,
     xattr_size: usize,
@@ -36,7 +36,7 @@ struct Place {
     size: u64,
 }
 
-/// Ends the image begun with `out`.
+/// Writes the metadata and completes the image begun with `out`.
 pub fn write_metadata(
     tree: &Tree<FileData>,
     mut out: DataArea,
@@ -73,7 +73,7 @@ pub fn write_metadata(
                 out.write_at(target, u64::from(place.dir_block) << BLOCK_BITS)?;
             }
             Kind::File(data) if place.layout == Layout::ChunkBased => {
-                // Inode and attributes are whole words long, so the map is aligned as it must be.
+                // Inode and attributes are multiples of 4 bytes, so the map is aligned.
                 meta.push_chunk_map(&data.runs, data.chunk_bits);
             }
             Kind::File(data) => meta.push(&data.tail),
@@ -85,7 +85,7 @@ pub fn write_metadata(
     let blocks = out.next_block();
     let chunked = places.iter().any(|place| place.layout == Layout::ChunkBased);
     let superblock = SuperBlock {
-        // The root is the first inode, so its number is small.
+        // The root is the first inode, so its nid fits into 16 bits.
         root_nid: nid(ROOT) as u16,
         inodes: places.len() as u64,
         blocks,
@@ -98,7 +98,7 @@ pub fn write_metadata(
     Ok(Summary { inodes: places.len() as u64, bytes: u64::from(blocks) << BLOCK_BITS })
 }
 
-/// Every inode once, parents first and siblings together, with its link count.
+/// Each inode once, parents first and siblings adjacent, with its link count.
 fn walk(tree: &Tree<FileData>) -> (Vec<Place>, HashMap<NodeId, usize>) {
     let place = |id, parent| Place {
         id,
@@ -115,7 +115,7 @@ fn walk(tree: &Tree<FileData>) -> (Vec<Place>, HashMap<NodeId, usize>) {
     let mut directories = vec![ROOT];
     while let Some(id) = directories.pop() {
         let Kind::Directory(children) = &tree.node(id).kind else { continue };
-        // Its own `.`, its name in the parent (the root's `..`), and each subdirectory's `..`.
+        // `.`, the name in the parent (for the root: `..`), and the `..` of each subdirectory.
         places[index[&id]].nlink = 2;
         let mut inner = Vec::new();
         for child in children.values() {
@@ -136,20 +136,20 @@ fn walk(tree: &Tree<FileData>) -> (Vec<Place>, HashMap<NodeId, usize>) {
     (places, index)
 }
 
-/// Gives each inode its offset, directories and long symlinks their blocks; returns the length of
-/// the metadata area.
+/// Assigns each inode its offset, and directories and long symlinks their blocks; returns the
+/// length of the metadata area in bytes.
 fn lay_out(
     tree: &Tree<FileData>,
     places: &mut [Place],
     out: &mut DataArea,
 ) -> Result<u64, DataError> {
-    // Number zero means "no inode" to readers of directories.
+    // nid 0 means "no inode" in directory entries.
     let mut cursor = SLOT;
     for place in places {
         let node = tree.node(place.id);
         place.xattr_size = xattr_size(&node.metadata.xattrs);
         let head = INODE_SIZE + place.xattr_size;
-        let beside = match &node.kind {
+        let inline_bytes = match &node.kind {
             Kind::Directory(children) => {
                 let mut names: Vec<&[u8]> = children.keys().map(|name| &name[..]).collect();
                 names.extend([&b"."[..], b".."]);
@@ -188,18 +188,18 @@ fn lay_out(
         };
         cursor = cursor.next_multiple_of(SLOT);
         let block = BLOCK as u64;
-        let whole = (head + beside) as u64;
+        let whole = (head + inline_bytes) as u64;
         if whole <= block {
-            // The tail must not cross a block, a symlink's must lie in the inode's own.
+            // A tail must not cross a block; a symlink's must be in the block of its inode.
             if whole > block - cursor % block {
                 cursor = cursor.next_multiple_of(block);
             }
         } else {
-            // Large attributes or a chunk map may cross blocks; the inode itself and a tail behind
-            // the attributes may not. A tail here is a file's, at most half a block: there is
-            // always a slot that fits.
+            // Large attributes or a chunk map may cross blocks; the inode itself and a tail after
+            // the attributes may not. A tail here is a file's, at most half a block, so some slot
+            // always fits.
             let crosses = |at: u64, length: usize| at % block + length as u64 > block;
-            let tail = if place.layout == Layout::FlatInline { beside } else { 0 };
+            let tail = if place.layout == Layout::FlatInline { inline_bytes } else { 0 };
             while crosses(cursor, INODE_SIZE) || crosses(cursor + head as u64, tail) {
                 cursor += SLOT;
             }
@@ -270,7 +270,7 @@ fn entries<'a>(
     entries
 }
 
-/// Bytes of the inline attributes, a multiple of four; zero without any.
+/// Bytes of the inline attributes, a multiple of four; 0 without attributes.
 fn xattr_size(xattrs: &BTreeMap<Vec<u8>, Vec<u8>>) -> usize {
     let entries: usize = xattrs
         .iter()
@@ -286,7 +286,7 @@ fn encode_xattrs(xattrs: &BTreeMap<Vec<u8>, Vec<u8>>, size: usize) -> Vec<u8> {
     if size == 0 {
         return Vec::new();
     }
-    // The header: no name filter, no shared attributes.
+    // Header: no name filter, no shared attributes.
     let mut out = vec![0; XATTR_HEADER_SIZE];
     for (name, value) in xattrs {
         let Some((index, rest)) = format::split_xattr_name(name) else { continue };
@@ -300,10 +300,10 @@ fn encode_xattrs(xattrs: &BTreeMap<Vec<u8>, Vec<u8>>, size: usize) -> Vec<u8> {
     out
 }
 
-/// Collects the metadata area and writes it in large pieces.
+/// Buffers the metadata area and writes it in large pieces.
 struct MetaWriter {
     start: u64,
-    /// Offset of `buffer` from the start.
+    /// Offset of `buffer` from the start of the metadata area.
     base: u64,
     buffer: Vec<u8>,
 }
@@ -313,7 +313,7 @@ impl MetaWriter {
         Self { start, base: 0, buffer: Vec::new() }
     }
 
-    /// Pads with zeros up to `offset`, which never lies behind.
+    /// Pads with zeros up to `offset`, which must not be before the current position.
     fn seek(&mut self, out: &mut DataArea, offset: u64) -> Result<(), DataError> {
         if self.buffer.len() >= 1 << 20 {
             self.flush(out)?;
@@ -344,7 +344,7 @@ impl MetaWriter {
     }
 }
 
-/// The uuid in an image's superblock.
+/// UUID for an image's superblock.
 pub fn uuid(id: &[u8; 32]) -> Uuid {
     let mut uuid = [0; 16];
     uuid.copy_from_slice(&id[..16]);

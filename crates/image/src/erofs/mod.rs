@@ -1,17 +1,17 @@
 //! Writer of EROFS images for Linux 6.1 and later.
 //!
-//! Written here because nothing else fits: the image is made in one pass over the layers, without
-//! unpacking them on the host (no host path is ever derived from an image's), without mkfs.erofs
-//! at run time, and byte for byte reproducible.
+//! Own implementation, because it builds the image in one pass over the layers, without unpacking
+//! them on the host (no host path is derived from an image path), without mkfs.erofs at run time,
+//! and reproducibly to the byte.
 //!
 //! ```text
 //! block 0        superblock at byte 1024
-//! block 1..D     file contents in the order in which the layers bring them  (data.rs)
-//! block D..M     directory blocks that do not fit beside their inode        (dir.rs)
+//! block 1..D     file contents in layer order                              (data.rs)
+//! block D..M     directory blocks that do not fit after their inode        (dir.rs)
 //! block M..      inodes, attributes, inline tails, chunk maps               (meta.rs)
 //! ```
 //!
-//! The format's details stand in `format.rs`.
+//! Constants and encoders of the on-disk format: `format.rs`.
 
 mod data;
 mod dir;

@@ -1,5 +1,5 @@
-//! Applies one layer blob to the tree (OCI image-spec v1.1, layer.md): contents go to the image's
-//! data area as they come, names and metadata to the tree.
+//! Applies one layer blob to the tree (OCI image-spec v1.1, layer.md): contents are written to the
+//! image's data area, names and metadata to the tree.
 
 use std::io::{self, BufRead, Read};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,12 +14,12 @@ use crate::path::{PathError, shown, split};
 use crate::tree::{Kind, Metadata, Tree, TreeError};
 
 const WHITEOUT: &[u8] = b".wh.";
-/// Names with this prefix are bookkeeping of old aufs layers, except for the opaque mark.
+/// Names with this prefix are aufs metadata and are skipped, except for the opaque whiteout.
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// XATTR_SIZE_MAX of Linux is one more than the format's 16-bit length can say.
+/// The format's length field has 16 bits: one byte less than Linux's XATTR_SIZE_MAX.
 const MAX_XATTR_VALUE: usize = 65535;
-/// Names and values of one inode: the format counts them in a 16-bit number of words.
+/// Total names and values of one inode: the format counts 4-byte words in 16 bits.
 const MAX_XATTRS: usize = 128 << 10;
 
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +32,7 @@ pub enum LayerError {
     Tree(#[from] TreeError),
     #[error("{path:?}")]
     Data { path: String, source: DataError },
-    #[error("whiteout {0:?} names nothing that could be hidden")]
+    #[error("whiteout {0:?} has no valid name")]
     BadWhiteout(String),
     #[error("symlink {0:?} has an empty target")]
     EmptySymlink(String),
@@ -46,14 +46,14 @@ pub enum LayerError {
     TooLarge { limit: u64 },
     #[error("cannot decompress the layer")]
     Decompress(#[source] io::Error),
-    #[error("uncompressed layer has digest {got}, the image's config says {expected}")]
+    #[error("uncompressed layer has digest {got}, the image's configuration has {expected}")]
     DiffId { expected: Digest, got: Digest },
     #[error("cancelled")]
     Cancelled,
 }
 
 impl LayerError {
-    /// The operating system's error when the host was at fault, not the layer.
+    /// The I/O error if the host caused the failure, not the layer.
     pub fn host_fault(&self) -> Option<(&std::path::Path, &io::Error)> {
         match self {
             Self::Data { source: DataError::Write { path, source }, .. } => Some((path, source)),
@@ -62,28 +62,29 @@ impl LayerError {
     }
 }
 
-/// What one image may unpack to.
+/// Limits of one image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Files, directories and so on over all layers, hidden ones included.
+    /// Files, directories and so on in all layers, including hidden ones.
     pub nodes: u64,
-    /// Memory for names, symlinks and attributes.
+    /// Bytes of memory for names, symlinks and attributes.
     pub metadata: u64,
-    /// Bytes of all uncompressed layers, and of all files with their holes: the zip bomb's limit.
+    /// Bytes of all uncompressed layers, and of all files with their holes; the limit for zip
+    /// bombs.
     pub unpacked: u64,
 }
 
-/// What a layer turned out to be.
+/// Result of applying a layer.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Applied {
     pub entries: u64,
-    /// Attributes left out because they mean something to the host's or guest's overlayfs, or
-    /// because the format cannot hold their name space.
+    /// Attributes that were dropped because the host's or guest's overlayfs would interpret them,
+    /// or because EROFS cannot represent their namespace.
     pub dropped_xattrs: u64,
 }
 
-/// Applies the layer `blob`, which must unpack to `diff_id` if one is given; `unpacked_left` is what
-/// remains of [`Limits::unpacked`].
+/// Applies the layer `blob`; with a `diff_id` the uncompressed layer must have that digest.
+/// `unpacked_left` is the remainder of [`Limits::unpacked`].
 pub fn apply(
     blob: impl BufRead,
     diff_id: Option<&Digest>,
@@ -113,7 +114,7 @@ pub fn apply(
     })();
     let mut stream = tar.into_inner();
     let result = result.and_then(|()| {
-        // The digest covers the padding behind the archive too.
+        // diff_id covers the padding after the archive too.
         io::copy(&mut stream, &mut io::sink()).map_err(|e| LayerError::Tar(e.into()))
     });
     if cancelled.load(Ordering::Relaxed) {
@@ -168,7 +169,7 @@ fn add_entry<R: Read>(
     let kind = match entry.kind {
         EntryKind::Directory => return Ok(tree.add_directory(&path, metadata)?),
         EntryKind::File => {
-            // Counted with the holes: they are free on the disk, but reading them is not.
+            // Counted with holes: they use no disk space, but reading them takes time.
             *files_left =
                 files_left.checked_sub(entry.size).ok_or(LayerError::TooLarge { limit: 0 })?;
             let size = entry.size;
@@ -187,8 +188,8 @@ fn add_entry<R: Read>(
         EntryKind::Char | EntryKind::Block => {
             let (major, minor) = entry.device;
             if entry.kind == EntryKind::Char && (major, minor) == (0, 0) {
-                // In a lower layer of an overlay this device is itself a whiteout: the container
-                // must see nothing there.
+                // Device 0:0 is overlayfs's whiteout (overlayfs.rst): the file is removed, as the
+                // container would see it.
                 return Ok(tree.remove(&path)?);
             }
             let rdev = encode_device(major, minor).ok_or_else(|| LayerError::BadDevice {
@@ -207,7 +208,7 @@ fn add_entry<R: Read>(
     Ok(tree.add(&path, metadata, kind)?)
 }
 
-/// A symlink's target is kept as it is; only what no file system could hold is refused.
+/// Checks only what no file system could represent; the target is stored unchanged.
 fn check_symlink(target: &[u8]) -> Result<(), PathError> {
     if target.len() > crate::path::MAX_PATH {
         return Err(PathError::TooLong { path: shown(target), length: target.len() });
@@ -226,8 +227,8 @@ fn metadata(entry: &mut Entry, path: &[u8], applied: &mut Applied) -> Result<Met
     };
     let mut xattrs = std::mem::take(&mut entry.xattrs);
     let before = xattrs.len();
-    // `trusted.overlay.*` would let an image forge whiteouts and redirects in the guest's overlay;
-    // nothing else in that name space can come from an ordinary build either.
+    // `trusted.overlay.*` would let an image forge whiteouts and redirects in the guest's
+    // overlayfs; no ordinary build sets other attributes of that namespace.
     xattrs.retain(|name, _| {
         !name.starts_with(b"trusted.") && split_xattr_name(name).is_some() && !name.contains(&0)
     });
@@ -255,7 +256,7 @@ fn metadata(entry: &mut Entry, path: &[u8], applied: &mut Applied) -> Result<Met
     })
 }
 
-/// The uncompressed layer: counted, hashed, and cut off when somebody gives up.
+/// The uncompressed layer stream: counts, hashes, and fails on cancellation.
 struct Stream<'a> {
     inner: Box<dyn Read + 'a>,
     hash: Sha256,

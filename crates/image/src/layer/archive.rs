@@ -1,5 +1,5 @@
-//! Walks a tar stream: ustar, GNU (long names, sparse files) and pax, with caps on everything that
-//! the stream can make the reader keep in memory.
+//! Reads a tar stream: ustar, GNU (long names, sparse files) and pax, with limits on everything
+//! that is kept in memory.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -11,12 +11,12 @@ use super::pax::{self, Pax};
 use crate::path::MAX_PATH;
 
 const BLOCK: u64 = 512;
-/// Of one pax header. Attributes are what fills them; Linux keeps at most 64 KiB a value.
+/// Maximum size of one pax header. Mostly attributes, which Linux limits to 64 KiB per value.
 const MAX_PAX: u64 = 1 << 20;
-/// Segments of one sparse file; the map is kept in memory.
+/// Maximum segments of one sparse file; the map is kept in memory.
 const MAX_SEGMENTS: usize = 1 << 16;
-/// Extended headers in a row before one entry: otherwise a stream of nothing else would be read
-/// without ever reaching an entry that counts against a limit.
+/// Maximum consecutive extended headers before an entry: they count against no other limit, so a
+/// stream of them would be read without end.
 const MAX_EXTENSIONS: u32 = 16;
 
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +25,7 @@ pub enum TarError {
     Read(#[from] io::Error),
     #[error("tar header has a wrong checksum")]
     BadChecksum,
-    #[error("tar header has no valid number in its field {0:?}")]
+    #[error("tar header has an invalid number in its field {0:?}")]
     BadNumber(&'static str),
     #[error("tar stream has a malformed pax header")]
     BadPax,
@@ -35,7 +35,7 @@ pub enum TarError {
     HeaderTooLarge { size: u64, limit: u64 },
     #[error("tar stream has more than {MAX_EXTENSIONS} extended headers before one entry")]
     TooManyExtensions,
-    #[error("tar stream ends inside of an entry")]
+    #[error("tar stream ends inside an entry")]
     Truncated,
     #[error("tar stream continues after a lone zero block")]
     LoneZeroBlock,
@@ -66,10 +66,10 @@ pub struct Entry {
     pub gid: u64,
     pub mtime: (i64, u32),
     pub device: (u32, u32),
-    /// Of the file as it shall stand, holes included.
+    /// Size of the extracted file in bytes, including holes.
     pub size: u64,
     pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// Offset and length of the parts with data; `None`: all of it.
+    /// Offset and length of the data segments; `None` for a file without holes.
     sparse: Option<Vec<(u64, u64)>>,
 }
 
@@ -81,7 +81,7 @@ impl Entry {
 
 pub struct TarReader<R> {
     input: R,
-    /// Bytes of the present entry, padding included, that were not read.
+    /// Unread bytes of the current entry, including padding.
     left: u64,
 }
 
@@ -98,7 +98,7 @@ impl<R: Read> TarReader<R> {
             let Some(header) = self.header()? else { return Ok(None) };
             match header.kind() {
                 EntryType::XHeader => pax = Pax::parse(&self.extension(&header, MAX_PAX)?)?,
-                // Like containerd, nothing of a global header is applied.
+                // Global headers are skipped, as in containerd.
                 EntryType::XGlobalHeader => self.set_size(header.size()?)?,
                 EntryType::GNULongName => long_name = Some(self.name_extension(&header)?),
                 EntryType::GNULongLink => long_link = Some(self.name_extension(&header)?),
@@ -108,13 +108,13 @@ impl<R: Read> TarReader<R> {
         Err(TarError::TooManyExtensions)
     }
 
-    /// The content of `entry`, which must be the last one that [`Self::next`] gave, with zeros for
-    /// its holes.
+    /// The content of `entry`, which must be the last result of [`Self::next`], with zeros for its
+    /// holes.
     pub fn content<'a>(&'a mut self, entry: &'a Entry) -> Content<'a, R> {
         Content { reader: self, size: entry.size, position: 0, segments: entry.sparse.as_deref() }
     }
 
-    /// What is being read; it stands behind the header of the last entry.
+    /// The input, positioned after the header of the last entry.
     pub fn get_ref(&self) -> &R {
         &self.input
     }
@@ -123,13 +123,13 @@ impl<R: Read> TarReader<R> {
         &mut self.input
     }
 
-    /// For input that can seek: the length of the present entry's unread part, padding included,
-    /// which the caller then skips.
+    /// For seekable input: the length of the current entry's unread part with padding, which the
+    /// caller must skip.
     pub fn take_rest(&mut self) -> u64 {
         std::mem::take(&mut self.left)
     }
 
-    /// What follows the end of the archive.
+    /// The input, positioned after the end of the archive.
     pub fn into_inner(self) -> R {
         self.input
     }
@@ -143,7 +143,7 @@ impl<R: Read> TarReader<R> {
     ) -> Result<Entry, TarError> {
         let path = pax.path.or(long_name).unwrap_or_else(|| header.path());
         let kind = match header.kind() {
-            // Before POSIX a trailing slash marked directories.
+            // Pre-POSIX tars mark a directory with a trailing slash.
             EntryType::Regular if header_is_v7_directory(header, &path) => EntryKind::Directory,
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => EntryKind::File,
             EntryType::Link => EntryKind::HardLink,
@@ -170,7 +170,7 @@ impl<R: Read> TarReader<R> {
             xattrs: pax.xattrs,
             sparse: None,
         };
-        // Only regular files have content; other types carry sizes that mean nothing.
+        // Only regular files have content; the size of other types is ignored.
         if kind == EntryKind::File {
             entry.size = pax.size.map_or_else(|| header.size(), Ok)?;
             self.set_size(entry.size)?;
@@ -183,12 +183,12 @@ impl<R: Read> TarReader<R> {
         Ok(entry)
     }
 
-    /// Type `S`: the map begins in the header and goes on in blocks before the data.
+    /// Type `S`: the map starts in the header and continues in blocks before the data.
     fn old_sparse(&mut self, header: &RawHeader, entry: &mut Entry) -> Result<(), TarError> {
         let (size, mut map, mut extended) = header.gnu_sparse()?;
         while extended {
             let mut block = GnuExtSparseHeader::new();
-            // These blocks do not count in the entry's size.
+            // The entry's size does not include these blocks.
             read_exact(&mut self.input, block.as_mut_bytes())?;
             for part in block.sparse() {
                 if part.is_empty() {
@@ -221,8 +221,8 @@ impl<R: Read> TarReader<R> {
         }
     }
 
-    /// Format 1.0: the map stands before the data as decimal lines, padded to a block. Gives the
-    /// number of blocks it takes and the map.
+    /// Format 1.0: the map precedes the data as decimal lines, padded to a block. Returns its
+    /// number of blocks and the map.
     fn sparse_map(&mut self) -> Result<(u64, Vec<u64>), TarError> {
         let mut blocks = 0;
         let mut text = Vec::new();
@@ -258,7 +258,7 @@ impl<R: Read> TarReader<R> {
 
     fn header(&mut self) -> Result<Option<RawHeader>, TarError> {
         let mut block = [0; BLOCK as usize];
-        // Ending without zero blocks is common.
+        // Archives without the final zero blocks are common.
         if !read_or_end(&mut self.input, &mut block)? {
             return Ok(None);
         }
@@ -272,7 +272,7 @@ impl<R: Read> TarReader<R> {
     }
 
     fn name_extension(&mut self, header: &RawHeader) -> Result<Vec<u8>, TarError> {
-        // Some writers pad names; the path's own limit is checked later, with the path shown.
+        // Twice the limit, because some writers pad names; the path itself is checked later.
         let mut name = self.extension(header, 2 * MAX_PATH as u64)?;
         let end = name.iter().position(|&b| b == 0).unwrap_or(name.len());
         name.truncate(end);
@@ -310,7 +310,7 @@ fn header_is_v7_directory(header: &RawHeader, path: &[u8]) -> bool {
     header.kind().as_byte() == 0 && path.last() == Some(&b'/')
 }
 
-/// Checks the map: in order, not overlapping, inside of the file, adding up to the data stored.
+/// Checks the map: ordered, not overlapping, inside the file, and its sum equals the stored data.
 fn set_sparse(entry: &mut Entry, size: u64, map: &[u64]) -> Result<(), TarError> {
     if !map.len().is_multiple_of(2) || map.len() > 2 * MAX_SEGMENTS {
         return Err(TarError::BadSparse);
@@ -344,7 +344,7 @@ fn read_exact(input: &mut impl Read, bytes: &mut [u8]) -> Result<(), TarError> {
     })
 }
 
-/// False at the end of the stream; a part of a block is an error.
+/// False at the end of the stream; an error inside a block.
 fn read_or_end(input: &mut impl Read, block: &mut [u8; BLOCK as usize]) -> Result<bool, TarError> {
     let mut filled = 0;
     while filled < block.len() {
@@ -364,14 +364,14 @@ pub struct Content<'a, R> {
     reader: &'a mut TarReader<R>,
     size: u64,
     position: u64,
-    /// Parts with data that were not read to their end.
+    /// Data segments that are not read completely.
     segments: Option<&'a [(u64, u64)]>,
 }
 
 impl<R: Read> Read for Content<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut room = (self.size - self.position).min(buffer.len() as u64);
-        if room == 0 {
+        let mut limit = (self.size - self.position).min(buffer.len() as u64);
+        if limit == 0 {
             return Ok(0);
         }
         if let Some(segments) = &mut self.segments {
@@ -386,14 +386,14 @@ impl<R: Read> Read for Content<'_, R> {
                 [] => (self.size, self.size),
             };
             if self.position < start {
-                room = room.min(start - self.position);
-                buffer[..room as usize].fill(0);
-                self.position += room;
-                return Ok(room as usize);
+                limit = limit.min(start - self.position);
+                buffer[..limit as usize].fill(0);
+                self.position += limit;
+                return Ok(limit as usize);
             }
-            room = room.min(end - self.position);
+            limit = limit.min(end - self.position);
         }
-        let read = self.reader.input.read(&mut buffer[..room as usize])?;
+        let read = self.reader.input.read(&mut buffer[..limit as usize])?;
         if read == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

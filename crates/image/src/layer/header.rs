@@ -1,13 +1,13 @@
 //! One 512-byte tar header: ustar, GNU and old V7 (POSIX.1-2017, pax, "ustar Interchange Format").
 //!
-//! Fields are decoded by the `tar` crate; the stream is walked by `archive.rs`, because the crate
-//! reads long names and pax headers into memory without a limit and knows no pax sparse files.
+//! Fields are decoded by the `tar` crate. The stream is read by `archive.rs`, because the crate
+//! reads long names and pax headers into memory without a limit and has no pax sparse files.
 
 use tar::{EntryType, Header};
 
 use super::archive::TarError;
 
-/// A header's fields, before any extension is applied.
+/// A header's fields before extensions are applied.
 #[derive(Debug)]
 pub struct RawHeader {
     header: Header,
@@ -60,21 +60,21 @@ impl RawHeader {
     }
 
     pub fn mtime(&self) -> i64 {
-        // A time that makes no sense is no reason to refuse a file.
+        // An invalid time is not a reason to refuse a file.
         self.header.mtime().ok().and_then(|t| i64::try_from(t).ok()).unwrap_or(0)
     }
 
     /// Major and minor of a device node.
     pub fn device(&self) -> Result<(u32, u32), TarError> {
-        // The same place in ustar and GNU headers.
+        // At the same offsets in ustar and GNU headers.
         let [major, minor] = [&self.header.as_bytes()[329..337], &self.header.as_bytes()[337..345]];
         let major = field(major, "major", || self.header.device_major())?;
         let minor = field(minor, "minor", || self.header.device_minor())?;
         Ok((major.unwrap_or(0), minor.unwrap_or(0)))
     }
 
-    /// Real size and the first part of the map of an old GNU sparse file; the flag says that
-    /// further map blocks follow.
+    /// Real size and first part of the map of an old GNU sparse file; the flag says whether more
+    /// map blocks follow.
     pub fn gnu_sparse(&self) -> Result<(u64, Vec<u64>, bool), TarError> {
         let gnu = self.header.as_gnu().ok_or(TarError::BadSparse)?;
         let size = gnu.real_size().map_err(|_| TarError::BadSparse)?;
@@ -90,7 +90,7 @@ impl RawHeader {
     }
 }
 
-/// A number; some writers leave fields empty that they have no use for.
+/// A number; an empty field counts as the default, as some writers leave unused fields empty.
 fn field<T: Default>(
     bytes: &[u8],
     name: &'static str,

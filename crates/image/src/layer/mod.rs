@@ -1,4 +1,4 @@
-//! From layer blobs to a file tree: decompression, tar, and the rules of the layer format.
+//! Applies layer blobs to a file tree: decompression, tar, and the layer format's rules.
 
 mod apply;
 mod archive;

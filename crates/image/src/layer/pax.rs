@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 
 use super::archive::TarError;
 
-/// Keys at most that one header may set; the header's size is capped anyway, this caps the map.
+/// Maximum number of keys in one header: limits the map's memory.
 const MAX_RECORDS: usize = 16 * 1024;
 
-/// What an extended header says about the entry that follows it.
+/// Values of an extended header for the entry that follows.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Pax {
     pub path: Option<Vec<u8>>,
@@ -28,7 +28,7 @@ pub struct Sparse {
     pub minor: Option<u64>,
     pub name: Option<Vec<u8>>,
     pub real_size: Option<u64>,
-    /// Offsets and lengths in turn.
+    /// Alternating offsets and lengths.
     pub map: Vec<u64>,
 }
 
@@ -59,7 +59,7 @@ impl Pax {
 
     fn set(&mut self, key: &[u8], value: &[u8]) -> Result<(), TarError> {
         let bad = || TarError::BadPax;
-        // An empty value takes a key back.
+        // An empty value removes the key (POSIX.1-2017, pax).
         let bytes = || (!value.is_empty()).then(|| value.to_vec());
         let numeric = || match value {
             b"" => Ok(None),

@@ -1,5 +1,5 @@
-//! Layers, kind and hostile, applied and looked at in the tree; the images they give are checked
-//! with the reference tools in `tests/`.
+//! Well-formed and hostile layers applied to the tree. The resulting images are checked with the
+//! reference tools in `tests/`.
 
 use std::io::{Cursor, Write};
 use std::sync::atomic::AtomicBool;
@@ -63,7 +63,7 @@ impl Layer {
         Self(Builder::new(Vec::new()))
     }
 
-    /// Names are written as they are: the builder's own checks would refuse the hostile ones.
+    /// Names are written unchecked: the builder would refuse the hostile ones.
     fn entry(mut self, kind: EntryType, path: &[u8], link: &[u8], data: &[u8]) -> Self {
         let mut header = Header::new_gnu();
         header.set_entry_type(kind);
@@ -137,7 +137,7 @@ fn a_path_with_dot_dot_is_refused_by_name() {
 }
 
 #[test]
-fn absolute_paths_are_taken_from_the_images_root() {
+fn absolute_paths_are_relative_to_the_images_root() {
     let mut image = Image::new();
     image.layer(Layer::new().file("/a/b", b"x").file(".//c/./d", b"xy")).unwrap();
     assert_eq!(image.size("a/b"), 1);
@@ -145,7 +145,7 @@ fn absolute_paths_are_taken_from_the_images_root() {
 }
 
 #[test]
-fn symlinked_parents_are_followed_inside_of_the_image() {
+fn symlinked_parents_are_followed_inside_the_image() {
     let mut image = Image::new();
     let layer = Layer::new()
         .dir("usr")
@@ -166,7 +166,7 @@ fn symlinked_parents_are_followed_inside_of_the_image() {
 fn symlink_loops_end_in_an_error() {
     let text = error(Layer::new().symlink("a", "b").symlink("b", "a").file("a/x", b""));
     assert!(text.contains("too many symlinks"), "{text}");
-    // Short path, endless walk: every target names the next link many times.
+    // Exponential growth: each target names the next link many times.
     let mut layer = Layer::new().symlink("l0", "/");
     for i in 1..12 {
         layer = layer.symlink(&format!("l{i}"), &format!("l{0}/l{0}/l{0}/l{0}", i - 1));
@@ -208,14 +208,14 @@ fn whiteouts_hide_lower_layers_only_in_any_order() {
 }
 
 #[test]
-fn whiteouts_of_nothing_are_harmless_and_of_dots_are_refused() {
+fn whiteouts_without_a_target_are_ignored_and_of_dots_are_refused() {
     let mut image = Image::new();
     image.layer(Layer::new().file(".wh.none", b"").file("no/dir/.wh.x", b"")).unwrap();
     assert!(image.get("no").is_none());
     for name in [".wh.", ".wh..", ".wh..."] {
         assert!(error(Layer::new().file(name, b"")).contains("whiteout"), "{name}");
     }
-    // Old aufs bookkeeping is no content.
+    // aufs metadata is skipped.
     let mut image = Image::new();
     image.layer(Layer::new().dir(".wh..wh.plnk").file(".wh..wh.plnk/1.2", b"x")).unwrap();
     assert!(image.get(".wh..wh.plnk").is_none());
@@ -243,7 +243,7 @@ fn hard_links_share_one_inode_across_layers() {
 }
 
 #[test]
-fn hard_links_to_nothing_or_to_directories_are_refused() {
+fn hard_links_to_missing_files_or_to_directories_are_refused() {
     let text = error(Layer::new().link("a", "/etc/shadow"));
     assert!(text.contains("etc/shadow") && text.contains("does not exist"), "{text}");
     assert!(error(Layer::new().dir("d").link("a", "d")).contains("directory"));
@@ -257,7 +257,7 @@ fn a_file_as_parent_is_refused() {
 }
 
 #[test]
-fn the_root_is_a_directory_for_ever() {
+fn the_root_stays_a_directory() {
     let mut image = Image::new();
     image.layer(Layer::new().dir("./")).unwrap();
     assert_eq!(image.get("/").unwrap().metadata.mode, 0o644);
@@ -276,7 +276,7 @@ fn device_nodes_are_kept_except_for_overlay_whiteouts() {
 }
 
 #[test]
-fn names_and_paths_have_the_lengths_of_linux() {
+fn names_and_paths_have_the_limits_of_linux() {
     let long = "n".repeat(256);
     let layer = Layer::new().pax(&[("path", long.as_bytes())]).file("x", b"");
     assert!(error(layer).contains("256 bytes"));
@@ -293,7 +293,7 @@ fn names_and_paths_have_the_lengths_of_linux() {
 }
 
 #[test]
-fn extended_headers_cannot_fill_the_memory() {
+fn extended_headers_have_a_memory_limit() {
     let mut header = Header::new_gnu();
     header.set_entry_type(EntryType::GNULongName);
     header.set_size(1 << 40);
@@ -312,7 +312,7 @@ fn extended_headers_cannot_fill_the_memory() {
 }
 
 #[test]
-fn attributes_are_kept_capped_and_cleaned() {
+fn attributes_are_kept_limited_and_filtered() {
     let mut image = Image::new();
     let layer = Layer::new()
         .pax(&[
@@ -332,7 +332,7 @@ fn attributes_are_kept_capped_and_cleaned() {
 }
 
 #[test]
-fn limits_on_files_and_metadata_hold() {
+fn limits_on_files_and_metadata_are_enforced() {
     let limits = Limits { nodes: 5, ..LIMITS };
     let mut layer = Layer::new();
     for _ in 0..10 {
@@ -350,7 +350,7 @@ fn limits_on_files_and_metadata_hold() {
 }
 
 #[test]
-fn a_mark_that_is_repeated_over_a_full_directory_stops_at_the_limit() {
+fn repeated_opaque_whiteouts_over_a_full_directory_stop_at_the_limit() {
     let limits = Limits { nodes: 20, ..LIMITS };
     let mut layer = Layer::new();
     for i in 0..10 {
@@ -393,7 +393,7 @@ fn a_sparse_file_counts_with_its_holes() {
 }
 
 #[test]
-fn sparse_maps_that_overlap_or_lie_are_refused() {
+fn overlapping_or_wrong_sparse_maps_are_refused() {
     for map in ["0,3,1,3", "5,1", "0,3,9", "0,99", "18446744073709551615,3"] {
         let layer = Layer::new()
             .pax(&[("GNU.sparse.size", b"10"), ("GNU.sparse.map", map.as_bytes())])
@@ -403,7 +403,7 @@ fn sparse_maps_that_overlap_or_lie_are_refused() {
 }
 
 #[test]
-fn a_wrong_diff_id_is_found() {
+fn a_wrong_diff_id_is_detected() {
     let blob = Layer::new().file("a", b"x").bytes();
     let error = Image::new().raw(&blob, &Digest::of(b"else")).unwrap_err();
     assert!(matches!(error, LayerError::DiffId { .. }), "{error}");
@@ -445,9 +445,9 @@ fn owners_beyond_thirty_two_bits_are_refused() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
-    /// Bytes that are nearly a tar: a good archive with some bytes changed.
+    /// Mutation: a valid archive with some bytes changed.
     #[test]
-    fn no_damage_to_a_layer_makes_it_panic(
+    fn a_corrupted_layer_never_panics(
         changes in prop::collection::vec((0usize..8192, any::<u8>()), 1..20),
         fix_checksums in any::<bool>(),
     ) {

@@ -1,21 +1,21 @@
-//! Credentials as a CRI client sends them, and the challenge a registry answers with (RFC 9110,
-//! section 11; distribution-spec token authentication).
+//! Credentials as sent by a CRI client, and parsing of a registry's authentication challenge (RFC
+//! 9110, section 11; distribution-spec token authentication).
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
-/// Mirrors the CRI's AuthConfig; empty strings mean "not given".
+/// Fields of the CRI's AuthConfig; an empty string means unset.
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct Auth {
     pub username: String,
     pub password: String,
-    /// `base64(username:password)`, taken when there is no user name.
+    /// `base64(username:password)`, used if there is no user name.
     pub auth: String,
-    /// Exchanged for an access token at the registry's token service.
+    /// Refresh token, exchanged for an access token at the registry's token service.
     pub identity_token: String,
-    /// Sent to the registry as it is.
+    /// Bearer token sent to the registry.
     pub registry_token: String,
-    /// When given, the credentials go to this registry only.
+    /// If set, the credentials are used for this registry only.
     pub server_address: String,
 }
 
@@ -25,7 +25,7 @@ impl std::fmt::Debug for Auth {
     }
 }
 
-/// What is sent to whom, resolved from an [`Auth`].
+/// The form in which an [`Auth`] applies to one host.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub enum Credentials {
     #[default]
@@ -39,8 +39,8 @@ pub enum Credentials {
 }
 
 impl Auth {
-    /// The credentials for a host; none when they were given for another one. Of several forms the
-    /// first counts in containerd's order, and a registry token, which it does not know, last.
+    /// The credentials for a host; none if they are limited to another one. If several forms are
+    /// set, containerd's order applies, and a registry token, which containerd ignores, comes last.
     pub fn credentials(&self, host: &str) -> Credentials {
         if !self.server_address.is_empty() && host_of(&self.server_address) != host_of(host) {
             return Credentials::None;
@@ -50,7 +50,7 @@ impl Auth {
             username: username.into(),
             password: password.into(),
         };
-        // `<token>` stands where a user would, beside an identity token.
+        // With an identity token, the user name is the placeholder `<token>`.
         if !self.username.is_empty()
             && (!self.password.is_empty() || self.identity_token.is_empty())
         {
@@ -72,9 +72,9 @@ impl Auth {
         }
     }
 
-    /// Whether the `auth` field is what would count and says nothing: better told than tried
-    /// without.
-    pub fn is_garbled(&self) -> bool {
+    /// Whether the `auth` field would be used and is malformed. Reported as an error: a pull
+    /// without credentials would fail with a misleading message.
+    pub fn is_malformed(&self) -> bool {
         !self.auth.is_empty()
             && self.username.is_empty()
             && self.identity_token.is_empty()
@@ -84,7 +84,7 @@ impl Auth {
     }
 }
 
-/// A way to ask a token service (distribution's token and oauth2 specifications).
+/// A request to a token service (distribution's token and oauth2 specifications).
 pub struct Grant {
     pub post: bool,
     pub parameters: Vec<(&'static str, String)>,
@@ -92,7 +92,7 @@ pub struct Grant {
 }
 
 impl Credentials {
-    /// The ways in the order of trying, at least one.
+    /// The grants to try, in order; at least one.
     pub fn grants(&self, service: &str, scope: &str) -> Vec<Grant> {
         let get = |basic| {
             let mut parameters = vec![("scope", scope.to_owned())];
@@ -128,7 +128,7 @@ impl Credentials {
     }
 }
 
-/// `https://index.docker.io/v1/` and `docker.io` are the same place.
+/// The host of an address; `https://index.docker.io/v1/` and `docker.io` are equivalent.
 fn host_of(address: &str) -> &str {
     let address = address.split_once("://").map_or(address, |(_, rest)| rest);
     let host = address.split('/').next().unwrap_or(address);
@@ -167,7 +167,7 @@ impl Challenge {
     }
 }
 
-/// `key=value` and `key="value"`, with commas between (and inside of quotes).
+/// Parses comma-separated `key=value` and `key="value"`; quotes may contain commas.
 fn parameters(mut text: &str) -> Vec<(String, String)> {
     let mut parameters = Vec::new();
     while let Some((key, rest)) = text.split_once('=') {
@@ -239,16 +239,16 @@ mod tests {
         let auth = Auth { auth: STANDARD.encode("user:pa:ss"), ..Auth::default() };
         let expected = Credentials::Basic { username: "user".into(), password: "pa:ss".into() };
         assert!(auth.credentials("x") == expected);
-        assert!(!auth.is_garbled());
-        for garbled in ["%%%".to_owned(), STANDARD.encode("no colon"), STANDARD.encode([0xff])] {
-            let auth = Auth { auth: garbled, ..Auth::default() };
+        assert!(!auth.is_malformed());
+        for malformed in ["%%%".to_owned(), STANDARD.encode("no colon"), STANDARD.encode([0xff])] {
+            let auth = Auth { auth: malformed, ..Auth::default() };
             assert!(auth.credentials("x") == Credentials::None);
-            assert!(auth.is_garbled());
+            assert!(auth.is_malformed());
         }
     }
 
     #[test]
-    fn of_several_forms_the_first_counts() {
+    fn the_first_of_several_forms_is_used() {
         let identity = Credentials::Identity("id".into());
         let basic = Credentials::Basic { username: "u".into(), password: "p".into() };
         let mut auth = Auth {

@@ -1,18 +1,18 @@
-//! Blobs: streamed, hashed and counted on the way, resumed where the connection broke.
+//! Blob downloads: streamed, hashed and counted, resumed after a broken connection.
 
 use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Response, StatusCode};
 use tokio::time::sleep;
 
-use super::session::{Endpoint, Session, back_off, is_transient};
+use super::session::{Endpoint, Session, backoff, is_transient};
 use crate::content::{Content, Ingest};
 use crate::digest::Digest;
 use crate::error::Error;
 
-/// Attempts at one blob whatever their progress: a server that sends one byte a connection must
-/// not keep a pull alive for ever.
+/// Maximum attempts per blob regardless of progress: a server that sends one byte per connection
+/// must not keep a pull running without end.
 const MAX_ATTEMPTS: u32 = 100;
-/// A connection that brought less than this counts as a failed attempt.
+/// A connection that transferred fewer bytes counts as a failed attempt.
 const MIN_PROGRESS: u64 = 64 << 10;
 const WRITE_SIZE: usize = 512 << 10;
 
@@ -44,7 +44,7 @@ impl Session {
             match self.body(endpoint, response, &what, limit).await {
                 Ok(bytes) => break bytes,
                 Err(e) if attempt + 1 < self.config.attempts && is_transient(&e) => {
-                    sleep(back_off(attempt)).await;
+                    sleep(backoff(attempt)).await;
                     attempt += 1;
                 }
                 Err(e) => return Err(e),
@@ -61,7 +61,7 @@ impl Session {
         Ok(bytes)
     }
 
-    /// Fetches a blob into the store; `progress` hears of every byte count reached.
+    /// Fetches a blob into the store; calls `progress` with the number of bytes so far.
     pub async fn blob(
         &self,
         digest: &Digest,
@@ -75,7 +75,7 @@ impl Session {
         progress(sink.written());
         while let Some(endpoint) = tries.next() {
             loop {
-                // An earlier pull's, or another endpoint's, which may have lied.
+                // The bytes come from an earlier pull or another host and may be wrong.
                 let inherited = sink.written() > 0;
                 let fetched = match self.download(endpoint, digest, size, &mut sink, progress).await
                 {
@@ -127,7 +127,7 @@ impl Session {
                 }
                 Err(e) => e,
             };
-            // A body that ends early may be a broken connection that looks like a proper end.
+            // The end of the body may be a connection that broke without an error.
             let short = matches!(error, Error::SizeMismatch { got, .. } if got < size);
             if !short && !is_transient(&error) {
                 return Err(error);
@@ -136,8 +136,8 @@ impl Session {
             if failures >= self.config.attempts {
                 return Err(error);
             }
-            tracing::debug!(%digest, offset = sink.written(), %error, "transfer broke, resuming");
-            sleep(back_off(failures)).await;
+            tracing::debug!(%digest, offset = sink.written(), %error, "transfer failed, resuming");
+            sleep(backoff(failures)).await;
         }
         Err(Error::Protocol {
             registry: endpoint.authority(),
@@ -145,7 +145,7 @@ impl Session {
         })
     }
 
-    /// One request from where the last one ended.
+    /// One request from the current offset.
     async fn transfer(
         &self,
         endpoint: &Endpoint,
@@ -163,7 +163,7 @@ impl Session {
         }
         let path = format!("blobs/{digest}");
         let mut response = match self.get(endpoint, &path, &headers, what).await {
-            // The server cannot resume.
+            // 416: the server cannot resume at this offset.
             Err(Error::Status { status: 416, .. }) if offset > 0 => {
                 sink.reset()?;
                 self.get(endpoint, &path, &HeaderMap::new(), what).await?
@@ -192,9 +192,9 @@ impl Session {
     }
 }
 
-/// Collects a blob's bytes and writes them where blocking does no harm.
+/// Buffers a blob's bytes and writes them on a blocking thread.
 struct Sink {
-    /// Away while a write is under way.
+    /// `None` while a write is in progress.
     ingest: Option<Ingest>,
     pending: Vec<u8>,
 }
@@ -249,7 +249,7 @@ impl Sink {
     }
 }
 
-/// Whether the response goes on at `offset` (RFC 9110, section 14.4).
+/// Whether the response continues at `offset` (RFC 9110, section 14.4).
 fn continues(response: &Response, offset: u64) -> bool {
     response.status() == StatusCode::PARTIAL_CONTENT
         && response
@@ -262,7 +262,7 @@ fn continues(response: &Response, offset: u64) -> bool {
             == Some(offset)
 }
 
-/// Runs file work where it may block.
+/// Runs blocking file operations.
 pub async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {

@@ -1,4 +1,4 @@
-//! HTTP clients: one for each way to speak TLS, so that connections are reused.
+//! HTTP clients: one per TLS configuration, so that connections are reused.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -17,7 +17,7 @@ use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme
 
 use super::hosts::{Host, Pem, Tls};
 
-/// Clients that are kept: files of hosts that change all the time must not fill the memory.
+/// Maximum number of cached clients: changing host files must not exhaust the memory.
 const MAX_CLIENTS: usize = 64;
 
 #[derive(Default)]
@@ -31,7 +31,7 @@ struct Key {
 }
 
 impl Clients {
-    /// The client for a host; an error is a sentence.
+    /// The client for a host; the error is a message.
     pub fn client(&self, host: &Host, connect: Duration) -> Result<reqwest::Client, String> {
         let connect = host.dial_timeout.unwrap_or(connect);
         let loopback = is_loopback(&authority(&host.base));
@@ -49,7 +49,7 @@ impl Clients {
     }
 }
 
-/// Host and port as they stand in references.
+/// Host and port in the form used in references.
 pub fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     match url.port() {
@@ -72,10 +72,10 @@ fn build(key: &Key) -> Result<reqwest::Client, String> {
         .tls_backend_preconfigured(tls_config(&key.tls)?)
         .user_agent(concat!("nacelle/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(key.connect)
-        // See `send`.
+        // Redirects are followed in `send`.
         .redirect(Policy::none());
     if key.loopback {
-        // A proxy's own loopback is another machine's.
+        // For a proxy, loopback is its own machine.
         builder = builder.no_proxy();
     }
     builder.build().map_err(|e| e.to_string())
@@ -132,7 +132,7 @@ fn identity(
     Ok(Arc::new(identity))
 }
 
-/// Several client certificates, of which the server names the authorities it trusts.
+/// Client certificates; the one is used whose issuer the server accepts.
 #[derive(Debug)]
 struct Identities(Vec<Arc<CertifiedKey>>);
 
@@ -143,7 +143,7 @@ impl ResolvesClientCert for Identities {
         schemes: &[SignatureScheme],
     ) -> Option<Arc<CertifiedKey>> {
         let usable = || self.0.iter().filter(|one| one.key.choose_scheme(schemes).is_some());
-        // An issuer's name stands in a certificate as the server sends it.
+        // The issuer in the same encoding as in the server's list.
         let trusted = |one: &&Arc<CertifiedKey>| {
             one.cert.iter().any(|certificate| {
                 authorities
@@ -159,8 +159,8 @@ impl ResolvesClientCert for Identities {
     }
 }
 
-/// The machine's certificate authorities, parsed once. Without any it can still use plain http and
-/// authorities of its own.
+/// The system's certificate authorities, parsed once. Without any, plain http and configured
+/// authorities still work.
 fn system_roots() -> &'static RootCertStore {
     static ROOTS: OnceLock<RootCertStore> = OnceLock::new();
     ROOTS.get_or_init(|| {
@@ -170,7 +170,7 @@ fn system_roots() -> &'static RootCertStore {
     })
 }
 
-/// For registries whose administrator asked for no verification.
+/// Verifier for registries with `skip_verify`.
 #[derive(Debug)]
 struct AcceptAny(Arc<CryptoProvider>);
 
@@ -214,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn loopback_is_recognised_in_every_form() {
+    fn loopback_is_recognised_in_all_forms() {
         for host in ["localhost", "localhost:5000", "127.0.0.1", "127.8.9.1:1", "[::1]:5000"] {
             assert!(is_loopback(host), "{host}");
         }

@@ -1,16 +1,16 @@
-//! Where a registry is reached: the folders of `config_path`, laid out and read as containerd does
-//! it (docs/hosts.md and core/remotes/docker/config of containerd 2).
+//! Hosts of a registry: the directories of `config_path`, in the layout and format of containerd
+//! (docs/hosts.md and core/remotes/docker/config of containerd 2).
 //!
 //! ```text
-//! <folder>/<registry>/hosts.toml     mirrors in order, and the server behind them
-//! <folder>/<registry>/*.crt          or, without that file, certificate authorities
-//! <folder>/<registry>/*.cert, *.key  and client certificates with their keys
-//! <folder>/_default/...              for registries without a folder of their own
+//! <directory>/<registry>/hosts.toml     mirrors in order, and the server after them
+//! <directory>/<registry>/*.crt          or, without that file, certificate authorities
+//! <directory>/<registry>/*.cert, *.key  and client certificates with their keys
+//! <directory>/_default/...              for registries without a directory of their own
 //! ```
 //!
-//! A port stands in a folder's name as `host_5000_` or as it is. Read at each pull, so a change
-//! needs no restart. A file that cannot be understood fails the pull with its name and line:
-//! going on without would send the request past the mirror that somebody asked for.
+//! A port is written in a directory's name as `host_5000_` or `host:5000`. Read at each pull, so a
+//! change needs no restart. An invalid file fails the pull with its name and line: ignoring it
+//! would bypass the configured mirror.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -26,35 +26,35 @@ use toml::Spanned;
 
 use super::client::is_loopback;
 
-/// An administrator wrote these files, but a pull must not read gigabytes when a path is wrong.
+/// Maximum size in bytes of a host file: a wrong path must not make a pull read gigabytes.
 const MAX_FILE: u64 = 1 << 20;
 const MAX_HOSTS: usize = 64;
 const MAX_CERTIFICATES: usize = 64;
 const DEFAULT: &str = "_default";
 
-/// One place that may have a registry's images.
+/// One host from which a registry's images can be fetched.
 #[derive(Clone)]
 pub struct Host {
-    /// Root of the API, usually ending in `/v2`; without a slash behind it.
+    /// Root of the API, usually ending in `/v2`; without a trailing slash.
     pub base: Url,
-    /// It may be asked for blobs and for manifests by digest.
+    /// Capability `pull`: serves blobs, and manifests by digest.
     pub pull: bool,
-    /// It may say what a tag stands for.
+    /// Capability `resolve`: resolves tags.
     pub resolve: bool,
-    /// Speaks for another registry, whose name it wants to hear.
+    /// A mirror: gets the registry's name in the `ns` parameter.
     pub mirror: bool,
-    /// Only for when the one before speaks another protocol.
+    /// Used only if the previous host speaks another protocol.
     pub fallback: bool,
     pub tls: Tls,
     pub headers: HeaderMap,
     pub dial_timeout: Option<Duration>,
 }
 
-/// What TLS is spoken with. Holds the files' contents: equal values make equal clients.
+/// TLS settings with the files' contents: equal values share a client.
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct Tls {
     pub authorities: Vec<Pem>,
-    /// Certificate and key, which may be the same file.
+    /// Certificate and key; may be the same file.
     pub identities: Vec<(Pem, Pem)>,
     pub skip_verify: bool,
 }
@@ -65,15 +65,15 @@ pub struct Pem {
     pub bytes: Arc<[u8]>,
 }
 
-/// The hosts for a registry in the order of trying; an error is a sentence.
+/// The hosts of a registry in the order of use; the error is a message.
 pub fn hosts(config_path: &str, registry: &str) -> Result<Vec<Host>, String> {
-    match folder(config_path, registry)? {
-        Some(folder) => read(&folder, registry),
+    match directory(config_path, registry)? {
+        Some(directory) => read(&directory, registry),
         None => default_hosts(registry, Root::default()),
     }
 }
 
-fn folder(config_path: &str, registry: &str) -> Result<Option<PathBuf>, String> {
+fn directory(config_path: &str, registry: &str) -> Result<Option<PathBuf>, String> {
     let mut names = Vec::new();
     if let Some((host, port)) = registry.rsplit_once(':') {
         names.push(format!("{host}_{port}_"));
@@ -92,15 +92,15 @@ fn folder(config_path: &str, registry: &str) -> Result<Option<PathBuf>, String> 
     Ok(None)
 }
 
-fn read(folder: &Path, registry: &str) -> Result<Vec<Host>, String> {
-    let path = folder.join("hosts.toml");
+fn read(directory: &Path, registry: &str) -> Result<Vec<Host>, String> {
+    let path = directory.join("hosts.toml");
     let bytes = match read_small(&path) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
         Err(e) => return Err(format!("{}: {e}", path.display())),
     };
     if bytes.is_empty() {
-        return default_hosts(registry, certificates(folder)?);
+        return default_hosts(registry, certificates(directory)?);
     }
     let text = String::from_utf8(bytes).map_err(|e| format!("{}: {e}", path.display()))?;
     let at = |span: std::ops::Range<usize>, reason: &str| {
@@ -114,17 +114,17 @@ fn read(folder: &Path, registry: &str) -> Result<Vec<Host>, String> {
     if tables.len() > MAX_HOSTS {
         return Err(at(0..0, &format!("more than {MAX_HOSTS} hosts")));
     }
-    // In the order of the file: it is the order of trying.
+    // The order of the file is the order of use.
     tables.sort_by_key(|(name, _)| name.span().start);
     let mut hosts = Vec::new();
     for (name, table) in tables {
         let base =
             base(name.get_ref(), table.override_path).map_err(|reason| at(name.span(), &reason))?;
         let (pull, resolve) = table.capabilities(&at)?;
-        let root = table.root(folder, &at)?;
+        let root = table.root(directory, &at)?;
         hosts.extend(with_fallback(base, registry, pull, resolve, root));
     }
-    let settings = root.root(folder, &at)?;
+    let settings = root.root(directory, &at)?;
     match file.server.filter(|server| !server.get_ref().is_empty()) {
         Some(server) => {
             let base = base(server.get_ref(), root.override_path)
@@ -137,7 +137,7 @@ fn read(folder: &Path, registry: &str) -> Result<Vec<Host>, String> {
     Ok(hosts)
 }
 
-/// What goes for one host whatever its address.
+/// Settings of one host apart from its address.
 #[derive(Default)]
 struct Root {
     authorities: Vec<Pem>,
@@ -148,7 +148,7 @@ struct Root {
 }
 
 impl Root {
-    fn says_tls(&self) -> bool {
+    fn has_tls_settings(&self) -> bool {
         !self.authorities.is_empty() || !self.identities.is_empty() || self.skip_verify.is_some()
     }
 
@@ -173,15 +173,15 @@ impl Root {
     }
 }
 
-/// An http address with settings for TLS is tried with TLS first.
+/// An http address with TLS settings is first tried with TLS.
 fn with_fallback(base: Url, registry: &str, pull: bool, resolve: bool, root: Root) -> Vec<Host> {
-    let both = base.scheme() == "http" && root.says_tls();
+    let both = base.scheme() == "http" && root.has_tls_settings();
     let plain = root.host(base, registry, pull, resolve);
     if !both {
         return vec![plain];
     }
     let mut secure = plain.clone();
-    // Both are special schemes with a host, between which a change is always allowed.
+    // http and https are both special schemes, so the change cannot fail.
     let _ = secure.base.set_scheme("https");
     vec![secure, Host { fallback: true, ..plain }]
 }
@@ -196,21 +196,21 @@ fn default_hosts(registry: &str, mut root: Root) -> Result<Vec<Host>, String> {
     if !is_loopback(registry) {
         return Ok(vec![root.host(url("https")?, registry, true, true)]);
     }
-    // Test registries on this machine seldom have certificates, and never good ones.
-    let says_tls = root.says_tls();
-    root.skip_verify = root.skip_verify.or((!says_tls).then_some(true));
+    // Registries on loopback are for tests and rarely have a valid certificate.
+    let has_tls_settings = root.has_tls_settings();
+    root.skip_verify = root.skip_verify.or((!has_tls_settings).then_some(true));
     let secure = root.host(url("https")?, registry, true, true);
     let plain = Host { base: url("http")?, ..secure.clone() };
     Ok(match registry.rsplit_once(':').map(|(_, port)| port) {
-        _ if says_tls => vec![secure, Host { fallback: true, ..plain }],
+        _ if has_tls_settings => vec![secure, Host { fallback: true, ..plain }],
         None | Some("443") => vec![secure],
         Some("80") => vec![plain],
         Some(_) => vec![plain, Host { fallback: true, ..secure }],
     })
 }
 
-/// `hosts.toml`, as far as it is not [`Table`]. Keys that are not known are ignored, as containerd
-/// does: they may be a later version's.
+/// `hosts.toml` without the top-level [`Table`]. Unknown keys are ignored as in containerd, for
+/// compatibility with later versions.
 #[derive(Deserialize)]
 struct File {
     server: Option<Spanned<String>>,
@@ -248,7 +248,7 @@ enum Clients {
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "a file or [certificate, key]")]
 enum ClientFiles {
-    /// Certificate and key in one.
+    /// Certificate and key in one file.
     Both(String),
     Pair([String; 2]),
 }
@@ -265,7 +265,7 @@ impl Strings {
 type At<'a> = dyn Fn(std::ops::Range<usize>, &str) -> String + 'a;
 
 impl Table {
-    /// Whether it pulls and resolves.
+    /// Capabilities `pull` and `resolve`.
     fn capabilities(&self, at: &At<'_>) -> Result<(bool, bool), String> {
         if self.capabilities.is_empty() {
             return Ok((true, true));
@@ -275,10 +275,10 @@ impl Table {
             match capability.get_ref().to_ascii_lowercase().as_str() {
                 "pull" => pull = true,
                 "resolve" => resolve = true,
-                // Nothing that this node does.
+                // Not used by this node.
                 "push" | "referrers" => {}
                 other => {
-                    let reason = format!("{other:?} is no capability: pull, resolve or push");
+                    let reason = format!("{other:?} is not a capability: pull, resolve or push");
                     return Err(at(capability.span(), &reason));
                 }
             }
@@ -286,13 +286,13 @@ impl Table {
         Ok((pull, resolve))
     }
 
-    fn root(&self, folder: &Path, at: &At<'_>) -> Result<Root, String> {
+    fn root(&self, directory: &Path, at: &At<'_>) -> Result<Root, String> {
         let mut root = Root { skip_verify: self.skip_verify, ..Root::default() };
         for file in self.ca.iter().flat_map(Strings::list) {
-            root.authorities.push(pem(&folder.join(file))?);
+            root.authorities.push(pem(&directory.join(file))?);
         }
         let pair = |certificate: &str, key: &str| {
-            Ok::<_, String>((pem(&folder.join(certificate))?, pem(&folder.join(key))?))
+            Ok::<_, String>((pem(&directory.join(certificate))?, pem(&directory.join(key))?))
         };
         match &self.client {
             None => {}
@@ -319,20 +319,20 @@ impl Table {
         }
         if let Some(text) = &self.dial_timeout {
             let parsed = duration(text.get_ref());
-            let bad = || at(text.span(), "dial_timeout is no duration such as \"10s\"");
+            let bad = || at(text.span(), "dial_timeout is not a duration such as \"10s\"");
             root.dial_timeout = Some(parsed.ok_or_else(bad)?);
         }
         Ok(root)
     }
 }
 
-/// The API's root under an address that may lack the scheme.
+/// The API's root for an address, which may lack the scheme.
 fn base(server: &str, override_path: bool) -> Result<Url, String> {
     let full = match server.contains("://") {
         true => server.to_owned(),
         false => format!("https://{server}"),
     };
-    let mut url: Url = full.parse().map_err(|e| format!("{server:?} is no address: {e}"))?;
+    let mut url: Url = full.parse().map_err(|e| format!("{server:?} is not an address: {e}"))?;
     if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
         return Err(format!("{server:?} is neither an http nor an https address"));
     }
@@ -346,11 +346,11 @@ fn base(server: &str, override_path: bool) -> Result<Url, String> {
     Ok(url)
 }
 
-/// Certificates as docker lays them out.
-fn certificates(folder: &Path) -> Result<Root, String> {
-    let bad = |e: std::io::Error| format!("{}: {e}", folder.display());
+/// Certificates in docker's layout.
+fn certificates(directory: &Path) -> Result<Root, String> {
+    let bad = |e: std::io::Error| format!("{}: {e}", directory.display());
     let mut names = Vec::new();
-    match fs::read_dir(folder) {
+    match fs::read_dir(directory) {
         Ok(entries) => {
             for entry in entries {
                 names.extend(entry.map_err(bad)?.file_name().into_string());
@@ -361,11 +361,11 @@ fn certificates(folder: &Path) -> Result<Root, String> {
     names.retain(|name| name.ends_with(".crt") || name.ends_with(".cert"));
     names.sort();
     if names.len() > MAX_CERTIFICATES {
-        return Err(format!("{}: more than {MAX_CERTIFICATES} certificates", folder.display()));
+        return Err(format!("{}: more than {MAX_CERTIFICATES} certificates", directory.display()));
     }
     let mut root = Root::default();
     for name in names {
-        let path = folder.join(&name);
+        let path = directory.join(&name);
         if path.is_dir() {
             continue;
         }
@@ -373,7 +373,7 @@ fn certificates(folder: &Path) -> Result<Root, String> {
         match name.strip_suffix(".cert") {
             None => root.authorities.push(file),
             Some(stem) => {
-                let key = folder.join(format!("{stem}.key"));
+                let key = directory.join(format!("{stem}.key"));
                 let key = if key.exists() { pem(&key)? } else { file.clone() };
                 root.identities.push((file, key));
             }
@@ -396,7 +396,7 @@ fn read_small(path: &Path) -> std::io::Result<Vec<u8>> {
     }
 }
 
-/// Durations as Go writes them: `1m30s`, `1.5s`, `250ms`.
+/// Parses a Go duration: `1m30s`, `1.5s`, `250ms`.
 fn duration(text: &str) -> Option<Duration> {
     let mut rest = text;
     let mut total = Duration::ZERO;
@@ -422,7 +422,7 @@ fn duration(text: &str) -> Option<Duration> {
 mod tests {
     use super::*;
 
-    /// A folder of hosts with one file in it.
+    /// A `config_path` directory with one file in it.
     fn file(name: &str, text: &str) -> (tempfile::TempDir, String) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(name);
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn without_files_a_registry_is_reached_by_its_name() {
+    fn without_files_a_registry_is_contacted_by_its_name() {
         let of = |registry| urls(&hosts("/nowhere:/neither", registry).unwrap());
         assert_eq!(of("docker.io"), ["https://registry-1.docker.io/v2"]);
         assert_eq!(of("quay.io:8443"), ["https://quay.io:8443/v2"]);
@@ -493,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_server_ends_at_the_registry_itself_with_its_settings() {
+    fn a_file_without_server_ends_with_the_registry_itself_and_its_settings() {
         let text = "skip_verify = true\n[host.\"https://mirror.example\"]\n";
         let (_dir, root) = file("_default/hosts.toml", text);
         let hosts = hosts(&root, "docker.io").unwrap();
@@ -503,7 +503,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_in_a_folders_name_has_two_spellings_and_both_beat_the_default() {
+    fn a_port_in_a_directory_name_has_two_spellings_and_both_override_the_default() {
         let (dir, root) = file("_default/hosts.toml", "server = \"https://default.example\"");
         let put = |name: &str| {
             fs::create_dir(dir.path().join(name)).unwrap();
@@ -519,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn certificates_come_in_every_form() {
+    fn certificates_are_read_in_every_form() {
         let text = r#"
             ca = "ca.pem"
             client = [["c.pem", "c.key"], "both.pem"]
@@ -550,7 +550,7 @@ mod tests {
     }
 
     #[test]
-    fn bare_certificates_are_found_as_docker_lays_them_out() {
+    fn certificates_in_dockers_layout_are_found() {
         let (dir, root) = file("reg.io/ca.crt", "authority");
         for name in ["a.cert", "a.key", "b.cert", "readme.txt"] {
             fs::write(dir.path().join("reg.io").join(name), name).unwrap();
@@ -564,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn http_with_settings_for_tls_is_tried_with_tls_first() {
+    fn http_with_tls_settings_is_first_tried_with_tls() {
         let text = "[host.\"http://m.example:5000\"]\nskip_verify = true\n";
         let (_dir, root) = file("reg.io/hosts.toml", text);
         let hosts = hosts(&root, "reg.io").unwrap();
@@ -576,7 +576,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_understood_is_told_with_file_and_line() {
+    fn invalid_files_are_reported_with_file_and_line() {
         for (text, line, word) in [
             ("server = ", 1, ""),
             ("\n\n[host", 3, ""),
@@ -604,7 +604,7 @@ mod tests {
     }
 
     #[test]
-    fn durations_are_read_as_go_writes_them() {
+    fn go_durations_are_parsed() {
         for (text, milliseconds) in
             [("10s", 10_000), ("250ms", 250), ("1.5s", 1500), ("1h1m1s", 3_661_000)]
         {

@@ -1,7 +1,7 @@
-//! Client of registries (OCI distribution-spec v1.1, "Pull"; Docker's token authentication).
+//! Registry client (OCI distribution-spec v1.1, "Pull"; Docker's token authentication).
 //!
-//! Our own, over reqwest: pulls resume inside of a blob, go through mirrors, and count bytes while
-//! they come, which the ready-made registry clients do not offer together.
+//! Own implementation over reqwest: existing clients do not combine resuming inside a blob, mirrors
+//! and byte progress.
 
 mod auth;
 mod blob;

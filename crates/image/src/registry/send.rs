@@ -1,27 +1,27 @@
-//! One request and the redirects that it meets. They are followed here and not by the HTTP client,
-//! which takes no header away that it does not know: what is meant for one server (credentials, the
-//! headers of `hosts.toml`) must not reach another one.
+//! One request including its redirects. They are followed here and not by the HTTP client, which
+//! would forward unknown headers: credentials and the headers of `hosts.toml` are for one server
+//! and must not reach another.
 
 use reqwest::header::{HeaderMap, LOCATION};
 use reqwest::{Client, Method, Request, Response, StatusCode, Url};
 
 const MAX_REDIRECTS: usize = 5;
 
-/// What is sent.
+/// A request to send.
 pub(super) struct Outgoing {
     pub url: Url,
-    /// For whoever answers.
+    /// Sent to every server, also after a redirect.
     pub headers: HeaderMap,
-    /// For the server of `url` only, with `headers`.
+    /// Sent to the server of `url` only, with `headers`.
     pub private: HeaderMap,
-    /// Makes it a POST. For the server of `url` only.
+    /// Form body; makes the request a POST. Sent to the server of `url` only.
     pub body: Option<String>,
 }
 
 #[derive(Debug)]
 pub(super) enum SendError {
     Http(reqwest::Error),
-    /// A sentence about what is wrong with a redirect.
+    /// Message about an invalid redirect.
     Redirect(String),
 }
 
@@ -50,7 +50,7 @@ impl Outgoing {
         request
     }
 
-    /// The request that a redirect asks for (RFC 9110, section 15.4).
+    /// The request for a redirect (RFC 9110, section 15.4).
     fn redirected(&self, response: &Response) -> Result<Option<Self>, SendError> {
         let keeps_body = match response.status() {
             StatusCode::MOVED_PERMANENTLY | StatusCode::FOUND | StatusCode::SEE_OTHER => false,
@@ -60,19 +60,19 @@ impl Outgoing {
         let Some(location) = response.headers().get(LOCATION) else { return Ok(None) };
         let wrong = |reason: &str| Err(SendError::Redirect(reason.into()));
         let target = location.to_str().ok().and_then(|text| response.url().join(text).ok());
-        let Some(url) = target else { return wrong("a redirect to what is no address") };
+        let Some(url) = target else { return wrong("a redirect to an invalid address") };
         if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
-            return wrong("a redirect to what is neither http nor https");
+            return wrong("a redirect to a scheme other than http and https");
         }
         if self.url.scheme() == "https" && url.scheme() != "https" {
-            return wrong("redirected from https to plain http");
+            return wrong("a redirect from https to plain http");
         }
         let same = url.origin() == self.url.origin();
         let body = self.body.clone().filter(|_| keeps_body);
         if body.is_some() && !same {
             return wrong("a redirect that would send credentials to another server");
         }
-        // Gone for good: a later redirect that leads back does not bring them back.
+        // Dropped for all later redirects, also back to the first server.
         let private = if same { self.private.clone() } else { HeaderMap::new() };
         Ok(Some(Self { url, headers: self.headers.clone(), private, body }))
     }

@@ -1,4 +1,4 @@
-//! One pull's conversation with a registry: authentication, retries, mirrors.
+//! One pull's session with a registry: authentication, retries, mirrors.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,11 +20,11 @@ use crate::error::Error;
 use crate::manifest;
 use crate::reference::{Reference, Target};
 
-/// Error bodies and tokens are read up to here.
+/// Maximum bytes read of an error body or a token response.
 const MAX_SMALL_BODY: u64 = 64 << 10;
-/// First pause before another attempt; doubles each time.
-const BACK_OFF: Duration = Duration::from_millis(250);
-/// A registry may ask for longer pauses; more than this is not waited.
+/// Pause before the second attempt; doubles with each further one.
+const INITIAL_BACKOFF: Duration = Duration::from_millis(250);
+/// Maximum pause, also if the registry's Retry-After is longer.
 const MAX_PAUSE: Duration = Duration::from_secs(20);
 
 /// All registries; shared by pulls so that connections are reused.
@@ -38,10 +38,10 @@ impl Registries {
         Self { config, clients: Clients::default() }
     }
 
-    /// Reads where the registry is reached. Blocking.
+    /// Reads the registry's host configuration. Blocking.
     pub fn session(&self, reference: &Reference, auth: &Auth) -> Result<Session, Error> {
-        if auth.is_garbled() {
-            return Err(Error::GarbledAuth);
+        if auth.is_malformed() {
+            return Err(Error::MalformedAuth);
         }
         let bad = |reason| Error::RegistryConfig { registry: reference.registry.clone(), reason };
         let hosts = hosts::hosts(&self.config.config_path, &reference.registry).map_err(bad)?;
@@ -52,7 +52,7 @@ impl Registries {
             let authority = client::authority(&host.base);
             endpoints.push(Endpoint {
                 client: self.clients.client(&host, connect).map_err(bad)?,
-                // As in containerd, a mirror that asks gets what was not given for another host.
+                // As in containerd, a mirror gets credentials that are not limited to another host.
                 credentials: auth.credentials(&authority),
                 name: format!("{}://{authority}", host.base.scheme()),
                 base: host.base,
@@ -62,9 +62,9 @@ impl Registries {
                 pull: host.pull,
                 resolve: host.resolve,
                 fallback: host.fallback,
-                replaceable: index < last,
-                down: AtomicBool::new(false),
-                foreign: AtomicBool::new(false),
+                has_next: index < last,
+                unreachable: AtomicBool::new(false),
+                wrong_protocol: AtomicBool::new(false),
                 authorization: tokio::sync::Mutex::default(),
             });
         }
@@ -88,10 +88,10 @@ pub(super) struct Endpoint {
     client: reqwest::Client,
     /// Root of the API.
     base: Url,
-    /// For messages.
+    /// Name for messages.
     name: String,
     authority: String,
-    /// The registry that a mirror stands for; it is told so that it can serve several.
+    /// Registry that a mirror replaces; sent as `ns` so that one mirror can serve several.
     namespace: Option<String>,
     headers: HeaderMap,
     credentials: Credentials,
@@ -99,23 +99,23 @@ pub(super) struct Endpoint {
     resolve: bool,
     /// See [`hosts::Host`].
     fallback: bool,
-    /// Another one follows, so it is not worth waiting for this one to come back.
-    replaceable: bool,
+    /// Another host follows, so connection errors are not retried.
+    has_next: bool,
     /// Could not be reached in this pull.
-    down: AtomicBool,
-    /// Seems to speak another protocol, so its fallback is worth a try.
-    foreign: AtomicBool,
-    /// The header that the last challenge led to. Locked while a token is fetched, so that layers
-    /// in parallel fetch one.
+    unreachable: AtomicBool,
+    /// Its responses suggest the other protocol, so its fallback is tried.
+    wrong_protocol: AtomicBool,
+    /// Authorization header from the last challenge. Locked while a token is fetched, so that
+    /// parallel layers fetch one token.
     authorization: tokio::sync::Mutex<Option<HeaderValue>>,
 }
 
-/// The endpoints for one thing, in order, and what they said.
+/// The endpoints to try for one resource, in order, and their errors.
 pub(super) struct Tries<'a> {
     endpoints: &'a [Endpoint],
     wanted: fn(&Endpoint) -> bool,
-    /// Nobody was reachable before; all get another chance.
-    desperate: bool,
+    /// All were unreachable; each is tried once more.
+    retry_all: bool,
     next: usize,
     what: String,
     failed: Vec<(String, Error)>,
@@ -124,8 +124,8 @@ pub(super) struct Tries<'a> {
 impl<'a> Tries<'a> {
     fn new(session: &'a Session, what: String, wanted: fn(&Endpoint) -> bool) -> Self {
         let endpoints = &session.endpoints;
-        let desperate = endpoints.iter().filter(|e| wanted(e)).all(|e| e.is_down());
-        Self { endpoints, wanted, desperate, next: 0, what, failed: Vec::new() }
+        let retry_all = endpoints.iter().filter(|e| wanted(e)).all(|e| e.is_unreachable());
+        Self { endpoints, wanted, retry_all, next: 0, what, failed: Vec::new() }
     }
 
     pub fn next(&mut self) -> Option<&'a Endpoint> {
@@ -133,29 +133,29 @@ impl<'a> Tries<'a> {
             let endpoint = self.endpoints.get(self.next)?;
             let before = self.next.checked_sub(1).map(|index| &self.endpoints[index]);
             self.next += 1;
-            let foreign = |before: &Endpoint| before.foreign.load(Ordering::Relaxed);
-            let needed = !endpoint.fallback || before.is_some_and(foreign);
-            if (self.wanted)(endpoint) && needed && (self.desperate || !endpoint.is_down()) {
+            let wrong_protocol = |before: &Endpoint| before.wrong_protocol.load(Ordering::Relaxed);
+            let needed = !endpoint.fallback || before.is_some_and(wrong_protocol);
+            if (self.wanted)(endpoint) && needed && (self.retry_all || !endpoint.is_unreachable()) {
                 return Some(endpoint);
             }
         }
     }
 
-    /// Notes why an endpoint did not help; fails at once where no other can.
+    /// Records an endpoint's error; returns it if no other endpoint can help.
     pub fn failed(&mut self, endpoint: &Endpoint, error: Error) -> Result<(), Error> {
         match &error {
             Error::StorageFull { .. } | Error::Io { .. } | Error::Cancelled => return Err(error),
-            Error::Stalled { .. } => endpoint.down.store(true, Ordering::Relaxed),
+            Error::Stalled { .. } => endpoint.unreachable.store(true, Ordering::Relaxed),
             Error::Transport { .. } => {
-                endpoint.down.store(true, Ordering::Relaxed);
-                endpoint.foreign.store(true, Ordering::Relaxed);
+                endpoint.unreachable.store(true, Ordering::Relaxed);
+                endpoint.wrong_protocol.store(true, Ordering::Relaxed);
             }
-            // What many servers say when spoken to without TLS.
+            // Common response of a TLS server to plain http.
             Error::Status { status: 400, .. }
                 if self.endpoints.get(self.next).is_some_and(|next| next.fallback) =>
             {
-                endpoint.down.store(true, Ordering::Relaxed);
-                endpoint.foreign.store(true, Ordering::Relaxed);
+                endpoint.unreachable.store(true, Ordering::Relaxed);
+                endpoint.wrong_protocol.store(true, Ordering::Relaxed);
             }
             _ => {}
         }
@@ -172,7 +172,7 @@ impl<'a> Tries<'a> {
     }
 }
 
-/// A manifest as it came.
+/// A manifest with its media type and digest.
 pub struct Fetched {
     pub bytes: Vec<u8>,
     pub digest: Digest,
@@ -180,7 +180,7 @@ pub struct Fetched {
 }
 
 impl Session {
-    /// Fetches the manifest or index that `target` names.
+    /// Fetches the manifest or index of `target`.
     pub async fn manifest(&self, target: &Target) -> Result<Fetched, Error> {
         let (name, wanted): (_, fn(&Endpoint) -> bool) = match target {
             Target::Tag(tag) => (format!(":{tag}"), |endpoint| endpoint.resolve),
@@ -202,7 +202,7 @@ impl Session {
 
     fn tries(&self, what: String, wanted: fn(&Endpoint) -> bool) -> Result<Tries<'_>, Error> {
         if !self.endpoints.iter().any(wanted) {
-            let reason = format!("its hosts.toml has no host that may be asked for {what}");
+            let reason = format!("its hosts.toml has no host with the capability for {what}");
             let registry = self.reference.registry.clone();
             return Err(Error::RegistryConfig { registry, reason });
         }
@@ -229,14 +229,14 @@ impl Session {
             match self.body(endpoint, response, &what, self.config.max_manifest_bytes).await {
                 Ok(bytes) => break (content_type, announced, bytes),
                 Err(e) if attempt + 1 < self.config.attempts && is_transient(&e) => {
-                    sleep(back_off(attempt)).await;
+                    sleep(backoff(attempt)).await;
                     attempt += 1;
                 }
                 Err(e) => return Err(e),
             }
         };
         let digest = Digest::of(&bytes);
-        // With a tag, the registry's own word is all there is to check against.
+        // With a tag, the registry's own digest header is the only check.
         let expected = expected.or_else(|| announced.and_then(|header| header.parse().ok()));
         match expected {
             Some(expected) if expected != digest => {
@@ -249,8 +249,8 @@ impl Session {
         }
     }
 
-    /// GET below the repository; authenticates and tries again as far as that helps. Gives only
-    /// successful responses.
+    /// GET below the repository, with authentication and retries. Returns only successful
+    /// responses.
     pub(super) async fn get(
         &self,
         endpoint: &Endpoint,
@@ -269,7 +269,7 @@ impl Session {
             }
             let request =
                 Outgoing { url: url.clone(), headers: headers.clone(), private, body: None };
-            let mut pause = back_off(attempt);
+            let mut pause = backoff(attempt);
             let error = match self.send(endpoint, request, what).await {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) if response.status() == StatusCode::UNAUTHORIZED && !authenticated => {
@@ -293,7 +293,7 @@ impl Session {
             if attempt >= self.config.attempts
                 || !is_transient(&error)
                 || pause > MAX_PAUSE
-                || (unreachable && endpoint.replaceable)
+                || (unreachable && endpoint.has_next)
             {
                 return Err(error);
             }
@@ -331,7 +331,7 @@ impl Session {
         }
     }
 
-    /// The next piece of a body.
+    /// The next chunk of a body.
     pub(super) async fn chunk(
         &self,
         endpoint: &Endpoint,
@@ -379,7 +379,7 @@ impl Session {
         let registry = endpoint.authority.clone();
         let status = response.status();
         let mut url = response.url().clone();
-        // Signed URLs of storage behind a registry carry secrets here.
+        // The query of a signed storage URL contains secrets.
         url.set_query(None);
         let mut body = Vec::new();
         while let Ok(Some(chunk)) = self.chunk(endpoint, &mut response, what).await {
@@ -398,7 +398,7 @@ impl Session {
         }
     }
 
-    /// Answers a 401. `sent` is what the refused request carried.
+    /// Handles a 401. `sent` is the Authorization header of the refused request.
     async fn authenticate(
         &self,
         endpoint: &Endpoint,
@@ -407,11 +407,11 @@ impl Session {
     ) -> Result<(), Error> {
         let mut authorization = endpoint.authorization.lock().await;
         if *authorization != sent {
-            // Another request was quicker.
+            // A parallel request has replaced the header.
             return Ok(());
         }
         let challenges = response.headers().get_all(WWW_AUTHENTICATE);
-        // A token says less to whoever reads it than a password.
+        // A token is preferred: it exposes less than a password.
         let challenge = challenges
             .iter()
             .filter_map(|value| Challenge::parse(value.to_str().ok()?))
@@ -431,20 +431,22 @@ impl Session {
                     .unwrap_or_else(|| format!("repository:{}:pull", self.reference.repository));
                 self.token(endpoint, &realm, service.as_deref(), &scope).await?
             }
-            (Some(Challenge::Basic), _) => return Err(denied("it wants a user name and password")),
-            (None, _) => return Err(denied("it names no way to authenticate")),
+            (Some(Challenge::Basic), _) => {
+                return Err(denied("it requires a user name and password"));
+            }
+            (None, _) => return Err(denied("it offers no supported authentication")),
         };
         let mut value = HeaderValue::try_from(value)
-            .map_err(|_| denied("the credentials have characters that no header can carry"))?;
+            .map_err(|_| denied("the credentials have characters that a header cannot contain"))?;
         value.set_sensitive(true);
         if Some(&value) == sent.as_ref() {
-            return Err(denied("it refuses the credentials"));
+            return Err(denied("it rejects the credentials"));
         }
         *authorization = Some(value);
         Ok(())
     }
 
-    /// Fetches an access token from the service that the registry names.
+    /// Fetches an access token from the registry's token service.
     async fn token(
         &self,
         endpoint: &Endpoint,
@@ -463,16 +465,14 @@ impl Session {
             && !client::is_loopback(&client::authority(&url))
             && endpoint.base.scheme() == "https"
         {
-            return Err(protocol(
-                "it asks for the credentials to be sent without encryption".into(),
-            ));
+            return Err(protocol("it requests the credentials without encryption".into()));
         }
         let what = "access token";
         let mut grants = endpoint.credentials.grants(service.unwrap_or_default(), scope);
         let response = loop {
             let grant = grants.remove(0);
-            let response = self.send(endpoint, ask(url.clone(), &grant), what).await?;
-            // What services answer that know only one of the two ways.
+            let response = self.send(endpoint, token_request(url.clone(), &grant), what).await?;
+            // Statuses of services that support only the other grant.
             let other_way = matches!(response.status().as_u16(), 404 | 405)
                 || (grant.post && matches!(response.status().as_u16(), 400 | 401));
             if response.status().is_success() {
@@ -485,7 +485,7 @@ impl Session {
                 Error::NotFound { registry, .. } => {
                     Error::Protocol { registry, reason: "its token service does not exist".into() }
                 }
-                // A token service says with 400 that it does not like the user.
+                // Token services answer 400 to wrong credentials.
                 Error::Status { registry, status: 400, detail, .. } => Error::Denied {
                     registry,
                     repository: self.reference.repository.clone(),
@@ -511,15 +511,15 @@ struct Token {
 }
 
 impl Endpoint {
-    fn is_down(&self) -> bool {
-        self.down.load(Ordering::Relaxed)
+    fn is_unreachable(&self) -> bool {
+        self.unreachable.load(Ordering::Relaxed)
     }
 
     pub(super) fn authority(&self) -> String {
         self.authority.clone()
     }
 
-    /// `path` below a repository; both consist of characters that need no escaping.
+    /// `path` below a repository; neither needs escaping.
     fn url(&self, repository: &str, path: &str) -> Url {
         let mut url = self.base.clone();
         let root = url.path().trim_end_matches('/').to_owned();
@@ -531,9 +531,8 @@ impl Endpoint {
     }
 }
 
-/// A request for a token. The service may be somebody else's, and gets no header that is meant for
-/// the registry.
-fn ask(mut url: Url, grant: &Grant) -> Outgoing {
+/// A token request. The service may be a third party, so it gets none of the registry's headers.
+fn token_request(mut url: Url, grant: &Grant) -> Outgoing {
     let (mut private, mut body) = (HeaderMap::new(), None);
     if grant.post {
         let mut form = Url::parse("form:").expect("a constant");
@@ -560,7 +559,7 @@ fn basic(username: &str, password: &str) -> String {
     format!("Basic {encoded}")
 }
 
-/// Message of an error body (distribution-spec, "Error Codes"), or what stands there instead.
+/// Message of an error body (distribution-spec, "Error Codes"), or the body's text.
 fn error_detail(body: &[u8]) -> String {
     #[derive(Deserialize)]
     struct Errors {
@@ -586,7 +585,7 @@ fn error_detail(body: &[u8]) -> String {
     if text.is_empty() { "no explanation".into() } else { text }
 }
 
-/// Whether another attempt may succeed.
+/// Whether a retry may succeed.
 pub(super) fn is_transient(error: &Error) -> bool {
     match error {
         Error::Transport { source, .. } => !is_permanent(source),
@@ -596,7 +595,7 @@ pub(super) fn is_transient(error: &Error) -> bool {
     }
 }
 
-/// A certificate does not become right by trying again.
+/// TLS certificate errors are not retried.
 fn is_permanent(error: &reqwest::Error) -> bool {
     if error.is_builder() {
         return true;
@@ -613,8 +612,8 @@ fn is_permanent(error: &reqwest::Error) -> bool {
     false
 }
 
-pub(super) fn back_off(attempt: u32) -> Duration {
-    (BACK_OFF * 2u32.saturating_pow(attempt.min(10))).min(MAX_PAUSE / 4)
+pub(super) fn backoff(attempt: u32) -> Duration {
+    (INITIAL_BACKOFF * 2u32.saturating_pow(attempt.min(10))).min(MAX_PAUSE / 4)
 }
 
 fn retry_after(response: &Response) -> Option<Duration> {

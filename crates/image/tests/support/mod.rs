@@ -1,7 +1,7 @@
-//! A registry that does as it is told, lies included: one thread a connection, HTTP/1.1 by hand so
-//! that every byte can be wrong.
+//! A scripted registry that can send wrong responses: one thread per connection, hand-written
+//! HTTP/1.1 so that every byte can be chosen.
 
-// Each test program uses a part of it.
+// Each test program uses only a part.
 #![allow(dead_code)]
 
 use std::collections::HashMap;
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use image::{Config, Digest, Images};
 
-/// One request as the registry saw it; header names in lower case.
+/// One request as received; header names in lower case.
 #[derive(Debug, Clone)]
 pub struct Request {
     pub method: String,
@@ -24,17 +24,17 @@ pub struct Request {
     pub body: String,
 }
 
-/// What to answer.
+/// The response to send.
 #[derive(Debug, Clone, Default)]
 pub struct Response {
     pub status: u16,
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
-    /// Close after this many bytes of the body, whatever its announced length.
+    /// Close after this many bytes of the body, whatever its Content-Length.
     pub cut: Option<usize>,
-    /// Say nothing more after this many bytes of the body, without closing.
+    /// Stop sending after this many bytes of the body without closing.
     pub stall: Option<usize>,
-    /// Announce this length instead of the true one.
+    /// Content-Length to send instead of the true one.
     pub length: Option<u64>,
 }
 
@@ -73,7 +73,7 @@ impl Registry {
         Self::scripted(|_, response| response)
     }
 
-    /// `script` sees each request with the honest answer and gives the one to send.
+    /// `script` gets each request with the correct response and returns the one to send.
     pub fn scripted(
         script: impl Fn(&Request, Response) -> Response + Send + Sync + 'static,
     ) -> Self {
@@ -126,7 +126,7 @@ impl Registry {
         digest
     }
 
-    /// Serves an image made of these tar layers as `test/image:v1`; returns its id.
+    /// Serves an image with these tar layers as `test/image:v1`; returns its id.
     pub fn image(&self, layers: &[Vec<u8>]) -> String {
         self.image_as("v1", layers, "")
     }
@@ -163,14 +163,14 @@ impl Registry {
         Digest::of(&files[&format!("/v2/test/image/manifests/{tag}")].body).to_string()
     }
 
-    /// Serves an index with one entry, to which `more` is added; returns its digest.
+    /// Serves an index with one entry plus `more`; returns its digest.
     pub fn put_index(&self, tag: &str, entry: &str, more: &str) -> String {
         let index =
             format!(r#"{{"schemaVersion":2,"manifests":[{{"digest":"{entry}","size":1{more}}}]}}"#);
         self.manifest(tag, index.as_bytes(), "application/vnd.oci.image.index.v1+json")
     }
 
-    /// Serves under another path what lies under `from`.
+    /// Serves the paths below `from` below `to` instead.
     pub fn move_files(&self, from: &str, to: &str) {
         let mut files = self.shared.files.lock().unwrap();
         *files = files.drain().map(|(path, file)| (path.replacen(from, to, 1), file)).collect();
@@ -180,7 +180,7 @@ impl Registry {
         self.shared.requests.lock().unwrap().clone()
     }
 
-    /// Requests whose path holds `part`.
+    /// Number of requests whose path contains `part`.
     pub fn count(&self, part: &str) -> usize {
         self.requests().iter().filter(|request| request.path.contains(part)).count()
     }
@@ -213,7 +213,7 @@ impl Shared {
         }
     }
 
-    /// False when the connection is to be closed.
+    /// False if the connection must be closed.
     fn send(&self, stream: &mut TcpStream, response: &Response) -> bool {
         let length = response.length.unwrap_or(response.body.len() as u64);
         let mut head = format!("HTTP/1.1 {} x\r\nContent-Length: {length}\r\n", response.status);
@@ -235,7 +235,7 @@ impl Shared {
     }
 }
 
-/// Answers `Range: bytes=N-` as a good server does.
+/// Answers `Range: bytes=N-` correctly.
 fn ranged(request: &Request, response: Response) -> Response {
     let start = request
         .headers
@@ -304,7 +304,7 @@ pub fn layer(path: &str, content: &[u8]) -> Vec<u8> {
     builder.into_inner().unwrap()
 }
 
-/// Bytes that do not compress and are no zeros.
+/// Incompressible bytes, not zeros.
 pub fn noise(length: usize) -> Vec<u8> {
     let mut x = 0x1234_5678u32;
     (0..length)
@@ -328,11 +328,11 @@ pub fn config(root: &Path) -> Config {
     }
 }
 
-/// Writes how to reach a registry; gives the folder for `config_path`.
+/// Writes a registry's host configuration; returns the directory for `config_path`.
 pub fn hosts(dir: &Path, registry: &str, toml: &str) -> String {
-    let folder = dir.join(registry);
-    std::fs::create_dir_all(&folder).unwrap();
-    std::fs::write(folder.join("hosts.toml"), toml).unwrap();
+    let directory = dir.join(registry);
+    std::fs::create_dir_all(&directory).unwrap();
+    std::fs::write(directory.join("hosts.toml"), toml).unwrap();
     dir.to_str().unwrap().to_owned()
 }
 
@@ -340,7 +340,7 @@ pub async fn open(root: &Path) -> Images {
     Images::open(config(root)).await.unwrap()
 }
 
-/// Opens a store whose last user is just going.
+/// Opens a store whose previous user is being dropped.
 pub async fn reopen(config: Config) -> Images {
     let start = std::time::Instant::now();
     loop {
@@ -353,7 +353,7 @@ pub async fn reopen(config: Config) -> Images {
     }
 }
 
-/// An error with all its causes.
+/// An error with all its sources.
 pub fn explain(error: &image::Error) -> String {
     let mut text = error.to_string();
     let mut source = std::error::Error::source(error);
@@ -364,7 +364,7 @@ pub fn explain(error: &image::Error) -> String {
     text
 }
 
-/// Fails unless the store holds nothing but its empty frame.
+/// Fails unless the store contains only its empty directories.
 pub fn assert_clean(root: &Path) {
     let mut left = Vec::new();
     let mut directories = vec![root.to_owned()];

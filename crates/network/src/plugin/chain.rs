@@ -1,5 +1,6 @@
-//! The verbs over a whole network: CNI spec sections 3 and 4. ADD goes forwards and hands each
-//! result on; DEL goes backwards and past failures.
+//! Operations on a network with its chain of plugins: CNI spec sections 3 and 4. ADD runs the
+//! plugins in order and passes each result to the next; DEL runs them in reverse and continues
+//! after failures.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use std::time::SystemTime;
 use serde_json::{Map, Value, json};
 
 use super::conf::{Network, Plugin, SpecVersion};
-use super::exec::{ExecError, Invocation, Output, said};
+use super::exec::{ExecError, Invocation, Output, format_output};
 use super::params::Params;
 use super::reply::{Failure, Success, Versions, code};
 use crate::config::Config;
@@ -40,29 +41,29 @@ impl Verb {
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
     #[error(
-        "the network {network:?} needs the CNI plugin {kind:?}, which is in none of {} \
-         (Debian's package containernetworking-plugins has the usual ones)", paths(.searched)
+        "the network {network:?} needs the CNI plugin {kind:?}, which is not in {} \
+         (Debian's package containernetworking-plugins has the standard plugins)", paths(.searched)
     )]
     Missing { network: String, kind: String, searched: Vec<PathBuf> },
     #[error("CNI plugin {kind:?}, {verb}", verb = .verb.as_str())]
     Exec { kind: String, verb: Verb, source: ExecError },
-    #[error("CNI plugin {kind:?} failed at {verb}: {failure}{said}", verb = .verb.as_str())]
-    Failed { kind: String, verb: Verb, failure: Failure, said: String },
-    #[error("CNI plugin {kind:?} failed at {verb} without saying why: {status}{said}",
+    #[error("CNI plugin {kind:?} failed at {verb}: {failure}{output}", verb = .verb.as_str())]
+    Failed { kind: String, verb: Verb, failure: Failure, output: String },
+    #[error("CNI plugin {kind:?} failed at {verb} without an error message: {status}{output}",
         verb = .verb.as_str())]
-    Mute { kind: String, verb: Verb, status: std::process::ExitStatus, said: String },
-    #[error("CNI plugin {kind:?} answered {verb} with rubbish: {problem}", verb = .verb.as_str())]
-    Rubbish { kind: String, verb: Verb, problem: String },
+    NoMessage { kind: String, verb: Verb, status: std::process::ExitStatus, output: String },
+    #[error("CNI plugin {kind:?} printed an invalid reply to {verb}: {problem}", verb = .verb.as_str())]
+    InvalidReply { kind: String, verb: Verb, problem: String },
     #[error(
-        "CNI plugin {kind:?} ({}) does not speak the network's cniVersion {version}, only {}",
+        "CNI plugin {kind:?} ({}) does not support the network's cniVersion {version}, only {}",
         .binary.display(), .supported.join(", ")
     )]
     Version { kind: String, binary: PathBuf, version: SpecVersion, supported: Vec<String> },
 }
 
 impl PluginError {
-    /// The plugin itself asks for another try.
-    pub fn is_passing(&self) -> bool {
+    /// Whether the plugin returned "try again later".
+    pub fn is_temporary(&self) -> bool {
         matches!(self, Self::Failed { failure, .. } if failure.code == code::TRY_AGAIN_LATER)
     }
 }
@@ -71,22 +72,22 @@ fn paths(paths: &[PathBuf]) -> String {
     paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// An ADD that failed: plugins up to and including `reached` have run and need a DEL.
+/// A failed ADD. The plugins up to and including index `reached` need a DEL.
 #[derive(Debug)]
 pub struct AddError {
     pub error: PluginError,
     pub reached: usize,
 }
 
-/// What became of a GC.
+/// Result of a GC.
 #[derive(Debug, Default)]
-pub struct Collected {
+pub struct GcOutcome {
     pub errors: Vec<PluginError>,
-    /// It was ended early; not all plugins have done their part.
-    pub gave_way: bool,
+    /// The GC was stopped before all plugins have run.
+    pub stopped: bool,
 }
 
-/// Runs plugins as configured.
+/// Runs plugins.
 #[derive(Debug)]
 pub struct Runner {
     bin_dirs: Vec<PathBuf>,
@@ -105,7 +106,7 @@ impl Runner {
         }
     }
 
-    /// All binaries must be there before the first one changes anything.
+    /// Checks that all plugin binaries exist, before the first one runs.
     pub fn check_binaries(&self, network: &Network) -> Result<(), PluginError> {
         for plugin in &network.plugins {
             for kind in std::iter::once(&plugin.kind).chain(&plugin.ipam) {
@@ -131,7 +132,7 @@ impl Runner {
         previous.ok_or_else(|| unreachable!("a network has at least one plugin"))
     }
 
-    /// Runs the first `count` plugins backwards; returns what went wrong.
+    /// Runs DEL of the first `count` plugins in reverse order; returns all errors.
     pub fn del(
         &self,
         network: &Network,
@@ -139,7 +140,7 @@ impl Runner {
         result: Option<&Value>,
         count: usize,
     ) -> Vec<PluginError> {
-        // Section 3, DEL: the result is passed since 0.4.0.
+        // Section 3, DEL: prevResult is passed since 0.4.0.
         let result = result.filter(|_| network.version >= SpecVersion::V0_4_0);
         network.plugins[..count.min(network.plugins.len())]
             .iter()
@@ -157,7 +158,7 @@ impl Runner {
             .collect()
     }
 
-    /// Nothing before 0.4.0 or when the configuration forbids it.
+    /// Runs CHECK. Does nothing before 0.4.0 or with disableCheck.
     pub fn check(
         &self,
         network: &Network,
@@ -173,16 +174,16 @@ impl Runner {
         Ok(())
     }
 
-    /// Frees what belongs to none of the (container id, interface) pairs. Nothing before 1.1.0 or
-    /// when the configuration forbids it. Ends early once `give_way` says so.
+    /// Runs GC with the valid (container id, interface) pairs. Does nothing before 1.1.0 or with
+    /// disableGC. Stops when `should_stop` returns true.
     pub fn gc(
         &self,
         network: &Network,
         valid: &[(String, String)],
-        give_way: &dyn Fn() -> bool,
-    ) -> Collected {
-        let mut collected = Collected::default();
-        if !network.collects() {
+        should_stop: &dyn Fn() -> bool,
+    ) -> GcOutcome {
+        let mut collected = GcOutcome::default();
+        if !network.supports_gc() {
             return collected;
         }
         let valid: Vec<Value> = valid
@@ -190,17 +191,16 @@ impl Runner {
             .map(|(id, interface)| json!({"containerID": id, "ifname": interface}))
             .collect();
         let mut extra = Map::new();
-        // Drafts of 1.1 said the second; plugins look for either, as the reference library passes
-        // both.
+        // libcni passes both keys; the second is from drafts of 1.1.
         for key in ["cni.dev/valid-attachments", "cni.dev/attachments"] {
             extra.insert(key.into(), valid.clone().into());
         }
         for plugin in &network.plugins {
             let stdin = request(network, plugin, Verb::Gc, None, None, extra.clone());
-            match self.run(network, plugin, Verb::Gc, None, &stdin, Some(give_way)) {
+            match self.run(network, plugin, Verb::Gc, None, &stdin, Some(should_stop)) {
                 Ok(_) => {}
                 Err(PluginError::Exec { source: ExecError::Interrupted { .. }, .. }) => {
-                    collected.gave_way = true;
+                    collected.stopped = true;
                     break;
                 }
                 Err(e) => collected.errors.push(e),
@@ -209,7 +209,7 @@ impl Runner {
         collected
     }
 
-    /// Whether the network can take pods now. Nothing before 1.1.0.
+    /// Runs STATUS. Does nothing before 1.1.0.
     pub fn status(&self, network: &Network) -> Result<(), PluginError> {
         if network.version < SpecVersion::V1_1_0 {
             return Ok(());
@@ -220,7 +220,8 @@ impl Runner {
         Ok(())
     }
 
-    /// Asks each plugin, once a binary, whether it speaks the network's version.
+    /// Checks with VERSION (cached for each binary) whether each plugin supports the network's
+    /// version.
     pub fn check_versions(&self, network: &Network) -> Result<(), PluginError> {
         for plugin in &network.plugins {
             let binary = self.find(network, &plugin.kind)?;
@@ -253,7 +254,7 @@ impl Runner {
         }
         let output = self.call(network, plugin, Verb::Version, None, None, Map::new())?;
         let versions: Versions =
-            serde_json::from_slice(&output.stdout).map_err(|e| PluginError::Rubbish {
+            serde_json::from_slice(&output.stdout).map_err(|e| PluginError::InvalidReply {
                 kind: plugin.kind.clone(),
                 verb: Verb::Version,
                 problem: e.to_string(),
@@ -293,7 +294,7 @@ impl Runner {
         verb: Verb,
         params: Option<&Params>,
         stdin: &[u8],
-        give_way: Option<&dyn Fn() -> bool>,
+        should_stop: Option<&dyn Fn() -> bool>,
     ) -> Result<Output, PluginError> {
         let binary = self.find(network, &plugin.kind)?;
         let dirs = std::env::join_paths(&self.bin_dirs).unwrap_or_default();
@@ -302,7 +303,7 @@ impl Runner {
             env.push(("CNI_CONTAINERID", (&params.container_id).into()));
             env.push(("CNI_IFNAME", (&params.interface).into()));
             env.push(("CNI_ARGS", params.args().into()));
-            // Absent at DEL means: there is none any more (a reboot, say).
+            // Empty in DEL if the namespace no longer exists, for example after a reboot.
             let netns = if verb == Verb::Del && !params.netns.exists() {
                 Path::new("")
             } else {
@@ -315,7 +316,7 @@ impl Runner {
             env,
             stdin,
             timeout: self.timeout,
-            give_way,
+            should_stop,
             output_limit: self.output_limit,
         }
         .run()
@@ -323,20 +324,20 @@ impl Runner {
         if output.status.success() {
             return Ok(output);
         }
-        let (kind, said) = (plugin.kind.clone(), said(&output.stderr));
+        let (kind, output_text) = (plugin.kind.clone(), format_output(&output.stderr));
         Err(match Failure::parse(&output.stdout) {
-            Some(failure) => PluginError::Failed { kind, verb, failure, said },
+            Some(failure) => PluginError::Failed { kind, verb, failure, output: output_text },
             None if output.stdout.iter().all(u8::is_ascii_whitespace) => {
-                PluginError::Mute { kind, verb, status: output.status, said }
+                PluginError::NoMessage { kind, verb, status: output.status, output: output_text }
             }
-            None => PluginError::Rubbish {
+            None => PluginError::InvalidReply {
                 kind,
                 verb,
                 problem: format!(
-                    "{}, and its error is not in the form that CNI asks for{}{}",
+                    "{}, and its output is not a CNI error{}{}",
                     output.status,
-                    super::exec::said(&output.stdout),
-                    said,
+                    format_output(&output.stdout),
+                    output_text,
                 ),
             },
         })
@@ -344,10 +345,10 @@ impl Runner {
 }
 
 fn parse(plugin: &Plugin, verb: Verb, output: &Output) -> Result<Success, PluginError> {
-    Success::parse(&output.stdout).map_err(|problem| PluginError::Rubbish {
+    Success::parse(&output.stdout).map_err(|problem| PluginError::InvalidReply {
         kind: plugin.kind.clone(),
         verb,
-        problem: format!("{problem}{}", said(&output.stdout)),
+        problem: format!("{problem}{}", format_output(&output.stdout)),
     })
 }
 
@@ -371,14 +372,14 @@ fn request(
     conf.insert("cniVersion".into(), version.into());
     conf.insert("name".into(), network.name.as_str().into());
     if let Some(params) = params {
-        let wanted: Map<String, Value> = params
+        let requested: Map<String, Value> = params
             .runtime
             .iter()
             .filter(|(key, _)| plugin.capabilities.contains(*key))
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect();
-        if !wanted.is_empty() {
-            conf.insert("runtimeConfig".into(), wanted.into());
+        if !requested.is_empty() {
+            conf.insert("runtimeConfig".into(), requested.into());
         }
     }
     if let Some(previous) = previous {

@@ -9,17 +9,17 @@ use std::str::FromStr;
 
 use serde_json::{Map, Value};
 
-/// Longest configuration file that is read: a wrong file in the folder must not fill memory.
+/// Maximum size of a configuration file, bytes.
 const MAX_CONF_BYTES: u64 = 1 << 20;
-/// More plugins than anybody chains; bounds the processes one pod start may cost.
+/// Maximum plugins of a network; bounds the processes of one attach.
 const MAX_PLUGINS: usize = 32;
 const EXTENSIONS: [&str; 3] = ["conflist", "conf", "json"];
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfError {
     #[error(
-        "no network is configured: {} holds no .conflist or .conf file \
-         (put one there; `nacelled config cni` prints one that suits a single node)", .dir.display()
+        "no network is configured: {} has no .conflist or .conf file \
+         (`nacelled config cni` prints one for a single node)", .dir.display()
     )]
     None { dir: PathBuf },
     #[error("cannot read the network configuration {}", .path.display())]
@@ -34,7 +34,7 @@ pub enum ConfError {
     Invalid { path: PathBuf, problem: String },
 }
 
-/// Versions of the specification that this runtime speaks.
+/// Supported versions of the CNI spec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum SpecVersion {
     V0_3_0,
@@ -78,17 +78,17 @@ impl FromStr for SpecVersion {
 /// One plugin of a network.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plugin {
-    /// Name of its binary.
+    /// Name of the binary.
     pub kind: String,
-    /// Binary of the address management it delegates to, if any.
+    /// Binary of the IPAM plugin, if any.
     pub ipam: Option<String>,
-    /// Keys of the runtime's knowledge that it wants.
+    /// Supported capabilities (keys of `runtimeConfig`).
     pub capabilities: BTreeSet<String>,
-    /// Its configuration as written.
+    /// The plugin's configuration, unchanged.
     pub conf: Map<String, Value>,
 }
 
-/// A network: an ordered chain of plugins.
+/// A network configuration: an ordered list of plugins.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Network {
     pub path: PathBuf,
@@ -97,13 +97,13 @@ pub struct Network {
     pub disable_check: bool,
     pub disable_gc: bool,
     pub plugins: Vec<Plugin>,
-    /// The whole list as written (a single plugin wrapped into a list), to be kept with a pod.
+    /// The whole list, unchanged (a single plugin as a list of one), to be stored with a pod.
     pub source: Value,
 }
 
 impl Network {
-    /// Loads the first configuration of a folder, by name. A broken first one is an error: silently
-    /// taking the next would put pods on a network that nobody meant.
+    /// Loads the first configuration of a directory, by name. If it is invalid, that is an error:
+    /// the next one could be a different network.
     pub fn load(dir: &Path) -> Result<Self, ConfError> {
         let path = first_file(dir)?;
         let read = |source| ConfError::Read { path: path.clone(), source };
@@ -115,8 +115,7 @@ impl Network {
         }
         let value: Value = serde_json::from_slice(&text)
             .map_err(|source| ConfError::Json { path: path.clone(), source })?;
-        // A single plugin is what has a type; a list is what has plugins. The file's name only
-        // says what its author had in mind.
+        // A file without "plugins" is a single plugin, whatever its extension.
         let value = match value.get("plugins") {
             None if value.is_object() => wrap(value),
             _ => value,
@@ -124,12 +123,12 @@ impl Network {
         Self::from_value(path, value)
     }
 
-    /// Whether its plugins may be asked for GC.
-    pub fn collects(&self) -> bool {
+    /// Whether GC may be run.
+    pub fn supports_gc(&self) -> bool {
         self.version >= SpecVersion::V1_1_0 && !self.disable_gc
     }
 
-    /// Takes a list apart, as read from a file or as kept with a pod.
+    /// Parses a list, from a file or as stored with a pod.
     pub fn from_value(path: PathBuf, source: Value) -> Result<Self, ConfError> {
         match parse(&path, source) {
             Ok(network) => Ok(network),
@@ -150,8 +149,8 @@ fn first_file(dir: &Path) -> Result<PathBuf, ConfError> {
         .filter_map(Result::ok)
         .map(|entry| entry.path())
         .filter(|path| {
-            let wanted = path.extension().is_some_and(|e| EXTENSIONS.iter().any(|x| e == *x));
-            wanted && path.is_file()
+            let requested = path.extension().is_some_and(|e| EXTENSIONS.iter().any(|x| e == *x));
+            requested && path.is_file()
         })
         .min()
         .ok_or_else(|| ConfError::None { dir: dir.to_owned() })
@@ -173,13 +172,13 @@ fn parse(path: &Path, source: Value) -> Result<Network, String> {
     let name = list.get("name").and_then(Value::as_str).ok_or("it has no \"name\"")?;
     if !is_name(name) {
         return Err(format!(
-            "the name {name:?} must begin with a letter or digit and hold only these, '.', '_', '-'"
+            "the name {name:?} must start with a letter or digit and contain only these, '.', '_', '-'"
         ));
     }
     let plugins =
         list.get("plugins").and_then(Value::as_array).ok_or("\"plugins\" is not a list")?;
     if plugins.is_empty() || plugins.len() > MAX_PLUGINS {
-        return Err(format!("it names {} plugins; 1 to {MAX_PLUGINS} make sense", plugins.len()));
+        return Err(format!("it has {} plugins, not 1 to {MAX_PLUGINS}", plugins.len()));
     }
     Ok(Network {
         path: path.to_owned(),
@@ -196,7 +195,7 @@ fn parse(path: &Path, source: Value) -> Result<Network, String> {
     })
 }
 
-/// `cniVersions` (since 1.1) offers several: the highest that both sides speak is taken.
+/// With `cniVersions` (spec 1.1), the highest supported version is used.
 fn version(list: &Map<String, Value>) -> Result<SpecVersion, String> {
     let single = match list.get("cniVersion") {
         Some(v) => Some(v.as_str().ok_or("\"cniVersion\" is not a string")?),
@@ -211,9 +210,9 @@ fn version(list: &Map<String, Value>) -> Result<SpecVersion, String> {
         (Some(version), _) => Ok(version),
         (None, Some(text)) => text.parse(),
         (None, None) if !offered.is_empty() => {
-            Err("\"cniVersions\" holds none of 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0".into())
+            Err("\"cniVersions\" has none of 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0".into())
         }
-        (None, None) => Err("it has no \"cniVersion\" (1.0.0 suits most plugins)".into()),
+        (None, None) => Err("it has no \"cniVersion\" (most plugins support 1.0.0)".into()),
     }
 }
 
@@ -221,7 +220,7 @@ fn flag(list: &Map<String, Value>, key: &str) -> Result<bool, String> {
     match list.get(key) {
         None => Ok(false),
         Some(Value::Bool(b)) => Ok(*b),
-        // Both were accepted as strings before spec 1.1 settled on booleans.
+        // Strings were accepted before spec 1.1.
         Some(Value::String(s)) if s == "true" => Ok(true),
         Some(Value::String(s)) if s == "false" => Ok(false),
         Some(other) => Err(format!("\"{key}\" is {other}, not true or false")),
@@ -249,7 +248,7 @@ fn plugin(value: &Value) -> Result<Plugin, String> {
     Ok(Plugin { kind: kind.to_owned(), ipam, capabilities, conf: conf.clone() })
 }
 
-/// Types are file names in the plugin folders and must not lead out of them.
+/// Types are file names in the plugin directories.
 fn check_type(kind: &str) -> Result<(), String> {
     if kind.is_empty() || kind.contains('/') || kind == "." || kind == ".." {
         return Err(format!("the type {kind:?} is not the name of a plugin"));
@@ -257,7 +256,7 @@ fn check_type(kind: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Network names and container ids: spec section 1 and 2.
+/// Format of network names and container ids: spec sections 1 and 2.
 pub fn is_name(text: &str) -> bool {
     let mut chars = text.chars();
     chars.next().is_some_and(|c| c.is_ascii_alphanumeric())
@@ -279,7 +278,7 @@ mod tests {
     const LIST: &str = r#"{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"bridge"}]}"#;
 
     #[test]
-    fn the_first_file_by_name_counts_and_other_extensions_do_not() {
+    fn the_first_file_by_name_is_used_and_other_extensions_are_ignored() {
         let other = LIST.replace(r#""a""#, r#""b""#);
         let n = load(&[("20.conflist", LIST), ("10.conflist", &other), ("00.bak", "x")]).unwrap();
         assert_eq!(n.name, "b");
@@ -302,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn the_highest_common_version_is_taken() {
+    fn the_highest_common_version_is_used() {
         let n = load(&[(
             "1.conflist",
             r#"{"cniVersion":"0.4.0","cniVersions":["0.4.0","1.1.0","9.0.0"],"name":"a",
@@ -314,22 +313,22 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_or_missing_folder_says_what_to_do() {
+    fn the_error_for_an_empty_or_missing_directory_has_advice() {
         assert!(load(&[]).unwrap_err().contains("nacelled config cni"));
         let e = Network::load(Path::new("/nonexistent")).unwrap_err();
         assert!(matches!(e, ConfError::None { .. }), "{e}");
     }
 
     #[test]
-    fn each_mistake_is_named() {
+    fn each_error_is_specific() {
         for (text, expected) in [
             ("{", "not JSON"),
             ("[]", "not a JSON object"),
             (r#"{"cniVersion":"1.0.0","plugins":[{"type":"x"}]}"#, "no \"name\""),
-            (r#"{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"x"}]}"#, "must begin"),
+            (r#"{"cniVersion":"1.0.0","name":"../x","plugins":[{"type":"x"}]}"#, "must start"),
             (r#"{"name":"a","plugins":[{"type":"x"}]}"#, "no \"cniVersion\""),
             (r#"{"cniVersion":"7.0","name":"a","plugins":[{"type":"x"}]}"#, "\"7.0\" is not one"),
-            (r#"{"cniVersion":"1.0.0","name":"a","plugins":[]}"#, "names 0 plugins"),
+            (r#"{"cniVersion":"1.0.0","name":"a","plugins":[]}"#, "has 0 plugins"),
             (r#"{"cniVersion":"1.0.0","name":"a","plugins":[{}]}"#, "plugin 1: it has no \"type\""),
             (r#"{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"../sh"}]}"#, "not the name"),
             (
@@ -343,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endless_file_is_refused() {
+    fn an_oversized_file_is_refused() {
         let text = " ".repeat(MAX_CONF_BYTES as usize + 1);
         assert!(load(&[("1.conf", &text)]).unwrap_err().contains("longer than"));
     }

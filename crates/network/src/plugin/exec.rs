@@ -1,6 +1,6 @@
-#![allow(unsafe_code)] // a hook between fork and exec
-//! Runs one plugin: configuration in on stdin, answer out on stdout, with a deadline and a limit on
-//! what it may print. Whatever happens, no process is left behind by a run that failed.
+#![allow(unsafe_code)] // pre_exec
+//! Runs one plugin: configuration on stdin, result on stdout, with a timeout and an output limit. A
+//! failed run leaves no process behind.
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
@@ -15,42 +15,41 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-/// A plugin's child may keep the pipes open after the plugin itself has ended (a daemon it
-/// started); this is how often its end is looked for.
+/// Poll interval for the exit of a plugin whose child (a daemon) keeps the pipes open.
 const TICK: Duration = Duration::from_millis(20);
-/// How long to wait for a binary that is being written (plugins are updated under running nodes).
-const BUSY: Duration = Duration::from_millis(500);
-/// How long a killed plugin may take to vanish before its reaping is left to a thread of its own.
-const REAP: Duration = Duration::from_secs(2);
-/// Used when the daemon was started without one: plugins call iptables, sysctl and the like.
+/// Time to wait while the binary is being written (ETXTBSY), as during an update of plugins.
+const BUSY_TIMEOUT: Duration = Duration::from_millis(500);
+/// Time to reap a killed plugin before a thread takes over.
+const REAP_TIMEOUT: Duration = Duration::from_secs(2);
+/// PATH if the daemon has none: plugins run iptables, sysctl and others.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 #[derive(Debug, thiserror::Error)]
 pub enum ExecError {
     #[error("cannot start {}", .binary.display())]
     Spawn { binary: PathBuf, source: io::Error },
-    #[error("lost touch with {}", .binary.display())]
+    #[error("cannot communicate with {}", .binary.display())]
     Pipe { binary: PathBuf, source: io::Error },
     #[error(
-        "{} did not answer within {} ms and was killed{}", .binary.display(), .after.as_millis(),
-        said(.stderr)
+        "{} did not finish within {} ms and was killed{}", .binary.display(), .after.as_millis(),
+        format_output(.stderr)
     )]
     Timeout { binary: PathBuf, after: Duration, stderr: Vec<u8> },
-    #[error("{} was killed because something else could not wait", .binary.display())]
+    #[error("{} was killed because an ADD or DEL waited for it", .binary.display())]
     Interrupted { binary: PathBuf },
     #[error("{} printed more than {limit} bytes and was killed", .binary.display())]
     TooMuchOutput { binary: PathBuf, limit: usize },
 }
 
-/// What to run.
+/// Parameters of a run.
 pub struct Invocation<'a> {
     pub binary: &'a Path,
     pub env: Vec<(&'static str, OsString)>,
     pub stdin: &'a [u8],
     pub timeout: Duration,
-    /// Asked now and then; the plugin is killed once it is true.
-    pub give_way: Option<&'a dyn Fn() -> bool>,
-    /// Bytes on each of stdout and stderr.
+    /// Polled; the plugin is killed when it returns true.
+    pub should_stop: Option<&'a dyn Fn() -> bool>,
+    /// Maximum bytes on each of stdout and stderr.
     pub output_limit: usize,
 }
 
@@ -61,21 +60,21 @@ pub struct Output {
     pub stderr: Vec<u8>,
 }
 
-/// Formats what a plugin wrote to stderr for the end of an error message.
-pub fn said(stderr: &[u8]) -> String {
-    /// Enough for a message; a stack trace belongs into the plugin's own log.
+/// Formats a plugin's stderr for the end of an error message.
+pub fn format_output(stderr: &[u8]) -> String {
+    /// Maximum bytes of stderr in an error message.
     const SHOWN: usize = 512;
     let text = String::from_utf8_lossy(&stderr[..stderr.len().min(SHOWN)]);
     match text.trim() {
         "" => String::new(),
-        text => format!("; it said: {}", text.escape_debug()),
+        text => format!("; output: {}", text.escape_debug()),
     }
 }
 
 impl Invocation<'_> {
     pub fn run(&self) -> Result<Output, ExecError> {
-        let mut child = Running(Some(self.spawn()?));
-        match self.converse(child.get()) {
+        let mut child = KillOnDrop(Some(self.spawn()?));
+        match self.communicate(child.get()) {
             Ok(output) => {
                 child.0 = None;
                 Ok(output)
@@ -95,22 +94,22 @@ impl Invocation<'_> {
         if std::env::var_os("PATH").is_none() {
             command.env("PATH", DEFAULT_PATH);
         }
-        // SAFETY: between fork and exec only async-signal-safe calls are allowed; prctl is a bare
-        // system call that touches no memory of ours.
+        // SAFETY: between fork and exec only async-signal-safe calls are allowed; prctl is a plain
+        // system call that accesses no memory.
         unsafe {
             command.pre_exec(|| {
-                // A plugin that outlives the daemon would race with the clean-up of the next one.
+                // A plugin that outlives the daemon could race with the next daemon's clean-up.
                 nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
                 Ok(())
             });
         }
-        let patience = Instant::now() + BUSY;
+        let timeout = Instant::now() + BUSY_TIMEOUT;
         loop {
             match command.spawn() {
                 Ok(child) => return Ok(child),
                 Err(e)
                     if e.kind() == io::ErrorKind::ExecutableFileBusy
-                        && Instant::now() < patience =>
+                        && Instant::now() < timeout =>
                 {
                     std::thread::sleep(Duration::from_millis(5));
                 }
@@ -121,7 +120,7 @@ impl Invocation<'_> {
         }
     }
 
-    fn converse(&self, child: &mut Child) -> Result<Output, ExecError> {
+    fn communicate(&self, child: &mut Child) -> Result<Output, ExecError> {
         let pipe = |source| ExecError::Pipe { binary: self.binary.to_owned(), source };
         let deadline = Instant::now() + self.timeout;
         let mut stdin = child.stdin.take();
@@ -148,12 +147,11 @@ impl Invocation<'_> {
                     stderr: err,
                 });
             }
-            if self.give_way.is_some_and(|give_way| give_way()) {
+            if self.should_stop.is_some_and(|should_stop| should_stop()) {
                 return Err(ExecError::Interrupted { binary: self.binary.to_owned() });
             }
             let closed = stdout.is_none() && stderr.is_none();
-            // The end is looked for before the pipes are read, so that what was written before it
-            // is not lost.
+            // Before the pipes are read, so that output written before the exit is not lost.
             let ended = child.try_wait().map_err(pipe)?;
             write_some(&mut stdin, &mut input).map_err(pipe)?;
             for (reader, buffer) in [
@@ -172,7 +170,7 @@ impl Invocation<'_> {
                 return Ok(Output { status, stdout: out, stderr: err });
             }
             if closed {
-                // Both ends closed: the exit is a matter of microseconds.
+                // Both pipes closed: the plugin is about to exit.
                 std::thread::sleep(Duration::from_micros(200).min(left));
                 continue;
             }
@@ -195,7 +193,7 @@ fn nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes what fits; closes the pipe at the end, or when the plugin does not want more.
+/// Writes what fits; closes the pipe at the end of input or on EPIPE.
 fn write_some<W: Write>(pipe: &mut Option<W>, input: &mut &[u8]) -> io::Result<()> {
     while let Some(writer) = pipe {
         if input.is_empty() {
@@ -214,7 +212,7 @@ fn write_some<W: Write>(pipe: &mut Option<W>, input: &mut &[u8]) -> io::Result<(
 }
 
 trait Drain {
-    /// Reads what is there, a little more than `limit` at most; forgets the pipe at its end.
+    /// Reads what is available, at most a little more than `limit`; drops the pipe at end of file.
     fn drain(&mut self, buffer: &mut Vec<u8>, limit: usize) -> io::Result<()>;
 }
 
@@ -237,25 +235,25 @@ impl<R: Read> Drain for Option<R> {
     }
 }
 
-/// Kills the plugin's whole process group unless the run went well.
-struct Running(Option<Child>);
+/// Kills the plugin's process group when dropped, unless the run succeeded.
+struct KillOnDrop(Option<Child>);
 
-impl Running {
+impl KillOnDrop {
     fn get(&mut self) -> &mut Child {
-        self.0.as_mut().expect("taken only at the end of a good run")
+        self.0.as_mut().expect("only taken after a successful run")
     }
 }
 
-impl Drop for Running {
+impl Drop for KillOnDrop {
     fn drop(&mut self) {
         let Some(mut child) = self.0.take() else { return };
-        // Not reaped yet, so the group's number is still ours. Its members die even if the leader
-        // has ended already.
+        // The leader is not reaped, so the group id is still valid. Also kills the other members if
+        // the leader has exited.
         let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
-        let deadline = Instant::now() + REAP;
+        let deadline = Instant::now() + REAP_TIMEOUT;
         while let Ok(None) = child.try_wait() {
             if Instant::now() > deadline {
-                // Stuck in the kernel; it will be reaped whenever it comes out.
+                // Blocked in the kernel; reaped when it exits.
                 let _ = std::thread::Builder::new()
                     .name("cni-reaper".into())
                     .spawn(move || child.wait());
@@ -286,14 +284,14 @@ mod tests {
             env: vec![("CNI_COMMAND", "ADD".into())],
             stdin,
             timeout: Duration::from_millis(timeout_ms),
-            give_way: None,
+            should_stop: None,
             output_limit: 100_000,
         }
         .run()
     }
 
     #[test]
-    fn input_environment_output_and_status_pass() {
+    fn input_environment_output_and_exit_code_are_passed() {
         let big = vec![b'x'; 90_000];
         let output = run("cat; echo $CNI_COMMAND >&2; exit 3", &big, 5000).unwrap();
         assert_eq!(output.stdout, big);
@@ -302,13 +300,13 @@ mod tests {
     }
 
     #[test]
-    fn a_plugin_that_reads_nothing_is_no_error() {
+    fn a_plugin_may_ignore_its_input() {
         let output = run("echo ok", &vec![b'x'; 200_000], 5000).unwrap();
         assert_eq!(output.stdout, b"ok\n");
     }
 
     #[test]
-    fn a_hanging_plugin_dies_with_its_children() {
+    fn a_hanging_plugin_is_killed_with_its_children() {
         let dir = tempfile::tempdir().unwrap();
         let pid_file = dir.path().join("pid");
         let text = format!("sleep 600 & echo $! > {}; echo stuck >&2; wait", pid_file.display());
@@ -320,20 +318,20 @@ mod tests {
         let stat = format!("/proc/{}/stat", pid.trim());
         let gone = (0..200).any(|_| {
             std::thread::sleep(Duration::from_millis(10));
-            // An orphan whose reaper is slow shows as a zombie for a while.
+            // An orphan may be a zombie for a while.
             std::fs::read_to_string(&stat).map_or(true, |s| s.contains(") Z "))
         });
-        assert!(gone, "the child is still there");
+        assert!(gone, "the child still runs");
     }
 
     #[test]
-    fn endless_output_is_cut() {
+    fn endless_output_is_refused() {
         let error = run("while :; do echo xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx; done", b"", 20_000);
         assert!(matches!(error, Err(ExecError::TooMuchOutput { limit: 100_000, .. })));
     }
 
     #[test]
-    fn a_daemon_that_keeps_the_pipes_open_does_not_hold_us_up() {
+    fn a_daemon_that_keeps_the_pipes_open_does_not_block() {
         let started = Instant::now();
         let output = run("sleep 5 & echo done", b"", 4000).unwrap();
         assert_eq!(output.stdout, b"done\n");
@@ -341,13 +339,13 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_binary_is_named() {
+    fn the_error_for_a_missing_binary_has_its_path() {
         let error = Invocation {
             binary: Path::new("/nonexistent/plugin"),
             env: vec![],
             stdin: b"",
             timeout: Duration::from_secs(1),
-            give_way: None,
+            should_stop: None,
             output_limit: 1,
         }
         .run()

@@ -1,8 +1,8 @@
-//! The runtime's side of the Container Network Interface, versions 0.3.0 to 1.1.0
+//! Runtime side of CNI, versions 0.3.0 to 1.1.0
 //! (<https://github.com/containernetworking/cni/blob/main/SPEC.md>): network configurations
-//! ([`conf`], section 1), running plugins ([`exec`], sections 2 and 3), their answers ([`reply`],
-//! section 5), what they are told beside the configuration ([`params`]), and chains of them
-//! ([`chain`], section 3 and 4). Knows processes and JSON, has never heard of namespaces or taps.
+//! ([`conf`], section 1), running plugins ([`exec`], sections 2 and 3), parameters ([`params`]),
+//! results ([`reply`], section 5), and plugin chains ([`chain`], sections 3 and 4). Knows processes
+//! and JSON, nothing of namespaces or taps.
 
 pub mod chain;
 pub mod conf;

@@ -1,6 +1,5 @@
-//! What plugins are told beside the network's configuration: the environment (CNI spec section 2),
-//! `CNI_ARGS`, and the runtime's knowledge by capability (`runtimeConfig`, section 3 and
-//! CONVENTIONS.md).
+//! Parameters of plugins apart from the network configuration: environment (CNI spec section 2),
+//! `CNI_ARGS`, and `runtimeConfig` by capability (section 3 and CONVENTIONS.md).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,38 +11,37 @@ use super::conf::{Network, is_name};
 use super::quantity;
 use crate::model::Pod;
 
-/// Longer ids make file names that file systems refuse.
+/// Maximum length of an id, bytes; it becomes part of file names.
 const MAX_ID: usize = 128;
-/// Annotations of the kubelet's own, honoured by containerd and CRI-O.
+/// Bandwidth annotations of Kubernetes, also supported by containerd and CRI-O.
 const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
 const EGRESS: &str = "kubernetes.io/egress-bandwidth";
-/// Capabilities that stand for a wish of the pod; the others are for whom it may concern.
-const ASKED: [&str; 2] = ["portMappings", "bandwidth"];
-/// Bits that may pass in one go above the rate: as containerd says it, the most that the plugin
-/// takes.
+/// Capabilities that a pod requests explicitly; others are optional information.
+const REQUESTED: [&str; 2] = ["portMappings", "bandwidth"];
+/// Burst, bits: the maximum of the bandwidth plugin, as in containerd.
 const BURST_BITS: u64 = u32::MAX as u64;
-/// Rates that make sense, in bits a second: 1k to 1P, as for a kubelet and containerd.
+/// Valid rates, bits per second: 1k to 1P, as in kubelet and containerd.
 const RATES: std::ops::RangeInclusive<i128> = 1_000..=1_000_000_000_000_000;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PodError {
     #[error(
-        "the pod id {id:?} must begin with a letter or digit, hold only these, '.', '_' and '-', \
+        "the pod id {id:?} must start with a letter or digit, contain only these, '.', '_' and '-', \
          and be at most {MAX_ID} long"
     )]
     Id { id: String },
     #[error(
-        "the pod's {what} {value:?} holds ';', '=' or a control character, which CNI cannot carry"
+        "the pod's {what} {value:?} contains ';', '=' or a control character, which CNI_ARGS cannot"
     )]
     Argument { what: &'static str, value: String },
-    #[error("the annotation {key} is {value:?}, not a number of bits a second such as 10M")]
+    #[error("the annotation {key} is {value:?}, not a number of bits per second such as 10M")]
     Bandwidth { key: &'static str, value: String },
-    #[error("the annotation {key} is {value:?}; between 1k and 1P bits a second make sense")]
+    #[error("the annotation {key} is {value:?}, not between 1k and 1P bits per second")]
     BandwidthRange { key: &'static str, value: String },
 }
 
-/// One pod on one network, as each plugin of the chain sees it. Kept on disk with the pod, so that
-/// it can be taken off the network exactly as it was put on.
+/// Parameters of one attachment, the same for all plugins of the chain. Stored with the pod, as DEL
+/// needs the same ones as ADD.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Params {
     pub container_id: String,
@@ -51,7 +49,7 @@ pub struct Params {
     pub netns: PathBuf,
     /// `CNI_ARGS`, in order.
     pub args: Vec<(String, String)>,
-    /// All we know, by capability; each plugin gets what it asked for.
+    /// All `runtimeConfig` values by capability; each plugin gets those of its capabilities.
     pub runtime: Map<String, Value>,
 }
 
@@ -65,7 +63,7 @@ impl Params {
             ("K8S_POD_INFRA_CONTAINER_ID", "id", &pod.id),
             ("K8S_POD_UID", "uid", &pod.uid),
         ] {
-            // A name such as "x;IP=10.0.0.1" would become an argument of its own.
+            // A name such as "x;IP=10.0.0.1" would add another argument.
             if value.contains([';', '=']) || value.contains(char::is_control) {
                 return Err(PodError::Argument { what, value: value.clone() });
             }
@@ -80,16 +78,19 @@ impl Params {
         })
     }
 
-    /// For a pod of which nothing but the id is known any more.
-    pub fn bare(id: &str, interface: &str, netns: &Path) -> Result<Self, PodError> {
+    /// Parameters of a pod of which only the id is known.
+    pub fn from_id(id: &str, interface: &str, netns: &Path) -> Result<Self, PodError> {
         Self::new(&Pod { id: id.to_owned(), ..Pod::default() }, interface, netns)
     }
 
-    /// What the pod asks for and no plugin of the network does, by capability. As with other
-    /// runtimes the pod runs without.
-    pub fn unserved<'a>(&'a self, network: &'a Network) -> impl Iterator<Item = &'a str> {
+    /// Requested capabilities that no plugin of the network supports. As with other runtimes the
+    /// pod runs anyway.
+    pub fn unsupported_capabilities<'a>(
+        &'a self,
+        network: &'a Network,
+    ) -> impl Iterator<Item = &'a str> {
         let served = |key: &str| network.plugins.iter().any(|p| p.capabilities.contains(key));
-        ASKED.into_iter().filter(move |key| self.runtime.contains_key(*key) && !served(key))
+        REQUESTED.into_iter().filter(move |key| self.runtime.contains_key(*key) && !served(key))
     }
 
     pub fn args(&self) -> String {
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_name_the_pod() {
+    fn cni_args_contain_the_pods_metadata() {
         assert_eq!(
             params(&pod()).unwrap().args(),
             "IgnoreUnknown=1;K8S_POD_NAMESPACE=prod;K8S_POD_NAME=web;\
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_cannot_smuggle_an_argument_in() {
+    fn a_name_cannot_add_an_argument() {
         let e = params(&Pod { name: "x;IP=10.0.0.1".into(), ..pod() }).unwrap_err();
         assert!(e.to_string().contains("name \"x;IP=10.0.0.1\""), "{e}");
         for id in ["", "../x", "-a", &"x".repeat(200)] {
@@ -227,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn wishes_that_no_plugin_serves_are_found() {
+    fn unsupported_capabilities_are_found() {
         let network = |capabilities: Value| {
             let plugin = json!({"type": "x", "capabilities": capabilities});
             let list = json!({"cniVersion": "1.0.0", "name": "n", "plugins": [plugin]});
@@ -235,13 +236,20 @@ mod tests {
         };
         let annotations = [(INGRESS.to_owned(), "1M".to_owned())].into();
         let p = params(&Pod { annotations, cgroup_parent: "/x".into(), ..pod() }).unwrap();
-        let unserved = |n: &Network| p.unserved(n).map(str::to_owned).collect::<Vec<_>>();
-        assert_eq!(unserved(&network(json!({"portMappings": true}))), ["bandwidth"]);
-        assert_eq!(unserved(&network(json!({"bandwidth": true}))), Vec::<String>::new());
+        let unsupported_capabilities =
+            |n: &Network| p.unsupported_capabilities(n).map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(
+            unsupported_capabilities(&network(json!({"portMappings": true}))),
+            ["bandwidth"]
+        );
+        assert_eq!(
+            unsupported_capabilities(&network(json!({"bandwidth": true}))),
+            Vec::<String>::new()
+        );
     }
 
     #[test]
-    fn a_bandwidth_that_is_none_is_refused_by_the_annotations_name() {
+    fn an_invalid_bandwidth_is_refused_with_the_name_of_the_annotation() {
         let error = |key: &str, value: &str| {
             let annotations = [(key.to_owned(), value.to_owned())].into();
             params(&Pod { annotations, ..pod() }).unwrap_err()
@@ -261,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_and_the_largest_bandwidth_pass_with_the_burst_of_other_runtimes() {
+    fn the_minimum_and_maximum_bandwidth_are_accepted_with_containerds_burst() {
         let annotations = [(INGRESS.into(), "1k".into()), (EGRESS.into(), "1P".into())].into();
         let p = params(&Pod { annotations, ..pod() }).unwrap();
         assert_eq!(

@@ -1,11 +1,12 @@
-//! Quantities as Kubernetes writes them (apimachinery, `resource.Quantity`): a decimal number and a
-//! suffix, of ten (`k`, `M`, ... and `m`, `u`, `n`), of two (`Ki`, `Mi`, ...) or an exponent (`e3`).
+//! Parser of Kubernetes quantities (apimachinery, `resource.Quantity`): a decimal number with a
+//! decimal suffix (`k`, `M`, ... and `m`, `u`, `n`), a binary suffix (`Ki`, `Mi`, ...) or an
+//! exponent (`e3`).
 
-/// Longer texts are nobody's quantity; the digits of what is left fit an `i128`.
+/// Maximum length of the text, so that the digits fit an `i128`.
 const MAX_LENGTH: usize = 38;
 
-/// The whole number that a quantity stands for, fractions rounded away from zero; what is beyond
-/// an `i128` saturates. None: not a quantity.
+/// The value as a whole number, rounded away from zero; saturates at the limits of `i128`. None if
+/// it is not a quantity.
 pub fn parse(text: &str) -> Option<i128> {
     if text.len() > MAX_LENGTH {
         return None;
@@ -19,13 +20,13 @@ pub fn parse(text: &str) -> Option<i128> {
     let (number, suffix) = rest.split_at(end);
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let digits = [whole, fraction].concat();
-    // An all too dotted number fails here.
+    // A second dot fails here.
     let mantissa: i128 = digits.parse().ok()?;
     let decimals = i64::try_from(fraction.len()).ok()?;
     let (twos, tens) = scale(suffix)?;
     let mut value = mantissa.saturating_mul(1 << twos);
     let tens = tens.saturating_sub(decimals);
-    // More steps change nothing: the value has saturated or become one.
+    // With more steps the value would already be saturated or one.
     for _ in 0..tens.unsigned_abs().min(40) {
         value = match tens > 0 {
             true => value.saturating_mul(10),
@@ -35,7 +36,7 @@ pub fn parse(text: &str) -> Option<i128> {
     Some(sign * value)
 }
 
-/// Powers of two and of ten that a suffix stands for.
+/// Powers of two and of ten of a suffix.
 fn scale(suffix: &str) -> Option<(u32, i64)> {
     Some(match suffix {
         "n" => (0, -9),
@@ -63,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantities_are_read_as_kubernetes_reads_them() {
+    fn quantities_are_parsed_as_in_kubernetes() {
         for (text, value) in [
             ("0", 0),
             ("10M", 10_000_000),
@@ -91,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_quantity_is_none() {
+    fn other_texts_are_not_quantities() {
         for text in [
             "",
             " 1",

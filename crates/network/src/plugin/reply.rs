@@ -1,5 +1,5 @@
-//! What plugins answer: CNI spec section 5. Their words are kept as they came, because the next
-//! plugin gets them; what we use ourselves is checked and typed.
+//! Results and errors of plugins: CNI spec section 5. The raw result is kept for the next plugin;
+//! the parts used here are validated.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::cidr::Cidr;
 use crate::model::Dns;
 
-/// An error a plugin reported in the specified form.
+/// An error result.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Failure {
     pub code: u64,
@@ -20,11 +20,11 @@ pub struct Failure {
     pub details: String,
 }
 
-/// Codes of section 5 that the runtime acts on.
+/// Error codes of section 5.
 pub mod code {
     pub const INCOMPATIBLE_VERSION: u64 = 1;
     pub const UNSUPPORTED_FIELD: u64 = 2;
-    /// Nothing is known of the container: for DEL as good as success.
+    /// Unknown container; success for DEL.
     pub const UNKNOWN_CONTAINER: u64 = 3;
     pub const INVALID_ENVIRONMENT: u64 = 4;
     pub const IO_FAILURE: u64 = 5;
@@ -36,22 +36,22 @@ pub mod code {
 }
 
 impl Failure {
-    /// What the code means and what to do about it; empty for a plugin's own codes.
+    /// Meaning of the code; empty for a plugin's own codes.
     pub fn hint(&self) -> &'static str {
         match self.code {
             code::INCOMPATIBLE_VERSION => {
-                "the plugin does not speak the configuration's cniVersion: lower it or update \
+                "the plugin does not support the configuration's cniVersion: lower it or update \
                  the plugins"
             }
             code::UNSUPPORTED_FIELD => "the configuration has a field the plugin does not support",
-            code::INVALID_ENVIRONMENT => "the plugin found its environment invalid",
+            code::INVALID_ENVIRONMENT => "the environment is invalid",
             code::IO_FAILURE => "the plugin could not read its input",
             code::DECODING_FAILURE => "the plugin could not decode the configuration",
             code::INVALID_NETWORK => "the network configuration is invalid",
-            code::TRY_AGAIN_LATER => "a passing condition, try again later",
-            code::UNAVAILABLE => "the plugin cannot serve pods now",
+            code::TRY_AGAIN_LATER => "temporary error, try again later",
+            code::UNAVAILABLE => "the plugin cannot attach pods now",
             code::UNAVAILABLE_LIMITED => {
-                "the plugin cannot serve pods now, and existing ones may have lost connectivity"
+                "the plugin cannot attach pods now, and attached ones may have lost connectivity"
             }
             _ => "",
         }
@@ -80,14 +80,13 @@ impl fmt::Display for Failure {
     }
 }
 
-/// Interfaces, addresses or routes one result may hold; a plugin gone wild must not make the guest
-/// configuration unbounded.
+/// Maximum interfaces, addresses or routes of one result.
 const MAX_ENTRIES: usize = 256;
 
-/// The answer to ADD.
+/// The result of ADD.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Success {
-    /// As printed, for the next plugin and for later commands.
+    /// Unchanged, for the next plugin and later operations.
     pub raw: Value,
     pub interfaces: Vec<ResultInterface>,
     pub ips: Vec<ResultIp>,
@@ -98,7 +97,7 @@ pub struct Success {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct ResultInterface {
     pub name: String,
-    /// Netns the interface is in; empty: the host's.
+    /// Network namespace of the interface; empty for the host's.
     #[serde(default)]
     pub sandbox: String,
 }
@@ -158,7 +157,7 @@ struct WireDns {
 }
 
 impl Success {
-    /// Says in words what is wrong with an answer that does not fit the specification.
+    /// Parses a result; the error describes what is invalid.
     pub fn parse(stdout: &[u8]) -> Result<Self, String> {
         if stdout.iter().all(u8::is_ascii_whitespace) {
             return Err("it printed nothing".into());
@@ -179,7 +178,7 @@ impl Success {
             [("interfaces", interfaces.len()), ("ips", ips.len()), ("routes", routes.len())]
         {
             if n > MAX_ENTRIES {
-                return Err(format!("it holds {n} {what}, more than {MAX_ENTRIES}"));
+                return Err(format!("it has {n} {what}, the maximum is {MAX_ENTRIES}"));
             }
         }
         let ips = ips.into_iter().map(|ip| ip.check(interfaces.len())).collect::<Result<_, _>>()?;
@@ -197,10 +196,15 @@ impl WireIp {
     fn check(self, interfaces: usize) -> Result<ResultIp, String> {
         let interface = match self.interface {
             None => None,
-            // Plugins of the 0.3 days print -1 for "none".
+            // Plugins of version 0.3 use -1 for "none".
             Some(i) if i < 0 => None,
             Some(i) if (i as usize) < interfaces => Some(i as usize),
-            Some(i) => return Err(format!("address {} is on interface {i} of none", self.address)),
+            Some(i) => {
+                return Err(format!(
+                    "address {} refers to interface {i}, which is not in the result",
+                    self.address
+                ));
+            }
         };
         Ok(ResultIp {
             address: self.address.parse()?,
@@ -220,7 +224,7 @@ fn address(text: Option<&str>) -> Result<Option<IpAddr>, String> {
 impl From<WireDns> for Dns {
     fn from(wire: WireDns) -> Self {
         let mut searches = wire.search.unwrap_or_default();
-        // `domain` is the older way to write a search list of one.
+        // `domain` is the older form of a search list with one entry.
         if let Some(domain) = wire.domain.filter(|d| !d.is_empty())
             && !searches.contains(&domain)
         {
@@ -234,7 +238,7 @@ impl From<WireDns> for Dns {
     }
 }
 
-/// The answer to VERSION.
+/// The result of VERSION.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Versions {
     #[serde(rename = "supportedVersions")]
@@ -246,7 +250,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_result_of_each_generation_is_understood() {
+    fn results_of_all_versions_are_parsed() {
         let new = br#"{"cniVersion":"1.0.0","interfaces":[{"name":"br0"},
             {"name":"eth0","mac":"aa:bb:cc:dd:ee:ff","sandbox":"/run/netns/x"}],
             "ips":[{"address":"10.1.0.5/16","gateway":"10.1.0.1","interface":1},
@@ -265,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn rubbish_is_described() {
+    fn invalid_results_are_described() {
         for (text, expected) in [
             ("", "printed nothing"),
             ("hello", "not JSON"),
@@ -285,11 +289,11 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_carries_code_message_details_and_what_to_do() {
+    fn a_failure_has_code_message_details_and_hint() {
         let f = Failure::parse(br#"{"code":11,"msg":"pool busy","details":"lock held"}"#).unwrap();
         assert_eq!(
             f.to_string(),
-            "pool busy (lock held), code 11: a passing condition, try again later"
+            "pool busy (lock held), code 11: temporary error, try again later"
         );
         assert_eq!(Failure::parse(b"{}"), None);
         assert_eq!(Failure::parse(b"panic: oh"), None);

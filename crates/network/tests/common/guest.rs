@@ -1,6 +1,6 @@
-//! Guests without a VM. A second network namespace plays the guest: it is configured from the
-//! attachment alone, and a pump between each of its taps and the pod's plays the VM's NIC,
-//! virtio-net headers and all.
+//! Test guests without a VM. A second network namespace acts as the guest: it is configured from
+//! the attachment only, and a thread copies frames between its taps and the pod's, as the VM's NIC
+//! would, with virtio-net headers.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -17,14 +17,14 @@ use nix::sched::{CloneFlags, setns};
 
 use super::{Host, on_a_host, run, run_in};
 
-/// The largest frame with offloads, and its header.
+/// Maximum frame size with offloads, and the header.
 const FRAME: usize = 65_536 + 64;
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Runs a test where the plugins are, on a host with a network of the default form.
+/// Runs a test with Debian's plugins on a host with the default network.
 pub fn on_a_network(body: impl FnOnce(&Host, &Cni) + Send + 'static) {
     if !Path::new("/usr/lib/cni/bridge").exists() && !Path::new("/opt/cni/bin/bridge").exists() {
-        println!("SKIP: the CNI plugins are missing (Debian package containernetworking-plugins)");
+        println!("SKIP: no CNI plugins (Debian package containernetworking-plugins)");
         return;
     }
     on_a_host(|host| {
@@ -34,8 +34,7 @@ pub fn on_a_network(body: impl FnOnce(&Host, &Cni) + Send + 'static) {
     });
 }
 
-/// A stand-in for a VM: its own namespace, and a pump between two taps for
-/// each interface.
+/// A test guest: a namespace, and for each interface a thread that copies frames between two taps.
 pub struct Guest {
     pub netns: PathBuf,
     stop: Arc<AtomicBool>,
@@ -104,7 +103,7 @@ impl Drop for Guest {
     }
 }
 
-/// Carries whole frames with their virtio-net headers both ways.
+/// Copies frames with their virtio-net headers in both directions.
 fn pump(one: &OwnedFd, other: &OwnedFd, stop: &AtomicBool) {
     let mut frame = vec![0; FRAME];
     while !stop.load(Ordering::Relaxed) {
@@ -116,14 +115,14 @@ fn pump(one: &OwnedFd, other: &OwnedFd, stop: &AtomicBool) {
         let ready: Vec<bool> = fds.iter().map(|f| f.any() == Some(true)).collect();
         for (from, to, ready) in [(one, other, ready[0]), (other, one, ready[1])] {
             if ready && let Ok(n) = nix::unistd::read(from, &mut frame) {
-                // A full queue drops frames, as a wire does.
+                // A full queue drops frames.
                 let _ = nix::unistd::write(to, &frame[..n]);
             }
         }
     }
 }
 
-/// Runs something on a thread inside a namespace.
+/// Runs `work` on a thread in a namespace.
 pub fn inside<T: Send>(netns: &Path, work: impl FnOnce() -> T + Send) -> T {
     let file = std::fs::File::open(netns).unwrap();
     std::thread::scope(|scope| {
@@ -135,7 +134,7 @@ pub fn inside<T: Send>(netns: &Path, work: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// Answers each connection with the address it came from and all that it sent.
+/// Replies to each connection with its source address and all received bytes.
 pub fn serve(netns: &Path, address: &str) -> JoinHandle<()> {
     let listener = inside(netns, || TcpListener::bind(address).unwrap());
     std::thread::spawn(move || {
@@ -147,25 +146,25 @@ pub fn serve(netns: &Path, address: &str) -> JoinHandle<()> {
     })
 }
 
-/// Sends a lot to a server of [`serve`] and checks that it comes back; the address it saw.
+/// Sends data to a server of [`serve`] and checks the reply; returns the source address.
 pub fn ask(netns: Option<&Path>, address: &str) -> String {
     let address: SocketAddr = address.parse().unwrap();
     let connect = || {
-        TcpStream::connect_timeout(&address, PATIENCE)
+        TcpStream::connect_timeout(&address, TIMEOUT)
             .unwrap_or_else(|e| panic!("from {netns:?} to {address}: {e}"))
     };
     let mut stream = match netns {
         Some(netns) => inside(netns, connect),
         None => connect(),
     };
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     let sent: Vec<u8> = (0..400_000_u32).map(|i| (i % 251) as u8).collect();
     stream.write_all(&sent).unwrap();
     stream.shutdown(std::net::Shutdown::Write).unwrap();
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).unwrap();
     let end = answer.iter().position(|b| *b == b'\n').unwrap();
-    assert!(answer[end + 1..] == sent[..], "the bytes that came back are others");
+    assert!(answer[end + 1..] == sent[..], "the received bytes differ");
     String::from_utf8(answer[..end].to_vec()).unwrap()
 }
 

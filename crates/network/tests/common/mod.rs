@@ -1,5 +1,5 @@
-//! A host of one's own for a test: a thread with its own network and mount namespaces, in which
-//! plugins may do to bridges, firewall rules and leases what they like.
+//! A test host: a thread with new network and mount namespaces, in which plugins can change
+//! bridges, firewall rules and leases.
 
 #![allow(dead_code)] // each test file uses a part
 
@@ -49,7 +49,7 @@ impl Host {
         fs::write(self.path("conf/10-test.conflist"), text).unwrap();
     }
 
-    /// A plugin that is a shell script.
+    /// Adds a plugin that is a shell script.
     pub fn plugin(&self, name: &str, script: &str) {
         fs::create_dir_all(self.path("bin")).unwrap();
         let path = self.path("bin").join(name);
@@ -57,7 +57,7 @@ impl Host {
         fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
     }
 
-    /// What scripts noted with `>> $LOG`.
+    /// Output of scripts with `>> $LOG`.
     pub fn log(&self) -> String {
         fs::read_to_string(self.path("log")).unwrap_or_default()
     }
@@ -66,9 +66,9 @@ impl Host {
         let _ = fs::remove_file(self.path("log"));
     }
 
-    /// Names in a folder of ours; none if it is not there.
-    pub fn names(&self, folder: &str) -> Vec<String> {
-        let Ok(entries) = fs::read_dir(self.path(folder)) else { return Vec::new() };
+    /// Names in a directory of the test; empty if it does not exist.
+    pub fn names(&self, directory: &str) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(self.path(directory)) else { return Vec::new() };
         let mut names: Vec<String> =
             entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
@@ -84,11 +84,11 @@ impl Host {
     }
 }
 
-/// Runs a test on a host of its own; says why not when that is impossible.
+/// Runs a test on a new host; prints SKIP if that is not possible.
 pub fn on_a_host(body: impl FnOnce(&Host) + Send + 'static) {
     let thread = std::thread::spawn(move || {
         if let Err(e) = unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS) {
-            println!("SKIP: needs root to make namespaces ({e})");
+            println!("SKIP: cannot create namespaces without root ({e})");
             return;
         }
         mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE).unwrap();
@@ -101,7 +101,7 @@ pub fn on_a_host(body: impl FnOnce(&Host) + Send + 'static) {
         };
         run("ip", &["link", "set", "lo", "up"]);
         body(&host);
-        // The runtime's threads are in our namespaces and go first.
+        // First, as the runtime's threads are in these namespaces.
         drop(host.runtime);
         let _ =
             nix::mount::umount2(&host.dir.path().join("netns"), nix::mount::MntFlags::MNT_DETACH);
@@ -138,7 +138,7 @@ pub fn run_in(netns: &Path, program: &str, args: &[&str]) -> String {
     run("nsenter", &all.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
-/// Puts a veth pair with one address into the pod's namespace, as `bridge` would.
+/// Adds a veth pair with one address to the pod's namespace, as `bridge` does.
 pub const GOOD: &str = r#"
 LOG=$(dirname "$0")/../log
 echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME ${CNI_NETNS:-none} $CNI_ARGS" >> $LOG

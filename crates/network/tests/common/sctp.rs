@@ -1,6 +1,6 @@
 #![allow(unsafe_code)] // a raw socket of a protocol that nix does not name
-//! The first packet of SCTP associations (RFC 9260), over raw sockets, so that neither end needs a
-//! kernel with SCTP: what is on the way (port maps, connection tracking) does not notice.
+//! SCTP INIT packets (RFC 9260) over raw sockets, so that neither end needs a kernel with SCTP.
+//! Port mapping and connection tracking are not affected by that.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -12,27 +12,27 @@ use nix::sys::time::TimeVal;
 /// Common header and an INIT chunk without parameters.
 const LENGTH: usize = 12 + 20;
 
-/// In the calling thread's namespace; all SCTP packets of the namespace arrive.
-pub fn socket(patience: Duration) -> OwnedFd {
+/// A raw socket in the thread's namespace, which receives all SCTP packets.
+pub fn socket(timeout: Duration) -> OwnedFd {
     // SAFETY: takes integers only.
     let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_SCTP) };
     assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: a descriptor that was made above and that nobody else has.
+    // SAFETY: the descriptor was just created; nothing else owns it.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    let patience = TimeVal::new(patience.as_secs() as i64, 0);
-    setsockopt(&socket, sockopt::ReceiveTimeout, &patience).unwrap();
+    let timeout = TimeVal::new(timeout.as_secs() as i64, 0);
+    setsockopt(&socket, sockopt::ReceiveTimeout, &timeout).unwrap();
     socket
 }
 
-/// Asks for an association.
+/// Sends an INIT.
 pub fn send_init(socket: &OwnedFd, source_port: u16, to: Ipv4Addr, port: u16) {
     let mut packet = Vec::new();
     packet.extend(source_port.to_be_bytes());
     packet.extend(port.to_be_bytes());
-    // An INIT carries no tag in its header; the checksum comes at the end.
+    // The verification tag of an INIT is 0; the checksum is added last.
     packet.extend([0; 8]);
     packet.extend([1, 0, 0, 20]);
-    // Its own tag, window, streams out and in, first sequence number.
+    // Initiate tag, window, outbound and inbound streams, initial TSN.
     packet.extend(0x1234_5678_u32.to_be_bytes());
     packet.extend(65_536_u32.to_be_bytes());
     packet.extend([0, 1, 0, 1]);
@@ -43,25 +43,26 @@ pub fn send_init(socket: &OwnedFd, source_port: u16, to: Ipv4Addr, port: u16) {
     sendto(socket.as_raw_fd(), &packet, &to, MsgFlags::empty()).unwrap();
 }
 
-/// Source address and destination port of the next INIT whose checksum is right; none in time.
+/// Source address and destination port of the next INIT with a valid checksum; None after the
+/// timeout.
 pub fn recv_init(socket: &OwnedFd) -> Option<(Ipv4Addr, u16)> {
     let mut buffer = [0; 2048];
     loop {
         let n = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()).ok()?;
-        // Raw sockets of IPv4 give the IP header as well, of 20 bytes without options.
+        // IPv4 raw sockets include the IP header, of 20 bytes without options.
         let (ip, mut sctp) = (buffer[..20].to_vec(), buffer[20..n].to_vec());
         if sctp.len() != LENGTH || sctp[12] != 1 {
             continue;
         }
         let sum = sctp[8..12].to_vec();
         sctp[8..12].fill(0);
-        assert_eq!(sum, crc32c(&sctp).to_le_bytes(), "the checksum was not kept right on the way");
+        assert_eq!(sum, crc32c(&sctp).to_le_bytes(), "the checksum was not updated");
         let from = Ipv4Addr::new(ip[12], ip[13], ip[14], ip[15]);
         return Some((from, u16::from_be_bytes([sctp[2], sctp[3]])));
     }
 }
 
-/// Castagnoli's, reflected.
+/// CRC-32C (Castagnoli), reflected.
 fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |sum, byte| {
         (0..8).fold(sum ^ u32::from(*byte), |sum, _| {

@@ -1,5 +1,5 @@
 #![allow(unsafe_code)] // the tun driver is set up by ioctl
-//! A guest's own end: a tap whose frames begin with a virtio-net header, as on the pod's side.
+//! The guest's end of a connection: a tap with virtio-net headers, as on the pod's side.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 

@@ -1,5 +1,5 @@
-//! The words that both sides prime zlib with (SPDY draft 3, section 2.6.10.1): names and values,
-//! each after its length, then a text.
+//! The zlib dictionary of both sides (SPDY draft 3, section 2.6.10.1): names and values with their
+//! lengths, then a text.
 
 const WORDS: &[&str] = &[
     "options",
@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_dictionary_is_the_one_whose_checksum_every_peer_sends() {
+    fn the_dictionary_has_the_checksum_of_the_specification() {
         assert_eq!(DICTIONARY.len(), 1423);
         let (mut a, mut b) = (1u32, 0u32);
         for byte in DICTIONARY {

@@ -1,5 +1,5 @@
-//! Frames on the wire. Control frames are gathered whole, below a cap; data frames are handed on
-//! in pieces as they arrive, however long they say they are.
+//! Frame encoding. Control frames are buffered up to a limit; data frames are passed on in pieces
+//! as they arrive, whatever their length.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -54,7 +54,7 @@ pub(crate) enum Frame {
         headers: Headers,
         end: bool,
     },
-    /// A piece of a data frame; `end` with the last piece only.
+    /// A piece of a data frame; `end` is set on the last piece only.
     Data {
         id: u32,
         bytes: Bytes,
@@ -66,18 +66,18 @@ pub(crate) enum Frame {
     Ping {
         id: u32,
     },
-    /// A HEADERS frame matters for its end flag only.
+    /// HEADERS with FLAG_FIN; its content is not used.
     End {
         id: u32,
     },
-    /// Nothing that a server of these protocols has to act on.
+    /// A frame that needs no action by the server.
     Other,
 }
 
 pub(crate) struct Decoder {
     inflater: Inflater,
     control_limit: usize,
-    /// Inside a data frame: what is left of it.
+    /// Remainder of the current data frame.
     data: Option<Data>,
 }
 
@@ -92,7 +92,7 @@ impl Decoder {
         Decoder { inflater: Inflater::new(header_limit), control_limit, data: None }
     }
 
-    /// Takes a frame, or a piece of one, off the front. None: more bytes are needed.
+    /// Decodes a frame, or a piece of a data frame. None: more bytes are needed.
     pub(crate) fn decode(&mut self, bytes: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
         if let Some(data) = &mut self.data {
             let length = data.left.min(bytes.len()).min(CHUNK);
@@ -149,7 +149,7 @@ impl Decoder {
         let mut rest = payload;
         match kind {
             kind::SYN_STREAM => {
-                // Stream, associated stream, priority and slot; then the headers.
+                // Stream id, associated stream id, priority and slot; then the header block.
                 let (fixed, block) = payload.split_at_checked(10).ok_or(wrong)?;
                 let headers = self.inflater.headers(block)?;
                 let id = stream(kind, fixed)?;
@@ -177,7 +177,7 @@ impl Decoder {
                 Ok(Frame::Other)
             }
             kind::GOAWAY | kind::WINDOW_UPDATE => exactly(8).map(|()| Frame::Other),
-            // Section 2.2.1: what is not known is skipped.
+            // Section 2.2.1: unknown types are ignored.
             _ => Ok(Frame::Other),
         }
     }
@@ -204,7 +204,7 @@ impl FrameEncoder {
 fn control(into: &mut BytesMut, kind: u16, length: usize) {
     into.put_u16(0x8000 | VERSION);
     into.put_u16(kind);
-    into.put_u32(u32::try_from(length).expect("a control frame of our own"));
+    into.put_u32(u32::try_from(length).expect("own control frames are short"));
 }
 
 impl Encoder for FrameEncoder {
@@ -212,7 +212,7 @@ impl Encoder for FrameEncoder {
         match out {
             Out::Data { id, bytes, end } => {
                 let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-                assert!(length < 1 << 24, "chunks of our own are short");
+                assert!(length < 1 << 24, "own chunks are short");
                 let flags = if end { u32::from(FLAG_FIN) << 24 } else { 0 };
                 into.put_u32(id);
                 into.put_u32(flags | length);
@@ -234,8 +234,8 @@ impl Encoder for FrameEncoder {
                 control(into, kind::PING, id.len());
                 into.put_slice(&id);
             }
-            // Not a ping: spdystream's answer would wait for the input that is held up, and with
-            // it the frames behind. Settings that set nothing are read and forgotten.
+            // Not a PING: spdystream would queue the reply behind the blocked input, and with it
+            // the following frames. It ignores SETTINGS without entries.
             Out::Heartbeat => {
                 control(into, kind::SETTINGS, 4);
                 into.put_u32(0);

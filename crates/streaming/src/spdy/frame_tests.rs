@@ -62,7 +62,7 @@ fn malformed_frames_are_refused() {
 }
 
 #[test]
-fn frames_that_do_not_matter_are_skipped() {
+fn frames_without_effect_are_skipped() {
     for (kind, payload) in [
         (kind::SETTINGS, &[0, 0, 0, 1, 0, 0, 0, 7, 0, 1, 0, 0][..]),
         (kind::WINDOW_UPDATE, &[0; 8]),
@@ -77,7 +77,7 @@ fn frames_that_do_not_matter_are_skipped() {
 }
 
 #[test]
-fn a_long_data_frame_comes_in_pieces_and_is_never_gathered() {
+fn a_long_data_frame_is_passed_on_in_pieces() {
     let mut decoder = decoder();
     let mut bytes = BytesMut::new();
     bytes.put_u32(5);
@@ -97,7 +97,7 @@ fn a_long_data_frame_comes_in_pieces_and_is_never_gathered() {
 }
 
 #[test]
-fn what_the_encoder_writes_a_decoder_reads() {
+fn encoded_frames_can_be_decoded() {
     let mut encoder = FrameEncoder::new();
     let mut bytes = BytesMut::new();
     for out in [
@@ -129,7 +129,7 @@ fn what_the_encoder_writes_a_decoder_reads() {
     assert!(bytes.is_empty());
 }
 
-/// Feeds a decoder piece by piece, as a socket would, and joins the pieces of data frames.
+/// Feeds a decoder in pieces, like a socket, and joins the pieces of data frames.
 fn decode_in_pieces(wire: &[u8], piece: usize) -> (Vec<(u32, Vec<u8>, bool)>, bool) {
     let mut decoder = decoder();
     let mut bytes = BytesMut::new();
@@ -151,7 +151,7 @@ fn decode_in_pieces(wire: &[u8], piece: usize) -> (Vec<(u32, Vec<u8>, bool)>, bo
             }
             assert!(bytes.len() <= wire.len());
         }
-        // A control frame that is not whole yet is all that waits.
+        // Only an incomplete control frame is buffered.
         assert!(bytes.len() <= HEADER_LENGTH + (1 << 10), "{}", bytes.len());
     }
     (data, false)
@@ -167,7 +167,7 @@ proptest! {
     }
 
     #[test]
-    fn broken_frames_decode_or_fail_alike_however_they_arrive(
+    fn broken_frames_decode_or_fail_the_same_in_any_pieces(
         frames in prop::collection::vec((0u16..12, any::<u8>(), prop::collection::vec(any::<u8>(), 0..40)), 1..8),
         piece in 1usize..50,
     ) {

@@ -1,17 +1,17 @@
-//! Name/value blocks: compressed with one zlib stream a direction, for the connection's whole life,
-//! so every block has to be inflated, wanted or not (section 2.6.10).
+//! Name/value header blocks: compressed with one zlib stream for each direction of a connection, so
+//! every block must be inflated, also of refused streams (section 2.6.10).
 
 use bytes::{Buf, BufMut, BytesMut};
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 
 use super::dictionary::DICTIONARY;
 
-/// Pairs in a block; Kubernetes' clients send three.
+/// Maximum pairs in a block; Kubernetes clients send three.
 const PAIRS_LIMIT: u32 = 64;
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum HeaderError {
-    #[error("header block does not inflate at byte {at} of {length}")]
+    #[error("cannot inflate the header block at byte {at} of {length}")]
     Zlib { at: usize, length: usize },
     #[error("header block inflates to more than {limit} bytes")]
     TooLong { limit: usize },
@@ -21,7 +21,7 @@ pub(crate) enum HeaderError {
     Short,
 }
 
-/// Names in lower case.
+/// Headers with names in lower case.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Headers(Vec<(String, String)>);
 
@@ -109,14 +109,14 @@ pub(crate) struct Deflater {
 impl Deflater {
     pub(crate) fn new() -> Self {
         let mut zlib = Compress::new(Compression::fast(), true);
-        zlib.set_dictionary(&DICTIONARY).expect("a fresh zlib stream takes a dictionary");
+        zlib.set_dictionary(&DICTIONARY).expect("a new zlib stream accepts a dictionary");
         Deflater { zlib }
     }
 
     pub(crate) fn deflate(&mut self, pairs: &[(&str, &str)]) -> Vec<u8> {
-        let length = |text: &str| u32::try_from(text.len()).expect("a short header of our own");
+        let length = |text: &str| u32::try_from(text.len()).expect("own headers are short");
         let mut block = BytesMut::new();
-        block.put_u32(u32::try_from(pairs.len()).expect("few headers of our own"));
+        block.put_u32(u32::try_from(pairs.len()).expect("own headers are few"));
         for text in pairs.iter().flat_map(|(name, value)| [name, value]) {
             block.put_u32(length(text));
             block.put_slice(text.as_bytes());
@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_follow_each_other_in_one_zlib_stream() {
+    fn all_blocks_use_one_zlib_stream() {
         let (mut deflater, mut inflater) = (Deflater::new(), Inflater::new(1 << 16));
         for _ in 0..3 {
             let block = deflater.deflate(&[("streamType", "error"), ("port", "80")]);
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_that_inflates_too_far_is_refused() {
+    fn a_block_that_inflates_beyond_the_limit_is_refused() {
         let value = "a".repeat(1 << 20);
         let block = Deflater::new().deflate(&[("x", &value)]);
         assert!(block.len() < 16 << 10, "the bomb is small: {}", block.len());

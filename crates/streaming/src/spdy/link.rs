@@ -1,4 +1,4 @@
-//! A SPDY connection: which streams are open, and where their bytes go.
+//! A SPDY connection: the table of open streams and the dispatch of their data.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,21 +12,21 @@ use tokio_util::sync::CancellationToken;
 use super::Headers;
 use super::frame::{Decoder, Frame, FrameEncoder, FrameError, reset};
 use crate::config::Limits;
-use crate::io::{self, CHUNK, Incoming, OUT_WAITING, Out, Outgoing, Sender};
+use crate::io::{self, CHUNK, Incoming, OUT_QUEUE, Out, Outgoing, Sender};
 use crate::link::{Delivery, Link, LinkContext, Peer, ReaderContext, deliver};
 
-/// Opened streams that the session has not looked at yet.
-const STREAMS_WAITING: usize = 8;
+/// Queue length of opened streams to the session.
+const OPEN_QUEUE: usize = 8;
 
 pub(crate) struct Options {
-    /// Says by its headers whether a stream is wanted.
+    /// Decides by the headers whether a stream is accepted.
     pub(crate) accept: fn(&Headers) -> bool,
     pub(crate) limits: Limits,
     pub(crate) idle_timeout: Duration,
     pub(crate) peer: Peer,
 }
 
-/// A stream that the client has opened, and we have accepted.
+/// An accepted stream of the client.
 pub(crate) struct Stream {
     pub(crate) id: u32,
     pub(crate) headers: Headers,
@@ -39,8 +39,8 @@ pub(crate) fn start(
     options: Options,
 ) -> (Link, mpsc::Receiver<Stream>) {
     let (read_half, write_half) = tokio::io::split(socket);
-    let (opened, streams) = mpsc::channel(STREAMS_WAITING);
-    let (queue, out) = mpsc::channel(OUT_WAITING);
+    let (opened, streams) = mpsc::channel(OPEN_QUEUE);
+    let (queue, out) = mpsc::channel(OUT_QUEUE);
     let Options { accept, limits, idle_timeout, peer } = options;
     let context = LinkContext { queue, out, idle_timeout, peer };
     let link = Link::start(write_half, FrameEncoder::new(), context, |context| {
@@ -68,20 +68,20 @@ struct Reader {
 }
 
 struct Entry {
-    /// None after the client's end of input.
+    /// None after the end of the client's input.
     sender: Option<Sender>,
     reset: Arc<CancellationToken>,
 }
 
 impl Entry {
-    /// Whether the session has let go of both directions.
-    fn is_over(&self) -> bool {
+    /// Whether the session has dropped both directions.
+    fn is_closed(&self) -> bool {
         let ours = 1 + usize::from(self.sender.is_some());
         Arc::strong_count(&self.reset) <= ours
     }
 }
 
-/// The client is gone, or the session is over.
+/// The client has disconnected, or the session has ended.
 struct Stop;
 
 impl Reader {
@@ -120,7 +120,7 @@ impl Reader {
                 }
                 Ok(())
             }
-            // Even ones would be answers to ours, and we send none.
+            // Even ids are replies to pings of the server, which sends none.
             Frame::Ping { id } if id % 2 == 1 => {
                 self.send(Out::Pong(Bytes::copy_from_slice(&id.to_be_bytes()))).await
             }
@@ -134,7 +134,7 @@ impl Reader {
         }
         self.last_opened = id;
         if self.streams.len() >= self.streams_limit {
-            self.streams.retain(|_, entry| !entry.is_over());
+            self.streams.retain(|_, entry| !entry.is_closed());
         }
         if self.streams.len() >= self.streams_limit || !(self.accept)(&headers) {
             return self.send(Out::Refuse { id, status: reset::REFUSED_STREAM }).await;
@@ -144,26 +144,26 @@ impl Reader {
         let entry = Entry { reset: sender.reset.clone(), sender: (!end).then_some(sender) };
         self.streams.insert(id, entry);
         self.send(Out::Reply { id }).await?;
-        // A session that is over takes no more streams.
+        // Fails if the session has ended.
         let _ = self.opened.send(Stream { id, headers, incoming, outgoing }).await;
         Ok(())
     }
 
     async fn data(&mut self, id: u32, bytes: Bytes, end: bool) -> Result<(), Stop> {
-        // Data of a stream that is gone already may still be under way.
+        // Data of a closed stream may still arrive.
         let Some(entry) = self.streams.get_mut(&id) else { return Ok(()) };
         if let Some(sender) = &entry.sender
             && !bytes.is_empty()
         {
             match deliver(sender, bytes, &self.context).await {
                 Delivery::Sent => {}
-                Delivery::Unwanted => entry.sender = None,
-                Delivery::Gone => return Err(Stop),
+                Delivery::Closed => entry.sender = None,
+                Delivery::Disconnected => return Err(Stop),
             }
         }
         if end {
             entry.sender = None;
-            if entry.is_over() {
+            if entry.is_closed() {
                 self.streams.remove(&id);
             }
         }

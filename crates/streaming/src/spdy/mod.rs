@@ -1,7 +1,7 @@
-//! SPDY/3.1 as far as Kubernetes' clients use it (moby/spdystream): streams that the client opens,
-//! both directions of each closed on their own. Windows are neither kept nor enforced, as that
-//! library ignores them: TCP is the only flow control. So a stream that its session does not read
-//! holds up the others of its connection.
+//! SPDY/3.1 as used by Kubernetes clients (moby/spdystream): streams opened by the client, with
+//! half-close. Flow control windows are neither sent nor enforced, as spdystream ignores them; TCP
+//! is the only flow control, so a stream that its session does not read blocks the others of the
+//! connection.
 //!
 //! Specification: SPDY Protocol, Draft 3.1, sections 2.2 (frames) and 2.6 (control frames).
 

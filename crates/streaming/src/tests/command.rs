@@ -1,4 +1,4 @@
-//! Exec and attach through every protocol.
+//! Exec and attach with every protocol.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use futures_util::SinkExt;
 use serde_json::json;
 use tokio_tungstenite::tungstenite::Message;
 
-use super::{attach, dies, exec, lives, noise, server};
+use super::{attach, exec, is_alive, noise, server, wait_for_exit};
 use crate::client::{Received, Spdy, Websocket};
 use crate::spdy::frame::Frame;
 
@@ -32,10 +32,10 @@ fn has_status(protocol: &str) -> bool {
 
 fn assert_exit_code(protocol: &str, received: &Received, error: u32, code: i32) {
     if !has_status(protocol) {
-        let words = received.text(error);
+        let message = received.text(error);
         match code {
-            0 => assert_eq!(words, ""),
-            _ => assert!(words.ends_with(&format!("exit code {code}")), "{protocol}: {words}"),
+            0 => assert_eq!(message, ""),
+            _ => assert!(message.ends_with(&format!("exit code {code}")), "{protocol}: {message}"),
         }
         return;
     }
@@ -61,7 +61,7 @@ async fn every_spdy_protocol_carries_output_and_exit_code() {
             assert_eq!(received.text(ids["stdout"]), "out\n", "{protocol}");
             assert_eq!(received.text(ids["stderr"]), "err\n", "{protocol}");
             assert_exit_code(protocol, &received, ids["error"], code);
-            // Output is over before the status comes.
+            // The output ends before the status.
             assert_eq!(received.ended, [ids["stdout"], ids["stderr"], ids["error"]]);
         }
     }
@@ -83,7 +83,7 @@ async fn every_websocket_protocol_carries_output_and_exit_code() {
 }
 
 #[tokio::test]
-async fn a_large_binary_goes_both_ways_over_spdy_and_ends_with_its_input() {
+async fn large_binary_data_flows_both_ways_over_spdy_until_the_end_of_input() {
     let server = server();
     for protocol in ["v5.channel.k8s.io", "v2.channel.k8s.io"] {
         let mut client = Spdy::connect(&exec(&server, "ioe", "cat; exit 3"), protocol).await;
@@ -96,7 +96,7 @@ async fn a_large_binary_goes_both_ways_over_spdy_and_ends_with_its_input() {
 }
 
 #[tokio::test]
-async fn a_large_binary_goes_both_ways_over_websocket_and_ends_with_its_input() {
+async fn large_binary_data_flows_both_ways_over_websocket_until_the_end_of_input() {
     let server = server();
     let url = exec(&server, "ioe", "cat; exit 3");
     let client = Websocket::connect(&url, "v5.channel.k8s.io").await;
@@ -107,7 +107,7 @@ async fn a_large_binary_goes_both_ways_over_websocket_and_ends_with_its_input() 
 }
 
 #[tokio::test]
-async fn input_in_base64_arrives_however_it_is_cut() {
+async fn base64_input_is_decoded_across_any_message_boundaries() {
     let server = server();
     let url = exec(&server, "io", "head -c 11");
     let mut client = Websocket::connect(&url, "v4.base64.channel.k8s.io").await;
@@ -118,7 +118,7 @@ async fn input_in_base64_arrives_however_it_is_cut() {
 }
 
 #[tokio::test]
-async fn a_terminal_has_the_size_that_the_client_told_first_and_follows_it() {
+async fn a_terminal_has_the_first_size_of_the_client_and_follows_changes() {
     let server = server();
     let script = "stty size; while ! stty size | grep -q '22 77'; do sleep 0.05; done; stty size";
     for protocol in ["v5.channel.k8s.io", "v4.channel.k8s.io", "v3.channel.k8s.io"] {
@@ -141,7 +141,7 @@ async fn a_terminal_has_the_size_that_the_client_told_first_and_follows_it() {
 }
 
 #[tokio::test]
-async fn a_client_that_tells_no_size_gets_its_terminal_all_the_same() {
+async fn a_terminal_works_without_a_size_from_the_client() {
     let server = server();
     let url = exec(&server, "tio", "test -t 0 && echo terminal");
     let mut client = Spdy::connect(&url, "v4.channel.k8s.io").await;
@@ -176,7 +176,7 @@ async fn a_command_that_does_not_start_is_an_internal_error() {
 }
 
 #[tokio::test]
-async fn a_command_that_reads_no_input_ends_all_the_same() {
+async fn a_command_that_reads_no_input_can_exit() {
     let server = server();
     let url = exec(&server, "io", "exec <&-; echo done; exit 4");
     let mut client = Spdy::connect(&url, "v4.channel.k8s.io").await;
@@ -187,7 +187,7 @@ async fn a_command_that_reads_no_input_ends_all_the_same() {
 }
 
 #[tokio::test]
-async fn a_slow_reader_holds_up_its_own_session_only() {
+async fn a_slow_reader_blocks_its_own_session_only() {
     let server = server();
     let mut slow = Vec::new();
     for _ in 0..4 {
@@ -196,7 +196,7 @@ async fn a_slow_reader_holds_up_its_own_session_only() {
         client.open_all(&["error", "stdout", "stderr"]).await;
         slow.push(client);
     }
-    // Their pipes and sockets are full by now.
+    // Their pipes and sockets are full now.
     tokio::time::sleep(Duration::from_millis(300)).await;
     for _ in 0..10 {
         let url = exec(&server, "oe", "echo quick");
@@ -207,21 +207,21 @@ async fn a_slow_reader_holds_up_its_own_session_only() {
     }
 }
 
-async fn told_pid(client: &mut Spdy, stdout: u32) -> u32 {
+async fn read_pid(client: &mut Spdy, stdout: u32) -> u32 {
     let line = client.data_of(stdout).await.unwrap();
     String::from_utf8(line.to_vec()).unwrap().trim().parse().unwrap()
 }
 
 #[tokio::test]
-async fn a_client_that_vanishes_takes_its_command_with_it() {
+async fn a_disconnect_of_the_client_ends_its_command() {
     let server = server();
     let url = exec(&server, "ioe", "echo $$; exec sleep 1000");
     let mut client = Spdy::connect(&url, "v4.channel.k8s.io").await;
     let ids = client.open_all(&["error", "stdin", "stdout", "stderr"]).await;
-    let pid = told_pid(&mut client, ids["stdout"]).await;
-    assert!(lives(pid));
+    let pid = read_pid(&mut client, ids["stdout"]).await;
+    assert!(is_alive(pid));
     drop(client);
-    dies(pid).await;
+    wait_for_exit(pid).await;
 
     let url = exec(&server, "ioe", "echo $$; exec sleep 1000");
     let mut client = Websocket::connect(&url, "v5.channel.k8s.io").await;
@@ -233,34 +233,34 @@ async fn a_client_that_vanishes_takes_its_command_with_it() {
             _ => {}
         }
     };
-    assert!(lives(pid));
+    assert!(is_alive(pid));
     client.0.close(None).await.unwrap();
-    dies(pid).await;
+    wait_for_exit(pid).await;
 }
 
 #[tokio::test]
-async fn a_client_that_vanishes_while_its_input_is_held_up_is_noticed() {
+async fn a_disconnect_is_noticed_while_input_is_blocked() {
     let server = server();
     let url = exec(&server, "ioe", "echo $$; exec sleep 1000");
     let mut client = Spdy::connect(&url, "v4.channel.k8s.io").await;
     let ids = client.open_all(&["error", "stdin", "stdout", "stderr"]).await;
-    let pid = told_pid(&mut client, ids["stdout"]).await;
-    // Until nothing moves any more.
+    let pid = read_pid(&mut client, ids["stdout"]).await;
+    // Until all buffers are full.
     let flood = async {
         loop {
             client.send(ids["stdin"], &[0; 8 << 10], false).await;
         }
     };
     tokio::time::timeout(Duration::from_millis(500), flood).await.unwrap_err();
-    assert!(lives(pid));
+    assert!(is_alive(pid));
     drop(client);
-    dies(pid).await;
+    wait_for_exit(pid).await;
 }
 
 #[tokio::test]
-async fn attach_ends_with_its_process_and_closes_its_input_or_leaves_it() {
+async fn attach_ends_with_its_process_and_closes_or_keeps_its_stdin() {
     let server = server();
-    // An attached process's exit code is nobody's business here.
+    // The exit code of an attached process is not reported.
     let url = attach(&server, "ioe", "cat; echo over; exit 9");
     let mut client = Spdy::connect(&url, "v4.channel.k8s.io").await;
     let ids = client.open_all(&["error", "stdin", "stdout", "stderr"]).await;
@@ -269,7 +269,7 @@ async fn attach_ends_with_its_process_and_closes_its_input_or_leaves_it() {
     assert_eq!(received.text(ids["stdout"]), "hello\nover\n");
     assert_eq!(received.status(ids["error"])["status"], "Success");
 
-    // Input that stays open for others: the end of this client's ends its session.
+    // With stdin that stays open, the end of input ends the session.
     let url = attach(&server, "ioe", "cat; echo over&");
     let mut client = Spdy::connect(&url, "v4.channel.k8s.io").await;
     let ids = client.open_all(&["error", "stdin", "stdout", "stderr"]).await;
@@ -279,7 +279,7 @@ async fn attach_ends_with_its_process_and_closes_its_input_or_leaves_it() {
     let received = client.rest().await;
     assert_eq!(received.status(ids["error"])["status"], "Success");
 
-    // Without output, it lasts as long as the process.
+    // Without output the session lasts as long as the process.
     let url = attach(&server, "i", "read line; exec >&- 2>&-; sleep 0.2");
     let mut client = Spdy::connect(&url, "v4.channel.k8s.io").await;
     let ids = client.open_all(&["error", "stdin"]).await;

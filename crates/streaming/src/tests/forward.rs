@@ -1,4 +1,4 @@
-//! Port-forward through every protocol, to ports of the host.
+//! Port-forward with every protocol, to ports of the host.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ async fn listen() -> (TcpListener, u16) {
     (listener, port)
 }
 
-/// A port on which nobody listens.
+/// A port without a listener.
 async fn closed_port() -> u16 {
     listen().await.1
 }
@@ -60,24 +60,24 @@ async fn many_and_refused(mut client: Spdy) {
         assert_eq!(received.text(pair.error), "");
     }
     assert_eq!(received.text(refused.data), "");
-    let words = received.text(refused.error);
-    assert!(words.starts_with("error forwarding port"), "{words}");
-    assert!(words.contains("to pod pod: Connection refused"), "{words}");
-    // The connection is as good as before.
-    let again = client.open_pair(port, 100).await;
-    client.send(again.data, b"again", true).await;
-    let received = client.until_ended(std::slice::from_ref(&again)).await;
-    assert_eq!(received.text(again.data), "again");
+    let message = received.text(refused.error);
+    assert!(message.starts_with("error forwarding port"), "{message}");
+    assert!(message.contains("to pod pod: Connection refused"), "{message}");
+    // The client connection is still usable.
+    let next_pair = client.open_pair(port, 100).await;
+    client.send(next_pair.data, b"again", true).await;
+    let received = client.until_ended(std::slice::from_ref(&next_pair)).await;
+    assert_eq!(received.text(next_pair.data), "again");
 }
 
 #[tokio::test]
-async fn many_connections_share_one_of_spdy_and_a_refused_one_does_no_harm() {
+async fn spdy_multiplexes_many_connections_and_a_refused_one_affects_no_other() {
     let server = server();
     many_and_refused(Spdy::connect(&port_forward(&server, &[]), "portforward.k8s.io").await).await;
 }
 
 #[tokio::test]
-async fn many_connections_share_one_of_spdy_inside_a_websocket() {
+async fn spdy_inside_a_websocket_multiplexes_many_connections() {
     let server = server();
     for protocol in ["SPDY/3.1+portforward.k8s.io", "v2.portforward.k8s.io"] {
         many_and_refused(Spdy::through_websocket(&port_forward(&server, &[]), protocol).await)
@@ -86,24 +86,24 @@ async fn many_connections_share_one_of_spdy_inside_a_websocket() {
 }
 
 #[tokio::test]
-async fn each_direction_ends_on_its_own() {
+async fn each_direction_is_closed_separately() {
     let server = server();
     let (listener, port) = listen().await;
     let url = port_forward(&server, &[]);
     let mut client = Spdy::connect(&url, "portforward.k8s.io").await;
     let pair = client.open_pair(port, 0).await;
     let (mut pod, _) = within(listener.accept()).await.unwrap();
-    // The pod ends first, and still listens.
+    // The pod closes first and still reads.
     pod.shutdown().await.unwrap();
     assert_eq!(client.data_of(pair.data).await, None);
     client.send(pair.data, b"late", true).await;
-    let mut heard = String::new();
-    within(pod.read_to_string(&mut heard)).await.unwrap();
-    assert_eq!(heard, "late");
+    let mut input = String::new();
+    within(pod.read_to_string(&mut input)).await.unwrap();
+    assert_eq!(input, "late");
 }
 
 #[tokio::test]
-async fn a_stream_that_the_client_resets_closes_the_pods_connection() {
+async fn a_stream_reset_by_the_client_closes_the_connection_to_the_pod() {
     let server = server();
     let (listener, port) = listen().await;
     let url = port_forward(&server, &[]);
@@ -115,15 +115,15 @@ async fn a_stream_that_the_client_resets_closes_the_pods_connection() {
             client.send(pair.data, b"", true).await;
         }
         client.reset(pair.data).await;
-        let mut heard = Vec::new();
-        let _ = within(pod.read_to_end(&mut heard)).await;
-        // Our side is closed, not half of it: writing fails sooner or later.
+        let mut input = Vec::new();
+        let _ = within(pod.read_to_end(&mut input)).await;
+        // The connection is fully closed: writing fails eventually.
         within(async { while pod.write_all(&[0; 1024]).await.is_ok() {} }).await;
     }
 }
 
 #[tokio::test]
-async fn a_client_that_vanishes_closes_the_pods_connections() {
+async fn a_disconnect_of_the_client_closes_the_connections_to_the_pod() {
     let server = server();
     let (listener, port) = listen().await;
     let url = port_forward(&server, &[]);
@@ -131,13 +131,13 @@ async fn a_client_that_vanishes_closes_the_pods_connections() {
     client.open_pair(port, 0).await;
     let (mut pod, _) = within(listener.accept()).await.unwrap();
     drop(client);
-    let mut heard = Vec::new();
-    let _ = within(pod.read_to_end(&mut heard)).await;
-    assert!(heard.is_empty());
+    let mut input = Vec::new();
+    let _ = within(pod.read_to_end(&mut input)).await;
+    assert!(input.is_empty());
 }
 
 #[tokio::test]
-async fn streams_that_are_no_ports_are_refused_and_lonely_ones_time_out() {
+async fn streams_without_a_valid_port_are_refused_and_incomplete_pairs_time_out() {
     let limits = Limits { stream_creation: Duration::from_millis(100), ..Limits::default() };
     let server = server_with(Config { limits, ..Config::default() });
     let url = port_forward(&server, &[]);
@@ -154,10 +154,11 @@ async fn streams_that_are_no_ports_are_refused_and_lonely_ones_time_out() {
         let id = client.open(headers).await;
         assert_eq!(client.next().await, Some(Frame::Reset { id }), "{headers:?}");
     }
-    let lonely = client.open(&[("streamtype", "error"), ("port", "80"), ("requestid", "1")]).await;
-    let words = client.data_of(lonely).await.unwrap();
-    assert_eq!(words, "timed out waiting for the data stream");
-    // An old client, which sends no request id.
+    let incomplete =
+        client.open(&[("streamtype", "error"), ("port", "80"), ("requestid", "1")]).await;
+    let message = client.data_of(incomplete).await.unwrap();
+    assert_eq!(message, "timed out waiting for the data stream");
+    // An old client without request ids.
     let port = echo_after_end().await.to_string();
     let error = client.open(&[("streamtype", "error"), ("port", &port)]).await;
     let data = client.open(&[("streamtype", "data"), ("port", &port)]).await;
@@ -167,34 +168,34 @@ async fn streams_that_are_no_ports_are_refused_and_lonely_ones_time_out() {
 }
 
 #[tokio::test]
-async fn of_too_many_lonely_streams_the_oldest_is_ended() {
+async fn the_oldest_of_too_many_incomplete_pairs_is_ended() {
     let limits = Limits { stream_creation: Duration::from_secs(3600), ..Limits::default() };
     let server = server_with(Config { limits, ..Config::default() });
     let url = port_forward(&server, &[]);
     let mut client = Spdy::connect(&url, "portforward.k8s.io").await;
     let port = echo_after_end().await.to_string();
-    let mut lonely = Vec::new();
+    let mut incomplete = Vec::new();
     for request in 0..34 {
-        // The first would wait for its data, the others for the stream of errors.
+        // The first waits for its data stream, the others for their error stream.
         let kind = if request == 0 { "error" } else { "data" };
         let request = request.to_string();
         let headers =
             [("streamtype", kind), ("port", port.as_str()), ("requestid", request.as_str())];
-        lonely.push(client.open(&headers).await);
+        incomplete.push(client.open(&headers).await);
     }
-    let ended = client.until_ended(&[Pair { error: lonely[0], data: lonely[1] }]).await;
-    assert_eq!(ended.text(lonely[0]), "too many connections wait for their data stream");
-    assert_eq!(ended.text(lonely[1]), "");
+    let ended = client.until_ended(&[Pair { error: incomplete[0], data: incomplete[1] }]).await;
+    assert_eq!(ended.text(incomplete[0]), "too many connections wait for their data stream");
+    assert_eq!(ended.text(incomplete[1]), "");
     // The others still wait.
     let error = client.open(&[("streamtype", "error"), ("port", &port), ("requestid", "2")]).await;
-    let pair = Pair { error, data: lonely[2] };
+    let pair = Pair { error, data: incomplete[2] };
     client.send(pair.data, b"waited", true).await;
     let received = client.until_ended(std::slice::from_ref(&pair)).await;
     assert_eq!(received.text(pair.data), "waited");
 }
 
 #[tokio::test]
-async fn forwards_beyond_their_limit_are_refused_and_ended_ones_make_room() {
+async fn forwards_beyond_the_limit_are_refused_and_closed_ones_free_a_slot() {
     let server = server();
     let (_listener, port) = listen().await;
     let url = port_forward(&server, &[]);
@@ -204,8 +205,8 @@ async fn forwards_beyond_their_limit_are_refused_and_ended_ones_make_room() {
         pairs.push(client.open_pair(port, request).await);
     }
     let refused = client.until_ended(&pairs[256..]).await;
-    let words = refused.text(pairs[256].error);
-    assert!(words.ends_with("256 connections are open already"), "{words:?}");
+    let message = refused.text(pairs[256].error);
+    assert!(message.ends_with("the maximum of 256 connections is reached"), "{message:?}");
     client.reset(pairs[0].data).await;
     let echo = echo_after_end().await;
     within(async {
@@ -221,7 +222,7 @@ async fn forwards_beyond_their_limit_are_refused_and_ended_ones_make_room() {
 }
 
 #[tokio::test]
-async fn the_old_websocket_form_has_two_channels_a_port() {
+async fn the_older_websocket_protocol_has_two_channels_for_each_port() {
     let server = server();
     for protocol in ["v4.channel.k8s.io", "v4.base64.channel.k8s.io", "portforward.k8s.io", ""] {
         let (listener, port) = listen().await;
@@ -234,9 +235,9 @@ async fn the_old_websocket_form_has_two_channels_a_port() {
         } else {
             client.send(0, b"hello").await;
         }
-        let mut heard = [0; 5];
-        within(pod.read_exact(&mut heard)).await.unwrap();
-        assert_eq!(&heard, b"hello");
+        let mut input = [0; 5];
+        within(pod.read_exact(&mut input)).await.unwrap();
+        assert_eq!(&input, b"hello");
         pod.write_all(b"world").await.unwrap();
         drop::<TcpStream>(pod);
         let received = client.rest().await;
@@ -244,7 +245,7 @@ async fn the_old_websocket_form_has_two_channels_a_port() {
         assert_eq!(received.of(0), [&number[..], b"world"].concat(), "{protocol}");
         assert_eq!(received.of(1), number);
         assert_eq!(received.of(2), refused.to_le_bytes());
-        let words = &received.of(3)[2..];
-        assert!(words.starts_with(b"error forwarding port"), "{received:?}");
+        let message = &received.of(3)[2..];
+        assert!(message.starts_with(b"error forwarding port"), "{received:?}");
     }
 }

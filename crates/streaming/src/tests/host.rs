@@ -1,5 +1,4 @@
-//! A backend whose containers are the host itself: commands are real processes, terminals real
-//! terminals, and a pod's ports are the host's.
+//! A backend with the host as container: real processes and terminals, and ports of the host.
 
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
@@ -19,7 +18,7 @@ pub(crate) struct Host;
 
 struct HostProcess {
     child: Child,
-    /// Path of the terminal.
+    /// Path of the slave.
     tty: Option<String>,
 }
 
@@ -103,7 +102,7 @@ impl Backend for Host {
         start(&params.command, params.tty.then_some(size), params.stdin)
     }
 
-    /// The container's name is the command; one whose stdin stays open ends with `&`.
+    /// The container id is the command; a trailing `&` keeps stdin open.
     async fn attach(
         &self,
         params: AttachParams,

@@ -1,4 +1,4 @@
-//! The door: URLs, tokens, methods, negotiation, TLS.
+//! URLs, tokens, methods, negotiation, TLS.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ const WEBSOCKET: [(&str, &str); 4] = [
 ];
 
 #[tokio::test]
-async fn a_url_is_good_once_for_its_own_verb_and_not_for_long() {
+async fn a_url_is_valid_once_for_its_own_verb_and_for_a_limited_time() {
     let server = server_with(Config { url_ttl: Duration::from_millis(300), ..Config::default() });
     let upgrade = spdy_upgrade("v4.channel.k8s.io");
     let url = exec(&server, "o", "true");
@@ -31,20 +31,20 @@ async fn a_url_is_good_once_for_its_own_verb_and_not_for_long() {
     for other in [url.replace("/exec/", "/attach/"), format!("{url}x"), format!("{url}/x")] {
         let (head, body) = fetch(&other, "POST", &upgrade).await;
         assert_eq!(head.status, 404);
-        assert!(body.contains("unknown, has expired, or was used"), "{body}");
+        assert!(body.contains("unknown, expired, or already used"), "{body}");
     }
     let (head, _) = fetch(&url, "POST", &upgrade).await;
     assert_eq!(head.status, 101);
     assert_eq!(head.headers("connection"), ["Upgrade"]);
     assert_eq!(fetch(&url, "POST", &upgrade).await.0.status, 404);
 
-    let late = exec(&server, "o", "true");
+    let timed_out = exec(&server, "o", "true");
     tokio::time::sleep(Duration::from_millis(400)).await;
-    assert_eq!(fetch(&late, "POST", &upgrade).await.0.status, 404);
+    assert_eq!(fetch(&timed_out, "POST", &upgrade).await.0.status, 404);
 }
 
 #[tokio::test]
-async fn refusals_say_why_and_leave_the_url_as_it_is() {
+async fn refusals_have_a_reason_and_do_not_consume_the_url() {
     let server = server();
     let url = exec(&server, "o", "true");
     let forward = port_forward(&server, &[]);
@@ -60,9 +60,9 @@ async fn refusals_say_why_and_leave_the_url_as_it_is() {
     let portless = with("Sec-WebSocket-Protocol", "v4.channel.k8s.io");
     type Lines<'a> = &'a [(&'a str, &'a str)];
     let table: [(&str, &str, Lines, u16, &str); 13] = [
-        (&url, "POST", &[], 400, "serves upgrades to SPDY/3.1 or WebSocket"),
-        (&url, "GET", &other_upgrade, 400, "serves upgrades"),
-        (&url, "GET", &not_asked, 400, "serves upgrades"),
+        (&url, "POST", &[], 400, "supports upgrades to SPDY/3.1 or WebSocket"),
+        (&url, "GET", &other_upgrade, 400, "supports upgrades"),
+        (&url, "GET", &not_asked, 400, "supports upgrades"),
         (&url, "POST", &no_version, 400, "x-stream-protocol-version is missing"),
         (&url, "POST", &future, 403, "none of the client's protocols"),
         (&url, "POST", &alien, 403, "none of the client's protocols"),
@@ -74,10 +74,10 @@ async fn refusals_say_why_and_leave_the_url_as_it_is() {
         (&url, "GET", &WEBSOCKET[..3], 400, "Sec-WebSocket-Key is missing"),
         (&forward, "GET", &portless, 400, "1 to 127 ports, not 0"),
     ];
-    for (url, method, headers, status, words) in table {
+    for (url, method, headers, status, message) in table {
         let (head, body) = fetch(url, method, headers).await;
         assert_eq!(head.status, status, "{method} {headers:?}: {body}");
-        assert!(body.contains(words), "{method} {headers:?}: {body}");
+        assert!(body.contains(message), "{method} {headers:?}: {body}");
     }
     let (head, _) = fetch(&url, "POST", &future).await;
     assert_eq!(head.headers("x-accepted-stream-protocol-versions").len(), 5);
@@ -86,7 +86,7 @@ async fn refusals_say_why_and_leave_the_url_as_it_is() {
         assert_eq!(head.status, 404, "{unknown}");
     }
 
-    // The client's order counts, and versions may be listed or repeated.
+    // The client's order decides; versions may be listed or repeated.
     let listed = [
         ("Connection", "Upgrade"),
         ("Upgrade", "SPDY/3.1"),
@@ -99,7 +99,7 @@ async fn refusals_say_why_and_leave_the_url_as_it_is() {
 }
 
 #[tokio::test]
-async fn oversize_and_broken_requests_are_answered_and_closed() {
+async fn oversized_and_malformed_requests_get_a_response_and_are_closed() {
     let server = server();
     let url = exec(&server, "o", "true");
     let large = "x".repeat(20 << 10);
@@ -116,7 +116,7 @@ async fn oversize_and_broken_requests_are_answered_and_closed() {
 }
 
 #[tokio::test]
-async fn a_connection_on_which_no_request_comes_is_closed() {
+async fn a_connection_without_a_request_is_closed() {
     let limits = Limits { http_header_time: Duration::from_millis(200), ..Limits::default() };
     let server = server_with(Config { limits, ..Config::default() });
     for sent in [&b""[..], b"GET / HTTP/1.1\r\nHost"] {
@@ -128,7 +128,7 @@ async fn a_connection_on_which_no_request_comes_is_closed() {
 }
 
 #[tokio::test]
-async fn urls_are_not_handed_out_without_end_or_for_nonsense() {
+async fn unused_urls_are_limited_and_invalid_parameters_are_refused() {
     let limits = Limits { pending_urls: 3, ..Limits::default() };
     let server = server_with(Config { limits, ..Config::default() });
     for _ in 0..3 {
@@ -166,7 +166,7 @@ async fn urls_are_not_handed_out_without_end_or_for_nonsense() {
 }
 
 #[tokio::test]
-async fn with_a_certificate_everything_goes_through_tls() {
+async fn with_a_certificate_all_connections_use_tls() {
     let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let tls = Tls { certificate: dir.path().join("cert.pem"), key: dir.path().join("key.pem") };
@@ -198,15 +198,15 @@ async fn with_a_certificate_everything_goes_through_tls() {
     assert!(received.of(ids["stdout"]) == input);
     assert_eq!(received.status(ids["error"])["details"]["causes"][0]["message"], "6");
 
-    // A client that holds its TLS connection and vanishes without a word.
+    // A client that disconnects without closing TLS.
     let url = exec(&server, "o", "echo $$; exec sleep 1000");
     let mut client = Spdy::over(secure(&url).await, &url, "v4.channel.k8s.io").await;
     let ids = client.open_all(&["error", "stdout"]).await;
     let line = client.data_of(ids["stdout"]).await.unwrap();
     drop(client);
-    super::dies(std::str::from_utf8(&line).unwrap().trim().parse().unwrap()).await;
+    super::wait_for_exit(std::str::from_utf8(&line).unwrap().trim().parse().unwrap()).await;
 
-    // In the clear, it is refused.
+    // Plain HTTP is refused.
     let mut plain: ByteStream = Box::pin(TcpStream::connect(server.address()).await.unwrap());
     plain.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
     let mut answer = Vec::new();
@@ -222,7 +222,7 @@ async fn with_a_certificate_everything_goes_through_tls() {
 }
 
 #[tokio::test]
-async fn an_address_in_use_is_an_error_that_names_it() {
+async fn an_address_in_use_is_an_error_with_the_address() {
     let server = server();
     let config = Config { address: server.address(), ..Config::default() };
     let Err(error) = Server::bind(config, Arc::new(Host)) else { panic!("bound twice") };
@@ -237,7 +237,7 @@ async fn a_dropped_server_ends_its_sessions() {
     let ids = client.open_all(&["error", "stdout"]).await;
     let line = client.data_of(ids["stdout"]).await.unwrap();
     drop(server);
-    super::dies(std::str::from_utf8(&line).unwrap().trim().parse().unwrap()).await;
+    super::wait_for_exit(std::str::from_utf8(&line).unwrap().trim().parse().unwrap()).await;
     assert_eq!(client.next().await, None);
     TcpStream::connect(address(&url)).await.unwrap_err();
 }

@@ -1,4 +1,4 @@
-//! Clients that break the protocol or use up what they can.
+//! Clients that violate the protocol or exhaust limits.
 
 use std::time::Duration;
 
@@ -9,13 +9,13 @@ use proptest::test_runner::TestRunner;
 use tokio::io::AsyncWriteExt;
 use tokio_tungstenite::tungstenite::Message;
 
-use super::{dies, exec, port_forward, server, server_with, within};
+use super::{exec, port_forward, server, server_with, wait_for_exit, within};
 use crate::client::{Spdy, Websocket, data_frame};
 use crate::spdy::frame::{Frame, kind};
 use crate::{Config, Limits, Server};
 
-/// A session whose command tells its process id and sleeps.
-async fn sleeper(server: &Server) -> (Spdy, u32) {
+/// A session whose command prints its pid and sleeps.
+async fn sleeping_session(server: &Server) -> (Spdy, u32) {
     let url = exec(server, "ioe", "echo $$; exec sleep 1000");
     let mut client = Spdy::connect(&url, "v4.channel.k8s.io").await;
     let ids = client.open_all(&["error", "stdin", "stdout", "stderr"]).await;
@@ -23,7 +23,7 @@ async fn sleeper(server: &Server) -> (Spdy, u32) {
     (client, std::str::from_utf8(&line).unwrap().trim().parse().unwrap())
 }
 
-async fn serves(server: &Server) {
+async fn assert_serves(server: &Server) {
     let mut client = Spdy::connect(&exec(server, "o", "echo here"), "v4.channel.k8s.io").await;
     let ids = client.open_all(&["error", "stdout"]).await;
     assert_eq!(client.rest().await.text(ids["stdout"]), "here\n");
@@ -39,7 +39,7 @@ fn control(version: u16, kind: u16, length: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn broken_spdy_ends_its_session_with_a_goodbye_and_no_other() {
+async fn a_spdy_protocol_error_ends_only_its_session_with_goaway() {
     let server = server();
     let broken = [
         control(2, kind::PING, 4, &[0; 4]),
@@ -55,24 +55,24 @@ async fn broken_spdy_ends_its_session_with_a_goodbye_and_no_other() {
         data_frame(0, b"x", false).to_vec(),
     ];
     for frame in broken {
-        let (mut client, pid) = sleeper(&server).await;
+        let (mut client, pid) = sleeping_session(&server).await;
         client.socket.write_all(&frame).await.unwrap();
-        let goodbye = async {
+        let close = async {
             let mut last = None;
             while let Some(frame) = client.next().await {
                 last = Some(frame);
             }
             last
         };
-        // GOAWAY is nothing a decoder for servers knows.
-        assert_eq!(within(goodbye).await, Some(Frame::Other), "{frame:?}");
-        dies(pid).await;
+        // The decoder reports GOAWAY as Other.
+        assert_eq!(within(close).await, Some(Frame::Other), "{frame:?}");
+        wait_for_exit(pid).await;
     }
-    serves(&server).await;
+    assert_serves(&server).await;
 }
 
 #[tokio::test]
-async fn broken_websocket_ends_its_session() {
+async fn a_websocket_protocol_error_ends_its_session() {
     let server = server();
     let url = exec(&server, "io", "cat");
     let mut client = Websocket::connect(&url, "v5.channel.k8s.io").await;
@@ -81,7 +81,7 @@ async fn broken_websocket_ends_its_session() {
         match client.next().await {
             Some(Message::Close(Some(frame))) => break assert_eq!(u16::from(frame.code), 1002),
             Some(_) => {}
-            None => panic!("no goodbye"),
+            None => panic!("no close frame"),
         }
     }
     for signal in [&[255][..], &[255, 0, 0]] {
@@ -90,7 +90,7 @@ async fn broken_websocket_ends_its_session() {
         client.0.send(Message::binary(signal.to_vec())).await.unwrap();
         while client.next().await.is_some() {}
     }
-    // Channels that are not there are ignored, and so is the end of one.
+    // Unknown channels are ignored, also in close signals.
     let url = exec(&server, "io", "cat");
     let mut client = Websocket::connect(&url, "v5.channel.k8s.io").await;
     client.send(9, b"nowhere").await;
@@ -103,7 +103,7 @@ async fn broken_websocket_ends_its_session() {
 }
 
 #[test]
-fn any_bytes_after_an_upgrade_leave_the_server_serving() {
+fn any_bytes_after_an_upgrade_do_not_affect_the_server() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let server = runtime.block_on(async { server() });
     let config = ProptestConfig { cases: 64, ..ProptestConfig::default() };
@@ -132,11 +132,11 @@ fn any_bytes_after_an_upgrade_leave_the_server_serving() {
             Ok(())
         })
         .unwrap();
-    runtime.block_on(serves(&server));
+    runtime.block_on(assert_serves(&server));
 }
 
 #[tokio::test]
-async fn streams_are_refused_beyond_their_limit_and_closed_ones_make_room() {
+async fn streams_beyond_the_limit_are_refused_and_closed_ones_free_a_slot() {
     let limits = Limits { streams: 4, ..Limits::default() };
     let server = server_with(Config { limits, ..Config::default() });
     let url = port_forward(&server, &[]);
@@ -160,7 +160,7 @@ async fn streams_are_refused_beyond_their_limit_and_closed_ones_make_room() {
 }
 
 #[tokio::test]
-async fn stream_ids_are_odd_and_grow() {
+async fn stream_ids_must_be_odd_and_ascending() {
     let server = server();
     let url = exec(&server, "o", "sleep 0.5");
     let mut client = Spdy::connect(&url, "v4.channel.k8s.io").await;
@@ -170,7 +170,7 @@ async fn stream_ids_are_odd_and_grow() {
         client.open_with_id(bad, &[("streamtype", "stdout")]).await;
         assert_eq!(client.next().await, Some(Frame::Reset { id: bad }));
     }
-    // Of a kind that is there, and of one that does not exist.
+    // A duplicate type, and an unknown one.
     client.open_with_id(9, &[("streamtype", "error")]).await;
     assert_eq!(client.next().await, Some(Frame::Other));
     client.open_with_id(11, &[("streamtype", "stdlog")]).await;
@@ -185,7 +185,7 @@ async fn stream_ids_are_odd_and_grow() {
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_open_its_streams_is_let_go() {
+async fn a_client_that_does_not_open_its_streams_is_disconnected() {
     let limits = Limits { stream_creation: Duration::from_millis(200), ..Limits::default() };
     let server = server_with(Config { limits, ..Config::default() });
     let dir = tempfile::tempdir().unwrap();
@@ -198,13 +198,13 @@ async fn a_client_that_does_not_open_its_streams_is_let_go() {
 }
 
 #[tokio::test]
-async fn a_connection_on_which_nothing_moves_is_closed() {
+async fn an_idle_connection_is_closed() {
     let config = Config { stream_idle_timeout: Duration::from_millis(400), ..Config::default() };
     let server = server_with(config);
-    let (mut client, pid) = sleeper(&server).await;
+    let (mut client, pid) = sleeping_session(&server).await;
     while client.next().await.is_some() {}
-    dies(pid).await;
-    // One on which something moves is not.
+    wait_for_exit(pid).await;
+    // A connection with traffic stays open.
     let url = exec(&server, "o", "for i in 1 2 3 4 5 6; do echo $i; sleep 0.2; done");
     let mut client = Spdy::connect(&url, "v4.channel.k8s.io").await;
     let ids = client.open_all(&["error", "stdout"]).await;
@@ -212,14 +212,14 @@ async fn a_connection_on_which_nothing_moves_is_closed() {
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_wait_for_their_turn() {
+async fn connections_beyond_the_limit_wait() {
     let limits = Limits { connections: 2, ..Limits::default() };
     let server = server_with(Config { limits, ..Config::default() });
-    let first = sleeper(&server).await;
-    let second = sleeper(&server).await;
-    let third = tokio::time::timeout(Duration::from_millis(300), serves(&server)).await;
+    let first = sleeping_session(&server).await;
+    let second = sleeping_session(&server).await;
+    let third = tokio::time::timeout(Duration::from_millis(300), assert_serves(&server)).await;
     third.unwrap_err();
     drop(first);
-    serves(&server).await;
+    assert_serves(&server).await;
     drop(second);
 }

@@ -1,5 +1,5 @@
-//! The server over loopback TCP, against real processes and real terminals, with clients that
-//! speak the protocols by themselves. They need `sh`, `setsid` and `stty`, no rights and no KVM.
+//! Tests of the server over loopback TCP with real processes and terminals. Need `sh`, `setsid` and
+//! `stty`; no privileges, no KVM.
 
 mod command;
 mod forward;
@@ -22,7 +22,7 @@ fn server_with(config: Config) -> Server {
     Server::bind(config, Arc::new(Host)).unwrap()
 }
 
-/// Letters of `streams`: i, o, e for stdin, stdout and stderr, t for a terminal.
+/// Letters of `streams`: i, o, e for stdin, stdout, stderr; t for a terminal.
 fn exec(server: &Server, streams: &str, script: &str) -> String {
     let params = ExecParams {
         container: "host".into(),
@@ -50,16 +50,16 @@ fn port_forward(server: &Server, ports: &[u16]) -> String {
     server.port_forward_url(PortForwardParams { pod: "pod".into(), ports: ports.into() }).unwrap()
 }
 
-/// Whether a process is there and not a zombie.
-fn lives(pid: u32) -> bool {
+/// Whether a process exists and is not a zombie.
+fn is_alive(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat.rsplit_once(") ").map(|(_, rest)| rest.as_bytes()[0]);
     state.is_some_and(|state| state != b'Z')
 }
 
-async fn dies(pid: u32) {
+async fn wait_for_exit(pid: u32) {
     within(async {
-        while lives(pid) {
+        while is_alive(pid) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     })

@@ -1,5 +1,5 @@
-//! Channels: the first byte of a message is the channel's number, or its digit where the rest is
-//! base64. From version 5 on, number 255 ends the channel that the second byte names.
+//! Channels: the first byte of a message is the channel number, or its digit if the rest is base64.
+//! From version 5 on, number 255 closes the channel in the second byte.
 
 use std::time::Duration;
 
@@ -10,28 +10,28 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::mpsc;
 
 use super::frame::{self, Decoder, Event, FrameError};
-use crate::io::{self, CHUNK, Incoming, OUT_WAITING, Out, Outgoing, Sender};
+use crate::io::{self, CHUNK, Incoming, OUT_QUEUE, Out, Outgoing, Sender};
 use crate::link::{Delivery, Encoder, Link, LinkContext, Peer, ReaderContext, deliver};
 
-/// Number of the message that ends a channel.
+/// Channel number of a message that closes a channel.
 const CLOSE_SIGNAL: u8 = 255;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Codec {
     Binary,
     Base64,
-    /// No channels: messages are one stream of bytes.
+    /// No channels: the messages are one byte stream.
     Stream,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Protocol {
     pub(crate) codec: Codec,
-    /// Whether the client can end a channel.
+    /// Whether the client can close a channel.
     pub(crate) close_signal: bool,
 }
 
-/// Both directions of a channel; the protocol says which of them is used.
+/// Both directions of a channel; the protocol uses one of them.
 pub(crate) struct Channel {
     pub(crate) incoming: Incoming,
     pub(crate) outgoing: Outgoing,
@@ -45,7 +45,7 @@ pub(crate) fn open(
     peer: Peer,
 ) -> (Link, Vec<Channel>) {
     let (read_half, write_half) = tokio::io::split(socket);
-    let (queue, out) = mpsc::channel(OUT_WAITING);
+    let (queue, out) = mpsc::channel(OUT_QUEUE);
     let (senders, channels) = (0..channels)
         .map(|id| {
             let (sender, incoming) = io::incoming();
@@ -64,22 +64,22 @@ pub(crate) fn open(
 struct Reader {
     context: ReaderContext,
     protocol: Protocol,
-    /// None for channels that the client has ended.
+    /// None for channels that the client has closed.
     senders: Vec<Option<Sender>>,
     message: Message,
 }
 
-/// Where in a message the reader is.
+/// Position of the reader in a message.
 enum Message {
     Start,
     Of(u8),
-    /// What does not make four characters yet.
+    /// Bytes of an incomplete group of four characters.
     Base64(u8, BytesMut),
     CloseSignal,
     Skipped,
 }
 
-struct Gone;
+struct Disconnected;
 
 impl Reader {
     async fn run(mut self, mut socket: impl AsyncRead + Unpin) -> Result<(), FrameError> {
@@ -98,7 +98,7 @@ impl Reader {
                         if !bytes.is_empty() {
                             self.context.activity.touch();
                         }
-                        if let Err(Gone) = self.piece(bytes, last).await? {
+                        if let Err(Disconnected) = self.piece(bytes, last).await? {
                             return Ok(());
                         }
                     }
@@ -127,7 +127,7 @@ impl Reader {
         &mut self,
         mut bytes: Bytes,
         last: bool,
-    ) -> Result<Result<(), Gone>, FrameError> {
+    ) -> Result<Result<(), Disconnected>, FrameError> {
         if matches!(self.message, Message::Start) && bytes.has_remaining() {
             let number = bytes.get_u8();
             self.message = match self.protocol {
@@ -157,7 +157,7 @@ impl Reader {
                 match STANDARD.decode(&text) {
                     Ok(decoded) if whole => Ok(self.deliver(channel, decoded.into()).await),
                     _ => {
-                        tracing::debug!(channel, "message is not base64");
+                        tracing::debug!(channel, "invalid base64 in a message");
                         self.message = Message::Skipped;
                         Ok(Ok(()))
                     }
@@ -177,8 +177,8 @@ impl Reader {
         }
     }
 
-    async fn deliver(&mut self, channel: u8, bytes: Bytes) -> Result<(), Gone> {
-        // Channels that do not exist, or have ended, are ignored.
+    async fn deliver(&mut self, channel: u8, bytes: Bytes) -> Result<(), Disconnected> {
+        // Unknown and closed channels are ignored.
         let Some(slot) = self.senders.get_mut(usize::from(channel)) else { return Ok(()) };
         let Some(sender) = slot else { return Ok(()) };
         if bytes.is_empty() {
@@ -186,11 +186,11 @@ impl Reader {
         }
         match deliver(sender, bytes, &self.context).await {
             Delivery::Sent => Ok(()),
-            Delivery::Unwanted => {
+            Delivery::Closed => {
                 *slot = None;
                 Ok(())
             }
-            Delivery::Gone => Err(Gone),
+            Delivery::Disconnected => Err(Disconnected),
         }
     }
 }
@@ -202,10 +202,10 @@ struct ChannelEncoder {
 impl Encoder for ChannelEncoder {
     fn encode(&mut self, out: Out, into: &mut BytesMut) {
         match out {
-            // Only the connection's end ends a channel to the client.
+            // A channel to the client ends with the connection only.
             Out::Data { end: true, .. } => {}
             Out::Data { id, bytes, .. } => {
-                let id = u8::try_from(id).expect("channels are counted in a byte");
+                let id = u8::try_from(id).expect("channel numbers are bytes");
                 match self.codec {
                     Codec::Binary => frame::put_binary(into, &[id], &bytes),
                     Codec::Stream => frame::put_binary(into, &[], &bytes),
@@ -217,7 +217,7 @@ impl Encoder for ChannelEncoder {
                 }
             }
             Out::Pong(payload) => frame::put_pong(into, &payload),
-            // RFC 6455, section 5.5.3: one that nobody asked for needs no answer.
+            // RFC 6455, section 5.5.3: an unsolicited pong needs no reply.
             Out::Heartbeat => frame::put_pong(into, &[]),
             Out::Close(reason) => frame::put_close(into, reason),
             Out::Reply { .. } | Out::Refuse { .. } => {}

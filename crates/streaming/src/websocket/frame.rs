@@ -1,4 +1,4 @@
-//! Frames on the wire (RFC 6455, section 5). Payload is handed on in pieces as it arrives.
+//! Frame encoding (RFC 6455, section 5). Payload is passed on in pieces as it arrives.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -26,13 +26,13 @@ pub(crate) enum FrameError {
     Reserved { first: u8 },
     #[error("opcode {opcode} does not exist")]
     Opcode { opcode: u8 },
-    #[error("frame of a client is not masked")]
+    #[error("frame of a client without mask")]
     Unmasked,
     #[error("control frame of {length} bytes, or in fragments")]
     Control { length: u64 },
     #[error("frame of {length} bytes")]
     Length { length: u64 },
-    #[error("message inside of a message, or continuation of none")]
+    #[error("data frame inside of a message, or continuation without a message")]
     Order,
     #[error("close signal of {length} bytes instead of one")]
     CloseSignal { length: usize },
@@ -40,7 +40,7 @@ pub(crate) enum FrameError {
 
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// A piece of a message; it may be empty.
+    /// A piece of a message; may be empty.
     Piece {
         bytes: Bytes,
         first: bool,
@@ -53,7 +53,7 @@ pub(crate) enum Event {
 
 #[derive(Default)]
 pub(crate) struct Decoder {
-    /// A message has begun and not ended.
+    /// Inside of a fragmented message.
     in_message: bool,
     frame: Option<DataFrame>,
 }
@@ -66,7 +66,7 @@ struct DataFrame {
 }
 
 impl Decoder {
-    /// Takes a control frame or a piece of a message off the front. None: more bytes are needed.
+    /// Decodes a control frame or a piece of a message. None: more bytes are needed.
     pub(crate) fn decode(&mut self, bytes: &mut BytesMut) -> Result<Option<Event>, FrameError> {
         if let Some(frame) = &mut self.frame {
             let length = usize::try_from(frame.left).unwrap_or(usize::MAX);
@@ -161,8 +161,8 @@ impl Header {
 }
 
 fn unmask(bytes: &mut [u8], mask: [u8; 4]) {
-    let (words, rest) = bytes.as_chunks_mut::<4>();
-    for word in words {
+    let (message, rest) = bytes.as_chunks_mut::<4>();
+    for word in message {
         *word = (u32::from_ne_bytes(*word) ^ u32::from_ne_bytes(mask)).to_ne_bytes();
     }
     for (byte, mask) in rest.iter_mut().zip(mask) {
@@ -235,7 +235,7 @@ mod tests {
         bytes
     }
 
-    /// Messages as (bytes, whole), control events in between, and whether decoding failed.
+    /// Messages as (bytes, complete), control events, and whether decoding failed.
     type Decoded = (Vec<(Vec<u8>, bool)>, Vec<Event>, bool);
 
     fn decode(wire: &[u8], piece: usize) -> Decoded {
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn fragments_make_one_message_with_control_frames_in_between() {
+    fn fragments_are_joined_with_control_frames_in_between() {
         let mut wire = frame(opcode::BINARY, b"hel");
         wire.extend_from_slice(&frame(FIN | opcode::PING, b"beat"));
         wire.extend_from_slice(&frame(opcode::CONTINUATION, b""));
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_claims_to_be_huge_is_not_waited_for() {
+    fn a_huge_frame_is_passed_on_in_pieces() {
         let mut decoder = Decoder::default();
         let mut bytes = BytesMut::from(&[FIN | opcode::BINARY, 255][..]);
         bytes.put_u64(u64::MAX >> 1);
@@ -323,12 +323,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_decode_or_fail_alike_however_they_arrive(
+        fn any_bytes_decode_or_fail_the_same_in_any_pieces(
             wire in prop::collection::vec(any::<u8>(), 0..400),
             piece in 1usize..60,
         ) {
             let mut wire = wire;
-            // Most random bytes are not masked, and end there.
+            // Most random bytes would fail for a missing mask.
             if let Some(second) = wire.get_mut(1) {
                 *second |= MASKED;
             }

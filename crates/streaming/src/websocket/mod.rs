@@ -1,8 +1,8 @@
-//! WebSocket (RFC 6455), the server's side, and the two things that Kubernetes' clients do with
-//! it: numbered channels (the first byte of a message), or a SPDY connection inside.
+//! Server side of WebSocket (RFC 6455), with the two uses in Kubernetes: numbered channels (first
+//! byte of a message), or SPDY inside.
 //!
-//! Framing is ours because messages must not be gathered: a client may put a whole file into one,
-//! and libraries hand on whole messages only.
+//! Own framing, as libraries return whole messages only: a client may send a whole file in one
+//! message, which must not be buffered.
 
 mod channels;
 mod frame;
@@ -15,7 +15,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use sha1::{Digest, Sha1};
 
-/// Section 1.3: what a server appends to the client's key.
+/// Section 1.3: GUID that is appended to the client's key.
 const KEY_SUFFIX: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// Value of Sec-WebSocket-Accept.
@@ -29,7 +29,7 @@ pub(crate) fn accept_key(key: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn the_key_of_the_specification_is_accepted_with_its_answer() {
+    fn the_accept_key_matches_the_specification() {
         assert_eq!(super::accept_key(b"dGhlIHNhbXBsZSBub25jZQ=="), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
     }
 }

@@ -1,4 +1,4 @@
-//! A byte stream through WebSocket messages, for the SPDY connection inside.
+//! A byte stream over WebSocket messages, for SPDY inside.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::channels::{Channel, Codec, Protocol, open};
 use crate::io::{CHUNK, Incoming, Outgoing};
 use crate::link::{Link, Peer};
 
-/// The stream ends with the WebSocket, and the other way round.
+/// The stream ends with the WebSocket, and the WebSocket with the stream.
 pub(crate) fn tunnel(
     socket: impl AsyncRead + AsyncWrite + Send + 'static,
     idle_timeout: Duration,
@@ -20,32 +20,32 @@ pub(crate) fn tunnel(
     let protocol = Protocol { codec: Codec::Stream, close_signal: false };
     let (link, channels) = open(socket, protocol, 1, idle_timeout, peer);
     let (ours, theirs) = tokio::io::duplex(2 * CHUNK);
-    tokio::spawn(pump(link, channels, ours));
+    tokio::spawn(copy(link, channels, ours));
     theirs
 }
 
-async fn pump(link: Link, channels: Vec<Channel>, stream: DuplexStream) {
+async fn copy(link: Link, channels: Vec<Channel>, stream: DuplexStream) {
     let Some(Channel { incoming, outgoing }) = channels.into_iter().next() else { return };
     let (from_inside, to_inside) = tokio::io::split(stream);
     tokio::select! {
-        () = inwards(incoming, to_inside) => return,
-        () = link.gone.cancelled() => return,
-        () = outwards(from_inside, outgoing) => {}
+        () = copy_in(incoming, to_inside) => return,
+        () = link.closed.cancelled() => return,
+        () = copy_out(from_inside, outgoing) => {}
     }
     link.finish().await;
 }
 
-async fn inwards(mut incoming: Incoming, mut inside: WriteHalf<DuplexStream>) {
+async fn copy_in(mut incoming: Incoming, mut inside: WriteHalf<DuplexStream>) {
     while let Ok(Some(chunk)) = incoming.next().await {
         if inside.write_all(&chunk).await.is_err() {
-            // The inner connection is over; its last bytes are still on their way out.
+            // The inner connection has ended; its last bytes are still being sent.
             break;
         }
     }
     std::future::pending::<()>().await;
 }
 
-async fn outwards(mut inside: ReadHalf<DuplexStream>, outgoing: Outgoing) {
+async fn copy_out(mut inside: ReadHalf<DuplexStream>, outgoing: Outgoing) {
     let mut bytes = BytesMut::new();
     loop {
         bytes.reserve(CHUNK);

@@ -4,8 +4,8 @@ const ALLOW: u32 = 0x7fff_0000;
 const EPERM: u32 = RET_ERRNO | libc::EPERM as u32;
 const ENOSYS: u32 = RET_ERRNO | libc::ENOSYS as u32;
 
-/// Runs a program on a call's `struct seccomp_data`.
-fn verdict(program: &[libc::sock_filter], arch: u32, nr: u32, args: [u64; 6]) -> u32 {
+/// Interprets a program on the `struct seccomp_data` of a call.
+fn evaluate(program: &[libc::sock_filter], arch: u32, nr: u32, args: [u64; 6]) -> u32 {
     let mut data = [0u32; 16];
     (data[0], data[1]) = (nr, arch);
     for (at, arg) in args.iter().enumerate() {
@@ -34,8 +34,8 @@ fn profile(json: &str) -> LinuxSeccomp {
     serde_json::from_str(json).unwrap()
 }
 
-/// `statx` is the newest call that is named.
-const USUAL: &str = r#"{"defaultAction":"SCMP_ACT_ERRNO",
+/// `statx` is the newest call in it.
+const PROFILE: &str = r#"{"defaultAction":"SCMP_ACT_ERRNO",
     "architectures":["SCMP_ARCH_X86_64","SCMP_ARCH_X86","SCMP_ARCH_X32"],
     "syscalls":[
         {"names":["read","write","statx","no_such_call"],"action":"SCMP_ACT_ALLOW"},
@@ -46,15 +46,15 @@ const USUAL: &str = r#"{"defaultAction":"SCMP_ACT_ERRNO",
         {"names":["clone3"],"action":"SCMP_ACT_ERRNO","errnoRet":38}]}"#;
 
 #[test]
-fn known_calls_that_are_withheld_get_the_default_and_newer_ones_enosys() {
+fn denied_calls_get_the_default_action_and_newer_calls_enosys() {
     // Without clone3, whose number is above that of statx.
-    let mut usual = profile(USUAL);
-    usual.set_syscalls(usual.syscalls().clone().map(|mut rules| {
+    let mut profile = profile(PROFILE);
+    profile.set_syscalls(profile.syscalls().clone().map(|mut rules| {
         rules.pop();
         rules
     }));
-    let program = compile(&usual).unwrap();
-    let native = |nr: i64| verdict(&program, AUDIT_ARCH_X86_64, nr as u32, [0; 6]);
+    let program = compile(&profile).unwrap();
+    let native = |nr: i64| evaluate(&program, AUDIT_ARCH_X86_64, nr as u32, [0; 6]);
     assert_eq!(native(libc::SYS_read), ALLOW);
     assert_eq!(native(libc::SYS_statx), ALLOW);
     for withheld in [libc::SYS_keyctl, libc::SYS_mount, libc::SYS_bpf, libc::SYS_userfaultfd] {
@@ -64,19 +64,19 @@ fn known_calls_that_are_withheld_get_the_default_and_newer_ones_enosys() {
         assert_eq!(native(newer), ENOSYS, "{newer}");
     }
     // Of i386: keyctl 288, statx 383, mseal 462; of x32 with its bit: keyctl 250, statx 332.
-    let i386 = |nr| verdict(&program, AUDIT_ARCH_I386, nr, [0; 6]);
+    let i386 = |nr| evaluate(&program, AUDIT_ARCH_I386, nr, [0; 6]);
     assert_eq!((i386(3), i386(288), i386(383), i386(384)), (ALLOW, EPERM, ALLOW, ENOSYS));
-    let x32 = |nr| verdict(&program, AUDIT_ARCH_X86_64, X32_BIT | nr, [0; 6]);
+    let x32 = |nr| evaluate(&program, AUDIT_ARCH_X86_64, X32_BIT | nr, [0; 6]);
     assert_eq!((x32(250), x32(332), x32(333)), (EPERM, ALLOW, ENOSYS));
-    let arm = verdict(&program, 0xc000_00b7, 0, [0; 6]);
+    let arm = evaluate(&program, 0xc000_00b7, 0, [0; 6]);
     assert_eq!(arm & 0xffff_0000, 0, "a call of another architecture kills");
 }
 
 #[test]
 fn conditions_and_error_codes_of_rules_hold() {
-    let program = compile(&profile(USUAL)).unwrap();
+    let program = compile(&profile(PROFILE)).unwrap();
     let native =
-        |nr: i64, arg| verdict(&program, AUDIT_ARCH_X86_64, nr as u32, [arg, 0, 0, 0, 0, 0]);
+        |nr: i64, arg| evaluate(&program, AUDIT_ARCH_X86_64, nr as u32, [arg, 0, 0, 0, 0, 0]);
     assert_eq!(native(libc::SYS_personality, 8), ALLOW);
     assert_eq!(native(libc::SYS_personality, 9), EPERM);
     assert_eq!(native(libc::SYS_personality, 1 << 32 | 8), EPERM);
@@ -84,12 +84,12 @@ fn conditions_and_error_codes_of_rules_hold() {
     assert_eq!(native(libc::SYS_clone, libc::CLONE_NEWUSER as u64), EPERM);
     assert_eq!(native(libc::SYS_clone3, 0), ENOSYS);
     assert_eq!(native(libc::SYS_clone3 + 1, 0), ENOSYS);
-    assert_eq!(native(libc::SYS_openat2, 0), ENOSYS, "the newest call that is named is clone3");
+    assert_eq!(native(libc::SYS_openat2, 0), ENOSYS, "clone3 is the newest call of the profile");
     assert_eq!(native(libc::SYS_pidfd_open, 0), EPERM);
 }
 
 #[test]
-fn a_default_that_lets_calls_through_or_is_enosys_has_no_prologue() {
+fn a_default_action_that_allows_or_returns_enosys_has_no_prologue() {
     for json in [
         r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
             {"names":["mkdir"],"action":"SCMP_ACT_ERRNO"}]}"#,
@@ -103,7 +103,7 @@ fn a_default_that_lets_calls_through_or_is_enosys_has_no_prologue() {
     let killing = r#"{"defaultAction":"SCMP_ACT_KILL_PROCESS","syscalls":[
         {"names":["read"],"action":"SCMP_ACT_ALLOW"}]}"#;
     let program = compile(&profile(killing)).unwrap();
-    assert_eq!(verdict(&program, AUDIT_ARCH_X86_64, 9999, [0; 6]), ENOSYS);
+    assert_eq!(evaluate(&program, AUDIT_ARCH_X86_64, 9999, [0; 6]), ENOSYS);
 }
 
 #[test]
@@ -113,13 +113,13 @@ fn two_conditions_on_one_argument_are_two_rules() {
             {"index":0,"value":1,"op":"SCMP_CMP_EQ"},{"index":0,"value":2,"op":"SCMP_CMP_EQ"}]}]}"#;
     let program = compile(&profile(json)).unwrap();
     let socket = |family| {
-        verdict(&program, AUDIT_ARCH_X86_64, libc::SYS_socket as u32, [family, 0, 0, 0, 0, 0])
+        evaluate(&program, AUDIT_ARCH_X86_64, libc::SYS_socket as u32, [family, 0, 0, 0, 0, 0])
     };
     assert_eq!((socket(1), socket(2), socket(3)), (ALLOW, ALLOW, EPERM));
 }
 
 #[test]
-fn what_cannot_be_had_is_refused_by_name() {
+fn unsupported_profiles_are_refused_by_name() {
     for (json, word) in [
         (r#"{"defaultAction":"SCMP_ACT_NOTIFY"}"#, "NOTIFY"),
         (r#"{"defaultAction":"SCMP_ACT_ERRNO","architectures":["SCMP_ARCH_ARM"]}"#, "x86-64"),
@@ -135,7 +135,7 @@ fn what_cannot_be_had_is_refused_by_name() {
 }
 
 #[test]
-fn the_kernel_takes_the_program_and_answers_so() {
+fn the_kernel_accepts_the_program_and_applies_it() {
     let json = r#"{"defaultAction":"SCMP_ACT_ERRNO","syscalls":[{"action":"SCMP_ACT_ALLOW","names":[
         "read","write","close","mmap","munmap","mprotect","madvise","brk","futex","sched_yield",
         "sigaltstack","rt_sigprocmask","clock_gettime","getrandom","exit","exit_group","set_robust_list",
@@ -144,10 +144,10 @@ fn the_kernel_takes_the_program_and_answers_so() {
     let errors = std::thread::spawn(move || {
         nix::sys::prctl::set_no_new_privs().unwrap();
         load(&profile).unwrap();
-        // SAFETY: neither call takes a pointer; the filter answers both.
+        // SAFETY: neither call dereferences a pointer, as the filter denies both.
         let call = |nr| Errno::result(unsafe { libc::syscall(nr, 0, 0, 0, 0, 0) }).unwrap_err();
         (call(libc::SYS_keyctl), call(9999))
     });
-    // rseq is the newest call that is named, and keyctl older.
+    // rseq is the newest call of the profile; keyctl is older.
     assert_eq!(errors.join().unwrap(), (Errno::EPERM, Errno::ENOSYS));
 }

@@ -1,8 +1,7 @@
-//! Pods that several runtimes of one host have on the same network. A plugin's GC frees everything
-//! that it is not told of, so it must be told of the other runtimes' pods too. The reference library
-//! (libcni, which containerd, CRI-O and Podman use) keeps a file for each attachment in one folder,
-//! `<network>-<container id>-<interface>`. Those files are read here, and our own are written in the
-//! same form, so that other runtimes know of our pods.
+//! libcni's cache of attachments, shared by the runtimes of a host. A plugin's GC frees everything
+//! that is not in its list, so the list must have the pods of other runtimes. containerd, CRI-O and
+//! Podman (libcni) keep a file `<network>-<container id>-<interface>` for each attachment in one
+//! directory. These files are read here, and written for nacelle's pods in the same format.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
@@ -16,8 +15,8 @@ use serde_json::{Map, Value};
 
 use crate::record::Record;
 
-/// Longest file that is looked into: a configuration and a result of the largest size that plugins
-/// may have, the first in base64.
+/// Maximum size of a file that is read: a configuration in base64 and a result, each of the maximum
+/// size.
 const MAX_BYTES: u64 = 4 << 20;
 const KIND: &str = "cniCacheV1";
 
@@ -32,7 +31,7 @@ struct Cached {
     netns: PathBuf,
 }
 
-/// The form that libcni gives a file.
+/// File format of libcni.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Entry<'a> {
@@ -55,8 +54,8 @@ fn is_empty<T>(list: &&[T]) -> bool {
     list.is_empty()
 }
 
-/// Container ids and interfaces of all on that network. The file or folder that may hold some but
-/// cannot be read (one being written, say) is the error: then nobody knows.
+/// Container ids and interfaces of all attachments to the network. The error is a file or directory
+/// that cannot be read, for example one that is being written: then the list would be incomplete.
 pub fn attachments(dir: &Path, network: &str) -> Result<Vec<(String, String)>, PathBuf> {
     if dir.as_os_str().is_empty() {
         return Ok(Vec::new());
@@ -66,7 +65,7 @@ pub fn attachments(dir: &Path, network: &str) -> Result<Vec<(String, String)>, P
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(_) => return Err(dir.to_owned()),
     };
-    // Names of files begin with the network's.
+    // File names start with the network name.
     let prefix = format!("{network}-");
     let mut found = Vec::new();
     for entry in entries {
@@ -77,7 +76,7 @@ pub fn attachments(dir: &Path, network: &str) -> Result<Vec<(String, String)>, P
             Some(cached) if cached.kind == KIND && cached.network_name == network => {
                 found.push((cached.container_id, cached.if_name));
             }
-            // Of a pod that went this moment.
+            // If it no longer exists, the pod was removed meanwhile.
             None if named && path.exists() => return Err(path),
             _ => {}
         }
@@ -85,9 +84,9 @@ pub fn attachments(dir: &Path, network: &str) -> Result<Vec<(String, String)>, P
     Ok(found)
 }
 
-/// Tells other runtimes of a pod; of its result as well, once there is one. Nothing when no folder
-/// is configured.
-pub fn announce(dir: &Path, record: &Record) -> io::Result<()> {
+/// Writes the file of a pod, without or with its result. Does nothing if no directory is
+/// configured.
+pub fn write(dir: &Path, record: &Record) -> io::Result<()> {
     if dir.as_os_str().is_empty() {
         return Ok(());
     }
@@ -115,7 +114,7 @@ pub fn announce(dir: &Path, record: &Record) -> io::Result<()> {
         .open(&temporary)
         .and_then(|mut file| {
             file.write_all(&bytes)?;
-            // An empty file after a crash would keep everybody from GC.
+            // An empty file after a crash would prevent every GC.
             file.sync_data()
         })
         .and_then(|()| fs::rename(&temporary, &path));
@@ -125,23 +124,23 @@ pub fn announce(dir: &Path, record: &Record) -> io::Result<()> {
     written
 }
 
-/// True as well when there is nowhere to announce anything.
-pub fn is_announced(dir: &Path, record: &Record) -> bool {
+/// Whether the file exists, or no directory is configured.
+pub fn exists(dir: &Path, record: &Record) -> bool {
     dir.as_os_str().is_empty() || path(dir, record).exists()
 }
 
-/// Undoes [`announce`]; fine when there is nothing to undo.
-pub fn withdraw(dir: &Path, record: &Record) -> io::Result<()> {
+/// Removes the file; success if it does not exist.
+pub fn remove(dir: &Path, record: &Record) -> io::Result<()> {
     if dir.as_os_str().is_empty() {
         return Ok(());
     }
     let path = path(dir, record);
-    absent_is_fine(fs::remove_file(temporary(&path)))?;
-    absent_is_fine(fs::remove_file(&path))
+    ignore_not_found(fs::remove_file(temporary(&path)))?;
+    ignore_not_found(fs::remove_file(&path))
 }
 
-/// Undoes [`announce`] for a pod whose record is damaged: its network may have had another name.
-pub fn withdraw_by_id(dir: &Path, id: &str, netns: &Path) -> io::Result<()> {
+/// Removes the file of a pod with a damaged record, whose network name is not known.
+pub fn remove_by_id(dir: &Path, id: &str, netns: &Path) -> io::Result<()> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -151,28 +150,28 @@ pub fn withdraw_by_id(dir: &Path, id: &str, netns: &Path) -> io::Result<()> {
     for entry in entries {
         let path = entry?.path();
         let named = path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.contains(&part));
-        // Another runtime may use the same id, in another namespace.
+        // Another runtime may use the same id with another namespace.
         let ours = |c: &Cached| c.kind == KIND && c.container_id == id && c.netns == netns;
         if named && read(&path).as_ref().is_some_and(ours) {
-            absent_is_fine(fs::remove_file(&path))?;
+            ignore_not_found(fs::remove_file(&path))?;
         }
     }
     Ok(())
 }
 
-/// Names of networks, ids and interfaces hold no '/'.
+/// Names of networks, ids and interfaces contain no '/'.
 fn path(dir: &Path, record: &Record) -> PathBuf {
     let Record { network, params, .. } = record;
     dir.join(format!("{}-{}-{}", network.name, params.container_id, params.interface))
 }
 
-/// Readers take no file for one of their network whose name begins with a dot.
+/// Temporary name with a leading dot, which does not match any network's prefix.
 fn temporary(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}.tmp"))
 }
 
-fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
+fn ignore_not_found(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
@@ -197,7 +196,7 @@ mod tests {
 
     fn record() -> Record {
         let conf = json!({"cniVersion":"1.1.0","name":"net","plugins":[{"type":"bridge"}]});
-        let mut params = Params::bare("pod-1", "eth0", Path::new("/run/netns/p")).unwrap();
+        let mut params = Params::from_id("pod-1", "eth0", Path::new("/run/netns/p")).unwrap();
         params.runtime.insert("bandwidth".into(), json!({"ingressRate": 1000}));
         Record {
             network: Network::from_value("/etc/cni/net.d/1.conflist".into(), conf).unwrap(),
@@ -207,15 +206,15 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_has_the_form_of_the_reference_library() {
+    fn a_file_has_the_format_of_libcni() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("cni/results");
         let mut record = record();
-        announce(&dir, &record).unwrap();
-        // Before ADD there is no result, but a pod.
+        write(&dir, &record).unwrap();
+        // The file exists before ADD, without a result.
         assert_eq!(attachments(&dir, "net").unwrap(), [("pod-1".into(), "eth0".into())]);
         record.result = Some(json!({"cniVersion":"1.1.0","ips":[{"address":"10.1.0.5/16"}]}));
-        announce(&dir, &record).unwrap();
+        write(&dir, &record).unwrap();
         let path = dir.join("net-pod-1-eth0");
         let entry: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         let config = STANDARD.decode(entry["config"].as_str().unwrap()).unwrap();
@@ -240,13 +239,13 @@ mod tests {
         assert_eq!(entry, expected);
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&path), mode(&dir)), (0o600, 0o700));
-        withdraw(&dir, &record).unwrap();
-        withdraw(&dir, &record).unwrap();
+        remove(&dir, &record).unwrap();
+        remove(&dir, &record).unwrap();
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
     }
 
     #[test]
-    fn without_its_record_a_pod_is_withdrawn_by_its_id_and_others_are_not() {
+    fn a_file_can_be_removed_by_pod_id_without_affecting_others() {
         let dir = tempfile::tempdir().unwrap();
         let mut other = record();
         other.params.container_id = "pod-2".into();
@@ -254,24 +253,24 @@ mod tests {
         foreign.network.name = "foreign".into();
         foreign.params.netns = "/run/netns/foreign".into();
         for record in [&record(), &other, &foreign] {
-            announce(dir.path(), record).unwrap();
+            write(dir.path(), record).unwrap();
         }
-        withdraw_by_id(dir.path(), "pod-1", Path::new("/run/netns/p")).unwrap();
+        remove_by_id(dir.path(), "pod-1", Path::new("/run/netns/p")).unwrap();
         assert!(!dir.path().join("net-pod-1-eth0").exists());
         assert!(dir.path().join("net-pod-2-eth0").exists());
         assert!(dir.path().join("foreign-pod-1-eth0").exists());
     }
 
     #[test]
-    fn without_a_folder_nothing_is_written_or_read() {
+    fn without_a_directory_nothing_is_written_or_read() {
         let nowhere = Path::new("");
-        announce(nowhere, &record()).unwrap();
-        withdraw(nowhere, &record()).unwrap();
+        write(nowhere, &record()).unwrap();
+        remove(nowhere, &record()).unwrap();
         assert_eq!(attachments(nowhere, "net"), Ok(Vec::new()));
     }
 
     #[test]
-    fn attachments_of_the_same_network_are_found_and_rubbish_of_others_is_passed_over() {
+    fn attachments_of_a_network_are_found_and_unrelated_files_ignored() {
         let dir = tempfile::tempdir().unwrap();
         for (file, text) in [
             (
@@ -280,14 +279,14 @@ mod tests {
                     "config":"e30="}"#,
             ),
             ("b", r#"{"kind":"cniCacheV1","containerId":"c2","ifName":"eth0","networkName":"m"}"#),
-            ("c", "rubbish"),
+            ("c", "garbage"),
         ] {
             fs::write(dir.path().join(file), text).unwrap();
         }
         let ours = [("c1".to_owned(), "eth0".to_owned())];
         assert_eq!(attachments(dir.path(), "n").unwrap(), ours);
         assert_eq!(attachments(Path::new("/nonexistent"), "n"), Ok(Vec::new()));
-        // Half written, and of this network by its name.
+        // An incomplete file with the network's prefix.
         let half = dir.path().join("n-c3-eth0");
         fs::write(&half, "{\"kind\":").unwrap();
         assert_eq!(attachments(dir.path(), "n"), Err(half));

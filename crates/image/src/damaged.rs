@@ -1,6 +1,5 @@
 //! Damaged files of the store: moved to `damaged/`, logged once, and listed in verbose Status. The
-//! daemon starts without them. Nothing limits the size of `damaged/`: an operator deletes it after a
-//! look.
+//! daemon starts without them. `damaged/` has no size limit; the operator inspects and deletes it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,19 +8,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::error::Error;
 use crate::files::{create_directory, list, sync_directory};
 
-/// Names that are tried for a file whose own is taken.
+/// Names tried (`name`, `name.1`, ...) before giving up because all exist.
 const MAX_NAMES: usize = 1000;
 
-/// Something that was moved aside.
+/// A file or directory that was moved to `damaged/`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Damaged {
-    /// Where it is now.
+    /// Its present path.
     pub path: PathBuf,
     pub reason: String,
 }
 
 #[derive(Debug, Clone)]
-pub struct Aside(Arc<Inner>);
+pub struct DamagedFiles(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -29,11 +28,11 @@ struct Inner {
     damaged: Mutex<Vec<Damaged>>,
 }
 
-impl Aside {
-    /// `root` is the store's. What an earlier process moved aside and is still there is in the list.
+impl DamagedFiles {
+    /// `root` is the store's root. Entries left in `damaged/` by an earlier process are listed.
     pub fn open(root: &Path) -> Result<Self, Error> {
         let directory = root.join("damaged");
-        let reason = "moved aside by an earlier start".to_owned();
+        let reason = "moved to damaged/ by an earlier start".to_owned();
         let old = if directory.is_dir() { list(&directory)? } else { Vec::new() };
         let old = old.into_iter().map(|(_, e)| Damaged { path: e.path(), reason: reason.clone() });
         Ok(Self(Arc::new(Inner { damaged: Mutex::new(old.collect()), directory })))
@@ -43,14 +42,14 @@ impl Aside {
         self.0.damaged.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Moves a file or directory aside. If that fails (a full disk, for example) it stays where it is
-    /// and is listed all the same: it must not keep the daemon from starting.
-    pub fn take(&self, path: &Path, reason: &str) {
+    /// Moves a file or directory to `damaged/`. If that fails (a full disk, for example), it stays
+    /// in place and is listed all the same: damage must not prevent the daemon from starting.
+    pub fn move_away(&self, path: &Path, reason: &str) {
         let shown = path.display();
-        let now = match self.take_away(path) {
+        let now = match self.try_move(path) {
             Ok(now) => now,
             Err(error) => {
-                tracing::error!(path = %shown, %error, "a damaged file cannot be moved aside");
+                tracing::error!(path = %shown, %error, "cannot move a damaged file to damaged/");
                 path.to_owned()
             }
         };
@@ -59,7 +58,7 @@ impl Aside {
         self.0.damaged.lock().unwrap_or_else(PoisonError::into_inner).push(damaged);
     }
 
-    fn take_away(&self, path: &Path) -> Result<PathBuf, Error> {
+    fn try_move(&self, path: &Path) -> Result<PathBuf, Error> {
         create_directory(&self.0.directory)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let mut names = (0..MAX_NAMES).map(|n| match n {
@@ -67,7 +66,7 @@ impl Aside {
             n => self.0.directory.join(format!("{name}.{n}")),
         });
         let target = names.find(|path| fs::symlink_metadata(path).is_err()).ok_or_else(|| {
-            let reason = format!("no name is free for {name}: delete what is in it");
+            let reason = format!("no free name for {name}: delete its contents");
             Error::Record { path: self.0.directory.clone(), reason }
         })?;
         fs::rename(path, &target).map_err(|e| Error::io("rename", path, e))?;
@@ -81,22 +80,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_and_folders_of_one_name_are_kept_beside_each_other_and_listed_again() {
+    fn files_and_directories_of_one_name_are_both_kept_and_listed_after_reopen() {
         let dir = tempfile::tempdir().unwrap();
-        let aside = Aside::open(dir.path()).unwrap();
-        assert!(aside.list().is_empty() && !dir.path().join("damaged").exists());
+        let damaged = DamagedFiles::open(dir.path()).unwrap();
+        assert!(damaged.list().is_empty() && !dir.path().join("damaged").exists());
         let path = dir.path().join("record.json");
         fs::write(&path, "{").unwrap();
-        aside.take(&path, "cut");
+        damaged.move_away(&path, "cut");
         fs::create_dir(&path).unwrap();
-        aside.take(&path, "a folder");
+        damaged.move_away(&path, "a directory");
         assert!(!path.exists() && dir.path().join("damaged/record.json.1").is_dir());
-        assert_eq!(aside.list().len(), 2);
-        assert!(aside.list()[0].reason.ends_with("record.json: cut"));
-        assert_eq!(Aside::open(dir.path()).unwrap().list().len(), 2);
-        // What cannot be moved is listed where it is.
+        assert_eq!(damaged.list().len(), 2);
+        assert!(damaged.list()[0].reason.ends_with("record.json: cut"));
+        assert_eq!(DamagedFiles::open(dir.path()).unwrap().list().len(), 2);
+        // A file that cannot be moved is listed with its original path.
         let gone = dir.path().join("gone");
-        aside.take(&gone, "odd");
-        assert_eq!(aside.list()[2].path, gone);
+        damaged.move_away(&gone, "odd");
+        assert_eq!(damaged.list()[2].path, gone);
     }
 }
