@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use crate::alone::Queue;
 use crate::config::Config;
+use crate::default;
 use crate::garbage::Turns;
 use crate::model::{Attachment, Pod};
 use crate::netns::{self, NetnsError};
@@ -153,7 +154,7 @@ impl Host {
         if self.records.exists(&pod.id) || path.exists() {
             self.release(&pod.id, Leftover::Take)?;
         }
-        let network = Network::load(&self.config.conf_dir)?;
+        let network = self.network(pod.default_network)?;
         self.runner.check_binaries(&network)?;
         for capability in params.unserved(&network) {
             tracing::warn!(
@@ -304,9 +305,18 @@ impl Host {
         Error::all(errors)
     }
 
+    /// The host's network; where none is configured and `default` is set, the built-in one.
+    fn network(&self, default: bool) -> Result<Network, ConfError> {
+        match Network::load(&self.config.conf_dir) {
+            Err(ConfError::None { .. }) if default => default::built_in(),
+            loaded => loaded,
+        }
+    }
+
     fn substitute(&self, id: &str, path: &Path) -> Result<Record, Error> {
         Ok(Record {
-            network: Network::load(&self.config.conf_dir)?,
+            // Without a configuration, the pod was on the built-in network.
+            network: self.network(true)?,
             params: Params::bare(id, &self.config.interface, path)?,
             result: None,
         })
@@ -332,12 +342,18 @@ impl Host {
         }
     }
 
-    /// What keeps pods from being attached, in words.
-    pub fn trouble(&self) -> Option<String> {
+    /// Whether the host has a CNI configuration, sound or not.
+    pub fn is_configured(&self) -> bool {
+        !matches!(Network::load(&self.config.conf_dir), Err(ConfError::None { .. }))
+    }
+
+    /// What keeps pods from being attached, in words; with `default`, pods that may be attached to
+    /// the built-in network.
+    pub fn trouble(&self, default: bool) -> Option<String> {
         if let Some(trouble) = tap::trouble() {
             return Some(trouble);
         }
-        let network = match Network::load(&self.config.conf_dir) {
+        let network = match self.network(default) {
             Ok(network) => network,
             Err(e) => return Some(with_causes(&e)),
         };

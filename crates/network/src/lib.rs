@@ -32,7 +32,7 @@ use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
 pub use config::Config;
-pub use default::{DEFAULT_IPV4, DEFAULT_IPV6, SubnetError, default_conflist};
+pub use default::{DEFAULT_IPV4, DEFAULT_IPV6, SubnetError, default_conflist, host_conflist};
 pub use host::{Error, PREFIX};
 pub use model::{Attachment, Dns, Interface, Pod, PortMapping, Protocol, Route};
 pub use netns::NetnsError;
@@ -113,12 +113,27 @@ impl Cni {
         self.work(&self.attaching, move |host| host.check(&pod, &attachment)).await
     }
 
-    /// What keeps pods from being attached, for people; none: all is well.
+    /// What keeps pods from being attached, for people; none: all is well. A host without CNI
+    /// configuration is not ready, whether or not the built-in network would work.
     pub async fn trouble(&self) -> Option<String> {
-        match self.at_once(|host| Ok(host.trouble())).await {
+        self.trouble_of(false).await
+    }
+
+    /// The same for pods with [`Pod::default_network`].
+    pub async fn default_trouble(&self) -> Option<String> {
+        self.trouble_of(true).await
+    }
+
+    async fn trouble_of(&self, default: bool) -> Option<String> {
+        match self.at_once(move |host| Ok(host.trouble(default))).await {
             Ok(trouble) => trouble,
             Err(e) => Some(e.to_string()),
         }
+    }
+
+    /// Whether the host has a CNI configuration, sound or not.
+    pub async fn is_configured(&self) -> bool {
+        self.at_once(|host| Ok(host.is_configured())).await.unwrap_or(true)
     }
 
     /// Records that cannot be read, for people.

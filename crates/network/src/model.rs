@@ -23,6 +23,8 @@ pub struct Pod {
     pub cgroup_parent: String,
     /// Its processes live in the namespace itself: no taps are made, no interfaces told.
     pub native: bool,
+    /// Where the host has no CNI configuration, the pod is attached to the built-in network.
+    pub default_network: bool,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

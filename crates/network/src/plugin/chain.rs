@@ -41,7 +41,7 @@ impl Verb {
 pub enum PluginError {
     #[error(
         "the network {network:?} needs the CNI plugin {kind:?}, which is in none of {} \
-         (Debian's package containernetworking-plugins has the usual ones)", paths(.searched)
+         (for the usual ones: apt install containernetworking-plugins)", paths(.searched)
     )]
     Missing { network: String, kind: String, searched: Vec<PathBuf> },
     #[error("CNI plugin {kind:?}, {verb}", verb = .verb.as_str())]
