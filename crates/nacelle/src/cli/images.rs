@@ -23,7 +23,7 @@ pub(super) async fn pull(
     Ok(())
 }
 
-/// Pulls with a line of progress on a terminal; the image's id.
+/// Pulls an image and returns its id. Shows progress on a terminal.
 pub(super) async fn fetch(
     client: &mut Client,
     image: &str,
@@ -51,7 +51,7 @@ pub(super) async fn fetch(
                     std::io::stderr().flush()?;
                 }
             }
-            Ok(None) => bail!("nacelled ended the pull of {image} without a word"),
+            Ok(None) => bail!("pulling {image}: nacelled ended the call without a result"),
             Err(status) => {
                 clear();
                 return Err(told(status).context(format!("pulling {image}")));
@@ -105,7 +105,7 @@ pub(super) async fn list(client: &mut Client, output: Output) -> Result<()> {
     Ok(table::print(&["IMAGE", "ID", "SIZE"], &rows)?)
 }
 
-/// The image as the node knows it; none if it does not.
+/// The image, if it is on the node.
 pub(super) async fn lookup(client: &mut Client, image: &str) -> Result<Option<v1::Image>> {
     let spec = v1::ImageSpec { image: image.into(), ..Default::default() };
     let request = v1::ImageStatusRequest { image: Some(spec), verbose: false };
@@ -115,7 +115,7 @@ pub(super) async fn lookup(client: &mut Client, image: &str) -> Result<Option<v1
 pub(super) async fn remove(client: &mut Client, images: &[String]) -> Result<()> {
     for image in images {
         if lookup(client, image).await?.is_none() {
-            bail!("no image is called {image:?}: `nacelle images` lists them");
+            bail!("no such image: {image} (`nacelle images` lists all)");
         }
         let spec = v1::ImageSpec { image: image.clone(), ..Default::default() };
         let request = v1::RemoveImageRequest { image: Some(spec) };
@@ -142,7 +142,7 @@ mod tests {
     use crate::api::Layer;
 
     #[test]
-    fn progress_counts_bytes_and_whole_layers() {
+    fn progress_shows_bytes_and_complete_layers() {
         let layer =
             |size, fetched, applied| Layer { digest: String::new(), size, fetched, applied };
         let step = PullProgress {

@@ -19,7 +19,7 @@ pub(super) async fn pods(client: &mut Client, output: Output) -> Result<()> {
     for pod in &pods {
         let request =
             v1::PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
-        // It may have gone since it was listed.
+        // It may have been removed since it was listed.
         let Ok(status) = client.runtime.pod_sandbox_status(request).await else { continue };
         let network = status.into_inner().status.unwrap_or_default().network.unwrap_or_default();
         let ready = pod.state == v1::PodSandboxState::SandboxReady as i32;
@@ -107,7 +107,7 @@ pub(super) async fn version(client: Option<Client>, output: Output) -> Result<Ex
         Output::Json => table::json(&serde_json::json!({ "nacelle": own, "nacelled": daemon }))?,
         Output::Table => {
             println!("nacelle   {own}");
-            println!("nacelled  {}", daemon.as_deref().unwrap_or("does not run"));
+            println!("nacelled  {}", daemon.as_deref().unwrap_or("not running"));
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -9,15 +9,15 @@ use super::connect::{Client, told};
 use super::find::{self, Found};
 use crate::api::InfoRequest;
 
-/// Pods that `nacelle run` made carry this annotation with the folder of their logs.
+/// The directory with the logs of a pod that `nacelle run` created.
 pub(super) const LOGS_ANNOTATION: &str = "nacelle.run/logs";
 
 pub(super) async fn stop(client: &mut Client, names: &[String], grace: i64) -> Result<()> {
     for name in names {
-        match find::any(client, name).await? {
+        match find::existing(client, name).await? {
             Found::Container(container) => stop_container(client, &container.id, grace).await?,
             Found::Pod(pod) => {
-                // In turn, with the grace; what the pod's end would do without asking.
+                // StopPodSandbox would kill them without a grace period.
                 for container in find::all_containers(client).await? {
                     let running = container.state == v1::ContainerState::ContainerRunning as i32;
                     if container.pod_sandbox_id == pod.id && running {
@@ -44,11 +44,11 @@ pub(super) async fn stop_pod(client: &mut Client, id: &str) -> Result<()> {
 
 pub(super) async fn remove(client: &mut Client, names: &[String], force: bool) -> Result<()> {
     for name in names {
-        match find::any(client, name).await? {
+        match find::existing(client, name).await? {
             Found::Container(container) => {
                 let running = container.state == v1::ContainerState::ContainerRunning as i32;
                 if running && !force {
-                    bail!("{name} still runs: stop it first, or use `nacelle rm -f {name}`");
+                    bail!("{name} is running: stop it first, or use `nacelle rm -f {name}`");
                 }
                 let request = v1::RemoveContainerRequest { container_id: container.id };
                 client.runtime.remove_container(request).await.map_err(told)?;
@@ -61,7 +61,7 @@ pub(super) async fn remove(client: &mut Client, names: &[String], force: bool) -
                             && container.state == v1::ContainerState::ContainerRunning as i32
                     });
                 if busy && !force {
-                    bail!("{name} still runs: stop it first, or use `nacelle rm -f {name}`");
+                    bail!("{name} is running: stop it first, or use `nacelle rm -f {name}`");
                 }
                 remove_pod(client, &pod).await?;
             }
@@ -71,17 +71,17 @@ pub(super) async fn remove(client: &mut Client, names: &[String], force: bool) -
     Ok(())
 }
 
-/// The pod, and its logs if they are ours; a kubelet takes care of its own.
+/// Removes the pod, and its logs if `nacelle run` created it.
 pub(super) async fn remove_pod(client: &mut Client, pod: &v1::PodSandbox) -> Result<()> {
     stop_pod(client, &pod.id).await?;
     let request = v1::RemovePodSandboxRequest { pod_sandbox_id: pod.id.clone() };
     client.runtime.remove_pod_sandbox(request).await.map_err(told)?;
     if let Some(folder) = pod.annotations.get(LOGS_ANNOTATION).map(Path::new) {
-        // Anybody who makes pods can write the annotation: only a folder right in ours is removed.
+        // Any client can set the annotation, so only directories directly below ours are removed.
         if is_right_in(folder, &logs_folder(client).await?) {
             match std::fs::remove_dir_all(folder) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    eprintln!("nacelle: the logs in {} are left: {error}", folder.display());
+                    eprintln!("nacelle: cannot remove the logs in {}: {error}", folder.display());
                 }
                 _ => {}
             }
@@ -90,11 +90,11 @@ pub(super) async fn remove_pod(client: &mut Client, pod: &v1::PodSandbox) -> Res
     Ok(())
 }
 
-/// Where the logs of pods that `nacelle run` makes are.
+/// The directory with the logs of all pods that `nacelle run` creates.
 pub(super) async fn logs_folder(client: &mut Client) -> Result<PathBuf> {
     let info = client.debug.info(InfoRequest {}).await.map_err(told)?.into_inner();
     let config: serde_json::Value = serde_json::from_str(&info.config)?;
-    let root = config["root"].as_str().context("nacelled does not tell its root folder")?;
+    let root = config["root"].as_str().context("nacelled did not report its root directory")?;
     Ok(Path::new(root).join("logs"))
 }
 
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_folders_right_in_ours_are_removed_with_a_pod() {
+    fn only_directories_directly_below_ours_are_removed_with_a_pod() {
         let ours = Path::new("/r/logs");
         assert!(is_right_in(Path::new("/r/logs/web_1"), ours));
         for path in ["/etc", "/r/logs", "/r/logs/..", "/r/logs/../pods", "/r/logs/a/b", "logs/a"] {

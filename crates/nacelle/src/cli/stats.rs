@@ -1,4 +1,4 @@
-//! `nacelle stats`: one line a container, with its pod's network and processes.
+//! `nacelle stats`: a line per pod, with its network and processes, and a line per container.
 
 use anyhow::Result;
 use cri::v1;
@@ -48,7 +48,7 @@ pub(super) async fn stats(client: &mut Client, output: Output) -> Result<()> {
     Ok(table::print(&head, &rows)?)
 }
 
-/// Share of one CPU; of a container measured once only, its time so far.
+/// Percent of one CPU; after only one sample, the CPU time so far.
 fn cpu(usage: Option<&v1::CpuUsage>) -> String {
     let Some(usage) = usage else { return "-".into() };
     let value = |number: Option<v1::UInt64Value>| number.map_or(0, |n| n.value);
