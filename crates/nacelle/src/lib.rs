@@ -10,7 +10,7 @@ pub mod settings;
 /// the node's NetworkReady condition stays false.
 pub(crate) const DEFAULT_NETWORK_ANNOTATION: &str = "nacelle.dev/default-network";
 
-/// The service beside the CRI, generated from proto/nacelle/v1/nacelle.proto.
+/// The service that extends the CRI, generated from proto/nacelle/v1/nacelle.proto.
 #[allow(unreachable_pub, unused_qualifications, clippy::all)]
 pub mod api {
     tonic::include_proto!("nacelle.v1");

@@ -94,6 +94,15 @@ pub(super) enum Command {
         #[arg(long, short, value_name = "SECONDS", default_value_t = 10)]
         time: i64,
     },
+    /// Kill one or more running pods or containers
+    Kill {
+        /// Names or ids of pods or containers
+        #[arg(required = true)]
+        names: Vec<String>,
+        /// Signal to send; only SIGKILL is supported
+        #[arg(long, short, default_value = "KILL", value_parser = sigkill)]
+        signal: String,
+    },
     /// Remove one or more pods or containers
     Rm {
         /// Names or ids of pods or containers
@@ -143,6 +152,17 @@ impl Command {
             Self::Run(_) | Self::Exec(_) => OWN_FAILURE,
             _ => 1,
         }
+    }
+}
+
+/// The CRI can send two signals to a container: its stop signal, and this one.
+fn sigkill(text: &str) -> Result<String, String> {
+    let name = text.to_ascii_uppercase();
+    match name.strip_prefix("SIG").unwrap_or(&name) {
+        "KILL" | "9" => Ok("KILL".into()),
+        _ => Err(format!(
+            "only SIGKILL is supported; use `nacelle stop`, or `nacelle exec NAME kill -s {text} 1`"
+        )),
     }
 }
 
@@ -308,6 +328,20 @@ mod tests {
                 assert!(!text.ends_with('.'), "{name}: {text:?}");
             }
         }
+    }
+
+    #[test]
+    fn kill_sends_sigkill_only_and_says_so() {
+        for words in [&["kill", "c"][..], &["kill", "-s", "sigkill", "c"], &["kill", "-s9", "c"]] {
+            let words = ["nacelle"].iter().chain(words);
+            let Command::Kill { signal, .. } = Arguments::parse_from(words).command else {
+                panic!("not a kill")
+            };
+            assert_eq!(signal, "KILL");
+        }
+        let words = ["nacelle", "kill", "-s", "HUP", "c"];
+        let error = Arguments::try_parse_from(words).unwrap_err().to_string();
+        assert!(error.contains("kill -s HUP"), "{error}");
     }
 
     #[test]

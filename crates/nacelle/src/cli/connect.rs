@@ -90,7 +90,7 @@ pub(super) struct CommandFailed {
 }
 
 /// The error of a failed call: nacelled's message, without the gRPC code.
-pub(super) fn told(status: Status) -> anyhow::Error {
+pub(super) fn call_error(status: Status) -> anyhow::Error {
     if status.code() == tonic::Code::Unavailable && status.message().is_empty() {
         return anyhow!("the connection to nacelled was lost: see journalctl -u nacelled");
     }
@@ -128,6 +128,11 @@ mod tests {
             (FailedPrecondition, r#"exec: "/a/x": stat /a/x: not a directory"#, Some(127)),
             (FailedPrecondition, r#"exec: "/x": stat /x: permission denied"#, Some(126)),
             (FailedPrecondition, r#"exec: "/x": exec format error"#, Some(126)),
+            (
+                FailedPrecondition,
+                r#"guest: run a command: exec: "x": executable file not found in $PATH"#,
+                Some(127),
+            ),
             (FailedPrecondition, r#"exec: "/": stat /: is a directory"#, Some(126)),
             (FailedPrecondition, "container \"x\" is not running", None),
             (NotFound, r#"no container "x""#, None),

@@ -3,17 +3,17 @@
 use anyhow::{Result, bail};
 use cri::v1;
 
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::table::short;
 
 pub(super) async fn all_pods(client: &mut Client) -> Result<Vec<v1::PodSandbox>> {
     let reply = client.runtime.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await;
-    Ok(reply.map_err(told)?.into_inner().items)
+    Ok(reply.map_err(call_error)?.into_inner().items)
 }
 
 pub(super) async fn all_containers(client: &mut Client) -> Result<Vec<v1::Container>> {
     let reply = client.runtime.list_containers(v1::ListContainersRequest::default()).await;
-    Ok(reply.map_err(told)?.into_inner().containers)
+    Ok(reply.map_err(call_error)?.into_inner().containers)
 }
 
 pub(super) fn pod_name(pod: &v1::PodSandbox) -> &str {

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use cri::v1;
 use serde_json::{Value, json};
 
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::find::{self, Found};
 use super::{images, table};
 
@@ -28,7 +28,7 @@ pub(super) async fn inspect(client: &mut Client, names: &[String]) -> Result<()>
 
 async fn of_pod(client: &mut Client, id: &str) -> Result<Value> {
     let request = v1::PodSandboxStatusRequest { pod_sandbox_id: id.into(), verbose: true };
-    let reply = client.runtime.pod_sandbox_status(request).await.map_err(told)?.into_inner();
+    let reply = client.runtime.pod_sandbox_status(request).await.map_err(call_error)?.into_inner();
     let mut containers = Vec::new();
     for container in find::all_containers(client).await? {
         if container.pod_sandbox_id == id {
@@ -44,7 +44,7 @@ async fn of_pod(client: &mut Client, id: &str) -> Result<Value> {
 
 async fn of_container(client: &mut Client, id: &str) -> Result<Value> {
     let request = v1::ContainerStatusRequest { container_id: id.into(), verbose: true };
-    let reply = client.runtime.container_status(request).await.map_err(told)?.into_inner();
+    let reply = client.runtime.container_status(request).await.map_err(call_error)?.into_inner();
     Ok(json!({
         "container": serde_json::to_value(&reply.status)?,
         "info": parsed(&reply.info),

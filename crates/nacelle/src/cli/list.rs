@@ -6,7 +6,7 @@ use anyhow::Result;
 use cri::v1;
 
 use super::arguments::Output;
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::find::{all_containers, all_pods, container_name, pod_name};
 use super::table::{self, ago, short};
 use crate::api::InfoRequest;
@@ -99,7 +99,7 @@ pub(super) async fn version(client: Option<Client>, output: Output) -> Result<Ex
     let own = env!("CARGO_PKG_VERSION");
     let daemon = match client {
         Some(mut client) => {
-            Some(client.debug.info(InfoRequest {}).await.map_err(told)?.into_inner().version)
+            Some(client.debug.info(InfoRequest {}).await.map_err(call_error)?.into_inner().version)
         }
         None => None,
     };

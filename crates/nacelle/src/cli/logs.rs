@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use cri::v1;
 
 use super::arguments::Logs;
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::find;
 
 /// Between two reads of a log that is followed.
@@ -36,7 +36,7 @@ pub(super) async fn logs(client: &mut Client, options: Logs) -> Result<()> {
 
 pub(super) async fn status(client: &mut Client, id: &str) -> Result<v1::ContainerStatus> {
     let request = v1::ContainerStatusRequest { container_id: id.into(), verbose: false };
-    let reply = client.runtime.container_status(request).await.map_err(told)?;
+    let reply = client.runtime.container_status(request).await.map_err(call_error)?;
     reply.into_inner().status.context("nacelled returned no status")
 }
 

@@ -27,6 +27,7 @@ mod trace;
 mod volume;
 mod wait;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -112,7 +113,9 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode> {
             images::pull(&mut client, &image, username, password).await?;
         }
         Command::Images => images::list(&mut client, output).await?,
-        Command::Rmi { images } => images::remove(&mut client, &images).await?,
+        Command::Rmi { images } => {
+            return each(&images, async |image| images::remove(&mut client, image).await).await;
+        }
         Command::Import { path, name } => images::import(&mut client, &path, name).await?,
         Command::Pods => list::pods(&mut client, output).await?,
         Command::Ps { all } => list::containers(&mut client, all, output).await?,
@@ -121,17 +124,52 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode> {
         Command::Logs(options) => logs::logs(&mut client, options).await?,
         Command::Exec(options) => return exec::exec(&mut client, options).await,
         Command::Stats => stats::stats(&mut client, output).await?,
-        Command::Stop { names, time } => remove::stop(&mut client, &names, time).await?,
-        Command::Rm { names, force } => remove::remove(&mut client, &names, force).await?,
+        Command::Stop { names, time } => {
+            return each(&names, async |name| remove::stop(&mut client, name, time).await).await;
+        }
+        Command::Kill { names, signal: _ } => {
+            return each(&names, async |name| remove::kill(&mut client, name).await).await;
+        }
+        Command::Rm { names, force } => {
+            return each(&names, async |name| remove::remove(&mut client, name, force).await).await;
+        }
         Command::Console { pod, follow } => console::console(&mut client, &pod, follow).await?,
         Command::Trace { pod } => trace::trace(&mut client, &pod, output).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
+/// Handles each name, also after a failure of another one, and prints those that succeeded.
+async fn each(
+    names: &[String],
+    mut action: impl AsyncFnMut(&str) -> Result<()>,
+) -> Result<ExitCode> {
+    let mut code = ExitCode::SUCCESS;
+    for name in names {
+        match action(name).await {
+            Ok(()) => writeln!(std::io::stdout(), "{name}")?,
+            Err(error) => code = fail(&error, 1),
+        }
+    }
+    Ok(code)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_failure_does_not_keep_later_names_from_being_handled() {
+        let names = ["a", "b", "c"].map(String::from);
+        let mut seen = Vec::new();
+        let code = each(&names, async |name| {
+            seen.push(name.to_owned());
+            if name == "b" { anyhow::bail!("no such pod or container: b") } else { Ok(()) }
+        });
+        let code = code.await.unwrap();
+        assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::from(1)));
+        assert_eq!(seen, ["a", "b", "c"]);
+    }
 
     #[test]
     fn wrong_usage_has_the_code_of_our_own_failures_and_help_has_not() {
@@ -151,9 +189,9 @@ mod tests {
         let status = tonic::Status::failed_precondition(
             "exec: \"nope\": executable file not found in $PATH",
         );
-        let error = connect::told(status).context("container c");
+        let error = connect::call_error(status).context("container c");
         assert_eq!(format!("{:?}", fail(&error, 125)), of(127));
-        let error = connect::told(tonic::Status::not_found("no container \"c\""));
+        let error = connect::call_error(tonic::Status::not_found("no container \"c\""));
         assert_eq!(format!("{:?}", fail(&error, 125)), of(125));
     }
 }

@@ -9,7 +9,7 @@ use cri::convert::security::{MASKED_PATHS, READONLY_PATHS};
 use cri::v1;
 
 use super::arguments::{OWN_FAILURE, Run, RunPod};
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::interrupts::Interrupts;
 use super::logs::{self, Reader};
 use super::private::Private;
@@ -71,6 +71,7 @@ pub(super) async fn run(socket: Option<&Path>, options: Run) -> Result<ExitCode>
 async fn run_with(client: &mut Client, options: &Run) -> Result<ExitCode> {
     let container = container_config(options)?;
     if images::lookup(client, &options.image).await?.is_none() {
+        eprintln!("Unable to find image '{}' locally, pulling it", options.image);
         images::fetch(client, &options.image, String::new(), String::new()).await?;
     }
     let pod = start_pod(client, options).await?;
@@ -99,8 +100,13 @@ async fn run_in(
         config: Some(config),
         sandbox_config: None,
     };
-    let id =
-        client.runtime.create_container(request).await.map_err(told)?.into_inner().container_id;
+    let id = client
+        .runtime
+        .create_container(request)
+        .await
+        .map_err(call_error)?
+        .into_inner()
+        .container_id;
     if options.detach {
         start(client, &id).await?;
         println!("{}", pod.id);
@@ -116,7 +122,7 @@ async fn run_in(
 
 async fn start(client: &mut Client, id: &str) -> Result<()> {
     let request = v1::StartContainerRequest { container_id: id.into() };
-    client.runtime.start_container(request).await.map(drop).map_err(told)
+    client.runtime.start_container(request).await.map(drop).map_err(call_error)
 }
 
 /// Runs with the terminal or standard input of this process. Attaches before the start where
@@ -319,7 +325,7 @@ async fn make_pod(
     };
     let request =
         v1::RunPodSandboxRequest { config: Some(request), runtime_handler: String::new() };
-    let id = client.runtime.run_pod_sandbox(request).await.map_err(told)?.into_inner();
+    let id = client.runtime.run_pod_sandbox(request).await.map_err(call_error)?.into_inner();
     let pods = find::all_pods(client).await?;
     pods.into_iter()
         .find(|pod| pod.id == id.pod_sandbox_id)

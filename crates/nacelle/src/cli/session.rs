@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming};
 
-use super::connect::told;
+use super::connect::call_error;
 use super::terminal::{self, Raw};
 use crate::api::session_input::Input;
 use crate::api::session_output::Output;
@@ -56,7 +56,7 @@ impl Session {
         reply: Result<Response<Streaming<SessionOutput>>, Status>,
         carry: Carry,
     ) -> Result<Self> {
-        let outputs = reply.map_err(told)?.into_inner();
+        let outputs = reply.map_err(call_error)?.into_inner();
         let raw = (carry.tty && carry.stdin && terminal::is_terminal())
             .then(Raw::enter)
             .transpose()
@@ -84,7 +84,7 @@ impl Session {
         loop {
             tokio::select! {
                 message = self.outputs.message() => {
-                    match message.map_err(told)?.map(|m| m.output) {
+                    match message.map_err(call_error)?.map(|m| m.output) {
                         Some(Some(Output::Stdout(data))) => {
                             self.written(write(&mut std::io::stdout(), &data))?;
                         }

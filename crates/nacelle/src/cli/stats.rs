@@ -4,12 +4,12 @@ use anyhow::Result;
 use cri::v1;
 
 use super::arguments::Output;
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::table::{self, bytes};
 
 pub(super) async fn stats(client: &mut Client, output: Output) -> Result<()> {
     let request = v1::ListPodSandboxStatsRequest::default();
-    let reply = client.runtime.list_pod_sandbox_stats(request).await.map_err(told)?;
+    let reply = client.runtime.list_pod_sandbox_stats(request).await.map_err(call_error)?;
     let pods = reply.into_inner().stats;
     if output == Output::Json {
         return Ok(table::json(&serde_json::to_value(&pods)?)?);

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::arguments::Output;
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::{find, table};
 use crate::api::{Phase, TraceRequest};
 
@@ -12,7 +12,7 @@ const WIDTH: u64 = 40;
 
 pub(super) async fn trace(client: &mut Client, pod: &str, output: Output) -> Result<()> {
     let pod = find::pod(client, pod).await?.id;
-    let reply = client.debug.trace(TraceRequest { pod }).await.map_err(told)?;
+    let reply = client.debug.trace(TraceRequest { pod }).await.map_err(call_error)?;
     let phases = reply.into_inner().phases;
     if output == Output::Json {
         let list: Vec<serde_json::Value> = phases

@@ -8,7 +8,7 @@ use cri::v1::ContainerState;
 use super::connect::Client;
 use super::{find, logs};
 
-/// Between two looks at a container's status.
+/// Between two status requests.
 const INTERVAL: Duration = Duration::from_millis(100);
 
 /// Prints the exit code of each container, in the order of the names.

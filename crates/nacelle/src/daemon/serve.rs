@@ -75,9 +75,9 @@ async fn work(settings: Settings) -> Result<()> {
     );
 
     let (stop, stopped) = tokio::sync::watch::channel(false);
-    let mut told = stopped.clone();
+    let mut stop_requested = stopped.clone();
     let shutdown: cri::Shutdown = Box::pin(async move {
-        let _ = told.wait_for(|stop| *stop).await;
+        let _ = stop_requested.wait_for(|stop| *stop).await;
     });
     let mut server = tokio::spawn(cri::serve(listener, runtime, service, beside, shutdown));
     notify::send("READY=1");
