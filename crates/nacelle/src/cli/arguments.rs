@@ -5,14 +5,30 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+const GLOBAL: &str = "Global options";
+
 #[derive(Debug, Parser)]
 #[command(name = "nacelle", about = "Run and inspect containers in microVM pods", version)]
 pub(super) struct Arguments {
     /// Socket of nacelled [default: /run/nacelle/nacelled.sock]
-    #[arg(long, env = "NACELLE_SOCKET", global = true, value_name = "PATH")]
+    #[arg(
+        long,
+        env = "NACELLE_SOCKET",
+        global = true,
+        value_name = "PATH",
+        help_heading = GLOBAL
+    )]
     pub(super) socket: Option<PathBuf>,
     /// Output format
-    #[arg(long, short, value_enum, default_value_t = Output::Table, global = true)]
+    #[arg(
+        long,
+        short,
+        value_enum,
+        default_value_t = Output::Table,
+        global = true,
+        value_name = "FORMAT",
+        help_heading = GLOBAL
+    )]
     pub(super) output: Output,
     #[command(subcommand)]
     pub(super) command: Command,

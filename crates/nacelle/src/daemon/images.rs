@@ -27,7 +27,7 @@ impl Keeper {
             images = garbage.images,
             blobs = garbage.blobs,
             bytes = garbage.bytes,
-            "unused images were deleted"
+            "image garbage collection finished"
         );
         tokio::spawn(async move {
             loop {
