@@ -40,13 +40,7 @@ fn main() -> std::process::ExitCode {
         .map(|(room, (name, story))| {
             let full = format!("{room}::{name}");
             Trial::test(full.clone(), move || {
-                // A machine in an emulated machine stalls now and then. What fails once and passes
-                // when told again is printed with its first error, so that it is looked at.
-                let told = watch::over(&full, story).or_else(|error| {
-                    eprintln!("FLAKY {full}: {error:?}");
-                    watch::over(&full, story)
-                });
-                told.map_err(|error| Failed::from(format!("{error:?}")))
+                watch::over(&full, story).map_err(|error| Failed::from(format!("{error:?}")))
             })
         })
         .collect();

@@ -257,57 +257,6 @@ async fn a_watcher_sees_the_swap_of_a_config_volume() {
     assert_eq!(std::fs::read_to_string(format!("{folder}/key")).unwrap(), "two");
 }
 
-/// For a machine that has mounted a virtio-fs device at $NACELLE_SHARE, with the entry `dir`: in
-/// it a folder `sub` on which its host has mounted something with a file `inside`.
-#[tokio::test]
-async fn what_the_host_has_mounted_in_a_virtio_fs_share_is_seen() {
-    let Some(device) = std::env::var_os("NACELLE_SHARE") else {
-        println!("SKIP: NACELLE_SHARE names no mounted virtio-fs device");
-        return;
-    };
-    let Some(mut guest) = guest().await else { return };
-    let shares = guest.dir.path().join("shares");
-    std::fs::create_dir(&shares).unwrap();
-    let bind = nix::mount::MsFlags::MS_BIND | nix::mount::MsFlags::MS_REC;
-    // Into the agent's mount namespace, which is where it is looked for.
-    let agent = std::fs::File::open(format!("/proc/{}/ns/mnt", guest.agent_pid())).unwrap();
-    let mount = std::thread::spawn(move || {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
-        nix::sched::setns(agent, nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-        nix::mount::mount(Some(&device[..]), &shares, None::<&str>, bind, None::<&str>).unwrap();
-    });
-    mount.join().unwrap();
-    let script = "ls /data/sub; touch /data/sub/w /data/w && echo writable; rm /data/sub/w /data/w";
-    assert_eq!(
-        run_with(&mut guest, script, vec![share("dir", "/data")]).await,
-        "inside\nwritable\n"
-    );
-    let mut read_only = share("dir", "/ro");
-    read_only.read_only = true;
-    read_only.submounts = vec!["sub".into()];
-    let script = "touch /ro/sub/w && echo written; rm /ro/sub/w; touch /ro/w 2>&1";
-    let output = run_with(&mut guest, script, vec![read_only.clone()]).await;
-    assert_eq!(output, "written\ntouch: /ro/w: Read-only file system\n");
-    read_only.recursive_read_only = true;
-    let output = run_with(&mut guest, "ls /ro/sub; touch /ro/sub/w 2>&1", vec![read_only]).await;
-    assert_eq!(output, "inside\ntouch: /ro/sub/w: Read-only file system\n");
-    let mut sub = share("dir", "/sub");
-    sub.sub_path = "sub".into();
-    sub.propagation = v1::Propagation::Slave as i32;
-    assert_eq!(run_with(&mut guest, "ls /sub", vec![sub]).await, "inside\n");
-    // A user namespace: the guest's kernel cannot map the ids, the host's can.
-    let maps = json!([{"containerID": 0, "hostID": 1000, "size": 100_000}]);
-    let linux = json!({"linux": {
-        "namespaces": [{"type": "user"}], "uidMappings": maps, "gidMappings": maps,
-    }});
-    let mut request = guest.request("u", &spec("ls /data/sub", linux));
-    request.volumes = vec![share("dir", "/data")];
-    let error = guest.client.create_container(request.clone()).await.unwrap_err();
-    assert_eq!(error.code(), tonic::Code::FailedPrecondition, "{error}");
-    request.volumes[0].ids_mapped = true;
-    assert_eq!(guest.run(request).await.0, "inside\n");
-}
-
 #[tokio::test]
 async fn volumes_of_the_image_can_be_written_to_below_a_read_only_root() {
     let Some(mut guest) = guest().await else { return };

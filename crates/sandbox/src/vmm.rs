@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use vmm_api::client::{Client, ClientError};
-use vmm_api::{DiskConfig, ExitReason, Fd, Reply, Request, VmExit, VmStatus};
+use vmm_api::{DiskConfig, ExitReason, Fd, NetConfig, Reply, Request, VmExit, VmStatus};
 
 use crate::error::Error;
 use crate::host::blocking;
@@ -61,6 +61,24 @@ impl Vmm {
                 Err(Error::ResourceExhausted { message: e.to_string() })
             }
             Err(e) => Err(failed("plug a disk", e)),
+        }
+    }
+
+    /// Plugs a network card whose packets are `tap`'s; one that is there already is fine.
+    pub(crate) async fn add_net(
+        &self,
+        id: &str,
+        mac: [u8; 6],
+        mtu: u16,
+        tap: OwnedFd,
+    ) -> Result<(), Error> {
+        let net = NetConfig { id: id.to_owned(), tap: Fd(-1), mac, mtu };
+        match self.call(Request::AddNet { net }, Some(tap)).await {
+            Ok(_) | Err(ClientError::Refused(vmm_api::Error::Exists { .. })) => Ok(()),
+            Err(ClientError::Refused(e @ vmm_api::Error::BusFull { .. })) => {
+                Err(Error::ResourceExhausted { message: e.to_string() })
+            }
+            Err(e) => Err(failed("plug a network card", e)),
         }
     }
 

@@ -11,6 +11,7 @@ use super::Story;
 use crate::client::{self, Cri, container};
 use crate::host;
 use crate::node::Node;
+use crate::wait;
 
 pub const STORIES: &[Story] = &[
     ("a container over its memory limit is ended as OOMKilled", memory),
@@ -57,11 +58,11 @@ fn memory() -> Result<()> {
     node.finish()
 }
 
-/// Rounds of work that `id` does in two seconds.
-fn work(cri: &Cri, id: &str) -> Result<u64> {
-    let line =
-        "t=$(($(date +%s)+3)); i=0; while [ $(date +%s) -lt $t ]; do i=$((i+1)); done; echo $i";
-    Ok(cri.shell(id, line)?.parse()?)
+/// A number of a container's `cpu.stat` (cgroup-v2, "CPU Interface Files").
+fn cpu_stat(cri: &Cri, id: &str, name: &str) -> Result<u64> {
+    let text = cri.shell(id, "cat /sys/fs/cgroup/cpu.stat")?;
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    value.with_context(|| format!("no {name} in {text:?}"))
 }
 
 fn cpu() -> Result<()> {
@@ -74,14 +75,22 @@ fn cpu() -> Result<()> {
         cpu_quota: 10_000,
         ..Default::default()
     };
-    let slow = cri.run(&pod, limited("slow", &image, &["sleep", "1000"], resources))?;
-    let fast = cri.run(&pod, container("fast", &image, &["sleep", "1000"]))?;
+    let busy = ["sh", "-c", "while :; do :; done"];
+    let slow = cri.run(&pod, limited("slow", &image, &busy, resources))?;
+    let free = cri.run(&pod, container("free", &image, &busy))?;
     ensure!(
         cri.shell(&slow, "cat /sys/fs/cgroup/cpu.max")? == "10000 100000",
         "cpu.max is not the quota"
     );
-    let (slow, fast) = (work(cri, &slow)?, work(cri, &fast)?);
-    ensure!(slow * 3 < fast, "a tenth of a CPU did {slow} rounds, a whole one {fast}");
+    wait::until("a busy container is held to its quota", Duration::from_secs(120), || {
+        Ok((cpu_stat(cri, &slow, "nr_throttled ")? >= 20).then_some(()))
+    })?;
+    let used = cpu_stat(cri, &slow, "usage_usec ")?;
+    // Read later, so it can only be larger than at the moment of the usage.
+    let periods = cpu_stat(cri, &slow, "nr_periods ")?;
+    // A period may exceed its quota by one slice of the scheduler.
+    ensure!(used <= periods * 20_000, "{used} us in {periods} periods of 10000 us each");
+    ensure!(cpu_stat(cri, &free, "nr_throttled ")? == 0, "a container without a quota is held");
     node.finish()
 }
 

@@ -1,5 +1,6 @@
 //! The stories: each is a function that tells one thing a user relies on, and fails if it is not so.
 
+mod agent;
 mod damage;
 mod devices;
 mod empty_dir;
@@ -65,6 +66,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("programs", programs::STORIES),
         ("guest_kernel", guest_kernel::STORIES),
         ("tool", tool::STORIES),
+        ("agent", agent::STORIES),
     ];
     rooms.iter().flat_map(|(room, stories)| stories.iter().map(move |s| (*room, *s))).collect()
 }

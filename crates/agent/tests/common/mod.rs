@@ -112,33 +112,20 @@ pub async fn turn() -> tokio::sync::MutexGuard<'static, ()> {
 }
 
 /// `boot_with` our own kernel.
-pub async fn boot() -> Option<Guest> {
+pub async fn boot() -> Guest {
     boot_with("vmlinux", "initramfs.cpio", &[]).await
 }
 
-/// Boots a microVM with an EROFS disk (`disk0`) and an empty ext4 disk (`disk1`). None, with a
-/// reason on standard output, where this cannot run.
-pub async fn boot_with(kernel: &str, initramfs: &str, extra: &[&str]) -> Option<Guest> {
-    let Some(assets) = std::env::var_os("NACELLE_GUEST").map(PathBuf::from) else {
-        println!("SKIP: NACELLE_GUEST names no folder with vmlinux and initramfs.cpio");
-        return None;
-    };
+/// Boots a microVM with an EROFS disk (`disk0`) and an empty ext4 disk (`disk1`).
+///
+/// # Panics
+/// Where something that it needs is missing.
+pub async fn boot_with(kernel: &str, initramfs: &str, extra: &[&str]) -> Guest {
+    let assets = PathBuf::from(std::env::var_os("NACELLE_GUEST").expect("NACELLE_GUEST"));
     for asset in [kernel, initramfs] {
-        if !assets.join(asset).exists() {
-            println!("SKIP: no {asset} in {}", assets.display());
-            return None;
-        }
+        assert!(assets.join(asset).exists(), "no {asset} in {}", assets.display());
     }
-    for tool in ["nacelle-vmm", "mkfs.erofs", "mke2fs"] {
-        if Command::new(tool).arg("--version").output().is_err() {
-            println!("SKIP: {tool} is not in the search path");
-            return None;
-        }
-    }
-    let Some(busybox) = busybox() else {
-        println!("SKIP: no static busybox (apt-get install busybox-static)");
-        return None;
-    };
+    let busybox = busybox().expect("a static busybox (apt-get install busybox-static)");
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     make_root(&path("root"), &busybox);
@@ -178,7 +165,7 @@ pub async fn boot_with(kernel: &str, initramfs: &str, extra: &[&str]) -> Option<
         tokio::time::sleep(Duration::from_millis(50)).await;
     };
     println!("the agent answers after {:?}", start.elapsed());
-    Some(Guest { child, dir, client, lower: "disk0".to_owned(), door })
+    Guest { child, dir, client, lower: "disk0".to_owned(), door }
 }
 
 fn busybox() -> Option<PathBuf> {

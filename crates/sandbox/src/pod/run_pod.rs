@@ -7,14 +7,14 @@ use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_api::v1;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::SockType;
 use tokio_util::sync::CancellationToken;
-use vmm_api::{DiskConfig, Fd, JailConfig, NetConfig, VmConfig, VsockConfig};
+use vmm_api::{DiskConfig, Fd, JailConfig, VmConfig, VsockConfig};
 
 use super::disks::write_volume;
 use super::handle::{Handle, Paths};
@@ -41,18 +41,18 @@ const LOG_TAIL: usize = 4 << 10;
 /// Number of the program's first descriptor (see [`crate::launcher`]).
 const FIRST_FD: i32 = 3;
 
-/// Measures the phases of a start.
+/// Measures the phases of a start, of which some overlap.
 struct Trace {
     began: Instant,
-    phases: Vec<TracePhase>,
+    phases: Mutex<Vec<TracePhase>>,
 }
 
 impl Trace {
-    async fn phase<T>(&mut self, name: &str, work: impl Future<Output = T>) -> T {
+    async fn phase<T>(&self, name: &str, work: impl Future<Output = T>) -> T {
         let start = self.began.elapsed();
         let value = work.await;
         let duration = self.began.elapsed() - start;
-        self.phases.push(TracePhase {
+        self.phases.lock().unwrap_or_else(PoisonError::into_inner).push(TracePhase {
             name: name.to_owned(),
             start_us: start.as_micros() as u64,
             duration_us: duration.as_micros() as u64,
@@ -60,24 +60,22 @@ impl Trace {
         tracing::debug!(phase = name, ?duration, "start phase");
         value
     }
+
+    /// In the order of their starts.
+    fn into_phases(self) -> Vec<TracePhase> {
+        let mut phases = self.phases.into_inner().unwrap_or_else(PoisonError::into_inner);
+        phases.sort_by_key(|phase| phase.start_us);
+        phases
+    }
 }
 
 pub(super) async fn run_pod(
     handle: &Arc<Handle>,
     cancel: &CancellationToken,
 ) -> Result<Arc<Process>, Error> {
-    let cancelled = || Error::Cancelled { what: "start of the pod" };
-    let mut trace = Trace { began: Instant::now(), phases: Vec::new() };
+    let trace = Trace { began: Instant::now(), phases: Mutex::default() };
     let node = &handle.node;
     let pod = handle.pod();
-
-    let admitted = trace.phase("admission", async {
-        tokio::select! {
-            permit = node.starts.acquire() => permit.map_err(|_| cancelled()),
-            () = cancel.cancelled() => Err(cancelled()),
-        }
-    });
-    let permit = admitted.await?;
 
     let leaf = cgroup::leaf(&node.cgroup_root, &pod.spec.cgroup_parent, &pod.id)?;
     let parents = cgroup::missing_parents(&node.cgroup_root, &leaf);
@@ -92,35 +90,42 @@ pub(super) async fn run_pod(
     }
     trace.phase("journal", handle.commit(vec![Change::Planned(effects)])).await?;
 
-    // Not given up half-way: a CNI plugin that still runs would race with its own undoing.
-    let attached = trace.phase("network", async {
-        if own_network {
-            node.network.attach(&pod.id, &pod.spec).await
-        } else {
-            Ok(Attachment::default())
+    // Cancelled by the caller, or because the network could not be attached.
+    let given_up = cancel.child_token();
+    // Runs to its end in any case: a CNI plugin that still runs would race with its own undoing.
+    let attach = trace.phase("network", async {
+        if !own_network {
+            return Ok(Attachment::default());
         }
+        let attached = node.network.attach(&pod.id, &pod.spec).await;
+        if attached.is_err() {
+            given_up.cancel();
+        }
+        attached.map_err(|e| network_failed("attach", e))
     });
-    let attachment = Arc::new(attached.await.map_err(|e| network_failed("attach", e))?);
+    let (attachment, process) = match handle.machine {
+        // The VM boots meanwhile; its cards are plugged when both are done.
+        Machine::Vm(_) => {
+            let unattached = Attachment::default();
+            let boot = boot(handle, &pod, &unattached, &leaf, &trace, &given_up);
+            let (attached, booted) = tokio::join!(attach, boot);
+            let attachment = attached?;
+            let process = booted?;
+            trace.phase("plug", plug_cards(handle, &pod, &attachment)).await?;
+            (attachment, process)
+        }
+        // The agent is started in the network namespace.
+        Machine::Host(_) => {
+            let attachment = attach.await?;
+            let booted = boot(handle, &pod, &attachment, &leaf, &trace, &given_up);
+            let process = booted.await?;
+            (attachment, process)
+        }
+    };
+    let attachment = Arc::new(attachment);
     if cancel.is_cancelled() {
         return Err(cancelled());
     }
-
-    let launched = trace.phase("launch", launch(handle, &pod, &attachment, &leaf)).await?;
-    let (process, started) = launched;
-    let change = Change::VmmStarted { pid: process.pid, started };
-    trace.phase("journal", handle.commit(vec![change])).await?;
-
-    let limit = node.config.boot_deadline();
-    let boot = trace.phase("boot", async {
-        tokio::select! {
-            () = handle.guest.wait_until_up() => Ok(()),
-            () = process.ended() => Err(died(handle).await),
-            () = cancel.cancelled() => Err(cancelled()),
-            () = tokio::time::sleep(limit) => Err(silent(&handle.paths, limit)),
-        }
-    });
-    boot.await?;
-    drop(permit);
 
     let configured = trace.phase("configure", async {
         tokio::select! {
@@ -134,10 +139,70 @@ pub(super) async fn run_pod(
         // Not before: a boot under a tight cap takes seconds.
         limit_cpu(&leaf, &node.cgroup_root, pod.spec.cpu).await;
     }
-    let change = Change::Ready { attachment, kernel_release, trace: trace.phases };
+    let elapsed = trace.began.elapsed();
+    let change = Change::Ready { attachment, kernel_release, trace: trace.into_phases() };
     handle.commit(vec![change]).await?;
-    tracing::info!(pod = pod.id, elapsed = ?trace.began.elapsed(), "pod is ready");
+    tracing::info!(pod = pod.id, ?elapsed, "pod is ready");
     Ok(process)
+}
+
+fn cancelled() -> Error {
+    Error::Cancelled { what: "start of the pod" }
+}
+
+/// Starts the VMM (or a host pod's agent) when the node admits it, and waits for its agent. Answers
+/// `Cancelled` once `given_up` says so.
+async fn boot(
+    handle: &Arc<Handle>,
+    pod: &Pod,
+    attachment: &Attachment,
+    leaf: &Path,
+    trace: &Trace,
+    given_up: &CancellationToken,
+) -> Result<Arc<Process>, Error> {
+    let node = &handle.node;
+    let admitted = trace.phase("admission", async {
+        tokio::select! {
+            permit = node.starts.acquire() => permit.map_err(|_| cancelled()),
+            () = given_up.cancelled() => Err(cancelled()),
+        }
+    });
+    let _permit = admitted.await?;
+    if given_up.is_cancelled() {
+        return Err(cancelled());
+    }
+    let launched = trace.phase("launch", launch(handle, pod, attachment, leaf)).await?;
+    let (process, started) = launched;
+    let change = Change::VmmStarted { pid: process.pid, started };
+    trace.phase("journal", handle.commit(vec![change])).await?;
+
+    let limit = node.config.boot_deadline();
+    let up = trace.phase("boot", async {
+        tokio::select! {
+            () = handle.guest.wait_until_up() => Ok(()),
+            () = process.ended() => Err(died(handle).await),
+            () = given_up.cancelled() => Err(cancelled()),
+            () = tokio::time::sleep(limit) => Err(silent(&handle.paths, limit)),
+        }
+    });
+    up.await?;
+    Ok(process)
+}
+
+/// Gives the VM a card for each interface; the agent finds them by their addresses when it
+/// configures the pod.
+async fn plug_cards(handle: &Handle, pod: &Pod, attachment: &Attachment) -> Result<(), Error> {
+    let taps = handle.node.network.open_taps(&pod.id, attachment).await;
+    let taps = taps.map_err(|e| network_failed("open the taps", e))?;
+    if taps.len() != attachment.interfaces.len() {
+        let (got, want) = (taps.len(), attachment.interfaces.len());
+        return Err(Error::Internal(anyhow::anyhow!("{got} taps for {want} interfaces")));
+    }
+    let vmm = handle.machine.vmm()?;
+    for (tap, interface) in taps.into_iter().zip(&attachment.interfaces) {
+        vmm.add_net(&interface.name, interface.mac, interface.mtu, tap).await?;
+    }
+    Ok(())
 }
 
 /// Caps the VM's CPU time on the host. Where that cannot be, the guest's own limits still hold.
@@ -198,18 +263,13 @@ async fn launch(
     leaf: &Path,
 ) -> Result<(Arc<Process>, u64), Error> {
     let node = &handle.node;
-    let taps = match handle.machine {
-        Machine::Vm(_) => node.network.open_taps(&pod.id, attachment).await,
-        Machine::Host(_) => Ok(Vec::new()),
-    };
-    let taps = taps.map_err(|e| network_failed("open the taps", e))?;
     let program = {
         let (handle, pod) = (handle.clone(), pod.clone());
         let (attachment, leaf) = (attachment.clone(), leaf.to_owned());
         blocking(move || {
             let program = match handle.machine.host() {
                 Some(own) => host_pod::program(&handle, own, &attachment, &leaf),
-                None => program(&handle, &pod, &attachment, &leaf, taps),
+                None => program(&handle, &pod, &leaf),
             };
             cgroup::count_memory(&handle.node.cgroup_root, &leaf);
             program
@@ -240,13 +300,7 @@ impl FdTable {
     }
 }
 
-fn program(
-    handle: &Handle,
-    pod: &Pod,
-    attachment: &Attachment,
-    leaf: &Path,
-    taps: Vec<OwnedFd>,
-) -> Result<Program, Error> {
+fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
     let (paths, node) = (&handle.paths, &handle.node);
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
     for folder in [&paths.state_dir, &paths.folder] {
@@ -265,11 +319,6 @@ fn program(
     let socket = |path: &Path, kind| {
         sockets::listen_at(path, kind).map_err(|e| failed("listen at", path, e))
     };
-    if taps.len() != attachment.interfaces.len() {
-        let (got, want) = (taps.len(), attachment.interfaces.len());
-        return Err(Error::Internal(anyhow::anyhow!("{got} taps for {want} interfaces")));
-    }
-
     let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&paths.log);
     let log = log.map_err(|e| failed("create", &paths.log, e))?;
     let kvm = OpenOptions::new().read(true).write(true).open(&node.config.kvm);
@@ -290,17 +339,10 @@ fn program(
             Wanted::Log => fds.add(log.try_clone().map_err(|e| Error::io("dup", e))?),
         })
     })?;
-    let nets = taps.into_iter().zip(&attachment.interfaces).map(|(tap, interface)| NetConfig {
-        id: interface.name.clone(),
-        tap: fds.add(tap),
-        mac: interface.mac,
-        mtu: interface.mtu,
-    });
-    let nets = nets.collect();
     let scratch = node.scratch.clone_to(&paths.scratch_disk, node.config.scratch_disk_size())?;
     let serial = agent_api::SCRATCH_SERIAL.to_owned();
     let disks = vec![DiskConfig { serial, file: fds.add(scratch), read_only: false }];
-    let config = VmConfig { nets, disks, ..config };
+    let config = VmConfig { disks, ..config };
 
     let text = serde_json::to_vec(&config).map_err(|e| Error::Internal(e.into()))?;
     let mut file = File::from(config_file);

@@ -287,3 +287,22 @@ fn who_reads_statistics_twice_sees_something_new_and_waits_for_no_guest() {
         daemon.remove_pod(&pod).await.unwrap();
     });
 }
+
+#[test]
+fn a_vm_boots_while_its_network_is_attached_and_gets_its_cards_then() {
+    story(|world| async move {
+        *world.inner.attach_beside_boot.lock().unwrap() = true;
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        assert_eq!(*world.inner.cards.lock().unwrap(), ["eth0"]);
+        let configured = world.guest(&pod).lock().configure.clone().unwrap();
+        assert_eq!(configured.interfaces[0].mac, "02:00:00:00:00:01");
+        let phases = daemon.trace(&pod).unwrap();
+        assert!(phases.is_sorted_by_key(|phase| phase.start_us), "{phases:?}");
+        let phase = |name: &str| phases.iter().find(|phase| phase.name == name).unwrap();
+        let (network, launch) = (phase("network"), phase("launch"));
+        assert!(launch.start_us < network.start_us + network.duration_us, "{phases:?}");
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}

@@ -70,8 +70,16 @@ fn a_network_that_fails_and_a_vmm_that_dies_fail_the_start_with_the_reason() {
         *world.inner.fail_network.lock().unwrap() = true;
         let error = daemon.run_pod(world.pod_spec("a")).await.unwrap_err().to_string();
         assert!(error.contains("no more addresses"), "{error}");
-        *world.inner.fail_network.lock().unwrap() = false;
+        // The guest would never come up, and is not waited for.
+        world.inner.guests.lock().unwrap().clear();
         *world.inner.mute.lock().unwrap() = true;
+        *world.inner.attach_beside_boot.lock().unwrap() = true;
+        let error = daemon.run_pod(world.pod_spec("c")).await.unwrap_err().to_string();
+        assert!(error.contains("no more addresses"), "{error}");
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+        *world.inner.fail_network.lock().unwrap() = false;
+        *world.inner.attach_beside_boot.lock().unwrap() = false;
+        world.inner.guests.lock().unwrap().clear();
         let start = tokio::spawn({
             let (daemon, spec) = (daemon.clone(), world.pod_spec("b"));
             async move { daemon.run_pod(spec).await }

@@ -19,7 +19,7 @@ use super::agent::Guest;
 use crate::host::process::pidfd_open;
 use crate::launcher::{Launch, Launched, Program};
 use crate::model::{ContainerSpec, Meta, PidMode, PodId, PodSpec, RootfsSpec};
-use crate::ports::{Attachment, Network, PortError};
+use crate::ports::{Attachment, Interface, Network, PortError};
 use crate::{Config, Error, Sandboxes};
 
 /// Runs the guests of all worlds: they outlive daemons.
@@ -54,6 +54,10 @@ pub(super) struct Inner {
     /// The next guest never comes up.
     pub(super) mute: Mutex<bool>,
     pub(super) fail_network: Mutex<bool>,
+    /// Attaching waits until a VM has been launched.
+    pub(super) attach_beside_boot: Mutex<bool>,
+    /// Network cards that VMs were given, by id.
+    pub(super) cards: Arc<Mutex<Vec<String>>>,
     /// VMMs take this long to plug a disk.
     pub(super) slow_disks: Arc<Mutex<Duration>>,
     /// Collecting networks never ends.
@@ -84,6 +88,8 @@ impl World {
             file_servers: Mutex::default(),
             mute: Mutex::new(false),
             fail_network: Mutex::new(false),
+            attach_beside_boot: Mutex::new(false),
+            cards: Arc::default(),
             slow_disks: Arc::default(),
             hang_collect: Mutex::new(false),
             stubborn: Arc::new(Mutex::new((0, u32::MAX))),
@@ -231,15 +237,29 @@ impl Network for World {
     async fn attach(&self, pod: &PodId, _: &PodSpec) -> Result<Attachment, PortError> {
         self.young.lock().unwrap().insert(pod.clone());
         self.inner.attached.lock().unwrap().insert(pod.clone());
+        if *self.inner.attach_beside_boot.lock().unwrap() {
+            eventually("launch", || !self.inner.guests.lock().unwrap().is_empty()).await;
+        }
         if *self.inner.fail_network.lock().unwrap() {
             return Err(PortError(anyhow::anyhow!("no more addresses")));
         }
         let addresses = vec!["10.1.2.3".parse().unwrap()];
-        Ok(Attachment { addresses, ..Attachment::default() })
+        let interfaces = vec![Interface {
+            name: "eth0".into(),
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            addresses: vec!["10.1.2.3/24".into()],
+        }];
+        Ok(Attachment { addresses, interfaces, ..Attachment::default() })
     }
 
-    async fn open_taps(&self, _: &PodId, _: &Attachment) -> Result<Vec<OwnedFd>, PortError> {
-        Ok(Vec::new())
+    async fn open_taps(
+        &self,
+        _: &PodId,
+        attachment: &Attachment,
+    ) -> Result<Vec<OwnedFd>, PortError> {
+        let tap = || File::open("/dev/null").map(OwnedFd::from).unwrap();
+        Ok(attachment.interfaces.iter().map(|_| tap()).collect())
     }
 
     async fn detach(&self, pod: &PodId, _: &PodSpec) -> Result<(), PortError> {
@@ -313,6 +333,8 @@ impl Launch for World {
         });
         let control = take(config.control.0);
         let devices = self.inner.devices.clone();
+        let cards = self.inner.cards.clone();
+        assert!(config.nets.is_empty(), "{:?}", config.nets);
         let memory = FakeMemory {
             slow_disks: self.inner.slow_disks.clone(),
             boot: config.memory_mib,
@@ -321,7 +343,7 @@ impl Launch for World {
             stubborn: self.inner.stubborn.clone(),
         };
         *memory.wanted.lock().unwrap() = memory.boot;
-        std::thread::spawn(move || serve_control(&control, &devices, memory));
+        std::thread::spawn(move || serve_control(&control, &devices, &cards, memory));
         std::thread::spawn(move || {
             let _ = child.wait();
             served.abort();
@@ -374,7 +396,12 @@ struct FakeMemory {
 }
 
 /// Answers until the listener is shut down with the process' end (or the test's).
-fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>, memory: FakeMemory) {
+fn serve_control(
+    control: &OwnedFd,
+    devices: &Mutex<Vec<String>>,
+    cards: &Mutex<Vec<String>>,
+    memory: FakeMemory,
+) {
     while let Ok(fd) = nix::sys::socket::accept(control.as_raw_fd()) {
         let connection = own(fd);
         while let Ok((request, fds)) = receive::<vmm_api::Request>(connection.as_fd()) {
@@ -395,6 +422,11 @@ fn serve_control(control: &OwnedFd, devices: &Mutex<Vec<String>>, memory: FakeMe
                     assert_eq!((tag.as_str(), fds.len()), (agent_api::SHARE_TAG, 1));
                     devices.push(id);
                     Reply::Added { pci: "0000:00:05.0".into() }
+                }
+                vmm_api::Request::AddNet { net } => {
+                    assert_eq!(fds.len(), 1);
+                    cards.lock().unwrap().push(net.id);
+                    Reply::Added { pci: "0000:00:06.0".into() }
                 }
                 vmm_api::Request::RemoveDevice { id } => {
                     devices.retain(|d| *d != id);

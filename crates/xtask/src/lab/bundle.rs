@@ -19,6 +19,7 @@ const BINARIES: &[&str] = &[
     "nacelle-agent",
     "containerd-shim-nacelle-v2",
     "nacelle-tests",
+    "nacelle-agent-tests",
     "nacelle-bench",
 ];
 
