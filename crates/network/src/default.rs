@@ -32,15 +32,14 @@ pub fn default_conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<String
     Ok(format!("{:#}\n", conflist(ipv4, ipv6)?))
 }
 
-/// The default configuration for this host: with IPv6 only if its kernel has it enabled, because
-/// the bridge plugin fails otherwise.
-pub fn host_conflist() -> Result<String, SubnetError> {
-    default_conflist(Some(DEFAULT_IPV4), ipv6_of(Path::new("/proc")))
+/// The default IPv6 subnet, if this host has IPv6. The bridge plugin fails otherwise.
+pub fn host_ipv6() -> Option<&'static str> {
+    ipv6_of(Path::new("/proc"))
 }
 
 /// The network of pods that ask for the default one.
 pub(crate) fn built_in() -> Result<Network, ConfError> {
-    let list = conflist(Some(DEFAULT_IPV4), ipv6_of(Path::new("/proc")));
+    let list = conflist(Some(DEFAULT_IPV4), host_ipv6());
     let list = list.map_err(|error| ConfError::Invalid {
         path: BUILT_IN.into(),
         problem: error.to_string(),

@@ -32,7 +32,7 @@ use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
 pub use config::Config;
-pub use default::{DEFAULT_IPV4, DEFAULT_IPV6, SubnetError, default_conflist, host_conflist};
+pub use default::{DEFAULT_IPV4, DEFAULT_IPV6, SubnetError, default_conflist, host_ipv6};
 pub use host::{Error, PREFIX};
 pub use model::{Attachment, Dns, Interface, Pod, PortMapping, Protocol, Route};
 pub use netns::NetnsError;

@@ -107,7 +107,10 @@ async fn spawn() -> Result<()> {
     let program = nacelled();
     let conf_dir = Path::new(ROOT).join("cni");
     std::fs::create_dir_all(&conf_dir).with_context(|| conf_dir.display().to_string())?;
-    std::fs::write(conf_dir.join("10-nacelle.conflist"), network::host_conflist()?)?;
+    std::fs::write(
+        conf_dir.join("10-nacelle.conflist"),
+        network::default_conflist(Some(network::DEFAULT_IPV4), network::host_ipv6())?,
+    )?;
     let log_path = Path::new(STATE).join("nacelled.log");
     let log = File::create(&log_path).with_context(|| log_path.display().to_string())?;
     let mut daemon = Command::new(&program)

@@ -65,9 +65,9 @@ enum ConfigCommand {
         /// IPv4 subnet of pods; "none" to disable IPv4
         #[arg(long, default_value = ::network::DEFAULT_IPV4)]
         ipv4: String,
-        /// IPv6 subnet of pods; "none" to disable IPv6
-        #[arg(long, default_value = ::network::DEFAULT_IPV6)]
-        ipv6: String,
+        /// IPv6 subnet of pods; "none" to disable IPv6 [default: fd00:88::/64 if this host has IPv6]
+        #[arg(long)]
+        ipv6: Option<String>,
     },
 }
 
@@ -110,8 +110,9 @@ fn run(arguments: Arguments) -> Result<()> {
         }
         Some(Command::Config(ConfigCommand::Check)) => check(&load()?),
         Some(Command::Config(ConfigCommand::Cni { ipv4, ipv6 })) => {
+            let ipv6 = ipv6.as_deref().or(::network::host_ipv6()).unwrap_or("none");
             let given = |text: &str| (text != "none").then(|| text.to_string());
-            let (ipv4, ipv6) = (given(&ipv4), given(&ipv6));
+            let (ipv4, ipv6) = (given(&ipv4), given(ipv6));
             println!("{}", ::network::default_conflist(ipv4.as_deref(), ipv6.as_deref())?);
             Ok(())
         }
@@ -136,5 +137,8 @@ mod tests {
         Arguments::command().debug_assert();
         let given = Arguments::parse_from(["nacelled", "config", "check", "--config", "/x"]);
         assert_eq!(given.config.unwrap(), PathBuf::from("/x"));
+        let help = Arguments::command().find_subcommand("config").unwrap().clone();
+        let help = help.find_subcommand("cni").unwrap().clone().render_help().to_string();
+        assert!(help.contains(::network::DEFAULT_IPV6), "{help}");
     }
 }
