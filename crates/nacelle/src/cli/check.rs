@@ -72,10 +72,10 @@ pub(super) async fn check(
         Output::Table => {
             for finding in &findings {
                 let mark = if finding.ok { "ok" } else { "NO" };
-                println!("{mark}  {:<10} {}", finding.what, finding.text);
+                crate::say(format_args!("{mark}  {:<10} {}", finding.what, finding.text))?;
             }
             let verdict = if ok { "This host can run pods." } else { "See the lines marked NO." };
-            println!("{verdict}");
+            crate::say(format_args!("{verdict}"))?;
         }
     }
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -19,7 +19,7 @@ pub(super) async fn pull(
 ) -> Result<()> {
     let id =
         fetch(client, image, username.unwrap_or_default(), password.unwrap_or_default()).await?;
-    println!("{id}");
+    crate::say(format_args!("{id}"))?;
     Ok(())
 }
 
@@ -132,7 +132,7 @@ pub(super) async fn import(client: &mut Client, path: &Path, name: Option<String
     let request = ImportRequest { path: text.into(), name: name.unwrap_or_default() };
     let reply = client.debug.import(request).await.map_err(call_error)?.into_inner();
     for id in reply.image_ids {
-        println!("{id}");
+        crate::say(format_args!("{id}"))?;
     }
     Ok(())
 }

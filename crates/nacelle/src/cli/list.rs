@@ -106,8 +106,8 @@ pub(super) async fn version(client: Option<Client>, output: Output) -> Result<Ex
     match output {
         Output::Json => table::json(&serde_json::json!({ "nacelle": own, "nacelled": daemon }))?,
         Output::Table => {
-            println!("nacelle   {own}");
-            println!("nacelled  {}", daemon.as_deref().unwrap_or("not running"));
+            crate::say(format_args!("nacelle   {own}"))?;
+            crate::say(format_args!("nacelled  {}", daemon.as_deref().unwrap_or("not running")))?;
         }
     }
     Ok(ExitCode::SUCCESS)

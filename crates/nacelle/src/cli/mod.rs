@@ -27,7 +27,6 @@ mod trace;
 mod volume;
 mod wait;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -68,13 +67,7 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
-    // A reader that closes the pipe early (`| head`) is not a failure.
-    let broken_pipe = |cause: &(dyn std::error::Error + 'static)| {
-        cause
-            .downcast_ref::<std::io::Error>()
-            .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
-    };
-    if error.chain().any(broken_pipe) {
+    if crate::is_broken_pipe(error) {
         return ExitCode::SUCCESS;
     }
     eprintln!("nacelle: {error:#}");
@@ -147,7 +140,7 @@ async fn each(
     let mut code = ExitCode::SUCCESS;
     for name in names {
         match action(name).await {
-            Ok(()) => writeln!(std::io::stdout(), "{name}")?,
+            Ok(()) => crate::say(format_args!("{name}"))?,
             Err(error) => code = fail(&error, 1),
         }
     }

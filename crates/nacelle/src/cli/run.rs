@@ -109,7 +109,8 @@ async fn run_in(
         .container_id;
     if options.detach {
         start(client, &id).await?;
-        println!("{}", pod.id);
+        // A failure would remove the pod.
+        let _ = crate::say(format_args!("{}", pod.id));
         return Ok(ExitCode::SUCCESS);
     }
     let code = if options.interactive || options.tty {
@@ -285,7 +286,7 @@ pub(super) async fn run_pod(client: &mut Client, options: RunPod) -> Result<()> 
     let limits = limits(options.cpus, options.memory.as_deref())?;
     let linux = v1::LinuxPodSandboxConfig { resources: Some(limits), ..Default::default() };
     let pod = make_pod(client, options.name.as_deref(), None, vec![], linux).await?;
-    println!("{}", pod.id);
+    crate::say(format_args!("{}", pod.id))?;
     Ok(())
 }
 

@@ -25,7 +25,7 @@ pub(super) async fn wait(client: &mut Client, names: &[String]) -> Result<()> {
             }
             tokio::time::sleep(INTERVAL).await;
         };
-        println!("{code}");
+        crate::say(format_args!("{code}"))?;
     }
     Ok(())
 }

@@ -77,8 +77,11 @@ pub(crate) fn command() -> clap::Command {
 }
 
 pub fn main() -> ExitCode {
-    match run(Arguments::parse()) {
+    let arguments = Arguments::parse();
+    let prints = matches!(arguments.command, Some(Command::Config(_)));
+    match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if prints && crate::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("nacelled: {error:#}");
             ExitCode::FAILURE
@@ -105,7 +108,7 @@ fn run(arguments: Arguments) -> Result<()> {
             sandbox::launcher::main(socket).context("launcher")
         }
         Some(Command::Config(ConfigCommand::Default)) => {
-            print!("{TEMPLATE}");
+            crate::say(format_args!("{}", TEMPLATE.trim_end()))?;
             Ok(())
         }
         Some(Command::Config(ConfigCommand::Check)) => check(&load()?),
@@ -113,8 +116,8 @@ fn run(arguments: Arguments) -> Result<()> {
             let ipv6 = ipv6.as_deref().or(::network::host_ipv6()).unwrap_or("none");
             let given = |text: &str| (text != "none").then(|| text.to_string());
             let (ipv4, ipv6) = (given(&ipv4), given(ipv6));
-            println!("{}", ::network::default_conflist(ipv4.as_deref(), ipv6.as_deref())?);
-            Ok(())
+            let list = ::network::default_conflist(ipv4.as_deref(), ipv6.as_deref())?;
+            Ok(crate::say(format_args!("{}", list.trim_end()))?)
         }
     }
 }
@@ -124,7 +127,10 @@ fn check(settings: &Settings) -> Result<()> {
     if let Some(trouble) = settings.missing_files() {
         anyhow::bail!("{trouble}");
     }
-    println!("The configuration is valid. The CRI socket is {}.", settings.socket.display());
+    crate::say(format_args!(
+        "The configuration is valid. The CRI socket is {}.",
+        settings.socket.display()
+    ))?;
     Ok(())
 }
 
