@@ -1,11 +1,11 @@
-//! nacelled's configuration: one TOML file, and a few values that flags and the environment
-//! override. [`TEMPLATE`] is its documentation; a test holds it to the defaults.
+//! nacelled's configuration: a TOML file, and a few values that flags and environment variables
+//! override. [`TEMPLATE`] documents all settings; a test compares it with the defaults.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// Every setting with its default and what it is for; what `nacelled config default` prints.
+/// Every setting with its default and a comment; printed by `nacelled config default`.
 pub const TEMPLATE: &str = include_str!("settings.toml");
 pub const DEFAULT_PATH: &str = "/etc/nacelle/config.toml";
 pub const SOCKET_NAME: &str = "nacelled.sock";
@@ -15,7 +15,7 @@ pub const SOCKET_NAME: &str = "nacelled.sock";
 pub struct Settings {
     pub root: PathBuf,
     pub state: PathBuf,
-    /// Empty: in the state folder.
+    /// Empty: in the state directory.
     pub socket: PathBuf,
     pub vmm: PathBuf,
     pub kernel: PathBuf,
@@ -43,7 +43,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// Keys of sections that follow from the top of the file; there is one place to set each.
+/// Keys of sections that are set at the top of the file only.
 const DERIVED: [(&str, &str, &str); 7] = [
     ("pods", "root", "root"),
     ("pods", "state", "state"),
@@ -64,7 +64,7 @@ pub enum SettingsError {
     Derived { path: PathBuf, section: String, key: String, instead: String },
 }
 
-/// What flags and the environment say.
+/// Values from flags and environment variables.
 #[derive(Debug, Default, Clone)]
 pub struct Overrides {
     pub root: Option<PathBuf>,
@@ -103,7 +103,7 @@ impl Default for Log {
 }
 
 impl Settings {
-    /// From a file, or from nothing when the default file is not there; then the overrides.
+    /// Reads a file and applies the overrides. Only the default file may be missing.
     pub fn load(path: Option<&Path>, overrides: &Overrides) -> Result<Self, SettingsError> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
         let text = match std::fs::read_to_string(file) {
@@ -130,14 +130,14 @@ impl Settings {
                     section: section.into(),
                     key: key.into(),
                     instead: if instead.is_empty() {
-                        "nothing: it is fixed".into()
+                        "nothing: it cannot be changed".into()
                     } else {
                         instead.into()
                     },
                 });
             }
         }
-        // Where these are not given they follow from others, which the defaults already did.
+        // The defaults derive these from other settings, which the file may have changed.
         let cache_given = table.get("network").and_then(|v| v.get("cache_dir")).is_some();
         let socket_given = table.contains_key("socket");
         let mut settings: Self = toml::from_str(text).map_err(wrong)?;
@@ -178,18 +178,26 @@ impl Settings {
         self.images.root.clone_from(&self.root);
     }
 
-    /// Files that pods need and that are not there, with what to do.
+    /// The first missing file that pods need, with how to provide it.
     pub fn missing_files(&self) -> Option<String> {
         [
-            ("vmm", &self.vmm, "install nacelle-vmm there"),
-            ("kernel", &self.kernel, "build it with `make guest-kernel` and install it there"),
-            ("initramfs", &self.initramfs, "build it with `make guest-image` and install it there"),
+            ("vmm", &self.vmm, "install nacelle-vmm"),
+            (
+                "kernel",
+                &self.kernel,
+                "build it with `make guest-kernel` and install it with `make install`",
+            ),
+            (
+                "initramfs",
+                &self.initramfs,
+                "build it with `make guest-image` and install it with `make install`",
+            ),
         ]
         .into_iter()
         .find(|(_, path, _)| !path.is_file())
         .map(|(key, path, advice)| {
             format!(
-                "{key}: {} is not there; {advice}, or set `{key}` in the configuration",
+                "{key}: {} does not exist: {advice}, or set `{key}` in the configuration",
                 path.display()
             )
         })
@@ -205,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn the_template_says_what_the_defaults_are() {
+    fn the_template_has_the_defaults() {
         assert_eq!(parse(TEMPLATE).unwrap(), Settings::default());
         assert_eq!(parse("").unwrap(), Settings::default());
     }
@@ -225,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn every_setting_stands_in_the_template() {
+    fn every_setting_is_in_the_template() {
         let mut all = Vec::new();
         keys(&serde_json::to_value(Settings::default()).unwrap(), "", &mut all);
         assert!(all.len() > 30, "{all:?}");
@@ -250,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn sections_follow_the_top_of_the_file_and_flags_beat_both() {
+    fn sections_derive_from_the_top_of_the_file_and_flags_override_both() {
         let settings = parse("root = \"/r\"\nstate = \"/s\"\nvmm = \"/v\"").unwrap();
         assert_eq!(settings.pods.root, Path::new("/r"));
         assert_eq!(settings.images.root, Path::new("/r"));

@@ -1,9 +1,12 @@
-//! The default network configuration of a single node, printed by `nacelled config cni`.
+//! A network configuration for a single node: printed by `nacelled config cni`, and built in for
+//! pods that ask for the default network on a host without CNI configuration.
+
+use std::path::Path;
 
 use serde_json::{Value, json};
 
 use crate::cidr::Cidr;
-use crate::plugin::conf::SpecVersion;
+use crate::plugin::conf::{ConfError, Network, SpecVersion};
 
 pub const DEFAULT_IPV4: &str = "10.88.0.0/16";
 pub const DEFAULT_IPV6: &str = "fd00:88::/64";
@@ -20,9 +23,38 @@ pub enum SubnetError {
     None,
 }
 
+/// Shown in errors where the path of a configuration file is shown otherwise.
+const BUILT_IN: &str = "(built-in network)";
+
 /// A bridge network with host-local IPAM for the given subnets, masquerading and hostPorts. Needs
 /// the plugins of Debian's package containernetworking-plugins.
 pub fn default_conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<String, SubnetError> {
+    Ok(format!("{:#}\n", conflist(ipv4, ipv6)?))
+}
+
+/// The default IPv6 subnet, if this host has IPv6. The bridge plugin fails otherwise.
+pub fn host_ipv6() -> Option<&'static str> {
+    ipv6_of(Path::new("/proc"))
+}
+
+/// The network of pods that ask for the default one.
+pub(crate) fn built_in() -> Result<Network, ConfError> {
+    let list = conflist(Some(DEFAULT_IPV4), host_ipv6());
+    let list = list.map_err(|error| ConfError::Invalid {
+        path: BUILT_IN.into(),
+        problem: error.to_string(),
+    })?;
+    Network::from_value(BUILT_IN.into(), list)
+}
+
+fn ipv6_of(proc: &Path) -> Option<&'static str> {
+    let switch = proc.join("sys/net/ipv6/conf/all/disable_ipv6");
+    // The file is missing where the kernel has no IPv6 (`ipv6.disable=1`).
+    let disabled = std::fs::read_to_string(switch).map_or(true, |text| text.trim() != "0");
+    (!disabled).then_some(DEFAULT_IPV6)
+}
+
+fn conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<Value, SubnetError> {
     let mut ranges: Vec<Value> = Vec::new();
     let mut routes: Vec<Value> = Vec::new();
     for (text, is_v4, family, any) in
@@ -47,7 +79,7 @@ pub fn default_conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<String
     if ranges.is_empty() {
         return Err(SubnetError::None);
     }
-    let list = json!({
+    Ok(json!({
         // Supported by all plugin releases since 2022.
         "cniVersion": SpecVersion::V1_0_0.as_str(),
         "name": "nacelle",
@@ -66,8 +98,7 @@ pub fn default_conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<String
             // Accepts the pods' packets on hosts whose FORWARD policy is DROP.
             { "type": "firewall", "backend": "iptables" },
         ],
-    });
-    Ok(format!("{list:#}\n"))
+    }))
 }
 
 #[cfg(test)]
@@ -85,6 +116,20 @@ mod tests {
         let kinds: Vec<_> = network.plugins.iter().map(|p| p.kind.as_str()).collect();
         assert_eq!(kinds, ["bridge", "portmap", "firewall"]);
         assert!(text.contains("10.88.0.1") && text.contains("fd00:88::1"));
+    }
+
+    #[test]
+    fn the_built_in_network_has_ipv6_where_the_host_has_it() {
+        let network = built_in().unwrap();
+        assert_eq!(network.name, "nacelle");
+        let proc = tempfile::tempdir().unwrap();
+        assert_eq!(ipv6_of(proc.path()), None);
+        let all = proc.path().join("sys/net/ipv6/conf/all");
+        std::fs::create_dir_all(&all).unwrap();
+        for (text, expected) in [("0\n", Some(DEFAULT_IPV6)), ("1\n", None)] {
+            std::fs::write(all.join("disable_ipv6"), text).unwrap();
+            assert_eq!(ipv6_of(proc.path()), expected, "{text:?}");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::config::Config;
+use crate::default;
 use crate::garbage::PluginLock;
 use crate::libcni_cache;
 use crate::model::{Attachment, Pod};
@@ -153,7 +154,7 @@ impl Host {
         if self.records.exists(&pod.id) || path.exists() {
             self.release(&pod.id, NetnsOnError::Take)?;
         }
-        let network = Network::load(&self.config.conf_dir)?;
+        let network = self.network(pod.default_network)?;
         self.runner.check_binaries(&network)?;
         for capability in params.unsupported_capabilities(&network) {
             tracing::warn!(
@@ -307,9 +308,18 @@ impl Host {
         Error::all(errors)
     }
 
+    /// The host's network; where none is configured and `default` is set, the built-in one.
+    fn network(&self, default: bool) -> Result<Network, ConfError> {
+        match Network::load(&self.config.conf_dir) {
+            Err(ConfError::None { .. }) if default => default::built_in(),
+            loaded => loaded,
+        }
+    }
+
     fn record_from_config(&self, id: &str, path: &Path) -> Result<Record, Error> {
         Ok(Record {
-            network: Network::load(&self.config.conf_dir)?,
+            // Without a configuration, the pod was on the built-in network.
+            network: self.network(true)?,
             params: Params::from_id(id, &self.config.interface, path)?,
             result: None,
         })
@@ -335,12 +345,18 @@ impl Host {
         }
     }
 
-    /// The reason why pods cannot be attached, if there is one.
-    pub fn trouble(&self) -> Option<String> {
+    /// Whether the host has a CNI configuration, valid or not.
+    pub fn is_configured(&self) -> bool {
+        !matches!(Network::load(&self.config.conf_dir), Err(ConfError::None { .. }))
+    }
+
+    /// The reason why pods cannot be attached, if there is one; with `default`, pods that may be
+    /// attached to the built-in network.
+    pub fn trouble(&self, default: bool) -> Option<String> {
         if let Some(trouble) = tap::trouble() {
             return Some(trouble);
         }
-        let network = match Network::load(&self.config.conf_dir) {
+        let network = match self.network(default) {
             Ok(network) => network,
             Err(e) => return Some(with_causes(&e)),
         };

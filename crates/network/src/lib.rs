@@ -32,7 +32,7 @@ use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
 pub use config::Config;
-pub use default::{DEFAULT_IPV4, DEFAULT_IPV6, SubnetError, default_conflist};
+pub use default::{DEFAULT_IPV4, DEFAULT_IPV6, SubnetError, default_conflist, host_ipv6};
 pub use host::{Error, PREFIX};
 pub use model::{Attachment, Dns, Interface, Pod, PortMapping, Protocol, Route};
 pub use netns::NetnsError;
@@ -114,12 +114,27 @@ impl Cni {
         self.with_permit(&self.attaching, move |host| host.check(&pod, &attachment)).await
     }
 
-    /// The reason why pods cannot be attached, as text; None if they can.
+    /// The reason why pods cannot be attached, as text; None if they can. A host without CNI
+    /// configuration is not ready, whether or not the built-in network would work.
     pub async fn trouble(&self) -> Option<String> {
-        match self.without_permit(|host| Ok(host.trouble())).await {
+        self.trouble_of(false).await
+    }
+
+    /// The same for pods with [`Pod::default_network`].
+    pub async fn default_trouble(&self) -> Option<String> {
+        self.trouble_of(true).await
+    }
+
+    async fn trouble_of(&self, default: bool) -> Option<String> {
+        match self.without_permit(move |host| Ok(host.trouble(default))).await {
             Ok(trouble) => trouble,
             Err(e) => Some(e.to_string()),
         }
+    }
+
+    /// Whether the host has a CNI configuration, valid or not.
+    pub async fn is_configured(&self) -> bool {
+        self.without_permit(|host| Ok(host.is_configured())).await.unwrap_or(true)
     }
 
     /// Descriptions of damaged records, as text.

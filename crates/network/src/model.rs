@@ -24,6 +24,8 @@ pub struct Pod {
     /// The pod's processes run in the namespace itself, without a VM: no taps are created and no
     /// interfaces returned.
     pub native: bool,
+    /// Where the host has no CNI configuration, the pod is attached to the built-in network.
+    pub default_network: bool,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -232,3 +232,39 @@ fn check_succeeds_for_an_attached_pod() {
         host.nothing_left();
     });
 }
+
+/// A pod that asks for the default network, on a host without CNI configuration.
+fn on_the_built_in_network(ipv6: bool) {
+    on_a_network(move |host, cni| {
+        std::fs::remove_dir_all(host.path("conf")).unwrap();
+        let switch = "/proc/sys/net/ipv6/conf/all/disable_ipv6";
+        if !ipv6 && let Err(e) = std::fs::write(switch, "1") {
+            println!("SKIP: IPv6 cannot be disabled here ({e})");
+            return;
+        }
+        let a = attach(host, cni, network::Pod { default_network: true, ..pod("a") });
+        assert_eq!(a.addresses.iter().any(|a| a.is_ipv6()), ipv6, "{:?}", a.addresses);
+        assert!(address(&a, false).starts_with("10.88."), "{:?}", a.addresses);
+        let guest = Guest::boot(host, cni, "a", &a);
+        let listener = TcpListener::bind("10.88.0.1:7003").unwrap();
+        let server = std::thread::spawn(move || listener.accept().unwrap().1.ip());
+        inside(&guest.netns, || {
+            TcpStream::connect_timeout(&"10.88.0.1:7003".parse().unwrap(), PATIENCE).unwrap()
+        });
+        assert_eq!(server.join().unwrap().to_string(), address(&a, false));
+        assert!(rules().contains("MASQUERADE"), "{}", rules());
+        drop(guest);
+        host.runtime.block_on(cni.detach("a")).unwrap();
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn the_built_in_network_works_with_both_families() {
+    on_the_built_in_network(true);
+}
+
+#[test]
+fn the_built_in_network_works_on_a_host_without_ipv6() {
+    on_the_built_in_network(false);
+}

@@ -460,3 +460,68 @@ fn invalid_pods_are_refused_before_anything_is_changed() {
         host.nothing_left();
     });
 }
+
+/// Answers for `bridge` of the built-in network; the other plugins pass its result on.
+const PASSES: &str = r#"
+echo "$(basename "$0") $CNI_COMMAND" >> $(dirname "$0")/../log
+case $CNI_COMMAND in
+ADD) cat >/dev/null
+  echo '{"cniVersion":"1.0.0","interfaces":[{"name":"'$CNI_IFNAME'","sandbox":"'$CNI_NETNS'"}],
+    "ips":[{"address":"10.9.0.5/24","gateway":"10.9.0.1","interface":0}]}';;
+VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["1.0.0"]}';;
+esac
+"#;
+
+#[test]
+fn the_built_in_network_is_for_pods_that_ask_for_it_on_a_host_without_configuration() {
+    on_a_host(|host| {
+        host.plugin("bridge", GOOD);
+        for name in ["portmap", "firewall", "host-local"] {
+            host.plugin(name, PASSES);
+        }
+        let cni = host.cni();
+        let asking = |id: &str| network::Pod { default_network: true, ..pod(id) };
+        // A kubelet's pods wait for the operator's configuration, and NetworkReady stays false.
+        assert!(text(&fails(host, &cni, "p1")).contains("no network is configured"));
+        let trouble = host.runtime.block_on(cni.trouble()).unwrap();
+        assert!(trouble.contains("no network is configured"), "{trouble}");
+        assert!(!host.runtime.block_on(cni.is_configured()));
+        assert_eq!(host.runtime.block_on(cni.default_trouble()), None);
+        host.nothing_left();
+
+        let a = host.runtime.block_on(cni.attach(asking("p1"))).unwrap();
+        assert_eq!(a.interfaces[0].addresses[0], "10.9.0.5/24");
+        // The record holds the network: a configuration that comes later changes nothing for it.
+        host.conflist(&conflist("1.0.0", &["good"]));
+        host.clear_log();
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        assert!(
+            host.log().contains("portmap DEL") && host.log().contains("DEL p1"),
+            "{}",
+            host.log()
+        );
+        host.nothing_left();
+
+        // With a configuration, it is the network of all pods.
+        host.plugin("good", GOOD);
+        host.clear_log();
+        host.runtime.block_on(cni.attach(asking("p2"))).unwrap();
+        assert!(!host.log().contains("portmap"), "{}", host.log());
+        host.runtime.block_on(cni.detach("p2")).unwrap();
+        host.nothing_left();
+    });
+}
+
+#[test]
+fn a_built_in_network_without_plugins_says_what_to_install() {
+    on_a_host(|host| {
+        let mut config = host.config();
+        config.bin_dirs = vec![host.path("bin")];
+        let cni = Cni::new(config);
+        let asking = network::Pod { default_network: true, ..pod("p1") };
+        let error = text(&host.runtime.block_on(cni.attach(asking)).unwrap_err());
+        assert!(error.contains("apt install containernetworking-plugins"), "{error}");
+        assert!(host.runtime.block_on(cni.default_trouble()).is_some());
+        host.nothing_left();
+    });
+}

@@ -40,10 +40,11 @@ pub struct Attachment {
     pub dns: crate::model::Dns,
 }
 
-/// An error of a port, with what it was doing; `retry` is a hint for the caller.
+/// An error of a port. Its text includes the causes; it has no source, because whoever prints an
+/// error with its causes would print them twice.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:#}")]
-pub struct PortError(#[from] pub anyhow::Error);
+pub struct PortError(pub anyhow::Error);
 
 /// Host side of pod networks.
 ///
@@ -73,4 +74,16 @@ pub trait Network: Send + Sync {
     /// Frees what belongs to no pod in `known` and was not attached by this process. Runs beside
     /// other calls, and may take long.
     async fn collect(&self, known: &[PodId]) -> Result<(), PortError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_causes_of_a_port_error_are_printed_once() {
+        let cause = anyhow::anyhow!("no such file").context("plugin bridge");
+        let outer = anyhow::Error::new(PortError(cause)).context("network");
+        assert_eq!(format!("{outer:#}"), "network: plugin bridge: no such file");
+    }
 }

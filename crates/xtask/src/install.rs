@@ -1,11 +1,12 @@
-//! `make install`: binaries, the guest's files and the systemd unit at their usual places.
+//! `make install`: binaries, the guest's files, the systemd unit, man pages and shell completions at
+//! their usual places.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::{paths, run};
 
@@ -16,9 +17,16 @@ const COMMANDS: &[&str] = &["nacelle", "nacelled"];
 const HELPERS: &[&str] = &["nacelle-vmm", "nacelle-fs", "nacelle-agent"];
 const GUEST_FILES: &[&str] = &["vmlinux", "vmlinux.version", "initramfs.cpio"];
 
+/// Shell, and where it looks for completions, below share/.
+const COMPLETIONS: [(&str, &str); 3] = [
+    ("bash", "bash-completion/completions/nacelle"),
+    ("zsh", "zsh/site-functions/_nacelle"),
+    ("fish", "fish/vendor_completions.d/nacelle.fish"),
+];
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Where bin/ is
+    /// Where bin/ and share/ are
     #[arg(long, default_value = "/usr/local")]
     prefix: PathBuf,
     /// The root below which usr/lib/nacelle and the unit go
@@ -44,7 +52,27 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     if unit.exists() {
         put(&unit, &args.root.join("etc/systemd/system/nacelled.service"), 0o644)?;
     }
+    documentation(&args.prefix.join("share"))?;
     Ok(0)
+}
+
+/// Man pages and completions, which the program writes itself.
+fn documentation(share: &Path) -> Result<()> {
+    let program = paths::binaries("release").join("nacelle");
+    let pages = share.join("man/man1");
+    run::quiet(Command::new(&program).arg("man").arg(&pages))?;
+    println!("{}", pages.join("nacelle.1").display());
+    for (shell, place) in COMPLETIONS {
+        let output = Command::new(&program)
+            .args(["completions", shell])
+            .output()
+            .with_context(|| format!("running {}", program.display()))?;
+        ensure!(output.status.success(), "nacelle completions {shell}: {}", output.status);
+        let script = tempfile::NamedTempFile::new()?;
+        fs::write(script.path(), &output.stdout)?;
+        put(script.path(), &share.join(place), 0o644)?;
+    }
+    Ok(())
 }
 
 /// Copies beside and renames: a running binary is replaced, not written into.

@@ -15,6 +15,7 @@ mod images;
 mod install;
 mod kvm;
 mod lab;
+mod messages;
 mod paths;
 mod run;
 mod stories;

@@ -1,4 +1,4 @@
-//! The person's tool.
+//! The command line client.
 
 use std::process::Command;
 
@@ -12,6 +12,8 @@ pub const STORIES: &[Story] = &[
     ("nacelle looks at pods, containers, logs, phases and console", looks),
     ("nacelle check says what the host can do", check),
     ("errors tell the next step", errors),
+    ("exit codes of run and exec are docker's", exit_codes),
+    ("without CNI configuration nacelle run has a network and a kubelet's pod has not", no_cni),
 ];
 
 fn nacelle(node: &Node, words: &[&str]) -> Result<(i32, String, String)> {
@@ -61,6 +63,9 @@ fn looks() -> Result<()> {
     ensure!(ask(&["exec", "seen", "uname", "-s"])? == "Linux\n", "exec");
     let pods: serde_json::Value = serde_json::from_str(&ask(&["pods", "--output", "json"])?)?;
     ensure!(pods.as_array().context("pods in JSON")?.len() == 1, "{pods}");
+    let all: serde_json::Value = serde_json::from_str(&ask(&["inspect", "seen", &image])?)?;
+    ensure!(all[0]["pod"]["id"] == pods[0]["id"] && !all[0]["containers"][0].is_null(), "{all}");
+    ensure!(!all[1]["image"].is_null(), "{all}");
     let log = crate::wait::until("the log has a line", std::time::Duration::from_secs(10), || {
         Ok(Some(ask(&["logs", "seen"])?).filter(|text| !text.is_empty()))
     })?;
@@ -69,7 +74,9 @@ fn looks() -> Result<()> {
     ensure!(trace.contains("network") && trace.contains("boot"), "{trace}");
     ask(&["console", "seen"])?;
     ask(&["stats"])?;
-    ask(&["stop", "seen"])?;
+    ask(&["stop", "seen", "--time", "1"])?;
+    // The shell is PID 1 and has no handler, so it is killed.
+    ensure!(ask(&["wait", "seen"])? == "137\n", "wait");
     ask(&["rm", "seen"])?;
     ensure!(node.cri().pods()?.is_empty(), "rm leaves a pod");
     node.finish()
@@ -93,5 +100,53 @@ fn errors() -> Result<()> {
         .output()?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(!output.status.success() && said.contains("nacelled"), "{said}");
+    node.finish()
+}
+
+fn exit_codes() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let expect = |expected: i32, words: &[&str]| -> Result<()> {
+        let (code, out, err) = nacelle(&node, words)?;
+        ensure!(code == expected, "nacelle {words:?}: {code}, not {expected}: {out:?} {err:?}");
+        Ok(())
+    };
+    expect(127, &["run", "--rm", &image, "no-such-program"])?;
+    expect(127, &["run", "--rm", &image, "/no/such/program"])?;
+    expect(126, &["run", "--rm", &image, "/etc/passwd"])?;
+    expect(126, &["run", "--rm", &image, "/etc"])?;
+    expect(3, &["run", "--rm", &image, "sh", "-c", "exit 3"])?;
+    expect(125, &["run", "--rm", "--cpus", "0", &image, "true"])?;
+    expect(125, &["run", "--no-such-option", &image])?;
+    expect(0, &["run", "-d", "--name", "codes", &image, "sleep", "1000"])?;
+    expect(127, &["exec", "codes", "no-such-program"])?;
+    expect(126, &["exec", "codes", "/etc/passwd"])?;
+    expect(4, &["exec", "codes", "sh", "-c", "exit 4"])?;
+    expect(125, &["exec", "nobody", "true"])?;
+    expect(1, &["stop", "nobody"])?;
+    expect(0, &["kill", "codes"])?;
+    let (_, out, err) = nacelle(&node, &["wait", "codes"])?;
+    ensure!(out == "137\n", "{out:?} {err:?}");
+    expect(1, &["kill", "codes"])?;
+    expect(0, &["rm", "codes"])?;
+    node.finish()
+}
+
+fn no_cni() -> Result<()> {
+    const BRIDGE: &str = "/sys/class/net/nacelle0";
+    let existed = std::path::Path::new(BRIDGE).exists();
+    let node = Node::start_with(|config| config.replace("/cni\"", "/no-cni\""))?;
+    let image = node.image("busybox")?;
+    let Err(error) = node.pod("plain") else { anyhow::bail!("a pod started without network") };
+    let text = format!("{error:#}");
+    ensure!(text.contains("no network is configured"), "{text}");
+    let (code, out, err) = nacelle(&node, &["run", "--rm", &image, "ip", "addr", "show", "eth0"])?;
+    ensure!(code == 0 && out.contains("inet 10.88."), "{code}: {out} {err}");
+    let (_, out, _) = nacelle(&node, &["check"])?;
+    ensure!(out.contains("built-in network"), "{out}");
+    if !existed {
+        // A bridge stays for the next pod, as the bridge plugin does it.
+        ensure!(Command::new("ip").args(["link", "del", "nacelle0"]).status()?.success(), "ip");
+    }
     node.finish()
 }

@@ -1,4 +1,4 @@
-//! The command for people.
+//! The command line client.
 
 fn main() -> std::process::ExitCode {
     nacelle::cli::main()

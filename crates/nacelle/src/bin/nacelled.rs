@@ -1,4 +1,4 @@
-//! The node's daemon.
+//! The CRI daemon.
 
 fn main() -> std::process::ExitCode {
     nacelle::daemon::main()

@@ -1,4 +1,4 @@
-//! `nacelle check`: what this host has of what pods need, and what to do about the rest.
+//! `nacelle check`: what pods need from this host, and how to provide what is missing.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -13,21 +13,21 @@ use crate::api::{InfoReply, InfoRequest};
 use crate::daemon::probe;
 use crate::settings::{Overrides, Settings};
 
-/// Room that a node with a few images and pods wants.
-const ROOM: u64 = 5 << 30;
-/// Controllers of cgroup v2 that limits are kept with.
+/// Free space for a few images and pods.
+const MIN_FREE: u64 = 5 << 30;
+/// The cgroup v2 controllers that limits need.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
-/// One thing that was looked at.
+/// The result of one check.
 struct Finding {
     what: &'static str,
-    well: bool,
-    words: String,
+    ok: bool,
+    text: String,
 }
 
 fn finding(what: &'static str, outcome: Result<String, String>) -> Finding {
-    let well = outcome.is_ok();
-    Finding { what, well, words: outcome.unwrap_or_else(|trouble| trouble) }
+    let ok = outcome.is_ok();
+    Finding { what, ok, text: outcome.unwrap_or_else(|problem| problem) }
 }
 
 pub(super) async fn check(
@@ -54,38 +54,37 @@ pub(super) async fn check(
         finding(
             "nacelled",
             daemon.as_ref().map(running).ok_or_else(|| {
-                "does not run: start it with `systemctl start nacelled`; until then `nacelle run` \
-             starts one of its own"
+                "not running: systemctl start nacelled (until then, `nacelle run` starts a private \
+                 one)"
                     .to_string()
             }),
         ),
     ];
-    let well = findings.iter().all(|finding| finding.well);
+    let ok = findings.iter().all(|finding| finding.ok);
     match output {
         Output::Json => {
             let list: Vec<serde_json::Value> = findings
                 .iter()
-                .map(|f| serde_json::json!({ "what": f.what, "ok": f.well, "words": f.words }))
+                .map(|f| serde_json::json!({ "what": f.what, "ok": f.ok, "text": f.text }))
                 .collect();
             table::json(&list.into())?;
         }
         Output::Table => {
             for finding in &findings {
-                let mark = if finding.well { "ok" } else { "NO" };
-                println!("{mark}  {:<10} {}", finding.what, finding.words);
+                let mark = if finding.ok { "ok" } else { "NO" };
+                crate::say(format_args!("{mark}  {:<10} {}", finding.what, finding.text))?;
             }
-            let verdict =
-                if well { "Pods can run here." } else { "See above for what is missing." };
-            println!("{verdict}");
+            let verdict = if ok { "This host can run pods." } else { "See the lines marked NO." };
+            crate::say(format_args!("{verdict}"))?;
         }
     }
-    Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn kvm(settings: &Settings) -> Result<String, String> {
     let probe = probe(&settings.vmm).await?;
     let speed =
-        format!("{:.0} million instructions/s, {:.1} us an exit", probe.mips, probe.exit_us);
+        format!("{:.0} million instructions/s, {:.1} us per exit", probe.mips, probe.exit_us);
     match probe.usable {
         true => Ok(speed),
         false if probe.mips > 0.0 => Err(format!("{} ({speed})", probe.why)),
@@ -115,28 +114,36 @@ fn cgroup(settings: &Settings) -> Result<String, String> {
         return Ok(format!("version 2 with {}", controllers.trim()));
     }
     Err(format!(
-        "version 2 lacks {}: another hierarchy (version 1) holds them, or the kernel was started \
-         with them off",
+        "version 2 lacks {}: a version 1 hierarchy has them, or the kernel command line disables \
+         them",
         missing.join(", ")
     ))
 }
 
 async fn cni(settings: &Settings, daemon: Option<&InfoReply>) -> Result<String, String> {
-    let trouble = match daemon {
-        Some(info) => Some(info.network_trouble.clone()).filter(|text| !text.is_empty()),
-        None => network::Cni::new(settings.network.clone()).trouble().await,
+    let cni = network::Cni::new(settings.network.clone());
+    let dir = settings.network.conf_dir.display();
+    let (problem, summary) = if cni.is_configured().await {
+        let problem = match daemon {
+            Some(info) => Some(info.network_trouble.clone()).filter(|text| !text.is_empty()),
+            None => cni.trouble().await,
+        };
+        (problem, format!("configured in {dir}"))
+    } else {
+        let summary = format!(
+            "{dir} has no configuration: `nacelle run` uses the built-in network, a kubelet reports \
+             the node as not ready"
+        );
+        (cni.default_trouble().await, summary)
     };
-    match trouble {
-        None => Ok(format!("configured in {}", settings.network.conf_dir.display())),
-        Some(trouble) => Err(trouble),
-    }
+    problem.map_or(Ok(summary), Err)
 }
 
 fn tun() -> Result<String, String> {
     use std::os::unix::fs::FileTypeExt;
     match std::fs::metadata("/dev/net/tun") {
         Ok(metadata) if metadata.file_type().is_char_device() => Ok("/dev/net/tun".into()),
-        _ => Err("/dev/net/tun is not there: modprobe tun".into()),
+        _ => Err("/dev/net/tun does not exist: modprobe tun".into()),
     }
 }
 
@@ -150,15 +157,15 @@ fn mkfs() -> Result<String, String> {
 }
 
 fn disk(root: &Path) -> Result<String, String> {
-    // The folder may not be there yet.
+    // The directory may not exist yet.
     let existing = root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let stat = statvfs(existing).map_err(|error| format!("{}: {error}", existing.display()))?;
     let free = stat.blocks_available() * stat.fragment_size();
-    let words = format!("{} free for {}", table::bytes(free), root.display());
-    if free >= ROOM {
-        Ok(words)
+    let text = format!("{} free for {}", table::bytes(free), root.display());
+    if free >= MIN_FREE {
+        Ok(text)
     } else {
-        Err(format!("{words}; {} are wanted", table::bytes(ROOM)))
+        Err(format!("{text}; at least {} are needed", table::bytes(MIN_FREE)))
     }
 }
 

@@ -13,11 +13,11 @@ use super::private;
 use crate::api::debug_client::DebugClient;
 use crate::settings::SOCKET_NAME;
 
-/// Two streams of ExecSync at their limit.
+/// Both streams of an ExecSync reply at their limit.
 const MAX_REPLY: usize = 64 << 20;
 
 pub(super) struct Client {
-    /// Where it answers.
+    /// The socket that it is connected to.
     pub(super) socket: PathBuf,
     pub(super) runtime: RuntimeServiceClient<Channel>,
     pub(super) images: ImageServiceClient<Channel>,
@@ -25,7 +25,8 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// The socket that is named, else the node's, else that of a private nacelled that runs.
+    /// Connects to the given socket; without one, to the default socket, then to that of a private
+    /// nacelled.
     pub(super) async fn connect(socket: Option<&Path>) -> Result<Self> {
         let named = socket.map(Path::to_owned);
         let candidates = match &named {
@@ -40,13 +41,18 @@ impl Client {
         let path = candidates[0].clone();
         let why = match std::os::unix::net::UnixStream::connect(&path) {
             Err(error) => error.to_string(),
-            Ok(_) => "it does not speak gRPC".into(),
+            Ok(_) => "the process that listens there does not speak gRPC".into(),
         };
-        Err(anyhow!(
-            "no nacelled at {}: {why}. Start it (systemctl start nacelled, or nacelled as root), \
-             or name its socket with --socket",
-            path.display()
-        ))
+        let advice = match std::os::unix::net::UnixStream::connect(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                "Run this as root (sudo)"
+            }
+            _ => {
+                "Start it (systemctl start nacelled, or nacelled as root), or give its socket with \
+                 --socket"
+            }
+        };
+        Err(anyhow!("cannot connect to nacelled at {}: {why}. {advice}", path.display()))
     }
 
     pub(super) async fn dial(path: &Path) -> Result<Self> {
@@ -55,7 +61,7 @@ impl Client {
             let path = owned.clone();
             async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
         });
-        // The name is for HTTP/2 only; the connector knows where to go.
+        // HTTP/2 needs an authority; the connector ignores it.
         let channel = Endpoint::from_static("http://localhost")
             .connect_with_connector(connector)
             .await
@@ -74,12 +80,66 @@ pub(super) fn default_socket() -> PathBuf {
     Path::new("/run/nacelle").join(SOCKET_NAME)
 }
 
-/// What nacelled says about a failure; its code is for programs.
-pub(super) fn told(status: Status) -> anyhow::Error {
-    match status.code() {
-        tonic::Code::Unavailable if status.message().is_empty() => {
-            anyhow!("nacelled has gone away: see its log (journalctl -u nacelled)")
+/// A command that could not be started in a container.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(super) struct CommandFailed {
+    /// What nacelle exits with.
+    pub(super) code: u8,
+    message: String,
+}
+
+/// The error of a failed call: nacelled's message, without the gRPC code.
+pub(super) fn call_error(status: Status) -> anyhow::Error {
+    if status.code() == tonic::Code::Unavailable && status.message().is_empty() {
+        return anyhow!("the connection to nacelled was lost: see journalctl -u nacelled");
+    }
+    let message = status.message().to_string();
+    match command_failure(status.code(), &message) {
+        Some(code) => CommandFailed { code, message }.into(),
+        None => anyhow!(message),
+    }
+}
+
+/// 127 if a command was not found, 126 if it cannot be executed, none for any other failure. The CRI
+/// has no code for these, so the message tells them apart; the agent words it as runc does, and docker
+/// goes by the same words.
+fn command_failure(code: tonic::Code, message: &str) -> Option<u8> {
+    let (_, failure) = message.split_once("exec: \"")?;
+    if code != tonic::Code::FailedPrecondition {
+        return None;
+    }
+    let missing = ["executable file not found in $PATH", "no such file or directory"];
+    let missing = missing.iter().any(|reason| failure.ends_with(reason))
+        || failure.ends_with("not a directory");
+    Some(if missing { 127 } else { 126 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_follow_the_reason_why_a_command_was_not_started() {
+        use tonic::Code::{FailedPrecondition, InvalidArgument, NotFound};
+        let table = [
+            (FailedPrecondition, r#"exec: "x": executable file not found in $PATH"#, Some(127)),
+            (FailedPrecondition, r#"exec: "/x": stat /x: no such file or directory"#, Some(127)),
+            (FailedPrecondition, r#"exec: "/a/x": stat /a/x: not a directory"#, Some(127)),
+            (FailedPrecondition, r#"exec: "/x": stat /x: permission denied"#, Some(126)),
+            (FailedPrecondition, r#"exec: "/x": exec format error"#, Some(126)),
+            (
+                FailedPrecondition,
+                r#"guest: run a command: exec: "x": executable file not found in $PATH"#,
+                Some(127),
+            ),
+            (FailedPrecondition, r#"exec: "/": stat /: is a directory"#, Some(126)),
+            (FailedPrecondition, "container \"x\" is not running", None),
+            (NotFound, r#"no container "x""#, None),
+            (InvalidArgument, r#"exec: "x": no such file or directory"#, None),
+        ];
+        for (code, message, expected) in table {
+            assert_eq!(command_failure(code, message), expected, "{message}");
         }
-        _ => anyhow!("{}", status.message()),
     }
 }

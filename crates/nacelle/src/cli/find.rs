@@ -1,19 +1,19 @@
-//! Pods and containers by what people call them: an id, the beginning of one, or a name.
+//! Finds pods and containers by id, by an unambiguous beginning of an id, or by name.
 
 use anyhow::{Result, bail};
 use cri::v1;
 
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::table::short;
 
 pub(super) async fn all_pods(client: &mut Client) -> Result<Vec<v1::PodSandbox>> {
     let reply = client.runtime.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await;
-    Ok(reply.map_err(told)?.into_inner().items)
+    Ok(reply.map_err(call_error)?.into_inner().items)
 }
 
 pub(super) async fn all_containers(client: &mut Client) -> Result<Vec<v1::Container>> {
     let reply = client.runtime.list_containers(v1::ListContainersRequest::default()).await;
-    Ok(reply.map_err(told)?.into_inner().containers)
+    Ok(reply.map_err(call_error)?.into_inner().containers)
 }
 
 pub(super) fn pod_name(pod: &v1::PodSandbox) -> &str {
@@ -24,7 +24,7 @@ pub(super) fn container_name(container: &v1::Container) -> &str {
     container.metadata.as_ref().map_or("", |metadata| &metadata.name)
 }
 
-/// What is called so; none, or one. More than one is an error that names them.
+/// The one item with this id or name. More than one is an error that lists their ids.
 fn only<'a, T>(
     what: &str,
     called: &str,
@@ -44,7 +44,7 @@ fn only<'a, T>(
         [one] => Ok(Some(one)),
         several => {
             let ids: Vec<&str> = several.iter().map(|item| short(id(item))).collect();
-            bail!("{called:?} are several {what}s: say which of {}", ids.join(", "));
+            bail!("{called:?} matches several {what}s, give an id: {}", ids.join(", "));
         }
     }
 }
@@ -53,8 +53,8 @@ fn find_pod<'a>(pods: &'a [v1::PodSandbox], called: &str) -> Result<Option<&'a v
     only("pod", called, pods, |pod| &pod.id, pod_name)
 }
 
-/// By its own id or name; else the one container of the pod of that id or name, of which one that
-/// is called like the pod or still runs comes first.
+/// By its own id or name; otherwise the container of the pod with that id or name. If the pod has
+/// several, the one with the pod's name, then the only one that runs.
 fn find_container<'a>(
     pods: &[v1::PodSandbox],
     containers: &'a [v1::Container],
@@ -77,10 +77,10 @@ fn find_container<'a>(
         .or_else(|| by(&|c| c.state == running));
     match (found, inside.is_empty()) {
         (Some(container), _) => Ok(Some(container)),
-        (None, true) => bail!("the pod {called:?} has no container"),
+        (None, true) => bail!("pod {called:?} has no container"),
         (None, false) => {
             let names: Vec<&str> = inside.iter().map(|c| container_name(c)).collect();
-            bail!("the pod {called:?} has several containers: say which of {}", names.join(", "))
+            bail!("pod {called:?} has several containers, give a name: {}", names.join(", "))
         }
     }
 }
@@ -90,12 +90,12 @@ pub(super) async fn pod(client: &mut Client, called: &str) -> Result<v1::PodSand
     if let Some(pod) = find_pod(&pods, called)? {
         return Ok(pod.clone());
     }
-    // A container's name leads to its pod.
+    // The pod of a container with that name.
     let containers = all_containers(client).await?;
     let inside = only("container", called, &containers, |c| &c.id, container_name)?;
     match inside.and_then(|c| pods.iter().find(|pod| pod.id == c.pod_sandbox_id)) {
         Some(pod) => Ok(pod.clone()),
-        None => bail!("no pod is called {called:?}: `nacelle pods` lists them"),
+        None => bail!("no such pod: {called} (`nacelle pods` lists all)"),
     }
 }
 
@@ -104,7 +104,7 @@ pub(super) async fn container(client: &mut Client, called: &str) -> Result<v1::C
     let containers = all_containers(client).await?;
     match find_container(&pods, &containers, called)? {
         Some(container) => Ok(container.clone()),
-        None => bail!("no container is called {called:?}: `nacelle ps -a` lists them"),
+        None => bail!("no such container: {called} (`nacelle ps -a` lists all)"),
     }
 }
 
@@ -114,16 +114,24 @@ pub(super) enum Found {
     Container(v1::Container),
 }
 
-/// A pod comes first: what `nacelle run` makes is a pod and a container of the same name.
-pub(super) async fn any(client: &mut Client, called: &str) -> Result<Found> {
+/// Pods take precedence: `nacelle run` creates a pod and a container of the same name.
+pub(super) async fn any(client: &mut Client, called: &str) -> Result<Option<Found>> {
     let pods = all_pods(client).await?;
     if let Some(pod) = find_pod(&pods, called)? {
-        return Ok(Found::Pod(pod.clone()));
+        return Ok(Some(Found::Pod(pod.clone())));
     }
     let containers = all_containers(client).await?;
-    match only("container", called, &containers, |c| &c.id, container_name)? {
-        Some(container) => Ok(Found::Container(container.clone())),
-        None => bail!("nothing is called {called:?}: `nacelle pods` and `nacelle ps -a` list all"),
+    let found = only("container", called, &containers, |c| &c.id, container_name)?;
+    Ok(found.map(|container| Found::Container(container.clone())))
+}
+
+/// As [`any`]; an error if there is none.
+pub(super) async fn existing(client: &mut Client, called: &str) -> Result<Found> {
+    match any(client, called).await? {
+        Some(found) => Ok(found),
+        None => bail!(
+            "no such pod or container: {called} (`nacelle pods` and `nacelle ps -a` list all)"
+        ),
     }
 }
 
@@ -146,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_a_beginning_of_it_and_a_name_all_lead_to_the_pod() {
+    fn a_pod_is_found_by_id_by_prefix_and_by_name() {
         let pods = [pod("abc1", "web"), pod("abd2", "db")];
         for called in ["abc1", "abc", "web"] {
             assert_eq!(find_pod(&pods, called).unwrap().unwrap().id, "abc1", "{called}");
@@ -158,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pods_name_leads_to_its_only_container() {
+    fn the_only_container_of_a_pod_is_found_by_the_pods_name() {
         let pods = [pod("p1", "web"), pod("p2", "empty"), pod("p3", "two")];
         let containers =
             [container("c1", "main", "p1"), container("c2", "a", "p3"), container("c3", "b", "p3")];

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use cri::v1;
 
 use super::arguments::Output;
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::table::{self, bytes, short};
 use crate::api::{ImportRequest, PullProgress, PullRequest};
 
@@ -19,11 +19,11 @@ pub(super) async fn pull(
 ) -> Result<()> {
     let id =
         fetch(client, image, username.unwrap_or_default(), password.unwrap_or_default()).await?;
-    println!("{id}");
+    crate::say(format_args!("{id}"))?;
     Ok(())
 }
 
-/// Pulls with a line of progress on a terminal; the image's id.
+/// Pulls an image and returns its id. Shows progress on a terminal.
 pub(super) async fn fetch(
     client: &mut Client,
     image: &str,
@@ -31,13 +31,17 @@ pub(super) async fn fetch(
     password: String,
 ) -> Result<String> {
     let request = PullRequest { image: image.into(), username, password };
-    let mut steps = client.debug.pull(request).await.map_err(told)?.into_inner();
+    let mut steps = client.debug.pull(request).await.map_err(call_error)?.into_inner();
     let on_terminal = std::io::stderr().is_terminal();
     let clear = || {
         if on_terminal {
             eprint!("\r\x1b[K");
         }
     };
+    // nacelled reports changes only, and a registry that cannot be reached causes none.
+    if on_terminal {
+        eprint!("{image}: resolving");
+    }
     loop {
         match steps.message().await {
             Ok(Some(step)) if !step.image_id.is_empty() => {
@@ -51,10 +55,10 @@ pub(super) async fn fetch(
                     std::io::stderr().flush()?;
                 }
             }
-            Ok(None) => bail!("nacelled ended the pull of {image} without a word"),
+            Ok(None) => bail!("pulling {image}: nacelled ended the call without a result"),
             Err(status) => {
                 clear();
-                return Err(told(status).context(format!("pulling {image}")));
+                return Err(call_error(status).context(format!("pulling {image}")));
             }
         }
     }
@@ -78,7 +82,8 @@ fn progress(step: &PullProgress) -> String {
 }
 
 pub(super) async fn list(client: &mut Client, output: Output) -> Result<()> {
-    let reply = client.images.list_images(v1::ListImagesRequest::default()).await.map_err(told)?;
+    let reply =
+        client.images.list_images(v1::ListImagesRequest::default()).await.map_err(call_error)?;
     let images = reply.into_inner().images;
     if output == Output::Json {
         let list: Vec<serde_json::Value> = images
@@ -105,33 +110,29 @@ pub(super) async fn list(client: &mut Client, output: Output) -> Result<()> {
     Ok(table::print(&["IMAGE", "ID", "SIZE"], &rows)?)
 }
 
-/// The image as the node knows it; none if it does not.
+/// The image, if it is on the node.
 pub(super) async fn lookup(client: &mut Client, image: &str) -> Result<Option<v1::Image>> {
     let spec = v1::ImageSpec { image: image.into(), ..Default::default() };
     let request = v1::ImageStatusRequest { image: Some(spec), verbose: false };
-    Ok(client.images.image_status(request).await.map_err(told)?.into_inner().image)
+    Ok(client.images.image_status(request).await.map_err(call_error)?.into_inner().image)
 }
 
-pub(super) async fn remove(client: &mut Client, images: &[String]) -> Result<()> {
-    for image in images {
-        if lookup(client, image).await?.is_none() {
-            bail!("no image is called {image:?}: `nacelle images` lists them");
-        }
-        let spec = v1::ImageSpec { image: image.clone(), ..Default::default() };
-        let request = v1::RemoveImageRequest { image: Some(spec) };
-        client.images.remove_image(request).await.map_err(told)?;
-        println!("{image}");
+pub(super) async fn remove(client: &mut Client, image: &str) -> Result<()> {
+    if lookup(client, image).await?.is_none() {
+        bail!("no such image: {image} (`nacelle images` lists all)");
     }
-    Ok(())
+    let spec = v1::ImageSpec { image: image.into(), ..Default::default() };
+    let request = v1::RemoveImageRequest { image: Some(spec) };
+    client.images.remove_image(request).await.map(drop).map_err(call_error)
 }
 
 pub(super) async fn import(client: &mut Client, path: &Path, name: Option<String>) -> Result<()> {
     let path = path.canonicalize().with_context(|| path.display().to_string())?;
     let text = path.to_str().ok_or_else(|| anyhow!("{}: not UTF-8", path.display()))?;
     let request = ImportRequest { path: text.into(), name: name.unwrap_or_default() };
-    let reply = client.debug.import(request).await.map_err(told)?.into_inner();
+    let reply = client.debug.import(request).await.map_err(call_error)?.into_inner();
     for id in reply.image_ids {
-        println!("{id}");
+        crate::say(format_args!("{id}"))?;
     }
     Ok(())
 }
@@ -142,7 +143,7 @@ mod tests {
     use crate::api::Layer;
 
     #[test]
-    fn progress_counts_bytes_and_whole_layers() {
+    fn progress_shows_bytes_and_complete_layers() {
         let layer =
             |size, fetched, applied| Layer { digest: String::new(), size, fetched, applied };
         let step = PullProgress {

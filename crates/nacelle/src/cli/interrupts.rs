@@ -1,10 +1,10 @@
-//! The signals that ask us to end.
+//! SIGINT, SIGTERM and SIGHUP.
 
 use anyhow::Result;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Once this is there they do not kill us, also after it is gone: what was begun has to be put in
-/// order.
+/// From its creation on, these signals do not end the process, not even after it is dropped: pods
+/// that were started have to be stopped first.
 pub(super) struct Interrupts {
     interrupt: Signal,
     terminate: Signal,
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_signal_is_heard_and_does_not_kill_us() {
+    async fn a_signal_is_received_and_does_not_end_the_process() {
         let mut interrupts = Interrupts::new().unwrap();
         for signal in [Signal::SIGTERM, Signal::SIGINT] {
             raise(signal).unwrap();
@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_that_nohup_has_us_ignore_is_known() {
+    fn signals_that_nohup_ignores_are_recognized() {
         let status = "Name:\tnacelle\nSigBlk:\t0000000000000001\nSigIgn:\t0000000000001001\n";
         assert!(ignores(status, 1));
         assert!(ignores(status, 13));

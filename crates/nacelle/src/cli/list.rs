@@ -6,7 +6,7 @@ use anyhow::Result;
 use cri::v1;
 
 use super::arguments::Output;
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::find::{all_containers, all_pods, container_name, pod_name};
 use super::table::{self, ago, short};
 use crate::api::InfoRequest;
@@ -19,7 +19,7 @@ pub(super) async fn pods(client: &mut Client, output: Output) -> Result<()> {
     for pod in &pods {
         let request =
             v1::PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
-        // It may have gone since it was listed.
+        // It may have been removed since it was listed.
         let Ok(status) = client.runtime.pod_sandbox_status(request).await else { continue };
         let network = status.into_inner().status.unwrap_or_default().network.unwrap_or_default();
         let ready = pod.state == v1::PodSandboxState::SandboxReady as i32;
@@ -99,15 +99,15 @@ pub(super) async fn version(client: Option<Client>, output: Output) -> Result<Ex
     let own = env!("CARGO_PKG_VERSION");
     let daemon = match client {
         Some(mut client) => {
-            Some(client.debug.info(InfoRequest {}).await.map_err(told)?.into_inner().version)
+            Some(client.debug.info(InfoRequest {}).await.map_err(call_error)?.into_inner().version)
         }
         None => None,
     };
     match output {
         Output::Json => table::json(&serde_json::json!({ "nacelle": own, "nacelled": daemon }))?,
         Output::Table => {
-            println!("nacelle   {own}");
-            println!("nacelled  {}", daemon.as_deref().unwrap_or("does not run"));
+            crate::say(format_args!("nacelle   {own}"))?;
+            crate::say(format_args!("nacelled  {}", daemon.as_deref().unwrap_or("not running")))?;
         }
     }
     Ok(ExitCode::SUCCESS)

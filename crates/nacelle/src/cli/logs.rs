@@ -1,5 +1,5 @@
-//! `nacelle logs`: reads a container's log on this node (format: Kubernetes' CRI logs,
-//! `<time> <stdout|stderr> <P|F> <text>`) and gives back what the container wrote.
+//! `nacelle logs`: reads a container's log file on this node (CRI log format:
+//! `<time> <stdout|stderr> <P|F> <text>`) and prints what the container wrote.
 
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -9,19 +9,19 @@ use anyhow::{Context, Result, bail};
 use cri::v1;
 
 use super::arguments::Logs;
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::find;
 
-/// Between two looks at a log that is followed.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
-/// Looks at a log that does not grow, after the container's end, before it counts as complete.
-const QUIET_LOOKS: u32 = 3;
+/// Between two reads of a log that is followed.
+const INTERVAL: Duration = Duration::from_millis(50);
+/// Reads without new data, after the container has ended, until its log counts as complete.
+const QUIET_READS: u32 = 3;
 
 pub(super) async fn logs(client: &mut Client, options: Logs) -> Result<()> {
     let container = find::container(client, &options.container).await?;
     let status = status(client, &container.id).await?;
     if status.log_path.is_empty() {
-        bail!("the container has no log: it was created without log_path");
+        bail!("the container has no log file: it was created without log_path");
     }
     let mut reader = Reader::new(PathBuf::from(&status.log_path), options.timestamps);
     if let Some(lines) = options.tail {
@@ -36,15 +36,15 @@ pub(super) async fn logs(client: &mut Client, options: Logs) -> Result<()> {
 
 pub(super) async fn status(client: &mut Client, id: &str) -> Result<v1::ContainerStatus> {
     let request = v1::ContainerStatusRequest { container_id: id.into(), verbose: false };
-    let reply = client.runtime.container_status(request).await.map_err(told)?;
-    reply.into_inner().status.context("nacelled gave no status")
+    let reply = client.runtime.container_status(request).await.map_err(call_error)?;
+    reply.into_inner().status.context("nacelled returned no status")
 }
 
-/// Reads a log from where it last stopped, through its rotations.
+/// Reads a log from its last position, across rotations.
 pub(super) struct Reader {
     path: PathBuf,
     file: Option<std::fs::File>,
-    /// Bytes of a line that is not complete yet.
+    /// The beginning of an incomplete line.
     rest: Vec<u8>,
     timestamps: bool,
 }
@@ -54,10 +54,10 @@ impl Reader {
         Self { path, file: None, rest: Vec::new(), timestamps }
     }
 
-    /// Prints what is new; how many bytes that was.
+    /// Prints new lines; returns the number of bytes read.
     fn print(&mut self) -> Result<usize> {
         let mut seen = self.read()?;
-        // A log that has been moved away is read to its end before the new one.
+        // A rotated log is read to its end before the new one.
         if self.rotated() {
             self.file = None;
             seen += self.read()?;
@@ -115,7 +115,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Prints until the container has ended and its log is complete; the last status.
+    /// Prints until the container has ended and its log is complete; returns the last status.
     pub(super) async fn follow(
         &mut self,
         client: &mut Client,
@@ -128,7 +128,7 @@ impl Reader {
             match &ended {
                 Some(status) => {
                     quiet = if seen == 0 { quiet + 1 } else { 0 };
-                    if quiet >= QUIET_LOOKS {
+                    if quiet >= QUIET_READS {
                         return Ok(status.clone());
                     }
                 }
@@ -139,7 +139,7 @@ impl Reader {
                     }
                 }
             }
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(INTERVAL).await;
         }
     }
 }
@@ -166,7 +166,7 @@ fn show(line: &[u8], timestamps: bool) -> std::io::Result<()> {
 struct Line<'a> {
     time: &'a [u8],
     stderr: bool,
-    /// The container ended the line; otherwise it was cut for its length.
+    /// The line ends here; otherwise it was split for its length.
     full: bool,
     text: &'a [u8],
 }
@@ -174,7 +174,7 @@ struct Line<'a> {
 fn parse(line: &[u8]) -> Option<Line<'_>> {
     let mut parts = line.splitn(4, |byte| *byte == b' ');
     let (time, stream, tag) = (parts.next()?, parts.next()?, parts.next()?);
-    // Further tags may follow the first, after colons.
+    // Further tags may follow, separated by colons.
     let full = tag.split(|byte| *byte == b':').next() == Some(b"F");
     Some(Line { time, stderr: stream == b"stderr", full, text: parts.next().unwrap_or_default() })
 }
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_taken_apart_and_its_text_is_left_alone() {
+    fn a_line_is_parsed_and_its_text_is_unchanged() {
         let line = parse(b"2024-01-01T00:00:00.1Z stderr P a b \xff").unwrap();
         assert_eq!(
             line,
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_last_lines_are_shown_and_a_moved_log_is_read_on() {
+    fn only_the_last_lines_are_shown_and_a_rotated_log_is_followed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("0.log");
         std::fs::write(&path, "t stdout F a\nt stdout F b\nt stdout F c\n").unwrap();

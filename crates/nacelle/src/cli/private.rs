@@ -1,8 +1,8 @@
-//! A nacelled of our own, for `nacelle run` on a machine where none runs.
+//! A private nacelled, started by `nacelle run` on a host where none runs.
 //!
-//! There is one a machine, with folders of its own, so that images stay from run to run. Every
-//! `nacelle run` that uses it holds a shared lock; the one that can have it alone at its end, with
-//! no pod left running, stops the daemon.
+//! There is at most one per host. It has its own directories, so that images are kept between runs.
+//! Every `nacelle run` that uses it holds a shared lock. The last one, which gets the lock
+//! exclusively when it ends, stops the daemon unless a pod still runs.
 
 use std::fs::File;
 use std::os::unix::process::CommandExt;
@@ -31,13 +31,15 @@ pub(super) fn socket() -> PathBuf {
 }
 
 pub(super) struct Private {
-    /// Shared while we use the daemon.
+    /// Shared while this process uses the daemon.
     lock: Flock<File>,
 }
 
 fn lock_file() -> Result<File> {
     std::fs::create_dir_all(STATE).with_context(|| {
-        format!("making {STATE}: a nacelled of our own needs root; use sudo, or start nacelled")
+        format!(
+            "creating {STATE} (starting a private nacelled needs root: use sudo, or start nacelled)"
+        )
     })?;
     let path = Path::new(STATE).join("lock");
     File::create(&path).with_context(|| path.display().to_string())
@@ -48,7 +50,7 @@ fn flock(file: File, how: FlockArg) -> Result<Flock<File>> {
 }
 
 impl Private {
-    /// Takes part in using the private daemon, if it is the one that the client talks to.
+    /// Takes the shared lock, if the client is connected to the private daemon.
     pub(super) fn join(client: &Client) -> Option<Self> {
         if client.socket != socket() {
             return None;
@@ -57,7 +59,7 @@ impl Private {
         Some(Self { lock })
     }
 
-    /// Starts the daemon unless another run has done so meanwhile.
+    /// Starts the daemon, unless another process has started it in the meantime.
     pub(super) async fn start() -> Result<Self> {
         let file = lock_file()?;
         let lock =
@@ -65,7 +67,7 @@ impl Private {
         if Client::dial(&socket()).await.is_err() {
             spawn().await?;
         }
-        lock.relock(FlockArg::LockShared).context("sharing the private nacelled")?;
+        lock.relock(FlockArg::LockShared).context("sharing the lock of the private nacelled")?;
         Ok(Self { lock })
     }
 
@@ -73,12 +75,12 @@ impl Private {
         Client::dial(&socket()).await
     }
 
-    /// Stops the daemon if nobody else uses it and no pod runs in it.
+    /// Stops the daemon if no other process uses it and none of its pods runs.
     pub(super) async fn leave(self) {
         if self.lock.relock(FlockArg::LockExclusiveNonblock).is_err() {
             return;
         }
-        // By its own socket: no other daemon may be stopped by mistake.
+        // Over the private socket, so that no other daemon is stopped.
         let Ok(mut client) = self.connect().await else { return };
         let ready = v1::PodSandboxState::SandboxReady as i32;
         let busy = match find::all_pods(&mut client).await {
@@ -93,7 +95,7 @@ impl Private {
         if kill(Pid::from_raw(pid), Signal::SIGTERM).is_err() {
             return;
         }
-        // The lock is held until it has ended, so that the next one starts afresh.
+        // The lock is held until the daemon has ended, so that the next run starts a new one.
         let begin = Instant::now();
         while begin.elapsed() < STOP_LIMIT && kill(Pid::from_raw(pid), None).is_ok() {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -105,20 +107,21 @@ async fn spawn() -> Result<()> {
     let program = nacelled();
     let conf_dir = Path::new(ROOT).join("cni");
     std::fs::create_dir_all(&conf_dir).with_context(|| conf_dir.display().to_string())?;
-    let conflist =
-        network::default_conflist(Some(network::DEFAULT_IPV4), Some(network::DEFAULT_IPV6))?;
-    std::fs::write(conf_dir.join("10-nacelle.conflist"), conflist)?;
+    std::fs::write(
+        conf_dir.join("10-nacelle.conflist"),
+        network::default_conflist(Some(network::DEFAULT_IPV4), network::host_ipv6())?,
+    )?;
     let log_path = Path::new(STATE).join("nacelled.log");
     let log = File::create(&log_path).with_context(|| log_path.display().to_string())?;
     let mut daemon = Command::new(&program)
         .args(["--root", ROOT, "--state", STATE, "--cni-conf-dir"])
         .arg(&conf_dir)
-        // Our own variables name somebody else's socket.
+        // The variable names the socket of another daemon.
         .env_remove("NACELLE_SOCKET")
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
-        // Ctrl-C is for us.
+        // Ctrl-C must not reach the daemon.
         .process_group(0)
         .spawn()
         .with_context(|| format!("starting {}", program.display()))?;
@@ -129,13 +132,13 @@ async fn spawn() -> Result<()> {
         }
         if let Some(status) = daemon.try_wait()? {
             let said = std::fs::read_to_string(&log_path).unwrap_or_default();
-            let last = said.lines().last().unwrap_or("it said nothing");
-            bail!("a nacelled of our own ended at once ({status}): {last}");
+            let last = said.lines().last().unwrap_or("its log is empty");
+            bail!("the private nacelled exited on start ({status}): {last}");
         }
         if begin.elapsed() > START_LIMIT {
             let _ = daemon.kill();
             bail!(
-                "a nacelled of our own did not answer within {START_LIMIT:?}: see {}",
+                "the private nacelled did not answer within {START_LIMIT:?}: see {}",
                 log_path.display()
             );
         }
@@ -143,7 +146,7 @@ async fn spawn() -> Result<()> {
     }
 }
 
-/// Beside us, or wherever the shell would find it.
+/// In this program's directory, otherwise found through PATH.
 fn nacelled() -> PathBuf {
     let beside = std::env::current_exe().ok().map(|own| own.with_file_name("nacelled"));
     beside.filter(|path| path.is_file()).unwrap_or_else(|| "nacelled".into())

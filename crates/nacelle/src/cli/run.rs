@@ -1,4 +1,4 @@
-//! `nacelle run` and `run-pod`: a pod with one container of the same name.
+//! `nacelle run` and `run-pod`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,46 +8,47 @@ use anyhow::{Context, Result, anyhow, bail};
 use cri::convert::security::{MASKED_PATHS, READONLY_PATHS};
 use cri::v1;
 
-use super::arguments::{Run, RunPod};
-use super::connect::{Client, told};
+use super::arguments::{OWN_FAILURE, Run, RunPod};
+use super::connect::{Client, call_error};
 use super::interrupts::Interrupts;
 use super::logs::{self, Reader};
 use super::private::Private;
 use super::remove::{self, LOGS_ANNOTATION};
 use super::session::{self, Carry, Session};
 use super::{find, images, volume};
+use crate::DEFAULT_NETWORK_ANNOTATION;
 use crate::api::AttachStart;
 use crate::api::session_input::Input;
 
-/// Namespace of pods that people start by hand.
+/// Namespace of the pods that this command creates.
 const NAMESPACE: &str = "nacelle";
-/// Microseconds; the interface's usual scheduling period.
+/// CFS period in microseconds; the kubelet's default.
 const PERIOD: i64 = 100_000;
-/// Between the request to end and the kill, when we are interrupted.
+/// Between SIGTERM and SIGKILL of the container, after an interrupt.
 const GRACE_SECONDS: i64 = 10;
 
-/// The code of a process as ours; what no exit status can hold is an error.
+/// The exit code of a process, which is then that of nacelle.
 pub(super) fn exit_code(code: i32) -> ExitCode {
-    u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from)
+    ExitCode::from(u8::try_from(code).unwrap_or(OWN_FAILURE))
 }
 
-/// `NAME=value` as it is, `NAME` with our own value.
+/// `NAME=value` unchanged, `NAME` with its value in this process.
 pub(super) fn environment(given: &[String]) -> Result<Vec<String>> {
     given
         .iter()
         .map(|entry| match entry.split_once('=') {
-            Some(("", _)) => Err(anyhow!("variable {entry:?}: the name is missing")),
+            Some(("", _)) => Err(anyhow!("--env {entry:?}: the name is missing")),
             Some(_) => Ok(entry.clone()),
             None => std::env::var(entry)
                 .map(|value| format!("{entry}={value}"))
-                .map_err(|_| anyhow!("variable {entry:?}: it has no value here either")),
+                .map_err(|_| anyhow!("--env {entry:?}: the variable is not set here")),
         })
         .collect()
 }
 
 pub(super) async fn run(socket: Option<&Path>, options: Run) -> Result<ExitCode> {
     if options.detach && (options.rm || options.interactive) {
-        bail!("--detach goes neither with --rm nor with --interactive");
+        bail!("--detach cannot be combined with --rm or --interactive");
     }
     let (mut client, private) = match Client::connect(socket).await {
         Ok(client) => {
@@ -70,6 +71,7 @@ pub(super) async fn run(socket: Option<&Path>, options: Run) -> Result<ExitCode>
 async fn run_with(client: &mut Client, options: &Run) -> Result<ExitCode> {
     let container = container_config(options)?;
     if images::lookup(client, &options.image).await?.is_none() {
+        eprintln!("Unable to find image '{}' locally, pulling it", options.image);
         images::fetch(client, &options.image, String::new(), String::new()).await?;
     }
     let pod = start_pod(client, options).await?;
@@ -81,7 +83,7 @@ async fn run_with(client: &mut Client, options: &Run) -> Result<ExitCode> {
             removed?;
         }
     } else if !options.detach {
-        // It can still be looked at; its VM is not needed any more.
+        // Its logs and status are kept, its VM ends.
         remove::stop_pod(client, &pod.id).await?;
     }
     outcome
@@ -98,11 +100,17 @@ async fn run_in(
         config: Some(config),
         sandbox_config: None,
     };
-    let id =
-        client.runtime.create_container(request).await.map_err(told)?.into_inner().container_id;
+    let id = client
+        .runtime
+        .create_container(request)
+        .await
+        .map_err(call_error)?
+        .into_inner()
+        .container_id;
     if options.detach {
         start(client, &id).await?;
-        println!("{}", pod.id);
+        // A failure would remove the pod.
+        let _ = crate::say(format_args!("{}", pod.id));
         return Ok(ExitCode::SUCCESS);
     }
     let code = if options.interactive || options.tty {
@@ -115,11 +123,11 @@ async fn run_in(
 
 async fn start(client: &mut Client, id: &str) -> Result<()> {
     let request = v1::StartContainerRequest { container_id: id.into() };
-    client.runtime.start_container(request).await.map(drop).map_err(told)
+    client.runtime.start_container(request).await.map(drop).map_err(call_error)
 }
 
-/// With our terminal or input. Connected before the start where that can be, so that no output is
-/// missed.
+/// Runs with the terminal or standard input of this process. Attaches before the start where
+/// nacelled allows it, so that no output is lost.
 async fn attached(client: &mut Client, options: &Run, id: &str) -> Result<i32> {
     let mut interrupts = Interrupts::new()?;
     let carry = Carry { stdin: options.interactive, tty: options.tty };
@@ -137,14 +145,14 @@ async fn attached(client: &mut Client, options: &Run, id: &str) -> Result<i32> {
         code = session.drive() => return code,
         () = interrupts.next() => {}
     }
-    session.let_output_go();
+    session.ignore_write_errors();
     let stop = remove::stop_container(client, id, GRACE_SECONDS);
-    // What it says at its end is shown while we wait for it.
+    // Output until the end of the container is shown.
     let (code, ()) = tokio::try_join!(session.drive(), stop)?;
     Ok(code)
 }
 
-/// Without input: the log has every byte of the output, from the first on.
+/// Runs without input: the output is read from the log, which has all of it.
 async fn followed(client: &mut Client, id: &str) -> Result<i32> {
     let mut interrupts = Interrupts::new()?;
     start(client, id).await?;
@@ -177,7 +185,7 @@ fn container_config(options: &Run) -> Result<v1::ContainerConfig> {
             pid: v1::NamespaceMode::Container as i32,
             ..Default::default()
         }),
-        // What a kubelet asks for by default; silence would mean none of it.
+        // A request without a profile means unconfined.
         seccomp: Some(v1::SecurityProfile {
             profile_type: v1::security_profile::ProfileType::RuntimeDefault as i32,
             ..Default::default()
@@ -220,7 +228,7 @@ fn set_user(security: &mut v1::LinuxContainerSecurityContext, text: &str) -> Res
     }
     if let Some(group) = group {
         let number: u32 =
-            group.parse().map_err(|_| anyhow!("user {text:?}: the group has to be a number"))?;
+            group.parse().map_err(|_| anyhow!("--user {text:?}: the group has to be a number"))?;
         security.run_as_group = Some(v1::Int64Value { value: i64::from(number) });
     }
     Ok(())
@@ -229,9 +237,9 @@ fn set_user(security: &mut v1::LinuxContainerSecurityContext, text: &str) -> Res
 fn limits(cpus: Option<f64>, memory: Option<&str>) -> Result<v1::LinuxContainerResources> {
     let mut limits = v1::LinuxContainerResources::default();
     if let Some(cpus) = cpus {
-        // cpu.max takes no quota below a millisecond.
+        // cpu.max refuses quotas below 1 ms.
         if !(cpus.is_finite() && (0.01..=1024.0).contains(&cpus)) {
-            bail!("--cpus {cpus}: between 0.01 and 1024");
+            bail!("--cpus {cpus}: use a number between 0.01 and 1024");
         }
         limits.cpu_period = PERIOD;
         limits.cpu_quota = (cpus * PERIOD as f64).round() as i64;
@@ -250,13 +258,14 @@ fn name(given: Option<&str>) -> Result<String> {
         || !name.chars().all(plain)
         || name.starts_with(['.', '-'])
     {
-        bail!("name {name:?}: use letters, digits, '-', '_' and '.', at most 63");
+        bail!("--name {name:?}: use up to 63 letters, digits, '-', '_' and '.'");
     }
     Ok(name.to_string())
 }
 
 fn random() -> Result<String> {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/uuid").context("a random id")?;
+    let text =
+        std::fs::read_to_string("/proc/sys/kernel/random/uuid").context("reading a random id")?;
     Ok(text.trim().to_string())
 }
 
@@ -277,7 +286,7 @@ pub(super) async fn run_pod(client: &mut Client, options: RunPod) -> Result<()> 
     let limits = limits(options.cpus, options.memory.as_deref())?;
     let linux = v1::LinuxPodSandboxConfig { resources: Some(limits), ..Default::default() };
     let pod = make_pod(client, options.name.as_deref(), None, vec![], linux).await?;
-    println!("{}", pod.id);
+    crate::say(format_args!("{}", pod.id))?;
     Ok(())
 }
 
@@ -297,7 +306,7 @@ async fn make_pod(
         pod.metadata.as_ref().is_some_and(|m| m.name == name && m.namespace == NAMESPACE)
     };
     if find::all_pods(client).await?.iter().any(taken) {
-        bail!("{name} is there already: choose another name, or `nacelle rm -f {name}` first");
+        bail!("the name {name} is in use: choose another one, or `nacelle rm -f {name}` first");
     }
     let logs = remove::logs_folder(client).await?.join(format!("{name}_{}", &uid[..8]));
     let logs = logs.to_string_lossy().into_owned();
@@ -307,25 +316,34 @@ async fn make_pod(
         metadata: Some(metadata),
         log_directory: logs.clone(),
         port_mappings,
-        annotations: BTreeMap::from([(LOGS_ANNOTATION.to_string(), logs)]),
-        dns_config: host_dns(),
+        annotations: BTreeMap::from([
+            (LOGS_ANNOTATION.to_string(), logs),
+            (DEFAULT_NETWORK_ANNOTATION.to_string(), "true".to_string()),
+        ]),
+        dns_config: host_dns(&RESOLV_CONF),
         linux: Some(linux),
         ..Default::default()
     };
     let request =
         v1::RunPodSandboxRequest { config: Some(request), runtime_handler: String::new() };
-    let id = client.runtime.run_pod_sandbox(request).await.map_err(told)?.into_inner();
+    let id = client.runtime.run_pod_sandbox(request).await.map_err(call_error)?.into_inner();
     let pods = find::all_pods(client).await?;
     pods.into_iter()
         .find(|pod| pod.id == id.pod_sandbox_id)
-        .ok_or_else(|| anyhow!("the pod {} ended at once", id.pod_sandbox_id))
+        .ok_or_else(|| anyhow!("pod {} was removed right after its start", id.pod_sandbox_id))
 }
 
-/// The node's name servers, except those that only the node itself can reach.
-fn host_dns() -> Option<v1::DnsConfig> {
-    let text = std::fs::read_to_string("/etc/resolv.conf").ok()?;
-    let dns = parse_resolv_conf(&text);
-    (!dns.servers.is_empty()).then_some(dns)
+/// Resolver configurations of the node. The second one has the real name servers where the first one
+/// names systemd-resolved's own address.
+const RESOLV_CONF: [&str; 2] = ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"];
+
+/// The node's name servers, without those on loopback, which pods cannot reach.
+fn host_dns(paths: &[impl AsRef<Path>]) -> Option<v1::DnsConfig> {
+    paths
+        .iter()
+        .filter_map(|path| std::fs::read_to_string(path).ok())
+        .map(|text| parse_resolv_conf(&text))
+        .find(|dns| !dns.servers.is_empty())
 }
 
 fn parse_resolv_conf(text: &str) -> v1::DnsConfig {
@@ -388,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_refused_before_anything_starts() {
+    fn invalid_options_are_refused_before_anything_starts() {
         for words in [
             &["--cpus", "0", "image"][..],
             &["-m", "much", "image"],
@@ -401,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn name_servers_of_the_node_alone_are_left_away() {
+    fn name_servers_on_loopback_are_left_out() {
         let dns = parse_resolv_conf(
             "# x\nnameserver 127.0.0.53\nnameserver 10.0.0.2\nsearch a b\noptions ndots:5\n",
         );
@@ -411,7 +429,19 @@ mod tests {
     }
 
     #[test]
-    fn a_name_without_value_takes_ours() {
+    fn the_servers_behind_systemd_resolved_are_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = [dir.path().join("stub"), dir.path().join("real")];
+        std::fs::write(&paths[0], "nameserver 127.0.0.53\n").unwrap();
+        assert_eq!(host_dns(&paths), None);
+        std::fs::write(&paths[1], "nameserver 10.0.0.3\n").unwrap();
+        assert_eq!(host_dns(&paths).unwrap().servers, ["10.0.0.3"]);
+        std::fs::write(&paths[0], "nameserver 10.0.0.2\n").unwrap();
+        assert_eq!(host_dns(&paths).unwrap().servers, ["10.0.0.2"]);
+    }
+
+    #[test]
+    fn a_name_without_value_has_the_value_of_this_process() {
         assert_eq!(environment(&["A=b".into()]).unwrap(), ["A=b"]);
         assert!(environment(&["PATH".into()]).unwrap()[0].starts_with("PATH="));
         assert!(environment(&["NO_SUCH_VARIABLE_HERE".into()]).is_err());

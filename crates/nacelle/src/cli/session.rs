@@ -1,4 +1,4 @@
-//! Our terminal or pipes on one side, a process in a pod on the other.
+//! Connects the standard streams of this process with a process in a pod.
 
 use std::io::{Read, Write};
 
@@ -8,20 +8,20 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming};
 
-use super::connect::told;
+use super::connect::call_error;
 use super::terminal::{self, Raw};
 use crate::api::session_input::Input;
 use crate::api::session_output::Output;
 use crate::api::{CloseStdin, SessionInput, SessionOutput, WindowSize};
 
-/// Chunks of input on their way.
+/// Chunks of input that are queued.
 const AHEAD: usize = 8;
 const CHUNK: usize = 32 << 10;
 
-/// The messages to send, and the stream that carries them.
+/// The sender of a session's input messages, and the stream for the call.
 pub(super) fn inputs(first: Input) -> (mpsc::Sender<SessionInput>, ReceiverStream<SessionInput>) {
     let (sender, receiver) = mpsc::channel(AHEAD);
-    // There is room: the queue is new.
+    // Cannot fail: the queue is empty.
     let _ = sender.try_send(SessionInput { input: Some(first) });
     (sender, ReceiverStream::new(receiver))
 }
@@ -31,20 +31,20 @@ pub(super) fn window_size() -> Option<WindowSize> {
         .map(|(width, height)| WindowSize { width: u32::from(width), height: u32::from(height) })
 }
 
-/// What a session carries besides output.
+/// What a session transfers besides output.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Carry {
     pub(super) stdin: bool,
     pub(super) tty: bool,
 }
 
-/// A session under way. The terminal is given back with it.
+/// A running session. Dropping it restores the terminal.
 pub(super) struct Session {
     sender: mpsc::Sender<SessionInput>,
     outputs: Streaming<SessionOutput>,
     carry: Carry,
     resized: Signal,
-    /// Output that cannot be written is thrown away.
+    /// Output that cannot be written is dropped.
     lossy: bool,
     code: Option<i32>,
     _raw: Option<Raw>,
@@ -56,14 +56,14 @@ impl Session {
         reply: Result<Response<Streaming<SessionOutput>>, Status>,
         carry: Carry,
     ) -> Result<Self> {
-        let outputs = reply.map_err(told)?.into_inner();
+        let outputs = reply.map_err(call_error)?.into_inner();
         let raw = (carry.tty && carry.stdin && terminal::is_terminal())
             .then(Raw::enter)
             .transpose()
-            .context("taking the terminal over")?;
+            .context("setting the terminal to raw mode")?;
         if carry.stdin {
             let sender = sender.clone();
-            // A thread of its own: a read of a terminal cannot be called off.
+            // A separate thread: a read from a terminal cannot be cancelled.
             std::thread::spawn(move || read_stdin(&sender));
         }
         let resized = signal(SignalKind::window_change())?;
@@ -73,17 +73,18 @@ impl Session {
         Ok(Self { sender, outputs, carry, resized, lossy: false, code: None, _raw: raw })
     }
 
-    /// From here on it is no failure when nobody takes the output: the terminal may be gone.
-    pub(super) fn let_output_go(&mut self) {
+    /// From here on, failing writes are ignored: the terminal may be closed.
+    pub(super) fn ignore_write_errors(&mut self) {
         self.lossy = true;
     }
 
-    /// Carries bytes until the process ends; its exit code. Can be called off and gone on with.
+    /// Transfers bytes until the process ends; returns its exit code. Can be cancelled and called
+    /// again.
     pub(super) async fn drive(&mut self) -> Result<i32> {
         loop {
             tokio::select! {
                 message = self.outputs.message() => {
-                    match message.map_err(told)?.map(|m| m.output) {
+                    match message.map_err(call_error)?.map(|m| m.output) {
                         Some(Some(Output::Stdout(data))) => {
                             self.written(write(&mut std::io::stdout(), &data))?;
                         }
@@ -98,7 +99,8 @@ impl Session {
                 _ = self.resized.recv(), if self.carry.tty => resize(&self.sender).await,
             }
         }
-        self.code.ok_or_else(|| anyhow!("nacelled has gone away before the process ended"))
+        self.code
+            .ok_or_else(|| anyhow!("the connection to nacelled was lost before the process ended"))
     }
 
     fn written(&self, outcome: std::io::Result<()>) -> std::io::Result<()> {
@@ -106,7 +108,7 @@ impl Session {
     }
 }
 
-/// Carries bytes until the process ends; its exit code.
+/// Transfers bytes until the process ends; returns its exit code.
 pub(super) async fn drive(
     sender: mpsc::Sender<SessionInput>,
     reply: Result<Response<Streaming<SessionOutput>>, Status>,

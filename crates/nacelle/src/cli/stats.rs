@@ -1,15 +1,15 @@
-//! `nacelle stats`: one line a container, with its pod's network and processes.
+//! `nacelle stats`: a line per pod, with its network and processes, and a line per container.
 
 use anyhow::Result;
 use cri::v1;
 
 use super::arguments::Output;
-use super::connect::{Client, told};
+use super::connect::{Client, call_error};
 use super::table::{self, bytes};
 
 pub(super) async fn stats(client: &mut Client, output: Output) -> Result<()> {
     let request = v1::ListPodSandboxStatsRequest::default();
-    let reply = client.runtime.list_pod_sandbox_stats(request).await.map_err(told)?;
+    let reply = client.runtime.list_pod_sandbox_stats(request).await.map_err(call_error)?;
     let pods = reply.into_inner().stats;
     if output == Output::Json {
         return Ok(table::json(&serde_json::to_value(&pods)?)?);
@@ -48,7 +48,7 @@ pub(super) async fn stats(client: &mut Client, output: Output) -> Result<()> {
     Ok(table::print(&head, &rows)?)
 }
 
-/// Share of one CPU; of a container measured once only, its time so far.
+/// Percent of one CPU; after only one sample, the CPU time so far.
 fn cpu(usage: Option<&v1::CpuUsage>) -> String {
     let Some(usage) = usage else { return "-".into() };
     let value = |number: Option<v1::UInt64Value>| number.map_or(0, |n| n.value);

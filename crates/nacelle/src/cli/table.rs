@@ -1,9 +1,9 @@
-//! Tables, and figures as people read them.
+//! Tables, and sizes and times in readable units.
 
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Enough of an id to tell two apart.
+/// Length of ids in tables, as in crictl.
 const SHORT_ID: usize = 13;
 
 pub(super) fn short(id: &str) -> &str {
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_are_short() {
+    fn sizes_and_times_are_short() {
         assert_eq!(bytes(1023), "1023 B");
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(bytes(5 << 30), "5.0 GiB");

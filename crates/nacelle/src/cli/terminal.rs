@@ -1,11 +1,11 @@
-//! The terminal in raw mode, for as long as a container owns it.
+//! Raw mode of the terminal.
 
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
-/// Gives the terminal back as it was, on a panic too.
+/// Restores the terminal's settings when dropped, also on a panic.
 pub(super) struct Raw(Termios);
 
 impl Raw {
@@ -21,7 +21,7 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        // Nothing is left to do where even this fails.
+        // There is no way to handle a failure here.
         let _ = tcsetattr(io::stdin().as_fd(), SetArg::TCSADRAIN, &self.0);
     }
 }

@@ -1,17 +1,19 @@
-//! Values of options as people write them: volumes, ports, sizes.
+//! Parses the values of options: volumes, ports, sizes.
 
 use anyhow::{Context, Result, anyhow, bail};
 use cri::v1;
 
-/// `/here:/there`, `/here:/there:ro`: a file or folder of the host, shared with the container.
+/// `/host:/container`, `/host:/container:ro`: a bind mount.
 pub(super) fn volume(text: &str) -> Result<v1::Mount> {
     let parts: Vec<&str> = text.split(':').collect();
     let (host, container, readonly) = match parts.as_slice() {
         [host, container] | [host, container, "rw"] => (*host, *container, false),
         [host, container, "ro"] => (*host, *container, true),
-        _ => bail!("volume {text:?}: write /here:/there or /here:/there:ro"),
+        _ => bail!(
+            "--volume {text:?}: use /host/path:/container/path or /host/path:/container/path:ro"
+        ),
     };
-    let host_path = std::path::absolute(host).with_context(|| format!("volume {text:?}"))?;
+    let host_path = std::path::absolute(host).with_context(|| format!("--volume {text:?}"))?;
     Ok(v1::Mount {
         host_path: host_path.to_string_lossy().into_owned(),
         container_path: container.to_string(),
@@ -22,7 +24,7 @@ pub(super) fn volume(text: &str) -> Result<v1::Mount> {
 
 /// `8080:80`, `127.0.0.1:8080:80`, `[::1]:53:53/udp`.
 pub(super) fn port(text: &str) -> Result<v1::PortMapping> {
-    let wrong = || anyhow!("port {text:?}: write [address:]host:container[/tcp|udp|sctp]");
+    let wrong = || anyhow!("--publish {text:?}: use [address:]host:container[/tcp|udp|sctp]");
     let (rest, protocol) = match text.rsplit_once('/') {
         None => (text, v1::Protocol::Tcp),
         Some((rest, "tcp")) => (rest, v1::Protocol::Tcp),
@@ -61,7 +63,7 @@ pub(super) fn size(text: &str) -> Result<i64> {
         .ok()
         .and_then(|number| number.checked_mul(1 << shift))
         .filter(|size| *size > 0)
-        .ok_or_else(|| anyhow!("size {text:?}: write it like 512m or 2g"))
+        .ok_or_else(|| anyhow!("size {text:?}: use a number with a unit, such as 512m or 2g"))
 }
 
 #[cfg(test)]
@@ -69,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn volumes_are_writable_unless_they_say_otherwise() {
+    fn volumes_are_writable_by_default() {
         let mount = volume("/a:/b").unwrap();
         assert_eq!((mount.host_path.as_str(), mount.container_path.as_str()), ("/a", "/b"));
         assert!(!mount.readonly && !volume("/a:/b:rw").unwrap().readonly);
@@ -78,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_are_given_with_and_without_address_and_protocol() {
+    fn ports_have_optional_addresses_and_protocols() {
         let plain = port("8080:80").unwrap();
         assert_eq!((plain.host_port, plain.container_port, plain.protocol), (8080, 80, 0));
         let full = port("[::1]:53:5353/udp").unwrap();

@@ -1,5 +1,5 @@
-//! What keeps this node from running pods: missing files, and KVM, which is measured by running
-//! guest code in a process of its own (`nacelle-vmm probe`), for its presence says little.
+//! Why this node cannot run pods: missing files, or KVM. KVM is tested by running guest code in a
+//! separate process (`nacelle-vmm probe`), because `/dev/kvm` may exist and still be unusable.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,9 +13,9 @@ use tokio::sync::watch;
 
 use crate::settings::Settings;
 
-/// Between two looks while something is wrong; an operator who repairs it waits no longer.
-const LOOK_AGAIN: Duration = Duration::from_secs(30);
-/// The probe bounds itself to a second or two; a host so slow that this passes is no host for VMs.
+/// Between two checks while one fails.
+const INTERVAL: Duration = Duration::from_secs(30);
+/// The probe takes a second or two; a host that needs longer than this is too slow for VMs.
 const PROBE_LIMIT: Duration = Duration::from_secs(20);
 
 /// What `nacelle-vmm probe` prints.
@@ -27,7 +27,7 @@ pub(crate) struct Probe {
     pub(crate) why: String,
 }
 
-/// Measures KVM; an error is a sentence for people.
+/// Measures KVM; the error is a message for the operator.
 pub(crate) async fn probe(vmm: &Path) -> Result<Probe, String> {
     let run = Command::new(vmm)
         .arg("probe")
@@ -41,7 +41,7 @@ pub(crate) async fn probe(vmm: &Path) -> Result<Probe, String> {
     };
     serde_json::from_slice(&output.stdout).map_err(|error| {
         let said = String::from_utf8_lossy(&output.stderr);
-        format!("{} probe: {error}; it said: {}", vmm.display(), said.trim())
+        format!("{} probe: {error}; its error output: {}", vmm.display(), said.trim())
     })
 }
 
@@ -52,26 +52,26 @@ pub(super) struct NodeHealth {
 }
 
 impl NodeHealth {
-    /// Starts looking; until the first look has ended, [`cri::Health::runtime`] waits for it.
+    /// Starts the checks; [`cri::Health::runtime`] waits for the first result.
     pub(super) fn watch(settings: &Settings, network: Arc<dyn Network>) -> Self {
         let (sender, runtime) = watch::channel(Some(String::new()));
         let settings_for_task = settings.clone();
         tokio::spawn(async move {
             loop {
-                let trouble = look(&settings_for_task).await;
+                let trouble = check(&settings_for_task).await;
                 if let Some(trouble) = &trouble {
                     tracing::warn!(trouble, "this node cannot run pods");
                 }
-                let well = trouble.is_none();
+                let ok = trouble.is_none();
                 if sender.send(trouble).is_err() {
                     return;
                 }
-                if well {
-                    // KVM does not get lost; keep the channel open.
+                if ok {
+                    // KVM does not disappear; only keep the channel open.
                     sender.closed().await;
                     return;
                 }
-                tokio::time::sleep(LOOK_AGAIN).await;
+                tokio::time::sleep(INTERVAL).await;
             }
         });
         let facts = serde_json::to_value(settings).unwrap_or_default();
@@ -79,7 +79,7 @@ impl NodeHealth {
     }
 }
 
-async fn look(settings: &Settings) -> Option<String> {
+async fn check(settings: &Settings) -> Option<String> {
     if let Some(missing) = settings.missing_files() {
         return Some(missing);
     }
@@ -94,7 +94,7 @@ async fn look(settings: &Settings) -> Option<String> {
 impl cri::Health for NodeHealth {
     async fn runtime(&self) -> Option<String> {
         let mut runtime = self.runtime.clone();
-        // An empty text stands for "not looked yet".
+        // An empty text means that the first check has not ended yet.
         match runtime.wait_for(|known| known.as_deref() != Some("")).await {
             Ok(known) => known.clone(),
             Err(_) => Some("nacelled is stopping".into()),

@@ -1,5 +1,5 @@
-//! Keeps the images of containers: removed ones stay on the disk until the last container made from
-//! them, or with them as a volume, is gone.
+//! Keeps the images of containers: a removed image stays on the disk until the last container that
+//! uses it, as root file system or volume, is removed.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use sandbox::Sandboxes;
 use sandbox::model::{ContainerId, ContainerView, Event, EventKind, Filter, PodId, VolumeSource};
 use tokio::sync::broadcast::error::RecvError;
 
-/// What the node's containers hold; runs as long as there are pods to watch.
+/// The images that containers use; follows events for as long as the daemon runs.
 pub(super) struct Keeper {
     sandboxes: Sandboxes,
     images: Images,
@@ -16,26 +16,25 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    /// Holds the images of the containers that an earlier daemon left, deletes what nobody holds,
-    /// and follows what happens from then on.
+    /// Holds the images of existing containers, deletes unused ones, then follows events.
     pub(super) async fn start(sandboxes: Sandboxes, images: Images) -> Result<(), image::Error> {
         let mut events = sandboxes.events();
         let mut keeper = Self { sandboxes, images, held: HashMap::new() };
-        keeper.look();
+        keeper.resync();
         let garbage = keeper.images.collect_garbage().await?;
         tracing::info!(
             held = keeper.held.len(),
             images = garbage.images,
             blobs = garbage.blobs,
             bytes = garbage.bytes,
-            "images that nobody needs are deleted"
+            "image garbage collection finished"
         );
         tokio::spawn(async move {
             loop {
                 match events.recv().await {
                     Ok(event) => keeper.follow(&event),
-                    // Too many at once; the listing says what they come to.
-                    Err(RecvError::Lagged(_)) => keeper.look(),
+                    // Events were lost: list the containers again.
+                    Err(RecvError::Lagged(_)) => keeper.resync(),
                     Err(RecvError::Closed) => return,
                 }
             }
@@ -43,7 +42,7 @@ impl Keeper {
         Ok(())
     }
 
-    fn look(&mut self) {
+    fn resync(&mut self) {
         let listed = self.sandboxes.containers(&Filter::default());
         let mut before = std::mem::take(&mut self.held);
         for view in listed {

@@ -1,4 +1,4 @@
-//! Logs on standard error, as text for people or JSON for collectors.
+//! Logs to standard error, as text or as JSON.
 
 use anyhow::{Context, Result};
 use tracing_subscriber::EnvFilter;

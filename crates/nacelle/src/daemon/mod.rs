@@ -1,4 +1,4 @@
-//! `nacelled`: reads its configuration, opens what pods need, serves until told to stop.
+//! `nacelled`: reads its configuration, opens the stores, and serves until it is stopped.
 
 mod debug;
 mod health;
@@ -13,32 +13,32 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::settings::{Overrides, Settings, TEMPLATE};
 
 pub(crate) use health::probe;
 
 #[derive(Debug, Parser)]
-#[command(name = "nacelled", version, about = "Runs each Kubernetes pod in its own microVM")]
+#[command(name = "nacelled", version, about = "CRI runtime that runs every pod in its own microVM")]
 struct Arguments {
-    /// Configuration file [default: /etc/nacelle/config.toml, if it is there]
-    #[arg(long, env = "NACELLE_CONFIG", global = true)]
+    /// Configuration file [default: /etc/nacelle/config.toml, if it exists]
+    #[arg(long, env = "NACELLE_CONFIG", global = true, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Durable state
-    #[arg(long, env = "NACELLE_ROOT", global = true)]
+    /// Directory for persistent data [default: /var/lib/nacelle]
+    #[arg(long, env = "NACELLE_ROOT", global = true, value_name = "DIR")]
     root: Option<PathBuf>,
-    /// Sockets of running pods
-    #[arg(long, env = "NACELLE_STATE", global = true)]
+    /// Directory for sockets and other volatile data [default: /run/nacelle]
+    #[arg(long, env = "NACELLE_STATE", global = true, value_name = "DIR")]
     state: Option<PathBuf>,
-    /// The CRI socket
-    #[arg(long, env = "NACELLE_SOCKET", global = true)]
+    /// CRI socket [default: nacelled.sock in the state directory]
+    #[arg(long, env = "NACELLE_SOCKET", global = true, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Folder of CNI configurations
-    #[arg(long, env = "NACELLE_CNI_CONF_DIR", global = true)]
+    /// Directory with CNI configurations [default: /etc/cni/net.d]
+    #[arg(long, env = "NACELLE_CNI_CONF_DIR", global = true, value_name = "DIR")]
     cni_conf_dir: Option<PathBuf>,
-    /// Log level, as in the configuration
-    #[arg(long, env = "NACELLE_LOG", global = true)]
+    /// Log level: error, warn, info, debug, trace, or a filter such as info,sandbox=debug
+    #[arg(long, env = "NACELLE_LOG", global = true, value_name = "LEVEL")]
     log_level: Option<String>,
     #[command(subcommand)]
     command: Option<Command>,
@@ -46,34 +46,42 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Print or check configurations
+    /// Print or check configuration files
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// The process that spawns VMMs; nacelled starts it by itself
+    /// Internal: the process that spawns VMMs, started by nacelled
     #[command(hide = true)]
     Launcher,
 }
 
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
-    /// Every setting with its default
+    /// Print every setting with its default
     Default,
-    /// Read the configuration and say what is wrong with it
+    /// Validate the configuration file
     Check,
-    /// A CNI configuration for a single node: a bridge, masquerading, published ports
+    /// Print a CNI configuration for a single node: bridge, NAT, published ports
     Cni {
-        /// IPv4 addresses of pods; "none" for no IPv4
+        /// IPv4 subnet of pods; "none" to disable IPv4
         #[arg(long, default_value = ::network::DEFAULT_IPV4)]
         ipv4: String,
-        /// IPv6 addresses of pods; "none" for no IPv6
-        #[arg(long, default_value = ::network::DEFAULT_IPV6)]
-        ipv6: String,
+        /// IPv6 subnet of pods; "none" to disable IPv6 [default: fd00:88::/64 if this host has IPv6]
+        #[arg(long)]
+        ipv6: Option<String>,
     },
 }
 
+/// For the man pages.
+pub(crate) fn command() -> clap::Command {
+    Arguments::command()
+}
+
 pub fn main() -> ExitCode {
-    match run(Arguments::parse()) {
+    let arguments = Arguments::parse();
+    let prints = matches!(arguments.command, Some(Command::Config(_)));
+    match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if prints && crate::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("nacelled: {error:#}");
             ExitCode::FAILURE
@@ -96,19 +104,20 @@ fn run(arguments: Arguments) -> Result<()> {
             let socket = std::io::stdin()
                 .as_fd()
                 .try_clone_to_owned()
-                .context("the launcher's socket is its standard input")?;
+                .context("duplicating standard input, which is the launcher's socket")?;
             sandbox::launcher::main(socket).context("launcher")
         }
         Some(Command::Config(ConfigCommand::Default)) => {
-            print!("{TEMPLATE}");
+            crate::say(format_args!("{}", TEMPLATE.trim_end()))?;
             Ok(())
         }
         Some(Command::Config(ConfigCommand::Check)) => check(&load()?),
         Some(Command::Config(ConfigCommand::Cni { ipv4, ipv6 })) => {
+            let ipv6 = ipv6.as_deref().or(::network::host_ipv6()).unwrap_or("none");
             let given = |text: &str| (text != "none").then(|| text.to_string());
-            let (ipv4, ipv6) = (given(&ipv4), given(&ipv6));
-            println!("{}", ::network::default_conflist(ipv4.as_deref(), ipv6.as_deref())?);
-            Ok(())
+            let (ipv4, ipv6) = (given(&ipv4), given(ipv6));
+            let list = ::network::default_conflist(ipv4.as_deref(), ipv6.as_deref())?;
+            Ok(crate::say(format_args!("{}", list.trim_end()))?)
         }
     }
 }
@@ -118,20 +127,24 @@ fn check(settings: &Settings) -> Result<()> {
     if let Some(trouble) = settings.missing_files() {
         anyhow::bail!("{trouble}");
     }
-    println!("The configuration is sound; the socket will be {}.", settings.socket.display());
+    crate::say(format_args!(
+        "The configuration is valid. The CRI socket is {}.",
+        settings.socket.display()
+    ))?;
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
         let given = Arguments::parse_from(["nacelled", "config", "check", "--config", "/x"]);
         assert_eq!(given.config.unwrap(), PathBuf::from("/x"));
+        let help = Arguments::command().find_subcommand("config").unwrap().clone();
+        let help = help.find_subcommand("cni").unwrap().clone().render_help().to_string();
+        assert!(help.contains(::network::DEFAULT_IPV6), "{help}");
     }
 }

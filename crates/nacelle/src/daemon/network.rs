@@ -1,5 +1,7 @@
-//! The life cycle's network port on CNI: the same facts in two crates' words.
+//! Implements `sandbox`'s network port with the `network` crate. Neither crate knows the other, so
+//! the types of both are converted here.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -7,6 +9,8 @@ use ::network::Cni;
 use async_trait::async_trait;
 use sandbox::model::{Dns, PodId, PodSpec, Protocol};
 use sandbox::ports::{Attachment, Interface, Network, PortError, Route};
+
+use crate::DEFAULT_NETWORK_ANNOTATION;
 
 pub(super) struct CniNetwork(pub(super) Cni);
 
@@ -72,8 +76,13 @@ fn to_pod(id: &PodId, spec: &PodSpec) -> ::network::Pod {
             .collect(),
         dns: to_dns(&spec.dns),
         native: spec.host.is_some(),
+        default_network: asks_for_default(&spec.meta.annotations),
         cgroup_parent: spec.cgroup_parent.clone(),
     }
+}
+
+fn asks_for_default(annotations: &BTreeMap<String, String>) -> bool {
+    annotations.get(DEFAULT_NETWORK_ANNOTATION).is_some_and(|value| value == "true")
 }
 
 fn to_dns(dns: &Dns) -> ::network::Dns {
@@ -141,7 +150,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_attachment_survives_the_way_there_and_back() {
+    fn only_pods_that_ask_for_it_are_attached_to_the_built_in_network() {
+        let with = |value: &str| {
+            BTreeMap::from([(DEFAULT_NETWORK_ANNOTATION.to_string(), value.to_string())])
+        };
+        assert!(asks_for_default(&with("true")));
+        assert!(!asks_for_default(&with("false")) && !asks_for_default(&BTreeMap::new()));
+    }
+
+    #[test]
+    fn an_attachment_is_the_same_after_conversion_in_both_directions() {
         let made = ::network::Attachment {
             netns: "/run/netns/x".into(),
             interfaces: vec![::network::Interface {

@@ -1,14 +1,14 @@
-//! Tells systemd how far we are: sd_notify(3), a datagram to `$NOTIFY_SOCKET`.
+//! sd_notify(3): reports the daemon's state to systemd, in a datagram to `$NOTIFY_SOCKET`.
 
 use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
-/// Nothing happens when nobody asked to be told.
+/// Does nothing without `$NOTIFY_SOCKET`.
 pub(super) fn send(state: &str) {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
     if let Err(error) = send_to(name.as_encoded_bytes(), state) {
-        tracing::warn!(%error, state, "systemd could not be told");
+        tracing::warn!(%error, state, "cannot notify systemd");
     }
 }
 
@@ -27,7 +27,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_message_arrives_at_a_path_and_at_an_abstract_name() {
+    fn the_message_arrives_at_path_and_abstract_addresses() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         let abstract_name = format!("nacelle-notify-{}", std::process::id());

@@ -1,4 +1,4 @@
-//! From settings to a served socket, and down again in order.
+//! Starts and stops the parts of the daemon in order.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
@@ -19,19 +19,19 @@ use super::{logging, notify};
 use crate::api::debug_server::DebugServer;
 use crate::settings::Settings;
 
-/// Requests under way get this long to end; pods do not depend on it.
-const LAST_REQUESTS: Duration = Duration::from_secs(5);
+/// Time for pending requests to end at shutdown; pods do not depend on it.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
 pub(super) fn serve(settings: Settings) -> Result<()> {
     logging::start(&settings.log)?;
     for folder in [&settings.root, &settings.state] {
-        // Images, logs of pods and control sockets are nobody else's business; pods' users reach
-        // their own files by descriptors and by paths they can pass through.
+        // Only root may list images, logs and control sockets. The users of VMMs reach their own
+        // files by descriptors, and by paths that they may traverse.
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o711)
             .create(folder)
-            .with_context(|| format!("making {}", folder.display()))?;
+            .with_context(|| format!("creating {}", folder.display()))?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -39,25 +39,25 @@ pub(super) fn serve(settings: Settings) -> Result<()> {
         .build()
         .context("starting threads")?;
     let outcome = runtime.block_on(work(settings));
-    // Blocking work that hangs (a plugin, a dead disk) must not keep us from ending.
+    // Blocking work that hangs (a plugin, a failed disk) must not prevent the exit.
     runtime.shutdown_timeout(Duration::from_secs(2));
     outcome
 }
 
 async fn work(settings: Settings) -> Result<()> {
-    // First, for it tells whether another daemon serves here.
+    // First, because it fails if another daemon has the socket.
     let listener = cri::listen(&settings.socket)?;
     let network: Arc<dyn Network> =
         Arc::new(CniNetwork(::network::Cni::new(settings.network.clone())));
     let images = Images::open(settings.images.clone()).await.context("opening the image store")?;
     let sandboxes = Sandboxes::open(settings.pods.clone(), network.clone())
         .await
-        .context("opening the pods' records")?;
+        .context("opening the journal of pods")?;
     let health = Arc::new(NodeHealth::watch(&settings, network));
     let debug = Debug::new(sandboxes.clone(), images.clone(), health.clone());
     let streams = cri::bind_streams(&settings.streaming, sandboxes.clone())
         .context("starting the streaming server")?;
-    tracing::info!(url = streams.base_url(), "exec, attach and port-forward are served");
+    tracing::info!(url = streams.base_url(), "streaming server started");
     let runtime = cri::Runtime::new(
         sandboxes.clone(),
         images.clone(),
@@ -66,7 +66,7 @@ async fn work(settings: Settings) -> Result<()> {
         settings.root.clone(),
         streams,
     );
-    Keeper::start(sandboxes.clone(), images.clone()).await.context("collecting images")?;
+    Keeper::start(sandboxes.clone(), images.clone()).await.context("deleting unused images")?;
     let service = cri::Image::new(images, sandboxes.clone(), &settings.cri);
     let beside = Routes::new(
         DebugServer::new(debug)
@@ -75,9 +75,9 @@ async fn work(settings: Settings) -> Result<()> {
     );
 
     let (stop, stopped) = tokio::sync::watch::channel(false);
-    let mut told = stopped.clone();
+    let mut stop_requested = stopped.clone();
     let shutdown: cri::Shutdown = Box::pin(async move {
-        let _ = told.wait_for(|stop| *stop).await;
+        let _ = stop_requested.wait_for(|stop| *stop).await;
     });
     let mut server = tokio::spawn(cri::serve(listener, runtime, service, beside, shutdown));
     notify::send("READY=1");
@@ -86,7 +86,7 @@ async fn work(settings: Settings) -> Result<()> {
         root = %settings.root.display(),
         pods = sandboxes.pods(&sandbox::model::Filter::default()).len(),
         version = env!("CARGO_PKG_VERSION"),
-        "nacelled serves"
+        "nacelled is ready"
     );
 
     let mut terminate = signal(SignalKind::terminate())?;
@@ -100,11 +100,11 @@ async fn work(settings: Settings) -> Result<()> {
     let outcome = match ended {
         Some(outcome) => outcome,
         None => {
-            tracing::info!("nacelled stops; pods keep running");
+            tracing::info!("nacelled is stopping; pods keep running");
             let _ = stop.send(true);
-            match tokio::time::timeout(LAST_REQUESTS, &mut server).await {
+            match tokio::time::timeout(SHUTDOWN_LIMIT, &mut server).await {
                 Ok(outcome) => outcome,
-                // A follower of a console never ends by itself.
+                // A call that follows a console does not end by itself.
                 Err(_) => {
                     server.abort();
                     Ok(Ok(()))

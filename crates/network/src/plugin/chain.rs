@@ -41,8 +41,8 @@ impl Verb {
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
     #[error(
-        "the network {network:?} needs the CNI plugin {kind:?}, which is not in {} \
-         (Debian's package containernetworking-plugins has the standard plugins)", paths(.searched)
+        "the network {network:?} needs the CNI plugin {kind:?}, which is in none of {} \
+         (for the standard plugins: apt install containernetworking-plugins)", paths(.searched)
     )]
     Missing { network: String, kind: String, searched: Vec<PathBuf> },
     #[error("CNI plugin {kind:?}, {verb}", verb = .verb.as_str())]

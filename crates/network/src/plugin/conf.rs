@@ -18,8 +18,8 @@ const EXTENSIONS: [&str; 3] = ["conflist", "conf", "json"];
 #[derive(Debug, thiserror::Error)]
 pub enum ConfError {
     #[error(
-        "no network is configured: {} has no .conflist or .conf file \
-         (`nacelled config cni` prints one for a single node)", .dir.display()
+        "no network is configured: {0} holds no .conflist or .conf file \
+         (for a single node: mkdir -p {0}; nacelled config cni > {0}/10-nacelle.conflist)", .dir.display()
     )]
     None { dir: PathBuf },
     #[error("cannot read the network configuration {}", .path.display())]

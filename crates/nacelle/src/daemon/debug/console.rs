@@ -1,4 +1,4 @@
-//! A guest's console, as it stands or as it grows.
+//! The console output of a guest, optionally followed.
 
 use std::time::Duration;
 
@@ -12,9 +12,9 @@ use tonic::Status;
 use super::Streamed;
 use crate::api;
 
-/// Between two looks at a console that is followed.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
-/// Chunks on their way to a slow reader.
+/// Between two reads of a console that is followed.
+const INTERVAL: Duration = Duration::from_millis(100);
+/// Chunks queued for a slow reader.
 const AHEAD: usize = 4;
 const CHUNK: usize = 64 << 10;
 
@@ -49,7 +49,7 @@ pub(super) fn console(
             }
             tokio::select! {
                 () = sender.closed() => return,
-                () = tokio::time::sleep(LOOK_AGAIN) => {}
+                () = tokio::time::sleep(INTERVAL) => {}
             }
         }
     });

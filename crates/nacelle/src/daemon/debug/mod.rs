@@ -1,4 +1,4 @@
-//! The service beside the CRI (proto/nacelle/v1/nacelle.proto).
+//! The service that extends the CRI (proto/nacelle/v1/nacelle.proto).
 
 mod console;
 mod pull;

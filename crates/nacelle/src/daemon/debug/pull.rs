@@ -1,4 +1,4 @@
-//! A pull that tells how far it is.
+//! Pulls an image and reports progress.
 
 use cri::errors::image_status;
 use image::{Auth, Images, Phase, Progress};
@@ -8,8 +8,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::Streamed;
 use crate::api;
 
-/// A reader that is slower than this sees fewer steps, for each is the latest state.
-const PACE: std::time::Duration = std::time::Duration::from_millis(100);
+/// Interval of progress messages. Each has the whole state, so a slow reader misses nothing.
+const INTERVAL: std::time::Duration = std::time::Duration::from_millis(100);
 
 pub(super) fn pull(images: Images, request: api::PullRequest) -> Streamed<api::PullProgress> {
     let (sender, receiver) = mpsc::channel(1);
@@ -24,12 +24,12 @@ pub(super) fn pull(images: Images, request: api::PullRequest) -> Streamed<api::P
         let outcome = loop {
             tokio::select! {
                 outcome = &mut pull => break outcome,
-                // Nobody waits any more: dropping the pull gives it up.
+                // The client has gone: dropping the future cancels the pull.
                 () = sender.closed() => return,
-                () = tokio::time::sleep(PACE) => {
+                () = tokio::time::sleep(INTERVAL) => {
                     if seen.has_changed().unwrap_or(false) {
                         let now = to_api(&seen.borrow_and_update());
-                        // Never waits: a reader that has not taken the last state skips this one.
+                        // Does not wait: a reader that has not taken the last message skips this.
                         let _ = sender.try_send(Ok(now));
                     }
                 }

@@ -1,8 +1,8 @@
-//! Exec and attach: a client's messages to a process' streams and back.
+//! Exec and attach: connects a client's messages with the streams of a process.
 //!
-//! Output is pumped by a task a stream, input by one of its own, so that a process that does not
-//! read its input still gets its output out. All queues are short: back-pressure reaches the
-//! process as it would through a pipe.
+//! Each output stream and the input have a task, so that a process that does not read its input can
+//! still write its output. All queues are short: a slow client slows the process down, as a pipe
+//! would.
 
 use cri::errors::sandbox_status;
 use sandbox::model::{ExecSpec, ExitView};
@@ -21,7 +21,7 @@ use crate::api::session_output::Output;
 use crate::api::{self, SessionInput, SessionOutput};
 
 const CHUNK: usize = 32 << 10;
-/// Messages on their way to a slow client, and chunks to a slow process.
+/// Messages queued for a slow client, and chunks for a slow process.
 const AHEAD: usize = 8;
 
 type Sender = mpsc::Sender<Result<SessionOutput, Status>>;
@@ -71,10 +71,10 @@ pub(super) async fn exec(
     mut inputs: Streaming<SessionInput>,
 ) -> Result<Streamed<SessionOutput>, Status> {
     let Some(Input::Start(start)) = first(&mut inputs).await? else {
-        return Err(Status::invalid_argument("the first message has to be `start`"));
+        return Err(Status::invalid_argument("the first message must be `start`"));
     };
     if start.command.is_empty() {
-        return Err(Status::invalid_argument("start.command: empty: say what to run"));
+        return Err(Status::invalid_argument("start.command: must not be empty"));
     }
     let spec = ExecSpec {
         command: start.command,
@@ -102,7 +102,7 @@ pub(super) async fn attach(
     mut inputs: Streaming<SessionInput>,
 ) -> Result<Streamed<SessionOutput>, Status> {
     let Some(Input::Attach(start)) = first(&mut inputs).await? else {
-        return Err(Status::invalid_argument("the first message has to be `attach`"));
+        return Err(Status::invalid_argument("the first message must be `attach`"));
     };
     let session = sandboxes.attach(&start.container, true).await.map_err(sandbox_status)?;
     Ok(run(
@@ -134,7 +134,7 @@ fn output(output: Output) -> SessionOutput {
     SessionOutput { output: Some(output) }
 }
 
-/// The last message; none when the client is gone.
+/// Returns the last message; none when the client has gone.
 async fn drive(
     session: Session,
     mut inputs: Streaming<SessionInput>,
@@ -151,7 +151,7 @@ async fn drive(
     }
     let mut stdin = stdin.map(|writer| {
         let (chunks, queue) = mpsc::channel(AHEAD);
-        // Ends with its queue, or when the process no longer reads.
+        // Ends when its queue is closed or the process stops reading.
         tokio::spawn(write(writer, queue));
         chunks
     });
@@ -165,7 +165,7 @@ async fn drive(
                     Some(Input::Stdin(data)) => {
                         let Some(queue) = &stdin else { continue };
                         tokio::select! {
-                            // An error: the process has closed its input, as with a pipe.
+                            // Fails when the process has closed its input.
                             _ = queue.send(data) => {}
                             ended = pumps.join_next() => if ended.is_none() { break },
                             () = sender.closed() => return None,
@@ -183,10 +183,10 @@ async fn drive(
                         }
                     }
                     Some(Input::Start(_) | Input::Attach(_)) | None => {
-                        return Some(Err(Status::invalid_argument("a second first message")));
+                        return Some(Err(Status::invalid_argument("`start` or `attach` after the first message")));
                     }
                 },
-                // No more input; the output is still wanted.
+                // The input has ended; the output continues.
                 Some(Err(_)) | None => {
                     listening = false;
                     stdin = None;
@@ -217,7 +217,7 @@ async fn pump(mut reader: ByteReader, sender: Sender, wrap: fn(Vec<u8>) -> Outpu
                 }
             }
             Err(error) => {
-                tracing::debug!(%error, "a process' output broke off");
+                tracing::debug!(%error, "reading the output of a process failed");
                 return;
             }
         }
