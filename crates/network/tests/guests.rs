@@ -249,7 +249,7 @@ fn on_the_built_in_network(ipv6: bool) {
         let listener = TcpListener::bind("10.88.0.1:7003").unwrap();
         let server = std::thread::spawn(move || listener.accept().unwrap().1.ip());
         inside(&guest.netns, || {
-            TcpStream::connect_timeout(&"10.88.0.1:7003".parse().unwrap(), PATIENCE).unwrap()
+            TcpStream::connect_timeout(&"10.88.0.1:7003".parse().unwrap(), TIMEOUT).unwrap()
         });
         assert_eq!(server.join().unwrap().to_string(), address(&a, false));
         assert!(rules().contains("MASQUERADE"), "{}", rules());
