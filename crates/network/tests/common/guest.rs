@@ -98,7 +98,9 @@ impl Drop for Guest {
         for pump in self.pumps.drain(..) {
             let _ = pump.join();
         }
-        nix::mount::umount(&self.netns).unwrap();
+        // Detached: between fork and exec, a child of a test on another thread has a copy of each
+        // descriptor of this process, also of those that `inside` opens in this mount.
+        nix::mount::umount2(&self.netns, nix::mount::MntFlags::MNT_DETACH).unwrap();
         std::fs::remove_file(&self.netns).unwrap();
     }
 }
