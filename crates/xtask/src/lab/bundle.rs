@@ -20,6 +20,7 @@ const BINARIES: &[&str] = &[
     "containerd-shim-nacelle-v2",
     "nacelle-tests",
     "nacelle-bench",
+    "nacelle-share-load",
 ];
 
 /// The archive that the outer machine unpacks at its root.
