@@ -14,6 +14,9 @@ pub const SHARES_MAX: usize = 256;
 /// Longest name, bytes.
 pub const NAME_MAX: usize = 64;
 
+/// Request queues that a server of this release can serve; a VMM with fewer vCPUs offers fewer.
+pub const REQUEST_QUEUES_MAX: u16 = 8;
+
 /// How the name of a share ends of which the guest is to cache nothing.
 pub const STRICT: &str = ".strict";
 /// How the name of a share ends, or goes on with [`STRICT`], in which the host's later mounts appear.

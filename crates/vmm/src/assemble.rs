@@ -181,7 +181,7 @@ impl Parts {
         let worker = bound(&filters, end, Role::Worker);
         let granted = layout.room.clone().map_or_else(Granted::everything, Granted::without);
         let memory = (ram, granted.clone());
-        let devices = Devices::new(bus.clone(), memory, interrupts, doorbells, worker)
+        let devices = Devices::new(bus.clone(), memory, interrupts, doorbells, count, worker)
             .map_err(|source| AssembleError::Device { id: "worker".to_owned(), source })?;
         let added = |id: &str, result: Result<String, vmm_api::Error>| {
             let id = id.to_owned();

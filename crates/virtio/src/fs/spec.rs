@@ -7,8 +7,9 @@ pub const TAG_LEN: usize = 36;
 /// `struct virtio_fs_config` without the field of a feature that is not offered.
 pub(super) const CONFIG_LEN: usize = TAG_LEN + 4;
 
-/// Section 5.11.2: one queue for requests that must not wait behind others, and the requests.
-pub(super) const QUEUES: usize = 2;
+/// Section 5.11.2: the first queue is for requests that must not wait behind others, those after it
+/// are for requests. As many as their tokens leave room for.
+pub(super) const QUEUES_MAX: usize = 16;
 
 /// vhost-user, frontend message types.
 pub(super) mod request {
