@@ -443,13 +443,17 @@ impl Qemu {
         let folder = tempfile::tempdir()?;
         let at = |name: &str| -> PathBuf { folder.path().join(name) };
         let mut server = Command::new(virtiofsd);
-        server.arg("--socket-path").arg(at("fs.sock"));
+        // One word: the older one of the two servers by this name knows no other way.
+        server.arg(format!("--socket-path={}", at("fs.sock").display()));
         server.args(["-f", "-o", "cache=auto", "-o"]);
         server.arg(format!("source={}", plan.folder.display()));
         let log = File::create(at("virtiofsd.log"))?;
         server.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let server = Ended(server.spawn().with_context(|| format!("starting {server:?}"))?);
-        until(|| at("fs.sock").exists()).context("virtiofsd's socket")?;
+        until(|| at("fs.sock").exists()).with_context(|| {
+            let said = fs::read_to_string(at("virtiofsd.log")).unwrap_or_default();
+            format!("virtiofsd's socket; it said: {said}")
+        })?;
         pack(&plan.bin.join(LOAD), folder.path())?;
         let initramfs = boot::padded(&at("guest.cpio"), folder.path())?;
         let mut vmm = boot::microvm(plan.guest, &initramfs, shape, ",memory-backend=ram");
