@@ -373,6 +373,8 @@ impl Side {
             let exits = self.exits(qemu)?.saturating_sub(before).saturating_sub(idle);
             let sample = samples.entry(phase).or_default();
             let us = number(&said, &format!("time {phase} ")).with_context(|| said.clone())?;
+            // What there is of a run that does not come to its end.
+            eprintln!("{}: {phase}: {us} us, {exits} exits", self.name);
             sample.us.push(us);
             sample.exits.push(exits);
         }
