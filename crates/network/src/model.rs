@@ -5,8 +5,6 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
-
 /// A pod as far as networks care.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pod {
@@ -25,7 +23,7 @@ pub struct Pod {
     pub native: bool,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dns {
     pub servers: Vec<String>,
     pub searches: Vec<String>,
@@ -38,8 +36,7 @@ impl Dns {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
     Tcp,
     Udp,
@@ -56,7 +53,7 @@ impl fmt::Display for Protocol {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortMapping {
     pub protocol: Protocol,
     pub container_port: u16,
@@ -66,7 +63,7 @@ pub struct PortMapping {
 }
 
 /// One network interface as the guest has to set it up.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
     pub name: String,
     pub mac: [u8; 6],
@@ -77,7 +74,7 @@ pub struct Interface {
 }
 
 /// A route of the guest. On-link routes come first, so that gateways are reachable when used.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
     /// CIDR; empty: default route of the gateway's family.
     pub destination: String,
@@ -87,7 +84,7 @@ pub struct Route {
 }
 
 /// A pod's network as it stands on the host.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Attachment {
     pub netns: PathBuf,
     /// The n-th one is joined to the tap that [`crate::Cni::open_taps`] returns n-th. First is the

@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::conf::{Network, is_name};
@@ -44,7 +43,7 @@ pub enum PodError {
 
 /// One pod on one network, as each plugin of the chain sees it. Kept on disk with the pod, so that
 /// it can be taken off the network exactly as it was put on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Params {
     pub container_id: String,
     pub interface: String,
