@@ -3,8 +3,8 @@
 //! else of a host; no KVM.
 
 mod agent;
-mod crash;
 mod dead_volume;
+mod failpoints;
 mod follow;
 mod host_pods;
 mod life;
