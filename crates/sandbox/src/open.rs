@@ -138,7 +138,7 @@ async fn lock(path: &Path) -> Result<Flock<File>, Error> {
     }
 }
 
-/// Undoes in memory what a reboot has undone in fact, and ends what cannot end any more.
+/// Undoes in the record what a reboot has undone in fact, and ends what cannot end any more.
 fn settle(mut pod: Pod, same_boot: bool) -> Pod {
     let at = std::time::SystemTime::now();
     if !same_boot {
@@ -180,7 +180,12 @@ fn take_up(node: &Node, found: Found) -> Option<Pod> {
             Some(pod)
         }
         Found::Pod { pod, boot_id } => {
-            let pod = settle(*pod, boot_id == node.boot_id);
+            let same_boot = boot_id == node.boot_id;
+            let pod = settle(*pod, same_boot);
+            // Found out once: when a container has ended must not change with the next start.
+            if !same_boot && let Err(error) = node.journal.write(&pod, &node.boot_id) {
+                tracing::warn!(pod = pod.id, %error, "what a reboot has ended is not journaled");
+            }
             registry.enter_pod(&pod.id, &pod.spec.meta, &[pod.uid]);
             // A creation that was given up has lost its name, perhaps to another one.
             let (present, others): (Vec<_>, Vec<_>) =

@@ -17,6 +17,7 @@ mod logs;
 mod memory;
 mod network;
 mod programs;
+mod reboot;
 mod security;
 mod shared_volumes;
 mod streaming;
@@ -63,6 +64,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("trouble", trouble::STORIES),
         ("damage", damage::STORIES),
         ("programs", programs::STORIES),
+        ("reboot", reboot::STORIES),
         ("guest_kernel", guest_kernel::STORIES),
         ("tool", tool::STORIES),
     ];
