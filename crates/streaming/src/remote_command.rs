@@ -218,25 +218,30 @@ async fn run(
     let stdin_end = session.stdin_end;
     let input = input(stdin, session.stdin.take(), stdin_end);
     let (out, err) = (session.stdout.take(), session.stderr.take());
-    let outputs = async { tokio::join!(output(out, stdout), output(err, stderr)) };
+    let outputs = async {
+        let (out, err) = tokio::join!(output(out, stdout), output(err, stderr));
+        // A part of the output must not be taken for all of it.
+        out.and(err).map_err(|e| format!("output of the process is lost: {e}"))
+    };
     let life = life(&mut session, &mut sizes);
     let over = async {
         if !attached {
-            let (end, _) = tokio::join!(life, outputs);
-            return match end {
-                Ok(code) => Outcome::Exited(code),
-                Err(e) => Outcome::Failed(format!("error executing command in container: {e}")),
+            let (end, read) = tokio::join!(life, outputs);
+            return match (end, read) {
+                (Ok(code), Ok(())) => Outcome::Exited(code),
+                (Ok(_), Err(lost)) => Outcome::Failed(lost),
+                (Err(e), _) => {
+                    Outcome::Failed(format!("error executing command in container: {e}"))
+                }
             };
         }
         tokio::pin!(outputs);
-        tokio::select! {
-            _ = &mut outputs, if has_output => {}
-            _ = life => {
-                // What was written before the end still comes.
-                outputs.await;
-            }
-        }
-        Outcome::Done
+        let read = tokio::select! {
+            read = &mut outputs, if has_output => read,
+            // What was written before the end still comes.
+            _ = life => outputs.await,
+        };
+        read.map_or_else(Outcome::Failed, |()| Outcome::Done)
     };
     tokio::select! {
         outcome = over => outcome,
@@ -287,19 +292,14 @@ async fn input(from: Option<Incoming>, to: Option<ByteWriter>, at_end: StdinEnd)
 
 /// Reads a process's output to its end. What the client does not want is read all the same: the
 /// process would hang.
-async fn output(from: Option<ByteReader>, to: &Option<Outgoing>) {
-    let Some(mut from) = from else { return };
+async fn output(from: Option<ByteReader>, to: &Option<Outgoing>) -> std::io::Result<()> {
+    let Some(mut from) = from else { return Ok(()) };
     let mut to = to.as_ref();
     let mut bytes = BytesMut::new();
     loop {
         bytes.reserve(CHUNK);
-        match from.read_buf(&mut bytes).await {
-            Ok(0) => return,
-            Ok(_) => {}
-            Err(error) => {
-                tracing::debug!(%error, "output of a process");
-                return;
-            }
+        if from.read_buf(&mut bytes).await? == 0 {
+            return Ok(());
         }
         let chunk = bytes.split().freeze();
         if let Some(client) = to
