@@ -13,9 +13,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, EmptyDirPlace};
 use crate::error::Error;
+use crate::failpoint::Failpoints;
 use crate::forward::{self, ByteStream};
 use crate::host::{blocking, cgroup};
-use crate::journal::Probe;
 use crate::launcher::{Launch, LauncherProcess};
 use crate::model::{
     ContainerId, ContainerSpec, ContainerView, Event, ExecOutput, ExecSpec, Filter, PodId,
@@ -85,16 +85,16 @@ impl Sandboxes {
         network: Arc<dyn Network>,
         launcher: Arc<dyn Launch>,
     ) -> Result<Self, Error> {
-        Self::open_probed(config, network, launcher, None).await
+        Self::open_at(config, network, launcher, Failpoints::default()).await
     }
 
-    pub(crate) async fn open_probed(
+    pub(crate) async fn open_at(
         config: Config,
         network: Arc<dyn Network>,
         launcher: Arc<dyn Launch>,
-        probe: Option<Arc<dyn Probe>>,
+        failpoints: Failpoints,
     ) -> Result<Self, Error> {
-        let Opened { node, lock } = open::open(config, network, launcher, probe).await?;
+        let Opened { node, lock } = open::open(config, network, launcher, failpoints).await?;
         Ok(Self { node, _lock: Arc::new(lock) })
     }
 

@@ -12,6 +12,7 @@ mod config;
 #[cfg(any(test, feature = "crowd"))]
 pub mod crowd;
 mod error;
+mod failpoint;
 pub mod forward;
 mod guest;
 mod host;

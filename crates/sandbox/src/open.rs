@@ -12,11 +12,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::error::Error;
+use crate::failpoint::Failpoints;
 use crate::host::scratch::Scratch;
 use crate::host::sockets::MAX_PATH;
 use crate::host::watch::Watcher;
 use crate::host::{blocking, cgroup, process};
-use crate::journal::{Found, Journal, Probe};
+use crate::journal::{Found, Journal};
 use crate::launcher::Launch;
 use crate::node::Node;
 use crate::pod::{self, Begin};
@@ -42,7 +43,7 @@ pub(crate) async fn open(
     config: Config,
     network: Arc<dyn Network>,
     launcher: Arc<dyn Launch>,
-    probe: Option<Arc<dyn Probe>>,
+    failpoints: Failpoints,
 ) -> Result<Opened, Error> {
     check(&config)?;
     let cgroup_root = cgroup::find_root(&config.cgroup_root)?;
@@ -52,7 +53,8 @@ pub(crate) async fn open(
     let lock = lock(&config.root.join("lock")).await?;
     let pods = config.root.join("pods");
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
-    let journal = Journal::open(pods.clone(), probe).map_err(|e| failed("open", &pods, e))?;
+    let journal = Journal::open(pods.clone(), failpoints.clone());
+    let journal = journal.map_err(|e| failed("open", &pods, e))?;
     let shutdown = CancellationToken::new();
     let node = Arc::new(Node {
         cgroup_root,
@@ -64,6 +66,7 @@ pub(crate) async fn open(
         starts: Semaphore::new(config.starts_at_once()),
         events: broadcast::Sender::new(EVENTS),
         watcher: Watcher::start(shutdown.clone()),
+        failpoints,
         shutdown,
         journal: journal.clone(),
         config,
@@ -135,7 +138,7 @@ async fn lock(path: &Path) -> Result<Flock<File>, Error> {
     }
 }
 
-/// Undoes in memory what a reboot has undone in fact, and ends what cannot end any more.
+/// Undoes in the record what a reboot has undone in fact, and ends what cannot end any more.
 fn settle(mut pod: Pod, same_boot: bool) -> Pod {
     let at = std::time::SystemTime::now();
     if !same_boot {
@@ -177,7 +180,12 @@ fn take_up(node: &Node, found: Found) -> Option<Pod> {
             Some(pod)
         }
         Found::Pod { pod, boot_id } => {
-            let pod = settle(*pod, boot_id == node.boot_id);
+            let same_boot = boot_id == node.boot_id;
+            let pod = settle(*pod, same_boot);
+            // Found out once: when a container has ended must not change with the next start.
+            if !same_boot && let Err(error) = node.journal.write(&pod, &node.boot_id) {
+                tracing::warn!(pod = pod.id, %error, "what a reboot has ended is not journaled");
+            }
             registry.enter_pod(&pod.id, &pod.spec.meta, &[pod.uid]);
             // A creation that was given up has lost its name, perhaps to another one.
             let (present, others): (Vec<_>, Vec<_>) =

@@ -18,6 +18,7 @@ mod logs;
 mod memory;
 mod network;
 mod programs;
+mod reboot;
 mod security;
 mod shared_volumes;
 mod streaming;
@@ -64,6 +65,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("trouble", trouble::STORIES),
         ("damage", damage::STORIES),
         ("programs", programs::STORIES),
+        ("reboot", reboot::STORIES),
         ("guest_kernel", guest_kernel::STORIES),
         ("tool", tool::STORIES),
         ("agent", agent::STORIES),

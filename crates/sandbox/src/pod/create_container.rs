@@ -123,7 +123,8 @@ async fn make_and_plug(
     if !written {
         // A tmpfs is enough for what the guest itself makes in it.
     } else if handle.machine.host().is_some() {
-        layer = host_pod::make_layer(handle.paths.layer(id)).await?;
+        let made = host_pod::make_layer(handle.paths.layer(id));
+        layer = handle.node.failpoints.around("host: make a layer", made).await?;
     } else if handle.pod().has_scratch_disk() {
         scratch = Some(v1::ScratchLayer { bytes: size, inodes: size / INODE_RATIO });
     } else {
@@ -173,8 +174,11 @@ async fn start_log(handle: &Handle, container: &Container) -> Result<(), Error> 
     let (source, Place { path, sidecar }) = output(handle, container);
     let shown = container.log_path.display().to_string();
     let what = format!("open the container's log {shown}");
-    let writer = handle.log_writes.look(what, move || LogWriter::open(path, &sidecar)).await?;
-    let writer = writer.map_err(|e| Error::io(format!("open the container's log {shown}"), e))?;
+    let opened = async {
+        let writer = handle.log_writes.look(what, move || LogWriter::open(path, &sidecar)).await?;
+        writer.map_err(|e| Error::io(format!("open the container's log {shown}"), e))
+    };
+    let writer = handle.node.failpoints.around("host: open a log", opened).await?;
     handle.set_log(&container.id, logs::start(source, writer));
     Ok(())
 }
@@ -288,7 +292,7 @@ pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
 
 /// Removes a container's files, then the container from the journal, then its name.
 pub(super) async fn forget(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
-    remove_files(&handle.paths, id).await?;
+    remove_files(handle, id).await?;
     handle.commit(vec![Change::ContainerGone { id: id.to_owned() }]).await?;
     if handle.pod().phase == Phase::Ready {
         cpuset::pin_again(handle).await;
