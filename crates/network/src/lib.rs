@@ -12,6 +12,7 @@ mod alone;
 mod cidr;
 mod config;
 mod default;
+pub mod existing;
 mod garbage;
 mod host;
 mod model;

@@ -19,6 +19,7 @@ mod network;
 mod programs;
 mod security;
 mod shared_volumes;
+mod shim;
 mod streaming;
 mod tool;
 mod trouble;
@@ -65,6 +66,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("programs", programs::STORIES),
         ("guest_kernel", guest_kernel::STORIES),
         ("tool", tool::STORIES),
+        ("shim", shim::STORIES),
     ];
     rooms.iter().flat_map(|(room, stories)| stories.iter().map(move |s| (*room, *s))).collect()
 }

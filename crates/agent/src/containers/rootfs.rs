@@ -1,12 +1,13 @@
-//! A container's root file system: the image's EROFS disk below, a writable layer above, joined by
-//! overlayfs at `<base>/containers/<id>/rootfs`. In the layer:
+//! A container's root file system: the image's EROFS disk below (or a folder of the host, shared by
+//! virtio-fs), a writable layer above, joined by overlayfs at `<base>/containers/<id>/rootfs`. In the
+//! layer:
 //! ```text
 //! data, work     overlayfs' own
 //! volumes/<n>    the image's VOLUMEs, mounts of their own
 //! ```
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,13 +18,14 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::images::{self, Image};
+use super::volumes::open_share;
 use crate::agent::Agent;
 use crate::error::{Doing, Error, Result};
 use crate::guest::devices;
 use crate::guest::host_mounts::HostMounts;
 use crate::guest::quota::Limits;
 use crate::guest::scratch::{Folder, Purpose};
-use crate::guest::tree::Tree;
+use crate::guest::tree::{Reach, Tree};
 use crate::guest::volumes::open_dir;
 use crate::lanes::{Lane, MOUNT, in_time};
 use crate::oci::userns::UserNamespace;
@@ -187,9 +189,17 @@ impl Rootfs {
         wanted: &v1::RootFs,
         userns: Option<&Arc<UserNamespace>>,
     ) -> Result<()> {
-        let image = images::take(agent, &self.lane, &wanted.lower_serial).await?;
-        let mut lower = self.image.insert(image).path().clone();
-        if let Some(userns) = userns {
+        let mut lower = if wanted.lower_share.is_empty() {
+            let image = images::take(agent, &self.lane, &wanted.lower_serial).await?;
+            self.image.insert(image).path().clone()
+        } else {
+            if userns.is_some() && !wanted.lower_ids_mapped {
+                let why = "virtio-fs does not map ids into the pod's user namespace";
+                return Err(Error::invalid("rootfs.lower_share", why));
+            }
+            self.mount_share(agent, wanted).await?
+        };
+        if let Some(userns) = userns.filter(|_| wanted.lower_share.is_empty()) {
             let (image, userns) = (lower, Arc::clone(userns));
             lower = self.dir.join("lower");
             let (at, late) = (lower.clone(), lower.clone());
@@ -223,6 +233,24 @@ impl Rootfs {
             mount_at(Path::new("overlay"), &at, "overlay", MsFlags::empty(), &data)
         };
         self.lane.run_or_undo("mount the root", MOUNT, join, move |()| detach(&late)).await
+    }
+
+    /// Mounts the lower layer that is a folder of the host; answers where.
+    async fn mount_share(&mut self, agent: &Agent, wanted: &v1::RootFs) -> Result<PathBuf> {
+        if !wanted.lower_serial.is_empty() {
+            return Err(Error::invalid("rootfs.lower_serial", "given with a share"));
+        }
+        let (id, sub_path) = (&wanted.lower_share, &wanted.lower_sub_path);
+        let doing = "open the lower layer".to_owned();
+        let place = open_share(agent, &self.lane, doing, id, sub_path).await?;
+        let lower = self.dir.join("lower");
+        let (at, late) = (lower.clone(), lower.clone());
+        self.mounted.push(lower.clone());
+        let work = move || mount_read_only(&place, &at);
+        self.lane
+            .run_or_undo("mount the lower layer", MOUNT, work, move |()| detach(&late))
+            .await?;
+        Ok(lower)
     }
 
     /// Answers where it is.
@@ -298,6 +326,15 @@ impl Rootfs {
         }
         result
     }
+}
+
+fn mount_read_only(place: &OwnedFd, at: &Path) -> Result<()> {
+    let what = || format!("mount the lower layer at {}", at.display());
+    fs::create_dir_all(at).doing(what)?;
+    let tree = Tree::copy(place.as_fd()).doing(what)?;
+    tree.propagation(MsFlags::MS_PRIVATE).doing(what)?;
+    tree.read_only(Reach::All).doing(what)?;
+    tree.attach(at).doing(what)
 }
 
 /// The image as the user namespace sees it.

@@ -222,17 +222,7 @@ impl Staged {
             }
             // A tmpfs that nobody else mounts anything in.
             v1::VolumeSource::Written => agent.lock().volumes.open(id, sub_path),
-            v1::VolumeSource::Share => {
-                agent.config.has_devices()?;
-                let wait = Arc::clone(&agent.share).lock_owned();
-                let mut share = in_time("wait for the pod's share", MOUNT, wait).await?;
-                // Held while mounting only: the first one mounts for the others. A look-up may
-                // lead to what a container has mounted in the share.
-                let mount = move || share.mount().map(|()| share.place().to_owned());
-                let at = self.lane.run("mount the pod's share", MOUNT, mount).await?;
-                let (id, sub_path) = (id.clone(), sub_path.clone());
-                self.lane.run(&doing, LOOK_UP, move || share::open(&at, &id, &sub_path)).await
-            }
+            v1::VolumeSource::Share => open_share(agent, &self.lane, doing, id, sub_path).await,
             v1::VolumeSource::HugePages => {
                 agent.config.has_devices()?;
                 let (base, id) = (agent.config.base.join("hugepages"), id.clone());
@@ -277,6 +267,25 @@ impl Staged {
         }
         result
     }
+}
+
+/// An entry of the pod's share, or what `sub_path` names in it.
+pub(super) async fn open_share(
+    agent: &Agent,
+    lane: &Lane,
+    doing: String,
+    id: &str,
+    sub_path: &str,
+) -> Result<OwnedFd> {
+    agent.config.has_devices()?;
+    let wait = Arc::clone(&agent.share).lock_owned();
+    let mut share = in_time("wait for the pod's share", MOUNT, wait).await?;
+    // Held while mounting only: the first one mounts for the others. A look-up may lead to what a
+    // container has mounted in the share.
+    let mount = move || share.mount().map(|()| share.place().to_owned());
+    let at = lane.run("mount the pod's share", MOUNT, mount).await?;
+    let (id, sub_path) = (id.to_owned(), sub_path.to_owned());
+    lane.run(&doing, LOOK_UP, move || share::open(&at, &id, &sub_path)).await
 }
 
 /// Answers what is still mounted, and the last failure.
