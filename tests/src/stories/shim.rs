@@ -136,7 +136,8 @@ state = "{folder}/state"
             let mounts = fs::read_to_string("/proc/self/mountinfo")?;
             let of_tasks = |line: &&str| line.contains(&folder) && line.contains("/rootfs ");
             left.extend(mounts.lines().filter(of_tasks).map(|line| format!("mount {line}")));
-            for (folder, kept) in [(self.path("shims"), "originals"), (self.state.clone(), "uids")] {
+            for (folder, kept) in [(self.path("shims"), "originals"), (self.state.clone(), "uids")]
+            {
                 let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
                 let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
                 let others = names.filter(|name| name != kept);
@@ -159,7 +160,10 @@ impl Drop for Containerd {
         if std::thread::panicking() || self.nothing_left().is_err() {
             let text = fs::read_to_string(self.path("containerd.log")).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
-            eprintln!("--- containerd said last:\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+            eprintln!(
+                "--- containerd said last:\n{}",
+                lines[lines.len().saturating_sub(60)..].join("\n")
+            );
         }
         for pod in self.cri.pods().unwrap_or_default() {
             let _ = self.cri.stop_pod(&pod.id);
@@ -210,7 +214,8 @@ fn expect(output: &Output, code: i32, stdout: &str) -> Result<()> {
 fn by_ctr() -> Result<()> {
     let host = Containerd::start()?;
     let kernel = text(&Command::new("uname").arg("-r").output()?.stdout);
-    let ran = host.run("one", &["sh", "-c", "uname -r; echo err >&2; echo x > /written; exit 7"])?;
+    let ran =
+        host.run("one", &["sh", "-c", "uname -r; echo err >&2; echo x > /written; exit 7"])?;
     ensure!(ran.status.code() == Some(7), "{ran:?}");
     ensure!(!ran.stdout.is_empty() && text(&ran.stdout) != kernel, "the host's kernel: {ran:?}");
     ensure!(text(&ran.stderr).contains("err"), "{ran:?}");
@@ -241,14 +246,14 @@ fn by_ctr() -> Result<()> {
     expect(&exec("e1", "echo in; exit 5")?, 5, "in\n")?;
     expect(&exec("e2", "cat /proc/1/comm")?, 0, "sleep\n")?;
     let metrics = text(&host.ctr(&["task", "metrics", "three"])?.stdout);
-    ensure!(metrics.contains("memory.usage_in_bytes"), "{metrics}");
+    ensure!(metrics.contains("memory.usage "), "{metrics}");
     expect(&host.ctr(&["task", "kill", "--signal", "KILL", "three"])?, 0, "")?;
     wait::until("the task has stopped", LIMIT, || {
         let tasks = text(&host.ctr(&["task", "ls"])?.stdout);
         Ok(tasks.lines().any(|l| l.contains("three") && l.contains("STOPPED")).then_some(()))
     })?;
     let deleted = host.ctr(&["task", "delete", "three"])?;
-    ensure!(deleted.status.code() == Some(137), "{deleted:?}");
+    ensure!(text(&deleted.stderr).contains("137"), "{deleted:?}");
     expect(&host.ctr(&["containers", "delete", "three"])?, 0, "")?;
     host.nothing_left()
 }
@@ -291,7 +296,8 @@ fn by_cri() -> Result<()> {
     let lines = cri.log(&server)?;
     ensure!(lines.iter().any(|line| line.text == "up"), "{lines:?}");
 
-    let failed = cri.run(&pod, client::container("failed", &host.image, &["sh", "-c", "exit 3"]))?;
+    let failed =
+        cri.run(&pod, client::container("failed", &host.image, &["sh", "-c", "exit 3"]))?;
     ensure!(cri.exited(&failed)?.exit_code == 3, "exit code");
     cri.remove(&failed)?;
     cri.stop(&other, 0)?;
