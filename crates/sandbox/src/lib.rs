@@ -37,4 +37,4 @@ mod vmm;
 pub use api::Sandboxes;
 pub use config::{Config, EmptyDirPlace};
 pub use error::Error;
-pub use session::{AttachSession, ExecSession};
+pub use session::{AttachSession, ExecSession, ProcessControl};

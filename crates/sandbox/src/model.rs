@@ -183,7 +183,8 @@ pub struct ContainerSpec {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RootfsSpec {
-    /// EROFS image on the host, attached read-only.
+    /// EROFS image on the host, attached read-only. Empty: the lower layer is a folder of the host,
+    /// shared by the volume at `/` ([`Volume::is_lower_layer`]).
     pub image: PathBuf,
     pub read_only: bool,
     /// Folders of it that can be written to all the same: the image's own volumes.
@@ -196,6 +197,14 @@ pub struct Volume {
     pub source: VolumeSource,
     pub access: Access,
     pub propagation: Propagation,
+}
+
+impl Volume {
+    /// It is not a volume in the container but the lower layer of its root file system.
+    pub fn is_lower_layer(&self, rootfs: &RootfsSpec) -> bool {
+        let shared = matches!(self.source, VolumeSource::Shared { .. });
+        rootfs.image.as_os_str().is_empty() && self.container_path == "/" && shared
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

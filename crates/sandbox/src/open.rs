@@ -26,8 +26,6 @@ use crate::ports::Network;
 use crate::registry::Registry;
 use crate::rescue::{self, Place};
 
-/// Length of a pod's id, characters.
-pub(crate) const ID_LENGTH: usize = 64;
 /// Events kept for receivers that lag; one that lags more loses the oldest.
 const EVENTS: usize = 4096;
 /// A daemon that was just killed may hold the lock for a moment.
@@ -47,7 +45,8 @@ pub(crate) async fn open(
 ) -> Result<Opened, Error> {
     check(&config)?;
     let cgroup_root = cgroup::find_root(&config.cgroup_root)?;
-    for folder in [&config.root, &config.state] {
+    let originals = config.scratch_originals();
+    for folder in [&config.root, &config.state, &originals] {
         make_folder(folder)?;
     }
     let lock = lock(&config.root.join("lock")).await?;
@@ -61,7 +60,7 @@ pub(crate) async fn open(
         boot_id: process::boot_id(),
         network,
         launcher,
-        scratch: Scratch::new(config.root.clone()),
+        scratch: Scratch::new(originals),
         registry: Registry::default(),
         starts: Semaphore::new(config.starts_at_once()),
         events: broadcast::Sender::new(EVENTS),
@@ -95,7 +94,7 @@ pub(crate) async fn open(
 }
 
 fn check(config: &Config) -> Result<(), Error> {
-    let longest = config.state.join("pods").join("0".repeat(ID_LENGTH)).join("control.sock");
+    let longest = config.state.join("pods").join("0".repeat(config.id_length)).join("control.sock");
     if longest.as_os_str().len() > MAX_PATH {
         return Err(Error::invalid(format!(
             "state folder {} is too long: with a pod's id its sockets exceed {MAX_PATH} bytes",

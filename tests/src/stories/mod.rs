@@ -21,6 +21,7 @@ mod programs;
 mod reboot;
 mod security;
 mod shared_volumes;
+mod shim;
 mod streaming;
 mod tool;
 mod trouble;
@@ -69,6 +70,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("guest_kernel", guest_kernel::STORIES),
         ("tool", tool::STORIES),
         ("agent", agent::STORIES),
+        ("shim", shim::STORIES),
     ];
     rooms.iter().flat_map(|(room, stories)| stories.iter().map(move |s| (*room, *s))).collect()
 }

@@ -149,9 +149,17 @@ async fn create(
     let made = disks.insert(make_disks(handle, id, spec)).await;
     *disks = None;
     let (layer, scratch) = made.map_err(|e| Error::Internal(e.into()))??;
-    let Prepared { mounts, synced } = volumes::prepare(handle, id, spec).await?;
+    let Prepared { mounts, synced, lower } = volumes::prepare(handle, id, spec).await?;
+    let lower_serial = match lower {
+        Some(_) => String::new(),
+        None => handle.machine.image(&spec.rootfs.image),
+    };
+    let lower = lower.unwrap_or_default();
     let rootfs = v1::RootFs {
-        lower_serial: handle.machine.image(&spec.rootfs.image),
+        lower_serial,
+        lower_share: lower.share,
+        lower_sub_path: lower.sub_path,
+        lower_ids_mapped: lower.ids_mapped,
         upper_serial: layer,
         read_only: spec.rootfs.read_only,
         volumes: spec.rootfs.volumes.clone(),
@@ -171,6 +179,9 @@ async fn create(
 
 /// Begins the container's log. One that cannot be opened is an error of the creation.
 async fn start_log(handle: &Handle, container: &Container) -> Result<(), Error> {
+    if handle.node.config.caller_reads_output {
+        return Ok(());
+    }
     let (source, Place { path, sidecar }) = output(handle, container);
     let shown = container.log_path.display().to_string();
     let what = format!("open the container's log {shown}");

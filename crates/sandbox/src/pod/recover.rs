@@ -127,7 +127,7 @@ async fn try_reattach(handle: &Arc<Handle>) -> Result<(), Error> {
 
 /// Waits for nothing but the journal: trouble of one container is not that of the others.
 async fn take_up(handle: &Arc<Handle>, container: &Container, process: Option<&v1::Process>) {
-    if handle.log(&container.id).is_none() {
+    if handle.log(&container.id).is_none() && !handle.node.config.caller_reads_output {
         resume_log(handle, container);
     }
     if container.exit.is_some() {
