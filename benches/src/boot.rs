@@ -218,20 +218,9 @@ impl Vm {
                 command
             }
             Vmm::QemuMicrovm => {
-                let mut command = Command::new("qemu-system-x86_64");
-                command
-                    .args(["-M", "microvm,accel=kvm,pcie=on,acpi=on,rtc=off,pit=off,pic=off"])
-                    .args(["-cpu", "host", "-nodefaults", "-no-user-config", "-nographic"])
-                    .args(["-smp", &shape.vcpus.to_string(), "-no-reboot"])
-                    .args(["-m", &shape.memory.to_string()])
-                    .arg("-kernel")
-                    .arg(guest.join("vmlinux"))
-                    .arg("-initrd")
-                    .arg(padded(&guest.join("initramfs.cpio"), folder.path())?)
-                    .args(["-append", "console=hvc0 quiet panic=-1 reboot=t tsc=reliable"])
-                    .args(["-device", "virtio-serial-pci", "-chardev", "stdio,id=c"])
-                    .args(["-device", "virtconsole,chardev=c"])
-                    .args(["-device", &format!("vhost-vsock-pci,guest-cid={cid}")]);
+                let initramfs = padded(&guest.join("initramfs.cpio"), folder.path())?;
+                let mut command = microvm(guest, &initramfs, shape, "");
+                command.args(["-device", &format!("vhost-vsock-pci,guest-cid={cid}")]);
                 command
             }
         };
@@ -275,10 +264,29 @@ impl Drop for Vm {
     }
 }
 
+/// QEMU's microvm with a console on its standard streams; `machine` goes on with the machine's options.
+pub fn microvm(guest: &Path, initramfs: &Path, shape: Shape, machine: &str) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    let fixed = "microvm,accel=kvm,pcie=on,acpi=on,rtc=off,pit=off,pic=off";
+    command
+        .args(["-M", &format!("{fixed}{machine}")])
+        .args(["-cpu", "host", "-nodefaults", "-no-user-config", "-nographic"])
+        .args(["-smp", &shape.vcpus.to_string(), "-no-reboot"])
+        .args(["-m", &shape.memory.to_string()])
+        .arg("-kernel")
+        .arg(guest.join("vmlinux"))
+        .arg("-initrd")
+        .arg(initramfs)
+        .args(["-append", "console=hvc0 quiet panic=-1 reboot=t tsc=reliable"])
+        .args(["-device", "virtio-serial-pci", "-chardev", "stdio,id=c"])
+        .args(["-device", "virtconsole,chardev=c"]);
+    command
+}
+
 /// A copy of an initramfs that QEMU's microvm can load: it puts the end of one into the last page of
 /// memory, where its firmware has put the ACPI tables already, some way in. Zeros behind a cpio
 /// archive mean nothing.
-fn padded(initramfs: &Path, folder: &Path) -> Result<PathBuf> {
+pub fn padded(initramfs: &Path, folder: &Path) -> Result<PathBuf> {
     const PAGE: u64 = 4096;
     let copy = folder.join("initramfs");
     let size = std::fs::copy(initramfs, &copy).context("copying the initramfs")?;

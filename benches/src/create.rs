@@ -90,6 +90,22 @@ fn ms(us: u64) -> String {
     format!("{:.1} ms", us as f64 / 1000.0)
 }
 
+pub async fn connect(peer: &Peer) -> Result<Channel> {
+    let socket = peer.socket.clone();
+    let connector = tower::service_fn(move |_| {
+        let socket = socket.clone();
+        async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
+    });
+    Ok(Endpoint::from_static("http://node").connect_with_connector(connector).await?)
+}
+
+pub async fn pull(channel: &Channel, image: &str) -> Result<()> {
+    let spec = Some(v1::ImageSpec { image: image.into(), ..Default::default() });
+    let pull = v1::PullImageRequest { image: spec, ..Default::default() };
+    ImageServiceClient::new(channel.clone()).pull_image(pull).await.context("PullImage")?;
+    Ok(())
+}
+
 struct Side {
     name: String,
     client: RuntimeServiceClient<Channel>,
@@ -101,17 +117,9 @@ struct Side {
 
 impl Side {
     async fn start(peer: &Peer, image: &str, logs: &Path) -> Result<Self> {
-        let socket = peer.socket.clone();
-        let connector = tower::service_fn(move |_| {
-            let socket = socket.clone();
-            async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
-        });
-        let channel =
-            Endpoint::from_static("http://node").connect_with_connector(connector).await?;
-        let mut client = RuntimeServiceClient::new(channel.clone());
-        let spec = Some(v1::ImageSpec { image: image.into(), ..Default::default() });
-        let pull = v1::PullImageRequest { image: spec, ..Default::default() };
-        ImageServiceClient::new(channel).pull_image(pull).await.context("PullImage")?;
+        let channel = connect(peer).await?;
+        pull(&channel, image).await?;
+        let mut client = RuntimeServiceClient::new(channel);
         let logs = logs.join(&peer.name);
         std::fs::create_dir_all(&logs)?;
         let pod_config = v1::PodSandboxConfig {

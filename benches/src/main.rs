@@ -3,7 +3,8 @@
 //! `nacelle-bench boot` compares VMMs on the same kernel and initramfs; `nacelle-bench many` counts
 //! how many of many boots come up; `nacelle-bench pods` breaks a pod's cold start into its phases and
 //! weighs idle pods; `nacelle-bench create` times the calls of a container's life, of several runtimes
-//! in turns; `nacelle-bench list` asks a node full of pods what a kubelet asks. Nothing here asserts
+//! in turns; `nacelle-bench share` does the same work on one folder of the host from several sides;
+//! `nacelle-bench list` asks a node full of pods what a kubelet asks. Nothing here asserts
 //! anything: see `docs/benchmarks.md` for how to read the numbers.
 
 mod boot;
@@ -11,6 +12,7 @@ mod create;
 mod list;
 mod measure;
 mod pods;
+mod share;
 mod table;
 
 use std::path::PathBuf;
@@ -71,6 +73,26 @@ enum Bench {
         #[arg(long, default_value = "/tmp/nacelle-bench-logs")]
         logs: PathBuf,
     },
+    /// Work on one folder of the host: by the host itself, in a container of each runtime, and under
+    /// QEMU with virtiofsd.
+    Share {
+        /// NAME=SOCKET of a runtime that serves CRI; may be given several times.
+        #[arg(long, default_value = "nacelle=/run/nacelle/nacelled.sock")]
+        runtime: Vec<create::Peer>,
+        /// With `sleep`; each runtime pulls it.
+        #[arg(long)]
+        image: String,
+        /// Upstream's file server, beside which QEMU is started.
+        #[arg(long)]
+        virtiofsd: Option<PathBuf>,
+        /// Folder that is shared; its files are overwritten.
+        #[arg(long, default_value = "/var/lib/nacelle/bench-share")]
+        folder: PathBuf,
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+        #[command(flatten)]
+        amount: share::Amount,
+    },
     /// Listings of a node full of pods, through a real socket. Needs no KVM.
     List {
         #[arg(long, default_value_t = 500)]
@@ -101,6 +123,18 @@ fn main() -> Result<()> {
         }
         Bench::Create { runtime, image, rounds, logs } => {
             create::run(&runtime, &image, rounds, &logs)
+        }
+        Bench::Share { runtime, image, virtiofsd, folder, rounds, amount } => {
+            share::run(&share::Plan {
+                bin: &arguments.bin,
+                guest: &arguments.guest,
+                folder: &folder,
+                runtimes: &runtime,
+                image: &image,
+                virtiofsd: virtiofsd.as_deref(),
+                rounds,
+                amount,
+            })
         }
         Bench::List { pods, runs } => list::run(pods, runs),
         Bench::Pods { pods, socket } => pods::run(&arguments.bin, &socket, pods),

@@ -69,3 +69,20 @@ pub fn exits(pid: u32) -> Result<u64> {
     }
     anyhow::bail!("KVM knows no VM of process {pid}")
 }
+
+/// How many VMs KVM knows, and their exits together, without those of the process `but`.
+pub fn vms(but: Option<u32>) -> Result<(usize, u64)> {
+    let but = but.map(|pid| format!("{pid}-"));
+    let (mut count, mut exits) = (0, 0);
+    let top = Path::new("/sys/kernel/debug/kvm");
+    for entry in fs::read_dir(top).context("mount debugfs: KVM's counts are there")? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let own = name.split_once('-').is_some_and(|(pid, _)| pid.parse::<u32>().is_ok());
+        if own && !but.as_ref().is_some_and(|but| name.starts_with(but)) {
+            count += 1;
+            exits += fs::read_to_string(entry.path().join("exits"))?.trim().parse::<u64>()?;
+        }
+    }
+    Ok((count, exits))
+}

@@ -7,6 +7,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::VhostUserBackend;
 use virtiofsd::vhost_user::VhostUserFsBackend;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_api::shares::REQUEST_QUEUES_MAX;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
@@ -17,6 +18,8 @@ type Bitmap = <Inner as VhostUserBackend>::Bitmap;
 
 /// Dirty logging, for migration (vhost-user, `VHOST_F_LOG_ALL`).
 const F_LOG_ALL: u64 = 1 << 26;
+/// Number of the crate's queue for requests.
+const REQUESTS: u16 = 1;
 
 pub(crate) struct Backend(pub(crate) Inner);
 
@@ -25,7 +28,7 @@ impl VhostUserBackend for Backend {
     type Vring = <Inner as VhostUserBackend>::Vring;
 
     fn num_queues(&self) -> usize {
-        self.0.num_queues()
+        1 + usize::from(REQUEST_QUEUES_MAX)
     }
 
     fn max_queue_size(&self) -> usize {
@@ -59,7 +62,14 @@ impl VhostUserBackend for Backend {
         vrings: &[Self::Vring],
         thread: usize,
     ) -> io::Result<()> {
-        let handled = self.0.handle_event(event, set, vrings, thread);
+        let handled = match (vrings.first(), vrings.get(usize::from(event))) {
+            // The crate knows one queue for requests; each of ours is that one in its turn.
+            (Some(first), Some(requests)) if event > 0 => {
+                let pair = [first.clone(), requests.clone()];
+                self.0.handle_event(REQUESTS, set, &pair, thread)
+            }
+            _ => self.0.handle_event(event, set, vrings, thread),
+        };
         if let Err(error) = &handled {
             // The thread would end and the guest would wait forever; the VMM notices when the
             // process exits.

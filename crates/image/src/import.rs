@@ -21,9 +21,9 @@ use crate::images::Inner;
 use crate::layer::{EntryKind, TarReader};
 use crate::manifest::{Descriptor, Document, Index, Manifest, parse_config};
 use crate::path::{shown, split};
+use crate::record::{Layer, Record};
 use crate::reference::Reference;
 use crate::registry::run_blocking;
-use crate::store::{Layer, Record};
 
 /// Maximum number of archive members; their names are kept in memory.
 const MAX_MEMBERS: usize = 100_000;

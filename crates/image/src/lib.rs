@@ -31,6 +31,7 @@ mod manifest;
 mod path;
 mod progress;
 mod pull;
+mod record;
 mod reference;
 mod registry;
 mod store;

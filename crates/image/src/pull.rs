@@ -18,9 +18,10 @@ use crate::flatten::Flattener;
 use crate::images::Inner;
 use crate::manifest::{Descriptor, Document, MAX_NESTING, Manifest, parse_config};
 use crate::progress::{Phase, Tracker};
+use crate::record::{Layer, Record};
 use crate::reference::{Reference, Target};
 use crate::registry::{Auth, Session, run_blocking};
-use crate::store::{Layer, Record, Temporary};
+use crate::store::Temporary;
 
 /// Pulls `reference` and returns the image's id.
 pub async fn pull(

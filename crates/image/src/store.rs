@@ -20,60 +20,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use oci_spec::image::ImageConfiguration;
-use serde::{Deserialize, Serialize};
 
 use crate::content::{Content, Lease};
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::files::{create_directory, list, remove_any, sync_directory, usage, write_atomic};
+use crate::files::{create_directory, list, remove_any, sync_directory, usage};
 use crate::manifest::{empty_config, read_config};
+use crate::record::{Layer, Record, Refs, read_record, read_refs, write_record, write_refs};
 
-/// Format version of records and `refs.json`. Files of a newer version are moved to `damaged/`.
-const VERSION: u64 = 1;
 /// Prefix of directories being built or deleted; deleted when the store opens.
 const TEMPORARY: &str = ".tmp-";
 const RECORD: &str = "record.json";
 const ROOTFS: &str = "rootfs.erofs";
 const REFS: &str = "refs.json";
-
-/// Stored record of an image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
-    pub version: u64,
-    /// Digest of the configuration, which is in the content store; for an artifact, of the
-    /// manifest.
-    pub id: Digest,
-    /// The image has no configuration.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub artifact: bool,
-    /// Manifest of the image; `None` for an image from a docker archive.
-    pub manifest: Option<Digest>,
-    pub layers: Vec<Layer>,
-    /// The compressed layers are kept.
-    pub layers_kept: bool,
-    /// Length of the EROFS file.
-    pub rootfs_bytes: u64,
-    pub inodes: u64,
-    /// Seconds since the epoch.
-    pub added: u64,
-    /// Removed while held: not listed any more, its files are deleted with the last hold.
-    pub removed: bool,
-    /// Copy of the names in `refs.json`, which takes precedence; older releases wrote none.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub names: Vec<String>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Layer {
-    pub digest: Digest,
-    pub size: u64,
-}
-
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Refs {
-    version: u64,
-    refs: BTreeMap<String, Digest>,
-}
 
 /// An image in memory.
 #[derive(Debug)]
@@ -206,7 +165,7 @@ pub struct Store {
     root: PathBuf,
     content: Content,
     images: BTreeMap<Digest, Entry>,
-    refs: BTreeMap<String, Digest>,
+    refs: Refs,
     next_temporary: u64,
     /// Directories of images being built.
     temporaries: Vec<Weak<PathBuf>>,
@@ -255,10 +214,8 @@ impl Store {
 
     fn load_refs(&mut self) -> Result<(), Error> {
         let path = self.root.join(REFS);
-        let read = read_if_there(&path)
-            .and_then(|bytes| bytes.map(|b| parse_versioned::<Refs>(&path, &b)).transpose());
-        let known = match read {
-            Ok(refs) => refs.map(|refs| refs.refs),
+        let known = match read_refs(&path) {
+            Ok(refs) => refs,
             Err(e) if e.is_damage() => {
                 self.content.damaged().move_away(&path, &with_causes(&e));
                 None
@@ -282,7 +239,7 @@ impl Store {
     }
 
     /// If two records have the same name, the one written last has it: the name was moved to it.
-    fn refs_of_records(&self) -> BTreeMap<String, Digest> {
+    fn refs_of_records(&self) -> Refs {
         let written = |id: &Digest| {
             let metadata = fs::metadata(self.root.join(id.hex()).join(RECORD));
             metadata.and_then(|m| m.modified()).unwrap_or(std::time::UNIX_EPOCH)
@@ -531,11 +488,9 @@ impl Store {
         std::mem::take(&mut self.pending_deletes)
     }
 
-    fn write_refs(&mut self, refs: BTreeMap<String, Digest>) -> Result<(), Error> {
-        let stored = Refs { version: VERSION, refs };
-        let bytes = serde_json::to_vec_pretty(&stored).expect("strings and digests");
-        write_atomic(&self.root.join(REFS), &bytes)?;
-        let before = std::mem::replace(&mut self.refs, stored.refs);
+    fn write_refs(&mut self, refs: Refs) -> Result<(), Error> {
+        write_refs(&self.root.join(REFS), &refs)?;
+        let before = std::mem::replace(&mut self.refs, refs);
         let changed = |from: &BTreeMap<String, Digest>, to: &BTreeMap<String, Digest>| {
             let moved = from.iter().filter(|(name, id)| to.get(*name) != Some(*id));
             moved.map(|(_, id)| *id).collect::<BTreeSet<_>>()
@@ -554,7 +509,6 @@ impl Record {
     pub fn new(id: Digest, manifest: Option<Digest>, layers: Vec<Layer>, kept: bool) -> Self {
         let since_epoch = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         Self {
-            version: VERSION,
             id,
             artifact: false,
             manifest,
@@ -586,20 +540,6 @@ impl Drop for Temporary {
     }
 }
 
-fn write_record(path: &Path, record: &Record) -> Result<(), Error> {
-    write_atomic(path, &serde_json::to_vec_pretty(record).expect("numbers and strings"))
-}
-
-fn read_record(path: &Path, id: Digest) -> Result<Record, Error> {
-    let bad = |reason: String| Error::Record { path: path.into(), reason };
-    let bytes = read_if_there(path)?.ok_or_else(|| bad("the file is missing".into()))?;
-    let record: Record = parse_versioned(path, &bytes)?;
-    if record.id != id {
-        return Err(bad(format!("it is of image {}", record.id)));
-    }
-    Ok(record)
-}
-
 /// An error and its sources on one line.
 fn with_causes(error: &Error) -> String {
     let mut text = error.to_string();
@@ -609,25 +549,4 @@ fn with_causes(error: &Error) -> String {
         source = cause.source();
     }
     text
-}
-
-fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, Error> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io("read", path, e)),
-    }
-}
-
-fn parse_versioned<T: serde::de::DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, Error> {
-    #[derive(Deserialize)]
-    struct Probe {
-        version: u64,
-    }
-    let bad = |e: serde_json::Error| Error::Record { path: path.into(), reason: e.to_string() };
-    let Probe { version } = serde_json::from_slice(bytes).map_err(bad)?;
-    if version != VERSION {
-        return Err(Error::RecordVersion { path: path.into(), found: version, known: VERSION });
-    }
-    serde_json::from_slice(bytes).map_err(bad)
 }

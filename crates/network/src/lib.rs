@@ -11,6 +11,7 @@
 mod cidr;
 mod config;
 mod default;
+pub mod existing;
 mod garbage;
 mod host;
 mod libcni_cache;

@@ -5,8 +5,6 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
-
 /// The network-related part of a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pod {
@@ -28,7 +26,7 @@ pub struct Pod {
     pub default_network: bool,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dns {
     pub servers: Vec<String>,
     pub searches: Vec<String>,
@@ -41,8 +39,7 @@ impl Dns {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
     Tcp,
     Udp,
@@ -59,7 +56,7 @@ impl fmt::Display for Protocol {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortMapping {
     pub protocol: Protocol,
     pub container_port: u16,
@@ -69,7 +66,7 @@ pub struct PortMapping {
 }
 
 /// A network interface as the guest has to configure it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
     pub name: String,
     pub mac: [u8; 6],
@@ -80,7 +77,7 @@ pub struct Interface {
 }
 
 /// A route of the guest. On-link routes come first, as gateways need them.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
     /// CIDR; empty for the default route of the gateway's family.
     pub destination: String,
@@ -90,7 +87,7 @@ pub struct Route {
 }
 
 /// The network of an attached pod.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Attachment {
     pub netns: PathBuf,
     /// Interface n is connected with tap n of [`crate::Cni::open_taps`]. The first is CNI_IFNAME.

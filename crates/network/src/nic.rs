@@ -154,6 +154,28 @@ pub fn open_taps(interfaces: &[Interface]) -> Result<Vec<std::os::fd::OwnedFd>, 
         .collect()
 }
 
+/// Undoes [`connect_taps`] in the calling thread's namespace: removes the taps that a link is connected with,
+/// and the redirections. Other links stay.
+pub fn disconnect_taps() -> Result<(), NicError> {
+    let mut rtnl = Rtnl::open()?;
+    let links = rtnl.links()?;
+    let is_tap = |link: &&Link| {
+        let number = link.name.strip_prefix("tap").and_then(|n| n.parse::<usize>().ok());
+        link.tun && number.is_some_and(|n| n < MAX_INTERFACES)
+    };
+    let taps: Vec<&Link> = links.iter().filter(is_tap).collect();
+    for link in links.iter().filter(|link| !link.tun) {
+        let targets = rtnl.redirects(link.index)?;
+        if taps.iter().any(|tap| targets.contains(&tap.index)) {
+            rtnl.delete_ingress(link.index)?;
+        }
+    }
+    for tap in taps {
+        rtnl.delete_link(tap.index)?;
+    }
+    Ok(())
+}
+
 /// Checks that all interfaces are connected with their taps.
 pub fn check(interfaces: &[Interface]) -> Result<(), NicError> {
     let mut rtnl = Rtnl::open()?;

@@ -3,10 +3,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::plugin::conf::{ConfError, Network};
 use crate::plugin::params::Params;
@@ -15,6 +17,9 @@ const VERSION: u32 = 1;
 /// Maximum size of a record, bytes: more than the maximum of two configurations and a result.
 const MAX_BYTES: u64 = 4 << 20;
 const SUFFIX: &str = ".json";
+/// Damaged records that are kept, and for how long: enough for a look at what went wrong.
+const MAX_DAMAGED: usize = 64;
+const MAX_AGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
@@ -33,14 +38,64 @@ pub struct Record {
     pub result: Option<Value>,
 }
 
-/// Format on disk.
+/// Format on disk. It changes with [`VERSION`] only; what CNI defines is in it as CNI's own JSON.
 #[derive(Serialize, Deserialize)]
 struct Stored {
     version: u32,
     conf_path: PathBuf,
     conf: Value,
-    params: Params,
+    params: StoredParams,
     result: Option<Value>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredParams {
+    container_id: String,
+    interface: String,
+    netns: PathBuf,
+    args: Vec<(String, String)>,
+    runtime: Map<String, Value>,
+}
+
+impl From<Params> for StoredParams {
+    fn from(live: Params) -> Self {
+        let Params { container_id, interface, netns, args, runtime } = live;
+        Self { container_id, interface, netns, args, runtime }
+    }
+}
+
+impl From<StoredParams> for Params {
+    fn from(stored: StoredParams) -> Self {
+        let StoredParams { container_id, interface, netns, args, runtime } = stored;
+        Self { container_id, interface, netns, args, runtime }
+    }
+}
+
+impl From<Record> for Stored {
+    fn from(live: Record) -> Self {
+        let Record { network, params, result } = live;
+        let Network {
+            path,
+            source,
+            // Read from the source again.
+            name: _,
+            version: _,
+            disable_check: _,
+            disable_gc: _,
+            plugins: _,
+        } = network;
+        Self { version: VERSION, conf_path: path, conf: source, params: params.into(), result }
+    }
+}
+
+impl TryFrom<Stored> for Record {
+    type Error = ConfError;
+
+    fn try_from(stored: Stored) -> Result<Self, ConfError> {
+        let Stored { version: _, conf_path, conf, params, result } = stored;
+        let network = Network::from_value(conf_path, conf)?;
+        Ok(Self { network, params: params.into(), result })
+    }
 }
 
 /// The directory of records.
@@ -64,14 +119,7 @@ impl Records {
     pub fn write(&self, record: &Record) -> Result<(), RecordError> {
         let id = &record.params.container_id;
         let path = self.path(id);
-        let stored = Stored {
-            version: VERSION,
-            conf_path: record.network.path.clone(),
-            conf: record.network.source.clone(),
-            params: record.params.clone(),
-            result: record.result.clone(),
-        };
-        let bytes = serde_json::to_vec(&stored)
+        let bytes = serde_json::to_vec(&Stored::from(record.clone()))
             .map_err(|e| RecordError::Damaged { path: path.clone(), problem: e.to_string() })?;
         let io = |what, path: &Path| {
             let path = path.to_owned();
@@ -108,12 +156,11 @@ impl Records {
             let problem = format!("version {}, only {VERSION} is supported", stored.version);
             return Err(damaged(problem));
         }
-        let network = Network::from_value(stored.conf_path, stored.conf)
-            .map_err(|e: ConfError| damaged(e.to_string()))?;
-        if stored.params.container_id != id {
-            return Err(damaged(format!("it belongs to {:?}", stored.params.container_id)));
+        let record = Record::try_from(stored).map_err(|e| damaged(e.to_string()))?;
+        if record.params.container_id != id {
+            return Err(damaged(format!("it belongs to {:?}", record.params.container_id)));
         }
-        Ok(Some(Record { network, params: stored.params, result: stored.result }))
+        Ok(Some(record))
     }
 
     pub fn exists(&self, id: &str) -> bool {
@@ -153,7 +200,34 @@ impl Records {
             }
             _ => {}
         }
-        fs::rename(&path, &target).map_err(io("move aside", &path))
+        fs::rename(&path, &target).map_err(io("move aside", &path))?;
+        self.prune_damaged(SystemTime::now());
+        Ok(())
+    }
+
+    /// Removes damaged records that are too old, and the oldest ones above the maximum number.
+    fn prune_damaged(&self, now: SystemTime) {
+        let entries = fs::read_dir(&self.damaged_dir).into_iter().flatten().flatten();
+        let mut kept: Vec<_> = entries
+            .filter_map(|entry| {
+                // The time of the last change of the inode: that of its move to here.
+                let metadata = entry.metadata().ok()?;
+                Some((metadata.ctime(), metadata.ctime_nsec(), metadata.is_dir(), entry.path()))
+            })
+            .collect();
+        kept.sort();
+        let too_many = kept.len().saturating_sub(MAX_DAMAGED);
+        let oldest = now.checked_sub(MAX_AGE).unwrap_or(UNIX_EPOCH);
+        let oldest = oldest.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        for (n, (moved, _, is_dir, path)) in kept.into_iter().enumerate() {
+            if n >= too_many && u64::try_from(moved).unwrap_or(0) >= oldest {
+                continue;
+            }
+            let removed = if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            if let Err(error) = removed {
+                tracing::warn!(path = %path.display(), %error, "damaged record cannot be removed");
+            }
+        }
     }
 
     /// Errors of all records that cannot be read.
@@ -245,5 +319,62 @@ mod tests {
         records.move_to_damaged("pod1").unwrap();
         records.move_to_damaged("pod1").unwrap();
         assert!(records.damaged_dir.join("pod1.json").is_file());
+    }
+
+    /// A record as the release before wrote it, with something in every field.
+    const V1: &str = include_str!("../fixtures/attachment-v1.json");
+
+    #[test]
+    fn the_record_is_written_and_read_as_the_fixture_has_it() {
+        use crate::model::{Dns, Pod, PortMapping, Protocol};
+        let port = PortMapping {
+            protocol: Protocol::Sctp,
+            container_port: 1,
+            host_port: 2,
+            host_ip: Some("::1".parse().unwrap()),
+        };
+        let pod = Pod {
+            id: "pod1".into(),
+            name: "web".into(),
+            namespace: "prod".into(),
+            uid: "1-2".into(),
+            annotations: [("a".to_owned(), "b".to_owned())].into(),
+            ports: vec![port],
+            dns: Dns { servers: vec!["1.1.1.1".into()], ..Dns::default() },
+            cgroup_parent: "/kubepods/pod1".into(),
+            native: false,
+            default_network: false,
+        };
+        let params = Params::new(&pod, "eth0", Path::new("/run/netns/p")).unwrap();
+        let full = Record { params, ..record() };
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::new(dir.path());
+        records.write(&full).unwrap();
+        assert_eq!(fs::read_to_string(records.path("pod1")).unwrap(), V1);
+        fs::write(records.path("pod1"), V1).unwrap();
+        assert_eq!(records.read("pod1").unwrap(), Some(full));
+        // Of an ADD that has not come to its end.
+        let begun = Record { result: None, ..record() };
+        records.write(&begun).unwrap();
+        assert_eq!(records.read("pod1").unwrap(), Some(begun));
+    }
+
+    #[test]
+    fn damaged_records_are_kept_up_to_a_number_and_for_a_month() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::new(dir.path());
+        fs::create_dir_all(&records.dir).unwrap();
+        for n in 0..MAX_DAMAGED + 3 {
+            fs::write(records.path(&format!("pod{n}")), "{").unwrap();
+            records.move_to_damaged(&format!("pod{n}")).unwrap();
+            // Times of files are as coarse as the kernel's tick.
+            std::thread::sleep(Duration::from_millis(12));
+        }
+        let kept = || fs::read_dir(&records.damaged_dir).unwrap().count();
+        assert_eq!(kept(), MAX_DAMAGED);
+        let has = |n: usize| records.damaged_dir.join(format!("pod{n}.json")).exists();
+        assert!(!has(2) && has(3) && has(MAX_DAMAGED + 2));
+        records.prune_damaged(SystemTime::now() + MAX_AGE + Duration::from_secs(3600));
+        assert_eq!(kept(), 0);
     }
 }

@@ -167,6 +167,22 @@ impl Rtnl {
         )
     }
 
+    /// Deletes a link.
+    pub fn delete_link(&mut self, index: u32) -> Result<(), RtnlError> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        self.change(&format!("delete link {index}"), RouteNetlinkMessage::DelLink(message), 0)
+    }
+
+    /// Deletes the ingress qdisc with its filters.
+    pub fn delete_ingress(&mut self, index: u32) -> Result<(), RtnlError> {
+        let mut qdisc = TcMessage::with_index(index as i32);
+        qdisc.header.parent = TcHandle::INGRESS;
+        qdisc.header.handle = TcHandle { major: 0xffff, minor: 0 };
+        let what = format!("delete the ingress qdisc of link {index}");
+        self.change(&what, RouteNetlinkMessage::DelQueueDiscipline(qdisc), 0)
+    }
+
     /// Indices of the links to which frames arriving on `from` are redirected.
     pub fn redirects(&mut self, from: u32) -> Result<Vec<u32>, RtnlError> {
         let mut message = TcMessage::with_index(from as i32);

@@ -7,19 +7,19 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::Flock;
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxResources, Process};
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, EmptyDirPlace};
 use crate::error::Error;
+use crate::failpoint::Failpoints;
 use crate::forward::{self, ByteStream};
 use crate::host::{blocking, cgroup};
-use crate::journal::Probe;
 use crate::launcher::{Launch, LauncherProcess};
 use crate::model::{
-    ContainerId, ContainerSpec, ContainerView, Event, ExecOutput, ExecSpec, Filter, PodId,
-    PodResources, PodSpec, PodView, Room, TracePhase,
+    ContainerId, ContainerSpec, ContainerView, Event, ExecOutput, ExecSpec, ExitView, Filter,
+    PodId, PodResources, PodSpec, PodView, Room, TracePhase,
 };
 use crate::node::Node;
 use crate::open::{self, Opened};
@@ -34,6 +34,8 @@ use crate::stats::{ContainerStatsView, PodStatsView};
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 /// Longest host name of a guest: HOST_NAME_MAX (hostname(7)).
 const MAX_HOSTNAME: usize = 64;
+/// Longest id of a container, bytes: names of volumes and files are made of it.
+const MAX_ID: usize = 64;
 
 /// All pods and containers of a node. Cheap to clone.
 #[derive(Clone)]
@@ -85,16 +87,16 @@ impl Sandboxes {
         network: Arc<dyn Network>,
         launcher: Arc<dyn Launch>,
     ) -> Result<Self, Error> {
-        Self::open_probed(config, network, launcher, None).await
+        Self::open_at(config, network, launcher, Failpoints::default()).await
     }
 
-    pub(crate) async fn open_probed(
+    pub(crate) async fn open_at(
         config: Config,
         network: Arc<dyn Network>,
         launcher: Arc<dyn Launch>,
-        probe: Option<Arc<dyn Probe>>,
+        failpoints: Failpoints,
     ) -> Result<Self, Error> {
-        let Opened { node, lock } = open::open(config, network, launcher, probe).await?;
+        let Opened { node, lock } = open::open(config, network, launcher, failpoints).await?;
         Ok(Self { node, _lock: Arc::new(lock) })
     }
 
@@ -105,8 +107,17 @@ impl Sandboxes {
 
     /// Starts a pod. A caller that goes away before it is ready has it unwound.
     pub async fn run_pod(&self, spec: PodSpec) -> Result<PodId, Error> {
+        self.run_pod_as(new_id(), spec).await
+    }
+
+    /// The same with an id that the caller gives: letters and digits, unique on this host.
+    pub async fn run_pod_as(&self, id: PodId, spec: PodSpec) -> Result<PodId, Error> {
         check_pod(&spec)?;
-        let (id, config) = (new_id(), &self.node.config);
+        let config = &self.node.config;
+        check_id(&id, config.id_length)?;
+        if self.node.registry.find_pod(&id).is_ok() {
+            return Err(Error::Exists { what: "pod", name: id.clone(), holder: id });
+        }
         let uids = config.uid_base..config.uid_base.saturating_add(config.uid_range);
         let uid = self.node.registry.reserve_pod(&id, &spec.meta, config.max_pods, uids)?;
         let netns = match spec.host {
@@ -221,9 +232,23 @@ impl Sandboxes {
         pod: &str,
         spec: ContainerSpec,
     ) -> Result<ContainerId, Error> {
+        self.create_container_as(pod, new_id(), spec).await
+    }
+
+    /// The same with an id that the caller gives: letters and digits, unique on this host.
+    pub async fn create_container_as(
+        &self,
+        pod: &str,
+        id: ContainerId,
+        spec: ContainerSpec,
+    ) -> Result<ContainerId, Error> {
+        check_id(&id, MAX_ID)?;
+        if self.node.registry.find_container(&id).is_ok() {
+            return Err(Error::Exists { what: "container", name: id.clone(), holder: id });
+        }
         let handle = self.node.registry.find_pod(pod)?;
         let pod = handle.ready_pod()?;
-        let (id, max) = (new_id(), self.node.config.max_containers);
+        let max = self.node.config.max_containers;
         self.node.registry.reserve_container(&pod.id, &id, &spec.meta, max)?;
         let cancel = CancellationToken::new();
         let reserved = Reservation::new(self.node.clone(), id.clone(), cancel.clone());
@@ -320,6 +345,37 @@ impl Sandboxes {
         session::attach(&handle, &id, stdin).await
     }
 
+    /// Starts a process that is described whole, as the OCI runtime specification has it; what is left
+    /// out comes from the container's own.
+    pub async fn exec_process(
+        &self,
+        id: &str,
+        process: &Process,
+        stdin: bool,
+    ) -> Result<ExecSession, Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        session::exec_process(&handle, &id, process, stdin).await
+    }
+
+    /// The streams of a container's own process from their beginning, for the one who reads them to
+    /// their end ([`Config::caller_reads_output`]): the container waits for a reader that is slow.
+    pub async fn streams(&self, id: &str) -> Result<AttachSession, Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        session::streams(&handle, &id).await
+    }
+
+    /// Waits for a container's end; at once if it has ended.
+    pub async fn wait_container(&self, id: &str) -> Result<ExitView, Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        session::wait(&handle, &id).await
+    }
+
+    /// Sends a signal by number to a container's own process, or to all of its processes.
+    pub async fn signal_container(&self, id: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        session::signal(&handle, &id, "", signal, all).await
+    }
+
     /// A connection to a TCP port of the pod's loopback interface; [`Error::NotListening`] when it is
     /// refused there.
     pub async fn port_forward(&self, pod: &str, port: u16) -> Result<ByteStream, Error> {
@@ -390,6 +446,15 @@ impl Sandboxes {
 
 fn matches(wanted: &Option<String>, id: &str) -> bool {
     wanted.as_ref().is_none_or(|w| id.starts_with(w.as_str()))
+}
+
+/// Ids are parts of paths and of other names, to which a dot and a number are appended.
+fn check_id(id: &str, longest: usize) -> Result<(), Error> {
+    let plain = id.chars().all(|c| c.is_ascii_alphanumeric());
+    if id.is_empty() || id.len() > longest || !plain {
+        return Err(Error::invalid(format!("id {id:?} is not 1 to {longest} letters and digits")));
+    }
+    Ok(())
 }
 
 fn check_pod(spec: &PodSpec) -> Result<(), Error> {

@@ -12,6 +12,8 @@ const MAX_VCPUS: u8 = 64;
 /// What a pod can become unless the configuration says so.
 const GROWTH: u32 = 4;
 const GROWTH_AT_MOST_MIB: u32 = 16 << 10;
+/// Characters of an id that is made here.
+const ID_LENGTH: usize = 64;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -91,6 +93,17 @@ pub struct Config {
     pub volume_bytes: u64,
     /// A copied volume at most, files and folders.
     pub volume_files: usize,
+    /// Longest id of a pod. Who gives ids himself ([`crate::Sandboxes::run_pod_as`]) may have shorter
+    /// ones, which leave a longer path to `state`: sockets bear the id in their paths.
+    #[serde(skip)]
+    pub id_length: usize,
+    /// Folder of the formatted scratch originals, which several processes may use; empty: `root`.
+    #[serde(skip)]
+    pub scratch_originals: PathBuf,
+    /// Nothing is logged: the output of containers waits in the guest for
+    /// [`crate::Sandboxes::streams`].
+    #[serde(skip)]
+    pub caller_reads_output: bool,
 }
 
 /// Where the emptyDirs of a pod with a VM are; of a pod's first moment, it keeps them there.
@@ -142,6 +155,9 @@ impl Default for Config {
             strict_volumes: false,
             volume_bytes: 64 << 20,
             volume_files: 4096,
+            id_length: ID_LENGTH,
+            scratch_originals: PathBuf::new(),
+            caller_reads_output: false,
         }
     }
 }
@@ -199,6 +215,15 @@ impl Config {
     /// [`Self::scratch_disk_size`], with room for a container's layer.
     pub(crate) fn scratch_disk_size(&self) -> u64 {
         self.scratch_disk_size.max(self.scratch_size)
+    }
+
+    /// [`Self::scratch_originals`] with its emptiness resolved.
+    pub(crate) fn scratch_originals(&self) -> PathBuf {
+        if self.scratch_originals.as_os_str().is_empty() {
+            self.root.clone()
+        } else {
+            self.scratch_originals.clone()
+        }
     }
 
     /// Memory that a VM which starts with `memory_mib` can become.

@@ -12,6 +12,7 @@ mod config;
 #[cfg(any(test, feature = "crowd"))]
 pub mod crowd;
 mod error;
+mod failpoint;
 pub mod forward;
 mod guest;
 mod host;
@@ -36,4 +37,4 @@ mod vmm;
 pub use api::Sandboxes;
 pub use config::{Config, EmptyDirPlace};
 pub use error::Error;
-pub use session::{AttachSession, ExecSession};
+pub use session::{AttachSession, ExecSession, ProcessControl};

@@ -13,13 +13,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use serde::{Deserialize, Serialize};
-
 pub type PodId = String;
 pub type ContainerId = String;
 
 /// Labels, annotations and the caller's own names: kept and given back, never interpreted.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Meta {
     pub name: String,
     /// Of pods only.
@@ -31,7 +29,7 @@ pub struct Meta {
     pub annotations: BTreeMap<String, String>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PodSpec {
     pub meta: Meta,
     pub hostname: String,
@@ -50,18 +48,16 @@ pub struct PodSpec {
     /// Memory of the VM, MiB; none: the configured default.
     pub memory_mib: Option<u32>,
     /// What the VM may take of the host's CPUs.
-    #[serde(default)]
     pub cpu: CpuLimits,
     /// The pod has namespaces of the host, so it runs there and not in a VM. Whether it may is its
     /// caller's to decide.
-    #[serde(default)]
     pub host: Option<HostNamespaces>,
     /// Whole request as the caller gave it (JSON), for verbose status.
     pub origin: serde_json::Value,
 }
 
 /// Namespaces that a pod has in common with its host.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct HostNamespaces {
     /// And the host's name.
     pub network: bool,
@@ -70,7 +66,7 @@ pub struct HostNamespaces {
 }
 
 /// Limits of a cgroup (cgroup-v2.rst, "CPU Interface Files").
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CpuLimits {
     /// Microseconds of CPU time in a period; none: no cap.
     pub quota_us: Option<u64>,
@@ -104,21 +100,21 @@ pub struct PodResources {
     pub cpu: Option<CpuLimits>,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dns {
     pub servers: Vec<String>,
     pub searches: Vec<String>,
     pub options: Vec<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
     Tcp,
     Udp,
     Sctp,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortMapping {
     pub protocol: Protocol,
     pub container_port: u16,
@@ -126,7 +122,7 @@ pub struct PortMapping {
     pub host_ip: Option<IpAddr>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PodState {
     /// Id taken, not started yet; never listed.
     Reserved,
@@ -153,7 +149,7 @@ pub struct PodView {
     pub unread: bool,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ContainerSpec {
     pub meta: Meta,
     /// Root file system.
@@ -181,22 +177,21 @@ pub struct ContainerSpec {
     /// Signal that asks the container to end (number); 15 when the image names none.
     pub stop_signal: u32,
     /// Places in the container of volumes of which the guest is to cache nothing.
-    #[serde(default)]
     pub strict_volumes: Vec<String>,
     pub origin: serde_json::Value,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RootfsSpec {
-    /// EROFS image on the host, attached read-only.
+    /// EROFS image on the host, attached read-only. Empty: the lower layer is a folder of the host,
+    /// shared by the volume at `/` ([`Volume::is_lower_layer`]).
     pub image: PathBuf,
     pub read_only: bool,
     /// Folders of it that can be written to all the same: the image's own volumes.
-    #[serde(default)]
     pub volumes: Vec<String>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Volume {
     pub container_path: String,
     pub source: VolumeSource,
@@ -204,8 +199,15 @@ pub struct Volume {
     pub propagation: Propagation,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+impl Volume {
+    /// It is not a volume in the container but the lower layer of its root file system.
+    pub fn is_lower_layer(&self, rootfs: &RootfsSpec) -> bool {
+        let shared = matches!(self.source, VolumeSource::Shared { .. });
+        rootfs.image.as_os_str().is_empty() && self.container_path == "/" && shared
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VolumeSource {
     /// Small files of the host, copied into a tmpfs of the guest once.
     Copied { host_path: PathBuf },
@@ -234,8 +236,7 @@ pub enum VolumeSource {
     HugePages { name: String },
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     ReadWrite,
     /// Mounts of the host below the source stay as they are.
@@ -244,7 +245,7 @@ pub enum Access {
 }
 
 /// The share behind a volume ([`VolumeSource::Shared`]); several volumes of a pod may have the same.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ShareUse {
     /// Number of the volume in its container.
     pub(crate) volume: usize,
@@ -261,8 +262,7 @@ pub(crate) struct ShareUse {
 }
 
 /// mount_namespaces(7), between the host and the container.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Propagation {
     #[default]
     Private,
@@ -272,7 +272,7 @@ pub enum Propagation {
     Bidirectional,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockDevice {
     pub host_path: PathBuf,
     pub container_path: String,
@@ -281,7 +281,7 @@ pub struct BlockDevice {
 }
 
 /// The process' user as the guest resolved it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Identity {
     pub uid: u32,
     pub gid: u32,
@@ -308,7 +308,7 @@ pub struct Event {
     pub container: Option<ContainerId>,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum PidMode {
     #[default]
     Container,
@@ -318,7 +318,7 @@ pub enum PidMode {
     Node,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ContainerState {
     Created,
     Running,
@@ -344,7 +344,7 @@ pub struct ContainerView {
     pub user: Option<Identity>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExitView {
     /// Exit status, or 128 + signal; -1 when the VM died with it and nobody knows more.
     pub code: i32,
@@ -355,7 +355,7 @@ pub struct ExitView {
     pub message: String,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ExecSpec {
     pub command: Vec<String>,
     pub tty: bool,
@@ -377,7 +377,7 @@ pub struct ExecOutput {
 }
 
 /// One phase of a pod's start.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TracePhase {
     /// e.g. `network`, `launch`, `boot`, `configure`.
     pub name: String,

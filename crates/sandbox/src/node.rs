@@ -7,6 +7,7 @@ use tokio::sync::{Semaphore, broadcast};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::failpoint::Failpoints;
 use crate::host::scratch::Scratch;
 use crate::host::watch::Watcher;
 use crate::journal::Journal;
@@ -26,6 +27,7 @@ pub(crate) struct Node {
     pub(crate) scratch: Scratch,
     pub(crate) registry: Registry,
     pub(crate) watcher: Watcher,
+    pub(crate) failpoints: Failpoints,
     /// Admits starts; a start holds one permit until its guest is up.
     pub(crate) starts: Semaphore,
     /// What has happened to pods and containers, for those who follow.

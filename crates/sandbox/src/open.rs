@@ -12,11 +12,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::error::Error;
+use crate::failpoint::Failpoints;
 use crate::host::scratch::Scratch;
 use crate::host::sockets::MAX_PATH;
 use crate::host::watch::Watcher;
 use crate::host::{blocking, cgroup, process};
-use crate::journal::{Found, Journal, Probe};
+use crate::journal::{Found, Journal};
 use crate::launcher::Launch;
 use crate::node::Node;
 use crate::pod::{self, Begin};
@@ -25,8 +26,6 @@ use crate::ports::Network;
 use crate::registry::Registry;
 use crate::rescue::{self, Place};
 
-/// Length of a pod's id, characters.
-pub(crate) const ID_LENGTH: usize = 64;
 /// Events kept for receivers that lag; one that lags more loses the oldest.
 const EVENTS: usize = 4096;
 /// A daemon that was just killed may hold the lock for a moment.
@@ -42,28 +41,31 @@ pub(crate) async fn open(
     config: Config,
     network: Arc<dyn Network>,
     launcher: Arc<dyn Launch>,
-    probe: Option<Arc<dyn Probe>>,
+    failpoints: Failpoints,
 ) -> Result<Opened, Error> {
     check(&config)?;
     let cgroup_root = cgroup::find_root(&config.cgroup_root)?;
-    for folder in [&config.root, &config.state] {
+    let originals = config.scratch_originals();
+    for folder in [&config.root, &config.state, &originals] {
         make_folder(folder)?;
     }
     let lock = lock(&config.root.join("lock")).await?;
     let pods = config.root.join("pods");
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
-    let journal = Journal::open(pods.clone(), probe).map_err(|e| failed("open", &pods, e))?;
+    let journal = Journal::open(pods.clone(), failpoints.clone());
+    let journal = journal.map_err(|e| failed("open", &pods, e))?;
     let shutdown = CancellationToken::new();
     let node = Arc::new(Node {
         cgroup_root,
         boot_id: process::boot_id(),
         network,
         launcher,
-        scratch: Scratch::new(config.root.clone()),
+        scratch: Scratch::new(originals),
         registry: Registry::default(),
         starts: Semaphore::new(config.starts_at_once()),
         events: broadcast::Sender::new(EVENTS),
         watcher: Watcher::start(shutdown.clone()),
+        failpoints,
         shutdown,
         journal: journal.clone(),
         config,
@@ -92,7 +94,7 @@ pub(crate) async fn open(
 }
 
 fn check(config: &Config) -> Result<(), Error> {
-    let longest = config.state.join("pods").join("0".repeat(ID_LENGTH)).join("control.sock");
+    let longest = config.state.join("pods").join("0".repeat(config.id_length)).join("control.sock");
     if longest.as_os_str().len() > MAX_PATH {
         return Err(Error::invalid(format!(
             "state folder {} is too long: with a pod's id its sockets exceed {MAX_PATH} bytes",
@@ -135,7 +137,7 @@ async fn lock(path: &Path) -> Result<Flock<File>, Error> {
     }
 }
 
-/// Undoes in memory what a reboot has undone in fact, and ends what cannot end any more.
+/// Undoes in the record what a reboot has undone in fact, and ends what cannot end any more.
 fn settle(mut pod: Pod, same_boot: bool) -> Pod {
     let at = std::time::SystemTime::now();
     if !same_boot {
@@ -177,7 +179,12 @@ fn take_up(node: &Node, found: Found) -> Option<Pod> {
             Some(pod)
         }
         Found::Pod { pod, boot_id } => {
-            let pod = settle(*pod, boot_id == node.boot_id);
+            let same_boot = boot_id == node.boot_id;
+            let pod = settle(*pod, same_boot);
+            // Found out once: when a container has ended must not change with the next start.
+            if !same_boot && let Err(error) = node.journal.write(&pod, &node.boot_id) {
+                tracing::warn!(pod = pod.id, %error, "what a reboot has ended is not journaled");
+            }
             registry.enter_pod(&pod.id, &pod.spec.meta, &[pod.uid]);
             // A creation that was given up has lost its name, perhaps to another one.
             let (present, others): (Vec<_>, Vec<_>) =

@@ -6,12 +6,11 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize};
 
 use crate::model::{PodId, PodSpec};
 
 /// One interface of a pod, as the guest has to set it up.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
     /// e.g. `eth0`.
     pub name: String,
@@ -21,7 +20,7 @@ pub struct Interface {
     pub addresses: Vec<String>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
     /// CIDR; empty: default route.
     pub destination: String,
@@ -31,7 +30,7 @@ pub struct Route {
 }
 
 /// A pod's network as it stands on the host.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Attachment {
     pub netns: PathBuf,
     pub interfaces: Vec<Interface>,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use agent_api::stdio::Kind;
 use agent_api::v1;
+use oci_spec::runtime::Process;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::oneshot;
 
@@ -46,6 +47,26 @@ pub struct AttachSession {
     pub process: AttachProcess,
 }
 
+/// What can be done to a process while somebody else waits for its end.
+#[derive(Clone)]
+pub struct ProcessControl {
+    handle: Arc<Handle>,
+    container: String,
+    /// Empty: the container's own process.
+    exec: String,
+}
+
+impl ProcessControl {
+    pub async fn resize(&self, width: u16, height: u16) -> Result<(), Error> {
+        resize(&self.handle, &self.container, &self.exec, width, height).await
+    }
+
+    /// Sends a signal by number; `all`: to all processes of the container.
+    pub async fn signal(&self, number: u32, all: bool) -> Result<(), Error> {
+        signal(&self.handle, &self.container, &self.exec, number, all).await
+    }
+}
+
 /// Handle on an exec'd process.
 pub struct ExecProcess {
     handle: Arc<Handle>,
@@ -66,6 +87,11 @@ pub struct AttachProcess {
 }
 
 impl ExecProcess {
+    pub fn control(&self) -> ProcessControl {
+        let (handle, container) = (self.handle.clone(), self.container.clone());
+        ProcessControl { handle, container, exec: self.exec.clone() }
+    }
+
     pub async fn resize(&self, width: u16, height: u16) -> Result<(), Error> {
         resize(&self.handle, &self.container, &self.exec, width, height).await
     }
@@ -138,23 +164,31 @@ async fn drain(handle: &Handle, container: String, exec: String, read: [Arc<Atom
 }
 
 impl AttachProcess {
+    pub fn control(&self) -> ProcessControl {
+        let (handle, container) = (self.handle.clone(), self.container.clone());
+        ProcessControl { handle, container, exec: String::new() }
+    }
+
     pub async fn resize(&self, width: u16, height: u16) -> Result<(), Error> {
         resize(&self.handle, &self.container, "", width, height).await
     }
 
     /// Waits for the container's end.
     pub async fn wait(&mut self) -> Result<ExitView, Error> {
-        let id = &self.container;
-        let exit = |c: &Container| c.view(&self.handle.id).exit;
-        let mut last = None;
-        let there = self.handle.wait_for(|pod| {
-            let Some(container) = pod.containers.get(id) else { return true };
-            last = exit(container);
-            last.is_some()
-        });
-        there.await?;
-        last.ok_or_else(|| Error::NotFound { what: "container", id: id.clone() })
+        wait(&self.handle, &self.container).await
     }
+}
+
+pub(crate) async fn wait(handle: &Handle, id: &str) -> Result<ExitView, Error> {
+    let exit = |c: &Container| c.view(&handle.id).exit;
+    let mut last = None;
+    let there = handle.wait_for(|pod| {
+        let Some(container) = pod.containers.get(id) else { return true };
+        last = exit(container);
+        last.is_some()
+    });
+    there.await?;
+    last.ok_or_else(|| Error::NotFound { what: "container", id: id.to_owned() })
 }
 
 fn exit_view(end: ExecEnd) -> ExitView {
@@ -195,18 +229,28 @@ async fn signal_exec(
     handle: &Handle,
     container: &str,
     exec: &str,
+    number: u32,
+) -> Result<(), Error> {
+    signal(handle, container, exec, number, false).await
+}
+
+pub(crate) async fn signal(
+    handle: &Handle,
+    container: &str,
+    exec: &str,
     signal: u32,
+    all: bool,
 ) -> Result<(), Error> {
     let request = v1::SignalProcessRequest {
         container_id: container.to_owned(),
         exec_id: exec.to_owned(),
         signal,
-        all: false,
+        all,
         await_handler: false,
     };
     let call = handle
         .guest
-        .call("signal a command", |mut c| async move { c.signal_process(request).await });
+        .call("signal a process", |mut c| async move { c.signal_process(request).await });
     call.await.map(drop)
 }
 
@@ -240,16 +284,61 @@ pub(crate) async fn exec(
     id: &str,
     spec: ExecSpec,
 ) -> Result<ExecSession, Error> {
+    if spec.command.is_empty() {
+        running(handle, id)?;
+        return Err(Error::invalid("a command to run is missing"));
+    }
+    let command = Command {
+        oci_process: oci_process(&spec),
+        tty: spec.tty,
+        stdin: spec.stdin,
+        tty_size: spec.tty_size.map(|(width, height)| (width.into(), height.into())),
+        user: spec.user,
+    };
+    see_through(handle, id, command).await
+}
+
+/// See [`crate::Sandboxes::exec_process`].
+pub(crate) async fn exec_process(
+    handle: &Arc<Handle>,
+    id: &str,
+    process: &Process,
+    stdin: bool,
+) -> Result<ExecSession, Error> {
+    let size = process.console_size();
+    let command = Command {
+        oci_process: serde_json::to_vec(process).map_err(|e| Error::Internal(e.into()))?,
+        tty: process.terminal().unwrap_or(false),
+        stdin,
+        tty_size: size.map(|s| (s.width() as u32, s.height() as u32)),
+        user: String::new(),
+    };
+    see_through(handle, id, command).await
+}
+
+/// A process to be started in a container.
+struct Command {
+    /// JSON.
+    oci_process: Vec<u8>,
+    tty: bool,
+    stdin: bool,
+    /// Width and height.
+    tty_size: Option<(u32, u32)>,
+    user: String,
+}
+
+async fn see_through(
+    handle: &Arc<Handle>,
+    id: &str,
+    command: Command,
+) -> Result<ExecSession, Error> {
     let (handle, id) = (handle.clone(), id.to_owned());
-    let begun = tokio::spawn(async move { begin_exec(&handle, &id, spec).await });
+    let begun = tokio::spawn(async move { begin_exec(&handle, &id, command).await });
     begun.await.map_err(|e| Error::Internal(e.into()))?
 }
 
-async fn begin_exec(handle: &Arc<Handle>, id: &str, spec: ExecSpec) -> Result<ExecSession, Error> {
+async fn begin_exec(handle: &Arc<Handle>, id: &str, spec: Command) -> Result<ExecSession, Error> {
     running(handle, id)?;
-    if spec.command.is_empty() {
-        return Err(Error::invalid("a command to run is missing"));
-    }
     let exec = uuid::Uuid::new_v4().simple().to_string();
     let end = handle.expect_exec(&exec);
     let mut process = ExecProcess {
@@ -265,12 +354,12 @@ async fn begin_exec(handle: &Arc<Handle>, id: &str, spec: ExecSpec) -> Result<Ex
     let request = v1::ExecRequest {
         container_id: id.to_owned(),
         exec_id: exec.clone(),
-        oci_process: oci_process(&spec),
+        oci_process: spec.oci_process,
         stdin: spec.stdin,
         tty: spec.tty,
-        tty_width: width.into(),
-        tty_height: height.into(),
-        user: spec.user.clone(),
+        tty_width: width,
+        tty_height: height,
+        user: spec.user,
     };
     let started = handle.guest.call("run a command", |mut c| async move { c.exec(request).await });
     if let Err(error) = started.await {
@@ -382,6 +471,39 @@ async fn keep(stream: Option<ByteReader>, into: &mut Vec<u8>, limit: usize) -> s
         let room = limit.saturating_sub(into.len());
         into.extend_from_slice(&buffer[..n.min(room)]);
     }
+}
+
+/// See [`crate::Sandboxes::streams`].
+pub(crate) async fn streams(handle: &Arc<Handle>, id: &str) -> Result<AttachSession, Error> {
+    handle.ready_pod()?;
+    let spec = handle.container(id)?.spec;
+    if handle.log(id).is_some() {
+        return Err(Error::precondition(format!("the output of container {id} is logged")));
+    }
+    let door = handle.guest.door();
+    let stream = |kind| StreamId { container: id.to_owned(), exec: String::new(), kind };
+    let stdout = Output::open(door, &stream(Kind::Stdout), Arc::default()).await;
+    let stdout = stdout.map_err(|e| refused("standard output", e))?;
+    let stderr = match spec.tty {
+        true => None,
+        false => {
+            let stderr = Output::open(door, &stream(Kind::Stderr), Arc::default()).await;
+            Some(stderr.map_err(|e| refused("standard error", e))?)
+        }
+    };
+    let stdin = match spec.stdin {
+        false => None,
+        true => {
+            let stdin = open_stdin(door, &stream(Kind::Stdin)).await;
+            Some(stdin.map_err(|e| refused("standard input", e))?)
+        }
+    };
+    Ok(AttachSession {
+        stdin: stdin.map(|s| Box::pin(s) as ByteWriter),
+        stdout: Some(Box::pin(stdout)),
+        stderr: stderr.map(|s| Box::pin(s) as ByteReader),
+        process: AttachProcess { handle: handle.clone(), container: id.to_owned() },
+    })
 }
 
 /// Joins a container's own streams, also before it starts. Who does not ask for standard input does

@@ -11,6 +11,7 @@ use vmm_api::client::{Client, ClientError};
 use vmm_api::{DiskConfig, ExitReason, Fd, NetConfig, Reply, Request, VmExit, VmStatus};
 
 use crate::error::Error;
+use crate::failpoint::Failpoints;
 use crate::host::blocking;
 
 /// A status file is one small object; a VMM under a guest's control may write more.
@@ -23,11 +24,12 @@ const TAIL: usize = 1024;
 pub(crate) struct Vmm {
     control: PathBuf,
     limit: Duration,
+    failpoints: Failpoints,
 }
 
 impl Vmm {
-    pub(crate) fn new(control: PathBuf, limit: Duration) -> Self {
-        Self { control, limit }
+    pub(crate) fn new(control: PathBuf, limit: Duration, failpoints: Failpoints) -> Self {
+        Self { control, limit, failpoints }
     }
 
     async fn call(&self, request: Request, fd: Option<OwnedFd>) -> Result<Reply, ClientError> {
@@ -55,13 +57,16 @@ impl Vmm {
         read_only: bool,
     ) -> Result<(), Error> {
         let disk = DiskConfig { serial: serial.to_owned(), file: Fd(-1), read_only };
-        match self.call(Request::AddDisk { disk }, Some(file.into())).await {
-            Ok(_) | Err(ClientError::Refused(vmm_api::Error::Exists { .. })) => Ok(()),
-            Err(ClientError::Refused(e @ vmm_api::Error::BusFull { .. })) => {
-                Err(Error::ResourceExhausted { message: e.to_string() })
+        let plugged = async {
+            match self.call(Request::AddDisk { disk }, Some(file.into())).await {
+                Ok(_) | Err(ClientError::Refused(vmm_api::Error::Exists { .. })) => Ok(()),
+                Err(ClientError::Refused(e @ vmm_api::Error::BusFull { .. })) => {
+                    Err(Error::ResourceExhausted { message: e.to_string() })
+                }
+                Err(e) => Err(failed("plug a disk", e)),
             }
-            Err(e) => Err(failed("plug a disk", e)),
-        }
+        };
+        self.failpoints.around("VMM: plug a disk", plugged).await
     }
 
     /// Plugs a network card whose packets are `tap`'s; one that is there already is fine.
@@ -86,32 +91,41 @@ impl Vmm {
     /// keeps the backend it has. The guest finds it by `tag` once it has looked at its PCI bus.
     pub(crate) async fn add_fs(&self, id: &str, tag: &str, backend: OwnedFd) -> Result<(), Error> {
         let request = Request::AddFs { id: id.to_owned(), tag: tag.to_owned() };
-        match self.call(request, Some(backend)).await {
-            Ok(_) | Err(ClientError::Refused(vmm_api::Error::Exists { .. })) => Ok(()),
-            Err(ClientError::Refused(e @ vmm_api::Error::BusFull { .. })) => {
-                Err(Error::ResourceExhausted { message: e.to_string() })
+        let plugged = async {
+            match self.call(request, Some(backend)).await {
+                Ok(_) | Err(ClientError::Refused(vmm_api::Error::Exists { .. })) => Ok(()),
+                Err(ClientError::Refused(e @ vmm_api::Error::BusFull { .. })) => {
+                    Err(Error::ResourceExhausted { message: e.to_string() })
+                }
+                Err(e) => Err(failed("plug a file system", e)),
             }
-            Err(e) => Err(failed("plug a file system", e)),
-        }
+        };
+        self.failpoints.around("VMM: plug a file system", plugged).await
     }
 
     /// Asks the guest to have this much memory; answered before it has followed.
     pub(crate) async fn resize_memory(&self, memory_mib: u32) -> Result<(), Error> {
-        match self.call(Request::ResizeMemory { memory_mib }, None).await {
-            Ok(_) => Ok(()),
-            Err(ClientError::Refused(e @ vmm_api::Error::Memory { .. })) => {
-                Err(Error::OutOfRange { message: e.to_string() })
+        let resized = async {
+            match self.call(Request::ResizeMemory { memory_mib }, None).await {
+                Ok(_) => Ok(()),
+                Err(ClientError::Refused(e @ vmm_api::Error::Memory { .. })) => {
+                    Err(Error::OutOfRange { message: e.to_string() })
+                }
+                Err(e) => Err(failed("resize memory", e)),
             }
-            Err(e) => Err(failed("resize memory", e)),
-        }
+        };
+        self.failpoints.around("VMM: resize memory", resized).await
     }
 
     /// Pulls a device; one that is not there is fine.
     pub(crate) async fn remove_device(&self, id: &str) -> Result<(), Error> {
-        match self.call(Request::RemoveDevice { id: id.to_owned() }, None).await {
-            Ok(_) | Err(ClientError::Refused(vmm_api::Error::NoSuchDevice { .. })) => Ok(()),
-            Err(e) => Err(failed("pull a device", e)),
-        }
+        let pulled = async {
+            match self.call(Request::RemoveDevice { id: id.to_owned() }, None).await {
+                Ok(_) | Err(ClientError::Refused(vmm_api::Error::NoSuchDevice { .. })) => Ok(()),
+                Err(e) => Err(failed("pull a device", e)),
+            }
+        };
+        self.failpoints.around("VMM: pull a device", pulled).await
     }
 }
 

@@ -224,25 +224,30 @@ async fn run(
     let stdin_end = session.stdin_end;
     let input = input(stdin, session.stdin.take(), stdin_end);
     let (out, err) = (session.stdout.take(), session.stderr.take());
-    let outputs = async { tokio::join!(output(out, stdout), output(err, stderr)) };
+    let outputs = async {
+        let (out, err) = tokio::join!(output(out, stdout), output(err, stderr));
+        // Part of the output must not be taken for all of it.
+        out.and(err).map_err(|e| format!("output of the process is lost: {e}"))
+    };
     let wait_and_resize = wait_and_resize(&mut session, &mut sizes);
     let over = async {
         if !attached {
-            let (end, _) = tokio::join!(wait_and_resize, outputs);
-            return match end {
-                Ok(code) => Outcome::Exited(code),
-                Err(e) => Outcome::Failed(format!("error executing command in container: {e}")),
+            let (end, read) = tokio::join!(wait_and_resize, outputs);
+            return match (end, read) {
+                (Ok(code), Ok(())) => Outcome::Exited(code),
+                (Ok(_), Err(lost)) => Outcome::Failed(lost),
+                (Err(e), _) => {
+                    Outcome::Failed(format!("error executing command in container: {e}"))
+                }
             };
         }
         tokio::pin!(outputs);
-        tokio::select! {
-            _ = &mut outputs, if has_output => {}
-            _ = wait_and_resize => {
-                // Output that was written before the exit is still sent.
-                outputs.await;
-            }
-        }
-        Outcome::Done
+        let read = tokio::select! {
+            read = &mut outputs, if has_output => read,
+            // Output that was written before the exit is still sent.
+            _ = wait_and_resize => outputs.await,
+        };
+        read.map_or_else(Outcome::Failed, |()| Outcome::Done)
     };
     tokio::select! {
         outcome = over => outcome,
@@ -291,21 +296,16 @@ async fn input(from: Option<Incoming>, to: Option<ByteWriter>, at_end: StdinEnd)
     std::future::pending::<()>().await;
 }
 
-/// Copies a process's output. Output that the client did not request is read and dropped, otherwise
-/// the process would block.
-async fn output(from: Option<ByteReader>, to: &Option<Outgoing>) {
-    let Some(mut from) = from else { return };
+/// Copies a process's output to its end. Output that the client did not request is read and dropped,
+/// otherwise the process would block.
+async fn output(from: Option<ByteReader>, to: &Option<Outgoing>) -> std::io::Result<()> {
+    let Some(mut from) = from else { return Ok(()) };
     let mut to = to.as_ref();
     let mut bytes = BytesMut::new();
     loop {
         bytes.reserve(CHUNK);
-        match from.read_buf(&mut bytes).await {
-            Ok(0) => return,
-            Ok(_) => {}
-            Err(error) => {
-                tracing::debug!(%error, "cannot read the output of the process");
-                return;
-            }
+        if from.read_buf(&mut bytes).await? == 0 {
+            return Ok(());
         }
         let chunk = bytes.split().freeze();
         if let Some(client) = to

@@ -14,6 +14,9 @@ pub const SHARES_MAX: usize = 256;
 /// Longest name, bytes.
 pub const NAME_MAX: usize = 64;
 
+/// Request queues that a server of this release can serve; a VMM with fewer vCPUs offers fewer.
+pub const REQUEST_QUEUES_MAX: u16 = 8;
+
 /// Suffix of a share's name: the guest must not cache anything of it.
 pub const STRICT: &str = ".strict";
 /// Suffix of a share's name, possibly before [`STRICT`]: mounts that the host makes later below it

@@ -149,7 +149,7 @@ impl Parts {
         let worker = thread_init(&filters, exit, Role::Worker);
         let granted = layout.hotplug.clone().map_or_else(Granted::all, Granted::with_hotplug);
         let memory = (ram, granted.clone());
-        let devices = Devices::new(bus.clone(), memory, interrupts, doorbells, worker)
+        let devices = Devices::new(bus.clone(), memory, interrupts, doorbells, count, worker)
             .map_err(|source| AssembleError::Device { id: "worker".to_owned(), source })?;
         let added = |id: &str, result: Result<String, vmm_api::Error>| {
             let id = id.to_owned();

@@ -25,6 +25,7 @@ use virtio::pci::{DeviceView, VirtioPci, vector_count};
 use virtio::rng::Rng;
 use virtio::vsock::Vsock;
 use virtio::{DeviceKind, Granted, VirtioDevice, Worker, WorkerHandle};
+use vmm_api::shares::REQUEST_QUEUES_MAX;
 use vmm_api::{DeviceStatus, Error};
 
 use crate::console::Console;
@@ -40,6 +41,8 @@ pub struct Devices {
     granted: Granted,
     interrupts: Interrupts,
     doorbells: Arc<dyn pci::Doorbells>,
+    /// vCPUs that the VM can have.
+    vcpus_max: u16,
     disk: Worker,
     net: Worker,
     plugged: Mutex<Vec<Plugged>>,
@@ -88,6 +91,7 @@ impl Devices {
         (ram, granted): (Ram, Granted),
         interrupts: Interrupts,
         doorbells: machine::interrupts::Doorbells,
+        vcpus_max: u8,
         init: impl Fn() + Send + Clone + 'static,
     ) -> Result<Self, Error> {
         let worker = |name: &str| Worker::spawn(name, init.clone()).map_err(|e| failed(&e));
@@ -97,6 +101,7 @@ impl Devices {
             granted,
             interrupts,
             doorbells: Arc::new(glue::Doorbells(doorbells)),
+            vcpus_max: vcpus_max.into(),
             disk: worker("disk")?,
             net: worker("net")?,
             plugged: Mutex::default(),
@@ -127,7 +132,8 @@ impl Devices {
     /// Plugs a file system (virtio-fs) that a vhost-user back end serves.
     pub fn add_fs(&self, fs: FsDevice) -> Result<String, Error> {
         let FsDevice { id, tag, backend } = fs;
-        let device = Fs::new(&tag, backend).map_err(|e| failed(&e))?;
+        let queues = self.vcpus_max.clamp(1, REQUEST_QUEUES_MAX);
+        let device = Fs::new(&tag, backend, queues).map_err(|e| failed(&e))?;
         self.plug(id, Box::new(device), true)
     }
 

@@ -54,6 +54,11 @@ const WALLS: &[(&str, &[&str], &str)] = &[
         "the life cycle meets CRI, CNI and images through ports",
     ),
     ("network", &["sandbox", "vmm-api", "agent-api", "cri"], "the network knows no VMs"),
+    (
+        "shim",
+        &["cri", "image", "streaming", "nacelle", "kvm-ioctls"],
+        "a shim is a pod of containerd and nothing else",
+    ),
     ("image", &["sandbox", "network", "cri", "vmm-api", "agent-api"], "images know no sandboxes"),
     (
         "streaming",

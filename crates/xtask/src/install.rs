@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{paths, run};
 
-/// What people run.
-const COMMANDS: &[&str] = &["nacelle", "nacelled"];
+/// What people run, and containerd.
+const COMMANDS: &[&str] = &["nacelle", "nacelled", "containerd-shim-nacelle-v2"];
 /// What nacelled starts, where its configuration looks for it; the agent of VMs is inside the
 /// initramfs, this one is that of pods without.
 const HELPERS: &[&str] = &["nacelle-vmm", "nacelle-fs", "nacelle-agent"];

@@ -130,7 +130,7 @@ fn count(part: &str, words: &[String]) -> Result<usize> {
 
 fn labs_that_fit() -> usize {
     let cpus = thread::available_parallelism().map_or(1, usize::from);
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let available_kib = meminfo
         .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"))

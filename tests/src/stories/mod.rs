@@ -18,8 +18,10 @@ mod logs;
 mod memory;
 mod network;
 mod programs;
+mod reboot;
 mod security;
 mod shared_volumes;
+mod shim;
 mod streaming;
 mod tool;
 mod trouble;
@@ -64,9 +66,11 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("trouble", trouble::STORIES),
         ("damage", damage::STORIES),
         ("programs", programs::STORIES),
+        ("reboot", reboot::STORIES),
         ("guest_kernel", guest_kernel::STORIES),
         ("tool", tool::STORIES),
         ("agent", agent::STORIES),
+        ("shim", shim::STORIES),
     ];
     rooms.iter().flat_map(|(room, stories)| stories.iter().map(move |s| (*room, *s))).collect()
 }

@@ -1,12 +1,13 @@
-//! A container's root file system: overlayfs of the image's EROFS disk and a writable layer at
-//! `<base>/containers/<id>/rootfs`. Content of the layer:
+//! A container's root file system at `<base>/containers/<id>/rootfs`: overlayfs of a lower layer (the
+//! image's EROFS disk, or a host directory shared by virtio-fs) and a writable layer. Content of the
+//! writable layer:
 //! ```text
 //! data, work     upperdir and workdir of overlayfs
 //! volumes/<n>    VOLUMEs of the image, mounted separately
 //! ```
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::images::{self, Image};
+use super::volumes::open_share;
 use crate::agent::Agent;
 use crate::blocking::{MOUNT_TIMEOUT, Pool, with_timeout};
 use crate::error::{Context, Error, Result};
@@ -24,7 +26,7 @@ use crate::guest::devices;
 use crate::guest::host_mounts::HostMounts;
 use crate::guest::quota::Limits;
 use crate::guest::scratch::{Purpose, ScratchDir};
-use crate::guest::tree::Tree;
+use crate::guest::tree::{Scope, Tree};
 use crate::guest::volumes::open_dir;
 use crate::oci::userns::UserNamespace;
 
@@ -188,9 +190,17 @@ impl Rootfs {
         wanted: &v1::RootFs,
         userns: Option<&Arc<UserNamespace>>,
     ) -> Result<()> {
-        let image = images::acquire(agent, &self.pool, &wanted.lower_serial).await?;
-        let mut lower = self.image.insert(image).path().clone();
-        if let Some(userns) = userns {
+        let mut lower = if wanted.lower_share.is_empty() {
+            let image = images::acquire(agent, &self.pool, &wanted.lower_serial).await?;
+            self.image.insert(image).path().clone()
+        } else {
+            if userns.is_some() && !wanted.lower_ids_mapped {
+                let why = "virtio-fs does not map ids into the pod's user namespace";
+                return Err(Error::invalid("rootfs.lower_share", why));
+            }
+            self.mount_share(agent, wanted).await?
+        };
+        if let Some(userns) = userns.filter(|_| wanted.lower_share.is_empty()) {
             let (image, userns) = (lower, Arc::clone(userns));
             lower = self.dir.join("lower");
             let (at, late) = (lower.clone(), lower.clone());
@@ -228,6 +238,24 @@ impl Rootfs {
         self.pool
             .run_or_undo("mount the root file system", MOUNT_TIMEOUT, join, move |()| detach(&late))
             .await
+    }
+
+    /// Mounts the lower layer that is a host directory, and returns its path.
+    async fn mount_share(&mut self, agent: &Agent, wanted: &v1::RootFs) -> Result<PathBuf> {
+        if !wanted.lower_serial.is_empty() {
+            return Err(Error::invalid("rootfs.lower_serial", "given with a share"));
+        }
+        let (id, sub_path) = (&wanted.lower_share, &wanted.lower_sub_path);
+        let operation = "open the lower layer".to_owned();
+        let place = open_share(agent, &self.pool, operation, id, sub_path).await?;
+        let lower = self.dir.join("lower");
+        let (at, late) = (lower.clone(), lower.clone());
+        self.mounted.push(lower.clone());
+        let work = move || mount_read_only(&place, &at);
+        self.pool
+            .run_or_undo("mount the lower layer", MOUNT_TIMEOUT, work, move |()| detach(&late))
+            .await?;
+        Ok(lower)
     }
 
     /// Creates the writable layer and returns its path.
@@ -305,6 +333,16 @@ impl Rootfs {
         }
         result
     }
+}
+
+/// Mounts a copy of the tree at `place`, read-only.
+fn mount_read_only(place: &OwnedFd, at: &Path) -> Result<()> {
+    let what = || format!("mount the lower layer at {}", at.display());
+    fs::create_dir_all(at).context(what)?;
+    let tree = Tree::copy(place.as_fd()).context(what)?;
+    tree.propagation(MsFlags::MS_PRIVATE).context(what)?;
+    tree.read_only(Scope::All).context(what)?;
+    tree.attach(at).context(what)
 }
 
 /// Mounts the image with ids mapped into the user namespace.

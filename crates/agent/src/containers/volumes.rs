@@ -221,19 +221,7 @@ impl StagedVolumes {
             }
             // A tmpfs in which only the agent mounts.
             v1::VolumeSource::Written => agent.lock().volumes.open(id, sub_path),
-            v1::VolumeSource::Share => {
-                agent.config.require_vm()?;
-                let wait = Arc::clone(&agent.share).lock_owned();
-                let mut share = with_timeout("lock the pod's share", MOUNT_TIMEOUT, wait).await?;
-                // The lock is held for the mount only. A path lookup may reach a mount that a
-                // container made in the share.
-                let mount = move || share.mount().map(|()| share.mount_point().to_owned());
-                let at = self.pool.run("mount the pod's share", MOUNT_TIMEOUT, mount).await?;
-                let (id, sub_path) = (id.clone(), sub_path.clone());
-                self.pool
-                    .run(&operation, LOOKUP_TIMEOUT, move || share::open(&at, &id, &sub_path))
-                    .await
-            }
+            v1::VolumeSource::Share => open_share(agent, &self.pool, operation, id, sub_path).await,
             v1::VolumeSource::HugePages => {
                 agent.config.require_vm()?;
                 let (base, id) = (agent.config.base.join("hugepages"), id.clone());
@@ -281,6 +269,25 @@ impl StagedVolumes {
         }
         result
     }
+}
+
+/// Opens an entry of the pod's share, or `sub_path` in it.
+pub(super) async fn open_share(
+    agent: &Agent,
+    pool: &Pool,
+    operation: String,
+    id: &str,
+    sub_path: &str,
+) -> Result<OwnedFd> {
+    agent.config.require_vm()?;
+    let wait = Arc::clone(&agent.share).lock_owned();
+    let mut share = with_timeout("lock the pod's share", MOUNT_TIMEOUT, wait).await?;
+    // The lock is held for the mount only. A path lookup may reach a mount that a container made in
+    // the share.
+    let mount = move || share.mount().map(|()| share.mount_point().to_owned());
+    let at = pool.run("mount the pod's share", MOUNT_TIMEOUT, mount).await?;
+    let (id, sub_path) = (id.to_owned(), sub_path.to_owned());
+    pool.run(&operation, LOOKUP_TIMEOUT, move || share::open(&at, &id, &sub_path)).await
 }
 
 /// Returns what is still mounted, and the last error.

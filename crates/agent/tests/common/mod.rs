@@ -161,7 +161,7 @@ pub async fn boot_with(kernel: &str, initramfs: &str, extra: &[&str]) -> Guest {
         match transport.client().await {
             Ok(client) => break client,
             Err(error) => {
-                assert!(start.elapsed() < 3 * TIMEOUT, "the agent does not answer: {error:?}")
+                assert!(start.elapsed() < 3 * TIMEOUT, "the agent does not answer: {error:?}");
             }
         }
         tokio::time::sleep(Duration::from_millis(50)).await;

@@ -20,7 +20,7 @@ use virtio::VirtioDevice;
 use virtio::fs::Fs;
 use virtio::mock::{MockInterrupt, MockQueue, Runner, activation, queues};
 use vm_memory_of_virtio::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
-use vmm_api::shares::{Access, Error, Reply, Request, VERSION_ACCESS};
+use vmm_api::shares::{Access, Error, REQUEST_QUEUES_MAX, Reply, Request, VERSION_ACCESS};
 use vmm_api::transport::{receive, send};
 
 pub mod op {
@@ -280,7 +280,7 @@ impl Guest {
         file.set_len(MEMORY).unwrap();
         let range = (GuestAddress(0), MEMORY as usize, Some(FileOffset::new(file, 0)));
         let mem = Arc::new(GuestMemoryMmap::from_ranges_with_files([range]).unwrap());
-        let mut device = Fs::new("test", vhost).unwrap();
+        let mut device = Fs::new("test", vhost, REQUEST_QUEUES_MAX).unwrap();
         let queues = queues(&mem, 0x1000, device.queue_sizes());
         let interrupt = Arc::new(MockInterrupt::default());
         let made = activation(&device, &queues, interrupt, device.features());
@@ -332,7 +332,9 @@ impl Guest {
         }
         request.extend(body);
         self.mem.write_slice(&request, GuestAddress(IN)).unwrap();
-        let queue = &mut self.queues[1];
+        // All request queues in turns, as a guest's CPUs use them.
+        let at = 1 + self.unique as usize % (self.queues.len() - 1);
+        let queue = &mut self.queues[at];
         queue.add(&[(IN, request.len() as u32)], &[(OUT, ROOM)]);
         queue.kick();
         let mut used = None;

@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::conf::{Network, is_name};
@@ -42,7 +41,7 @@ pub enum PodError {
 
 /// Parameters of one attachment, the same for all plugins of the chain. Stored with the pod, as DEL
 /// needs the same ones as ADD.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Params {
     pub container_id: String,
     pub interface: String,

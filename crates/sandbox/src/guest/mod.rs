@@ -21,6 +21,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Response, Status};
 
 use crate::error::Error;
+use crate::failpoint::Failpoints;
 
 pub(crate) use connect::{Door, SOCKETS, connect};
 pub(crate) use forward::{Unconnected, forward};
@@ -39,10 +40,11 @@ pub(crate) struct Guest {
     /// A connection made while waiting for the boot, for the channel's first use.
     spare: Arc<Mutex<Option<UnixStream>>>,
     deadline: Duration,
+    failpoints: Failpoints,
 }
 
 impl Guest {
-    pub(crate) fn new(door: Door, deadline: Duration) -> Self {
+    pub(crate) fn new(door: Door, deadline: Duration, failpoints: Failpoints) -> Self {
         let door = Arc::new(door);
         let spare = Arc::new(Mutex::new(None::<UnixStream>));
         let (path, first) = (door.clone(), spare.clone());
@@ -62,7 +64,7 @@ impl Guest {
         let client = AgentClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE);
-        Self { door, client, spare, deadline }
+        Self { door, client, spare, deadline, failpoints }
     }
 
     pub(crate) fn door(&self) -> &Door {
@@ -90,11 +92,15 @@ impl Guest {
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
-        match tokio::time::timeout(limit, call(self.client.clone())).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(from_status(what, &status)),
-            Err(_) => Err(Error::Deadline { what: format!("guest: {what}"), limit }),
-        }
+        let place = format!("guest: {what}");
+        let called = async {
+            match tokio::time::timeout(limit, call(self.client.clone())).await {
+                Ok(Ok(response)) => Ok(response.into_inner()),
+                Ok(Err(status)) => Err(from_status(what, &status)),
+                Err(_) => Err(Error::Deadline { what: place.clone(), limit }),
+            }
+        };
+        self.failpoints.around(&place, called).await
     }
 
     pub(crate) async fn hello(&self, limit: Duration) -> Result<HelloReply, Error> {

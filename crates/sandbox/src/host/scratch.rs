@@ -69,6 +69,13 @@ impl Scratch {
             return Ok(());
         }
         let failed = |what: &str, e| Error::io(format!("{what} {}", original.display()), e);
+        // Other processes may have the folder too. Free when it is dropped, or we are killed.
+        let lock = File::create(self.folder.join("scratch.lock")).map_err(|e| failed("lock", e))?;
+        lock.lock().map_err(|e| failed("lock", e))?;
+        if original.exists() {
+            made.insert(size);
+            return Ok(());
+        }
         let new = original.with_extension("new");
         absent_is_fine(fs::remove_file(&new)).map_err(|e| failed("clear", e))?;
         let file = OpenOptions::new()
@@ -185,7 +192,8 @@ mod tests {
             fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
         left.sort();
         let names: Vec<_> = left.iter().map(|p| p.file_name().unwrap().to_str().unwrap()).collect();
-        assert_eq!(names, ["a.img", "scratch-v2-16777216.ext4", "scratch-v2-68719476736.ext4"]);
+        let originals = ["scratch-v2-16777216.ext4", "scratch-v2-68719476736.ext4"];
+        assert_eq!(names, ["a.img", originals[0], originals[1], "scratch.lock"]);
     }
 
     #[test]

@@ -9,9 +9,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::SystemTime;
 
+use crate::failpoint::{Failpoints, When};
 use crate::host::{absent_is_fine, sync_dir};
 use crate::model::PodId;
 use crate::policy::Pod;
@@ -26,17 +26,11 @@ const NEW: [&str; 2] = ["record.new", "header.new"];
 /// A record is refused above this size: nothing we write comes near it.
 const MAX_RECORD: u64 = 64 << 20;
 
-/// Where a test may stop the world, or fail: before or after the n-th write of the journal.
-pub(crate) trait Probe: Send + Sync {
-    fn before_write(&self, pod: &Pod) -> io::Result<()>;
-    fn after_write(&self, pod: &Pod);
-}
-
 /// The records of a node.
 #[derive(Clone)]
 pub(crate) struct Journal {
     pods: PathBuf,
-    probe: Option<Arc<dyn Probe>>,
+    failpoints: Failpoints,
 }
 
 /// What stands in a pod's folder.
@@ -63,9 +57,9 @@ pub(crate) struct Unread {
 }
 
 impl Journal {
-    pub(crate) fn open(pods: PathBuf, probe: Option<Arc<dyn Probe>>) -> io::Result<Self> {
+    pub(crate) fn open(pods: PathBuf, failpoints: Failpoints) -> io::Result<Self> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&pods)?;
-        Ok(Self { pods, probe })
+        Ok(Self { pods, failpoints })
     }
 
     pub(crate) fn folder(&self, pod: &str) -> PathBuf {
@@ -80,9 +74,7 @@ impl Journal {
         if pod.unread {
             return Ok(());
         }
-        if let Some(probe) = &self.probe {
-            probe.before_write(pod)?;
-        }
+        self.failpoints.pass(When::Before, "journal: folder")?;
         let folder = self.folder(&pod.id);
         match fs::DirBuilder::new().mode(0o700).create(&folder) {
             Ok(()) => sync_dir(&self.pods)?,
@@ -91,13 +83,11 @@ impl Journal {
         }
         self.replace_header(pod)?;
         let bytes = record::encode(pod, boot_id)?;
+        self.failpoints.pass(When::Before, "journal: record")?;
         replace(&folder, "record.new", RECORD, &bytes)?;
         // One for both: it is what a start of a pod waits for.
         sync_dir(&folder)?;
-        if let Some(probe) = &self.probe {
-            probe.after_write(pod);
-        }
-        Ok(())
+        self.failpoints.pass(When::After, "journal: record")
     }
 
     /// Brings the header up to date, if it is not. Blocks.
@@ -112,12 +102,16 @@ impl Journal {
         if fs::read(folder.join(HEADER)).is_ok_and(|written| written == bytes) {
             return Ok(false);
         }
-        replace(&folder, "header.new", HEADER, &bytes).map(|()| true)
+        self.failpoints.pass(When::Before, "journal: header")?;
+        replace(&folder, "header.new", HEADER, &bytes)?;
+        self.failpoints.pass(When::After, "journal: header")?;
+        Ok(true)
     }
 
     /// Removes a pod's folder, its record and header last. Blocks.
     pub(crate) fn remove(&self, pod: &str) -> io::Result<()> {
         let folder = self.folder(pod);
+        self.failpoints.pass(When::Before, "journal: removal")?;
         let entries = match fs::read_dir(&folder) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             entries => entries?,
@@ -129,9 +123,11 @@ impl Journal {
             }
         }
         remove_any(&folder.join(RECORD))?;
+        self.failpoints.pass(When::After, "journal: removal of a record")?;
         remove_any(&folder.join(HEADER))?;
         absent_is_fine(fs::remove_dir(&folder))?;
-        sync_dir(&self.pods)
+        sync_dir(&self.pods)?;
+        self.failpoints.pass(When::After, "journal: removal")
     }
 
     /// Reads all records. Blocks.

@@ -1,6 +1,12 @@
 //! A pod as it stands on disk. These types change with [`VERSION`] only; the live ones
-//! ([`crate::policy`]) may change at will, and forgetting a field does not compile: both directions
-//! name every one.
+//! ([`crate::policy`], [`crate::model`], [`crate::ports`]) may change at will, and forgetting a field
+//! does not compile: both directions name every one. No live type and none of another crate is in a
+//! record, except those of std; the OCI runtime spec is in it as JSON ([`container`]).
+
+mod container;
+mod network;
+mod pod_spec;
+mod same;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -8,13 +14,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use oci_spec::runtime::LinuxResources;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::model::{ContainerSpec, ExitView, Identity, Meta, PodSpec, ShareUse, TracePhase};
-use crate::policy::{Container, ContainerPhase, Effect, EmptyDirs, Phase, Pod};
+use self::container::StoredContainer;
+use self::network::StoredAttachment;
+use self::pod_spec::{StoredMeta, StoredPodSpec};
+use self::same::{all, same_fields, same_variants};
+use crate::model::{Meta, PodSpec, TracePhase};
+use crate::policy::{Container, Effect, EmptyDirs, Phase, Pod};
 use crate::ports::Attachment;
 
 /// Of this layout. A record of another one is not read, and its pod is shown as not ready.
@@ -26,6 +35,8 @@ pub(crate) enum BadRecord {
     Version { got: u32 },
     #[error("record is unreadable")]
     Json(#[from] serde_json::Error),
+    #[error("OCI {what} of container {container} is not understood")]
+    Oci { what: &'static str, container: String, source: serde_json::Error },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -48,15 +59,15 @@ struct Record {
     netns: PathBuf,
     ledger: Vec<StoredEffect>,
     #[serde(default)]
-    attachment: Attachment,
+    attachment: StoredAttachment,
     #[serde(default)]
     kernel_release: String,
     #[serde(default)]
-    trace: Vec<TracePhase>,
+    trace: Vec<StoredTracePhase>,
     /// Pods of former releases have all of them shared.
     #[serde(default)]
     empty_dirs: StoredEmptyDirs,
-    spec: PodSpec,
+    spec: StoredPodSpec,
     containers: Vec<StoredContainer>,
 }
 
@@ -90,43 +101,10 @@ enum StoredEffect {
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum StoredContainerPhase {
-    Creating,
-    Present,
-    Removing,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StoredContainer {
-    id: String,
-    phase: StoredContainerPhase,
-    created_at: SystemTime,
-    started_at: Option<SystemTime>,
-    exit: Option<StoredExit>,
-    #[serde(default)]
-    drained: bool,
-    #[serde(default)]
-    oom: bool,
-    #[serde(default)]
-    log_path: PathBuf,
-    #[serde(default)]
-    resources: LinuxResources,
-    user: Option<Identity>,
-    #[serde(default)]
-    shares: Vec<ShareUse>,
-    spec: ContainerSpec,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StoredExit {
-    code: i32,
-    oom_killed: bool,
-    at: SystemTime,
-    reason: String,
-    message: String,
+struct StoredTracePhase {
+    name: String,
+    start_us: u64,
+    duration_us: u64,
 }
 
 pub(crate) fn encode(pod: &Pod, boot_id: &str) -> io::Result<Vec<u8>> {
@@ -142,7 +120,7 @@ pub(crate) fn encode(pod: &Pod, boot_id: &str) -> io::Result<Vec<u8>> {
         attachment,
         kernel_release,
         trace,
-        empty_dirs: EmptyDirs { in_guest, shared },
+        empty_dirs,
         containers,
         // Such a pod is never written.
         unread: _,
@@ -156,13 +134,16 @@ pub(crate) fn encode(pod: &Pod, boot_id: &str) -> io::Result<Vec<u8>> {
         reason,
         uid,
         netns,
-        ledger: ledger.into_iter().map(Into::into).collect(),
-        attachment: (*attachment).clone(),
+        ledger: all(ledger),
+        attachment: Arc::unwrap_or_clone(attachment).into(),
         kernel_release,
-        trace,
-        empty_dirs: StoredEmptyDirs { in_guest, shared },
-        spec: (*spec).clone(),
-        containers: containers.into_values().map(Into::into).collect(),
+        trace: all(trace),
+        empty_dirs: empty_dirs.into(),
+        spec: Arc::unwrap_or_clone(spec).into(),
+        containers: containers
+            .into_values()
+            .map(StoredContainer::try_from)
+            .collect::<Result<Vec<_>, _>>()?,
     };
     Ok(serde_json::to_vec(&record)?)
 }
@@ -186,24 +167,26 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pod, String), BadRecord> {
         attachment,
         kernel_release,
         trace,
-        empty_dirs: StoredEmptyDirs { in_guest, shared },
+        empty_dirs,
         spec,
         containers,
     } = serde_json::from_slice(bytes)?;
+    let containers = containers.into_iter().map(Container::try_from);
+    let containers = containers.map(|container| container.map(|c| (c.id.clone(), c)));
     let pod = Pod {
         id,
-        spec: Arc::new(spec),
+        spec: Arc::new(spec.into()),
         created_at,
         phase: phase.into(),
         reason,
         uid,
         netns,
-        ledger: ledger.into_iter().map(Into::into).collect(),
-        attachment: Arc::new(attachment),
+        ledger: all(ledger),
+        attachment: Arc::new(attachment.into()),
         kernel_release,
-        trace,
-        empty_dirs: EmptyDirs { in_guest, shared },
-        containers: containers.into_iter().map(|c| (c.id.clone(), c.into())).collect(),
+        trace: all(trace),
+        empty_dirs: empty_dirs.into(),
+        containers: containers.collect::<Result<_, _>>()?,
         unread: false,
     };
     Ok((pod, boot_id))
@@ -239,35 +222,15 @@ pub(crate) fn rescue(bytes: &[u8], id: &str) -> Rescued {
         uid: field(&record, "uid"),
         netns: field(&record, "netns"),
         ledger: known.map(Effect::from).collect(),
-        attachment: field(&record, "attachment"),
-        meta: record.get("spec").and_then(|spec| field(spec, "meta")),
-        spec: field(&record, "spec"),
+        attachment: field::<StoredAttachment>(&record, "attachment").map(Into::into),
+        meta: record.get("spec").and_then(|spec| field::<StoredMeta>(spec, "meta")).map(Into::into),
+        spec: field::<StoredPodSpec>(&record, "spec").map(Into::into),
     }
 }
 
-impl From<Phase> for StoredPhase {
-    fn from(phase: Phase) -> Self {
-        match phase {
-            Phase::Starting => Self::Starting,
-            Phase::Ready => Self::Ready,
-            Phase::Stopping => Self::Stopping,
-            Phase::NotReady => Self::NotReady,
-            Phase::Removing => Self::Removing,
-        }
-    }
-}
-
-impl From<StoredPhase> for Phase {
-    fn from(phase: StoredPhase) -> Self {
-        match phase {
-            StoredPhase::Starting => Self::Starting,
-            StoredPhase::Ready => Self::Ready,
-            StoredPhase::Stopping => Self::Stopping,
-            StoredPhase::NotReady => Self::NotReady,
-            StoredPhase::Removing => Self::Removing,
-        }
-    }
-}
+same_variants!(StoredPhase = Phase { Starting, Ready, Stopping, NotReady, Removing });
+same_fields!(StoredEmptyDirs = EmptyDirs { in_guest, shared });
+same_fields!(StoredTracePhase = TracePhase { name, start_us, duration_us });
 
 impl From<Effect> for StoredEffect {
     fn from(effect: Effect) -> Self {
@@ -293,97 +256,6 @@ impl From<StoredEffect> for Effect {
             StoredEffect::ScratchDisk { path } => Self::ScratchDisk { path },
             StoredEffect::FileServer { pid, started } => Self::FileServer { pid, started },
             StoredEffect::ContainerFiles { container } => Self::ContainerFiles { container },
-        }
-    }
-}
-
-impl From<Container> for StoredContainer {
-    fn from(container: Container) -> Self {
-        let Container {
-            id,
-            spec,
-            phase,
-            created_at,
-            started_at,
-            exit,
-            drained,
-            oom,
-            log_path,
-            resources,
-            user,
-            shares,
-        } = container;
-        let phase = match phase {
-            ContainerPhase::Creating => StoredContainerPhase::Creating,
-            ContainerPhase::Present => StoredContainerPhase::Present,
-            ContainerPhase::Removing => StoredContainerPhase::Removing,
-        };
-        let exit = exit.map(|ExitView { code, oom_killed, at, reason, message }| StoredExit {
-            code,
-            oom_killed,
-            at,
-            reason,
-            message,
-        });
-        let spec = (*spec).clone();
-        Self {
-            id,
-            phase,
-            created_at,
-            started_at,
-            exit,
-            drained,
-            oom,
-            log_path,
-            resources,
-            user,
-            shares,
-            spec,
-        }
-    }
-}
-
-impl From<StoredContainer> for Container {
-    fn from(stored: StoredContainer) -> Self {
-        let StoredContainer {
-            id,
-            phase,
-            created_at,
-            started_at,
-            exit,
-            drained,
-            oom,
-            log_path,
-            resources,
-            user,
-            shares,
-            spec,
-        } = stored;
-        let phase = match phase {
-            StoredContainerPhase::Creating => ContainerPhase::Creating,
-            StoredContainerPhase::Present => ContainerPhase::Present,
-            StoredContainerPhase::Removing => ContainerPhase::Removing,
-        };
-        let exit = exit.map(|StoredExit { code, oom_killed, at, reason, message }| ExitView {
-            code,
-            oom_killed,
-            at,
-            reason,
-            message,
-        });
-        Self {
-            id,
-            spec: Arc::new(spec),
-            phase,
-            created_at,
-            started_at,
-            exit,
-            drained,
-            oom,
-            log_path,
-            resources,
-            user,
-            shares,
         }
     }
 }

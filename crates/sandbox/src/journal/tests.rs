@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use super::*;
 use crate::model::{
     Access, BlockDevice, ExitView, Identity, Propagation, ShareUse, Volume, VolumeSource,
@@ -7,7 +9,7 @@ use crate::ports::Attachment;
 
 fn journal() -> (tempfile::TempDir, Journal) {
     let dir = tempfile::tempdir().unwrap();
-    let journal = Journal::open(dir.path().join("pods"), None).unwrap();
+    let journal = Journal::open(dir.path().join("pods"), Default::default()).unwrap();
     (dir, journal)
 }
 
@@ -315,6 +317,125 @@ fn the_record_is_written_as_the_fixture_has_it() {
 fn the_fixture_is_read_as_it_was_meant() {
     let (pod, boot_id) = record::decode(V2.as_bytes()).unwrap();
     assert_eq!((view_of_all(&pod), boot_id.as_str()), (view_of_all(&golden()), "boot"));
+}
+
+/// As [`golden`], with something in every field that it leaves empty, and one of each kind.
+fn full() -> Pod {
+    use crate::model::*;
+    let text = |text: &str| text.to_owned();
+    let mut pod = golden();
+    pod.reason = text("why");
+    let spec = Arc::make_mut(&mut pod.spec);
+    let (namespace, uid) = (text("prod"), text("1-2"));
+    let annotations = [(text("note"), text("x"))].into();
+    spec.meta = Meta { namespace, uid, attempt: 1, annotations, ..spec.meta.clone() };
+    (spec.handler, spec.cgroup_parent) = (text("vm"), text("/kubepods/pod1"));
+    spec.log_directory = text("/var/log/pods/p");
+    spec.sysctls = [(text("net.core.somaxconn"), text("9"))].into();
+    let (servers, searches, options) = (vec![text("1.1.1.1")], vec![text("a.b")], vec![text("o")]);
+    spec.dns = Dns { servers, searches, options };
+    spec.ports = [
+        (Protocol::Tcp, None),
+        (Protocol::Udp, Some("127.0.0.1".parse().unwrap())),
+        (Protocol::Sctp, Some("::1".parse().unwrap())),
+    ]
+    .map(|(protocol, host_ip)| PortMapping { protocol, container_port: 1, host_port: 2, host_ip })
+    .into();
+    (spec.vcpus, spec.memory_mib) = (Some(2), Some(512));
+    spec.cpu = CpuLimits { quota_us: Some(1), period_us: Some(2), shares: Some(3) };
+    spec.host = Some(HostNamespaces { network: true, pid: false, ipc: true });
+    let attachment = Arc::make_mut(&mut pod.attachment);
+    attachment.routes[0].destination = text("10.0.0.0/8");
+    attachment.addresses.push("fd00::2".parse().unwrap());
+    let container = pod.containers.get_mut("c").unwrap();
+    container.resources = serde_json::from_value(serde_json::json!({
+        "memory": { "limit": 1 << 30, "swap": 1 << 31 },
+        "cpu": { "shares": 512, "quota": 1000, "period": 2000, "cpus": "0-1" },
+        "pids": { "limit": 99 },
+        "unified": { "memory.high": "7" },
+    }))
+    .unwrap();
+    let spec = Arc::make_mut(&mut container.spec);
+    spec.meta = Meta { name: text("web"), attempt: 2, ..spec.meta.clone() };
+    spec.meta.labels = [(text("l"), text("v"))].into();
+    spec.oci = serde_json::from_value(serde_json::json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "args": ["sh", "-c", "x"], "env": ["A=1"], "cwd": "/srv", "terminal": true,
+            "user": { "uid": 1, "gid": 2, "additionalGids": [3] },
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 2, "soft": 1 }],
+            "noNewPrivileges": true,
+        },
+        "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+        "annotations": { "a": "b" },
+        "linux": { "namespaces": [{ "type": "mount" }], "maskedPaths": ["/proc/kcore"] },
+    }))
+    .unwrap();
+    (spec.user, spec.pid) = (text("app:web"), PidMode::Target(text("d")));
+    (spec.stdin, spec.stdin_once, spec.tty, spec.strict_groups) = (true, true, true, true);
+    (spec.log_path, spec.image_name, spec.image_id) = (text("c/0.log"), text("web:1"), text("sha"));
+    spec.stop_signal = 3;
+    spec.volumes[0].access = Access::ReadWrite;
+    spec.volumes[0].propagation = Propagation::Bidirectional;
+    spec.volumes[1].access = Access::ReadOnlyRecursive;
+    spec.volumes[1].propagation = Propagation::Private;
+    container.shares[0].ids = text("0 100000 65536");
+    container.shares[0].sub_path = text("a/b");
+    let phases =
+        [(ContainerPhase::Creating, PidMode::Pod), (ContainerPhase::Removing, PidMode::Node)];
+    for (phase, pid) in phases {
+        let mut other = samples::container(&format!("{phase:?}"));
+        let spec = Arc::make_mut(&mut other.spec);
+        spec.oci = serde_json::from_value(serde_json::json!({ "ociVersion": "1.0.2" })).unwrap();
+        (spec.pid, spec.rootfs.read_only) = (pid, true);
+        other.phase = phase;
+        pod.containers.insert(other.id.clone(), other);
+    }
+    pod
+}
+
+/// Bytes that the last release has written whose records were made of its live types.
+const V2_FULL: &[u8] = include_bytes!("fixtures/v2-full.json");
+/// A header as it is written: of each release's own, readers take what they know.
+const HEADER_V1: &[u8] = include_bytes!("fixtures/header-v1.json");
+
+#[test]
+fn every_field_is_written_and_read_as_the_release_before_did() {
+    assert_eq!(record::encode(&full(), "boot").unwrap(), V2_FULL);
+    let (pod, _) = record::decode(V2_FULL).unwrap();
+    assert_eq!(view_of_all(&pod), view_of_all(&full()));
+    assert_eq!(record::encode(&pod, "boot").unwrap(), V2_FULL);
+    let header = Header::of(&full());
+    assert_eq!(serde_json::to_vec(&header).unwrap(), HEADER_V1);
+    assert_eq!(Header::decode(HEADER_V1, "pod"), Some(header));
+}
+
+#[test]
+fn every_phase_and_a_pod_with_nothing_come_back() {
+    use crate::policy::Phase;
+    for phase in [Phase::Starting, Phase::Ready, Phase::Stopping, Phase::NotReady, Phase::Removing]
+    {
+        for pod in [full(), samples::pod()] {
+            let pod = Pod { phase, ..pod };
+            let (read, _) = record::decode(&record::encode(&pod, "boot").unwrap()).unwrap();
+            assert_eq!(view_of_all(&read), view_of_all(&pod));
+        }
+    }
+}
+
+#[test]
+fn a_part_of_the_oci_spec_that_is_not_understood_is_named_and_the_rest_is_rescued() {
+    let mut value: serde_json::Value = serde_json::from_slice(V2_FULL).unwrap();
+    value["containers"][0]["spec"]["oci"]["process"] = 5.into();
+    let error = record::decode(value.to_string().as_bytes()).unwrap_err().to_string();
+    assert!(error.contains("spec of container"), "{error}");
+    assert_eq!(record::rescue(value.to_string().as_bytes(), "pod").ledger, full().ledger);
+    value["containers"][0]["spec"]["oci"] = serde_json::json!({ "ociVersion": "1.0.2" });
+    value["containers"][0]["resources"] = 5.into();
+    let error = record::decode(value.to_string().as_bytes()).unwrap_err().to_string();
+    assert!(error.contains("resources of container"), "{error}");
+    value["containers"][0].as_object_mut().unwrap().remove("resources").unwrap();
+    assert!(record::decode(value.to_string().as_bytes()).is_ok());
 }
 
 #[test]

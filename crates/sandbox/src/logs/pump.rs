@@ -78,26 +78,38 @@ pub(crate) struct LogHandle {
     orders: mpsc::Sender<Order>,
     drained: watch::Receiver<bool>,
     flow: watch::Receiver<Flow>,
+    writes: Pool,
 }
 
 impl LogHandle {
     pub(crate) async fn reopen(&self) -> Result<(), Error> {
         let (reply, answer) = oneshot::channel();
-        self.order(Order::Reopen(reply), answer)
-            .await?
-            .map_err(|e| Error::io("reopen the container's log", e))
+        let what = "reopen the container's log";
+        self.order(what, Order::Reopen(reply), answer).await?.map_err(|e| Error::io(what, e))
     }
 
     /// Output from now on: stdout, and stderr unless it is a tty.
     pub(crate) async fn attach(&self) -> Result<(ByteReader, Option<ByteReader>), Error> {
         let (reply, answer) = oneshot::channel();
-        self.order(Order::Attach(reply), answer).await
+        self.order("join the container's output", Order::Attach(reply), answer).await
     }
 
-    async fn order<T>(&self, order: Order, answer: oneshot::Receiver<T>) -> Result<T, Error> {
+    /// Fails when the answer does not come in time: the log's file system may hang.
+    async fn order<T>(
+        &self,
+        what: &str,
+        order: Order,
+        answer: oneshot::Receiver<T>,
+    ) -> Result<T, Error> {
         let gone = || Error::precondition("the container's output has ended");
-        self.orders.send(order).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())
+        let answered = async {
+            self.orders.send(order).await.map_err(|_| gone())?;
+            answer.await.map_err(|_| gone())
+        };
+        match tokio::time::timeout(self.writes.limit(), answered).await {
+            Ok(answer) => answer,
+            Err(_) => Err(self.writes.late(what)),
+        }
     }
 
     /// Resolves when both streams have ended and stand in the log.
@@ -144,8 +156,9 @@ fn start_with(source: Source, sink: Sink) -> LogHandle {
     let (drained_tx, drained) = watch::channel(false);
     let streams = if source.tty { 1 } else { 2 };
     let (flow_tx, flow) = watch::channel(Flow { joining: streams, writing: false });
+    let writes = source.writes.clone();
     tokio::spawn(run(source, sink, receiver, drained_tx, flow_tx));
-    LogHandle { orders, drained, flow }
+    LogHandle { orders, drained, flow, writes }
 }
 
 struct Chunk {
@@ -384,6 +397,8 @@ impl Pump {
 
     async fn obey(&mut self, order: Order) {
         match order {
+            // Who asked was told that it did not come to that, and may have moved the file back.
+            Order::Reopen(reply) if reply.is_closed() => {}
             Order::Reopen(reply) => {
                 let Some(mut writer) = self.writer.take() else { return };
                 let (writer, result) = self

@@ -215,6 +215,17 @@ fn take_up_sidecar(path: &Path) -> io::Result<(File, Option<State>)> {
 mod tests {
     use super::*;
 
+    /// As it is written; a change of it needs another magic.
+    const V1: &[u8; SIDECAR] = include_bytes!("fixtures/sidecar-v1.bin");
+
+    #[test]
+    fn the_sidecar_is_written_and_read_as_the_fixture_has_it() {
+        let progress = Progress { stdout: 200, stderr: 100, ended: 1 };
+        let state = State { inode: 0x1122_3344_5566_7788, length: 300, progress };
+        assert_eq!(state.encode(), *V1);
+        assert_eq!(State::decode(V1), Some(state));
+    }
+
     struct Place {
         dir: tempfile::TempDir,
     }

@@ -123,7 +123,8 @@ async fn make_and_plug(
     if !written {
         // A tmpfs is enough for what the guest itself makes in it.
     } else if handle.machine.host().is_some() {
-        layer = host_pod::make_layer(handle.paths.layer(id)).await?;
+        let made = host_pod::make_layer(handle.paths.layer(id));
+        layer = handle.node.failpoints.around("host: make a layer", made).await?;
     } else if handle.pod().has_scratch_disk() {
         scratch = Some(v1::ScratchLayer { bytes: size, inodes: size / INODE_RATIO });
     } else {
@@ -148,9 +149,17 @@ async fn create(
     let made = disks.insert(make_disks(handle, id, spec)).await;
     *disks = None;
     let (layer, scratch) = made.map_err(|e| Error::Internal(e.into()))??;
-    let Prepared { mounts, synced } = volumes::prepare(handle, id, spec).await?;
+    let Prepared { mounts, synced, lower } = volumes::prepare(handle, id, spec).await?;
+    let lower_serial = match lower {
+        Some(_) => String::new(),
+        None => handle.machine.image(&spec.rootfs.image),
+    };
+    let lower = lower.unwrap_or_default();
     let rootfs = v1::RootFs {
-        lower_serial: handle.machine.image(&spec.rootfs.image),
+        lower_serial,
+        lower_share: lower.share,
+        lower_sub_path: lower.sub_path,
+        lower_ids_mapped: lower.ids_mapped,
         upper_serial: layer,
         read_only: spec.rootfs.read_only,
         volumes: spec.rootfs.volumes.clone(),
@@ -170,11 +179,17 @@ async fn create(
 
 /// Begins the container's log. One that cannot be opened is an error of the creation.
 async fn start_log(handle: &Handle, container: &Container) -> Result<(), Error> {
+    if handle.node.config.caller_reads_output {
+        return Ok(());
+    }
     let (source, Place { path, sidecar }) = output(handle, container);
     let shown = container.log_path.display().to_string();
     let what = format!("open the container's log {shown}");
-    let writer = handle.log_writes.look(what, move || LogWriter::open(path, &sidecar)).await?;
-    let writer = writer.map_err(|e| Error::io(format!("open the container's log {shown}"), e))?;
+    let opened = async {
+        let writer = handle.log_writes.look(what, move || LogWriter::open(path, &sidecar)).await?;
+        writer.map_err(|e| Error::io(format!("open the container's log {shown}"), e))
+    };
+    let writer = handle.node.failpoints.around("host: open a log", opened).await?;
     handle.set_log(&container.id, logs::start(source, writer));
     Ok(())
 }
@@ -288,7 +303,7 @@ pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
 
 /// Removes a container's files, then the container from the journal, then its name.
 pub(super) async fn forget(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
-    remove_files(&handle.paths, id).await?;
+    remove_files(handle, id).await?;
     handle.commit(vec![Change::ContainerGone { id: id.to_owned() }]).await?;
     if handle.pod().phase == Phase::Ready {
         cpuset::pin_again(handle).await;

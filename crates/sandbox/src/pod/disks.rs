@@ -45,7 +45,9 @@ fn images(spec: &ContainerSpec) -> impl Iterator<Item = &Path> {
         VolumeSource::Image { image, .. } => Some(image.as_path()),
         _ => None,
     });
-    std::iter::once(spec.rootfs.image.as_path()).chain(volumes)
+    // Empty: a folder of the host instead.
+    let rootfs = Some(spec.rootfs.image.as_path()).filter(|image| !image.as_os_str().is_empty());
+    rootfs.into_iter().chain(volumes)
 }
 
 /// Disks of a container that others may use as well.

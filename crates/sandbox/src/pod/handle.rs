@@ -170,12 +170,12 @@ impl Handle {
             Some(namespaces) => (Machine::Host(namespaces), Door::Folder(paths.state_dir.clone())),
             None => {
                 let limit = node.config.vmm_call_deadline();
-                let vmm = Vmm::new(paths.control.clone(), limit);
+                let vmm = Vmm::new(paths.control.clone(), limit, node.failpoints.clone());
                 (Machine::Vm(vmm), Door::Vsock(paths.vsock.clone()))
             }
         };
         Self {
-            guest: Guest::new(door, node.config.guest_call_deadline()),
+            guest: Guest::new(door, node.config.guest_call_deadline(), node.failpoints.clone()),
             machine,
             closing: node.shutdown.child_token(),
             gate: Arc::default(),

@@ -32,11 +32,11 @@ pub(super) fn program(
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
     let root = paths.state_dir.join(ROOT);
     for folder in [&paths.state_dir, &paths.folder, &root] {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .map_err(|e| failed("make", folder, e))?;
+        node.failpoints.around_blocking("host: make a pod's folder", || {
+            let mut folders = fs::DirBuilder::new();
+            let made = folders.recursive(true).mode(0o700).create(folder);
+            made.map_err(|e| failed("make", folder, e))
+        })?;
     }
     let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&paths.log);
     let log = log.map_err(|e| failed("create", &paths.log, e))?;
@@ -61,7 +61,9 @@ pub(super) fn program(
         pid: own.pid,
         ipc: own.ipc,
     };
-    let cgroup = cgroup::make(leaf).map_err(|e| failed("make cgroup", leaf, e))?;
+    let cgroup = node.failpoints.around_blocking("host: make the cgroup", || {
+        cgroup::make(leaf).map_err(|e| failed("make cgroup", leaf, e))
+    })?;
     Ok(Program {
         exe: node.config.agent(),
         args: start.to_args(),

@@ -21,7 +21,9 @@ use crate::policy::{Change, Container, ContainerPhase};
 /// and so on.
 const FIND_FIRST: Duration = Duration::from_millis(if cfg!(test) { 5 } else { 100 });
 const FIND_MOST: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_millis(500);
+/// The same of a guest that cannot be re-attached to: it may speak no protocol of ours for ever.
+const REATTACH_FIRST: Duration = Duration::from_millis(250);
+const REATTACH_MOST: Duration = Duration::from_secs(30);
 const SIGKILL: u32 = 9;
 
 /// The VMM of the journal, if it still runs; if not, the pod is told so. None as well when `cancel`
@@ -54,7 +56,7 @@ async fn find_again<T>(
     pod: &str,
     mut find: impl FnMut() -> std::io::Result<Option<T>>,
 ) -> Option<T> {
-    let mut pause = FIND_FIRST;
+    let mut pauses = Pauses::new(FIND_FIRST, FIND_MOST);
     loop {
         match find() {
             Ok(found) => return found,
@@ -62,14 +64,31 @@ async fn find_again<T>(
                 tracing::error!(pod, %error, "cannot look for the pod's VMM, will try again");
             }
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(FIND_MOST);
+        tokio::time::sleep(pauses.next()).await;
+    }
+}
+
+/// Each twice as long as the one before, up to the longest.
+struct Pauses {
+    next: Duration,
+    longest: Duration,
+}
+
+impl Pauses {
+    fn new(first: Duration, longest: Duration) -> Self {
+        Self { next: first, longest }
+    }
+
+    fn next(&mut self) -> Duration {
+        let following = (self.next * 2).min(self.longest);
+        std::mem::replace(&mut self.next, following)
     }
 }
 
 /// Brings journal and guest together. Returns when that is done; a guest that does not answer is
 /// the pings' business.
 pub(super) async fn reattach(handle: &Arc<Handle>) {
+    let mut pauses = Pauses::new(REATTACH_FIRST, REATTACH_MOST);
     loop {
         match try_reattach(handle).await {
             Ok(()) => {
@@ -78,7 +97,7 @@ pub(super) async fn reattach(handle: &Arc<Handle>) {
             }
             Err(error) => {
                 tracing::warn!(pod = handle.id, %error, "cannot re-attach yet");
-                tokio::time::sleep(PAUSE).await;
+                tokio::time::sleep(pauses.next()).await;
             }
         }
     }
@@ -108,7 +127,7 @@ async fn try_reattach(handle: &Arc<Handle>) -> Result<(), Error> {
 
 /// Waits for nothing but the journal: trouble of one container is not that of the others.
 async fn take_up(handle: &Arc<Handle>, container: &Container, process: Option<&v1::Process>) {
-    if handle.log(&container.id).is_none() {
+    if handle.log(&container.id).is_none() && !handle.node.config.caller_reads_output {
         resume_log(handle, container);
     }
     if container.exit.is_some() {
@@ -187,6 +206,13 @@ async fn end_orphaned_execs(handle: &Handle, processes: &[v1::Process]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_that_cannot_be_reattached_to_is_asked_less_and_less_often() {
+        let mut pauses = Pauses::new(REATTACH_FIRST, REATTACH_MOST);
+        let told: Vec<_> = (0..9).map(|_| pauses.next().as_millis()).collect();
+        assert_eq!(told, [250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000]);
+    }
 
     #[tokio::test]
     async fn an_error_of_the_search_for_a_vm_is_no_answer() {

@@ -97,11 +97,15 @@ pub(super) async fn run_pod(
         if !own_network {
             return Ok(Attachment::default());
         }
-        let attached = node.network.attach(&pod.id, &pod.spec).await;
+        let attached = async {
+            let attached = node.network.attach(&pod.id, &pod.spec).await;
+            attached.map_err(|e| network_failed("attach", e))
+        };
+        let attached = node.failpoints.around("host: attach to the network", attached).await;
         if attached.is_err() {
             given_up.cancel();
         }
-        attached.map_err(|e| network_failed("attach", e))
+        attached
     });
     let (attachment, process) = match handle.machine {
         // The VM boots meanwhile; its cards are plugged when both are done.
@@ -276,7 +280,8 @@ async fn launch(
         })
         .await?
     };
-    let launched = node.launcher.launch(program).await?;
+    let launched = node.launcher.launch(program);
+    let launched = node.failpoints.around("host: launch", launched).await?;
     let failed = |e| Error::io("watch the VMM", e);
     let process = Process::new(launched.pid, launched.pidfd).map_err(failed)?;
     match start_time(launched.pid) {
@@ -304,11 +309,11 @@ fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
     let (paths, node) = (&handle.paths, &handle.node);
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
     for folder in [&paths.state_dir, &paths.folder] {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .map_err(|e| failed("make", folder, e))?;
+        node.failpoints.around_blocking("host: make a pod's folder", || {
+            let mut folders = fs::DirBuilder::new();
+            let made = folders.recursive(true).mode(0o700).create(folder);
+            made.map_err(|e| failed("make", folder, e))
+        })?;
     }
     let new_file = |path: &Path| {
         let mut options = OpenOptions::new();
@@ -339,7 +344,9 @@ fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
             Wanted::Log => fds.add(log.try_clone().map_err(|e| Error::io("dup", e))?),
         })
     })?;
-    let scratch = node.scratch.clone_to(&paths.scratch_disk, node.config.scratch_disk_size())?;
+    let scratch = node.failpoints.around_blocking("host: make the scratch disk", || {
+        node.scratch.clone_to(&paths.scratch_disk, node.config.scratch_disk_size())
+    })?;
     let serial = agent_api::SCRATCH_SERIAL.to_owned();
     let disks = vec![DiskConfig { serial, file: fds.add(scratch), read_only: false }];
     let config = VmConfig { disks, ..config };
@@ -348,7 +355,9 @@ fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
     let mut file = File::from(config_file);
     std::io::Write::write_all(&mut file, &text).map_err(|e| Error::io("write the VM's", e))?;
     std::io::Seek::rewind(&mut file).map_err(|e| Error::io("rewind the VM's", e))?;
-    let cgroup = cgroup::make(leaf).map_err(|e| failed("make cgroup", leaf, e))?;
+    let cgroup = node.failpoints.around_blocking("host: make the cgroup", || {
+        cgroup::make(leaf).map_err(|e| failed("make cgroup", leaf, e))
+    })?;
     Ok(Program {
         exe: node.config.vmm.clone(),
         args: vec!["--config-fd".into(), config_fd.0.to_string()],

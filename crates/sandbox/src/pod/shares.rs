@@ -337,6 +337,7 @@ async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
             lookups: handle.lookups.clone(),
         },
     );
+    let started = handle.node.failpoints.around("host: launch the file server", started);
     let Started { server: shares, process, vhost } = started.await?;
     let pid = process.pid;
     let process = Process::new(pid, process.pidfd).map_err(|e| Error::io("watch a process", e))?;

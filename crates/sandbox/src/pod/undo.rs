@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use super::handle::{Handle, Paths};
+use super::handle::Handle;
 use super::run_pod::network_failed;
 use crate::error::Error;
 use crate::host::process::Process;
@@ -22,11 +22,14 @@ pub(super) async fn undo(handle: &Handle, all: bool) -> (Vec<Change>, Result<(),
     for effect in pod.to_undo(all) {
         let result = match &effect {
             Effect::Network => {
-                let detached = handle.node.network.detach(&pod.id, &pod.spec).await;
-                detached.map_err(|e| network_failed("detach", e))
+                let detached = async {
+                    let detached = handle.node.network.detach(&pod.id, &pod.spec).await;
+                    detached.map_err(|e| network_failed("detach", e))
+                };
+                handle.node.failpoints.around(place(&effect), detached).await
             }
-            Effect::ContainerFiles { container } => remove_files(&handle.paths, container).await,
-            other => undo_on_host(other).await,
+            Effect::ContainerFiles { container } => remove_files(handle, container).await,
+            other => handle.node.failpoints.around(place(other), undo_on_host(other)).await,
         };
         match result {
             Ok(()) => done.push(Change::Undone(effect)),
@@ -37,6 +40,18 @@ pub(super) async fn undo(handle: &Handle, all: bool) -> (Vec<Change>, Result<(),
         }
     }
     (done, all_of(failures))
+}
+
+fn place(effect: &Effect) -> &'static str {
+    match effect {
+        Effect::StateDir { .. } => "host: remove the state folder",
+        Effect::Network => "host: detach from the network",
+        Effect::Cgroup { .. } => "host: remove the cgroup",
+        Effect::Vmm { .. } => "host: kill the VMM",
+        Effect::ScratchDisk { .. } => "host: remove the scratch disk",
+        Effect::FileServer { .. } => "host: kill the file server",
+        Effect::ContainerFiles { .. } => "host: remove a container's files",
+    }
 }
 
 /// What needs no port.
@@ -73,17 +88,18 @@ async fn undo_on_host(effect: &Effect) -> Result<(), Error> {
 }
 
 /// Removes what a container has in the pod's folder.
-pub(super) async fn remove_files(paths: &Paths, container: &str) -> Result<(), Error> {
+pub(super) async fn remove_files(handle: &Handle, container: &str) -> Result<(), Error> {
+    let paths = &handle.paths;
     let files = [paths.scratch(container), paths.sidecar(container)];
     let layer = paths.layer(container);
-    blocking(move || {
+    let removed = blocking(move || {
         let failed = |path: &Path, e| Error::io(format!("remove {}", path.display()), e);
         for path in &files {
             absent_is_fine(fs::remove_file(path)).map_err(|e| failed(path, e))?;
         }
         absent_is_fine(fs::remove_dir_all(&layer)).map_err(|e| failed(&layer, e))
-    })
-    .await
+    });
+    handle.node.failpoints.around("host: remove a container's files", removed).await
 }
 
 /// One error that tells all.

@@ -26,6 +26,16 @@ const MAX_SUBMOUNTS: usize = 256;
 pub(super) struct Prepared {
     pub(super) mounts: Vec<v1::VolumeMount>,
     pub(super) synced: Vec<Synced>,
+    /// The lower layer of the root file system, where it is a folder of the host
+    /// ([`RootfsSpec::image`](crate::model::RootfsSpec::image)).
+    pub(super) lower: Option<Lower>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Lower {
+    pub(super) share: String,
+    pub(super) sub_path: String,
+    pub(super) ids_mapped: bool,
 }
 
 /// Name of a container's n-th volume in the guest; the guest frees those that begin with a
@@ -45,11 +55,24 @@ pub(super) async fn prepare(
         let got = spec.volumes.len();
         return Err(Error::invalid(format!("{got} volumes, {MAX_VOLUMES} are allowed")));
     }
-    let mut prepared = Prepared { mounts: Vec::new(), synced: Vec::new() };
+    let mut prepared = Prepared { mounts: Vec::new(), synced: Vec::new(), lower: None };
     let shares = shares::prepare(handle, id, spec).await?;
     let mut taken: HashSet<PathBuf> =
         spec.oci.mounts().iter().flatten().map(|m| m.destination().clone()).collect();
     for (n, volume) in spec.volumes.iter().enumerate() {
+        if volume.is_lower_layer(&spec.rootfs) {
+            let share = shares.get(&n).ok_or_else(|| {
+                Error::invalid(
+                    "the root file system is a folder of the host, without an image or a VM",
+                )
+            })?;
+            prepared.lower = Some(Lower {
+                share: share.name.clone(),
+                sub_path: share.sub_path.clone(),
+                ids_mapped: !share.ids.is_empty(),
+            });
+            continue;
+        }
         taken.insert(PathBuf::from(&volume.container_path));
         prepared.add(handle, id, (n, volume), shares.get(&n)).await?;
     }

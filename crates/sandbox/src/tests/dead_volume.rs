@@ -3,12 +3,14 @@
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::volumes::volume;
-use super::world::story_on;
+use super::world::{eventually, story, story_on};
 use crate::model::{Access, ContainerState, VolumeSource};
 use crate::{Config, Error};
 
@@ -94,5 +96,45 @@ fn a_volume_that_never_answers_costs_its_own_pod_only() {
         tokio::time::timeout(limit, other).await.expect("another pod hangs");
         drop(dead);
         assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_log_whose_file_system_hangs_keeps_nobody_who_asks_for_it_waiting_for_ever() {
+    story(|world| async move {
+        let config = Config { vmm_call_deadline_ms: 1_000, ..world.config() };
+        let daemon = world.daemon_with(config).await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["print-forever", "one\n"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        daemon.start_container(&id).await.unwrap();
+        eventually("the first line", || world.log("app.log") == ["one"]).await;
+        // Each thread that may write logs of the pod is in a call that does not return.
+        let writes = daemon.node().registry.find_pod(&pod).unwrap().log_writes.clone();
+        let hangs = Arc::new(AtomicBool::new(true));
+        for _ in 0..8 {
+            let (writes, hangs) = (writes.clone(), hangs.clone());
+            tokio::spawn(async move {
+                let hang = move || {
+                    while hangs.load(Ordering::SeqCst) {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                };
+                writes.finish(hang).await;
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let limit = Duration::from_secs(10);
+        let reopened = tokio::time::timeout(limit, daemon.reopen_log(&id)).await;
+        let reopened = reopened.expect("reopening hangs");
+        assert!(matches!(reopened, Err(Error::Deadline { .. })), "{reopened:?}");
+        let attached = tokio::time::timeout(limit, daemon.attach(&id, false)).await;
+        let attached = attached.expect("attaching hangs").err().unwrap();
+        assert!(matches!(attached, Error::Deadline { .. }), "{attached:?}");
+        hangs.store(false, Ordering::SeqCst);
+        world.guest(&pod).print(&id, "two\n");
+        eventually("the next line", || world.log("app.log") == ["one", "two"]).await;
+        daemon.reopen_log(&id).await.unwrap();
+        daemon.remove_pod(&pod).await.unwrap();
     });
 }

@@ -3,12 +3,13 @@
 //! else of a host; no KVM.
 
 mod agent;
-mod crash;
 mod dead_volume;
+mod failpoints;
 mod follow;
 mod host_pods;
 mod life;
 mod listing;
+mod reboot;
 mod resize;
 mod scratch;
 mod trouble;

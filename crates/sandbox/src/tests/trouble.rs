@@ -11,9 +11,8 @@ use nix::unistd::Pid;
 use super::life::exec;
 use super::volumes::volume;
 use super::world::{eventually, story};
-use crate::journal::Probe;
+use crate::failpoint::{Failpoints, Hook, Verdict, When};
 use crate::model::{Access, ContainerState, Filter, PodState, VolumeSource};
-use crate::policy::Pod;
 use crate::{Error, Sandboxes};
 
 #[test]
@@ -372,24 +371,22 @@ fn a_container_that_the_guest_does_not_let_go_of_is_removed_later() {
 #[derive(Default)]
 struct Full(AtomicBool);
 
-impl Probe for Full {
-    fn before_write(&self, _: &Pod) -> io::Result<()> {
-        match self.0.load(Ordering::SeqCst) {
-            true => Err(io::ErrorKind::StorageFull.into()),
-            false => Ok(()),
+impl Hook for Full {
+    fn reached(&self, when: When, what: &str) -> Verdict {
+        match what.starts_with("journal") && when == When::Before && self.0.load(Ordering::SeqCst) {
+            true => Verdict::Fail,
+            false => Verdict::Pass,
         }
     }
-
-    fn after_write(&self, _: &Pod) {}
 }
 
 #[test]
 fn a_full_disk_keeps_no_pod_alive_and_no_container_unseen() {
     story(|world| async move {
         let (this, full) = (Arc::new(world.clone()), Arc::new(Full::default()));
-        let daemon =
-            Sandboxes::open_probed(world.config(), this.clone(), this, Some(full.clone())).await;
-        let daemon = daemon.unwrap();
+        let failpoints = Failpoints::new(full.clone());
+        let daemon = Sandboxes::open_at(world.config(), this.clone(), this, failpoints);
+        let daemon = daemon.await.unwrap();
         let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
         let spec = world.container_spec("app", &["forever"]);
         let id = daemon.create_container(&pod, spec).await.unwrap();

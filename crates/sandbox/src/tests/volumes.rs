@@ -339,3 +339,40 @@ fn the_user_that_the_guest_resolved_is_shown_and_kept() {
         daemon.remove_pod(&pod).await.unwrap();
     });
 }
+
+#[test]
+fn a_root_can_stand_on_a_folder_of_the_host_with_ids_that_the_caller_gives() {
+    story(|world| async move {
+        fs::create_dir_all(world.path("shared")).unwrap();
+        let config = crate::Config { caller_reads_output: true, ..world.config() };
+        let daemon = world.daemon_with(config).await;
+        let refused = daemon.run_pod_as("../p".into(), world.pod_spec("p")).await.unwrap_err();
+        assert!(matches!(refused, Error::InvalidArgument { .. }), "{refused}");
+        let pod = daemon.run_pod_as("pod1".into(), world.pod_spec("p")).await.unwrap();
+        assert_eq!(pod, "pod1");
+        let twice = daemon.run_pod_as("pod1".into(), world.pod_spec("q")).await.unwrap_err();
+        assert!(matches!(twice, Error::Exists { .. }), "{twice}");
+
+        let mut spec = world.container_spec("one", &["forever"]);
+        spec.rootfs.image = Default::default();
+        let lower = shared(&world, Access::ReadOnly, Propagation::Private);
+        spec.volumes = vec![Volume { container_path: "/".into(), ..lower }];
+        let made = daemon.create_container_as(&pod, "c1".into(), spec.clone()).await.unwrap();
+        assert_eq!(made, "c1");
+        let request = world.guest(&pod).lock().create.clone().unwrap();
+        let rootfs = request.rootfs.unwrap();
+        assert!(world.inner.shares.lock().unwrap().contains_key(&rootfs.lower_share));
+        assert_eq!(rootfs.lower_serial, "");
+        assert!(request.volumes.iter().all(|volume| volume.destination != "/"));
+        spec.meta.name = "two".into();
+        let twice = daemon.create_container_as(&pod, "c1".into(), spec).await.unwrap_err();
+        assert!(matches!(twice, Error::Exists { .. }), "{twice}");
+        assert!(daemon.streams("c1").await.is_ok());
+        assert!(!world.path("logs/one.log").exists());
+
+        daemon.remove_container("c1").await.unwrap();
+        assert!(world.inner.shares.lock().unwrap().is_empty());
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}

@@ -192,7 +192,7 @@ impl World {
     }
 
     /// Of everything that was launched.
-    fn pids(&self) -> Vec<u32> {
+    pub(super) fn pids(&self) -> Vec<u32> {
         let servers = self.inner.file_servers.lock().unwrap().clone();
         let guests = self.inner.guests.lock().unwrap();
         guests.values().map(|(pid, _)| *pid).chain(servers).collect()

@@ -6,6 +6,7 @@ use futures_util::SinkExt;
 use serde_json::json;
 use tokio_tungstenite::tungstenite::Message;
 
+use super::host::BREAKS;
 use super::{attach, exec, is_alive, noise, server, wait_for_exit};
 use crate::client::{Received, Spdy, Websocket};
 use crate::spdy::frame::Frame;
@@ -173,6 +174,20 @@ async fn a_command_that_does_not_start_is_an_internal_error() {
 
     let received = Websocket::connect(&missing(), "channel.k8s.io").await.rest().await;
     assert!(received.text(3).starts_with("Internal error occurred"), "{received:?}");
+}
+
+#[tokio::test]
+async fn output_that_breaks_off_is_a_failure_whatever_the_exit_code() {
+    let server = server();
+    let url = exec(&server, "oe", &format!("echo part; exit 0 {BREAKS}"));
+    let mut client = Spdy::connect(&url, "v4.channel.k8s.io").await;
+    let ids = client.open_all(&["error", "stdout", "stderr"]).await;
+    let received = client.rest().await;
+    assert_eq!(received.text(ids["stdout"]), "part\n");
+    let status = received.status(ids["error"]);
+    assert_eq!(status["reason"], "InternalError");
+    let message = status["message"].as_str().unwrap();
+    assert!(message.contains("output of the process is lost"), "{message}");
 }
 
 #[tokio::test]

@@ -1,10 +1,14 @@
 //! A backend with the host as container: real processes and terminals, and ports of the host.
 
+use std::io;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 use std::process::Stdio;
+use std::task::{Context, Poll, ready};
 
 use async_trait::async_trait;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
@@ -20,6 +24,38 @@ struct HostProcess {
     child: Child,
     /// Path of the slave.
     tty: Option<String>,
+}
+
+/// The output of a command that says it breaks off behind what it prints.
+pub(super) const BREAKS: &str = "# breaks off";
+
+/// Has nothing but an error.
+struct Ends(io::ErrorKind);
+
+impl AsyncRead for Ends {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        _: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Poll::Ready(Err(self.0.into()))
+    }
+}
+
+/// A terminal's master, which has an error for the end: EIO, once nobody has the other side open.
+struct Terminal(pipe::Receiver);
+
+impl AsyncRead for Terminal {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match ready!(Pin::new(&mut self.0).poll_read(cx, buf)) {
+            Err(e) if e.raw_os_error() == Some(nix::libc::EIO) => Poll::Ready(Ok(())),
+            read => Poll::Ready(read),
+        }
+    }
 }
 
 fn start(
@@ -42,9 +78,14 @@ fn start_with_pipes(command: &[String], stdin: bool) -> Result<Session, BackendE
         .kill_on_drop(true)
         .spawn()
         .map_err(BackendError::new)?;
+    let breaks = command.iter().any(|word| word.contains(BREAKS));
+    let stdout = child.stdout.take().map(|s| match breaks {
+        true => Box::pin(s.chain(Ends(io::ErrorKind::ConnectionAborted))) as ByteReader,
+        false => Box::pin(s) as ByteReader,
+    });
     Ok(Session {
         stdin: child.stdin.take().map(|s| Box::pin(s) as ByteWriter),
-        stdout: child.stdout.take().map(|s| Box::pin(s) as ByteReader),
+        stdout,
         stderr: child.stderr.take().map(|s| Box::pin(s) as ByteReader),
         stdin_end: StdinEnd::Close,
         process: Box::new(HostProcess { child, tty: None }),
@@ -82,7 +123,7 @@ fn start_in_terminal(
     let input = pipe::Sender::from_owned_fd_unchecked(second).map_err(BackendError::new)?;
     Ok(Session {
         stdin: stdin.then(|| Box::pin(input) as ByteWriter),
-        stdout: Some(Box::pin(stdout)),
+        stdout: Some(Box::pin(Terminal(stdout))),
         stderr: None,
         stdin_end: StdinEnd::Close,
         process: Box::new(HostProcess {

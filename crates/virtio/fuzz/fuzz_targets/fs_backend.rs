@@ -53,7 +53,7 @@ fn play(u: &mut Unstructured<'_>) -> Result<()> {
     theirs.set_nonblocking(true).expect("a socket");
     let mut backend = Some(theirs);
     let mem = memory();
-    let mut fs = Fs::new("fuzz", ours.into()).expect("fs");
+    let mut fs = Fs::new("fuzz", ours.into(), 2).expect("fs");
     let mut rings = queues(&mem, 0x1000, fs.queue_sizes());
     let mut runner = start(&mut fs, &rings);
     for _ in 0..100 {

@@ -9,6 +9,6 @@ use virtio::fs::Fs;
 fuzz_target!(|data: &[u8]| {
     let (ours, theirs) = UnixStream::pair().expect("sockets");
     drop(theirs);
-    let mut fs = Fs::new("fuzz", ours.into()).expect("fs");
+    let mut fs = Fs::new("fuzz", ours.into(), 2).expect("fs");
     nacelle_fuzz::play(data, &mut fs, |_, _| Ok(()));
 });

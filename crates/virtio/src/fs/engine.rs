@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::connection::{BackendError, Connection, split};
 use super::orphan::refuse;
-use super::spec::{F_PROTOCOL_FEATURES, QUEUES, request};
+use super::spec::{F_PROTOCOL_FEATURES, QUEUES_MAX, request};
 use crate::device::{DeviceCounters, Engine, Interrupt, Poll};
 use crate::guest_warn;
 use crate::queue::{Rings, VirtQueue};
@@ -32,13 +32,15 @@ const BUDGET: usize = 64;
 const SOCKET: u32 = 0;
 const KICK: u32 = 16;
 const CALL: u32 = 32;
+const _: () = assert!(QUEUES_MAX as u32 <= CALL - KICK);
 
-type Bases = [u16; QUEUES];
+/// Where each queue's ring goes on.
+type Bases = Vec<u16>;
 
 enum State {
     Greeting { connection: Connection, until: Instant },
     Serving { connection: Connection },
-    Stopping { connection: Connection, until: Instant, bases: [Option<u16>; QUEUES] },
+    Stopping { connection: Connection, until: Instant, bases: Vec<Option<u16>> },
     Stopped { connection: Connection, bases: Bases },
     Lost { connection: Option<Connection> },
     Orphaned,
@@ -46,13 +48,13 @@ enum State {
 
 pub(super) struct FsEngine {
     // Fixed.
-    queues: [VirtQueue; QUEUES],
+    queues: Vec<VirtQueue>,
     interrupt: Arc<dyn Interrupt>,
     features: u64,
     home: Arc<Mutex<Option<Connection>>>,
     counters: Arc<DeviceCounters>,
     /// Call eventfds of queues whose interrupt has no eventfd of its own.
-    calls: [Option<EventFd>; QUEUES],
+    calls: Vec<Option<EventFd>>,
     // Volatile.
     state: State,
     paused: bool,
@@ -60,7 +62,7 @@ pub(super) struct FsEngine {
 
 impl FsEngine {
     pub(super) fn new(
-        queues: [VirtQueue; QUEUES],
+        queues: Vec<VirtQueue>,
         interrupt: Arc<dyn Interrupt>,
         features: u64,
         connection: Option<Connection>,
@@ -71,7 +73,7 @@ impl FsEngine {
             Some(connection) => State::Greeting { connection, until: Instant::now() + REPLY_LIMIT },
             None => State::Lost { connection: None },
         };
-        let calls = [const { None }; QUEUES];
+        let calls = queues.iter().map(|_| None).collect();
         Self { queues, interrupt, features, home, counters, calls, state, paused: false }
     }
 
@@ -152,7 +154,8 @@ impl FsEngine {
                 (State::Greeting { connection, .. }, request::GET_FEATURES) => {
                     let offered = u64::from_ne_bytes(payload);
                     let wanted = self.features | F_PROTOCOL_FEATURES;
-                    self.state = State::Stopped { connection, bases: [0; QUEUES] };
+                    let bases = vec![0; self.queues.len()];
+                    self.state = State::Stopped { connection, bases };
                     if offered & wanted != wanted {
                         return Err(BackendError::Features { missing: wanted & !offered });
                     }
@@ -166,12 +169,7 @@ impl FsEngine {
                     let (queue, base) = split(payload);
                     let place = bases.get_mut(queue as usize);
                     let known = place.map(|place| *place = Some(base as u16)).is_some();
-                    self.state = match bases {
-                        [Some(first), Some(second)] => {
-                            State::Stopped { connection, bases: [first, second] }
-                        }
-                        _ => State::Stopping { connection, until, bases },
-                    };
+                    self.state = stopping(connection, until, bases);
                     if !known {
                         return Err(BackendError::Queue { got: queue });
                     }
@@ -191,7 +189,7 @@ impl FsEngine {
                 return Ok(());
             }
         };
-        let done = self.start_rings(&mut connection, bases, poll);
+        let done = self.start_rings(&mut connection, &bases, poll);
         self.state = State::Serving { connection };
         done
     }
@@ -199,7 +197,7 @@ impl FsEngine {
     fn start_rings(
         &mut self,
         connection: &mut Connection,
-        bases: Bases,
+        bases: &[u16],
         poll: &mut Poll<'_>,
     ) -> Result<(), BackendError> {
         connection.send_u64(request::SET_FEATURES, self.features | F_PROTOCOL_FEATURES)?;
@@ -252,7 +250,7 @@ impl FsEngine {
                 return Ok(());
             }
         };
-        let mut bases = [None; QUEUES];
+        let mut bases = vec![None; self.queues.len()];
         let mut done = Ok(());
         for (n, (base, queue)) in (0..).zip(bases.iter_mut().zip(&self.queues)) {
             if queue.rings().is_none() {
@@ -262,10 +260,7 @@ impl FsEngine {
             }
         }
         let until = Instant::now() + REPLY_LIMIT;
-        self.state = match bases {
-            [Some(first), Some(second)] => State::Stopped { connection, bases: [first, second] },
-            _ => State::Stopping { connection, until, bases },
-        };
+        self.state = stopping(connection, until, bases);
         done
     }
 }
@@ -340,7 +335,7 @@ impl Engine for FsEngine {
         self.paused = false;
         self.attempt(poll, Self::serve);
         if matches!(self.state, State::Orphaned) {
-            for token in (KICK..).take(QUEUES) {
+            for token in (KICK..).take(self.queues.len()) {
                 poll.reschedule(token);
             }
         }
@@ -356,6 +351,14 @@ impl Drop for FsEngine {
         {
             *self.home.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
         }
+    }
+}
+
+/// Stopped once each queue's base is known.
+fn stopping(connection: Connection, until: Instant, bases: Vec<Option<u16>>) -> State {
+    match bases.iter().copied().collect() {
+        Some(bases) => State::Stopped { connection, bases },
+        None => State::Stopping { connection, until, bases },
     }
 }
 

@@ -23,27 +23,30 @@ use std::sync::{Arc, Mutex, PoisonError};
 use self::connection::Connection;
 use self::engine::FsEngine;
 pub use self::spec::TAG_LEN;
-use self::spec::{CONFIG_LEN, QUEUES};
+use self::spec::{CONFIG_LEN, QUEUES_MAX};
 use crate::device::{
-    Activation, DeviceCounters, DeviceKind, Engine, VirtioDevice, read_config_bytes, take_queues,
+    Activation, DeviceCounters, DeviceKind, Engine, VirtioDevice, read_config_bytes,
 };
 use crate::features;
 
-/// hiprio (FORGET, INTERRUPT) and request queue (section 5.11.2). Linux puts as many pages into a
-/// request as the queue has entries, up to 256. Only VMs with shares have this device.
-const QUEUE_SIZES: [u16; QUEUES] = [128, 512];
-/// `num_request_queues` (section 5.11.4).
-const REQUEST_QUEUES: u32 = 1;
+/// Sizes of the hiprio queue (FORGET, INTERRUPT) and of each request queue (section 5.11.2). Linux
+/// puts as many pages into a request as the queue has entries, up to 256. Each queue costs the guest
+/// some 30 KiB; only VMs with shares have this device.
+const FIRST_QUEUE_SIZE: u16 = 128;
+const REQUEST_QUEUE_SIZE: u16 = 512;
 
 #[derive(Debug, thiserror::Error)]
 pub enum FsError {
     #[error("tag {tag:?} is not 1 to {TAG_LEN} bytes without a NUL")]
     Tag { tag: String },
+    #[error("{count} request queues, not 1 to {}", QUEUES_MAX - 1)]
+    Queues { count: u16 },
 }
 
 /// The device.
 pub struct Fs {
     config: [u8; CONFIG_LEN],
+    queue_sizes: Vec<u16>,
     /// The connection between activations; none once it has failed.
     home: Arc<Mutex<Option<Connection>>>,
     counters: Arc<DeviceCounters>,
@@ -51,16 +54,24 @@ pub struct Fs {
 
 impl Fs {
     /// A file system that the guest mounts by `tag`, 1 to 36 bytes without NUL. `backend` is the
-    /// connected vhost-user socket.
-    pub fn new(tag: &str, backend: OwnedFd) -> Result<Self, FsError> {
+    /// connected vhost-user socket of a server that can serve `request_queues` queues. Linux (6.11 and
+    /// later) uses one for each of its CPUs, and a reply interrupts the CPU that sent the request; with
+    /// one queue for all CPUs, most replies arrive at another CPU, which has to wake the one that waits.
+    pub fn new(tag: &str, backend: OwnedFd, request_queues: u16) -> Result<Self, FsError> {
         if !(1..=TAG_LEN).contains(&tag.len()) || tag.contains('\0') {
             return Err(FsError::Tag { tag: tag.to_owned() });
         }
+        let count = usize::from(request_queues);
+        if !(1..QUEUES_MAX).contains(&count) {
+            return Err(FsError::Queues { count: request_queues });
+        }
+        let mut queue_sizes = vec![FIRST_QUEUE_SIZE];
+        queue_sizes.resize(1 + count, REQUEST_QUEUE_SIZE);
         let mut config = [0; CONFIG_LEN];
         config[..tag.len()].copy_from_slice(tag.as_bytes());
-        config[TAG_LEN..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
+        config[TAG_LEN..].copy_from_slice(&u32::from(request_queues).to_le_bytes());
         let home = Arc::new(Mutex::new(Some(Connection::new(backend))));
-        Ok(Self { config, home, counters: Arc::default() })
+        Ok(Self { config, queue_sizes, home, counters: Arc::default() })
     }
 }
 
@@ -70,7 +81,7 @@ impl VirtioDevice for Fs {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     /// Offered before the back end was asked, which happens at activation; a back end without these
@@ -89,7 +100,11 @@ impl VirtioDevice for Fs {
 
     fn activate(&mut self, activation: Activation) -> io::Result<Box<dyn Engine>> {
         let Activation { queues, interrupt, features } = activation;
-        let queues = take_queues::<QUEUES>(queues)?;
+        let (got, want) = (queues.len(), self.queue_sizes.len());
+        if got != want {
+            let message = format!("device has {want} queues, its transport brought {got}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
         let connection = self.home.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (home, counters) = (self.home.clone(), self.counters.clone());
         Ok(Box::new(FsEngine::new(queues, interrupt, features, connection, home, counters)))

@@ -7,8 +7,8 @@ pub const TAG_LEN: usize = 36;
 /// `struct virtio_fs_config` without the field of a feature that is not offered.
 pub(super) const CONFIG_LEN: usize = TAG_LEN + 4;
 
-/// Section 5.11.2: hiprio and one request queue.
-pub(super) const QUEUES: usize = 2;
+/// Section 5.11.2: the hiprio queue and up to 15 request queues. The event loop has no tokens for more.
+pub(super) const QUEUES_MAX: usize = 16;
 
 /// vhost-user: message types of the front end.
 pub(super) mod request {

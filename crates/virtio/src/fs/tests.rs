@@ -105,8 +105,12 @@ struct Rig {
 
 impl Rig {
     fn new(mem: Arc<GuestMemoryMmap>) -> Self {
+        Self::with_queues(mem, 1)
+    }
+
+    fn with_queues(mem: Arc<GuestMemoryMmap>, request_queues: u16) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let fs = Fs::new("shares", ours.into()).unwrap();
+        let fs = Fs::new("shares", ours.into(), request_queues).unwrap();
         let queues = queues(&mem, 0x1000, fs.queue_sizes());
         let interrupt = Arc::new(MockInterrupt::default());
         Self { mem, fs, queues, interrupt, backend: Some(Backend(theirs)) }
@@ -136,7 +140,7 @@ impl Rig {
     fn started(&mut self) -> Vec<(u32, File, File)> {
         let rings: Vec<_> =
             self.queues.iter().map(|q| (q.desc(), q.device(), q.driver())).collect();
-        let backend = self.backend();
+        let backend = self.backend.as_mut().unwrap();
         let features = backend.expect(request::SET_FEATURES).words();
         assert_eq!(features, [features::COMMON | F_PROTOCOL_FEATURES]);
         let table = backend.expect(request::SET_MEM_TABLE);
@@ -147,7 +151,7 @@ impl Rig {
         for (n, (desc, used, avail)) in rings.into_iter().enumerate() {
             let n = n as u32;
             let size = backend.expect(request::SET_VRING_NUM).state();
-            assert_eq!(size, (n, u32::from(QUEUE_SIZES[n as usize])));
+            assert_eq!(size, (n, u32::from(self.fs.queue_sizes()[n as usize])));
             let (index, base) = backend.expect(request::SET_VRING_BASE).state();
             assert_eq!(index, n);
             let address = backend.expect(request::SET_VRING_ADDR).words();
@@ -190,7 +194,7 @@ impl Rig {
 
 #[test]
 fn the_tag_stands_in_the_configuration_and_has_its_limits() {
-    let new = |tag: &str| Fs::new(tag, UnixStream::pair().unwrap().0.into());
+    let new = |tag: &str| Fs::new(tag, UnixStream::pair().unwrap().0.into(), 1);
     let fs = new("nacelle").unwrap();
     let mut config = [0xff; 48];
     fs.read_config(0, &mut config);
@@ -237,6 +241,45 @@ fn rings_stop_for_a_pause_and_go_on_where_they_stopped() {
     runner.resume();
     let bases: Vec<u32> = rig.started().iter().map(|ring| ring.0).collect();
     assert_eq!(bases, [3, 7]);
+}
+
+#[test]
+fn every_request_queue_has_rings_and_events_of_its_own() {
+    let mut rig = Rig::with_queues(shared_memory(), 3);
+    let mut config = [0; 40];
+    rig.fs.read_config(0, &mut config);
+    assert_eq!(config[36..], [3, 0, 0, 0]);
+    assert_eq!(rig.fs.queue_sizes(), [128, 512, 512, 512]);
+    let mut runner = rig.activate();
+    rig.greet(&mut runner, true);
+    let mut started = rig.started();
+    assert_eq!(started.len(), 4);
+    started[3].1.write_all(&1u64.to_ne_bytes()).unwrap();
+    let interrupt = rig.interrupt.clone();
+    assert!(runner.until(|| interrupt.queues.load(Ordering::Acquire) == 1));
+    runner.engine().drain();
+    for n in 0..4 {
+        assert!(!runner.engine().drained());
+        assert_eq!(rig.backend().expect(request::GET_VRING_BASE).state(), (n, 0));
+        rig.backend().reply(request::GET_VRING_BASE, u64::from(n + 5) << 32 | u64::from(n));
+    }
+    assert!(runner.engine().drained());
+    runner.resume();
+    let bases: Vec<u32> = rig.started().iter().map(|ring| ring.0).collect();
+    assert_eq!(bases, [5, 6, 7, 8]);
+    // A server that dies leaves none of them without an answer.
+    rig.backend = None;
+    rig.queues[3].add(&[(REQUEST, 40)], &[(ANSWER, 16)]);
+    rig.queues[3].kick();
+    assert!(runner.until(|| rig.queues[3].used().is_some()), "the request hangs");
+}
+
+#[test]
+fn the_number_of_queues_has_its_limits() {
+    for (count, good) in [(0, false), (1, true), (15, true), (16, false), (u16::MAX, false)] {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        assert_eq!(Fs::new("shares", ours.into(), count).is_ok(), good, "{count}");
+    }
 }
 
 #[test]

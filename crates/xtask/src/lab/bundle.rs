@@ -21,6 +21,7 @@ const BINARIES: &[&str] = &[
     "nacelle-tests",
     "nacelle-agent-tests",
     "nacelle-bench",
+    "nacelle-share-load",
 ];
 
 /// The archive that the outer machine unpacks at its root.

@@ -36,6 +36,8 @@ const PACKAGES: &[&str] = &[
     "apparmor",
     "ca-certificates",
     "containernetworking-plugins",
+    "containerd",
+    "runc",
     "docker-registry",
     "skopeo",
     "kmod",

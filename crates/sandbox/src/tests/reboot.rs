@@ -1,0 +1,195 @@
+//! What a reboot of the host leaves: no process, no state folder, no cgroup; the records of a former
+//! boot, and what plugins keep on the disk.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::{Duration, SystemTime};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use super::world::{World, eventually, story};
+use crate::host::process::start_time;
+use crate::model::{ContainerState, Filter, PodState};
+use crate::{Error, Sandboxes};
+
+/// Takes away what a reboot takes away, and changes the records of pods into those of a former boot.
+async fn reboot(world: &World, daemon: Sandboxes, edit: impl Fn(&mut Value)) {
+    daemon.shutdown().await;
+    drop(daemon);
+    for pid in world.pids() {
+        let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
+    }
+    let leaf = |pod: &str| world.cgroup_file(pod, "");
+    for entry in fs::read_dir(world.path("r/pods")).unwrap() {
+        let folder = entry.unwrap().path();
+        let leaf = leaf(folder.file_name().unwrap().to_str().unwrap());
+        eventually("the cgroup is empty", || !leaf.exists() || fs::remove_dir(&leaf).is_ok()).await;
+        let _ = fs::remove_dir(leaf.parent().unwrap());
+        edit_record(&folder, |record| {
+            record["boot_id"] = "00000000-0000-0000-0000-000000000000".into();
+            edit(record);
+        });
+    }
+    fs::remove_dir_all(world.path("s")).unwrap();
+}
+
+fn edit_record(folder: &Path, edit: impl FnOnce(&mut Value)) {
+    let path = folder.join("record.json");
+    let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    edit(&mut record);
+    fs::write(path, record.to_string()).unwrap();
+}
+
+/// A process of the new boot that has the pid of a former one.
+struct Bystander(Child);
+
+impl Bystander {
+    fn new() -> Self {
+        Self(Command::new("sleep").arg("60").spawn().unwrap())
+    }
+
+    /// Has the record say that it is the pod's VMM and its file server.
+    fn enter(&self, record: &mut Value) {
+        let (pid, started) = (self.0.id(), start_time(self.0.id()).unwrap());
+        let ledger = record["ledger"].as_array_mut().unwrap();
+        ledger.retain(|effect| effect["effect"] != "vmm" && effect["effect"] != "file_server");
+        for effect in ["vmm", "file_server"] {
+            ledger.push(json!({ "effect": effect, "pid": pid, "started": started }));
+        }
+    }
+
+    fn is_alive(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_none()
+    }
+}
+
+impl Drop for Bystander {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn after_a_reboot_a_pod_is_not_ready_its_containers_have_ended_and_its_removal_is_clean() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let create = |name, args| {
+            let (daemon, spec) = (daemon.clone(), world.container_spec(name, args));
+            let pod = pod.clone();
+            async move { daemon.create_container(&pod, spec).await.unwrap() }
+        };
+        let done = create("done", &["print", "done\n"]).await;
+        let going = create("going", &["print-forever", "one\ntwo\n"]).await;
+        let fresh = create("fresh", &["forever"]).await;
+        for id in [&done, &going] {
+            daemon.start_container(id).await.unwrap();
+        }
+        let exited = |id: &str| daemon.container(id).unwrap().state == ContainerState::Exited;
+        eventually("exit", || exited(&done)).await;
+        eventually("log", || world.log("going.log").len() == 2).await;
+        let before = daemon.container(&done).unwrap();
+
+        let mut bystander = Bystander::new();
+        reboot(&world, daemon, |record| bystander.enter(record)).await;
+        let rebooted = SystemTime::now();
+        let daemon = world.daemon().await;
+        let view = daemon.pod(&pod).unwrap();
+        assert_eq!((view.state, view.vmm_pid), (PodState::NotReady, None));
+        assert!(view.reason.contains("rebooted"), "{}", view.reason);
+        assert_eq!(daemon.container(&done).unwrap(), before);
+        for id in [&going, &fresh] {
+            let container = daemon.container(id).unwrap();
+            assert_eq!(container.state, ContainerState::Exited);
+            let exit = container.exit.unwrap();
+            assert_eq!((exit.code, exit.reason.as_str()), (-1, "VmDied"));
+            assert!(exit.message.contains("rebooted") && exit.at >= rebooted, "{exit:?}");
+        }
+        assert_eq!(
+            (world.log("going.log"), world.log("done.log")),
+            (vec!["one".into(), "two".into()], vec!["done".into()],)
+        );
+        let refused = daemon.start_container(&fresh).await;
+        assert!(matches!(refused, Err(Error::FailedPrecondition { .. })), "{refused:?}");
+
+        // A kubelet makes the pod anew beside it. What the old one had is not given away.
+        let mut spec = world.pod_spec("p");
+        spec.meta.attempt = 1;
+        let next = daemon.run_pod(spec).await.unwrap();
+        assert!(world.inner.attached.lock().unwrap().contains(&pod));
+        daemon.remove_pod(&next).await.unwrap();
+
+        // The next start of the daemon says the same.
+        let first = (daemon.pods(&Filter::default()), daemon.containers(&Filter::default()));
+        daemon.shutdown().await;
+        drop(daemon);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let daemon = world.daemon().await;
+        let second = (daemon.pods(&Filter::default()), daemon.containers(&Filter::default()));
+        assert_eq!(second, first);
+
+        daemon.remove_container(&done).await.unwrap();
+        daemon.stop_pod(&pod).await.unwrap();
+        assert!(world.inner.attached.lock().unwrap().is_empty());
+        assert_eq!(daemon.container(&going).unwrap().exit.unwrap().reason, "VmDied");
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert!(bystander.is_alive(), "a process of the new boot was killed");
+    });
+}
+
+#[test]
+fn a_reboot_in_any_phase_of_a_pod_ends_what_had_begun_and_kills_nobody() {
+    story(|world| async move {
+        for (phase, listed) in
+            [("starting", false), ("stopping", true), ("not_ready", true), ("removing", false)]
+        {
+            let daemon = world.daemon().await;
+            let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+            let spec = world.container_spec("app", &["forever"]);
+            let id = daemon.create_container(&pod, spec).await.unwrap();
+            daemon.start_container(&id).await.unwrap();
+            let mut bystander = Bystander::new();
+            let edit = |record: &mut Value| {
+                record["phase"] = phase.into();
+                bystander.enter(record);
+            };
+            reboot(&world, daemon, edit).await;
+            let daemon = world.daemon().await;
+            if listed {
+                let state = || daemon.pod(&pod).unwrap().state;
+                assert_eq!(state(), PodState::NotReady, "{phase}");
+                daemon.stop_pod(&pod).await.unwrap();
+                assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Exited, "{phase}");
+                daemon.remove_pod(&pod).await.unwrap();
+            }
+            eventually("nothing is left", || world.leftovers().is_empty()).await;
+            assert!(bystander.is_alive(), "{phase}: a process of the new boot was killed");
+            daemon.shutdown().await;
+        }
+    });
+}
+
+#[test]
+fn an_unread_record_of_a_former_boot_kills_nobody() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let mut bystander = Bystander::new();
+        let edit = |record: &mut Value| {
+            record["version"] = 99.into();
+            bystander.enter(record);
+        };
+        reboot(&world, daemon, edit).await;
+        let daemon = world.daemon().await;
+        assert!(daemon.pod(&pod).unwrap().unread);
+        daemon.stop_pod(&pod).await.unwrap();
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert!(bystander.is_alive());
+    });
+}

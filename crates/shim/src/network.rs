@@ -1,0 +1,100 @@
+//! The life cycle's network port: the namespace that containerd had made and connected by CNI. Which
+//! one stands in the pod's specification, so that it is known after a crash as well.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use ::network::existing;
+use async_trait::async_trait;
+use sandbox::model::{Dns, PodId, PodSpec};
+use sandbox::ports::{Attachment, Interface, Network, PortError, Route};
+
+use crate::spec::NETNS;
+
+pub(crate) struct Joined;
+
+fn netns(spec: &PodSpec) -> Option<PathBuf> {
+    spec.meta.annotations.get(NETNS).map(PathBuf::from)
+}
+
+fn port_error(error: ::network::Error) -> PortError {
+    PortError(error.into())
+}
+
+#[async_trait]
+impl Network for Joined {
+    fn netns_path(&self, _: &PodId) -> PathBuf {
+        PathBuf::new()
+    }
+
+    async fn attach(&self, _: &PodId, spec: &PodSpec) -> Result<Attachment, PortError> {
+        match netns(spec) {
+            None => Ok(Attachment::default()),
+            Some(path) => existing::attach(path).await.map(from_attachment).map_err(port_error),
+        }
+    }
+
+    async fn open_taps(
+        &self,
+        _: &PodId,
+        attachment: &Attachment,
+    ) -> Result<Vec<OwnedFd>, PortError> {
+        if attachment.interfaces.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (path, attachment) = (attachment.netns.clone(), to_attachment(attachment));
+        existing::open_taps(path, attachment).await.map_err(port_error)
+    }
+
+    async fn detach(&self, _: &PodId, spec: &PodSpec) -> Result<(), PortError> {
+        match netns(spec) {
+            None => Ok(()),
+            Some(path) => existing::detach(path).await.map_err(port_error),
+        }
+    }
+
+    async fn trouble(&self) -> Option<String> {
+        None
+    }
+
+    async fn collect(&self, _: &[PodId]) -> Result<(), PortError> {
+        Ok(())
+    }
+}
+
+fn from_attachment(made: ::network::Attachment) -> Attachment {
+    let ::network::Attachment { netns, interfaces, routes, addresses, dns } = made;
+    let interface = |i: ::network::Interface| Interface {
+        name: i.name,
+        mac: i.mac,
+        mtu: i.mtu,
+        addresses: i.addresses,
+    };
+    let route = |r: ::network::Route| Route {
+        destination: r.destination,
+        gateway: r.gateway,
+        interface: r.interface,
+    };
+    Attachment {
+        netns,
+        interfaces: interfaces.into_iter().map(interface).collect(),
+        routes: routes.into_iter().map(route).collect(),
+        addresses,
+        dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
+    }
+}
+
+/// What opening the taps needs.
+fn to_attachment(known: &Attachment) -> ::network::Attachment {
+    let interface = |i: &Interface| ::network::Interface {
+        name: i.name.clone(),
+        mac: i.mac,
+        mtu: i.mtu,
+        addresses: i.addresses.clone(),
+    };
+    ::network::Attachment {
+        netns: known.netns.clone(),
+        interfaces: known.interfaces.iter().map(interface).collect(),
+        ..Default::default()
+    }
+}

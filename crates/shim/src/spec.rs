@@ -1,0 +1,391 @@
+//! The bundle's config.json, an OCI runtime specification for this host, to what the `sandbox` crate
+//! takes: the guest's own part stays a specification, mounts of the host become volumes.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
+use sandbox::model::{
+    Access, BlockDevice, ContainerSpec, CpuLimits, Dns, Meta, PidMode, PodSpec, Propagation,
+    RootfsSpec, Volume, VolumeSource,
+};
+
+use crate::settings::Settings;
+
+/// A config.json at most, bytes; containerd's are some ten KiB.
+const MAX_CONFIG: u64 = 16 << 20;
+/// HOST_NAME_MAX (hostname(7)).
+const MAX_HOSTNAME: usize = 64;
+const MIB: u64 = 1 << 20;
+
+/// containerd's own annotations (internal/cri/annotations).
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const SANDBOX_NAME: &str = "io.kubernetes.cri.sandbox-name";
+const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
+const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+const SANDBOX_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const SANDBOX_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+/// Ours, in the pod's record: the network namespace that containerd has made.
+pub(crate) const NETNS: &str = "nacelle.dev/netns";
+
+/// What a task is to its pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The pause container of a Kubernetes pod: the task is the VM.
+    Sandbox,
+    /// One of its containers.
+    Member { pod: String },
+    /// A container with a VM of its own (ctr, nerdctl).
+    Single,
+}
+
+pub(crate) fn read(bundle: &Path) -> Result<Spec> {
+    let path = bundle.join("config.json");
+    let what = || format!("reading {}", path.display());
+    let mut text = Vec::new();
+    File::open(&path)
+        .with_context(what)?
+        .take(MAX_CONFIG)
+        .read_to_end(&mut text)
+        .with_context(what)?;
+    serde_json::from_slice(&text).with_context(what)
+}
+
+fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(name).map(String::as_str).filter(|text| !text.is_empty())
+}
+
+pub(crate) fn role(spec: &Spec) -> Result<Role> {
+    match annotation(spec, CONTAINER_TYPE) {
+        Some("sandbox") => Ok(Role::Sandbox),
+        Some("container") => {
+            let pod = annotation(spec, SANDBOX_ID);
+            let pod = pod.with_context(|| format!("annotation {SANDBOX_ID} is missing"))?;
+            crate::args::check("sandbox id", pod)?;
+            Ok(Role::Member { pod: pod.to_owned() })
+        }
+        None => Ok(Role::Single),
+        Some(other) => bail!("annotation {CONTAINER_TYPE}: {other:?} is unknown"),
+    }
+}
+
+fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<Option<PathBuf>> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    namespaces.iter().find(|n| n.typ() == kind).map(|n| n.path().clone())
+}
+
+/// The pod of a sandbox, or that of a single container.
+pub(crate) fn pod(namespace_name: &str, id: &str, spec: &Spec, settings: &Settings) -> PodSpec {
+    let text = |name| annotation(spec, name).map(str::to_owned);
+    let mut annotations = BTreeMap::new();
+    if let Some(Some(netns)) = namespace(spec, LinuxNamespaceType::Network) {
+        annotations.insert(NETNS.to_owned(), netns.to_string_lossy().into_owned());
+    }
+    let mut hostname = spec.hostname().clone().unwrap_or_default();
+    if hostname.is_empty() {
+        hostname = id.chars().take(12).collect();
+    }
+    hostname.truncate(MAX_HOSTNAME);
+    let linux = spec.linux().as_ref();
+    let sysctls = linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default();
+    let (memory, vcpus) = size(spec);
+    PodSpec {
+        meta: Meta {
+            name: text(SANDBOX_NAME).unwrap_or_else(|| id.to_owned()),
+            namespace: text(SANDBOX_NAMESPACE).unwrap_or_else(|| namespace_name.to_owned()),
+            uid: text(SANDBOX_UID).unwrap_or_else(|| id.to_owned()),
+            annotations,
+            ..Meta::default()
+        },
+        hostname,
+        handler: String::new(),
+        cgroup_parent: cgroup_parent(spec),
+        log_directory: String::new(),
+        sysctls: sysctls.into_iter().collect(),
+        dns: Dns::default(),
+        ports: Vec::new(),
+        vcpus,
+        memory_mib: memory.map(|bytes| {
+            let mib = u32::try_from(bytes.div_ceil(MIB)).unwrap_or(u32::MAX);
+            mib.saturating_add(settings.guest_overhead_mib).max(settings.min_memory_mib)
+        }),
+        cpu: CpuLimits::default(),
+        host: None,
+        origin: serde_json::Value::Null,
+    }
+}
+
+/// Memory limit in bytes and CPUs of the pod, where it has limits: those that a kubelet states for the
+/// pod, or those of the single container.
+fn size(spec: &Spec) -> (Option<u64>, Option<u8>) {
+    let number = |name| annotation(spec, name).and_then(|text| text.parse::<i64>().ok());
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let memory = match number(SANDBOX_MEMORY) {
+        Some(bytes) => Some(bytes),
+        None => resources.and_then(|r| r.memory().as_ref()).and_then(|memory| memory.limit()),
+    };
+    let cpu = resources.and_then(|r| r.cpu().as_ref());
+    let quota = number(SANDBOX_QUOTA).or_else(|| cpu.and_then(|cpu| cpu.quota()));
+    let period = number(SANDBOX_PERIOD)
+        .or_else(|| cpu.and_then(|cpu| cpu.period()).and_then(|p| i64::try_from(p).ok()))
+        .filter(|period| *period > 0)
+        .unwrap_or(100_000);
+    let positive = |value: &i64| *value > 0;
+    let vcpus = quota.filter(positive).map(|quota| {
+        let cpus = u64::try_from(quota).unwrap_or(1).div_ceil(period.unsigned_abs());
+        let host = std::thread::available_parallelism().map_or(1, |n| n.get()) as u64;
+        u8::try_from(cpus.clamp(1, host)).unwrap_or(u8::MAX)
+    });
+    (memory.filter(positive).and_then(|bytes| u64::try_from(bytes).ok()), vcpus)
+}
+
+/// The folder of cgroups that the VMM's own is made in, from the path which the container's would have
+/// (runc's `cgroupsPath`): a path, or `slice:prefix:name` of systemd.
+fn cgroup_parent(spec: &Spec) -> String {
+    let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
+    let text = path.unwrap_or_default().to_string_lossy().into_owned();
+    if let Some((slice, _)) = text.split_once(':') {
+        return slice.to_owned();
+    }
+    let parent = Path::new(&text).parent().unwrap_or(Path::new(""));
+    match parent.to_string_lossy() {
+        root if root == "/" => String::new(),
+        parent => parent.into_owned(),
+    }
+}
+
+/// A container whose lower layer is mounted at `rootfs`, on the host.
+pub(crate) fn container(
+    id: &str,
+    mut spec: Spec,
+    rootfs: &Path,
+    terminal: bool,
+    stdin: bool,
+) -> Result<ContainerSpec> {
+    if spec.hooks().as_ref().is_some_and(|hooks| *hooks != Default::default()) {
+        bail!("hooks cannot run: the host has no process of the container, the guest no programs");
+    }
+    let mut volumes = vec![Volume {
+        container_path: "/".to_owned(),
+        source: VolumeSource::Shared { host_path: rootfs.to_owned() },
+        access: Access::ReadOnly,
+        propagation: Propagation::Private,
+    }];
+    let mut mounts = Vec::new();
+    for mount in spec.mounts().clone().unwrap_or_default() {
+        match volume(&mount)? {
+            Kind::Guest => mounts.push(mount),
+            Kind::Volume(volume) => volumes.push(volume),
+            Kind::OfThePod => {}
+        }
+    }
+    spec.set_mounts(Some(mounts));
+    let devices = take_block_devices(&mut spec);
+    let pid = match namespace(&spec, LinuxNamespaceType::Pid) {
+        Some(None) => PidMode::Container,
+        // Another container's, all of which are said to be the VMM's process; or the host's, which
+        // are the pod's here.
+        Some(Some(_)) | None => PidMode::Pod,
+    };
+    let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+    Ok(ContainerSpec {
+        meta: Meta { name: id.to_owned(), ..Meta::default() },
+        rootfs: RootfsSpec { image: PathBuf::new(), read_only, volumes: Vec::new() },
+        oci: spec,
+        user: String::new(),
+        pid,
+        stdin,
+        // containerd closes it by itself (CloseIO).
+        stdin_once: false,
+        tty: terminal,
+        log_path: String::new(),
+        volumes,
+        devices,
+        // containerd has looked them up.
+        strict_groups: true,
+        image_name: String::new(),
+        image_id: String::new(),
+        stop_signal: 15,
+        strict_volumes: Vec::new(),
+        origin: serde_json::Value::Null,
+    })
+}
+
+enum Kind {
+    /// A file system that the guest mounts.
+    Guest,
+    Volume(Volume),
+    /// What the pod has in its VM anyway.
+    OfThePod,
+}
+
+fn volume(mount: &Mount) -> Result<Kind> {
+    let options = mount.options().as_deref().unwrap_or_default();
+    let has = |name: &str| options.iter().any(|option| option == name);
+    let is_bind = mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind");
+    if !is_bind {
+        return Ok(Kind::Guest);
+    }
+    let destination = mount.destination();
+    // containerd's is a tmpfs of the host; containers of a pod share the guest's.
+    if destination == Path::new("/dev/shm") {
+        return Ok(Kind::OfThePod);
+    }
+    let Some(source) = mount.source().clone().filter(|source| source.is_absolute()) else {
+        bail!("mount {}: its source is no absolute path", destination.display());
+    };
+    let Some(container_path) = destination.to_str() else {
+        bail!("mount {}: not UTF-8", destination.display());
+    };
+    let access = match (has("rro"), has("ro")) {
+        (true, _) => Access::ReadOnlyRecursive,
+        (false, true) => Access::ReadOnly,
+        (false, false) => Access::ReadWrite,
+    };
+    let propagation = match () {
+        () if has("rshared") || has("shared") => Propagation::Bidirectional,
+        () if has("rslave") || has("slave") => Propagation::HostToContainer,
+        () => Propagation::Private,
+    };
+    Ok(Kind::Volume(Volume {
+        container_path: container_path.to_owned(),
+        source: VolumeSource::Shared { host_path: source },
+        access,
+        propagation,
+    }))
+}
+
+/// Block devices of the host become disks of the VM; device numbers mean nothing there.
+fn take_block_devices(spec: &mut Spec) -> Vec<BlockDevice> {
+    let Some(linux) = spec.linux_mut() else { return Vec::new() };
+    let Some(all) = linux.devices().clone() else { return Vec::new() };
+    let (blocks, others): (Vec<_>, Vec<_>) =
+        all.into_iter().partition(|device| device.typ() == LinuxDeviceType::B);
+    linux.set_devices(Some(others));
+    let rules = linux.resources().as_ref().and_then(|r| r.devices().clone()).unwrap_or_default();
+    let mut permissions: HashMap<(i64, i64), String> = HashMap::new();
+    for rule in rules.iter().filter(|rule| rule.allow()) {
+        if let (Some(major), Some(minor)) = (rule.major(), rule.minor()) {
+            permissions.insert((major, minor), rule.access().clone().unwrap_or_default());
+        }
+    }
+    let block = |device: oci_spec::runtime::LinuxDevice| {
+        let number = (device.major(), device.minor());
+        BlockDevice {
+            host_path: format!("/dev/block/{}:{}", number.0, number.1).into(),
+            container_path: device.path().to_string_lossy().into_owned(),
+            permissions: permissions.remove(&number).unwrap_or_else(|| "rwm".to_owned()),
+        }
+    };
+    blocks.into_iter().map(block).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(value: serde_json::Value) -> Spec {
+        let mut whole = json!({ "ociVersion": "1.0.2",
+            "process": { "cwd": "/", "args": ["sh"], "user": { "uid": 0, "gid": 0 } } });
+        for (name, value) in value.as_object().unwrap() {
+            whole[name] = value.clone();
+        }
+        serde_json::from_value(whole).unwrap()
+    }
+
+    #[test]
+    fn a_task_is_a_sandbox_a_member_of_one_or_single() {
+        let of = |annotations| role(&spec(json!({ "annotations": annotations })));
+        assert_eq!(of(json!({ CONTAINER_TYPE: "sandbox" })).unwrap(), Role::Sandbox);
+        let member = of(json!({ CONTAINER_TYPE: "container", SANDBOX_ID: "p" })).unwrap();
+        assert_eq!(member, Role::Member { pod: "p".into() });
+        assert_eq!(of(json!({})).unwrap(), Role::Single);
+        assert!(of(json!({ CONTAINER_TYPE: "container" })).is_err());
+        assert!(of(json!({ CONTAINER_TYPE: "container", SANDBOX_ID: "../p" })).is_err());
+        assert!(of(json!({ CONTAINER_TYPE: "x" })).is_err());
+    }
+
+    #[test]
+    fn a_pod_has_the_size_and_place_that_containerd_says() {
+        let settings = Settings::default();
+        let pod_of = |value| pod("k8s.io", "0123456789abcdef", &spec(value), &settings);
+        let kubelet = pod_of(json!({
+            "hostname": "web-0",
+            "annotations": { SANDBOX_MEMORY: "268435456", SANDBOX_QUOTA: "150000",
+                SANDBOX_PERIOD: "100000", SANDBOX_NAME: "web", SANDBOX_NAMESPACE: "shop" },
+            "linux": { "cgroupsPath": "kubepods-burstable-podx.slice:cri-containerd:0123",
+                "namespaces": [{ "type": "network", "path": "/run/netns/a" }],
+                "sysctl": { "net.core.somaxconn": "9" } } }));
+        assert_eq!(kubelet.memory_mib, Some(256 + 128));
+        assert!(kubelet.vcpus.is_some_and(|cpus| (1..=2).contains(&cpus)));
+        assert_eq!(kubelet.cgroup_parent, "kubepods-burstable-podx.slice");
+        assert_eq!((&*kubelet.hostname, &*kubelet.meta.name), ("web-0", "web"));
+        assert_eq!(kubelet.meta.annotations[NETNS], "/run/netns/a");
+        assert_eq!(kubelet.sysctls["net.core.somaxconn"], "9");
+
+        let ctr = pod_of(json!({ "linux": { "cgroupsPath": "/default/one",
+            "resources": { "memory": { "limit": 1048576 } },
+            "namespaces": [{ "type": "network" }] } }));
+        assert_eq!((&*ctr.cgroup_parent, &*ctr.hostname), ("/default", "0123456789ab"));
+        assert_eq!((ctr.memory_mib, ctr.vcpus), (Some(129), None));
+        assert!(!ctr.meta.annotations.contains_key(NETNS));
+        // What says "no limit" is none.
+        let open = pod_of(json!({ "annotations": { SANDBOX_MEMORY: "0", SANDBOX_QUOTA: "-1" } }));
+        assert_eq!((open.memory_mib, open.vcpus), (None, None));
+        assert_eq!(open.cgroup_parent, "");
+    }
+
+    #[test]
+    fn mounts_of_the_host_are_volumes_and_the_guests_stay() {
+        let spec = spec(json!({
+            "root": { "path": "rootfs", "readonly": true },
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc" },
+                { "destination": "/dev/shm", "type": "bind", "source": "/run/shm",
+                  "options": ["rbind", "rw"] },
+                { "destination": "/etc/hosts", "type": "bind", "source": "/var/h",
+                  "options": ["rbind", "rprivate", "ro"] },
+                { "destination": "/data", "source": "/srv", "options": ["rbind", "rslave"] } ],
+            "linux": {
+                "namespaces": [{ "type": "pid" }],
+                "devices": [
+                    { "path": "/dev/data", "type": "b", "major": 8, "minor": 16 },
+                    { "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229 } ],
+                "resources": { "devices": [
+                    { "allow": true, "type": "b", "major": 8, "minor": 16, "access": "r" } ] } } }));
+        let made = container("c", spec, Path::new("/b/rootfs"), true, false).unwrap();
+        let places: Vec<_> = made.volumes.iter().map(|v| (&*v.container_path, v.access)).collect();
+        let expected = [
+            ("/", Access::ReadOnly),
+            ("/etc/hosts", Access::ReadOnly),
+            ("/data", Access::ReadWrite),
+        ];
+        assert_eq!(places, expected);
+        assert_eq!(made.volumes[2].propagation, Propagation::HostToContainer);
+        assert!(made.volumes[0].is_lower_layer(&made.rootfs));
+        assert!(made.rootfs.read_only && made.tty && made.pid == PidMode::Container);
+        assert_eq!(made.oci.mounts().as_ref().unwrap().len(), 1);
+        assert_eq!(made.devices[0].host_path, Path::new("/dev/block/8:16"));
+        assert_eq!(
+            (&*made.devices[0].container_path, &*made.devices[0].permissions),
+            ("/dev/data", "r")
+        );
+        assert_eq!(made.oci.linux().as_ref().unwrap().devices().as_ref().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn hooks_and_relative_sources_are_refused() {
+        let hooks = spec(json!({ "hooks": { "createRuntime": [{ "path": "/x" }] } }));
+        assert!(container("c", hooks, Path::new("/b"), false, false).is_err());
+        let relative = spec(json!({ "mounts": [
+            { "destination": "/x", "type": "bind", "source": "y", "options": ["bind"] }] }));
+        assert!(container("c", relative, Path::new("/b"), false, false).is_err());
+    }
+}

@@ -1,0 +1,323 @@
+//! Pods of Debian's containerd (1.6) in microVMs, by containerd-shim-nacelle-v2: no nacelled runs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::Story;
+use crate::client::{self, Cri};
+use crate::leftovers::Inventory;
+use crate::node::{bin, guest, registry};
+use crate::{images, wait};
+
+pub const STORIES: &[Story] = &[
+    ("ctr runs a container in a VM: streams, exit codes, exec, kill, and nothing is left", by_ctr),
+    ("a pod of containerd's CRI is one VM with several containers and its network", by_cri),
+    ("after kill -9 of a shim containerd takes away all that its pod had", killed_shim),
+];
+
+const SHIM: &str = "containerd-shim-nacelle-v2";
+const LIMIT: Duration = Duration::from_secs(60);
+const BRIDGE: &str = "ncltshim";
+/// containerd's namespace for CRI; images are pulled there.
+const NAMESPACE: &str = "k8s.io";
+
+/// A containerd with the shim as its only runtime.
+struct Containerd {
+    folder: tempfile::TempDir,
+    state: PathBuf,
+    process: Child,
+    cri: Cri,
+    image: String,
+    before: Inventory,
+}
+
+impl Containerd {
+    fn start() -> Result<Self> {
+        let top = Path::new("/var/lib/nacelle-stories");
+        fs::create_dir_all(top)?;
+        let folder = tempfile::tempdir_in(top)?;
+        let path = |name: &str| folder.path().join(name);
+        let state = PathBuf::from(format!("/run/nclts{}", std::process::id()));
+        let image = registry().push(&images::layout("busybox")?, "busybox:latest")?;
+        // The shim is found by its name.
+        fs::create_dir_all(path("bin"))?;
+        std::os::unix::fs::symlink(bin(SHIM), path("bin").join(SHIM))?;
+        fs::create_dir_all(path("cni"))?;
+        let network = format!(
+            r#"{{"cniVersion": "1.0.0", "name": "shims", "plugins": [
+  {{"type": "bridge", "bridge": "{BRIDGE}", "isGateway": true, "ipMasq": true,
+   "ipam": {{"type": "host-local", "ranges": [[{{"subnet": "10.89.7.0/24"}}]],
+     "routes": [{{"dst": "0.0.0.0/0"}}]}}}}]}}"#
+        );
+        fs::write(path("cni/10-shim.conflist"), network)?;
+        let settings = format!(
+            "root = \"{root}\"\nstate = \"{state}\"\nvmm = \"{vmm}\"\n\
+             kernel = \"{guest}/vmlinux\"\ninitramfs = \"{guest}/initramfs.cpio\"\n\
+             log_level = \"debug\"\n",
+            root = path("shims").display(),
+            state = state.display(),
+            vmm = bin("nacelle-vmm").display(),
+            guest = guest().display(),
+        );
+        fs::write(path("shim.toml"), settings)?;
+        let config = format!(
+            r#"version = 2
+root = "{folder}/root"
+state = "{folder}/state"
+[grpc]
+  address = "{folder}/containerd.sock"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{image}"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{folder}/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "nacelle"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.nacelle]
+      runtime_type = "io.containerd.nacelle.v2"
+      privileged_without_host_devices = true
+"#,
+            folder = folder.path().display(),
+        );
+        fs::write(path("config.toml"), config)?;
+        let before = Inventory::take(&path("shims"), &state);
+        let log = fs::File::create(path("containerd.log"))?;
+        let process = Command::new("containerd")
+            .arg("--config")
+            .arg(path("config.toml"))
+            .env("NACELLE_SHIM_CONFIG", path("shim.toml"))
+            .env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", path("bin").display()))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("starting containerd (Debian package containerd)")?;
+        let socket = path("containerd.sock");
+        let cri = wait::until("containerd answers", LIMIT, || {
+            let Ok(cri) = Cri::connect(&socket) else { return Ok(None) };
+            Ok(cri.pods().is_ok().then_some(cri))
+        });
+        let containerd = Self { folder, state, process, cri: cri?, image, before };
+        containerd.cri.pull(&containerd.image)?;
+        Ok(containerd)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("timeout");
+        command.args(["120", "ctr", "--address"]).arg(self.path("containerd.sock"));
+        command.args(["--namespace", NAMESPACE]).args(words).stdin(Stdio::null());
+        command
+    }
+
+    fn ctr(&self, words: &[&str]) -> Result<Output> {
+        self.command(words).output().context("running ctr (Debian package containerd)")
+    }
+
+    /// Runs a container to its end.
+    fn run(&self, id: &str, command: &[&str]) -> Result<Output> {
+        let words = ["run", "--rm", "--runtime", "io.containerd.nacelle.v2", &self.image, id];
+        self.ctr(&[&words, command].concat())
+    }
+
+    /// Fails if anything is left on the host of what was there.
+    fn nothing_left(&self) -> Result<()> {
+        let left = || -> Result<Vec<String>> {
+            let mut left = Inventory::take(&self.path("shims"), &self.state).since(&self.before);
+            left.retain(|item| *item != format!("interface {BRIDGE}"));
+            let folder = self.folder.path().display().to_string();
+            let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+            let of_tasks = |line: &&str| line.contains(&folder) && line.contains("/rootfs ");
+            left.extend(mounts.lines().filter(of_tasks).map(|line| format!("mount {line}")));
+            for (folder, kept) in [(self.path("shims"), "originals"), (self.state.clone(), "uids")]
+            {
+                let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+                let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+                let others = names.filter(|name| name != kept);
+                left.extend(others.map(|name| format!("{}/{name}", folder.display())));
+            }
+            let uids = fs::read_dir(self.state.join("uids")).into_iter().flatten().flatten();
+            left.extend(uids.map(|uid| format!("uid {:?}", uid.file_name())));
+            left.extend(shims()?.iter().map(|pid| format!("shim {pid}")));
+            Ok(left)
+        };
+        let clean = wait::until("nothing is left", Duration::from_secs(20), || {
+            Ok(left()?.is_empty().then_some(()))
+        });
+        clean.with_context(|| format!("left behind: {:#?}", left()))
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        if std::thread::panicking() || self.nothing_left().is_err() {
+            let text = fs::read_to_string(self.path("containerd.log")).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            eprintln!(
+                "--- containerd said last:\n{}",
+                lines[lines.len().saturating_sub(60)..].join("\n")
+            );
+        }
+        for pod in self.cri.pods().unwrap_or_default() {
+            let _ = self.cri.stop_pod(&pod.id);
+            let _ = self.cri.remove_pod(&pod.id);
+        }
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        for pid in shims().unwrap_or_default() {
+            let pid = nix::unistd::Pid::from_raw(pid);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        let _ = fs::remove_dir_all(&self.state);
+        let _ = Command::new("ip").args(["link", "del", BRIDGE]).output();
+    }
+}
+
+/// Shims that serve.
+fn shims() -> Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let mut words = command.split(|&b| b == 0);
+        let is_shim = words.next().is_some_and(|word| word.ends_with(SHIM.as_bytes()));
+        if is_shim && words.next().is_some_and(|word| word == b"-namespace") {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Fails with both streams.
+fn expect(output: &Output, code: i32, stdout: &str) -> Result<()> {
+    ensure!(
+        output.status.code() == Some(code) && text(&output.stdout) == stdout,
+        "wanted {code} and {stdout:?}, got {:?}, {:?}, {:?}",
+        output.status.code(),
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+    Ok(())
+}
+
+fn by_ctr() -> Result<()> {
+    let host = Containerd::start()?;
+    let kernel = text(&Command::new("uname").arg("-r").output()?.stdout);
+    let ran =
+        host.run("one", &["sh", "-c", "uname -r; echo err >&2; echo x > /written; exit 7"])?;
+    ensure!(ran.status.code() == Some(7), "{ran:?}");
+    ensure!(!ran.stdout.is_empty() && text(&ran.stdout) != kernel, "the host's kernel: {ran:?}");
+    ensure!(text(&ran.stderr).contains("err"), "{ran:?}");
+    host.nothing_left()?;
+
+    // Standard input is carried to its end, and more output than a pipe holds arrives whole.
+    let words = ["run", "--rm", "--runtime", "io.containerd.nacelle.v2", &host.image, "two"];
+    let line = "head -c 3000000 /dev/zero | tr '\\0' a; wc -c";
+    let mut piped = host.command(&[&words[..], &["sh", "-c", line]].concat());
+    let mut child = piped.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let stdin = child.stdin.take().context("a pipe was asked for")?;
+    let writer = std::thread::spawn(move || {
+        let mut stdin = stdin;
+        std::io::Write::write_all(&mut stdin, &vec![b'b'; 500_000])
+    });
+    let piped = child.wait_with_output()?;
+    let written = writer.join();
+    ensure!(matches!(written, Ok(Ok(()))), "standard input is not taken: {written:?}");
+    ensure!(piped.status.success(), "{:?}", text(&piped.stderr));
+    let (body, count) = piped.stdout.split_at(3_000_000.min(piped.stdout.len()));
+    ensure!(body.iter().all(|&b| b == b'a') && text(count).trim() == "500000", "{:?}", text(count));
+
+    let detached = ["run", "-d", "--runtime", "io.containerd.nacelle.v2", &host.image, "three"];
+    expect(&host.ctr(&[&detached[..], &["sleep", "1000"]].concat())?, 0, "")?;
+    let exec = |id: &str, line: &str| {
+        host.ctr(&["task", "exec", "--exec-id", id, "three", "sh", "-c", line])
+    };
+    expect(&exec("e1", "echo in; exit 5")?, 5, "in\n")?;
+    expect(&exec("e2", "cat /proc/1/comm")?, 0, "sleep\n")?;
+    let metrics = text(&host.ctr(&["task", "metrics", "three"])?.stdout);
+    ensure!(metrics.contains("memory.usage "), "{metrics}");
+    expect(&host.ctr(&["task", "kill", "--signal", "KILL", "three"])?, 0, "")?;
+    wait::until("the task has stopped", LIMIT, || {
+        let tasks = text(&host.ctr(&["task", "ls"])?.stdout);
+        Ok(tasks.lines().any(|l| l.contains("three") && l.contains("STOPPED")).then_some(()))
+    })?;
+    let deleted = host.ctr(&["task", "delete", "three"])?;
+    ensure!(text(&deleted.stderr).contains("137"), "{deleted:?}");
+    expect(&host.ctr(&["containers", "delete", "three"])?, 0, "")?;
+    host.nothing_left()
+}
+
+fn by_cri() -> Result<()> {
+    let host = Containerd::start()?;
+    let (cri, logs) = (&host.cri, host.path("logs"));
+    let pod = cri.run_pod(client::pod("web", &logs))?;
+    let address = cri.pod_address(&pod)?;
+    ensure!(address.starts_with("10.89.7."), "{address}");
+    let shared = host.path("shared");
+    fs::create_dir_all(&shared)?;
+    fs::write(shared.join("index.html"), "from the host\n")?;
+    let mut config = client::container(
+        "server",
+        &host.image,
+        &["sh", "-c", "echo up; exec httpd -f -p 80 -h /www"],
+    );
+    config.mounts.push(client::mount(&shared, "/www"));
+    let server = cri.run(&pod, config)?;
+    let other =
+        cri.run(&pod, client::container("other", &host.image, &["sh", "-c", "sleep 1000"]))?;
+    ensure!(shims()?.len() == 1, "one pod, one shim: {:?}", shims()?);
+
+    // They share the pod's network; the host reaches it too.
+    let page = wait::until("the server answers", LIMIT, || {
+        let got = cri.exec(&other, &["wget", "-q", "-O", "-", "http://127.0.0.1/index.html"])?;
+        Ok((got.code == 0).then_some(got.stdout))
+    })?;
+    ensure!(page == "from the host\n", "{page:?}");
+    let url = format!("http://{address}/index.html");
+    let fetched = Command::new("curl").args(["-fsS", "--max-time", "10", &url]).output()?;
+    expect(&fetched, 0, "from the host\n")?;
+    let addresses = cri.shell(&other, "ip -4 addr show eth0")?;
+    ensure!(addresses.contains(&address), "{addresses}");
+    ensure!(cri.shell(&other, "hostname")?.trim() == "web", "host name");
+    // Each container has a root and processes of its own.
+    cri.shell(&other, "touch /mine")?;
+    ensure!(cri.exec(&server, &["test", "-e", "/mine"])?.code == 1, "roots are shared");
+    let lines = cri.log(&server)?;
+    ensure!(lines.iter().any(|line| line.text == "up"), "{lines:?}");
+
+    let failed =
+        cri.run(&pod, client::container("failed", &host.image, &["sh", "-c", "exit 3"]))?;
+    ensure!(cri.exited(&failed)?.exit_code == 3, "exit code");
+    cri.remove(&failed)?;
+    cri.stop(&other, 0)?;
+    ensure!(cri.exited(&other)?.exit_code == 137, "exit code of a killed container");
+    cri.stop_pod(&pod)?;
+    ensure!(!cri.pod_ready(&pod)?, "the pod is ready after its stop");
+    cri.remove_pod(&pod)?;
+    host.nothing_left()
+}
+
+fn killed_shim() -> Result<()> {
+    let host = Containerd::start()?;
+    let cri = &host.cri;
+    let pod = cri.run_pod(client::pod("doomed", &host.path("logs")))?;
+    let container = cri.run(&pod, client::container("c", &host.image, &["sleep", "1000"]))?;
+    let [shim] = shims()?[..] else { anyhow::bail!("not one shim: {:?}", shims()?) };
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim), nix::sys::signal::Signal::SIGKILL)?;
+    ensure!(cri.exited(&container)?.exit_code != 0, "exit code of a lost container");
+    wait::until("the pod is not ready", LIMIT, || Ok((!cri.pod_ready(&pod)?).then_some(())))?;
+    cri.stop_pod(&pod)?;
+    cri.remove_pod(&pod)?;
+    host.nothing_left()
+}
