@@ -130,7 +130,7 @@ fn host_ports_lead_into_the_pod_and_are_removed_with_it() {
         drop(guest);
         assert!(rules().contains("8080"));
         host.runtime.block_on(cni.detach("a")).unwrap();
-        nix::mount::umount(&outside).unwrap();
+        nix::mount::umount2(&outside, nix::mount::MntFlags::MNT_DETACH).unwrap();
         std::fs::remove_file(&outside).unwrap();
         host.nothing_left();
         let mine: Vec<String> = rules()

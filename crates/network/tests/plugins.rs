@@ -219,9 +219,9 @@ fn networks_of_unknown_pods_are_removed_and_others_kept() {
         }
         // The namespace of p3 was lost in a reboot; p4 has only the file of an interrupted
         // creation. Other namespaces belong to other programs, also to another daemon.
-        nix::mount::umount(&before.netns_path("p3")).unwrap();
+        nix::mount::umount2(&before.netns_path("p3"), nix::mount::MntFlags::MNT_DETACH).unwrap();
         fs::remove_file(before.netns_path("p3")).unwrap();
-        nix::mount::umount(&before.netns_path("p4")).unwrap();
+        nix::mount::umount2(&before.netns_path("p4"), nix::mount::MntFlags::MNT_DETACH).unwrap();
         fs::write(host.path("netns/cni-1234"), "").unwrap();
         fs::write(before.netns_path("other"), "").unwrap();
         let after = host.cni();
