@@ -19,12 +19,12 @@ const PRIMARY: &str = "eth0";
 /// Joins what is in the namespace at `path` to taps. Without any interface there is nothing to be
 /// joined: the pod has no network. Whatever an earlier call left is taken away first.
 pub async fn attach(path: PathBuf) -> Result<Attachment, Error> {
-    blocking(move || netns::within(&path, || join(&path))).await
+    blocking(move || netns::run_in_netns(&path, || join(&path))).await
 }
 
 /// Opens the tap of each interface, in the order of [`Attachment::interfaces`].
 pub async fn open_taps(path: PathBuf, attachment: Attachment) -> Result<Vec<OwnedFd>, Error> {
-    blocking(move || netns::within(&path, || nic::open_taps(&attachment.interfaces))).await
+    blocking(move || netns::run_in_netns(&path, || nic::open_taps(&attachment.interfaces))).await
 }
 
 /// Takes the taps away and leaves the namespace as it was. Fine when it has gone.
@@ -33,7 +33,7 @@ pub async fn detach(path: PathBuf) -> Result<(), Error> {
         if !netns::is_mounted(&path) {
             return Ok(());
         }
-        netns::within(&path, nic::part)
+        netns::run_in_netns(&path, nic::disconnect_taps)
     })
     .await
 }
@@ -47,7 +47,7 @@ fn join(path: &Path) -> Result<Attachment, NicError> {
         routes: Vec::new(),
         dns: Dns::default(),
     };
-    match nic::join(path, PRIMARY, &success) {
+    match nic::connect_taps(path, PRIMARY, &success) {
         Err(NicError::NoInterface { .. }) => {
             Ok(Attachment { netns: path.to_owned(), ..Default::default() })
         }

@@ -92,7 +92,7 @@ pub fn pod_info(view: &PodView) -> BTreeMap<String, String> {
     let addresses: Vec<_> = view.addresses.iter().map(|address| json!({ "IP": address })).collect();
     let info = json!({
         "pid": view.vmm_pid,
-        "state": view.state,
+        "state": format!("{:?}", view.state),
         "reason": view.reason,
         "recordUnread": view.unread,
         "netns": view.netns,
@@ -203,11 +203,16 @@ fn user(view: &ContainerView) -> Option<v1::ContainerUser> {
 /// What `crictl inspect` shows. `pid` is the VMM that the container runs in: its own process has no
 /// number on this host.
 pub fn container_info(view: &ContainerView, vmm_pid: Option<u32>) -> BTreeMap<String, String> {
+    let rootfs = &view.spec.rootfs;
     let info = json!({
         "sandboxID": view.pod,
         "pid": vmm_pid,
-        "state": view.state,
-        "rootfs": view.spec.rootfs,
+        "state": format!("{:?}", view.state),
+        "rootfs": {
+            "image": rootfs.image,
+            "read_only": rootfs.read_only,
+            "volumes": rootfs.volumes,
+        },
         "runtimeType": "nacelle",
         "runtimeSpec": view.spec.oci,
         "config": view.spec.origin,
