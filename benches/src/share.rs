@@ -103,7 +103,7 @@ pub fn run(plan: &Plan<'_>) -> Result<()> {
     }
     let qemu = sides.iter().find_map(|side| match &side.way {
         Way::Qemu(qemu) => Some(qemu.vmm.0.id()),
-        Way::Host | Way::Container { .. } => None,
+        Way::Host | Way::Container(_) => None,
     });
     let mut samples: Vec<BTreeMap<&str, Sample>> = sides.iter().map(|_| BTreeMap::new()).collect();
     for round in 0..plan.rounds {
@@ -199,13 +199,15 @@ fn unit_name(unit: Unit) -> &'static str {
 
 enum Way {
     Host,
-    Container {
-        client: RuntimeServiceClient<Channel>,
-        pod: String,
-        plain: String,
-        privileged: String,
-    },
+    Container(Box<Container>),
     Qemu(Box<Qemu>),
+}
+
+struct Container {
+    client: RuntimeServiceClient<Channel>,
+    pod: String,
+    plain: String,
+    privileged: String,
 }
 
 struct Side {
@@ -278,7 +280,7 @@ impl Side {
         }
         let [plain, privileged] =
             <[String; 2]>::try_from(ids).map_err(|_| anyhow::anyhow!("two"))?;
-        let way = Way::Container { client, pod, plain, privileged };
+        let way = Way::Container(Box::new(Container { client, pod, plain, privileged }));
         Ok(Self { name: peer.name.clone(), vm, way })
     }
 
@@ -297,7 +299,7 @@ impl Side {
         let Amount { files, writes } = plan.amount;
         let folder = match &self.way {
             Way::Host => plan.folder.display().to_string(),
-            Way::Container { .. } | Way::Qemu(_) => "/data".to_owned(),
+            Way::Container(_) | Way::Qemu(_) => "/data".to_owned(),
         };
         let mut all = vec![folder, self.name.clone(), files.to_string(), writes.to_string()];
         all.extend(words.iter().map(|&word| word.to_owned()));
@@ -307,7 +309,8 @@ impl Side {
                 ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
                 Ok(String::from_utf8(output.stdout)?)
             }
-            Way::Container { client, plain, privileged, .. } => {
+            Way::Container(own) => {
+                let Container { client, plain, privileged, .. } = own.as_mut();
                 let container = if words.contains(&"trace") { privileged } else { plain };
                 let mut cmd = vec![format!("/data/{LOAD}")];
                 cmd.extend(all);
@@ -330,7 +333,7 @@ impl Side {
     fn exits(&self, qemu: Option<u32>) -> Result<u64> {
         match &self.way {
             Way::Host => Ok(0),
-            Way::Container { .. } => Ok(measure::vms(qemu)?.1),
+            Way::Container(_) => Ok(measure::vms(qemu)?.1),
             Way::Qemu(qemu) => measure::exits(qemu.vmm.0.id()),
         }
     }
@@ -347,12 +350,12 @@ impl Side {
         Ok(boot::Shape { vcpus: field("cpus")? as u8, memory })
     }
 
-    fn round<'a>(
+    fn round(
         &mut self,
         runtime: &tokio::runtime::Runtime,
         plan: &Plan<'_>,
         qemu: Option<u32>,
-        samples: &mut BTreeMap<&'a str, Sample>,
+        samples: &mut BTreeMap<&str, Sample>,
     ) -> Result<()> {
         let before = self.exits(qemu)?;
         self.load(runtime, plan, &["nothing"])?;
@@ -381,11 +384,11 @@ impl Side {
         Ok(())
     }
 
-    fn count<'a>(
+    fn count(
         &mut self,
         runtime: &tokio::runtime::Runtime,
         plan: &Plan<'_>,
-        samples: &mut BTreeMap<&'a str, Sample>,
+        samples: &mut BTreeMap<&str, Sample>,
     ) -> Result<()> {
         for (phase, _, _) in PHASES {
             let said = self.load(runtime, plan, &["trace", phase])?;
@@ -400,7 +403,8 @@ impl Side {
     }
 
     fn end(self, runtime: &tokio::runtime::Runtime) -> Result<()> {
-        let Way::Container { mut client, pod, .. } = self.way else { return Ok(()) };
+        let Way::Container(own) = self.way else { return Ok(()) };
+        let Container { mut client, pod, .. } = *own;
         runtime.block_on(async {
             let stop = v1::StopPodSandboxRequest { pod_sandbox_id: pod.clone() };
             client.stop_pod_sandbox(stop).await.context("StopPodSandbox")?;

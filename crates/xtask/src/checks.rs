@@ -145,8 +145,9 @@ fn files(repo: &Path, broken: &mut Vec<String>) -> Result<()> {
                 broken
                     .push(format!("{name}: allows unsafe code and has none that gives its reason"));
             }
-            if text.contains(concat!("#[", "ignore")) {
-                broken.push(format!("{name}: an ignored test passes silently; skip out loud"));
+            // One with a reason is counted as ignored, and runs in the lab.
+            if text.contains(concat!("#[", "ignore]")) {
+                broken.push(format!("{name}: a test is ignored without a reason"));
             }
         }
         for (number, line) in text.lines().enumerate() {
