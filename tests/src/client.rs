@@ -134,10 +134,20 @@ impl Cri {
     }
 
     pub fn create(&self, pod: &str, config: v1::ContainerConfig) -> Result<String, tonic::Status> {
+        self.create_in(pod, None, config)
+    }
+
+    /// With the pod's configuration, which containerd reads and nacelled does not.
+    fn create_in(
+        &self,
+        pod: &str,
+        sandbox_config: Option<v1::PodSandboxConfig>,
+        config: v1::ContainerConfig,
+    ) -> Result<String, tonic::Status> {
         let request = v1::CreateContainerRequest {
             pod_sandbox_id: pod.into(),
             config: Some(config),
-            sandbox_config: None,
+            sandbox_config,
         };
         call!(self.runtime.create_container(request)).map(|reply| reply.container_id)
     }
@@ -150,6 +160,19 @@ impl Cri {
     /// Creates and starts.
     pub fn run(&self, pod: &str, config: v1::ContainerConfig) -> Result<String> {
         let id = self.create(pod, config).context("CreateContainer")?;
+        self.start(&id).context("StartContainer")?;
+        Ok(id)
+    }
+
+    /// Creates and starts as a kubelet does, with the pod's configuration.
+    pub fn run_in(
+        &self,
+        pod: &str,
+        sandbox_config: &v1::PodSandboxConfig,
+        config: v1::ContainerConfig,
+    ) -> Result<String> {
+        let id = self.create_in(pod, Some(sandbox_config.clone()), config);
+        let id = id.context("CreateContainer")?;
         self.start(&id).context("StartContainer")?;
         Ok(id)
     }

@@ -1,6 +1,6 @@
 //! A reboot of the host, as far as a host can have one without going down: the daemon and all that it
 //! has started are killed at once, what lives in memory only is taken away (cgroups, network
-//! namespaces, interfaces, the state folder), the records say the id of another boot, and what CNI
+//! namespaces, interfaces, packet filter rules, the state folder), the records say the id of another boot, and what CNI
 //! plugins keep on the disk stays.
 
 use std::fs;
@@ -22,6 +22,17 @@ pub const STORIES: &[Story] = &[(
     reboot,
 )];
 
+/// Deletes the masquerading rules of a pod, and their chains.
+const LOSE_RULES: &str = r#"
+for tool in iptables ip6tables; do
+    $tool -t nat -S POSTROUTING | grep -F "$1" | while read -r rule; do
+        eval "$tool -t nat $(echo "$rule" | sed 's/^-A/-D/')"
+        chain=${rule##*-j }
+        $tool -t nat -F "$chain"
+        $tool -t nat -X "$chain"
+    done
+done
+"#;
 const LIMIT: Duration = Duration::from_secs(15);
 
 fn reboot() -> Result<()> {
@@ -101,6 +112,8 @@ fn lose_what_is_in_memory(node: &Node, pod: &str) -> Result<()> {
     let bridge = format!("nclt{}", node.subnet().rsplit('.').next().unwrap_or_default());
     let deleted = Command::new("ip").args(["link", "delete", &bridge]).status()?;
     ensure!(deleted.success(), "cannot delete {bridge}");
+    let rules = Command::new("sh").args(["-ec", LOSE_RULES, "sh", pod]).output()?;
+    ensure!(rules.status.success(), "{}", String::from_utf8_lossy(&rules.stderr));
     fs::remove_dir_all(&node.state).context("the state folder")
 }
 

@@ -321,6 +321,10 @@ fn known_files_hold_no_descriptors_and_thousands_can_be_open() {
     server.add("data", dir.path());
     let mut guest = server.guest();
     let share = guest.lookup(ROOT, "data").unwrap().node;
+    // A request on each queue: all of them have their eventfds then.
+    for _ in 0..vmm_api::shares::REQUEST_QUEUES_MAX {
+        assert_eq!(guest.lookup(ROOT, "data").unwrap().node, share);
+    }
     let before = server.descriptors();
     let mut open = Vec::new();
     for n in 0..FILES {
