@@ -6,7 +6,7 @@
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use nacelle_tests::part::Part;
-use nacelle_tests::watch;
+use nacelle_tests::{stories, watch};
 
 fn main() -> std::process::ExitCode {
     let mut words = std::env::args().skip(1);
@@ -35,13 +35,15 @@ fn main() -> std::process::ExitCode {
         }
     };
     let trials = part
-        .of(nacelle_tests::stories::all())
+        .of(stories::all())
         .into_iter()
         .map(|(room, (name, story))| {
             let full = format!("{room}::{name}");
+            let slow = stories::SLOW.contains(&(room, name));
             Trial::test(full.clone(), move || {
                 watch::over(&full, story).map_err(|error| Failed::from(format!("{error:?}")))
             })
+            .with_ignored_flag(slow)
         })
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()

@@ -28,7 +28,7 @@ const LAB_MIB: u64 = 6144 + 512;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Seconds that one lab may take
-    #[arg(long, default_value_t = 2700)]
+    #[arg(long, default_value_t = 3600)]
     timeout: u64,
     /// Labs side by side; by default as many as CPUs and memory allow
     #[arg(long)]

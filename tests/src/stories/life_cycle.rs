@@ -225,7 +225,7 @@ fn environment() -> Result<()> {
 }
 
 /// Pods of a soak by default; `NACELLE_SOAK` is another even number, 300 say.
-const SOAK: usize = 6;
+const SOAK: usize = 4;
 
 /// What the daemon and its launcher hold.
 #[derive(Debug, Clone, Copy)]

@@ -39,6 +39,16 @@ pub const WIDE: &[(&str, &str)] = &[
     ("limits", "a pod runs on the host's CPUs that a kubelet gave its containers"),
 ];
 
+/// Stories that take many minutes: ignored unless asked for (`--ignored`, `--include-ignored`).
+pub const SLOW: &[(&str, &str)] = &[
+    ("devices", "many containers with images of their own fit into a pod, and leave it again"),
+    (
+        "engines",
+        "docker in a pod has overlay2 wherever its data is, pulls, builds, limits, publishes",
+    ),
+    ("engines", "podman in a pod builds an image and runs containers of it"),
+];
+
 /// Every story, those that others build on first.
 pub fn all() -> Vec<(&'static str, Story)> {
     let rooms: &'static [(&'static str, &'static [Story])] = &[

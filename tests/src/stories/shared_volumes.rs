@@ -17,7 +17,7 @@ use crate::wait;
 pub const STORIES: &[Story] = &[
     ("containers of a pod share a folder's sockets, pipes, locks, mappings and notices", as_one),
     ("two containers write one SQLite database, and a kill damages nothing", sqlite),
-    ("four thousand files of a volume are open at a time", many_open),
+    ("two thousand files of a volume are open at a time", many_open),
 ];
 
 const SHARED: &str = include_str!("volumes/shared.py");
@@ -156,8 +156,8 @@ fn many_open() -> Result<()> {
     let below = Tmpfs::mount(&folder.path().join("below"), "size=64m")?;
     let config = container("c", &image, &["sleep", "1000"]);
     let id = cri.run(&pod, with_mounts(config, vec![mount(folder.path(), "/data")]))?;
-    python(cri, &id, MANY, &["/data/many", "4000"], 300)?;
-    ensure!(fs::read_dir(folder.path().join("many"))?.count() == 4_000, "the host's files");
+    python(cri, &id, MANY, &["/data/many", "2000"], 300)?;
+    ensure!(fs::read_dir(folder.path().join("many"))?.count() == 2_000, "the host's files");
     ensure!(fs::read(folder.path().join("many/2000"))? == b"2000", "what was written");
     // All is one file system, whatever the host has mounted, and no two files are the same.
     fs::write(folder.path().join("top"), "")?;
