@@ -200,8 +200,8 @@ pub(crate) fn container(
         user: String::new(),
         pid,
         stdin,
-        // containerd closes it by itself (CloseIO).
-        stdin_once: false,
+        // The stream ends with CloseIO, and the process has to read an end of file then.
+        stdin_once: true,
         tty: terminal,
         log_path: String::new(),
         volumes,

@@ -113,7 +113,7 @@ state = "{folder}/state"
 
     fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("timeout");
-        command.args(["120", "ctr", "--address"]).arg(self.path("containerd.sock"));
+        command.args(["-k", "5", "120", "ctr", "--address"]).arg(self.path("containerd.sock"));
         command.args(["--namespace", NAMESPACE]).args(words).stdin(Stdio::null());
         command
     }
