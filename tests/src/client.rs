@@ -207,7 +207,7 @@ impl Cri {
     }
 
     pub fn exec(&self, id: &str, command: &[&str]) -> Result<Output, tonic::Status> {
-        self.exec_within(id, command, 60)
+        self.exec_within(id, command, 180)
     }
 
     /// `timeout` in seconds; 0: none.

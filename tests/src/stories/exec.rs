@@ -43,7 +43,7 @@ fn time_out() -> Result<()> {
         let begin = Instant::now();
         let status = node.cri().exec_within(id, &["sleep", "777"], 2).unwrap_err();
         ensure!(status.code() == Code::DeadlineExceeded, "{status}");
-        ensure!(begin.elapsed() < Duration::from_secs(20), "took {:?}", begin.elapsed());
+        ensure!(begin.elapsed() < Duration::from_secs(60), "took {:?}", begin.elapsed());
         std::thread::sleep(Duration::from_millis(300));
         // A pattern that does not match itself: the asking shell and grep name it too.
         let left = node.cri().shell(id, "grep -l '[7]77' /proc/[0-9]*/cmdline | wc -l")?;
