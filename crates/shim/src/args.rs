@@ -9,6 +9,8 @@ use anyhow::{Result, bail};
 pub(crate) enum Verb {
     Start,
     Delete,
+    /// What `delete` starts, in a process of its own.
+    Clean,
     Serve,
     Version,
     Info,
@@ -47,6 +49,7 @@ impl Arguments {
                 parsed.verb = match word.as_str() {
                     "start" => Verb::Start,
                     "delete" => Verb::Delete,
+                    "clean" => Verb::Clean,
                     other => bail!("unknown command {other:?}"),
                 };
                 break;
@@ -76,7 +79,7 @@ impl Arguments {
                 _ => bail!("unknown flag -{name}"),
             }
         }
-        if matches!(parsed.verb, Verb::Start | Verb::Delete | Verb::Serve) {
+        if matches!(parsed.verb, Verb::Start | Verb::Delete | Verb::Clean | Verb::Serve) {
             check("namespace", &parsed.namespace)?;
             check("id", &parsed.id)?;
         }

@@ -2,10 +2,12 @@
 //! sandbox's journal, which is read and undone.
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use nix::sys::signal::{Signal, kill};
@@ -27,6 +29,9 @@ const KILLED: u32 = 137;
 /// seconds.
 const SHUTDOWN_LIMIT_MS: u64 = 300;
 
+/// containerd kills `delete` after 5 s (1.6: `cleanupTimeout`). The cleaning goes on by itself then.
+const WAIT_LIMIT: Duration = Duration::from_secs(4);
+
 pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
     let settings = Settings::load()?;
     let bundle = arguments.bundle()?;
@@ -38,20 +43,21 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
         });
     let pod = member.as_ref().unwrap_or(&arguments.id);
     let place = Place::new(&settings, &arguments.namespace, pod);
+    // Detached, so it does not wait for the file server that still uses it.
+    let unmounted = rootfs::unmount(&rootfs::place(&bundle));
     let cleaned = match (&member, place.is_alive()) {
         // The pod goes on, and its shim knows of the container.
         (Some(_), true) => Ok(()),
-        (None, true) => {
-            // It does not do what it is asked.
-            let pid = place.pid().and_then(|pid| i32::try_from(pid).ok());
+        (None, alive) => {
+            let pid = place.pid().and_then(|pid| i32::try_from(pid).ok()).filter(|_| alive);
             if let Some(pid) = pid {
+                // It does not do what it is asked.
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
-            clean(&settings, &place)
+            clean_beside(arguments, pod)
         }
-        (_, false) => clean(&settings, &place),
+        (Some(_), false) => clean_beside(arguments, pod),
     };
-    let unmounted = rootfs::unmount(&rootfs::place(&bundle));
     let response = DeleteResponse {
         exit_status: KILLED,
         exited_at: MessageField::some(timestamp(SystemTime::now())),
@@ -61,8 +67,33 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
     cleaned.and(unmounted)
 }
 
+/// Cleans up in a process of its own, and waits for it as long as containerd allows.
+fn clean_beside(arguments: &Arguments, pod: &str) -> Result<()> {
+    let program = std::env::current_exe().context("finding the shim's own program")?;
+    let mut child = Command::new(program)
+        .args(["-namespace", &arguments.namespace, "-id", pod, "clean"])
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .context("starting the cleanup")?;
+    let begin = Instant::now();
+    while begin.elapsed() < WAIT_LIMIT {
+        if let Some(status) = child.try_wait().context("waiting for the cleanup")? {
+            ensure!(status.success(), "the cleanup of pod {pod} failed ({status})");
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
 /// Ends the pod's VM and takes away all that the journal names.
-fn clean(settings: &Settings, place: &Place) -> Result<()> {
+pub(crate) fn clean(arguments: &Arguments) -> Result<()> {
+    let settings = &Settings::load()?;
+    let place = &Place::new(settings, &arguments.namespace, &arguments.id);
     if place.root.join("pods").is_dir() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(remove_pods(settings, place))?;

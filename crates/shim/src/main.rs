@@ -65,6 +65,7 @@ fn run() -> Result<()> {
         Verb::Info => bootstrap::info(),
         Verb::Start => bootstrap::start(&arguments),
         Verb::Delete => cleanup::delete(&arguments),
+        Verb::Clean => cleanup::clean(&arguments),
         Verb::Serve => serve::serve(&arguments),
     }
 }
