@@ -106,8 +106,9 @@ fn build_agent_tests() -> Result<()> {
     let built = messages
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?)))
-        .next_back()
+        // The agent's own program is built with it.
+        .filter(|message| message["target"]["name"] == "guest")
+        .find_map(|message| Some(PathBuf::from(message["executable"].as_str()?)))
         .context("cargo built no test program named guest")?;
     fs::copy(&built, paths::binaries("release").join("nacelle-agent-tests"))
         .with_context(|| format!("copying {}", built.display()))?;
