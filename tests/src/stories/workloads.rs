@@ -104,7 +104,7 @@ fn sidecars() -> Result<()> {
     let trace = "timeout 20 strace -f -e trace=accept4 -o /trace -p 1 2> /dev/null & \
         until grep -q TracerPid:.*[1-9] /proc/1/status; do sleep 0.2; done; echo attached; wait; \
         grep -c accept4 /trace";
-    let capture = "timeout 20 tcpdump -i eth0 -c 3 -w /capture tcp port 8080 2> /log & \
+    let capture = "timeout 60 tcpdump -i eth0 -c 3 -w /capture tcp port 8080 2> /log & \
         until grep -q listening /log; do sleep 0.2; done; wait; tcpdump -nr /capture 2> /dev/null | wc -l";
     let tcpdump = container("tcpdump", &tools, &["bash", "-c", capture]);
     let tcpdump = cri.run(&pod, with_capabilities(tcpdump, &["NET_ADMIN", "NET_RAW"]))?;
@@ -117,7 +117,7 @@ fn sidecars() -> Result<()> {
             }
         }
     });
-    let traced = cri.exec_within(&strace, &["bash", "-c", trace], 60)?;
+    let traced = cri.exec_within(&strace, &["bash", "-c", trace], 170)?;
     requests.join().map_err(|_| anyhow::anyhow!("the requests"))?;
     let calls: u32 = traced.stdout.lines().last().unwrap_or_default().parse().unwrap_or(0);
     ensure!(traced.stdout.starts_with("attached") && calls > 0, "strace: {traced:?}");
