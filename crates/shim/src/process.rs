@@ -12,10 +12,9 @@ use containerd_shim_protos::api::Status;
 use sandbox::ProcessControl;
 use sandbox::model::ExitView;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::stdio::{Names, Stdio};
+use crate::stdio::{Names, Signals, Stdio};
 
 /// What is still held by children of a process gets this long after its Delete.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
@@ -39,16 +38,13 @@ pub(crate) struct Process {
     pub(crate) turn: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     exit: watch::Sender<Option<Exit>>,
-    /// Standard input ends.
-    pub(crate) closed: CancellationToken,
-    abandoned: CancellationToken,
+    signals: Signals,
     streams: TaskTracker,
 }
 
 #[derive(Default)]
 struct State {
     pid: u32,
-    started: bool,
     control: Option<ProcessControl>,
     /// Opened, and taken when the process has streams.
     stdio: Option<Stdio>,
@@ -61,8 +57,7 @@ impl Process {
             turn: tokio::sync::Mutex::default(),
             state: Mutex::new(State { stdio, ..State::default() }),
             exit: watch::Sender::new(None),
-            closed: CancellationToken::new(),
-            abandoned: CancellationToken::new(),
+            signals: Signals::default(),
             streams: TaskTracker::new(),
         }
     }
@@ -88,11 +83,16 @@ impl Process {
     }
 
     pub(crate) fn set_started(&self) {
-        self.state().started = true;
+        self.signals.started.cancel();
     }
 
     pub(crate) fn is_started(&self) -> bool {
-        self.state().started
+        self.signals.started.is_cancelled()
+    }
+
+    /// Ends standard input after what was written to it before.
+    pub(crate) fn close_stdin(&self) {
+        self.signals.closed.cancel();
     }
 
     pub(crate) fn take_stdio(&self) -> Option<Stdio> {
@@ -109,8 +109,7 @@ impl Process {
             Option<sandbox::session::ByteReader>,
         ),
     ) {
-        let work = stdio.carry(streams, self.closed.clone(), self.abandoned.clone());
-        self.streams.spawn(work);
+        self.streams.spawn(stdio.carry(streams, self.signals.clone()));
     }
 
     /// Resolves when nothing is carried any more.
@@ -125,7 +124,7 @@ impl Process {
         if tokio::time::timeout(DRAIN_LIMIT, self.streams.wait()).await.is_err() {
             tracing::info!("output that nobody takes, or that children hold open, is given up");
         }
-        self.abandoned.cancel();
+        self.signals.abandoned.cancel();
         drop(self.take_stdio());
     }
 

@@ -104,7 +104,7 @@ impl Task for TaskService {
     async fn close_io(&self, _: &TtrpcContext, r: CloseIORequest) -> Result<Empty> {
         let found = self.0.find(&r.id, &r.exec_id)?;
         if r.stdin {
-            found.process().closed.cancel();
+            found.process().close_stdin();
         }
         Ok(Empty::new())
     }

@@ -27,6 +27,18 @@ pub(crate) struct Names {
     pub(crate) terminal: bool,
 }
 
+/// What the streams of a process wait for.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Signals {
+    /// The process is started. Standard input is not read before: what fits into the FIFO waits there,
+    /// as with runc. `ctr run` sends CloseIO only for an end of file that it reads after Create.
+    pub(crate) started: CancellationToken,
+    /// CloseIO: standard input ends when all that was written before is read.
+    pub(crate) closed: CancellationToken,
+    /// Nobody reads the output any more.
+    pub(crate) abandoned: CancellationToken,
+}
+
 pub(crate) struct Stdio {
     stdin: Option<pipe::Receiver>,
     stdout: Sink,
@@ -72,21 +84,24 @@ impl Stdio {
         Ok(Self { stdin, stdout, stderr })
     }
 
-    /// Moves bytes until the process' streams have ended, or `abandoned` says that nobody is
-    /// interested any more. `closed` ends standard input when all that was written before is read.
+    /// Copies bytes until the process' streams have ended, or nobody reads them any more.
     pub(crate) async fn carry(
         self,
         streams: (Option<ByteWriter>, Option<ByteReader>, Option<ByteReader>),
-        closed: CancellationToken,
-        abandoned: CancellationToken,
+        signals: Signals,
     ) {
+        let Signals { started, closed, abandoned } = signals;
         let Self { stdin, stdout, stderr } = self;
         let (to_stdin, from_stdout, from_stderr) = streams;
         let ended = CancellationToken::new();
         let input = async {
             if let (Some(fifo), Some(process)) = (stdin, to_stdin) {
+                let copied = async {
+                    started.cancelled().await;
+                    give(fifo, process, closed).await;
+                };
                 tokio::select! {
-                    () = give(fifo, process, closed) => {}
+                    () = copied => {}
                     () = ended.cancelled() => {}
                 }
             }
@@ -222,8 +237,7 @@ mod tests {
         // More than a FIFO holds (pipe(7): 64 KiB).
         let text: Vec<u8> = (0..300_000u32).map(|n| n as u8).collect();
         let streams = (None, Some(reader(text.clone())), None);
-        let carried =
-            tokio::spawn(stdio.carry(streams, CancellationToken::new(), CancellationToken::new()));
+        let carried = tokio::spawn(stdio.carry(streams, Signals::default()));
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!carried.is_finished());
         let read = tokio::task::spawn_blocking(move || {
@@ -240,13 +254,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let names = Names { stdout: fifo(dir.path(), "out"), ..Names::default() };
         let stdio = Stdio::open(&names).await.unwrap();
-        let abandoned = CancellationToken::new();
+        let signals = Signals::default();
         let streams = (None, Some(reader(b"left".to_vec())), None);
-        let carried =
-            tokio::spawn(stdio.carry(streams, CancellationToken::new(), abandoned.clone()));
+        let carried = tokio::spawn(stdio.carry(streams, signals.clone()));
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!carried.is_finished());
-        abandoned.cancel();
+        signals.abandoned.cancel();
         tokio::time::timeout(Duration::from_secs(5), carried).await.unwrap().unwrap();
     }
 
@@ -259,10 +272,11 @@ mod tests {
         let (process, mut inside) = tokio::io::duplex(16);
         // A process that prints when its input has ended.
         let (out, output) = tokio::io::duplex(16);
-        let closed = CancellationToken::new();
+        let signals = Signals::default();
+        signals.started.cancel();
         let streams =
             (Some(Box::pin(process) as ByteWriter), Some(Box::pin(output) as ByteReader), None);
-        let carried = tokio::spawn(stdio.carry(streams, closed.clone(), CancellationToken::new()));
+        let carried = tokio::spawn(stdio.carry(streams, signals.clone()));
         let mut read = tokio::spawn(async move {
             let mut all = Vec::new();
             inside.read_to_end(&mut all).await.unwrap();
@@ -276,10 +290,40 @@ mod tests {
         }
         let early = tokio::time::timeout(Duration::from_millis(100), &mut read).await;
         assert!(early.is_err(), "input ended by itself");
-        closed.cancel();
+        signals.closed.cancel();
         let all = tokio::time::timeout(Duration::from_secs(5), read).await.unwrap().unwrap();
         assert_eq!(all, b"onetwo");
         tokio::time::timeout(Duration::from_secs(5), carried).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn standard_input_is_not_read_before_the_process_is_started() {
+        let dir = tempfile::tempdir().unwrap();
+        let stdin = fifo(dir.path(), "in");
+        let names = Names { stdin: stdin.clone(), ..Names::default() };
+        let stdio = Stdio::open(&names).await.unwrap();
+        let (process, mut inside) = tokio::io::duplex(1 << 20);
+        // Its output does not end before its input.
+        let (out, output) = tokio::io::duplex(16);
+        let signals = Signals::default();
+        let streams =
+            (Some(Box::pin(process) as ByteWriter), Some(Box::pin(output) as ByteReader), None);
+        let carried = tokio::spawn(stdio.carry(streams, signals.clone()));
+        // More than a FIFO holds.
+        let writer = tokio::task::spawn_blocking(move || {
+            let mut writer = OpenOptions::new().write(true).open(&stdin).unwrap();
+            writer.write_all(&[b'x'; 100_000]).unwrap();
+        });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!writer.is_finished(), "input was taken before the start");
+        signals.started.cancel();
+        writer.await.unwrap();
+        signals.closed.cancel();
+        let mut all = Vec::new();
+        inside.read_to_end(&mut all).await.unwrap();
+        assert_eq!(all.len(), 100_000);
+        drop(out);
+        carried.await.unwrap();
     }
 
     #[test]

@@ -222,11 +222,20 @@ fn by_ctr() -> Result<()> {
     ensure!(text(&ran.stderr).contains("err"), "{ran:?}");
     host.nothing_left()?;
 
-    // More output than a pipe holds arrives whole.
-    let line = "head -c 3000000 /dev/zero | tr '\\0' a";
-    let much = host.run("two", &["sh", "-c", line])?;
-    ensure!(much.status.success() && much.stdout.len() == 3_000_000, "{}", much.stdout.len());
-    ensure!(much.stdout.iter().all(|&b| b == b'a'), "output is damaged");
+    // Standard input is carried to its end, and more output than a pipe holds arrives whole.
+    let words = ["run", "--rm", "--runtime", "io.containerd.nacelle.v2", &host.image, "two"];
+    let line = "head -c 3000000 /dev/zero | tr '\\0' a; wc -c";
+    let mut piped = host.command(&[&words[..], &["sh", "-c", line]].concat());
+    let mut child = piped.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut stdin = child.stdin.take().context("a pipe was asked for")?;
+    let writer =
+        std::thread::spawn(move || std::io::Write::write_all(&mut stdin, &vec![b'b'; 500_000]));
+    let piped = child.wait_with_output()?;
+    let written = writer.join();
+    ensure!(matches!(written, Ok(Ok(()))), "standard input is not taken: {written:?}");
+    ensure!(piped.status.success(), "{:?}", piped.status);
+    let (body, count) = piped.stdout.split_at(3_000_000.min(piped.stdout.len()));
+    ensure!(body.iter().all(|&b| b == b'a') && text(count).trim() == "500000", "{:?}", text(count));
 
     let detached = ["run", "-d", "--runtime", "io.containerd.nacelle.v2", &host.image, "three"];
     expect(&host.ctr(&[&detached[..], &["sleep", "1000"]].concat())?, 0, "")?;
