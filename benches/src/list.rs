@@ -16,6 +16,7 @@ use sandbox::model::{PodId, PodSpec};
 use sandbox::ports::{Attachment, Network, PortError};
 use sandbox::{Sandboxes, crowd};
 use serde_json::json;
+use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::{Channel, Endpoint};
 
@@ -128,7 +129,12 @@ impl Network for Nothing {
         Path::new("/nowhere").join(pod)
     }
 
-    async fn attach(&self, _: &PodId, _: &PodSpec) -> Result<Attachment, PortError> {
+    async fn attach(
+        &self,
+        _: &PodId,
+        _: &PodSpec,
+        _: &CancellationToken,
+    ) -> Result<Attachment, PortError> {
         Err(no("no network"))
     }
 

@@ -22,7 +22,7 @@ pub fn over(name: &str, story: fn() -> Result<()>) -> Result<()> {
     let watched = name.to_owned();
     let watch = thread::spawn(move || {
         if ending.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
-            eprintln!("FLAKY {watched}: has not come to its end after {LIMIT:?}");
+            eprintln!("HUNG {watched}: has not come to its end after {LIMIT:?}");
             eprintln!("{}", processes());
             std::process::exit(STATUS_TIMEOUT);
         }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
 
 use async_trait::async_trait;
 use hyper_util::rt::TokioIo;
@@ -29,7 +30,12 @@ impl Network for Nothing {
         Path::new("/nowhere").join(pod)
     }
 
-    async fn attach(&self, _: &PodId, _: &PodSpec) -> Result<Attachment, PortError> {
+    async fn attach(
+        &self,
+        _: &PodId,
+        _: &PodSpec,
+        _: &CancellationToken,
+    ) -> Result<Attachment, PortError> {
         Err(no("no network"))
     }
 

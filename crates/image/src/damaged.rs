@@ -1,5 +1,7 @@
 //! Damaged files of the store: moved to `damaged/`, logged once, and listed in verbose Status. The
-//! daemon starts without them. `damaged/` keeps the newest entries, and none older than a month.
+//! daemon starts without them. `damaged/` keeps the newest [`MAX_KEPT`] entries; when one is added, and
+//! at start, those older than [`MAX_AGE`] are removed. Files of a newer release are not damaged: they
+//! are moved to `newer/`, which is never pruned.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -30,17 +32,24 @@ pub struct DamagedFiles(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     directory: PathBuf,
+    newer: PathBuf,
     damaged: Mutex<Vec<Damaged>>,
 }
 
 impl DamagedFiles {
     /// `root` is the store's root. Entries left in `damaged/` by an earlier process are listed.
     pub fn open(root: &Path) -> Result<Self, Error> {
-        let directory = root.join("damaged");
-        let reason = "moved to damaged/ by an earlier start".to_owned();
-        let old = if directory.is_dir() { list(&directory)? } else { Vec::new() };
-        let old = old.into_iter().map(|(_, e)| Damaged { path: e.path(), reason: reason.clone() });
-        let files = Self(Arc::new(Inner { damaged: Mutex::new(old.collect()), directory }));
+        let (directory, newer) = (root.join("damaged"), root.join("newer"));
+        let mut old = Vec::new();
+        for (directory, reason) in [
+            (&directory, "moved to damaged/ by an earlier start"),
+            (&newer, "of a newer release, moved to newer/ by an earlier start"),
+        ] {
+            let entries = if directory.is_dir() { list(directory)? } else { Vec::new() };
+            let entries = entries.into_iter().map(|(_, entry)| entry.path());
+            old.extend(entries.map(|path| Damaged { path, reason: reason.to_owned() }));
+        }
+        let files = Self(Arc::new(Inner { damaged: Mutex::new(old), directory, newer }));
         files.prune(SystemTime::now());
         Ok(files)
     }
@@ -85,35 +94,47 @@ impl DamagedFiles {
     /// Moves a file or directory to `damaged/`. If that fails (a full disk, for example), it stays
     /// in place and is listed all the same: damage must not prevent the daemon from starting.
     pub fn move_away(&self, path: &Path, reason: &str) {
-        let shown = path.display();
-        let now = match self.try_move(path) {
-            Ok(now) => now,
-            Err(error) => {
-                tracing::error!(path = %shown, %error, "cannot move a damaged file to damaged/");
-                path.to_owned()
-            }
-        };
-        tracing::error!(path = %shown, now = %now.display(), reason, "damaged");
-        let damaged = Damaged { path: now, reason: format!("{shown}: {reason}") };
-        self.damaged().push(damaged);
+        self.move_to(&self.0.directory, path, reason);
         self.prune(SystemTime::now());
     }
 
-    fn try_move(&self, path: &Path) -> Result<PathBuf, Error> {
-        create_directory(&self.0.directory)?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let mut names = (0..MAX_NAMES).map(|n| match n {
-            0 => self.0.directory.join(&*name),
-            n => self.0.directory.join(format!("{name}.{n}")),
-        });
-        let target = names.find(|path| fs::symlink_metadata(path).is_err()).ok_or_else(|| {
-            let reason = format!("no free name for {name}: delete its contents");
-            Error::Record { path: self.0.directory.clone(), reason }
-        })?;
-        fs::rename(path, &target).map_err(|e| Error::io("rename", path, e))?;
-        sync_directory(&self.0.directory)?;
-        Ok(target)
+    /// Moves a file or directory of a newer release to `newer/`.
+    pub fn move_newer(&self, path: &Path, reason: &str) {
+        self.move_to(&self.0.newer, path, reason);
     }
+
+    fn move_to(&self, directory: &Path, path: &Path, reason: &str) {
+        let shown = path.display();
+        let now = match try_move(directory, path) {
+            Ok(now) => now,
+            Err(error) => {
+                tracing::error!(path = %shown, %error, "cannot move a file of the store away");
+                path.to_owned()
+            }
+        };
+        tracing::error!(path = %shown, now = %now.display(), reason, "cannot be used");
+        let damaged = Damaged { path: now, reason: format!("{shown}: {reason}") };
+        let mut all = self.damaged();
+        // One that cannot be moved is found again.
+        all.retain(|known| known.path != damaged.path);
+        all.push(damaged);
+    }
+}
+
+fn try_move(directory: &Path, path: &Path) -> Result<PathBuf, Error> {
+    create_directory(directory)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let mut names = (0..MAX_NAMES).map(|n| match n {
+        0 => directory.join(&*name),
+        n => directory.join(format!("{name}.{n}")),
+    });
+    let target = names.find(|path| fs::symlink_metadata(path).is_err()).ok_or_else(|| {
+        let reason = format!("no free name for {name}: delete its contents");
+        Error::Record { path: directory.to_owned(), reason }
+    })?;
+    fs::rename(path, &target).map_err(|e| Error::io("rename", path, e))?;
+    sync_directory(directory)?;
+    Ok(target)
 }
 
 #[cfg(test)]
@@ -138,6 +159,25 @@ mod tests {
         let gone = dir.path().join("gone");
         damaged.move_away(&gone, "odd");
         assert_eq!(damaged.list()[2].path, gone);
+    }
+
+    #[test]
+    fn files_of_a_newer_release_are_never_pruned_and_one_that_stays_is_listed_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let damaged = DamagedFiles::open(dir.path()).unwrap();
+        for n in 0..MAX_KEPT + 3 {
+            let path = dir.path().join(format!("{n}.json"));
+            fs::write(&path, "{}").unwrap();
+            damaged.move_newer(&path, "version 2");
+        }
+        damaged.prune(SystemTime::now() + MAX_AGE + Duration::from_secs(3600));
+        let kept = || fs::read_dir(dir.path().join("newer")).unwrap().count();
+        assert_eq!((kept(), damaged.list().len()), (MAX_KEPT + 3, MAX_KEPT + 3));
+        assert_eq!(DamagedFiles::open(dir.path()).unwrap().list().len(), MAX_KEPT + 3);
+        for _ in 0..2 {
+            damaged.move_away(&dir.path().join("gone"), "odd");
+        }
+        assert_eq!(damaged.list().len(), MAX_KEPT + 4);
     }
 
     #[test]

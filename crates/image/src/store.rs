@@ -205,10 +205,12 @@ impl Store {
     /// can be pulled again. Its EROFS file is deleted first: it is large, and cannot be verified
     /// without a record. Files of a newer release are kept.
     fn move_to_damaged(&self, path: &Path, error: &Error) {
-        if !matches!(error, Error::RecordVersion { .. }) {
-            // Fails if missing or a directory, which is then moved with the rest.
-            let _ = fs::remove_file(path.join(ROOTFS));
+        if matches!(error, Error::RecordVersion { .. }) {
+            self.content.damaged().move_newer(path, &with_causes(error));
+            return;
         }
+        // Fails if missing or a directory, which is then moved with the rest.
+        let _ = fs::remove_file(path.join(ROOTFS));
         self.content.damaged().move_away(path, &with_causes(error));
     }
 
@@ -216,6 +218,10 @@ impl Store {
         let path = self.root.join(REFS);
         let known = match read_refs(&path) {
             Ok(refs) => refs,
+            Err(e @ Error::RecordVersion { .. }) => {
+                self.content.damaged().move_newer(&path, &with_causes(&e));
+                None
+            }
             Err(e) if e.is_damage() => {
                 self.content.damaged().move_away(&path, &with_causes(&e));
                 None

@@ -11,8 +11,7 @@ pub mod daemon;
 pub mod settings;
 
 /// Pods with this annotation and the value "true" are attached to the built-in network where the
-/// node has no CNI configuration. `nacelle run` sets it. A kubelet starts no such pod there, because
-/// the node's NetworkReady condition stays false.
+/// node has no CNI configuration. `nacelle run` sets it. It has no effect on a kubelet's pods.
 pub(crate) const DEFAULT_NETWORK_ANNOTATION: &str = "nacelle.dev/default-network";
 
 /// Prints a line to standard output.

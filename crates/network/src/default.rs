@@ -11,6 +11,13 @@ use crate::plugin::conf::{ConfError, Network, SpecVersion};
 pub const DEFAULT_IPV4: &str = "10.88.0.0/16";
 pub const DEFAULT_IPV6: &str = "fd00:88::/64";
 
+/// The built-in network has a name, a bridge and subnets of its own, so that it is not in the way of a
+/// configuration that comes later. 10.88.0.0/16 is also Podman's default.
+pub(crate) const BUILT_IN_NAME: &str = "nacelle-default";
+const BUILT_IN_BRIDGE: &str = "nacelle-def0";
+const BUILT_IN_IPV4: &str = "10.213.0.0/16";
+const BUILT_IN_IPV6: &str = "fd00:213::/64";
+
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubnetError {
     #[error("{0}")]
@@ -29,17 +36,18 @@ const BUILT_IN: &str = "(built-in network)";
 /// A bridge network with host-local IPAM for the given subnets, masquerading and hostPorts. Needs
 /// the plugins of Debian's package containernetworking-plugins.
 pub fn default_conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<String, SubnetError> {
-    Ok(format!("{:#}\n", conflist(ipv4, ipv6)?))
+    Ok(format!("{:#}\n", conflist("nacelle", "nacelle0", ipv4, ipv6)?))
 }
 
 /// The default IPv6 subnet, if this host has IPv6. The bridge plugin fails otherwise.
 pub fn host_ipv6() -> Option<&'static str> {
-    ipv6_of(Path::new("/proc"))
+    has_ipv6(Path::new("/proc")).then_some(DEFAULT_IPV6)
 }
 
 /// The network of pods that ask for the default one.
 pub(crate) fn built_in() -> Result<Network, ConfError> {
-    let list = conflist(Some(DEFAULT_IPV4), host_ipv6());
+    let ipv6 = has_ipv6(Path::new("/proc")).then_some(BUILT_IN_IPV6);
+    let list = conflist(BUILT_IN_NAME, BUILT_IN_BRIDGE, Some(BUILT_IN_IPV4), ipv6);
     let list = list.map_err(|error| ConfError::Invalid {
         path: BUILT_IN.into(),
         problem: error.to_string(),
@@ -47,14 +55,18 @@ pub(crate) fn built_in() -> Result<Network, ConfError> {
     Network::from_value(BUILT_IN.into(), list)
 }
 
-fn ipv6_of(proc: &Path) -> Option<&'static str> {
+fn has_ipv6(proc: &Path) -> bool {
     let switch = proc.join("sys/net/ipv6/conf/all/disable_ipv6");
     // The file is missing where the kernel has no IPv6 (`ipv6.disable=1`).
-    let disabled = std::fs::read_to_string(switch).map_or(true, |text| text.trim() != "0");
-    (!disabled).then_some(DEFAULT_IPV6)
+    std::fs::read_to_string(switch).is_ok_and(|text| text.trim() == "0")
 }
 
-fn conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<Value, SubnetError> {
+fn conflist(
+    name: &str,
+    bridge: &str,
+    ipv4: Option<&str>,
+    ipv6: Option<&str>,
+) -> Result<Value, SubnetError> {
     let mut ranges: Vec<Value> = Vec::new();
     let mut routes: Vec<Value> = Vec::new();
     for (text, is_v4, family, any) in
@@ -82,11 +94,11 @@ fn conflist(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<Value, SubnetError
     Ok(json!({
         // Supported by all plugin releases since 2022.
         "cniVersion": SpecVersion::V1_0_0.as_str(),
-        "name": "nacelle",
+        "name": name,
         "plugins": [
             {
                 "type": "bridge",
-                "bridge": "nacelle0",
+                "bridge": bridge,
                 "isGateway": true,
                 "isDefaultGateway": false,
                 "ipMasq": true,
@@ -121,14 +133,16 @@ mod tests {
     #[test]
     fn the_built_in_network_has_ipv6_where_the_host_has_it() {
         let network = built_in().unwrap();
-        assert_eq!(network.name, "nacelle");
+        assert_eq!(network.name, BUILT_IN_NAME);
+        // IFNAMSIZ.
+        assert!(BUILT_IN_BRIDGE.len() < 16);
         let proc = tempfile::tempdir().unwrap();
-        assert_eq!(ipv6_of(proc.path()), None);
+        assert!(!has_ipv6(proc.path()));
         let all = proc.path().join("sys/net/ipv6/conf/all");
         std::fs::create_dir_all(&all).unwrap();
-        for (text, expected) in [("0\n", Some(DEFAULT_IPV6)), ("1\n", None)] {
+        for (text, expected) in [("0\n", true), ("1\n", false)] {
             std::fs::write(all.join("disable_ipv6"), text).unwrap();
-            assert_eq!(ipv6_of(proc.path()), expected, "{text:?}");
+            assert_eq!(has_ipv6(proc.path()), expected, "{text:?}");
         }
     }
 

@@ -1,6 +1,6 @@
-//! A network namespace that somebody else has made and connected: what stands in it is joined to taps,
-//! and parted from them again. No plugin runs and nothing is recorded: all that is left by a caller
-//! who died is found in the namespace itself.
+//! A network namespace that another program has created and connected: its interfaces are connected to
+//! taps, and disconnected again. No plugin runs and nothing is recorded: what a process that died has left
+//! is found in the namespace itself. ARP and IPv6 settings of the interfaces stay as the VM needs them.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -18,8 +18,21 @@ const PRIMARY: &str = "eth0";
 
 /// Joins what is in the namespace at `path` to taps. Without any interface there is nothing to be
 /// joined: the pod has no network. Whatever an earlier call left is taken away first.
+/// The namespace of this process is refused: its interfaces are the host's.
 pub async fn attach(path: PathBuf) -> Result<Attachment, Error> {
-    blocking(move || netns::run_in_netns(&path, || join(&path))).await
+    blocking(move || {
+        if is_own(&path) {
+            return Err(NicError::OwnNamespace { path });
+        }
+        netns::run_in_netns(&path, || join(&path))
+    })
+    .await
+}
+
+fn is_own(path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let id = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+    id(path).is_some_and(|found| Some(found) == id(Path::new("/proc/self/ns/net")))
 }
 
 /// Opens the tap of each interface, in the order of [`Attachment::interfaces`].
@@ -27,7 +40,7 @@ pub async fn open_taps(path: PathBuf, attachment: Attachment) -> Result<Vec<Owne
     blocking(move || netns::run_in_netns(&path, || nic::open_taps(&attachment.interfaces))).await
 }
 
-/// Takes the taps away and leaves the namespace as it was. Fine when it has gone.
+/// Removes the taps and redirections. Succeeds if the namespace does not exist any more.
 pub async fn detach(path: PathBuf) -> Result<(), Error> {
     blocking(move || {
         if !netns::is_mounted(&path) {
@@ -39,6 +52,7 @@ pub async fn detach(path: PathBuf) -> Result<(), Error> {
 }
 
 fn join(path: &Path) -> Result<Attachment, NicError> {
+    nic::check_taps_unused()?;
     nic::disconnect_taps()?;
     let success = Success {
         raw: serde_json::Value::Null,

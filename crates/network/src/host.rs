@@ -57,6 +57,8 @@ pub enum Error {
     /// All errors of a clean-up, which continues after failures.
     #[error("{}", join_errors(.0))]
     Several(Vec<Error>),
+    #[error("cancelled while it waited for other pods")]
+    Cancelled,
     #[error("the worker thread of a network operation panicked")]
     Panicked,
 }
@@ -317,9 +319,11 @@ impl Host {
     }
 
     fn record_from_config(&self, id: &str, path: &Path) -> Result<Record, Error> {
+        // Without a configuration, only libcni's cache knows that it was on the built-in network.
+        let dir = &self.config.results_dir;
+        let built_in = libcni_cache::is_cached(dir, default::BUILT_IN_NAME, id, path);
         Ok(Record {
-            // Without a configuration, the pod was on the built-in network.
-            network: self.network(true)?,
+            network: self.network(built_in)?,
             params: Params::from_id(id, &self.config.interface, path)?,
             result: None,
         })

@@ -79,7 +79,26 @@ impl Cni {
     /// Creates the namespace, runs the plugins and creates the taps. Remains of an earlier attach
     /// are removed first; a failed attach is undone.
     pub async fn attach(&self, pod: Pod) -> Result<Attachment, Error> {
-        self.with_permit(&self.attaching, move |host| host.attach(&pod)).await
+        self.attach_unless(pod, std::future::pending()).await
+    }
+
+    /// Like [`Cni::attach`], but ends with [`Error::Cancelled`] if `cancelled` resolves before the
+    /// plugins run. Plugins that run are waited for.
+    pub async fn attach_unless(
+        &self,
+        pod: Pod,
+        cancelled: impl Future<Output = ()> + Send,
+    ) -> Result<Attachment, Error> {
+        let permit = tokio::select! {
+            permit = self.attaching.clone().acquire_owned() => permit,
+            () = cancelled => return Err(Error::Cancelled),
+        };
+        self.without_permit(move |host| {
+            // The semaphore is never closed.
+            let _permit = permit;
+            host.attach(&pod)
+        })
+        .await
     }
 
     /// Opens the tap of each interface, in the order of [`Attachment::interfaces`].

@@ -139,6 +139,17 @@ pub fn remove(dir: &Path, record: &Record) -> io::Result<()> {
     ignore_not_found(fs::remove_file(&path))
 }
 
+/// Whether a pod of nacelle is entered in this network.
+pub fn is_cached(dir: &Path, network: &str, id: &str, netns: &Path) -> bool {
+    let beginning = format!("{network}-{id}-");
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut named = entries.filter(|e| e.file_name().to_string_lossy().starts_with(&beginning));
+    named.any(|entry| {
+        let cached = read(&entry.path());
+        cached.is_some_and(|c| c.kind == KIND && c.container_id == id && c.netns == netns)
+    })
+}
+
 /// Removes the file of a pod with a damaged record, whose network name is not known.
 pub fn remove_by_id(dir: &Path, id: &str, netns: &Path) -> io::Result<()> {
     let entries = match fs::read_dir(dir) {

@@ -58,6 +58,8 @@ pub enum NicError {
     TooManyInterfaces { count: usize },
     #[error("the pod has {count} routes, the maximum is {MAX_ROUTES}")]
     TooManyRoutes { count: usize },
+    #[error("{} is the host's own network namespace", .path.display())]
+    OwnNamespace { path: PathBuf },
     #[error("the tap {name} is not connected with interface {interface}")]
     NotConnected { name: String, interface: String },
 }
@@ -154,16 +156,27 @@ pub fn open_taps(interfaces: &[Interface]) -> Result<Vec<std::os::fd::OwnedFd>, 
         .collect()
 }
 
-/// Undoes [`connect_taps`] in the calling thread's namespace: removes the taps that a link is connected with,
-/// and the redirections. Other links stay.
+/// Whether it has the name of a tap that [`connect_taps`] makes.
+fn is_tap(link: &Link) -> bool {
+    let number = link.name.strip_prefix("tap").and_then(|n| n.parse::<usize>().ok());
+    link.tun && number.is_some_and(|n| n < MAX_INTERFACES)
+}
+
+/// Fails if a tap of the calling thread's namespace is open: another VM uses it (TUNSETIFF, EBUSY).
+pub fn check_taps_unused() -> Result<(), NicError> {
+    for link in Rtnl::open()?.links()?.into_iter().filter(is_tap) {
+        let name = link.name;
+        tap::create(&name).map_err(|source| NicError::Tap { name, source })?;
+    }
+    Ok(())
+}
+
+/// Undoes [`connect_taps`] in the calling thread's namespace: removes the taps with its names (`tap0` to
+/// `tap7`), and the redirections to them. Other links stay.
 pub fn disconnect_taps() -> Result<(), NicError> {
     let mut rtnl = Rtnl::open()?;
     let links = rtnl.links()?;
-    let is_tap = |link: &&Link| {
-        let number = link.name.strip_prefix("tap").and_then(|n| n.parse::<usize>().ok());
-        link.tun && number.is_some_and(|n| n < MAX_INTERFACES)
-    };
-    let taps: Vec<&Link> = links.iter().filter(is_tap).collect();
+    let taps: Vec<&Link> = links.iter().filter(|link| is_tap(link)).collect();
     for link in links.iter().filter(|link| !link.tun) {
         let targets = rtnl.redirects(link.index)?;
         if taps.iter().any(|tap| targets.contains(&tap.index)) {

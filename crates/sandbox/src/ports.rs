@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 
+use tokio_util::sync::CancellationToken;
+
 use crate::model::{PodId, PodSpec};
 
 /// One interface of a pod, as the guest has to set it up.
@@ -55,7 +57,14 @@ pub trait Network: Send + Sync {
     /// journaled first.
     fn netns_path(&self, pod: &PodId) -> PathBuf;
     /// Makes the netns, attaches it to the networks, makes the taps.
-    async fn attach(&self, pod: &PodId, spec: &PodSpec) -> Result<Attachment, PortError>;
+    /// `cancel` ends the wait for other pods' attachments. An attachment that has begun runs to its
+    /// end: a CNI plugin that is still running would race with its own undoing.
+    async fn attach(
+        &self,
+        pod: &PodId,
+        spec: &PodSpec,
+        cancel: &CancellationToken,
+    ) -> Result<Attachment, PortError>;
     /// Opens the tap of each interface, in the order of [`Attachment::interfaces`].
     async fn open_taps(
         &self,

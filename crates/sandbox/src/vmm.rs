@@ -69,7 +69,7 @@ impl Vmm {
         self.failpoints.around("VMM: plug a disk", plugged).await
     }
 
-    /// Plugs a network card whose packets are `tap`'s; one that is there already is fine.
+    /// Plugs a network interface that is connected with `tap`; one that is there already is fine.
     pub(crate) async fn add_net(
         &self,
         id: &str,
@@ -78,13 +78,16 @@ impl Vmm {
         tap: OwnedFd,
     ) -> Result<(), Error> {
         let net = NetConfig { id: id.to_owned(), tap: Fd(-1), mac, mtu };
-        match self.call(Request::AddNet { net }, Some(tap)).await {
-            Ok(_) | Err(ClientError::Refused(vmm_api::Error::Exists { .. })) => Ok(()),
-            Err(ClientError::Refused(e @ vmm_api::Error::BusFull { .. })) => {
-                Err(Error::ResourceExhausted { message: e.to_string() })
+        let plugged = async {
+            match self.call(Request::AddNet { net }, Some(tap)).await {
+                Ok(_) | Err(ClientError::Refused(vmm_api::Error::Exists { .. })) => Ok(()),
+                Err(ClientError::Refused(e @ vmm_api::Error::BusFull { .. })) => {
+                    Err(Error::ResourceExhausted { message: e.to_string() })
+                }
+                Err(e) => Err(failed("plug a network interface", e)),
             }
-            Err(e) => Err(failed("plug a network card", e)),
-        }
+        };
+        self.failpoints.around("VMM: plug a network interface", plugged).await
     }
 
     /// Plugs a file system that `backend` is connected to; one that is there already is fine, and

@@ -30,7 +30,9 @@ const KILLED: u32 = 137;
 const SHUTDOWN_LIMIT_MS: u64 = 300;
 
 /// containerd kills `delete` after 5 s (1.6: `cleanupTimeout`). The cleaning goes on by itself then.
-const WAIT_LIMIT: Duration = Duration::from_secs(4);
+const WAIT_LIMIT: Duration = Duration::from_secs(1);
+/// Time for a shim that was told to shut down: its events are sent, its pod is removed.
+const END_LIMIT: Duration = Duration::from_secs(3);
 
 pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
     let settings = Settings::load()?;
@@ -49,9 +51,11 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
         // The pod goes on, and its shim knows of the container.
         (Some(_), true) => Ok(()),
         (None, alive) => {
-            let pid = place.pid().and_then(|pid| i32::try_from(pid).ok()).filter(|_| alive);
-            if let Some(pid) = pid {
-                // It does not do what it is asked.
+            // containerd also calls `delete` after an orderly Shutdown.
+            let ended = alive && place.ending().exists() && ends_by_itself(&place);
+            let pid = place.pid().and_then(|pid| i32::try_from(pid).ok());
+            if let Some(pid) = pid.filter(|_| alive && !ended) {
+                // It does not respond.
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
             clean_beside(arguments, pod)
@@ -65,6 +69,18 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
     };
     std::io::stdout().write_all(&response.write_to_bytes()?)?;
     cleaned.and(unmounted)
+}
+
+/// Waits for the end of a shim that was told to shut down.
+fn ends_by_itself(place: &Place) -> bool {
+    let begin = Instant::now();
+    while place.pid().is_some() {
+        if begin.elapsed() > END_LIMIT {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    true
 }
 
 /// Cleans up in a process of its own, and waits for it as long as containerd allows.

@@ -8,6 +8,7 @@ use ::network::existing;
 use async_trait::async_trait;
 use sandbox::model::{Dns, PodId, PodSpec};
 use sandbox::ports::{Attachment, Interface, Network, PortError, Route};
+use tokio_util::sync::CancellationToken;
 
 use crate::spec::NETNS;
 
@@ -27,7 +28,12 @@ impl Network for Joined {
         PathBuf::new()
     }
 
-    async fn attach(&self, _: &PodId, spec: &PodSpec) -> Result<Attachment, PortError> {
+    async fn attach(
+        &self,
+        _: &PodId,
+        spec: &PodSpec,
+        _: &CancellationToken,
+    ) -> Result<Attachment, PortError> {
         match netns(spec) {
             None => Ok(Attachment::default()),
             Some(path) => existing::attach(path).await.map(from_attachment).map_err(port_error),

@@ -72,6 +72,11 @@ impl Place {
         Ok(())
     }
 
+    /// Exists once the shim has accepted Shutdown, so that `delete` lets it end by itself.
+    pub(crate) fn ending(&self) -> PathBuf {
+        self.state.join("ending")
+    }
+
     /// Whether a shim of the pod answers.
     pub(crate) fn is_alive(&self) -> bool {
         UnixStream::connect(self.socket()).is_ok()

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use containerd_shim_protos::events::task::{
@@ -18,6 +18,7 @@ use sandbox::Sandboxes;
 use sandbox::model::{EventKind, PodState};
 use tokio::sync::OnceCell;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::errors::{invalid, not_found, of_sandbox, other, precondition, status};
@@ -34,6 +35,8 @@ use crate::stdio::{Names, Stdio};
 const MAX_TASKS: usize = 256;
 const MAX_EXECS: usize = 512;
 const SIGKILL: u32 = 9;
+/// Time that Kill waits for a start in progress.
+const START_WAIT: Duration = Duration::from_secs(2);
 
 /// The pod. Its methods are the verbs of the task API.
 pub(crate) struct Pod {
@@ -197,6 +200,11 @@ impl Pod {
         {
             return Err(invalid(format!("container {id} is of pod {pod}, which has another shim")));
         }
+        if !matches!(role, Role::Member { .. }) && self.key(id) != self.place.key {
+            return Err(invalid(format!(
+                "task {id} is not of a pod, and this shim has another one"
+            )));
+        }
         let stdio = Stdio::open(names).await.map_err(|e| invalid(format!("{e:#}")))?;
         let task = Arc::new(Task {
             id: id.clone(),
@@ -315,8 +323,9 @@ impl Pod {
                 let event = TaskOOM { container_id: task.id.clone(), ..Default::default() };
                 pod.publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
             }
-            task.init.set_exit(exit);
-            pod.publish_exit(&task, "", task.init.pid(), exit);
+            if task.init.set_exit(exit) {
+                pod.publish_exit(&task, "", task.init.pid(), exit);
+            }
         });
     }
 
@@ -442,6 +451,9 @@ impl Pod {
         if process.is_started() || process.exit().is_some() {
             return Err(precondition(format!("process {exec_id} is not in the state created")));
         }
+        if !task.execs().contains_key(exec_id) {
+            return Err(not_found("process", exec_id));
+        }
         let has_stdin = !process.names.stdin.is_empty();
         let inner = self.key(&task.id);
         let begun = self.sandboxes()?.exec_process(&inner, &exec.spec, has_stdin).await;
@@ -478,8 +490,9 @@ impl Pod {
                 }
             };
             let _turn = watched.process.turn.lock().await;
-            watched.process.set_exit(exit);
-            pod.publish_exit(&task, &id, watched.process.pid(), exit);
+            if watched.process.set_exit(exit) {
+                pod.publish_exit(&task, &id, watched.process.pid(), exit);
+            }
             drop(_turn);
             // Dropped before, the handle would take the output that is still to come.
             watched.process.streams_ended().await;
@@ -515,6 +528,10 @@ impl Pod {
                 Ok(())
             }
             _ => {
+                if process.control().is_none() {
+                    // It may be being started.
+                    let _ = tokio::time::timeout(START_WAIT, process.turn.lock()).await;
+                }
                 let Some(control) = process.control() else {
                     return Err(precondition(format!("process {exec_id} of {id} is not started")));
                 };
@@ -537,15 +554,22 @@ impl Pod {
     async fn remove(&self, id: &str, exec_id: &str) -> Result<(u32, Exit)> {
         let found = self.find(id, exec_id)?;
         let process = found.process();
-        let exit = match (process.exit(), process.is_started(), &found) {
-            (Some(exit), ..) => exit,
-            (None, true, _) => return Err(precondition(format!("process of {id} still runs"))),
+        // A start in progress ends first.
+        let _turn = process.turn.lock().await;
+        let (pid, task) = (process.pid(), found.task());
+        let exit = match (process.exit(), process.is_started()) {
+            (Some(exit), _) => exit,
+            (None, true) => return Err(precondition(format!("process of {id} still runs"))),
             // Created, and never started.
-            (None, false, _) => Exit { status: 0, at: SystemTime::now() },
+            (None, false) => {
+                let exit = Exit { status: 128 + SIGKILL, at: SystemTime::now() };
+                if process.set_exit(exit) && exec_id.is_empty() {
+                    self.publish_exit(task, "", pid, exit);
+                }
+                exit
+            }
         };
-        let pid = process.pid();
         process.end_streams().await;
-        let task = found.task();
         if !exec_id.is_empty() {
             task.execs().remove(exec_id);
             return Ok((pid, exit));
@@ -566,10 +590,11 @@ impl Pod {
     /// Removes what a task has in the guest and on the host. Goes on past failures: what they leave
     /// goes with the pod.
     async fn take_down(&self, task: &Task) {
-        let execs: Vec<_> = std::mem::take(&mut *task.execs()).into_values().collect();
-        for exec in execs {
-            exec.process.end_streams().await;
+        let mut ending = JoinSet::new();
+        for exec in std::mem::take(&mut *task.execs()).into_values() {
+            ending.spawn(async move { exec.process.end_streams().await });
         }
+        ending.join_all().await;
         if let Some(sandboxes) = self.sandboxes.get() {
             if task.role != Role::Sandbox
                 && let Err(error) = sandboxes.remove_container(&self.key(&task.id)).await
@@ -594,10 +619,13 @@ impl Pod {
         if self.has_tasks() {
             return;
         }
+        if let Err(error) = std::fs::write(self.place.ending(), "") {
+            tracing::warn!(%error, "cannot tell `delete` that the shim ends by itself");
+        }
         let pod = self.clone();
         tokio::spawn(async move {
-            // The answer to who asked goes first.
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            // The response is sent first.
+            tokio::time::sleep(Duration::from_millis(20)).await;
             pod.ending.cancel();
         });
     }

@@ -132,13 +132,13 @@ impl Process {
         *self.exit.borrow()
     }
 
-    /// The first one counts.
-    pub(crate) fn set_exit(&self, exit: Exit) {
+    /// The first one counts; true if it is this one.
+    pub(crate) fn set_exit(&self, exit: Exit) -> bool {
         self.exit.send_if_modified(|known| {
-            let news = known.is_none();
+            let first = known.is_none();
             known.get_or_insert(exit);
-            news
-        });
+            first
+        })
     }
 
     pub(crate) async fn wait(&self) -> Exit {
@@ -171,8 +171,8 @@ mod tests {
         assert_eq!(process.status(), Status::RUNNING);
         let first = Exit { status: 3, at: SystemTime::now() };
         let (waited, ()) = tokio::join!(process.wait(), async {
-            process.set_exit(first);
-            process.set_exit(Exit { status: 255, at: SystemTime::now() });
+            assert!(process.set_exit(first));
+            assert!(!process.set_exit(Exit { status: 255, at: SystemTime::now() }));
         });
         assert_eq!(waited, first);
         assert_eq!(process.wait().await, first);

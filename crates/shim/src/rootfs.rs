@@ -124,8 +124,7 @@ pub(crate) fn mount_lower(wanted: &[Wanted], target: &Path) -> Result<()> {
     fs::create_dir_all(target).with_context(what)?;
     match plan(wanted)? {
         Plan::Bind(source) => {
-            let bind = MsFlags::MS_BIND | MsFlags::MS_REC;
-            mount(Some(&source), target, NONE, bind, NONE)
+            mount(Some(&source), target, NONE, MsFlags::MS_BIND, NONE)
                 .with_context(|| format!("binding {} to {}", source.display(), target.display()))?;
             let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
             mount(NONE, target, NONE, read_only, NONE).with_context(what)?;
@@ -137,7 +136,9 @@ pub(crate) fn mount_lower(wanted: &[Wanted], target: &Path) -> Result<()> {
             mount(Some(&device), target, Some(kind.as_str()), flags, options).with_context(what)?;
         }
     }
-    Ok(())
+    // What is unmounted here later stays where it comes from.
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(NONE, target, NONE, private, NONE).with_context(what)
 }
 
 fn overlay(lower: &[PathBuf], options: &[String], target: &Path) -> Result<()> {

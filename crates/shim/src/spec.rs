@@ -90,10 +90,10 @@ pub(crate) fn pod(namespace_name: &str, id: &str, spec: &Spec, settings: &Settin
     if hostname.is_empty() {
         hostname = id.chars().take(12).collect();
     }
-    hostname.truncate(MAX_HOSTNAME);
+    hostname.truncate(hostname.floor_char_boundary(MAX_HOSTNAME));
     let linux = spec.linux().as_ref();
     let sysctls = linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default();
-    let (memory, vcpus) = size(spec);
+    let (memory, vcpus) = size(spec, settings.max_vcpus);
     PodSpec {
         meta: Meta {
             name: text(SANDBOX_NAME).unwrap_or_else(|| id.to_owned()),
@@ -122,7 +122,7 @@ pub(crate) fn pod(namespace_name: &str, id: &str, spec: &Spec, settings: &Settin
 
 /// Memory limit in bytes and CPUs of the pod, where it has limits: those that a kubelet states for the
 /// pod, or those of the single container.
-fn size(spec: &Spec) -> (Option<u64>, Option<u8>) {
+fn size(spec: &Spec, max_vcpus: u8) -> (Option<u64>, Option<u8>) {
     let number = |name| annotation(spec, name).and_then(|text| text.parse::<i64>().ok());
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     let memory = match number(SANDBOX_MEMORY) {
@@ -139,7 +139,7 @@ fn size(spec: &Spec) -> (Option<u64>, Option<u8>) {
     let vcpus = quota.filter(positive).map(|quota| {
         let cpus = u64::try_from(quota).unwrap_or(1).div_ceil(period.unsigned_abs());
         let host = std::thread::available_parallelism().map_or(1, |n| n.get()) as u64;
-        u8::try_from(cpus.clamp(1, host)).unwrap_or(u8::MAX)
+        u8::try_from(cpus.clamp(1, host)).unwrap_or(u8::MAX).min(max_vcpus.max(1))
     });
     (memory.filter(positive).and_then(|bytes| u64::try_from(bytes).ok()), vcpus)
 }

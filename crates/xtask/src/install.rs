@@ -50,7 +50,13 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     }
     let unit = paths::repo().join("crates/nacelle/dist/nacelled.service");
     if unit.exists() {
-        put(&unit, &args.root.join("etc/systemd/system/nacelled.service"), 0o644)?;
+        let prefix = args.prefix.strip_prefix(&args.root).unwrap_or(&args.prefix);
+        let text = fs::read_to_string(&unit)?;
+        let text =
+            text.replace("/usr/local/", &format!("{}/", Path::new("/").join(prefix).display()));
+        let own = tempfile::NamedTempFile::new()?;
+        fs::write(own.path(), text)?;
+        put(own.path(), &args.root.join("etc/systemd/system/nacelled.service"), 0o644)?;
     }
     documentation(&args.prefix.join("share"))?;
     Ok(0)

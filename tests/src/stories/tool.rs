@@ -133,7 +133,7 @@ fn exit_codes() -> Result<()> {
 }
 
 fn no_cni() -> Result<()> {
-    const BRIDGE: &str = "/sys/class/net/nacelle0";
+    const BRIDGE: &str = "/sys/class/net/nacelle-def0";
     let existed = std::path::Path::new(BRIDGE).exists();
     let node = Node::start_with(|config| config.replace("/cni\"", "/no-cni\""))?;
     let image = node.image("busybox")?;
@@ -141,12 +141,12 @@ fn no_cni() -> Result<()> {
     let text = format!("{error:#}");
     ensure!(text.contains("no network is configured"), "{text}");
     let (code, out, err) = nacelle(&node, &["run", "--rm", &image, "ip", "addr", "show", "eth0"])?;
-    ensure!(code == 0 && out.contains("inet 10.88."), "{code}: {out} {err}");
+    ensure!(code == 0 && out.contains("inet 10.213."), "{code}: {out} {err}");
     let (_, out, _) = nacelle(&node, &["check"])?;
     ensure!(out.contains("built-in network"), "{out}");
     if !existed {
         // A bridge stays for the next pod, as the bridge plugin does it.
-        ensure!(Command::new("ip").args(["link", "del", "nacelle0"]).status()?.success(), "ip");
+        ensure!(Command::new("ip").args(["link", "del", "nacelle-def0"]).status()?.success(), "ip");
     }
     node.finish()
 }

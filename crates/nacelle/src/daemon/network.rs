@@ -9,6 +9,7 @@ use ::network::Cni;
 use async_trait::async_trait;
 use sandbox::model::{Dns, PodId, PodSpec, Protocol};
 use sandbox::ports::{Attachment, Interface, Network, PortError, Route};
+use tokio_util::sync::CancellationToken;
 
 use crate::DEFAULT_NETWORK_ANNOTATION;
 
@@ -20,8 +21,14 @@ impl Network for CniNetwork {
         self.0.netns_path(pod)
     }
 
-    async fn attach(&self, pod: &PodId, spec: &PodSpec) -> Result<Attachment, PortError> {
-        self.0.attach(to_pod(pod, spec)).await.map(from_attachment).map_err(port_error)
+    async fn attach(
+        &self,
+        pod: &PodId,
+        spec: &PodSpec,
+        cancel: &CancellationToken,
+    ) -> Result<Attachment, PortError> {
+        let attached = self.0.attach_unless(to_pod(pod, spec), cancel.cancelled()).await;
+        attached.map(from_attachment).map_err(port_error)
     }
 
     async fn open_taps(
@@ -76,10 +83,15 @@ fn to_pod(id: &PodId, spec: &PodSpec) -> ::network::Pod {
             .collect(),
         dns: to_dns(&spec.dns),
         native: spec.host.is_some(),
-        default_network: asks_for_default(&spec.meta.annotations),
+        // A kubelet's pod waits for the operator's network, whatever its annotations are.
+        default_network: asks_for_default(&spec.meta.annotations)
+            && !spec.meta.labels.contains_key(KUBELET_LABEL),
         cgroup_parent: spec.cgroup_parent.clone(),
     }
 }
+
+/// A kubelet gives it to every pod (k8s.io/kubelet/pkg/types).
+const KUBELET_LABEL: &str = "io.kubernetes.pod.uid";
 
 fn asks_for_default(annotations: &BTreeMap<String, String>) -> bool {
     annotations.get(DEFAULT_NETWORK_ANNOTATION).is_some_and(|value| value == "true")

@@ -397,19 +397,22 @@ impl Pump {
 
     async fn obey(&mut self, order: Order) {
         match order {
-            // Who asked was told that it did not come to that, and may have moved the file back.
+            // The caller has timed out, and may have moved the file back.
             Order::Reopen(reply) if reply.is_closed() => {}
             Order::Reopen(reply) => {
                 let Some(mut writer) = self.writer.take() else { return };
-                let (writer, result) = self
+                let writer = self
                     .writes
                     .finish(move || {
-                        let result = writer.reopen();
-                        (writer, result)
+                        // It may have waited for a thread until after its deadline.
+                        if !reply.is_closed() {
+                            let result = writer.reopen();
+                            let _ = reply.send(result);
+                        }
+                        writer
                     })
                     .await;
                 self.writer = Some(writer);
-                let _ = reply.send(result);
             }
             Order::Attach(reply) => self.clients.extend(attach(self.tty, reply)),
         }

@@ -90,54 +90,70 @@ pub(super) async fn run_pod(
     }
     trace.phase("journal", handle.commit(vec![Change::Planned(effects)])).await?;
 
-    // Cancelled by the caller, or because the network could not be attached.
-    let given_up = cancel.child_token();
-    // Runs to its end in any case: a CNI plugin that still runs would race with its own undoing.
+    // Cancelled by the caller, or because the other half of the start has failed.
+    let start_cancelled = cancel.child_token();
     let attach = trace.phase("network", async {
         if !own_network {
             return Ok(Attachment::default());
         }
         let attached = async {
-            let attached = node.network.attach(&pod.id, &pod.spec).await;
+            let attached = node.network.attach(&pod.id, &pod.spec, &start_cancelled).await;
             attached.map_err(|e| network_failed("attach", e))
         };
         let attached = node.failpoints.around("host: attach to the network", attached).await;
         if attached.is_err() {
-            given_up.cancel();
+            start_cancelled.cancel();
         }
         attached
     });
     let (attachment, process) = match handle.machine {
-        // The VM boots meanwhile; its cards are plugged when both are done.
+        // The VM boots meanwhile; its network interfaces are plugged when both are done.
         Machine::Vm(_) => {
             let unattached = Attachment::default();
-            let boot = boot(handle, &pod, &unattached, &leaf, &trace, &given_up);
-            let (attached, booted) = tokio::join!(attach, boot);
-            let attachment = attached?;
-            let process = booted?;
-            trace.phase("plug", plug_cards(handle, &pod, &attachment)).await?;
-            (attachment, process)
+            let boot = async {
+                let boot = boot(handle, &pod, &unattached, &leaf, &trace, &start_cancelled);
+                let booted = boot.await;
+                if booted.is_err() {
+                    start_cancelled.cancel();
+                }
+                booted
+            };
+            match tokio::join!(attach, boot) {
+                (Ok(attachment), Ok(process)) => (attachment, process),
+                _ if cancel.is_cancelled() => return Err(cancelled()),
+                (Err(error), Ok(_) | Err(Error::Cancelled { .. })) | (Ok(_), Err(error)) => {
+                    return Err(error);
+                }
+                (Err(network), Err(error)) => {
+                    tracing::warn!(pod = pod.id, error = %network, "the network failed too");
+                    return Err(error);
+                }
+            }
         }
         // The agent is started in the network namespace.
         Machine::Host(_) => {
             let attachment = attach.await?;
-            let booted = boot(handle, &pod, &attachment, &leaf, &trace, &given_up);
+            let booted = boot(handle, &pod, &attachment, &leaf, &trace, &start_cancelled);
             let process = booted.await?;
             (attachment, process)
         }
     };
     let attachment = Arc::new(attachment);
-    if cancel.is_cancelled() {
-        return Err(cancelled());
-    }
 
-    let configured = trace.phase("configure", async {
-        tokio::select! {
-            result = configure(handle, &pod, &attachment) => result,
-            () = process.ended() => Err(died(handle).await),
-            () = cancel.cancelled() => Err(cancelled()),
+    let configured = async {
+        if pod.spec.host.is_none() {
+            trace.phase("plug", hotplug_nics(handle, &pod, &attachment)).await?;
         }
-    });
+        trace.phase("configure", configure(handle, &pod, &attachment)).await
+    };
+    let configured = async {
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(cancelled()),
+            () = process.ended() => Err(died(handle).await),
+            result = configured => result,
+        }
+    };
     let kernel_release = configured.await?;
     if pod.spec.host.is_none() {
         // Not before: a boot under a tight cap takes seconds.
@@ -154,25 +170,25 @@ fn cancelled() -> Error {
     Error::Cancelled { what: "start of the pod" }
 }
 
-/// Starts the VMM (or a host pod's agent) when the node admits it, and waits for its agent. Answers
-/// `Cancelled` once `given_up` says so.
+/// Starts the VMM (or a host pod's agent) when the node admits it, and waits for its agent. Returns
+/// `Cancelled` when the token is cancelled.
 async fn boot(
     handle: &Arc<Handle>,
     pod: &Pod,
     attachment: &Attachment,
     leaf: &Path,
     trace: &Trace,
-    given_up: &CancellationToken,
+    start_cancelled: &CancellationToken,
 ) -> Result<Arc<Process>, Error> {
     let node = &handle.node;
     let admitted = trace.phase("admission", async {
         tokio::select! {
             permit = node.starts.acquire() => permit.map_err(|_| cancelled()),
-            () = given_up.cancelled() => Err(cancelled()),
+            () = start_cancelled.cancelled() => Err(cancelled()),
         }
     });
     let _permit = admitted.await?;
-    if given_up.is_cancelled() {
+    if start_cancelled.is_cancelled() {
         return Err(cancelled());
     }
     let launched = trace.phase("launch", launch(handle, pod, attachment, leaf)).await?;
@@ -185,7 +201,7 @@ async fn boot(
         tokio::select! {
             () = handle.guest.wait_until_up() => Ok(()),
             () = process.ended() => Err(died(handle).await),
-            () = given_up.cancelled() => Err(cancelled()),
+            () = start_cancelled.cancelled() => Err(cancelled()),
             () = tokio::time::sleep(limit) => Err(silent(&handle.paths, limit)),
         }
     });
@@ -193,11 +209,15 @@ async fn boot(
     Ok(process)
 }
 
-/// Gives the VM a card for each interface; the agent finds them by their addresses when it
-/// configures the pod.
-async fn plug_cards(handle: &Handle, pod: &Pod, attachment: &Attachment) -> Result<(), Error> {
-    let taps = handle.node.network.open_taps(&pod.id, attachment).await;
-    let taps = taps.map_err(|e| network_failed("open the taps", e))?;
+/// Plugs a network interface into the VM for each of the pod's; the agent finds them by their MAC
+/// addresses when it configures the pod.
+async fn hotplug_nics(handle: &Handle, pod: &Pod, attachment: &Attachment) -> Result<(), Error> {
+    let node = &handle.node;
+    let opened = async {
+        let taps = node.network.open_taps(&pod.id, attachment).await;
+        taps.map_err(|e| network_failed("open the taps", e))
+    };
+    let taps = node.failpoints.around("host: open the taps", opened).await?;
     if taps.len() != attachment.interfaces.len() {
         let (got, want) = (taps.len(), attachment.interfaces.len());
         return Err(Error::Internal(anyhow::anyhow!("{got} taps for {want} interfaces")));

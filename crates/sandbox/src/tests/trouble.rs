@@ -93,6 +93,36 @@ fn a_network_that_fails_and_a_vmm_that_dies_fail_the_start_with_the_reason() {
 }
 
 #[test]
+fn a_start_that_waits_for_the_network_ends_with_its_vmm_or_by_a_stop() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        *world.inner.attach_queued.lock().unwrap() = true;
+        let start = |name: &str| {
+            world.inner.guests.lock().unwrap().clear();
+            let (daemon, spec) = (daemon.clone(), world.pod_spec(name));
+            tokio::spawn(async move { daemon.run_pod(spec).await })
+        };
+        let launched = || world.inner.guests.lock().unwrap().clone().into_iter().next();
+
+        *world.inner.mute.lock().unwrap() = true;
+        let starting = start("a");
+        eventually("launch", || launched().is_some()).await;
+        kill(Pid::from_raw(launched().unwrap().1.0 as i32), Signal::SIGKILL).unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(5), starting).await.unwrap();
+        let error = ended.unwrap().unwrap_err().to_string();
+        assert!(error.contains("the pod ended while it started"), "{error}");
+
+        *world.inner.mute.lock().unwrap() = false;
+        let starting = start("b");
+        eventually("launch", || launched().is_some()).await;
+        daemon.stop_pod(&launched().unwrap().0).await.unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(5), starting).await.unwrap();
+        assert!(matches!(ended.unwrap(), Err(Error::Cancelled { .. })));
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}
+
+#[test]
 fn a_killed_vmm_turns_the_pod_not_ready_with_a_reason() {
     story(|world| async move {
         let daemon = world.daemon().await;

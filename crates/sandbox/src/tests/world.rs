@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
 use vmm_api::shares::Access as ShareAccess;
 use vmm_api::transport::{receive, send};
 use vmm_api::{DeviceStatus, Phase, Reply, VmConfig, VmStatus};
@@ -56,6 +57,8 @@ pub(super) struct Inner {
     pub(super) fail_network: Mutex<bool>,
     /// Attaching waits until a VM has been launched.
     pub(super) attach_beside_boot: Mutex<bool>,
+    /// Attaching waits in a queue until it is cancelled.
+    pub(super) attach_queued: Mutex<bool>,
     /// Network cards that VMs were given, by id.
     pub(super) cards: Arc<Mutex<Vec<String>>>,
     /// VMMs take this long to plug a disk.
@@ -89,6 +92,7 @@ impl World {
             mute: Mutex::new(false),
             fail_network: Mutex::new(false),
             attach_beside_boot: Mutex::new(false),
+            attach_queued: Mutex::new(false),
             cards: Arc::default(),
             slow_disks: Arc::default(),
             hang_collect: Mutex::new(false),
@@ -234,7 +238,16 @@ impl Network for World {
         PathBuf::from("/run/netns").join(pod)
     }
 
-    async fn attach(&self, pod: &PodId, _: &PodSpec) -> Result<Attachment, PortError> {
+    async fn attach(
+        &self,
+        pod: &PodId,
+        _: &PodSpec,
+        cancel: &CancellationToken,
+    ) -> Result<Attachment, PortError> {
+        if *self.inner.attach_queued.lock().unwrap() {
+            cancel.cancelled().await;
+            return Err(PortError(anyhow::anyhow!("cancelled in the queue")));
+        }
         self.young.lock().unwrap().insert(pod.clone());
         self.inner.attached.lock().unwrap().insert(pod.clone());
         if *self.inner.attach_beside_boot.lock().unwrap() {
