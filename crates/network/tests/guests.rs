@@ -244,12 +244,12 @@ fn on_the_built_in_network(ipv6: bool) {
         }
         let a = attach(host, cni, network::Pod { default_network: true, ..pod("a") });
         assert_eq!(a.addresses.iter().any(|a| a.is_ipv6()), ipv6, "{:?}", a.addresses);
-        assert!(address(&a, false).starts_with("10.88."), "{:?}", a.addresses);
+        assert!(address(&a, false).starts_with("10.213."), "{:?}", a.addresses);
         let guest = Guest::boot(host, cni, "a", &a);
-        let listener = TcpListener::bind("10.88.0.1:7003").unwrap();
+        let listener = TcpListener::bind("10.213.0.1:7003").unwrap();
         let server = std::thread::spawn(move || listener.accept().unwrap().1.ip());
         inside(&guest.netns, || {
-            TcpStream::connect_timeout(&"10.88.0.1:7003".parse().unwrap(), TIMEOUT).unwrap()
+            TcpStream::connect_timeout(&"10.213.0.1:7003".parse().unwrap(), TIMEOUT).unwrap()
         });
         assert_eq!(server.join().unwrap().to_string(), address(&a, false));
         assert!(rules().contains("MASQUERADE"), "{}", rules());
