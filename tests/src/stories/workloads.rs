@@ -88,13 +88,21 @@ fn sidecars() -> Result<()> {
     let config = container("program", &python, &["python3", "-c", PROGRAM]);
     let program = cri.run(&pod, v1::ContainerConfig { mounts: mounts.clone(), ..config })?;
     let config = container("nginx", &nginx, &[]);
-    cri.run(&pod, v1::ContainerConfig { mounts, ..config })?;
+    let server = cri.run(&pod, v1::ContainerConfig { mounts, ..config })?;
     let url = format!("http://{}:8080/", cri.pod_address(&pod)?);
+    let mut last = String::new();
     let get = || -> Result<Option<String>> {
-        let output = std::process::Command::new("curl").args(["-sf", &url]).output()?;
+        let request = ["-sS", "--fail", "--max-time", "10", &url];
+        let output = std::process::Command::new("curl").args(request).output()?;
+        last = String::from_utf8_lossy(&output.stderr).into_owned();
         Ok(output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned()))
     };
-    let page = wait::until("nginx serves the program's page", LIMIT, get)?;
+    // Two interpreters start on one emulated CPU.
+    let page = wait::until("nginx serves the program's page", Duration::from_secs(240), get);
+    let page = page.with_context(|| {
+        let logs = [&program, &server].map(|id| (cri.status(id), cri.log(id)));
+        format!("the last answer: {last} status and log of the program and of nginx: {logs:#?}")
+    })?;
     ensure!(page == "from the program", "{page}");
 
     // strace of the program, tcpdump of the pod's interface, each in a debug container.

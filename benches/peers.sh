@@ -1,16 +1,16 @@
 #!/bin/bash
-# `nacelle-bench share` on a node of its own, in the lab: a registry, nacelled, and containerd with runc
-# and virtiofsd where Debian's packages of them were brought in. The arguments go to the bench.
+# `nacelle-bench share` or `create` on a node of its own, in the lab: a registry, nacelled, and containerd
+# with runc and virtiofsd where Debian's packages of them were brought in. The arguments go to the bench.
 #
-#   cargo xtask lab --images --timeout 1800 --in benches/share.sh --in DEBS:/nacelle/debs \
-#       -- 'bash /nacelle/here/share.sh --rounds 3'
+#   cargo xtask lab --images --timeout 1800 --in benches/peers.sh --in DEBS:/nacelle/debs \
+#       -- 'bash /nacelle/here/peers.sh share --rounds 3'
 #
 # DEBS is a folder with containerd, runc and qemu-system-common (7.2, the last with virtiofsd), as
 # `apt-get download` gets them, and `pause`, an OCI layout of an image for containerd's sandboxes.
 # VMM_DIR names another folder with nacelle-vmm and nacelle-fs.
 set -euo pipefail
-dir=$(mktemp -d /tmp/share.XXXX)
-root=$(mktemp -d /var/lib/nacelle/share.XXXX)
+dir=$(mktemp -d /tmp/peers.XXXX)
+root=$(mktemp -d /var/lib/nacelle/peers.XXXX)
 debs=/nacelle/debs
 vmm=${VMM_DIR:-$(dirname "$(command -v nacelled)")}
 trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
@@ -49,7 +49,7 @@ sides=(--runtime "nacelle=$dir/run/nacelled.sock")
 if [ -d "$debs" ]; then
     for deb in "$debs"/*.deb; do dpkg-deb -x "$deb" /opt/peers; done
     export PATH=$PATH:/opt/peers/usr/bin:/opt/peers/usr/sbin
-    sides+=(--virtiofsd /opt/peers/usr/lib/qemu/virtiofsd)
+    [ "$1" = share ] && sides+=(--virtiofsd /opt/peers/usr/lib/qemu/virtiofsd)
     push "$debs/pause" pause:1
     cat >"$dir/containerd.toml" <<END
 version = 2
@@ -67,7 +67,9 @@ END
     await test -S "$dir/containerd.sock"
     sides+=(--runtime "runc=$dir/containerd.sock")
 fi
-nacelle-bench share "${sides[@]}" --image 127.0.0.1:5055/busybox:1 "$@" || {
+verb=$1
+shift
+nacelle-bench "$verb" "${sides[@]}" --image 127.0.0.1:5055/busybox:1 "$@" || {
     tail -n 20 "$dir"/*.log >&2
     exit 1
 }
