@@ -3,7 +3,8 @@
 //! `nacelle-bench boot` compares VMMs on the same kernel and initramfs; `nacelle-bench many` counts
 //! how many of many boots come up; `nacelle-bench pods` breaks a pod's cold start into its phases and
 //! weighs idle pods; `nacelle-bench create` times the calls of a container's life, of several runtimes
-//! in turns; `nacelle-bench share` does the same work on one folder of the host from several sides;
+//! in turns; `nacelle-bench net` moves bytes between the host and a guest and counts what that takes;
+//! `nacelle-bench share` does the same work on one folder of the host from several sides;
 //! `nacelle-bench list` asks a node full of pods what a kubelet asks. Nothing here asserts
 //! anything: see `docs/benchmarks.md` for how to read the numbers.
 
@@ -11,6 +12,7 @@ mod boot;
 mod create;
 mod list;
 mod measure;
+mod net;
 mod pods;
 mod share;
 mod table;
@@ -93,6 +95,27 @@ enum Bench {
         #[command(flatten)]
         amount: share::Amount,
     },
+    /// TCP between the host and a guest, in both directions: VMMs beside each other, with their KVM
+    /// exits and interrupts.
+    Net {
+        /// Another nacelle-vmm to compare with; may be given several times.
+        #[arg(long)]
+        vmm: Vec<PathBuf>,
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+        /// vCPUs of the guests; may be given several times.
+        #[arg(long, default_values_t = [1, 2])]
+        vcpus: Vec<u8>,
+        /// Moved in each direction, MiB.
+        #[arg(long, default_value_t = 128)]
+        amount: u64,
+        /// Round trips of one byte.
+        #[arg(long, default_value_t = 500)]
+        trips: u64,
+        /// Without QEMU's microvm.
+        #[arg(long)]
+        no_qemu: bool,
+    },
     /// Listings of a node full of pods, through a real socket. Needs no KVM.
     List {
         #[arg(long, default_value_t = 500)]
@@ -136,6 +159,16 @@ fn main() -> Result<()> {
                 amount,
             })
         }
+        Bench::Net { vmm, rounds, vcpus, amount, trips, no_qemu } => net::run(&net::Plan {
+            bin: &arguments.bin,
+            guest: &arguments.guest,
+            others: &vmm,
+            qemu: !no_qemu,
+            rounds,
+            vcpus: &vcpus,
+            amount,
+            trips,
+        }),
         Bench::List { pods, runs } => list::run(pods, runs),
         Bench::Pods { pods, socket } => pods::run(&arguments.bin, &socket, pods),
     }

@@ -60,11 +60,16 @@ pub fn pss_kib(pid: u32, guest_mib: u32) -> Result<(u64, u64)> {
 
 /// KVM's own count of a VM's exits (debugfs), whatever the VMM.
 pub fn exits(pid: u32) -> Result<u64> {
+    count(pid, "exits")
+}
+
+/// One of KVM's own counts of a VM (debugfs).
+pub fn count(pid: u32, name: &str) -> Result<u64> {
     let top = Path::new("/sys/kernel/debug/kvm");
     for entry in fs::read_dir(top).context("mount debugfs: KVM's counts are there")? {
         let entry = entry?;
         if entry.file_name().to_string_lossy().starts_with(&format!("{pid}-")) {
-            return Ok(fs::read_to_string(entry.path().join("exits"))?.trim().parse()?);
+            return Ok(fs::read_to_string(entry.path().join(name))?.trim().parse()?);
         }
     }
     anyhow::bail!("KVM knows no VM of process {pid}")

@@ -426,7 +426,7 @@ fn warm(file: &Path) -> Result<()> {
 }
 
 /// A process that ends with its owner.
-struct Ended(Child);
+pub struct Ended(pub Child);
 
 impl Drop for Ended {
     fn drop(&mut self) {
@@ -522,7 +522,7 @@ fn until(done: impl Fn() -> bool) -> Result<()> {
 }
 
 /// An initramfs of one program, guest.cpio in `folder`.
-fn pack(program: &Path, folder: &Path) -> Result<()> {
+pub fn pack(program: &Path, folder: &Path) -> Result<()> {
     let tree = folder.join("tree");
     fs::create_dir(&tree)?;
     fs::copy(program, tree.join("init"))?;

@@ -1,6 +1,9 @@
 //! The load of `nacelle-bench share`: one small program that works on a folder and says how long each
 //! kind of work took. It is the same on all sides: a process of the host, a process of a container,
-//! and the first process of a guest that `nacelle-bench` starts itself.
+//! and the first process of a guest that `nacelle-bench` starts itself. In a guest with a network
+//! interface it is the guest's side of `nacelle-bench net` instead.
+
+mod net;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -33,6 +36,9 @@ fn guest() -> Result<()> {
     for (kind, at) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
         fs::create_dir_all(at)?;
         mount(Some(kind), at, Some(kind), MsFlags::empty(), None::<&str>)?;
+    }
+    if !Path::new(PORT).exists() && net::wanted() {
+        return net::serve();
     }
     fs::create_dir_all("/data")?;
     let mut port = OpenOptions::new().read(true).write(true).open(PORT)?;
