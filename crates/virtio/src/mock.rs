@@ -203,6 +203,23 @@ impl MockQueue {
     pub fn kick(&self) {
         self.kick.write(1).expect("eventfd");
     }
+
+    /// Kicks if the device asks for it after the last [`Self::add`], like a driver with EVENT_IDX
+    /// that adds one chain at a time (section 2.7.10); whether it did.
+    pub fn notify(&self) -> bool {
+        let at = GuestAddress(self.device() + 4 + 8 * u64::from(self.size));
+        let event: u16 = self.mem.load(at, Ordering::SeqCst).expect("ring in memory");
+        let wanted = u16::from_le(event) == self.next_avail.wrapping_sub(1);
+        if wanted {
+            self.kick();
+        }
+        wanted
+    }
+
+    /// The flags of the available ring; without EVENT_IDX, 1 suppresses interrupts.
+    pub fn set_flags(&self, flags: u16) {
+        self.mem.write_obj(flags.to_le(), GuestAddress(self.driver())).expect("ring in memory");
+    }
 }
 
 /// Queues for a device, one after the other from `base` on.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Chain;
@@ -21,6 +21,9 @@ use crate::guest_warn;
 /// round.
 /// Attack: a ring full of malformed chains, to keep the worker from serving other devices.
 const MAX_MALFORMED_PER_POP: usize = 64;
+
+/// Section 2.7.6: the driver wants no interrupt (without EVENT_IDX).
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
 
 /// Guest addresses of a queue's areas (section 2.7), checked to lie in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,11 +187,24 @@ impl VirtQueue {
         if self.broken || !std::mem::take(&mut self.needs_signal) {
             return;
         }
-        match self.queue.needs_notification(&self.mem) {
+        // It has a fence between the used ring and what is read here.
+        let wanted = match self.queue.needs_notification(&self.mem) {
+            Ok(true) if !self.queue.event_idx_enabled() => self.flags_want_interrupt(),
+            other => other,
+        };
+        match wanted {
             Ok(true) => self.interrupt.queue(self.index),
             Ok(false) => {}
             Err(error) => self.fail(&error),
         }
+    }
+
+    /// The available ring's flags, which rust-vmm's queue does not read.
+    fn flags_want_interrupt(&self) -> Result<bool, virtio_queue::Error> {
+        let at = GuestAddress(self.queue.avail_ring());
+        let flags = self.mem.load::<u16>(at, Ordering::Relaxed);
+        let flags = flags.map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Suppresses kicks while the queue is processed.
