@@ -1,11 +1,12 @@
 //! The devices of a VM: created from file descriptors, plugged, unplugged, listed.
 //!
 //! Two workers run the devices: `disk` (block, rng, console, fs, mem, balloon) and `net` (net,
-//! vsock), so that bursts of packets do not delay disks. Plugging and unplugging may wait for a
+//! vsock), so that bursts of packets do not delay disks. `net` does not preempt the vCPUs. Plugging and unplugging may wait for a
 //! worker; listing does not: it reads atomics under a lock that is held briefly.
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -94,7 +95,14 @@ impl Devices {
         vcpus_max: u8,
         init: impl Fn() + Send + Clone + 'static,
     ) -> Result<Self, Error> {
-        let worker = |name: &str| Worker::spawn(name, init.clone()).map_err(|e| failed(&e));
+        let disk = Worker::spawn("disk", init.clone()).map_err(|e| failed(&e))?;
+        let net_init = move || {
+            if let Err(error) = schedule_as_batch() {
+                tracing::warn!(%error, "cannot set the scheduling policy of the net thread");
+            }
+            init();
+        };
+        let net = Worker::spawn("net", net_init).map_err(|e| failed(&e))?;
         Ok(Self {
             bus,
             ram,
@@ -102,8 +110,8 @@ impl Devices {
             interrupts,
             doorbells: Arc::new(glue::Doorbells(doorbells)),
             vcpus_max: vcpus_max.into(),
-            disk: worker("disk")?,
-            net: worker("net")?,
+            disk,
+            net,
             plugged: Mutex::default(),
             guest_running: AtomicBool::new(false),
         })
@@ -280,6 +288,36 @@ impl Devices {
     }
 }
 
+/// Gives the calling thread the policy SCHED_BATCH: when it becomes ready, it does not preempt the
+/// thread that runs.
+///
+/// A driver notifies with the lock of its transmit queue held. If the vCPU and this thread share a CPU,
+/// this thread would preempt the vCPU there: it would send one packet for each notification, and its
+/// interrupt would make another vCPU spin for the lock. It has no effect on an idle CPU.
+#[allow(unsafe_code)] // sched_setscheduler
+fn schedule_as_batch() -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the call reads one `sched_param`; 0 is the calling thread.
+    let done = unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 fn failed(error: &dyn std::error::Error) -> Error {
     Error::Failed { message: crate::chain(error) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[allow(unsafe_code)] // sched_getscheduler
+    fn the_net_thread_does_not_preempt_vcpus() {
+        let policy = std::thread::spawn(|| {
+            schedule_as_batch().unwrap();
+            // SAFETY: the call only takes a number; 0 is the calling thread.
+            unsafe { libc::sched_getscheduler(0) }
+        });
+        assert_eq!(policy.join().unwrap(), libc::SCHED_BATCH);
+    }
 }
