@@ -1,4 +1,4 @@
-//! `start`: who serves a task, and how containerd is told.
+//! `start`: finds or starts the shim that serves a task, and writes the start response.
 //!
 //! | containerd | standard input | what it reads |
 //! |---|---|---|
@@ -6,8 +6,8 @@
 //! | 1.7 to 2.2 | the same | an address, or JSON |
 //! | 2.3 and later | BootstrapParams (protobuf) | BootstrapResult (protobuf) |
 //!
-//! An address alone stands for version 2 of the task API, which all of them speak. What goes to
-//! standard error would be taken for part of the answer.
+//! A plain address means version 2 of the task API, which all of them support. Output on standard
+//! error would become part of the response.
 
 use std::fs;
 use std::io::{ErrorKind, IsTerminal, Read, Write};
@@ -24,16 +24,16 @@ use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 
 use crate::args::Arguments;
-use crate::place::Place;
+use crate::paths::PodPaths;
 use crate::settings::Settings;
-use crate::spec::{self, Role};
+use crate::spec::{self, ContainerType};
 
-/// What containerd may send, bytes.
+/// Maximum size of standard input, bytes.
 const MAX_INPUT: u64 = 1 << 20;
-/// Task API of the answer in protobuf.
+/// Task API version in a BootstrapResult.
 const VERSION: i32 = 3;
-/// A shim that is just being started answers within this time.
-const ALIVE_LIMIT: Duration = Duration::from_secs(2);
+/// Time for a shim that is being started to accept connections.
+const START_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub(crate) fn start(arguments: &Arguments) -> Result<()> {
     let mut input = Vec::new();
@@ -42,32 +42,33 @@ pub(crate) fn start(arguments: &Arguments) -> Result<()> {
     }
     let settings = Settings::load()?;
     let bundle = arguments.bundle()?;
-    let pod = match spec::role(&spec::read(&bundle)?)? {
-        Role::Member { pod } if pod != arguments.id => Some(pod),
+    let pod = match spec::container_type(&spec::read(&bundle)?)? {
+        ContainerType::PodContainer { pod } if pod != arguments.id => Some(pod),
         _ => None,
     };
-    let place = Place::new(&settings, &arguments.namespace, pod.as_ref().unwrap_or(&arguments.id));
+    let paths =
+        PodPaths::new(&settings, &arguments.namespace, pod.as_ref().unwrap_or(&arguments.id));
     match pod {
         Some(pod) => {
-            if !is_alive_soon(&place) {
-                bail!("pod {pod} of container {} has no shim that runs", arguments.id);
+            if !wait_until_alive(&paths) {
+                bail!("pod {pod} of container {} has no running shim", arguments.id);
             }
         }
-        None if place.is_alive() => {}
-        None => launch(arguments, &bundle, &place)?,
+        None if paths.is_alive() => {}
+        None => spawn_shim(arguments, &bundle, &paths)?,
     }
-    let address = place.address();
-    // containerd finds its shims by it after a restart.
+    let address = paths.address();
+    // containerd reconnects to its shims by this file after a restart.
     fs::write(bundle.join("address"), &address).context("writing the address")?;
     let mut output = std::io::stdout();
-    output.write_all(&answer(&input, arguments, address)?)?;
+    output.write_all(&encode_response(&input, arguments, address)?)?;
     output.flush()?;
     Ok(())
 }
 
-fn is_alive_soon(place: &Place) -> bool {
-    let until = std::time::Instant::now() + ALIVE_LIMIT;
-    while !place.is_alive() {
+fn wait_until_alive(paths: &PodPaths) -> bool {
+    let until = std::time::Instant::now() + START_TIMEOUT;
+    while !paths.is_alive() {
         if std::time::Instant::now() > until {
             return false;
         }
@@ -76,9 +77,9 @@ fn is_alive_soon(place: &Place) -> bool {
     true
 }
 
-/// In the form that the caller understands.
-fn answer(input: &[u8], arguments: &Arguments, address: String) -> Result<Vec<u8>> {
-    // Options of an old daemon are a message with a string and bytes, which can be read as these too.
+/// Encodes the start response for the calling containerd version.
+fn encode_response(input: &[u8], arguments: &Arguments, address: String) -> Result<Vec<u8>> {
+    // The `Any` with runtime options of an older containerd parses as BootstrapParams as well.
     let speaks_bootstrap = BootstrapParams::parse_from_bytes(input).is_ok_and(|params| {
         params.instance_id == arguments.id && params.namespace == arguments.namespace
     });
@@ -90,10 +91,10 @@ fn answer(input: &[u8], arguments: &Arguments, address: String) -> Result<Vec<u8
     Ok(result.write_to_bytes()?)
 }
 
-/// Makes the socket and starts the shim with it.
-fn launch(arguments: &Arguments, bundle: &Path, place: &Place) -> Result<()> {
-    place.make()?;
-    let path = place.socket();
+/// Creates the socket and starts the shim with it.
+fn spawn_shim(arguments: &Arguments, bundle: &Path, paths: &PodPaths) -> Result<()> {
+    paths.create_dirs()?;
+    let path = paths.socket();
     match fs::remove_file(&path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             return Err(error).with_context(|| format!("removing {}", path.display()));
@@ -105,18 +106,18 @@ fn launch(arguments: &Arguments, bundle: &Path, place: &Place) -> Result<()> {
     let program = std::env::current_exe().context("finding the shim's own program")?;
     let mut command = Command::new(program);
     command
-        .args(arguments.to_serve())
+        .args(arguments.serve_args())
         .current_dir(bundle)
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        // Not of containerd's group, whose signals are for containerd.
+        // A process group of its own: signals to containerd's group must not reach it.
         .process_group(0);
     command.spawn().context("starting the shim")?;
     Ok(())
 }
 
-/// `-info`: the options come in, what this runtime is goes out.
+/// `-info`: prints a RuntimeInfo.
 pub(crate) fn info() -> Result<()> {
     let info = RuntimeInfo {
         name: crate::RUNTIME.to_owned(),
@@ -137,17 +138,18 @@ mod tests {
     use super::*;
 
     fn arguments() -> Arguments {
-        let words = ["-namespace", "k8s.io", "-id", "abc", "start"].map(str::to_owned);
-        Arguments::parse(&words).unwrap()
+        let args = ["-namespace", "k8s.io", "-id", "abc", "start"].map(str::to_owned);
+        Arguments::parse(&args).unwrap()
     }
 
     #[test]
-    fn each_containerd_gets_the_answer_that_it_understands() {
+    fn each_containerd_version_gets_a_response_that_it_accepts() {
         let address = "unix:///run/nacelle-shim/x/shim.sock";
-        let answer = |input: &[u8]| answer(input, &arguments(), address.to_owned()).unwrap();
+        let answer =
+            |input: &[u8]| encode_response(input, &arguments(), address.to_owned()).unwrap();
         // 1.6 and 1.7 without options.
         assert_eq!(answer(b""), address.as_bytes());
-        // Up to 2.2 with options, which parse as parameters as well.
+        // Up to 2.2 with options, which parse as BootstrapParams as well.
         let options = Any {
             type_url: "runtimeoptions.v1.Options".into(),
             value: b"\x0a\x01x".to_vec(),
@@ -164,8 +166,8 @@ mod tests {
             containerd_version: "2.3.0".into(),
             ..Default::default()
         };
-        let told = answer(&params.write_to_bytes().unwrap());
-        let told = BootstrapResult::parse_from_bytes(&told).unwrap();
-        assert_eq!((told.version, &*told.address, &*told.protocol), (3, address, "ttrpc"));
+        let response = answer(&params.write_to_bytes().unwrap());
+        let result = BootstrapResult::parse_from_bytes(&response).unwrap();
+        assert_eq!((result.version, &*result.address, &*result.protocol), (3, address, "ttrpc"));
     }
 }

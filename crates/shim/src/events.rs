@@ -15,11 +15,11 @@ use tokio::sync::{mpsc, oneshot};
 /// Events that wait for containerd; further ones are dropped.
 const QUEUE: usize = 2048;
 /// One event may take this long, and is tried this often.
-const CALL_LIMIT: Duration = Duration::from_secs(5);
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 const ATTEMPTS: u32 = 10;
 const PAUSE: Duration = Duration::from_millis(500);
 /// What the last events get when the shim ends.
-const FLUSH_LIMIT: Duration = Duration::from_secs(2);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 enum Item {
     Event(Box<Envelope>),
@@ -76,7 +76,7 @@ impl Publisher {
     pub(crate) async fn flush(&self) {
         let (done, told) = oneshot::channel();
         if self.queue.try_send(Item::Flush(done)).is_ok() {
-            let _ = tokio::time::timeout(FLUSH_LIMIT, told).await;
+            let _ = tokio::time::timeout(FLUSH_TIMEOUT, told).await;
         }
     }
 }
@@ -119,7 +119,7 @@ async fn send(
         Some(client) => client,
         None => EventsClient::new(Client::connect(address).await.map_err(|e| e.to_string())?),
     };
-    let limit = i64::try_from(CALL_LIMIT.as_nanos()).unwrap_or(i64::MAX);
+    let limit = i64::try_from(CALL_TIMEOUT.as_nanos()).unwrap_or(i64::MAX);
     let result = connected.forward(context::with_timeout(limit), request).await;
     *client = Some(connected);
     result.map(drop).map_err(|e| e.to_string())

@@ -1,5 +1,5 @@
-//! The shim's configuration: /etc/nacelle/shim.toml, which need not be there. [`TEMPLATE`] documents
-//! it; a test holds it to the defaults.
+//! The shim's configuration: /etc/nacelle/shim.toml, which is optional. [`DEFAULT_FILE`] documents it;
+//! a test compares it with the defaults.
 
 use std::io::ErrorKind;
 use std::path::PathBuf;
@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::place::{KEY, Place};
+use crate::paths::{KEY_LENGTH, PodPaths};
 
 #[cfg(test)]
-const TEMPLATE: &str = include_str!("../dist/shim.toml");
+const DEFAULT_FILE: &str = include_str!("../dist/shim.toml");
 const PATH: &str = "/etc/nacelle/shim.toml";
-/// Another file, for tests.
+/// Overrides the path, for tests.
 const PATH_VARIABLE: &str = "NACELLE_SHIM_CONFIG";
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,11 +71,11 @@ impl Settings {
         toml::from_str(&text).with_context(|| format!("reading {}", path.display()))
     }
 
-    /// Of a sandbox which is one pod's.
-    pub(crate) fn pods(&self, place: &Place, uid: u32) -> sandbox::Config {
+    /// Configuration of the sandbox crate for one pod.
+    pub(crate) fn sandbox_config(&self, paths: &PodPaths, uid: u32) -> sandbox::Config {
         sandbox::Config {
-            root: place.root.clone(),
-            state: place.state.clone(),
+            root: paths.root.clone(),
+            state: paths.state.clone(),
             vmm: self.vmm.clone(),
             kernel: self.kernel.clone(),
             initramfs: self.initramfs.clone(),
@@ -89,8 +89,8 @@ impl Settings {
             uid_base: uid,
             uid_range: 1,
             start_parallelism: 1,
-            id_length: KEY,
-            scratch_originals: place.originals.clone(),
+            id_length: KEY_LENGTH,
+            scratch_originals: paths.originals.clone(),
             caller_reads_output: true,
             ..sandbox::Config::default()
         }
@@ -102,9 +102,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_template_says_the_defaults() {
-        assert_eq!(toml::from_str::<Settings>(TEMPLATE).unwrap(), Settings::default());
-        let table: toml::Table = TEMPLATE.parse().unwrap();
+    fn the_default_file_has_all_settings_with_their_defaults() {
+        assert_eq!(toml::from_str::<Settings>(DEFAULT_FILE).unwrap(), Settings::default());
+        let table: toml::Table = DEFAULT_FILE.parse().unwrap();
         let all = toml::Table::try_from(Settings::default()).unwrap();
         let (mut named, mut known): (Vec<_>, Vec<_>) =
             (table.keys().collect(), all.keys().collect());

@@ -1,8 +1,7 @@
-//! Where a shim's files are. `key` stands for namespace and id, which are too long for the path of a
-//! socket:
+//! Files of a shim. `key` is a hash of namespace and id, which are too long for a socket path:
 //! ```text
-//! <state>/<key>/   shim.sock, pid, sockets of the pod      gone after a reboot
-//! <state>/uids/    one file for each uid of a VMM
+//! <state>/<key>/   shim.sock, pid, sockets of the pod      on tmpfs
+//! <state>/uids/    one file for each allocated uid of a VMM
 //! <root>/<key>/    journal, scratch disk, logs of the VMM
 //! <root>/originals formatted scratch disks
 //! ```
@@ -18,21 +17,21 @@ use sha2::{Digest, Sha256};
 
 use crate::settings::Settings;
 
-/// Characters of a key: 128 bits, so that two never meet.
-pub(crate) const KEY: usize = 32;
-/// VMMs of shims run as these uids; nacelled's are 0x7000_0000 and the 65536 after it.
-const UIDS: std::ops::Range<u32> = 0x7001_0000..0x7002_0000;
+/// Characters of a key: 128 bits, so that collisions are negligible.
+pub(crate) const KEY_LENGTH: usize = 32;
+/// Uids of the VMMs of shims; nacelled uses 0x7000_0000 to 0x7000_ffff.
+const UID_RANGE: std::ops::Range<u32> = 0x7001_0000..0x7002_0000;
 
-/// A name for a container or pod of a namespace: letters and digits, [`KEY`] of them.
+/// Sandbox id of a container or pod of a containerd namespace: [`KEY_LENGTH`] hex digits.
 pub(crate) fn key(namespace: &str, id: &str) -> String {
     let digest = Sha256::digest(format!("{namespace}/{id}"));
     let mut text: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    text.truncate(KEY);
+    text.truncate(KEY_LENGTH);
     text
 }
 
 #[derive(Debug, Clone)]
-pub(crate) struct Place {
+pub(crate) struct PodPaths {
     pub(crate) key: String,
     pub(crate) state: PathBuf,
     pub(crate) root: PathBuf,
@@ -40,7 +39,7 @@ pub(crate) struct Place {
     pub(crate) originals: PathBuf,
 }
 
-impl Place {
+impl PodPaths {
     pub(crate) fn new(settings: &Settings, namespace: &str, pod: &str) -> Self {
         let key = key(namespace, pod);
         Self {
@@ -60,47 +59,47 @@ impl Place {
         format!("unix://{}", self.socket().display())
     }
 
-    pub(crate) fn make(&self) -> Result<()> {
-        for folder in [&self.state, &self.root, &self.uids] {
-            // The VMM, another user, reaches its own files through them.
+    pub(crate) fn create_dirs(&self) -> Result<()> {
+        for dir in [&self.state, &self.root, &self.uids] {
+            // Searchable by the VMM's uid.
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o711)
-                .create(folder)
-                .with_context(|| format!("making {}", folder.display()))?;
+                .create(dir)
+                .with_context(|| format!("creating {}", dir.display()))?;
         }
         Ok(())
     }
 
-    /// Exists once the shim has accepted Shutdown, so that `delete` lets it end by itself.
-    pub(crate) fn ending(&self) -> PathBuf {
-        self.state.join("ending")
+    /// Exists once the shim has accepted Shutdown, so that `delete` waits for its exit.
+    pub(crate) fn shutdown_marker(&self) -> PathBuf {
+        self.state.join("shutdown")
     }
 
-    /// Whether a shim of the pod answers.
+    /// Whether a shim of the pod accepts connections.
     pub(crate) fn is_alive(&self) -> bool {
         UnixStream::connect(self.socket()).is_ok()
     }
 
-    /// Says which process serves.
+    /// Records the process that serves.
     pub(crate) fn write_pid(&self) -> io::Result<()> {
         let pid = std::process::id();
-        fs::write(self.state.join("pid"), format!("{pid} {}", started(pid)?))
+        fs::write(self.state.join("pid"), format!("{pid} {}", process_start_time(pid)?))
     }
 
-    /// The process that serves, unless its pid has become another one's.
-    pub(crate) fn pid(&self) -> Option<u32> {
+    /// The process that serves, unless its pid has been reused.
+    pub(crate) fn shim_pid(&self) -> Option<u32> {
         let text = fs::read_to_string(self.state.join("pid")).ok()?;
         let (pid, at) = text.split_once(' ')?;
         let (pid, at): (u32, u64) = (pid.parse().ok()?, at.parse().ok()?);
-        (started(pid).ok()? == at).then_some(pid)
+        (process_start_time(pid).ok()? == at).then_some(pid)
     }
 
-    /// A uid for the pod's VMM which no other pod has; the same one when asked again.
-    pub(crate) fn take_uid(&self) -> Result<u32> {
+    /// Allocates a uid for the pod's VMM; returns the same one when called again.
+    pub(crate) fn allocate_uid(&self) -> Result<u32> {
         let first = u32::from_str_radix(&self.key[..4], 16).unwrap_or_default();
-        for n in 0..UIDS.len() as u32 {
-            let uid = UIDS.start + (first + n) % UIDS.len() as u32;
+        for n in 0..UID_RANGE.len() as u32 {
+            let uid = UID_RANGE.start + (first + n) % UID_RANGE.len() as u32;
             let path = self.uids.join(uid.to_string());
             match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
                 Ok(mut file) => {
@@ -118,25 +117,25 @@ impl Place {
                 }
             }
         }
-        bail!("all {} uids of VMMs are taken ({})", UIDS.len(), self.uids.display())
+        bail!("all {} uids for VMMs are in use ({})", UID_RANGE.len(), self.uids.display())
     }
 
-    /// Removes all files of the pod. Goes on past failures.
-    pub(crate) fn clear(&self) -> Result<()> {
+    /// Removes all files of the pod. Continues after failures.
+    pub(crate) fn remove_all(&self) -> Result<()> {
         let mut result = Ok(());
         for entry in fs::read_dir(&self.uids).into_iter().flatten().flatten() {
             if fs::read_to_string(entry.path()).is_ok_and(|holder| holder == self.key) {
-                result = result.and(absent_is_fine(fs::remove_file(entry.path()), &entry.path()));
+                result = result.and(ignore_not_found(fs::remove_file(entry.path()), &entry.path()));
             }
         }
-        for folder in [&self.state, &self.root] {
-            result = result.and(absent_is_fine(fs::remove_dir_all(folder), folder));
+        for dir in [&self.state, &self.root] {
+            result = result.and(ignore_not_found(fs::remove_dir_all(dir), dir));
         }
         result
     }
 }
 
-fn absent_is_fine(result: io::Result<()>, path: &Path) -> Result<()> {
+fn ignore_not_found(result: io::Result<()>, path: &Path) -> Result<()> {
     match result {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).with_context(|| format!("removing {}", path.display()))
@@ -146,9 +145,9 @@ fn absent_is_fine(result: io::Result<()>, path: &Path) -> Result<()> {
 }
 
 /// Start time of a process, clock ticks since boot (proc_pid_stat(5), field 22).
-fn started(pid: u32) -> io::Result<u64> {
+fn process_start_time(pid: u32) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name of the program, in parentheses, may hold spaces.
+    // The command name, in parentheses, may contain spaces.
     let rest = stat.rsplit_once(')').map(|(_, rest)| rest).unwrap_or_default();
     let field = rest.split_whitespace().nth(19).and_then(|text| text.parse().ok());
     field.ok_or_else(|| ErrorKind::InvalidData.into())
@@ -158,47 +157,47 @@ fn started(pid: u32) -> io::Result<u64> {
 mod tests {
     use super::*;
 
-    fn place(dir: &Path, id: &str) -> Place {
+    fn paths(dir: &Path, id: &str) -> PodPaths {
         let (state, root) = (dir.join("state"), dir.join("root"));
-        Place::new(&Settings { state, root, ..Settings::default() }, "default", id)
+        PodPaths::new(&Settings { state, root, ..Settings::default() }, "default", id)
     }
 
     #[test]
-    fn two_pods_have_different_uids_and_a_removed_one_frees_its_own() {
+    fn two_pods_have_different_uids_and_a_removed_pod_frees_its_uid() {
         let dir = tempfile::tempdir().unwrap();
-        let (one, two) = (place(dir.path(), "a"), place(dir.path(), "b"));
-        one.make().unwrap();
-        two.make().unwrap();
-        let uid = one.take_uid().unwrap();
-        assert!(UIDS.contains(&uid));
-        assert_eq!(one.take_uid().unwrap(), uid);
-        // Another key that begins with the same characters wants the same uid.
-        let rival = Place { key: format!("{}{}", &one.key[..4], &two.key[4..]), ..two.clone() };
-        assert_ne!(rival.take_uid().unwrap(), uid);
-        one.clear().unwrap();
+        let (one, two) = (paths(dir.path(), "a"), paths(dir.path(), "b"));
+        one.create_dirs().unwrap();
+        two.create_dirs().unwrap();
+        let uid = one.allocate_uid().unwrap();
+        assert!(UID_RANGE.contains(&uid));
+        assert_eq!(one.allocate_uid().unwrap(), uid);
+        // A key with the same prefix hashes to the same uid.
+        let rival = PodPaths { key: format!("{}{}", &one.key[..4], &two.key[4..]), ..two.clone() };
+        assert_ne!(rival.allocate_uid().unwrap(), uid);
+        one.remove_all().unwrap();
         assert!(!one.state.exists() && !one.root.exists() && two.state.exists());
         assert_eq!(one.uids.read_dir().unwrap().count(), 1);
-        one.clear().unwrap();
+        one.remove_all().unwrap();
     }
 
     #[test]
-    fn the_path_of_every_socket_is_short_enough() {
+    fn socket_paths_fit_into_sun_path() {
         let settings = Settings::default();
-        let place = Place::new(&settings, &"n".repeat(76), &"i".repeat(76));
-        let longest = place.state.join("pods").join("0".repeat(KEY)).join("control.sock");
+        let paths = PodPaths::new(&settings, &"n".repeat(76), &"i".repeat(76));
+        let longest = paths.state.join("pods").join("0".repeat(KEY_LENGTH)).join("control.sock");
         // sun_path (unix(7)).
         assert!(longest.as_os_str().len() < 108, "{}", longest.display());
     }
 
     #[test]
-    fn a_pid_that_was_given_again_is_not_taken_for_the_shim() {
+    fn a_reused_pid_is_not_mistaken_for_the_shim() {
         let dir = tempfile::tempdir().unwrap();
-        let place = place(dir.path(), "a");
-        place.make().unwrap();
-        assert_eq!(place.pid(), None);
-        place.write_pid().unwrap();
-        assert_eq!(place.pid(), Some(std::process::id()));
-        fs::write(place.state.join("pid"), format!("{} 1", std::process::id())).unwrap();
-        assert_eq!(place.pid(), None);
+        let paths = paths(dir.path(), "a");
+        paths.create_dirs().unwrap();
+        assert_eq!(paths.shim_pid(), None);
+        paths.write_pid().unwrap();
+        assert_eq!(paths.shim_pid(), Some(std::process::id()));
+        fs::write(paths.state.join("pid"), format!("{} 1", std::process::id())).unwrap();
+        assert_eq!(paths.shim_pid(), None);
     }
 }
