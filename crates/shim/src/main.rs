@@ -12,6 +12,7 @@
 mod args;
 mod bootstrap;
 mod cleanup;
+mod create;
 mod errors;
 mod events;
 mod network;

@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use anyhow::Context;
+use containerd_shim_protos::api::Status;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskStart,
+    TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
+    TaskStart,
 };
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::topics;
 use containerd_shim_protos::ttrpc::{Code, Result};
-use containerd_shim_protos::types::mount::Mount;
 use sandbox::Sandboxes;
 use sandbox::model::{EventKind, PodState};
 use tokio::sync::OnceCell;
@@ -21,18 +21,17 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::errors::{from_sandbox, invalid, not_found, precondition, status, unknown};
+use crate::create::TaskEntry;
+use crate::errors::{from_sandbox, invalid, not_found, precondition, status, unimplemented};
 use crate::events::{Publisher, timestamp};
-use crate::network::ExistingNetns;
 use crate::paths::{PodPaths, key};
 use crate::process::{Exit, Process};
-use crate::rootfs::{self, SnapshotMount};
+use crate::rootfs;
 use crate::settings::Settings;
-use crate::spec::{self, ContainerType};
+use crate::spec::ContainerType;
 use crate::stdio::{Stdio, StdioPaths};
 
-/// Maximum tasks of a pod and execs of a task, including stopped ones.
-const MAX_TASKS: usize = 256;
+/// Maximum execs of a task, including stopped ones.
 const MAX_EXECS: usize = 512;
 const SIGKILL: u32 = 9;
 /// Time that Kill waits for a Start in progress.
@@ -42,23 +41,22 @@ const START_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 pub(crate) struct Pod {
     pub(crate) namespace: String,
     pub(crate) paths: PodPaths,
-    settings: Settings,
+    pub(crate) settings: Settings,
     pub(crate) publisher: Publisher,
-    sandboxes: OnceCell<Sandboxes>,
-    /// None while the task is being created.
-    tasks: Mutex<BTreeMap<String, Option<Arc<Task>>>>,
+    pub(crate) sandboxes: OnceCell<Sandboxes>,
+    tasks: Mutex<BTreeMap<String, TaskEntry>>,
     /// Cancelled when the shim is to exit.
     pub(crate) shutdown: CancellationToken,
 }
 
 pub(crate) struct Task {
-    id: String,
-    container_type: ContainerType,
+    pub(crate) id: String,
+    pub(crate) container_type: ContainerType,
     pub(crate) bundle: PathBuf,
     pub(crate) init: Process,
-    execs: Mutex<BTreeMap<String, Arc<Exec>>>,
+    pub(crate) execs: Mutex<BTreeMap<String, Arc<Exec>>>,
     /// Signal that stopped the sandbox.
-    killed_by: Mutex<Option<u32>>,
+    pub(crate) killed_by: Mutex<Option<u32>>,
 }
 
 pub(crate) struct Exec {
@@ -80,18 +78,19 @@ impl ProcessRef {
         }
     }
 
+    /// As with runc, execs of a paused container are paused.
+    pub(crate) fn status(&self) -> Status {
+        match self.process().status() {
+            Status::STOPPED => Status::STOPPED,
+            _ if self.task().init.is_paused() => Status::PAUSED,
+            status => status,
+        }
+    }
+
     pub(crate) fn task(&self) -> &Arc<Task> {
         let (Self::Init(task) | Self::Exec(task, _)) = self;
         task
     }
-}
-
-/// Parameters of Create.
-pub(crate) struct CreateOptions {
-    pub(crate) id: String,
-    pub(crate) bundle: PathBuf,
-    pub(crate) rootfs: Vec<Mount>,
-    pub(crate) stdio_paths: StdioPaths,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -107,7 +106,7 @@ impl Task {
         self.container_type == ContainerType::PodSandbox
     }
 
-    fn rootfs(&self) -> PathBuf {
+    pub(crate) fn rootfs(&self) -> PathBuf {
         rootfs::rootfs_path(&self.bundle)
     }
 }
@@ -130,12 +129,15 @@ impl Pod {
         })
     }
 
-    fn tasks(&self) -> MutexGuard<'_, BTreeMap<String, Option<Arc<Task>>>> {
+    pub(crate) fn tasks(&self) -> MutexGuard<'_, BTreeMap<String, TaskEntry>> {
         lock(&self.tasks)
     }
 
     pub(crate) fn task(&self, id: &str) -> Result<Arc<Task>> {
-        self.tasks().get(id).cloned().flatten().ok_or_else(|| not_found("task", id))
+        match self.tasks().get(id) {
+            Some(TaskEntry::Created(task)) => Ok(task.clone()),
+            _ => Err(not_found("task", id)),
+        }
     }
 
     pub(crate) fn find(&self, id: &str, exec: &str) -> Result<ProcessRef> {
@@ -166,155 +168,8 @@ impl Pod {
         pod.and_then(|pod| pod.vmm_pid).unwrap_or_else(std::process::id)
     }
 
-    pub(crate) async fn create(self: &Arc<Self>, creation: CreateOptions) -> Result<u32> {
-        let id = creation.id.clone();
-        crate::args::validate_id("id", &id).map_err(|e| invalid(format!("{e:#}")))?;
-        {
-            let mut tasks = self.tasks();
-            if tasks.contains_key(&id) {
-                return Err(status(Code::ALREADY_EXISTS, format!("task {id} already exists")));
-            }
-            if tasks.len() >= MAX_TASKS {
-                let message = format!("the pod has {MAX_TASKS} tasks, which is the maximum");
-                return Err(status(Code::RESOURCE_EXHAUSTED, message));
-            }
-            tasks.insert(id.clone(), None);
-        }
-        // The request runs to completion even if the caller cancels it.
-        let reserved = TaskReservation { pod: self.clone(), id: id.clone() };
-        let this = self.clone();
-        let made = tokio::spawn(async move {
-            let made = this.create_task(&creation).await;
-            drop(reserved);
-            made
-        });
-        made.await.unwrap_or_else(|e| Err(status(Code::INTERNAL, e.to_string())))
-    }
-
-    async fn create_task(self: &Arc<Self>, creation: &CreateOptions) -> Result<u32> {
-        let CreateOptions { id, bundle, stdio_paths, .. } = creation;
-        let spec = spec::read(bundle).map_err(unknown)?;
-        let container_type = spec::container_type(&spec).map_err(|e| invalid(format!("{e:#}")))?;
-        if let ContainerType::PodContainer { pod } = &container_type
-            && key(&self.namespace, pod) != self.paths.key
-        {
-            return Err(invalid(format!(
-                "container {id} belongs to pod {pod}, not to this shim's"
-            )));
-        }
-        if !matches!(container_type, ContainerType::PodContainer { .. })
-            && self.key(id) != self.paths.key
-        {
-            return Err(invalid(format!("task {id} does not belong to this shim's pod")));
-        }
-        let stdio = Stdio::open(stdio_paths).await.map_err(|e| invalid(format!("{e:#}")))?;
-        let task = Arc::new(Task {
-            id: id.clone(),
-            container_type,
-            bundle: bundle.clone(),
-            init: Process::new(stdio_paths.clone(), Some(stdio)),
-            execs: Mutex::default(),
-            killed_by: Mutex::default(),
-        });
-        let made = match &task.container_type {
-            ContainerType::PodSandbox => self.run_pod(&task, &spec).await,
-            ContainerType::PodContainer { .. } => {
-                self.create_container(&task, spec, &creation.rootfs).await
-            }
-            ContainerType::SingleContainer => match self.run_pod(&task, &spec).await {
-                Ok(()) => self.create_container(&task, spec, &creation.rootfs).await,
-                Err(error) => Err(error),
-            },
-        };
-        if let Err(error) = made {
-            self.remove_task_resources(&task).await;
-            return Err(error);
-        }
-        let pid = self.vmm_pid();
-        task.init.set_pid(pid);
-        let io = TaskIO {
-            stdin: stdio_paths.stdin.clone(),
-            stdout: stdio_paths.stdout.clone(),
-            stderr: stdio_paths.stderr.clone(),
-            terminal: stdio_paths.terminal,
-            ..Default::default()
-        };
-        let created = TaskCreate {
-            container_id: id.clone(),
-            bundle: bundle.display().to_string(),
-            io: MessageField::some(io),
-            pid,
-            ..Default::default()
-        };
-        self.publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &created);
-        self.tasks().insert(id.clone(), Some(task.clone()));
-        self.watch_exit(task);
-        Ok(pid)
-    }
-
-    async fn run_pod(&self, task: &Task, spec: &oci_spec::runtime::Spec) -> Result<()> {
-        let sandboxes = self.sandboxes.get_or_try_init(|| async {
-            self.paths.create_dirs().map_err(unknown)?;
-            let uid = self.paths.allocate_uid().map_err(unknown)?;
-            let config = self.settings.sandbox_config(&self.paths, uid);
-            Sandboxes::open(config, Arc::new(ExistingNetns)).await.map_err(from_sandbox)
-        });
-        let pod = spec::pod(&self.namespace, &task.id, spec, &self.settings);
-        sandboxes.await?.run_pod_as(self.paths.key.clone(), pod).await.map_err(from_sandbox)?;
-        Ok(())
-    }
-
-    async fn create_container(
-        &self,
-        task: &Task,
-        spec: oci_spec::runtime::Spec,
-        mounts: &[Mount],
-    ) -> Result<()> {
-        let sandboxes = self.sandboxes()?;
-        let rootfs = match mounts {
-            // A directory that containerd does not mount (ctr run --rootfs).
-            [] => {
-                let path = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
-                task.bundle.join(path)
-            }
-            mounts => {
-                let mounts: Vec<SnapshotMount> = mounts
-                    .iter()
-                    .map(|mount| SnapshotMount {
-                        kind: mount.type_.clone(),
-                        source: mount.source.clone().into(),
-                        options: mount.options.clone(),
-                    })
-                    .collect();
-                let target = task.rootfs();
-                let mounted = {
-                    let target = target.clone();
-                    tokio::task::spawn_blocking(move || rootfs::mount_read_only(&mounts, &target))
-                };
-                let mounted = mounted.await.context("a thread that mounts panicked");
-                mounted.and_then(|mounted| mounted).map_err(unknown)?;
-                target
-            }
-        };
-        let stdio_paths = &task.init.stdio_paths;
-        let has_stdin = !stdio_paths.stdin.is_empty();
-        let container = spec::container(&task.id, spec, &rootfs, stdio_paths.terminal, has_stdin)
-            .map_err(|e| invalid(format!("{e:#}")))?;
-        let inner = self.key(&task.id);
-        sandboxes
-            .create_container_as(&self.paths.key, inner.clone(), container)
-            .await
-            .map_err(from_sandbox)?;
-        let streams = sandboxes.streams(&inner).await.map_err(from_sandbox)?;
-        task.init.set_control(streams.process.control());
-        if let Some(stdio) = task.init.take_stdio() {
-            task.init.copy_streams(stdio, (streams.stdin, streams.stdout, streams.stderr));
-        }
-        Ok(())
-    }
-
     /// Publishes a task's exit.
-    fn watch_exit(self: &Arc<Self>, task: Arc<Task>) {
+    pub(crate) fn watch_exit(self: &Arc<Self>, task: Arc<Task>) {
         let pod = self.clone();
         tokio::spawn(async move {
             let (exit, oom) = match &task.container_type {
@@ -422,6 +277,9 @@ impl Pod {
                 "exec in a pod sandbox is not supported: it has no processes",
             ));
         }
+        if task.init.is_paused() {
+            return Err(precondition(format!("task {id} is paused")));
+        }
         crate::args::validate_id("exec id", exec_id).map_err(|e| invalid(format!("{e:#}")))?;
         let mut spec: oci_spec::runtime::Process = serde_json::from_slice(spec)
             .map_err(|e| invalid(format!("specification of the process: {e}")))?;
@@ -462,6 +320,9 @@ impl Pod {
         }
         if !task.execs().contains_key(exec_id) {
             return Err(not_found("process", exec_id));
+        }
+        if task.init.is_paused() {
+            return Err(precondition(format!("task {} is paused", task.id)));
         }
         let has_stdin = !process.stdio_paths.stdin.is_empty();
         let inner = self.key(&task.id);
@@ -546,12 +407,52 @@ impl Pod {
                     return Err(precondition(format!("process {exec_id} of {id} is not started")));
                 };
                 match control.signal(signal, all).await {
-                    Ok(()) => Ok(()),
+                    Ok(()) => {
+                        // The agent has thawed it.
+                        if signal == SIGKILL && exec_id.is_empty() {
+                            process.set_paused(false);
+                        }
+                        Ok(())
+                    }
                     Err(_) if process.exit().is_some() => Err(finished()),
                     Err(error) => Err(from_sandbox(error)),
                 }
             }
         }
+    }
+
+    /// Pause and Resume: freezes or thaws the container's processes in the guest.
+    pub(crate) async fn set_paused(self: &Arc<Self>, id: &str, paused: bool) -> Result<()> {
+        let (this, task) = (self.clone(), self.task(id)?);
+        // Runs to completion even if the caller cancels: the state must match the guest's.
+        let done = tokio::spawn(async move { this.freeze(&task, paused).await });
+        done.await.unwrap_or_else(|e| Err(status(Code::INTERNAL, e.to_string())))
+    }
+
+    async fn freeze(&self, task: &Task, paused: bool) -> Result<()> {
+        if task.is_sandbox() {
+            return Err(unimplemented("pausing a pod sandbox: it has no processes"));
+        }
+        let _guard = task.init.state_lock.lock().await;
+        let (required, name) =
+            if paused { (Status::RUNNING, "running") } else { (Status::PAUSED, "paused") };
+        if task.init.status() != required {
+            return Err(precondition(format!("task {} is not {name}", task.id)));
+        }
+        let (sandboxes, key) = (self.sandboxes()?, self.key(&task.id));
+        let container_id = task.id.clone();
+        if paused {
+            sandboxes.pause_container(&key).await.map_err(from_sandbox)?;
+            task.init.set_paused(true);
+            let event = TaskPaused { container_id, ..Default::default() };
+            self.publisher.publish(topics::TASK_PAUSED_EVENT_TOPIC, &event);
+        } else {
+            sandboxes.resume_container(&key).await.map_err(from_sandbox)?;
+            task.init.set_paused(false);
+            let event = TaskResumed { container_id, ..Default::default() };
+            self.publisher.publish(topics::TASK_RESUMED_EVENT_TOPIC, &event);
+        }
+        Ok(())
     }
 
     /// Returns the pid and the exit of the deleted process.
@@ -562,6 +463,9 @@ impl Pod {
     }
 
     async fn remove(&self, id: &str, exec_id: &str) -> Result<(u32, Exit)> {
+        if exec_id.is_empty() {
+            self.cancel_create(id).await;
+        }
         let found = self.find(id, exec_id)?;
         let process = found.process();
         // Waits for a Start in progress.
@@ -599,7 +503,7 @@ impl Pod {
 
     /// Removes a task's resources in the guest and on the host. Continues after failures: the rest is
     /// removed with the pod.
-    async fn remove_task_resources(&self, task: &Task) {
+    pub(crate) async fn remove_task_resources(&self, task: &Task) {
         let mut ending = JoinSet::new();
         for exec in std::mem::take(&mut *task.execs()).into_values() {
             ending.spawn(async move { exec.process.close_streams().await });
@@ -655,21 +559,6 @@ impl Pod {
         }
         if let Err(error) = self.paths.remove_all() {
             tracing::error!(error = format!("{error:#}"), "removing the pod's files failed");
-        }
-    }
-}
-
-/// Reserves an id while its task is being created.
-struct TaskReservation {
-    pod: Arc<Pod>,
-    id: String,
-}
-
-impl Drop for TaskReservation {
-    fn drop(&mut self) {
-        let mut tasks = self.pod.tasks();
-        if tasks.get(&self.id).is_some_and(Option::is_none) {
-            tasks.remove(&self.id);
         }
     }
 }

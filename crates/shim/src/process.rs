@@ -1,6 +1,8 @@
 //! A process known to containerd: a container's init process or an exec. States as in containerd's
 //! api/types/task:
 //! ```text
+//!            Paused
+//!              ^ v
 //! Created -> Running -> Stopped
 //!    \---------------------^     deleted before Start, or Start failed
 //! ```
@@ -45,6 +47,7 @@ pub(crate) struct Process {
 #[derive(Default)]
 struct State {
     pid: u32,
+    paused: bool,
     control: Option<ProcessControl>,
     /// Opened; taken when the guest's streams are connected.
     stdio: Option<Stdio>,
@@ -80,6 +83,14 @@ impl Process {
 
     pub(crate) fn set_control(&self, control: ProcessControl) {
         self.state().control = Some(control);
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.state().paused
+    }
+
+    pub(crate) fn set_paused(&self, paused: bool) {
+        self.state().paused = paused;
     }
 
     pub(crate) fn set_started(&self) {
@@ -153,6 +164,7 @@ impl Process {
     pub(crate) fn status(&self) -> Status {
         match (self.exit(), self.is_started()) {
             (Some(_), _) => Status::STOPPED,
+            (None, true) if self.is_paused() => Status::PAUSED,
             (None, true) => Status::RUNNING,
             (None, false) => Status::CREATED,
         }
@@ -169,6 +181,8 @@ mod tests {
         assert_eq!(process.status(), Status::CREATED);
         process.set_started();
         assert_eq!(process.status(), Status::RUNNING);
+        process.set_paused(true);
+        assert_eq!(process.status(), Status::PAUSED);
         let first = Exit { status: 3, at: SystemTime::now() };
         let (waited, ()) = tokio::join!(process.wait(), async {
             assert!(process.set_exit(first));

@@ -16,9 +16,10 @@ use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::ttrpc::Result;
 use containerd_shim_protos::ttrpc::asynchronous::TtrpcContext;
 
+use crate::create::CreateOptions;
 use crate::errors::{from_sandbox, invalid, unimplemented};
 use crate::events::{any, timestamp};
-use crate::pod::{CreateOptions, Pod, signal_or_sigkill};
+use crate::pod::{Pod, signal_or_sigkill};
 use crate::stats;
 use crate::stdio::StdioPaths;
 
@@ -52,7 +53,7 @@ impl Task for TaskService {
             exec_id: r.exec_id,
             bundle: task.bundle.display().to_string(),
             pid: process.pid(),
-            status: process.status().into(),
+            status: found.status().into(),
             stdin: stdio_paths.stdin,
             stdout: stdio_paths.stdout,
             stderr: stdio_paths.stderr,
@@ -156,12 +157,14 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> Result<Empty> {
-        Err(unimplemented("pausing"))
+    async fn pause(&self, _: &TtrpcContext, r: PauseRequest) -> Result<Empty> {
+        self.0.set_paused(&r.id, true).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> Result<Empty> {
-        Err(unimplemented("pausing"))
+    async fn resume(&self, _: &TtrpcContext, r: ResumeRequest) -> Result<Empty> {
+        self.0.set_paused(&r.id, false).await?;
+        Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Result<Empty> {
