@@ -9,7 +9,8 @@ use anyhow::{Result, bail};
 pub(crate) enum Action {
     Start,
     Delete,
-    /// Started by `delete` in a separate process.
+    /// Removes a pod without a shim. Started by `delete` and `start` as a separate process; `id` is the
+    /// pod's key.
     Cleanup,
     Serve,
     Version,
@@ -79,9 +80,10 @@ impl Arguments {
                 _ => bail!("unknown flag -{name}"),
             }
         }
-        if matches!(parsed.action, Action::Start | Action::Delete | Action::Cleanup | Action::Serve)
-        {
+        if matches!(parsed.action, Action::Start | Action::Delete | Action::Serve) {
             validate_id("namespace", &parsed.namespace)?;
+        }
+        if !matches!(parsed.action, Action::Version | Action::Info) {
             validate_id("id", &parsed.id)?;
         }
         Ok(parsed)

@@ -6,8 +6,9 @@
 //! | 1.7 to 2.2 | the same | an address, or JSON |
 //! | 2.3 and later | BootstrapParams (protobuf) | BootstrapResult (protobuf) |
 //!
-//! A plain address means version 2 of the task API, which all of them support. Output on standard
-//! error would become part of the response.
+//! A plain address means version 2 of the task API, which all of them support. JSON with version 2 means
+//! the same and is sent to a containerd that sets MAX_SHIM_VERSION (1.7 to 2.2): 1.7 refuses version 3,
+//! and cannot be told from 2.0 here. Output on standard error would become part of the response.
 
 use std::fs;
 use std::io::{ErrorKind, IsTerminal, Read, Write};
@@ -20,10 +21,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
-use containerd_shim_protos::protobuf::{Message, MessageField};
-use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use containerd_shim_protos::protobuf::Message;
+use serde::Serialize;
 
 use crate::args::Arguments;
+use crate::cleanup;
 use crate::paths::PodPaths;
 use crate::settings::Settings;
 use crate::spec::{self, ContainerType};
@@ -32,6 +34,13 @@ use crate::spec::{self, ContainerType};
 const MAX_INPUT: u64 = 1 << 20;
 /// Task API version in a BootstrapResult.
 const VERSION: i32 = 3;
+/// Task API version in a JSON response: containerd 1.7 refuses a greater one.
+const JSON_VERSION: i32 = 2;
+const PROTOCOL: &str = "ttrpc";
+/// Environment variable that containerd sets from 1.7 on, always to 2.
+const MAX_SHIM_VERSION: &str = "MAX_SHIM_VERSION";
+/// Time for the cleanup of a former pod with the same id.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time for a shim that is being started to accept connections.
 const START_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -40,12 +49,13 @@ pub(crate) fn start(arguments: &Arguments) -> Result<()> {
     if !std::io::stdin().is_terminal() {
         std::io::stdin().take(MAX_INPUT).read_to_end(&mut input).context("reading the options")?;
     }
-    let settings = Settings::load()?;
     let bundle = arguments.bundle()?;
     let pod = match spec::container_type(&spec::read(&bundle)?)? {
         ContainerType::PodContainer { pod } if pod != arguments.id => Some(pod),
         _ => None,
     };
+    let settings = Settings::of_task(&bundle, pod.as_deref())?;
+    settings.save(&bundle)?;
     let paths =
         PodPaths::new(&settings, &arguments.namespace, pod.as_ref().unwrap_or(&arguments.id));
     match pod {
@@ -55,13 +65,18 @@ pub(crate) fn start(arguments: &Arguments) -> Result<()> {
             }
         }
         None if paths.is_alive() => {}
-        None => spawn_shim(arguments, &bundle, &paths)?,
+        None => {
+            spawn_shim(arguments, &settings, &bundle, &paths)?;
+            // A failure must not prevent the start, and standard error is part of the response.
+            let _ = cleanup::sweep(&settings);
+        }
     }
     let address = paths.address();
     // containerd reconnects to its shims by this file after a restart.
     fs::write(bundle.join("address"), &address).context("writing the address")?;
     let mut output = std::io::stdout();
-    output.write_all(&encode_response(&input, arguments, address)?)?;
+    let reads_json = std::env::var_os(MAX_SHIM_VERSION).is_some();
+    output.write_all(&encode_response(&input, arguments, address, reads_json)?)?;
     output.flush()?;
     Ok(())
 }
@@ -77,23 +92,53 @@ fn wait_until_alive(paths: &PodPaths) -> bool {
     true
 }
 
+/// The start response in JSON (containerd's client.BootstrapParams).
+#[derive(Serialize)]
+struct JsonResponse {
+    version: i32,
+    address: String,
+    protocol: &'static str,
+}
+
 /// Encodes the start response for the calling containerd version.
-fn encode_response(input: &[u8], arguments: &Arguments, address: String) -> Result<Vec<u8>> {
+fn encode_response(
+    input: &[u8],
+    arguments: &Arguments,
+    address: String,
+    reads_json: bool,
+) -> Result<Vec<u8>> {
     // The `Any` with runtime options of an older containerd parses as BootstrapParams as well.
     let speaks_bootstrap = BootstrapParams::parse_from_bytes(input).is_ok_and(|params| {
         params.instance_id == arguments.id && params.namespace == arguments.namespace
     });
-    if !speaks_bootstrap {
-        return Ok(address.into_bytes());
+    if speaks_bootstrap {
+        let protocol = PROTOCOL.to_owned();
+        let result = BootstrapResult { version: VERSION, address, protocol, ..Default::default() };
+        return Ok(result.write_to_bytes()?);
     }
-    let protocol = "ttrpc".to_owned();
-    let result = BootstrapResult { version: VERSION, address, protocol, ..Default::default() };
-    Ok(result.write_to_bytes()?)
+    if reads_json {
+        let version = JSON_VERSION;
+        return Ok(serde_json::to_vec(&JsonResponse { version, address, protocol: PROTOCOL })?);
+    }
+    Ok(address.into_bytes())
 }
 
 /// Creates the socket and starts the shim with it.
-fn spawn_shim(arguments: &Arguments, bundle: &Path, paths: &PodPaths) -> Result<()> {
-    paths.create_dirs()?;
+fn spawn_shim(
+    arguments: &Arguments,
+    settings: &Settings,
+    bundle: &Path,
+    paths: &PodPaths,
+) -> Result<()> {
+    let lock = loop {
+        let lock = paths.create_and_lock(LOCK_TIMEOUT)?;
+        if !paths.root.join("pods").exists() {
+            break lock;
+        }
+        // Of a pod with the same id, whose shim died with the host.
+        cleanup::remove_locked(settings, paths)?;
+    };
+    settings.write(&paths.settings())?;
     let path = paths.socket();
     match fs::remove_file(&path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -109,25 +154,12 @@ fn spawn_shim(arguments: &Arguments, bundle: &Path, paths: &PodPaths) -> Result<
         .args(arguments.serve_args())
         .current_dir(bundle)
         .stdin(Stdio::from(OwnedFd::from(listener)))
-        .stdout(Stdio::null())
+        // The shim holds the lock as long as it lives.
+        .stdout(Stdio::from(OwnedFd::from(lock)))
         .stderr(Stdio::null())
         // A process group of its own: signals to containerd's group must not reach it.
         .process_group(0);
     command.spawn().context("starting the shim")?;
-    Ok(())
-}
-
-/// `-info`: prints a RuntimeInfo.
-pub(crate) fn info() -> Result<()> {
-    let info = RuntimeInfo {
-        name: crate::RUNTIME.to_owned(),
-        version: MessageField::some(RuntimeVersion {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            ..Default::default()
-        }),
-        ..Default::default()
-    };
-    std::io::stdout().write_all(&info.write_to_bytes()?)?;
     Ok(())
 }
 
@@ -142,32 +174,56 @@ mod tests {
         Arguments::parse(&args).unwrap()
     }
 
-    #[test]
-    fn each_containerd_version_gets_a_response_that_it_accepts() {
-        let address = "unix:///run/nacelle-shim/x/shim.sock";
-        let answer =
-            |input: &[u8]| encode_response(input, &arguments(), address.to_owned()).unwrap();
-        // 1.6 and 1.7 without options.
-        assert_eq!(answer(b""), address.as_bytes());
-        // Up to 2.2 with options, which parse as BootstrapParams as well.
+    const ADDRESS: &str = "unix:///run/nacelle-shim/x/shim.sock";
+
+    fn response(input: &[u8], reads_json: bool) -> Vec<u8> {
+        encode_response(input, &arguments(), ADDRESS.to_owned(), reads_json).unwrap()
+    }
+
+    /// Runtime options, as containerd up to 2.2 sends them.
+    fn options() -> Vec<u8> {
         let options = Any {
             type_url: "runtimeoptions.v1.Options".into(),
             value: b"\x0a\x01x".to_vec(),
             ..Default::default()
         };
-        let options = options.write_to_bytes().unwrap();
-        assert!(BootstrapParams::parse_from_bytes(&options).is_ok());
-        assert_eq!(answer(&options), address.as_bytes());
-        assert_eq!(answer(b"\xff\xff no message"), address.as_bytes());
-        // 2.3 and later.
-        let params = BootstrapParams {
+        options.write_to_bytes().unwrap()
+    }
+
+    #[test]
+    fn containerd_1_6_gets_a_plain_address() {
+        assert!(BootstrapParams::parse_from_bytes(&options()).is_ok(), "it must not be mistaken");
+        for input in [&b""[..], &options(), b"\xff\xff no message"] {
+            assert_eq!(response(input, false), ADDRESS.as_bytes());
+        }
+    }
+
+    #[test]
+    fn containerd_1_7_to_2_2_get_json_of_version_2() {
+        for input in [&b""[..], &options()] {
+            let json: serde_json::Value = serde_json::from_slice(&response(input, true)).unwrap();
+            let expected =
+                serde_json::json!({ "version": 2, "address": ADDRESS, "protocol": "ttrpc" });
+            assert_eq!(json, expected);
+        }
+    }
+
+    #[test]
+    fn containerd_2_3_gets_a_bootstrap_result() {
+        let mut params = BootstrapParams {
             instance_id: "abc".into(),
             namespace: "k8s.io".into(),
             containerd_version: "2.3.0".into(),
             ..Default::default()
         };
-        let response = answer(&params.write_to_bytes().unwrap());
-        let result = BootstrapResult::parse_from_bytes(&response).unwrap();
-        assert_eq!((result.version, &*result.address, &*result.protocol), (3, address, "ttrpc"));
+        let response_to = |params: &BootstrapParams| {
+            // It sets MAX_SHIM_VERSION, too.
+            response(&params.write_to_bytes().unwrap(), true)
+        };
+        let result = BootstrapResult::parse_from_bytes(&response_to(&params)).unwrap();
+        assert_eq!((result.version, &*result.address, &*result.protocol), (3, ADDRESS, "ttrpc"));
+        // Another task's parameters are not ours.
+        params.instance_id = "other".into();
+        assert_eq!(response_to(&params)[0], b'{');
     }
 }

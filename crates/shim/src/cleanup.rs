@@ -1,9 +1,9 @@
 //! `delete`: containerd runs it when a shim does not respond. The resources of the pod are in the
 //! sandbox's journal; they are removed.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -30,11 +30,16 @@ const SHUTDOWN_DEADLINE_MS: u64 = 300;
 
 /// containerd kills `delete` after 5 s (1.6: `cleanupTimeout`). The cleanup continues in the background.
 const CLEANUP_WAIT: Duration = Duration::from_secs(1);
+/// Time for the shim to die or for another cleanup to end.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
+/// Maximum number of dead pods that one `start` cleans up.
+const MAX_SWEEP: usize = 4;
+/// Maximum size of the settings, bytes.
+const MAX_SETTINGS: u64 = 1 << 20;
 /// Time for a shim to exit after Shutdown: it sends its events and removes its pod.
 const SHUTDOWN_WAIT: Duration = Duration::from_secs(3);
 
 pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
-    let settings = Settings::load()?;
     let bundle = arguments.bundle()?;
     // config.json may be missing, e.g. after a failed start: the task is then treated as a pod's.
     let pod_of_container = spec::read(&bundle)
@@ -44,6 +49,7 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
             ContainerType::PodContainer { pod } if pod != arguments.id => Some(pod),
             _ => None,
         });
+    let settings = Settings::of_task(&bundle, pod_of_container.as_deref())?;
     let pod = pod_of_container.as_ref().unwrap_or(&arguments.id);
     let paths = PodPaths::new(&settings, &arguments.namespace, pod);
     // A lazy unmount: the file server may still use it.
@@ -59,9 +65,9 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
                 // The shim hangs.
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
-            spawn_cleanup(arguments, pod)
+            run_cleanup(&settings, &paths)
         }
-        (Some(_), false) => spawn_cleanup(arguments, pod),
+        (Some(_), false) => run_cleanup(&settings, &paths),
     };
     let response = DeleteResponse {
         exit_status: EXIT_STATUS_KILLED,
@@ -85,21 +91,12 @@ fn wait_for_shim_exit(paths: &PodPaths) -> bool {
 }
 
 /// Runs the cleanup in a separate process and waits for it as long as containerd allows.
-fn spawn_cleanup(arguments: &Arguments, pod: &str) -> Result<()> {
-    let program = std::env::current_exe().context("locating the shim's executable")?;
-    let mut child = Command::new(program)
-        .args(["-namespace", &arguments.namespace, "-id", pod, "cleanup"])
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .process_group(0)
-        .spawn()
-        .context("starting the cleanup")?;
+fn run_cleanup(settings: &Settings, paths: &PodPaths) -> Result<()> {
+    let mut child = spawn_cleanup(settings, &paths.key)?;
     let begin = Instant::now();
     while begin.elapsed() < CLEANUP_WAIT {
         if let Some(status) = child.try_wait().context("waiting for the cleanup")? {
-            ensure!(status.success(), "the cleanup of pod {pod} failed ({status})");
+            ensure!(status.success(), "the cleanup of {} failed ({status})", paths.root.display());
             return Ok(());
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -107,10 +104,51 @@ fn spawn_cleanup(arguments: &Arguments, pod: &str) -> Result<()> {
     Ok(())
 }
 
-/// Stops the pod's VM and removes all resources listed in the journal.
+/// Starts `cleanup` for the pod with this key, with the pod's settings as standard input.
+fn spawn_cleanup(settings: &Settings, key: &str) -> Result<Child> {
+    let program = std::env::current_exe().context("locating the shim's executable")?;
+    let mut child = Command::new(program)
+        .args(["-id", key, "cleanup"])
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .context("starting the cleanup")?;
+    let input = child.stdin.take().context("the cleanup has no standard input")?;
+    serde_json::to_writer(input, settings).context("sending the settings to the cleanup")?;
+    Ok(child)
+}
+
+/// Starts the cleanup of pods without a shim; does not wait. Called by `start` of each pod.
+pub(crate) fn sweep(settings: &Settings) -> Result<()> {
+    for key in PodPaths::dead_pods(settings).into_iter().take(MAX_SWEEP) {
+        let saved = Settings::read_saved(&PodPaths::from_key(settings, key.clone()).settings());
+        // They name the directory in which they were found, or they are of another pod.
+        let saved = saved.filter(|saved| saved.root == settings.root);
+        spawn_cleanup(saved.as_ref().unwrap_or(settings), &key)?;
+    }
+    Ok(())
+}
+
+/// Stops the pod's VM and removes all resources listed in the journal. Reads the settings from standard
+/// input.
 pub(crate) fn cleanup(arguments: &Arguments) -> Result<()> {
-    let settings = &Settings::load()?;
-    let paths = &PodPaths::new(settings, &arguments.namespace, &arguments.id);
+    let key = arguments.id.clone();
+    ensure!(paths::is_key(&key), "{key:?} is not the key of a pod");
+    let input = std::io::stdin().take(MAX_SETTINGS);
+    let settings: Settings = serde_json::from_reader(input).context("reading the settings")?;
+    let paths = PodPaths::from_key(&settings, key);
+    // Also waits for another cleanup, which leaves nothing to do.
+    let lock = paths.create_and_lock(LOCK_TIMEOUT)?;
+    remove_locked(&settings, &paths)?;
+    drop(lock);
+    Ok(())
+}
+
+/// The cleanup of a pod whose lock the caller holds. Its root directory is removed with the lock.
+pub(crate) fn remove_locked(settings: &Settings, paths: &PodPaths) -> Result<()> {
     if paths.root.join("pods").is_dir() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(remove_pods(settings, paths))?;
@@ -123,7 +161,6 @@ async fn remove_pods(settings: &Settings, paths: &PodPaths) -> Result<()> {
     paths.create_dirs()?;
     let mut config = settings.sandbox_config(paths, paths.allocate_uid()?);
     config.shutdown_deadline_ms = SHUTDOWN_DEADLINE_MS;
-    debug_assert_eq!(paths.key.len(), paths::KEY_LENGTH);
     let sandboxes =
         Sandboxes::open(config, Arc::new(ExistingNetns)).await.context("reading the journal")?;
     // A pod whose start did not complete is not listed; its owner task removes it.

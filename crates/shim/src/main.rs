@@ -15,6 +15,7 @@ mod cleanup;
 mod create;
 mod errors;
 mod events;
+mod info;
 mod network;
 mod paths;
 mod pod;
@@ -58,15 +59,35 @@ fn run() -> Result<()> {
     let arguments = Arguments::parse(&args)?;
     match arguments.action {
         Action::Version => {
-            println!("containerd-shim-nacelle-v2:");
-            println!("  Version:  {}", env!("CARGO_PKG_VERSION"));
-            println!("  Runtime:  {RUNTIME}");
+            print!("{}", version());
             Ok(())
         }
-        Action::Info => bootstrap::info(),
+        Action::Info => info::info(),
         Action::Start => bootstrap::start(&arguments),
         Action::Delete => cleanup::delete(&arguments),
         Action::Cleanup => cleanup::cleanup(&arguments),
         Action::Serve => serve::serve(&arguments),
+    }
+}
+
+/// `-v`, in the form of containerd's shims. Without the revision: releases are named by their version.
+fn version() -> String {
+    format!(
+        "containerd-shim-nacelle-v2:\n  Version:  {}\n  Runtime:  {RUNTIME}\n",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_printed_as_by_other_shims() {
+        let text = version();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "containerd-shim-nacelle-v2:");
+        assert_eq!(lines[1], format!("  Version:  {}", env!("CARGO_PKG_VERSION")));
+        assert_eq!(lines[2], "  Runtime:  io.containerd.nacelle.v2");
     }
 }

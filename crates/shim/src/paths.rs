@@ -2,15 +2,16 @@
 //! ```text
 //! <state>/<key>/   shim.sock, pid, sockets of the pod      on tmpfs
 //! <state>/uids/    one file for each allocated uid of a VMM
-//! <root>/<key>/    journal, scratch disk, logs of the VMM
+//! <root>/<key>/    settings.json, journal, scratch disk, logs of the VMM
 //! <root>/originals formatted scratch disks
 //! ```
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
@@ -30,6 +31,11 @@ pub(crate) fn key(namespace: &str, id: &str) -> String {
     text
 }
 
+/// Whether the text has the form of a [`key`].
+pub(crate) fn is_key(text: &str) -> bool {
+    text.len() == KEY_LENGTH && text.chars().all(|c| matches!(c, '0'..='9' | 'a'..='f'))
+}
+
 #[derive(Debug, Clone)]
 pub(crate) struct PodPaths {
     pub(crate) key: String,
@@ -41,7 +47,10 @@ pub(crate) struct PodPaths {
 
 impl PodPaths {
     pub(crate) fn new(settings: &Settings, namespace: &str, pod: &str) -> Self {
-        let key = key(namespace, pod);
+        Self::from_key(settings, key(namespace, pod))
+    }
+
+    pub(crate) fn from_key(settings: &Settings, key: String) -> Self {
         Self {
             state: settings.state.join(&key),
             root: settings.root.join(&key),
@@ -69,6 +78,59 @@ impl PodPaths {
                 .with_context(|| format!("creating {}", dir.display()))?;
         }
         Ok(())
+    }
+
+    /// Copy of the pod's settings, for the cleanup of a pod whose bundle is gone.
+    pub(crate) fn settings(&self) -> PathBuf {
+        self.root.join("settings.json")
+    }
+
+    /// Locks the pod's root directory (flock(2)); None if it is locked or does not exist. The serving
+    /// shim holds the lock as long as it lives, so that a pod whose lock is free has no shim.
+    pub(crate) fn try_lock(&self) -> Result<Option<File>> {
+        let what = || format!("locking {}", self.root.display());
+        let dir = match File::open(&self.root) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            dir => dir.with_context(what)?,
+        };
+        match dir.try_lock() {
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(what),
+            Ok(()) => {}
+        }
+        // The former holder may have removed the directory.
+        let is_current = match (fs::metadata(&self.root), dir.metadata()) {
+            (Ok(path), Ok(dir)) => (path.dev(), path.ino()) == (dir.dev(), dir.ino()),
+            _ => false,
+        };
+        Ok(is_current.then_some(dir))
+    }
+
+    /// Creates the directories and waits for the lock.
+    pub(crate) fn create_and_lock(&self, timeout: Duration) -> Result<File> {
+        let begin = Instant::now();
+        loop {
+            self.create_dirs()?;
+            if let Some(lock) = self.try_lock()? {
+                return Ok(lock);
+            }
+            if begin.elapsed() > timeout {
+                bail!("{} is locked by another shim or by a cleanup", self.root.display());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Keys of pods that have no shim: it died with the host, or the cleanup after its death failed.
+    pub(crate) fn dead_pods(settings: &Settings) -> Vec<String> {
+        let entries = fs::read_dir(&settings.root).into_iter().flatten().flatten();
+        let keys = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        let is_dead = |key: &String| {
+            let paths = Self::from_key(settings, key.clone());
+            // Shims of earlier releases do not lock.
+            matches!(paths.try_lock(), Ok(Some(_))) && paths.shim_pid().is_none()
+        };
+        keys.filter(|key| is_key(key)).filter(is_dead).collect()
     }
 
     /// Exists once the shim has accepted Shutdown, so that `delete` waits for its exit.
@@ -120,7 +182,8 @@ impl PodPaths {
         bail!("all {} uids for VMMs are in use ({})", UID_RANGE.len(), self.uids.display())
     }
 
-    /// Removes all files of the pod. Continues after failures.
+    /// Removes all files of the pod. Continues after failures; the root directory comes last, so that a
+    /// later cleanup finds what could not be removed.
     pub(crate) fn remove_all(&self) -> Result<()> {
         let mut result = Ok(());
         for entry in fs::read_dir(&self.uids).into_iter().flatten().flatten() {
@@ -128,10 +191,9 @@ impl PodPaths {
                 result = result.and(ignore_not_found(fs::remove_file(entry.path()), &entry.path()));
             }
         }
-        for dir in [&self.state, &self.root] {
-            result = result.and(ignore_not_found(fs::remove_dir_all(dir), dir));
-        }
-        result
+        result = result.and(ignore_not_found(fs::remove_dir_all(&self.state), &self.state));
+        result?;
+        ignore_not_found(fs::remove_dir_all(&self.root), &self.root)
     }
 }
 
@@ -178,6 +240,43 @@ mod tests {
         assert!(!one.state.exists() && !one.root.exists() && two.state.exists());
         assert_eq!(one.uids.read_dir().unwrap().count(), 1);
         one.remove_all().unwrap();
+    }
+
+    #[test]
+    fn pods_without_a_shim_are_found_and_others_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, root) = (dir.path().join("state"), dir.path().join("root"));
+        let settings = Settings { state, root, ..Settings::default() };
+        let of = |id| {
+            let paths = PodPaths::new(&settings, "default", id);
+            paths.create_dirs().unwrap();
+            paths
+        };
+        let (dead, locked, older) = (of("dead"), of("locked"), of("older"));
+        fs::create_dir_all(settings.root.join("originals")).unwrap();
+        let lock = locked.try_lock().unwrap().unwrap();
+        assert!(locked.try_lock().unwrap().is_none());
+        // A shim of an earlier release, which does not lock.
+        older.write_pid().unwrap();
+        assert_eq!(PodPaths::dead_pods(&settings), [dead.key.clone()]);
+        drop(lock);
+        assert_eq!(PodPaths::dead_pods(&settings).len(), 2);
+        dead.remove_all().unwrap();
+        assert!(dead.try_lock().unwrap().is_none(), "it does not exist any more");
+        assert_eq!(PodPaths::dead_pods(&settings), [locked.key]);
+    }
+
+    #[test]
+    fn a_lock_of_a_removed_directory_is_not_taken_for_the_new_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = paths(dir.path(), "a");
+        let old = paths.create_and_lock(Duration::ZERO).unwrap();
+        paths.remove_all().unwrap();
+        let new = paths.create_and_lock(Duration::ZERO).unwrap();
+        assert_ne!(old.metadata().unwrap().ino(), new.metadata().unwrap().ino());
+        drop(old);
+        let error = paths.create_and_lock(Duration::ZERO).unwrap_err().to_string();
+        assert!(error.contains("is locked"), "{error}");
     }
 
     #[test]

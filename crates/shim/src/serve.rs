@@ -1,8 +1,9 @@
 //! The serving shim: serves the task API on the socket that `start` created, until Shutdown.
 
 use std::collections::HashMap;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
@@ -28,7 +29,9 @@ const SERVICE_V2: &str = "containerd.task.v2.Task";
 const SERVICE_V3: &str = "containerd.task.v3.Task";
 
 pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
-    let settings = Settings::load()?;
+    let lock = take_lock()?;
+    // The working directory is the bundle.
+    let settings = Settings::of_task(&arguments.bundle()?, None)?;
     start_log(arguments, &settings);
     let paths = PodPaths::new(&settings, &arguments.namespace, &arguments.id);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -36,6 +39,7 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
         .build()
         .context("starting the runtime")?;
     let served = runtime.block_on(run(arguments, settings, paths));
+    drop(lock);
     // A hanging blocking task must not prevent the exit.
     runtime.shutdown_background();
     if let Err(error) = &served {
@@ -44,9 +48,17 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
     served
 }
 
+/// `start` passes the lock of the pod's root directory as standard output. It is held until the shim
+/// exits, and must not be inherited by other processes.
+fn take_lock() -> Result<OwnedFd> {
+    let lock = std::io::stdout().as_fd().try_clone_to_owned().context("taking the lock")?;
+    let null = File::options().write(true).open("/dev/null").context("opening /dev/null")?;
+    nix::unistd::dup2_stdout(null).context("replacing standard output")?;
+    Ok(lock)
+}
+
 /// The listening socket is passed as standard input.
 fn listener() -> Result<UnixListener> {
-    use std::os::fd::AsFd;
     let socket = std::io::stdin().as_fd().try_clone_to_owned().context("taking the socket")?;
     let listener = UnixListener::from(socket);
     listener.local_addr().context("standard input is not the socket of `start`")?;
@@ -112,7 +124,7 @@ fn start_log(arguments: &Arguments, settings: &Settings) {
         .try_init();
 }
 
-struct NonBlockingWriter(std::fs::File);
+struct NonBlockingWriter(File);
 
 impl Write for NonBlockingWriter {
     fn write(&mut self, text: &[u8]) -> std::io::Result<usize> {

@@ -2,7 +2,7 @@
 //! a test compares it with the defaults.
 
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,9 @@ use crate::paths::{KEY_LENGTH, PodPaths};
 #[cfg(test)]
 const DEFAULT_FILE: &str = include_str!("../dist/shim.toml");
 const PATH: &str = "/etc/nacelle/shim.toml";
+/// Copy of the settings in the bundle of each task of a pod. A pod keeps the settings that it was
+/// started with, so that its files are found after a change of shim.toml.
+const SAVED: &str = "nacelle-shim.json";
 /// Overrides the path, for tests.
 const PATH_VARIABLE: &str = "NACELLE_SHIM_CONFIG";
 
@@ -71,6 +74,37 @@ impl Settings {
         toml::from_str(&text).with_context(|| format!("reading {}", path.display()))
     }
 
+    /// Settings of a task's pod: those that are saved in its bundle, or in its pod's, which is beside it;
+    /// for a new pod those of shim.toml.
+    pub(crate) fn of_task(bundle: &Path, pod: Option<&str>) -> Result<Self> {
+        let of_pod = || Self::saved(&bundle.parent()?.join(pod?));
+        match Self::saved(bundle).or_else(of_pod) {
+            Some(settings) => Ok(settings),
+            None => Self::load(),
+        }
+    }
+
+    fn saved(bundle: &Path) -> Option<Self> {
+        Self::read_saved(&bundle.join(SAVED))
+    }
+
+    /// None also if the file is of a release with other settings.
+    pub(crate) fn read_saved(path: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    }
+
+    pub(crate) fn save(&self, bundle: &Path) -> Result<()> {
+        self.write(&bundle.join(SAVED))
+    }
+
+    /// Replaces the file atomically.
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+        let new = path.with_extension("new");
+        let written = std::fs::write(&new, serde_json::to_vec(self)?);
+        let written = written.and_then(|()| std::fs::rename(&new, path));
+        written.with_context(|| format!("writing {}", path.display()))
+    }
+
     /// Configuration of the sandbox crate for one pod.
     pub(crate) fn sandbox_config(&self, paths: &PodPaths, uid: u32) -> sandbox::Config {
         sandbox::Config {
@@ -100,6 +134,24 @@ impl Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pod_keeps_the_settings_that_it_was_started_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pod, container) = (dir.path().join("p"), dir.path().join("c"));
+        std::fs::create_dir_all(&pod).unwrap();
+        std::fs::create_dir_all(&container).unwrap();
+        let started = Settings { root: "/elsewhere".into(), ..Settings::default() };
+        started.save(&pod).unwrap();
+        assert_eq!(Settings::of_task(&pod, None).unwrap(), started);
+        assert_eq!(Settings::of_task(&container, Some("p")).unwrap(), started);
+        // The copy of the container is used when its pod's bundle is gone.
+        started.save(&container).unwrap();
+        std::fs::remove_dir_all(&pod).unwrap();
+        assert_eq!(Settings::of_task(&container, Some("p")).unwrap(), started);
+        std::fs::write(container.join(SAVED), r#"{"setting_of_another_release": 1}"#).unwrap();
+        assert_eq!(Settings::saved(&container), None);
+    }
 
     #[test]
     fn the_default_file_has_all_settings_with_their_defaults() {
