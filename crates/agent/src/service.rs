@@ -11,7 +11,7 @@ use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
 use crate::agent::Agent;
-use crate::containers::{create, exec, remove, signal, start, stats, update};
+use crate::containers::{create, exec, freeze, remove, signal, start, stats, update};
 use crate::error::{Error, Result};
 use crate::guest::{cpus, devices, identity, network, shutdown};
 
@@ -166,6 +166,18 @@ impl Service for AgentService {
         self.run(|agent| async move {
             update::update(&agent, &container_id, &linux_resources).await?;
             Ok(v1::UpdateContainerReply {})
+        })
+        .await
+    }
+
+    async fn freeze_container(
+        &self,
+        request: Request<v1::FreezeContainerRequest>,
+    ) -> Reply<v1::FreezeContainerReply> {
+        let v1::FreezeContainerRequest { container_id, frozen } = request.into_inner();
+        self.run(move |agent| async move {
+            freeze::freeze(&agent, &container_id, frozen).await?;
+            Ok(v1::FreezeContainerReply {})
         })
         .await
     }

@@ -11,6 +11,43 @@ use agent_api::v1;
 use common::{guest, spec};
 use serde_json::json;
 
+#[tokio::test]
+async fn a_frozen_container_does_not_run_until_it_is_thawed_and_can_be_killed() {
+    let Some(mut guest) = guest().await else { return };
+    let script = "while :; do echo tick; sleep 0.05; done";
+    let request = guest.request("f", &spec(script, json!({})));
+    guest.create(request).await;
+    let freeze = |frozen| v1::FreezeContainerRequest { container_id: "f".into(), frozen };
+    let refused = guest.client.freeze_container(freeze(true)).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition, "it is not started");
+    let mut stdout = guest.open(Kind::Stdout, "f", "", 0).await;
+    guest.start("f").await.unwrap();
+    stdout.read_until("tick\n").await;
+
+    guest.client.freeze_container(freeze(true)).await.unwrap();
+    // Output of before the freeze may still arrive.
+    let silent = async {
+        loop {
+            let next = tokio::time::timeout(Duration::from_millis(500), stdout.read()).await;
+            if next.is_err() {
+                break;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), silent).await.expect("a frozen container runs");
+    let refused = guest.exec("f", "e", json!({"args": ["true"]})).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition, "{refused}");
+    guest.client.freeze_container(freeze(false)).await.unwrap();
+    stdout.read_until("tick\n").await;
+
+    guest.client.freeze_container(freeze(true)).await.unwrap();
+    let kill =
+        v1::SignalProcessRequest { container_id: "f".into(), signal: 9, ..Default::default() };
+    guest.client.signal_process(kill).await.unwrap();
+    guest.exit("f", "").await;
+    guest.remove("f").await.unwrap();
+}
+
 /// The program counts SIGTERMs and sets its handler after a delay.
 #[tokio::test]
 async fn a_program_that_sets_its_handler_late_gets_one_signal() {

@@ -1,6 +1,6 @@
-//! A network namespace that another program has created and connected: its interfaces are connected to
-//! taps, and disconnected again. No plugin runs and nothing is recorded: what a process that died has left
-//! is found in the namespace itself. ARP and IPv6 settings of the interfaces stay as the VM needs them.
+//! A network namespace that another program has created and configured: its interfaces are connected to
+//! taps, and disconnected again. No CNI plugin runs and nothing is recorded: taps of a process that died
+//! are found in the namespace itself. ARP and IPv6 settings of the interfaces are not restored.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -13,23 +13,23 @@ use crate::netns;
 use crate::nic::{self, NicError};
 use crate::plugin::reply::Success;
 
-/// The interface that is looked for first.
+/// Preferred name of the primary interface.
 const PRIMARY: &str = "eth0";
 
-/// Joins what is in the namespace at `path` to taps. Without any interface there is nothing to be
-/// joined: the pod has no network. Whatever an earlier call left is taken away first.
-/// The namespace of this process is refused: its interfaces are the host's.
+/// Connects the interfaces of the namespace at `path` to taps. Without any interface the pod has no
+/// network. Taps and redirections of an earlier call are removed first.
+/// The network namespace of this process is refused: its interfaces are the host's.
 pub async fn attach(path: PathBuf) -> Result<Attachment, Error> {
-    blocking(move || {
-        if is_own(&path) {
+    run_blocking(move || {
+        if is_own_netns(&path) {
             return Err(NicError::OwnNamespace { path });
         }
-        netns::run_in_netns(&path, || join(&path))
+        netns::run_in_netns(&path, || connect_interfaces(&path))
     })
     .await
 }
 
-fn is_own(path: &Path) -> bool {
+fn is_own_netns(path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
     let id = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
     id(path).is_some_and(|found| Some(found) == id(Path::new("/proc/self/ns/net")))
@@ -37,12 +37,13 @@ fn is_own(path: &Path) -> bool {
 
 /// Opens the tap of each interface, in the order of [`Attachment::interfaces`].
 pub async fn open_taps(path: PathBuf, attachment: Attachment) -> Result<Vec<OwnedFd>, Error> {
-    blocking(move || netns::run_in_netns(&path, || nic::open_taps(&attachment.interfaces))).await
+    run_blocking(move || netns::run_in_netns(&path, || nic::open_taps(&attachment.interfaces)))
+        .await
 }
 
-/// Removes the taps and redirections. Succeeds if the namespace does not exist any more.
+/// Removes the taps and redirections. Succeeds if the namespace does not exist.
 pub async fn detach(path: PathBuf) -> Result<(), Error> {
-    blocking(move || {
+    run_blocking(move || {
         if !netns::is_mounted(&path) {
             return Ok(());
         }
@@ -51,7 +52,7 @@ pub async fn detach(path: PathBuf) -> Result<(), Error> {
     .await
 }
 
-fn join(path: &Path) -> Result<Attachment, NicError> {
+fn connect_interfaces(path: &Path) -> Result<Attachment, NicError> {
     nic::check_taps_unused()?;
     nic::disconnect_taps()?;
     let success = Success {
@@ -69,7 +70,7 @@ fn join(path: &Path) -> Result<Attachment, NicError> {
     }
 }
 
-async fn blocking<T: Send + 'static>(
+async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, NicError> + Send + 'static,
 ) -> Result<T, Error> {
     match spawn_blocking(work).await {

@@ -320,6 +320,19 @@ impl Sandboxes {
         handle.ask(|reply| Request::UpdateContainer { id, resources, reply }).await
     }
 
+    /// Freezes all processes of a running container. SIGKILL thaws them. [`Error::Unsupported`] if the
+    /// guest's agent is of an earlier release.
+    pub async fn pause_container(&self, id: &str) -> Result<(), Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        session::freeze(&handle, &id, true).await
+    }
+
+    /// Ends [`Self::pause_container`]. A container that is not paused is no error.
+    pub async fn resume_container(&self, id: &str) -> Result<(), Error> {
+        let (id, handle) = self.node.registry.find_container(id)?;
+        session::freeze(&handle, &id, false).await
+    }
+
     pub async fn exec(&self, id: &str, spec: ExecSpec) -> Result<ExecSession, Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
         session::exec(&handle, &id, spec).await

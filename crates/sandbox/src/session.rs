@@ -254,6 +254,14 @@ pub(crate) async fn signal(
     call.await.map(drop)
 }
 
+pub(crate) async fn freeze(handle: &Handle, id: &str, frozen: bool) -> Result<(), Error> {
+    running(handle, id)?;
+    let request = v1::FreezeContainerRequest { container_id: id.to_owned(), frozen };
+    let what = if frozen { "pause the container" } else { "resume the container" };
+    let call = handle.guest.call(what, |mut c| async move { c.freeze_container(request).await });
+    call.await.map(drop)
+}
+
 fn running(handle: &Handle, id: &str) -> Result<(), Error> {
     handle.ready_pod()?;
     let container = handle.container(id)?;

@@ -1,16 +1,17 @@
 //! The command line as containerd writes it: Go's flag package (`-name value`, `-name=value`, one or
-//! two dashes), then the verb.
+//! two dashes), then the action.
 
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Verb {
+pub(crate) enum Action {
     Start,
     Delete,
-    /// What `delete` starts, in a process of its own.
-    Clean,
+    /// Removes a pod without a shim. Started by `delete` and `start` as a separate process; `id` is the
+    /// pod's key.
+    Cleanup,
     Serve,
     Version,
     Info,
@@ -18,24 +19,24 @@ pub(crate) enum Verb {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Arguments {
-    pub(crate) verb: Verb,
+    pub(crate) action: Action,
     pub(crate) namespace: String,
     pub(crate) id: String,
     /// containerd's gRPC socket.
     pub(crate) address: String,
     pub(crate) publish_binary: String,
-    /// Empty: the working folder.
+    /// Empty: the working directory.
     pub(crate) bundle: PathBuf,
     pub(crate) debug: bool,
 }
 
-/// Longest id and namespace that containerd gives (its pkg/identifiers).
-const MAX_NAME: usize = 76;
+/// Maximum length of an id or namespace (containerd's pkg/identifiers).
+const MAX_ID_LENGTH: usize = 76;
 
 impl Arguments {
-    pub(crate) fn parse(words: &[String]) -> Result<Self> {
+    pub(crate) fn parse(args: &[String]) -> Result<Self> {
         let mut parsed = Self {
-            verb: Verb::Serve,
+            action: Action::Serve,
             namespace: String::new(),
             id: String::new(),
             address: String::new(),
@@ -43,13 +44,13 @@ impl Arguments {
             bundle: PathBuf::new(),
             debug: false,
         };
-        let mut words = words.iter();
-        while let Some(word) = words.next() {
-            let Some(flag) = word.strip_prefix("--").or_else(|| word.strip_prefix('-')) else {
-                parsed.verb = match word.as_str() {
-                    "start" => Verb::Start,
-                    "delete" => Verb::Delete,
-                    "clean" => Verb::Clean,
+        let mut args = args.iter();
+        while let Some(arg) = args.next() {
+            let Some(flag) = arg.strip_prefix("--").or_else(|| arg.strip_prefix('-')) else {
+                parsed.action = match arg.as_str() {
+                    "start" => Action::Start,
+                    "delete" => Action::Delete,
+                    "cleanup" => Action::Cleanup,
                     other => bail!("unknown command {other:?}"),
                 };
                 break;
@@ -59,11 +60,11 @@ impl Arguments {
                 None => (flag, None),
             };
             match name {
-                "v" | "version" => parsed.verb = Verb::Version,
-                "info" => parsed.verb = Verb::Info,
+                "v" | "version" => parsed.action = Action::Version,
+                "info" => parsed.action = Action::Info,
                 "debug" => parsed.debug = inline.is_none_or(|value| value == "true"),
                 "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket" => {
-                    let Some(value) = inline.or_else(|| words.next().cloned()) else {
+                    let Some(value) = inline.or_else(|| args.next().cloned()) else {
                         bail!("flag -{name} needs a value");
                     };
                     match name {
@@ -72,21 +73,23 @@ impl Arguments {
                         "address" => parsed.address = value,
                         "publish-binary" => parsed.publish_binary = value,
                         "bundle" => parsed.bundle = value.into(),
-                        // The shim chooses its own socket.
+                        // Ignored: the shim chooses its own socket.
                         _ => {}
                     }
                 }
                 _ => bail!("unknown flag -{name}"),
             }
         }
-        if matches!(parsed.verb, Verb::Start | Verb::Delete | Verb::Clean | Verb::Serve) {
-            check("namespace", &parsed.namespace)?;
-            check("id", &parsed.id)?;
+        if matches!(parsed.action, Action::Start | Action::Delete | Action::Serve) {
+            validate_id("namespace", &parsed.namespace)?;
+        }
+        if !matches!(parsed.action, Action::Version | Action::Info) {
+            validate_id("id", &parsed.id)?;
         }
         Ok(parsed)
     }
 
-    /// The bundle's folder.
+    /// The bundle directory.
     pub(crate) fn bundle(&self) -> Result<PathBuf> {
         if self.bundle.as_os_str().is_empty() {
             return Ok(std::env::current_dir()?);
@@ -94,25 +97,25 @@ impl Arguments {
         Ok(std::path::absolute(&self.bundle)?)
     }
 
-    /// The same call as the shim itself.
-    pub(crate) fn to_serve(&self) -> Vec<String> {
-        let mut words: Vec<String> = ["-namespace", &self.namespace, "-id", &self.id]
+    /// Arguments of the serving shim.
+    pub(crate) fn serve_args(&self) -> Vec<String> {
+        let mut args: Vec<String> = ["-namespace", &self.namespace, "-id", &self.id]
             .into_iter()
             .chain(["-address", &self.address, "-publish-binary", &self.publish_binary])
             .map(str::to_owned)
             .collect();
         if self.debug {
-            words.push("-debug".to_owned());
+            args.push("-debug".to_owned());
         }
-        words
+        args
     }
 }
 
-/// Names become parts of paths.
-pub(crate) fn check(what: &str, name: &str) -> Result<()> {
+/// Ids and namespaces become parts of paths.
+pub(crate) fn validate_id(what: &str, name: &str) -> Result<()> {
     let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
-    if name.is_empty() || name.len() > MAX_NAME || !plain || name.starts_with('.') {
-        bail!("{what} {name:?} is not 1 to {MAX_NAME} letters, digits, `_`, `-` and `.`");
+    if name.is_empty() || name.len() > MAX_ID_LENGTH || !plain || name.starts_with('.') {
+        bail!("{what} {name:?} is not 1 to {MAX_ID_LENGTH} letters, digits, `_`, `-` and `.`");
     }
     Ok(())
 }
@@ -126,25 +129,25 @@ mod tests {
     }
 
     #[test]
-    fn the_calls_that_containerd_makes_are_understood() {
+    fn the_command_lines_of_containerd_are_parsed() {
         let start = parse(
             "-namespace k8s.io -address /run/containerd/containerd.sock \
              -publish-binary /usr/bin/containerd -id abc -debug start",
         )
         .unwrap();
-        assert_eq!(start.verb, Verb::Start);
+        assert_eq!(start.action, Action::Start);
         assert_eq!((start.namespace.as_str(), start.id.as_str()), ("k8s.io", "abc"));
         assert!(start.debug);
-        let again = Arguments::parse(&start.to_serve()).unwrap();
-        assert_eq!(again, Arguments { verb: Verb::Serve, ..start });
+        let again = Arguments::parse(&start.serve_args()).unwrap();
+        assert_eq!(again, Arguments { action: Action::Serve, ..start });
         let delete = parse("--namespace=default --id=a --bundle=/b delete").unwrap();
-        assert_eq!((delete.verb, delete.bundle), (Verb::Delete, PathBuf::from("/b")));
-        assert_eq!(parse("-v").unwrap().verb, Verb::Version);
-        assert_eq!(parse("-info").unwrap().verb, Verb::Info);
+        assert_eq!((delete.action, delete.bundle), (Action::Delete, PathBuf::from("/b")));
+        assert_eq!(parse("-v").unwrap().action, Action::Version);
+        assert_eq!(parse("-info").unwrap().action, Action::Info);
     }
 
     #[test]
-    fn what_could_lead_elsewhere_is_refused() {
+    fn invalid_ids_actions_and_flags_are_refused() {
         for line in [
             "-namespace a -id ../x start",
             "-namespace a -id .. start",

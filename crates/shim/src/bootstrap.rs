@@ -1,4 +1,4 @@
-//! `start`: who serves a task, and how containerd is told.
+//! `start`: finds or starts the shim that serves a task, and writes the start response.
 //!
 //! | containerd | standard input | what it reads |
 //! |---|---|---|
@@ -6,8 +6,9 @@
 //! | 1.7 to 2.2 | the same | an address, or JSON |
 //! | 2.3 and later | BootstrapParams (protobuf) | BootstrapResult (protobuf) |
 //!
-//! An address alone stands for version 2 of the task API, which all of them speak. What goes to
-//! standard error would be taken for part of the answer.
+//! A plain address means version 2 of the task API, which all of them support. JSON with version 2 means
+//! the same and is sent to a containerd that sets MAX_SHIM_VERSION (1.7 to 2.2): 1.7 refuses version 3,
+//! and cannot be told from 2.0 here. Output on standard error would become part of the response.
 
 use std::fs;
 use std::io::{ErrorKind, IsTerminal, Read, Write};
@@ -20,54 +21,69 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
-use containerd_shim_protos::protobuf::{Message, MessageField};
-use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use containerd_shim_protos::protobuf::Message;
+use serde::Serialize;
 
 use crate::args::Arguments;
-use crate::place::Place;
+use crate::cleanup;
+use crate::paths::PodPaths;
 use crate::settings::Settings;
-use crate::spec::{self, Role};
+use crate::spec::{self, ContainerType};
 
-/// What containerd may send, bytes.
+/// Maximum size of standard input, bytes.
 const MAX_INPUT: u64 = 1 << 20;
-/// Task API of the answer in protobuf.
+/// Task API version in a BootstrapResult.
 const VERSION: i32 = 3;
-/// A shim that is just being started answers within this time.
-const ALIVE_LIMIT: Duration = Duration::from_secs(2);
+/// Task API version in a JSON response: containerd 1.7 refuses a greater one.
+const JSON_VERSION: i32 = 2;
+const PROTOCOL: &str = "ttrpc";
+/// Environment variable that containerd sets from 1.7 on, always to 2.
+const MAX_SHIM_VERSION: &str = "MAX_SHIM_VERSION";
+/// Time for the cleanup of a former pod with the same id.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for a shim that is being started to accept connections.
+const START_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub(crate) fn start(arguments: &Arguments) -> Result<()> {
     let mut input = Vec::new();
     if !std::io::stdin().is_terminal() {
         std::io::stdin().take(MAX_INPUT).read_to_end(&mut input).context("reading the options")?;
     }
-    let settings = Settings::load()?;
     let bundle = arguments.bundle()?;
-    let pod = match spec::role(&spec::read(&bundle)?)? {
-        Role::Member { pod } if pod != arguments.id => Some(pod),
+    let pod = match spec::container_type(&spec::read(&bundle)?)? {
+        ContainerType::PodContainer { pod } if pod != arguments.id => Some(pod),
         _ => None,
     };
-    let place = Place::new(&settings, &arguments.namespace, pod.as_ref().unwrap_or(&arguments.id));
+    let settings = Settings::of_task(&bundle, pod.as_deref())?;
+    settings.save(&bundle)?;
+    let paths =
+        PodPaths::new(&settings, &arguments.namespace, pod.as_ref().unwrap_or(&arguments.id));
     match pod {
         Some(pod) => {
-            if !is_alive_soon(&place) {
-                bail!("pod {pod} of container {} has no shim that runs", arguments.id);
+            if !wait_until_alive(&paths) {
+                bail!("pod {pod} of container {} has no running shim", arguments.id);
             }
         }
-        None if place.is_alive() => {}
-        None => launch(arguments, &bundle, &place)?,
+        None if paths.is_alive() => {}
+        None => {
+            spawn_shim(arguments, &settings, &bundle, &paths)?;
+            // A failure must not prevent the start, and standard error is part of the response.
+            let _ = cleanup::sweep(&settings);
+        }
     }
-    let address = place.address();
-    // containerd finds its shims by it after a restart.
+    let address = paths.address();
+    // containerd reconnects to its shims by this file after a restart.
     fs::write(bundle.join("address"), &address).context("writing the address")?;
     let mut output = std::io::stdout();
-    output.write_all(&answer(&input, arguments, address)?)?;
+    let reads_json = std::env::var_os(MAX_SHIM_VERSION).is_some();
+    output.write_all(&encode_response(&input, arguments, address, reads_json)?)?;
     output.flush()?;
     Ok(())
 }
 
-fn is_alive_soon(place: &Place) -> bool {
-    let until = std::time::Instant::now() + ALIVE_LIMIT;
-    while !place.is_alive() {
+fn wait_until_alive(paths: &PodPaths) -> bool {
+    let until = std::time::Instant::now() + START_TIMEOUT;
+    while !paths.is_alive() {
         if std::time::Instant::now() > until {
             return false;
         }
@@ -76,24 +92,54 @@ fn is_alive_soon(place: &Place) -> bool {
     true
 }
 
-/// In the form that the caller understands.
-fn answer(input: &[u8], arguments: &Arguments, address: String) -> Result<Vec<u8>> {
-    // Options of an old daemon are a message with a string and bytes, which can be read as these too.
+/// The start response in JSON (containerd's client.BootstrapParams).
+#[derive(Serialize)]
+struct JsonResponse {
+    version: i32,
+    address: String,
+    protocol: &'static str,
+}
+
+/// Encodes the start response for the calling containerd version.
+fn encode_response(
+    input: &[u8],
+    arguments: &Arguments,
+    address: String,
+    reads_json: bool,
+) -> Result<Vec<u8>> {
+    // The `Any` with runtime options of an older containerd parses as BootstrapParams as well.
     let speaks_bootstrap = BootstrapParams::parse_from_bytes(input).is_ok_and(|params| {
         params.instance_id == arguments.id && params.namespace == arguments.namespace
     });
-    if !speaks_bootstrap {
-        return Ok(address.into_bytes());
+    if speaks_bootstrap {
+        let protocol = PROTOCOL.to_owned();
+        let result = BootstrapResult { version: VERSION, address, protocol, ..Default::default() };
+        return Ok(result.write_to_bytes()?);
     }
-    let protocol = "ttrpc".to_owned();
-    let result = BootstrapResult { version: VERSION, address, protocol, ..Default::default() };
-    Ok(result.write_to_bytes()?)
+    if reads_json {
+        let version = JSON_VERSION;
+        return Ok(serde_json::to_vec(&JsonResponse { version, address, protocol: PROTOCOL })?);
+    }
+    Ok(address.into_bytes())
 }
 
-/// Makes the socket and starts the shim with it.
-fn launch(arguments: &Arguments, bundle: &Path, place: &Place) -> Result<()> {
-    place.make()?;
-    let path = place.socket();
+/// Creates the socket and starts the shim with it.
+fn spawn_shim(
+    arguments: &Arguments,
+    settings: &Settings,
+    bundle: &Path,
+    paths: &PodPaths,
+) -> Result<()> {
+    let lock = loop {
+        let lock = paths.create_and_lock(LOCK_TIMEOUT)?;
+        if !paths.root.join("pods").exists() {
+            break lock;
+        }
+        // Of a pod with the same id, whose shim died with the host.
+        cleanup::remove_locked(settings, paths)?;
+    };
+    settings.write(&paths.settings())?;
+    let path = paths.socket();
     match fs::remove_file(&path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             return Err(error).with_context(|| format!("removing {}", path.display()));
@@ -105,28 +151,15 @@ fn launch(arguments: &Arguments, bundle: &Path, place: &Place) -> Result<()> {
     let program = std::env::current_exe().context("finding the shim's own program")?;
     let mut command = Command::new(program);
     command
-        .args(arguments.to_serve())
+        .args(arguments.serve_args())
         .current_dir(bundle)
         .stdin(Stdio::from(OwnedFd::from(listener)))
-        .stdout(Stdio::null())
+        // The shim holds the lock as long as it lives.
+        .stdout(Stdio::from(OwnedFd::from(lock)))
         .stderr(Stdio::null())
-        // Not of containerd's group, whose signals are for containerd.
+        // A process group of its own: signals to containerd's group must not reach it.
         .process_group(0);
     command.spawn().context("starting the shim")?;
-    Ok(())
-}
-
-/// `-info`: the options come in, what this runtime is goes out.
-pub(crate) fn info() -> Result<()> {
-    let info = RuntimeInfo {
-        name: crate::RUNTIME.to_owned(),
-        version: MessageField::some(RuntimeVersion {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            ..Default::default()
-        }),
-        ..Default::default()
-    };
-    std::io::stdout().write_all(&info.write_to_bytes()?)?;
     Ok(())
 }
 
@@ -137,35 +170,60 @@ mod tests {
     use super::*;
 
     fn arguments() -> Arguments {
-        let words = ["-namespace", "k8s.io", "-id", "abc", "start"].map(str::to_owned);
-        Arguments::parse(&words).unwrap()
+        let args = ["-namespace", "k8s.io", "-id", "abc", "start"].map(str::to_owned);
+        Arguments::parse(&args).unwrap()
     }
 
-    #[test]
-    fn each_containerd_gets_the_answer_that_it_understands() {
-        let address = "unix:///run/nacelle-shim/x/shim.sock";
-        let answer = |input: &[u8]| answer(input, &arguments(), address.to_owned()).unwrap();
-        // 1.6 and 1.7 without options.
-        assert_eq!(answer(b""), address.as_bytes());
-        // Up to 2.2 with options, which parse as parameters as well.
+    const ADDRESS: &str = "unix:///run/nacelle-shim/x/shim.sock";
+
+    fn response(input: &[u8], reads_json: bool) -> Vec<u8> {
+        encode_response(input, &arguments(), ADDRESS.to_owned(), reads_json).unwrap()
+    }
+
+    /// Runtime options, as containerd up to 2.2 sends them.
+    fn options() -> Vec<u8> {
         let options = Any {
             type_url: "runtimeoptions.v1.Options".into(),
             value: b"\x0a\x01x".to_vec(),
             ..Default::default()
         };
-        let options = options.write_to_bytes().unwrap();
-        assert!(BootstrapParams::parse_from_bytes(&options).is_ok());
-        assert_eq!(answer(&options), address.as_bytes());
-        assert_eq!(answer(b"\xff\xff no message"), address.as_bytes());
-        // 2.3 and later.
-        let params = BootstrapParams {
+        options.write_to_bytes().unwrap()
+    }
+
+    #[test]
+    fn containerd_1_6_gets_a_plain_address() {
+        assert!(BootstrapParams::parse_from_bytes(&options()).is_ok(), "it must not be mistaken");
+        for input in [&b""[..], &options(), b"\xff\xff no message"] {
+            assert_eq!(response(input, false), ADDRESS.as_bytes());
+        }
+    }
+
+    #[test]
+    fn containerd_1_7_to_2_2_get_json_of_version_2() {
+        for input in [&b""[..], &options()] {
+            let json: serde_json::Value = serde_json::from_slice(&response(input, true)).unwrap();
+            let expected =
+                serde_json::json!({ "version": 2, "address": ADDRESS, "protocol": "ttrpc" });
+            assert_eq!(json, expected);
+        }
+    }
+
+    #[test]
+    fn containerd_2_3_gets_a_bootstrap_result() {
+        let mut params = BootstrapParams {
             instance_id: "abc".into(),
             namespace: "k8s.io".into(),
             containerd_version: "2.3.0".into(),
             ..Default::default()
         };
-        let told = answer(&params.write_to_bytes().unwrap());
-        let told = BootstrapResult::parse_from_bytes(&told).unwrap();
-        assert_eq!((told.version, &*told.address, &*told.protocol), (3, address, "ttrpc"));
+        let response_to = |params: &BootstrapParams| {
+            // It sets MAX_SHIM_VERSION, too.
+            response(&params.write_to_bytes().unwrap(), true)
+        };
+        let result = BootstrapResult::parse_from_bytes(&response_to(&params)).unwrap();
+        assert_eq!((result.version, &*result.address, &*result.protocol), (3, ADDRESS, "ttrpc"));
+        // Another task's parameters are not ours.
+        params.instance_id = "other".into();
+        assert_eq!(response_to(&params)[0], b'{');
     }
 }

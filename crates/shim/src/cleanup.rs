@@ -1,9 +1,9 @@
-//! `delete`: containerd calls it when a shim does not answer. What the shim has left is in the
-//! sandbox's journal, which is read and undone.
+//! `delete`: containerd runs it when a shim does not respond. The resources of the pod are in the
+//! sandbox's journal; they are removed.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -17,53 +17,60 @@ use sandbox::model::Filter;
 
 use crate::args::Arguments;
 use crate::events::timestamp;
-use crate::network::Joined;
-use crate::place::Place;
+use crate::network::ExistingNetns;
+use crate::paths::PodPaths;
 use crate::settings::Settings;
-use crate::spec::{self, Role};
-use crate::{place, rootfs};
+use crate::spec::{self, ContainerType};
+use crate::{paths, rootfs};
 
-/// 128 + SIGKILL: what became of the processes.
-const KILLED: u32 = 137;
-/// Of a guest whose shim is gone nobody waits for an orderly end: containerd gives all of this some
-/// seconds.
-const SHUTDOWN_LIMIT_MS: u64 = 300;
+/// 128 + SIGKILL.
+const EXIT_STATUS_KILLED: u32 = 137;
+/// Time for the guest to shut down; short, as containerd limits `delete` to a few seconds.
+const SHUTDOWN_DEADLINE_MS: u64 = 300;
 
-/// containerd kills `delete` after 5 s (1.6: `cleanupTimeout`). The cleaning goes on by itself then.
-const WAIT_LIMIT: Duration = Duration::from_secs(1);
-/// Time for a shim that was told to shut down: its events are sent, its pod is removed.
-const END_LIMIT: Duration = Duration::from_secs(3);
+/// containerd kills `delete` after 5 s (1.6: `cleanupTimeout`). The cleanup continues in the background.
+const CLEANUP_WAIT: Duration = Duration::from_secs(1);
+/// Time for the shim to die or for another cleanup to end.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
+/// Maximum number of dead pods that one `start` cleans up.
+const MAX_SWEEP: usize = 4;
+/// Maximum size of the settings, bytes.
+const MAX_SETTINGS: u64 = 1 << 20;
+/// Time for a shim to exit after Shutdown: it sends its events and removes its pod.
+const SHUTDOWN_WAIT: Duration = Duration::from_secs(3);
 
 pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
-    let settings = Settings::load()?;
     let bundle = arguments.bundle()?;
-    // Its configuration may be gone, as after a failed start: the task is then taken for a pod's.
-    let member =
-        spec::read(&bundle).and_then(|spec| spec::role(&spec)).ok().and_then(|role| match role {
-            Role::Member { pod } if pod != arguments.id => Some(pod),
+    // config.json may be missing, e.g. after a failed start: the task is then treated as a pod's.
+    let pod_of_container = spec::read(&bundle)
+        .and_then(|spec| spec::container_type(&spec))
+        .ok()
+        .and_then(|kind| match kind {
+            ContainerType::PodContainer { pod } if pod != arguments.id => Some(pod),
             _ => None,
         });
-    let pod = member.as_ref().unwrap_or(&arguments.id);
-    let place = Place::new(&settings, &arguments.namespace, pod);
-    // Detached, so it does not wait for the file server that still uses it.
-    let unmounted = rootfs::unmount(&rootfs::place(&bundle));
-    let cleaned = match (&member, place.is_alive()) {
-        // The pod goes on, and its shim knows of the container.
+    let settings = Settings::of_task(&bundle, pod_of_container.as_deref())?;
+    let pod = pod_of_container.as_ref().unwrap_or(&arguments.id);
+    let paths = PodPaths::new(&settings, &arguments.namespace, pod);
+    // A lazy unmount: the file server may still use it.
+    let unmounted = rootfs::unmount(&rootfs::rootfs_path(&bundle));
+    let cleaned = match (&pod_of_container, paths.is_alive()) {
+        // The pod keeps running; its shim manages the container.
         (Some(_), true) => Ok(()),
         (None, alive) => {
-            // containerd also calls `delete` after an orderly Shutdown.
-            let ended = alive && place.ending().exists() && ends_by_itself(&place);
-            let pid = place.pid().and_then(|pid| i32::try_from(pid).ok());
+            // containerd also runs `delete` after Shutdown.
+            let ended = alive && paths.shutdown_marker().exists() && wait_for_shim_exit(&paths);
+            let pid = paths.shim_pid().and_then(|pid| i32::try_from(pid).ok());
             if let Some(pid) = pid.filter(|_| alive && !ended) {
-                // It does not respond.
+                // The shim hangs.
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
-            clean_beside(arguments, pod)
+            run_cleanup(&settings, &paths)
         }
-        (Some(_), false) => clean_beside(arguments, pod),
+        (Some(_), false) => run_cleanup(&settings, &paths),
     };
     let response = DeleteResponse {
-        exit_status: KILLED,
+        exit_status: EXIT_STATUS_KILLED,
         exited_at: MessageField::some(timestamp(SystemTime::now())),
         ..Default::default()
     };
@@ -71,11 +78,11 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
     cleaned.and(unmounted)
 }
 
-/// Waits for the end of a shim that was told to shut down.
-fn ends_by_itself(place: &Place) -> bool {
+/// Waits for a shim to exit after Shutdown.
+fn wait_for_shim_exit(paths: &PodPaths) -> bool {
     let begin = Instant::now();
-    while place.pid().is_some() {
-        if begin.elapsed() > END_LIMIT {
+    while paths.shim_pid().is_some() {
+        if begin.elapsed() > SHUTDOWN_WAIT {
             return false;
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -83,22 +90,13 @@ fn ends_by_itself(place: &Place) -> bool {
     true
 }
 
-/// Cleans up in a process of its own, and waits for it as long as containerd allows.
-fn clean_beside(arguments: &Arguments, pod: &str) -> Result<()> {
-    let program = std::env::current_exe().context("finding the shim's own program")?;
-    let mut child = Command::new(program)
-        .args(["-namespace", &arguments.namespace, "-id", pod, "clean"])
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .process_group(0)
-        .spawn()
-        .context("starting the cleanup")?;
+/// Runs the cleanup in a separate process and waits for it as long as containerd allows.
+fn run_cleanup(settings: &Settings, paths: &PodPaths) -> Result<()> {
+    let mut child = spawn_cleanup(settings, &paths.key)?;
     let begin = Instant::now();
-    while begin.elapsed() < WAIT_LIMIT {
+    while begin.elapsed() < CLEANUP_WAIT {
         if let Some(status) = child.try_wait().context("waiting for the cleanup")? {
-            ensure!(status.success(), "the cleanup of pod {pod} failed ({status})");
+            ensure!(status.success(), "the cleanup of {} failed ({status})", paths.root.display());
             return Ok(());
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -106,27 +104,67 @@ fn clean_beside(arguments: &Arguments, pod: &str) -> Result<()> {
     Ok(())
 }
 
-/// Ends the pod's VM and takes away all that the journal names.
-pub(crate) fn clean(arguments: &Arguments) -> Result<()> {
-    let settings = &Settings::load()?;
-    let place = &Place::new(settings, &arguments.namespace, &arguments.id);
-    if place.root.join("pods").is_dir() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(remove_pods(settings, place))?;
-        runtime.shutdown_background();
-    }
-    place.clear()
+/// Starts `cleanup` for the pod with this key, with the pod's settings as standard input.
+fn spawn_cleanup(settings: &Settings, key: &str) -> Result<Child> {
+    let program = std::env::current_exe().context("locating the shim's executable")?;
+    let mut child = Command::new(program)
+        .args(["-id", key, "cleanup"])
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .context("starting the cleanup")?;
+    let input = child.stdin.take().context("the cleanup has no standard input")?;
+    serde_json::to_writer(input, settings).context("sending the settings to the cleanup")?;
+    Ok(child)
 }
 
-async fn remove_pods(settings: &Settings, place: &Place) -> Result<()> {
-    place.make()?;
-    let mut config = settings.pods(place, place.take_uid()?);
-    config.shutdown_deadline_ms = SHUTDOWN_LIMIT_MS;
-    debug_assert_eq!(place.key.len(), place::KEY);
+/// Starts the cleanup of pods without a shim; does not wait. Called by `start` of each pod.
+pub(crate) fn sweep(settings: &Settings) -> Result<()> {
+    for key in PodPaths::dead_pods(settings).into_iter().take(MAX_SWEEP) {
+        let saved = Settings::read_saved(&PodPaths::from_key(settings, key.clone()).settings());
+        // They name the directory in which they were found, or they are of another pod.
+        let saved = saved.filter(|saved| saved.root == settings.root);
+        spawn_cleanup(saved.as_ref().unwrap_or(settings), &key)?;
+    }
+    Ok(())
+}
+
+/// Stops the pod's VM and removes all resources listed in the journal. Reads the settings from standard
+/// input.
+pub(crate) fn cleanup(arguments: &Arguments) -> Result<()> {
+    let key = arguments.id.clone();
+    ensure!(paths::is_key(&key), "{key:?} is not the key of a pod");
+    let input = std::io::stdin().take(MAX_SETTINGS);
+    let settings: Settings = serde_json::from_reader(input).context("reading the settings")?;
+    let paths = PodPaths::from_key(&settings, key);
+    // Also waits for another cleanup, which leaves nothing to do.
+    let lock = paths.create_and_lock(LOCK_TIMEOUT)?;
+    remove_locked(&settings, &paths)?;
+    drop(lock);
+    Ok(())
+}
+
+/// The cleanup of a pod whose lock the caller holds. Its root directory is removed with the lock.
+pub(crate) fn remove_locked(settings: &Settings, paths: &PodPaths) -> Result<()> {
+    if paths.root.join("pods").is_dir() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(remove_pods(settings, paths))?;
+        runtime.shutdown_background();
+    }
+    paths.remove_all()
+}
+
+async fn remove_pods(settings: &Settings, paths: &PodPaths) -> Result<()> {
+    paths.create_dirs()?;
+    let mut config = settings.sandbox_config(paths, paths.allocate_uid()?);
+    config.shutdown_deadline_ms = SHUTDOWN_DEADLINE_MS;
     let sandboxes =
-        Sandboxes::open(config, Arc::new(Joined)).await.context("reading the journal")?;
-    // One whose start was cut short is in no listing, and is undone by its own task.
-    let ids: Vec<String> = std::iter::once(place.key.clone())
+        Sandboxes::open(config, Arc::new(ExistingNetns)).await.context("reading the journal")?;
+    // A pod whose start did not complete is not listed; its owner task removes it.
+    let ids: Vec<String> = std::iter::once(paths.key.clone())
         .chain(sandboxes.pods(&Filter::default()).into_iter().map(|pod| pod.id))
         .collect();
     for id in ids {

@@ -1,4 +1,4 @@
-//! Errors as ttrpc status codes; containerd tells "not found" and "already exists" from the rest.
+//! Errors as ttrpc status codes; containerd handles NOT_FOUND and ALREADY_EXISTS specially.
 
 use containerd_shim_protos::ttrpc::{self, Code, get_status};
 use sandbox::Error;
@@ -23,12 +23,12 @@ pub(crate) fn unimplemented(what: &str) -> ttrpc::Error {
     status(Code::UNIMPLEMENTED, format!("nacelle does not support {what}"))
 }
 
-/// Of a step that has no classes of its own.
-pub(crate) fn other(error: anyhow::Error) -> ttrpc::Error {
+/// An error without a more specific code.
+pub(crate) fn unknown(error: anyhow::Error) -> ttrpc::Error {
     status(Code::UNKNOWN, format!("{error:#}"))
 }
 
-pub(crate) fn of_sandbox(error: Error) -> ttrpc::Error {
+pub(crate) fn from_sandbox(error: Error) -> ttrpc::Error {
     let code = match &error {
         Error::NotFound { .. } => Code::NOT_FOUND,
         Error::Exists { .. } => Code::ALREADY_EXISTS,

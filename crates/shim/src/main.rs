@@ -1,21 +1,23 @@
 //! `containerd-shim-nacelle-v2`: runs pods of containerd in microVMs.
 //!
-//! containerd runs this binary with a verb (containerd's core/runtime/v2/README.md):
+//! containerd runs this binary with an action (containerd's core/runtime/v2/README.md):
 //! ```text
-//! start    makes the socket, starts the shim of the pod, prints the address   (bootstrap)
-//! delete   cleans up after a shim that has died                               (cleanup)
-//! none     is the shim: serves the task API, holds the pod                    (serve)
+//! start    creates the socket, starts the pod's shim, prints the address   (bootstrap)
+//! delete   cleans up after a dead shim                                     (cleanup)
+//! none     serves the task API, owns the pod                               (serve)
 //! ```
-//! A shim is one pod. It holds the sandbox itself; neither nacelled nor a living containerd is needed
-//! for the pod to go on.
+//! One shim serves one pod and owns its sandbox. The pod keeps running without nacelled, and while
+//! containerd is down.
 
 mod args;
 mod bootstrap;
 mod cleanup;
+mod create;
 mod errors;
 mod events;
+mod info;
 mod network;
-mod place;
+mod paths;
 mod pod;
 mod process;
 mod rootfs;
@@ -31,16 +33,16 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-use args::{Arguments, Verb};
+use args::{Action, Arguments};
 
-/// Of the binary's name: `io.containerd.nacelle.v2`.
+/// Runtime type as configured in containerd; the binary's name is derived from it.
 pub(crate) const RUNTIME: &str = "io.containerd.nacelle.v2";
 
 fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // containerd shows it with its own error.
+            // containerd includes it in its own error.
             eprintln!("containerd-shim-nacelle-v2: {error:#}");
             ExitCode::FAILURE
         }
@@ -48,24 +50,44 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    if words.first().is_some_and(|word| word == "launcher") {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if args.first().is_some_and(|arg| arg == "launcher") {
         // Started by the shim itself: spawns the VMM (sandbox::launcher).
         let socket = std::io::stdin().as_fd().try_clone_to_owned().context("standard input")?;
         return sandbox::launcher::main(socket).context("launcher");
     }
-    let arguments = Arguments::parse(&words)?;
-    match arguments.verb {
-        Verb::Version => {
-            println!("containerd-shim-nacelle-v2:");
-            println!("  Version:  {}", env!("CARGO_PKG_VERSION"));
-            println!("  Runtime:  {RUNTIME}");
+    let arguments = Arguments::parse(&args)?;
+    match arguments.action {
+        Action::Version => {
+            print!("{}", version());
             Ok(())
         }
-        Verb::Info => bootstrap::info(),
-        Verb::Start => bootstrap::start(&arguments),
-        Verb::Delete => cleanup::delete(&arguments),
-        Verb::Clean => cleanup::clean(&arguments),
-        Verb::Serve => serve::serve(&arguments),
+        Action::Info => info::info(),
+        Action::Start => bootstrap::start(&arguments),
+        Action::Delete => cleanup::delete(&arguments),
+        Action::Cleanup => cleanup::cleanup(&arguments),
+        Action::Serve => serve::serve(&arguments),
+    }
+}
+
+/// `-v`, in the form of containerd's shims. Without the revision: releases are named by their version.
+fn version() -> String {
+    format!(
+        "containerd-shim-nacelle-v2:\n  Version:  {}\n  Runtime:  {RUNTIME}\n",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_printed_as_by_other_shims() {
+        let text = version();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "containerd-shim-nacelle-v2:");
+        assert_eq!(lines[1], format!("  Version:  {}", env!("CARGO_PKG_VERSION")));
+        assert_eq!(lines[2], "  Runtime:  io.containerd.nacelle.v2");
     }
 }

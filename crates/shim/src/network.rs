@@ -1,5 +1,5 @@
-//! The life cycle's network port: the namespace that containerd had made and connected by CNI. Which
-//! one stands in the pod's specification, so that it is known after a crash as well.
+//! Network of a pod: the network namespace that containerd created and set up with CNI. Its path is in
+//! the pod's record, so that it is known after a crash of the shim.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::spec::NETNS;
 
-pub(crate) struct Joined;
+pub(crate) struct ExistingNetns;
 
 fn netns(spec: &PodSpec) -> Option<PathBuf> {
     spec.meta.annotations.get(NETNS).map(PathBuf::from)
@@ -23,7 +23,7 @@ fn port_error(error: ::network::Error) -> PortError {
 }
 
 #[async_trait]
-impl Network for Joined {
+impl Network for ExistingNetns {
     fn netns_path(&self, _: &PodId) -> PathBuf {
         PathBuf::new()
     }
@@ -68,8 +68,8 @@ impl Network for Joined {
     }
 }
 
-fn from_attachment(made: ::network::Attachment) -> Attachment {
-    let ::network::Attachment { netns, interfaces, routes, addresses, dns } = made;
+fn from_attachment(attachment: ::network::Attachment) -> Attachment {
+    let ::network::Attachment { netns, interfaces, routes, addresses, dns } = attachment;
     let interface = |i: ::network::Interface| Interface {
         name: i.name,
         mac: i.mac,
@@ -90,8 +90,8 @@ fn from_attachment(made: ::network::Attachment) -> Attachment {
     }
 }
 
-/// What opening the taps needs.
-fn to_attachment(known: &Attachment) -> ::network::Attachment {
+/// The fields that opening the taps needs.
+fn to_attachment(attachment: &Attachment) -> ::network::Attachment {
     let interface = |i: &Interface| ::network::Interface {
         name: i.name.clone(),
         mac: i.mac,
@@ -99,8 +99,8 @@ fn to_attachment(known: &Attachment) -> ::network::Attachment {
         addresses: i.addresses.clone(),
     };
     ::network::Attachment {
-        netns: known.netns.clone(),
-        interfaces: known.interfaces.iter().map(interface).collect(),
+        netns: attachment.netns.clone(),
+        interfaces: attachment.interfaces.iter().map(interface).collect(),
         ..Default::default()
     }
 }

@@ -1,19 +1,19 @@
-//! The pod that a shim holds, and its tasks. What containerd asks for by its own ids is asked of the
-//! sandbox by keys ([`crate::place::key`]), which are short and plain.
+//! The pod of a shim, and its tasks. containerd's ids are mapped to the sandbox's by
+//! [`crate::paths::key`].
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use anyhow::Context;
+use containerd_shim_protos::api::Status;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskStart,
+    TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
+    TaskStart,
 };
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::topics;
 use containerd_shim_protos::ttrpc::{Code, Result};
-use containerd_shim_protos::types::mount::Mount;
 use sandbox::Sandboxes;
 use sandbox::model::{EventKind, PodState};
 use tokio::sync::OnceCell;
@@ -21,44 +21,42 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::errors::{invalid, not_found, of_sandbox, other, precondition, status};
+use crate::create::TaskEntry;
+use crate::errors::{from_sandbox, invalid, not_found, precondition, status, unimplemented};
 use crate::events::{Publisher, timestamp};
-use crate::network::Joined;
-use crate::place::{Place, key};
+use crate::paths::{PodPaths, key};
 use crate::process::{Exit, Process};
-use crate::rootfs::{self, Wanted};
+use crate::rootfs;
 use crate::settings::Settings;
-use crate::spec::{self, Role};
-use crate::stdio::{Names, Stdio};
+use crate::spec::ContainerType;
+use crate::stdio::{Stdio, StdioPaths};
 
-/// Tasks and execs of a pod that containerd may have at a time, ended ones included.
-const MAX_TASKS: usize = 256;
+/// Maximum execs of a task, including stopped ones.
 const MAX_EXECS: usize = 512;
 const SIGKILL: u32 = 9;
-/// Time that Kill waits for a start in progress.
-const START_WAIT: Duration = Duration::from_secs(2);
+/// Time that Kill waits for a Start in progress.
+const START_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The pod. Its methods are the verbs of the task API.
+/// The pod. Its methods implement the task API.
 pub(crate) struct Pod {
     pub(crate) namespace: String,
-    pub(crate) place: Place,
-    settings: Settings,
+    pub(crate) paths: PodPaths,
+    pub(crate) settings: Settings,
     pub(crate) publisher: Publisher,
-    sandboxes: OnceCell<Sandboxes>,
-    /// None: it is being created.
-    tasks: Mutex<BTreeMap<String, Option<Arc<Task>>>>,
-    /// The shim is to end.
-    pub(crate) ending: CancellationToken,
+    pub(crate) sandboxes: OnceCell<Sandboxes>,
+    tasks: Mutex<BTreeMap<String, TaskEntry>>,
+    /// Cancelled when the shim is to exit.
+    pub(crate) shutdown: CancellationToken,
 }
 
 pub(crate) struct Task {
-    id: String,
-    role: Role,
+    pub(crate) id: String,
+    pub(crate) container_type: ContainerType,
     pub(crate) bundle: PathBuf,
     pub(crate) init: Process,
-    execs: Mutex<BTreeMap<String, Arc<Exec>>>,
-    /// A signal that ended the sandbox.
-    killed_by: Mutex<Option<u32>>,
+    pub(crate) execs: Mutex<BTreeMap<String, Arc<Exec>>>,
+    /// Signal that stopped the sandbox.
+    pub(crate) killed_by: Mutex<Option<u32>>,
 }
 
 pub(crate) struct Exec {
@@ -66,13 +64,13 @@ pub(crate) struct Exec {
     spec: oci_spec::runtime::Process,
 }
 
-/// A task and, if one is named, a process that was added to it.
-pub(crate) enum Found {
+/// A task's init process or one of its execs.
+pub(crate) enum ProcessRef {
     Init(Arc<Task>),
     Exec(Arc<Task>, Arc<Exec>),
 }
 
-impl Found {
+impl ProcessRef {
     pub(crate) fn process(&self) -> &Process {
         match self {
             Self::Init(task) => &task.init,
@@ -80,18 +78,19 @@ impl Found {
         }
     }
 
+    /// As with runc, execs of a paused container are paused.
+    pub(crate) fn status(&self) -> Status {
+        match self.process().status() {
+            Status::STOPPED => Status::STOPPED,
+            _ if self.task().init.is_paused() => Status::PAUSED,
+            status => status,
+        }
+    }
+
     pub(crate) fn task(&self) -> &Arc<Task> {
         let (Self::Init(task) | Self::Exec(task, _)) = self;
         task
     }
-}
-
-/// What Create is given.
-pub(crate) struct Creation {
-    pub(crate) id: String,
-    pub(crate) bundle: PathBuf,
-    pub(crate) rootfs: Vec<Mount>,
-    pub(crate) names: Names,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -104,54 +103,57 @@ impl Task {
     }
 
     pub(crate) fn is_sandbox(&self) -> bool {
-        self.role == Role::Sandbox
+        self.container_type == ContainerType::PodSandbox
     }
 
-    fn rootfs(&self) -> PathBuf {
-        rootfs::place(&self.bundle)
+    pub(crate) fn rootfs(&self) -> PathBuf {
+        rootfs::rootfs_path(&self.bundle)
     }
 }
 
 impl Pod {
     pub(crate) fn new(
         namespace: String,
-        place: Place,
+        paths: PodPaths,
         settings: Settings,
         publisher: Publisher,
     ) -> Arc<Self> {
         Arc::new(Self {
             namespace,
-            place,
+            paths,
             settings,
             publisher,
             sandboxes: OnceCell::new(),
             tasks: Mutex::default(),
-            ending: CancellationToken::new(),
+            shutdown: CancellationToken::new(),
         })
     }
 
-    fn tasks(&self) -> MutexGuard<'_, BTreeMap<String, Option<Arc<Task>>>> {
+    pub(crate) fn tasks(&self) -> MutexGuard<'_, BTreeMap<String, TaskEntry>> {
         lock(&self.tasks)
     }
 
     pub(crate) fn task(&self, id: &str) -> Result<Arc<Task>> {
-        self.tasks().get(id).cloned().flatten().ok_or_else(|| not_found("task", id))
+        match self.tasks().get(id) {
+            Some(TaskEntry::Created(task)) => Ok(task.clone()),
+            _ => Err(not_found("task", id)),
+        }
     }
 
-    pub(crate) fn find(&self, id: &str, exec: &str) -> Result<Found> {
+    pub(crate) fn find(&self, id: &str, exec: &str) -> Result<ProcessRef> {
         let task = self.task(id)?;
         if exec.is_empty() {
-            return Ok(Found::Init(task));
+            return Ok(ProcessRef::Init(task));
         }
         let exec = task.execs().get(exec).cloned().ok_or_else(|| not_found("process", exec))?;
-        Ok(Found::Exec(task, exec))
+        Ok(ProcessRef::Exec(task, exec))
     }
 
     pub(crate) fn has_tasks(&self) -> bool {
         !self.tasks().is_empty()
     }
 
-    /// The id of a container in the sandbox.
+    /// The sandbox's id of a container.
     pub(crate) fn key(&self, id: &str) -> String {
         key(&self.namespace, id)
     }
@@ -160,165 +162,24 @@ impl Pod {
         self.sandboxes.get().ok_or_else(|| precondition("the pod has no sandbox"))
     }
 
-    /// Of the VMM; it stands for all processes of the guest, whose own pids mean nothing here.
+    /// The VMM's pid, reported for all processes: pids of the guest mean nothing on the host.
     pub(crate) fn vmm_pid(&self) -> u32 {
-        let pod = self.sandboxes.get().and_then(|s| s.pod(&self.place.key).ok());
+        let pod = self.sandboxes.get().and_then(|s| s.pod(&self.paths.key).ok());
         pod.and_then(|pod| pod.vmm_pid).unwrap_or_else(std::process::id)
     }
 
-    pub(crate) async fn create(self: &Arc<Self>, creation: Creation) -> Result<u32> {
-        let id = creation.id.clone();
-        crate::args::check("id", &id).map_err(|e| invalid(format!("{e:#}")))?;
-        {
-            let mut tasks = self.tasks();
-            if tasks.contains_key(&id) {
-                return Err(status(Code::ALREADY_EXISTS, format!("task {id} exists already")));
-            }
-            if tasks.len() >= MAX_TASKS {
-                let message = format!("the pod has {MAX_TASKS} tasks, the most that it can have");
-                return Err(status(Code::RESOURCE_EXHAUSTED, message));
-            }
-            tasks.insert(id.clone(), None);
-        }
-        // Whatever becomes of the call, what it leaves is a task or nothing.
-        let reserved = Reserved { pod: self.clone(), id: id.clone() };
-        let this = self.clone();
-        let made = tokio::spawn(async move {
-            let made = this.make(&creation).await;
-            drop(reserved);
-            made
-        });
-        made.await.unwrap_or_else(|e| Err(status(Code::INTERNAL, e.to_string())))
-    }
-
-    async fn make(self: &Arc<Self>, creation: &Creation) -> Result<u32> {
-        let Creation { id, bundle, names, .. } = creation;
-        let spec = spec::read(bundle).map_err(other)?;
-        let role = spec::role(&spec).map_err(|e| invalid(format!("{e:#}")))?;
-        if let Role::Member { pod } = &role
-            && key(&self.namespace, pod) != self.place.key
-        {
-            return Err(invalid(format!("container {id} is of pod {pod}, which has another shim")));
-        }
-        if !matches!(role, Role::Member { .. }) && self.key(id) != self.place.key {
-            return Err(invalid(format!(
-                "task {id} is not of a pod, and this shim has another one"
-            )));
-        }
-        let stdio = Stdio::open(names).await.map_err(|e| invalid(format!("{e:#}")))?;
-        let task = Arc::new(Task {
-            id: id.clone(),
-            role,
-            bundle: bundle.clone(),
-            init: Process::new(names.clone(), Some(stdio)),
-            execs: Mutex::default(),
-            killed_by: Mutex::default(),
-        });
-        let made = match &task.role {
-            Role::Sandbox => self.run_pod(&task, &spec).await,
-            Role::Member { .. } => self.create_container(&task, spec, &creation.rootfs).await,
-            Role::Single => match self.run_pod(&task, &spec).await {
-                Ok(()) => self.create_container(&task, spec, &creation.rootfs).await,
-                Err(error) => Err(error),
-            },
-        };
-        if let Err(error) = made {
-            self.take_down(&task).await;
-            return Err(error);
-        }
-        let pid = self.vmm_pid();
-        task.init.set_pid(pid);
-        let io = TaskIO {
-            stdin: names.stdin.clone(),
-            stdout: names.stdout.clone(),
-            stderr: names.stderr.clone(),
-            terminal: names.terminal,
-            ..Default::default()
-        };
-        let created = TaskCreate {
-            container_id: id.clone(),
-            bundle: bundle.display().to_string(),
-            io: MessageField::some(io),
-            pid,
-            ..Default::default()
-        };
-        self.publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &created);
-        self.tasks().insert(id.clone(), Some(task.clone()));
-        self.watch(task);
-        Ok(pid)
-    }
-
-    async fn run_pod(&self, task: &Task, spec: &oci_spec::runtime::Spec) -> Result<()> {
-        let sandboxes = self.sandboxes.get_or_try_init(|| async {
-            self.place.make().map_err(other)?;
-            let uid = self.place.take_uid().map_err(other)?;
-            let config = self.settings.pods(&self.place, uid);
-            Sandboxes::open(config, Arc::new(Joined)).await.map_err(of_sandbox)
-        });
-        let pod = spec::pod(&self.namespace, &task.id, spec, &self.settings);
-        sandboxes.await?.run_pod_as(self.place.key.clone(), pod).await.map_err(of_sandbox)?;
-        Ok(())
-    }
-
-    async fn create_container(
-        &self,
-        task: &Task,
-        spec: oci_spec::runtime::Spec,
-        mounts: &[Mount],
-    ) -> Result<()> {
-        let sandboxes = self.sandboxes()?;
-        let rootfs = match mounts {
-            // A folder that containerd has not mounted (ctr run --rootfs).
-            [] => {
-                let path = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
-                task.bundle.join(path)
-            }
-            mounts => {
-                let wanted: Vec<Wanted> = mounts
-                    .iter()
-                    .map(|mount| Wanted {
-                        kind: mount.type_.clone(),
-                        source: mount.source.clone().into(),
-                        options: mount.options.clone(),
-                    })
-                    .collect();
-                let target = task.rootfs();
-                let mounted = {
-                    let target = target.clone();
-                    tokio::task::spawn_blocking(move || rootfs::mount_lower(&wanted, &target))
-                };
-                let mounted = mounted.await.context("a thread that mounts panicked");
-                mounted.and_then(|mounted| mounted).map_err(other)?;
-                target
-            }
-        };
-        let names = &task.init.names;
-        let has_stdin = !names.stdin.is_empty();
-        let container = spec::container(&task.id, spec, &rootfs, names.terminal, has_stdin)
-            .map_err(|e| invalid(format!("{e:#}")))?;
-        let inner = self.key(&task.id);
-        sandboxes
-            .create_container_as(&self.place.key, inner.clone(), container)
-            .await
-            .map_err(of_sandbox)?;
-        let streams = sandboxes.streams(&inner).await.map_err(of_sandbox)?;
-        task.init.set_control(streams.process.control());
-        if let Some(stdio) = task.init.take_stdio() {
-            task.init.carry(stdio, (streams.stdin, streams.stdout, streams.stderr));
-        }
-        Ok(())
-    }
-
-    /// Tells of a task's end, whatever brings it about.
-    fn watch(self: &Arc<Self>, task: Arc<Task>) {
+    /// Publishes a task's exit.
+    pub(crate) fn watch_exit(self: &Arc<Self>, task: Arc<Task>) {
         let pod = self.clone();
         tokio::spawn(async move {
-            let (exit, oom) = match &task.role {
-                Role::Sandbox => (pod.sandbox_end(&task).await, false),
-                Role::Member { .. } | Role::Single => pod.container_end(&task).await,
+            let (exit, oom) = match &task.container_type {
+                ContainerType::PodSandbox => (pod.wait_sandbox_exit(&task).await, false),
+                ContainerType::PodContainer { .. } | ContainerType::SingleContainer => {
+                    pod.wait_container_exit(&task).await
+                }
             };
-            // Its start is told before.
-            let _turn = task.init.turn.lock().await;
+            // TaskExit comes after TaskStart.
+            let _guard = task.init.state_lock.lock().await;
             if oom {
                 let event = TaskOOM { container_id: task.id.clone(), ..Default::default() };
                 pod.publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
@@ -341,23 +202,23 @@ impl Pod {
         self.publisher.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
     }
 
-    async fn container_end(&self, task: &Task) -> (Exit, bool) {
+    async fn wait_container_exit(&self, task: &Task) -> (Exit, bool) {
         let unseen = || (Exit { status: 255, at: SystemTime::now() }, false);
         let Ok(sandboxes) = self.sandboxes() else { return unseen() };
         match sandboxes.wait_container(&self.key(&task.id)).await {
             Ok(view) => (Exit::of(&view), view.oom_killed),
             Err(error) => {
-                tracing::warn!(task = task.id, %error, "end of a container is not known");
+                tracing::warn!(task = task.id, %error, "exit status of a container is unknown");
                 unseen()
             }
         }
     }
 
-    async fn sandbox_end(&self, task: &Task) -> Exit {
+    async fn wait_sandbox_exit(&self, task: &Task) -> Exit {
         if let Ok(sandboxes) = self.sandboxes() {
             let mut events = sandboxes.events();
             let is_ready =
-                || sandboxes.pod(&self.place.key).is_ok_and(|pod| pod.state == PodState::Ready);
+                || sandboxes.pod(&self.paths.key).is_ok_and(|pod| pod.state == PodState::Ready);
             while is_ready() {
                 match events.recv().await {
                     Ok(event) if event.container.is_none() && event.kind != EventKind::Created => {}
@@ -372,27 +233,27 @@ impl Pod {
 
     pub(crate) async fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32> {
         let (this, id, exec_id) = (self.clone(), id.to_owned(), exec_id.to_owned());
-        // Seen through when the caller gives up: a process that runs is known to do so.
+        // Runs to completion even if the caller cancels: the state must match the guest's.
         let started = tokio::spawn(async move {
             match this.find(&id, &exec_id)? {
-                Found::Init(task) => this.start_task(&task).await,
-                Found::Exec(task, exec) => this.start_exec(&task, &exec_id, exec).await,
+                ProcessRef::Init(task) => this.start_task(&task).await,
+                ProcessRef::Exec(task, exec) => this.start_exec(&task, &exec_id, exec).await,
             }
         });
         started.await.unwrap_or_else(|e| Err(status(Code::INTERNAL, e.to_string())))
     }
 
     async fn start_task(&self, task: &Task) -> Result<u32> {
-        let _turn = task.init.turn.lock().await;
+        let _guard = task.init.state_lock.lock().await;
         if task.init.is_started() || task.init.exit().is_some() {
             return Err(precondition(format!("task {} is not in the state created", task.id)));
         }
-        match task.role {
-            // There is no process of the pod's own.
-            Role::Sandbox => {}
-            Role::Member { .. } | Role::Single => {
+        match task.container_type {
+            // The sandbox has no process.
+            ContainerType::PodSandbox => {}
+            ContainerType::PodContainer { .. } | ContainerType::SingleContainer => {
                 let inner = self.key(&task.id);
-                self.sandboxes()?.start_container(&inner).await.map_err(of_sandbox)?;
+                self.sandboxes()?.start_container(&inner).await.map_err(from_sandbox)?;
             }
         }
         task.init.set_started();
@@ -406,19 +267,25 @@ impl Pod {
         &self,
         id: &str,
         exec_id: &str,
-        names: Names,
+        stdio_paths: StdioPaths,
         spec: &[u8],
     ) -> Result<()> {
         let task = self.task(id)?;
-        if task.role == Role::Sandbox {
-            return Err(status(Code::UNIMPLEMENTED, "a pod's sandbox has no processes of its own"));
+        if task.container_type == ContainerType::PodSandbox {
+            return Err(status(
+                Code::UNIMPLEMENTED,
+                "exec in a pod sandbox is not supported: it has no processes",
+            ));
         }
-        crate::args::check("exec id", exec_id).map_err(|e| invalid(format!("{e:#}")))?;
+        if task.init.is_paused() {
+            return Err(precondition(format!("task {id} is paused")));
+        }
+        crate::args::validate_id("exec id", exec_id).map_err(|e| invalid(format!("{e:#}")))?;
         let mut spec: oci_spec::runtime::Process = serde_json::from_slice(spec)
             .map_err(|e| invalid(format!("specification of the process: {e}")))?;
-        spec.set_terminal(Some(names.terminal));
-        let stdio = Stdio::open(&names).await.map_err(|e| invalid(format!("{e:#}")))?;
-        let exec = Arc::new(Exec { process: Process::new(names, Some(stdio)), spec });
+        spec.set_terminal(Some(stdio_paths.terminal));
+        let stdio = Stdio::open(&stdio_paths).await.map_err(|e| invalid(format!("{e:#}")))?;
+        let exec = Arc::new(Exec { process: Process::new(stdio_paths, Some(stdio)), spec });
         {
             let mut execs = task.execs();
             if execs.contains_key(exec_id) || exec_id == id {
@@ -446,7 +313,7 @@ impl Pod {
         exec_id: &str,
         exec: Arc<Exec>,
     ) -> Result<u32> {
-        let _turn = exec.process.turn.lock().await;
+        let _guard = exec.process.state_lock.lock().await;
         let process = &exec.process;
         if process.is_started() || process.exit().is_some() {
             return Err(precondition(format!("process {exec_id} is not in the state created")));
@@ -454,19 +321,22 @@ impl Pod {
         if !task.execs().contains_key(exec_id) {
             return Err(not_found("process", exec_id));
         }
-        let has_stdin = !process.names.stdin.is_empty();
+        if task.init.is_paused() {
+            return Err(precondition(format!("task {} is paused", task.id)));
+        }
+        let has_stdin = !process.stdio_paths.stdin.is_empty();
         let inner = self.key(&task.id);
         let begun = self.sandboxes()?.exec_process(&inner, &exec.spec, has_stdin).await;
         let session = match begun {
             Ok(session) => session,
             Err(error) => {
                 process.set_exit(Exit { status: 255, at: SystemTime::now() });
-                return Err(of_sandbox(error));
+                return Err(from_sandbox(error));
             }
         };
         process.set_control(session.process.control());
         if let Some(stdio) = process.take_stdio() {
-            process.carry(stdio, (session.stdin, session.stdout, session.stderr));
+            process.copy_streams(stdio, (session.stdin, session.stdout, session.stderr));
         }
         let pid = self.vmm_pid();
         process.set_pid(pid);
@@ -485,17 +355,17 @@ impl Pod {
             let exit = match handle.wait().await {
                 Ok(view) => Exit::of(&view),
                 Err(error) => {
-                    tracing::warn!(exec = id, %error, "end of a process is not known");
+                    tracing::warn!(exec = id, %error, "exit status of a process is unknown");
                     Exit { status: 255, at: SystemTime::now() }
                 }
             };
-            let _turn = watched.process.turn.lock().await;
+            let _guard = watched.process.state_lock.lock().await;
             if watched.process.set_exit(exit) {
                 pod.publish_exit(&task, &id, watched.process.pid(), exit);
             }
-            drop(_turn);
-            // Dropped before, the handle would take the output that is still to come.
-            watched.process.streams_ended().await;
+            drop(_guard);
+            // Dropping the handle earlier would discard output that has not arrived yet.
+            watched.process.wait_streams().await;
             drop(handle);
         });
         Ok(pid)
@@ -515,36 +385,77 @@ impl Pod {
             return Err(finished());
         }
         match &found {
-            Found::Init(task) if task.role == Role::Sandbox => {
+            ProcessRef::Init(task) if task.container_type == ContainerType::PodSandbox => {
                 lock(&task.killed_by).get_or_insert(signal);
-                let (pod, key) = (self.clone(), self.place.key.clone());
-                // Containers are killed and the guest is shut down first; the exit tells when.
+                let (pod, key) = (self.clone(), self.paths.key.clone());
+                // Kill returns at once; TaskExit follows when the VM has stopped.
                 tokio::spawn(async move {
                     let Ok(sandboxes) = pod.sandboxes() else { return };
                     if let Err(error) = sandboxes.stop_pod(&key).await {
-                        tracing::error!(%error, "the pod does not stop");
+                        tracing::error!(%error, "stopping the pod failed");
                     }
                 });
                 Ok(())
             }
             _ => {
                 if process.control().is_none() {
-                    // It may be being started.
-                    let _ = tokio::time::timeout(START_WAIT, process.turn.lock()).await;
+                    // A Start may be in progress.
+                    let _ =
+                        tokio::time::timeout(START_LOCK_TIMEOUT, process.state_lock.lock()).await;
                 }
                 let Some(control) = process.control() else {
                     return Err(precondition(format!("process {exec_id} of {id} is not started")));
                 };
                 match control.signal(signal, all).await {
-                    Ok(()) => Ok(()),
+                    Ok(()) => {
+                        // The agent has thawed it.
+                        if signal == SIGKILL && exec_id.is_empty() {
+                            process.set_paused(false);
+                        }
+                        Ok(())
+                    }
                     Err(_) if process.exit().is_some() => Err(finished()),
-                    Err(error) => Err(of_sandbox(error)),
+                    Err(error) => Err(from_sandbox(error)),
                 }
             }
         }
     }
 
-    /// Answers the pid and the end of what was removed.
+    /// Pause and Resume: freezes or thaws the container's processes in the guest.
+    pub(crate) async fn set_paused(self: &Arc<Self>, id: &str, paused: bool) -> Result<()> {
+        let (this, task) = (self.clone(), self.task(id)?);
+        // Runs to completion even if the caller cancels: the state must match the guest's.
+        let done = tokio::spawn(async move { this.freeze(&task, paused).await });
+        done.await.unwrap_or_else(|e| Err(status(Code::INTERNAL, e.to_string())))
+    }
+
+    async fn freeze(&self, task: &Task, paused: bool) -> Result<()> {
+        if task.is_sandbox() {
+            return Err(unimplemented("pausing a pod sandbox: it has no processes"));
+        }
+        let _guard = task.init.state_lock.lock().await;
+        let (required, name) =
+            if paused { (Status::RUNNING, "running") } else { (Status::PAUSED, "paused") };
+        if task.init.status() != required {
+            return Err(precondition(format!("task {} is not {name}", task.id)));
+        }
+        let (sandboxes, key) = (self.sandboxes()?, self.key(&task.id));
+        let container_id = task.id.clone();
+        if paused {
+            sandboxes.pause_container(&key).await.map_err(from_sandbox)?;
+            task.init.set_paused(true);
+            let event = TaskPaused { container_id, ..Default::default() };
+            self.publisher.publish(topics::TASK_PAUSED_EVENT_TOPIC, &event);
+        } else {
+            sandboxes.resume_container(&key).await.map_err(from_sandbox)?;
+            task.init.set_paused(false);
+            let event = TaskResumed { container_id, ..Default::default() };
+            self.publisher.publish(topics::TASK_RESUMED_EVENT_TOPIC, &event);
+        }
+        Ok(())
+    }
+
+    /// Returns the pid and the exit of the deleted process.
     pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<(u32, Exit)> {
         let (this, id, exec_id) = (self.clone(), id.to_owned(), exec_id.to_owned());
         let deleted = tokio::spawn(async move { this.remove(&id, &exec_id).await });
@@ -552,15 +463,18 @@ impl Pod {
     }
 
     async fn remove(&self, id: &str, exec_id: &str) -> Result<(u32, Exit)> {
+        if exec_id.is_empty() {
+            self.cancel_create(id).await;
+        }
         let found = self.find(id, exec_id)?;
         let process = found.process();
-        // A start in progress ends first.
-        let _turn = process.turn.lock().await;
+        // Waits for a Start in progress.
+        let _guard = process.state_lock.lock().await;
         let (pid, task) = (process.pid(), found.task());
         let exit = match (process.exit(), process.is_started()) {
             (Some(exit), _) => exit,
-            (None, true) => return Err(precondition(format!("process of {id} still runs"))),
-            // Created, and never started.
+            (None, true) => return Err(precondition(format!("process of {id} is still running"))),
+            // Created, but never started.
             (None, false) => {
                 let exit = Exit { status: 128 + SIGKILL, at: SystemTime::now() };
                 if process.set_exit(exit) && exec_id.is_empty() {
@@ -569,12 +483,12 @@ impl Pod {
                 exit
             }
         };
-        process.end_streams().await;
+        process.close_streams().await;
         if !exec_id.is_empty() {
             task.execs().remove(exec_id);
             return Ok((pid, exit));
         }
-        self.take_down(task).await;
+        self.remove_task_resources(task).await;
         self.tasks().remove(id);
         let event = TaskDelete {
             container_id: id.to_owned(),
@@ -587,80 +501,69 @@ impl Pod {
         Ok((pid, exit))
     }
 
-    /// Removes what a task has in the guest and on the host. Goes on past failures: what they leave
-    /// goes with the pod.
-    async fn take_down(&self, task: &Task) {
+    /// Removes a task's resources in the guest and on the host. Continues after failures: the rest is
+    /// removed with the pod.
+    pub(crate) async fn remove_task_resources(&self, task: &Task) {
         let mut ending = JoinSet::new();
         for exec in std::mem::take(&mut *task.execs()).into_values() {
-            ending.spawn(async move { exec.process.end_streams().await });
+            ending.spawn(async move { exec.process.close_streams().await });
         }
         ending.join_all().await;
         if let Some(sandboxes) = self.sandboxes.get() {
-            if task.role != Role::Sandbox
+            if task.container_type != ContainerType::PodSandbox
                 && let Err(error) = sandboxes.remove_container(&self.key(&task.id)).await
             {
-                tracing::warn!(task = task.id, %error, "a container stays until its pod goes");
+                tracing::warn!(task = task.id, %error, "removing a container failed; it is removed with its pod");
             }
-            if !matches!(task.role, Role::Member { .. })
-                && let Err(error) = sandboxes.remove_pod(&self.place.key).await
+            if !matches!(task.container_type, ContainerType::PodContainer { .. })
+                && let Err(error) = sandboxes.remove_pod(&self.paths.key).await
             {
-                tracing::error!(%error, "the pod is not removed");
+                tracing::error!(%error, "removing the pod failed");
             }
         }
         let target = task.rootfs();
         let unmounted = tokio::task::spawn_blocking(move || rootfs::unmount(&target)).await;
         if let Ok(Err(error)) = unmounted {
-            tracing::warn!(task = task.id, error = format!("{error:#}"), "root stays mounted");
+            tracing::warn!(
+                task = task.id,
+                error = format!("{error:#}"),
+                "unmounting the root file system failed"
+            );
         }
     }
 
-    /// The shim is not needed any more, unless there are tasks.
-    pub(crate) fn shut_down(self: &Arc<Self>) {
+    /// Shutdown: ignored while there are tasks.
+    pub(crate) fn request_shutdown(self: &Arc<Self>) {
         if self.has_tasks() {
             return;
         }
-        if let Err(error) = std::fs::write(self.place.ending(), "") {
-            tracing::warn!(%error, "cannot tell `delete` that the shim ends by itself");
+        if let Err(error) = std::fs::write(self.paths.shutdown_marker(), "") {
+            tracing::warn!(%error, "writing the shutdown marker for `delete` failed");
         }
         let pod = self.clone();
         tokio::spawn(async move {
-            // The response is sent first.
+            // Lets the response be sent first.
             tokio::time::sleep(Duration::from_millis(20)).await;
-            pod.ending.cancel();
+            pod.shutdown.cancel();
         });
     }
 
-    /// Takes everything away: no task is left.
-    pub(crate) async fn end(&self) {
+    /// Removes the pod and its files.
+    pub(crate) async fn destroy(&self) {
         if let Some(sandboxes) = self.sandboxes.get() {
-            if let Err(error) = sandboxes.remove_pod(&self.place.key).await {
-                tracing::error!(%error, "the pod is not removed");
+            if let Err(error) = sandboxes.remove_pod(&self.paths.key).await {
+                tracing::error!(%error, "removing the pod failed");
                 return;
             }
             sandboxes.shutdown().await;
         }
-        if let Err(error) = self.place.clear() {
-            tracing::error!(error = format!("{error:#}"), "files of the pod stay");
+        if let Err(error) = self.paths.remove_all() {
+            tracing::error!(error = format!("{error:#}"), "removing the pod's files failed");
         }
     }
 }
 
-/// A name that is taken while its task is made.
-struct Reserved {
-    pod: Arc<Pod>,
-    id: String,
-}
-
-impl Drop for Reserved {
-    fn drop(&mut self) {
-        let mut tasks = self.pod.tasks();
-        if tasks.get(&self.id).is_some_and(Option::is_none) {
-            tasks.remove(&self.id);
-        }
-    }
-}
-
-/// What a container is killed with when nothing else is said.
-pub(crate) fn signal_or_kill(signal: u32) -> u32 {
+/// Signal 0 stands for the default, SIGKILL.
+pub(crate) fn signal_or_sigkill(signal: u32) -> u32 {
     if signal == 0 { SIGKILL } else { signal }
 }

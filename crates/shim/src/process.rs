@@ -1,8 +1,10 @@
-//! A process that containerd knows: a container's own, or one that was added to it (exec). Its states
-//! are containerd's (api/types/task):
+//! A process known to containerd: a container's init process or an exec. States as in containerd's
+//! api/types/task:
 //! ```text
+//!            Paused
+//!              ^ v
 //! Created -> Running -> Stopped
-//!    \---------------------^     killed before its start, or its start has failed
+//!    \---------------------^     deleted before Start, or Start failed
 //! ```
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,10 +16,10 @@ use sandbox::model::ExitView;
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
-use crate::stdio::{Names, Signals, Stdio};
+use crate::stdio::{Stdio, StdioPaths, StreamControl};
 
-/// What is still held by children of a process gets this long after its Delete.
-const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+/// Time for output that children of a process hold open, after its exit.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Exit {
@@ -27,37 +29,38 @@ pub(crate) struct Exit {
 
 impl Exit {
     pub(crate) fn of(view: &ExitView) -> Self {
-        // 255: of a process whose end nobody has seen, as containerd has it.
+        // 255: unknown exit status, as in containerd.
         Self { status: u32::try_from(view.code).unwrap_or(255), at: view.at }
     }
 }
 
 pub(crate) struct Process {
-    pub(crate) names: Names,
-    /// Held by who changes the process, so that its events come in order.
-    pub(crate) turn: tokio::sync::Mutex<()>,
+    pub(crate) stdio_paths: StdioPaths,
+    /// Held while the state changes, so that events are published in order.
+    pub(crate) state_lock: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     exit: watch::Sender<Option<Exit>>,
-    signals: Signals,
+    stream_control: StreamControl,
     streams: TaskTracker,
 }
 
 #[derive(Default)]
 struct State {
     pid: u32,
+    paused: bool,
     control: Option<ProcessControl>,
-    /// Opened, and taken when the process has streams.
+    /// Opened; taken when the guest's streams are connected.
     stdio: Option<Stdio>,
 }
 
 impl Process {
-    pub(crate) fn new(names: Names, stdio: Option<Stdio>) -> Self {
+    pub(crate) fn new(stdio_paths: StdioPaths, stdio: Option<Stdio>) -> Self {
         Self {
-            names,
-            turn: tokio::sync::Mutex::default(),
+            stdio_paths,
+            state_lock: tokio::sync::Mutex::default(),
             state: Mutex::new(State { stdio, ..State::default() }),
             exit: watch::Sender::new(None),
-            signals: Signals::default(),
+            stream_control: StreamControl::default(),
             streams: TaskTracker::new(),
         }
     }
@@ -82,25 +85,33 @@ impl Process {
         self.state().control = Some(control);
     }
 
+    pub(crate) fn is_paused(&self) -> bool {
+        self.state().paused
+    }
+
+    pub(crate) fn set_paused(&self, paused: bool) {
+        self.state().paused = paused;
+    }
+
     pub(crate) fn set_started(&self) {
-        self.signals.started.cancel();
+        self.stream_control.started.cancel();
     }
 
     pub(crate) fn is_started(&self) -> bool {
-        self.signals.started.is_cancelled()
+        self.stream_control.started.is_cancelled()
     }
 
-    /// Ends standard input after what was written to it before.
+    /// Closes standard input after the data that was written before.
     pub(crate) fn close_stdin(&self) {
-        self.signals.closed.cancel();
+        self.stream_control.stdin_closed.cancel();
     }
 
     pub(crate) fn take_stdio(&self) -> Option<Stdio> {
         self.state().stdio.take()
     }
 
-    /// Moves its streams in the background.
-    pub(crate) fn carry(
+    /// Copies its streams in the background.
+    pub(crate) fn copy_streams(
         &self,
         stdio: Stdio,
         streams: (
@@ -109,22 +120,22 @@ impl Process {
             Option<sandbox::session::ByteReader>,
         ),
     ) {
-        self.streams.spawn(stdio.carry(streams, self.signals.clone()));
+        self.streams.spawn(stdio.copy_streams(streams, self.stream_control.clone()));
     }
 
-    /// Resolves when nothing is carried any more.
-    pub(crate) async fn streams_ended(&self) {
+    /// Waits until all streams are copied.
+    pub(crate) async fn wait_streams(&self) {
         self.streams.close();
         self.streams.wait().await;
     }
 
-    /// Ends its streams, after a moment for what is on its way.
-    pub(crate) async fn end_streams(&self) {
+    /// Closes its streams, after [`DRAIN_TIMEOUT`] for remaining output.
+    pub(crate) async fn close_streams(&self) {
         self.streams.close();
-        if tokio::time::timeout(DRAIN_LIMIT, self.streams.wait()).await.is_err() {
-            tracing::info!("output that nobody takes, or that children hold open, is given up");
+        if tokio::time::timeout(DRAIN_TIMEOUT, self.streams.wait()).await.is_err() {
+            tracing::info!("unread output of a deleted process is discarded");
         }
-        self.signals.abandoned.cancel();
+        self.stream_control.abandoned.cancel();
         drop(self.take_stdio());
     }
 
@@ -132,7 +143,7 @@ impl Process {
         *self.exit.borrow()
     }
 
-    /// The first one counts; true if it is this one.
+    /// Only the first call sets the exit; returns whether this was the first.
     pub(crate) fn set_exit(&self, exit: Exit) -> bool {
         self.exit.send_if_modified(|known| {
             let first = known.is_none();
@@ -145,7 +156,7 @@ impl Process {
         let mut exits = self.exit.subscribe();
         match exits.wait_for(Option::is_some).await {
             Ok(exit) => exit.unwrap_or(Exit { status: 255, at: SystemTime::now() }),
-            // The sender lives as long as we do.
+            // Not reached: `self` owns the sender.
             Err(_) => Exit { status: 255, at: SystemTime::now() },
         }
     }
@@ -153,6 +164,7 @@ impl Process {
     pub(crate) fn status(&self) -> Status {
         match (self.exit(), self.is_started()) {
             (Some(_), _) => Status::STOPPED,
+            (None, true) if self.is_paused() => Status::PAUSED,
             (None, true) => Status::RUNNING,
             (None, false) => Status::CREATED,
         }
@@ -164,11 +176,13 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_first_end_of_a_process_counts_and_everybody_hears_of_it() {
-        let process = Process::new(Names::default(), None);
+    async fn only_the_first_exit_is_recorded_and_all_waiters_get_it() {
+        let process = Process::new(StdioPaths::default(), None);
         assert_eq!(process.status(), Status::CREATED);
         process.set_started();
         assert_eq!(process.status(), Status::RUNNING);
+        process.set_paused(true);
+        assert_eq!(process.status(), Status::PAUSED);
         let first = Exit { status: 3, at: SystemTime::now() };
         let (waited, ()) = tokio::join!(process.wait(), async {
             assert!(process.set_exit(first));
@@ -180,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_that_nobody_has_seen_has_a_code_of_its_own() {
+    fn an_unknown_exit_status_is_255() {
         let view = |code| ExitView {
             code,
             oom_killed: false,

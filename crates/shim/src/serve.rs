@@ -1,9 +1,9 @@
-//! The shim itself: serves the task API at the socket that `start` has made, until containerd shuts it
-//! down.
+//! The serving shim: serves the task API on the socket that `start` created, until Shutdown.
 
 use std::collections::HashMap;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
@@ -17,71 +17,82 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::Arguments;
 use crate::events::Publisher;
-use crate::place::Place;
+use crate::paths::PodPaths;
 use crate::pod::Pod;
 use crate::service::TaskService;
 use crate::settings::Settings;
 
-/// containerd says where it takes events.
+/// Environment variable with the address of containerd's ttrpc server, which receives events.
 const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
-/// The names of one service: version 3 is a renamed version 2.
+/// Both names of the task service: version 3 is version 2 renamed.
 const SERVICE_V2: &str = "containerd.task.v2.Task";
 const SERVICE_V3: &str = "containerd.task.v3.Task";
 
 pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
-    let settings = Settings::load()?;
+    let lock = take_lock()?;
+    // The working directory is the bundle.
+    let settings = Settings::of_task(&arguments.bundle()?, None)?;
     start_log(arguments, &settings);
-    let place = Place::new(&settings, &arguments.namespace, &arguments.id);
+    let paths = PodPaths::new(&settings, &arguments.namespace, &arguments.id);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    let served = runtime.block_on(work(arguments, settings, place));
-    // Blocking work that hangs must not keep us from ending.
+    let served = runtime.block_on(run(arguments, settings, paths));
+    drop(lock);
+    // A hanging blocking task must not prevent the exit.
     runtime.shutdown_background();
     if let Err(error) = &served {
-        tracing::error!(error = format!("{error:#}"), "the shim fails");
+        tracing::error!(error = format!("{error:#}"), "the shim failed");
     }
     served
 }
 
-/// As the shim's only descriptor beside the standard ones, its socket is standard input.
+/// `start` passes the lock of the pod's root directory as standard output. It is held until the shim
+/// exits, and must not be inherited by other processes.
+fn take_lock() -> Result<OwnedFd> {
+    let lock = std::io::stdout().as_fd().try_clone_to_owned().context("taking the lock")?;
+    let null = File::options().write(true).open("/dev/null").context("opening /dev/null")?;
+    nix::unistd::dup2_stdout(null).context("replacing standard output")?;
+    Ok(lock)
+}
+
+/// The listening socket is passed as standard input.
 fn listener() -> Result<UnixListener> {
-    use std::os::fd::AsFd;
     let socket = std::io::stdin().as_fd().try_clone_to_owned().context("taking the socket")?;
     let listener = UnixListener::from(socket);
     listener.local_addr().context("standard input is not the socket of `start`")?;
     Ok(listener)
 }
 
-async fn work(arguments: &Arguments, settings: Settings, place: Place) -> Result<()> {
+async fn run(arguments: &Arguments, settings: Settings, paths: PodPaths) -> Result<()> {
     let listener = listener()?;
     listener.set_nonblocking(true)?;
-    place.write_pid().context("writing the pid")?;
+    paths.write_pid().context("writing the pid")?;
     let publisher = Publisher::start(arguments.namespace.clone(), events_address(arguments));
-    let pod = Pod::new(arguments.namespace.clone(), place, settings, publisher.clone());
+    let pod = Pod::new(arguments.namespace.clone(), paths, settings, publisher.clone());
     let listener = tokio::net::UnixListener::from_std(listener)?;
     let mut server =
         Server::new().add_listener(Listener::from(listener)).register_service(services(&pod));
     server.start().await.context("serving")?;
     tracing::info!(id = arguments.id, namespace = arguments.namespace, "shim serves");
-    // The pod is not ended by a signal that was meant for a group of processes.
+    // A signal sent to a process group must not stop the pod.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     loop {
         tokio::select! {
-            () = pod.ending.cancelled() => break,
-            _ = terminate.recv() => tracing::info!("SIGTERM is ignored: the pod needs its shim"),
+            () = pod.shutdown.cancelled() => break,
+            _ = terminate.recv() => tracing::info!("SIGTERM is ignored: containerd stops a shim with Shutdown"),
             _ = interrupt.recv() => {}
         }
     }
     publisher.flush().await;
-    pod.end().await;
+    pod.destroy().await;
     let _ = server.shutdown().await;
     Ok(())
 }
 
-/// The service under both of its names.
+/// The task service under both names.
 fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
     let make = || create_task(Arc::new(TaskService(pod.clone())));
     let mut all = HashMap::new();
@@ -97,15 +108,15 @@ fn events_address(arguments: &Arguments) -> String {
     if address.contains("://") { address } else { format!("unix://{address}") }
 }
 
-/// containerd reads a FIFO `log` in the bundle, which is our working folder. Open for reading too, so
-/// that a containerd which goes away breaks nothing; what it does not read is dropped.
+/// Logs to the FIFO `log` in the bundle (the working directory), which containerd reads. Open for
+/// reading too, so that writes do not fail while containerd is down; a full FIFO drops lines.
 fn start_log(arguments: &Arguments, settings: &Settings) {
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
     let Ok(log) = options.open("log") else { return };
     let level = if arguments.debug { "debug" } else { settings.log_level.as_str() };
     let filter = EnvFilter::try_new(level).unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = Mutex::new(Lossy(log));
+    let log = Mutex::new(NonBlockingWriter(log));
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
@@ -113,11 +124,11 @@ fn start_log(arguments: &Arguments, settings: &Settings) {
         .try_init();
 }
 
-struct Lossy(std::fs::File);
+struct NonBlockingWriter(File);
 
-impl Write for Lossy {
+impl Write for NonBlockingWriter {
     fn write(&mut self, text: &[u8]) -> std::io::Result<usize> {
-        // A full FIFO: nobody reads.
+        // Fails if the FIFO is full.
         let _ = self.0.write(text);
         Ok(text.len())
     }

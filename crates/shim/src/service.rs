@@ -16,11 +16,12 @@ use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::ttrpc::Result;
 use containerd_shim_protos::ttrpc::asynchronous::TtrpcContext;
 
-use crate::errors::{invalid, of_sandbox, unimplemented};
+use crate::create::CreateOptions;
+use crate::errors::{from_sandbox, invalid, unimplemented};
 use crate::events::{any, timestamp};
-use crate::pod::{Creation, Pod, signal_or_kill};
+use crate::pod::{Pod, signal_or_sigkill};
 use crate::stats;
-use crate::stdio::Names;
+use crate::stdio::StdioPaths;
 
 pub(crate) struct TaskService(pub(crate) Arc<Pod>);
 
@@ -30,10 +31,10 @@ impl Task for TaskService {
         if !r.checkpoint.is_empty() {
             return Err(unimplemented("checkpoints"));
         }
-        let names =
-            Names { stdin: r.stdin, stdout: r.stdout, stderr: r.stderr, terminal: r.terminal };
+        let stdio_paths =
+            StdioPaths { stdin: r.stdin, stdout: r.stdout, stderr: r.stderr, terminal: r.terminal };
         let (id, bundle, rootfs) = (r.id, r.bundle.into(), r.rootfs);
-        let pid = self.0.create(Creation { id, bundle, rootfs, names }).await?;
+        let pid = self.0.create(CreateOptions { id, bundle, rootfs, stdio_paths }).await?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
@@ -46,17 +47,17 @@ impl Task for TaskService {
         let found = self.0.find(&r.id, &r.exec_id)?;
         let (task, process) = (found.task(), found.process());
         let exit = process.exit();
-        let names = process.names.clone();
+        let stdio_paths = process.stdio_paths.clone();
         Ok(StateResponse {
             id: r.id,
             exec_id: r.exec_id,
             bundle: task.bundle.display().to_string(),
             pid: process.pid(),
-            status: process.status().into(),
-            stdin: names.stdin,
-            stdout: names.stdout,
-            stderr: names.stderr,
-            terminal: names.terminal,
+            status: found.status().into(),
+            stdin: stdio_paths.stdin,
+            stdout: stdio_paths.stdout,
+            stderr: stdio_paths.stderr,
+            terminal: stdio_paths.terminal,
             exit_status: exit.map_or(0, |exit| exit.status),
             exited_at: exit.map(|exit| timestamp(exit.at)).into(),
             ..Default::default()
@@ -80,15 +81,15 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, r: KillRequest) -> Result<Empty> {
-        self.0.kill(&r.id, &r.exec_id, signal_or_kill(r.signal), r.all).await?;
+        self.0.kill(&r.id, &r.exec_id, signal_or_sigkill(r.signal), r.all).await?;
         Ok(Empty::new())
     }
 
     async fn exec(&self, _: &TtrpcContext, r: ExecProcessRequest) -> Result<Empty> {
-        let names =
-            Names { stdin: r.stdin, stdout: r.stdout, stderr: r.stderr, terminal: r.terminal };
+        let stdio_paths =
+            StdioPaths { stdin: r.stdin, stdout: r.stdout, stderr: r.stderr, terminal: r.terminal };
         let spec = r.spec.into_option().ok_or_else(|| invalid("the process is not specified"))?;
-        self.0.add_exec(&r.id, &r.exec_id, names, &spec.value).await?;
+        self.0.add_exec(&r.id, &r.exec_id, stdio_paths, &spec.value).await?;
         Ok(Empty::new())
     }
 
@@ -96,7 +97,7 @@ impl Task for TaskService {
         let found = self.0.find(&r.id, &r.exec_id)?;
         let side = |length: u32| u16::try_from(length).unwrap_or(u16::MAX);
         if let Some(control) = found.process().control() {
-            control.resize(side(r.width), side(r.height)).await.map_err(of_sandbox)?;
+            control.resize(side(r.width), side(r.height)).await.map_err(from_sandbox)?;
         }
         Ok(Empty::new())
     }
@@ -123,11 +124,11 @@ impl Task for TaskService {
         let task = self.0.task(&r.id)?;
         let sandboxes = self.0.sandboxes()?;
         let metrics = if task.is_sandbox() {
-            let measured = sandboxes.pod_stats(&self.0.place.key).await;
-            stats::of_pod(&measured.map_err(of_sandbox)?)
+            let measured = sandboxes.pod_stats(&self.0.paths.key).await;
+            stats::pod_metrics(&measured.map_err(from_sandbox)?)
         } else {
             let measured = sandboxes.container_stats(&self.0.key(&r.id)).await;
-            stats::of_container(&measured.map_err(of_sandbox)?)
+            stats::container_metrics(&measured.map_err(from_sandbox)?)
         };
         Ok(StatsResponse { stats: MessageField::some(any(&metrics)), ..Default::default() })
     }
@@ -141,7 +142,7 @@ impl Task for TaskService {
         let resources = serde_json::from_slice(&resources.value)
             .map_err(|e| invalid(format!("resources: {e}")))?;
         let updated = self.0.sandboxes()?.update_container(&self.0.key(&r.id), resources).await;
-        updated.map_err(of_sandbox)?;
+        updated.map_err(from_sandbox)?;
         Ok(Empty::new())
     }
 
@@ -152,16 +153,18 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Result<Empty> {
-        self.0.shut_down();
+        self.0.request_shutdown();
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> Result<Empty> {
-        Err(unimplemented("pausing"))
+    async fn pause(&self, _: &TtrpcContext, r: PauseRequest) -> Result<Empty> {
+        self.0.set_paused(&r.id, true).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> Result<Empty> {
-        Err(unimplemented("pausing"))
+    async fn resume(&self, _: &TtrpcContext, r: ResumeRequest) -> Result<Empty> {
+        self.0.set_paused(&r.id, false).await?;
+        Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Result<Empty> {

@@ -1,18 +1,21 @@
-//! The shim's configuration: /etc/nacelle/shim.toml, which need not be there. [`TEMPLATE`] documents
-//! it; a test holds it to the defaults.
+//! The shim's configuration: /etc/nacelle/shim.toml, which is optional. [`DEFAULT_FILE`] documents it;
+//! a test compares it with the defaults.
 
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::place::{KEY, Place};
+use crate::paths::{KEY_LENGTH, PodPaths};
 
 #[cfg(test)]
-const TEMPLATE: &str = include_str!("../dist/shim.toml");
+const DEFAULT_FILE: &str = include_str!("../dist/shim.toml");
 const PATH: &str = "/etc/nacelle/shim.toml";
-/// Another file, for tests.
+/// Copy of the settings in the bundle of each task of a pod. A pod keeps the settings that it was
+/// started with, so that its files are found after a change of shim.toml.
+const SAVED: &str = "nacelle-shim.json";
+/// Overrides the path, for tests.
 const PATH_VARIABLE: &str = "NACELLE_SHIM_CONFIG";
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,11 +74,42 @@ impl Settings {
         toml::from_str(&text).with_context(|| format!("reading {}", path.display()))
     }
 
-    /// Of a sandbox which is one pod's.
-    pub(crate) fn pods(&self, place: &Place, uid: u32) -> sandbox::Config {
+    /// Settings of a task's pod: those that are saved in its bundle, or in its pod's, which is beside it;
+    /// for a new pod those of shim.toml.
+    pub(crate) fn of_task(bundle: &Path, pod: Option<&str>) -> Result<Self> {
+        let of_pod = || Self::saved(&bundle.parent()?.join(pod?));
+        match Self::saved(bundle).or_else(of_pod) {
+            Some(settings) => Ok(settings),
+            None => Self::load(),
+        }
+    }
+
+    fn saved(bundle: &Path) -> Option<Self> {
+        Self::read_saved(&bundle.join(SAVED))
+    }
+
+    /// None also if the file is of a release with other settings.
+    pub(crate) fn read_saved(path: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    }
+
+    pub(crate) fn save(&self, bundle: &Path) -> Result<()> {
+        self.write(&bundle.join(SAVED))
+    }
+
+    /// Replaces the file atomically.
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+        let new = path.with_extension("new");
+        let written = std::fs::write(&new, serde_json::to_vec(self)?);
+        let written = written.and_then(|()| std::fs::rename(&new, path));
+        written.with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Configuration of the sandbox crate for one pod.
+    pub(crate) fn sandbox_config(&self, paths: &PodPaths, uid: u32) -> sandbox::Config {
         sandbox::Config {
-            root: place.root.clone(),
-            state: place.state.clone(),
+            root: paths.root.clone(),
+            state: paths.state.clone(),
             vmm: self.vmm.clone(),
             kernel: self.kernel.clone(),
             initramfs: self.initramfs.clone(),
@@ -89,8 +123,8 @@ impl Settings {
             uid_base: uid,
             uid_range: 1,
             start_parallelism: 1,
-            id_length: KEY,
-            scratch_originals: place.originals.clone(),
+            id_length: KEY_LENGTH,
+            scratch_originals: paths.originals.clone(),
             caller_reads_output: true,
             ..sandbox::Config::default()
         }
@@ -102,9 +136,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_template_says_the_defaults() {
-        assert_eq!(toml::from_str::<Settings>(TEMPLATE).unwrap(), Settings::default());
-        let table: toml::Table = TEMPLATE.parse().unwrap();
+    fn a_pod_keeps_the_settings_that_it_was_started_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pod, container) = (dir.path().join("p"), dir.path().join("c"));
+        std::fs::create_dir_all(&pod).unwrap();
+        std::fs::create_dir_all(&container).unwrap();
+        let started = Settings { root: "/elsewhere".into(), ..Settings::default() };
+        started.save(&pod).unwrap();
+        assert_eq!(Settings::of_task(&pod, None).unwrap(), started);
+        assert_eq!(Settings::of_task(&container, Some("p")).unwrap(), started);
+        // The copy of the container is used when its pod's bundle is gone.
+        started.save(&container).unwrap();
+        std::fs::remove_dir_all(&pod).unwrap();
+        assert_eq!(Settings::of_task(&container, Some("p")).unwrap(), started);
+        std::fs::write(container.join(SAVED), r#"{"setting_of_another_release": 1}"#).unwrap();
+        assert_eq!(Settings::saved(&container), None);
+    }
+
+    #[test]
+    fn the_default_file_has_all_settings_with_their_defaults() {
+        assert_eq!(toml::from_str::<Settings>(DEFAULT_FILE).unwrap(), Settings::default());
+        let table: toml::Table = DEFAULT_FILE.parse().unwrap();
         let all = toml::Table::try_from(Settings::default()).unwrap();
         let (mut named, mut known): (Vec<_>, Vec<_>) =
             (table.keys().collect(), all.keys().collect());

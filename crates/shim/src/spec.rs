@@ -1,5 +1,5 @@
-//! The bundle's config.json, an OCI runtime specification for this host, to what the `sandbox` crate
-//! takes: the guest's own part stays a specification, mounts of the host become volumes.
+//! Converts the bundle's config.json (OCI runtime specification) to the types of the `sandbox` crate.
+//! The parts that the guest applies stay a specification; bind mounts of the host become volumes.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -15,7 +15,7 @@ use sandbox::model::{
 
 use crate::settings::Settings;
 
-/// A config.json at most, bytes; containerd's are some ten KiB.
+/// Maximum size of config.json, bytes; containerd's have some ten KiB.
 const MAX_CONFIG: u64 = 16 << 20;
 /// HOST_NAME_MAX (hostname(7)).
 const MAX_HOSTNAME: usize = 64;
@@ -30,18 +30,18 @@ const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
 const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const SANDBOX_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const SANDBOX_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-/// Ours, in the pod's record: the network namespace that containerd has made.
+/// In the pod's record: path of the network namespace that containerd created.
 pub(crate) const NETNS: &str = "nacelle.dev/netns";
 
-/// What a task is to its pod.
+/// How a task belongs to a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Role {
+pub(crate) enum ContainerType {
     /// The pause container of a Kubernetes pod: the task is the VM.
-    Sandbox,
-    /// One of its containers.
-    Member { pod: String },
-    /// A container with a VM of its own (ctr, nerdctl).
-    Single,
+    PodSandbox,
+    /// A container of a Kubernetes pod.
+    PodContainer { pod: String },
+    /// A container without a pod (ctr, nerdctl); it has its own VM.
+    SingleContainer,
 }
 
 pub(crate) fn read(bundle: &Path) -> Result<Spec> {
@@ -60,16 +60,16 @@ fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
     spec.annotations().as_ref()?.get(name).map(String::as_str).filter(|text| !text.is_empty())
 }
 
-pub(crate) fn role(spec: &Spec) -> Result<Role> {
+pub(crate) fn container_type(spec: &Spec) -> Result<ContainerType> {
     match annotation(spec, CONTAINER_TYPE) {
-        Some("sandbox") => Ok(Role::Sandbox),
+        Some("sandbox") => Ok(ContainerType::PodSandbox),
         Some("container") => {
             let pod = annotation(spec, SANDBOX_ID);
             let pod = pod.with_context(|| format!("annotation {SANDBOX_ID} is missing"))?;
-            crate::args::check("sandbox id", pod)?;
-            Ok(Role::Member { pod: pod.to_owned() })
+            crate::args::validate_id("sandbox id", pod)?;
+            Ok(ContainerType::PodContainer { pod: pod.to_owned() })
         }
-        None => Ok(Role::Single),
+        None => Ok(ContainerType::SingleContainer),
         Some(other) => bail!("annotation {CONTAINER_TYPE}: {other:?} is unknown"),
     }
 }
@@ -79,7 +79,7 @@ fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<Option<PathBuf>> {
     namespaces.iter().find(|n| n.typ() == kind).map(|n| n.path().clone())
 }
 
-/// The pod of a sandbox, or that of a single container.
+/// The pod of a sandbox, or of a single container.
 pub(crate) fn pod(namespace_name: &str, id: &str, spec: &Spec, settings: &Settings) -> PodSpec {
     let text = |name| annotation(spec, name).map(str::to_owned);
     let mut annotations = BTreeMap::new();
@@ -120,8 +120,8 @@ pub(crate) fn pod(namespace_name: &str, id: &str, spec: &Spec, settings: &Settin
     }
 }
 
-/// Memory limit in bytes and CPUs of the pod, where it has limits: those that a kubelet states for the
-/// pod, or those of the single container.
+/// Memory limit in bytes and CPU limit of the pod, if any: from the CRI annotations, or from the single
+/// container's resources.
 fn size(spec: &Spec, max_vcpus: u8) -> (Option<u64>, Option<u8>) {
     let number = |name| annotation(spec, name).and_then(|text| text.parse::<i64>().ok());
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
@@ -144,8 +144,8 @@ fn size(spec: &Spec, max_vcpus: u8) -> (Option<u64>, Option<u8>) {
     (memory.filter(positive).and_then(|bytes| u64::try_from(bytes).ok()), vcpus)
 }
 
-/// The folder of cgroups that the VMM's own is made in, from the path which the container's would have
-/// (runc's `cgroupsPath`): a path, or `slice:prefix:name` of systemd.
+/// Parent of the VMM's cgroup, from `cgroupsPath` of the specification: a path, or systemd's
+/// `slice:prefix:name`.
 fn cgroup_parent(spec: &Spec) -> String {
     let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
     let text = path.unwrap_or_default().to_string_lossy().into_owned();
@@ -168,7 +168,7 @@ pub(crate) fn container(
     stdin: bool,
 ) -> Result<ContainerSpec> {
     if spec.hooks().as_ref().is_some_and(|hooks| *hooks != Default::default()) {
-        bail!("hooks cannot run: the host has no process of the container, the guest no programs");
+        bail!("OCI hooks are not supported: the container has no process on the host");
     }
     let mut volumes = vec![Volume {
         container_path: "/".to_owned(),
@@ -179,17 +179,16 @@ pub(crate) fn container(
     let mut mounts = Vec::new();
     for mount in spec.mounts().clone().unwrap_or_default() {
         match volume(&mount)? {
-            Kind::Guest => mounts.push(mount),
-            Kind::Volume(volume) => volumes.push(volume),
-            Kind::OfThePod => {}
+            MountKind::Guest => mounts.push(mount),
+            MountKind::Volume(volume) => volumes.push(volume),
+            MountKind::Pod => {}
         }
     }
     spec.set_mounts(Some(mounts));
     let devices = take_block_devices(&mut spec);
     let pid = match namespace(&spec, LinuxNamespaceType::Pid) {
         Some(None) => PidMode::Container,
-        // Another container's, all of which are said to be the VMM's process; or the host's, which
-        // are the pod's here.
+        // Another container's (all pids are the VMM's), or the host's: the pod's in the guest.
         Some(Some(_)) | None => PidMode::Pod,
     };
     let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
@@ -200,13 +199,13 @@ pub(crate) fn container(
         user: String::new(),
         pid,
         stdin,
-        // The stream ends with CloseIO, and the process has to read an end of file then.
+        // CloseIO closes the stream, and the process must read end of file.
         stdin_once: true,
         tty: terminal,
         log_path: String::new(),
         volumes,
         devices,
-        // containerd has looked them up.
+        // containerd has resolved the groups.
         strict_groups: true,
         image_name: String::new(),
         image_id: String::new(),
@@ -216,28 +215,28 @@ pub(crate) fn container(
     })
 }
 
-enum Kind {
-    /// A file system that the guest mounts.
+enum MountKind {
+    /// A file system mounted by the guest.
     Guest,
     Volume(Volume),
-    /// What the pod has in its VM anyway.
-    OfThePod,
+    /// Provided by the pod's VM.
+    Pod,
 }
 
-fn volume(mount: &Mount) -> Result<Kind> {
+fn volume(mount: &Mount) -> Result<MountKind> {
     let options = mount.options().as_deref().unwrap_or_default();
     let has = |name: &str| options.iter().any(|option| option == name);
     let is_bind = mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind");
     if !is_bind {
-        return Ok(Kind::Guest);
+        return Ok(MountKind::Guest);
     }
     let destination = mount.destination();
-    // containerd's is a tmpfs of the host; containers of a pod share the guest's.
+    // containerd's is a tmpfs on the host; containers of a pod share the guest's instead.
     if destination == Path::new("/dev/shm") {
-        return Ok(Kind::OfThePod);
+        return Ok(MountKind::Pod);
     }
     let Some(source) = mount.source().clone().filter(|source| source.is_absolute()) else {
-        bail!("mount {}: its source is no absolute path", destination.display());
+        bail!("mount {}: its source is not an absolute path", destination.display());
     };
     let Some(container_path) = destination.to_str() else {
         bail!("mount {}: not UTF-8", destination.display());
@@ -252,7 +251,7 @@ fn volume(mount: &Mount) -> Result<Kind> {
         () if has("rslave") || has("slave") => Propagation::HostToContainer,
         () => Propagation::Private,
     };
-    Ok(Kind::Volume(Volume {
+    Ok(MountKind::Volume(Volume {
         container_path: container_path.to_owned(),
         source: VolumeSource::Shared { host_path: source },
         access,
@@ -260,7 +259,7 @@ fn volume(mount: &Mount) -> Result<Kind> {
     }))
 }
 
-/// Block devices of the host become disks of the VM; device numbers mean nothing there.
+/// Block devices of the host become disks of the VM, as their device numbers differ there.
 fn take_block_devices(spec: &mut Spec) -> Vec<BlockDevice> {
     let Some(linux) = spec.linux_mut() else { return Vec::new() };
     let Some(all) = linux.devices().clone() else { return Vec::new() };
@@ -301,19 +300,19 @@ mod tests {
     }
 
     #[test]
-    fn a_task_is_a_sandbox_a_member_of_one_or_single() {
-        let of = |annotations| role(&spec(json!({ "annotations": annotations })));
-        assert_eq!(of(json!({ CONTAINER_TYPE: "sandbox" })).unwrap(), Role::Sandbox);
-        let member = of(json!({ CONTAINER_TYPE: "container", SANDBOX_ID: "p" })).unwrap();
-        assert_eq!(member, Role::Member { pod: "p".into() });
-        assert_eq!(of(json!({})).unwrap(), Role::Single);
+    fn the_container_type_is_read_from_the_annotations() {
+        let of = |annotations| container_type(&spec(json!({ "annotations": annotations })));
+        assert_eq!(of(json!({ CONTAINER_TYPE: "sandbox" })).unwrap(), ContainerType::PodSandbox);
+        let container = of(json!({ CONTAINER_TYPE: "container", SANDBOX_ID: "p" })).unwrap();
+        assert_eq!(container, ContainerType::PodContainer { pod: "p".into() });
+        assert_eq!(of(json!({})).unwrap(), ContainerType::SingleContainer);
         assert!(of(json!({ CONTAINER_TYPE: "container" })).is_err());
         assert!(of(json!({ CONTAINER_TYPE: "container", SANDBOX_ID: "../p" })).is_err());
         assert!(of(json!({ CONTAINER_TYPE: "x" })).is_err());
     }
 
     #[test]
-    fn a_pod_has_the_size_and_place_that_containerd_says() {
+    fn the_pods_resources_and_cgroup_parent_are_those_of_the_specification() {
         let settings = Settings::default();
         let pod_of = |value| pod("k8s.io", "0123456789abcdef", &spec(value), &settings);
         let kubelet = pod_of(json!({
@@ -336,14 +335,14 @@ mod tests {
         assert_eq!((&*ctr.cgroup_parent, &*ctr.hostname), ("/default", "0123456789ab"));
         assert_eq!((ctr.memory_mib, ctr.vcpus), (Some(129), None));
         assert!(!ctr.meta.annotations.contains_key(NETNS));
-        // What says "no limit" is none.
+        // Zero and negative values mean "no limit".
         let open = pod_of(json!({ "annotations": { SANDBOX_MEMORY: "0", SANDBOX_QUOTA: "-1" } }));
         assert_eq!((open.memory_mib, open.vcpus), (None, None));
         assert_eq!(open.cgroup_parent, "");
     }
 
     #[test]
-    fn mounts_of_the_host_are_volumes_and_the_guests_stay() {
+    fn bind_mounts_become_volumes_and_other_mounts_stay() {
         let spec = spec(json!({
             "root": { "path": "rootfs", "readonly": true },
             "mounts": [
@@ -361,13 +360,13 @@ mod tests {
                 "resources": { "devices": [
                     { "allow": true, "type": "b", "major": 8, "minor": 16, "access": "r" } ] } } }));
         let made = container("c", spec, Path::new("/b/rootfs"), true, false).unwrap();
-        let places: Vec<_> = made.volumes.iter().map(|v| (&*v.container_path, v.access)).collect();
+        let volumes: Vec<_> = made.volumes.iter().map(|v| (&*v.container_path, v.access)).collect();
         let expected = [
             ("/", Access::ReadOnly),
             ("/etc/hosts", Access::ReadOnly),
             ("/data", Access::ReadWrite),
         ];
-        assert_eq!(places, expected);
+        assert_eq!(volumes, expected);
         assert_eq!(made.volumes[2].propagation, Propagation::HostToContainer);
         assert!(made.volumes[0].is_lower_layer(&made.rootfs));
         assert!(made.rootfs.read_only && made.tty && made.pid == PidMode::Container);

@@ -1,4 +1,4 @@
-//! Measurements as containerd takes them: `io.containerd.cgroups.v2.Metrics`.
+//! Statistics as `io.containerd.cgroups.v2.Metrics`, which containerd expects.
 
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat,
@@ -8,7 +8,7 @@ use sandbox::stats::{
     BlockIoView, ContainerStatsView, CpuView, InterfaceView, MemoryView, PodStatsView,
 };
 
-pub(crate) fn of_container(stats: &ContainerStatsView) -> Metrics {
+pub(crate) fn container_metrics(stats: &ContainerStatsView) -> Metrics {
     let entries = stats.block_io.iter().map(io).collect();
     Metrics {
         pids: MessageField::some(PidsStat {
@@ -29,8 +29,8 @@ pub(crate) fn of_container(stats: &ContainerStatsView) -> Metrics {
     }
 }
 
-/// Of all that runs in the guest.
-pub(crate) fn of_pod(stats: &PodStatsView) -> Metrics {
+/// Metrics of the whole guest.
+pub(crate) fn pod_metrics(stats: &PodStatsView) -> Metrics {
     Metrics {
         pids: MessageField::some(PidsStat { current: stats.pids, ..Default::default() }),
         cpu: MessageField::some(cpu(&stats.cpu)),
@@ -58,12 +58,12 @@ fn memory(view: &MemoryView) -> MemoryStat {
         file: view.cache,
         file_mapped: view.mapped_file,
         active_file: view.total_active_file,
-        // A reader takes it from the usage and has the working set.
+        // Readers compute the working set as usage minus inactive_file.
         inactive_file: view.usage.saturating_sub(view.working_set),
         pgfault: view.page_faults,
         pgmajfault: view.major_page_faults,
         usage: view.usage,
-        // cgroup v2 says "max", which containerd has as the largest number.
+        // No limit ("max" in cgroup v2) is the maximum number in containerd.
         usage_limit: if view.limit == 0 { u64::MAX } else { view.limit },
         max_usage: view.peak,
         swap_usage: view.swap,
@@ -104,7 +104,7 @@ mod tests {
     use crate::events::any;
 
     #[test]
-    fn a_reader_gets_the_working_set_and_the_type_that_it_knows() {
+    fn metrics_have_the_working_set_and_containerds_type() {
         let view = MemoryView { usage: 100, working_set: 60, limit: 0, ..Default::default() };
         let stat = memory(&view);
         assert_eq!(stat.usage - stat.inactive_file, 60);

@@ -1,4 +1,4 @@
-//! Pods of Debian's containerd (1.6) in microVMs, by containerd-shim-nacelle-v2: no nacelled runs.
+//! Pods of Debian's containerd (1.6) in microVMs, with containerd-shim-nacelle-v2 and without nacelled.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,18 +15,18 @@ use crate::node::{bin, guest, registry};
 use crate::{images, wait};
 
 pub const STORIES: &[Story] = &[
-    ("ctr runs a container in a VM: streams, exit codes, exec, kill, and nothing is left", by_ctr),
-    ("a pod of containerd's CRI is one VM with several containers and its network", by_cri),
-    ("after kill -9 of a shim containerd takes away all that its pod had", killed_shim),
+    ("ctr runs a container in a VM: streams, exit codes, exec, kill, and nothing is left", ctr_run),
+    ("a pod of containerd's CRI is one VM with several containers and its network", cri_pod),
+    ("after kill -9 of a shim containerd removes all resources of its pod", killed_shim),
 ];
 
 const SHIM: &str = "containerd-shim-nacelle-v2";
-const LIMIT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const BRIDGE: &str = "ncltshim";
 /// containerd's namespace for CRI; images are pulled there.
 const NAMESPACE: &str = "k8s.io";
 
-/// A containerd with the shim as its only runtime.
+/// A containerd whose only runtime is the shim.
 struct Containerd {
     folder: tempfile::TempDir,
     state: PathBuf,
@@ -44,7 +44,7 @@ impl Containerd {
         let path = |name: &str| folder.path().join(name);
         let state = PathBuf::from(format!("/run/nclts{}", std::process::id()));
         let image = registry().push(&images::layout("busybox")?, "busybox:latest")?;
-        // The shim is found by its name.
+        // containerd looks up the shim by its name.
         fs::create_dir_all(path("bin"))?;
         std::os::unix::fs::symlink(bin(SHIM), path("bin").join(SHIM))?;
         fs::create_dir_all(path("cni"))?;
@@ -98,7 +98,7 @@ state = "{folder}/state"
             .spawn()
             .context("starting containerd (Debian package containerd)")?;
         let socket = path("containerd.sock");
-        let cri = wait::until("containerd answers", LIMIT, || {
+        let cri = wait::until("containerd answers", TIMEOUT, || {
             let Ok(cri) = Cri::connect(&socket) else { return Ok(None) };
             Ok(cri.pods().is_ok().then_some(cri))
         });
@@ -111,32 +111,32 @@ state = "{folder}/state"
         self.folder.path().join(name)
     }
 
-    fn command(&self, words: &[&str]) -> Command {
+    fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("timeout");
         command.args(["-k", "5", "120", "ctr", "--address"]).arg(self.path("containerd.sock"));
-        command.args(["--namespace", NAMESPACE]).args(words).stdin(Stdio::null());
+        command.args(["--namespace", NAMESPACE]).args(args).stdin(Stdio::null());
         command
     }
 
-    fn ctr(&self, words: &[&str]) -> Result<Output> {
-        self.command(words).output().context("running ctr (Debian package containerd)")
+    fn ctr(&self, args: &[&str]) -> Result<Output> {
+        self.command(args).output().context("running ctr (Debian package containerd)")
     }
 
-    /// Runs a container to its end.
+    /// Runs a container until it exits.
     fn run(&self, id: &str, command: &[&str]) -> Result<Output> {
-        let words = ["run", "--rm", "--runtime", "io.containerd.nacelle.v2", &self.image, id];
-        self.ctr(&[&words, command].concat())
+        let args = ["run", "--rm", "--runtime", "io.containerd.nacelle.v2", &self.image, id];
+        self.ctr(&[&args, command].concat())
     }
 
-    /// Fails if anything is left on the host of what was there.
-    fn nothing_left(&self) -> Result<()> {
+    /// Fails if any resource of a pod is left on the host.
+    fn expect_no_leftovers(&self) -> Result<()> {
         let left = || -> Result<Vec<String>> {
             let mut left = Inventory::take(&self.path("shims"), &self.state).since(&self.before);
             left.retain(|item| *item != format!("interface {BRIDGE}"));
             let folder = self.folder.path().display().to_string();
             let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-            let of_tasks = |line: &&str| line.contains(&folder) && line.contains("/rootfs ");
-            left.extend(mounts.lines().filter(of_tasks).map(|line| format!("mount {line}")));
+            let is_task_rootfs = |line: &&str| line.contains(&folder) && line.contains("/rootfs ");
+            left.extend(mounts.lines().filter(is_task_rootfs).map(|line| format!("mount {line}")));
             for (folder, kept) in [(self.path("shims"), "originals"), (self.state.clone(), "uids")]
             {
                 let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
@@ -146,7 +146,7 @@ state = "{folder}/state"
             }
             let uids = fs::read_dir(self.state.join("uids")).into_iter().flatten().flatten();
             left.extend(uids.map(|uid| format!("uid {:?}", uid.file_name())));
-            left.extend(shims()?.iter().map(|pid| format!("shim {pid}")));
+            left.extend(shim_pids()?.iter().map(|pid| format!("shim {pid}")));
             Ok(left)
         };
         let clean = wait::until("nothing is left", Duration::from_secs(20), || {
@@ -158,11 +158,11 @@ state = "{folder}/state"
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        if std::thread::panicking() || self.nothing_left().is_err() {
+        if std::thread::panicking() || self.expect_no_leftovers().is_err() {
             let text = fs::read_to_string(self.path("containerd.log")).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
             eprintln!(
-                "--- containerd said last:\n{}",
+                "--- end of containerd's log:\n{}",
                 lines[lines.len().saturating_sub(60)..].join("\n")
             );
         }
@@ -172,7 +172,7 @@ impl Drop for Containerd {
         }
         let _ = self.process.kill();
         let _ = self.process.wait();
-        for pid in shims().unwrap_or_default() {
+        for pid in shim_pids().unwrap_or_default() {
             let pid = nix::unistd::Pid::from_raw(pid);
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         }
@@ -181,15 +181,15 @@ impl Drop for Containerd {
     }
 }
 
-/// Shims that serve.
-fn shims() -> Result<Vec<i32>> {
+/// Pids of the serving shims.
+fn shim_pids() -> Result<Vec<i32>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
         let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let mut words = command.split(|&b| b == 0);
-        let is_shim = words.next().is_some_and(|word| word.ends_with(SHIM.as_bytes()));
-        if is_shim && words.next().is_some_and(|word| word == b"-namespace") {
+        let mut args = command.split(|&b| b == 0);
+        let is_shim = args.next().is_some_and(|word| word.ends_with(SHIM.as_bytes()));
+        if is_shim && args.next().is_some_and(|word| word == b"-namespace") {
             found.push(pid);
         }
     }
@@ -200,11 +200,11 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Fails with both streams.
+/// Checks the exit code and standard output.
 fn expect(output: &Output, code: i32, stdout: &str) -> Result<()> {
     ensure!(
         output.status.code() == Some(code) && text(&output.stdout) == stdout,
-        "wanted {code} and {stdout:?}, got {:?}, {:?}, {:?}",
+        "expected {code} and {stdout:?}, got {:?}, {:?}, {:?}",
         output.status.code(),
         text(&output.stdout),
         text(&output.stderr)
@@ -212,7 +212,7 @@ fn expect(output: &Output, code: i32, stdout: &str) -> Result<()> {
     Ok(())
 }
 
-fn by_ctr() -> Result<()> {
+fn ctr_run() -> Result<()> {
     let host = Containerd::start()?;
     let kernel = text(&Command::new("uname").arg("-r").output()?.stdout);
     let ran =
@@ -220,12 +220,12 @@ fn by_ctr() -> Result<()> {
     ensure!(ran.status.code() == Some(7), "{ran:?}");
     ensure!(!ran.stdout.is_empty() && text(&ran.stdout) != kernel, "the host's kernel: {ran:?}");
     ensure!(text(&ran.stderr).contains("err"), "{ran:?}");
-    host.nothing_left()?;
+    host.expect_no_leftovers()?;
 
-    // Standard input is carried to its end, and more output than a pipe holds arrives whole.
-    let words = ["run", "--rm", "--runtime", "io.containerd.nacelle.v2", &host.image, "two"];
+    // Standard input is copied to its end; output larger than a pipe arrives completely.
+    let args = ["run", "--rm", "--runtime", "io.containerd.nacelle.v2", &host.image, "two"];
     let line = "head -c 3000000 /dev/zero | tr '\\0' a; wc -c";
-    let mut piped = host.command(&[&words[..], &["sh", "-c", line]].concat());
+    let mut piped = host.command(&[&args[..], &["sh", "-c", line]].concat());
     let mut child = piped.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     let mut stdin = child.stdin.take().context("a pipe was asked for")?;
     let writer =
@@ -247,18 +247,18 @@ fn by_ctr() -> Result<()> {
     let metrics = text(&host.ctr(&["task", "metrics", "three"])?.stdout);
     ensure!(metrics.contains("memory.usage "), "{metrics}");
     expect(&host.ctr(&["task", "kill", "--signal", "KILL", "three"])?, 0, "")?;
-    wait::until("the task has stopped", LIMIT, || {
+    wait::until("the task has stopped", TIMEOUT, || {
         let tasks = text(&host.ctr(&["task", "ls"])?.stdout);
         Ok(tasks.lines().any(|l| l.contains("three") && l.contains("STOPPED")).then_some(()))
     })?;
     let deleted = host.ctr(&["task", "delete", "three"])?;
     ensure!(text(&deleted.stderr).contains("137"), "{deleted:?}");
     expect(&host.ctr(&["containers", "delete", "three"])?, 0, "")?;
-    host.nothing_left()
+    host.expect_no_leftovers()
 }
 
-/// A container as a kubelet asks for it, with all messages that containerd reads without a check.
-fn own_container(name: &str, image: &str, command: &[&str]) -> v1::ContainerConfig {
+/// A container as a kubelet requests it, with all messages that containerd dereferences unchecked.
+fn container_config(name: &str, image: &str, command: &[&str]) -> v1::ContainerConfig {
     let mut config = client::container(name, image, command);
     let linux = config.linux.get_or_insert_default();
     linux.resources.get_or_insert_default();
@@ -266,7 +266,7 @@ fn own_container(name: &str, image: &str, command: &[&str]) -> v1::ContainerConf
     config
 }
 
-fn by_cri() -> Result<()> {
+fn cri_pod() -> Result<()> {
     let host = Containerd::start()?;
     let (cri, logs) = (&host.cri, host.path("logs"));
     let config_of_pod = client::pod("web", &logs);
@@ -276,19 +276,22 @@ fn by_cri() -> Result<()> {
     let shared = host.path("shared");
     fs::create_dir_all(&shared)?;
     fs::write(shared.join("index.html"), "from the host\n")?;
-    let mut config =
-        own_container("server", &host.image, &["sh", "-c", "echo up; exec httpd -f -p 80 -h /www"]);
+    let mut config = container_config(
+        "server",
+        &host.image,
+        &["sh", "-c", "echo up; exec httpd -f -p 80 -h /www"],
+    );
     config.mounts.push(client::mount(&shared, "/www"));
     let server = cri.run_in(&pod, &config_of_pod, config)?;
     let other = cri.run_in(
         &pod,
         &config_of_pod,
-        own_container("other", &host.image, &["sh", "-c", "sleep 1000"]),
+        container_config("other", &host.image, &["sh", "-c", "sleep 1000"]),
     )?;
-    ensure!(shims()?.len() == 1, "one pod, one shim: {:?}", shims()?);
+    ensure!(shim_pids()?.len() == 1, "one pod, one shim: {:?}", shim_pids()?);
 
-    // They share the pod's network; the host reaches it too.
-    let page = wait::until("the server answers", LIMIT, || {
+    // The containers share the pod's network, which is reachable from the host.
+    let page = wait::until("the server answers", TIMEOUT, || {
         let got = cri.exec(&other, &["wget", "-q", "-O", "-", "http://127.0.0.1/index.html"])?;
         Ok((got.code == 0).then_some(got.stdout))
     })?;
@@ -299,16 +302,19 @@ fn by_cri() -> Result<()> {
     let addresses = cri.shell(&other, "ip -4 addr show eth0")?;
     ensure!(addresses.contains(&address), "{addresses}");
     ensure!(cri.shell(&other, "hostname")?.trim() == "web", "host name");
-    // Each container has a root and processes of its own.
+    // Each container has its own root file system and processes.
     cri.shell(&other, "touch /mine")?;
-    ensure!(cri.exec(&server, &["test", "-e", "/mine"])?.code == 1, "roots are shared");
+    ensure!(
+        cri.exec(&server, &["test", "-e", "/mine"])?.code == 1,
+        "the root file system is shared"
+    );
     let lines = cri.log(&server)?;
     ensure!(lines.iter().any(|line| line.text == "up"), "{lines:?}");
 
     let failed = cri.run_in(
         &pod,
         &config_of_pod,
-        own_container("failed", &host.image, &["sh", "-c", "exit 3"]),
+        container_config("failed", &host.image, &["sh", "-c", "exit 3"]),
     )?;
     ensure!(cri.exited(&failed)?.exit_code == 3, "exit code");
     cri.remove(&failed)?;
@@ -317,7 +323,7 @@ fn by_cri() -> Result<()> {
     cri.stop_pod(&pod)?;
     ensure!(!cri.pod_ready(&pod)?, "the pod is ready after its stop");
     cri.remove_pod(&pod)?;
-    host.nothing_left()
+    host.expect_no_leftovers()
 }
 
 fn killed_shim() -> Result<()> {
@@ -326,12 +332,12 @@ fn killed_shim() -> Result<()> {
     let config_of_pod = client::pod("doomed", &host.path("logs"));
     let pod = cri.run_pod(config_of_pod.clone())?;
     let container =
-        cri.run_in(&pod, &config_of_pod, own_container("c", &host.image, &["sleep", "1000"]))?;
-    let [shim] = shims()?[..] else { anyhow::bail!("not one shim: {:?}", shims()?) };
+        cri.run_in(&pod, &config_of_pod, container_config("c", &host.image, &["sleep", "1000"]))?;
+    let [shim] = shim_pids()?[..] else { anyhow::bail!("not one shim: {:?}", shim_pids()?) };
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim), nix::sys::signal::Signal::SIGKILL)?;
     ensure!(cri.exited(&container)?.exit_code != 0, "exit code of a lost container");
-    wait::until("the pod is not ready", LIMIT, || Ok((!cri.pod_ready(&pod)?).then_some(())))?;
+    wait::until("the pod is not ready", TIMEOUT, || Ok((!cri.pod_ready(&pod)?).then_some(())))?;
     cri.stop_pod(&pod)?;
     cri.remove_pod(&pod)?;
-    host.nothing_left()
+    host.expect_no_leftovers()
 }

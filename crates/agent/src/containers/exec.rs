@@ -55,6 +55,10 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
         let Some(cgroup) = &container.parts.cgroup else {
             return Err(Error::Precondition("the container is being removed".to_owned()));
         };
+        // The new process would be frozen before its start completes.
+        if cgroup.is_frozen() {
+            return Err(Error::Precondition("the container is paused".to_owned()));
+        }
         let base = container.process.clone();
         let userns = container.userns.clone();
         let target =

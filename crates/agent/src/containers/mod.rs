@@ -2,6 +2,7 @@
 
 pub mod create;
 pub mod exec;
+pub mod freeze;
 pub mod images;
 mod namespaces;
 pub mod oom;

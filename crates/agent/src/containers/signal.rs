@@ -80,7 +80,8 @@ pub fn signal(agent: &Agent, id: &str, exec_id: &str, signal: u32, all: bool) ->
     if all {
         let Some(cgroup) = &state.container(id)?.parts.cgroup else { return Ok(()) };
         if signal == SIGKILL {
-            return cgroup.kill();
+            cgroup.kill()?;
+            return cgroup.set_frozen(false);
         }
         // A process that is forked during the loop may be missed.
         for pid in cgroup.processes() {
@@ -95,7 +96,15 @@ pub fn signal(agent: &Agent, id: &str, exec_id: &str, signal: u32, all: bool) ->
         // An exec leads a session: its process group is killed with it.
         send(-process.pid, signal)?;
     }
-    send(process.pid, signal)
+    send(process.pid, signal)?;
+    // As runc does: processes of the container that outlive its init process must not stay frozen.
+    if exec_id.is_empty()
+        && signal == SIGKILL
+        && let Some(cgroup) = &state.container(id)?.parts.cgroup
+    {
+        return cgroup.set_frozen(false);
+    }
+    Ok(())
 }
 
 /// The pid cannot have been reused: children are reaped under the lock that the caller holds. A

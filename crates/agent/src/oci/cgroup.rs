@@ -146,6 +146,22 @@ impl Cgroup {
         }
     }
 
+    /// Starts to freeze or thaw all processes, including those of sub-cgroups. Succeeds if the cgroup
+    /// does not exist any more.
+    pub fn set_frozen(&self, frozen: bool) -> Result<()> {
+        match fs::write(self.dir().join("cgroup.freeze"), if frozen { "1" } else { "0" }) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).context(|| format!("freeze or thaw cgroup {}", self.path.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether all processes are frozen.
+    pub fn is_frozen(&self) -> bool {
+        self.keyed("cgroup.events", "frozen").is_some_and(|frozen| frozen != 0)
+    }
+
     /// All processes, including those of sub-cgroups.
     pub fn processes(&self) -> Vec<i32> {
         self.processes_up_to(usize::MAX)

@@ -48,6 +48,7 @@ pub(super) struct State {
     pub(super) cpus: u32,
     pub(super) max_cpus: u32,
     pub(super) update: Option<v1::UpdateContainerRequest>,
+    pub(super) freezes: Vec<v1::FreezeContainerRequest>,
     /// Disks that the guest has found.
     disks: BTreeSet<String>,
     pub(super) volumes: BTreeMap<String, Volume>,
@@ -415,6 +416,14 @@ impl Agent for Served {
     ) -> Answer<v1::UpdateContainerReply> {
         self.0.lock().update = Some(request.into_inner());
         Ok(Response::new(v1::UpdateContainerReply {}))
+    }
+
+    async fn freeze_container(
+        &self,
+        request: Request<v1::FreezeContainerRequest>,
+    ) -> Answer<v1::FreezeContainerReply> {
+        self.0.lock().freezes.push(request.into_inner());
+        Ok(Response::new(v1::FreezeContainerReply {}))
     }
 
     async fn exec(&self, request: Request<v1::ExecRequest>) -> Answer<v1::ExecReply> {

@@ -306,3 +306,26 @@ fn a_vm_boots_while_its_network_is_attached_and_gets_its_cards_then() {
         assert_eq!(world.leftovers(), Vec::<String>::new());
     });
 }
+
+#[test]
+fn a_running_container_is_paused_and_resumed() {
+    story(|world| async move {
+        let daemon = world.daemon().await;
+        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let spec = world.container_spec("app", &["forever"]);
+        let id = daemon.create_container(&pod, spec).await.unwrap();
+        let refused = daemon.pause_container(&id).await.unwrap_err();
+        assert!(matches!(refused, Error::FailedPrecondition { .. }), "{refused}");
+        daemon.start_container(&id).await.unwrap();
+        daemon.pause_container(&id).await.unwrap();
+        daemon.resume_container(&id).await.unwrap();
+        let asked: Vec<(String, bool)> = {
+            let guest = world.guest(&pod);
+            let guest = guest.lock();
+            guest.freezes.iter().map(|r| (r.container_id.clone(), r.frozen)).collect()
+        };
+        assert_eq!(asked, [(id.clone(), true), (id, false)]);
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(world.leftovers(), Vec::<String>::new());
+    });
+}

@@ -1,0 +1,164 @@
+//! The binary as containerd runs it: `start`, `delete`, `-info`, `-v`. No VM is started: needs nothing.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
+
+const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-nacelle-v2");
+/// A key without a pod.
+const DEAD_KEY: &str = "0123456789abcdef0123456789abcdef";
+
+/// A host with settings and bundles.
+struct Host {
+    dir: tempfile::TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        let host = Self { dir: tempfile::tempdir().unwrap() };
+        host.configure("one");
+        host
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Writes shim.toml with directories of this name.
+    fn configure(&self, name: &str) {
+        let (root, state) = (self.path(name).join("root"), self.path(name).join("state"));
+        let text = format!("root = {root:?}\nstate = {state:?}\n");
+        fs::write(self.path("shim.toml"), text).unwrap();
+    }
+
+    fn bundle(&self, id: &str, annotations: &serde_json::Value) -> PathBuf {
+        let bundle = self.path("bundles").join(id);
+        fs::create_dir_all(&bundle).unwrap();
+        let spec = serde_json::json!({ "ociVersion": "1.0.2", "annotations": annotations });
+        fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        bundle
+    }
+
+    fn run(&self, bundle: &Path, id: &str, action: &str) -> Output {
+        Command::new(SHIM)
+            .args(["-namespace", "default", "-address", "/nowhere", "-id", id, action])
+            .current_dir(bundle)
+            .env("NACELLE_SHIM_CONFIG", self.path("shim.toml"))
+            .env("MAX_SHIM_VERSION", "2")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    fn start(&self, bundle: &Path, id: &str) -> String {
+        let output = self.run(bundle, id, "start");
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        let response: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        response["address"].as_str().unwrap().to_owned()
+    }
+
+    fn delete(&self, bundle: &Path, id: &str) {
+        let output = self.run(bundle, id, "delete");
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        let response = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
+        assert_eq!(response.exit_status, 137);
+    }
+
+    /// Names of the files in `<name>/root`, `<name>/state` and `<name>/state/uids`.
+    fn files(&self, name: &str) -> Vec<String> {
+        let dirs = ["root", "state", "state/uids"].map(|dir| self.path(name).join(dir));
+        let entries = dirs.iter().flat_map(fs::read_dir).flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().into_string().unwrap());
+        names.filter(|name| name != "uids").collect()
+    }
+}
+
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !holds() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn delete_uses_the_settings_with_which_the_pod_was_started() {
+    let host = Host::new();
+    let sandbox = host.bundle("p", &serde_json::json!({}));
+    let address = host.start(&sandbox, "p");
+    assert_eq!(host.files("one").len(), 2);
+    host.configure("two");
+    // A further container of the pod gets the pod's address.
+    let annotations = serde_json::json!({
+        "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p" });
+    let container = host.bundle("c", &annotations);
+    assert_eq!(host.start(&container, "c"), address);
+    // As does a repeated start.
+    assert_eq!(host.start(&sandbox, "p"), address);
+    assert_eq!(host.files("two"), Vec::<String>::new());
+    let socket = address.strip_prefix("unix://").unwrap();
+    UnixStream::connect(socket).unwrap();
+
+    // The shim's pod remains when only the container is deleted.
+    host.delete(&container, "c");
+    UnixStream::connect(socket).unwrap();
+    host.delete(&sandbox, "p");
+    eventually("files of the pod are left", || host.files("one").is_empty());
+    assert!(UnixStream::connect(socket).is_err());
+}
+
+#[test]
+fn start_removes_files_of_pods_without_a_shim_and_keeps_those_of_others() {
+    let host = Host::new();
+    let (first, second) =
+        (host.bundle("a", &serde_json::json!({})), host.bundle("b", &serde_json::json!({})));
+    let address = host.start(&first, "a");
+    for dir in ["root", "state"] {
+        let dir = host.path("one").join(dir).join(DEAD_KEY);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("file"), "").unwrap();
+    }
+    host.start(&second, "b");
+    let is_left = || host.files("one").iter().any(|name| name == DEAD_KEY);
+    eventually("files of a dead pod are left", || !is_left());
+    UnixStream::connect(address.strip_prefix("unix://").unwrap()).unwrap();
+    assert_eq!(host.files("one").len(), 4);
+    host.delete(&first, "a");
+    host.delete(&second, "b");
+    eventually("files of the pods are left", || host.files("one").is_empty());
+}
+
+#[test]
+fn a_container_whose_pod_has_no_shim_is_not_started() {
+    let host = Host::new();
+    let annotations = serde_json::json!({
+        "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p" });
+    let output = host.run(&host.bundle("c", &annotations), "c", "start");
+    assert!(!output.status.success());
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(message.contains("pod p of container c has no running shim"), "{message}");
+}
+
+#[test]
+fn info_and_version_are_printed_without_a_bundle() {
+    let mut child = Command::new(SHIM)
+        .arg("-info")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"").unwrap();
+    let output = child.wait_with_output().unwrap();
+    let info = RuntimeInfo::parse_from_bytes(&output.stdout).unwrap();
+    assert_eq!(info.name, "io.containerd.nacelle.v2");
+    let version = Command::new(SHIM).arg("-v").output().unwrap();
+    assert!(version.status.success());
+    assert!(String::from_utf8(version.stdout).unwrap().contains("io.containerd.nacelle.v2"));
+}
