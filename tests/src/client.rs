@@ -1,4 +1,4 @@
-//! A CRI client as a story likes it: blocking, every call with a deadline.
+//! A blocking CRI client in which every call has a deadline.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,7 +21,7 @@ pub struct Cri {
     pub image: ImageServiceClient<Channel>,
 }
 
-/// Calls a method of the runtime or image client, by value and with the deadline.
+/// Calls a method of the runtime or image client with a deadline.
 macro_rules! call {
     ($self:ident . $service:ident . $method:ident ( $request:expr )) => {
         call!($self.$service.$method($request) within LIMIT)
@@ -37,7 +37,7 @@ macro_rules! call {
     }};
 }
 
-/// What an exec gave.
+/// The result of an exec.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
     pub code: i32,
@@ -55,7 +55,7 @@ pub struct LogLine {
 }
 
 impl Cri {
-    /// Connects once the daemon listens.
+    /// Connects to a listening daemon.
     pub fn connect(socket: &Path) -> Result<Self> {
         let tokio =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -78,7 +78,7 @@ impl Cri {
         })
     }
 
-    /// Runs a further call of either client.
+    /// Runs a call for which there is no method here.
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         self.tokio.block_on(future)
     }
@@ -232,14 +232,14 @@ impl Cri {
         })
     }
 
-    /// Exec of a shell line that must succeed; its output without the last newline.
+    /// Exec of a shell line that must succeed; returns its output without the last newline.
     pub fn shell(&self, id: &str, line: &str) -> Result<String> {
         let output = self.exec(id, &["sh", "-c", line])?;
         anyhow::ensure!(output.code == 0, "`{line}` in {id}: {output:?}");
         Ok(output.stdout.trim_end().to_owned())
     }
 
-    /// The address of a streaming exec. Letters of `streams`: i, o, e for stdin, stdout and stderr,
+    /// The URL of a streaming exec. Letters of `streams`: i, o, e for stdin, stdout and stderr,
     /// t for a terminal.
     pub fn exec_url(
         &self,
@@ -275,9 +275,9 @@ impl Cri {
         call!(self.runtime.port_forward(request)).map(|reply| reply.url)
     }
 
-    /// Waits until a container's log has a line that begins so; that line.
+    /// Waits until a container's log has a line with this prefix; returns the line.
     pub fn logged(&self, id: &str, start: &str) -> Result<String> {
-        let what = format!("container {id} says {start:?}");
+        let what = format!("container {id} logs {start:?}");
         let found = wait::until(&what, Duration::from_secs(60), || {
             let line = self.log(id)?.into_iter().find(|line| line.text.starts_with(start));
             Ok(line.map(|line| line.text))
@@ -285,7 +285,7 @@ impl Cri {
         found.with_context(|| format!("{:?}", self.log(id)))
     }
 
-    /// Lines of a container's log as they stand.
+    /// The current lines of a container's log.
     pub fn log(&self, id: &str) -> Result<Vec<LogLine>> {
         let path = self.status(id)?.log_path;
         parse_log(&std::fs::read(&path).with_context(|| format!("log {path}"))?)
@@ -313,7 +313,7 @@ pub fn parse_log(bytes: &[u8]) -> Result<Vec<LogLine>> {
     Ok(lines)
 }
 
-/// A pod's configuration with what every story needs; the name is also its uid.
+/// A pod's configuration with defaults of the stories.
 pub fn pod(name: &str, logs: &Path) -> v1::PodSandboxConfig {
     v1::PodSandboxConfig {
         metadata: Some(v1::PodSandboxMetadata {

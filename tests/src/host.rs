@@ -1,4 +1,4 @@
-//! Folders and mounts that a story makes on its host; each goes with its value.
+//! Directories and mounts that a story creates on the host; removed on drop.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,7 +16,7 @@ pub fn folder() -> Result<tempfile::TempDir> {
 pub struct Tmpfs(PathBuf);
 
 impl Tmpfs {
-    /// Makes the folder too.
+    /// Creates the mount point, too.
     pub fn mount(at: &Path, options: &str) -> Result<Self> {
         std::fs::create_dir_all(at)?;
         run("mount", &["-t", "tmpfs", "-o", options, "tmpfs"], at)?;
@@ -30,7 +30,7 @@ impl Tmpfs {
         Ok(Self(at.to_owned()))
     }
 
-    /// One whose later mounts reach other namespaces.
+    /// With shared propagation.
     pub fn shared(at: &Path) -> Result<Self> {
         let tmpfs = Self::mount(at, "size=16m")?;
         run("mount", &["--make-shared"], at)?;
@@ -49,11 +49,11 @@ impl Drop for Tmpfs {
     }
 }
 
-/// A folder of the host that is mounted at another place too.
+/// A bind mount of a directory of the host.
 pub struct Bind(PathBuf);
 
 impl Bind {
-    /// Makes the place.
+    /// Creates the mount point, too.
     pub fn mount(from: &Path, at: &Path) -> Result<Self> {
         std::fs::create_dir_all(at)?;
         let from = from.to_str().context("the path of a bind mount")?;
@@ -77,14 +77,14 @@ impl Drop for Bind {
     }
 }
 
-/// Unmounts what somebody else has mounted.
+/// Unmounts a mount of another process.
 pub fn unmount(at: &Path) -> Result<()> {
     run("umount", &[], at)
 }
 
 fn run(program: &str, options: &[&str], path: &Path) -> Result<()> {
     let output = Command::new(program).args(options).arg(path).output()?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{program} {options:?} {}: {said}", path.display());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{program} {options:?} {}: {stderr}", path.display());
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Images that must be refused: each is a well-formed OCI layout around one hostile layer.
+//! Images that must be rejected: each is a valid OCI layout with one hostile layer.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::layout::{self, Layer, TAR_GZIP, digest};
 
-/// Writes them all below `folder`; what is wrong with each, and its layout.
+/// Writes all of them below `folder`; returns a name of the fault and the layout of each.
 pub fn make(folder: &Path) -> Result<Vec<(&'static str, PathBuf)>> {
     let mut made = Vec::new();
     let mut add = |name: &'static str, layer: Layer| -> Result<()> {
@@ -44,7 +44,7 @@ fn layer(tar: &[u8]) -> Result<Layer> {
     Ok(Layer { media_type: TAR_GZIP, blob: gzip.finish()?, diff_id: digest(&tar) })
 }
 
-/// A ustar entry written by hand: a well-behaved library refuses to make these.
+/// A ustar entry written by hand: libraries refuse to write such entries.
 fn entry(path: &str, kind: u8, link: &str, content: &[u8]) -> Vec<u8> {
     let mut header = header(path, kind, link, content.len() as u64);
     header.extend_from_slice(content);

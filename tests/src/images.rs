@@ -1,11 +1,11 @@
 //! The images that the stories run: real programs from Debian's packages, as OCI layouts.
 //!
 //! Each has three layers: Debian's essential packages (the same blob in every image), the program's
-//! own files, and a small one that only takes away: a whiteout of a file, one of a folder, and an
-//! opaque folder ([`WHITED_OUT`]). `busybox` is smaller: the C library, the program with its
+//! own files, and a small one that only removes files: a whiteout of a file, one of a directory, and
+//! an opaque directory ([`WHITEOUTS`]). `busybox` is smaller: the C library, the program with its
 //! applets as hard links, a whiteout. `python` has zstd layers, all others gzip.
 //!
-//! Made once ([`make_all`], some minutes) and kept in nacelle's cache. Needs root, mmdebstrap and
+//! Built once ([`make_all`], some minutes) and kept in nacelle's cache. Needs root, mmdebstrap and
 //! tar; no loop devices.
 
 mod layers;
@@ -23,11 +23,11 @@ use serde_json::{Value, json};
 use self::layers::Compression;
 use crate::layout;
 
-/// Raised when images change in a way that [`IMAGES`] does not show.
+/// To be increased when images change in a way that is not part of [`IMAGES`].
 const RECIPE: &str = "2";
 
-/// What the last layer takes away from the Debian ones.
-pub const WHITED_OUT: &[&str] =
+/// Paths that the last layer removes.
+pub const WHITEOUTS: &[&str] =
     &["/etc/issue.net", "/usr/share/common-licenses", "/usr/share/base-files/motd"];
 
 /// A program on top of Debian's essential packages.
@@ -50,7 +50,7 @@ const IMAGES: &[Recipe] = &[
         name: "nginx",
         packages: &["nginx-light"],
         compression: Compression::Gzip,
-        // The logs go where the container's go.
+        // Logs go to the container's stdout and stderr.
         finish: r#"ln -sf /dev/stdout "$1/var/log/nginx/access.log"
             ln -sf /dev/stderr "$1/var/log/nginx/error.log""#,
         folders: &[],
@@ -80,8 +80,8 @@ const IMAGES: &[Recipe] = &[
         name: "postgres",
         packages: &["postgresql-15", "postgresql-client-15"],
         compression: Compression::Gzip,
-        // The cluster is in the image: making one takes minutes in a nested virtual machine. The
-        // start script makes it all the same when its folder is empty, as on a fresh volume.
+        // The database cluster is in the image: initdb takes minutes in a nested virtual machine.
+        // The start script runs initdb if the directory is empty, as on a new volume.
         finish: r#"cat > "$1/usr/local/bin/start-postgres" <<'END'
 #!/bin/sh
 set -e
@@ -107,7 +107,7 @@ END
                 ],
                 "User": "postgres", "WorkingDir": "/var/lib/postgresql",
                 "ExposedPorts": {"5432/tcp": {}},
-                // Ends sessions and stops in order; SIGTERM would wait for clients to leave.
+                // Fast shutdown; SIGTERM would wait for clients to disconnect.
                 "StopSignal": "SIGINT",
             })
         },
@@ -120,7 +120,7 @@ END
         folders: &[],
         config: || json!({"Cmd": ["python3"], "Env": [PATH, "LANG=C.UTF-8"], "WorkingDir": "/srv"}),
     },
-    // What tries the guest kernel: packet filters, links, file systems, tracing.
+    // For stories of the guest kernel: packet filters, links, file systems, tracing.
     Recipe {
         name: "kernel-tools",
         packages: &[
@@ -144,14 +144,14 @@ END
             "xfsprogs",
         ],
         compression: Compression::Gzip,
-        // xfsprogs brings Python and ICU for its scrubber.
+        // xfsprogs depends on Python and ICU for xfs_scrub.
         finish: r#"rm -rf "$1"/usr/lib/python3* "$1"/usr/share/python3 "$1"/usr/bin/python3* \
             "$1"/usr/bin/py3* "$1"/usr/lib/x86_64-linux-gnu/libicu* "$1"/usr/sbin/xfs_scrub* \
             "$1"/usr/lib/x86_64-linux-gnu/libpython3* "$1"/usr/share/media-types"#,
         folders: &[],
         config: || json!({"Cmd": ["sh"], "Env": [PATH], "WorkingDir": "/"}),
     },
-    // Container engines, to be run in a container.
+    // Container engines, run in a container.
     Recipe {
         name: "engines",
         packages: &[
@@ -182,19 +182,19 @@ pub fn layout(name: &str) -> Result<PathBuf> {
     if !folder.join("index.json").exists() {
         bail!(
             "there is no image {name} in {}: make them with `nacelle-tests images DIR` and name \
-             the folder in NACELLE_IMAGES",
+             the directory in NACELLE_IMAGES",
             top.display()
         );
     }
     Ok(folder)
 }
 
-/// Writes the layout of an image that has these files on top of the one named `base`.
-pub fn on_top(base: &str, folder: &Path, files: &[(&str, &str)]) -> Result<PathBuf> {
+/// Writes the layout of an image with a layer of these files on `base`.
+pub fn with_files(base: &str, folder: &Path, files: &[(&str, &str)]) -> Result<PathBuf> {
     with_volumes(base, folder, files, &[])
 }
 
-/// The same with volumes of its own.
+/// Like [`with_files`], and with VOLUMEs.
 pub fn with_volumes(
     base: &str,
     folder: &Path,
@@ -236,7 +236,7 @@ pub fn numbered(folder: &Path, program: &Path, name: &str, count: usize) -> Resu
     (0..count).map(image).collect()
 }
 
-/// Puts all images into `folder`, a layout each; makes them first if the cache has none.
+/// Copies the layouts of all images to `folder`; builds them first if they are not in the cache.
 pub fn make_all(folder: &Path) -> Result<()> {
     let made = cache()?.join(format!("images/{}", key()));
     if !made.exists() {
@@ -245,7 +245,7 @@ pub fn make_all(folder: &Path) -> Result<()> {
         let scratch = tempfile::Builder::new().prefix("new-").tempdir_in(parent)?;
         let ready = scratch.path().join("ready");
         make(&scratch.path().join("trees"), &ready)?;
-        // Another one may have been quicker; both are the same.
+        // Another process may have built the same images.
         if fs::rename(&ready, &made).is_err() && !made.exists() {
             bail!("cannot move the images to {}", made.display());
         }
@@ -254,9 +254,9 @@ pub fn make_all(folder: &Path) -> Result<()> {
     copy(&made, folder)
 }
 
-/// Names what the images are made of, so that a changed recipe makes new ones.
+/// Cache key: a hash of the recipes.
 fn key() -> String {
-    let mut text = format!("{RECIPE} {WHITED_OUT:?} {}", trees::RECIPE);
+    let mut text = format!("{RECIPE} {WHITEOUTS:?} {}", trees::RECIPE);
     for image in IMAGES {
         text.push_str(&format!(
             "\n{} {:?} {:?} {:?} {} {}",
@@ -271,7 +271,7 @@ fn key() -> String {
     layout::digest(text.as_bytes()).trim_start_matches("sha256:")[..16].to_owned()
 }
 
-/// As `cargo xtask` has it.
+/// The cache directory, as in `cargo xtask`.
 fn cache() -> Result<PathBuf> {
     let of = |name: &str| std::env::var_os(name).map(PathBuf::from);
     of("NACELLE_CACHE")
@@ -286,7 +286,7 @@ fn make(scratch: &Path, ready: &Path) -> Result<()> {
     std::thread::scope(|scope| -> Result<()> {
         let base = scope.spawn(|| trees::debian(&tree("base"), &[], "", sources.as_deref()));
         let busybox = scope.spawn(|| busybox(&tree("busybox"), ready, sources.as_deref()));
-        // dpkg leaves the processors idle half of the time, and downloads do so all of it.
+        // In parallel: dpkg and downloads leave the CPUs idle most of the time.
         let others: Vec<_> = IMAGES
             .iter()
             .map(|image| {
@@ -306,10 +306,10 @@ fn make(scratch: &Path, ready: &Path) -> Result<()> {
         Ok(())
     })?;
     let base = trees::files(&tree("base"))?;
-    let taken_away = layers::taking_away(&scratch.join("away"), WHITED_OUT)?;
+    let whiteouts = layers::whiteout_layer(&scratch.join("away"), WHITEOUTS)?;
     for kind in [Compression::Gzip, Compression::Zstd] {
         let below = layers::pack(&tree("base"), &base, kind)?;
-        let above = layers::pack(&taken_away.0, &taken_away.1, kind)?;
+        let above = layers::pack(&whiteouts.0, &whiteouts.1, kind)?;
         for image in IMAGES.iter().filter(|image| image.compression == kind) {
             let own = trees::changed(&tree(image.name), &tree("base"))?;
             let own = layers::pack(&tree(image.name), &own, kind)?;
@@ -321,7 +321,7 @@ fn make(scratch: &Path, ready: &Path) -> Result<()> {
     share_blobs(ready)
 }
 
-/// Makes one file of a blob that several images have, so that it is kept and carried once.
+/// Replaces equal blobs of several images by hard links.
 fn share_blobs(ready: &Path) -> Result<()> {
     let mut first: HashMap<OsString, PathBuf> = HashMap::new();
     for image in fs::read_dir(ready)? {
@@ -343,7 +343,7 @@ fn share_blobs(ready: &Path) -> Result<()> {
 
 fn busybox(tree: &Path, ready: &Path, sources: Option<&Path>) -> Result<()> {
     let (library, program) = trees::busybox(tree, sources)?;
-    let away = layers::taking_away(&tree.with_extension("away"), &["/bin/taken-away"])?;
+    let away = layers::whiteout_layer(&tree.with_extension("away"), &["/bin/taken-away"])?;
     let layers = [
         layers::pack(tree, &library, Compression::Gzip)?,
         layers::pack(tree, &program, Compression::Gzip)?,
@@ -354,8 +354,7 @@ fn busybox(tree: &Path, ready: &Path, sources: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
-/// Copies a folder; the blobs become links where that is possible, and one blob of several images
-/// is one file.
+/// Copies a directory; files are hard-linked where possible.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to)?;
     let entries = fs::read_dir(from).with_context(|| format!("reading {}", from.display()))?;

@@ -7,13 +7,13 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-/// A layer as it goes into a layout.
+/// A layer of a layout.
 #[derive(Clone)]
 pub struct Layer {
     pub media_type: &'static str,
-    /// Compressed as the media type says.
+    /// Compressed according to the media type.
     pub blob: Vec<u8>,
-    /// Digest of the plain tar, as the configuration claims it.
+    /// Digest of the uncompressed tar archive, for the image configuration.
     pub diff_id: String,
 }
 
@@ -41,7 +41,7 @@ pub fn write(folder: &Path, layers: &[Layer], config: &Value) -> Result<PathBuf>
         described.push(put(&layer.blob, layer.media_type)?);
     }
     let diff_ids: Vec<&str> = layers.iter().map(|layer| layer.diff_id.as_str()).collect();
-    // Builders refuse to add a layer to an image whose history has fewer entries than layers.
+    // Builders reject an image whose history has fewer entries than layers.
     let history = vec![json!({"created_by": "nacelle-tests"}); layers.len()];
     let config = json!({
         "architecture": "amd64", "os": "linux", "config": config,
@@ -58,8 +58,8 @@ pub fn write(folder: &Path, layers: &[Layer], config: &Value) -> Result<PathBuf>
     Ok(folder.to_owned())
 }
 
-/// Copies an image into a folder as skopeo's `dir` transport has it: the manifest, and each blob under
-/// its digest.
+/// Copies an image to a directory in the format of skopeo's `dir` transport: the manifest, and each
+/// blob with its digest as name.
 pub fn as_dir(layout: &Path, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder)?;
     let index: Value = serde_json::from_slice(&fs::read(layout.join("index.json"))?)?;

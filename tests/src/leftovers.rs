@@ -1,14 +1,14 @@
-//! What pods leave behind on the host, as lists that can be compared before and after.
+//! Lists of what pods create on the host, to compare before and after a story.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// Everything on the host that a pod may have made, by kind.
+/// Everything on the host that a pod may have created, by kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Inventory(BTreeMap<&'static str, BTreeSet<String>>);
 
 impl Inventory {
-    /// Looks at the host, and at a node's folders.
+    /// Lists the host's resources, and a node's directories.
     pub fn take(root: &Path, state: &Path) -> Self {
         let mut kinds = BTreeMap::new();
         kinds.insert("process", processes());
@@ -24,7 +24,7 @@ impl Inventory {
         Self(kinds)
     }
 
-    /// What is here and was not in `before`, a line each; empty when nothing is left.
+    /// Items that are not in `before`; empty if nothing was left behind.
     pub fn since(&self, before: &Self) -> Vec<String> {
         let none = BTreeSet::new();
         let mut left = Vec::new();
@@ -45,7 +45,7 @@ fn entries(folder: &Path) -> BTreeSet<String> {
         .collect()
 }
 
-/// VMMs, file servers, agents and CNI plugins that run; daemons come and go with the tests themselves.
+/// Running VMMs, file servers, agents and CNI plugins. Daemons are not listed: tests start them.
 fn processes() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for pid in entries(Path::new("/proc")).into_iter().filter(|p| p.parse::<u32>().is_ok()) {
@@ -61,7 +61,7 @@ fn processes() -> BTreeSet<String> {
     found
 }
 
-/// Those that show a file of the node.
+/// Loop devices with a backing file of the node.
 fn loops(root: &Path) -> BTreeSet<String> {
     let all = entries(Path::new("/sys/block")).into_iter();
     all.filter(|name| {
@@ -94,7 +94,7 @@ fn cgroups(folder: &Path) -> BTreeSet<String> {
     found
 }
 
-/// host-local's reservations: a file an address.
+/// Reservations of host-local: a file per address.
 fn leases() -> BTreeSet<String> {
     let top = Path::new("/var/lib/cni/networks");
     entries(top)
@@ -115,7 +115,7 @@ fn rules() -> BTreeSet<String> {
             continue;
         };
         let text = String::from_utf8_lossy(&output.stdout);
-        // Per-pod chains and rules; the plugins' shared top chains stay and carry no pod's id.
+        // Chains and rules per pod; the plugins' shared chains stay and have no id of a pod.
         found.extend(
             text.lines()
                 .filter(|line| {
@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_new_folder_is_told_and_an_old_one_is_not() {
+    fn only_new_directories_are_reported() {
         let root = tempfile::tempdir().unwrap();
         let state = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(root.path().join("pods/old")).unwrap();

@@ -1,11 +1,11 @@
 //! `nacelle-tests [FILTER]`: runs the stories; `nacelle-tests images DIR`: makes the images they
 //! use. Takes libtest's options (`--list`, `--exact`, `--test-threads`, `--nocapture`).
 //!
-//! `NACELLE_PART=1/2` leaves every second story out, and those that need several CPUs; these are
-//! told with `NACELLE_PART=wide`.
+//! `NACELLE_PART=1/2` runs the first of two shards of the stories; those that need several CPUs are
+//! in no shard and run with `NACELLE_PART=wide`.
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use nacelle_tests::part::Part;
+use nacelle_tests::shard::Shard;
 use nacelle_tests::{stories, watch};
 
 fn main() -> std::process::ExitCode {
@@ -24,27 +24,27 @@ fn main() -> std::process::ExitCode {
         };
     }
     let mut arguments = Arguments::from_args();
-    // Stories compare the host before and after: one at a time.
+    // Stories compare the host's state before and after, so they run one at a time.
     arguments.test_threads.get_or_insert(1);
-    let part = match std::env::var("NACELLE_PART").ok().map(|text| Part::parse(&text)) {
-        None => Part::All,
-        Some(Some(part)) => part,
+    let shard = match std::env::var("NACELLE_PART").ok().map(|text| Shard::parse(&text)) {
+        None => Shard::All,
+        Some(Some(shard)) => shard,
         Some(None) => {
             eprintln!("NACELLE_PART is neither 'wide' nor like 1/2");
             return std::process::ExitCode::from(2);
         }
     };
-    let trials = part
+    let trials = shard
         .of(stories::all())
         .into_iter()
-        .map(|(room, (name, story))| {
-            let full = format!("{room}::{name}");
-            let slow = stories::SLOW.contains(&(room, name));
+        .map(|(area, (name, story))| {
+            let full = format!("{area}::{name}");
+            let slow = stories::SLOW.contains(&(area, name));
             Trial::test(full.clone(), move || {
-                // A VM in an emulated VM stalls now and then. A story that fails, and passes the second
-                // time, is printed with its first error, and counted by `.ci/run`.
-                let Err(first) = watch::over(&full, story) else { return Ok(()) };
-                match watch::over(&full, story) {
+                // A VM in an emulated VM stalls sometimes. A story that passes only the second time is
+                // printed with its first error, and counted by `.ci/run`.
+                let Err(first) = watch::run(&full, story) else { return Ok(()) };
+                match watch::run(&full, story) {
                     Ok(()) => {
                         eprintln!("\nFLAKY {full}: {first:?}");
                         Ok(())

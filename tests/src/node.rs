@@ -1,4 +1,4 @@
-//! A node: a nacelled with folders and a pod network of its own.
+//! A node: a nacelled with its own directories and pod network.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
@@ -19,7 +19,7 @@ use crate::wait;
 /// Numbers nodes, so that each gets its own subnet and bridge.
 static NEXT: AtomicU8 = AtomicU8::new(1);
 
-/// A node and its daemon; everything goes when it is dropped.
+/// A node and its daemon; drop stops the daemon and removes the directories.
 pub struct Node {
     pub root: PathBuf,
     pub state: PathBuf,
@@ -41,7 +41,7 @@ pub fn guest() -> PathBuf {
     std::env::var_os("NACELLE_GUEST").map_or_else(|| "/nacelle/guest".into(), PathBuf::from)
 }
 
-/// The registry all stories share, filled on first use; images are pushed when asked for.
+/// The registry of all stories, started on first use; images are pushed on demand.
 pub fn registry() -> &'static Registry {
     static SHARED: OnceLock<Registry> = OnceLock::new();
     SHARED.get_or_init(|| Registry::start().expect("a registry on loopback"))
@@ -62,7 +62,7 @@ impl Node {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let mut node = Self {
             root: path("root"),
-            // Short: a unix socket's path has room for 107 bytes.
+            // Short: the path of a unix socket has at most 107 bytes.
             state: format!("/run/nclt{}-{number}", std::process::id()).into(),
             logs: path("logs"),
             daemon: None,
@@ -140,7 +140,7 @@ conf_dir = "{folder}/cni"
         let socket = self.socket();
         let cri = wait::until("nacelled answers", Duration::from_secs(60), || {
             if let Some(status) = daemon.try_wait()? {
-                bail!("nacelled ended at once ({status}): {}", self.daemon_log());
+                bail!("nacelled exited on start ({status}): {}", self.daemon_log());
             }
             Ok(Cri::connect(&socket).ok())
         })?;
@@ -149,7 +149,7 @@ conf_dir = "{folder}/cni"
         Ok(())
     }
 
-    /// What the daemon has said so far.
+    /// The last 40 lines of the daemon's log.
     pub fn daemon_log(&self) -> String {
         let text = fs::read_to_string(self.path("nacelled.log")).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
@@ -170,11 +170,11 @@ conf_dir = "{folder}/cni"
         let mut daemon = self.daemon.take().context("the daemon runs")?;
         daemon.kill()?;
         let status = daemon.wait()?;
-        ensure!(status.signal() == Some(9), "nacelled ended by itself before the kill: {status}");
+        ensure!(status.signal() == Some(9), "nacelled exited before SIGKILL: {status}");
         Ok(())
     }
 
-    /// SIGTERM, as a service manager would; the exit status.
+    /// SIGTERM, as a service manager would; returns the exit status.
     pub fn stop_daemon(&mut self) -> Result<std::process::ExitStatus> {
         self.cri = None;
         let mut daemon = self.daemon.take().context("the daemon runs")?;
@@ -183,7 +183,7 @@ conf_dir = "{folder}/cni"
         wait::until("nacelled stops", Duration::from_secs(30), || Ok(daemon.try_wait()?))
     }
 
-    /// Makes an image of [`images`] available in this node's store; its reference.
+    /// Pushes an image of [`images`] and pulls it on this node; returns its reference.
     pub fn image(&self, name: &str) -> Result<String> {
         let registry = registry();
         let layout = images::layout(name)?;
@@ -218,11 +218,11 @@ conf_dir = "{folder}/cni"
         }
         self.nothing_left()?;
         let status = self.stop_daemon()?;
-        ensure!(status.success(), "nacelled ended with {status}:\n{}", self.daemon_log());
+        ensure!(status.success(), "nacelled exited with {status}:\n{}", self.daemon_log());
         Ok(())
     }
 
-    /// Fails if the host holds more than before the node started; the node's bridge may stay.
+    /// Fails if anything was left on the host since the node started, except the node's bridge.
     pub fn nothing_left(&self) -> Result<()> {
         let before = self.before.clone().context("the node was started")?;
         let bridge = format!("interface nclt{}", self.number);
@@ -237,10 +237,10 @@ conf_dir = "{folder}/cni"
 impl Drop for Node {
     fn drop(&mut self) {
         if std::thread::panicking() || self.daemon.is_some() {
-            eprintln!("--- nacelled said last:\n{}\n---", self.daemon_log());
+            eprintln!("--- end of nacelled's log:\n{}\n---", self.daemon_log());
         }
         if let Some(mut daemon) = self.daemon.take() {
-            // Failed stories end here; whatever their pods left must not disturb the next one.
+            // After a failed story: its pods must not affect the next one.
             if let Some(cri) = &self.cri {
                 for pod in cri.pods().unwrap_or_default() {
                     let _ = cri.remove_pod(&pod.id);

@@ -13,13 +13,13 @@ pub struct Registry {
     process: Child,
     folder: tempfile::TempDir,
     pub port: u16,
-    locked: bool,
+    auth: bool,
 }
 
-/// Who may use a locked registry.
+/// Credentials of a registry with authentication.
 pub const USER: &str = "alice";
 pub const PASSWORD: &str = "wonderland";
-/// That user and password as htpasswd writes them, with bcrypt: the registry takes nothing else.
+/// The same in htpasswd's format with bcrypt, the only hash that the registry accepts.
 const HTPASSWD: &str = "alice:$2y$05$abcdefghijklmnopqrstuuA0vov2GDneHB3.8.cv9UF9g.RdvScIW\n";
 
 impl Registry {
@@ -28,12 +28,12 @@ impl Registry {
         Self::launch(false)
     }
 
-    /// One that wants [`USER`] and [`PASSWORD`].
-    pub fn locked() -> Result<Self> {
+    /// A registry that requires [`USER`] and [`PASSWORD`].
+    pub fn with_auth() -> Result<Self> {
         Self::launch(true)
     }
 
-    fn launch(locked: bool) -> Result<Self> {
+    fn launch(auth: bool) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let port = free_port()?;
         let mut config = format!(
@@ -41,7 +41,7 @@ impl Registry {
              delete: {{enabled: true}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n",
             root = folder.path().join("data").display(),
         );
-        if locked {
+        if auth {
             let users = folder.path().join("htpasswd");
             std::fs::write(&users, HTPASSWD)?;
             config.push_str(&format!(
@@ -60,20 +60,20 @@ impl Registry {
             .stderr(log)
             .spawn()
             .context("starting docker-registry (Debian package docker-registry)")?;
-        let registry = Self { process, folder, port, locked };
+        let registry = Self { process, folder, port, auth };
         wait::until("the registry listens", Duration::from_secs(30), || {
             Ok(std::net::TcpStream::connect(("127.0.0.1", port)).ok())
         })?;
         Ok(registry)
     }
 
-    /// Pushes an OCI layout; its name on the registry.
+    /// Pushes an OCI layout; returns its reference.
     pub fn push(&self, layout: &Path, name: &str) -> Result<String> {
         let target = self.name(name);
         let credentials = format!("--dest-creds={USER}:{PASSWORD}");
         let output = Command::new("skopeo")
             .args(["copy", "--quiet", "--dest-tls-verify=false", "--insecure-policy"])
-            .args(self.locked.then_some(credentials))
+            .args(self.auth.then_some(credentials))
             .arg(format!("oci:{}", layout.display()))
             .arg(format!("docker://{target}"))
             .output()
@@ -87,8 +87,8 @@ impl Registry {
         Ok(target)
     }
 
-    /// Pushes OCI layouts of one image each, under their folders' names, by one run of skopeo: a run
-    /// takes it a second. Their names on the registry.
+    /// Pushes OCI layouts of one image each, named by their directories, with one run of skopeo, as
+    /// each run takes a second. Returns their references.
     pub fn push_all(&self, layouts: &[PathBuf]) -> Result<Vec<String>> {
         let top = tempfile::tempdir()?;
         let mut names = Vec::new();
@@ -104,8 +104,8 @@ impl Registry {
             .arg(format!("127.0.0.1:{}", self.port))
             .output()
             .context("running skopeo (Debian package skopeo)")?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "pushing {} images: {said}", layouts.len());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "pushing {} images: {stderr}", layouts.len());
         Ok(names)
     }
 
@@ -114,7 +114,7 @@ impl Registry {
         format!("127.0.0.1:{}/{name}", self.port)
     }
 
-    /// Folder of the registry's blobs, for stories that damage them.
+    /// Directory of the registry's blobs, for stories that damage them.
     pub fn data(&self) -> PathBuf {
         self.folder.path().join("data/docker/registry/v2")
     }
@@ -122,13 +122,13 @@ impl Registry {
 
 impl Drop for Registry {
     fn drop(&mut self) {
-        // It may have been killed by its story.
+        // A story may have killed it.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
-/// A TCP port that was free a moment ago.
+/// A TCP port that was free at the time of the call.
 pub fn free_port() -> Result<u16> {
     Ok(std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }

@@ -7,8 +7,8 @@ use anyhow::{Result, bail};
 /// The shortest limit: a machine that emulates another one stalls for seconds when it is busy.
 const SHORTEST: Duration = Duration::from_secs(60);
 
-/// Tries until `condition` gives something, every 50 ms; an error that says what was waited for
-/// after `limit`, or [`SHORTEST`].
+/// Checks `condition` every 50 ms until it returns a value; after `limit`, or [`SHORTEST`], an error
+/// with `what`.
 pub fn until<T>(
     what: &str,
     limit: Duration,
@@ -21,7 +21,7 @@ pub fn until<T>(
             return Ok(found);
         }
         if begin.elapsed() > limit {
-            bail!("{what}: not so after {limit:?}");
+            bail!("{what}: not true after {limit:?}");
         }
         std::thread::sleep(Duration::from_millis(50));
     }

@@ -1,5 +1,4 @@
-//! No story hangs unnoticed: one that goes on for too long ends the program, and what the host's
-//! processes were doing is printed.
+//! Time limit of a story: after it, the program exits and prints the state of the host's processes.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,20 +8,20 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-/// Several times what the longest story takes on a busy machine, and more than three of a call's
-/// deadlines: one that gets no answer fails by itself.
+/// Several times what the longest story takes on a busy machine, and more than three deadlines of a
+/// call, so that a story with an unanswered call fails before.
 const LIMIT: Duration = Duration::from_secs(480);
 
-/// Exit status for that, as timeout(1) has it.
+/// Exit status after a timeout, as of timeout(1).
 const STATUS_TIMEOUT: i32 = 124;
 
-/// Tells `story`.
-pub fn over(name: &str, story: fn() -> Result<()>) -> Result<()> {
-    let (told, ending): (Sender<()>, _) = channel();
+/// Runs `story`.
+pub fn run(name: &str, story: fn() -> Result<()>) -> Result<()> {
+    let (done, ending): (Sender<()>, _) = channel();
     let watched = name.to_owned();
     let watch = thread::spawn(move || {
         if ending.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
-            eprintln!("HUNG {watched}: has not come to its end after {LIMIT:?}");
+            eprintln!("HUNG {watched}: not finished after {LIMIT:?}");
             eprintln!("{}", processes());
             std::process::exit(STATUS_TIMEOUT);
         }
@@ -30,18 +29,18 @@ pub fn over(name: &str, story: fn() -> Result<()>) -> Result<()> {
     let begin = Instant::now();
     let outcome = story();
     eprintln!("--- {name}: {} s", begin.elapsed().as_secs());
-    drop(told);
+    drop(done);
     let _ = watch.join();
     outcome
 }
 
-/// Every process and thread with what it waits for in the kernel, and the kernel's last words.
+/// Every process and thread with its kernel stack, and the end of the kernel log.
 fn processes() -> String {
     let mut text = String::new();
     for folder in numbered(Path::new("/proc")) {
         let command = std::fs::read(folder.join("cmdline")).unwrap_or_default();
         if command.is_empty() {
-            // A thread of the kernel's.
+            // A kernel thread.
             continue;
         }
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
@@ -78,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_printed_names_this_program_and_its_threads() {
+    fn the_report_has_this_program_and_its_threads() {
         let text = processes();
         let own = format!("/proc/{} ", std::process::id());
         assert!(text.lines().any(|line| line.starts_with(&own)), "{text}");

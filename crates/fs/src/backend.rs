@@ -18,7 +18,7 @@ type Bitmap = <Inner as VhostUserBackend>::Bitmap;
 
 /// Dirty logging, for migration (vhost-user, `VHOST_F_LOG_ALL`).
 const F_LOG_ALL: u64 = 1 << 26;
-/// Number of the crate's queue for requests.
+/// Index of the crate's request queue.
 const REQUESTS: u16 = 1;
 
 pub(crate) struct Backend(pub(crate) Inner);
@@ -63,7 +63,7 @@ impl VhostUserBackend for Backend {
         thread: usize,
     ) -> io::Result<()> {
         let handled = match (vrings.first(), vrings.get(usize::from(event))) {
-            // The crate knows one queue for requests; each of ours is that one in its turn.
+            // The crate has one request queue: each of ours is passed as that one.
             (Some(first), Some(requests)) if event > 0 => {
                 let pair = [first.clone(), requests.clone()];
                 self.0.handle_event(REQUESTS, set, &pair, thread)
@@ -73,7 +73,7 @@ impl VhostUserBackend for Backend {
         if let Err(error) = &handled {
             // The thread would end and the guest would wait forever; the VMM notices when the
             // process exits.
-            eprintln!("nacelle-fs: ring {event} cannot be served: {error}");
+            eprintln!("nacelle-fs: virtqueue {event} failed: {error}");
             std::process::exit(1);
         }
         handled

@@ -24,18 +24,18 @@ const STAGE: &str = "/proc";
 const OPEN_FILES: rlim_t = 1_000_000;
 /// Capabilities of the server (capabilities(7)), and what would fail without each.
 pub const SERVER: [(u32, &str); 8] = [
-    (0, "CHOWN: chown in the guest, and new files belong to the guest's user"),
+    (0, "CHOWN: chown in the guest, and the owner of new files"),
     (1, "DAC_OVERRIDE: the guest's root reads and writes as root does; its kernel checks others"),
     (3, "FOWNER: chmod, utimes and xattrs of files of other users by the guest's root"),
     (4, "FSETID: setgid bits survive a change by the guest's root"),
-    (6, "SETGID: a file is made with the group of the guest's process"),
-    (7, "SETUID: a file is made as the user of the guest's process"),
+    (6, "SETGID: a file is created with the group of the guest's process"),
+    (7, "SETUID: a file is created as the user of the guest's process"),
     (27, "MKNOD: fifos and sockets need none, whiteouts and device nodes do, as with runc"),
     (31, "SETFCAP: programs with file capabilities are installed by package managers"),
 ];
 /// Capabilities of the mounter, and what would fail without each.
 pub const MOUNTER: [(u32, &str); 2] = [
-    (2, "DAC_READ_SEARCH: the ways to what the host mounts below a share, past anybody's folders"),
+    (2, "DAC_READ_SEARCH: lookup of the host's mounts below a share, in directories of any user"),
     (21, "SYS_ADMIN: mounts, in a namespace of its own"),
 ];
 
@@ -66,10 +66,10 @@ pub struct Entries {
 pub fn empty_root() -> Result<Entries, JailError> {
     // The launcher creates a mount namespace. Without it (started from a shell) one is created
     // here: the host's root must not be changed.
-    let mine = fs::read_link("/proc/self/ns/mnt");
+    let own = fs::read_link("/proc/self/ns/mnt");
     let host = fs::read_link("/proc/1/ns/mnt");
-    if mine.is_err() || host.is_err() || mine.ok() == host.ok() {
-        unshare(CloneFlags::CLONE_NEWNS).map_err(step("get a mount namespace"))?;
+    if own.is_err() || host.is_err() || own.ok() == host.ok() {
+        unshare(CloneFlags::CLONE_NEWNS).map_err(step("create a mount namespace"))?;
     }
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
@@ -79,31 +79,31 @@ pub fn empty_root() -> Result<Entries, JailError> {
         mount(Some("none"), target, Some("tmpfs"), flags, Some(options))
     };
     tmpfs(STAGE, "size=4k,nr_inodes=8,mode=0555").map_err(step("mount an empty root"))?;
-    chdir(STAGE).map_err(step("enter the empty root"))?;
+    chdir(STAGE).map_err(step("change to the empty root"))?;
     // Mounts the old root on top of the new one; it is detached next (pivot_root(2), NOTES).
     pivot_root(".", ".").map_err(step("change the root"))?;
-    umount2(".", MntFlags::MNT_DETACH).map_err(step("forget the old root"))?;
-    chdir("/").map_err(step("enter the new root"))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(step("unmount the old root"))?;
+    chdir("/").map_err(step("change to the new root"))?;
     for folder in [SHARES, SOURCES, "/proc"] {
         mkdir(folder, nix::sys::stat::Mode::from_bits_truncate(0o755))
-            .map_err(step("make a folder"))?;
+            .map_err(step("create a directory"))?;
     }
     for folder in [SHARES, SOURCES] {
         tmpfs(folder, "size=64k,nr_inodes=1k,mode=0755").map_err(step("mount the shares"))?;
     }
     mount(Some("none"), "/proc", Some("proc"), flags, none).map_err(step("mount /proc"))?;
-    let shares = sys::clone_mount(c"/shares").map_err(step("keep a way to the shares"))?;
-    let sources = sys::clone_mount(c"/sources").map_err(step("keep a way to the sources"))?;
+    let shares = sys::clone_mount(c"/shares").map_err(step("open the directory of shares"))?;
+    let sources = sys::clone_mount(c"/sources").map_err(step("open the directory of sources"))?;
     let table = || {
         Table::open().map_err(|e| {
             let errno = e.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw);
-            step("open the table of mounts")(errno)
+            step("open the mount table")(errno)
         })
     };
     let (table, mounted) = (table()?, table()?);
     let fixed = flags | MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
     for folder in [SHARES, SOURCES, "/"] {
-        mount(none, folder, none, fixed, none).map_err(step("make a folder read-only"))?;
+        mount(none, folder, none, fixed, none).map_err(step("make a directory read-only"))?;
     }
     Ok(Entries { shares, sources, table, mounted })
 }
@@ -111,8 +111,8 @@ pub fn empty_root() -> Result<Entries, JailError> {
 /// A mount of /proc/self/fd only, with which the server reopens files that it has as O_PATH file
 /// descriptors. /proc itself is unmounted.
 pub(crate) fn own_descriptors() -> Result<OwnedFd, JailError> {
-    let fds = sys::clone_mount(c"/proc/self/fd").map_err(step("open the own descriptors"))?;
-    umount2("/proc", MntFlags::MNT_DETACH).map_err(step("forget /proc"))?;
+    let fds = sys::clone_mount(c"/proc/self/fd").map_err(step("open /proc/self/fd"))?;
+    umount2("/proc", MntFlags::MNT_DETACH).map_err(step("unmount /proc"))?;
     Ok(fds)
 }
 
@@ -122,8 +122,8 @@ pub fn open_files() -> Result<(), JailError> {
         getrlimit(Resource::RLIMIT_NOFILE).map_err(step("read the limit of open files"))?;
     let most = fs::read_to_string("/proc/sys/fs/nr_open");
     let most = most.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(hard);
-    let wanted = OPEN_FILES.min(most);
-    match setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted) {
+    let limit = OPEN_FILES.min(most);
+    match setrlimit(Resource::RLIMIT_NOFILE, limit, limit) {
         Ok(()) => Ok(()),
         // Without CAP_SYS_RESOURCE.
         Err(_) => setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
@@ -138,12 +138,12 @@ pub(crate) fn mask(capabilities: &[(u32, &str)]) -> u64 {
 
 /// Sets no_new_privs, forbids core dumps (they would have tenant data), and drops all but these
 /// capabilities.
-pub fn keep(capabilities: &[(u32, &str)]) -> Result<(), JailError> {
+pub fn drop_privileges(capabilities: &[(u32, &str)]) -> Result<(), JailError> {
     let caps = mask(capabilities);
     nix::sys::prctl::set_no_new_privs().map_err(step("set no_new_privs"))?;
-    nix::sys::prctl::set_dumpable(false).map_err(step("become undumpable"))?;
+    nix::sys::prctl::set_dumpable(false).map_err(step("clear the dumpable flag"))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("forbid core dumps"))?;
     nix::unistd::setgroups(&[]).map_err(step("drop supplementary groups"))?;
-    sys::bound_capabilities(caps).map_err(step("drop the capability bounding set"))?;
+    sys::limit_bounding_set(caps).map_err(step("drop the capability bounding set"))?;
     sys::set_capabilities(caps).map_err(step("drop capabilities"))
 }

@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_is_cut_off_until_the_next_window() {
+    fn lines_over_the_limit_are_dropped_until_the_next_window() {
         let lines = Lines { start: Instant::now(), used: AtomicU64::new(0) };
         assert_eq!((0..100).filter(|_| lines.allow(1)).count() as u64, LINES);
         assert!(lines.allow(2));

@@ -30,11 +30,11 @@ fn arguments() -> Result<(OwnedFd, OwnedFd)> {
         bail!("usage: nacelle-fs --control-fd N --vhost-fd N");
     };
     let adopt = |what: &str, text: &str| {
-        let number = text.parse().with_context(|| format!("{what}: {text:?} is no number"))?;
+        let number = text.parse().with_context(|| format!("{what}: {text:?} is not a number"))?;
         nacelle_fs::adopt(number).with_context(|| format!("{what}: descriptor {number}"))
     };
     if control == vhost {
-        bail!("descriptor {control} is named twice");
+        bail!("--control-fd and --vhost-fd are both {control}");
     }
     Ok((adopt("--control-fd", control)?, adopt("--vhost-fd", vhost)?))
 }
@@ -53,29 +53,29 @@ fn run() -> Result<ExitCode> {
         }
         ForkResult::Parent { child } => {
             drop((vhost, report));
-            mount_for(child, entries, control, ready)
+            run_mounter(child, entries, control, ready)
         }
     }
 }
 
-fn mount_for(
+fn run_mounter(
     server: Pid,
     entries: jail::Entries,
     control: OwnedFd,
     ready: OwnedFd,
 ) -> Result<ExitCode> {
-    let ended = nacelle_fs::pidfd_open(server)?;
+    let exited = nacelle_fs::pidfd_open(server)?;
     if nix::unistd::read(ready.as_fd(), &mut [0])? == 0 {
-        bail!("the server has ended before it began");
+        bail!("the server exited on start");
     }
     drop(ready);
     jail::open_files()?;
-    jail::keep(&jail::MOUNTER)?;
+    jail::drop_privileges(&jail::MOUNTER)?;
     seccomp::apply(Role::Mounter)?;
-    Mounter::new(entries).run(control, ended)?;
+    Mounter::new(entries).run(control, exited)?;
     // The pid namespace ends with this process, its first one.
     match waitid(Id::Pid(server), WaitPidFlag::WEXITED)? {
         WaitStatus::Exited(_, 0) => Ok(ExitCode::SUCCESS),
-        status => bail!("the server has ended: {status:?}"),
+        status => bail!("the server exited: {status:?}"),
     }
 }

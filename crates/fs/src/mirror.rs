@@ -64,8 +64,8 @@ impl Mirrors {
 
     /// Mounts a copy of the source as the share.
     pub(crate) fn add(&mut self, table: &Table, name: &str) -> nix::Result<()> {
-        let source = sys::place(&Path::new(&SOURCES[1..]).join(name))?;
-        let target = sys::place(&Path::new(&SHARES[1..]).join(name))?;
+        let source = sys::open_beneath(&Path::new(&SOURCES[1..]).join(name))?;
+        let target = sys::open_beneath(&Path::new(&SHARES[1..]).join(name))?;
         let copy = sys::copy_mount(source.as_fd())?;
         sys::make_private(copy.as_fd())?;
         sys::attach_at(copy.as_fd(), target.as_fd())?;
@@ -97,7 +97,7 @@ impl Mirrors {
             }
         }
         self.failed.retain(|failed| wanted.iter().any(|(mount, _)| **mount == *failed));
-        self.drop_gone(&wanted)?;
+        self.detach_unmounted(&wanted)?;
         // A mount on another one must come after it; for mounts at one path the table is in that
         // order.
         wanted.sort_by_key(|(_, place)| place.components().count());
@@ -112,7 +112,11 @@ impl Mirrors {
                 Err(Errno::ESTALE) => {}
                 Err(error) => {
                     if self.failed.insert(mount.clone()) {
-                        log::error!("{}: not shown: {}", place.display(), error.desc());
+                        log::error!(
+                            "{}: the mount cannot be copied: {}",
+                            place.display(),
+                            error.desc()
+                        );
                     }
                 }
             }
@@ -121,7 +125,7 @@ impl Mirrors {
     }
 
     /// Detaches copies whose original was unmounted, and mounts on them.
-    fn drop_gone(&mut self, wanted: &[(&Mount, PathBuf)]) -> nix::Result<()> {
+    fn detach_unmounted(&mut self, wanted: &[(&Mount, PathBuf)]) -> nix::Result<()> {
         let (mut gone, mut kept): (Vec<Mirror>, Vec<Mirror>) = Default::default();
         for mirror in std::mem::take(&mut self.mirrors) {
             let stays = wanted.iter().any(|(mount, _)| **mount == mirror.of)
@@ -139,14 +143,14 @@ impl Mirrors {
             return Err(Errno::ENOSPC);
         }
         let copy = {
-            let source = sys::place(&mount.point)?;
+            let source = sys::open_beneath(&mount.point)?;
             if sys::mount_id(source.as_fd())? != mount.id {
                 return Err(Errno::ESTALE);
             }
             sys::copy_mount(source.as_fd())?
         };
         sys::make_private(copy.as_fd())?;
-        let target = sys::place(place)?;
+        let target = sys::open_beneath(place)?;
         sys::attach_at(copy.as_fd(), target.as_fd())?;
         self.mirrors.push(Mirror { of: mount.clone(), copy, place: place.to_owned() });
         Ok(())

@@ -44,7 +44,7 @@ impl Mounter {
     }
 
     /// Handles a request.
-    pub fn perform(&mut self, request: Request, fds: Vec<OwnedFd>) -> Reply {
+    pub fn handle(&mut self, request: Request, fds: Vec<OwnedFd>) -> Reply {
         let done = match (request, <[OwnedFd; 1]>::try_from(fds)) {
             (Request::Add { name, access }, Ok([tree])) => self.add(name, access, &tree),
             (Request::Access { name, access }, Err(fds)) if fds.is_empty() => {
@@ -78,7 +78,7 @@ impl Mounter {
         let failed = |what: &str, e: Errno| Error::Failed {
             message: format!("{what} {name}: {}", e.desc()),
         };
-        let stat = fstat(tree).map_err(|e| failed("look at", e))?;
+        let stat = fstat(tree).map_err(|e| failed("fstat", e))?;
         let folder = match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
             SFlag::S_IFDIR => true,
             SFlag::S_IFREG => false,
@@ -92,7 +92,7 @@ impl Mounter {
             };
             if let Err(e) = made {
                 self.drop_entries(&name)?;
-                return Err(failed("make an entry for", e));
+                return Err(failed("create the mount point of", e));
             }
         }
         if let Err(e) = self.mount(&name, access, tree) {
@@ -104,7 +104,7 @@ impl Mounter {
     }
 
     /// Mounts `tree` below /sources first, which the guest does not see: only then does the mount
-    /// table tell whether it follows the host's mounts.
+    /// table show whether it follows the host's mounts.
     fn mount(&mut self, name: &str, access: Access, tree: &OwnedFd) -> nix::Result<()> {
         let place = |folder: &str| CString::new(format!("{folder}/{name}")).unwrap_or_default();
         let (table, mounted) = (&self.entries.table, &self.entries.mounted);
@@ -125,7 +125,7 @@ impl Mounter {
         }
         self.protection.set(name, access);
         self.protection.update(&self.entries.mounted).map_err(|e| Error::Failed {
-            message: format!("change what may be written in {name}: {}", e.desc()),
+            message: format!("change the write protection of {name}: {}", e.desc()),
         })
     }
 
@@ -136,7 +136,7 @@ impl Mounter {
         self.unmount(name)?;
         self.shares.remove(name);
         if let Err(error) = self.protection.update(&self.entries.mounted) {
-            log::error!("shares beside {name} stay writable: {}", error.desc());
+            log::error!("write protection after removal of {name}: {}", error.desc());
         }
         Ok(())
     }
@@ -205,7 +205,10 @@ impl Mounter {
                 let followed = self.mirrors.update(&self.entries.table);
                 let mut protected = || self.protection.update(&self.entries.mounted);
                 if let Err(error) = followed.and_then(|()| protected()) {
-                    log::error!("what the host has mounted cannot be followed: {}", error.desc());
+                    log::error!(
+                        "the host's mounts below shares cannot be updated: {}",
+                        error.desc()
+                    );
                 }
             }
             clients.retain(|client| {
@@ -225,7 +228,7 @@ impl Mounter {
     /// Answers one request; `false` when the client is to be disconnected.
     fn answer(&mut self, client: &OwnedFd) -> bool {
         let reply = match receive::<Request>(client.as_fd()) {
-            Ok((request, fds)) => self.perform(request, fds),
+            Ok((request, fds)) => self.handle(request, fds),
             Err(TransportError::Socket(Errno::EAGAIN | Errno::EINTR)) => return true,
             Err(TransportError::Closed | TransportError::Socket(_)) => return false,
             Err(error) => Reply::Error(Error::Failed { message: error.to_string() }),

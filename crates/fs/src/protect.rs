@@ -82,7 +82,7 @@ impl Protection {
                 // A file descriptor in a slave mount would keep the host from unmounting the
                 // original.
                 false if mount.slave => continue,
-                false => match sys::place(&mount.point) {
+                false => match sys::open_beneath(&mount.point) {
                     Ok(root) if sys::mount_id(root.as_fd())? == mount.id => root,
                     // Another mount covers it, or directories are being renamed: its flag is not
                     // changed.
@@ -103,7 +103,7 @@ impl Protection {
         // The host has mounted it read-only, or its access is AsMounted.
         let Some(source) = source else { return Ok(()) };
         let protected = self.guarded.swap_remove(source).protected;
-        let root = sys::place(&Path::new(&SHARES[1..]).join(name))?;
+        let root = sys::open_beneath(&Path::new(&SHARES[1..]).join(name))?;
         let id = sys::mount_id(root.as_fd())?;
         let mount = table.read()?.into_iter().find(|mount| mount.id == id).ok_or(Errno::ENOENT)?;
         let guarded = Guarded { share: name.to_owned(), mount, root, protected, below: false };

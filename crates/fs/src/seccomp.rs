@@ -18,7 +18,7 @@ pub enum Role {
 pub enum FilterError {
     #[error("seccomp filter of the {role:?}")]
     Build { role: Role, source: BackendError },
-    #[error("kernel refuses the seccomp filter of the {role:?}")]
+    #[error("the kernel rejects the seccomp filter of the {role:?}")]
     Apply { role: Role, source: seccompiler::Error },
 }
 
@@ -44,56 +44,56 @@ const COMMON: &[Call] = &[
     (libc::SYS_mprotect, Without(libc::PROT_EXEC as u32), "allocator"),
     (libc::SYS_munmap, Always, "allocator; the guest's memory"),
     (libc::SYS_mremap, Always, "allocator"),
-    (libc::SYS_madvise, Always, "allocator, a thread's stack at its end"),
+    (libc::SYS_madvise, Always, "allocator, stack of a thread that exits"),
     (libc::SYS_futex, Always, "locks"),
     (libc::SYS_sched_yield, Always, "contended locks"),
     (libc::SYS_read, Always, "eventfds"),
     (libc::SYS_write, Always, "eventfds, log lines"),
     (libc::SYS_close, Always, "files, clients"),
     (libc::SYS_fcntl, Request(libc::F_GETFD as u32), "debug builds, before every close"),
-    (libc::SYS_fstat, Always, "what a descriptor is"),
+    (libc::SYS_fstat, Always, "file type of a descriptor"),
     (libc::SYS_newfstatat, Always, "fstat of newer C libraries"),
     (libc::SYS_recvmsg, Always, "requests and messages"),
     (libc::SYS_sendmsg, Always, "replies"),
     (libc::SYS_clock_gettime, Always, "hosts whose clock is not in the vDSO"),
     (libc::SYS_getrandom, Always, "seeds of hash tables"),
-    (libc::SYS_rt_sigprocmask, Always, "a thread's end, abort"),
+    (libc::SYS_rt_sigprocmask, Always, "exit of a thread, abort"),
     (libc::SYS_rt_sigaction, Always, "abort"),
     (libc::SYS_rt_sigreturn, Always, "end of a signal handler"),
-    (libc::SYS_sigaltstack, Always, "a thread's end"),
+    (libc::SYS_sigaltstack, Always, "exit of a thread"),
     (libc::SYS_gettid, Always, "abort"),
     (libc::SYS_getpid, Always, "abort"),
     (libc::SYS_tgkill, Always, "abort"),
     (libc::SYS_restart_syscall, Always, "waits interrupted by stop and continue"),
-    (libc::SYS_exit, Always, "a thread's end"),
-    (libc::SYS_exit_group, Always, "the end"),
+    (libc::SYS_exit, Always, "exit of a thread"),
+    (libc::SYS_exit_group, Always, "exit of the process"),
 ];
 
 const MOUNTER: &[Call] = &[
-    (libc::SYS_poll, Always, "waiting for clients and for the server's end"),
+    (libc::SYS_poll, Always, "waiting for clients and for the server's exit"),
     (libc::SYS_ppoll, Always, "as above"),
     (libc::SYS_accept4, Always, "clients of the control socket"),
-    (libc::SYS_mkdirat, Always, "entry of a folder"),
-    (libc::SYS_mknodat, Always, "entry of a file"),
-    (libc::SYS_unlinkat, Always, "an entry goes"),
-    (libc::SYS_move_mount, Always, "a share comes"),
-    (libc::SYS_umount2, Always, "a share goes"),
-    (libc::SYS_pread64, Always, "the table of mounts"),
-    (libc::SYS_openat2, Always, "where something is mounted below a share"),
-    (libc::SYS_statx, Always, "whether it is what was meant"),
-    (libc::SYS_open_tree, Always, "a copy of it"),
-    (libc::SYS_mount_setattr, Always, "which follows nothing"),
-    (libc::SYS_fchdir, Always, "to the mount that goes, which umount2 knows by a path only"),
-    (libc::SYS_chdir, Always, "and back"),
-    (libc::SYS_fcntl, Request(libc::F_DUPFD_CLOEXEC as u32), "a share is held while it is served"),
-    (libc::SYS_waitid, Always, "how the server ended"),
+    (libc::SYS_mkdirat, Always, "mount point of a directory"),
+    (libc::SYS_mknodat, Always, "mount point of a file"),
+    (libc::SYS_unlinkat, Always, "a mount point is removed"),
+    (libc::SYS_move_mount, Always, "a share is mounted"),
+    (libc::SYS_umount2, Always, "a share is unmounted"),
+    (libc::SYS_pread64, Always, "the mount table"),
+    (libc::SYS_openat2, Always, "mount points below a share"),
+    (libc::SYS_statx, Always, "mount id of a mount point"),
+    (libc::SYS_open_tree, Always, "a copy of a mount"),
+    (libc::SYS_mount_setattr, Always, "propagation and read-only flag of a mount"),
+    (libc::SYS_fchdir, Always, "umount2 of a mount known by its descriptor, as `.`"),
+    (libc::SYS_chdir, Always, "back to / after that"),
+    (libc::SYS_fcntl, Request(libc::F_DUPFD_CLOEXEC as u32), "descriptors of shares"),
+    (libc::SYS_waitid, Always, "the server's exit status"),
 ];
 
 const SERVER: &[Call] = &[
     (libc::SYS_epoll_wait, Always, "rings"),
     (libc::SYS_epoll_pwait, Always, "rings"),
     (libc::SYS_epoll_ctl, Always, "rings start and stop"),
-    (libc::SYS_openat, Always, "open, create, opendir, lookup of folders"),
+    (libc::SYS_openat, Always, "open, create, opendir, lookup of directories"),
     (libc::SYS_statx, Always, "lookup, getattr"),
     (libc::SYS_fstatfs, Always, "statfs; whether a mount is read-only"),
     (libc::SYS_readlinkat, Always, "readlink"),
@@ -117,18 +117,18 @@ const SERVER: &[Call] = &[
     (libc::SYS_fchmodat, Always, "chmod"),
     (libc::SYS_fchownat, Always, "chown"),
     (libc::SYS_utimensat, Always, "utimes"),
-    (libc::SYS_getxattr, Always, "getxattr, by way of the own descriptors"),
+    (libc::SYS_getxattr, Always, "getxattr, through /proc/self/fd"),
     (libc::SYS_setxattr, Always, "setxattr, as above"),
     (libc::SYS_listxattr, Always, "listxattr, as above"),
     (libc::SYS_removexattr, Always, "removexattr, as above"),
-    (libc::SYS_setresuid, Always, "a file is made as the guest's user"),
+    (libc::SYS_setresuid, Always, "a file is created as the guest's user"),
     (libc::SYS_setresgid, Always, "as above"),
-    (libc::SYS_setgroups, Always, "as above, with the process' further groups"),
-    (libc::SYS_capset, Always, "setuid bits go when a file changes: FSETID is put aside"),
-    (libc::SYS_prctl, Option(libc::PR_SET_NAME as u32), "a thread that is just beginning"),
-    (libc::SYS_rseq, Always, "a thread that is just beginning"),
-    (libc::SYS_set_robust_list, Always, "a thread that is just beginning"),
-    (libc::SYS_sched_getaffinity, Always, "a thread that is just beginning"),
+    (libc::SYS_setgroups, Always, "as above, with supplementary groups"),
+    (libc::SYS_capset, Always, "CAP_FSETID is dropped for changes that clear setuid bits"),
+    (libc::SYS_prctl, Option(libc::PR_SET_NAME as u32), "start of a thread"),
+    (libc::SYS_rseq, Always, "start of a thread"),
+    (libc::SYS_set_robust_list, Always, "start of a thread"),
+    (libc::SYS_sched_getaffinity, Always, "start of a thread"),
     (libc::SYS_eventfd2, Always, "events of the rings"),
     (libc::SYS_fcntl, Request(libc::F_DUPFD_CLOEXEC as u32), "duplicates of descriptors"),
 ];
@@ -189,8 +189,8 @@ mod tests {
     }
 
     #[test]
-    fn nobody_starts_programs_and_who_sees_the_guests_bytes_cannot_mount() {
-        let nobody = [
+    fn neither_role_starts_programs_and_the_server_cannot_mount() {
+        let neither = [
             libc::SYS_execve,
             libc::SYS_execveat,
             libc::SYS_clone,
@@ -214,7 +214,7 @@ mod tests {
         ];
         for role in [Role::Mounter, Role::Server] {
             for (call, _, why) in calls(role) {
-                assert!(!nobody.contains(call), "{role:?}: {why}");
+                assert!(!neither.contains(call), "{role:?}: {why}");
                 assert!(role == Role::Mounter || !server.contains(call), "{why}");
             }
         }

@@ -38,7 +38,7 @@ pub enum ServeError {
     /// An error of a library, as text.
     #[error("vhost-user: {message}")]
     Backend { message: String },
-    #[error("cannot report being ready")]
+    #[error("cannot report readiness")]
     Ready(#[source] nix::Error),
 }
 
@@ -54,12 +54,12 @@ pub fn run(listener: UnixListener, ready: OwnedFd) -> Result<(), ServeError> {
     // Without one of its threads the server would not answer; the VMM notices when the process
     // exits.
     std::panic::set_hook(Box::new(|info| {
-        eprintln!("nacelle-fs: the server is broken: {info}");
+        eprintln!("nacelle-fs: the server panicked: {info}");
         std::process::exit(101);
     }));
     jail::open_files()?;
     let descriptors = jail::own_descriptors()?;
-    jail::keep(&jail::SERVER)?;
+    jail::drop_privileges(&jail::SERVER)?;
     let root = CString::new(crate::SHARES).unwrap_or_default();
     let fs = Passthrough::new(root, descriptors).map_err(ServeError::FileSystem)?;
     let served = VhostUserFsBackendBuilder::default().build(fs).map_err(backend)?;

@@ -56,7 +56,7 @@ fn set_attributes(
     attr_set: u64,
     attr_clr: u64,
     propagation: u64,
-    reach: libc::c_int,
+    at_flags: libc::c_int,
 ) -> nix::Result<()> {
     let attributes = libc::mount_attr { attr_set, attr_clr, propagation, userns_fd: 0 };
     // SAFETY: the path is NUL-terminated and static, `attributes` is readable for the given length;
@@ -66,7 +66,7 @@ fn set_attributes(
             libc::SYS_mount_setattr,
             root.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | reach,
+            libc::AT_EMPTY_PATH | at_flags,
             std::ptr::from_ref(&attributes),
             size_of::<libc::mount_attr>(),
         )
@@ -92,7 +92,7 @@ pub(crate) fn attach_at(tree: BorrowedFd<'_>, place: BorrowedFd<'_>) -> nix::Res
 }
 
 /// Opens `path` (O_PATH) below the working directory, across mounts but without symbolic links.
-pub(crate) fn place(path: &Path) -> nix::Result<OwnedFd> {
+pub(crate) fn open_beneath(path: &Path) -> nix::Result<OwnedFd> {
     let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
     let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(resolve);
     openat2(AT_FDCWD, path, how)
@@ -152,7 +152,7 @@ pub(crate) fn set_effective_capabilities(effective: u64, permitted: u64) -> nix:
 }
 
 /// Drops all capabilities that are not in `caps` from the bounding set, and clears the ambient set.
-pub(crate) fn bound_capabilities(caps: u64) -> nix::Result<()> {
+pub(crate) fn limit_bounding_set(caps: u64) -> nix::Result<()> {
     for cap in (0..64u32).filter(|cap| caps & 1 << cap == 0) {
         // SAFETY: PR_CAPBSET_DROP takes a number and accesses no memory.
         match Errno::result(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, cap, 0, 0, 0) }) {

@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_read_with_odd_names_and_any_number_of_tags() {
+    fn mountinfo_is_parsed_with_escaped_names_and_optional_fields() {
         let line =
             br"36 35 98:0 /a\040b /sources/x\134y\012z rw,noatime shared:1 master:7 - ext3 /dev rw";
         let mount = parse(line).unwrap();
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn mounts_of_one_folder_and_of_one_in_it_overlap() {
+    fn mounts_of_a_directory_and_of_one_inside_it_overlap() {
         let at = |device: &str, root: &str| {
             parse(format!("1 2 {device} {root} /x rw - a b c").as_bytes()).unwrap()
         };

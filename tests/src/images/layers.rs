@@ -10,7 +10,7 @@ use flate2::write::GzEncoder;
 use super::trees;
 use crate::layout::{self, Layer};
 
-/// Images cross into the lab once a run: size counts more than seconds at the first making.
+/// Images are copied to the lab in each run and built once, so size matters more than build time.
 const GZIP_LEVEL: u32 = 7;
 const ZSTD_LEVEL: i32 = 12;
 
@@ -34,9 +34,9 @@ pub fn pack(tree: &Path, paths: &[PathBuf], compression: Compression) -> Result<
     Ok(Layer { media_type, blob, diff_id })
 }
 
-/// A layer that removes paths (image-spec, layer.md, "Whiteouts"): by a whiteout, and the last one
-/// by making its folder opaque, with something new in it.
-pub fn taking_away(folder: &Path, paths: &[&str]) -> Result<(PathBuf, Vec<PathBuf>)> {
+/// A layer that removes paths (image-spec, layer.md, "Whiteouts"): the last path by an opaque
+/// whiteout of its directory, with a new file in it, the others by a whiteout.
+pub fn whiteout_layer(folder: &Path, paths: &[&str]) -> Result<(PathBuf, Vec<PathBuf>)> {
     let mut entries: Vec<PathBuf> = Vec::new();
     for (n, path) in paths.iter().enumerate() {
         let path = Path::new(path.trim_start_matches('/'));

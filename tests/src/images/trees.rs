@@ -1,4 +1,4 @@
-//! Root file systems from Debian's packages, and what of them goes into a layer.
+//! Root file systems from Debian packages, and the files of them that are in layers.
 
 use std::fs;
 use std::io::Write;
@@ -8,13 +8,12 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-/// Raised when trees change in a way that the images' recipes do not show.
+/// To be increased when trees change in a way that is not part of the images' recipes.
 pub const RECIPE: &str = "2";
 
-/// Folders that stay, without what is in them.
+/// Directories that are kept without their contents.
 const EMPTIED: &[&str] = &["dev", "proc", "sys", "tmp", "var/cache", "var/lib/apt", "var/lib/dpkg"];
-/// Paths that no story looks at: documentation, encodings, and what Postgres would compile queries
-/// with.
+/// Paths that no story needs: documentation, encodings, and PostgreSQL's JIT compiler.
 const DROPPED: &[&str] = &[
     "usr/share/doc",
     "usr/share/man",
@@ -43,7 +42,7 @@ const DROPPED: &[&str] = &[
 pub fn debian(tree: &Path, packages: &[&str], finish: &str, sources: Option<&Path>) -> Result<()> {
     let mut options = vec![
         "--variant=essential".to_owned(),
-        // Debian would make a database of its own.
+        // No database cluster of Debian's package.
         r#"--essential-hook=mkdir -p "$1/etc/postgresql-common"
            echo "create_main_cluster = false" > "$1/etc/postgresql-common/createcluster.conf""#
             .to_owned(),
@@ -57,8 +56,8 @@ pub fn debian(tree: &Path, packages: &[&str], finish: &str, sources: Option<&Pat
     mmdebstrap(tree, &options, sources)
 }
 
-/// The C library with what every image has, and the program with its applets. A few MB in all,
-/// since most stories begin with pulling it.
+/// Paths of the first layer (C library, /etc) and of the second (busybox with its applets). A few
+/// MB, since most stories pull it.
 pub fn busybox(tree: &Path, sources: Option<&Path>) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     let options =
         ["--variant=extract".to_owned(), "--include=busybox,base-passwd,libc6".to_owned()];
@@ -140,7 +139,7 @@ fn mmdebstrap(tree: &Path, options: &[String], sources: Option<&Path>) -> Result
     Ok(())
 }
 
-/// Makes a folder that belongs to a user of the tree.
+/// Creates a directory that is owned by a user of the tree.
 pub fn folder(tree: &Path, path: &str, owner: &str) -> Result<()> {
     let status = Command::new("chroot")
         .arg(tree)
@@ -151,12 +150,12 @@ pub fn folder(tree: &Path, path: &str, owner: &str) -> Result<()> {
     Ok(())
 }
 
-/// All that is worth a layer, parents first.
+/// Paths for a layer, parents first.
 pub fn files(tree: &Path) -> Result<Vec<PathBuf>> {
-    walk(tree, &is_wanted)
+    walk(tree, &is_included)
 }
 
-/// What a tree has beyond another, or otherwise.
+/// Paths that are new or different in a tree compared with another.
 pub fn changed(tree: &Path, base: &Path) -> Result<Vec<PathBuf>> {
     let mut list = Vec::new();
     for path in files(tree)? {
@@ -167,20 +166,20 @@ pub fn changed(tree: &Path, base: &Path) -> Result<Vec<PathBuf>> {
     Ok(list)
 }
 
-fn is_wanted(path: &Path) -> bool {
+fn is_included(path: &Path) -> bool {
     let text = path.to_string_lossy();
     let inside = |folder: &&str| text.starts_with(*folder) && text[folder.len()..].starts_with('/');
     !EMPTIED.iter().any(inside) && !DROPPED.iter().any(|p| text.starts_with(p))
 }
 
-fn walk(tree: &Path, wanted: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
+fn walk(tree: &Path, included: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
     let mut list = Vec::new();
     let mut folders = vec![PathBuf::new()];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(tree.join(&folder))? {
             let entry = entry?;
             let path = folder.join(entry.file_name());
-            if wanted(&path) {
+            if included(&path) {
                 if entry.file_type()?.is_dir() {
                     folders.push(path.clone());
                 }
@@ -204,7 +203,7 @@ fn same(one: &Path, other: &Path) -> Result<bool> {
     Ok(!a.is_file() || (a.len() == b.len() && fs::read(one)? == fs::read(other)?))
 }
 
-/// A tar of the named paths, byte by byte the same whenever and wherever it is made.
+/// A reproducible tar archive of the given paths.
 pub fn tar(tree: &Path, paths: &[PathBuf]) -> Result<Vec<u8>> {
     let mut child = Command::new("tar")
         .args(["--create", "--format=pax", "--numeric-owner", "--xattrs", "--no-recursion"])

@@ -1,5 +1,5 @@
-//! Stored files that are damaged while the daemon is away: it starts, says what it could not read,
-//! and forgets nothing that still runs.
+//! Stored files that are damaged while the daemon is down: it starts, reports what it could not
+//! read, and keeps track of all that still runs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,33 +15,33 @@ use crate::wait;
 
 pub const STORIES: &[Story] = &[
     ("a pod whose record cannot be read stays until it is stopped and removed", records),
-    ("damaged images and names do not keep the daemon from starting", images),
-    ("a damaged network record gives its address back with its pod", networks),
+    ("damaged images and refs.json do not prevent the daemon from starting", images),
+    ("the address of a damaged network record is released when its pod is removed", networks),
 ];
 
 fn damaged(node: &Node) -> Result<serde_json::Value> {
     let mut client = node.cri().runtime.clone();
     let request = v1::StatusRequest { verbose: true };
     let status = node.cri().block_on(async move { client.status(request).await })?.into_inner();
-    Ok(serde_json::from_str(status.info.get("damaged").context("nothing is said of damage")?)?)
+    Ok(serde_json::from_str(status.info.get("damaged").context("no key `damaged` in the status")?)?)
 }
 
-fn other_version(record: &Path) -> Result<()> {
+fn set_other_version(record: &Path) -> Result<()> {
     let mut value: serde_json::Value = serde_json::from_slice(&std::fs::read(record)?)?;
     value["version"] = 99.into();
     Ok(std::fs::write(record, value.to_string())?)
 }
 
-fn emptied(file: &Path) -> Result<()> {
+fn truncate(file: &Path) -> Result<()> {
     Ok(std::fs::write(file, "")?)
 }
 
-fn a_folder(file: &Path) -> Result<()> {
+fn replace_by_directory(file: &Path) -> Result<()> {
     std::fs::remove_file(file)?;
     Ok(std::fs::create_dir(file)?)
 }
 
-const DAMAGES: [fn(&Path) -> Result<()>; 3] = [other_version, emptied, a_folder];
+const DAMAGES: [fn(&Path) -> Result<()>; 3] = [set_other_version, truncate, replace_by_directory];
 
 fn records() -> Result<()> {
     let mut node = Node::start()?;
@@ -63,9 +63,9 @@ fn records() -> Result<()> {
         ensure!(listed[0].annotations.contains_key("nacelle.dev/unread-record"), "{listed:?}");
         ensure!(node.cri().pod_address(&id)? == address, "its address is lost");
         ensure!(damaged(&node)?["pods"][0]["id"] == id.as_str(), "{}", damaged(&node)?);
-        ensure!(Path::new(&process).exists(), "its VM was ended unasked");
-        let again = node.cri().run_pod(pod("damaged", &node.logs)).unwrap_err();
-        ensure!(again.code() == Code::AlreadyExists, "{again}");
+        ensure!(Path::new(&process).exists(), "its VM was killed");
+        let second = node.cri().run_pod(pod("damaged", &node.logs)).unwrap_err();
+        ensure!(second.code() == Code::AlreadyExists, "{second}");
 
         node.cri().stop_pod(&id)?;
         wait::until("its VM has ended", Duration::from_secs(15), || {
@@ -94,9 +94,9 @@ fn images() -> Result<()> {
             node.kill_daemon()?;
             damage(file)?;
             node.start_daemon()?;
-            let told = damaged(&node)?["images"].as_array().map_or(0, Vec::len);
-            ensure!(told > 0, "{}: {}", file.display(), damaged(&node)?);
-            ensure!(node.cri().shell(&running, "echo alive")? == "alive", "what ran suffers");
+            let damages = damaged(&node)?["images"].as_array().map_or(0, Vec::len);
+            ensure!(damages > 0, "{}: {}", file.display(), damaged(&node)?);
+            ensure!(node.cri().shell(&running, "echo alive")? == "alive", "what ran is affected");
             node.cri().pull(&image)?;
             let more = node.cri().run(&id, container("more", &image, &["true"]))?;
             ensure!(node.cri().exited(&more)?.exit_code == 0, "the image does not work");
@@ -111,11 +111,11 @@ fn networks() -> Result<()> {
     let id = node.pod("p")?;
     let cache = node.root.join("network/attachments").join(format!("{id}.json"));
     node.kill_daemon()?;
-    a_folder(&cache)?;
+    replace_by_directory(&cache)?;
     node.start_daemon()?;
     ensure!(node.cri().pod_ready(&id)?, "the pod is lost");
-    let told = damaged(&node)?["networks"].as_array().map_or(0, Vec::len);
-    ensure!(told == 1, "{}", damaged(&node)?);
+    let damages = damaged(&node)?["networks"].as_array().map_or(0, Vec::len);
+    ensure!(damages == 1, "{}", damaged(&node)?);
     node.cri().stop_pod(&id)?;
     node.cri().remove_pod(&id)?;
     ensure!(!cache.exists(), "the damaged record is still in its place");

@@ -1,5 +1,5 @@
-//! Devices of containers and of VMs: what every container may use, what a privileged one gets, how
-//! many containers a pod can have; and what a volume in the place of a usual mount does.
+//! Devices of containers and of VMs: those of every container, those of a privileged one, how many
+//! containers a pod can have; and volumes in place of default mounts.
 
 use anyhow::{Context, Result, ensure};
 use cri::v1;
@@ -11,9 +11,9 @@ use crate::images;
 use crate::node::{Node, registry};
 
 pub const STORIES: &[Story] = &[
-    ("many containers with images of their own fit into a pod, and leave it again", many),
-    ("a privileged container has all devices of its guest, loop devices to come included", loops),
-    ("a container has runc's devices, seccomp answers and /dev/shm, or the volume there", usual),
+    ("a pod can have many containers with different images, and they can be removed", many),
+    ("a privileged container has all devices of its guest, including new loop devices", loops),
+    ("a container has runc's devices, seccomp errors and /dev/shm, or a volume there", defaults),
 ];
 
 /// More than one function for each slot of the PCI bus. `NACELLE_CONTAINERS` is another number: 64
@@ -39,7 +39,7 @@ fn many() -> Result<()> {
         let id = cri.create(&pod, container(&format!("c{n}"), &name, &sleep));
         ids.push(id.with_context(|| format!("container {n}"))?);
     }
-    // One that is created has its process and its mounts already; starting all takes a minute.
+    // A created container has its process and its mounts already; starting all takes a minute.
     let started = |n: &usize| n.is_multiple_of(4) || [1, 7, 9, 10, count - 1].contains(n);
     for n in (0..count).filter(started) {
         cri.start(&ids[n]).with_context(|| format!("container {n}"))?;
@@ -51,13 +51,13 @@ fn many() -> Result<()> {
     for n in [0, 1, count / 8 * 4, count - 1] {
         ensure!(number(&ids[n])? == format!("{n}\n"), "container {n} has another image");
     }
-    // Room comes back, wherever it was, and what stays is not touched.
+    // Slots of removed containers are reused, and other containers are not affected.
     for n in [0, 7, 8, 9, count - 1] {
         cri.stop(&ids[n], 0)?;
         cri.remove(&ids[n])?;
         let name = registry().name(&format!("number-{n}"));
-        let config = container(&format!("again{n}"), &name, &sleep);
-        ids[n] = cri.run(&pod, config).with_context(|| format!("container {n} again"))?;
+        let config = container(&format!("second{n}"), &name, &sleep);
+        ids[n] = cri.run(&pod, config).with_context(|| format!("second container {n}"))?;
         ensure!(number(&ids[n])? == format!("{n}\n"), "container {n} has another image");
     }
     ensure!(number(&ids[1])? == "1\n" && number(&ids[10])? == "10\n", "the others' disks");
@@ -75,7 +75,7 @@ const MISSING: &str = "while read minor name; do \
     find /dev -type c -exec stat -c %t:%T {} + | grep -qx \"a:$(printf %x $minor)\" || echo $name; \
     done < /proc/misc";
 
-/// A loop device a file and one for `losetup`, which is given back.
+/// A loop device for each file and one for `losetup`, which is detached again.
 const LOOPS: &str = "set -e; cd /root
     for n in 1 2 3; do
         cp /p/disk disk$n; mkdir -p /mnt/$n; mount -o loop disk$n /mnt/$n; echo content$n > /mnt/$n/file
@@ -109,11 +109,11 @@ fn loops() -> Result<()> {
     let wanted = "content1\ncontent2\ncontent3\ncontent1\nread-only\n3";
     let found = cri.shell(&id, LOOPS)?;
     ensure!(found == wanted, "{found}");
-    // Another one shares them, as on any host, and gets ones of its own.
+    // A second container sees the same loop devices, as on any host, and can use further ones.
     let other = cri.run(&pod, privileged(container("other", &image, &["sleep", "1000"])))?;
     let used = cri.shell(&other, "losetup -a | wc -l; losetup -f")?;
     ensure!(used == "3\n/dev/loop3", "{used}");
-    // Mounted files hold up neither the end of a container nor the removal of its disk.
+    // Mounted files delay neither the exit of a container nor the removal of its disk.
     cri.stop(&id, 0)?;
     cri.remove(&id).context("a container with mounted files")?;
     let free = cri.shell(&other, "losetup -a | wc -l")?;
@@ -140,7 +140,7 @@ for nr, first in [(250, 0), (425, 0), (165, 0), (135, 0x40000), (41, 38), (41, 4
 /// namespace; then clone3 and calls that are newer than the profile.
 const ERRORS: &str = "1 1 1 1 1 1 1 38 38 38 38";
 
-/// Makes a tun interface through a node that it makes itself, or says why not.
+/// Creates a tun interface through a device node that it creates, or prints why it cannot.
 const TUN: &str = "import fcntl, os, stat, struct
 os.makedirs('/dev/net', exist_ok=True)
 if not os.path.exists('/dev/net/tun'):
@@ -158,7 +158,7 @@ except PermissionError:
     print('no fuse')
 ";
 
-/// Makes (with a size, MiB) or finds a segment of shared memory.
+/// Creates (with a size, MiB) or opens a segment of shared memory.
 const SHM: &str = "import os, sys, time
 from multiprocessing import shared_memory
 st = os.statvfs('/dev/shm')
@@ -175,12 +175,12 @@ else:
     os._exit(0)
 ";
 
-fn usual() -> Result<()> {
+fn defaults() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("python")?;
-    let pod = node.pod("usual")?;
+    let pod = node.pod("defaults")?;
     let cri = node.cri();
-    answers(cri, &pod, &image)?;
+    seccomp_errors(cri, &pod, &image)?;
     tun(cri, &pod, &image)?;
     let folder = host::folder()?;
     let volume = Tmpfs::mount(&folder.path().join("shm"), "size=96m,mode=1777")?;
@@ -210,12 +210,12 @@ fn usual() -> Result<()> {
     node.finish()
 }
 
-/// Of the default profile to init and exec, with and without no_new_privs.
-fn answers(cri: &Cri, pod: &str, image: &str) -> Result<()> {
+/// Errors of the default profile in init and exec, with and without no_new_privs.
+fn seccomp_errors(cri: &Cri, pod: &str, image: &str) -> Result<()> {
     let profile = v1::SecurityProfile::default();
     for no_new_privs in [false, true] {
         let line = "python3 -c \"$0\"; echo; exec sleep 1000";
-        let name = format!("answers-{no_new_privs}");
+        let name = format!("seccomp_errors-{no_new_privs}");
         let mut config = container(&name, image, &["sh", "-c", line, CALLS]);
         config.linux.get_or_insert_default().security_context =
             Some(v1::LinuxContainerSecurityContext {

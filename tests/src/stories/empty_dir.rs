@@ -1,4 +1,4 @@
-//! EmptyDirs as a kubelet makes them, VOLUMEs of images, and the scratch disk that both are on.
+//! EmptyDirs as a kubelet creates them, VOLUMEs of images, and the scratch disk that has both.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -15,16 +15,19 @@ use crate::node::{Node, registry};
 use crate::{images, wait};
 
 pub const STORIES: &[Story] = &[
-    ("an emptyDir is the pod's own: shared, limited, and there until the pod ends", lives),
+    (
+        "an emptyDir is shared by a pod's containers, limited, and kept until the pod is removed",
+        life_time,
+    ),
     ("overlayfs, O_DIRECT and trusted attributes work in emptyDirs and VOLUMEs", privileged),
-    ("a container's writable layer has a limit of its own, and its usage is told", layer),
+    ("a container's writable layer has its own limit, and its usage is reported", layer),
 ];
 
 /// Of the pod's security context (fsGroup).
 const GROUP: u32 = 4242;
 const MIB: u64 = 1 << 20;
 
-/// A kubelet's folders of one pod.
+/// A kubelet's directories of one pod.
 struct Kubelet {
     root: tempfile::TempDir,
     uid: String,
@@ -39,30 +42,30 @@ impl Kubelet {
         self.root.path().join("pods").join(&self.uid)
     }
 
-    /// The folder of an emptyDir, as a kubelet leaves it for a pod with an fsGroup.
+    /// The directory of an emptyDir, as a kubelet creates it for a pod with an fsGroup.
     fn empty_dir(&self, name: &str) -> Result<PathBuf> {
         let path = self.pod().join("volumes/kubernetes.io~empty-dir").join(name);
         fs::create_dir_all(&path)?;
-        own(&path)?;
+        set_owner(&path)?;
         Ok(path)
     }
 
     /// A subPath of one, as a kubelet prepares it for a container.
     fn sub_path(&self, volume: &str, sub_path: &str) -> Result<Bind> {
-        let part = self.empty_dir(volume)?.join(sub_path);
-        fs::create_dir_all(&part)?;
-        own(&part)?;
-        Bind::mount(&part, &self.pod().join("volume-subpaths").join(volume).join("c/0"))
+        let directory = self.empty_dir(volume)?.join(sub_path);
+        fs::create_dir_all(&directory)?;
+        set_owner(&directory)?;
+        Bind::mount(&directory, &self.pod().join("volume-subpaths").join(volume).join("c/0"))
     }
 }
 
-fn own(path: &Path) -> Result<()> {
+fn set_owner(path: &Path) -> Result<()> {
     chown(path, Some(0), Some(GROUP))?;
     // After the owner, which clears the set-group-ID bit.
     Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o2777))?)
 }
 
-fn asked(name: &str, attempt: u32, image: &str, mounts: Vec<v1::Mount>) -> v1::ContainerConfig {
+fn config_of(name: &str, attempt: u32, image: &str, mounts: Vec<v1::Mount>) -> v1::ContainerConfig {
     v1::ContainerConfig {
         metadata: Some(v1::ContainerMetadata { name: name.into(), attempt }),
         log_path: format!("{name}/{attempt}.log"),
@@ -71,28 +74,28 @@ fn asked(name: &str, attempt: u32, image: &str, mounts: Vec<v1::Mount>) -> v1::C
     }
 }
 
-fn lives() -> Result<()> {
+fn life_time() -> Result<()> {
     let mut node = Node::start()?;
     let image = node.image("busybox")?;
-    let kubelet = Kubelet::new("lives-uid")?;
+    let kubelet = Kubelet::new("life_time-uid")?;
     let (cache, small) = (kubelet.empty_dir("cache")?, kubelet.empty_dir("small")?);
     let memory = kubelet.empty_dir("memory")?;
     let host_memory = Tmpfs::mount(&memory, "size=8m")?;
-    own(&memory)?;
+    set_owner(&memory)?;
     fs::write(cache.join("before"), "from the host\n")?;
     let sub = kubelet.sub_path("cache", "of/two")?;
-    let mut config = pod("lives", &node.logs);
+    let mut config = pod("life_time", &node.logs);
     config.annotations = [("nacelle.dev/empty-dir-limits".into(), "small=16Mi".into())].into();
     let pod = node.cri().run_pod(config)?;
     let mounts =
         || vec![mount(&cache, "/cache"), mount(&small, "/small"), mount(&memory, "/memory")];
 
-    let one = node.cri().run(&pod, asked("one", 0, &image, mounts()))?;
+    let one = node.cri().run(&pod, config_of("one", 0, &image, mounts()))?;
     let cri = node.cri();
     let seen =
         cri.shell(&one, "stat -c '%u %g %a' /cache /memory /cache/of/two; cat /cache/before")?;
     ensure!(seen == "0 4242 2777\n0 4242 2777\n0 4242 2777\nfrom the host", "{seen}");
-    // A user of the pod's group may write, and what it makes is the group's.
+    // A user of the pod's group may write, and its files belong to the group.
     cri.shell(&one, "umask 2; echo kept > /cache/file && ln /cache/file /cache/linked")?;
     let seen = cri.shell(&one, "stat -c '%g %h' /cache/file; stat -f -c %T /memory")?;
     ensure!(seen == "4242 2\ntmpfs", "{seen}");
@@ -107,19 +110,19 @@ fn lives() -> Result<()> {
     }
     let used = cri.shell(&one, "du -sk /small | cut -f1")?;
     ensure!((15000..=16384).contains(&used.parse::<u64>()?), "{used} KiB before the limit");
-    cri.shell(&one, "rm /small/big && dd if=/dev/zero of=/small/again bs=1M count=10")?;
+    cri.shell(&one, "rm /small/big && dd if=/dev/zero of=/small/second bs=1M count=10")?;
 
-    // A second container, beside the first, has the same files and a part of them.
+    // A second container has the same files, and a sub-path of them.
     let two = vec![mount(&cache, "/c"), mount(sub.path(), "/sub"), mount(&memory, "/m")];
-    let two = cri.run(&pod, asked("two", 0, &image, two))?;
+    let two = cri.run(&pod, config_of("two", 0, &image, two))?;
     cri.shell(&one, "rm /memory/big; mkfifo /cache/pipe; echo through > /cache/pipe &")?;
     let seen =
         cri.shell(&two, "cat /c/pipe; touch /sub/inner; stat -c %d /c /sub | uniq | wc -l")?;
     ensure!(seen == "through\n1", "{seen}");
     cri.shell(&one, "test -e /cache/of/two/inner")?;
-    ensure!(!cache.join("file").exists(), "it is the host's folder");
+    ensure!(!cache.join("file").exists(), "it is the host's directory");
 
-    // It outlives daemons and containers.
+    // It is kept over restarts of the daemon and of containers.
     node.kill_daemon()?;
     node.start_daemon()?;
     let cri = node.cri();
@@ -127,11 +130,11 @@ fn lives() -> Result<()> {
         cri.stop(id, 0)?;
         cri.remove(id)?;
     }
-    let again = cri.run(&pod, asked("one", 1, &image, mounts()))?;
-    let seen = cri.shell(&again, "cat /cache/linked; ls /small /cache/of/two")?;
+    let second = cri.run(&pod, config_of("one", 1, &image, mounts()))?;
+    let seen = cri.shell(&second, "cat /cache/linked; ls /small /cache/of/two")?;
     ensure!(seen == "kept\n/cache/of/two:\ninner\n\n/small:\nagain", "{seen}");
 
-    // An operator who wants to see the data on the host.
+    // With `empty_dir = "share"` the data is on the host.
     node.stop_daemon()?;
     let path = node.path("config.toml");
     let text = fs::read_to_string(&path)?;
@@ -141,10 +144,10 @@ fn lives() -> Result<()> {
     let kubelet = Kubelet::new("shared-uid")?;
     let folder = kubelet.empty_dir("cache")?;
     let shared = cri.run_pod(self::pod("shared", &node.logs))?;
-    let id = cri.run(&shared, asked("one", 0, &image, vec![mount(&folder, "/cache")]))?;
+    let id = cri.run(&shared, config_of("one", 0, &image, vec![mount(&folder, "/cache")]))?;
     cri.shell(&id, "echo seen > /cache/file && sync")?;
     ensure!(fs::read_to_string(folder.join("file"))? == "seen\n", "not on the host");
-    let later = cri.run(&pod, asked("later", 0, &image, vec![mount(&cache, "/cache")]))?;
+    let later = cri.run(&pod, config_of("later", 0, &image, vec![mount(&cache, "/cache")]))?;
     ensure!(cri.shell(&later, "cat /cache/file")? == "kept", "the pod's emptyDir has moved");
     for pod in [&pod, &shared] {
         cri.stop_pod(pod)?;
@@ -181,7 +184,7 @@ for top in sys.argv[1:]:
     open("merged/above", "w").close()
     os.remove("merged/below")
     assert os.listdir("merged") == ["above"], os.listdir("merged")
-print("all well")
+print("passed")
 "#;
 
 fn privileged() -> Result<()> {
@@ -200,7 +203,7 @@ fn privileged() -> Result<()> {
     let pod = cri.run_pod(config)?;
     let run = |name: &str, propagation: v1::MountPropagation| {
         let mount = v1::Mount { propagation: propagation as i32, ..mount(&empty, "/empty") };
-        let mut config = asked(name, 0, &image, vec![mount]);
+        let mut config = config_of(name, 0, &image, vec![mount]);
         config.linux.get_or_insert_default().security_context =
             Some(v1::LinuxContainerSecurityContext { privileged: true, ..Default::default() });
         cri.run(&pod, config)
@@ -209,15 +212,15 @@ fn privileged() -> Result<()> {
     let id = run("mounts", v1::MountPropagation::PropagationBidirectional)?;
     cri.shell(&id, "grep -q image /data/file && echo own > /data/file")?;
     let output = cri.exec(&id, &["python3", "-c", PROGRAM, "/empty", "/data", "/new"])?;
-    ensure!(output.stdout == "all well\n", "{output:?}");
-    // What one container mounts in an emptyDir is there for another that asks for it.
+    ensure!(output.stdout == "passed\n", "{output:?}");
+    // Mounts of one container in an emptyDir appear in another one with HostToContainer.
     let seen = cri.shell(&sees, "ls /empty/merged; cat /data/file")?;
     ensure!(seen == "above\nimage", "{seen}");
-    ensure!(fs::read_dir(&empty)?.next().is_none(), "it is the host's folder");
+    ensure!(fs::read_dir(&empty)?.next().is_none(), "it is the host's directory");
     node.finish()
 }
 
-/// Bytes and files of a container's layer as a kubelet is told them.
+/// Bytes and inodes of a container's writable layer in its stats.
 fn usage(cri: &Cri, id: &str) -> Result<(u64, u64)> {
     let request = v1::ContainerStatsRequest { container_id: id.into() };
     let mut client = cri.runtime.clone();
@@ -233,31 +236,33 @@ fn layer() -> Result<()> {
     let image = node.image("busybox")?;
     let pod = node.pod("layer")?;
     let cri = node.cri();
-    let full = cri.run(&pod, asked("full", 0, &image, vec![]))?;
-    let other = cri.run(&pod, asked("other", 0, &image, vec![]))?;
+    let full = cri.run(&pod, config_of("full", 0, &image, vec![]))?;
+    let other = cri.run(&pod, config_of("other", 0, &image, vec![]))?;
     let size = cri.shell(&full, "df -k / | awk 'NR > 1 {print $2}'")?;
     ensure!(size == "65536", "df says {size}");
     let output = cri.exec(&full, &["dd", "if=/dev/zero", "of=/big", "bs=1M", "count=100"])?;
     ensure!(output.code != 0 && output.stderr.contains("quota exceeded"), "{output:?}");
     let limit = Duration::from_secs(30);
-    let told = |id: &str, what: &str, holds: &dyn Fn(u64, u64) -> bool| {
+    let wait_for_usage = |id: &str, what: &str, holds: &dyn Fn(u64, u64) -> bool| {
         let mut last = (0, 0);
-        let told = wait::until(what, limit, || {
+        let wait_for_usage = wait::until(what, limit, || {
             last = usage(cri, id)?;
             Ok(holds(last.0, last.1).then_some(()))
         });
-        told.with_context(|| format!("{last:?}"))
+        wait_for_usage.with_context(|| format!("{last:?}"))
     };
-    told(&full, "a full layer is told", &|bytes, _| (60 * MIB..=64 * MIB).contains(&bytes))?;
-    // Its neighbour is not full.
+    wait_for_usage(&full, "a full layer is wait_for_usage", &|bytes, _| {
+        (60 * MIB..=64 * MIB).contains(&bytes)
+    })?;
+    // The other container's layer is not full.
     cri.shell(&other, "dd if=/dev/zero of=/mine bs=1M count=8 && sync; touch $(seq 1 50)")?;
-    told(&other, "another layer is told by itself", &|bytes, files| {
+    wait_for_usage(&other, "another layer is wait_for_usage by itself", &|bytes, files| {
         (8 * MIB..16 * MIB).contains(&bytes) && (50..100).contains(&files)
     })?;
-    cri.shell(&full, "rm /big && dd if=/dev/zero of=/again bs=1M count=20")?;
+    cri.shell(&full, "rm /big && dd if=/dev/zero of=/second bs=1M count=20")?;
     let output = cri.exec(&full, &["sh", "-c", "cd /tmp && touch $(seq 1 5000)"])?;
-    ensure!(output.stderr.contains("quota exceeded"), "as many files as it likes: {output:?}");
-    // The room of a removed container is free again, on the host too.
+    ensure!(output.stderr.contains("quota exceeded"), "no limit of inodes: {output:?}");
+    // The space of a removed container is freed, also on the host.
     let disk = node.root.join("pods").join(&pod).join("scratch.img");
     let blocks = || Ok::<_, anyhow::Error>(fs::metadata(&disk)?.blocks() * 512);
     cri.shell(&full, "sync")?;

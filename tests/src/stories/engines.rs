@@ -14,7 +14,10 @@ use crate::host;
 use crate::node::{Node, registry};
 
 pub const STORIES: &[Story] = &[
-    ("docker in a pod has overlay2 wherever its data is, pulls, builds, limits, publishes", docker),
+    (
+        "docker in a pod uses overlay2 in any data directory, pulls, builds, limits, publishes",
+        docker,
+    ),
     ("podman in a pod builds an image and runs containers of it", podman),
 ];
 
@@ -23,11 +26,11 @@ const SCRIPT: &str = include_str!("engines.sh");
 const LIMIT: i64 = 400;
 const MEMORY: i64 = 1 << 30;
 
-/// A port of the pods' gateway that leads to one of the host's loopback interface.
+/// Forwards a port of the pods' gateway to one of the host's loopback interface.
 fn relay(gateway: &str, port: u16) -> Result<SocketAddr> {
     let listener = TcpListener::bind((gateway, 0))?;
     let address = listener.local_addr()?;
-    // Both threads of a connection end with it, the first one with the program.
+    // Both threads of a connection end with it, the accepting one with the program.
     std::thread::spawn(move || {
         for client in listener.incoming() {
             let Ok((client, server)) =
@@ -47,7 +50,7 @@ fn relay(gateway: &str, port: u16) -> Result<SocketAddr> {
 }
 
 fn pass(mut from: TcpStream, mut to: TcpStream) {
-    // A connection that breaks is closed on its other side, too.
+    // An error on one side closes the other side, too.
     let _ = io::copy(&mut from, &mut to);
     let _ = to.shutdown(std::net::Shutdown::Write);
 }
@@ -105,7 +108,7 @@ fn docker() -> Result<()> {
     let kubelet = host::folder()?;
     let engine = Engine::start(kubelet.path())?;
     let (driver, limit) = ("driver overlay2, cgroup 2", "33554432");
-    let whole = [
+    let full = [
         driver,
         "pulled",
         limit,
@@ -116,7 +119,7 @@ fn docker() -> Result<()> {
         "by-exec",
         "left 0",
     ];
-    engine.run("/empty/docker", "whole", &whole)?;
+    engine.run("/empty/docker", "full", &full)?;
     for data in ["/var/lib/docker", "/volume/docker"] {
         engine.run(data, "brief", &[driver, "pulled", limit, "left 0"])?;
     }

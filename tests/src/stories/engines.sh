@@ -1,5 +1,5 @@
-# engines.sh DOCKER-DATA MODE REGISTRY: a container engine in a privileged container. Prints a line a
-# check. MODE: `whole`, `brief` (storage driver and one container) or `podman`.
+# engines.sh DOCKER-DATA MODE REGISTRY: a container engine in a privileged container. Prints a line
+# per check. MODE: `full`, `brief` (storage driver and one container) or `podman`.
 set -u
 data=$1 mode=$2 registry=$3
 # Processes leave the cgroup that is to have children (cgroups(7), "no internal processes").
@@ -50,7 +50,7 @@ done
 docker info --format 'driver {{.Driver}}, cgroup {{.CgroupVersion}}'
 docker pull -q "$image" > /dev/null && echo pulled
 docker run --rm --memory 32m "$image" cat /sys/fs/cgroup/memory.max
-if [ "$mode" = whole ]; then
+if [ "$mode" = full ]; then
     DOCKER_BUILDKIT=0 docker build -q -t classic /tmp/build > /dev/null && echo built
     DOCKER_BUILDKIT=1 docker build -q -t web /tmp/build > /dev/null && echo "built by BuildKit"
     docker network create net > /dev/null

@@ -17,14 +17,14 @@ use crate::node::Node;
 use crate::wait;
 
 pub const STORIES: &[Story] = &[
-    ("events tell of pods and containers in order, with their statuses", events),
-    ("pod statistics and metrics tell network, processes and memory", statistics),
+    ("events of pods and containers are in order and have their statuses", events),
+    ("pod statistics and metrics include network, processes and memory", statistics),
 ];
 
-/// Follows events until the end of the story.
+/// Subscribes to events until the end of the story.
 fn follow(cri: &Cri) -> Result<mpsc::Receiver<v1::ContainerEventResponse>> {
     let mut client = cri.runtime.clone();
-    let (sender, told) = mpsc::channel();
+    let (sender, received) = mpsc::channel();
     cri.block_on(async move {
         let request = v1::GetEventsRequest {};
         let mut events = client.get_container_events(request).await?.into_inner();
@@ -35,14 +35,14 @@ fn follow(cri: &Cri) -> Result<mpsc::Receiver<v1::ContainerEventResponse>> {
         });
         Ok::<_, tonic::Status>(())
     })?;
-    Ok(told)
+    Ok(received)
 }
 
 fn events() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
     let cri = node.cri();
-    let told = follow(cri)?;
+    let received = follow(cri)?;
     let pod = node.pod("events")?;
     let id = cri.run(&pod, container("c", &image, &["sh", "-c", "exit 3"]))?;
     cri.exited(&id)?;
@@ -51,8 +51,8 @@ fn events() -> Result<()> {
     cri.remove_pod(&pod)?;
     let mut all = Vec::new();
     loop {
-        let event = told.recv_timeout(Duration::from_secs(10));
-        let event = event.with_context(|| format!("the pod's end is not told: {all:?}"))?;
+        let event = received.recv_timeout(Duration::from_secs(10));
+        let event = event.with_context(|| format!("no Deleted event of the pod: {all:?}"))?;
         let last = event.container_id == pod && event.container_event_type() == Deleted;
         all.push(event);
         if last {
@@ -68,7 +68,7 @@ fn events() -> Result<()> {
     }
     ensure!(all.windows(2).all(|two| two[0].created_at <= two[1].created_at), "out of order");
     let stopped = all.iter().find(|e| e.container_id == id && e.container_event_type() == Stopped);
-    let stopped = stopped.context("no end")?;
+    let stopped = stopped.context("no Stopped event")?;
     let name = stopped.pod_sandbox_status.as_ref().and_then(|s| s.metadata.as_ref());
     ensure!(name.is_some_and(|metadata| metadata.name == "events"), "{stopped:?}");
     let status = stopped.containers_statuses.iter().find(|status| status.id == id);
@@ -85,7 +85,7 @@ fn statistics() -> Result<()> {
     let id = cri.run(&pod, container("c", &image, &["sh", "-c", line]))?;
     let value = |value: Option<v1::UInt64Value>| value.map_or(0, |value| value.value);
     let mut last = String::new();
-    let whole = wait::until("the pod's statistics are whole", Duration::from_secs(30), || {
+    let whole = wait::until("the pod's statistics are complete", Duration::from_secs(30), || {
         let mut client = cri.runtime.clone();
         let request = v1::PodSandboxStatsRequest { pod_sandbox_id: pod.clone() };
         let reply = cri.block_on(async move { client.pod_sandbox_stats(request).await })?;
@@ -114,12 +114,13 @@ fn metrics(cri: &Cri, pod: &str, id: &str, image: &str) -> Result<()> {
     let labels: BTreeMap<String, Vec<String>> =
         described.into_inner().descriptors.into_iter().map(|d| (d.name, d.label_keys)).collect();
     let mut client = cri.runtime.clone();
-    let told = cri.block_on(async move {
+    let received = cri.block_on(async move {
         client.list_pod_sandbox_metrics(v1::ListPodSandboxMetricsRequest {}).await
     })?;
-    let pods = told.into_inner().pod_metrics;
-    let of_pod = pods.iter().find(|told| told.pod_sandbox_id == pod).context("no metrics")?;
-    let of_container = of_pod.container_metrics.first().context("none of the container")?;
+    let pods = received.into_inner().pod_metrics;
+    let of_pod =
+        pods.iter().find(|received| received.pod_sandbox_id == pod).context("no metrics")?;
+    let of_container = of_pod.container_metrics.first().context("no metrics of the container")?;
     for metric in of_pod.metrics.iter().chain(&of_container.metrics) {
         let keys = labels.get(&metric.name);
         ensure!(

@@ -10,12 +10,12 @@ use crate::client::container;
 use crate::node::Node;
 
 pub const STORIES: &[Story] = &[
-    ("exec carries both streams and the exit code", streams_and_code),
-    ("exec that takes too long is ended and told", time_out),
-    ("exec of a missing command says so", missing_command),
-    ("exec carries large output whole up to its limit", large_output),
-    ("exec into a container that does not run is refused", not_running),
-    ("many execs at once each get their own output", many),
+    ("exec returns both streams and the exit code", streams_and_code),
+    ("exec past its timeout is killed and fails", time_out),
+    ("exec of a missing command fails and names it", missing_command),
+    ("exec returns large output completely up to its limit", large_output),
+    ("exec in a container that is not running is rejected", not_running),
+    ("concurrent execs each get their own output", many),
 ];
 
 fn with_sleeper(story: impl FnOnce(&Node, &str) -> Result<()>) -> Result<()> {
@@ -45,9 +45,9 @@ fn time_out() -> Result<()> {
         ensure!(status.code() == Code::DeadlineExceeded, "{status}");
         ensure!(begin.elapsed() < Duration::from_secs(60), "took {:?}", begin.elapsed());
         std::thread::sleep(Duration::from_millis(300));
-        // A pattern that does not match itself: the asking shell and grep name it too.
+        // A pattern that does not match itself: it is in the command lines of the shell and of grep.
         let left = node.cri().shell(id, "grep -l '[7]77' /proc/[0-9]*/cmdline | wc -l")?;
-        ensure!(left == "0", "the process was left behind");
+        ensure!(left == "0", "the process still runs");
         Ok(())
     })
 }

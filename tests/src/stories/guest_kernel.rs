@@ -1,5 +1,5 @@
-//! What docs/guest-kernel.md promises of the guest kernel, tried in a privileged container: one row
-//! of a table a promise. All rows run; those that failed are reported together.
+//! The features in docs/guest-kernel.md, tested in a privileged container: one row of a table per
+//! feature. All rows run; failures are reported together.
 
 use std::fmt::Write as _;
 
@@ -11,19 +11,19 @@ use crate::client::container;
 use crate::node::Node;
 
 pub const STORIES: &[Story] = &[
-    ("the guest kernel has the firewall modules that it promises", firewall),
-    ("the guest kernel has the network that it promises", network),
-    ("the guest kernel has the storage that it promises", storage),
-    ("the guest kernel has the tracing and system calls that it promises", tracing),
+    ("the guest kernel has the documented firewall modules", firewall),
+    ("the guest kernel has the documented network features", network),
+    ("the guest kernel has the documented storage features", storage),
+    ("the guest kernel has the documented tracing and system calls", tracing),
 ];
 
-/// What is promised, and shell lines that fail where it is not there.
+/// A feature, and shell lines that fail without it.
 struct Row {
     what: String,
     lines: String,
 }
 
-/// Seconds that a table may take; a lab needs a tenth of a second for a process.
+/// Limit of a table, seconds; in a lab, a process takes a tenth of a second.
 const LIMIT: i64 = 300;
 
 fn firewall() -> Result<()> {
@@ -49,7 +49,7 @@ fn firewall() -> Result<()> {
             rows.push(Row { what: format!("{end}: {spec}"), lines });
         }
     }
-    // iptables-nft knows no broute table.
+    // ebtables-nft has no broute table.
     rows.push(row("ebtables-legacy: broute", "ebtables-legacy -t broute -A BROUTING -j ACCEPT"));
     for end in ["arptables-legacy", "arptables-nft"] {
         let spec = "-A OUTPUT -o lo -j mangle --mangle-ip-s 10.0.0.1";
@@ -76,7 +76,7 @@ fn firewall() -> Result<()> {
     try_all(FIREWALL_PRELUDE, &rows)
 }
 
-/// A program of packet rules, and the address families whose specifications it takes.
+/// A program for packet filter rules, and the address family of its rules.
 const FRONT_ENDS: &[(&str, char)] = &[
     ("iptables-legacy", '4'),
     ("iptables-nft", '4'),
@@ -84,7 +84,7 @@ const FRONT_ENDS: &[(&str, char)] = &[
     ("ip6tables-nft", '6'),
 ];
 
-/// Sets, objects and tables that rules name.
+/// Sets, objects and tables that rules refer to.
 const FIREWALL_PRELUDE: &str = "
 mkdir -p /etc/xtables && echo '1 one' > /etc/xtables/connlabel.conf
 ipset create s4 hash:ip && ipset create s6 hash:ip family inet6
@@ -114,7 +114,7 @@ table netdev t {
 END
 ";
 
-/// Address families, table, match and target. The chain is one that nothing jumps to.
+/// Address families, table, match and target. No rule jumps to their chain.
 const XTABLES: &[(&str, &str, &str)] = &[
     ("46", "mangle", "-m addrtype --dst-type LOCAL"),
     ("4", "mangle", "-m bpf --bytecode '4,48 0 0 9,21 0 1 6,6 0 0 1,6 0 0 0'"),
@@ -356,7 +356,7 @@ tc qdisc add dev d0 root handle 1: prio
 tc qdisc add dev d0 clsact
 ";
 
-/// Kinds of links, each made as x0 and removed.
+/// Kinds of links, each created as x0 and removed.
 const LINKS: &[&str] = &[
     "bridge vlan_filtering 1",
     "dummy",
@@ -383,7 +383,7 @@ const LINKS: &[&str] = &[
     "wireguard",
 ];
 
-/// What of tc, and the rest of the line. The device's root is `prio`, and it has `clsact`.
+/// Arguments of tc in two parts. The device has the qdiscs `prio` (root) and `clsact`.
 const TC: &[(&str, &str)] = &[
     ("qdisc replace dev lo root", "fq"),
     ("qdisc replace dev lo root", "fq_codel"),
@@ -509,8 +509,8 @@ fn storage() -> Result<()> {
     )
 }
 
-/// `disk NAME MIB` makes a file below a tmpfs and prints its loop device; `dm NAME TABLE` makes a
-/// mapping and prints its device. Device nodes are made where the container has none.
+/// `disk NAME MIB` creates a file in a tmpfs and prints its loop device; `dm NAME TABLE` creates a
+/// mapping and prints its device. Device nodes are created if the container has none.
 const STORAGE_PRELUDE: &str = r#"
 mkdir -p /t /m && mount -t tmpfs -o size=800m none /t
 node() { [ -e "$1" ] || { mkdir -p "${1%/*}"; mknod "$1" "$2" "$3" "$4"; }; }
@@ -688,16 +688,16 @@ fn try_all(prelude: &str, rows: &[Row]) -> Result<()> {
     let failures: Vec<&str> = output.stdout.lines().filter(|l| l.starts_with("FAILED")).collect();
     ensure!(failures.is_empty(), "{} of {}:\n{}", failures.len(), rows.len(), failures.join("\n"));
     let last = format!("tried {}", rows.len());
-    ensure!(output.stdout.trim_end().ends_with(&last), "it did not come to its end: {output:?}");
+    ensure!(output.stdout.trim_end().ends_with(&last), "the script did not finish: {output:?}");
     node.finish()
 }
 
-/// `set -e` holds in a row's subshell, since its status is looked at afterwards only.
+/// `set -e` is in effect in a row's subshell, as its status is not checked in the same command.
 const TRY: &str = r#"
 try() {
-    ( set -e; eval "$2" ) > /tmp/said 2>&1 < /dev/null
+    ( set -e; eval "$2" ) > /tmp/output 2>&1 < /dev/null
     code=$?
-    [ $code = 0 ] || echo "FAILED $1: $(tail -n 3 /tmp/said | tr '\n' ' ')($code)"
+    [ $code = 0 ] || echo "FAILED $1: $(tail -n 3 /tmp/output | tr '\n' ' ')($code)"
 }
 "#;
 
@@ -710,7 +710,7 @@ fn script(prelude: &str, rows: &[Row]) -> String {
     text
 }
 
-/// As one word of a shell.
+/// Quotes a word for the shell.
 fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }

@@ -1,4 +1,4 @@
-//! Pods with namespaces of the host: no VM, an agent on the host.
+//! Host pods (hostNetwork, hostPID, hostIPC): no VM, an agent on the host.
 
 use std::io::Write;
 use std::net::TcpListener;
@@ -19,19 +19,19 @@ use crate::node::Node;
 use crate::wait;
 
 pub const STORIES: &[Story] = &[
-    ("a pod of the host is refused with what to set, unless the policy allows it", policy),
-    ("a pod with the host's network has its listeners, name and no address", network),
-    ("a pod with the host's processes has a network of its own", processes),
-    ("a pod with the host's shared memory has its segments", shared_memory),
-    ("a pod of the host survives a killed daemon with its log and exit codes", killed_daemon),
-    ("the end of a pod's agent is the end of its processes, noticed late or soon", killed_agent),
-    ("a container's mounts appear on the host, and its sockets and devices in it", mounts),
-    ("limits of containers on the host hold", limits),
+    ("a host pod is rejected with the setting to change, unless the policy allows it", policy),
+    ("a hostNetwork pod sees the host's listeners and host name, and has no address", network),
+    ("a hostPID pod has its own network", processes),
+    ("a hostIPC pod sees the host's shared memory", shared_memory),
+    ("a host pod survives a killed daemon with its log and exit codes", killed_daemon),
+    ("a host pod's processes end with its agent, also while the daemon is down", killed_agent),
+    ("mounts of a container appear on the host, and the host's sockets and devices in it", mounts),
+    ("limits of a host pod's containers are enforced", limits),
 ];
 
 const NODE: i32 = v1::NamespaceMode::Node as i32;
 
-/// A node that lets pods of the stories' namespace have the host's.
+/// A node whose policy allows host pods in the stories' namespace.
 fn node() -> Result<Node> {
     let policy = "\n[cri.host_pods]\nenabled = true\nnamespaces = [\"stories\"]\n";
     Node::start_with(|config| config + policy)
@@ -61,8 +61,11 @@ fn host_pod(name: &str, node: &Node, options: &v1::NamespaceOption) -> v1::PodSa
     config
 }
 
-/// As a kubelet asks: with the pod's own options.
-fn inside(options: &v1::NamespaceOption, mut config: v1::ContainerConfig) -> v1::ContainerConfig {
+/// As a kubelet requests it: with the namespace options of the pod.
+fn with_options(
+    options: &v1::NamespaceOption,
+    mut config: v1::ContainerConfig,
+) -> v1::ContainerConfig {
     let linux = config.linux.get_or_insert_default();
     let context = linux.security_context.get_or_insert_default();
     context.namespace_options = Some(options.clone());
@@ -70,7 +73,7 @@ fn inside(options: &v1::NamespaceOption, mut config: v1::ContainerConfig) -> v1:
 }
 
 fn sleeper(options: &v1::NamespaceOption, image: &str) -> v1::ContainerConfig {
-    inside(options, container("c", image, &["sleep", "100000"]))
+    with_options(options, container("c", image, &["sleep", "100000"]))
 }
 
 fn policy() -> Result<()> {
@@ -103,7 +106,7 @@ fn network() -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let port = listener.local_addr()?.port();
     let script = "netstat -ltn; hostname; cat /proc/1/cmdline; echo; exit 3";
-    let config = inside(&options, container("look", &image, &["sh", "-c", script]));
+    let config = with_options(&options, container("look", &image, &["sh", "-c", script]));
     let id = cri.run(&pod, config)?;
     ensure!(cri.exited(&id)?.exit_code == 3);
     let log: Vec<String> = cri.log(&id)?.into_iter().map(|line| line.text).collect();
@@ -111,7 +114,7 @@ fn network() -> Result<()> {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname")?;
     ensure!(log.iter().any(|line| line == name.trim()), "{log:?}");
 
-    // An exec and a forwarded port reach the host's listener; PID 1 is not the host's.
+    // Exec and port-forward reach the host's listener; the PID namespace is not the host's.
     let id = cri.run(&pod, sleeper(&options, &image))?;
     let answer = std::thread::spawn(move || -> Result<()> {
         for _ in 0..2 {
@@ -119,24 +122,24 @@ fn network() -> Result<()> {
         }
         Ok(())
     });
-    let heard = cri.shell(&id, &format!("nc 127.0.0.1 {port} </dev/null"))?;
-    ensure!(heard == "hello", "{heard}");
+    let reply = cri.shell(&id, &format!("nc 127.0.0.1 {port} </dev/null"))?;
+    ensure!(reply == "hello", "{reply}");
     let url = cri.forward_url(&pod, &[port])?;
-    let heard = cri.block_on(async {
+    let reply = cri.block_on(async {
         let mut client = Websocket::connect(&url, "v4.channel.k8s.io").await;
-        let mut heard = Vec::new();
+        let mut reply = Vec::new();
         while let Some(Message::Binary(bytes)) = client.next().await {
             // Channel 0 begins with the port's number.
             if bytes.first() == Some(&0) {
-                heard.extend_from_slice(&bytes[1..]);
+                reply.extend_from_slice(&bytes[1..]);
             }
-            if heard.len() >= 8 {
+            if reply.len() >= 8 {
                 break;
             }
         }
-        heard
+        reply
     });
-    ensure!(heard.get(2..) == Some(b"hello\n"), "{heard:?}");
+    ensure!(reply.get(2..) == Some(b"hello\n"), "{reply:?}");
     answer.join().expect("no panic")?;
     let processes = cri.shell(&id, "ls -d /proc/[0-9]* | wc -l")?;
     ensure!(processes.parse::<u32>()? < 10, "{processes} processes");
@@ -170,7 +173,7 @@ fn shared_memory() -> Result<()> {
     let file = tempfile::NamedTempFile::new_in("/dev/shm")?;
     let at = file.path().display().to_string();
     for (name, ipc) in [("with", true), ("without", false)] {
-        // Without it the pod still is one of the host, by its processes.
+        // Without hostIPC it is still a host pod, because of hostPID.
         let options = options(false, !ipc, ipc);
         let pod = cri.run_pod(host_pod(name, &node, &options))?;
         let id = cri.run(&pod, sleeper(&options, &image))?;
@@ -189,7 +192,7 @@ fn killed_daemon() -> Result<()> {
     let options = options(true, true, false);
     let pod = node.cri().run_pod(host_pod("p", &node, &options))?;
     let line = "i=0; while [ $i -lt 4000 ]; do i=$((i+1)); echo line $i; done; exit 9";
-    let lines = inside(&options, container("lines", &image, &["sh", "-c", line]));
+    let lines = with_options(&options, container("lines", &image, &["sh", "-c", line]));
     let lines = node.cri().run(&pod, lines)?;
     let sleeping = node.cri().run(&pod, sleeper(&options, &image))?;
     let agent = node.vmm_pid(&pod)?;
@@ -214,16 +217,16 @@ fn killed_agent() -> Result<()> {
     let mut node = node()?;
     let image = node.image("busybox")?;
     let options = options(true, true, false);
-    for away in [false, true] {
+    for down in [false, true] {
         let pod = node.cri().run_pod(host_pod("p", &node, &options))?;
         let id = node.cri().run(&pod, sleeper(&options, &image))?;
         let process = node.cri().shell(&id, "pidof sleep | tr ' ' '\\n' | tail -n 1")?;
         let agent = node.vmm_pid(&pod)?;
-        if away {
+        if down {
             node.kill_daemon()?;
         }
         nix::sys::signal::kill(Pid::from_raw(agent), Signal::SIGKILL)?;
-        if away {
+        if down {
             node.start_daemon()?;
         }
         let cri = node.cri();
@@ -308,6 +311,6 @@ fn limits() -> Result<()> {
     let hungry = cri.run(&pod, config)?;
     let status = cri.exited(&hungry)?;
     ensure!(status.exit_code == 137 && status.reason == "OOMKilled", "{status:?}");
-    ensure!(cri.shell(&id, "echo here")? == "here", "the other one lives");
+    ensure!(cri.shell(&id, "echo here")? == "here", "the other container was killed");
     node.finish()
 }

@@ -12,16 +12,16 @@ use crate::wait;
 
 pub const STORIES: &[Story] = &[
     ("an image is pulled by tag and by digest, listed, and removed", pull_list_remove),
-    ("layers with whiteouts are seen merged", merged),
-    ("an unknown image and a dead registry are told apart", not_there),
-    ("a damaged blob is refused by its digest", damaged_blob),
-    ("hostile layers are refused and leave nothing", hostile_layers),
-    ("a removed image's container runs on", removed_while_used),
-    ("the image file system's use is told", fs_info),
-    ("a mirror stands in for a registry, as certs.d says", mirror),
-    ("a registry that wants credentials gets those of the pull", credentials),
-    ("a pinned image is told as such", pinned),
-    ("two pulls of one image are one image", pulled_twice_at_once),
+    ("layers with whiteouts are merged", merged),
+    ("an unknown image and an unreachable registry give different errors", not_there),
+    ("a damaged blob is rejected by its digest", damaged_blob),
+    ("hostile layers are rejected and leave nothing behind", hostile_layers),
+    ("a container continues to run after its image is removed", removed_while_used),
+    ("the usage of the image file system is reported", fs_info),
+    ("a mirror in certs.d is used for its registry", mirror),
+    ("credentials of a pull are sent to the registry", credentials),
+    ("a pinned image is reported as pinned", pinned),
+    ("concurrent pulls of one image give one image", pulled_twice_at_once),
 ];
 
 fn list(node: &Node) -> Result<Vec<v1::Image>> {
@@ -71,7 +71,7 @@ fn merged() -> Result<()> {
     let pod = node.pod("merged")?;
     let image = node.image("nginx")?;
     let id = node.cri().run(&pod, container("c", &image, &["sleep", "1000"]))?;
-    for gone in crate::images::WHITED_OUT {
+    for gone in crate::images::WHITEOUTS {
         ensure!(node.cri().exec(&id, &["test", "-e", gone])?.code == 1, "{gone} is still there");
     }
     node.finish()
@@ -106,7 +106,7 @@ fn largest(folder: &Path) -> Result<std::path::PathBuf> {
 
 fn damaged_blob() -> Result<()> {
     let node = Node::start()?;
-    // A registry of its own: it is spoilt afterwards.
+    // A separate registry, as its blobs are damaged.
     let registry = crate::registry::Registry::start()?;
     let name = registry.push(&crate::images::layout("busybox")?, "damaged:1")?;
     let blob = largest(&registry.data().join("blobs"))?;
@@ -194,7 +194,7 @@ fn mirror() -> Result<()> {
 fn credentials() -> Result<()> {
     use crate::registry::{PASSWORD, USER};
     let node = Node::start()?;
-    let registry = crate::registry::Registry::locked()?;
+    let registry = crate::registry::Registry::with_auth()?;
     let name = registry.push(&crate::images::layout("busybox")?, "locked:1")?;
     let with = |password: &str| v1::AuthConfig {
         username: USER.into(),

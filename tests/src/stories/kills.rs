@@ -12,12 +12,12 @@ use crate::wait;
 
 pub const STORIES: &[Story] = &[
     ("a killed daemon loses no pod, no log line and no exit code", daemon_under_output),
-    ("a daemon killed at any phase of a pod's start leaves nothing", daemon_while_starting),
-    ("a daemon killed at any phase of a container's life converges", daemon_in_container_phases),
+    ("a daemon killed at any phase of a pod's start leaves nothing behind", daemon_while_starting),
+    ("a daemon killed at any phase of a container recovers its state", daemon_in_container_phases),
     ("a killed VMM makes its pod not ready with a reason", vmm),
-    ("a frozen VMM blocks nobody and can be removed", frozen_vmm),
-    ("a VMM killed while the daemon is away is noticed afterwards", vmm_while_daemon_away),
-    ("a graceful stop leaves pods running", graceful),
+    ("a stopped VMM blocks no other call, and its pod can be removed", stopped_vmm),
+    ("a VMM killed while the daemon is down is detected at the next start", vmm_while_daemon_down),
+    ("a stop stop leaves pods running", stop),
 ];
 
 fn daemon_under_output() -> Result<()> {
@@ -53,26 +53,26 @@ fn daemon_while_starting() -> Result<()> {
         let request = v1::RunPodSandboxRequest { config: Some(config), ..Default::default() };
         node.cri().block_on(async move {
             let call = client.run_pod_sandbox(request);
-            // Either it is done by then or it is cut off.
+            // Either it is finished by then, or it is interrupted.
             let _ = tokio::time::timeout(Duration::from_millis(delay), call).await;
         });
         node.kill_daemon()?;
         node.start_daemon()?;
-        // Whatever is listed can be removed; the same pod can be made again; nothing is left.
+        // What is listed can be removed; the same pod can be created again; nothing is left.
         for left in node.cri().pods()? {
             node.cri().remove_pod(&left.id).with_context(|| format!("after {delay} ms"))?;
         }
-        // The name is taken until what was begun has been unwound; a kubelet tries again too.
-        let again = wait::until("the pod's name is free", Duration::from_secs(60), || match node
+        // The name is reserved until the interrupted start is undone; a kubelet retries, too.
+        let second = wait::until("the pod's name is free", Duration::from_secs(60), || match node
             .cri()
             .run_pod(pod(&name, &node.logs))
         {
             Ok(id) => Ok(Some(id)),
             Err(status) if status.code() == tonic::Code::AlreadyExists => Ok(None),
-            Err(status) => Err(status).with_context(|| format!("again after {delay} ms")),
+            Err(status) => Err(status).with_context(|| format!("second after {delay} ms")),
         })?;
-        ensure!(node.cri().pod_ready(&again)?, "after {delay} ms");
-        node.cri().remove_pod(&again)?;
+        ensure!(node.cri().pod_ready(&second)?, "after {delay} ms");
+        node.cri().remove_pod(&second)?;
         node.nothing_left().with_context(|| format!("after a kill at {delay} ms"))?;
     }
     node.finish()
@@ -96,7 +96,7 @@ fn daemon_in_container_phases() -> Result<()> {
     node.cri().start(&created)?;
     kill(&mut node)?;
     ensure!(node.cri().shell(&created, "echo here")? == "here", "exec after a kill");
-    // It ends while nobody looks.
+    // It exits while the daemon is down.
     let short = container("short", &image, &["sh", "-c", "sleep 1; exit 5"]);
     let short = node.cri().run(&pod, short)?;
     node.kill_daemon()?;
@@ -111,7 +111,7 @@ fn daemon_in_container_phases() -> Result<()> {
     ensure!(node.cri().containers()?.len() == 1, "a removed container came back");
     node.cri().stop_pod(&pod)?;
     kill(&mut node)?;
-    ensure!(!node.cri().pod_ready(&pod)?, "a stopped pod is ready again");
+    ensure!(!node.cri().pod_ready(&pod)?, "a stopped pod is ready second");
     node.finish()
 }
 
@@ -138,11 +138,11 @@ fn vmm() -> Result<()> {
     let exec = node.cri().exec(&id, &["true"]).unwrap_err();
     ensure!(exec.message().contains("is not ready"), "{exec}");
     let other = node.pod("other")?;
-    ensure!(node.cri().pod_ready(&other)?, "another pod suffers");
+    ensure!(node.cri().pod_ready(&other)?, "another pod is affected");
     node.finish()
 }
 
-fn frozen_vmm() -> Result<()> {
+fn stopped_vmm() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
     let pod = node.pod("frozen")?;
@@ -160,7 +160,7 @@ fn frozen_vmm() -> Result<()> {
     node.finish()
 }
 
-fn vmm_while_daemon_away() -> Result<()> {
+fn vmm_while_daemon_down() -> Result<()> {
     let mut node = Node::start()?;
     let image = node.image("busybox")?;
     let pod = node.pod("away")?;
@@ -174,10 +174,10 @@ fn vmm_while_daemon_away() -> Result<()> {
     node.finish()
 }
 
-fn graceful() -> Result<()> {
+fn stop() -> Result<()> {
     let mut node = Node::start()?;
     let image = node.image("busybox")?;
-    let pod = node.pod("graceful")?;
+    let pod = node.pod("stop")?;
     let id = node.cri().run(&pod, container("c", &image, &["sleep", "1000"]))?;
     let pid = node.vmm_pid(&pod)?;
     let status = node.stop_daemon()?;

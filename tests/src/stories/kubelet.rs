@@ -11,10 +11,12 @@ use crate::client::{container, mount, pod};
 use crate::host;
 use crate::node::Node;
 
-pub const STORIES: &[Story] =
-    &[("a pod as a kubelet makes it: init container, then app, with all their mounts", whole)];
+pub const STORIES: &[Story] = &[(
+    "a pod as a kubelet creates it: init container, then app, with all their mounts",
+    kubelet_pod,
+)];
 
-fn whole() -> Result<()> {
+fn kubelet_pod() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
     let folder = host::folder()?;
@@ -61,10 +63,10 @@ fn whole() -> Result<()> {
     // A kubelet reads it as soon as it sees the end.
     ensure!(fs::read_to_string(path("app-log"))? == "bye", "the app's last words are lost");
     let log = cri.log(&app)?;
-    let said: Vec<&str> =
+    let printed: Vec<&str> =
         log.iter().filter(|l| l.stream == "stdout").map(|l| l.text.as_str()).collect();
     ensure!(
-        said[..]
+        printed[..]
             == [
                 "red",
                 "written-by-the-kubelet",

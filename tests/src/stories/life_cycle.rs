@@ -1,4 +1,4 @@
-//! From RunPodSandbox to RemovePodSandbox.
+//! The life cycle of pods and containers, from RunPodSandbox to RemovePodSandbox.
 
 use std::time::{Duration, Instant};
 
@@ -11,21 +11,21 @@ use crate::client::{container, pod};
 use crate::node::Node;
 
 pub const STORIES: &[Story] = &[
-    ("a container runs under a kernel of its own, prints and ends", runs_prints_ends),
-    ("containers of a pod share network, ipc and host name, and nothing else", containers_share),
+    ("a container runs on the pod's own kernel, prints and exits", runs),
+    ("containers of a pod share network, IPC and UTS namespaces, and no others", shared_namespaces),
     ("an init container runs before the others", init_container),
-    ("a container comes back in a pod whose last one was removed", comes_back),
-    ("stop asks first and kills after the grace", stop_grace),
-    ("stop and remove may be repeated and know unknown ids", idempotent),
-    ("a second pod or container of the same name is refused", same_name),
+    ("a removed container can be created second in its pod", created_again),
+    ("stop sends SIGTERM first and SIGKILL after the timeout", stop_grace),
+    ("stop and remove are idempotent and accept unknown ids", idempotent),
+    ("a second pod or container of the same name is rejected", same_name),
     ("pid namespaces are the container's, the pod's or the target's", pid_modes),
-    ("environment, arguments and folder follow image and request", environment),
-    ("pods made and removed two at once, some killed, leave nothing", soak),
+    ("environment, arguments and working directory follow image and request", environment),
+    ("pods created and removed two at once, some killed, leave nothing behind", soak),
 ];
 
 const EXITED: i32 = v1::ContainerState::ContainerExited as i32;
 
-fn runs_prints_ends() -> Result<()> {
+fn runs() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
     let pod = node.pod("first")?;
@@ -35,18 +35,18 @@ fn runs_prints_ends() -> Result<()> {
     ensure!(status.exit_code == 3, "exit code {}", status.exit_code);
     ensure!(status.reason == "Error", "reason {}", status.reason);
     ensure!(status.started_at > 0 && status.finished_at >= status.started_at, "times {status:?}");
-    let outside = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let on_host = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let log = node.cri().log(&id)?;
     let on = |stream: &str| {
         log.iter().filter(|l| l.stream == stream).map(|l| l.text.clone()).collect::<Vec<_>>()
     };
     ensure!(on("stderr") == ["oops"], "{log:?}");
-    let inside = on("stdout").join("");
-    ensure!(inside.ends_with("-nacelle") && inside != outside.trim(), "kernel {inside:?}");
+    let in_guest = on("stdout").join("");
+    ensure!(in_guest.ends_with("-nacelle") && in_guest != on_host.trim(), "kernel {in_guest:?}");
     node.finish()
 }
 
-fn containers_share() -> Result<()> {
+fn shared_namespaces() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
     let pod = node.pod("two")?;
@@ -84,10 +84,10 @@ fn init_container() -> Result<()> {
     node.finish()
 }
 
-fn comes_back() -> Result<()> {
+fn created_again() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
-    let pod = node.pod("again")?;
+    let pod = node.pod("second")?;
     let cri = node.cri();
     for attempt in 0..3 {
         let mut config = container("c", &image, &["sh", "-c", "ls /left; touch /left; exit 1"]);
@@ -112,16 +112,16 @@ fn stop_grace() -> Result<()> {
     let image = node.image("busybox")?;
     let pod = node.pod("stop")?;
     let cri = node.cri();
-    let polite = ["sh", "-c", "trap 'echo bye; exit 7' TERM; while :; do sleep 0.1; done"];
-    let id = cri.run(&pod, container("polite", &image, &polite))?;
+    let handler = ["sh", "-c", "trap 'echo bye; exit 7' TERM; while :; do sleep 0.1; done"];
+    let id = cri.run(&pod, container("handler", &image, &handler))?;
     std::thread::sleep(Duration::from_millis(500));
     cri.stop(&id, 20)?;
     let status = cri.exited(&id)?;
     ensure!(status.exit_code == 7, "exit code {} of one that traps TERM", status.exit_code);
     ensure!(cri.log(&id)?.iter().any(|l| l.text == "bye"), "its last words are lost");
 
-    let deaf = ["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"];
-    let id = cri.run(&pod, container("deaf", &image, &deaf))?;
+    let ignoring = ["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"];
+    let id = cri.run(&pod, container("ignoring", &image, &ignoring))?;
     std::thread::sleep(Duration::from_millis(500));
     let begin = Instant::now();
     cri.stop(&id, 2)?;
@@ -167,8 +167,8 @@ fn same_name() -> Result<()> {
     ensure!(second.is_err(), "a second pod of the same name, uid and attempt was made");
     let config = container("c", &image, &["sleep", "1000"]);
     cri.create(&first, config.clone())?;
-    let again = cri.create(&first, config);
-    ensure!(again.is_err(), "a second container of the same name and attempt was made");
+    let second = cri.create(&first, config);
+    ensure!(second.is_err(), "a second container of the same name and attempt was made");
     ensure!(cri.pods()?.len() == 1 && cri.containers()?.len() == 1, "more than one is listed");
     node.finish()
 }
@@ -227,23 +227,23 @@ fn environment() -> Result<()> {
 /// Pods of a soak by default; `NACELLE_SOAK` is another even number, 300 say.
 const SOAK: usize = 4;
 
-/// What the daemon and its launcher hold.
+/// Resources of the daemon and its launcher.
 #[derive(Debug, Clone, Copy)]
-struct Held {
+struct Resources {
     descriptors: usize,
     threads: usize,
     /// Anonymous memory, KiB.
     memory: usize,
 }
 
-impl Held {
+impl Resources {
     fn now(daemon: u32) -> Result<Self> {
         let children = std::fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children"))?;
         let own = std::fs::read_link(format!("/proc/{daemon}/exe"))?;
         let launchers = children.split_whitespace().filter(|pid| {
             std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == own)
         });
-        let mut held = Self { descriptors: 0, threads: 0, memory: 0 };
+        let mut total = Self { descriptors: 0, threads: 0, memory: 0 };
         for pid in launchers.chain([daemon.to_string().as_str()]) {
             let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
             let number = |name: &str| {
@@ -252,11 +252,11 @@ impl Held {
                 word.and_then(|word| word.parse::<usize>().ok())
                     .with_context(|| format!("no {name} in the status of {pid}"))
             };
-            held.descriptors += std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
-            held.threads += number("Threads:")?;
-            held.memory += number("RssAnon:")?;
+            total.descriptors += std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+            total.threads += number("Threads:")?;
+            total.memory += number("RssAnon:")?;
         }
-        Ok(held)
+        Ok(total)
     }
 }
 
@@ -288,17 +288,17 @@ fn soak() -> Result<()> {
             cri.stop_pod(&pod)?;
             cri.remove_pod(&pod)?;
         }
-        let now = Held::now(node.daemon_pid())?;
+        let now = Resources::now(node.daemon_pid())?;
         let before = *first.get_or_insert(now);
         ensure!(now.descriptors <= before.descriptors + 4, "{before:?}, now {now:?}");
-        // Threads of the blocking pools come and go; their number has a limit.
+        // The blocking thread pools have a limit.
         ensure!(now.threads <= before.threads + 32, "{before:?}, now {now:?}");
-        // The allocator keeps pages for each thread that has run.
+        // The allocator keeps pages per thread.
         ensure!(now.memory <= before.memory + (16 << 10), "{before:?}, now {now:?}");
     }
     println!(
         "after the first two pods {first:?}, after {pods} {:?}",
-        Held::now(node.daemon_pid())?
+        Resources::now(node.daemon_pid())?
     );
     node.nothing_left()?;
     node.finish()

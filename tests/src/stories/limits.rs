@@ -14,17 +14,17 @@ use crate::node::Node;
 use crate::wait;
 
 pub const STORIES: &[Story] = &[
-    ("a container over its memory limit is ended as OOMKilled", memory),
-    ("a pod without room for its VM is ended as OOMKilled with the reason", no_overhead),
-    ("a pod on the host has the OOM score of its containers", oom_score),
+    ("a container over its memory limit is killed with reason OOMKilled", memory),
+    ("a pod whose cgroup is too small for its VM is reported as OOMKilled", small_cgroup),
+    ("a pod's processes on the host have the OOM score of its containers", oom_score),
     ("a CPU quota slows a container down", cpu),
-    ("a PID limit stops a fork storm and the pod lives on", pids),
-    ("a pod is not held to the limits that only some of its containers have", some_limits),
+    ("a PID limit stops a fork bomb, and the pod continues to run", pids),
+    ("a pod is not limited by limits of only some of its containers", some_limits),
     ("limits change while a container runs", update),
-    ("a pod gets a further CPU and memory while it runs, and gives them back", resize),
-    ("a pod runs on the host's CPUs that a kubelet gave its containers", cpuset),
-    ("huge pages are there as far as a container's limit goes", huge_pages),
-    ("stats tell what a container uses", stats),
+    ("CPUs and memory are added to a running pod and removed again", resize),
+    ("a pod runs on the host's CPUs of its containers' cpusets", cpuset),
+    ("huge pages are available up to a container's limit", huge_pages),
+    ("stats report what a container uses", stats),
 ];
 
 fn limited(
@@ -44,7 +44,7 @@ fn memory() -> Result<()> {
     let pod = node.pod("memory")?;
     let resources =
         v1::LinuxContainerResources { memory_limit_in_bytes: 32 << 20, ..Default::default() };
-    // tail keeps all of a stream without a newline.
+    // tail buffers a line without a newline completely.
     let hungry = ["sh", "-c", "head -c 64000000 /dev/zero | tail"];
     let config = limited("c", &image, &["sh", "-c", "exec tail /dev/zero"], resources);
     let id = node.cri().run(&pod, config)?;
@@ -86,7 +86,7 @@ fn cpu() -> Result<()> {
         Ok((cpu_stat(cri, &slow, "nr_throttled ")? >= 20).then_some(()))
     })?;
     let used = cpu_stat(cri, &slow, "usage_usec ")?;
-    // Read later, so it can only be larger than at the moment of the usage.
+    // Read after the usage, so that it cannot be too small.
     let periods = cpu_stat(cri, &slow, "nr_periods ")?;
     // A period may exceed its quota by one slice of the scheduler.
     ensure!(used <= periods * 20_000, "{used} us in {periods} periods of 10000 us each");
@@ -100,26 +100,26 @@ fn pids() -> Result<()> {
     let pod = node.pod("forks")?;
     let mut resources = v1::LinuxContainerResources::default();
     resources.unified.insert("pids.max".into(), "20".into());
-    let storm = "i=0; while [ $i -lt 100 ]; do sleep 100 & i=$((i+1)); done; wait";
+    let bomb = "i=0; while [ $i -lt 100 ]; do sleep 100 & i=$((i+1)); done; wait";
     let cri = node.cri();
-    let id = cri.run(&pod, limited("c", &image, &["sh", "-c", storm], resources))?;
+    let id = cri.run(&pod, limited("c", &image, &["sh", "-c", bomb], resources))?;
     let other = cri.run(&pod, container("other", &image, &["sleep", "1000"]))?;
     std::thread::sleep(Duration::from_secs(2));
-    let storm = cri.status(&id)?;
-    if storm.state == v1::ContainerState::ContainerRunning as i32 {
+    let bomb = cri.status(&id)?;
+    if bomb.state == v1::ContainerState::ContainerRunning as i32 {
         let count = cri.exec(&id, &["cat", "/sys/fs/cgroup/pids.current"]);
         if let Ok(output) = count {
             let count: u32 = output.stdout.trim().parse().unwrap_or(0);
             ensure!(count <= 20, "{count} processes under a limit of 20");
         }
     } else {
-        ensure!(storm.exit_code != 0, "a hundred processes fit under a limit of 20");
+        ensure!(bomb.exit_code != 0, "a hundred processes fit under a limit of 20");
     }
-    ensure!(cri.shell(&other, "echo alive")? == "alive", "the storm took its neighbour");
+    ensure!(cri.shell(&other, "echo alive")? == "alive", "the bomb took its neighbour");
     node.finish()
 }
 
-/// A cgroup as a kubelet makes for a pod; gone with the value.
+/// A cgroup as a kubelet creates it for a pod; removed on drop.
 pub(super) struct PodCgroup(PathBuf);
 
 impl PodCgroup {
@@ -146,8 +146,8 @@ impl Drop for PodCgroup {
     }
 }
 
-fn no_overhead() -> Result<()> {
-    // It goes last, when the node's pods have left it.
+fn small_cgroup() -> Result<()> {
+    // Declared first, so that it is dropped last, after the node's pods.
     let cgroup = PodCgroup::make("stories-tight")?;
     let node = Node::start()?;
     let image = node.image("busybox")?;
@@ -159,10 +159,10 @@ fn no_overhead() -> Result<()> {
     linux.cgroup_parent = "/stories-tight".into();
     linux.resources = Some(limit);
     let pod = cri.run_pod(config)?;
-    // Far less than the guest has left after its boot.
+    // Far less than the guest's free memory after boot.
     let held: u64 = cgroup.read("memory.current")?.trim().parse()?;
     cgroup.limit("memory.max", &(held + (64 << 20)).to_string())?;
-    // It keeps all of a stream without a newline.
+    // tail buffers a line without a newline completely.
     let id = cri.run(&pod, container("c", &image, &["tail", "/dev/zero"]))?;
     let status = cri.exited(&id)?;
     ensure!(status.reason == "OOMKilled" && status.exit_code == 137, "{status:?}");
@@ -208,7 +208,7 @@ fn oom_score() -> Result<()> {
 }
 
 fn some_limits() -> Result<()> {
-    // It goes last, when the node's pods have left it.
+    // Declared first, so that it is dropped last, after the node's pods.
     let cgroup = PodCgroup::make("stories-pod")?;
     let node = Node::start()?;
     let image = node.image("busybox")?;
@@ -235,8 +235,8 @@ fn some_limits() -> Result<()> {
     };
     let (cpus, mib, cap) = run("open")?;
     ensure!(cpus == "2" && mib > 1900 && cap.starts_with("max"), "{cpus} CPUs, {mib} MiB, {cap}");
-    // Where all containers have limits, the kubelet limits the pod's cgroup too. The VM boots below
-    // that: with much less it takes minutes in an emulated machine.
+    // If all containers have limits, the kubelet limits the pod's cgroup, too. With a much smaller
+    // limit the boot takes minutes in an emulated machine.
     cgroup.limit("cpu.max", "50000 100000")?;
     cgroup.limit("memory.max", "402653184")?;
     let (cpus, mib, cap) = run("closed")?;
@@ -278,7 +278,7 @@ fn resize() -> Result<()> {
     let pod = node.pod("resize")?;
     let cri = node.cri();
     let id = cri.run(&pod, container("c", &image, &["sleep", "1000"]))?;
-    let ask = |resources: v1::LinuxContainerResources| {
+    let resize_pod = |resources: v1::LinuxContainerResources| {
         let request = v1::UpdatePodSandboxResourcesRequest {
             pod_sandbox_id: pod.clone(),
             resources: Some(resources),
@@ -294,7 +294,7 @@ fn resize() -> Result<()> {
     };
     ensure!(cri.shell(&id, "nproc")? == "1", "at first");
     for wanted in [2, 1, 2] {
-        ask(cpus(wanted))?;
+        resize_pod(cpus(wanted))?;
         let found = cri.shell(&id, "nproc; grep -c ^processor /proc/cpuinfo")?;
         ensure!(found == format!("{wanted}\n{wanted}"), "{wanted} CPUs were asked for: {found}");
     }
@@ -309,17 +309,17 @@ fn resize() -> Result<()> {
     };
     ensure!((400..512).contains(&total()?), "{} MiB at first", total()?);
     for _ in 0..2 {
-        ask(memory(1 << 30))?;
+        resize_pod(memory(1 << 30))?;
         ensure!(total()? >= 1024, "1 GiB was asked for: {} MiB", total()?);
-        // Used by a program and by a file, given up, given back.
+        // Memory is used by a program and by the page cache, and freed.
         cri.shell(&id, "dd if=/dev/zero of=/dev/null bs=300M count=1")?;
         cri.shell(&id, "dd if=/dev/zero of=/big bs=1M count=64; rm /big")?;
-        ask(memory(256 << 20))?;
+        resize_pod(memory(256 << 20))?;
         ensure!(total()? < 512, "less was asked for: {} MiB", total()?);
     }
-    let status = ask(memory(1 << 40)).unwrap_err();
+    let status = resize_pod(memory(1 << 40)).unwrap_err();
     ensure!(status.message().contains("memory") && status.message().contains("MiB"), "{status}");
-    ensure!(cri.pod_ready(&pod)? && cri.shell(&id, "nproc")? == "2", "the pod suffers");
+    ensure!(cri.pod_ready(&pod)? && cri.shell(&id, "nproc")? == "2", "the pod is affected");
     node.finish()
 }
 
@@ -330,7 +330,7 @@ fn cpuset() -> Result<()> {
     let cri = node.cri();
     let on = |cpus: &str| v1::LinuxContainerResources {
         cpuset_cpus: cpus.into(),
-        // As a kubelet does, for every size of page that its node knows.
+        // As a kubelet does for every page size of its node.
         hugepage_limits: vec![v1::HugepageLimit { page_size: "2MB".into(), limit: 0 }],
         oom_score_adj: 990,
         ..Default::default()
@@ -388,13 +388,14 @@ fn huge_pages() -> Result<()> {
     ensure!(anonymous(&a, 10)?.contains("Cannot allocate"), "beyond: {}", anonymous(&a, 10)?);
     let write = "import mmap, os; f = os.open(\"/huge/f\", os.O_RDWR | os.O_CREAT); \
                  os.ftruncate(f, 4 << 20); m = mmap.mmap(f, 4 << 20); m[0:5] = b\"hello\"";
-    let said = cri.shell(&a, &format!("python3 -c '{write}' 2>&1"))?;
-    ensure!(said.is_empty(), "a file of huge pages: {said}");
+    let output = cri.shell(&a, &format!("python3 -c '{write}' 2>&1"))?;
+    ensure!(output.is_empty(), "a file of huge pages: {output}");
 
-    // What a kubelet says of who asks for none. The volume is the pod's, the pages are a's.
+    // A kubelet sends limit 0 for containers that request none. The volume is the pod's, the pages
+    // are a's.
     let b = cri.run(&pod, with("b", "2MB", 0))?;
     ensure!(cri.shell(&b, "head -c 5 /huge/f")? == "hello", "the volume is not the pod's");
-    // Two of the four pages are free: only b's own limit is in the way.
+    // Two of the four pages are free: only b's own limit prevents it.
     ensure!(anonymous(&b, 2)?.contains("Cannot allocate"), "b's limit: {}", anonymous(&b, 2)?);
     cri.remove(&a)?;
     ensure!(cri.shell(&b, "head -c 5 /huge/f; rm /huge/f")? == "hello", "gone with a container");

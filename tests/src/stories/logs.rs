@@ -10,9 +10,9 @@ use crate::client::{container, parse_log};
 use crate::node::Node;
 
 pub const STORIES: &[Story] = &[
-    ("a long line comes in parts that join to the whole", long_line),
-    ("rotation under full output neither loses nor doubles a line", rotation),
-    ("a line without an end is written when the stream ends", no_newline),
+    ("a long line is logged in partial lines", long_line),
+    ("rotation under full output neither loses nor duplicates a line", rotation),
+    ("a line without a newline is written when the stream ends", no_newline),
 ];
 
 fn long_line() -> Result<()> {
@@ -48,7 +48,7 @@ fn rotation() -> Result<()> {
         let mut client = cri.runtime.clone();
         match cri.block_on(async move { client.reopen_container_log(request).await }) {
             Ok(_) => {}
-            // It may have ended meanwhile: then its log stays where it is.
+            // It may have exited meanwhile; then the log is not reopened.
             Err(status) if status.message().contains("not running") => {
                 all.push_str(&std::fs::read_to_string(&old)?);
                 break;

@@ -1,4 +1,4 @@
-//! Memory that a pod does not use goes back to the host.
+//! Unused memory of a pod is returned to the host.
 
 use std::time::{Duration, Instant};
 
@@ -12,15 +12,15 @@ use crate::node::Node;
 use crate::wait;
 
 pub const STORIES: &[Story] = &[
-    ("memory that a pod has used and freed goes back, and the pod can be made smaller", freed),
-    ("page cache that an idle pod does not use goes back", page_cache),
+    ("freed memory of a pod is returned to the host, and the pod's limit can be lowered", freed),
+    ("unused page cache of an idle pod is returned to the host", page_cache),
 ];
 
 const MIB: u64 = 1 << 20;
-/// What a pod may hold beyond what it held before, beside a fifth of that: VMM, page tables.
+/// Allowed growth in addition to a fifth of the memory before: VMM, page tables.
 const SLACK: u64 = 8 * MIB;
-/// Statistics every 5 s tell that a pod is idle, and the guest's kernel reports free pages 2 s after
-/// they were freed, some at a time; the rest is for a busy machine.
+/// The daemon detects an idle pod by statistics every 5 s, and the guest's kernel reports free pages
+/// 2 s after they were freed, some at a time; the rest is for a busy machine.
 const WITHIN: Duration = Duration::from_secs(40);
 
 /// A privileged pod of `mib` in `cgroup`, as a kubelet would run it, and its container.
@@ -42,7 +42,7 @@ fn pod(node: &Node, cgroup: &str, mib: u64, image: &str) -> Result<(String, Stri
     Ok((pod, id))
 }
 
-/// Bytes that a cgroup is charged: all, and the guest's.
+/// Bytes charged to a cgroup: total, and guest memory.
 fn charged(cgroup: &PodCgroup) -> Result<(u64, u64)> {
     let all = cgroup.read("memory.current")?.trim().parse()?;
     let stat = cgroup.read("memory.stat")?;
@@ -50,7 +50,7 @@ fn charged(cgroup: &PodCgroup) -> Result<(u64, u64)> {
     Ok((all, shmem.context("no shmem in memory.stat")?.parse()?))
 }
 
-/// What `read` gives once it has not changed by more than a little for five seconds.
+/// The value of `read` after it has changed by at most 1 MiB for five seconds.
 fn settled(read: impl Fn() -> Result<u64>) -> Result<u64> {
     let mut last = (Instant::now(), read()?);
     wait::until("a pod's memory settles", Duration::from_secs(60), || {
@@ -101,17 +101,17 @@ fn freed() -> Result<()> {
     cri.shell(&id, "rm /t/f /f")?;
     let begin = Instant::now();
     let most = before + before / 5 + SLACK;
-    let gone = wait::until("freed memory goes back", WITHIN, || {
+    let result = wait::until("freed memory goes back", WITHIN, || {
         let now = charged(&cgroup)?.0;
         Ok((now <= most).then_some(now))
     });
-    let now = gone.with_context(|| {
+    let now = result.with_context(|| {
         let stat = cgroup.read("memory.stat").unwrap_or_default();
         format!("{before} bytes before, {used:?} in use; now {:?}\n{stat}", charged(&cgroup))
     })?;
     println!("before {before}, in use {}, {now} after {:?}", used.0, begin.elapsed());
 
-    // What a kubelet compares with the new limit before it asks, and what it sets afterwards.
+    // The usage that a kubelet compares with a new limit before it requests it.
     let usage = || -> Result<u64> {
         let request = v1::PodSandboxStatsRequest { pod_sandbox_id: pod.clone() };
         let mut client = cri.runtime.clone();
@@ -129,7 +129,7 @@ fn freed() -> Result<()> {
         cri.shell(&id, "cat /sys/fs/cgroup/memory.max")? == (64 * MIB).to_string(),
         "memory.max"
     );
-    // All that the container may have now fits into it.
+    // The container can still use memory up to its new limit.
     cri.shell(&id, "dd if=/dev/zero of=/t/f bs=1M count=40 && rm /t/f && echo alive")?;
     ensure!(cri.pod_ready(&pod)?, "the pod has died");
     let events = cgroup.read("memory.events")?;
@@ -151,11 +151,11 @@ fn page_cache() -> Result<()> {
     ensure!(used > before + before / 5 + SLACK + 8 * MIB, "{before} before, {used} after reading");
     let begin = Instant::now();
     let most = before + before / 5 + SLACK;
-    let gone = wait::until("page cache goes back", WITHIN, || {
+    let result = wait::until("page cache goes back", WITHIN, || {
         let now = charged(&cgroup)?.1;
         Ok((now <= most).then_some(now))
     });
-    let now = gone.with_context(|| {
+    let now = result.with_context(|| {
         let memory = cri.shell(&id, "cat /proc/meminfo").unwrap_or_default();
         format!("{before} bytes before, {used} in use; now {:?}\n{memory}", charged(&cgroup))
     })?;

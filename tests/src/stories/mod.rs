@@ -1,4 +1,4 @@
-//! The stories: each is a function that tells one thing a user relies on, and fails if it is not so.
+//! The end-to-end tests ("stories"): each is a function that checks one property for users.
 
 mod agent;
 mod damage;
@@ -7,6 +7,7 @@ mod empty_dir;
 mod engines;
 mod events;
 mod exec;
+mod failures;
 mod guest_kernel;
 mod host_pods;
 mod images;
@@ -24,34 +25,33 @@ mod shared_volumes;
 mod shim;
 mod streaming;
 mod tool;
-mod trouble;
 mod userns;
 mod vmm;
 mod volumes;
 mod workloads;
 
-/// A story's name (a sentence) and what it does.
+/// A story's name (a sentence) and its function.
 pub type Story = (&'static str, fn() -> anyhow::Result<()>);
 
-/// Stories that need several CPUs, by room and name.
+/// Stories that need several CPUs, by area and name.
 pub const WIDE: &[(&str, &str)] = &[
-    ("limits", "a pod gets a further CPU and memory while it runs, and gives them back"),
-    ("limits", "a pod runs on the host's CPUs that a kubelet gave its containers"),
+    ("limits", "CPUs and memory are added to a running pod and removed again"),
+    ("limits", "a pod runs on the host's CPUs of its containers' cpusets"),
 ];
 
 /// Stories that take many minutes: ignored unless asked for (`--ignored`, `--include-ignored`).
 pub const SLOW: &[(&str, &str)] = &[
-    ("devices", "many containers with images of their own fit into a pod, and leave it again"),
+    ("devices", "a pod can have many containers with different images, and they can be removed"),
     (
         "engines",
-        "docker in a pod has overlay2 wherever its data is, pulls, builds, limits, publishes",
+        "docker in a pod uses overlay2 in any data directory, pulls, builds, limits, publishes",
     ),
     ("engines", "podman in a pod builds an image and runs containers of it"),
 ];
 
-/// Every story, those that others build on first.
+/// All stories, basic ones first.
 pub fn all() -> Vec<(&'static str, Story)> {
-    let rooms: &'static [(&'static str, &'static [Story])] = &[
+    let areas: &'static [(&'static str, &'static [Story])] = &[
         ("vmm", vmm::STORIES),
         ("life_cycle", life_cycle::STORIES),
         ("exec", exec::STORIES),
@@ -73,7 +73,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("network", network::STORIES),
         ("images", images::STORIES),
         ("kills", kills::STORIES),
-        ("trouble", trouble::STORIES),
+        ("failures", failures::STORIES),
         ("damage", damage::STORIES),
         ("programs", programs::STORIES),
         ("reboot", reboot::STORIES),
@@ -82,5 +82,5 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("agent", agent::STORIES),
         ("shim", shim::STORIES),
     ];
-    rooms.iter().flat_map(|(room, stories)| stories.iter().map(move |s| (*room, *s))).collect()
+    areas.iter().flat_map(|(area, stories)| stories.iter().map(move |s| (*area, *s))).collect()
 }

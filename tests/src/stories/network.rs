@@ -16,11 +16,14 @@ use crate::wait;
 pub const STORIES: &[Story] = &[
     ("pods reach each other over IPv4 and IPv6", pod_to_pod),
     ("a pod reaches its host and the host reaches the pod", pod_and_host),
-    ("a host port leads into the pod and goes with it", host_port),
-    ("a pod's traffic leaves through the host's address", leaves_masqueraded),
-    ("DNS, hosts and host name are what the request says", name_files),
-    ("a broken CNI plugin fails the pod with its own words and leaves nothing", broken_plugin),
-    ("a missing CNI configuration is a condition with advice", no_configuration),
+    ("a host port is forwarded to its pod and removed with it", host_port),
+    ("a pod's traffic is masqueraded with the host's address", leaves_masqueraded),
+    ("DNS, hosts and host name follow the request", name_files),
+    (
+        "an error of a CNI plugin fails the pod with its message and leaves nothing behind",
+        broken_plugin,
+    ),
+    ("a missing CNI configuration is reported as a condition with advice", no_configuration),
 ];
 
 /// A busybox web server that answers every request with `text`.
@@ -110,7 +113,7 @@ fn leaves_masqueraded() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
     let cri = node.cri();
-    // A network of its own stands for the world outside of the node.
+    // A network namespace represents the network outside of the node.
     let outside = Outside::make()?;
     let pod = node.pod("out")?;
     let id = cri.run(&pod, container("c", &image, &["sleep", "1000"]))?;
@@ -122,7 +125,7 @@ fn leaves_masqueraded() -> Result<()> {
     node.finish()
 }
 
-/// A network namespace behind a veth: the world outside.
+/// A network namespace behind a veth pair: the external network.
 struct Outside;
 
 impl Outside {
@@ -153,7 +156,7 @@ impl Outside {
     fn peer_of(&self, dial: impl FnOnce() -> Result<()>) -> Result<String> {
         let listener = std::thread::spawn(|| -> Result<String> {
             let netns = std::fs::File::open("/run/netns/outside")?;
-            // A thread of its own: it ends in the namespace it enters.
+            // On its own thread: setns changes the thread's namespace.
             nix::sched::setns(&netns, nix::sched::CloneFlags::CLONE_NEWNET)?;
             let listener = std::net::TcpListener::bind((Outside::ADDRESS, 7777))?;
             listener.set_nonblocking(true)?;

@@ -13,8 +13,8 @@ use crate::wait;
 
 pub const STORIES: &[Story] = &[
     ("nginx serves a page", nginx),
-    ("redis keeps and gives values", redis),
-    ("postgres takes a transaction and survives a restart of its container", postgres),
+    ("redis stores and returns values", redis),
+    ("postgres runs a transaction and stops cleanly", postgres),
     ("python runs threads, subprocesses and sockets", python),
 ];
 
@@ -71,7 +71,7 @@ fn postgres() -> Result<()> {
     let output = cri.exec(&id, &["psql", "-U", "postgres", "-qtAc", sql])?;
     ensure!(output.stdout.trim() == "500500", "{output:?}");
     cri.stop(&id, 30)?;
-    ensure!(cri.status(&id)?.exit_code == 0, "it did not stop in peace: {:?}", cri.status(&id)?);
+    ensure!(cri.status(&id)?.exit_code == 0, "it did not stop cleanly: {:?}", cri.status(&id)?);
     node.finish()
 }
 
@@ -96,11 +96,11 @@ fn python() -> Result<()> {
         assert n == 100000\n\
         with tempfile.NamedTemporaryFile() as f:\n\
         \x20 f.write(os.urandom(1 << 20)); f.flush(); os.fsync(f.fileno())\n\
-        print('all well', os.getpid())\n";
+        print('passed', os.getpid())\n";
     let id = node.cri().run(&pod, container("c", &image, &["python3", "-c", program]))?;
     let status = node.cri().exited(&id)?;
     let log = node.cri().log(&id)?;
     ensure!(status.exit_code == 0, "{log:?}");
-    ensure!(log.iter().any(|l| l.text.starts_with("all well")), "{log:?}");
+    ensure!(log.iter().any(|l| l.text.starts_with("passed")), "{log:?}");
     node.finish()
 }

@@ -14,19 +14,19 @@ use crate::node::Node;
 use crate::wait;
 
 pub const STORIES: &[Story] = &[
-    ("a container runs as the user and groups it is given", users),
-    ("groups of the image are merged in, or not, as the policy says", groups),
-    ("capabilities are those asked for and no others", capabilities),
+    ("a container runs with the requested user and groups", users),
+    ("groups of the image are merged according to the policy", groups),
+    ("a container has the requested capabilities and no others", capabilities),
     ("protected paths are masked or read-only", protected_paths),
-    ("a read-only root file system refuses writes", read_only_root),
-    ("the default seccomp profile is in force", seccomp),
-    ("no_new_privs is set when asked", no_new_privs),
+    ("a read-only root file system rejects writes", read_only_root),
+    ("the default seccomp profile is applied", seccomp),
+    ("no_new_privs is set on request", no_new_privs),
     (
-        "an AppArmor profile loaded on the host confines init and execs, in a VM and out of one",
+        "an AppArmor profile loaded on the host check_profile init and execs, with and without a VM",
         apparmor,
     ),
-    ("a privileged container may mount, inside the guest", privileged),
-    ("what a VM cannot give is refused with a reason", refused),
+    ("a privileged container can mount in the guest", privileged),
+    ("unsupported requests are rejected with a reason", refused),
 ];
 
 fn secured(
@@ -82,7 +82,7 @@ fn groups() -> Result<()> {
         ("etc/passwd", "root:x:0:0::/:/bin/sh\nana:x:1500:1500::/:/bin/sh\n"),
         ("etc/group", "root:x:0:\nana:x:1500:\ncrew:x:2000:ana\nothers:x:2001:root\n"),
     ];
-    let layout = crate::images::on_top("busybox", folder.path(), &files)?;
+    let layout = crate::images::with_files("busybox", folder.path(), &files)?;
     let image = crate::node::registry().push(&layout, "groups:latest")?;
     node.cri().pull(&image)?;
     let pod = node.pod("groups")?;
@@ -104,15 +104,15 @@ fn groups() -> Result<()> {
             groups.dedup();
             groups
         };
-        let inside = cri.shell(&id, "id -G")?;
-        let inside = inside.split(' ').map(str::parse).collect::<Result<Vec<i64>, _>>()?;
-        ensure!(sorted(inside.clone()) == expected, "{name}: {inside:?} inside");
+        let found = cri.shell(&id, "id -G")?;
+        let found = found.split(' ').map(str::parse).collect::<Result<Vec<i64>, _>>()?;
+        ensure!(sorted(found.clone()) == expected, "{name}: {found:?} found");
         let user = cri.status(&id)?.user.and_then(|user| user.linux);
         let user = user.ok_or_else(|| anyhow::anyhow!("{name}: its status tells no user"))?;
         ensure!((user.uid, user.gid) == (1500, 1500), "{name}: {user:?}");
-        let mut told = user.supplemental_groups.clone();
-        told.push(user.gid);
-        ensure!(sorted(told) == expected, "{name}: {user:?} is told");
+        let mut reported = user.supplemental_groups.clone();
+        reported.push(user.gid);
+        ensure!(sorted(reported) == expected, "{name}: {user:?} is reported");
     }
     node.finish()
 }
@@ -211,13 +211,13 @@ fn no_new_privs() -> Result<()> {
     node.finish()
 }
 
-/// A profile of the host's kernel with a child; unloaded when it is dropped.
+/// An AppArmor profile with a child profile, loaded on the host; unloaded on drop.
 struct Profile {
     name: String,
 }
 
 impl Profile {
-    /// Under the profile nothing can be written, under its child everything.
+    /// The profile denies all writes, its child allows them.
     fn load() -> Result<Self> {
         let profile = Self { name: format!("nacelle-story-{}", std::process::id()) };
         profile.parser("--replace")?;
@@ -267,7 +267,7 @@ fn apparmor() -> Result<()> {
     let node = Node::start_with(|config| config + policy)?;
     let image = node.image("busybox")?;
     let pod = node.pod("apparmor")?;
-    confines(node.cri(), &pod, &image, &profile)?;
+    check_profile(node.cri(), &pod, &image, &profile)?;
     let mut config = crate::client::pod("apparmor-host", &node.logs);
     config.linux.get_or_insert_default().security_context = Some(v1::LinuxSandboxSecurityContext {
         namespace_options: Some(v1::NamespaceOption {
@@ -277,11 +277,11 @@ fn apparmor() -> Result<()> {
         ..Default::default()
     });
     let of_host = node.cri().run_pod(config)?;
-    confines(node.cri(), &of_host, &image, &profile)?;
+    check_profile(node.cri(), &of_host, &image, &profile)?;
     node.finish()
 }
 
-fn confines(cri: &Cri, pod: &str, image: &str, profile: &Profile) -> Result<()> {
+fn check_profile(cri: &Cri, pod: &str, image: &str, profile: &Profile) -> Result<()> {
     let under = |name: &str, profile: &str| {
         let line = "touch /by-init; exec sleep 1000";
         let mut config = container(name, image, &["sh", "-c", line]);

@@ -1,5 +1,5 @@
-//! Volumes that containers of a pod share: one file of the host is one file of the pod, whichever
-//! container, mount or path leads to it.
+//! Volumes that containers of a pod share: a file of the host is one inode in the guest, in every
+//! container and through every mount and path.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -15,8 +15,8 @@ use crate::node::Node;
 use crate::wait;
 
 pub const STORIES: &[Story] = &[
-    ("containers of a pod share a folder's sockets, pipes, locks, mappings and notices", as_one),
-    ("two containers write one SQLite database, and a kill damages nothing", sqlite),
+    ("containers share sockets, pipes, locks, mappings and inotify events of a directory", share),
+    ("two containers write one SQLite database, and a kill does not corrupt it", sqlite),
     ("two thousand files of a volume are open at a time", many_open),
 ];
 
@@ -32,16 +32,16 @@ fn read_only(mount: v1::Mount) -> v1::Mount {
     v1::Mount { readonly: true, ..mount }
 }
 
-/// Runs one of the programs, which says so when all is as it should be.
+/// Runs one of the Python programs; it prints `passed` at the end.
 fn python(cri: &Cri, id: &str, program: &str, arguments: &[&str], limit: i64) -> Result<()> {
     let mut command = vec!["python3", "-c", program];
     command.extend(arguments);
     let output = cri.exec_within(id, &command, limit)?;
-    ensure!(output.stdout == "all well\n", "{arguments:?}: {output:?}");
+    ensure!(output.stdout == "passed\n", "{arguments:?}: {output:?}");
     Ok(())
 }
 
-fn as_one() -> Result<()> {
+fn share() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("python")?;
     let pod = node.pod("as-one")?;
@@ -65,7 +65,7 @@ fn as_one() -> Result<()> {
         });
         cri.run(&pod, with_mounts(config, mounts))
     };
-    // The inner folder first, then the one around it, then the inner one again by another path.
+    // First the inner directory, then its parent, then the inner one through another path.
     let part = run("part", &sleep, 1000, vec![mount(&inner, "/part")])?;
     let serve = ["python3", "-c", SHARED, "serve", "/whole/inner"];
     let server = run("server", &serve, 0, vec![mount(folder.path(), "/whole")])?;
@@ -76,34 +76,34 @@ fn as_one() -> Result<()> {
     for (id, place, tag) in
         [(&part, "/part", "part"), (&bound, "/sub", "bound"), (&bound, "/again", "again")]
     {
-        python(cri, id, SHARED, &["ask", place, tag], 60)?;
+        python(cri, id, SHARED, &["check", place, tag], 60)?;
     }
     python(cri, &reader, SHARED, &["read", "/ro/inner"], 60)?;
     let refused = cri.exec(&reader, &["touch", "/ro/inner/x"])?;
     ensure!(refused.stderr.contains("Read-only"), "{refused:?}");
-    // A process that stands in the inner folder stays where it is when a container comes for it.
+    // A process whose working directory is the inner directory is not affected by new containers.
     let stand = "cd /whole/inner && echo $PWD >cwd && exec sleep 1000";
     let standing = run("standing", &["sh", "-c", stand], 0, vec![mount(folder.path(), "/whole")])?;
     wait::until("it stands there", Duration::from_secs(30), || {
         Ok(inner.join("cwd").exists().then_some(()))
     })?;
     let late = run("late", &sleep, 0, vec![mount(&inner, "/late")])?;
-    python(cri, &late, SHARED, &["ask", "/late", "late"], 60)?;
+    python(cri, &late, SHARED, &["check", "/late", "late"], 60)?;
     let cwd = cri.shell(&standing, "readlink /proc/1/cwd && ls /proc/1/cwd/../inner/cwd")?;
     ensure!(cwd == "/whole/inner\n/proc/1/cwd/../inner/cwd", "{cwd}");
-    // Those that go take nothing from those that stay.
+    // Removed containers do not affect the others.
     for id in [&bound, &standing] {
         cri.stop(id, 0)?;
         cri.remove(id)?;
     }
-    python(cri, &part, SHARED, &["ask", "/part", "after"], 60)?;
+    python(cri, &part, SHARED, &["check", "/part", "after"], 60)?;
     for id in [&server, &late] {
         cri.stop(id, 0)?;
         cri.remove(id)?;
     }
     cri.shell(&part, "echo alone > /part/alone && cat /part/alone")?;
     ensure!(fs::read_to_string(inner.join("alone"))? == "alone\n", "the last one's file");
-    python(cri, &reader, "import os; os.stat('/ro/inner/alone'); print('all well')", &[], 60)?;
+    python(cri, &reader, "import os; os.stat('/ro/inner/alone'); print('passed')", &[], 60)?;
     node.finish()
 }
 
@@ -119,7 +119,7 @@ fn sqlite() -> Result<()> {
         cri.run(&pod, with_mounts(container(name, &image, &command), shared()))
     };
     let killed = write("killed", "100000")?;
-    // SQLite does not wait for its lock where two make the database at once.
+    // SQLite does not wait for its lock when two processes create the database.
     cri.logged(&killed, "killed 1")?;
     let steady = write("steady", "150")?;
     let sleeper = container("checker", &image, &["sleep", "1000"]);
@@ -135,7 +135,7 @@ fn sqlite() -> Result<()> {
     ensure!(end.exit_code == 0, "{end:?}: {:?}", cri.log(&steady)?);
     let output = cri.exec(&checker, &["python3", "-c", ROWS, "/data/base", "check"])?;
     let lines: Vec<&str> = output.stdout.lines().collect();
-    let said = cri.log(&killed)?.len();
+    let committed = cri.log(&killed)?.len();
     let kept = lines.get(1).and_then(|line| line.strip_prefix("killed "));
     let kept: Vec<usize> = kept
         .with_context(|| format!("{output:?}"))?
@@ -143,7 +143,10 @@ fn sqlite() -> Result<()> {
         .map(str::parse)
         .collect::<Result<_, _>>()?;
     ensure!(lines[0] == "ok" && lines[2] == "steady 150 149", "{output:?}");
-    ensure!(kept[0] >= said && kept[0] == kept[1] + 1, "{said} rows were committed: {output:?}");
+    ensure!(
+        kept[0] >= committed && kept[0] == kept[1] + 1,
+        "{committed} rows were committed: {output:?}"
+    );
     node.finish()
 }
 
@@ -159,7 +162,7 @@ fn many_open() -> Result<()> {
     python(cri, &id, MANY, &["/data/many", "2000"], 300)?;
     ensure!(fs::read_dir(folder.path().join("many"))?.count() == 2_000, "the host's files");
     ensure!(fs::read(folder.path().join("many/1000"))? == b"1000", "what was written");
-    // All is one file system, whatever the host has mounted, and no two files are the same.
+    // One file system with unique inode numbers, also with mounts of the host in it.
     fs::write(folder.path().join("top"), "")?;
     fs::write(folder.path().join("below/file"), "")?;
     let one = cri.shell(&id, "stat -c %d /data/top /data/below/file /data/below | uniq | wc -l")?;

@@ -1,4 +1,4 @@
-//! Exec, attach and port-forward through their URLs, over both wires.
+//! Exec, attach and port-forward through their URLs, over WebSocket and SPDY.
 
 use std::time::Duration;
 
@@ -12,34 +12,34 @@ use crate::client::{Cri, container};
 use crate::node::Node;
 
 pub const STORIES: &[Story] = &[
-    ("exec over WebSocket and SPDY carries both streams and the exit code", exec_ends),
-    ("exec carries eight MiB both ways and closes its input", exec_large),
-    ("a terminal has its client's size and follows it", terminal),
-    ("many sessions at once each get their own", many),
-    ("attach joins a container's own streams, and leaves them to the next one", attach),
-    ("port-forward reaches 127.0.0.1 and ::1 in the pod, and tells closed ports", forward),
+    ("exec over WebSocket and SPDY returns both streams and the exit code", exec_result),
+    ("exec transfers eight MiB both ways and closes its input", exec_large),
+    ("a terminal has its client's size and follows changes", terminal),
+    ("concurrent sessions each get their own output", many),
+    ("attach connects to a container's streams, also after an earlier client", attach),
+    ("port-forward reaches 127.0.0.1 and ::1 in the pod, and reports closed ports", forward),
 ];
 
 const V5: &str = "v5.channel.k8s.io";
 const V4: &str = "v4.channel.k8s.io";
 const WIRES: [Wire; 3] = [Wire::Websocket(V5), Wire::Spdy(V5), Wire::Spdy(V4)];
 
-/// What a client speaks, and the version of the channels on it.
+/// A client's protocol and subprotocol.
 #[derive(Debug, Clone, Copy)]
 enum Wire {
     Websocket(&'static str),
     Spdy(&'static str),
 }
 
-/// What a session gave.
+/// The result of a session.
 #[derive(Debug)]
-struct Ended {
+struct SessionResult {
     stdout: Vec<u8>,
     stderr: Vec<u8>,
     status: Value,
 }
 
-impl Ended {
+impl SessionResult {
     fn of(received: &Received, [stdout, stderr, error]: [u32; 3]) -> Self {
         let [stdout, stderr] = [stdout, stderr].map(|id| received.of(id).to_vec());
         Self { stdout, stderr, status: received.status(error) }
@@ -49,15 +49,15 @@ impl Ended {
         self.status["status"] == "Success"
     }
 
-    /// Of an exit that was no success.
+    /// Exit code of a failed session.
     fn code(&self) -> &str {
         self.status["details"]["causes"][0]["message"].as_str().unwrap_or("no code")
     }
 }
 
 impl Wire {
-    /// Sends all input, if there is any to be sent, and takes everything until the end.
-    async fn run(self, url: &str, input: Option<Vec<u8>>) -> Ended {
+    /// Sends the input, if any, and reads until the end of the session.
+    async fn run(self, url: &str, input: Option<Vec<u8>>) -> SessionResult {
         match self {
             Self::Websocket(version) => {
                 let mut client = Websocket::connect(url, version).await;
@@ -65,7 +65,7 @@ impl Wire {
                     Some(input) => client.rest_while_sending(input).await,
                     None => client.rest().await,
                 };
-                Ended::of(&received, [1, 2, 3])
+                SessionResult::of(&received, [1, 2, 3])
             }
             Self::Spdy(version) => {
                 let mut client = Spdy::connect(url, version).await;
@@ -78,7 +78,7 @@ impl Wire {
                     Some(input) => client.rest_while_sending(ids["stdin"], input).await,
                     None => client.rest().await,
                 };
-                Ended::of(&received, ["stdout", "stderr", "error"].map(|kind| ids[kind]))
+                SessionResult::of(&received, ["stdout", "stderr", "error"].map(|kind| ids[kind]))
             }
         }
     }
@@ -93,23 +93,23 @@ fn with_sleeper(story: impl FnOnce(&Cri, &str) -> Result<()>) -> Result<()> {
     node.finish()
 }
 
-fn exec_ends() -> Result<()> {
+fn exec_result() -> Result<()> {
     with_sleeper(|cri, id| {
         for wire in WIRES {
             let url = cri.exec_url(id, "oe", &["sh", "-c", "echo out; echo err >&2; exit 7"])?;
-            let ended = cri.block_on(wire.run(&url, None));
-            ensure!(ended.stdout == b"out\n" && ended.stderr == b"err\n", "{wire:?}: {ended:?}");
-            ensure!(!ended.is_success() && ended.code() == "7", "{wire:?}: {ended:?}");
+            let result = cri.block_on(wire.run(&url, None));
+            ensure!(result.stdout == b"out\n" && result.stderr == b"err\n", "{wire:?}: {result:?}");
+            ensure!(!result.is_success() && result.code() == "7", "{wire:?}: {result:?}");
             let (used, words) =
                 cri.block_on(async { fetch(&url, "POST", &spdy_upgrade(V4)).await });
-            ensure!(used.status == 404, "{wire:?}: a URL is good twice: {used:?} {words}");
+            ensure!(used.status == 404, "{wire:?}: a URL was accepted twice: {used:?} {words}");
             let url = cri.exec_url(id, "oe", &["true"])?;
-            let ended = cri.block_on(wire.run(&url, None));
-            ensure!(ended.is_success(), "{wire:?}: {ended:?}");
+            let result = cri.block_on(wire.run(&url, None));
+            ensure!(result.is_success(), "{wire:?}: {result:?}");
             let url = cri.exec_url(id, "oe", &["no-such-command"])?;
-            let ended = cri.block_on(wire.run(&url, None));
-            let words = ended.status["message"].as_str().unwrap_or_default();
-            ensure!(words.contains("no-such-command"), "{wire:?}: {ended:?}");
+            let result = cri.block_on(wire.run(&url, None));
+            let words = result.status["message"].as_str().unwrap_or_default();
+            ensure!(words.contains("no-such-command"), "{wire:?}: {result:?}");
         }
         Ok(())
     })
@@ -120,10 +120,10 @@ fn exec_large() -> Result<()> {
         let input = noise(8 << 20);
         for wire in WIRES {
             let url = cri.exec_url(id, "ioe", &["sh", "-c", "cat; echo closed >&2; exit 3"])?;
-            let ended = cri.block_on(wire.run(&url, Some(input.clone())));
-            let length = ended.stdout.len();
-            ensure!(ended.stdout == input, "{wire:?}: {length} bytes came back, not the same");
-            ensure!(ended.stderr == b"closed\n" && ended.code() == "3", "{wire:?}");
+            let result = cri.block_on(wire.run(&url, Some(input.clone())));
+            let length = result.stdout.len();
+            ensure!(result.stdout == input, "{wire:?}: {length} bytes came back, not the same");
+            ensure!(result.stderr == b"closed\n" && result.code() == "3", "{wire:?}");
         }
         Ok(())
     })
@@ -132,7 +132,7 @@ fn exec_large() -> Result<()> {
 fn terminal() -> Result<()> {
     let script = "test -t 0 && stty size
         while ! stty size | grep -q '22 77'; do sleep 0.1; done
-        stty size; read line; echo heard $line";
+        stty size; read line; echo output $line";
     with_sleeper(|cri, id| {
         let url = cri.exec_url(id, "iot", &["sh", "-c", script])?;
         let screen = cri.block_on(async {
@@ -142,7 +142,7 @@ fn terminal() -> Result<()> {
             client.send(0, b"hello\n").await;
             client.rest().await.text(1).to_owned()
         });
-        ensure!(screen.contains("22 77\r\n") && screen.contains("heard hello\r\n"), "{screen:?}");
+        ensure!(screen.contains("22 77\r\n") && screen.contains("output hello\r\n"), "{screen:?}");
         let url = cri.exec_url(id, "iot", &["sh", "-c", script])?;
         let (first, rest) = cri.block_on(async {
             let mut client = Spdy::connect(&url, V4).await;
@@ -154,7 +154,7 @@ fn terminal() -> Result<()> {
             (first, client.rest().await.text(ids["stdout"]).to_owned())
         });
         ensure!(first.starts_with(b"33 101"), "{first:?}");
-        ensure!(rest.contains("22 77\r\n") && rest.contains("heard hello\r\n"), "{rest:?}");
+        ensure!(rest.contains("22 77\r\n") && rest.contains("output hello\r\n"), "{rest:?}");
         Ok(())
     })
 }
@@ -164,21 +164,21 @@ fn many() -> Result<()> {
         let line = |n: usize| format!("seq 1 {}; echo end {n}", 1000 + n);
         let urls = (0..24).map(|n| cri.exec_url(id, "oe", &["sh", "-c", &line(n)]));
         let urls = urls.collect::<Result<Vec<_>, _>>()?;
-        let ended = cri.block_on(async {
+        let result = cri.block_on(async {
             let sessions: Vec<_> = urls
                 .into_iter()
                 .zip(WIRES.into_iter().cycle())
                 .map(|(url, wire)| tokio::spawn(async move { wire.run(&url, None).await }))
                 .collect();
-            let mut ended = Vec::new();
+            let mut result = Vec::new();
             for session in sessions {
-                ended.push(session.await);
+                result.push(session.await);
             }
-            ended
+            result
         });
-        for (n, ended) in ended.into_iter().enumerate() {
-            let ended = ended?;
-            let text = String::from_utf8(ended.stdout)?;
+        for (n, result) in result.into_iter().enumerate() {
+            let result = result?;
+            let text = String::from_utf8(result.stdout)?;
             ensure!(text.ends_with(&format!("\nend {n}\n")), "session {n}: {text}");
             ensure!(text.lines().count() == 1001 + n, "session {n} lost lines");
         }
@@ -186,12 +186,12 @@ fn many() -> Result<()> {
     })
 }
 
-/// Reads a stream until it has said this.
-async fn hears(client: &mut Spdy, stream: u32, words: &str) -> bool {
-    let mut heard = String::new();
-    while !heard.contains(words) {
+/// Reads a stream until it contains `words`; false at its end.
+async fn reads_until(client: &mut Spdy, stream: u32, words: &str) -> bool {
+    let mut output = String::new();
+    while !output.contains(words) {
         let Some(bytes) = client.data_of(stream).await else { return false };
-        heard.push_str(&String::from_utf8_lossy(&bytes));
+        output.push_str(&String::from_utf8_lossy(&bytes));
     }
     true
 }
@@ -206,17 +206,17 @@ fn attach() -> Result<()> {
     (config.stdin, config.stdin_once) = (true, true);
     let once = cri.run(&pod, config)?;
     let url = cri.attach_url(&once, "ioe")?;
-    let (heard, ended) = cri.block_on(async {
+    let (output, result) = cri.block_on(async {
         let mut client = Spdy::connect(&url, V4).await;
         let ids = client.open_all(&["error", "stdin", "stdout", "stderr"]).await;
         client.send(ids["stdin"], b"one\n", false).await;
-        let heard = hears(&mut client, ids["stdout"], "got one\n").await;
+        let output = reads_until(&mut client, ids["stdout"], "got one\n").await;
         client.send(ids["stdin"], b"two\n", true).await;
         let received = client.rest().await;
-        (heard, Ended::of(&received, ["stdout", "stderr", "error"].map(|kind| ids[kind])))
+        (output, SessionResult::of(&received, ["stdout", "stderr", "error"].map(|kind| ids[kind])))
     });
-    ensure!(heard, "the first line is not answered");
-    ensure!(ended.stdout == b"got two\n" && ended.stderr == b"end\n", "{ended:?}");
+    ensure!(output, "no output for the first line");
+    ensure!(result.stdout == b"got two\n" && result.stderr == b"end\n", "{result:?}");
     ensure!(cri.exited(&once)?.exit_code == 6, "{:?}", cri.status(&once)?);
     let log: Vec<String> = cri.log(&once)?.into_iter().map(|line| line.text).collect();
     ensure!(log.contains(&"got one".to_owned()) && log.contains(&"end".to_owned()), "{log:?}");
@@ -235,16 +235,16 @@ fn attach() -> Result<()> {
                 match client.next().await {
                     Some(Message::Binary(bytes)) if bytes.ends_with(b"\n") => break Ok(()),
                     Some(_) => {}
-                    None => break Err(anyhow::anyhow!("{line} is not answered")),
+                    None => break Err(anyhow::anyhow!("no output for {line}")),
                 }
             }
         })?;
     }
-    ensure!(cri.exec(&often, &["true"])?.code == 0, "its last client took it away");
+    ensure!(cri.exec(&often, &["true"])?.code == 0, "the container exited with its last client");
     node.finish()
 }
 
-/// Greets, reads all that is sent, and sends it back.
+/// An echo server: sends a greeting, reads until EOF, and sends the data back.
 const ECHO: &str = "\
 import socket, threading
 def serve(listener, greeting):
@@ -281,25 +281,25 @@ fn forward() -> Result<()> {
     let tunnel = "SPDY/3.1+portforward.k8s.io";
     cri.block_on(async { forwarded(Spdy::through_websocket(&url, tunnel).await).await })?;
     let url = cri.forward_url(&pod, &[7001])?;
-    let heard = cri.block_on(async {
+    let output = cri.block_on(async {
         let mut client = Websocket::connect(&url, V4).await;
-        let mut heard = Vec::new();
+        let mut output = Vec::new();
         while let Some(Message::Binary(bytes)) = client.next().await {
             if bytes.first() == Some(&0) {
-                heard.extend_from_slice(&bytes[1..]);
+                output.extend_from_slice(&bytes[1..]);
             }
-            if heard.len() >= 12 {
+            if output.len() >= 12 {
                 break;
             }
         }
-        heard
+        output
     });
     let greeting = [&7001u16.to_le_bytes()[..], b"127.0.0.1 "].concat();
-    ensure!(heard == greeting, "the old WebSocket form: {heard:?}");
+    ensure!(output == greeting, "the old WebSocket form: {output:?}");
     node.finish()
 }
 
-/// Many connections at once over one client's, one of them large, one to a closed port.
+/// Many port-forward connections over one session, one with much data, one to a closed port.
 async fn forwarded(mut client: Spdy) -> Result<()> {
     let ports = [7001u16; 10].into_iter().chain([7002, 7003]);
     let mut pairs = Vec::new();

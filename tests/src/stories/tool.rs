@@ -1,4 +1,4 @@
-//! The command line client.
+//! The CLI `nacelle`.
 
 use std::process::Command;
 
@@ -8,10 +8,10 @@ use super::Story;
 use crate::node::{self, Node};
 
 pub const STORIES: &[Story] = &[
-    ("nacelle run prints a container's output and ends with its exit code", run),
-    ("nacelle looks at pods, containers, logs, phases and console", looks),
-    ("nacelle check says what the host can do", check),
-    ("errors tell the next step", errors),
+    ("nacelle run prints a container's output and exits with its exit code", run),
+    ("nacelle shows pods, containers, logs, phases and console", show),
+    ("nacelle check reports what the host supports", check),
+    ("errors name what is missing", errors),
     ("exit codes of run and exec are docker's", exit_codes),
     ("without CNI configuration nacelle run has a network and a kubelet's pod has not", no_cni),
 ];
@@ -46,38 +46,38 @@ fn run() -> Result<()> {
     node.finish()
 }
 
-fn looks() -> Result<()> {
+fn show() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
     let words = ["run", "-d", "--name", "seen", &image, "sh", "-c", "echo hello; sleep 1000"];
     let (code, _, err) = nacelle(&node, &words)?;
     ensure!(code == 0, "{err}");
-    let ask = |words: &[&str]| -> Result<String> {
+    let output_of = |words: &[&str]| -> Result<String> {
         let (code, out, err) = nacelle(&node, words)?;
         ensure!(code == 0, "nacelle {words:?}: {err}");
         Ok(out)
     };
-    ensure!(ask(&["pods"])?.contains("seen"), "pods");
-    ensure!(ask(&["ps"])?.contains("seen"), "ps");
-    ensure!(ask(&["images"])?.contains("busybox"), "images");
-    ensure!(ask(&["exec", "seen", "uname", "-s"])? == "Linux\n", "exec");
-    let pods: serde_json::Value = serde_json::from_str(&ask(&["pods", "--output", "json"])?)?;
+    ensure!(output_of(&["pods"])?.contains("seen"), "pods");
+    ensure!(output_of(&["ps"])?.contains("seen"), "ps");
+    ensure!(output_of(&["images"])?.contains("busybox"), "images");
+    ensure!(output_of(&["exec", "seen", "uname", "-s"])? == "Linux\n", "exec");
+    let pods: serde_json::Value = serde_json::from_str(&output_of(&["pods", "--output", "json"])?)?;
     ensure!(pods.as_array().context("pods in JSON")?.len() == 1, "{pods}");
-    let all: serde_json::Value = serde_json::from_str(&ask(&["inspect", "seen", &image])?)?;
+    let all: serde_json::Value = serde_json::from_str(&output_of(&["inspect", "seen", &image])?)?;
     ensure!(all[0]["pod"]["id"] == pods[0]["id"] && !all[0]["containers"][0].is_null(), "{all}");
     ensure!(!all[1]["image"].is_null(), "{all}");
     let log = crate::wait::until("the log has a line", std::time::Duration::from_secs(10), || {
-        Ok(Some(ask(&["logs", "seen"])?).filter(|text| !text.is_empty()))
+        Ok(Some(output_of(&["logs", "seen"])?).filter(|text| !text.is_empty()))
     })?;
     ensure!(log.contains("hello"), "{log}");
-    let trace = ask(&["trace", "seen"])?;
+    let trace = output_of(&["trace", "seen"])?;
     ensure!(trace.contains("network") && trace.contains("boot"), "{trace}");
-    ask(&["console", "seen"])?;
-    ask(&["stats"])?;
-    ask(&["stop", "seen", "--time", "1"])?;
+    output_of(&["console", "seen"])?;
+    output_of(&["stats"])?;
+    output_of(&["stop", "seen", "--time", "1"])?;
     // The shell is PID 1 and has no handler, so it is killed.
-    ensure!(ask(&["wait", "seen"])? == "137\n", "wait");
-    ask(&["rm", "seen"])?;
+    ensure!(output_of(&["wait", "seen"])? == "137\n", "wait");
+    output_of(&["rm", "seen"])?;
     ensure!(node.cri().pods()?.is_empty(), "rm leaves a pod");
     node.finish()
 }
@@ -98,8 +98,8 @@ fn errors() -> Result<()> {
     let output = Command::new(node::bin("nacelle"))
         .args(["--socket", "/no/such/socket", "pods"])
         .output()?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(!output.status.success() && said.contains("nacelled"), "{said}");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(!output.status.success() && stderr.contains("nacelled"), "{stderr}");
     node.finish()
 }
 
@@ -145,7 +145,7 @@ fn no_cni() -> Result<()> {
     let (_, out, _) = nacelle(&node, &["check"])?;
     ensure!(out.contains("built-in network"), "{out}");
     if !existed {
-        // A bridge stays for the next pod, as the bridge plugin does it.
+        // The bridge stays for the next pod, as with the bridge plugin.
         ensure!(Command::new("ip").args(["link", "del", "nacelle-def0"]).status()?.success(), "ip");
     }
     node.finish()

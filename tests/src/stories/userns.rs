@@ -1,4 +1,4 @@
-//! Pods with users of their own (`hostUsers: false`).
+//! Pods with user namespaces (`hostUsers: false`).
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -11,8 +11,10 @@ use crate::client::{container, mount, pod};
 use crate::host;
 use crate::node::Node;
 
-pub const STORIES: &[Story] =
-    &[("a pod has users of its own: its root is not its kernel's, but owns its volumes", mapped)];
+pub const STORIES: &[Story] = &[(
+    "a pod with a user namespace: its root is not the guest's root, but owns its volumes",
+    mapped,
+)];
 
 const FIRST: u32 = 131_072;
 const COUNT: u32 = 65_536;
@@ -41,7 +43,7 @@ fn mapped() -> Result<()> {
     let reply = cri.block_on(async move { client.status(v1::StatusRequest::default()).await })?;
     let handlers = reply.into_inner().runtime_handlers;
     let offered = handlers.iter().all(|h| h.features.is_some_and(|f| f.user_namespaces));
-    ensure!(offered && !handlers.is_empty(), "a kubelet would not ask: {handlers:?}");
+    ensure!(offered && !handlers.is_empty(), "a kubelet would reject such pods: {handlers:?}");
 
     let mut config = pod("users", &node.logs);
     config.linux.get_or_insert_default().security_context = Some(v1::LinuxSandboxSecurityContext {
@@ -68,12 +70,12 @@ fn mapped() -> Result<()> {
     let map: Vec<&str> = map.split_whitespace().collect();
     let (first, count) = (FIRST.to_string(), COUNT.to_string());
     ensure!(map == ["0", &first, &count, "0", &first, &count], "{map:?}");
-    ensure!(cri.shell(&id, "id -u")? == "0", "it is not root to itself");
-    ensure!(cri.shell(&id, "stat -c %u /etc/passwd")? == "0", "its image is not root's");
+    ensure!(cri.shell(&id, "id -u")? == "0", "it is not root in its namespace");
+    ensure!(cri.shell(&id, "stat -c %u /etc/passwd")? == "0", "its image is not owned by its root");
     let sysctl = "/proc/sys/vm/swappiness";
-    ensure!(cri.shell(&id, &format!("stat -c %u {sysctl}"))? == "65534", "it is its kernel's root");
+    ensure!(cri.shell(&id, &format!("stat -c %u {sysctl}"))? == "65534", "it is the guest's root");
     let write = cri.exec(&id, &["sh", "-c", &format!("echo 1 > {sysctl}")])?;
-    ensure!(write.code != 0, "it steers its kernel");
+    ensure!(write.code != 0, "it can write a sysctl of the guest");
 
     cri.shell(&id, "cat /data/of-root && echo x > /data/of-root && touch /data/made")?;
     cri.shell(&id, "touch /data/given && chown 1000:1001 /data/given")?;

@@ -1,4 +1,4 @@
-//! The VMM by itself, and a stock distribution kernel in it.
+//! The VMM alone, and a distribution kernel in it.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -11,9 +11,9 @@ use crate::node::{self, Node};
 use crate::wait;
 
 pub const STORIES: &[Story] = &[
-    ("a kernel that is not one, and a missing file, are told", bad_kernel),
-    ("Debian's own cloud kernel boots with its virtio modules and runs a container", debian_kernel),
-    ("a guest that panics is reported with its last words", panic),
+    ("an invalid and a missing kernel are reported", bad_kernel),
+    ("Debian's cloud kernel boots with its virtio modules and runs a container", debian_kernel),
+    ("a panic of the guest kernel is reported as the reason", panic),
     ("a VM of four CPUs uses them all", four_cpus),
     ("an idle VMM is jailed: no root, no capabilities, seccomp, own namespaces", jailed),
 ];
@@ -28,9 +28,9 @@ fn bad_kernel() -> Result<()> {
             .arg(&kernel)
             .stdin(Stdio::null())
             .output()?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(!output.status.success() && said.contains(word), "{said}");
-        ensure!(!said.contains("panicked"), "{said}");
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success() && stderr.contains(word), "{stderr}");
+        ensure!(!stderr.contains("panicked"), "{stderr}");
     }
     Ok(())
 }
@@ -64,19 +64,19 @@ fn panic() -> Result<()> {
     config.linux.get_or_insert_default().security_context =
         Some(cri::v1::LinuxContainerSecurityContext { privileged: true, ..Default::default() });
     let id = node.cri().create(&pod, config)?;
-    // The start's answer may be lost with the guest.
+    // The reply may be lost with the guest.
     let _ = node.cri().start(&id);
     wait::until("the pod is not ready", Duration::from_secs(60), || {
         Ok((!node.cri().pod_ready(&pod)?).then_some(()))
     })?;
     let info = node.cri().pod_status(&pod)?.info;
     let info = info.get("info").context("no verbose info")?;
-    ensure!(info.to_lowercase().contains("panic"), "the reason does not tell of a panic: {info}");
+    ensure!(info.to_lowercase().contains("panic"), "the reason is not a panic: {info}");
     node.finish()
 }
 
 fn four_cpus() -> Result<()> {
-    // As the default: a size that a pod asks for is bounded by the host's CPUs, and the lab has two.
+    // As the default: a requested size is limited to the host's CPUs, and the lab has two.
     let node = Node::start_with(|config| config + "\n[pods]\ndefault_vcpus = 4\n")?;
     let image = node.image("busybox")?;
     let pod = node.pod("four")?;

@@ -1,4 +1,4 @@
-//! Volumes: folders and files of the host, ConfigMaps, images.
+//! Volumes: directories and files of the host, ConfigMaps, images.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -17,14 +17,17 @@ use crate::node::{Node, registry};
 use crate::{images, wait};
 
 pub const STORIES: &[Story] = &[
-    ("a folder of the host is shared both ways and does all that POSIX promises", posix),
-    ("read-only, recursive, single files and sub-paths are what they say", kinds),
-    ("a ConfigMap follows its host, with inotify, and last words come back", config_map),
-    ("an image is a volume, whole or a folder of it", image_volume),
-    ("a VOLUME of the image can be written to below a read-only root", volume_of_image),
-    ("the host's later mounts appear in a pod that asks for them, and nowhere else", propagation),
-    ("postgres keeps its rows on a volume over killed daemons and new containers", postgres),
-    ("a pod outlives its volumes' server, and is told why it gets no more", server_killed),
+    ("a directory of the host is shared both ways with POSIX semantics", posix),
+    ("read-only, recursive read-only, single files and sub-paths are mounted as requested", kinds),
+    (
+        "a ConfigMap is updated, with inotify events, and a termination message is returned",
+        config_map,
+    ),
+    ("an image volume is a whole image or a directory of it", image_volume),
+    ("a VOLUME of the image is writable below a read-only root", volume_of_image),
+    ("later mounts of the host appear only in volumes with propagation", propagation),
+    ("postgres keeps its data on a volume across killed daemons and new containers", postgres),
+    ("a pod survives its file server, and further volumes fail with the reason", server_killed),
 ];
 
 fn read_only(mount: v1::Mount) -> v1::Mount {
@@ -48,7 +51,7 @@ fn posix() -> Result<()> {
     ensure!(cri.shell(&id, "cat /data/before")? == "from the host", "what was there before");
     let program = include_str!("volumes/posix.py");
     let output = cri.exec(&id, &["python3", "-c", program, "/data"])?;
-    ensure!(output.stdout == "all well\n", "{output:?}");
+    ensure!(output.stdout == "passed\n", "{output:?}");
     let found = fs::metadata(path("linked"))?;
     ensure!((found.uid(), found.gid(), found.nlink()) == (1234, 2345, 2), "{found:?}");
     ensure!(fs::read_link(path("pointer"))? == Path::new("old"), "a link's target");
@@ -63,7 +66,7 @@ fn posix() -> Result<()> {
         })?;
     }
     cri.remove(&id)?;
-    ensure!(path("many/299").exists(), "a container took its volume along");
+    ensure!(path("many/299").exists(), "the volume was removed with its container");
     node.finish()
 }
 
@@ -95,7 +98,10 @@ fn kinds() -> Result<()> {
         ensure!(text == "deep\none", "{top}: {text}");
     }
     cri.shell(&id, "touch /rw/a /rw/nested/a /sub/a /made/a && echo two > /etc/single")?;
-    ensure!(cri.exec(&id, &["touch", "/ro/nested/b"])?.code == 0, "read-only is not runc's");
+    ensure!(
+        cri.exec(&id, &["touch", "/ro/nested/b"])?.code == 0,
+        "read-only is recursive, unlike with runc"
+    );
     for place in ["/ro/x", "/all/x", "/all/nested/x"] {
         let output = cri.exec(&id, &["touch", place])?;
         ensure!(output.code != 0 && output.stderr.contains("Read-only"), "{place}: {output:?}");
@@ -109,8 +115,8 @@ fn kinds() -> Result<()> {
     node.finish()
 }
 
-/// Content as a kubelet's AtomicWriter puts it into a folder.
-fn turn(folder: &Path, round: u32, color: &str) -> Result<()> {
+/// Updates a directory as a kubelet's AtomicWriter does.
+fn update(folder: &Path, round: u32, color: &str) -> Result<()> {
     let name = format!("..2025_{round}");
     fs::create_dir(folder.join(&name))?;
     fs::write(folder.join(&name).join("color"), color)?;
@@ -131,17 +137,17 @@ fn config_map() -> Result<()> {
     let (config, words) = (folder.path().join("config"), folder.path().join("last-words"));
     fs::create_dir(&config)?;
     fs::write(&words, "")?;
-    turn(&config, 0, "red")?;
+    update(&config, 0, "red")?;
     let program = include_str!("volumes/watch.py");
     let mounts = vec![read_only(mount(&config, "/config")), mount(&words, "/dev/termination-log")];
-    let asked = with_mounts(container("c", &image, &["python3", "-c", program]), mounts);
-    let id = node.cri().run(&pod, asked)?;
+    let config_of = with_mounts(container("c", &image, &["python3", "-c", program]), mounts);
+    let id = node.cri().run(&pod, config_of)?;
     ensure!(node.cri().logged(&id, "at first")? == "at first red", "{:?}", node.cri().log(&id)?);
-    turn(&config, 1, "green")?;
+    update(&config, 1, "green")?;
     ensure!(node.cri().logged(&id, "then")? == "then green", "{:?}", node.cri().log(&id)?);
-    // What changes while no daemon looks is seen by the next one.
+    // A change while the daemon is down is applied at its next start.
     node.kill_daemon()?;
-    turn(&config, 2, "blue")?;
+    update(&config, 2, "blue")?;
     node.start_daemon()?;
     ensure!(node.cri().exited(&id)?.exit_code == 5, "{:?}", node.cri().log(&id)?);
     node.cri().logged(&id, "then blue")?;
@@ -216,7 +222,7 @@ fn volume_of_image() -> Result<()> {
     })?;
     cri.stop(&id, 0)?;
     cri.remove(&id)?;
-    // It goes with its container.
+    // It is removed with its container.
     let id = run(1)?;
     cri.shell(&id, "grep image /data/file && ! test -e /new/x && test -e /taken/x")?;
     node.finish()
@@ -245,7 +251,7 @@ fn propagation() -> Result<()> {
     })?;
     let private = cri.shell(&id, "ls /private/later")?;
     ensure!(private.is_empty(), "a later mount appears in a private volume: {private}");
-    // Plainly, though the guest remembers its files and has one open.
+    // Can be unmounted without MNT_DETACH while the guest has a file of it open.
     cri.shell(&id, "sleep 1000 </follows/later/file >/dev/null 2>&1 &")?;
     later.unmount()?;
     wait::until("it goes again", limit, || {
@@ -273,9 +279,9 @@ fn postgres() -> Result<()> {
     let pod = node.pod("postgres")?;
     let folder = host::folder()?;
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777))?;
-    // The image's cluster: making one takes long in a nested VM.
+    // A copy of the image's database cluster: initdb takes long in a nested VM.
     let script = "test -e $PGDATA || cp -a /var/lib/postgresql/data $PGDATA; exec start-postgres";
-    let asked = |attempt: u32| {
+    let config_of = |attempt: u32| {
         let mut config = container("db", &image, &["sh", "-c", script]);
         config.metadata = Some(v1::ContainerMetadata { name: "db".into(), attempt });
         config.log_path = format!("db/{attempt}.log");
@@ -283,7 +289,7 @@ fn postgres() -> Result<()> {
         with_mounts(config, vec![mount(folder.path(), "/volume")])
     };
     let ready = |node: &Node, id: &str| {
-        // The cluster's thousand files are copied first.
+        // The thousand files of the cluster are copied first.
         let ready = wait::until("postgres answers", Duration::from_secs(300), || {
             Ok((node.cri().exec(id, &["pg_isready", "-q"])?.code == 0).then_some(()))
         });
@@ -294,7 +300,7 @@ fn postgres() -> Result<()> {
         ensure!(output.code == 0, "{words}: {output:?}");
         Ok(output.stdout.trim().to_owned())
     };
-    let first = node.cri().run(&pod, asked(0))?;
+    let first = node.cri().run(&pod, config_of(0))?;
     ready(&node, &first)?;
     sql(&node, &first, "create table t (n int); insert into t values (1)")?;
     node.kill_daemon()?;
@@ -305,7 +311,7 @@ fn postgres() -> Result<()> {
     ensure!(status.exit_code == 0, "{status:?} {:?}", node.cri().log(&first)?);
     node.cri().remove(&first)?;
     ensure!(folder.path().join("data/PG_VERSION").exists(), "nothing is on the host");
-    let second = node.cri().run(&pod, asked(1))?;
+    let second = node.cri().run(&pod, config_of(1))?;
     ready(&node, &second)?;
     let rows = sql(&node, &second, "select string_agg(n::text, ' ' order by n) from t")?;
     ensure!(rows == "1 2", "{rows}");
@@ -320,7 +326,7 @@ fn file_servers(vmm: i32) -> Result<Vec<(i32, String)>> {
     let mut servers = Vec::new();
     for pid in all.lines().map(str::parse) {
         let pid: i32 = pid?;
-        // It may just have gone.
+        // It may have exited meanwhile.
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let words: Vec<&str> = stat.split(' ').take(3).collect();
         if words.contains(&"(nacelle-fs)") && !words.contains(&"Z") {
@@ -336,27 +342,27 @@ fn server_killed() -> Result<()> {
     let pod = node.pod("server")?;
     let cri = node.cri();
     let folder = host::folder()?;
-    let asked = |name: &str| {
+    let config_of = |name: &str| {
         let config = container(name, &image, &["sleep", "1000"]);
         with_mounts(config, vec![mount(folder.path(), "/data")])
     };
-    let id = cri.run(&pod, asked("c"))?;
+    let id = cri.run(&pod, config_of("c"))?;
     cri.shell(&id, "echo kept > /data/file && sync")?;
     let vmm = node.vmm_pid(&pod)?;
     let servers = file_servers(vmm)?;
     ensure!(!servers.is_empty(), "no file server is in the pod's cgroup");
     for (pid, _) in &servers {
-        // The one may go with the other.
+        // One may have exited with the other.
         let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
     }
-    let gone = wait::until("the servers are gone", Duration::from_secs(10), || {
+    let result = wait::until("the servers are result", Duration::from_secs(10), || {
         Ok(file_servers(vmm)?.is_empty().then_some(()))
     });
-    gone.with_context(|| format!("of {servers:?}: {:?}", file_servers(vmm)))?;
-    ensure!(cri.shell(&id, "echo alive")? == "alive", "the container suffers");
+    result.with_context(|| format!("of {servers:?}: {:?}", file_servers(vmm)))?;
+    ensure!(cri.shell(&id, "echo alive")? == "alive", "the container is affected");
     let read = cri.exec_within(&id, &["ls", "/data"], 20)?;
     ensure!(read.code != 0, "a volume without its server answers: {read:?}");
-    let error = cri.run(&pod, asked("late")).err().context("a share without a server")?;
+    let error = cri.run(&pod, config_of("late")).err().context("a share without a server")?;
     ensure!(format!("{error:#}").contains("file server has ended"), "{error:#}");
     let fine = cri.run(&pod, container("fine", &image, &["true"]))?;
     ensure!(cri.exited(&fine)?.exit_code == 0, "the pod takes no containers any more");

@@ -1,5 +1,5 @@
-//! Pods as people run them: a web server in front of a program, a database that is killed, a VPN
-//! sidecar, debug containers, process limits.
+//! Typical pods: a web server as a proxy, a database that is killed, a VPN sidecar, debug
+//! containers, process limits.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -14,10 +14,13 @@ use crate::node::Node;
 use crate::{host, wait};
 
 pub const STORIES: &[Story] = &[
-    ("nginx serves a program by a socket in an emptyDir; debug containers see both", sidecars),
-    ("redis keeps its append-only file on a shared folder over kill -9", redis),
+    (
+        "nginx proxies to a socket in an emptyDir, and debug containers trace both programs",
+        sidecars,
+    ),
+    ("redis keeps its append-only file on a volume after kill -9", redis),
     ("WireGuard sidecars connect two pods", wireguard),
-    ("a process has its limits, core dumps and time zone as elsewhere", process),
+    ("a process has resource limits, core dumps and the requested time zone", process),
 ];
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -57,7 +60,7 @@ fn with_capabilities(mut config: v1::ContainerConfig, add: &[&str]) -> v1::Conta
     config
 }
 
-/// Shares the PID namespace of another container, as `kubectl debug --target` asks for it.
+/// Shares the PID namespace of another container, as with `kubectl debug --target`.
 fn with_target(mut config: v1::ContainerConfig, target: &str) -> v1::ContainerConfig {
     let linux = config.linux.get_or_insert_default();
     linux.security_context.get_or_insert_default().namespace_options = Some(v1::NamespaceOption {
@@ -105,7 +108,7 @@ fn sidecars() -> Result<()> {
     })?;
     ensure!(page == "from the program", "{page}");
 
-    // strace of the program, tcpdump of the pod's interface, each in a debug container.
+    // strace of the program and tcpdump of the pod's interface, each in a debug container.
     let config = container("strace", &tools, &["sleep", "1000"]);
     let strace =
         cri.run(&pod, with_capabilities(with_target(config, &program), &["SYS_PTRACE"]))?;
@@ -162,7 +165,7 @@ fn redis() -> Result<()> {
     let first = run(0)?;
     let count = "for n in $(seq 50); do redis-cli incr counter; done | tail -n 1";
     ensure!(cri.shell(&first, count)? == "50", "fifty increments");
-    // A signal to PID 1 of a PID namespace has to come from outside of it.
+    // SIGKILL to PID 1 of a PID namespace has to come from outside of it.
     cri.stop(&first, 0)?;
     ensure!(cri.exited(&first)?.exit_code == 137, "redis was not killed");
     let second = run(1)?;
@@ -194,7 +197,7 @@ impl Peer {
         })
     }
 
-    /// Makes the interface; answers its public key.
+    /// Creates the interface; returns its public key.
     fn key(&self, cri: &Cri, number: u8) -> Result<String> {
         let make = format!(
             "set -e; umask 77; wg genkey > /key; ip link add wg0 type wireguard
@@ -246,7 +249,7 @@ fn process() -> Result<()> {
     let id = cri.run(&pod, config)?;
     ensure!(cri.shell(&id, "date +%z")? == "+0500", "the zone of /etc/localtime");
     ensure!(cri.shell(&id, "TZ=UTC-2 date +%z")? == "+0200", "the zone of TZ");
-    // No descriptor limit below what runc leaves, and limits that can be lowered.
+    // RLIMIT_NOFILE is not lower than with runc, and can be lowered.
     let files: u64 = cri.shell(&id, "ulimit -n")?.parse().context("ulimit -n")?;
     ensure!(files >= 1024, "{files} descriptors");
     let refused = cri.exec(&id, &["sh", "-c", "ulimit -n 5; exec 3<&0 4<&0 5<&0"])?;

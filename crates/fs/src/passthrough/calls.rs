@@ -13,7 +13,7 @@ use nix::sys::stat::Mode;
 use super::stat::{Stat, Time};
 
 /// Mask of statx(2): the fields of stat(2), birth time, and mount id.
-const WANTED: u32 = libc::STATX_BASIC_STATS | libc::STATX_BTIME | libc::STATX_MNT_ID;
+const STATX_MASK: u32 = libc::STATX_BASIC_STATS | libc::STATX_BTIME | libc::STATX_MNT_ID;
 
 /// Opens one component of a path; symbolic links are not followed, whatever the flags.
 pub(super) fn open_at(
@@ -40,10 +40,11 @@ fn statx(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<Stat> {
     let mut found = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: `name` is NUL-terminated and outlives the call; the kernel writes one record into
     // `found`, which has its size.
-    let done =
-        unsafe { libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, WANTED, found.as_mut_ptr()) };
+    let done = unsafe {
+        libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, STATX_MASK, found.as_mut_ptr())
+    };
     Errno::result(done)?;
-    // SAFETY: zeroed at first and filled since: integers only, for which every bit pattern is
+    // SAFETY: initialized with zeroes, then written by the kernel: integers only, every bit pattern is
     // valid.
     let found = unsafe { found.assume_init() };
     let time = |stamp: libc::statx_timestamp| Time { seconds: stamp.tv_sec, nanos: stamp.tv_nsec };
@@ -58,10 +59,10 @@ fn statx(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<Stat> {
         size: found.stx_size,
         blocks: found.stx_blocks,
         blksize: found.stx_blksize,
-        accessed: time(found.stx_atime),
-        modified: time(found.stx_mtime),
-        changed: time(found.stx_ctime),
-        born: (found.stx_mask & libc::STATX_BTIME != 0).then(|| time(found.stx_btime)),
+        atime: time(found.stx_atime),
+        mtime: time(found.stx_mtime),
+        ctime: time(found.stx_ctime),
+        btime: (found.stx_mask & libc::STATX_BTIME != 0).then(|| time(found.stx_btime)),
         mount: found.stx_mnt_id,
     })
 }
@@ -152,10 +153,10 @@ pub(super) fn set_groups(groups: &[u32]) -> io::Result<()> {
 /// fstatvfs(3) with the C library's structure, which the `virtiofsd` crate uses.
 pub(super) fn statvfs(fd: BorrowedFd<'_>) -> io::Result<libc::statvfs64> {
     let mut found = MaybeUninit::<libc::statvfs64>::zeroed();
-    // SAFETY: the C library writes one record into `found`, which has room for it.
+    // SAFETY: the C library writes one record into `found`, which has its size.
     let done = unsafe { libc::fstatvfs64(fd.as_raw_fd(), found.as_mut_ptr()) };
     Errno::result(done)?;
-    // SAFETY: zeroed at first and filled since: integers only, for which every bit pattern is
+    // SAFETY: initialized with zeroes, then written by the kernel: integers only, every bit pattern is
     // valid.
     Ok(unsafe { found.assume_init() })
 }

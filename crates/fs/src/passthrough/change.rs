@@ -29,7 +29,7 @@ impl Passthrough {
     pub(super) fn set_attributes(
         &self,
         node: &Arc<Node>,
-        wanted: &SetattrIn,
+        attr: &SetattrIn,
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<Stat> {
@@ -37,35 +37,35 @@ impl Passthrough {
         let fd = self.descriptors.get(node)?;
         if valid.contains(SetattrValid::MODE) {
             keep_set_id(true)?;
-            let mode = Mode::from_bits_truncate(wanted.mode);
+            let mode = Mode::from_bits_truncate(attr.mode);
             fchmodat(&self.own, &*own_path(&fd), mode, FchmodatFlags::FollowSymlink)?;
         }
         if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
-            let (uid, gid) = (wanted.uid.into_inner(), wanted.gid.into_inner());
+            let (uid, gid) = (attr.uid.into_inner(), attr.gid.into_inner());
             let uid = valid.contains(SetattrValid::UID).then(|| Uid::from_raw(uid));
             let gid = valid.contains(SetattrValid::GID).then(|| Gid::from_raw(gid));
             fchownat(&*fd, c"", uid, gid, AtFlags::AT_EMPTY_PATH)?;
         }
         if valid.contains(SetattrValid::SIZE) {
             keep_set_id(!valid.contains(SetattrValid::KILL_SUIDGID))?;
-            self.set_size(node, &fd, handle.as_deref(), wanted.size)?;
+            self.set_size(node, &fd, handle.as_deref(), attr.size)?;
         }
         if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
-            let accessed = time(
+            let atime = time(
                 valid.contains(SetattrValid::ATIME),
                 valid.contains(SetattrValid::ATIME_NOW),
-                (wanted.atime, wanted.atimensec),
+                (attr.atime, attr.atimensec),
             );
-            let modified = time(
+            let mtime = time(
                 valid.contains(SetattrValid::MTIME),
                 valid.contains(SetattrValid::MTIME_NOW),
-                (wanted.mtime, wanted.mtimensec),
+                (attr.mtime, attr.mtimensec),
             );
             match &handle {
-                Some(handle) => futimens(&handle.file, &accessed, &modified)?,
+                Some(handle) => futimens(&handle.file, &atime, &mtime)?,
                 None => {
                     let flags = UtimensatFlags::FollowSymlink;
-                    utimensat(&self.own, &*own_path(&fd), &accessed, &modified, flags)?;
+                    utimensat(&self.own, &*own_path(&fd), &atime, &mtime, flags)?;
                 }
             }
         }

@@ -5,7 +5,7 @@
 //! are as on a local file system. The ids are per thread (raw system calls). Changing from root to
 //! another user clears the effective capabilities; changing back restores all permitted ones.
 //!
-//! With CAP_FSETID set-id bits survive a change; the guest tells for each change whether they may
+//! With CAP_FSETID set-id bits survive a change; each request of the guest says whether they may
 //! (FUSE_HANDLE_KILLPRIV_V2). The capability is left as the last change needed it, so that a series
 //! of equal changes needs no system calls.
 
@@ -52,7 +52,7 @@ pub(super) struct Caller<'a> {
 /// Guard that restores root's credentials.
 #[derive(Debug)]
 #[must_use]
-pub(super) struct Acting {
+pub(super) struct CredentialsGuard {
     uid: bool,
     gid: bool,
     groups: bool,
@@ -60,32 +60,32 @@ pub(super) struct Acting {
 
 impl Caller<'_> {
     /// Takes the credentials of this user until the guard is dropped. For root nothing is changed.
-    pub(super) fn act(&self) -> io::Result<Acting> {
-        let mut acting = Acting { uid: false, gid: false, groups: false };
+    pub(super) fn assume(&self) -> io::Result<CredentialsGuard> {
+        let mut guard = CredentialsGuard { uid: false, gid: false, groups: false };
         if self.uid == 0 {
             keep_set_id(true)?;
         }
         if !self.groups.is_empty() {
             calls::set_groups(self.groups)?;
-            acting.groups = true;
+            guard.groups = true;
         }
         // The group first: CAP_SETGID is not effective any more after the change of the user.
         if self.gid != 0 {
             calls::set_effective_gid(self.gid)?;
-            acting.gid = true;
+            guard.gid = true;
         }
         if self.uid != 0 {
             calls::set_effective_uid(self.uid)?;
-            acting.uid = true;
+            guard.uid = true;
             if self.groups_unknown {
                 sys::set_effective_capabilities(1 << DAC_OVERRIDE, permitted())?;
             }
         }
-        Ok(acting)
+        Ok(guard)
     }
 }
 
-impl Drop for Acting {
+impl Drop for CredentialsGuard {
     fn drop(&mut self) {
         let mut restored = Ok(());
         if self.uid {
@@ -100,7 +100,7 @@ impl Drop for Acting {
         }
         if let Err(error) = restored {
             // The next request would be handled with the wrong credentials.
-            eprintln!("nacelle-fs: cannot become root again: {error}");
+            eprintln!("nacelle-fs: cannot restore root's credentials: {error}");
             std::process::exit(1);
         }
     }

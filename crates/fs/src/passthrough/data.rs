@@ -19,7 +19,7 @@ use virtiofsd::oslib::WritevFlags;
 use super::credentials::{Caller, keep_set_id};
 use super::names::component;
 use super::node::Node;
-use super::resolve::{Way, stale};
+use super::resolve::{Resolved, stale};
 use super::stat::Stat;
 use super::{Passthrough, calls, own_path};
 
@@ -44,7 +44,7 @@ impl Passthrough {
     ) -> io::Result<Opened> {
         if !node.is_regular() {
             // The guest's kernel handles pipes, sockets and devices itself.
-            let folder = node.is_folder();
+            let folder = node.is_dir();
             let error = if folder { libc::EISDIR } else { libc::ENXIO };
             return Err(io::Error::from_raw_os_error(error));
         }
@@ -58,9 +58,12 @@ impl Passthrough {
     fn open_options(&self, node: &Node, file: &File, stat: &Stat) -> OpenOptions {
         let mut options = OpenOptions::empty();
         let place = node.place();
-        options.set(OpenOptions::KEEP_CACHE, !place.strict && place.told == Some(stat.version()));
+        options.set(
+            OpenOptions::KEEP_CACHE,
+            !place.strict && place.sent_version == Some(stat.version()),
+        );
         drop(place);
-        options.set(OpenOptions::NOFLUSH, self.systems.close_is_silent(node.dev(), file));
+        options.set(OpenOptions::NOFLUSH, self.systems.close_needs_no_flush(node.dev(), file));
         options
     }
 
@@ -73,8 +76,8 @@ impl Passthrough {
         if flags & libc::O_TRUNC != 0 {
             keep_set_id(!kill_set_id)?;
         }
-        match self.descriptors.way(node) {
-            Way::Through(parent, name) => {
+        match self.descriptors.resolve(node) {
+            Resolved::ByName(parent, name) => {
                 match self.open_by_name(node, &parent, &name, flags) {
                     // The name refers to another file now; the node may still have a file
                     // descriptor.
@@ -82,7 +85,7 @@ impl Passthrough {
                     result => return result,
                 }
             }
-            Way::Open(_) | Way::None => {}
+            Resolved::Fd(_) | Resolved::Unreachable => {}
         }
         let file = self.reopen(&*self.descriptors.get(node)?, flags)?;
         let stat = calls::stat_of(file.as_fd())?;
@@ -140,10 +143,10 @@ impl Passthrough {
     ) -> io::Result<(Entry, Opened)> {
         let dir = self.descriptors.get(parent)?;
         // O_EXCL, so that an existing file is not opened with the caller's credentials.
-        let wanted = flags as i32 & FLAGS | libc::O_CREAT | libc::O_EXCL;
+        let create = flags as i32 & FLAGS | libc::O_CREAT | libc::O_EXCL;
         let made = {
-            let _acting = caller.act()?;
-            calls::open_at(dir.as_fd(), component(name)?, wanted, mode & 0o7777)
+            let _credentials = caller.assume()?;
+            calls::open_at(dir.as_fd(), component(name)?, create, mode & 0o7777)
         };
         let file = match made {
             Ok(file) => File::from(file),
@@ -167,14 +170,14 @@ impl Passthrough {
             Err(error) => return Err(error),
         };
         let stat = calls::stat_of(file.as_fd())?;
-        let (node, stat) = self.enter(parent, &dir, name, stat)?;
+        let (node, stat) = self.find_or_add(parent, &dir, name, stat)?;
         let entry = self.entry(parent, &node, &stat);
         let options = self.open_options(&node, &file, &stat);
         Ok((entry, (self.handles.add(node, file), options)))
     }
 
-    pub(super) fn open_folder(&self, node: Arc<Node>) -> io::Result<Opened> {
-        if !node.is_folder() {
+    pub(super) fn open_dir(&self, node: Arc<Node>) -> io::Result<Opened> {
+        if !node.is_dir() {
             return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
         }
         let dir = self.descriptors.get(&node)?;
@@ -267,7 +270,7 @@ impl Passthrough {
     /// syncfs(2) on all file systems of the host of which the guest knows a file.
     pub(super) fn sync_all(&self) -> io::Result<()> {
         let mut result = Ok(());
-        for node in self.table.one_of_each() {
+        for node in self.table.one_per_file_system() {
             let flags = libc::O_RDONLY | libc::O_NONBLOCK;
             let opened = self.descriptors.get(&node).and_then(|fd| self.reopen(&fd, flags));
             // A file that was removed needs no sync.

@@ -14,7 +14,7 @@ use virtiofsd::filesystem::{DirEntry, DirectoryIterator};
 
 use super::calls;
 use super::handles::Handle;
-use super::stat::Numbers;
+use super::stat::InodeNumbers;
 
 /// Size of the buffer for entries, bytes.
 const BUFFER: usize = 32 << 10;
@@ -33,7 +33,7 @@ pub(super) struct Position {
 #[derive(Debug)]
 pub(crate) struct Entries {
     handle: Arc<Handle>,
-    numbers: Arc<Numbers>,
+    numbers: Arc<InodeNumbers>,
     entries: Vec<u8>,
     /// Position of the next entry in `entries`.
     at: usize,
@@ -73,7 +73,7 @@ impl Entries {
     /// The entries from `offset` on; 0 reads the directory anew.
     pub(super) fn read(
         handle: Arc<Handle>,
-        numbers: Arc<Numbers>,
+        numbers: Arc<InodeNumbers>,
         offset: u64,
     ) -> io::Result<Self> {
         let mut position = handle.position();
@@ -140,7 +140,7 @@ mod tests {
     use crate::passthrough::node::{Place, Table};
 
     #[test]
-    fn every_entry_comes_once_however_few_are_taken_at_a_time() {
+    fn every_entry_is_returned_once_with_any_request_size() {
         let dir = tempfile::tempdir().unwrap();
         let names: BTreeSet<String> = (0..3000).map(|n| format!("a-longer-name-{n}")).collect();
         for name in &names {
@@ -151,7 +151,7 @@ mod tests {
         let node = Table::default().reset(&stat, Place::new(None, c"", stat.mount));
         let handles = Handles::default();
         let handle = handles.get(node.id, handles.add(node, file)).unwrap();
-        let numbers = Arc::new(Numbers::default());
+        let numbers = Arc::new(InodeNumbers::default());
         for taken in [1, 7, 100_000] {
             let (mut seen, mut offset) = (Vec::new(), 0);
             loop {
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_entry_is_the_end() {
+    fn an_invalid_entry_ends_the_list() {
         let mut whole = vec![0; 24];
         whole[16..18].copy_from_slice(&24u16.to_ne_bytes());
         whole[19] = b'x';

@@ -48,11 +48,11 @@ use self::directory::Entries;
 use self::handles::Handles;
 use self::node::{Node, Place, Table};
 use self::resolve::Descriptors;
-use self::stat::{Numbers, Stat};
-use self::systems::Systems;
+use self::stat::{InodeNumbers, Stat};
+use self::systems::FileSystems;
 
 /// Cache timeout of names and attributes; also the delay until the guest sees a change by the host.
-const BELIEVED: Duration = Duration::from_secs(1);
+const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(crate) struct Passthrough {
     /// Directory of the shares.
@@ -63,18 +63,18 @@ pub(crate) struct Passthrough {
     table: Table,
     descriptors: Descriptors,
     handles: Handles,
-    numbers: Arc<Numbers>,
-    systems: Systems,
+    numbers: Arc<InodeNumbers>,
+    systems: FileSystems,
     /// The guest sends supplementary groups with creating requests (from Linux 6.3 on).
-    groups_told: AtomicBool,
+    sends_groups: AtomicBool,
 }
 
-/// Whether the name of the share says that nothing may be cached.
+/// Whether nothing of the share may be cached, according to its name.
 fn is_strict(name: &CStr) -> bool {
     name.to_bytes().ends_with(shares::STRICT.as_bytes())
 }
 
-/// Whether the name of the share says that later mounts of the host appear in it.
+/// Whether later mounts of the host appear in the share, according to its name.
 fn follows(name: &CStr) -> bool {
     let name = name.to_bytes();
     let name = name.strip_suffix(shares::STRICT.as_bytes()).unwrap_or(name);
@@ -99,8 +99,8 @@ impl Passthrough {
             descriptors: Descriptors::default(),
             handles: Handles::default(),
             numbers: Arc::default(),
-            systems: Systems::default(),
-            groups_told: AtomicBool::new(false),
+            systems: FileSystems::default(),
+            sends_groups: AtomicBool::new(false),
         })
     }
 
@@ -119,10 +119,10 @@ impl Passthrough {
     }
 
     /// Records that these attributes are sent to the guest; returns their cache timeout.
-    fn tell(&self, node: &Node, stat: &Stat) -> Duration {
+    fn record_sent(&self, node: &Node, stat: &Stat) -> Duration {
         let mut place = node.place();
-        place.told = Some(stat.version());
-        if place.strict { Duration::ZERO } else { BELIEVED }
+        place.sent_version = Some(stat.version());
+        if place.strict { Duration::ZERO } else { CACHE_TIMEOUT }
     }
 
     fn caller<'a>(&self, context: &Context, groups: &'a [u32]) -> Caller<'a> {
@@ -130,7 +130,7 @@ impl Passthrough {
             uid: context.uid.into_inner(),
             gid: context.gid.into_inner(),
             groups,
-            groups_unknown: !self.groups_told.load(Ordering::Relaxed),
+            groups_unknown: !self.sends_groups.load(Ordering::Relaxed),
         }
     }
 }
@@ -147,7 +147,7 @@ impl FileSystem for Passthrough {
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         self.destroy();
         self.open_root()?;
-        self.groups_told.store(capable.contains(FsOptions::CREATE_SUPP_GROUP), Ordering::Relaxed);
+        self.sends_groups.store(capable.contains(FsOptions::CREATE_SUPP_GROUP), Ordering::Relaxed);
         // The crate adds further options.
         Ok(FsOptions::DO_READDIRPLUS
             | FsOptions::READDIRPLUS_AUTO
@@ -185,7 +185,7 @@ impl FileSystem for Passthrough {
             Some(handle) => calls::stat_of(self.handles.get(inode, handle)?.file.as_fd())?,
             None => self.descriptors.stat(&node)?,
         };
-        let timeout = self.tell(&node, &stat);
+        let timeout = self.record_sent(&node, &stat);
         Ok((self.numbers.attributes(&stat), timeout))
     }
 
@@ -193,13 +193,13 @@ impl FileSystem for Passthrough {
         &self,
         _: Context,
         inode: u64,
-        wanted: fuse::SetattrIn,
+        attr: fuse::SetattrIn,
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(fuse::Attr, Duration)> {
         let node = self.table.get(inode)?;
-        let stat = self.set_attributes(&node, &wanted, handle, valid)?;
-        let timeout = self.tell(&node, &stat);
+        let stat = self.set_attributes(&node, &attr, handle, valid)?;
+        let timeout = self.record_sent(&node, &stat);
         Ok((self.numbers.attributes(&stat), timeout))
     }
 
@@ -243,7 +243,7 @@ impl FileSystem for Passthrough {
         more: Extensions,
     ) -> io::Result<Entry> {
         let groups = groups(&more);
-        self.make_folder(&self.table.get(parent)?, name, mode, &self.caller(&context, &groups))
+        self.make_dir(&self.table.get(parent)?, name, mode, &self.caller(&context, &groups))
     }
 
     fn unlink(&self, _: Context, parent: u64, name: &CStr) -> io::Result<()> {
@@ -404,7 +404,7 @@ impl FileSystem for Passthrough {
         inode: u64,
         _flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions)> {
-        let (handle, options) = self.open_folder(self.table.get(inode)?)?;
+        let (handle, options) = self.open_dir(self.table.get(inode)?)?;
         Ok((Some(handle), options))
     }
 

@@ -30,7 +30,7 @@ use super::credentials::Caller;
 use super::node::{Node, Place, ROOT, View};
 use super::resolve::DEPTH_MAX;
 use super::stat::Stat;
-use super::{BELIEVED, Passthrough, calls, follows, is_strict, own_path};
+use super::{CACHE_TIMEOUT, Passthrough, calls, follows, is_strict, own_path};
 
 /// Checks that the name is one path component.
 pub(super) fn component(name: &CStr) -> io::Result<&CStr> {
@@ -43,14 +43,14 @@ pub(super) fn component(name: &CStr) -> io::Result<&CStr> {
 
 /// Cache timeout of a name in `parent`. Names of shares are not cached, as shares are added and
 /// removed.
-fn believed(parent: &Node) -> Duration {
-    if parent.id == ROOT || parent.place().strict { Duration::ZERO } else { BELIEVED }
+fn entry_timeout(parent: &Node) -> Duration {
+    if parent.id == ROOT || parent.place().strict { Duration::ZERO } else { CACHE_TIMEOUT }
 }
 
 impl Passthrough {
     pub(super) fn entry(&self, parent: &Node, node: &Node, stat: &Stat) -> Entry {
-        let entry_timeout = believed(parent);
-        let attr_timeout = self.tell(node, stat);
+        let entry_timeout = entry_timeout(parent);
+        let attr_timeout = self.record_sent(node, stat);
         let attr = self.numbers.attributes(stat);
         Entry { inode: node.id, generation: 0, attr, attr_timeout, entry_timeout }
     }
@@ -60,7 +60,7 @@ impl Passthrough {
         let dir = self.descriptors.get(parent)?;
         match calls::stat_at(dir.as_fd(), component(name)?) {
             Ok(stat) => {
-                let (node, stat) = self.enter(parent, &dir, name, stat)?;
+                let (node, stat) = self.find_or_add(parent, &dir, name, stat)?;
                 Ok(self.entry(parent, &node, &stat))
             }
             // A negative entry, which the guest may cache. FUSE_READDIRPLUS continues with the next
@@ -70,14 +70,14 @@ impl Passthrough {
                 generation: 0,
                 attr: Default::default(),
                 attr_timeout: Duration::ZERO,
-                entry_timeout: believed(parent),
+                entry_timeout: entry_timeout(parent),
             }),
             Err(error) => Err(error),
         }
     }
 
     /// The node of the file found as `name`; counts a lookup.
-    pub(super) fn enter(
+    pub(super) fn find_or_add(
         &self,
         parent: &Arc<Node>,
         dir: &OwnedFd,
@@ -89,13 +89,13 @@ impl Passthrough {
             _ => parent.view_below(&stat),
         };
         if let Some(node) = self.table.claim(&stat, view) {
-            self.seen(&node, parent, dir, name, &stat)?;
+            self.relocate(&node, parent, dir, name, &stat)?;
             return Ok((node, stat));
         }
         let mut stat = stat;
         let mut place = Place::new(Some(parent.clone()), name, stat.mount);
         place.strict = parent.place().strict || parent.id == ROOT && is_strict(name);
-        if stat.kind() == libc::S_IFDIR || stat.born.is_none() {
+        if stat.kind() == libc::S_IFDIR || stat.btime.is_none() {
             let epoch = self.descriptors.epoch();
             let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0)?;
             stat = calls::stat_of(fd.as_fd())?;
@@ -105,15 +105,15 @@ impl Passthrough {
         }
         let (node, made) = self.table.claim_or_insert(&stat, view, place)?;
         if !made {
-            self.seen(&node, parent, dir, name, &stat)?;
-        } else if node.is_folder() {
+            self.relocate(&node, parent, dir, name, &stat)?;
+        } else if node.is_dir() {
             self.descriptors.opened(&node);
         }
         Ok((node, stat))
     }
 
     /// A known file was found, perhaps by another name or through another mount than before.
-    fn seen(
+    fn relocate(
         &self,
         node: &Arc<Node>,
         parent: &Arc<Node>,
@@ -127,16 +127,16 @@ impl Passthrough {
             let same = matches!(&place.parent, Some(known) if Arc::ptr_eq(known, parent));
             (place.mount != stat.mount, same)
         };
-        if !same && node.is_folder() && is_above(node, parent) {
+        if !same && node.is_dir() && is_above(node, parent) {
             // A directory inside itself, through a bind mount of the host. The guest's kernel does
             // not support that.
             self.table.forget(node.id, 1);
             return Err(io::Error::from_raw_os_error(libc::ELOOP));
         }
-        let way = if other_mount { self.better_way(node, dir, name) } else { None };
+        let better = if other_mount { self.replacement_fd(node, dir, name) } else { None };
         let mut place = node.place();
         place.strict |= strict;
-        if other_mount && way.is_none() {
+        if other_mount && better.is_none() {
             return Ok(());
         }
         if !same || *place.name != *name {
@@ -144,15 +144,15 @@ impl Passthrough {
             place.name = name.into();
         }
         place.mount = stat.mount;
-        let was_nameless = std::mem::take(&mut place.nameless);
-        let keeps = node.is_folder() || node.is_held();
-        let closed = match way {
+        let was_unlinked = std::mem::take(&mut place.unlinked);
+        let keeps = node.is_dir() || node.keeps_fd();
+        let closed = match better {
             Some(fd) if keeps => {
                 // Files below were also found through the other mount.
                 place.epoch = self.descriptors.next_epoch();
                 place.fd.replace(Arc::new(fd))
             }
-            None if keeps || !was_nameless => None,
+            None if keeps || !was_unlinked => None,
             _ => place.fd.take(),
         };
         drop(place);
@@ -162,7 +162,7 @@ impl Passthrough {
 
     /// A file descriptor of a node through the mount by which its name was found now; none if it is
     /// not to be replaced: a read-only mount does not replace a writable one.
-    fn better_way(&self, node: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> Option<OwnedFd> {
+    fn replacement_fd(&self, node: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> Option<OwnedFd> {
         let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0).ok()?;
         let stat = calls::stat_of(fd.as_fd()).ok()?;
         let better = !is_read_only(&fd) || self.descriptors.is_read_only(node);
@@ -171,7 +171,7 @@ impl Passthrough {
 
     /// Keeps a file descriptor of a file whose name is about to be removed: the guest may use it
     /// without having opened it (O_PATH, a mount, a working directory).
-    fn hold(&self, parent: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> Option<Arc<Node>> {
+    fn keep_fd(&self, parent: &Arc<Node>, dir: &OwnedFd, name: &CStr) -> Option<Arc<Node>> {
         let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0).ok()?;
         let stat = calls::stat_of(fd.as_fd()).ok()?;
         let node = self.table.find(&stat, parent.view_below(&stat))?;
@@ -196,10 +196,10 @@ impl Passthrough {
         flag: UnlinkatFlags,
     ) -> io::Result<()> {
         let dir = self.descriptors.get(parent)?;
-        let held = self.hold(parent, &dir, component(name)?);
+        let held = self.keep_fd(parent, &dir, component(name)?);
         let removed = unlinkat(&*dir, name, flag);
         if let Some(node) = held {
-            loses_name(&node, removed.is_ok());
+            finish_unlink(&node, removed.is_ok());
         }
         Ok(removed?)
     }
@@ -220,22 +220,22 @@ impl Passthrough {
         let moved = known(from.0, &old, old_name);
         let exchange = flags.contains(RenameFlags::RENAME_EXCHANGE);
         let other =
-            if exchange { known(to.0, &new, new_name) } else { self.hold(to.0, &new, new_name) };
+            if exchange { known(to.0, &new, new_name) } else { self.keep_fd(to.0, &new, new_name) };
         let done = renameat2(&*old, old_name, &*new, new_name, flags);
         if let Some(other) = other {
             match exchange {
-                true if done.is_ok() => gets_name(&other, from),
+                true if done.is_ok() => set_name(&other, from),
                 true => {}
-                false => loses_name(&other, done.is_ok()),
+                false => finish_unlink(&other, done.is_ok()),
             }
         }
         if let (Some(moved), Ok(())) = (moved, done) {
-            gets_name(&moved, to);
+            set_name(&moved, to);
         }
         Ok(done?)
     }
 
-    pub(super) fn make_folder(
+    pub(super) fn make_dir(
         &self,
         parent: &Arc<Node>,
         name: &CStr,
@@ -244,7 +244,7 @@ impl Passthrough {
     ) -> io::Result<Entry> {
         let dir = self.descriptors.get(parent)?;
         let made = {
-            let _acting = caller.act()?;
+            let _credentials = caller.assume()?;
             mkdirat(&*dir, component(name)?, Mode::from_bits_truncate(mode))
         };
         made?;
@@ -262,7 +262,7 @@ impl Passthrough {
         let dir = self.descriptors.get(parent)?;
         let kind = SFlag::from_bits_truncate(mode & libc::S_IFMT);
         let made = {
-            let _acting = caller.act()?;
+            let _credentials = caller.assume()?;
             let mode = Mode::from_bits_truncate(mode);
             mknodat(&*dir, component(name)?, kind, mode, u64::from(device))
         };
@@ -279,7 +279,7 @@ impl Passthrough {
     ) -> io::Result<Entry> {
         let dir = self.descriptors.get(parent)?;
         let made = {
-            let _acting = caller.act()?;
+            let _credentials = caller.assume()?;
             symlinkat(target, &*dir, component(name)?)
         };
         made?;
@@ -322,12 +322,12 @@ fn is_read_only(dir: &OwnedFd) -> bool {
 }
 
 /// The name of a node was removed (`gone`), or its removal has failed.
-fn loses_name(node: &Node, gone: bool) {
+fn finish_unlink(node: &Node, gone: bool) {
     let mut place = node.place();
     let closed = if gone {
-        place.nameless = true;
+        place.unlinked = true;
         None
-    } else if node.is_folder() || node.is_held() {
+    } else if node.is_dir() || node.keeps_fd() {
         None
     } else {
         place.fd.take()
@@ -336,7 +336,7 @@ fn loses_name(node: &Node, gone: bool) {
     drop(closed);
 }
 
-fn gets_name(node: &Node, (parent, name): (&Arc<Node>, &CStr)) {
+fn set_name(node: &Node, (parent, name): (&Arc<Node>, &CStr)) {
     let mut place = node.place();
     let former = place.parent.replace(parent.clone());
     place.name = name.into();

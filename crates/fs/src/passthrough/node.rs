@@ -58,7 +58,7 @@ pub(super) struct Node {
     key: Key,
     /// `S_IFMT` bits.
     kind: u32,
-    born: Option<Time>,
+    btime: Option<Time>,
     place: Mutex<Place>,
 }
 
@@ -74,13 +74,13 @@ pub(super) struct Place {
     /// The file descriptor is current while this is the current epoch ([`super::resolve`]).
     pub(super) epoch: u64,
     /// The name was removed: the node is only reachable through its file descriptor.
-    pub(super) nameless: bool,
+    pub(super) unlinked: bool,
     /// Used since the last check for file descriptors to close.
     pub(super) used: bool,
     /// Found in a share of which nothing may be cached.
     pub(super) strict: bool,
     /// Version of the attributes last sent to the guest.
-    pub(super) told: Option<Version>,
+    pub(super) sent_version: Option<Version>,
 }
 
 impl Place {
@@ -91,10 +91,10 @@ impl Place {
             mount,
             fd: None,
             epoch: 0,
-            nameless: false,
+            unlinked: false,
             used: false,
             strict: false,
-            told: None,
+            sent_version: None,
         }
     }
 }
@@ -106,8 +106,8 @@ impl Node {
 
     /// Whether these are attributes of the same file.
     pub(super) fn is(&self, stat: &Stat) -> bool {
-        let reborn = matches!((self.born, stat.born), (Some(a), Some(b)) if a != b);
-        self.key == key(stat, self.key.view) && self.kind == stat.kind() && !reborn
+        let reused = matches!((self.btime, stat.btime), (Some(a), Some(b)) if a != b);
+        self.key == key(stat, self.key.view) && self.kind == stat.kind() && !reused
     }
 
     /// The view of a directory that was found in it with these attributes.
@@ -123,7 +123,7 @@ impl Node {
         self.key.dev
     }
 
-    pub(super) fn is_folder(&self) -> bool {
+    pub(super) fn is_dir(&self) -> bool {
         self.kind == libc::S_IFDIR
     }
 
@@ -132,13 +132,13 @@ impl Node {
     }
 
     /// Whether it keeps a file descriptor for its whole lifetime.
-    pub(super) fn is_held(&self) -> bool {
-        self.born.is_none()
+    pub(super) fn keeps_fd(&self) -> bool {
+        self.btime.is_none()
     }
 }
 
 #[derive(Debug)]
-struct Known {
+struct NodeEntry {
     node: Arc<Node>,
     /// Lookup count (FUSE_FORGET).
     lookups: u64,
@@ -146,7 +146,7 @@ struct Known {
 
 #[derive(Debug, Default)]
 struct Inner {
-    nodes: HashMap<u64, Known>,
+    nodes: HashMap<u64, NodeEntry>,
     keys: HashMap<Key, u64>,
     last: u64,
 }
@@ -166,7 +166,7 @@ impl Table {
         let mut inner = self.inner();
         let old = std::mem::take(&mut *inner);
         inner.keys.insert(node.key, ROOT);
-        inner.nodes.insert(ROOT, Known { node: node.clone(), lookups: 1 });
+        inner.nodes.insert(ROOT, NodeEntry { node: node.clone(), lookups: 1 });
         inner.last = ROOT;
         drop(inner);
         drop_all(old);
@@ -234,7 +234,7 @@ impl Table {
             Entry::Vacant(free) => {
                 free.insert(id);
                 let node = node(id, stat, view, place);
-                inner.nodes.insert(id, Known { node: node.clone(), lookups: 1 });
+                inner.nodes.insert(id, NodeEntry { node: node.clone(), lookups: 1 });
                 inner.last = id;
                 Ok((node, true))
             }
@@ -250,16 +250,16 @@ impl Table {
     }
 
     /// One node per file system, a directory if there is one.
-    pub(super) fn one_of_each(&self) -> Vec<Arc<Node>> {
+    pub(super) fn one_per_file_system(&self) -> Vec<Arc<Node>> {
         let mut found: HashMap<u64, Arc<Node>> = HashMap::new();
         for known in self.inner().nodes.values() {
             let node = &known.node;
-            if !node.is_folder() && !node.is_regular() {
+            if !node.is_dir() && !node.is_regular() {
                 continue;
             }
             match found.entry(node.dev()) {
                 Entry::Occupied(mut taken) => {
-                    if !taken.get().is_folder() {
+                    if !taken.get().is_dir() {
                         taken.insert(node.clone());
                     }
                 }
@@ -291,8 +291,8 @@ impl Inner {
 }
 
 fn node(id: u64, stat: &Stat, view: View, place: Place) -> Arc<Node> {
-    let (key, kind, born) = (key(stat, view), stat.kind(), stat.born);
-    Arc::new(Node { id, key, kind, born, place: Mutex::new(place) })
+    let (key, kind, btime) = (key(stat, view), stat.kind(), stat.btime);
+    Arc::new(Node { id, key, kind, btime, place: Mutex::new(place) })
 }
 
 /// Clears the parent: nodes that were found in each other, after renames on the host, would form a
@@ -300,7 +300,7 @@ fn node(id: u64, stat: &Stat, view: View, place: Place) -> Arc<Node> {
 fn release(node: &Node) {
     let mut place = node.place();
     let parent = place.parent.take();
-    let fd = if node.is_folder() { None } else { place.fd.take() };
+    let fd = if node.is_dir() { None } else { place.fd.take() };
     drop(place);
     drop((parent, fd));
 }
@@ -317,8 +317,8 @@ mod tests {
 
     const FOLLOWS: View = View { follows: true, submount: 0 };
 
-    fn stat(ino: u64, born: i64) -> Stat {
-        let now = Time { seconds: born, nanos: 0 };
+    fn stat(ino: u64, btime: i64) -> Stat {
+        let now = Time { seconds: btime, nanos: 0 };
         Stat {
             dev: 1,
             ino,
@@ -330,10 +330,10 @@ mod tests {
             size: 0,
             blocks: 0,
             blksize: 4096,
-            accessed: now,
-            modified: now,
-            changed: now,
-            born: Some(now),
+            atime: now,
+            mtime: now,
+            ctime: now,
+            btime: Some(now),
             mount: 1,
         }
     }
@@ -348,8 +348,8 @@ mod tests {
         table.reset(&stat(1, 0), place());
         let (first, made) = table.claim_or_insert(&stat(5, 0), View::default(), place()).unwrap();
         assert!(made);
-        let (again, made) = table.claim_or_insert(&stat(5, 0), View::default(), place()).unwrap();
-        assert!(!made && Arc::ptr_eq(&first, &again));
+        let (second, made) = table.claim_or_insert(&stat(5, 0), View::default(), place()).unwrap();
+        assert!(!made && Arc::ptr_eq(&first, &second));
         table.forget(first.id, 1);
         assert!(table.get(first.id).is_ok());
         table.forget(first.id, 9);
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn an_inode_number_that_is_used_again_is_another_file() {
+    fn a_reused_inode_number_is_another_file() {
         let table = Table::default();
         table.reset(&stat(1, 0), place());
         let (old, _) = table.claim_or_insert(&stat(5, 1), View::default(), place()).unwrap();
@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_behind_a_mount_is_a_node_of_its_own_and_a_file_is_not() {
+    fn a_directory_on_another_mount_has_its_own_node_and_a_file_has_not() {
         let table = Table::default();
         table.reset(&stat(1, 0), place());
         let folder = Stat { mode: libc::S_IFDIR | 0o755, ..stat(5, 0) };

@@ -28,7 +28,7 @@ use super::node::Node;
 use super::stat::Stat;
 
 /// Most directories with a file descriptor.
-const OPEN_FOLDERS: usize = 16 << 10;
+const OPEN_DIRECTORIES: usize = 16 << 10;
 /// Most ancestors that are opened to reach a directory. Attack: renames on the host while a guest
 /// looks files up, so that the recorded parents form a cycle.
 pub(super) const DEPTH_MAX: usize = 4096;
@@ -41,28 +41,28 @@ pub(super) fn stale() -> io::Error {
 pub(super) struct Descriptors {
     epoch: AtomicU64,
     /// Directories with a file descriptor, the oldest first.
-    folders: Mutex<VecDeque<Weak<Node>>>,
+    directories: Mutex<VecDeque<Weak<Node>>>,
     /// Most directories with a file descriptor.
     limit: usize,
 }
 
 impl Default for Descriptors {
     fn default() -> Self {
-        Self::new(OPEN_FOLDERS)
+        Self::new(OPEN_DIRECTORIES)
     }
 }
 
 /// How a node is reached.
-pub(super) enum Way {
-    Open(Arc<OwnedFd>),
+pub(super) enum Resolved {
+    Fd(Arc<OwnedFd>),
     /// By its directory and name.
-    Through(Arc<Node>, Box<CStr>),
-    None,
+    ByName(Arc<Node>, Box<CStr>),
+    Unreachable,
 }
 
 impl Descriptors {
     pub(super) fn new(limit: usize) -> Self {
-        Self { epoch: AtomicU64::new(1), folders: Mutex::default(), limit }
+        Self { epoch: AtomicU64::new(1), directories: Mutex::default(), limit }
     }
 
     pub(super) fn epoch(&self) -> u64 {
@@ -74,16 +74,16 @@ impl Descriptors {
         self.epoch.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    pub(super) fn way(&self, node: &Node) -> Way {
+    pub(super) fn resolve(&self, node: &Node) -> Resolved {
         let mut place = node.place();
         place.used = true;
-        let current = place.epoch == self.epoch() || place.nameless || place.parent.is_none();
+        let current = place.epoch == self.epoch() || place.unlinked || place.parent.is_none();
         match (&place.fd, &place.parent) {
-            (Some(fd), _) if current => Way::Open(fd.clone()),
-            (_, Some(parent)) if !place.nameless => {
-                Way::Through(parent.clone(), place.name.clone())
+            (Some(fd), _) if current => Resolved::Fd(fd.clone()),
+            (_, Some(parent)) if !place.unlinked => {
+                Resolved::ByName(parent.clone(), place.name.clone())
             }
-            _ => Way::None,
+            _ => Resolved::Unreachable,
         }
     }
 
@@ -93,9 +93,9 @@ impl Descriptors {
         let mut below: Vec<(Arc<Node>, Box<CStr>)> = Vec::new();
         let mut at = node.clone();
         let mut fd = loop {
-            match self.way(&at) {
-                Way::Open(fd) => break fd,
-                Way::Through(parent, name) if below.len() < DEPTH_MAX => {
+            match self.resolve(&at) {
+                Resolved::Fd(fd) => break fd,
+                Resolved::ByName(parent, name) if below.len() < DEPTH_MAX => {
                     below.push((at, name));
                     at = parent;
                 }
@@ -132,13 +132,13 @@ impl Descriptors {
             }
         };
         let kept = place.fd.is_some();
-        if node.is_folder() || kept {
+        if node.is_dir() || kept {
             place.fd = Some(fd.clone());
             place.epoch = epoch;
             place.mount = mount;
         }
         drop(place);
-        if node.is_folder() && !kept {
+        if node.is_dir() && !kept {
             self.opened(node);
         }
         Ok(fd)
@@ -147,45 +147,45 @@ impl Descriptors {
     /// Registers a directory with a file descriptor, and closes those of others over the limit.
     pub(super) fn opened(&self, node: &Arc<Node>) {
         let mut closed = Vec::new();
-        let mut folders = self.folders.lock().unwrap_or_else(PoisonError::into_inner);
-        folders.push_back(Arc::downgrade(node));
+        let mut directories = self.directories.lock().unwrap_or_else(PoisonError::into_inner);
+        directories.push_back(Arc::downgrade(node));
         // Directories used since the last check get a second chance, so each may be checked twice.
-        let mut attempts = 2 * folders.len();
-        while folders.len() > self.limit && attempts > 0 {
+        let mut attempts = 2 * directories.len();
+        while directories.len() > self.limit && attempts > 0 {
             attempts -= 1;
-            let Some(oldest) = folders.pop_front() else { break };
+            let Some(oldest) = directories.pop_front() else { break };
             let Some(node) = oldest.upgrade() else { continue };
             let mut place = node.place();
-            if place.nameless || node.is_held() || place.parent.is_none() {
+            if place.unlinked || node.keeps_fd() || place.parent.is_none() {
                 // Stays open while the guest knows it.
                 continue;
             }
             if std::mem::take(&mut place.used) {
                 drop(place);
-                folders.push_back(oldest);
+                directories.push_back(oldest);
                 continue;
             }
             closed.extend(place.fd.take());
         }
-        drop(folders);
+        drop(directories);
         drop(closed);
     }
 
     /// The current attributes of the file, with as few system calls as possible.
     pub(super) fn stat(&self, node: &Arc<Node>) -> io::Result<Stat> {
-        if node.is_folder() {
+        if node.is_dir() {
             return calls::stat_of(self.get(node)?.as_fd());
         }
-        match self.way(node) {
-            Way::Open(fd) => calls::stat_of(fd.as_fd()),
-            Way::Through(parent, name) => {
+        match self.resolve(node) {
+            Resolved::Fd(fd) => calls::stat_of(fd.as_fd()),
+            Resolved::ByName(parent, name) => {
                 let found = calls::stat_at(self.get(&parent)?.as_fd(), &name);
                 match found {
                     Ok(stat) if node.is(&stat) => Ok(stat),
                     _ => calls::stat_of(self.get(node)?.as_fd()),
                 }
             }
-            Way::None => Err(stale()),
+            Resolved::Unreachable => Err(stale()),
         }
     }
 

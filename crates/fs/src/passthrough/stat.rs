@@ -38,11 +38,11 @@ pub(super) struct Stat {
     /// Units of 512 bytes.
     pub(super) blocks: u64,
     pub(super) blksize: u32,
-    pub(super) accessed: Time,
-    pub(super) modified: Time,
-    pub(super) changed: Time,
+    pub(super) atime: Time,
+    pub(super) mtime: Time,
+    pub(super) ctime: Time,
     /// Birth time; not every file system has it.
-    pub(super) born: Option<Time>,
+    pub(super) btime: Option<Time>,
     /// Id of the mount through which the file was found.
     pub(super) mount: u64,
 }
@@ -54,24 +54,24 @@ impl Stat {
 
     /// The attributes on which the validity of the guest's cached data depends.
     pub(super) fn version(&self) -> Version {
-        Version { modified: self.modified, size: self.size }
+        Version { mtime: self.mtime, size: self.size }
     }
 }
 
 /// See [`Stat::version`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Version {
-    modified: Time,
+    mtime: Time,
     size: u64,
 }
 
 /// The indices of file systems.
 #[derive(Debug, Default)]
-pub(super) struct Numbers {
+pub(super) struct InodeNumbers {
     indices: RwLock<HashMap<(u64, u16), u16>>,
 }
 
-impl Numbers {
+impl InodeNumbers {
     /// Clears the table. `dev` is the file system of the directory of shares.
     pub(super) fn reset(&self, dev: u64) {
         let mut indices = self.indices.write().unwrap_or_else(PoisonError::into_inner);
@@ -101,12 +101,12 @@ impl Numbers {
             ino: self.number(stat.dev, stat.ino),
             size: stat.size,
             blocks: stat.blocks,
-            atime: stat.accessed.seconds as u64,
-            mtime: stat.modified.seconds as u64,
-            ctime: stat.changed.seconds as u64,
-            atimensec: stat.accessed.nanos,
-            mtimensec: stat.modified.nanos,
-            ctimensec: stat.changed.nanos,
+            atime: stat.atime.seconds as u64,
+            mtime: stat.mtime.seconds as u64,
+            ctime: stat.ctime.seconds as u64,
+            atimensec: stat.atime.nanos,
+            mtimensec: stat.mtime.nanos,
+            ctimensec: stat.ctime.nanos,
             mode: stat.mode,
             nlink: stat.nlink,
             uid: stat.uid.into(),
@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn the_first_file_system_keeps_its_numbers_and_no_two_files_have_the_same() {
-        let numbers = Numbers::default();
+        let numbers = InodeNumbers::default();
         numbers.reset(1);
         assert_eq!(numbers.number(7, 42), 42);
         assert_eq!(numbers.number(7, 42), 42);
@@ -140,8 +140,8 @@ mod tests {
     }
 
     #[test]
-    fn more_file_systems_than_there_are_indices_share_the_last_one() {
-        let numbers = Numbers::default();
+    fn file_systems_over_the_limit_share_the_last_index() {
+        let numbers = InodeNumbers::default();
         numbers.reset(0);
         for dev in 1..=70_000 {
             numbers.number(dev, 1);

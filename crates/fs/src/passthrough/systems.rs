@@ -14,25 +14,26 @@ use nix::sys::statfs::{
 const LOCAL: [FsType; 5] =
     [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC, OVERLAYFS_SUPER_MAGIC];
 /// Most file systems in the table. Attack: see [`super::stat`].
-const SYSTEMS_MAX: usize = 64 << 10;
+const FILE_SYSTEMS_MAX: usize = 64 << 10;
 
 #[derive(Debug, Default)]
-pub(super) struct Systems {
-    silent: RwLock<HashMap<u64, bool>>,
+pub(super) struct FileSystems {
+    no_flush: RwLock<HashMap<u64, bool>>,
 }
 
-impl Systems {
+impl FileSystems {
     /// Whether the guest need not send FLUSH at close(2) for files of file system `dev`, of which
     /// `file` is one.
-    pub(super) fn close_is_silent(&self, dev: u64, file: &File) -> bool {
-        let known = self.silent.read().unwrap_or_else(PoisonError::into_inner).get(&dev).copied();
+    pub(super) fn close_needs_no_flush(&self, dev: u64, file: &File) -> bool {
+        let known = self.no_flush.read().unwrap_or_else(PoisonError::into_inner).get(&dev).copied();
         known.unwrap_or_else(|| {
-            let silent = fstatfs(file).is_ok_and(|found| LOCAL.contains(&found.filesystem_type()));
-            let mut all = self.silent.write().unwrap_or_else(PoisonError::into_inner);
-            if all.len() < SYSTEMS_MAX {
-                all.insert(dev, silent);
+            let no_flush =
+                fstatfs(file).is_ok_and(|found| LOCAL.contains(&found.filesystem_type()));
+            let mut all = self.no_flush.write().unwrap_or_else(PoisonError::into_inner);
+            if all.len() < FILE_SYSTEMS_MAX {
+                all.insert(dev, no_flush);
             }
-            silent
+            no_flush
         })
     }
 }

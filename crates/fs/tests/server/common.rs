@@ -1,5 +1,5 @@
-//! A guest for one server: the VMM's file system device over plain memory, and FUSE requests
-//! (linux/fuse.h) in its queue; and the daemon's part beside it.
+//! A guest of one server: the VMM's file system device over plain memory, and FUSE requests
+//! (linux/fuse.h) in its queues; and the daemon's requests to the mounter.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -50,9 +50,9 @@ pub const ROOT: u64 = 1;
 const MEMORY: u64 = 8 << 20;
 const IN: u64 = 4 << 20;
 const OUT: u64 = 6 << 20;
-const ROOM: u32 = 1 << 20;
+const REPLY_MAX: u32 = 1 << 20;
 
-/// Whether mounts and namespaces can be made here; says so when not.
+/// Whether mounts and namespaces can be created here; prints SKIP if not.
 pub fn can_run() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
@@ -118,7 +118,7 @@ impl Server {
         self.call(&Request::Access { name: name.into(), access }, None)
     }
 
-    /// As a HostToContainer volume is.
+    /// As for a volume with HostToContainer propagation.
     pub fn add_following(&self, name: &str, source: &Path) -> Reply {
         let tree = tree(source);
         propagate(&tree, libc::MS_SLAVE);
@@ -126,7 +126,7 @@ impl Server {
         self.call(&Request::Add { name: name.into(), access }, Some(tree))
     }
 
-    /// As another volume is of a folder whose mounts others follow.
+    /// As for a volume without propagation.
     pub fn add_private(&self, name: &str, source: &Path) -> Reply {
         let tree = tree(source);
         propagate(&tree, libc::MS_PRIVATE);
@@ -148,14 +148,14 @@ impl Server {
         (mounter, only_child(mounter))
     }
 
-    /// Where something is mounted below `folder`, in the server's root.
+    /// Mount points below `folder`, in the server's root.
     pub fn mounts(&self, folder: &str) -> Vec<String> {
         let text = fs::read_to_string(format!("/proc/{}/mountinfo", self.pids().0)).unwrap();
         let points = text.lines().filter_map(|line| line.split(' ').nth(4));
         points.filter(|point| point.starts_with(folder)).map(str::to_owned).collect()
     }
 
-    /// How many descriptors the process has that serves the guest.
+    /// Number of file descriptors of the server.
     pub fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pids().1)).unwrap().count()
     }
@@ -164,7 +164,7 @@ impl Server {
         Guest::new(self.vhost.take().unwrap())
     }
 
-    pub fn ended(&mut self) -> bool {
+    pub fn exited(&mut self) -> bool {
         let end = Instant::now() + Duration::from_secs(10);
         while Instant::now() < end {
             if self.child.try_wait().unwrap().is_some() {
@@ -183,10 +183,10 @@ impl Drop for Server {
     }
 }
 
-pub fn refused(reply: Reply) -> Error {
+pub fn error_of(reply: Reply) -> Error {
     match reply {
         Reply::Error(error) => error,
-        other => panic!("{other:?} is no refusal"),
+        other => panic!("{other:?} is not an error"),
     }
 }
 
@@ -199,14 +199,14 @@ pub fn tree(source: &Path) -> OwnedFd {
     // SAFETY: the path is NUL-terminated and outlives the call, which writes no memory.
     let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
     assert!(fd >= 0, "open_tree {}: {}", source.display(), std::io::Error::last_os_error());
-    // SAFETY: made just now, and wrapped once.
+    // SAFETY: the kernel has just created this file descriptor; nothing else owns it.
     unsafe { OwnedFd::from_raw_fd(fd as i32) }
 }
 
 #[allow(unsafe_code)] // mount_setattr is in no library
 fn propagate(tree: &OwnedFd, propagation: u64) {
     let attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation, userns_fd: 0 };
-    // SAFETY: the path is static and NUL-terminated, the attributes are as long as is said.
+    // SAFETY: the path is static and NUL-terminated, `attributes` is readable for the given length.
     let done = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -220,7 +220,7 @@ fn propagate(tree: &OwnedFd, propagation: u64) {
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// A file system of its own, unmounted lazily at the end.
+/// A tmpfs, detached on drop.
 pub struct Mounted(pub PathBuf, bool);
 
 impl Mounted {
@@ -230,7 +230,7 @@ impl Mounted {
         Self(at.to_owned(), true)
     }
 
-    /// One whose mounts are seen by those that follow it.
+    /// With shared propagation.
     pub fn shared(at: &Path) -> Self {
         let mounted = Self::new(at);
         let none = None::<&str>;
@@ -239,7 +239,7 @@ impl Mounted {
         mounted
     }
 
-    /// As `umount` does.
+    /// Without MNT_DETACH: fails while it is in use.
     pub fn unmount(mut self) {
         umount(&self.0).unwrap();
         self.1 = false;
@@ -254,7 +254,7 @@ impl Drop for Mounted {
     }
 }
 
-/// What a lookup says.
+/// Reply to a lookup.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
     pub node: u64,
@@ -296,18 +296,18 @@ impl Guest {
         for word in [7u32, 36, 4096, 1 << 27 | 1 << 28] {
             body.extend(word.to_le_bytes());
         }
-        let answer = self.ask(op::INIT, 0, &body).unwrap();
+        let answer = self.request(op::INIT, 0, &body).unwrap();
         assert_eq!(answer[..4], 7u32.to_le_bytes());
     }
 
-    /// A request that gets no answer.
-    pub fn tell(&mut self, opcode: u32, node: u64, body: &[u8]) {
+    /// A request without reply (FORGET).
+    pub fn request_without_reply(&mut self, opcode: u32, node: u64, body: &[u8]) {
         let answer = self.exchange(opcode, node, body);
         assert!(answer.is_empty(), "opcode {opcode}: {answer:?}");
     }
 
-    /// One request; its answer without the header, or the error's number.
-    pub fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+    /// One request; returns the reply without its header, or the errno.
+    pub fn request(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
         let answer = self.exchange(opcode, node, body);
         let word = |at: usize| i32::from_le_bytes(answer[at..at + 4].try_into().unwrap());
         assert_eq!(word(0) as usize, answer.len());
@@ -332,10 +332,10 @@ impl Guest {
         }
         request.extend(body);
         self.mem.write_slice(&request, GuestAddress(IN)).unwrap();
-        // All request queues in turns, as a guest's CPUs use them.
+        // Round-robin over all request queues, as a guest with several CPUs uses them.
         let at = 1 + self.unique as usize % (self.queues.len() - 1);
         let queue = &mut self.queues[at];
-        queue.add(&[(IN, request.len() as u32)], &[(OUT, ROOM)]);
+        queue.add(&[(IN, request.len() as u32)], &[(OUT, REPLY_MAX)]);
         queue.kick();
         let mut used = None;
         let answered = self.runner.until(|| {
@@ -349,12 +349,12 @@ impl Guest {
     }
 
     pub fn lookup(&mut self, parent: u64, name: &str) -> Result<Entry, i32> {
-        let entry = entry(&self.ask(op::LOOKUP, parent, &text(name))?);
-        // Node 0: there is no such name, which may be believed for a while.
+        let entry = entry(&self.request(op::LOOKUP, parent, &text(name))?);
+        // Node 0: a negative entry, which may be cached.
         if entry.node == 0 { Err(libc::ENOENT) } else { Ok(entry) }
     }
 
-    /// Follows a path downwards.
+    /// Looks up each component of a path.
     pub fn find(&mut self, from: u64, path: &str) -> Result<Entry, i32> {
         let mut found = Err(libc::ENOENT);
         let mut node = from;
@@ -365,7 +365,7 @@ impl Guest {
         found
     }
 
-    /// The same, for as long as there is nothing.
+    /// Like [`Self::find`], repeated until the path exists.
     pub fn await_path(&mut self, from: u64, path: &str) -> Entry {
         let end = Instant::now() + Duration::from_secs(10);
         loop {
@@ -377,17 +377,17 @@ impl Guest {
         }
     }
 
-    /// Looks until what is there is so.
-    pub fn until(
+    /// Looks a name up until the result is accepted.
+    pub fn lookup_until(
         &mut self,
         parent: u64,
         name: &str,
-        so: impl Fn(Result<Entry, i32>) -> bool,
+        accepted: impl Fn(Result<Entry, i32>) -> bool,
     ) -> Result<Entry, i32> {
         let end = Instant::now() + Duration::from_secs(10);
         loop {
             let found = self.lookup(parent, name);
-            if so(found) {
+            if accepted(found) {
                 return found;
             }
             assert!(Instant::now() < end, "{name}: {found:?}");
@@ -401,17 +401,17 @@ impl Guest {
             body.extend(word.to_le_bytes());
         }
         body.extend(text(name));
-        Ok(entry(&self.ask(op::MKDIR, parent, &body)?))
+        Ok(entry(&self.request(op::MKDIR, parent, &body)?))
     }
 
-    /// Makes and opens a file; its node and handle.
+    /// Creates and opens a file; returns its node and handle.
     pub fn create(&mut self, parent: u64, name: &str, mode: u32) -> Result<(u64, u64), i32> {
         let mut body = Vec::new();
         for word in [(libc::O_RDWR | libc::O_CREAT) as u32, libc::S_IFREG | mode, 0, 0] {
             body.extend(word.to_le_bytes());
         }
         body.extend(text(name));
-        let answer = self.ask(op::CREATE, parent, &body)?;
+        let answer = self.request(op::CREATE, parent, &body)?;
         let handle = u64::from_le_bytes(answer[128..136].try_into().unwrap());
         Ok((entry(&answer).node, handle))
     }
@@ -420,54 +420,54 @@ impl Guest {
         self.open_with_options(node, flags).map(|(handle, _)| handle)
     }
 
-    /// The handle, and FOPEN_ flags.
+    /// Returns the handle and FOPEN_ flags.
     pub fn open_with_options(&mut self, node: u64, flags: i32) -> Result<(u64, u32), i32> {
         let body = [(flags as u32).to_le_bytes(), [0; 4]].concat();
-        let answer = self.ask(op::OPEN, node, &body)?;
+        let answer = self.request(op::OPEN, node, &body)?;
         let options = u32::from_le_bytes(answer[8..12].try_into().unwrap());
         Ok((u64::from_le_bytes(answer[..8].try_into().unwrap()), options))
     }
 
     pub fn release(&mut self, node: u64, handle: u64) {
         let body = [&handle.to_le_bytes()[..], &[0; 16]].concat();
-        self.ask(op::RELEASE, node, &body).unwrap();
+        self.request(op::RELEASE, node, &body).unwrap();
     }
 
-    /// Needs no answer; the next request comes after it.
+    /// FORGET has no reply; requests are processed in order.
     pub fn forget(&mut self, node: u64, count: u64) {
-        self.tell(op::FORGET, node, &count.to_le_bytes());
+        self.request_without_reply(op::FORGET, node, &count.to_le_bytes());
     }
 
-    /// Size of a file, and how many links it has.
+    /// Size and link count of a file.
     pub fn attributes(&mut self, node: u64) -> Result<(u64, u32), i32> {
-        let answer = self.ask(op::GETATTR, node, &[0; 16])?;
+        let answer = self.request(op::GETATTR, node, &[0; 16])?;
         let size = u64::from_le_bytes(answer[24..32].try_into().unwrap());
         Ok((size, u32::from_le_bytes(answer[80..84].try_into().unwrap())))
     }
 
     pub fn rename(&mut self, from: u64, old: &str, to: u64, new: &str) -> Result<(), i32> {
         let body = [&to.to_le_bytes()[..], &text(old), &text(new)].concat();
-        self.ask(op::RENAME, from, &body).map(drop)
+        self.request(op::RENAME, from, &body).map(drop)
     }
 
     pub fn link(&mut self, node: u64, parent: u64, name: &str) -> Result<Entry, i32> {
         let body = [&node.to_le_bytes()[..], &text(name)].concat();
-        self.ask(op::LINK, parent, &body).map(|answer| entry(&answer))
+        self.request(op::LINK, parent, &body).map(|answer| entry(&answer))
     }
 
-    /// Names in a folder with the inode numbers that the folder says, and the entries.
+    /// Names in a directory with the inode numbers of its entries, and their attributes.
     pub fn list(&mut self, folder: u64) -> Vec<(String, u64, Entry)> {
-        let answer = self.ask(op::OPENDIR, folder, &[0; 8]).unwrap();
+        let answer = self.request(op::OPENDIR, folder, &[0; 8]).unwrap();
         let handle = answer[..8].to_vec();
         let (mut found, mut offset) = (Vec::new(), 0u64);
         loop {
             let mut body = handle.clone();
             body.extend(offset.to_le_bytes());
-            // Asks for few at a time.
+            // A small buffer, so that several requests are needed.
             for word in [1024u32, 0, 0, 0, 0, 0] {
                 body.extend(word.to_le_bytes());
             }
-            let answer = self.ask(op::READDIRPLUS, folder, &body).unwrap();
+            let answer = self.request(op::READDIRPLUS, folder, &body).unwrap();
             if answer.is_empty() {
                 return found;
             }
@@ -483,7 +483,7 @@ impl Guest {
         }
     }
 
-    /// `flags`: 4 for a write that takes setuid bits away.
+    /// `flags`: 4 (FUSE_WRITE_KILL_SUIDGID) for a write that clears setuid bits.
     pub fn write(&mut self, node: u64, handle: u64, data: &[u8], flags: u32) -> Result<u32, i32> {
         let mut body = Vec::new();
         body.extend(handle.to_le_bytes());
@@ -492,7 +492,7 @@ impl Guest {
             body.extend(word.to_le_bytes());
         }
         body.extend(data);
-        let answer = self.ask(op::WRITE, node, &body)?;
+        let answer = self.request(op::WRITE, node, &body)?;
         Ok(u32::from_le_bytes(answer[..4].try_into().unwrap()))
     }
 
@@ -503,7 +503,7 @@ impl Guest {
         for word in [4096u32, 0, 0, 0, 0, 0] {
             body.extend(word.to_le_bytes());
         }
-        self.ask(op::READ, node, &body)
+        self.request(op::READ, node, &body)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The file server as the processes it is, with the VMM's own device as its other side. Assumes
+//! The file server as real processes, with the VMM's virtio-fs device as their peer. Assumes
 //! root and `unshare`.
 
 mod common;
@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use common::{Mounted, ROOT, Server, can_run, op, refused, text};
+use common::{Mounted, ROOT, Server, can_run, error_of, op, text};
 use nix::mount::{MsFlags, mount, umount};
 use vmm_api::shares::{Access, Error, Reply, Request, VERSION_ACCESS};
 
@@ -35,13 +35,13 @@ fn a_guest_reads_and_writes_the_files_of_a_share() {
     assert_eq!(fs::read_to_string(dir.path().join("guest")).unwrap(), "from the guest");
     let mode = fs::metadata(dir.path().join("guest")).unwrap().permissions().mode();
     assert_eq!(mode & 0o7777, 0o640);
-    guest.ask(op::UNLINK, share.node, &text("guest")).unwrap();
+    guest.request(op::UNLINK, share.node, &text("guest")).unwrap();
     assert!(!dir.path().join("guest").exists());
     assert_eq!(guest.lookup(share.node, "guest").unwrap_err(), libc::ENOENT);
 }
 
 #[test]
-fn files_belong_to_the_guests_user_and_lose_setuid_when_written() {
+fn files_are_owned_by_the_guests_user_and_a_write_clears_setuid() {
     if !can_run() {
         return;
     }
@@ -65,7 +65,7 @@ fn files_belong_to_the_guests_user_and_lose_setuid_when_written() {
 }
 
 #[test]
-fn xattrs_reach_the_host() {
+fn xattrs_are_set_on_the_host() {
     if !can_run() {
         return;
     }
@@ -81,7 +81,7 @@ fn xattrs_reach_the_host() {
     }
     body.extend(text("user.colour"));
     body.extend(b"green");
-    match guest.ask(op::SETXATTR, node, &body) {
+    match guest.request(op::SETXATTR, node, &body) {
         Ok(_) => {}
         Err(libc::EOPNOTSUPP) => return eprintln!("SKIP: no user xattrs in {:?}", dir.path()),
         Err(e) => panic!("setxattr: {e}"),
@@ -91,11 +91,11 @@ fn xattrs_reach_the_host() {
         body.extend(word.to_le_bytes());
     }
     body.extend(text("user.colour"));
-    assert_eq!(guest.ask(op::GETXATTR, node, &body).unwrap(), b"green");
+    assert_eq!(guest.request(op::GETXATTR, node, &body).unwrap(), b"green");
 }
 
 #[test]
-fn shares_come_and_go_while_the_guest_looks_and_their_folder_is_not_its_own() {
+fn shares_are_added_and_removed_at_run_time_and_their_directory_is_read_only() {
     if !can_run() {
         return;
     }
@@ -119,14 +119,14 @@ fn shares_come_and_go_while_the_guest_looks_and_their_folder_is_not_its_own() {
     let reader = guest.open(single.node, libc::O_RDONLY).unwrap();
     assert_eq!(guest.read(single.node, reader).unwrap(), b"text");
 
-    let exists = refused(server.add("late", dir.path()));
+    let exists = error_of(server.add("late", dir.path()));
     assert!(matches!(exists, Error::Exists { .. }));
     for name in ["late", "single"] {
         assert_eq!(server.remove(name), Reply::Done);
         assert_eq!(guest.lookup(ROOT, name).unwrap_err(), libc::ENOENT);
-        assert!(matches!(refused(server.remove(name)), Error::NoSuchShare { .. }));
+        assert!(matches!(error_of(server.remove(name)), Error::NoSuchShare { .. }));
     }
-    // What was open stays so.
+    // Open files stay usable.
     assert_eq!(guest.write(node, handle, b"late words", 0).unwrap(), 10);
     assert_eq!(fs::read_to_string(dir.path().join("open")).unwrap(), "late words");
     assert_eq!(server.add("late", dir.path()), Reply::Done);
@@ -154,7 +154,7 @@ fn no_name_leads_out_of_a_share() {
     let victim = dir.path().parent().unwrap().join(format!("victim-{}", std::process::id()));
     fs::write(&victim, "").unwrap();
     let name = format!("../{}", victim.file_name().unwrap().to_string_lossy());
-    assert!(guest.ask(op::UNLINK, share.node, &text(&name)).is_err());
+    assert!(guest.request(op::UNLINK, share.node, &text(&name)).is_err());
     assert!(guest.mkdir(share.node, "../new").is_err());
     assert!(victim.exists());
     fs::remove_file(victim).unwrap();
@@ -165,21 +165,21 @@ fn no_name_leads_out_of_a_share() {
 }
 
 #[test]
-fn hostile_requests_of_the_daemons_socket_are_refused() {
+fn invalid_requests_on_the_control_socket_are_rejected() {
     if !can_run() {
         return;
     }
     let server = Server::start();
     let dir = tempfile::tempdir().unwrap();
     for name in ["", "..", "a/b", ".hidden", &"x".repeat(65)] {
-        assert!(matches!(refused(server.add(name, dir.path())), Error::Name { .. }), "{name:?}");
+        assert!(matches!(error_of(server.add(name, dir.path())), Error::Name { .. }), "{name:?}");
     }
     let add = Request::Add { name: "a".into(), access: Access::ReadWrite };
-    assert!(matches!(refused(server.call(&add, None)), Error::Descriptors { got: 0, want: 1 }));
+    assert!(matches!(error_of(server.call(&add, None)), Error::Descriptors { got: 0, want: 1 }));
     let file = fs::File::open(dir.path()).unwrap();
-    let error = refused(server.call(&add, Some(file.into())));
+    let error = error_of(server.call(&add, Some(file.into())));
     assert!(matches!(error, Error::Failed { .. }), "{error}");
-    assert!(matches!(refused(server.add("null", Path::new("/dev/null"))), Error::Kind { .. }));
+    assert!(matches!(error_of(server.add("null", Path::new("/dev/null"))), Error::Kind { .. }));
     assert_eq!(server.add("a", dir.path()), Reply::Done);
 }
 
@@ -189,9 +189,9 @@ fn both_processes_are_jailed() {
         return;
     }
     let server = Server::start();
-    let (mounter, serving) = server.pids();
+    let (mounter, server_pid) = server.pids();
     let masks: [(u32, &[(u32, &str)]); 2] =
-        [(mounter, &nacelle_fs::jail::MOUNTER), (serving, &nacelle_fs::jail::SERVER)];
+        [(mounter, &nacelle_fs::jail::MOUNTER), (server_pid, &nacelle_fs::jail::SERVER)];
     for (pid, kept) in masks {
         let mask = kept.iter().fold(0, |mask, (cap, _)| mask | 1u64 << cap);
         for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
@@ -219,8 +219,8 @@ fn both_processes_are_jailed() {
             assert_ne!(of(&pid.to_string()), of("self"), "{space}");
         }
     }
-    // Two sockets, two events and the like, but no file of the host.
-    for fd in fs::read_dir(format!("/proc/{serving}/fd")).unwrap() {
+    // Sockets, eventfds and the like, but no file of the host.
+    for fd in fs::read_dir(format!("/proc/{server_pid}/fd")).unwrap() {
         let target = fs::read_link(fd.unwrap().path()).unwrap();
         let target = target.to_string_lossy().into_owned();
         let known = ["socket:", "anon_inode:", "pipe:", "/dev/null", "/dev/pts", "/proc", "/"];
@@ -229,25 +229,25 @@ fn both_processes_are_jailed() {
 }
 
 #[test]
-fn the_server_ends_with_its_vmm_and_the_mounter_with_the_server() {
+fn the_server_exits_with_its_vmm_and_the_mounter_with_the_server() {
     if !can_run() {
         return;
     }
     let mut server = Server::start();
     drop(server.guest());
-    assert!(server.ended());
+    assert!(server.exited());
 
     let mut server = Server::start();
     let mut guest = server.guest();
-    let (_, serving) = server.pids();
-    let pid = nix::unistd::Pid::from_raw(serving as i32);
+    let (_, server_pid) = server.pids();
+    let pid = nix::unistd::Pid::from_raw(server_pid as i32);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
-    assert!(server.ended());
+    assert!(server.exited());
     assert_eq!(guest.lookup(ROOT, "x").unwrap_err(), libc::ENOTCONN);
 }
 
 #[test]
-fn what_is_mounted_below_a_share_is_seen_as_it_was() {
+fn mounts_below_a_share_are_visible_also_after_the_host_unmounts_them() {
     if !can_run() {
         return;
     }
@@ -263,12 +263,12 @@ fn what_is_mounted_below_a_share_is_seen_as_it_was() {
     let mut guest = server.guest();
     let share = guest.lookup(ROOT, "data").unwrap();
     let below = guest.lookup(share.node, "below").unwrap();
-    assert_eq!(below.flags, 0, "all is one file system");
+    assert_eq!(below.flags, 0, "a mount below a share is not a submount");
     assert_eq!(guest.lookup(below.node, "file").unwrap().size, 4);
 }
 
 #[test]
-fn mounts_of_the_host_come_and_go_in_a_share_and_are_never_held() {
+fn later_mounts_of_the_host_appear_in_a_share_and_can_be_unmounted() {
     if !can_run() {
         return;
     }
@@ -285,20 +285,21 @@ fn mounts_of_the_host_come_and_go_in_a_share_and_are_never_held() {
     let (node, handle) = guest.create(folder.node, "guest", 0o644).unwrap();
     assert_eq!(fs::metadata(early.0.join("guest")).unwrap().len(), 0);
     early.unmount();
-    let empty =
-        guest.until(share.node, "early", |found| found.unwrap().node != folder.node).unwrap();
+    let empty = guest
+        .lookup_until(share.node, "early", |found| found.unwrap().node != folder.node)
+        .unwrap();
     assert_eq!(guest.lookup(empty.node, "file").unwrap_err(), libc::ENOENT);
-    // What was open stays so.
+    // Open files stay usable.
     assert_eq!(guest.write(node, handle, b"late words", 0).unwrap(), 10);
     fs::remove_dir(dir.path().join("early")).unwrap();
 
-    // Over and over, at one place, and each time with files that the guest goes on to remember.
+    // Repeatedly at one path, each time with files that the guest does not forget.
     for round in 0..50 {
         let later = Mounted::new(&dir.path().join("later"));
         fs::write(later.0.join(format!("file{round}")), "x").unwrap();
         let deep = Mounted::new(&later.0.join("a b/deep"));
         fs::write(deep.0.join("file"), "xy").unwrap();
-        // The last round's may still be there for a moment.
+        // The copy of the previous round may still be mounted.
         let file = guest.await_path(share.node, &format!("later/file{round}"));
         guest.open(file.node, libc::O_RDONLY).unwrap();
         assert_eq!(guest.await_path(share.node, "later/a b/deep/file").size, 2);
@@ -307,12 +308,15 @@ fn mounts_of_the_host_come_and_go_in_a_share_and_are_never_held() {
         let below = guest.lookup(middle.node, "deep").unwrap();
         deep.unmount();
         if round % 2 == 0 {
-            let plain = guest.until(middle.node, "deep", |found| found.unwrap().node != below.node);
+            let plain =
+                guest.lookup_until(middle.node, "deep", |found| found.unwrap().node != below.node);
             assert_eq!(guest.lookup(plain.unwrap().node, "file").unwrap_err(), libc::ENOENT);
         }
         later.unmount();
         if round % 3 == 0 {
-            guest.until(share.node, "later", |found| found.unwrap().node != folder.node).unwrap();
+            guest
+                .lookup_until(share.node, "later", |found| found.unwrap().node != folder.node)
+                .unwrap();
         }
     }
     assert_eq!(server.remove("data"), Reply::Done);
@@ -320,7 +324,7 @@ fn mounts_of_the_host_come_and_go_in_a_share_and_are_never_held() {
 }
 
 #[test]
-fn what_lies_on_another_mount_is_seen_and_what_is_below_comes_back() {
+fn stacked_mounts_are_visible_in_their_order() {
     if !can_run() {
         return;
     }
@@ -342,7 +346,7 @@ fn what_lies_on_another_mount_is_seen_and_what_is_below_comes_back() {
             if guest.lookup(folder.node, name).is_ok() {
                 return;
             }
-            assert!(std::time::Instant::now() < end, "{name} is not there");
+            assert!(std::time::Instant::now() < end, "{name} does not exist");
         }
     };
     has(&mut guest, "early");
@@ -356,7 +360,7 @@ fn what_lies_on_another_mount_is_seen_and_what_is_below_comes_back() {
     lower.unmount();
     fs::write(place.join("plain"), "").unwrap();
     has(&mut guest, "plain");
-    // Over the share itself.
+    // On the share itself.
     let whole = Mounted::new(dir.path());
     fs::write(whole.0.join("whole"), "").unwrap();
     let limit = std::time::Instant::now() + std::time::Duration::from_secs(10);
@@ -365,14 +369,14 @@ fn what_lies_on_another_mount_is_seen_and_what_is_below_comes_back() {
         if guest.lookup(share.node, "whole").is_ok() {
             break;
         }
-        assert!(std::time::Instant::now() < limit, "the share was not mounted over");
+        assert!(std::time::Instant::now() < limit, "the mount on the share is not visible");
     }
     whole.unmount();
-    guest.until(share.node, "place", |found| found.is_ok()).unwrap();
+    guest.lookup_until(share.node, "place", |found| found.is_ok()).unwrap();
 }
 
 #[test]
-fn a_folder_that_nobody_else_may_enter_and_a_link_in_the_way_of_a_mount() {
+fn mounts_below_a_private_directory_appear_and_a_symbolic_link_is_not_followed() {
     if !can_run() {
         return;
     }
@@ -387,18 +391,18 @@ fn a_folder_that_nobody_else_may_enter_and_a_link_in_the_way_of_a_mount() {
     let mut guest = server.guest();
     let share = guest.lookup(ROOT, "data").unwrap();
     let inner = Mounted::new(&closed.join("inner"));
-    fs::write(inner.0.join("inside"), "").unwrap();
-    guest.await_path(share.node, "closed/inner/inside");
-    // As a guest moves a folder away and puts a link in its place.
+    fs::write(inner.0.join("content"), "").unwrap();
+    guest.await_path(share.node, "closed/inner/content");
+    // As if a guest replaced the directory by a symbolic link.
     fs::rename(&closed, dir.path().join("moved")).unwrap();
     std::os::unix::fs::symlink("/proc", &closed).unwrap();
     let other = Mounted::new(&dir.path().join("other"));
-    fs::write(other.0.join("inside"), "").unwrap();
-    guest.await_path(share.node, "other/inside");
-    guest.await_path(share.node, "moved/inner/inside");
+    fs::write(other.0.join("content"), "").unwrap();
+    guest.await_path(share.node, "other/content");
+    guest.await_path(share.node, "moved/inner/content");
     let mounted = guest.find(share.node, "moved/inner").unwrap();
     umount(&dir.path().join("moved/inner")).unwrap();
     drop(inner);
     let folder = guest.lookup(share.node, "moved").unwrap();
-    guest.until(folder.node, "inner", |found| found.unwrap().node != mounted.node).unwrap();
+    guest.lookup_until(folder.node, "inner", |found| found.unwrap().node != mounted.node).unwrap();
 }

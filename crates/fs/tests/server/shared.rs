@@ -1,4 +1,4 @@
-//! One host file is one file of the guest: by whatever share, mount, name or time.
+//! A file of the host is one inode of the guest, through every share, mount and name.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +12,7 @@ use vmm_api::shares::{Access, Reply};
 const KEEP_CACHE: u32 = 2;
 
 #[test]
-fn one_file_is_one_node_by_two_shares_a_nested_one_a_hard_link_and_another_mount() {
+fn a_file_has_one_node_through_shares_nested_shares_hard_links_and_mounts() {
     if !can_run() {
         return;
     }
@@ -25,26 +25,26 @@ fn one_file_is_one_node_by_two_shares_a_nested_one_a_hard_link_and_another_mount
     let bound = dir.path().join("bound");
     fs::create_dir(&bound).unwrap();
     mount(Some(&inner), &bound, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
-    for (name, path) in [("nested", &inner), ("whole", &outer), ("again", &outer), ("b", &bound)] {
+    for (name, path) in [("nested", &inner), ("whole", &outer), ("twice", &outer), ("b", &bound)] {
         assert_eq!(server.add(name, path), Reply::Done);
     }
     nix::mount::umount(&bound).unwrap();
     let mut guest = server.guest();
     let file = guest.find(ROOT, "nested/file").unwrap();
-    for path in ["whole/inner/file", "again/inner/file", "whole/link", "b/file", "nested/file"] {
+    for path in ["whole/inner/file", "twice/inner/file", "whole/link", "b/file", "nested/file"] {
         let found = guest.find(ROOT, path).unwrap();
         assert_eq!((found.node, found.ino), (file.node, file.ino), "{path}");
     }
     let folder = guest.find(ROOT, "nested").unwrap();
-    assert_eq!(guest.find(ROOT, "again/inner").unwrap().node, folder.node);
+    assert_eq!(guest.find(ROOT, "twice/inner").unwrap().node, folder.node);
     assert_eq!(fs::metadata(inner.join("file")).unwrap().ino(), file.ino);
-    // And what is made by one way is there by the other.
+    // A file created through one share is visible in the other.
     let (made, _) = guest.create(folder.node, "made", 0o644).unwrap();
     assert_eq!(guest.find(ROOT, "whole/inner/made").unwrap().node, made);
 }
 
 #[test]
-fn later_mounts_appear_in_a_share_that_follows_and_not_beside_it() {
+fn later_mounts_appear_only_in_shares_with_propagation() {
     if !can_run() {
         return;
     }
@@ -57,10 +57,10 @@ fn later_mounts_appear_in_a_share_that_follows_and_not_beside_it() {
     assert_eq!(server.add_private("p", dir.path()), Reply::Done);
     let mut guest = server.guest();
     let later = Mounted::new(&dir.path().join("later"));
-    fs::write(later.0.join("inside"), "").unwrap();
-    guest.await_path(ROOT, "f.follows/later/inside");
-    assert_eq!(guest.find(ROOT, "p/later/inside").unwrap_err(), libc::ENOENT);
-    assert!(guest.find(ROOT, "f.follows/later/inside").is_ok());
+    fs::write(later.0.join("content"), "").unwrap();
+    guest.await_path(ROOT, "f.follows/later/content");
+    assert_eq!(guest.find(ROOT, "p/later/content").unwrap_err(), libc::ENOENT);
+    assert!(guest.find(ROOT, "f.follows/later/content").is_ok());
     let [one, other] =
         ["f.follows/file", "p/file"].map(|path| guest.find(ROOT, path).unwrap().node);
     assert_eq!(one, other);
@@ -68,7 +68,7 @@ fn later_mounts_appear_in_a_share_that_follows_and_not_beside_it() {
 }
 
 #[test]
-fn inode_numbers_are_unique_over_file_systems_and_folders_say_the_same() {
+fn inode_numbers_are_unique_over_file_systems_and_equal_in_readdir() {
     if !can_run() {
         return;
     }
@@ -81,7 +81,10 @@ fn inode_numbers_are_unique_over_file_systems_and_folders_say_the_same() {
     }
     let host: BTreeSet<u64> =
         systems.iter().map(|s| fs::metadata(s.0.join("file")).unwrap().ino()).collect();
-    assert!(host.len() < 3, "these file systems number their files alike: {host:?}");
+    assert!(
+        host.len() < 3,
+        "no two of these file systems have an inode number in common: {host:?}"
+    );
     assert_eq!(server.add("a", &systems[0].0), Reply::Done);
     assert_eq!(server.add("b", &systems[1].0), Reply::Done);
     let mut guest = server.guest();
@@ -91,13 +94,13 @@ fn inode_numbers_are_unique_over_file_systems_and_folders_say_the_same() {
         let (folder, file) = (guest.find(ROOT, folder).unwrap(), guest.find(ROOT, path).unwrap());
         assert!(seen.insert(file.ino), "{path}: {}", file.ino);
         let listed = guest.list(folder.node);
-        let (_, said, entry) = listed.iter().find(|(name, ..)| name == "file").unwrap();
-        assert_eq!((*said, entry.ino, entry.node), (file.ino, file.ino, file.node), "{path}");
+        let (_, listed_ino, entry) = listed.iter().find(|(name, ..)| name == "file").unwrap();
+        assert_eq!((*listed_ino, entry.ino, entry.node), (file.ino, file.ino, file.node), "{path}");
     }
 }
 
 #[test]
-fn a_folder_is_listed_completely_while_its_files_go() {
+fn a_large_directory_is_listed_completely() {
     if !can_run() {
         return;
     }
@@ -115,12 +118,12 @@ fn a_folder_is_listed_completely_while_its_files_go() {
     assert!(listed.iter().all(|(name, _, entry)| name.starts_with('.') || entry.node != 0));
 }
 
-/// Whether a file can be made in the folder; it is removed again.
+/// Whether a file can be created in the directory; it is removed afterwards.
 fn writable(guest: &mut Guest, folder: u64) -> bool {
     match guest.create(folder, "probe", 0o644) {
         Ok((node, handle)) => {
             guest.release(node, handle);
-            guest.ask(op::UNLINK, folder, &text("probe")).unwrap();
+            guest.request(op::UNLINK, folder, &text("probe")).unwrap();
             true
         }
         Err(libc::EROFS) => false,
@@ -129,7 +132,7 @@ fn writable(guest: &mut Guest, folder: u64) -> bool {
 }
 
 #[test]
-fn shares_of_the_same_files_are_protected_as_long_as_nobody_writes() {
+fn shares_of_the_same_files_are_read_only_while_no_container_may_write() {
     if !can_run() {
         return;
     }
@@ -145,13 +148,13 @@ fn shares_of_the_same_files_are_protected_as_long_as_nobody_writes() {
     let read_only = Access::ReadOnlyRecursive;
     assert_eq!(server.add_for("nested", &inner, read_only), Reply::Done);
     assert_eq!(server.add_for("other", &other, Access::ReadOnly), Reply::Done);
-    // Found while nothing can be written: what is known now has to be writable later.
+    // Looked up while read-only; these nodes have to be writable later.
     let folder = guest.lookup(ROOT, "nested").unwrap().node;
     let deep = guest.find(ROOT, "nested/below").unwrap().node;
     let beside = guest.lookup(ROOT, "other").unwrap().node;
     let state = |guest: &mut Guest| [folder, deep, beside].map(|node| writable(guest, node));
     assert_eq!(state(&mut guest), [false, false, false]);
-    // Not what is mounted below.
+    // Does not apply to mounts below.
     assert_eq!(server.access("nested", Access::ReadOnly), Reply::Done);
     assert_eq!(state(&mut guest), [false, true, false]);
     assert_eq!(server.access("nested", read_only), Reply::Done);
@@ -167,12 +170,12 @@ fn shares_of_the_same_files_are_protected_as_long_as_nobody_writes() {
     assert_eq!(state(&mut guest), [false, false, false]);
     assert!(!writable(&mut guest, whole));
 
-    // The file system below alone, which is another one.
+    // Only the mount below, which is another file system.
     assert_eq!(server.add_for("below", &below.0, Access::ReadWrite), Reply::Done);
     assert_eq!(state(&mut guest), [false, true, false]);
     assert_eq!(server.remove("below"), Reply::Done);
 
-    // What the host has made read-only stays so.
+    // Mounts that the host has made read-only stay read-only.
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
     mount(None::<&str>, &below.0, None::<&str>, flags, None::<&str>).unwrap();
     assert_eq!(server.add_for("fixed", &inner, Access::ReadWrite), Reply::Done);
@@ -182,7 +185,7 @@ fn shares_of_the_same_files_are_protected_as_long_as_nobody_writes() {
 }
 
 #[test]
-fn a_share_that_comes_back_writable_can_be_written_to() {
+fn a_share_added_again_as_writable_is_writable() {
     if !can_run() {
         return;
     }
@@ -201,7 +204,7 @@ fn a_share_that_comes_back_writable_can_be_written_to() {
 }
 
 #[test]
-fn what_the_guest_knows_by_name_only_stays_usable_without_it() {
+fn files_without_descriptors_stay_usable_after_unlink_and_rename() {
     if !can_run() {
         return;
     }
@@ -218,7 +221,7 @@ fn what_the_guest_knows_by_name_only_stays_usable_without_it() {
     let [removed, moved, replaced, new, folder] = ["removed", "moved", "replaced", "new", "folder"]
         .map(|name| guest.lookup(share, name).unwrap().node);
     let within = guest.lookup(folder, "within").unwrap().node;
-    guest.ask(op::UNLINK, share, &text("removed")).unwrap();
+    guest.request(op::UNLINK, share, &text("removed")).unwrap();
     assert_eq!(guest.attributes(removed).unwrap(), (7, 0));
     let handle = guest.open(removed, libc::O_RDONLY).unwrap();
     assert_eq!(guest.read(removed, handle).unwrap(), b"removed");
@@ -233,18 +236,18 @@ fn what_the_guest_knows_by_name_only_stays_usable_without_it() {
     // A second name outlives the first.
     let linked = guest.link(new, within, "linked").unwrap();
     assert_eq!(linked.node, new);
-    guest.ask(op::UNLINK, share, &text("replaced")).unwrap();
+    guest.request(op::UNLINK, share, &text("replaced")).unwrap();
     assert_eq!(guest.attributes(new).unwrap(), (3, 1));
     let held = server.descriptors();
     for (node, count) in [(removed, 1u64), (replaced, 1)] {
         guest.forget(node, count);
     }
     guest.attributes(new).unwrap();
-    assert_eq!(server.descriptors(), held - 2, "descriptors of what is forgotten");
+    assert_eq!(server.descriptors(), held - 2, "descriptors of forgotten nodes");
 }
 
 #[test]
-fn a_name_that_leads_to_another_file_on_the_host_is_looked_up_anew() {
+fn a_name_that_refers_to_another_file_is_looked_up_again() {
     if !can_run() {
         return;
     }
@@ -267,7 +270,7 @@ fn a_name_that_leads_to_another_file_on_the_host_is_looked_up_anew() {
     let handle = guest.open(new, truncating).unwrap();
     guest.write(new, handle, b"x", 0).unwrap();
     assert_eq!(fs::read_to_string(&file).unwrap(), "x");
-    // Nor is a pipe waited for.
+    // Opening does not block on a pipe.
     fs::remove_file(&file).unwrap();
     nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
     assert_eq!(guest.open(new, libc::O_RDONLY).unwrap_err(), libc::ESTALE);
@@ -277,7 +280,7 @@ fn a_name_that_leads_to_another_file_on_the_host_is_looked_up_anew() {
 }
 
 #[test]
-fn pages_are_kept_until_the_file_changes() {
+fn the_page_cache_is_kept_until_the_file_changes() {
     if !can_run() {
         return;
     }
@@ -296,21 +299,21 @@ fn pages_are_kept_until_the_file_changes() {
     };
     assert!(kept(&mut guest));
     fs::write(&file, "longer").unwrap();
-    assert!(!kept(&mut guest), "another size");
+    assert!(!kept(&mut guest), "after a change of size");
     guest.attributes(node).unwrap();
-    assert!(kept(&mut guest), "the guest knows this one");
+    assert!(kept(&mut guest), "after the attributes were sent");
     let now = nix::sys::time::TimeSpec::UTIME_NOW;
     let follow = nix::sys::stat::UtimensatFlags::FollowSymlink;
     nix::sys::stat::utimensat(nix::fcntl::AT_FDCWD, &file, &now, &now, follow).unwrap();
-    assert!(!kept(&mut guest), "another time");
+    assert!(!kept(&mut guest), "after a change of mtime");
     guest.attributes(node).unwrap();
-    // A share that wants nothing cached.
+    // A share without caching.
     assert_eq!(guest.find(ROOT, "data2.strict/file").unwrap().node, node);
     assert!(!kept(&mut guest));
 }
 
 #[test]
-fn known_files_hold_no_descriptors_and_thousands_can_be_open() {
+fn known_files_need_no_descriptors_and_thousands_can_be_open() {
     if !can_run() {
         return;
     }
@@ -336,11 +339,11 @@ fn known_files_hold_no_descriptors_and_thousands_can_be_open() {
         guest.release(node, handle);
     }
     assert_eq!(guest.list(share).len(), FILES + 2);
-    assert_eq!(server.descriptors(), before + 1, "the folder that was listed");
+    assert_eq!(server.descriptors(), before + 1, "the directory that was listed");
 }
 
 #[test]
-fn numbers_out_of_range_are_refused() {
+fn numbers_out_of_range_are_rejected() {
     if !can_run() {
         return;
     }
@@ -354,17 +357,17 @@ fn numbers_out_of_range_are_refused() {
     for offset in [u64::MAX, i64::MAX as u64 + 1, i64::MAX as u64] {
         // Offset, then size and flags.
         let data = body(&[handle, offset, 4096, 0, 0]);
-        assert_eq!(guest.ask(op::READ, node, &data).unwrap_err(), libc::EINVAL, "{offset:#x}");
+        assert_eq!(guest.request(op::READ, node, &data).unwrap_err(), libc::EINVAL, "{offset:#x}");
         let mut data = body(&[handle, offset, 8, 0, 0]);
         data.extend([0; 8]);
-        assert_eq!(guest.ask(op::WRITE, node, &data).unwrap_err(), libc::EINVAL, "{offset:#x}");
+        assert_eq!(guest.request(op::WRITE, node, &data).unwrap_err(), libc::EINVAL, "{offset:#x}");
         let data = body(&[handle, offset, u64::MAX, 0]);
-        assert_eq!(guest.ask(op::FALLOCATE, node, &data).unwrap_err(), libc::EINVAL);
-        guest.ask(op::LSEEK, node, &body(&[handle, offset, 3])).unwrap_err();
+        assert_eq!(guest.request(op::FALLOCATE, node, &data).unwrap_err(), libc::EINVAL);
+        guest.request(op::LSEEK, node, &body(&[handle, offset, 3])).unwrap_err();
     }
     for whence in [0u64, 1, 2, 5, 99] {
         let data = body(&[handle, 0, whence]);
-        assert_eq!(guest.ask(op::LSEEK, node, &data).unwrap_err(), libc::EINVAL, "{whence}");
+        assert_eq!(guest.request(op::LSEEK, node, &data).unwrap_err(), libc::EINVAL, "{whence}");
     }
     for node in [0, 1 << 40, u64::MAX] {
         assert_eq!(guest.attributes(node).unwrap_err(), libc::EBADF, "{node}");

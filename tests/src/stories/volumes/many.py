@@ -1,4 +1,4 @@
-"""Makes as many files as the second argument says, in the folder of the first, and holds all open."""
+"""Creates files in a directory and keeps all of them open: `DIR COUNT`."""
 
 import os
 import resource
@@ -15,4 +15,4 @@ for n in (0, count // 2, count - 1):
     held[n].seek(0)
     assert held[n].read() == str(n)
 assert len(os.listdir(folder)) == count
-print("all well")
+print("passed")

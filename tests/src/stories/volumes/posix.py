@@ -1,4 +1,4 @@
-"""What programs expect of a file system, in the folder that the first argument names."""
+"""POSIX semantics of a file system, in the directory of the first argument."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ def write(name, data):
 
 
 def in_child(action):
-    """Runs in another process; its answer."""
+    """Runs in another process; returns its result."""
     pid = os.fork()
     if pid == 0:
         os._exit(1 if action() else 0)
@@ -26,7 +26,7 @@ def in_child(action):
 
 
 def locked(lock, name):
-    """Whether another process finds it locked."""
+    """Whether the file is locked for another process."""
 
     def attempt():
         try:
@@ -39,7 +39,7 @@ def locked(lock, name):
     return in_child(attempt)
 
 
-# Names: rename over a file that is open, hard links, symbolic links, a file that has none.
+# Names: rename over an open file, hard links, symbolic links, an unlinked file.
 write("old", b"old")
 write("new", b"new")
 with open("old", "rb") as held:
@@ -71,7 +71,7 @@ assert found.st_mtime_ns == 2_000_000_001, found
 os.setxattr("old", "user.color", b"blue")
 assert os.getxattr("linked", "user.color") == b"blue" and os.listxattr("old") == ["user.color"]
 
-# Locks between processes, both kinds; gone with the file.
+# Locks between processes, both kinds; released on close.
 for lock in fcntl.flock, fcntl.lockf:
     with open("old", "r+b") as file:
         lock(file, fcntl.LOCK_EX)
@@ -90,7 +90,7 @@ with open("mapped", "r+b") as file, mmap.mmap(file.fileno(), 2 * PAGE) as memory
     assert in_child(change) and memory[PAGE : PAGE + 5] == b"child"
     assert os.pread(file.fileno(), 5, PAGE) == b"child"
 
-# Past the page cache.
+# Direct I/O.
 direct = os.open("direct", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
 block = mmap.mmap(-1, PAGE)
 block[:6] = b"direct"
@@ -100,7 +100,7 @@ assert os.preadv(direct, [block], PAGE) == PAGE and block[:6] == b"direct"
 os.close(direct)
 assert open("direct", "rb").read()[PAGE : PAGE + 6] == b"direct"
 
-# Holes.
+# Sparse files.
 with open("sparse", "w+b") as file:
     os.truncate(file.fileno(), 64 << 20)
     os.pwrite(file.fileno(), b"end", (64 << 20) - 3)
@@ -126,7 +126,7 @@ def append():
 assert all(in_child(append) for _ in range(2))
 assert os.path.getsize("appended") == 1000
 
-# Folders, and that they are on the disk.
+# Directories, and fsync of them.
 os.makedirs("many")
 for n in range(300):
     write(f"many/{n}", b"x") if n % 50 == 0 else open(f"many/{n}", "w").close()
@@ -134,4 +134,4 @@ assert len(os.listdir("many")) == 300
 folder = os.open("many", os.O_RDONLY)
 os.fsync(folder)
 os.close(folder)
-print("all well")
+print("passed")

@@ -1,4 +1,4 @@
-"""Writes rows into one SQLite database in WAL mode, beside others: `DB NAME COUNT`, or `DB check`."""
+"""Writes rows to a shared SQLite database in WAL mode: `DB NAME COUNT`, or `DB check`."""
 
 import sqlite3
 import sys

@@ -1,5 +1,5 @@
-"""One side of containers that share a folder: `serve DIR` fills it with what belongs to one kernel,
-`ask DIR TAG` tries that from another container, `read DIR` from one that cannot write there."""
+"""Containers that share a directory: `serve DIR` creates sockets, pipes, locks and mappings in it,
+`check DIR TAG` uses them from another container, `read DIR` from one with a read-only mount."""
 
 import ctypes
 import fcntl
@@ -58,7 +58,7 @@ class Server:
         self.datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.datagrams.bind(path("datagrams"))
         self.spawn(self.receive)
-        # Bound, and once more by the same name.
+        # Bound a second time with the same name.
         socket.socket(socket.AF_UNIX).bind(path("socket"))
         os.unlink(path("socket"))
         self.listener = socket.socket(socket.AF_UNIX)
@@ -151,7 +151,7 @@ def read():
         raise AssertionError("a lock that another container holds was taken")
 
 
-def ask(tag):
+def check(tag):
     read()
     for name, lock in LOCKS.items():
         with open(path("lock-" + name), "r+b") as file:
@@ -191,5 +191,5 @@ if sys.argv[1] == "serve":
 elif sys.argv[1] == "read":
     read()
 else:
-    ask(sys.argv[3])
-print("all well")
+    check(sys.argv[3])
+print("passed")

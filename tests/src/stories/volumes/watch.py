@@ -1,4 +1,4 @@
-"""Tells each time that a kubelet turns /config to new content, twice over: the second ends it."""
+"""Prints the content of /config after each of two updates by a kubelet, then exits."""
 
 import ctypes
 import os
@@ -10,8 +10,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 watch = libc.inotify_init()
 assert libc.inotify_add_watch(watch, b"/config", IN_CREATE | IN_MOVED_TO) >= 0
 print("at first", open("/config/color").read(), flush=True)
-turns = 0
-while turns < 2:
+updates = 0
+while updates < 2:
     events = os.read(watch, 65536)
     at = 0
     while at < len(events):
@@ -19,7 +19,7 @@ while turns < 2:
         name = events[at + 16 : at + 16 + length].rstrip(b"\0")
         at += 16 + length
         if name == b"..data":
-            turns += 1
+            updates += 1
             print("then", open("/config/color").read(), flush=True)
 with open("/dev/termination-log", "w") as file:
     file.write("seen enough")

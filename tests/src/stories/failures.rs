@@ -1,4 +1,4 @@
-//! Bad input and bad days: full disks, malformed requests, missing files.
+//! Malformed requests, full disks, missing files.
 
 use std::process::Command;
 
@@ -13,11 +13,11 @@ use crate::node::Node;
 
 pub const STORIES: &[Story] = &[
     ("malformed requests get an error that names the field", malformed),
-    ("a command that does not exist is told, with the code kubelet expects", no_command),
-    ("a full disk fails what needs it, clearly, and nothing else", full_disk),
-    ("what a VM's container cannot have done to it says so", no_checkpoint),
-    ("a daemon without its guest kernel says what to do", no_kernel),
-    ("a second daemon on the same folders is refused", second_daemon),
+    ("a missing command is reported with the exit code that a kubelet expects", no_command),
+    ("a full disk fails only what writes to it, with a clear error", full_disk),
+    ("a checkpoint is rejected with an explanation", no_checkpoint),
+    ("a missing guest kernel is reported with its path", no_kernel),
+    ("a second daemon on the same directories exits with an error", second_daemon),
 ];
 
 fn malformed() -> Result<()> {
@@ -71,7 +71,7 @@ fn no_command() -> Result<()> {
     };
     ensure!(error.message().contains("/no/such/program"), "{error}");
     let fine = node.cri().run(&pod, container("fine", &image, &["true"]))?;
-    ensure!(node.cri().exited(&fine)?.exit_code == 0, "the pod suffers");
+    ensure!(node.cri().exited(&fine)?.exit_code == 0, "the pod is affected");
     node.finish()
 }
 
@@ -98,7 +98,7 @@ fn full_disk() -> Result<()> {
     if let Err(status) = status {
         ensure!(status.message().to_lowercase().contains("space"), "{status}");
     }
-    ensure!(node.cri().shell(&id, "echo alive")? == "alive", "what ran suffers");
+    ensure!(node.cri().shell(&id, "echo alive")? == "alive", "what ran is affected");
     ensure!(node.cri().pods()?.len() == 1, "a failed pod is listed");
     std::fs::remove_file(&ballast)?;
     let second = node.pod("second")?;
@@ -132,6 +132,6 @@ fn second_daemon() -> Result<()> {
         .arg(node.path("config.toml"))
         .output()?;
     ensure!(!output.status.success(), "a second daemon serves the same folders");
-    ensure!(node.cri().pods()?.is_empty(), "the first one suffers");
+    ensure!(node.cri().pods()?.is_empty(), "the first one is affected");
     node.finish()
 }

@@ -1,9 +1,9 @@
-//! Which of the stories one run tells, so that several labs can share them out.
+//! Shards: the stories of one run, so that they can be divided among several labs.
 
 use crate::stories::{SLOW, Story, WIDE};
 
-/// Seconds that the long stories took on two CPUs, by a beginning of their full name that is theirs
-/// alone. Shares are made about equally long with it; nothing else depends on it.
+/// Seconds that the long stories took on two CPUs, by a prefix of their full name. Used only to
+/// make the shards about equally long.
 const LONG: &[(&str, u32)] = &[
     ("agent::", 150),
     ("damage::a pod", 90),
@@ -12,7 +12,7 @@ const LONG: &[(&str, u32)] = &[
     ("empty_dir::", 60),
     ("guest_kernel::", 90),
     ("kills::a daemon killed at any phase of a pod's", 100),
-    ("life_cycle::pods made and removed", 80),
+    ("life_cycle::pods created and removed", 80),
     ("limits::a container over its memory", 60),
     ("limits::huge pages", 60),
     ("memory::", 60),
@@ -22,38 +22,38 @@ const LONG: &[(&str, u32)] = &[
     ("shared_volumes::", 90),
     ("shim::a pod of containerd's CRI", 45),
     ("shim::ctr", 130),
-    ("streaming::exec carries eight", 50),
+    ("streaming::exec transfers eight", 50),
     ("tool::nacelle run", 50),
     ("volumes::a ConfigMap", 60),
     ("volumes::a VOLUME", 60),
-    ("volumes::a folder of the host", 60),
-    ("volumes::a pod outlives", 60),
+    ("volumes::a directory of the host", 60),
+    ("volumes::a pod survives", 60),
     ("workloads::", 100),
 ];
 /// Seconds of every other story.
 const USUAL: u32 = 20;
 
-fn seconds(room: &str, name: &str) -> u32 {
-    if SLOW.contains(&(room, name)) {
-        return 0; // It is not run with the others.
+fn seconds(area: &str, name: &str) -> u32 {
+    if SLOW.contains(&(area, name)) {
+        return 0; // Ignored by default.
     }
-    let full = format!("{room}::{name}");
+    let full = format!("{area}::{name}");
     LONG.iter().find(|(beginning, _)| full.starts_with(beginning)).map_or(USUAL, |each| each.1)
 }
 
-/// Some of the stories; the `Share`s of one number of them and `Wide` are all of them together.
+/// A subset of the stories; all `Nth` with the same `of`, and `Wide`, are all stories together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum Shard {
     All,
-    /// The `at`th, from 0, of every `of` stories that one CPU is enough for.
-    Share {
+    /// Shard `at` (from 0) of `of`, of the stories that need one CPU.
+    Nth {
         at: usize,
         of: usize,
     },
     Wide,
 }
 
-impl Part {
+impl Shard {
     /// `wide`, or like `1/2`.
     pub fn parse(text: &str) -> Option<Self> {
         if text == "wide" {
@@ -61,21 +61,21 @@ impl Part {
         }
         let (at, of) = text.split_once('/')?;
         let (at, of) = (at.parse::<usize>().ok()?.checked_sub(1)?, of.parse().ok()?);
-        (at < of).then_some(Self::Share { at, of })
+        (at < of).then_some(Self::Nth { at, of })
     }
 
-    /// Those of `all` that are in it, by room.
+    /// The stories of `all` in this shard, by area.
     pub fn of(self, all: Vec<(&'static str, Story)>) -> Vec<(&'static str, Story)> {
         let wide = |story: &(&str, Story)| WIDE.contains(&(story.0, story.1.0));
         match self {
             Self::All => all,
             Self::Wide => all.into_iter().filter(wide).collect(),
-            Self::Share { at, of } => {
-                // The longest first, each to the share that is shortest so far.
+            Self::Nth { at, of } => {
+                // The longest first, each to the shard that is shortest so far.
                 let narrow: Vec<_> = all.into_iter().filter(|story| !wide(story)).collect();
                 let weight = |n: &usize| {
-                    let (room, (name, _)) = narrow[*n];
-                    seconds(room, name)
+                    let (area, (name, _)) = narrow[*n];
+                    seconds(area, name)
                 };
                 let mut order: Vec<usize> = (0..narrow.len()).collect();
                 order.sort_by_key(|n| std::cmp::Reverse(weight(n)));
@@ -99,57 +99,62 @@ mod tests {
     use super::*;
     use crate::stories;
 
-    fn names(part: &str) -> Vec<String> {
-        let part = Part::parse(part).unwrap();
-        part.of(stories::all()).iter().map(|(room, story)| format!("{room}::{}", story.0)).collect()
+    fn names(shard: &str) -> Vec<String> {
+        let shard = Shard::parse(shard).unwrap();
+        shard
+            .of(stories::all())
+            .iter()
+            .map(|(area, story)| format!("{area}::{}", story.0))
+            .collect()
     }
 
     #[test]
-    fn the_shares_and_the_wide_ones_are_every_story_once() {
-        for parts in [&["1/1", "wide"][..], &["1/2", "2/2", "wide"], &["3/3", "1/3", "wide", "2/3"]]
+    fn shards_and_wide_contain_every_story_once() {
+        for shards in
+            [&["1/1", "wide"][..], &["1/2", "2/2", "wide"], &["3/3", "1/3", "wide", "2/3"]]
         {
-            let mut told: Vec<_> = parts.iter().flat_map(|part| names(part)).collect();
-            told.sort();
+            let mut found: Vec<_> = shards.iter().flat_map(|shard| names(shard)).collect();
+            found.sort();
             let mut all: Vec<_> =
-                stories::all().iter().map(|(room, story)| format!("{room}::{}", story.0)).collect();
+                stories::all().iter().map(|(area, story)| format!("{area}::{}", story.0)).collect();
             all.sort();
-            assert_eq!(told, all, "{parts:?}");
+            assert_eq!(found, all, "{shards:?}");
         }
         assert_eq!(names("wide").len(), WIDE.len());
         let exists = |slow: &(&str, &str)| {
-            stories::all().iter().any(|(room, story)| (*room, story.0) == *slow)
+            stories::all().iter().any(|(area, story)| (*area, story.0) == *slow)
         };
         assert!(SLOW.iter().all(exists), "{SLOW:?}");
     }
 
     #[test]
-    fn shares_are_about_equally_long_and_every_long_story_exists() {
+    fn shards_are_about_equally_long_and_every_long_story_exists() {
         let full: Vec<_> =
-            stories::all().iter().map(|(room, story)| format!("{room}::{}", story.0)).collect();
+            stories::all().iter().map(|(area, story)| format!("{area}::{}", story.0)).collect();
         for (beginning, _) in LONG {
             assert!(full.iter().any(|name| name.starts_with(beginning)), "{beginning}");
         }
-        let share = |part: &str| {
-            let part = Part::parse(part).unwrap().of(stories::all());
-            part.iter().map(|(room, story)| seconds(room, story.0)).sum::<u32>()
+        let share = |shard: &str| {
+            let shard = Shard::parse(shard).unwrap().of(stories::all());
+            shard.iter().map(|(area, story)| seconds(area, story.0)).sum::<u32>()
         };
         assert!(share("1/2").abs_diff(share("2/2")) <= USUAL);
     }
 
     #[test]
-    fn no_story_has_anothers_name_in_its_own() {
-        // A run that goes on where another ended leaves out what passed by name (libtest's --skip).
+    fn no_name_of_a_story_contains_another_one() {
+        // A resumed run skips the stories that passed by name (libtest's --skip, which matches parts).
         let all: Vec<_> =
-            stories::all().iter().map(|(room, story)| format!("{room}::{}", story.0)).collect();
+            stories::all().iter().map(|(area, story)| format!("{area}::{}", story.0)).collect();
         for name in &all {
             assert_eq!(all.iter().filter(|other| other.contains(name)).count(), 1, "{name}");
         }
     }
 
     #[test]
-    fn other_words_are_no_part() {
+    fn invalid_shards_are_rejected() {
         for text in ["", "2", "0/2", "3/2", "1/0", "a/b", "Wide"] {
-            assert_eq!(Part::parse(text), None, "{text:?}");
+            assert_eq!(Shard::parse(text), None, "{text:?}");
         }
     }
 }
