@@ -79,7 +79,8 @@ async fn work(settings: Settings) -> Result<()> {
     let shutdown: cri::Shutdown = Box::pin(async move {
         let _ = stop_requested.wait_for(|stop| *stop).await;
     });
-    let mut server = tokio::spawn(cri::serve(listener, runtime, service, beside, shutdown));
+    let serving = cri::serve(listener, runtime, service, beside, None, shutdown);
+    let mut server = tokio::spawn(serving);
     notify::send("READY=1");
     tracing::info!(
         socket = %settings.socket.display(),
