@@ -84,7 +84,7 @@ async fn serve(dir: &Path, pods: usize) -> Result<Client> {
     let socket = dir.join("cri.sock");
     let listener = cri::listen(&socket)?;
     let never: Shutdown = Box::pin(std::future::pending());
-    tokio::spawn(cri::serve(listener, runtime, service, Routes::default(), never));
+    tokio::spawn(cri::serve(listener, runtime, service, Routes::default(), None, never));
     let connector = tower::service_fn(move |_| {
         let socket = socket.clone();
         async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }

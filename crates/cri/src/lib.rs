@@ -9,6 +9,7 @@ pub mod config;
 pub mod convert;
 pub mod errors;
 mod images;
+pub mod observe;
 mod runtime;
 mod server;
 mod streams;

@@ -4,12 +4,14 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
 use tonic::transport::Server;
 
+use crate::observe::{ObserveLayer, Observer};
 use crate::v1::image_service_server::ImageServiceServer;
 use crate::v1::runtime_service_server::RuntimeServiceServer;
 use crate::{Image, Runtime};
@@ -71,12 +73,13 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
 pub type Shutdown = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Serves both services, and whatever else `beside` holds, until `shutdown`; then finishes the
-/// requests under way.
+/// requests under way. `observer` is told of each call of the CRI.
 pub async fn serve(
     listener: UnixListener,
     runtime: Runtime,
     images: Image,
     beside: Routes,
+    observer: Option<Arc<dyn Observer>>,
     shutdown: Shutdown,
 ) -> Result<(), tonic::transport::Error> {
     let stopping = runtime.stopping.clone();
@@ -92,6 +95,7 @@ pub async fn serve(
         .max_encoding_message_size(MAX_MESSAGE);
     Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
+        .layer(ObserveLayer(observer))
         .add_routes(beside.add_service(runtime).add_service(images))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)
         .await

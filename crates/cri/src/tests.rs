@@ -1,7 +1,8 @@
 //! The services on a real socket, on a node without pods: what a client is told before any VM runs.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use async_trait::async_trait;
@@ -14,6 +15,7 @@ use sandbox::ports::{Attachment, Network, PortError};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, service::Routes};
 
+use crate::observe::Observer;
 use crate::v1::runtime_service_client::RuntimeServiceClient;
 use crate::{Config, Health, Image, Runtime, Shutdown, Streaming, bind_streams, listen, serve, v1};
 
@@ -82,9 +84,19 @@ impl Health for Nothing {
     }
 }
 
+#[derive(Debug, Default)]
+struct Seen(Mutex<Vec<(&'static str, Code)>>);
+
+impl Observer for Seen {
+    fn called(&self, method: &'static str, code: Code, _: Duration) {
+        self.0.lock().unwrap().push((method, code));
+    }
+}
+
 struct Node {
     client: RuntimeServiceClient<Channel>,
     sandboxes: Sandboxes,
+    seen: Arc<Seen>,
     stop: tokio::sync::oneshot::Sender<()>,
     server: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
     _dir: tempfile::TempDir,
@@ -122,14 +134,17 @@ impl Node {
         let shutdown: Shutdown = Box::pin(async {
             let _ = stopped.await;
         });
-        let server = tokio::spawn(serve(listener, runtime, service, Routes::default(), shutdown));
+        let seen = Arc::new(Seen::default());
+        let beside = Routes::default();
+        let observer = Some(seen.clone() as Arc<dyn Observer>);
+        let server = tokio::spawn(serve(listener, runtime, service, beside, observer, shutdown));
         let connector = tower::service_fn(move |_| {
             let socket = socket.clone();
             async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
         });
         let channel = Endpoint::from_static("http://node").connect_with_connector(connector).await;
         let client = RuntimeServiceClient::new(channel.unwrap());
-        Some(Self { client, sandboxes, stop, server, _dir: dir })
+        Some(Self { client, sandboxes, seen, stop, server, _dir: dir })
     }
 }
 
@@ -257,4 +272,29 @@ async fn those_who_follow_events_do_not_hold_up_the_end_of_the_server() {
     assert!(matches!(end, Ok(None)), "{end:?}");
     drop(node.client);
     tokio::time::timeout(limit, node.server).await.expect("the server ends").unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn an_observer_is_told_of_every_call_with_its_code() {
+    let Some(mut node) = Node::start().await else { return };
+    node.client.version(v1::VersionRequest::default()).await.unwrap();
+    let container = v1::ContainerStatusRequest { container_id: id(), verbose: false };
+    node.client.container_status(container).await.unwrap_err();
+    let list = v1::StreamContainersRequest::default();
+    let mut list = node.client.stream_containers(list).await.unwrap().into_inner();
+    assert!(list.message().await.unwrap().is_none());
+    // Its client goes away.
+    drop(node.client.get_container_events(v1::GetEventsRequest {}).await.unwrap());
+    let expected = [
+        ("Version", Code::Ok),
+        ("ContainerStatus", Code::NotFound),
+        ("StreamContainers", Code::Ok),
+        ("GetContainerEvents", Code::Cancelled),
+    ];
+    let deadline = std::time::Instant::now() + Duration::from_secs(5);
+    while node.seen.0.lock().unwrap().len() < expected.len() {
+        assert!(std::time::Instant::now() < deadline, "{:?}", node.seen);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(*node.seen.0.lock().unwrap(), expected);
 }

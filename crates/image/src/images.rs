@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::files::{create_directory, remove_directory};
 use crate::import;
 use crate::manifest::chain_id;
+use crate::observe::{Observer, Pulling, Unobserved};
 use crate::progress::{Progress, ProgressSender, Tracker};
 use crate::pull::pull;
 use crate::reference::Reference;
@@ -81,6 +82,7 @@ pub struct Hold {
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub config: Arc<Config>,
+    pub observer: Arc<dyn Observer>,
     /// Full names and ids.
     pinned: BTreeSet<String>,
     pub content: Content,
@@ -122,6 +124,11 @@ impl Images {
     /// Opens the store and deletes incomplete files of a killed process. Fails if another process
     /// has it open.
     pub async fn open(config: Config) -> Result<Self, Error> {
+        Self::open_observed(config, Arc::new(Unobserved)).await
+    }
+
+    /// [`Self::open`], with someone who is told what is measured.
+    pub async fn open_observed(config: Config, observer: Arc<dyn Observer>) -> Result<Self, Error> {
         run_blocking(move || {
             create_directory(&config.root)?;
             let lock = lock(&config.root)?;
@@ -135,6 +142,7 @@ impl Images {
             Ok(Self(Arc::new(Inner {
                 registries: Registries::new(Arc::clone(&config)),
                 config,
+                observer,
                 pinned,
                 content,
                 view: RwLock::new(Arc::new(store.view())),
@@ -195,8 +203,10 @@ impl Images {
             let progress = tracker.subscribe();
             let (done, outcome) = watch::channel(None);
             let (inner, key) = (Arc::clone(&self.0), key.clone());
+            let pulling = Pulling::begin(inner.observer.clone());
             let task = tokio::spawn(async move {
                 let result = pull(Arc::clone(&inner), reference, auth, tracker).await;
+                pulling.end(&result);
                 // A later caller starts a new pull.
                 let mut pulls = inner.pulls.lock().expect("no holder panics");
                 if pulls.get(&key).is_some_and(|shared| shared.number == number) {

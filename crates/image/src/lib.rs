@@ -28,6 +28,7 @@ mod images;
 mod import;
 mod layer;
 mod manifest;
+pub mod observe;
 mod path;
 mod progress;
 mod pull;

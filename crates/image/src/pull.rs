@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::flatten::Flattener;
 use crate::images::Inner;
 use crate::manifest::{Descriptor, Document, MAX_NESTING, Manifest, parse_config};
+use crate::observe::Arrivals;
 use crate::progress::{Phase, Tracker};
 use crate::record::{Layer, Record};
 use crate::reference::{Reference, Target};
@@ -195,7 +196,11 @@ async fn fetch_layer(
     let lock = inner.blob_lock(layer.digest);
     let _locked = lock.lock().await;
     if !inner.content.has(&layer.digest, layer.size) {
-        let progress = |bytes| tracker.fetched(index, bytes);
+        let arrivals = Arrivals::new(&*inner.observer);
+        let progress = |bytes| {
+            arrivals.at(bytes);
+            tracker.fetched(index, bytes);
+        };
         let durable = inner.config.keep_layers;
         session.blob(&layer.digest, layer.size, &inner.content, durable, &progress).await?;
     }

@@ -1,9 +1,13 @@
 //! nacelled's configuration: a TOML file, and a few values that flags and environment variables
 //! override. [`TEMPLATE`] documents all settings; a test compares it with the defaults.
 
+mod listen;
+
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+pub use listen::{Listen, ListenError};
 
 /// Every setting with its default and a comment; printed by `nacelled config default`.
 pub const TEMPLATE: &str = include_str!("settings.toml");
@@ -26,6 +30,7 @@ pub struct Settings {
     pub streaming: cri::Streaming,
     pub network: network::Config,
     pub images: image::Config,
+    pub metrics: Metrics,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +39,12 @@ pub struct Log {
     /// tracing-subscriber's EnvFilter, e.g. `info,sandbox=debug`.
     pub level: String,
     pub format: LogFormat,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metrics {
+    pub listen: Listen,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +83,7 @@ pub struct Overrides {
     pub socket: Option<PathBuf>,
     pub cni_conf_dir: Option<PathBuf>,
     pub log_level: Option<String>,
+    pub metrics_listen: Option<Listen>,
 }
 
 impl Default for Settings {
@@ -90,6 +102,7 @@ impl Default for Settings {
             streaming: cri::Streaming::default(),
             network: network::Config { cache_dir: PathBuf::new(), ..network::Config::default() },
             images: image::Config::default(),
+            metrics: Metrics::default(),
         };
         settings.derive();
         settings
@@ -158,6 +171,9 @@ impl Settings {
         put(&mut settings.network.conf_dir, &overrides.cni_conf_dir);
         if let Some(level) = &overrides.log_level {
             settings.log.level.clone_from(level);
+        }
+        if let Some(listen) = &overrides.metrics_listen {
+            settings.metrics.listen.clone_from(listen);
         }
         settings.derive();
         Ok(settings)
@@ -269,6 +285,11 @@ mod tests {
         let settings =
             Settings::parse("root = \"/r\"", Path::new("test.toml"), &overrides).unwrap();
         assert_eq!(settings.pods.root, Path::new("/o"));
+        let overrides = Overrides { metrics_listen: Some(Listen::Off), ..Default::default() };
+        let text = "[metrics]\nlisten = \"127.0.0.1:9750\"";
+        let settings = Settings::parse(text, Path::new("test.toml"), &overrides).unwrap();
+        assert_eq!(settings.metrics.listen, Listen::Off);
+        assert!(matches!(parse(text).unwrap().metrics.listen, Listen::Tcp(_)));
     }
 
     #[test]
@@ -278,5 +299,7 @@ mod tests {
         let text = parse("[pods]\nroot = \"/r\"").unwrap_err().to_string();
         assert!(text.contains("[pods] root"), "{text}");
         assert!(parse("[pods]\ndefault_vcpus = \"two\"").is_err());
+        let text = parse("[metrics]\nlisten = \"0.0.0.0:9750\"").unwrap_err().to_string();
+        assert!(text.contains("listen") && text.contains("not a loopback address"), "{text}");
     }
 }

@@ -11,7 +11,7 @@
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::config::Config;
@@ -21,6 +21,7 @@ use crate::libcni_cache;
 use crate::model::{Attachment, Pod};
 use crate::netns::{self, NetnsError};
 use crate::nic::{self, NicError};
+use crate::observe::Observer;
 use crate::plugin::chain::{AddError, PluginError, Runner};
 use crate::plugin::conf::{ConfError, Network};
 use crate::plugin::params::{Params, PodError, check_id};
@@ -133,9 +134,9 @@ pub struct Host {
 }
 
 impl Host {
-    pub fn new(config: Config) -> Self {
+    pub fn new(config: Config, observer: Arc<dyn Observer>) -> Self {
         Self {
-            runner: Runner::new(&config),
+            runner: Runner::new(&config, observer),
             records: Records::new(&config.cache_dir),
             pods: PodLocks::default(),
             plugin_lock: PluginLock::new(Duration::from_millis(config.gc_interval_ms)),

@@ -18,6 +18,7 @@ mod libcni_cache;
 mod model;
 mod netns;
 mod nic;
+pub mod observe;
 mod plugin;
 mod pod_locks;
 mod record;
@@ -66,9 +67,14 @@ const FIRST_RETRY: Duration = Duration::from_secs(5);
 
 impl Cni {
     pub fn new(config: Config) -> Self {
+        Self::observed(config, Arc::new(observe::Unobserved))
+    }
+
+    /// [`Self::new`], with someone who is told what is measured.
+    pub fn observed(config: Config, observer: Arc<dyn observe::Observer>) -> Self {
         let permits = || Arc::new(Semaphore::new(config.parallelism()));
         let (attaching, detaching) = (permits(), permits());
-        Self { host: Arc::new(Host::new(config)), attaching, detaching }
+        Self { host: Arc::new(Host::new(config, observer)), attaching, detaching }
     }
 
     /// Path of the pod's network namespace; known before [`Cni::attach`].

@@ -4,10 +4,12 @@
 mod common;
 
 use std::fs;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{GOOD, Host, conflist, json, on_a_host, pod, run_in, text};
-use network::{Cni, Config, Error, PluginError};
+use network::observe::{Observer, Outcome, PluginRun};
+use network::{Cni, Config, Error, PluginError, Verb};
 
 /// Passes prevResult on and logs the command.
 const SECOND: &str = r#"
@@ -144,6 +146,42 @@ fn every_failure_is_reported_and_leaves_nothing_behind() {
         }
         let again = bad(r#"echo '{"code":11,"msg":"busy"}'; exit 1"#);
         assert!(again.contains("try again later"), "{again}");
+    });
+}
+
+#[derive(Debug, Default)]
+struct Seen(Mutex<Vec<(String, Verb, Outcome)>>);
+
+impl Observer for Seen {
+    fn plugin_ran(&self, run: PluginRun<'_>) {
+        self.0.lock().unwrap().push((run.plugin.to_owned(), run.verb, run.outcome));
+    }
+}
+
+#[test]
+fn an_observer_is_told_of_every_run_with_its_outcome() {
+    on_a_host(|host| {
+        let seen = Arc::new(Seen::default());
+        let config = Config { plugin_timeout_ms: 4000, ..host.config() };
+        let cni = Cni::observed(config, seen.clone());
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good", "bad"]));
+        let ran = |plugin: &str, verb, outcome| (plugin.to_owned(), verb, outcome);
+        for (add, outcome) in [
+            ("exit 3", Outcome::Failed),
+            ("echo hello", Outcome::Failed),
+            ("sleep 60", Outcome::TimedOut),
+        ] {
+            host.plugin("bad", &format!("case $CNI_COMMAND in ADD) {add};; esac"));
+            fails(host, &cni, "p1");
+            let expected = [
+                ran("good", Verb::Add, Outcome::Ok),
+                ran("bad", Verb::Add, outcome),
+                ran("bad", Verb::Del, Outcome::Ok),
+                ran("good", Verb::Del, Outcome::Ok),
+            ];
+            assert_eq!(std::mem::take(&mut *seen.0.lock().unwrap()), expected);
+        }
     });
 }
 

@@ -22,6 +22,7 @@ use crate::model::{
     PodId, PodResources, PodSpec, PodView, Room, TracePhase,
 };
 use crate::node::Node;
+use crate::observe::{Observer, Unobserved};
 use crate::open::{self, Opened};
 use crate::pod::{self, Begin, Handle, Request};
 use crate::policy::{ContainerPhase, EmptyDirs, Phase, Pod};
@@ -87,16 +88,28 @@ impl Sandboxes {
         network: Arc<dyn Network>,
         launcher: Arc<dyn Launch>,
     ) -> Result<Self, Error> {
-        Self::open_at(config, network, launcher, Failpoints::default()).await
+        Self::open_observed(config, network, launcher, Arc::new(Unobserved)).await
+    }
+
+    /// [`Self::open_with`], with someone who is told what is measured.
+    pub async fn open_observed(
+        config: Config,
+        network: Arc<dyn Network>,
+        launcher: Arc<dyn Launch>,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self, Error> {
+        Self::open_at(config, network, launcher, observer, Failpoints::default()).await
     }
 
     pub(crate) async fn open_at(
         config: Config,
         network: Arc<dyn Network>,
         launcher: Arc<dyn Launch>,
+        observer: Arc<dyn Observer>,
         failpoints: Failpoints,
     ) -> Result<Self, Error> {
-        let Opened { node, lock } = open::open(config, network, launcher, failpoints).await?;
+        let opened = open::open(config, network, launcher, observer, failpoints).await?;
+        let Opened { node, lock } = opened;
         Ok(Self { node, _lock: Arc::new(lock) })
     }
 
@@ -423,6 +436,13 @@ impl Sandboxes {
         let handles = self.node.registry.handles().into_iter();
         let ready = handles.filter(|handle| handle.pod().phase == Phase::Ready);
         ready.filter_map(|handle| Some((handle.id.clone(), handle.stats()?))).collect()
+    }
+
+    /// As [`Self::all_stats`], but the pods are not measured again for it.
+    pub fn last_stats(&self) -> BTreeMap<PodId, Arc<PodStatsView>> {
+        let handles = self.node.registry.handles().into_iter();
+        let ready = handles.filter(|handle| handle.pod().phase == Phase::Ready);
+        ready.filter_map(|handle| Some((handle.id.clone(), handle.last_stats()?))).collect()
     }
 
     pub async fn container_stats(&self, id: &str) -> Result<ContainerStatsView, Error> {

@@ -22,6 +22,7 @@ mod logs;
 mod machine;
 pub mod model;
 mod node;
+pub mod observe;
 mod open;
 mod pod;
 mod policy;

@@ -13,6 +13,7 @@ use crate::host::watch::Watcher;
 use crate::journal::Journal;
 use crate::launcher::Launch;
 use crate::model::Event;
+use crate::observe::Observer;
 use crate::ports::Network;
 use crate::registry::Registry;
 
@@ -23,6 +24,7 @@ pub(crate) struct Node {
     pub(crate) boot_id: String,
     pub(crate) network: Arc<dyn Network>,
     pub(crate) launcher: Arc<dyn Launch>,
+    pub(crate) observer: Arc<dyn Observer>,
     pub(crate) journal: Journal,
     pub(crate) scratch: Scratch,
     pub(crate) registry: Registry,

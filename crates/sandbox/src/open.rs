@@ -20,6 +20,7 @@ use crate::host::{blocking, cgroup, process};
 use crate::journal::{Found, Journal};
 use crate::launcher::Launch;
 use crate::node::Node;
+use crate::observe::Observer;
 use crate::pod::{self, Begin};
 use crate::policy::{Change, ContainerPhase, Effect, Phase, Pod};
 use crate::ports::Network;
@@ -41,6 +42,7 @@ pub(crate) async fn open(
     config: Config,
     network: Arc<dyn Network>,
     launcher: Arc<dyn Launch>,
+    observer: Arc<dyn Observer>,
     failpoints: Failpoints,
 ) -> Result<Opened, Error> {
     check(&config)?;
@@ -52,7 +54,7 @@ pub(crate) async fn open(
     let lock = lock(&config.root.join("lock")).await?;
     let pods = config.root.join("pods");
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
-    let journal = Journal::open(pods.clone(), failpoints.clone());
+    let journal = Journal::open(pods.clone(), observer.clone(), failpoints.clone());
     let journal = journal.map_err(|e| failed("open", &pods, e))?;
     let shutdown = CancellationToken::new();
     let node = Arc::new(Node {
@@ -60,6 +62,7 @@ pub(crate) async fn open(
         boot_id: process::boot_id(),
         network,
         launcher,
+        observer,
         scratch: Scratch::new(originals),
         registry: Registry::default(),
         starts: Semaphore::new(config.starts_at_once()),

@@ -13,6 +13,7 @@ use vmm_api::{DiskConfig, ExitReason, Fd, NetConfig, Reply, Request, VmExit, VmS
 use crate::error::Error;
 use crate::failpoint::Failpoints;
 use crate::host::blocking;
+use crate::observe::DeathCause;
 
 /// A status file is one small object; a VMM under a guest's control may write more.
 const MAX_STATUS: u64 = 64 << 10;
@@ -152,15 +153,15 @@ pub(crate) fn serial(prefix: char, name: &[u8]) -> String {
 
 /// Why a VM ended, for people. `status` is the file in which the VMM leaves its last words; none:
 /// it was killed before it could write them.
-pub(crate) fn exit_reason(status: &Path) -> Option<String> {
+pub(crate) fn exit_reason(status: &Path) -> Option<(DeathCause, String)> {
     let exit = read_exit(status)?;
-    let what = match exit.reason {
-        ExitReason::Shutdown => "the guest powered off",
-        ExitReason::Reset => "the guest reset itself",
-        ExitReason::Panic => "the guest's kernel panicked",
-        ExitReason::Killed => "the VMM was told to end",
-        ExitReason::TripleFault => "a vCPU triple-faulted",
-        ExitReason::Error => "the VMM failed",
+    let (cause, what) = match exit.reason {
+        ExitReason::Shutdown => (DeathCause::Shutdown, "the guest powered off"),
+        ExitReason::Reset => (DeathCause::Reset, "the guest reset itself"),
+        ExitReason::Panic => (DeathCause::Panic, "the guest's kernel panicked"),
+        ExitReason::Killed => (DeathCause::Terminated, "the VMM was told to end"),
+        ExitReason::TripleFault => (DeathCause::TripleFault, "a vCPU triple-faulted"),
+        ExitReason::Error => (DeathCause::Error, "the VMM failed"),
     };
     let mut text = what.to_owned();
     if !exit.message.is_empty() {
@@ -173,7 +174,7 @@ pub(crate) fn exit_reason(status: &Path) -> Option<String> {
         text.push_str("; console: ");
         text.push_str(&clean(&exit.console_tail, TAIL));
     }
-    Some(text)
+    Some((cause, text))
 }
 
 fn read_exit(path: &Path) -> Option<VmExit> {
@@ -214,7 +215,8 @@ mod tests {
             console_tail: format!("{}é\x1b[31mlast line\n", "x".repeat(2000)),
         };
         std::fs::write(&path, serde_json::to_vec(&exit).unwrap()).unwrap();
-        let text = exit_reason(&path).unwrap();
+        let (cause, text) = exit_reason(&path).unwrap();
+        assert_eq!(cause, DeathCause::Panic);
         assert!(text.starts_with("the guest's kernel panicked: Kernel panic"), "{text}");
         assert!(text.ends_with("?[31mlast line") && text.len() < 2 * TAIL + 200, "{text}");
         std::fs::write(&path, "{").unwrap();

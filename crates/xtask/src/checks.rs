@@ -50,16 +50,25 @@ const WALLS: &[(&str, &[&str], &str)] = &[
     ("agent", &["kvm-ioctls", "cri", "sandbox", "machine"], "the guest knows neither KVM nor CRI"),
     (
         "sandbox",
-        &["cri", "network", "image", "machine", "virtio", "kvm-ioctls"],
+        &["cri", "network", "image", "machine", "virtio", "kvm-ioctls", "prometheus-client"],
         "the life cycle meets CRI, CNI and images through ports",
     ),
-    ("network", &["sandbox", "vmm-api", "agent-api", "cri"], "the network knows no VMs"),
+    (
+        "network",
+        &["sandbox", "vmm-api", "agent-api", "cri", "prometheus-client"],
+        "the network knows no VMs",
+    ),
     (
         "shim",
         &["cri", "image", "streaming", "nacelle", "kvm-ioctls"],
         "a shim is a pod of containerd and nothing else",
     ),
-    ("image", &["sandbox", "network", "cri", "vmm-api", "agent-api"], "images know no sandboxes"),
+    (
+        "image",
+        &["sandbox", "network", "cri", "vmm-api", "agent-api", "prometheus-client"],
+        "images know no sandboxes",
+    ),
+    ("cri", &["prometheus-client"], "crates report to observers; only nacelle keeps metrics"),
     (
         "streaming",
         &["sandbox", "network", "image", "cri", "vmm-api", "agent-api", "tonic"],

@@ -17,6 +17,7 @@ mod life_cycle;
 mod limits;
 mod logs;
 mod memory;
+mod metrics;
 mod network;
 mod programs;
 mod reboot;
@@ -60,6 +61,7 @@ pub fn all() -> Vec<(&'static str, Story)> {
         ("limits", limits::STORIES),
         ("memory", memory::STORIES),
         ("events", events::STORIES),
+        ("metrics", metrics::STORIES),
         ("security", security::STORIES),
         ("devices", devices::STORIES),
         ("userns", userns::STORIES),

@@ -116,6 +116,8 @@ async fn spawn() -> Result<()> {
     let mut daemon = Command::new(&program)
         .args(["--root", ROOT, "--state", STATE, "--cni-conf-dir"])
         .arg(&conf_dir)
+        // The address of the configuration file is for the node's own daemon.
+        .args(["--metrics-listen", ""])
         // The variable names the socket of another daemon.
         .env_remove("NACELLE_SOCKET")
         .stdin(Stdio::null())

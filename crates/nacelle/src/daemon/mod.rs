@@ -4,6 +4,7 @@ mod debug;
 mod health;
 mod images;
 mod logging;
+mod metrics;
 mod network;
 mod notify;
 mod serve;
@@ -15,7 +16,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::settings::{Overrides, Settings, TEMPLATE};
+use crate::settings::{Listen, Overrides, Settings, TEMPLATE};
 
 pub(crate) use health::probe;
 
@@ -40,6 +41,9 @@ struct Arguments {
     /// Log level: error, warn, info, debug, trace, or a filter such as info,sandbox=debug
     #[arg(long, env = "NACELLE_LOG", global = true, value_name = "LEVEL")]
     log_level: Option<String>,
+    /// Where metrics are served: unix:/PATH or 127.0.0.1:PORT; empty: nowhere [default: nowhere]
+    #[arg(long, env = "NACELLE_METRICS_LISTEN", global = true, value_name = "ADDRESS")]
+    metrics_listen: Option<Listen>,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -96,6 +100,7 @@ fn run(arguments: Arguments) -> Result<()> {
         socket: arguments.socket,
         cni_conf_dir: arguments.cni_conf_dir,
         log_level: arguments.log_level,
+        metrics_listen: arguments.metrics_listen,
     };
     let load = || Settings::load(arguments.config.as_deref(), &overrides);
     match arguments.command {
@@ -143,6 +148,10 @@ mod tests {
         Arguments::command().debug_assert();
         let given = Arguments::parse_from(["nacelled", "config", "check", "--config", "/x"]);
         assert_eq!(given.config.unwrap(), PathBuf::from("/x"));
+        let given = Arguments::parse_from(["nacelled", "--metrics-listen", ""]);
+        assert_eq!(given.metrics_listen, Some(Listen::Off));
+        let refused = Arguments::try_parse_from(["nacelled", "--metrics-listen", "0.0.0.0:1"]);
+        assert!(refused.unwrap_err().to_string().contains("not a loopback address"));
         let help = Arguments::command().find_subcommand("config").unwrap().clone();
         let help = help.find_subcommand("cni").unwrap().clone().render_help().to_string();
         assert!(help.contains(::network::DEFAULT_IPV6), "{help}");

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use image::Images;
 use sandbox::Sandboxes;
+use sandbox::launcher::LauncherProcess;
 use sandbox::ports::Network;
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::service::Routes;
@@ -14,6 +15,7 @@ use tonic::service::Routes;
 use super::debug::Debug;
 use super::health::NodeHealth;
 use super::images::Keeper;
+use super::metrics::{self, Counters};
 use super::network::CniNetwork;
 use super::{logging, notify};
 use crate::api::debug_server::DebugServer;
@@ -47,12 +49,25 @@ pub(super) fn serve(settings: Settings) -> Result<()> {
 async fn work(settings: Settings) -> Result<()> {
     // First, because it fails if another daemon has the socket.
     let listener = cri::listen(&settings.socket)?;
-    let network: Arc<dyn Network> =
-        Arc::new(CniNetwork(::network::Cni::new(settings.network.clone())));
-    let images = Images::open(settings.images.clone()).await.context("opening the image store")?;
-    let sandboxes = Sandboxes::open(settings.pods.clone(), network.clone())
+    let counters = Arc::new(Counters::new());
+    let cni = ::network::Cni::observed(settings.network.clone(), counters.clone());
+    let network: Arc<dyn Network> = Arc::new(CniNetwork(cni));
+    let images = Images::open_observed(settings.images.clone(), counters.clone())
+        .await
+        .context("opening the image store")?;
+    let launcher = Arc::new(
+        LauncherProcess::start(settings.pods.launcher.clone()).context("starting the launcher")?,
+    );
+    let pods = settings.pods.clone();
+    let sandboxes = Sandboxes::open_observed(pods, network.clone(), launcher, counters.clone())
         .await
         .context("opening the journal of pods")?;
+    let listen = &settings.metrics.listen;
+    let scraped = sandboxes.clone();
+    let metrics_server = metrics::Server::start(listen, || {
+        metrics::registry(&counters, metrics::Node::new(scraped))
+    });
+    let _metrics_server = metrics_server.await.context("[metrics] listen")?;
     let health = Arc::new(NodeHealth::watch(&settings, network));
     let debug = Debug::new(sandboxes.clone(), images.clone(), health.clone());
     let streams = cri::bind_streams(&settings.streaming, sandboxes.clone())
@@ -79,7 +94,8 @@ async fn work(settings: Settings) -> Result<()> {
     let shutdown: cri::Shutdown = Box::pin(async move {
         let _ = stop_requested.wait_for(|stop| *stop).await;
     });
-    let mut server = tokio::spawn(cri::serve(listener, runtime, service, beside, shutdown));
+    let mut server =
+        tokio::spawn(cri::serve(listener, runtime, service, beside, Some(counters), shutdown));
     notify::send("READY=1");
     tracing::info!(
         socket = %settings.socket.display(),

@@ -4,8 +4,8 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex};
+use std::time::{Instant, SystemTime};
 
 use serde_json::{Map, Value, json};
 
@@ -14,6 +14,7 @@ use super::exec::{ExecError, Invocation, Output, format_output};
 use super::params::Params;
 use super::reply::{Failure, Success, Versions, code};
 use crate::config::Config;
+use crate::observe::{Observer, Outcome, PluginRun};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verb {
@@ -90,6 +91,7 @@ pub struct GcOutcome {
 /// Runs plugins.
 #[derive(Debug)]
 pub struct Runner {
+    observer: Arc<dyn Observer>,
     bin_dirs: Vec<PathBuf>,
     timeout: std::time::Duration,
     output_limit: usize,
@@ -97,8 +99,9 @@ pub struct Runner {
 }
 
 impl Runner {
-    pub fn new(config: &Config) -> Self {
+    pub fn new(config: &Config, observer: Arc<dyn Observer>) -> Self {
         Self {
+            observer,
             bin_dirs: config.bin_dirs.clone(),
             timeout: config.plugin_timeout(),
             output_limit: config.plugin_output_limit,
@@ -120,10 +123,11 @@ impl Runner {
         let mut previous: Option<Success> = None;
         for (reached, plugin) in network.plugins.iter().enumerate() {
             let prev = previous.as_ref().map(|s| &s.raw);
-            let mut result = self
-                .call(network, plugin, Verb::Add, Some(params), prev, Map::new())
-                .and_then(|output| parse(plugin, Verb::Add, &output))
-                .map_err(|error| AddError { error, reached })?;
+            let added = self.measured(plugin, Verb::Add, || {
+                self.call(network, plugin, Verb::Add, Some(params), prev, Map::new())
+                    .and_then(|output| parse(plugin, Verb::Add, &output))
+            });
+            let mut result = added.map_err(|error| AddError { error, reached })?;
             if let Value::Object(raw) = &mut result.raw {
                 raw.entry("cniVersion").or_insert_with(|| network.version.as_str().into());
             }
@@ -146,14 +150,17 @@ impl Runner {
             .iter()
             .rev()
             .filter_map(|plugin| {
-                match self.call(network, plugin, Verb::Del, Some(params), result, Map::new()) {
-                    Err(PluginError::Failed { failure, .. })
-                        if failure.code == code::UNKNOWN_CONTAINER =>
-                    {
-                        None
+                let deleted = self.measured(plugin, Verb::Del, || {
+                    match self.call(network, plugin, Verb::Del, Some(params), result, Map::new()) {
+                        Err(PluginError::Failed { failure, .. })
+                            if failure.code == code::UNKNOWN_CONTAINER =>
+                        {
+                            Ok(())
+                        }
+                        other => other.map(drop),
                     }
-                    other => other.err(),
-                }
+                });
+                deleted.err()
             })
             .collect()
     }
@@ -169,7 +176,9 @@ impl Runner {
             return Ok(());
         }
         for plugin in &network.plugins {
-            self.call(network, plugin, Verb::Check, Some(params), Some(result), Map::new())?;
+            self.measured(plugin, Verb::Check, || {
+                self.call(network, plugin, Verb::Check, Some(params), Some(result), Map::new())
+            })?;
         }
         Ok(())
     }
@@ -197,7 +206,10 @@ impl Runner {
         }
         for plugin in &network.plugins {
             let stdin = request(network, plugin, Verb::Gc, None, None, extra.clone());
-            match self.run(network, plugin, Verb::Gc, None, &stdin, Some(should_stop)) {
+            let ran = self.measured(plugin, Verb::Gc, || {
+                self.run(network, plugin, Verb::Gc, None, &stdin, Some(should_stop))
+            });
+            match ran {
                 Ok(_) => {}
                 Err(PluginError::Exec { source: ExecError::Interrupted { .. }, .. }) => {
                     collected.stopped = true;
@@ -272,6 +284,19 @@ impl Runner {
                 searched: self.bin_dirs.clone(),
             },
         )
+    }
+
+    fn measured<T>(
+        &self,
+        plugin: &Plugin,
+        verb: Verb,
+        run: impl FnOnce() -> Result<T, PluginError>,
+    ) -> Result<T, PluginError> {
+        let began = Instant::now();
+        let result = run();
+        let (outcome, took) = (Outcome::of(&result), began.elapsed());
+        self.observer.plugin_ran(PluginRun { plugin: &plugin.kind, verb, outcome, took });
+        result
     }
 
     fn call(

@@ -10,7 +10,7 @@ mod stream;
 use std::future::Future;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_api::v1::agent_client::AgentClient;
 use agent_api::v1::{HelloReply, HelloRequest};
@@ -22,6 +22,7 @@ use tonic::{Response, Status};
 
 use crate::error::Error;
 use crate::failpoint::Failpoints;
+use crate::observe::{Measured, Observer, Outcome};
 
 pub(crate) use connect::{Door, SOCKETS, connect};
 pub(crate) use forward::{Unconnected, forward};
@@ -40,11 +41,17 @@ pub(crate) struct Guest {
     /// A connection made while waiting for the boot, for the channel's first use.
     spare: Arc<Mutex<Option<UnixStream>>>,
     deadline: Duration,
+    observer: Arc<dyn Observer>,
     failpoints: Failpoints,
 }
 
 impl Guest {
-    pub(crate) fn new(door: Door, deadline: Duration, failpoints: Failpoints) -> Self {
+    pub(crate) fn new(
+        door: Door,
+        deadline: Duration,
+        observer: Arc<dyn Observer>,
+        failpoints: Failpoints,
+    ) -> Self {
         let door = Arc::new(door);
         let spare = Arc::new(Mutex::new(None::<UnixStream>));
         let (path, first) = (door.clone(), spare.clone());
@@ -64,7 +71,7 @@ impl Guest {
         let client = AgentClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE);
-        Self { door, client, spare, deadline, failpoints }
+        Self { door, client, spare, deadline, observer, failpoints }
     }
 
     pub(crate) fn door(&self) -> &Door {
@@ -100,7 +107,15 @@ impl Guest {
                 Err(_) => Err(Error::Deadline { what: place.clone(), limit }),
             }
         };
-        self.failpoints.around(&place, called).await
+        let began = Instant::now();
+        let result = self.failpoints.around(&place, called).await;
+        self.called(what, Outcome::of(&result), began);
+        result
+    }
+
+    fn called(&self, call: &str, outcome: Outcome, began: Instant) {
+        let took = began.elapsed();
+        self.observer.measured(Measured::GuestCall { call, outcome, took });
     }
 
     pub(crate) async fn hello(&self, limit: Duration) -> Result<HelloReply, Error> {
@@ -126,7 +141,8 @@ impl Guest {
     pub(crate) async fn ping(&self, limit: Duration) -> Result<(), Error> {
         let mut client = self.client.clone();
         let call = client.hello(HelloRequest { protocol: PROTOCOL });
-        match tokio::time::timeout(limit, call).await {
+        let began = Instant::now();
+        let result = match tokio::time::timeout(limit, call).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(status)) if is_answer(&status) || is_our_own(&status) => {
                 tracing::debug!(%status, "ping was answered with an error");
@@ -134,7 +150,9 @@ impl Guest {
             }
             Ok(Err(status)) => Err(from_status("ping", &status)),
             Err(_) => Err(Error::Deadline { what: "guest: ping".into(), limit }),
-        }
+        };
+        self.called("ping", Outcome::of(&result), began);
+        result
     }
 
     /// Tries until the agent listens; the caller sets the limit by dropping the future.

@@ -9,11 +9,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
 
 use crate::failpoint::{Failpoints, When};
 use crate::host::{absent_is_fine, sync_dir};
 use crate::model::PodId;
+use crate::observe::{Measured, Observer, Outcome};
 use crate::policy::Pod;
 
 pub(crate) use header::Header;
@@ -30,6 +32,7 @@ const MAX_RECORD: u64 = 64 << 20;
 #[derive(Clone)]
 pub(crate) struct Journal {
     pods: PathBuf,
+    observer: Arc<dyn Observer>,
     failpoints: Failpoints,
 }
 
@@ -57,9 +60,13 @@ pub(crate) struct Unread {
 }
 
 impl Journal {
-    pub(crate) fn open(pods: PathBuf, failpoints: Failpoints) -> io::Result<Self> {
+    pub(crate) fn open(
+        pods: PathBuf,
+        observer: Arc<dyn Observer>,
+        failpoints: Failpoints,
+    ) -> io::Result<Self> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&pods)?;
-        Ok(Self { pods, failpoints })
+        Ok(Self { pods, observer, failpoints })
     }
 
     pub(crate) fn folder(&self, pod: &str) -> PathBuf {
@@ -74,25 +81,36 @@ impl Journal {
         if pod.unread {
             return Ok(());
         }
+        let began = Instant::now();
+        let written = self.write_both(pod, boot_id);
+        let outcome = if written.is_ok() { Outcome::Ok } else { Outcome::Failed };
+        self.observer.measured(Measured::JournalWrite { outcome, took: began.elapsed() });
+        written
+    }
+
+    fn write_both(&self, pod: &Pod, boot_id: &str) -> io::Result<()> {
         self.failpoints.pass(When::Before, "journal: folder")?;
         let folder = self.folder(&pod.id);
         match fs::DirBuilder::new().mode(0o700).create(&folder) {
-            Ok(()) => sync_dir(&self.pods)?,
+            Ok(()) => self.sync(|| sync_dir(&self.pods))?,
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             Err(e) => return Err(e),
         }
         self.replace_header(pod)?;
         let bytes = record::encode(pod, boot_id)?;
         self.failpoints.pass(When::Before, "journal: record")?;
-        replace(&folder, "record.new", RECORD, &bytes)?;
+        self.replace(&folder, "record.new", RECORD, &bytes)?;
         // One for both: it is what a start of a pod waits for.
-        sync_dir(&folder)?;
+        self.sync(|| sync_dir(&folder))?;
         self.failpoints.pass(When::After, "journal: record")
     }
 
     /// Brings the header up to date, if it is not. Blocks.
     pub(crate) fn write_header(&self, pod: &Pod) -> io::Result<()> {
-        if self.replace_header(pod)? { sync_dir(&self.folder(&pod.id)) } else { Ok(()) }
+        match self.replace_header(pod)? {
+            true => self.sync(|| sync_dir(&self.folder(&pod.id))),
+            false => Ok(()),
+        }
     }
 
     /// True if it was not up to date.
@@ -103,9 +121,39 @@ impl Journal {
             return Ok(false);
         }
         self.failpoints.pass(When::Before, "journal: header")?;
-        replace(&folder, "header.new", HEADER, &bytes)?;
+        self.replace(&folder, "header.new", HEADER, &bytes)?;
         self.failpoints.pass(When::After, "journal: header")?;
         Ok(true)
+    }
+
+    /// Writes a file of a folder, whatever stood there before; durable once the folder is synced.
+    fn replace(&self, folder: &Path, new: &str, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let (new, path) = (folder.join(new), folder.join(name));
+        for place in [&new, &path] {
+            if place.is_dir() {
+                remove_any(place)?;
+            }
+        }
+        let mut options = OpenOptions::new();
+        let written = options
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&new)
+            .and_then(|mut file| file.write_all(bytes).and_then(|()| self.sync(|| file.sync_all())))
+            .and_then(|()| fs::rename(&new, &path));
+        if written.is_err() {
+            let _ = fs::remove_file(&new);
+        }
+        written
+    }
+
+    fn sync(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let began = Instant::now();
+        let synced = sync();
+        self.observer.measured(Measured::JournalSync { took: began.elapsed() });
+        synced
     }
 
     /// Removes a pod's folder, its record and header last. Blocks.
@@ -126,7 +174,7 @@ impl Journal {
         self.failpoints.pass(When::After, "journal: removal of a record")?;
         remove_any(&folder.join(HEADER))?;
         absent_is_fine(fs::remove_dir(&folder))?;
-        sync_dir(&self.pods)?;
+        self.sync(|| sync_dir(&self.pods))?;
         self.failpoints.pass(When::After, "journal: removal")
     }
 
@@ -193,29 +241,6 @@ fn read(path: &Path) -> io::Result<io::Result<Vec<u8>>> {
         Err(e) => Ok(Err(e)),
         Ok(_) => Ok(Ok(bytes)),
     }
-}
-
-/// Writes a file of a folder, whatever stood there before; durable once the folder is synced.
-fn replace(folder: &Path, new: &str, name: &str, bytes: &[u8]) -> io::Result<()> {
-    let (new, path) = (folder.join(new), folder.join(name));
-    for place in [&new, &path] {
-        if place.is_dir() {
-            remove_any(place)?;
-        }
-    }
-    let mut options = OpenOptions::new();
-    let written = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&new)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&new, &path));
-    if written.is_err() {
-        let _ = fs::remove_file(&new);
-    }
-    written
 }
 
 /// Removes a file, or a folder that stands in the place of one.

@@ -4,12 +4,14 @@ use super::*;
 use crate::model::{
     Access, BlockDevice, ExitView, Identity, Propagation, ShareUse, Volume, VolumeSource,
 };
+use crate::observe::Unobserved;
 use crate::policy::{Change, ContainerPhase, Effect, tests as samples};
 use crate::ports::Attachment;
 
 fn journal() -> (tempfile::TempDir, Journal) {
     let dir = tempfile::tempdir().unwrap();
-    let journal = Journal::open(dir.path().join("pods"), Default::default()).unwrap();
+    let journal =
+        Journal::open(dir.path().join("pods"), Arc::new(Unobserved), Default::default()).unwrap();
     (dir, journal)
 }
 

@@ -7,24 +7,37 @@ use super::handle::Handle;
 use crate::host::blocking;
 use crate::host::cgroup::{self, OomKill};
 use crate::machine::Machine;
-use crate::policy::Change;
+use crate::observe::{DeathCause, Measured, OomVictim};
+use crate::policy::{Change, Phase};
 use crate::vmm;
 
 const MIB: u64 = 1 << 20;
 
-/// For people, and whether the OOM killer did it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Death {
+    /// For people.
     pub(crate) reason: String,
-    pub(crate) out_of_memory: bool,
+    pub(crate) cause: DeathCause,
 }
 
 impl Death {
+    /// Must come before the change: a pod that is no longer ready was being stopped.
+    pub(super) fn measure(&self, handle: &Handle) {
+        if handle.pod().phase != Phase::Ready {
+            return;
+        }
+        let observer = &handle.node.observer;
+        observer.measured(Measured::VmmDeath { cause: self.cause });
+        if self.cause == DeathCause::OutOfMemory {
+            observer.measured(Measured::OomKill { victim: OomVictim::Vmm });
+        }
+    }
+
     pub(super) fn change(self, at: SystemTime) -> Change {
-        let Self { reason, out_of_memory } = self;
-        match out_of_memory {
-            true => Change::OutOfMemory { reason, at },
-            false => Change::VmDied { reason, at },
+        let Self { reason, cause } = self;
+        match cause {
+            DeathCause::OutOfMemory => Change::OutOfMemory { reason, at },
+            _ => Change::VmDied { reason, at },
         }
     }
 }
@@ -37,7 +50,7 @@ pub(super) async fn cause(handle: &Handle) -> Death {
     let leaf = pod.cgroup().map(Path::to_owned);
     let is_vm = matches!(handle.machine, Machine::Vm(_));
     let looked = blocking(move || match is_vm.then(|| vmm::exit_reason(&status)).flatten() {
-        Some(reason) => Err(Death { reason, out_of_memory: false }),
+        Some((cause, reason)) => Err(Death { reason, cause }),
         None => Ok(leaf.map(|leaf| cgroup::oom_kill(&root, &leaf)).transpose()),
     });
     match looked.await {
@@ -45,18 +58,18 @@ pub(super) async fn cause(handle: &Handle) -> Death {
         Ok(Ok(Some(Some(kill)))) => {
             let vm_mib = pod.spec.memory_mib.unwrap_or(handle.node.config.default_memory_mib);
             let reason = out_of_memory(is_vm.then_some(vm_mib), kill);
-            return Death { reason, out_of_memory: true };
+            return Death { reason, cause: DeathCause::OutOfMemory };
         }
         Ok(Ok(_)) => {}
         Ok(Err(error)) => {
             tracing::warn!(pod = handle.id, %error, "cannot ask whether memory ran out");
         }
     }
-    let reason = match is_vm {
-        true => "the VMM was killed (it left no status)",
-        false => "the pod's agent on this host has ended",
+    let (cause, reason) = match is_vm {
+        true => (DeathCause::Killed, "the VMM was killed (it left no status)"),
+        false => (DeathCause::HostAgent, "the pod's agent on this host has ended"),
     };
-    Death { reason: reason.to_owned(), out_of_memory: false }
+    Death { reason: reason.to_owned(), cause }
 }
 
 /// `vm_mib`: memory of the pod's VM, if it has one.

@@ -175,7 +175,12 @@ impl Handle {
             }
         };
         Self {
-            guest: Guest::new(door, node.config.guest_call_deadline(), node.failpoints.clone()),
+            guest: Guest::new(
+                door,
+                node.config.guest_call_deadline(),
+                node.observer.clone(),
+                node.failpoints.clone(),
+            ),
             machine,
             closing: node.shutdown.child_token(),
             gate: Arc::default(),
@@ -362,7 +367,7 @@ impl Handle {
         self.last_stats()
     }
 
-    pub(super) fn last_stats(&self) -> Option<Arc<PodStatsView>> {
+    pub(crate) fn last_stats(&self) -> Option<Arc<PodStatsView>> {
         self.live().stats.clone()
     }
 

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -23,8 +23,9 @@ use super::{
 use crate::error::Error;
 use crate::host::blocking;
 use crate::host::process::Process;
-use crate::model::{ContainerId, Event, PodId, PodResources};
+use crate::model::{ContainerId, Event, EventKind, PodId, PodResources};
 use crate::node::Node;
+use crate::observe::{DeathCause, Measured, OomVictim, Outcome, PodKind};
 use crate::policy::{Change, Container, ContainerPhase, Misfit, Phase, Pod};
 use crate::registry::Reservation;
 
@@ -190,8 +191,16 @@ impl Owner {
                 self.start_reply = Some(reply);
                 self.activity = Activity::Starting { cancel: cancel.clone() };
                 let handle = self.handle.clone();
+                let kind = match self.pod.spec.host {
+                    None => PodKind::Vm,
+                    Some(_) => PodKind::Host,
+                };
                 self.jobs.spawn(async move {
-                    JobEnd::Started(run_pod::run_pod(&handle, &cancel).await)
+                    let began = Instant::now();
+                    let result = run_pod::run_pod(&handle, &cancel).await;
+                    let (outcome, took) = (Outcome::of(&result), began.elapsed());
+                    handle.node.observer.measured(Measured::Start { kind, outcome, took });
+                    JobEnd::Started(result)
                 });
             }
             Begin::Recover => match self.pod.phase {
@@ -240,6 +249,7 @@ impl Owner {
                     };
                     tracing::error!(pod = self.handle.id, reason = death.reason, "{what}");
                 }
+                death.measure(&self.handle);
                 let change = death.change(std::time::SystemTime::now());
                 let _ = self.commit(vec![change]).await;
                 // Nobody is there to be asked any more.
@@ -472,7 +482,7 @@ impl Owner {
             None => "the guest stopped answering",
             Some(_) => "the pod's agent on this host stopped answering",
         };
-        Death { reason: reason.to_owned(), out_of_memory: false }
+        Death { reason: reason.to_owned(), cause: DeathCause::Silent }
     }
 
     fn watch_vm(&mut self, process: Arc<Process>, reattach: bool) {
@@ -488,6 +498,8 @@ impl Owner {
 
     async fn commit(&mut self, changes: Vec<Change>) -> Result<(), Error> {
         let observed = changes.iter().all(Change::is_observation);
+        // Its containers are shown as killed with it.
+        let vmm_killed = changes.iter().any(|c| matches!(c, Change::OutOfMemory { .. }));
         let mut next = (*self.pod).clone();
         for change in changes {
             next.apply(change).map_err(misfit)?;
@@ -501,8 +513,21 @@ impl Owner {
         let before = std::mem::replace(&mut self.pod, next);
         self.publish.send_replace(self.pod.clone());
         let events = self.told.changed(&before, &self.pod);
+        if !vmm_killed {
+            self.measure_oom_kills(&events);
+        }
         self.announce(events);
         written
+    }
+
+    fn measure_oom_kills(&self, events: &[Event]) {
+        let stopped = events.iter().filter(|event| event.kind == EventKind::Stopped);
+        for id in stopped.filter_map(|event| event.container.as_ref()) {
+            let exit = self.pod.containers.get(id).and_then(|c| c.exit.as_ref());
+            if exit.is_some_and(|exit| exit.oom_killed) {
+                self.node.observer.measured(Measured::OomKill { victim: OomVictim::Container });
+            }
+        }
     }
 
     fn announce(&self, events: Vec<Event>) {

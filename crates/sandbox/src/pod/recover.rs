@@ -45,7 +45,9 @@ pub(super) async fn find_vm(
         return Some(Arc::new(process));
     }
     host_pod::end_rest(handle, &handle.pod()).await;
-    let change = death::cause(handle).await.change(SystemTime::now());
+    let death = death::cause(handle).await;
+    death.measure(handle);
+    let change = death.change(SystemTime::now());
     let _ = handle.commit(vec![change]).await;
     None
 }

@@ -28,6 +28,7 @@ use crate::launcher::{Namespaces, Program};
 use crate::machine::Machine;
 use crate::model::{CpuLimits, TracePhase};
 use crate::node::Node;
+use crate::observe::{Measured, Observer, Outcome};
 use crate::policy::{Change, Effect, Pod};
 use crate::ports::Attachment;
 use crate::vmm;
@@ -44,6 +45,7 @@ const FIRST_FD: i32 = 3;
 /// Measures the phases of a start, of which some overlap.
 struct Trace {
     began: Instant,
+    observer: Arc<dyn Observer>,
     phases: Mutex<Vec<TracePhase>>,
 }
 
@@ -52,6 +54,7 @@ impl Trace {
         let start = self.began.elapsed();
         let value = work.await;
         let duration = self.began.elapsed() - start;
+        self.observer.measured(Measured::StartPhase { phase: name, took: duration });
         self.phases.lock().unwrap_or_else(PoisonError::into_inner).push(TracePhase {
             name: name.to_owned(),
             start_us: start.as_micros() as u64,
@@ -73,8 +76,9 @@ pub(super) async fn run_pod(
     handle: &Arc<Handle>,
     cancel: &CancellationToken,
 ) -> Result<Arc<Process>, Error> {
-    let trace = Trace { began: Instant::now(), phases: Mutex::default() };
     let node = &handle.node;
+    let observer = node.observer.clone();
+    let trace = Trace { began: Instant::now(), observer, phases: Mutex::default() };
     let pod = handle.pod();
 
     let leaf = cgroup::leaf(&node.cgroup_root, &pod.spec.cgroup_parent, &pod.id)?;
@@ -191,18 +195,54 @@ async fn boot(
     if start_cancelled.is_cancelled() {
         return Err(cancelled());
     }
+    let began = Instant::now();
+    let booted = boot_admitted(handle, pod, attachment, leaf, trace, start_cancelled).await;
+    let outcome = match &booted {
+        Err(BootError { timed_out: true, .. }) => Outcome::TimedOut,
+        Err(BootError { error: Error::Cancelled { .. }, .. }) => Outcome::Cancelled,
+        Err(_) => Outcome::Failed,
+        Ok(_) => Outcome::Ok,
+    };
+    if pod.spec.host.is_none() {
+        node.observer.measured(Measured::Boot { outcome, took: began.elapsed() });
+    }
+    booted.map_err(|failed| failed.error)
+}
+
+struct BootError {
+    error: Error,
+    /// The agent did not answer in time.
+    timed_out: bool,
+}
+
+impl From<Error> for BootError {
+    fn from(error: Error) -> Self {
+        Self { error, timed_out: false }
+    }
+}
+
+async fn boot_admitted(
+    handle: &Arc<Handle>,
+    pod: &Pod,
+    attachment: &Attachment,
+    leaf: &Path,
+    trace: &Trace,
+    start_cancelled: &CancellationToken,
+) -> Result<Arc<Process>, BootError> {
     let launched = trace.phase("launch", launch(handle, pod, attachment, leaf)).await?;
     let (process, started) = launched;
     let change = Change::VmmStarted { pid: process.pid, started };
     trace.phase("journal", handle.commit(vec![change])).await?;
 
-    let limit = node.config.boot_deadline();
+    let limit = handle.node.config.boot_deadline();
     let up = trace.phase("boot", async {
         tokio::select! {
             () = handle.guest.wait_until_up() => Ok(()),
-            () = process.ended() => Err(died(handle).await),
-            () = start_cancelled.cancelled() => Err(cancelled()),
-            () = tokio::time::sleep(limit) => Err(silent(&handle.paths, limit)),
+            () = process.ended() => Err(died(handle).await.into()),
+            () = start_cancelled.cancelled() => Err(cancelled().into()),
+            () = tokio::time::sleep(limit) => {
+                Err(BootError { error: silent(&handle.paths, limit), timed_out: true })
+            }
         }
     });
     up.await?;

@@ -109,6 +109,13 @@ impl Guest {
         match args[0].as_str() {
             "print" | "print-broken" | "print-unframed" | "leave" => self.end(&mut state, &key, 0),
             "fail" => self.end(&mut state, &key, args[1].parse().unwrap()),
+            "eat" => {
+                let oom = v1::Oom { container_id: key.0.clone() };
+                let sequence = state.events.len() as u64 + 1;
+                let event = Some(v1::event::Event::Oom(oom));
+                state.events.push(v1::Event { sequence, event });
+                self.end(&mut state, &key, 137);
+            }
             _ => {}
         }
         drop(state);

@@ -18,6 +18,7 @@ use crate::model::{
     Access, ContainerState, Filter, HostNamespaces, PodResources, PodSpec, PodState, Volume,
     VolumeSource,
 };
+use crate::observe::Unobserved;
 use crate::{Config, Error, Sandboxes};
 
 /// Runs at a time: most of each is waiting.
@@ -280,7 +281,9 @@ fn config(world: &World) -> Config {
 async fn daemon_at(world: &World, at: Arc<At>) -> Sandboxes {
     let shared = Arc::new(world.clone());
     let failpoints = Failpoints::new(at);
-    Sandboxes::open_at(config(world), shared.clone(), shared, failpoints).await.unwrap()
+    Sandboxes::open_at(config(world), shared.clone(), shared, Arc::new(Unobserved), failpoints)
+        .await
+        .unwrap()
 }
 
 /// Runs a life in which a step fails, or none; gives what it has reached.

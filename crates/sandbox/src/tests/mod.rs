@@ -9,6 +9,7 @@ mod follow;
 mod host_pods;
 mod life;
 mod listing;
+mod observe;
 mod reboot;
 mod resize;
 mod scratch;

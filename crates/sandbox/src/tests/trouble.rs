@@ -13,6 +13,7 @@ use super::volumes::volume;
 use super::world::{eventually, story};
 use crate::failpoint::{Failpoints, Hook, Verdict, When};
 use crate::model::{Access, ContainerState, Filter, PodState, VolumeSource};
+use crate::observe::Unobserved;
 use crate::{Error, Sandboxes};
 
 #[test]
@@ -415,7 +416,13 @@ fn a_full_disk_keeps_no_pod_alive_and_no_container_unseen() {
     story(|world| async move {
         let (this, full) = (Arc::new(world.clone()), Arc::new(Full::default()));
         let failpoints = Failpoints::new(full.clone());
-        let daemon = Sandboxes::open_at(world.config(), this.clone(), this, failpoints);
+        let daemon = Sandboxes::open_at(
+            world.config(),
+            this.clone(),
+            this,
+            Arc::new(Unobserved),
+            failpoints,
+        );
         let daemon = daemon.await.unwrap();
         let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
         let spec = world.container_spec("app", &["forever"]);

@@ -1,0 +1,106 @@
+//! What an observer is told.
+
+use std::sync::{Arc, Mutex};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::world::{World, eventually, story};
+use crate::model::{ContainerState, PodState};
+use crate::observe::{DeathCause, Measured, Observer, Outcome, PodKind};
+use crate::{Config, Sandboxes};
+
+/// Measurements as text, without durations.
+#[derive(Debug, Default)]
+struct Seen(Mutex<Vec<String>>);
+
+impl Observer for Seen {
+    fn measured(&self, measured: Measured<'_>) {
+        let text = match measured {
+            Measured::StartPhase { phase, .. } => format!("phase {phase}"),
+            Measured::Start { kind, outcome, .. } => format!("start {kind:?} {outcome:?}"),
+            Measured::Boot { outcome, .. } => format!("boot {outcome:?}"),
+            Measured::VmmDeath { cause } => format!("death {cause:?}"),
+            Measured::OomKill { victim } => format!("oom {victim:?}"),
+            Measured::GuestCall { call, outcome, .. } => format!("call {call} {outcome:?}"),
+            Measured::JournalWrite { outcome, .. } => format!("write {outcome:?}"),
+            Measured::JournalSync { .. } => "sync".to_owned(),
+        };
+        self.0.lock().unwrap().push(text);
+    }
+}
+
+impl Seen {
+    fn count(&self, text: &str) -> usize {
+        self.0.lock().unwrap().iter().filter(|seen| *seen == text).count()
+    }
+}
+
+async fn daemon(world: &World, config: Config) -> (Sandboxes, Arc<Seen>) {
+    let (this, seen) = (Arc::new(world.clone()), Arc::new(Seen::default()));
+    let daemon = Sandboxes::open_observed(config, this.clone(), this, seen.clone()).await.unwrap();
+    (daemon, seen)
+}
+
+#[test]
+fn an_observer_is_told_of_a_start_and_of_a_vmm_that_dies() {
+    story(|world| async move {
+        let (daemon, seen) = daemon(&world, world.config()).await;
+        let pod = daemon.run_pod(world.pod_spec("a")).await.unwrap();
+        for text in ["phase network", "phase launch", "phase boot", "phase configure", "boot Ok"] {
+            assert_eq!(seen.count(text), 1, "{text}: {seen:?}");
+        }
+        assert_eq!(seen.count(&format!("start {:?} {:?}", PodKind::Vm, Outcome::Ok)), 1);
+        assert_eq!(seen.count("call configure the pod Ok"), 1);
+        assert!(seen.count("write Ok") >= 3, "{seen:?}");
+        // Record, header and folder.
+        assert!(seen.count("sync") >= 2 * seen.count("write Ok"), "{seen:?}");
+        assert_eq!(seen.count("write Failed"), 0);
+
+        // One that is stopped has not died.
+        daemon.stop_pod(&pod).await.unwrap();
+        let killed = format!("death {:?}", DeathCause::Killed);
+        assert_eq!(seen.count(&killed), 0, "{seen:?}");
+        let pod = daemon.run_pod(world.pod_spec("b")).await.unwrap();
+        kill(Pid::from_raw(world.vmm_pid(&pod) as i32), Signal::SIGKILL).unwrap();
+        eventually("not ready", || daemon.pod(&pod).unwrap().state == PodState::NotReady).await;
+        assert_eq!(seen.count(&killed), 1, "{seen:?}");
+        assert_eq!(seen.count("oom Vmm"), 0);
+        daemon.remove_pod(&pod).await.unwrap();
+    });
+}
+
+#[test]
+fn an_observer_is_told_once_of_a_container_that_the_oom_killer_ends() {
+    story(|world| async move {
+        let (daemon, seen) = daemon(&world, world.config()).await;
+        let pod = daemon.run_pod(world.pod_spec("a")).await.unwrap();
+        for (name, args) in [("hungry", &["eat"][..]), ("sated", &["fail", "137"])] {
+            let id = daemon.create_container(&pod, world.container_spec(name, args)).await.unwrap();
+            daemon.start_container(&id).await.unwrap();
+            let exited = || daemon.container(&id).unwrap().state == ContainerState::Exited;
+            eventually("exit", exited).await;
+            daemon.remove_container(&id).await.unwrap();
+        }
+        assert_eq!(seen.count("oom Container"), 1, "{seen:?}");
+        daemon.remove_pod(&pod).await.unwrap();
+        assert_eq!(seen.count("oom Container") + seen.count("oom Vmm"), 1, "{seen:?}");
+    });
+}
+
+#[test]
+fn an_observer_is_told_of_a_start_that_fails_and_of_one_that_takes_too_long() {
+    story(|world| async move {
+        let config = Config { boot_deadline_ms: 300, ..world.config() };
+        let (daemon, seen) = daemon(&world, config).await;
+        *world.inner.fail_network.lock().unwrap() = true;
+        daemon.run_pod(world.pod_spec("a")).await.unwrap_err();
+        assert_eq!(seen.count("start Vm Failed"), 1, "{seen:?}");
+        *world.inner.fail_network.lock().unwrap() = false;
+        *world.inner.mute.lock().unwrap() = true;
+        daemon.run_pod(world.pod_spec("b")).await.unwrap_err();
+        assert_eq!(seen.count("boot TimedOut"), 1, "{seen:?}");
+        assert_eq!(seen.count("start Vm Failed"), 2, "{seen:?}");
+        assert_eq!(seen.count("start Vm Ok") + seen.count("boot Ok"), 0, "{seen:?}");
+    });
+}
