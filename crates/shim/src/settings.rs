@@ -90,7 +90,7 @@ impl Settings {
             uid_range: 1,
             start_parallelism: 1,
             id_length: KEY,
-            scratch_originals: place.originals.clone(),
+            scratch_templates: place.originals.clone(),
             caller_reads_output: true,
             ..sandbox::Config::default()
         }

@@ -19,8 +19,7 @@ use crate::model::{
 };
 use crate::policy::{Container, ContainerPhase};
 
-/// An object of the OCI runtime spec, in that spec's own JSON: what of it is understood is up to the
-/// release that reads the record, and is no part of the record's layout.
+/// An object of the OCI runtime spec as JSON; its content is not part of the record's format.
 #[derive(Serialize, Deserialize)]
 #[serde(transparent)]
 struct OciJson(Box<RawValue>);
@@ -117,7 +116,7 @@ struct StoredContainerSpec {
     stop_signal: u32,
     #[serde(default)]
     strict_volumes: Vec<String>,
-    /// The caller's own request, as JSON; nothing here looks into it.
+    /// The caller's request as JSON; not interpreted.
     origin: Value,
 }
 
@@ -159,7 +158,7 @@ enum StoredVolumeSource {
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-#[allow(clippy::enum_variant_names)] // as they stand on the disk
+#[allow(clippy::enum_variant_names)] // names on disk
 enum StoredAccess {
     ReadWrite,
     ReadOnly,
@@ -323,7 +322,7 @@ impl TryFrom<ContainerSpec> for StoredContainerSpec {
 }
 
 impl StoredContainerSpec {
-    /// `container` is for the message.
+    /// `container`: id for the error.
     fn into_live(self, container: &str) -> Result<ContainerSpec, BadRecord> {
         let Self {
             meta,

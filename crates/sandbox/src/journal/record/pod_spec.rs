@@ -36,7 +36,7 @@ pub(super) struct StoredPodSpec {
     cpu: StoredCpuLimits,
     #[serde(default)]
     host: Option<StoredHostNamespaces>,
-    /// The caller's own request, as JSON; nothing here looks into it.
+    /// The caller's request as JSON; not interpreted.
     origin: Value,
 }
 

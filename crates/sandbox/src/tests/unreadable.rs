@@ -1,9 +1,9 @@
-//! Pods whose record cannot be read: they stay pods until somebody removes them.
+//! Pods with an unreadable record: they remain until they are removed.
 
 use std::fs;
 use std::path::Path;
 
-use super::world::{World, eventually, story};
+use super::test_node::{TestNode, eventually, run_test};
 use crate::Error;
 use crate::model::{Filter, PodState};
 
@@ -39,8 +39,8 @@ fn other_version_without_header(folder: &Path) {
     fs::remove_file(folder.join(HEADER)).unwrap();
 }
 
-fn jail_uid(world: &World, pod: &str) -> u64 {
-    let header = fs::read(world.path("r/pods").join(pod).join(HEADER)).unwrap();
+fn jail_uid(node: &TestNode, pod: &str) -> u64 {
+    let header = fs::read(node.path("r/pods").join(pod).join(HEADER)).unwrap();
     let header: serde_json::Value = serde_json::from_slice(&header).unwrap();
     header["jail_uid"].as_u64().unwrap()
 }
@@ -51,47 +51,47 @@ fn alive(pid: u32) -> bool {
 }
 
 #[test]
-fn a_pod_whose_record_cannot_be_read_keeps_what_it_has_until_it_is_removed() {
+fn a_pod_with_an_unreadable_record_keeps_its_resources_until_it_is_removed() {
     let damages =
         [other_version, emptied, garbage, missing, a_folder, other_version_without_header];
-    story(|world| async move {
+    run_test(|node| async move {
         for damage in damages {
-            let daemon = world.daemon().await;
-            let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-            let (uid, pid) = (jail_uid(&world, &pod), world.vmm_pid(&pod));
+            let daemon = node.daemon().await;
+            let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+            let (uid, pid) = (jail_uid(&node, &pod), node.vmm_pid(&pod));
             daemon.shutdown().await;
             drop(daemon);
-            damage(&world.path("r/pods").join(&pod));
+            damage(&node.path("r/pods").join(&pod));
 
-            let daemon = world.daemon().await;
+            let daemon = node.daemon().await;
             let view = daemon.pod(&pod).unwrap();
-            assert_eq!((view.state, view.unread), (PodState::NotReady, true));
+            assert_eq!((view.state, view.unreadable), (PodState::NotReady, true));
             assert_eq!((view.spec.meta.name.as_str(), view.addresses.len()), ("p", 1));
-            assert!(view.reason.contains("cannot be read"), "{}", view.reason);
+            assert!(view.reason.contains("unreadable"), "{}", view.reason);
             assert_eq!(daemon.pods(&Filter::default()), [view]);
-            // Nothing of it is given to others, and nobody ends it behind its owner's back.
-            let again = daemon.run_pod(world.pod_spec("p")).await;
+            // Its name and uid are not reused, and it is not killed.
+            let again = daemon.run_pod(node.pod_spec("p")).await;
             assert!(matches!(again, Err(Error::Exists { .. })), "{again:?}");
-            let other = daemon.run_pod(world.pod_spec("other")).await.unwrap();
-            assert_ne!(jail_uid(&world, &other), uid);
+            let other = daemon.run_pod(node.pod_spec("other")).await.unwrap();
+            assert_ne!(jail_uid(&node, &other), uid);
             daemon.remove_pod(&other).await.unwrap();
-            let create = daemon.create_container(&pod, world.container_spec("c", &["x"])).await;
+            let create = daemon.create_container(&pod, node.container_spec("c", &["x"])).await;
             assert!(matches!(create, Err(Error::FailedPrecondition { .. })), "{create:?}");
-            assert!(alive(pid) && world.inner.attached.lock().unwrap().contains(&pod));
+            assert!(alive(pid) && node.inner.attached.lock().unwrap().contains(&pod));
 
             daemon.stop_pod(&pod).await.unwrap();
             eventually("the VMM's end", || !alive(pid)).await;
-            assert!(world.inner.attached.lock().unwrap().is_empty());
+            assert!(node.inner.attached.lock().unwrap().is_empty());
             assert_eq!(daemon.pod(&pod).unwrap().state, PodState::NotReady);
             daemon.stop_pod(&pod).await.unwrap();
             daemon.shutdown().await;
             drop(daemon);
-            let daemon = world.daemon().await;
+            let daemon = node.daemon().await;
             assert_eq!(daemon.pods(&Filter::default()).len(), 1);
             daemon.remove_pod(&pod).await.unwrap();
             assert!(daemon.pods(&Filter::default()).is_empty());
-            // The cgroup's parents may be gone or somebody else's by then.
-            let left = world.leftovers();
+            // The ownership of the parent cgroups is not known.
+            let left = node.leftovers();
             assert!(left.iter().all(|path| path.contains("/sys/fs/cgroup")), "{left:?}");
             daemon.shutdown().await;
         }
@@ -99,50 +99,50 @@ fn a_pod_whose_record_cannot_be_read_keeps_what_it_has_until_it_is_removed() {
 }
 
 #[test]
-fn a_pod_of_which_only_the_folder_is_left_is_removed_with_its_vmm() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        let pid = world.vmm_pid(&pod);
+fn a_pod_with_an_unreadable_record_and_header_is_removed_with_its_vmm() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        let pid = node.vmm_pid(&pod);
         daemon.shutdown().await;
         drop(daemon);
-        let folder = world.path("r/pods").join(&pod);
+        let folder = node.path("r/pods").join(&pod);
         emptied(&folder);
         fs::write(folder.join(HEADER), "").unwrap();
 
-        let daemon = world.daemon().await;
+        let daemon = node.daemon().await;
         let view = daemon.pod(&pod).unwrap();
         assert_eq!((view.state, view.spec.meta.name.as_str()), (PodState::NotReady, ""));
         assert!(view.created_at.elapsed().unwrap().as_secs() < 60);
         assert!(alive(pid));
-        // Without a stop before.
+        // Remove without stop.
         daemon.remove_pod(&pod).await.unwrap();
         assert!(!alive(pid) && !folder.exists());
-        assert!(!world.cgroup_file(&pod, "cgroup.procs").exists());
-        assert!(world.inner.attached.lock().unwrap().is_empty());
-        let _ = fs::remove_dir(world.cgroup_file(&pod, "").parent().unwrap());
+        assert!(!node.cgroup_file(&pod, "cgroup.procs").exists());
+        assert!(node.inner.attached.lock().unwrap().is_empty());
+        let _ = fs::remove_dir(node.cgroup_file(&pod, "").parent().unwrap());
     });
 }
 
 #[test]
-fn a_record_that_can_be_read_again_is_the_pods() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+fn a_pod_is_ready_again_once_its_record_is_readable() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
         daemon.shutdown().await;
         drop(daemon);
-        let path = world.path("r/pods").join(&pod).join(RECORD);
+        let path = node.path("r/pods").join(&pod).join(RECORD);
         let good = fs::read(&path).unwrap();
         other_version(path.parent().unwrap());
-        let daemon = world.daemon().await;
+        let daemon = node.daemon().await;
         assert_eq!(daemon.pod(&pod).unwrap().state, PodState::NotReady);
         daemon.shutdown().await;
         drop(daemon);
-        // As the release does that has written it.
+        // As with the release that wrote it.
         fs::write(&path, good).unwrap();
-        let daemon = world.daemon().await;
+        let daemon = node.daemon().await;
         assert_eq!(daemon.pod(&pod).unwrap().state, PodState::Ready);
         daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }
