@@ -11,7 +11,7 @@ use oci_spec::runtime::{LinuxResources, Process};
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, EmptyDirPlace};
+use crate::config::{Config, EmptyDirLocation};
 use crate::error::Error;
 use crate::failpoint::Failpoints;
 use crate::forward::{self, ByteStream};
@@ -107,11 +107,11 @@ impl Sandboxes {
 
     /// Starts a pod. If the caller goes away before it is ready, the start is undone.
     pub async fn run_pod(&self, spec: PodSpec) -> Result<PodId, Error> {
-        self.run_pod_as(new_id(), spec).await
+        self.run_pod_with_id(new_id(), spec).await
     }
 
     /// As above with an id from the caller: letters and digits, unique on this host.
-    pub async fn run_pod_as(&self, id: PodId, spec: PodSpec) -> Result<PodId, Error> {
+    pub async fn run_pod_with_id(&self, id: PodId, spec: PodSpec) -> Result<PodId, Error> {
         check_pod(&spec)?;
         let config = &self.node.config;
         check_id(&id, config.id_length)?;
@@ -124,7 +124,7 @@ impl Sandboxes {
             Some(host) if host.network => PathBuf::new(),
             _ => self.node.network.netns_path(&id),
         };
-        let in_guest = config.empty_dir == EmptyDirPlace::Guest;
+        let in_guest = config.empty_dir == EmptyDirLocation::Guest;
         let empty_dirs = EmptyDirs { in_guest, shared: Default::default() };
         let pod = Pod {
             netns,
@@ -233,11 +233,11 @@ impl Sandboxes {
         pod: &str,
         spec: ContainerSpec,
     ) -> Result<ContainerId, Error> {
-        self.create_container_as(pod, new_id(), spec).await
+        self.create_container_with_id(pod, new_id(), spec).await
     }
 
     /// As above with an id from the caller: letters and digits, unique on this host.
-    pub async fn create_container_as(
+    pub async fn create_container_with_id(
         &self,
         pod: &str,
         id: ContainerId,

@@ -27,9 +27,7 @@ pub enum AppArmorError {
     Off,
     #[error("{name:?} is not a valid profile name")]
     Name { name: String },
-    #[error(
-        "{name:?} is in an AppArmor namespace; only profiles of the host's root namespace are supported"
-    )]
+    #[error("{name:?} is in an AppArmor namespace; only the host's root namespace is supported")]
     Namespace { name: String },
     #[error("no profile {name:?} is loaded on this host; load it with apparmor_parser")]
     NotLoaded { name: String },
@@ -50,7 +48,7 @@ pub enum AppArmorError {
 #[derive(Debug, Clone)]
 pub struct AppArmor {
     enabled: PathBuf,
-    folder: PathBuf,
+    directory: PathBuf,
 }
 
 impl AppArmor {
@@ -62,8 +60,8 @@ impl AppArmor {
     }
 
     /// With the given paths, for tests.
-    pub fn at(enabled: &Path, folder: &Path) -> Self {
-        Self { enabled: enabled.to_owned(), folder: folder.to_owned() }
+    pub fn at(enabled: &Path, directory: &Path) -> Self {
+        Self { enabled: enabled.to_owned(), directory: directory.to_owned() }
     }
 
     pub fn runs(&self) -> bool {
@@ -73,7 +71,7 @@ impl AppArmor {
     /// Whether a profile is loaded.
     pub fn has(&self, name: &str) -> Result<bool, AppArmorError> {
         check_name(name)?;
-        let path = self.folder.join("profiles");
+        let path = self.directory.join("profiles");
         let profiles =
             fs::read_to_string(&path).map_err(|error| AppArmorError::Read { path, error })?;
         let mut names = profiles.lines().filter_map(|line| Some(line.rsplit_once(" (")?.0));
@@ -94,11 +92,11 @@ impl AppArmor {
     /// The compiled policy with the profile, parents first: for the kernel's `.replace` file.
     pub fn policy(&self, name: &str) -> Result<Vec<Vec<u8>>, AppArmorError> {
         self.check(name)?;
-        let mut folder = self.folder.join("policy/profiles");
+        let mut directory = self.directory.join("policy/profiles");
         let mut policies: Vec<Vec<u8>> = Vec::new();
         let mut left = MAX_POLICY;
         for part in name.split(CHILD) {
-            let Some(entry) = find(&folder, part)? else {
+            let Some(entry) = find(&directory, part)? else {
                 // It was unloaded just now, or the kernel exports no policy directories.
                 return Err(AppArmorError::NotExported { name: name.to_owned() });
             };
@@ -119,7 +117,7 @@ impl AppArmor {
                 left -= policy.len();
                 policies.push(policy);
             }
-            folder = entry.join("profiles");
+            directory = entry.join("profiles");
         }
         Ok(policies)
     }
@@ -169,9 +167,9 @@ mod tests {
 
     /// A kernel with profiles `web` (child `web//worker`, same policy), `/usr/bin/x` and
     /// `late//child`, whose policies were loaded separately.
-    fn kernel(folder: &Path) -> AppArmor {
+    fn kernel(directory: &Path) -> AppArmor {
         let profile = |path: &str, name: &str, policy: &[u8]| {
-            let dir = folder.join("policy/profiles").join(path);
+            let dir = directory.join("policy/profiles").join(path);
             fs::create_dir_all(&dir).unwrap();
             fs::write(dir.join("name"), format!("{name}\n")).unwrap();
             fs::write(dir.join("raw_data"), policy).unwrap();
@@ -183,19 +181,19 @@ mod tests {
         profile("late.4/profiles/child.5", "child", b"four");
         profile("huge.6", "huge", &vec![0; MAX_POLICY + 1]);
         profile("unexported.7", "unexported", b"");
-        fs::remove_file(folder.join("policy/profiles/unexported.7/raw_data")).unwrap();
+        fs::remove_file(directory.join("policy/profiles/unexported.7/raw_data")).unwrap();
         let list = "web (enforce)\nweb//worker (enforce)\n/usr/bin/x (complain)\nlate (kill)\n\
-                    late//child (enforce)\nhuge (enforce)\nunexported (enforce)\ntwo words (enforce)\n\
-                    :ns://a (enforce)\n";
-        fs::write(folder.join("profiles"), list).unwrap();
-        fs::write(folder.join("enabled"), "Y\n").unwrap();
-        AppArmor::at(&folder.join("enabled"), folder)
+                    late//child (enforce)\nhuge (enforce)\nunexported (enforce)\n\
+                    two words (enforce)\n:ns://a (enforce)\n";
+        fs::write(directory.join("profiles"), list).unwrap();
+        fs::write(directory.join("enabled"), "Y\n").unwrap();
+        AppArmor::at(&directory.join("enabled"), directory)
     }
 
     #[test]
     fn the_policy_of_a_profile_is_found_by_its_whole_name() {
-        let folder = tempfile::tempdir().unwrap();
-        let host = kernel(folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let host = kernel(directory.path());
         let policy = |name: &str| {
             let policies = host.policy(name).unwrap();
             policies.iter().map(|p| String::from_utf8(p.clone()).unwrap()).collect::<Vec<_>>()
@@ -209,8 +207,8 @@ mod tests {
 
     #[test]
     fn an_unusable_profile_is_refused_with_advice() {
-        let folder = tempfile::tempdir().unwrap();
-        let host = kernel(folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let host = kernel(directory.path());
         for (name, words) in [
             ("we", "apparmor_parser"),
             ("worker", "no profile \"worker\" is loaded"),
@@ -228,14 +226,14 @@ mod tests {
 
     #[test]
     fn a_host_without_apparmor_is_reported() {
-        let folder = tempfile::tempdir().unwrap();
-        let host = kernel(folder.path());
-        fs::write(folder.path().join("enabled"), "N\n").unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let host = kernel(directory.path());
+        fs::write(directory.path().join("enabled"), "N\n").unwrap();
         assert!(matches!(host.check("web"), Err(AppArmorError::Off)));
-        let nowhere = folder.path().join("nowhere");
+        let nowhere = directory.path().join("nowhere");
         assert!(!AppArmor::at(&nowhere, &nowhere).runs());
-        fs::write(folder.path().join("enabled"), "Y\n").unwrap();
-        let unmounted = AppArmor::at(&folder.path().join("enabled"), &nowhere);
+        fs::write(directory.path().join("enabled"), "Y\n").unwrap();
+        let unmounted = AppArmor::at(&directory.path().join("enabled"), &nowhere);
         assert!(unmounted.check("web").unwrap_err().to_string().contains("securityfs"));
     }
 }

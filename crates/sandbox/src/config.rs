@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 /// Limit of the VMM ([`vmm_api::VmConfig::max_vcpus`]).
 const MAX_VCPUS: u8 = 64;
-/// Default maximum memory of a pod: `GROWTH` times the initial size, at most `GROWTH_AT_MOST_MIB`
+/// Default maximum memory of a pod: `GROWTH` times the initial size, at most `MAX_GROWTH_MIB`
 /// more.
 const GROWTH: u32 = 4;
-const GROWTH_AT_MOST_MIB: u32 = 16 << 10;
+const MAX_GROWTH_MIB: u32 = 16 << 10;
 /// Length of generated ids, characters.
 const ID_LENGTH: usize = 64;
 
@@ -68,7 +68,7 @@ pub struct Config {
     /// `scratch_size`. The file is sparse.
     pub scratch_disk_size: u64,
     /// Location of emptyDirs.
-    pub empty_dir: EmptyDirPlace,
+    pub empty_dir: EmptyDirLocation,
     /// Concurrent VM starts; further ones wait. 0: twice the number of CPUs.
     pub start_parallelism: usize,
     /// VMMs run as `uid_base .. uid_base + uid_range`, one uid per pod.
@@ -93,8 +93,8 @@ pub struct Config {
     pub volume_bytes: u64,
     /// Largest copied volume, files and directories.
     pub volume_files: usize,
-    /// Longest id of a pod. A caller that provides ids ([`crate::Sandboxes::run_pod_as`]) may use
-    /// shorter ones, which allows a longer `state` path: socket paths contain the id.
+    /// Longest id of a pod. A caller that provides ids ([`crate::Sandboxes::run_pod_with_id`]) may
+    /// use shorter ones, which allows a longer `state` path: socket paths contain the id.
     #[serde(skip)]
     pub id_length: usize,
     /// Directory of the formatted scratch templates, which several processes may share; empty:
@@ -109,7 +109,7 @@ pub struct Config {
 /// Location of the emptyDirs of a pod with a VM; fixed when the pod starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum EmptyDirPlace {
+pub enum EmptyDirLocation {
     /// On the pod's scratch disk, or in the memory of its VM.
     Guest,
     /// In the kubelet's directories on the host, shared with the guest.
@@ -141,7 +141,7 @@ impl Default for Config {
             max_containers: 128,
             scratch_size: 10 << 30,
             scratch_disk_size: 64 << 30,
-            empty_dir: EmptyDirPlace::Guest,
+            empty_dir: EmptyDirLocation::Guest,
             start_parallelism: 0,
             uid_base: 0x7000_0000,
             uid_range: 65_536,
@@ -206,7 +206,7 @@ impl Config {
     }
 
     /// Maximum vCPUs of a VM that starts with `vcpus`, including offline ones.
-    pub(crate) fn vcpus_at_most(&self, vcpus: u8) -> u8 {
+    pub(crate) fn max_vcpus_of(&self, vcpus: u8) -> u8 {
         let host = std::thread::available_parallelism().map_or(1, |n| n.get());
         let host = u8::try_from(host).unwrap_or(u8::MAX);
         self.max_vcpus.min(host).min(MAX_VCPUS).max(vcpus)
@@ -227,17 +227,15 @@ impl Config {
     }
 
     /// Maximum memory of a VM that starts with `memory_mib`.
-    pub(crate) fn memory_at_most(&self, memory_mib: u32) -> u32 {
+    pub(crate) fn max_memory_of(&self, memory_mib: u32) -> u32 {
         match self.max_memory_mib {
-            0 => {
-                memory_mib.saturating_mul(GROWTH).min(memory_mib.saturating_add(GROWTH_AT_MOST_MIB))
-            }
+            0 => memory_mib.saturating_mul(GROWTH).min(memory_mib.saturating_add(MAX_GROWTH_MIB)),
             most => most.max(memory_mib),
         }
     }
 
     /// [`Self::start_parallelism`] with the default applied.
-    pub fn starts_at_once(&self) -> usize {
+    pub fn max_concurrent_starts(&self) -> usize {
         match self.start_parallelism {
             0 => 2 * std::thread::available_parallelism().map_or(1, |n| n.get()),
             n => n,

@@ -35,6 +35,6 @@ mod unreadable;
 mod vmm;
 
 pub use api::Sandboxes;
-pub use config::{Config, EmptyDirPlace};
+pub use config::{Config, EmptyDirLocation};
 pub use error::Error;
 pub use session::{AttachSession, ExecSession, ProcessControl};

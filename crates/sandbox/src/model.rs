@@ -225,7 +225,7 @@ pub enum VolumeSource {
         /// The mounted path on the host.
         host_path: PathBuf,
         /// The volume's directory on the host; its name is the volume's name.
-        folder: PathBuf,
+        directory: PathBuf,
         /// Path in the volume; empty: all of it.
         sub_path: String,
         /// Bytes.

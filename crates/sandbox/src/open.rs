@@ -47,8 +47,8 @@ pub(crate) async fn open(
     check(&config)?;
     let cgroup_root = cgroup::find_root(&config.cgroup_root)?;
     let templates = config.scratch_templates();
-    for folder in [&config.root, &config.state, &templates] {
-        make_folder(folder)?;
+    for directory in [&config.root, &config.state, &templates] {
+        make_directory(directory)?;
     }
     let lock = lock(&config.root.join("lock")).await?;
     let pods = config.root.join("pods");
@@ -63,7 +63,7 @@ pub(crate) async fn open(
         launcher,
         scratch: Scratch::new(templates),
         registry: Registry::default(),
-        starts: Semaphore::new(config.starts_at_once()),
+        starts: Semaphore::new(config.max_concurrent_starts()),
         events: broadcast::Sender::new(EVENTS),
         watcher: Watcher::start(shutdown.clone()),
         failpoints,
@@ -98,7 +98,7 @@ fn check(config: &Config) -> Result<(), Error> {
     let longest = config.state.join("pods").join("0".repeat(config.id_length)).join("control.sock");
     if longest.as_os_str().len() > MAX_PATH {
         return Err(Error::invalid(format!(
-            "state directory {} is too long: with a pod id the socket paths exceed {MAX_PATH} bytes",
+            "state directory {} is too long: socket paths would exceed {MAX_PATH} bytes",
             config.state.display()
         )));
     }
@@ -110,12 +110,12 @@ fn check(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
-fn make_folder(path: &Path) -> Result<(), Error> {
+fn make_directory(path: &Path) -> Result<(), Error> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o711)
         .create(path)
-        .map_err(|e| Error::io(format!("make {}", path.display()), e))
+        .map_err(|e| Error::io(format!("create {}", path.display()), e))
 }
 
 async fn lock(path: &Path) -> Result<Flock<File>, Error> {
@@ -171,7 +171,7 @@ fn load_pod(node: &Node, found: Found) -> Option<Pod> {
             let paths = NodePaths {
                 cgroup_root: &node.cgroup_root,
                 state_dir: node.state_dir(&unreadable.id),
-                folder: node.journal.folder(&unreadable.id),
+                directory: node.journal.directory(&unreadable.id),
                 boot_id: &node.boot_id,
             };
             let unreadable::Reconstructed { pod, uids } =

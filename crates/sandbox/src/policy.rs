@@ -233,7 +233,7 @@ pub(crate) enum Change {
     ContainerRemoving {
         id: ContainerId,
     },
-    ContainerGone {
+    ContainerRemoved {
         id: ContainerId,
     },
 }
@@ -384,7 +384,7 @@ impl Pod {
             Change::ContainerRemoving { id } => {
                 self.container_mut(&id)?.phase = ContainerPhase::Removing;
             }
-            Change::ContainerGone { id } => {
+            Change::ContainerRemoved { id } => {
                 self.containers.remove(&id);
                 let files = Effect::ContainerFiles { container: id };
                 self.ledger.retain(|e| *e != files);

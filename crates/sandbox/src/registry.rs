@@ -52,7 +52,7 @@ pub(crate) struct Reservation {
 impl Reservation {
     /// After [`Registry::reserve_container`].
     pub(crate) fn new(node: Arc<Node>, id: ContainerId, cancel: CancellationToken) -> Self {
-        node.registry.begin_container(&id);
+        node.registry.mark_creating(&id);
         Self { node, id: Some(id), cancel }
     }
 
@@ -163,7 +163,7 @@ impl Registry {
         inner.container_names.retain(|_, holder| holder != id);
     }
 
-    fn begin_container(&self, id: &ContainerId) {
+    fn mark_creating(&self, id: &ContainerId) {
         self.lock().creating.insert(id.clone());
     }
 
@@ -291,11 +291,11 @@ mod tests {
         let (pod, first, second) = ("pod".to_owned(), "c1".to_owned(), "c2".to_owned());
         let take = |id: &ContainerId| registry.reserve_container(&pod, id, &meta("app", 0), 9);
         take(&first).unwrap();
-        registry.begin_container(&first);
+        registry.mark_creating(&first);
         registry.cancel_container(&first);
         assert!(!registry.complete_container(&first));
         take(&second).unwrap();
-        registry.begin_container(&second);
+        registry.mark_creating(&second);
         // The first is undone now and does not release the second's name.
         registry.release_container(&first);
         assert!(registry.complete_container(&second));

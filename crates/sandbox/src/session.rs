@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use crate::error::Error;
 use crate::guest::{Output, StreamError, StreamId, open_stdin};
 use crate::model::{ContainerState, ExecOutput, ExecSpec, ExitView};
-use crate::pod::{ExecEnd, Handle};
+use crate::pod::{ExecExit, Handle};
 use crate::policy::Container;
 
 pub type ByteReader = Pin<Box<dyn AsyncRead + Send>>;
@@ -73,7 +73,7 @@ pub struct ExecProcess {
     exec: String,
     /// Offsets up to which stdout and stderr were read.
     read: [Arc<AtomicU64>; 2],
-    end: Option<oneshot::Receiver<ExecEnd>>,
+    end: Option<oneshot::Receiver<ExecExit>>,
     ended: Option<ExitView>,
     /// The remaining output must be drained on drop.
     abandoned: bool,
@@ -190,7 +190,7 @@ pub(crate) async fn wait(handle: &Handle, id: &str) -> Result<ExitView, Error> {
     last.ok_or_else(|| Error::NotFound { what: "container", id: id.to_owned() })
 }
 
-fn exit_view(end: ExecEnd) -> ExitView {
+fn exit_view(end: ExecExit) -> ExitView {
     let reason = match (end.oom_killed, end.code) {
         (true, _) => "OOMKilled",
         (false, 0) => "Completed",

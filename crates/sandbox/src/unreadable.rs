@@ -18,7 +18,7 @@ use crate::ports::Attachment;
 pub(crate) struct NodePaths<'a> {
     pub(crate) cgroup_root: &'a Path,
     pub(crate) state_dir: PathBuf,
-    pub(crate) folder: PathBuf,
+    pub(crate) directory: PathBuf,
     pub(crate) boot_id: &'a str,
 }
 
@@ -89,7 +89,7 @@ fn effects_to_undo(
     partial: Vec<Effect>,
     same_boot: bool,
 ) -> Vec<Effect> {
-    let scratch = paths.folder.join("scratch.img");
+    let scratch = paths.directory.join("scratch.img");
     let mut effects = vec![Effect::StateDir { path: paths.state_dir.clone() }, Effect::Network];
     let is_ours = |leaf: &Path| {
         leaf.starts_with(paths.cgroup_root)

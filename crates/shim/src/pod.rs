@@ -256,7 +256,7 @@ impl Pod {
             Sandboxes::open(config, Arc::new(Joined)).await.map_err(of_sandbox)
         });
         let pod = spec::pod(&self.namespace, &task.id, spec, &self.settings);
-        sandboxes.await?.run_pod_as(self.place.key.clone(), pod).await.map_err(of_sandbox)?;
+        sandboxes.await?.run_pod_with_id(self.place.key.clone(), pod).await.map_err(of_sandbox)?;
         Ok(())
     }
 
@@ -298,7 +298,7 @@ impl Pod {
             .map_err(|e| invalid(format!("{e:#}")))?;
         let inner = self.key(&task.id);
         sandboxes
-            .create_container_as(&self.place.key, inner.clone(), container)
+            .create_container_with_id(&self.place.key, inner.clone(), container)
             .await
             .map_err(of_sandbox)?;
         let streams = sandboxes.streams(&inner).await.map_err(of_sandbox)?;

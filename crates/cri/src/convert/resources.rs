@@ -233,7 +233,7 @@ pub fn vm_size(
 
     let memory_mib = match resources_given.memory_limit_in_bytes {
         limit if limit > 0 => {
-            let sizing = match overhead_given.memory_limit_in_bytes {
+            let room = match overhead_given.memory_limit_in_bytes {
                 stated if stated > 0 => stated,
                 _ => i64::from(config.guest_overhead_mib) * MIB,
             };
@@ -241,7 +241,7 @@ pub fn vm_size(
             let huge = huge_bytes(resources_given).and_then(|bytes| i64::try_from(bytes).ok());
             let mib = limit
                 .saturating_add(huge.unwrap_or(0))
-                .saturating_add(sizing)
+                .saturating_add(room)
                 .saturating_add(MIB - 1)
                 / MIB;
             let mib = u32::try_from(mib).map_err(|_| {

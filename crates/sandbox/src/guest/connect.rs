@@ -32,10 +32,10 @@ pub(crate) async fn connect(address: &AgentAddress, port: u32) -> io::Result<Uni
             let stream = UnixStream::connect(socket).await?;
             vsock_handshake(stream, port).await
         }
-        AgentAddress::Directory(folder) => {
+        AgentAddress::Directory(directory) => {
             let known = SOCKETS.iter().find(|(number, _)| *number == port);
             let (_, name) = known.ok_or(io::ErrorKind::AddrNotAvailable)?;
-            UnixStream::connect(folder.join(name)).await
+            UnixStream::connect(directory.join(name)).await
         }
     }
 }

@@ -38,7 +38,7 @@ pub(crate) struct Guest {
     address: Arc<AgentAddress>,
     client: AgentClient<Channel>,
     /// Connection made while waiting for the boot; the channel's first use takes it.
-    spare: Arc<Mutex<Option<UnixStream>>>,
+    first_connection: Arc<Mutex<Option<UnixStream>>>,
     deadline: Duration,
     failpoints: Failpoints,
 }
@@ -46,8 +46,8 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn new(address: AgentAddress, deadline: Duration, failpoints: Failpoints) -> Self {
         let address = Arc::new(address);
-        let spare = Arc::new(Mutex::new(None::<UnixStream>));
-        let (path, first) = (address.clone(), spare.clone());
+        let first_connection = Arc::new(Mutex::new(None::<UnixStream>));
+        let (path, first) = (address.clone(), first_connection.clone());
         let connector = tower::service_fn(move |_: Uri| {
             let (path, first) = (path.clone(), first.clone());
             async move {
@@ -64,7 +64,7 @@ impl Guest {
         let client = AgentClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE);
-        Self { address, client, spare, deadline, failpoints }
+        Self { address, client, first_connection, deadline, failpoints }
     }
 
     pub(crate) fn address(&self) -> &AgentAddress {
@@ -141,7 +141,8 @@ impl Guest {
         let mut pause = Duration::from_millis(4);
         loop {
             if let Ok(stream) = connect_with_timeout(&self.address).await {
-                *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
+                *self.first_connection.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Some(stream);
                 return;
             }
             tokio::time::sleep(pause).await;

@@ -15,15 +15,15 @@ use tokio::net::UnixStream;
 
 use super::{AgentAddress, connect};
 
-/// Acknowledge after at most this many bytes, so that the agent's window never closes for a reader
+/// Acknowledge after at max this many bytes, so that the agent's window never closes for a reader
 /// that keeps up.
 const ACK_AFTER: u64 = (WINDOW / 4) as u64;
 
 /// Reconnects of a stream without receiving any data.
-const REOPEN_ATTEMPTS: u32 = 5;
-const REOPEN_PAUSE: Duration = Duration::from_millis(200);
+const RECONNECT_ATTEMPTS: u32 = 5;
+const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 
-type Reopening = Pin<Box<dyn Future<Output = Result<Incoming, StreamError>> + Send>>;
+type Reconnect = Pin<Box<dyn Future<Output = Result<Incoming, StreamError>> + Send>>;
 
 /// Longest wait for the reply to an open request.
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
@@ -110,15 +110,15 @@ impl Incoming {
     }
 }
 
-/// Reads available data into the first `most` bytes of `buf`; returns its size.
+/// Reads available data into the first `max` bytes of `buf`; returns its size.
 fn poll_at_most(
     stream: &mut UnixStream,
     cx: &mut Context<'_>,
     buf: &mut ReadBuf<'_>,
-    most: usize,
+    max: usize,
 ) -> Poll<io::Result<usize>> {
-    let most = most.min(buf.remaining());
-    let mut part = ReadBuf::new(buf.initialize_unfilled_to(most));
+    let max = max.min(buf.remaining());
+    let mut part = ReadBuf::new(buf.initialize_unfilled_to(max));
     ready!(Pin::new(stream).poll_read(cx, &mut part))?;
     let n = part.filled().len();
     buf.advance(n);
@@ -218,7 +218,7 @@ pub(crate) struct Output {
     id: StreamId,
     incoming: Incoming,
     /// The reconnect in progress, and the attempts since data was last received.
-    reopening: Option<Reopening>,
+    reconnect: Option<Reconnect>,
     attempts: u32,
     read: Arc<AtomicU64>,
     acked: u64,
@@ -236,13 +236,13 @@ impl Output {
         let acked = read.load(Ordering::Relaxed);
         let incoming = Incoming::open(address, id, acked).await?;
         let (address, id) = (address.clone(), id.clone());
-        Ok(Self { address, id, incoming, reopening: None, attempts: 0, read, acked, pending: None })
+        Ok(Self { address, id, incoming, reconnect: None, attempts: 0, read, acked, pending: None })
     }
 
     /// Starts a reconnect, or returns the error.
-    fn reopen(&mut self, error: io::Error) -> io::Result<()> {
+    fn start_reconnect(&mut self, error: io::Error) -> io::Result<()> {
         // The guest violates the protocol or is unreachable.
-        if error.kind() == io::ErrorKind::InvalidData || self.attempts >= REOPEN_ATTEMPTS {
+        if error.kind() == io::ErrorKind::InvalidData || self.attempts >= RECONNECT_ATTEMPTS {
             return Err(error);
         }
         self.attempts += 1;
@@ -251,8 +251,8 @@ impl Output {
         self.acked = offset;
         self.pending = None;
         tracing::debug!(?id, offset, %error, "reconnecting an output stream");
-        self.reopening = Some(Box::pin(async move {
-            tokio::time::sleep(REOPEN_PAUSE).await;
+        self.reconnect = Some(Box::pin(async move {
+            tokio::time::sleep(RECONNECT_PAUSE).await;
             Incoming::open(&address, &id, offset).await
         }));
         Ok(())
@@ -297,13 +297,13 @@ impl AsyncRead for Output {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         loop {
-            if let Some(reopening) = &mut this.reopening {
-                let opened = ready!(reopening.as_mut().poll(cx));
-                this.reopening = None;
+            if let Some(reconnect) = &mut this.reconnect {
+                let opened = ready!(reconnect.as_mut().poll(cx));
+                this.reconnect = None;
                 match opened {
                     Ok(incoming) => this.incoming = incoming,
                     Err(StreamError::Io(error)) => {
-                        this.reopen(error)?;
+                        this.start_reconnect(error)?;
                         continue;
                     }
                     Err(refused) => {
@@ -317,7 +317,7 @@ impl AsyncRead for Output {
             let got = (buf.filled().len() - before) as u64;
             let read = this.read.fetch_add(got, Ordering::Relaxed) + got;
             if let Poll::Ready(Err(error)) = polled {
-                this.reopen(error)?;
+                this.start_reconnect(error)?;
                 continue;
             }
             if got > 0 {
@@ -336,16 +336,16 @@ impl AsyncRead for Output {
 mod tests {
     use super::*;
 
-    /// Reads these pieces, each sent separately, and then the end of the connection.
-    async fn read(state: FrameState, pieces: &[&[u8]]) -> (Vec<u8>, io::Result<()>) {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let mut incoming = Incoming { stream: ours, state };
+    /// Reads these chunks, each sent separately, and then the end of the connection.
+    async fn read(state: FrameState, chunks: &[&[u8]]) -> (Vec<u8>, io::Result<()>) {
+        let (local, mut peer) = UnixStream::pair().unwrap();
+        let mut incoming = Incoming { stream: local, state };
         let send = async {
-            for piece in pieces {
-                theirs.write_all(piece).await.unwrap();
+            for chunk in chunks {
+                peer.write_all(chunk).await.unwrap();
                 tokio::task::yield_now().await;
             }
-            drop(theirs);
+            drop(peer);
         };
         let receive = async {
             let (mut all, mut buffer) = (Vec::new(), [0; 3]);

@@ -63,10 +63,10 @@ pub(crate) fn leaf(root: &Path, parent: &str, pod: &str) -> Result<PathBuf, Erro
 /// All leaves of a pod in the tree; for a pod of which only the id is known. Blocks.
 pub(crate) fn find_leaves(root: &Path, pod: &str) -> Vec<PathBuf> {
     let name = leaf_name(pod);
-    let (mut folders, mut found) = (vec![root.to_owned()], Vec::new());
+    let (mut directories, mut found) = (vec![root.to_owned()], Vec::new());
     let mut seen = 0;
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
             seen += 1;
             if seen > MAX_SEARCHED {
                 return found;
@@ -77,7 +77,7 @@ pub(crate) fn find_leaves(root: &Path, pod: &str) -> Vec<PathBuf> {
             // Do not search inside the leaf.
             match entry.file_name() == *name {
                 true => found.push(entry.path()),
-                false => folders.push(entry.path()),
+                false => directories.push(entry.path()),
             }
         }
     }
@@ -172,7 +172,7 @@ fn weight(shares: u64) -> u64 {
 pub(crate) fn pin(root: &Path, leaf: &Path, cpus: &str, mems: &str) -> io::Result<()> {
     let asked = !cpus.is_empty() || !mems.is_empty();
     if asked && let Err(error) = enable_controller(root, leaf, "cpuset") {
-        tracing::warn!(cgroup = %leaf.display(), %error, "cannot enable cpuset: the pod runs on all CPUs");
+        tracing::warn!(cgroup = %leaf.display(), %error, "cannot enable cpuset, using all CPUs");
         return Ok(());
     }
     for (file, list) in [("cpuset.cpus", cpus), ("cpuset.mems", mems)] {
@@ -279,8 +279,8 @@ fn enable_controller(root: &Path, leaf: &Path, controller: &str) -> io::Result<(
     let mut ancestors: Vec<&Path> =
         leaf.ancestors().skip(1).take_while(|p| p.starts_with(root)).collect();
     ancestors.reverse();
-    for folder in ancestors {
-        let file = folder.join("cgroup.subtree_control");
+    for directory in ancestors {
+        let file = directory.join("cgroup.subtree_control");
         let has = fs::read_to_string(&file)?;
         if !has.split_whitespace().any(|c| c == controller) {
             fs::write(&file, format!("+{controller}"))
@@ -337,13 +337,14 @@ pub(crate) async fn remove(leaf: &Path, parents: &[PathBuf]) -> io::Result<()> {
 fn remove_below(leaf: &Path) -> io::Result<()> {
     let mut found = vec![leaf.to_owned()];
     let mut next = 0;
-    while let Some(folder) = found.get(next) {
+    while let Some(directory) = found.get(next) {
         next += 1;
-        let Ok(entries) = fs::read_dir(folder) else { continue };
-        let folders = entries.flatten().filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir()));
-        found.extend(folders.map(|entry| entry.path()).collect::<Vec<_>>());
+        let Ok(entries) = fs::read_dir(directory) else { continue };
+        let directories =
+            entries.flatten().filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir()));
+        found.extend(directories.map(|entry| entry.path()).collect::<Vec<_>>());
     }
-    found.iter().skip(1).rev().try_for_each(|folder| ignore_not_found(fs::remove_dir(folder)))
+    found.iter().skip(1).rev().try_for_each(|directory| ignore_not_found(fs::remove_dir(directory)))
 }
 
 #[cfg(test)]
@@ -411,8 +412,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let leaf = dir.path().join("a/b");
         fs::create_dir_all(&leaf).unwrap();
-        for folder in [dir.path(), &dir.path().join("a")] {
-            fs::write(folder.join("cgroup.subtree_control"), "memory").unwrap();
+        for directory in [dir.path(), &dir.path().join("a")] {
+            fs::write(directory.join("cgroup.subtree_control"), "memory").unwrap();
         }
         limit_cpu(dir.path(), &leaf, CpuLimits::default()).unwrap();
         assert!(!leaf.join("cpu.max").exists());

@@ -30,18 +30,18 @@ pub(crate) struct EmptyDirInfo {
 }
 
 /// Blocks.
-pub(crate) fn inspect(folder: &Path) -> Result<EmptyDirInfo, Error> {
-    read_info(folder).map_err(|e| Error::io(format!("stat emptyDir {}", folder.display()), e))
+pub(crate) fn inspect(directory: &Path) -> Result<EmptyDirInfo, Error> {
+    read_info(directory).map_err(|e| Error::io(format!("stat emptyDir {}", directory.display()), e))
 }
 
-fn read_info(folder: &Path) -> io::Result<EmptyDirInfo> {
-    let meta = fs::symlink_metadata(folder)?;
+fn read_info(directory: &Path) -> io::Result<EmptyDirInfo> {
+    let meta = fs::symlink_metadata(directory)?;
     if !meta.is_dir() {
         return Err(io::ErrorKind::NotADirectory.into());
     }
-    let parent = folder.parent().unwrap_or(Path::new("/"));
+    let parent = directory.parent().unwrap_or(Path::new("/"));
     let is_mount = fs::metadata(parent)?.dev() != meta.dev();
-    let system = statfs(folder)?;
+    let system = statfs(directory)?;
     // Size of the file system, or the limit of a directory with a project quota (ext4, XFS).
     let size = system.blocks().saturating_mul(system.block_size().unsigned_abs());
     let memory = is_mount && system.filesystem_type() == TMPFS_MAGIC;
@@ -50,7 +50,7 @@ fn read_info(folder: &Path) -> io::Result<EmptyDirInfo> {
         memory,
         size_limit: if memory || limited { size } else { 0 },
         owned: owned(&meta),
-        is_empty: fs::read_dir(folder)?.next().is_none(),
+        is_empty: fs::read_dir(directory)?.next().is_none(),
     })
 }
 
@@ -76,18 +76,18 @@ mod tests {
     #[test]
     fn a_directory_and_a_tmpfs_are_distinguished() {
         let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("cache");
-        fs::create_dir(&folder).unwrap();
-        fs::set_permissions(&folder, fs::Permissions::from_mode(0o2775)).unwrap();
-        let meta = fs::metadata(&folder).unwrap();
+        let directory = dir.path().join("cache");
+        fs::create_dir(&directory).unwrap();
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o2775)).unwrap();
+        let meta = fs::metadata(&directory).unwrap();
         let owned = Ownership { uid: meta.uid(), gid: meta.gid(), mode: 0o2775 };
         let expected = EmptyDirInfo { memory: false, size_limit: 0, owned, is_empty: true };
-        assert_eq!(inspect(&folder).unwrap(), expected);
-        fs::write(folder.join("file"), "x").unwrap();
-        assert!(!inspect(&folder).unwrap().is_empty);
-        assert_eq!(owner(&folder).unwrap(), owned);
-        assert_eq!(owner(&folder.join("file")).unwrap(), owned);
-        assert!(inspect(&folder.join("file")).is_err());
+        assert_eq!(inspect(&directory).unwrap(), expected);
+        fs::write(directory.join("file"), "x").unwrap();
+        assert!(!inspect(&directory).unwrap().is_empty);
+        assert_eq!(owner(&directory).unwrap(), owned);
+        assert_eq!(owner(&directory.join("file")).unwrap(), owned);
+        assert!(inspect(&directory.join("file")).is_err());
         let shm = Path::new("/dev/shm");
         let is_mount = fs::metadata(shm).is_ok_and(|shm| shm.dev() != meta.dev())
             && statfs(shm).is_ok_and(|system| system.filesystem_type() == TMPFS_MAGIC)

@@ -193,12 +193,12 @@ mod tests {
         let entered = Arc::new(std::sync::atomic::AtomicUsize::new(0));
         for n in 0..4 {
             let (hang, entered) = (hang.clone(), entered.clone());
-            let error = pool.run_with_limit("look at /dead", move || {
+            let error = pool.run_with_limit("access /dead", move || {
                 entered.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
                 let _ = hang.lock().map(|hang| hang.recv());
             });
             let error = error.await.unwrap_err().to_string();
-            assert!(error.contains("look at /dead"), "{error}");
+            assert!(error.contains("access /dead"), "{error}");
             assert_eq!(error.contains("queued behind"), n > 0, "{n}: {error}");
         }
         assert!(started.elapsed() < Duration::from_secs(10));

@@ -18,7 +18,7 @@ use crate::error::Error;
 /// Incremented with the options below, so that templates of older releases are not used.
 const FORMAT: u32 = 2;
 /// Chunk of a sparse copy, bytes.
-const PIECE: usize = 1 << 20;
+const CHUNK: usize = 1 << 20;
 /// Independent of the host's mke2fs.conf. No journal: a scratch disk is never recovered, as it is
 /// deleted with its pod. Without resize_inode, backup superblocks and scattered metadata a copy
 /// writes about 200 KiB instead of 5 MiB.
@@ -33,24 +33,24 @@ pub(crate) const INODE_RATIO: u64 = 16384;
 /// The formatted templates.
 #[derive(Debug)]
 pub(crate) struct Scratch {
-    folder: PathBuf,
+    directory: PathBuf,
     /// Sizes of existing templates.
     made: Mutex<BTreeSet<u64>>,
 }
 
 impl Scratch {
-    pub(crate) fn new(folder: PathBuf) -> Self {
-        Self { folder, made: Mutex::default() }
+    pub(crate) fn new(directory: PathBuf) -> Self {
+        Self { directory, made: Mutex::default() }
     }
 
     fn template(&self, size: u64) -> PathBuf {
-        self.folder.join(format!("scratch-v{FORMAT}-{size}.ext4"))
+        self.directory.join(format!("scratch-v{FORMAT}-{size}.ext4"))
     }
 
     /// Removes templates of earlier releases. Blocks.
     pub(crate) fn remove_old(&self) {
         let current = format!("scratch-v{FORMAT}-");
-        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             if name.starts_with("scratch-v") && !name.starts_with(&current) {
@@ -70,7 +70,8 @@ impl Scratch {
         }
         let failed = |what: &str, e| Error::io(format!("{what} {}", template.display()), e);
         // Other processes may share the directory. The lock is released on drop or exit.
-        let lock = File::create(self.folder.join("scratch.lock")).map_err(|e| failed("lock", e))?;
+        let lock =
+            File::create(self.directory.join("scratch.lock")).map_err(|e| failed("lock", e))?;
         lock.lock().map_err(|e| failed("lock", e))?;
         if template.exists() {
             made.insert(size);
@@ -88,7 +89,7 @@ impl Scratch {
         format(&new)?;
         file.sync_all().map_err(|e| failed("sync", e))?;
         fs::rename(&new, &template).map_err(|e| failed("rename", e))?;
-        sync_dir(&self.folder).map_err(|e| failed("sync", e))?;
+        sync_dir(&self.directory).map_err(|e| failed("sync", e))?;
         made.insert(size);
         Ok(())
     }
@@ -143,7 +144,7 @@ fn reflink(from: &File, to: &File) -> bool {
 fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
     let len = from.metadata()?.len();
     to.set_len(len)?;
-    let mut buffer = vec![0; PIECE];
+    let mut buffer = vec![0; CHUNK];
     let mut at: u64 = 0;
     loop {
         at = match lseek64(from, at as i64, Whence::SeekData) {
@@ -153,10 +154,10 @@ fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
         };
         let end = lseek64(from, at as i64, Whence::SeekHole)? as u64;
         while at < end {
-            let piece = usize::try_from(end - at).map_or(PIECE, |n| n.min(PIECE));
-            from.read_exact_at(&mut buffer[..piece], at)?;
-            to.write_all_at(&buffer[..piece], at)?;
-            at += piece as u64;
+            let chunk = usize::try_from(end - at).map_or(CHUNK, |n| n.min(CHUNK));
+            from.read_exact_at(&mut buffer[..chunk], at)?;
+            to.write_all_at(&buffer[..chunk], at)?;
+            at += chunk as u64;
         }
     }
 }

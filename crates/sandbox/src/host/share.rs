@@ -23,7 +23,7 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::sys::time::{TimeVal, TimeValLike};
-use vmm_api::shares::{Access, Error as Refusal, Reply, Request};
+use vmm_api::shares::{Access, Error as ServerError, Reply, Request};
 use vmm_api::transport::{self, TransportError};
 
 use super::pool::BlockingPool;
@@ -45,7 +45,7 @@ pub(crate) enum Propagation {
 /// Kind of a share: a directory is a file system below the tag's root, a file is a file there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    Folder,
+    Directory,
     File,
 }
 
@@ -151,14 +151,14 @@ impl ShareServer {
         let request = Request::Add { name: name.to_owned(), access };
         match self.call(request, Some(tree)).await? {
             Ok(_) => Ok(kind),
-            Err(Refusal::Exists { .. }) if share.server_checks_access => {
+            Err(ServerError::Exists { .. }) if share.server_checks_access => {
                 self.access(name, share.access).await.map(|()| kind)
             }
-            Err(Refusal::Exists { .. }) => Ok(kind),
-            Err(e @ Refusal::Full { .. }) => {
+            Err(ServerError::Exists { .. }) => Ok(kind),
+            Err(e @ ServerError::Full { .. }) => {
                 Err(Error::ResourceExhausted { message: e.to_string() })
             }
-            Err(e @ Refusal::Name { .. }) => Err(Error::invalid(e.to_string())),
+            Err(e @ ServerError::Name { .. }) => Err(Error::invalid(e.to_string())),
             Err(e) => Err(Error::Internal(
                 anyhow::Error::new(e).context(format!("share {}", source.display())),
             )),
@@ -168,7 +168,7 @@ impl ShareServer {
     /// Removes a share; a missing one is no error. The guest must have unmounted it.
     pub(crate) async fn remove(&self, name: &str) -> Result<(), Error> {
         match self.call(Request::Remove { name: name.to_owned() }, None).await? {
-            Ok(_) | Err(Refusal::NoSuchShare { .. }) => Ok(()),
+            Ok(_) | Err(ServerError::NoSuchShare { .. }) => Ok(()),
             Err(e) => Err(Error::Internal(anyhow::Error::new(e).context("remove a share"))),
         }
     }
@@ -197,7 +197,7 @@ impl ShareServer {
         &self,
         request: Request,
         fd: Option<OwnedFd>,
-    ) -> Result<Result<Reply, Refusal>, Error> {
+    ) -> Result<Result<Reply, ServerError>, Error> {
         let (control, limit) = (self.control.clone(), self.limit);
         let what = "file server";
         blocking(move || match exchange(&control, limit, &request, fd) {
@@ -259,7 +259,7 @@ fn clone_mount(
     let place = open(source, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed)?;
     let stat = fstat(&place).map_err(failed)?;
     let kind = match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
-        SFlag::S_IFDIR => Kind::Folder,
+        SFlag::S_IFDIR => Kind::Directory,
         SFlag::S_IFREG => Kind::File,
         _ => {
             return Err(Error::Unsupported {
@@ -278,7 +278,7 @@ fn clone_mount(
     if let Some(ids) = ids {
         map_ids(&tree, ids).map_err(|e| Error::Unsupported {
             message: format!(
-                "{}: {}; its file system does not support idmapped mounts, which a pod with a user namespace needs",
+                "{}: {}; its file system does not support idmapped mounts (user namespace)",
                 source.display(),
                 e.desc()
             ),
@@ -402,7 +402,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a"), "one").unwrap();
         let (tree, kind) = clone_mount(dir.path(), PLAIN, None).unwrap();
-        assert_eq!(kind, Kind::Folder);
+        assert_eq!(kind, Kind::Directory);
         assert_eq!(fs::read_to_string(fd_path(&tree).join("a")).unwrap(), "one");
         fs::write(fd_path(&tree).join("b"), "two").unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("b")).unwrap(), "two");
@@ -420,9 +420,9 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let (good, evil) = (dir.path().join("good"), dir.path().join("evil"));
-        for (folder, text) in [(&good, "good"), (&evil, "evil")] {
-            fs::create_dir(folder).unwrap();
-            fs::write(folder.join("file"), text).unwrap();
+        for (directory, text) in [(&good, "good"), (&evil, "evil")] {
+            fs::create_dir(directory).unwrap();
+            fs::write(directory.join("file"), text).unwrap();
         }
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&good, &link).unwrap();

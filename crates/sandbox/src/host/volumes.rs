@@ -15,7 +15,7 @@ use super::pool::BlockingPool;
 use crate::error::Error;
 
 /// Content per message, bytes: well below [`agent_api::MAX_MESSAGE`], with room for names.
-const PIECE: usize = 1 << 20;
+const CHUNK: usize = 1 << 20;
 /// Files per message.
 const FILES_PER_MESSAGE: usize = 512;
 /// Deepest directory nesting.
@@ -32,7 +32,7 @@ pub(crate) struct Limits {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum SourceKind {
     File { name: String },
-    Folder,
+    Directory,
 }
 
 impl SourceKind {
@@ -45,15 +45,15 @@ pub(crate) fn source_kind(path: &Path) -> Result<SourceKind, Error> {
     let meta = fs::metadata(path)
         .map_err(|e| Error::invalid(format!("volume source {}: {e}", path.display())))?;
     if meta.is_dir() {
-        Ok(SourceKind::Folder)
+        Ok(SourceKind::Directory)
     } else if meta.is_file() {
         Ok(SourceKind::File { name: SourceKind::FILE.into() })
     } else {
-        Err(special(path, meta.file_type()))
+        Err(unsupported_type(path, meta.file_type()))
     }
 }
 
-fn special(path: &Path, kind: fs::FileType) -> Error {
+fn unsupported_type(path: &Path, kind: fs::FileType) -> Error {
     let kind = match kind {
         k if k.is_socket() => "a socket",
         k if k.is_fifo() => "a pipe",
@@ -78,7 +78,7 @@ pub(crate) fn read(
         VolumeReader { root: path, limits, bytes: 0, files: 0, batch: Batch::default(), sink };
     match source_kind(path)? {
         SourceKind::File { name } => reader.file(path, &name)?,
-        SourceKind::Folder => reader.folder(path, &PathBuf::new(), 0)?,
+        SourceKind::Directory => reader.directory(path, &PathBuf::new(), 0)?,
     }
     reader.flush()
 }
@@ -136,8 +136,8 @@ pub(crate) struct Generation {
 }
 
 /// Name of the current generation. Blocks.
-pub(crate) fn current(folder: &Path) -> io::Result<OsString> {
-    match fs::read_link(folder.join(DATA)) {
+pub(crate) fn current(directory: &Path) -> io::Result<OsString> {
+    match fs::read_link(directory.join(DATA)) {
         Ok(target) => {
             let mut parts = target.components();
             match (parts.next(), parts.next()) {
@@ -146,22 +146,22 @@ pub(crate) fn current(folder: &Path) -> io::Result<OsString> {
                 _ => Err(io::Error::new(io::ErrorKind::InvalidData, "..data points elsewhere")),
             }
         }
-        Err(e) if e.kind() == io::ErrorKind::NotFound && folder.is_dir() => Ok(OsString::new()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && directory.is_dir() => Ok(OsString::new()),
         Err(e) => Err(e),
     }
 }
 
 /// Reads the current generation consistently. Such volumes are small, so it is held in memory.
 /// Blocks.
-pub(crate) fn generation(folder: &Path, limits: Limits) -> Result<Generation, Error> {
-    let failed = |e| Error::io(format!("read volume source {}", folder.display()), e);
+pub(crate) fn generation(directory: &Path, limits: Limits) -> Result<Generation, Error> {
+    let failed = |e| Error::io(format!("read volume source {}", directory.display()), e);
     let mut last = None;
     for _ in 0..TRIES {
-        let name = current(folder).map_err(failed)?;
+        let name = current(directory).map_err(failed)?;
         if name.is_empty() {
             return Ok(Generation::default());
         }
-        let path = folder.join(&name);
+        let path = directory.join(&name);
         if fs::symlink_metadata(&path).is_ok_and(|m| !m.is_dir()) {
             return Err(Error::invalid(format!("{} is not a directory", path.display())));
         }
@@ -171,7 +171,7 @@ pub(crate) fn generation(folder: &Path, limits: Limits) -> Result<Generation, Er
             Ok(())
         });
         match done {
-            Ok(()) if current(folder).map_err(failed)? == name => {
+            Ok(()) if current(directory).map_err(failed)? == name => {
                 return Ok(Generation { name, batches });
             }
             // It was replaced meanwhile.
@@ -185,7 +185,7 @@ pub(crate) fn generation(folder: &Path, limits: Limits) -> Result<Generation, Er
     Err(last.unwrap_or_else(|| {
         Error::unavailable(format!(
             "volume source {} was replaced during every attempt to read it",
-            folder.display()
+            directory.display()
         ))
     }))
 }
@@ -231,12 +231,12 @@ impl VolumeReader<'_> {
     fn count(&mut self) -> Result<(), Error> {
         self.files += 1;
         if self.files > self.limits.files {
-            return Err(self.too_big(format!("more than {} files", self.limits.files)));
+            return Err(self.too_large(format!("more than {} files", self.limits.files)));
         }
         Ok(())
     }
 
-    fn too_big(&self, what: String) -> Error {
+    fn too_large(&self, what: String) -> Error {
         Error::Unsupported {
             message: format!(
                 "volume source {} has {what}: volumes are copied into the pod, larger ones \
@@ -246,15 +246,15 @@ impl VolumeReader<'_> {
         }
     }
 
-    fn folder(&mut self, path: &Path, name: &Path, depth: usize) -> Result<(), Error> {
+    fn directory(&mut self, path: &Path, name: &Path, depth: usize) -> Result<(), Error> {
         if depth > MAX_DEPTH {
-            return Err(self.too_big(format!("more than {MAX_DEPTH} levels of folders")));
+            return Err(self.too_large(format!("more than {MAX_DEPTH} levels of directories")));
         }
         let mut entries = Vec::new();
         for entry in fs::read_dir(path).map_err(|e| self.failed(path, e))? {
             entries.push(entry.map_err(|e| self.failed(path, e))?.file_name());
             if entries.len() > self.limits.files {
-                return Err(self.too_big(format!("more than {} files", self.limits.files)));
+                return Err(self.too_large(format!("more than {} files", self.limits.files)));
             }
         }
         entries.sort();
@@ -265,7 +265,7 @@ impl VolumeReader<'_> {
             if meta.is_dir() {
                 self.count()?;
                 self.push(volume_file(text, &meta, Vec::new(), false))?;
-                self.folder(&path, &name, depth + 1)?;
+                self.directory(&path, &name, depth + 1)?;
             } else if meta.is_symlink() {
                 self.count()?;
                 let target = fs::read_link(&path).map_err(|e| self.failed(&path, e))?;
@@ -274,7 +274,7 @@ impl VolumeReader<'_> {
             } else if meta.is_file() {
                 self.file(&path, &text)?;
             } else {
-                return Err(special(&path, meta.file_type()));
+                return Err(unsupported_type(&path, meta.file_type()));
             }
         }
         Ok(())
@@ -294,22 +294,22 @@ impl VolumeReader<'_> {
         let mut file = file.map_err(|e| self.failed(path, e))?;
         let meta = file.metadata().map_err(|e| self.failed(path, e))?;
         if !meta.is_file() {
-            return Err(special(path, meta.file_type()));
+            return Err(unsupported_type(path, meta.file_type()));
         }
         let mut append = false;
         loop {
-            let mut piece = Vec::new();
-            let got = (&mut file).take(PIECE as u64).read_to_end(&mut piece);
+            let mut chunk = Vec::new();
+            let got = (&mut file).take(CHUNK as u64).read_to_end(&mut chunk);
             let got = got.map_err(|e| self.failed(path, e))?;
             if append && got == 0 {
                 return Ok(());
             }
             self.bytes += got as u64;
             if self.bytes > self.limits.bytes {
-                return Err(self.too_big(format!("more than {} bytes", self.limits.bytes)));
+                return Err(self.too_large(format!("more than {} bytes", self.limits.bytes)));
             }
-            self.push(volume_file(name.to_owned(), &meta, piece, append))?;
-            if got < PIECE {
+            self.push(volume_file(name.to_owned(), &meta, chunk, append))?;
+            if got < CHUNK {
                 return Ok(());
             }
             append = true;
@@ -318,7 +318,7 @@ impl VolumeReader<'_> {
 
     fn push(&mut self, file: VolumeFile) -> Result<(), Error> {
         let size = file.content.len() + file.path.len();
-        if self.batch.bytes + size > 2 * PIECE || self.batch.files.len() == FILES_PER_MESSAGE {
+        if self.batch.bytes + size > 2 * CHUNK || self.batch.files.len() == FILES_PER_MESSAGE {
             self.flush()?;
         }
         self.batch.bytes += size;
@@ -362,9 +362,9 @@ mod tests {
         let link = files.iter().find(|f| f.path == "key").unwrap();
         assert_eq!(link.content, b"..data/key");
         assert_eq!(link.mode & libc::S_IFMT, libc::S_IFLNK);
-        let pieces: Vec<_> = files.iter().filter(|f| f.path == "..2024/key").collect();
-        assert_eq!(pieces.iter().map(|f| f.content.len()).sum::<usize>(), (2 << 20) + 5);
-        assert_eq!(pieces.iter().map(|f| f.append).collect::<Vec<_>>(), [false, true, true]);
+        let chunks: Vec<_> = files.iter().filter(|f| f.path == "..2024/key").collect();
+        assert_eq!(chunks.iter().map(|f| f.content.len()).sum::<usize>(), (2 << 20) + 5);
+        assert_eq!(chunks.iter().map(|f| f.append).collect::<Vec<_>>(), [false, true, true]);
     }
 
     #[test]
@@ -390,16 +390,16 @@ mod tests {
     }
 
     /// As a kubelet's atomic writer does it.
-    fn publish(folder: &Path, name: &str, files: &[(&str, &str)]) {
-        fs::create_dir(folder.join(name)).unwrap();
+    fn publish(directory: &Path, name: &str, files: &[(&str, &str)]) {
+        fs::create_dir(directory.join(name)).unwrap();
         for (file, text) in files {
-            fs::write(folder.join(name).join(file), text).unwrap();
+            fs::write(directory.join(name).join(file), text).unwrap();
         }
-        std::os::unix::fs::symlink(name, folder.join("..data_tmp")).unwrap();
-        let old = fs::read_link(folder.join(DATA));
-        fs::rename(folder.join("..data_tmp"), folder.join(DATA)).unwrap();
+        std::os::unix::fs::symlink(name, directory.join("..data_tmp")).unwrap();
+        let old = fs::read_link(directory.join(DATA));
+        fs::rename(directory.join("..data_tmp"), directory.join(DATA)).unwrap();
         if let Ok(old) = old {
-            fs::remove_dir_all(folder.join(old)).unwrap();
+            fs::remove_dir_all(directory.join(old)).unwrap();
         }
     }
 

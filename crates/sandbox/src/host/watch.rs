@@ -63,14 +63,14 @@ impl Watcher {
 
     /// None if the directory cannot be watched (it is gone, or the watch limit is reached). Blocks
     /// if the file system does not answer.
-    pub(crate) fn watch(&self, folder: &Path) -> Option<Watch> {
+    pub(crate) fn watch(&self, directory: &Path) -> Option<Watch> {
         let inner = self.inner.as_ref()?;
         // Not under the lock, which all pods use. A concurrent drop of another watch may remove the
         // descriptor in between; then this watch gets no events, and its user polls anyway.
-        let descriptor = match inner.events.inotify().add_watch(folder, CHANGES) {
+        let descriptor = match inner.events.inotify().add_watch(directory, CHANGES) {
             Ok(descriptor) => descriptor,
             Err(error) => {
-                tracing::debug!(folder = %folder.display(), %error, "cannot be watched");
+                tracing::debug!(directory = %directory.display(), %error, "cannot be watched");
                 return None;
             }
         };
@@ -202,12 +202,12 @@ mod tests {
     #[tokio::test]
     async fn a_watch_ends_when_its_directory_is_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("folder");
-        fs::create_dir(&folder).unwrap();
+        let directory = dir.path().join("directory");
+        fs::create_dir(&directory).unwrap();
         let watcher = Watcher::start(CancellationToken::new());
-        let mut watch = watcher.watch(&folder).unwrap();
-        fs::remove_dir(&folder).unwrap();
+        let mut watch = watcher.watch(&directory).unwrap();
+        fs::remove_dir(&directory).unwrap();
         while soon(&mut watch).await.unwrap() {}
-        assert!(watcher.watch(&folder).is_none());
+        assert!(watcher.watch(&directory).is_none());
     }
 }

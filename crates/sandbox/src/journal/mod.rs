@@ -62,7 +62,7 @@ impl Journal {
         Ok(Self { pods, failpoints })
     }
 
-    pub(crate) fn folder(&self, pod: &str) -> PathBuf {
+    pub(crate) fn directory(&self, pod: &str) -> PathBuf {
         self.pods.join(pod)
     }
 
@@ -74,9 +74,9 @@ impl Journal {
         if pod.unreadable {
             return Ok(());
         }
-        self.failpoints.check_blocking(When::Before, "journal: folder")?;
-        let folder = self.folder(&pod.id);
-        match fs::DirBuilder::new().mode(0o700).create(&folder) {
+        self.failpoints.check_blocking(When::Before, "journal: directory")?;
+        let directory = self.directory(&pod.id);
+        match fs::DirBuilder::new().mode(0o700).create(&directory) {
             Ok(()) => sync_dir(&self.pods)?,
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             Err(e) => return Err(e),
@@ -84,35 +84,35 @@ impl Journal {
         self.replace_header(pod)?;
         let bytes = record::encode(pod, boot_id)?;
         self.failpoints.check_blocking(When::Before, "journal: record")?;
-        replace(&folder, "record.new", RECORD, &bytes)?;
+        replace(&directory, "record.new", RECORD, &bytes)?;
         // One sync for both files, as the start of a pod waits for it.
-        sync_dir(&folder)?;
+        sync_dir(&directory)?;
         self.failpoints.check_blocking(When::After, "journal: record")
     }
 
     /// Updates the header if it has changed. Blocks.
     pub(crate) fn write_header(&self, pod: &Pod) -> io::Result<()> {
-        if self.replace_header(pod)? { sync_dir(&self.folder(&pod.id)) } else { Ok(()) }
+        if self.replace_header(pod)? { sync_dir(&self.directory(&pod.id)) } else { Ok(()) }
     }
 
     /// Returns whether it was changed.
     fn replace_header(&self, pod: &Pod) -> io::Result<bool> {
-        let folder = self.folder(&pod.id);
+        let directory = self.directory(&pod.id);
         let bytes = serde_json::to_vec(&Header::of(pod))?;
-        if fs::read(folder.join(HEADER)).is_ok_and(|written| written == bytes) {
+        if fs::read(directory.join(HEADER)).is_ok_and(|written| written == bytes) {
             return Ok(false);
         }
         self.failpoints.check_blocking(When::Before, "journal: header")?;
-        replace(&folder, "header.new", HEADER, &bytes)?;
+        replace(&directory, "header.new", HEADER, &bytes)?;
         self.failpoints.check_blocking(When::After, "journal: header")?;
         Ok(true)
     }
 
     /// Removes a pod's directory, record and header last. Blocks.
     pub(crate) fn remove(&self, pod: &str) -> io::Result<()> {
-        let folder = self.folder(pod);
+        let directory = self.directory(pod);
         self.failpoints.check_blocking(When::Before, "journal: removal")?;
-        let entries = match fs::read_dir(&folder) {
+        let entries = match fs::read_dir(&directory) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             entries => entries?,
         };
@@ -122,10 +122,10 @@ impl Journal {
                 remove_any(&entry.path())?;
             }
         }
-        remove_any(&folder.join(RECORD))?;
+        remove_any(&directory.join(RECORD))?;
         self.failpoints.check_blocking(When::After, "journal: removal of a record")?;
-        remove_any(&folder.join(HEADER))?;
-        ignore_not_found(fs::remove_dir(&folder))?;
+        remove_any(&directory.join(HEADER))?;
+        ignore_not_found(fs::remove_dir(&directory))?;
         sync_dir(&self.pods)?;
         self.failpoints.check_blocking(When::After, "journal: removal")
     }
@@ -147,8 +147,8 @@ impl Journal {
 }
 
 /// Errors are of this process (no descriptor, no memory), never of a single pod's files.
-fn load_one(folder: &Path, id: PodId) -> io::Result<Found> {
-    let bytes = read(&folder.join(RECORD))?;
+fn load_one(directory: &Path, id: PodId) -> io::Result<Found> {
+    let bytes = read(&directory.join(RECORD))?;
     let (why, partial) = match bytes {
         Ok(bytes) => match record::decode(&bytes) {
             Ok((pod, boot_id)) if pod.id == id => {
@@ -160,21 +160,21 @@ fn load_one(folder: &Path, id: PodId) -> io::Result<Found> {
             }
         },
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            if is_empty(folder)? {
+            if is_empty(directory)? {
                 return Ok(Found::Empty { id });
             }
             ("it is missing".to_owned(), PartialRecord::default())
         }
         Err(e) => (e.to_string(), PartialRecord::default()),
     };
-    let header = read(&folder.join(HEADER))?.ok().and_then(|bytes| Header::decode(&bytes, &id));
-    let made = fs::metadata(folder).and_then(|meta| meta.created().or_else(|_| meta.modified()));
+    let header = read(&directory.join(HEADER))?.ok().and_then(|bytes| Header::decode(&bytes, &id));
+    let made = fs::metadata(directory).and_then(|meta| meta.created().or_else(|_| meta.modified()));
     Ok(Found::Unreadable(Box::new(Unreadable { id, why, header, partial, made: made.ok() })))
 }
 
 /// Has only a header and unrenamed files: the pod was never planned, or is removed.
-fn is_empty(folder: &Path) -> io::Result<bool> {
-    for entry in fs::read_dir(folder)? {
+fn is_empty(directory: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(directory)? {
         let name = entry?.file_name();
         if name != HEADER && NEW.iter().all(|new| name != *new) {
             return Ok(false);
@@ -198,8 +198,8 @@ fn read(path: &Path) -> io::Result<io::Result<Vec<u8>>> {
 }
 
 /// Replaces a file, or a directory in its place; durable after a sync of the directory.
-fn replace(folder: &Path, new: &str, name: &str, bytes: &[u8]) -> io::Result<()> {
-    let (new, path) = (folder.join(new), folder.join(name));
+fn replace(directory: &Path, new: &str, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let (new, path) = (directory.join(new), directory.join(name));
     for place in [&new, &path] {
         if place.is_dir() {
             remove_any(place)?;

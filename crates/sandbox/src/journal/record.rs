@@ -4,9 +4,9 @@
 //! another crate, except std; the OCI runtime spec is stored as JSON ([`container`]).
 
 mod container;
+mod convert;
 mod network;
 mod pod_spec;
-mod same;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -19,9 +19,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::container::StoredContainer;
+use self::convert::{all, same_fields, same_variants};
 use self::network::StoredAttachment;
 use self::pod_spec::{StoredMeta, StoredPodSpec};
-use self::same::{all, same_fields, same_variants};
 use crate::model::{Meta, PodSpec, TracePhase};
 use crate::policy::{Container, Effect, EmptyDirs, Phase, Pod};
 use crate::ports::Attachment;
@@ -41,7 +41,7 @@ pub(crate) enum BadRecord {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Head {
+struct RecordVersion {
     version: u32,
 }
 
@@ -151,7 +151,7 @@ pub(crate) fn encode(pod: &Pod, boot_id: &str) -> io::Result<Vec<u8>> {
 
 /// The pod and the boot id of its record.
 pub(crate) fn decode(bytes: &[u8]) -> Result<(Pod, String), BadRecord> {
-    let Head { version } = serde_json::from_slice(bytes)?;
+    let RecordVersion { version } = serde_json::from_slice(bytes)?;
     if version != VERSION {
         return Err(BadRecord::Version { got: version });
     }

@@ -78,7 +78,7 @@ fn shares_of_a_container_are_read_back_and_default_to_none() {
     journal.write(&pod, "boot").unwrap();
     let Found::Pod { pod: read, .. } = only(&journal) else { panic!("unreadable") };
     assert_eq!(read.containers["c"].shares, [share]);
-    let path = journal.folder("pod").join(RECORD);
+    let path = journal.directory("pod").join(RECORD);
     let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     let container = value["containers"][0].as_object_mut().unwrap();
     container.remove("shares").unwrap();
@@ -95,7 +95,7 @@ fn a_pod_of_an_earlier_release_has_shared_empty_dirs_and_no_scratch_disk() {
     let mut pod = sample();
     pod.ledger.retain(|effect| !matches!(effect, Effect::ScratchDisk { .. }));
     journal.write(&pod, "boot").unwrap();
-    let path = journal.folder("pod").join(RECORD);
+    let path = journal.directory("pod").join(RECORD);
     let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     record.as_object_mut().unwrap().remove("empty_dirs").unwrap();
     fs::write(&path, record.to_string()).unwrap();
@@ -114,7 +114,7 @@ fn a_truncated_record_is_unreadable_and_its_header_is_read() {
     let (_dir, journal) = journal();
     let pod = sample();
     journal.write(&pod, "boot").unwrap();
-    let path = journal.folder("pod").join(RECORD);
+    let path = journal.directory("pod").join(RECORD);
     let bytes = fs::read(&path).unwrap();
     for cut in (0..bytes.len()).step_by(97) {
         fs::write(&path, &bytes[..cut]).unwrap();
@@ -128,21 +128,21 @@ fn a_truncated_record_is_unreadable_and_its_header_is_read() {
 fn a_directory_in_place_of_a_record_and_a_missing_record_are_unreadable() {
     let (_dir, journal) = journal();
     journal.write(&sample(), "boot").unwrap();
-    let folder = journal.folder("pod");
-    fs::write(folder.join("vmm.log"), "").unwrap();
-    fs::remove_file(folder.join(RECORD)).unwrap();
+    let directory = journal.directory("pod");
+    fs::write(directory.join("vmm.log"), "").unwrap();
+    fs::remove_file(directory.join(RECORD)).unwrap();
     assert_eq!(unreadable(&journal).why, "it is missing");
-    fs::create_dir_all(folder.join(RECORD).join("deep")).unwrap();
+    fs::create_dir_all(directory.join(RECORD).join("deep")).unwrap();
     let found = unreadable(&journal);
     assert!(found.why.contains("irectory") && found.header.is_some(), "{}", found.why);
-    fs::remove_file(folder.join(HEADER)).unwrap();
-    fs::create_dir(folder.join(HEADER)).unwrap();
+    fs::remove_file(directory.join(HEADER)).unwrap();
+    fs::create_dir(directory.join(HEADER)).unwrap();
     assert!(unreadable(&journal).header.is_none() && unreadable(&journal).made.is_some());
     // A running pod can be written anyway.
     journal.write(&sample(), "boot").unwrap();
     assert!(matches!(only(&journal), Found::Pod { .. }));
-    fs::remove_file(folder.join(RECORD)).unwrap();
-    fs::create_dir(folder.join(RECORD)).unwrap();
+    fs::remove_file(directory.join(RECORD)).unwrap();
+    fs::create_dir(directory.join(RECORD)).unwrap();
     journal.remove("pod").unwrap();
     assert!(journal.load().unwrap().is_empty());
 }
@@ -151,7 +151,7 @@ fn a_directory_in_place_of_a_record_and_a_missing_record_are_unreadable() {
 fn readable_fields_of_a_later_version_are_kept() {
     let (_dir, journal) = journal();
     journal.write(&sample(), "boot").unwrap();
-    let path = journal.folder("pod").join(RECORD);
+    let path = journal.directory("pod").join(RECORD);
     let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     value["version"] = 99.into();
     value["spec"]["hostname"] = 5.into();
@@ -166,9 +166,9 @@ fn readable_fields_of_a_later_version_are_kept() {
     // Effects of another pod's record must not be undone.
     fs::write(&path, text.replace("\"id\":\"pod\"", "\"id\":\"dop\"")).unwrap();
     assert!(unreadable(&journal).partial.ledger.is_empty());
-    let header = fs::read_to_string(journal.folder("pod").join(HEADER)).unwrap();
+    let header = fs::read_to_string(journal.directory("pod").join(HEADER)).unwrap();
     fs::write(
-        journal.folder("pod").join(HEADER),
+        journal.directory("pod").join(HEADER),
         header.replace("\"id\":\"pod\"", "\"id\":\"dop\""),
     )
     .unwrap();
@@ -179,7 +179,7 @@ fn readable_fields_of_a_later_version_are_kept() {
 fn an_unreadable_record_is_not_overwritten() {
     let (_dir, journal) = journal();
     journal.write(&sample(), "boot").unwrap();
-    let path = journal.folder("pod").join(RECORD);
+    let path = journal.directory("pod").join(RECORD);
     fs::write(&path, "{").unwrap();
     journal.write(&Pod { unreadable: true, ..sample() }, "boot").unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), "{");
@@ -190,7 +190,7 @@ fn a_header_is_updated_and_headers_of_other_releases_are_read() {
     let (_dir, journal) = journal();
     let mut pod = sample();
     journal.write(&pod, "boot").unwrap();
-    let path = journal.folder("pod").join(HEADER);
+    let path = journal.directory("pod").join(HEADER);
     pod.attachment =
         Arc::new(Attachment { addresses: vec!["10.0.0.9".parse().unwrap()], ..Default::default() });
     journal.write(&pod, "boot").unwrap();
@@ -252,7 +252,7 @@ fn golden() -> Pod {
         VolumeSource::Image { image: "/i".into(), sub_path: "a".into() },
         VolumeSource::EmptyDir {
             host_path: "/h/cache".into(),
-            folder: "/h/cache".into(),
+            directory: "/h/cache".into(),
             sub_path: String::new(),
             size_limit: Some(1 << 20),
         },
@@ -479,10 +479,10 @@ fn a_field_that_is_missing_has_its_default() {
 #[test]
 fn a_directory_without_a_record_is_empty_despite_an_unrenamed_one() {
     let (_dir, journal) = journal();
-    fs::create_dir(journal.folder("pod")).unwrap();
-    fs::write(journal.folder("pod").join("record.new"), "{").unwrap();
+    fs::create_dir(journal.directory("pod")).unwrap();
+    fs::write(journal.directory("pod").join("record.new"), "{").unwrap();
     assert!(matches!(only(&journal), Found::Empty { .. }));
-    fs::create_dir(journal.folder("lost+found")).unwrap();
+    fs::create_dir(journal.directory("lost+found")).unwrap();
     assert!(matches!(only(&journal), Found::Empty { .. }));
     journal.write_header(&sample()).unwrap();
     assert!(matches!(only(&journal), Found::Empty { .. }));

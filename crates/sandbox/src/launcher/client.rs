@@ -139,20 +139,20 @@ fn start(command: &[OsString]) -> Result<Running, Error> {
         return Err(Error::invalid("no launcher command is configured"));
     };
     let failed = |e: io::Error| Error::io(format!("start the launcher {}", exe.display()), e);
-    let (ours, theirs) =
+    let (local, peer) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
             .map_err(|e| failed(e.into()))?;
     let limit = TimeVal::milliseconds(ANSWER_LIMIT.as_millis() as i64);
-    setsockopt(&ours, ReceiveTimeout, &limit).map_err(|e| failed(e.into()))?;
-    setsockopt(&ours, SendTimeout, &limit).map_err(|e| failed(e.into()))?;
+    setsockopt(&local, ReceiveTimeout, &limit).map_err(|e| failed(e.into()))?;
+    setsockopt(&local, SendTimeout, &limit).map_err(|e| failed(e.into()))?;
     let child = Command::new(exe)
         .args(args)
-        .stdin(Stdio::from(theirs))
+        .stdin(Stdio::from(peer))
         .stdout(Stdio::null())
         .process_group(0)
         .spawn()
         .map_err(failed)?;
-    Ok(Running { socket: ours, child })
+    Ok(Running { socket: local, child })
 }
 
 fn launch(socket: &OwnedFd, program: Program) -> Result<Launched, Error> {

@@ -74,7 +74,7 @@ fn try_spawn(
     let null = OpenOptions::new().read(true).write(true).open("/dev/null");
     let null = null.map_err(|e| ("open /dev/null".to_owned(), e))?;
     let (failed, failure) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
-        .map_err(|e| ("make a pipe".to_owned(), e.into()))?;
+        .map_err(|e| ("create a pipe".to_owned(), e.into()))?;
     let env = [std::ptr::null()];
     let plan = Plan { exe, args, env, null, stderr, fds: rest, failure, own };
     let (pid, pidfd) = clone_into(&cgroup, &plan).map_err(|e| ("clone3".to_owned(), e))?;

@@ -27,7 +27,7 @@ pub(super) fn make(uids: &[IdRange], gids: &[IdRange]) -> Result<OwnedFd, Failur
         }
     }
     let (wait, go) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
-        .map_err(|e| ("make a pipe".to_owned(), e.into()))?;
+        .map_err(|e| ("create a pipe".to_owned(), e.into()))?;
     let pid = clone_waiting(&wait, &go).map_err(failed("clone3 into a user namespace"))?;
     // The process exits when `go` closes, also on an error.
     let write = |name: &str, map: &[IdRange]| {

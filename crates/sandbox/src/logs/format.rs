@@ -43,9 +43,9 @@ impl LineSplitter {
     /// Buffers the line in chunks, so that a long line is never in memory as a whole.
     fn take(&mut self, mut bytes: &[u8], entry: &mut impl FnMut(Tag, &[u8])) {
         while !bytes.is_empty() {
-            let piece = bytes.len().min(MAX_LINE);
-            self.buffered.extend_from_slice(&bytes[..piece]);
-            bytes = &bytes[piece..];
+            let chunk = bytes.len().min(MAX_LINE);
+            self.buffered.extend_from_slice(&bytes[..chunk]);
+            bytes = &bytes[chunk..];
             // A trailing carriage return is undecided until the next byte.
             let complete = self.buffered.len() - usize::from(self.buffered.ends_with(b"\r"));
             self.split(complete, entry);
@@ -120,11 +120,11 @@ mod tests {
 
     use super::*;
 
-    fn split_all(pieces: &[&[u8]], end: bool) -> Vec<(Tag, Vec<u8>)> {
+    fn split_all(chunks: &[&[u8]], end: bool) -> Vec<(Tag, Vec<u8>)> {
         let mut splitter = LineSplitter::default();
         let mut out = Vec::new();
-        for piece in pieces {
-            splitter.push(piece, |tag, text| out.push((tag, text.to_vec())));
+        for chunk in chunks {
+            splitter.push(chunk, |tag, text| out.push((tag, text.to_vec())));
         }
         if end {
             splitter.finish(|tag, text| out.push((tag, text.to_vec())));
@@ -188,8 +188,8 @@ mod tests {
             let mut cuts: Vec<_> = cuts.into_iter().map(|c| c.min(text.len())).collect();
             cuts.extend([0, text.len()]);
             cuts.sort();
-            let pieces: Vec<&[u8]> = cuts.windows(2).map(|w| &text[w[0]..w[1]]).collect();
-            let out = split_all(&pieces, true);
+            let chunks: Vec<&[u8]> = cuts.windows(2).map(|w| &text[w[0]..w[1]]).collect();
+            let out = split_all(&chunks, true);
             proptest::prop_assert_eq!(&out, &split_all(&[&text], true));
             let mut back = Vec::new();
             for (tag, text) in out {

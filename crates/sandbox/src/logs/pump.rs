@@ -20,20 +20,20 @@ use crate::host::pool::BlockingPool;
 use crate::session::ByteReader;
 
 /// Chunk of a stream, bytes.
-const PIECE: usize = 32 << 10;
+const CHUNK: usize = 32 << 10;
 /// Chunks between the readers and the writer.
-const PIECES: usize = 4;
+const CHUNKS: usize = 4;
 /// Bytes that an attached client may leave unread before the container blocks.
 const ATTACH_BUFFER: usize = 256 << 10;
 /// A client that reads nothing for this long is detached, so that it does not block the log.
 const ATTACH_WRITE_LIMIT: Duration = Duration::from_secs(10);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
-const RETRY_FIRST: Duration = Duration::from_millis(100);
-const RETRY_MOST: Duration = Duration::from_secs(5);
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Longest delay before a failed open of the log is retried.
-const OPEN_MOST: Duration = Duration::from_secs(30);
+const OPEN_RETRY_MAX: Duration = Duration::from_secs(30);
 /// Idle time after which no more output is expected.
-const QUIET: Duration = Duration::from_millis(250);
+const IDLE_LIMIT: Duration = Duration::from_millis(250);
 
 /// Source of a container's output.
 #[derive(Debug, Clone)]
@@ -125,7 +125,7 @@ impl LogHandle {
             loop {
                 let Flow { connecting, writing } = *flow.borrow_and_update();
                 let changed = match connecting == 0 && !writing {
-                    true => tokio::time::timeout(QUIET, flow.changed()).await,
+                    true => tokio::time::timeout(IDLE_LIMIT, flow.changed()).await,
                     false => Ok(flow.changed().await),
                 };
                 if !matches!(changed, Ok(Ok(()))) {
@@ -208,7 +208,7 @@ async fn run(
         },
     };
     let progress = writer.progress();
-    let (chunks, mut incoming) = mpsc::channel(PIECES);
+    let (chunks, mut incoming) = mpsc::channel(CHUNKS);
     // The JoinSet aborts the readers when this task ends.
     let mut readers = JoinSet::new();
     let mut open = |kind, name, from| {
@@ -278,7 +278,7 @@ async fn open_log(
     commands: &mut mpsc::Receiver<Command>,
     clients: &mut Vec<Client>,
 ) -> Option<LogWriter> {
-    let (mut pause, mut asked) = (RETRY_FIRST, None::<oneshot::Sender<std::io::Result<()>>>);
+    let (mut pause, mut asked) = (RETRY_MIN, None::<oneshot::Sender<std::io::Result<()>>>);
     loop {
         let LogPaths { path, sidecar } = place.clone();
         let opened = source.writes.run(move || LogWriter::open(path, &sidecar)).await;
@@ -314,7 +314,7 @@ async fn open_log(
                 },
             }
         }
-        pause = (pause * 2).min(OPEN_MOST);
+        pause = (pause * 2).min(OPEN_RETRY_MAX);
     }
 }
 
@@ -369,7 +369,7 @@ impl Pump {
 
     /// Retries until the batch is in the log, such as on a full disk.
     async fn write(&mut self, mut batch: Batch, commands: &mut mpsc::Receiver<Command>) -> bool {
-        let mut pause = RETRY_FIRST;
+        let mut pause = RETRY_MIN;
         loop {
             let Some(mut writer) = self.writer.take() else { return true };
             let (writer, back, result) = self
@@ -397,7 +397,7 @@ impl Pump {
                     },
                 }
             }
-            pause = (pause * 2).min(RETRY_MOST);
+            pause = (pause * 2).min(RETRY_MAX);
         }
     }
 
@@ -458,7 +458,7 @@ async fn read(
             flow.send_modify(|flow| flow.connecting -= 1);
         }
     };
-    let mut buffer = vec![0; PIECE];
+    let mut buffer = vec![0; CHUNK];
     loop {
         let mut reader = match StreamReader::open(&address, &id, offset).await {
             Ok(reader) => reader,

@@ -108,13 +108,13 @@ impl LogWriter {
     /// searched by inode in its directory.
     fn truncate_unrecorded(&self) -> io::Result<()> {
         let Some(path) = &self.path else { return Ok(()) };
-        let ours = |p: &Path| fs::metadata(p).is_ok_and(|m| m.ino() == self.state.inode);
-        let found = if ours(path) {
+        let is_recorded = |p: &Path| fs::metadata(p).is_ok_and(|m| m.ino() == self.state.inode);
+        let found = if is_recorded(path) {
             Some(path.clone())
         } else {
-            let folder = path.parent().unwrap_or(Path::new("/"));
-            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-            entries.map(|e| e.path()).find(|p| ours(p))
+            let directory = path.parent().unwrap_or(Path::new("/"));
+            let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+            entries.map(|e| e.path()).find(|p| is_recorded(p))
         };
         let Some(found) = found else { return Ok(()) };
         let file = OpenOptions::new().write(true).open(found)?;
@@ -128,8 +128,8 @@ impl LogWriter {
     /// continues with the old file: the rotating caller then renames it back.
     pub(crate) fn reopen(&mut self) -> io::Result<()> {
         let Some(path) = &self.path else { return self.record() };
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory)?;
         }
         let mut options = OpenOptions::new();
         options.append(true).create(true).mode(LOG_MODE).custom_flags(libc::O_NONBLOCK);
@@ -199,7 +199,7 @@ fn open_sidecar(path: &Path) -> io::Result<(File, Option<State>)> {
     match opened {
         Ok((file, known)) => {
             if known.is_none() && !is_fresh {
-                tracing::error!(path = %path.display(), "damaged log sidecar: the log's end is unknown");
+                tracing::error!(path = %path.display(), "damaged log sidecar, rewritten");
             }
             Ok((file, known))
         }

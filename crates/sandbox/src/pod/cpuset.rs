@@ -26,7 +26,7 @@ pub(super) async fn pin(
     if handle.machine.host().is_some() {
         return Ok(());
     }
-    let _one_at_a_time = handle.pinning.lock().await;
+    let _one_at_a_time = handle.cpuset_lock.lock().await;
     let pod = handle.pod();
     let [cpus, mems] = combined_cpuset(&pod, change);
     let leaf = pod.ledger.iter().find_map(|effect| match effect {

@@ -25,6 +25,8 @@ const MAX_GROUPS: usize = 65536;
 /// Limit of an undo call to a guest, which may have caused the failure.
 const UNDO_LIMIT: Duration = Duration::from_secs(5);
 
+const CREATION: &str = "creation of the container";
+
 /// A new container.
 pub(crate) fn new_container(pod: &Pod, id: ContainerId, spec: ContainerSpec) -> Container {
     let log_path = if spec.log_path.is_empty() || pod.spec.log_directory.is_empty() {
@@ -58,8 +60,8 @@ pub(super) async fn create_container(
     // Before the container is journaled: its record has the location of its emptyDirs.
     let resolved = tokio::select! {
         result = empty_dirs::resolve(handle, &mut container) => result,
-        () = cancel.cancelled() => Err(Error::Cancelled { what: "creation of the container" }),
-        () = handle.closing.cancelled() => Err(Error::precondition("the pod was stopped")),
+        () = cancel.cancelled() => Err(Error::Cancelled { what: CREATION }),
+        () = handle.stopping.cancelled() => Err(Error::precondition("the pod was stopped")),
     };
     let planned = match resolved {
         Ok(()) => handle.commit(vec![Change::ContainerPlanned(Box::new(container))]).await,
@@ -72,12 +74,12 @@ pub(super) async fn create_container(
             let mut disks = None;
             let made = tokio::select! {
                 result = create(handle, &id, &mut disks) => result,
-                () = cancel.cancelled() => Err(Error::Cancelled { what: "creation of the container" }),
-                () = handle.closing.cancelled() => Err(Error::precondition("the pod was stopped")),
+                () = cancel.cancelled() => Err(Error::Cancelled { what: CREATION }),
+                () = handle.stopping.cancelled() => Err(Error::precondition("the pod was stopped")),
             };
             let made = match made {
                 Ok(_) if !handle.node.registry.complete_container(&id) => {
-                    Err(Error::Cancelled { what: "creation of the container" })
+                    Err(Error::Cancelled { what: CREATION })
                 }
                 Ok(user) => {
                     let created = Change::ContainerCreated { id: id.clone(), user };
@@ -281,14 +283,14 @@ fn block_device(device: &BlockDevice) -> v1::BlockDevice {
 pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
     handle.drop_container_tasks(id);
     let Ok(container) = handle.container(id) else { return };
-    if !handle.closing.is_cancelled() {
+    if !handle.stopping.is_cancelled() {
         let request = v1::RemoveContainerRequest { container_id: id.to_owned() };
         let removed =
             handle.guest.call_within(UNDO_LIMIT, "remove the container", |mut c| async move {
                 c.remove_container(request).await
             });
         if let Err(error) = removed.await {
-            tracing::warn!(container = id, %error, "guest cannot remove a container whose creation failed");
+            tracing::warn!(container = id, %error, "cannot remove a failed container in the guest");
             return;
         }
         shares::remove(handle, id).await;
@@ -297,14 +299,14 @@ pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
         }
     }
     if let Err(error) = delete_container(handle, id).await {
-        tracing::warn!(container = id, %error, "files of a container remain until the pod is removed");
+        tracing::warn!(container = id, %error, "cannot remove files of a container");
     }
 }
 
 /// Removes a container's files, then its record, then its name.
 pub(super) async fn delete_container(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     remove_files(handle, id).await?;
-    handle.commit(vec![Change::ContainerGone { id: id.to_owned() }]).await?;
+    handle.commit(vec![Change::ContainerRemoved { id: id.to_owned() }]).await?;
     if handle.pod().phase == Phase::Ready {
         cpuset::pin_or_log(handle).await;
         oom_score::apply(handle).await;

@@ -125,7 +125,7 @@ pub(super) async fn plug(
     scratch: Option<File>,
 ) -> Result<(), Error> {
     let Machine::Vm(vmm) = &handle.machine else { return Ok(()) };
-    let mut plugged = handle.plugs.lock().await;
+    let mut plugged = handle.known_disks.lock().await;
     let wanted = shared_serials(&handle.machine, spec);
     let mut disks = if wanted.is_subset(&plugged.0) {
         Vec::new()
@@ -148,7 +148,7 @@ pub(super) async fn plug(
     }
     tokio::select! {
         found = rescan(handle, serials.clone()) => found?,
-        () = handle.closing.cancelled() => {
+        () = handle.stopping.cancelled() => {
             return Err(Error::precondition("the pod was stopped"));
         }
     }
@@ -173,7 +173,7 @@ pub(super) async fn unplug(
     spec: &ContainerSpec,
 ) -> Result<(), Error> {
     let Machine::Vm(_) = &handle.machine else { return Ok(()) };
-    let mut plugged = handle.plugs.lock().await;
+    let mut plugged = handle.known_disks.lock().await;
     let pod = handle.pod();
     let others = pod
         .containers

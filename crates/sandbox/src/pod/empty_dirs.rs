@@ -20,9 +20,9 @@ use crate::policy::{Change, Container};
 pub(super) struct EmptyDirsMade(BTreeSet<String>);
 
 /// Name in the guest: the kubelet's volume name.
-pub(super) fn name(folder: &Path) -> Result<String, Error> {
-    let name = folder.file_name().and_then(|name| name.to_str()).map(str::to_owned);
-    name.ok_or_else(|| Error::invalid(format!("emptyDir {} has no name", folder.display())))
+pub(super) fn name(directory: &Path) -> Result<String, Error> {
+    let name = directory.file_name().and_then(|name| name.to_str()).map(str::to_owned);
+    name.ok_or_else(|| Error::invalid(format!("emptyDir {} has no name", directory.display())))
 }
 
 /// Creates a new container's emptyDirs in the guest; those that must be shared become shared
@@ -34,15 +34,15 @@ pub(super) async fn resolve(handle: &Handle, container: &mut Container) -> Resul
     }
     let mut made = handle.empty_dirs.lock().await;
     for volume in &mut Arc::make_mut(&mut container.spec).volumes {
-        let VolumeSource::EmptyDir { host_path, folder, size_limit, .. } = &volume.source else {
+        let VolumeSource::EmptyDir { host_path, directory, size_limit, .. } = &volume.source else {
             continue;
         };
-        let name = name(folder)?;
+        let name = name(directory)?;
         let places = handle.pod().empty_dirs.clone();
         let in_guest = handle.machine.host().is_none()
             && places.in_guest
             && !places.shared.contains(&name)
-            && (made.0.contains(&name) || make(handle, &name, folder, *size_limit).await?);
+            && (made.0.contains(&name) || make(handle, &name, directory, *size_limit).await?);
         if in_guest {
             made.0.insert(name);
         } else {
@@ -56,20 +56,20 @@ pub(super) async fn resolve(handle: &Handle, container: &mut Container) -> Resul
 async fn make(
     handle: &Handle,
     name: &str,
-    folder: &Path,
+    directory: &Path,
     size_limit: Option<u64>,
 ) -> Result<bool, Error> {
     let info = {
-        let folder = folder.to_owned();
-        let what = format!("look at {}", folder.display());
-        handle.lookups.run_with_limit(what, move || empty_dir::inspect(&folder)).await??
+        let directory = directory.to_owned();
+        let what = format!("access {}", directory.display());
+        handle.lookups.run_with_limit(what, move || empty_dir::inspect(&directory)).await??
     };
     let mut request = request(name, &info, size_limit);
     if prepare(handle, request.clone()).await? {
         return Ok(true);
     }
     request.begin = false;
-    match fill(handle, folder, &request).await {
+    match fill(handle, directory, &request).await {
         Ok(()) => Ok(true),
         Err(Error::Unsupported { message }) => {
             tracing::warn!(
@@ -115,12 +115,12 @@ async fn prepare(handle: &Handle, request: v1::PrepareEmptyDirRequest) -> Result
 /// Copies the existing content.
 async fn fill(
     handle: &Handle,
-    folder: &Path,
+    directory: &Path,
     request: &v1::PrepareEmptyDirRequest,
 ) -> Result<(), Error> {
     let config = &handle.node.config;
     let limits = Limits { bytes: config.volume_bytes, files: config.volume_files };
-    let mut copy = volumes::Copy::of(&handle.lookups, folder.to_owned(), limits);
+    let mut copy = volumes::Copy::of(&handle.lookups, directory.to_owned(), limits);
     while let Some(files) = copy.next().await? {
         prepare(handle, v1::PrepareEmptyDirRequest { files, ..request.clone() }).await?;
     }

@@ -30,7 +30,7 @@ use crate::vmm::Vmm;
 /// Paths of a pod's files.
 #[derive(Debug, Clone)]
 pub(crate) struct Paths {
-    pub(crate) folder: PathBuf,
+    pub(crate) directory: PathBuf,
     pub(crate) state_dir: PathBuf,
     pub(crate) control: PathBuf,
     pub(crate) vsock: PathBuf,
@@ -45,39 +45,39 @@ pub(crate) struct Paths {
 
 impl Paths {
     pub(crate) fn new(node: &Node, pod: &str) -> Self {
-        let (folder, state_dir) = (node.journal.folder(pod), node.state_dir(pod));
+        let (directory, state_dir) = (node.journal.directory(pod), node.state_dir(pod));
         Self {
             control: state_dir.join("control.sock"),
             vsock: state_dir.join("vsock.sock"),
             shares: state_dir.join("shares.sock"),
-            console: folder.join("console.ring"),
-            status: folder.join("vmm-status.json"),
-            log: folder.join("vmm.log"),
-            scratch_disk: folder.join("scratch.img"),
-            folder,
+            console: directory.join("console.ring"),
+            status: directory.join("vmm-status.json"),
+            log: directory.join("vmm.log"),
+            scratch_disk: directory.join("scratch.img"),
+            directory,
             state_dir,
         }
     }
 
     /// A container's scratch disk, in a pod started by an earlier release.
     pub(crate) fn scratch(&self, container: &str) -> PathBuf {
-        self.folder.join(format!("scratch-{container}.img"))
+        self.directory.join(format!("scratch-{container}.img"))
     }
 
     /// Directory of a container's writable layer, in a host pod.
     pub(crate) fn layer(&self, container: &str) -> PathBuf {
-        self.folder.join(format!("layer-{container}"))
+        self.directory.join(format!("layer-{container}"))
     }
 
     /// The log's sidecar.
     pub(crate) fn sidecar(&self, container: &str) -> PathBuf {
-        self.folder.join(format!("log-{container}.state"))
+        self.directory.join(format!("log-{container}.state"))
     }
 }
 
 /// Exit of an exec'd process.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct ExecEnd {
+pub(crate) struct ExecExit {
     pub(crate) code: i32,
     pub(crate) oom_killed: bool,
     pub(crate) at: SystemTime,
@@ -88,7 +88,7 @@ pub(crate) struct ExecEnd {
 struct RuntimeState {
     logs: HashMap<ContainerId, LogHandle>,
     /// By exec id.
-    execs: HashMap<String, oneshot::Sender<ExecEnd>>,
+    execs: HashMap<String, oneshot::Sender<ExecExit>>,
     stats: Option<Arc<PodStatsView>>,
     /// Containers that are being started; the channel closes when the result is known.
     starting: HashMap<ContainerId, watch::Receiver<()>>,
@@ -105,22 +105,22 @@ pub(crate) struct Handle {
     pub(crate) guest: Guest,
     pub(crate) machine: Machine,
     /// Cancelled when the pod stops: work on its containers is aborted.
-    pub(crate) closing: CancellationToken,
+    pub(crate) stopping: CancellationToken,
     /// Read-locked by jobs on containers; the removal of the pod's files takes the write lock.
-    pub(crate) gate: Arc<tokio::sync::RwLock<()>>,
+    pub(crate) jobs_lock: Arc<tokio::sync::RwLock<()>>,
     /// Serializes plugging and unplugging, so that a disk is not unplugged while another container
     /// starts to use it.
-    pub(super) plugs: tokio::sync::Mutex<KnownDisks>,
+    pub(super) known_disks: tokio::sync::Mutex<KnownDisks>,
     /// Held while the VM is resized.
-    pub(super) resizing: tokio::sync::Mutex<()>,
+    pub(super) resize_lock: tokio::sync::Mutex<()>,
     /// Held while the pod's cgroup is moved to other CPUs.
-    pub(super) pinning: tokio::sync::Mutex<()>,
+    pub(super) cpuset_lock: tokio::sync::Mutex<()>,
     /// Held while the OOM scores of the pod's processes are set.
-    pub(super) scoring: tokio::sync::Mutex<()>,
+    pub(super) oom_score_lock: tokio::sync::Mutex<()>,
     /// The file server, started when it is first needed. Held during the start.
     pub(super) shares: tokio::sync::Mutex<Option<Arc<Server>>>,
     /// Held while shares are added or removed: containers may use the same share.
-    pub(super) sharing: tokio::sync::Mutex<()>,
+    pub(super) shares_lock: tokio::sync::Mutex<()>,
     /// Held while an emptyDir is created in the guest.
     pub(super) empty_dirs: tokio::sync::Mutex<EmptyDirsMade>,
     /// The first measurement of a pod without statistics.
@@ -143,7 +143,7 @@ pub(crate) struct Handle {
 const LOOKUPS: usize = 16;
 const LOG_WRITES: usize = 4;
 
-/// See [`Handle::begin_start`].
+/// See [`Handle::mark_starting`].
 pub(super) struct Starting {
     handle: Arc<Handle>,
     container: ContainerId,
@@ -179,14 +179,14 @@ impl Handle {
         Self {
             guest: Guest::new(address, node.config.guest_call_deadline(), node.failpoints.clone()),
             machine,
-            closing: node.shutdown.child_token(),
-            gate: Arc::default(),
-            plugs: tokio::sync::Mutex::default(),
-            resizing: tokio::sync::Mutex::default(),
-            pinning: tokio::sync::Mutex::default(),
-            scoring: tokio::sync::Mutex::default(),
+            stopping: node.shutdown.child_token(),
+            jobs_lock: Arc::default(),
+            known_disks: tokio::sync::Mutex::default(),
+            resize_lock: tokio::sync::Mutex::default(),
+            cpuset_lock: tokio::sync::Mutex::default(),
+            oom_score_lock: tokio::sync::Mutex::default(),
             shares: tokio::sync::Mutex::default(),
-            sharing: tokio::sync::Mutex::default(),
+            shares_lock: tokio::sync::Mutex::default(),
             runtime: Mutex::default(),
             empty_dirs: tokio::sync::Mutex::default(),
             first_stats: tokio::sync::OnceCell::new(),
@@ -288,7 +288,7 @@ impl Handle {
 
     /// Marks a container as being started until the guard is dropped. None: it is already being
     /// started.
-    pub(super) fn begin_start(self: &Arc<Self>, container: &str) -> Option<Starting> {
+    pub(super) fn mark_starting(self: &Arc<Self>, container: &str) -> Option<Starting> {
         let (decided, receiver) = watch::channel(());
         match self.runtime().starting.entry(container.to_owned()) {
             Entry::Occupied(_) => return None,
@@ -336,7 +336,7 @@ impl Handle {
     }
 
     /// Registers for the exit of an exec. Must be called before the exec.
-    pub(crate) fn register_exec(&self, exec: &str) -> oneshot::Receiver<ExecEnd> {
+    pub(crate) fn register_exec(&self, exec: &str) -> oneshot::Receiver<ExecExit> {
         let (sender, receiver) = oneshot::channel();
         self.runtime().execs.insert(exec.to_owned(), sender);
         receiver
@@ -348,7 +348,7 @@ impl Handle {
 
     pub(super) fn exec_ended(&self, exit: &Exit, at: SystemTime) {
         if let Some(sender) = self.runtime().execs.remove(&exit.exec_id) {
-            let _ = sender.send(ExecEnd { code: exit.code, oom_killed: exit.oom_killed, at });
+            let _ = sender.send(ExecExit { code: exit.code, oom_killed: exit.oom_killed, at });
         }
     }
 

@@ -31,11 +31,11 @@ pub(super) fn program(
     let (paths, node) = (&handle.paths, &handle.node);
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
     let root = paths.state_dir.join(ROOT);
-    for folder in [&paths.state_dir, &paths.folder, &root] {
-        node.failpoints.wrap_blocking("host: make a pod's folder", || {
-            let mut folders = fs::DirBuilder::new();
-            let made = folders.recursive(true).mode(0o700).create(folder);
-            made.map_err(|e| failed("make", folder, e))
+    for directory in [&paths.state_dir, &paths.directory, &root] {
+        node.failpoints.wrap_blocking("host: make a pod's directory", || {
+            let mut directories = fs::DirBuilder::new();
+            let made = directories.recursive(true).mode(0o700).create(directory);
+            made.map_err(|e| failed("create", directory, e))
         })?;
     }
     let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&paths.log);
@@ -62,7 +62,7 @@ pub(super) fn program(
         ipc: own.ipc,
     };
     let cgroup = node.failpoints.wrap_blocking("host: make the cgroup", || {
-        cgroup::make(leaf).map_err(|e| failed("make cgroup", leaf, e))
+        cgroup::make(leaf).map_err(|e| failed("create cgroup", leaf, e))
     })?;
     Ok(Program {
         exe: node.config.agent(),
@@ -90,7 +90,7 @@ pub(super) async fn kill_remaining(handle: &Handle, pod: &Pod) {
     let Some(leaf) = pod.cgroup().map(Path::to_owned) else { return };
     let killed = blocking(move || ignore_not_found(fs::write(leaf.join("cgroup.kill"), "1"))).await;
     if let Err(error) = killed {
-        tracing::error!(pod = handle.id, %error, "cannot kill the remaining processes of a host pod");
+        tracing::error!(pod = handle.id, %error, "cannot kill processes of a host pod");
     }
 }
 

@@ -28,13 +28,13 @@ pub(super) async fn grow(handle: &Handle, wanted: u64) -> Result<u32, Error> {
     let status = handle.machine.vmm()?.status().await?;
     let before = status.memory_mib;
     // A VMM without memory hotplug has its boot memory.
-    let most = status.max_memory_mib.max(before);
+    let max = status.max_memory_mib.max(before);
     let wanted = match u32::try_from(wanted) {
-        Ok(wanted) if wanted <= most => wanted,
+        Ok(wanted) if wanted <= max => wanted,
         _ => {
             return Err(Error::OutOfRange {
                 message: format!(
-                    "{wanted} MiB of memory requested, the pod's VM can have at most {most} MiB: \
+                    "{wanted} MiB of memory requested, the pod's VM can have at most {max} MiB: \
                      recreate the pod with a higher max_memory_mib"
                 ),
             });

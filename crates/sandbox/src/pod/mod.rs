@@ -38,6 +38,6 @@ mod watch;
 mod write_back;
 
 pub(crate) use create_container::new_container;
-pub(crate) use handle::{ExecEnd, Handle};
+pub(crate) use handle::{ExecExit, Handle};
 pub(crate) use owner::{InitialAction, Request, new};
 pub(crate) use stop_container::stop_container;

@@ -31,7 +31,7 @@ pub(super) async fn apply(handle: &Handle) {
         return;
     }
     // Serialized: the last reader of the state writes last.
-    let _one_at_a_time = handle.scoring.lock().await;
+    let _one_at_a_time = handle.oom_score_lock.lock().await;
     let pod = handle.pod();
     let processes = pod.ledger.iter().filter_map(|effect| match effect {
         Effect::Vmm { pid, started } | Effect::FileServer { pid, started } => {

@@ -170,7 +170,9 @@ impl Owner {
                 }
                 Some(end) = self.jobs.join_next() => self.job_ended(end).await,
                 Some(msg) = incoming.recv() => self.handle(msg).await,
-                _ = retries.tick(), if self.incomplete_containers().next().is_some() => self.remove_incomplete_containers(),
+                _ = retries.tick(), if self.incomplete_containers().next().is_some() => {
+                    self.remove_incomplete_containers();
+                }
                 () = tokio::time::sleep(pause), if pause != Duration::MAX => self.retry().await,
             }
         }
@@ -195,15 +197,15 @@ impl Owner {
                 });
             }
             InitialAction::Recover => match self.pod.phase {
-                Phase::Starting | Phase::Removing => self.begin_remove(),
-                Phase::Stopping => self.begin_stop(),
+                Phase::Starting | Phase::Removing => self.start_removal(),
+                Phase::Stopping => self.start_stop(),
                 Phase::NotReady => {}
-                Phase::Ready => self.begin_reattach(Duration::ZERO),
+                Phase::Ready => self.start_reattach(Duration::ZERO),
             },
         }
     }
 
-    fn begin_reattach(&mut self, pause: Duration) {
+    fn start_reattach(&mut self, pause: Duration) {
         let cancel = CancellationToken::new();
         self.activity = Activity::Reattaching { cancel: cancel.clone() };
         let handle = self.handle.clone();
@@ -217,7 +219,7 @@ impl Owner {
         if self.dirty {
             self.dirty = self.write(&self.pod.clone()).await.is_err();
         } else if self.retry_removal && matches!(self.activity, Activity::Idle) {
-            self.begin_remove();
+            self.start_removal();
         }
     }
 
@@ -267,7 +269,7 @@ impl Owner {
                     Activity::Starting { cancel } | Activity::Reattaching { cancel } => {
                         cancel.cancel();
                     }
-                    Activity::Idle => self.begin_stop(),
+                    Activity::Idle => self.start_stop(),
                     Activity::Stopping | Activity::Removing => {}
                 }
             }
@@ -277,7 +279,7 @@ impl Owner {
                     Activity::Starting { cancel } | Activity::Reattaching { cancel } => {
                         cancel.cancel();
                     }
-                    Activity::Idle => self.begin_remove(),
+                    Activity::Idle => self.start_removal(),
                     Activity::Stopping | Activity::Removing => {}
                 }
             }
@@ -324,12 +326,12 @@ impl Owner {
         reply: Reply<()>,
         work: impl Future<Output = Result<(), Error>> + Send + 'static,
     ) {
-        let gate = self.handle.gate.clone();
+        let jobs_lock = self.handle.jobs_lock.clone();
         if let Some(id) = &container {
             *self.busy.entry(id.clone()).or_default() += 1;
         }
         self.jobs.spawn(async move {
-            let held = gate.read_owned().await;
+            let held = jobs_lock.read_owned().await;
             let result = work.await;
             drop(held);
             let _ = reply.send(result);
@@ -362,7 +364,7 @@ impl Owner {
         }
     }
 
-    fn begin_stop(&mut self) {
+    fn start_stop(&mut self) {
         if matches!(self.pod.phase, Phase::NotReady) && self.pod.to_undo(false).is_empty() {
             for waiter in self.stop_waiters.drain(..) {
                 let _ = waiter.send(Ok(()));
@@ -374,7 +376,7 @@ impl Owner {
         self.jobs.spawn(async move { JobResult::Stopped(stop_pod::stop_pod(&handle).await) });
     }
 
-    fn begin_remove(&mut self) {
+    fn start_removal(&mut self) {
         self.retry_removal = false;
         self.activity = Activity::Removing;
         let handle = self.handle.clone();
@@ -405,7 +407,7 @@ impl Owner {
             }
             JobResult::Started(Err(error)) => {
                 self.start_error = Some(error);
-                self.begin_remove();
+                self.start_removal();
             }
             JobResult::Reattached(process) => {
                 self.activity = Activity::Idle;
@@ -413,7 +415,7 @@ impl Owner {
                     Some(process) => self.watch_vm(process, true),
                     // The search has failed, and no stop or removal is pending.
                     None if self.pod.phase == Phase::Ready && self.has_no_waiters() => {
-                        self.begin_reattach(REATTACH_RETRY);
+                        self.start_reattach(REATTACH_RETRY);
                     }
                     None => {}
                 }
@@ -459,9 +461,9 @@ impl Owner {
     /// Starts a pending removal or stop.
     fn start_next(&mut self) {
         if !self.remove_waiters.is_empty() {
-            self.begin_remove();
+            self.start_removal();
         } else if !self.stop_waiters.is_empty() {
-            self.begin_stop();
+            self.start_stop();
         }
     }
 

@@ -18,11 +18,11 @@ use crate::model::ExitView;
 use crate::policy::{Change, Container, ContainerPhase};
 
 /// Delay before a failed search for a process is retried; doubles each time.
-const FIND_FIRST: Duration = Duration::from_millis(if cfg!(test) { 5 } else { 100 });
-const FIND_MOST: Duration = Duration::from_secs(5);
+const FIND_RETRY_MIN: Duration = Duration::from_millis(if cfg!(test) { 5 } else { 100 });
+const FIND_RETRY_MAX: Duration = Duration::from_secs(5);
 /// The same for a guest that cannot be re-attached to: it may never support a compatible protocol.
-const REATTACH_FIRST: Duration = Duration::from_millis(250);
-const REATTACH_MOST: Duration = Duration::from_secs(30);
+const REATTACH_RETRY_MIN: Duration = Duration::from_millis(250);
+const REATTACH_RETRY_MAX: Duration = Duration::from_secs(30);
 const SIGKILL: u32 = 9;
 
 /// The VMM of the journal, if it still runs; otherwise its exit is committed. Also None if `cancel`
@@ -55,7 +55,7 @@ async fn retry_find<T>(
     pod: &str,
     mut find: impl FnMut() -> std::io::Result<Option<T>>,
 ) -> Option<T> {
-    let mut backoff = Backoff::new(FIND_FIRST, FIND_MOST);
+    let mut backoff = Backoff::new(FIND_RETRY_MIN, FIND_RETRY_MAX);
     loop {
         match find() {
             Ok(found) => return found,
@@ -87,7 +87,7 @@ impl Backoff {
 /// Reconciles the journal with the guest; retries until that succeeds. Pings detect a guest that
 /// does not answer.
 pub(super) async fn reattach(handle: &Arc<Handle>) {
-    let mut backoff = Backoff::new(REATTACH_FIRST, REATTACH_MOST);
+    let mut backoff = Backoff::new(REATTACH_RETRY_MIN, REATTACH_RETRY_MAX);
     loop {
         match try_reattach(handle).await {
             Ok(()) => {
@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn reattachment_is_retried_with_exponential_backoff() {
-        let mut backoff = Backoff::new(REATTACH_FIRST, REATTACH_MOST);
+        let mut backoff = Backoff::new(REATTACH_RETRY_MIN, REATTACH_RETRY_MAX);
         let pauses: Vec<_> = (0..9).map(|_| backoff.next().as_millis()).collect();
         assert_eq!(pauses, [250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000]);
     }

@@ -34,10 +34,10 @@ pub(super) async fn remove_container(handle: &Arc<Handle>, id: &str) -> Result<(
         gone(handle.commit(vec![Change::ContainerRemoving { id: id.to_owned() }]).await)?;
         let freed = tokio::select! {
             result = free_in_guest(handle, id) => result,
-            () = handle.closing.cancelled() => Ok(()),
+            () = handle.stopping.cancelled() => Ok(()),
         };
         // If the VM ended meanwhile, nothing is left to free.
-        if handle.pod().phase == Phase::Ready && !handle.closing.is_cancelled() {
+        if handle.pod().phase == Phase::Ready && !handle.stopping.is_cancelled() {
             freed?;
         }
     }
@@ -53,7 +53,7 @@ pub(super) async fn remove_incomplete(handle: &Arc<Handle>, id: &str) -> Result<
             other => other?,
         },
         // The stop of the VM frees everything.
-        () = handle.closing.cancelled() => return Ok(()),
+        () = handle.stopping.cancelled() => return Ok(()),
     }
     handle.drop_container_tasks(id);
     delete_container(handle, id).await

@@ -11,7 +11,7 @@ use crate::policy::{Change, Phase};
 
 pub(super) async fn remove_pod(handle: &Arc<Handle>) -> Result<(), Error> {
     let phase = handle.pod().phase;
-    handle.closing.cancel();
+    handle.stopping.cancel();
     if phase == Phase::Ready {
         end_guest(handle).await;
     }
@@ -23,7 +23,7 @@ pub(super) async fn remove_pod(handle: &Arc<Handle>) -> Result<(), Error> {
         }
     }
     // Jobs on containers were cancelled; wait for them, so that they create no files afterwards.
-    let _no_jobs = handle.gate.write().await;
+    let _no_jobs = handle.jobs_lock.write().await;
     let (done, result) = undo(handle, true).await;
     if let Err(error) = result {
         let _ = handle.commit(done).await;

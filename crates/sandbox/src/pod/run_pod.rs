@@ -125,7 +125,7 @@ pub(super) async fn run_pod(
                     return Err(error);
                 }
                 (Err(network), Err(error)) => {
-                    tracing::warn!(pod = pod.id, error = %network, "the network attachment failed too");
+                    tracing::warn!(pod = pod.id, error = %network, "network attachment failed too");
                     return Err(error);
                 }
             }
@@ -231,8 +231,8 @@ async fn hotplug_nics(handle: &Handle, pod: &Pod, attachment: &Attachment) -> Re
 
 /// Sets the VM's CPU limits on the host. On an error the limits inside the guest still apply.
 pub(super) async fn limit_cpu(leaf: &Path, root: &Path, limits: CpuLimits) {
-    let (folder, root) = (leaf.to_owned(), root.to_owned());
-    let limited = blocking(move || cgroup::limit_cpu(&root, &folder, limits)).await;
+    let (directory, root) = (leaf.to_owned(), root.to_owned());
+    let limited = blocking(move || cgroup::limit_cpu(&root, &directory, limits)).await;
     if let Err(error) = limited {
         tracing::warn!(cgroup = %leaf.display(), %error, "CPU limits of a pod are not set");
     }
@@ -328,11 +328,11 @@ impl FdTable {
 fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
     let (paths, node) = (&handle.paths, &handle.node);
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
-    for folder in [&paths.state_dir, &paths.folder] {
-        node.failpoints.wrap_blocking("host: make a pod's folder", || {
-            let mut folders = fs::DirBuilder::new();
-            let made = folders.recursive(true).mode(0o700).create(folder);
-            made.map_err(|e| failed("make", folder, e))
+    for directory in [&paths.state_dir, &paths.directory] {
+        node.failpoints.wrap_blocking("host: make a pod's directory", || {
+            let mut directories = fs::DirBuilder::new();
+            let made = directories.recursive(true).mode(0o700).create(directory);
+            made.map_err(|e| failed("create", directory, e))
         })?;
     }
     let new_file = |path: &Path| {
@@ -350,7 +350,7 @@ fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
     let kvm = kvm.map_err(|e| failed("open", &node.config.kvm, e))?;
     let mut fds = FdTable::default();
     let config_file = memfd_create(c"vm-config", MFdFlags::MFD_CLOEXEC)
-        .map_err(|e| Error::io("make a memory file", e.into()))?;
+        .map_err(|e| Error::io("create the memfd of the configuration", e.into()))?;
     let config_fd = fds.add(config_file.try_clone().map_err(|e| Error::io("dup", e))?);
     let config = vm_config(handle, pod, |what| {
         Ok(match what {
@@ -377,7 +377,7 @@ fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
         .map_err(|e| Error::io("write the VM's configuration", e))?;
     std::io::Seek::rewind(&mut file).map_err(|e| Error::io("rewind the VM's configuration", e))?;
     let cgroup = node.failpoints.wrap_blocking("host: make the cgroup", || {
-        cgroup::make(leaf).map_err(|e| failed("make cgroup", leaf, e))
+        cgroup::make(leaf).map_err(|e| failed("create cgroup", leaf, e))
     })?;
     Ok(Program {
         exe: node.config.vmm.clone(),
@@ -424,9 +424,9 @@ fn vm_config(
         version: vmm_api::VERSION,
         name: pod.id.clone(),
         vcpus,
-        max_vcpus: config.vcpus_at_most(vcpus),
+        max_vcpus: config.max_vcpus_of(vcpus),
         memory_mib,
-        max_memory_mib: config.memory_at_most(memory_mib),
+        max_memory_mib: config.max_memory_of(memory_mib),
         free_page_reporting: config.reclaim_memory,
         kernel: fd(VmFile::Kernel)?,
         initramfs: Some(fd(VmFile::Initramfs)?),

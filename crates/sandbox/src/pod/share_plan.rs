@@ -50,7 +50,7 @@ impl ShareRequest {
 }
 
 /// A share of the pod, and the current location of its source.
-struct Known {
+struct ExistingShare {
     share: ShareUse,
     location: Location,
     /// The source still leads to what is shared.
@@ -59,7 +59,7 @@ struct Known {
 
 /// Chooses a share for each volume. Blocks.
 pub(super) fn plan(known: &[ShareUse], wanted: Vec<ShareRequest>) -> Result<Vec<ShareUse>, Error> {
-    let mut shares: Vec<Known> = Vec::new();
+    let mut shares: Vec<ExistingShare> = Vec::new();
     for share in known {
         if shares.iter().any(|other| other.share.name == share.name) {
             continue;
@@ -67,7 +67,7 @@ pub(super) fn plan(known: &[ShareUse], wanted: Vec<ShareRequest>) -> Result<Vec<
         // A source that no longer exists cannot match.
         let Ok(location) = Location::of(&share.source) else { continue };
         let current = name(&location, share.propagation, &share.ids, share.strict) == share.name;
-        shares.push(Known { share: share.clone(), location, current });
+        shares.push(ExistingShare { share: share.clone(), location, current });
     }
     let mut found = Vec::new();
     for wanted in wanted {
@@ -85,7 +85,11 @@ pub(super) fn plan(known: &[ShareUse], wanted: Vec<ShareRequest>) -> Result<Vec<
 }
 
 /// A file has only one owner in the guest.
-fn check_ids(shares: &[Known], wanted: &ShareRequest, location: &Location) -> Result<(), Error> {
+fn check_ids(
+    shares: &[ExistingShare],
+    wanted: &ShareRequest,
+    location: &Location,
+) -> Result<(), Error> {
     let other = shares
         .iter()
         .find(|known| known.share.ids != wanted.ids && known.location.overlaps(location));
@@ -103,8 +107,8 @@ fn check_ids(shares: &[Known], wanted: &ShareRequest, location: &Location) -> Re
     }
 }
 
-fn share(shares: &mut Vec<Known>, wanted: ShareRequest, location: Location) -> ShareUse {
-    let alike = |known: &&Known| {
+fn share(shares: &mut Vec<ExistingShare>, wanted: ShareRequest, location: Location) -> ShareUse {
+    let alike = |known: &&ExistingShare| {
         known.current
             && known.share.propagation == wanted.propagation
             && known.share.ids == wanted.ids
@@ -121,7 +125,7 @@ fn share(shares: &mut Vec<Known>, wanted: ShareRequest, location: Location) -> S
     }
     let name = name(&location, wanted.propagation, &wanted.ids, wanted.strict);
     let share = ShareRequest { path: location.path.clone(), ..wanted }.named(name);
-    shares.push(Known { share: share.clone(), location, current: true });
+    shares.push(ExistingShare { share: share.clone(), location, current: true });
     share
 }
 

@@ -100,7 +100,7 @@ pub(super) async fn prepare(
         started.await.map_err(|e| Error::Internal(e.into()))??
     };
     // Held until they are in the server: other containers add and remove shares concurrently.
-    let _sharing = handle.sharing.lock().await;
+    let _sharing = handle.shares_lock.lock().await;
     let ids = Ids::of(&spec.oci);
     let wanted = wanted(handle, spec, ids.as_ref());
     let uses = match server.checks_access {
@@ -218,7 +218,7 @@ pub(super) async fn remove(handle: &Arc<Handle>, container: &str) {
         // Without a server there are no shares.
         Err(error) => return tracing::debug!(container, %error, "no shares to remove"),
     };
-    let _sharing = handle.sharing.lock().await;
+    let _sharing = handle.shares_lock.lock().await;
     let pod = handle.pod();
     for name in names {
         let done = match access(&pod, &name, |other| other.id != container) {
@@ -254,7 +254,7 @@ async fn server(handle: &Arc<Handle>) -> Result<Arc<Server>, Error> {
     }
     let server = match file_server_effect(handle) {
         Some((pid, started)) => {
-            let failed = |e| Error::io(format!("look for file server {pid}"), e);
+            let failed = |e| Error::io(format!("find file server {pid}"), e);
             let process = Process::find(pid, started).map_err(failed)?;
             if handle.machine.vmm()?.status().await?.devices.iter().any(|d| d.id == DEVICE) {
                 let process = process.ok_or_else(server_ended)?;
@@ -277,10 +277,10 @@ async fn server(handle: &Arc<Handle>) -> Result<Arc<Server>, Error> {
     };
     let server = Arc::new(server);
     *slot = Some(server.clone());
-    let (watched, pod, closing) = (server.clone(), handle.id.clone(), handle.closing.clone());
+    let (watched, pod, stopping) = (server.clone(), handle.id.clone(), handle.stopping.clone());
     tokio::spawn(async move {
         tokio::select! {
-            () = closing.cancelled() => {}
+            () = stopping.cancelled() => {}
             () = watched.process.ended() => {
                 tracing::error!(pod, "file server exited: the pod's shared volumes are lost");
             }
@@ -315,7 +315,7 @@ async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
     });
     let leaf = leaf.ok_or_else(|| Error::precondition("the pod has no cgroup"))?;
     let vmm = pod.vmm().map(|(pid, _)| pid);
-    let log = handle.paths.folder.join("fs.log");
+    let log = handle.paths.directory.join("fs.log");
     let opened = {
         let (leaf, log) = (leaf.clone(), log.clone());
         blocking(move || {

@@ -14,7 +14,7 @@ use crate::policy::{CODE_START_ERROR, Change, ContainerPhase};
 pub(super) async fn start_container(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     handle.ready_pod()?;
     // Before the state check, so that only one of two concurrent starts passes it.
-    let Some(_starting) = handle.begin_start(id) else {
+    let Some(_starting) = handle.mark_starting(id) else {
         return Err(Error::precondition(format!("container {id} is being started")));
     };
     let container = handle.container(id)?;
@@ -37,7 +37,7 @@ pub(super) async fn start_container(handle: &Arc<Handle>, id: &str) -> Result<()
         result = call => result,
         // The stop, or after a shutdown of the daemon the recovery, handles a process that has
         // started.
-        () = handle.closing.cancelled() => return Err(Error::precondition("the pod was stopped")),
+        () = handle.stopping.cancelled() => return Err(Error::precondition("the pod was stopped")),
     };
     let at = SystemTime::now();
     match result {
@@ -55,7 +55,7 @@ pub(super) async fn start_container(handle: &Arc<Handle>, id: &str) -> Result<()
         // must not run as well. Its exit is reported like any other.
         Err(error @ (Error::Unavailable { .. } | Error::Deadline { .. })) => {
             if let Err(error) = kill(handle, id).await {
-                tracing::warn!(container = id, %error, "cannot kill a container whose start failed");
+                tracing::warn!(container = id, %error, "cannot kill after a failed start");
             }
             Err(error)
         }

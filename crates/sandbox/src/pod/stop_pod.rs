@@ -24,7 +24,7 @@ pub(super) async fn stop_pod(handle: &Arc<Handle>) -> Result<(), Error> {
         }
         tracing::warn!(pod = handle.id, %error, "stop is not journaled, continuing");
     }
-    handle.closing.cancel();
+    handle.stopping.cancel();
     if was_ready {
         end_guest(handle).await;
     }

@@ -2,9 +2,9 @@
 //! downward API): a copy in the guest, replaced atomically when the host's `..data` link changes.
 //!
 //! ```text
-//! watch the folder -> look at ..data -> other than shown? -> copy, swap -> wait for a change
-//!        ^                                   | fails: pause, longer each time         |
-//!        +-----------------------------------+----------------------------------------+
+//! watch the directory -> read ..data -> changed? -> copy, swap -> wait for an event
+//!        ^                                 | fails: backoff                |
+//!        +---------------------------------+-------------------------------+
 //! ```
 
 use std::ffi::OsString;
@@ -28,8 +28,8 @@ use crate::policy::Container;
 const MAX_BYTES: u64 = 16 << 20;
 /// Delay after a change, as a writer makes several at once.
 const DEBOUNCE: Duration = Duration::from_millis(20);
-const RETRY_FIRST: Duration = Duration::from_millis(200);
-const RETRY_MOST: Duration = Duration::from_secs(30);
+const RETRY_MIN: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(30);
 /// Interval of checks without a notification: with a watch, and without one.
 const RECHECK: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_secs(5);
@@ -38,7 +38,7 @@ const POLL: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Synced {
     id: String,
-    folder: PathBuf,
+    directory: PathBuf,
     /// Generation in the guest; None: unknown.
     shown: Option<OsString>,
     /// A copy may have been aborted.
@@ -49,9 +49,9 @@ pub(super) struct Synced {
 pub(super) async fn initial_copy(
     handle: &Handle,
     id: String,
-    folder: PathBuf,
+    directory: PathBuf,
 ) -> Result<Synced, Error> {
-    let mut volume = Synced { id, folder, shown: None, incomplete: false };
+    let mut volume = Synced { id, directory, shown: None, incomplete: false };
     copy(handle, &mut volume).await?;
     Ok(volume)
 }
@@ -74,7 +74,7 @@ pub(super) fn resume(handle: &Arc<Handle>, container: &Container) {
     let synced = volumes.filter_map(|(n, volume)| match &volume.source {
         VolumeSource::Synced { host_path } => Some(Synced {
             id: volume_id(&container.id, n),
-            folder: host_path.clone(),
+            directory: host_path.clone(),
             shown: None,
             incomplete: true,
         }),
@@ -88,32 +88,32 @@ async fn keep(handle: Arc<Handle>, container: String, mut volume: Synced) {
         handle.wait_for(|pod| pod.containers.get(&container).is_none_or(|c| c.exit.is_some()));
     tokio::select! {
         _ = ended => {}
-        () = handle.closing.cancelled() => {}
+        () = handle.stopping.cancelled() => {}
         () = follow(&handle, &mut volume) => {}
     }
 }
 
 async fn follow(handle: &Handle, volume: &mut Synced) {
-    let mut pause = RETRY_FIRST;
+    let mut pause = RETRY_MIN;
     loop {
         // Watch before the check, so that no change is missed.
-        let (watcher, folder) = (handle.node.watcher.clone(), volume.folder.clone());
-        let what = format!("watch {}", folder.display());
-        let armed = handle.lookups.run_with_limit(what, move || watcher.watch(&folder)).await;
+        let (watcher, directory) = (handle.node.watcher.clone(), volume.directory.clone());
+        let what = format!("watch {}", directory.display());
+        let armed = handle.lookups.run_with_limit(what, move || watcher.watch(&directory)).await;
         let looked = match armed {
             Ok(watch) => copy_if_changed(handle, volume).await.map(|()| watch),
             Err(e) => Err(e),
         };
         match looked {
             Ok(watch) => {
-                pause = RETRY_FIRST;
+                pause = RETRY_MIN;
                 wait(watch).await;
             }
             Err(error) => {
-                let folder = volume.folder.display();
-                tracing::warn!(pod = handle.id, %folder, %error, "cannot update a synced volume");
+                let directory = volume.directory.display();
+                tracing::warn!(pod = handle.id, %directory, %error, "cannot update a volume");
                 tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(RETRY_MOST);
+                pause = (pause * 2).min(RETRY_MAX);
             }
         }
     }
@@ -129,9 +129,9 @@ async fn wait(watch: Option<Watch>) {
 }
 
 async fn copy_if_changed(handle: &Handle, volume: &mut Synced) -> Result<(), Error> {
-    let folder = volume.folder.clone();
-    let what = format!("look at {}", folder.display());
-    let now = handle.lookups.run_with_limit(&*what, move || current(&folder)).await?;
+    let directory = volume.directory.clone();
+    let what = format!("access {}", directory.display());
+    let now = handle.lookups.run_with_limit(&*what, move || current(&directory)).await?;
     let now = now.map_err(|e| Error::io(what, e))?;
     // Content is never removed: a kubelet that tears the volume down empties it.
     if now.is_empty() || volume.shown.as_ref() == Some(&now) {
@@ -143,9 +143,10 @@ async fn copy_if_changed(handle: &Handle, volume: &mut Synced) -> Result<(), Err
 async fn copy(handle: &Handle, volume: &mut Synced) -> Result<(), Error> {
     let config = &handle.node.config;
     let limits = Limits { bytes: config.volume_bytes.min(MAX_BYTES), files: config.volume_files };
-    let folder = volume.folder.clone();
-    let what = format!("read {}", folder.display());
-    let read = handle.lookups.run_with_limit(what, move || generation(&folder, limits)).await??;
+    let directory = volume.directory.clone();
+    let what = format!("read {}", directory.display());
+    let read =
+        handle.lookups.run_with_limit(what, move || generation(&directory, limits)).await??;
     // Two generations exist for a moment, and tmpfs counts pages.
     let size = 4 * limits.bytes;
     let incomplete = std::mem::replace(&mut volume.incomplete, true);

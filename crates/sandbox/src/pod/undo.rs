@@ -44,7 +44,7 @@ pub(super) async fn undo(handle: &Handle, all: bool) -> (Vec<Change>, Result<(),
 
 fn failpoint_name(effect: &Effect) -> &'static str {
     match effect {
-        Effect::StateDir { .. } => "host: remove the state folder",
+        Effect::StateDir { .. } => "host: remove the state directory",
         Effect::Network => "host: detach from the network",
         Effect::Cgroup { .. } => "host: remove the cgroup",
         Effect::Vmm { .. } => "host: kill the VMM",

@@ -30,7 +30,7 @@ pub(super) async fn update_pod(
         handle.ready_pod()?;
         return Ok(());
     }
-    let _one_at_a_time = handle.resizing.lock().await;
+    let _one_at_a_time = handle.resize_lock.lock().await;
     let pod = handle.ready_pod()?;
     if change.vcpus == Some(0) {
         return Err(Error::invalid("a pod needs at least 1 vCPU"));
@@ -130,7 +130,7 @@ pub(super) async fn grow_for_container(
     if handle.machine.host().is_some() {
         return Ok(());
     }
-    let _one_at_a_time = handle.resizing.lock().await;
+    let _one_at_a_time = handle.resize_lock.lock().await;
     let pod = handle.ready_pod()?;
     let limit = |r: &LinuxResources| r.memory().and_then(|m| m.limit()).filter(|l| *l > 0);
     if let Some(wanted) = limit(new)
@@ -146,7 +146,7 @@ pub(super) async fn grow_for_container(
     }
     let others = pod.containers.values().filter(|c| c.id != id && c.exit.is_none());
     let wanted: u64 = others.map(|c| milli_cpus(&c.resources)).sum::<u64>() + milli_cpus(new);
-    let most = handle.node.config.vcpus_at_most(1);
+    let most = handle.node.config.max_vcpus_of(1);
     let wanted = u8::try_from(wanted.div_ceil(1000)).unwrap_or(u8::MAX).min(most);
     if milli_cpus(new) > milli_cpus(old) && wanted > vcpus(handle, &pod) {
         let got = u8::try_from(set_guest_cpus(handle, wanted).await?).unwrap_or(wanted);

@@ -137,14 +137,14 @@ impl Prepared {
                     mount.submounts = submounts(&handle.lookups, host_path).await?;
                 }
             }
-            VolumeSource::EmptyDir { host_path, folder, sub_path, .. } => {
-                mount.volume_id = empty_dirs::name(folder)?;
+            VolumeSource::EmptyDir { host_path, directory, sub_path, .. } => {
+                mount.volume_id = empty_dirs::name(directory)?;
                 mount.set_source(v1::VolumeSource::EmptyDir);
                 mount.set_propagation(propagation(volume.propagation));
                 if !sub_path.is_empty() {
                     mount.sub_path = sub_path.clone();
                     let path = host_path.clone();
-                    let what = format!("look at {}", host_path.display());
+                    let what = format!("access {}", host_path.display());
                     let owner =
                         handle.lookups.run_with_limit(&*what, move || empty_dir::owner(&path));
                     let owner = owner.await?.map_err(|e| Error::io(what, e))?;
@@ -184,7 +184,7 @@ fn path_text(path: &Path) -> Result<String, Error> {
 /// Submounts of a read-only share, which keep their own access.
 async fn submounts(lookups: &BlockingPool, source: &Path) -> Result<Vec<String>, Error> {
     let path = source.to_owned();
-    let what = format!("look for mounts below {}", source.display());
+    let what = format!("list mounts below {}", source.display());
     let found =
         lookups.run_with_limit(&*what, move || mounts::submounts(&path, MAX_SUBMOUNTS)).await?;
     found.map_err(|e| Error::io(what, e))
@@ -192,10 +192,10 @@ async fn submounts(lookups: &BlockingPool, source: &Path) -> Result<Vec<String>,
 
 /// For a copied volume: a file is mounted by its name in the volume.
 async fn sub_path(lookups: &BlockingPool, source: &Path) -> Result<String, Error> {
-    let what = format!("look at {}", source.display());
+    let what = format!("access {}", source.display());
     let source = source.to_owned();
     Ok(match lookups.run_with_limit(what, move || source_kind(&source)).await?? {
         SourceKind::File { name } => name,
-        SourceKind::Folder => String::new(),
+        SourceKind::Directory => String::new(),
     })
 }

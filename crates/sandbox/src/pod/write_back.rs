@@ -30,7 +30,7 @@ pub(super) async fn open(
     let path = path.to_owned();
     let file = handle.lookups.run_with_limit(what, move || match source_kind(&path)? {
         SourceKind::File { .. } => open_for_writing(&path),
-        SourceKind::Folder => Err(Error::invalid(format!("{} is a folder", path.display()))),
+        SourceKind::Directory => Err(Error::invalid(format!("{} is a directory", path.display()))),
     });
     let file = file.await??;
     handle.set_written_back(container, n, Arc::new(file));

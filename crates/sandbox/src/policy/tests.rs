@@ -206,7 +206,7 @@ fn effects_are_undone_in_reverse_order_and_files_remain_after_the_vm() {
     assert_eq!(pod.to_undo(true).len(), 4);
     pod.apply(Change::Undone(vmm)).unwrap();
     assert_eq!(pod.vmm(), None);
-    pod.apply(Change::ContainerGone { id: "c".into() }).unwrap();
+    pod.apply(Change::ContainerRemoved { id: "c".into() }).unwrap();
     assert_eq!(pod.to_undo(true).len(), 2);
 }
 
@@ -228,7 +228,7 @@ fn any_change() -> impl Strategy<Value = Change> {
         (0..3i32).prop_map(move |code| Change::ContainerEnded { id: id(), exit: exit(code) }),
         Just(Change::LogsDrained { id: id() }),
         Just(Change::ContainerRemoving { id: id() }),
-        Just(Change::ContainerGone { id: id() }),
+        Just(Change::ContainerRemoved { id: id() }),
     ]
 }
 

@@ -151,7 +151,7 @@ impl Guest {
     /// Serves the hybrid vsock listener until dropped.
     pub(super) async fn serve(self: Arc<Self>, listener: UnixListener) {
         let (grpc, incoming) = tokio::sync::mpsc::channel::<std::io::Result<UnixStream>>(8);
-        let service = AgentServer::from_arc(Arc::new(Served(self.clone())))
+        let service = AgentServer::from_arc(Arc::new(AgentService(self.clone())))
             .max_decoding_message_size(agent_api::MAX_MESSAGE);
         let incoming = tokio_stream::wrappers::ReceiverStream::new(incoming);
         let server =
@@ -197,7 +197,7 @@ impl Guest {
         self: Arc<Self>,
         [control, stdio, forwards]: [UnixListener; 3],
     ) {
-        let service = AgentServer::from_arc(Arc::new(Served(self.clone())));
+        let service = AgentServer::from_arc(Arc::new(AgentService(self.clone())));
         let incoming = tokio_stream::wrappers::UnixListenerStream::new(control);
         let server =
             tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
@@ -308,10 +308,10 @@ async fn forward(mut stream: UnixStream) -> std::io::Result<()> {
     write.shutdown().await
 }
 
-struct Served(Arc<Guest>);
+struct AgentService(Arc<Guest>);
 
-impl Served {
-    async fn alive(&self) {
+impl AgentService {
+    async fn wait_until_responsive(&self) {
         while self.0.lock().unresponsive {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -332,9 +332,9 @@ impl Served {
 }
 
 #[tonic::async_trait]
-impl Agent for Served {
+impl Agent for AgentService {
     async fn hello(&self, _: Request<v1::HelloRequest>) -> Answer<v1::HelloReply> {
-        self.alive().await;
+        self.wait_until_responsive().await;
         let (refuses, protocol) = {
             let state = self.0.lock();
             (state.refuse_hello, state.protocol)
@@ -497,7 +497,7 @@ impl Agent for Served {
     }
 
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsReply> {
-        self.alive().await;
+        self.wait_until_responsive().await;
         let mut state = self.0.lock();
         state.measured += 1;
         let containers = state.processes.keys().map(|(id, _)| v1::ContainerStats {
@@ -587,7 +587,7 @@ impl Agent for Served {
         &self,
         request: Request<v1::ReadVolumeFileRequest>,
     ) -> Answer<v1::ReadVolumeFileReply> {
-        self.alive().await;
+        self.wait_until_responsive().await;
         let request = request.into_inner();
         let state = self.0.lock();
         let file = state.volumes.get(&request.volume_id).and_then(|v| v.files.get(&request.path));
@@ -599,14 +599,14 @@ impl Agent for Served {
         &self,
         request: Request<v1::ResizePodRequest>,
     ) -> Answer<v1::ResizePodReply> {
-        self.alive().await;
+        self.wait_until_responsive().await;
         let mut state = self.0.lock();
         state.cpus = request.into_inner().cpus.min(state.max_cpus);
         Ok(Response::new(v1::ResizePodReply { cpus: state.cpus }))
     }
 
     async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Answer<v1::ShutdownReply> {
-        self.alive().await;
+        self.wait_until_responsive().await;
         Ok(Response::new(v1::ShutdownReply {}))
     }
 }

@@ -1,7 +1,7 @@
-//! Runs scenarios with each failpoint ([`crate::failpoint`]), one at a time: a step fails once, or the
-//! daemon stops as by SIGKILL. After a failure a caller that retries succeeds; after a crash the next
-//! daemon keeps what was acknowledged. In both cases nothing is left at the end: no process, cgroup,
-//! file or network, and names and uids are free.
+//! Runs scenarios with each failpoint ([`crate::failpoint`]), one at a time: a step fails once, or
+//! the daemon stops as by SIGKILL. After a failure a caller that retries succeeds; after a crash
+//! the next daemon keeps what was acknowledged. In both cases nothing is left at the end: no
+//! process, cgroup, file or network, and names and uids are free.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -177,7 +177,7 @@ async fn retry<T, F: Future<Output = Result<T, Error>>>(what: &str, call: impl F
     loop {
         match call().await {
             Ok(done) => return done,
-            Err(error) => assert!(began.elapsed() < LIMIT, "never: {what}: {error}"),
+            Err(error) => assert!(began.elapsed() < LIMIT, "timed out: {what}: {error}"),
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

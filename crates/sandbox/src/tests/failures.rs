@@ -72,12 +72,12 @@ fn a_failed_network_or_vmm_fails_the_start_with_the_reason() {
         // The agent never answers, and the start does not wait for it.
         node.inner.guests.lock().unwrap().clear();
         *node.inner.guest_never_answers.lock().unwrap() = true;
-        *node.inner.attach_beside_boot.lock().unwrap() = true;
+        *node.inner.attach_after_launch.lock().unwrap() = true;
         let error = daemon.run_pod(node.pod_spec("c")).await.unwrap_err().to_string();
         assert!(error.contains("no more addresses"), "{error}");
         assert_eq!(node.leftovers(), Vec::<String>::new());
         *node.inner.fail_network.lock().unwrap() = false;
-        *node.inner.attach_beside_boot.lock().unwrap() = false;
+        *node.inner.attach_after_launch.lock().unwrap() = false;
         node.inner.guests.lock().unwrap().clear();
         let start = tokio::spawn({
             let (daemon, spec) = (daemon.clone(), node.pod_spec("b"));
@@ -399,9 +399,9 @@ fn a_container_that_the_guest_cannot_remove_is_removed_later() {
 
 /// A disk that is full while the flag is set.
 #[derive(Default)]
-struct Full(AtomicBool);
+struct FullDisk(AtomicBool);
 
-impl Hook for Full {
+impl Hook for FullDisk {
     fn reached(&self, when: When, what: &str) -> Action {
         match what.starts_with("journal") && when == When::Before && self.0.load(Ordering::SeqCst) {
             true => Action::Fail,
@@ -413,7 +413,7 @@ impl Hook for Full {
 #[test]
 fn a_full_disk_prevents_neither_stop_nor_state_changes() {
     run_test(|node| async move {
-        let (this, full) = (Arc::new(node.clone()), Arc::new(Full::default()));
+        let (this, full) = (Arc::new(node.clone()), Arc::new(FullDisk::default()));
         let failpoints = Failpoints::new(full.clone());
         let daemon = Sandboxes::open_at(node.config(), this.clone(), this, failpoints);
         let daemon = daemon.await.unwrap();

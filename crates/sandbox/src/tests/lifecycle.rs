@@ -120,9 +120,9 @@ fn output_is_complete_after_a_broken_connection() {
         let id = daemon.create_container(&pod, spec).await.unwrap();
         daemon.start_container(&id).await.unwrap();
         for program in ["print-broken", "print-unframed"] {
-            let command = exec(&[program, "hello, node"]);
+            let command = exec(&[program, "hello, world"]);
             let output = daemon.exec_sync(&id, command, None, 100).await.unwrap();
-            assert_eq!((output.stdout.as_slice(), output.code), (&b"hello, node"[..], 0));
+            assert_eq!((output.stdout.as_slice(), output.code), (&b"hello, world"[..], 0));
         }
         daemon.remove_pod(&pod).await.unwrap();
     });
@@ -295,7 +295,7 @@ fn reading_statistics_triggers_a_measurement_and_does_not_wait_for_the_guest() {
 #[test]
 fn the_vm_boots_during_the_network_attachment_and_gets_its_interfaces_afterwards() {
     run_test(|node| async move {
-        *node.inner.attach_beside_boot.lock().unwrap() = true;
+        *node.inner.attach_after_launch.lock().unwrap() = true;
         let daemon = node.daemon().await;
         let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
         assert_eq!(*node.inner.nics.lock().unwrap(), ["eth0"]);

@@ -2,10 +2,10 @@
 //! socket) and a fake agent behind its vsock listener. They need root and cgroup v2, no KVM.
 
 mod agent;
-mod dead_volume;
 mod events;
 mod failpoints;
 mod failures;
+mod hanging_volume;
 mod host_pods;
 mod lifecycle;
 mod listing;

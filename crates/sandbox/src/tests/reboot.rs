@@ -24,11 +24,11 @@ async fn reboot(node: &TestNode, daemon: Sandboxes, edit: impl Fn(&mut Value)) {
     }
     let leaf = |pod: &str| node.cgroup_file(pod, "");
     for entry in fs::read_dir(node.path("r/pods")).unwrap() {
-        let folder = entry.unwrap().path();
-        let leaf = leaf(folder.file_name().unwrap().to_str().unwrap());
+        let directory = entry.unwrap().path();
+        let leaf = leaf(directory.file_name().unwrap().to_str().unwrap());
         eventually("the cgroup is empty", || !leaf.exists() || fs::remove_dir(&leaf).is_ok()).await;
         let _ = fs::remove_dir(leaf.parent().unwrap());
-        edit_record(&folder, |record| {
+        edit_record(&directory, |record| {
             record["boot_id"] = "00000000-0000-0000-0000-000000000000".into();
             edit(record);
         });
@@ -36,8 +36,8 @@ async fn reboot(node: &TestNode, daemon: Sandboxes, edit: impl Fn(&mut Value)) {
     fs::remove_dir_all(node.path("s")).unwrap();
 }
 
-fn edit_record(folder: &Path, edit: impl FnOnce(&mut Value)) {
-    let path = folder.join("record.json");
+fn edit_record(directory: &Path, edit: impl FnOnce(&mut Value)) {
+    let path = directory.join("record.json");
     let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     edit(&mut record);
     fs::write(path, record.to_string()).unwrap();

@@ -9,20 +9,20 @@ use agent_api::v1;
 use super::test_node::{TestNode, run_test};
 use super::volumes::volume;
 use crate::model::{Access, ContainerSpec, Propagation, Volume, VolumeSource};
-use crate::{Config, EmptyDirPlace, Error};
+use crate::{Config, EmptyDirLocation, Error};
 
 /// An emptyDir directory as created by a kubelet.
-fn folder(node: &TestNode, name: &str) -> PathBuf {
-    let folder = node.path("pods/u/volumes/kubernetes.io~empty-dir").join(name);
-    fs::create_dir_all(&folder).unwrap();
-    fs::set_permissions(&folder, fs::Permissions::from_mode(0o2777)).unwrap();
-    folder
+fn directory(node: &TestNode, name: &str) -> PathBuf {
+    let directory = node.path("pods/u/volumes/kubernetes.io~empty-dir").join(name);
+    fs::create_dir_all(&directory).unwrap();
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o2777)).unwrap();
+    directory
 }
 
-fn empty_dir(folder: &std::path::Path, sub_path: &str, size_limit: Option<u64>) -> Volume {
+fn empty_dir(directory: &std::path::Path, sub_path: &str, size_limit: Option<u64>) -> Volume {
     let source = VolumeSource::EmptyDir {
-        host_path: folder.join(sub_path),
-        folder: folder.to_owned(),
+        host_path: directory.join(sub_path),
+        directory: directory.to_owned(),
         sub_path: sub_path.to_owned(),
         size_limit,
     };
@@ -63,7 +63,7 @@ fn writable_layers_are_on_the_scratch_disk_which_is_removed_at_stop() {
 #[test]
 fn an_empty_dir_is_created_once_also_across_a_restart() {
     run_test(|node| async move {
-        let cache = folder(&node, "cache");
+        let cache = directory(&node, "cache");
         fs::create_dir_all(cache.join("sub/dir")).unwrap();
         fs::write(cache.join("sub/file"), "before").unwrap();
         fs::set_permissions(cache.join("sub/dir"), fs::Permissions::from_mode(0o2750)).unwrap();
@@ -118,18 +118,19 @@ fn shared(node: &TestNode, pod: &str) -> bool {
 #[test]
 fn an_empty_dir_that_cannot_be_copied_is_shared_until_the_pod_is_removed() {
     run_test(|node| async move {
-        let (odd, large) = (folder(&node, "odd"), folder(&node, "large"));
+        let (odd, large) = (directory(&node, "odd"), directory(&node, "large"));
         nix::unistd::mkfifo(&odd.join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         fs::write(large.join("file"), "more than ten bytes").unwrap();
         let config = Config { volume_bytes: 10, ..node.config() };
         let daemon = node.daemon_with(config).await;
         let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
-        let plain = |folder, propagation| Volume { propagation, ..empty_dir(folder, "", None) };
+        let plain =
+            |directory, propagation| Volume { propagation, ..empty_dir(directory, "", None) };
         let refused = with(&node, "refused", plain(&odd, Propagation::Bidirectional));
         let refused = daemon.create_container(&pod, refused).await.unwrap_err();
         assert!(matches!(refused, Error::InvalidArgument { .. }), "{refused}");
-        for (name, folder) in [("one", &odd), ("two", &large)] {
-            let spec = with(&node, name, plain(folder, Propagation::Private));
+        for (name, directory) in [("one", &odd), ("two", &large)] {
+            let spec = with(&node, name, plain(directory, Propagation::Private));
             daemon.create_container(&pod, spec).await.unwrap();
             assert!(shared(&node, &pod), "{name}");
         }
@@ -150,9 +151,9 @@ fn an_empty_dir_that_cannot_be_copied_is_shared_until_the_pod_is_removed() {
 #[test]
 fn the_location_of_empty_dirs_is_fixed_at_pod_start() {
     run_test(|node| async move {
-        let cache = folder(&node, "cache");
+        let cache = directory(&node, "cache");
         let volume = || Volume { propagation: Propagation::Private, ..empty_dir(&cache, "", None) };
-        let share = Config { empty_dir: EmptyDirPlace::Share, ..node.config() };
+        let share = Config { empty_dir: EmptyDirLocation::Share, ..node.config() };
         let daemon = node.daemon_with(share.clone()).await;
         let first = daemon.run_pod(node.pod_spec("first")).await.unwrap();
         daemon.create_container(&first, with(&node, "one", volume())).await.unwrap();
@@ -191,7 +192,7 @@ fn containers_of_a_pod_of_an_earlier_release_have_their_own_scratch_disks() {
         ledger.retain(|effect| effect["effect"] != "scratch_disk");
         fs::write(&path, record.to_string()).unwrap();
         let daemon = node.daemon().await;
-        let cache = folder(&node, "cache");
+        let cache = directory(&node, "cache");
         let volume = Volume { propagation: Propagation::Private, ..empty_dir(&cache, "", None) };
         let id = daemon.create_container(&pod, with(&node, "app", volume)).await.unwrap();
         assert!(shared(&node, &pod));

@@ -57,7 +57,7 @@ pub(super) struct Inner {
     pub(super) guest_never_answers: Mutex<bool>,
     pub(super) fail_network: Mutex<bool>,
     /// `attach` waits until a VM was launched.
-    pub(super) attach_beside_boot: Mutex<bool>,
+    pub(super) attach_after_launch: Mutex<bool>,
     /// `attach` waits until it is cancelled.
     pub(super) attach_queued: Mutex<bool>,
     /// Network interfaces plugged into VMs, by id.
@@ -92,7 +92,7 @@ impl TestNode {
             file_servers: Mutex::default(),
             guest_never_answers: Mutex::new(false),
             fail_network: Mutex::new(false),
-            attach_beside_boot: Mutex::new(false),
+            attach_after_launch: Mutex::new(false),
             attach_queued: Mutex::new(false),
             nics: Arc::default(),
             slow_disks: Arc::default(),
@@ -212,8 +212,8 @@ impl TestNode {
     /// Everything that pods left on this node.
     pub(super) fn leftovers(&self) -> Vec<String> {
         let mut left = Vec::new();
-        for folder in ["r/pods", "s/pods"] {
-            for entry in std::fs::read_dir(self.path(folder)).into_iter().flatten().flatten() {
+        for directory in ["r/pods", "s/pods"] {
+            for entry in std::fs::read_dir(self.path(directory)).into_iter().flatten().flatten() {
                 left.push(entry.path().display().to_string());
             }
         }
@@ -251,7 +251,7 @@ impl Network for TestNode {
         }
         self.attached_by_this_daemon.lock().unwrap().insert(pod.clone());
         self.inner.attached.lock().unwrap().insert(pod.clone());
-        if *self.inner.attach_beside_boot.lock().unwrap() {
+        if *self.inner.attach_after_launch.lock().unwrap() {
             eventually("launch", || !self.inner.guests.lock().unwrap().is_empty()).await;
         }
         if *self.inner.fail_network.lock().unwrap() {
@@ -349,7 +349,7 @@ impl Launch for TestNode {
         let devices = self.inner.devices.clone();
         let nics = self.inner.nics.clone();
         assert!(config.nets.is_empty(), "{:?}", config.nets);
-        let memory = FakeMemory {
+        let memory = FakeVmm {
             slow_disks: self.inner.slow_disks.clone(),
             boot: config.memory_mib,
             wanted: self.inner.vm_memory.clone(),
@@ -401,7 +401,7 @@ fn serve_shares(control: &OwnedFd, shares: &Mutex<BTreeMap<String, ShareAccess>>
     }
 }
 
-struct FakeMemory {
+struct FakeVmm {
     slow_disks: Arc<Mutex<Duration>>,
     boot: u32,
     wanted: Arc<Mutex<u32>>,
@@ -414,7 +414,7 @@ fn serve_control(
     control: &OwnedFd,
     devices: &Mutex<Vec<String>>,
     nics: &Mutex<Vec<String>>,
-    memory: FakeMemory,
+    memory: FakeVmm,
 ) {
     while let Ok(fd) = nix::sys::socket::accept(control.as_raw_fd()) {
         let connection = own(fd);
@@ -501,7 +501,7 @@ impl TestNode {
 pub(super) async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let began = Instant::now();
     while !done() {
-        assert!(began.elapsed() < Duration::from_secs(15), "never: {what}");
+        assert!(began.elapsed() < Duration::from_secs(15), "timed out: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

@@ -10,33 +10,33 @@ use crate::model::{Filter, PodState};
 const RECORD: &str = "record.json";
 const HEADER: &str = "header.json";
 
-fn other_version(folder: &Path) {
-    let path = folder.join(RECORD);
+fn other_version(directory: &Path) {
+    let path = directory.join(RECORD);
     let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     record["version"] = 99.into();
     fs::write(path, record.to_string()).unwrap();
 }
 
-fn emptied(folder: &Path) {
-    fs::write(folder.join(RECORD), "").unwrap();
+fn emptied(directory: &Path) {
+    fs::write(directory.join(RECORD), "").unwrap();
 }
 
-fn garbage(folder: &Path) {
-    fs::write(folder.join(RECORD), [0xa5; 4096]).unwrap();
+fn garbage(directory: &Path) {
+    fs::write(directory.join(RECORD), [0xa5; 4096]).unwrap();
 }
 
-fn missing(folder: &Path) {
-    fs::remove_file(folder.join(RECORD)).unwrap();
+fn missing(directory: &Path) {
+    fs::remove_file(directory.join(RECORD)).unwrap();
 }
 
-fn a_folder(folder: &Path) {
-    missing(folder);
-    fs::create_dir(folder.join(RECORD)).unwrap();
+fn a_directory(directory: &Path) {
+    missing(directory);
+    fs::create_dir(directory.join(RECORD)).unwrap();
 }
 
-fn other_version_without_header(folder: &Path) {
-    other_version(folder);
-    fs::remove_file(folder.join(HEADER)).unwrap();
+fn other_version_without_header(directory: &Path) {
+    other_version(directory);
+    fs::remove_file(directory.join(HEADER)).unwrap();
 }
 
 fn jail_uid(node: &TestNode, pod: &str) -> u64 {
@@ -53,7 +53,7 @@ fn alive(pid: u32) -> bool {
 #[test]
 fn a_pod_with_an_unreadable_record_keeps_its_resources_until_it_is_removed() {
     let damages =
-        [other_version, emptied, garbage, missing, a_folder, other_version_without_header];
+        [other_version, emptied, garbage, missing, a_directory, other_version_without_header];
     run_test(|node| async move {
         for damage in damages {
             let daemon = node.daemon().await;
@@ -106,9 +106,9 @@ fn a_pod_with_an_unreadable_record_and_header_is_removed_with_its_vmm() {
         let pid = node.vmm_pid(&pod);
         daemon.shutdown().await;
         drop(daemon);
-        let folder = node.path("r/pods").join(&pod);
-        emptied(&folder);
-        fs::write(folder.join(HEADER), "").unwrap();
+        let directory = node.path("r/pods").join(&pod);
+        emptied(&directory);
+        fs::write(directory.join(HEADER), "").unwrap();
 
         let daemon = node.daemon().await;
         let view = daemon.pod(&pod).unwrap();
@@ -117,7 +117,7 @@ fn a_pod_with_an_unreadable_record_and_header_is_removed_with_its_vmm() {
         assert!(alive(pid));
         // Remove without stop.
         daemon.remove_pod(&pod).await.unwrap();
-        assert!(!alive(pid) && !folder.exists());
+        assert!(!alive(pid) && !directory.exists());
         assert!(!node.cgroup_file(&pod, "cgroup.procs").exists());
         assert!(node.inner.attached.lock().unwrap().is_empty());
         let _ = fs::remove_dir(node.cgroup_file(&pod, "").parent().unwrap());

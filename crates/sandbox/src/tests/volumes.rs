@@ -20,17 +20,17 @@ pub(super) fn volume(source: VolumeSource, access: Access) -> Volume {
 }
 
 /// As the kubelet's atomic writer does.
-pub(super) fn publish(folder: &Path, name: &str, files: &[(&str, &str)]) {
-    fs::create_dir_all(folder.join(name)).unwrap();
+pub(super) fn publish(directory: &Path, name: &str, files: &[(&str, &str)]) {
+    fs::create_dir_all(directory.join(name)).unwrap();
     for (file, text) in files {
-        fs::write(folder.join(name).join(file), text).unwrap();
-        let _ = symlink(Path::new("..data").join(file), folder.join(file));
+        fs::write(directory.join(name).join(file), text).unwrap();
+        let _ = symlink(Path::new("..data").join(file), directory.join(file));
     }
-    symlink(name, folder.join("..data_tmp")).unwrap();
-    let old = fs::read_link(folder.join("..data"));
-    fs::rename(folder.join("..data_tmp"), folder.join("..data")).unwrap();
+    symlink(name, directory.join("..data_tmp")).unwrap();
+    let old = fs::read_link(directory.join("..data"));
+    fs::rename(directory.join("..data_tmp"), directory.join("..data")).unwrap();
     if let Ok(old) = old {
-        fs::remove_dir_all(folder.join(old)).unwrap();
+        fs::remove_dir_all(directory.join(old)).unwrap();
     }
 }
 
@@ -50,21 +50,21 @@ fn pairs(files: &[(&str, &str)]) -> Vec<(String, String)> {
 #[test]
 fn a_synced_volume_is_updated_until_the_container_exits_also_after_a_restart() {
     run_test(|node| async move {
-        let folder = node.path("config");
-        publish(&folder, "..1", &[("a", "1")]);
+        let directory = node.path("config");
+        publish(&directory, "..1", &[("a", "1")]);
         let daemon = node.daemon().await;
         let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
         let mut ids = Vec::new();
         for name in ["one", "two"] {
             let mut spec = node.container_spec(name, &["forever"]);
-            let source = VolumeSource::Synced { host_path: folder.clone() };
+            let source = VolumeSource::Synced { host_path: directory.clone() };
             spec.volumes = vec![volume(source, Access::ReadOnly)];
             let id = daemon.create_container(&pod, spec).await.unwrap();
             daemon.start_container(&id).await.unwrap();
             assert_eq!(in_guest(&node, &pod, &id), pairs(&[("a", "1")]));
             ids.push(id);
         }
-        publish(&folder, "..2", &[("a", "2"), ("b", "2")]);
+        publish(&directory, "..2", &[("a", "2"), ("b", "2")]);
         let second = pairs(&[("a", "2"), ("b", "2")]);
         for id in &ids {
             eventually("second", || in_guest(&node, &pod, id) == second).await;
@@ -72,7 +72,7 @@ fn a_synced_volume_is_updated_until_the_container_exits_also_after_a_restart() {
 
         // A write that fails is retried.
         node.guest(&pod).lock().refuse_writes = true;
-        publish(&folder, "..3", &[("a", "3")]);
+        publish(&directory, "..3", &[("a", "3")]);
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         assert_eq!(in_guest(&node, &pod, &ids[0]), second);
         node.guest(&pod).lock().refuse_writes = false;
@@ -83,16 +83,16 @@ fn a_synced_volume_is_updated_until_the_container_exits_also_after_a_restart() {
         daemon.stop_container(&ids[0], std::time::Duration::from_secs(1)).await.unwrap();
         daemon.shutdown().await;
         drop(daemon);
-        publish(&folder, "..4", &[("a", "4")]);
+        publish(&directory, "..4", &[("a", "4")]);
         let daemon = node.daemon().await;
         eventually("fourth", || in_guest(&node, &pod, &ids[1]) == pairs(&[("a", "4")])).await;
-        publish(&folder, "..5", &[("a", "5")]);
+        publish(&directory, "..5", &[("a", "5")]);
         eventually("fifth", || in_guest(&node, &pod, &ids[1]) == pairs(&[("a", "5")])).await;
         assert_eq!(in_guest(&node, &pod, &ids[0]), pairs(&[("a", "3")]));
 
         // A volume that the kubelet tears down is kept for a running container.
-        fs::remove_dir_all(&folder).unwrap();
-        fs::create_dir(&folder).unwrap();
+        fs::remove_dir_all(&directory).unwrap();
+        fs::create_dir(&directory).unwrap();
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;
         assert_eq!(in_guest(&node, &pod, &ids[1]), pairs(&[("a", "5")]));
         daemon.remove_pod(&pod).await.unwrap();
@@ -103,13 +103,13 @@ fn a_synced_volume_is_updated_until_the_container_exits_also_after_a_restart() {
 #[test]
 fn a_large_synced_volume_is_sent_in_batches_and_replaced_atomically() {
     run_test(|node| async move {
-        let folder = node.path("large");
+        let directory = node.path("large");
         let text = "x".repeat(5 << 20);
-        publish(&folder, "..1", &[("a", &text), ("b", "small")]);
+        publish(&directory, "..1", &[("a", &text), ("b", "small")]);
         let daemon = node.daemon().await;
         let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
         let mut spec = node.container_spec("app", &["forever"]);
-        let source = VolumeSource::Synced { host_path: folder.clone() };
+        let source = VolumeSource::Synced { host_path: directory.clone() };
         spec.volumes = vec![volume(source, Access::ReadOnly)];
         let id = daemon.create_container(&pod, spec).await.unwrap();
         assert!(in_guest(&node, &pod, &id) == pairs(&[("a", &text), ("b", "small")]));
@@ -346,18 +346,18 @@ fn a_rootfs_can_be_a_host_directory_and_ids_can_be_given_by_the_caller() {
         fs::create_dir_all(node.path("shared")).unwrap();
         let config = crate::Config { caller_reads_output: true, ..node.config() };
         let daemon = node.daemon_with(config).await;
-        let refused = daemon.run_pod_as("../p".into(), node.pod_spec("p")).await.unwrap_err();
+        let refused = daemon.run_pod_with_id("../p".into(), node.pod_spec("p")).await.unwrap_err();
         assert!(matches!(refused, Error::InvalidArgument { .. }), "{refused}");
-        let pod = daemon.run_pod_as("pod1".into(), node.pod_spec("p")).await.unwrap();
+        let pod = daemon.run_pod_with_id("pod1".into(), node.pod_spec("p")).await.unwrap();
         assert_eq!(pod, "pod1");
-        let twice = daemon.run_pod_as("pod1".into(), node.pod_spec("q")).await.unwrap_err();
+        let twice = daemon.run_pod_with_id("pod1".into(), node.pod_spec("q")).await.unwrap_err();
         assert!(matches!(twice, Error::Exists { .. }), "{twice}");
 
         let mut spec = node.container_spec("one", &["forever"]);
         spec.rootfs.image = Default::default();
         let lower = shared(&node, Access::ReadOnly, Propagation::Private);
         spec.volumes = vec![Volume { container_path: "/".into(), ..lower }];
-        let made = daemon.create_container_as(&pod, "c1".into(), spec.clone()).await.unwrap();
+        let made = daemon.create_container_with_id(&pod, "c1".into(), spec.clone()).await.unwrap();
         assert_eq!(made, "c1");
         let request = node.guest(&pod).lock().create.clone().unwrap();
         let rootfs = request.rootfs.unwrap();
@@ -365,7 +365,7 @@ fn a_rootfs_can_be_a_host_directory_and_ids_can_be_given_by_the_caller() {
         assert_eq!(rootfs.lower_serial, "");
         assert!(request.volumes.iter().all(|volume| volume.destination != "/"));
         spec.meta.name = "two".into();
-        let twice = daemon.create_container_as(&pod, "c1".into(), spec).await.unwrap_err();
+        let twice = daemon.create_container_with_id(&pod, "c1".into(), spec).await.unwrap_err();
         assert!(matches!(twice, Error::Exists { .. }), "{twice}");
         assert!(daemon.streams("c1").await.is_ok());
         assert!(!node.path("logs/one.log").exists());

@@ -11,8 +11,8 @@ use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::BadRecord;
+use super::convert::{all, same_fields, same_variants};
 use super::pod_spec::StoredMeta;
-use super::same::{all, same_fields, same_variants};
 use crate::model::{
     Access, BlockDevice, ContainerSpec, ExitView, Identity, PidMode, Propagation, RootfsSpec,
     ShareUse, Volume, VolumeSource,
@@ -218,7 +218,7 @@ impl From<VolumeSource> for StoredVolumeSource {
             VolumeSource::WrittenBack { host_path } => Self::WrittenBack { host_path },
             VolumeSource::Shared { host_path } => Self::Shared { host_path },
             VolumeSource::Image { image, sub_path } => Self::Image { image, sub_path },
-            VolumeSource::EmptyDir { host_path, folder, sub_path, size_limit } => {
+            VolumeSource::EmptyDir { host_path, directory: folder, sub_path, size_limit } => {
                 Self::EmptyDir { host_path, folder, sub_path, size_limit }
             }
             VolumeSource::HugePages { name } => Self::HugePages { name },
@@ -236,7 +236,7 @@ impl From<StoredVolumeSource> for VolumeSource {
             Stored::Shared { host_path } => Self::Shared { host_path },
             Stored::Image { image, sub_path } => Self::Image { image, sub_path },
             Stored::EmptyDir { host_path, folder, sub_path, size_limit } => {
-                Self::EmptyDir { host_path, folder, sub_path, size_limit }
+                Self::EmptyDir { host_path, directory: folder, sub_path, size_limit }
             }
             Stored::HugePages { name } => Self::HugePages { name },
         }

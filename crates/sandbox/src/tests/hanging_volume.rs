@@ -15,12 +15,12 @@ use crate::model::{Access, ContainerState, VolumeSource};
 use crate::{Config, Error};
 
 /// A FUSE file system whose server never replies. Accesses hang until this is dropped.
-struct DeadMount {
+struct HangingMount {
     path: PathBuf,
     server: Option<File>,
 }
 
-impl DeadMount {
+impl HangingMount {
     fn at(path: PathBuf) -> Option<Self> {
         let server = match File::options().read(true).write(true).open("/dev/fuse") {
             Ok(server) => server,
@@ -41,7 +41,7 @@ impl DeadMount {
     }
 }
 
-impl Drop for DeadMount {
+impl Drop for HangingMount {
     fn drop(&mut self) {
         // Without its server the file system returns errors to all pending calls.
         drop(self.server.take());
@@ -53,19 +53,19 @@ impl Drop for DeadMount {
 fn a_hanging_volume_affects_its_own_pod_only() {
     // Fewer threads than hanging calls.
     run_test_with_threads(6, |node| async move {
-        let Some(dead) = DeadMount::at(node.path("dead")) else { return };
+        let Some(hanging) = HangingMount::at(node.path("hanging")) else { return };
         let config = Config { vmm_call_deadline_ms: 1_500, ..node.config() };
         let daemon = node.daemon_with(config).await;
         let hung = daemon.run_pod(node.pod_spec("hung")).await.unwrap();
-        let well = daemon.run_pod(node.pod_spec("well")).await.unwrap();
-        let host_path = dead.path.join("volume");
+        let healthy = daemon.run_pod(node.pod_spec("healthy")).await.unwrap();
+        let host_path = hanging.path.join("volume");
         let sources = [
             VolumeSource::Shared { host_path: host_path.clone() },
             VolumeSource::Copied { host_path: host_path.clone() },
             VolumeSource::Synced { host_path: host_path.clone() },
             VolumeSource::WrittenBack { host_path: host_path.clone() },
             VolumeSource::EmptyDir {
-                folder: host_path.clone(),
+                directory: host_path.clone(),
                 host_path,
                 sub_path: String::new(),
                 size_limit: None,
@@ -81,20 +81,20 @@ fn a_hanging_volume_affects_its_own_pod_only() {
         for (n, result) in created.expect("creations hang").into_iter().enumerate() {
             let error = result.unwrap_err();
             assert!(matches!(error, Error::Deadline { .. }), "{n}: {error}");
-            assert!(error.to_string().contains("dead/volume"), "{n}: {error}");
+            assert!(error.to_string().contains("hanging/volume"), "{n}: {error}");
         }
         // The other pod's journal and logs are not affected.
         let other = async {
             let spec = node.container_spec("app", &["forever"]);
-            let id = daemon.create_container(&well, spec).await.unwrap();
+            let id = daemon.create_container(&healthy, spec).await.unwrap();
             daemon.start_container(&id).await.unwrap();
             assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Running);
-            daemon.remove_pod(&well).await.unwrap();
-            // The hung pod can go as well.
+            daemon.remove_pod(&healthy).await.unwrap();
+            // The hung pod can go as healthy.
             daemon.remove_pod(&hung).await.unwrap();
         };
         tokio::time::timeout(limit, other).await.expect("another pod hangs");
-        drop(dead);
+        drop(hanging);
         assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }
