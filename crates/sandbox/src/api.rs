@@ -45,8 +45,8 @@ pub struct Sandboxes {
 }
 
 fn new_id() -> String {
-    let half = || uuid::Uuid::new_v4().simple().to_string();
-    half() + &half()
+    let random = || uuid::Uuid::new_v4().simple().to_string();
+    random() + &random()
 }
 
 /// Cancels a creation when its caller goes away, and releases the name at once: a kubelet whose

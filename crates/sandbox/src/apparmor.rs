@@ -129,11 +129,11 @@ fn check_name(name: &str) -> Result<(), AppArmorError> {
         return Err(AppArmorError::Namespace { name: name.to_owned() });
     }
     let parts = name.split(CHILD);
-    let sound = name.len() <= MAX_NAME
+    let valid = name.len() <= MAX_NAME
         && !name.chars().any(char::is_control)
         && parts.clone().all(|part| !part.is_empty())
         && parts.count() <= MAX_DEPTH;
-    if sound { Ok(()) } else { Err(AppArmorError::Name { name: name.chars().take(80).collect() }) }
+    if valid { Ok(()) } else { Err(AppArmorError::Name { name: name.chars().take(80).collect() }) }
 }
 
 /// Directory of a profile. Its file name is mangled and numbered; the file `name` in it has the

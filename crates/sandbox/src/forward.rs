@@ -25,8 +25,8 @@ pub(crate) async fn port_forward(handle: &Handle, port: u16) -> Result<ByteStrea
     if port == 0 {
         return Err(Error::invalid("port 0 cannot be forwarded"));
     }
-    let joined = tokio::time::timeout(CONNECT_LIMIT, forward(handle.guest.address(), port));
-    match joined.await {
+    let connected = tokio::time::timeout(CONNECT_LIMIT, forward(handle.guest.address(), port));
+    match connected.await {
         Ok(Ok(stream)) => Ok(Box::pin(stream)),
         Ok(Err(ForwardError::Status(Status::Refused))) => {
             Err(Error::NotListening { pod: handle.id.clone(), port })

@@ -181,12 +181,12 @@ impl AttachProcess {
 pub(crate) async fn wait(handle: &Handle, id: &str) -> Result<ExitView, Error> {
     let exit = |c: &Container| c.view(&handle.id).exit;
     let mut last = None;
-    let there = handle.wait_for(|pod| {
+    let exited = handle.wait_for(|pod| {
         let Some(container) = pod.containers.get(id) else { return true };
         last = exit(container);
         last.is_some()
     });
-    there.await?;
+    exited.await?;
     last.ok_or_else(|| Error::NotFound { what: "container", id: id.to_owned() })
 }
 
@@ -332,8 +332,8 @@ async fn exec_detached(
     command: Command,
 ) -> Result<ExecSession, Error> {
     let (handle, id) = (handle.clone(), id.to_owned());
-    let begun = tokio::spawn(async move { start_exec(&handle, &id, command).await });
-    begun.await.map_err(|e| Error::Internal(e.into()))?
+    let started = tokio::spawn(async move { start_exec(&handle, &id, command).await });
+    started.await.map_err(|e| Error::Internal(e.into()))?
 }
 
 async fn start_exec(handle: &Arc<Handle>, id: &str, spec: Command) -> Result<ExecSession, Error> {

@@ -140,8 +140,8 @@ pub(crate) fn make(leaf: &Path) -> io::Result<File> {
 
 /// Sets the leaf's CPU limits, and resets those that are not given. Blocks.
 pub(crate) fn limit_cpu(root: &Path, leaf: &Path, limits: CpuLimits) -> io::Result<()> {
-    let asked = limits != CpuLimits::default();
-    if asked {
+    let is_set = limits != CpuLimits::default();
+    if is_set {
         enable_controller(root, leaf, "cpu")?;
     }
     let CpuLimits { quota_us, period_us, shares } = limits;
@@ -152,7 +152,7 @@ pub(crate) fn limit_cpu(root: &Path, leaf: &Path, limits: CpuLimits) -> io::Resu
         ("cpu.weight", shares.map_or(DEFAULT_WEIGHT, weight).to_string()),
     ] {
         let path = leaf.join(file);
-        if asked || path.exists() {
+        if is_set || path.exists() {
             fs::write(&path, text)
                 .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
         }
@@ -170,8 +170,8 @@ fn weight(shares: u64) -> u64 {
 /// If the controller cannot be enabled, the sets have no effect, which is logged; a list that the
 /// kernel refuses is an error.
 pub(crate) fn pin(root: &Path, leaf: &Path, cpus: &str, mems: &str) -> io::Result<()> {
-    let asked = !cpus.is_empty() || !mems.is_empty();
-    if asked && let Err(error) = enable_controller(root, leaf, "cpuset") {
+    let is_set = !cpus.is_empty() || !mems.is_empty();
+    if is_set && let Err(error) = enable_controller(root, leaf, "cpuset") {
         tracing::warn!(cgroup = %leaf.display(), %error, "cannot enable cpuset, using all CPUs");
         return Ok(());
     }
@@ -179,7 +179,7 @@ pub(crate) fn pin(root: &Path, leaf: &Path, cpus: &str, mems: &str) -> io::Resul
         let path = leaf.join(file);
         let now = match fs::read_to_string(&path) {
             Ok(now) => now,
-            Err(e) if e.kind() == io::ErrorKind::NotFound && !asked => continue,
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !is_set => continue,
             Err(e) => return Err(e),
         };
         let now = now.trim();

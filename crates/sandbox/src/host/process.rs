@@ -101,21 +101,21 @@ fn is_from(time: io::Result<u64>, started: u64) -> io::Result<bool> {
 /// Sets oom_score_adj of the process with this pid, if it has this start time; one that has exited
 /// is no error. Blocks.
 pub(crate) fn set_oom_score(pid: u32, started: u64, score: i32) -> io::Result<()> {
-    let gone = |e: &io::Error| {
+    let has_exited = |e: &io::Error| {
         e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH)
     };
     // The open file refers to one process, even if the pid is reused.
     let opened = fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/oom_score_adj"));
     let mut file = match opened {
         Ok(file) => file,
-        Err(e) if gone(&e) => return Ok(()),
+        Err(e) if has_exited(&e) => return Ok(()),
         Err(e) => return Err(e),
     };
     if !is_from(start_time(pid), started)? {
         return Ok(());
     }
     match file.write_all(score.to_string().as_bytes()) {
-        Err(e) if gone(&e) => Ok(()),
+        Err(e) if has_exited(&e) => Ok(()),
         other => other,
     }
 }
@@ -177,8 +177,8 @@ mod tests {
     fn a_process_that_cannot_be_read_is_not_taken_for_exited() {
         let error = |code| Err::<u64, _>(io::Error::from_raw_os_error(code));
         assert!(is_from(Ok(5), 5).unwrap() && !is_from(Ok(6), 5).unwrap());
-        for gone in [libc::ENOENT, libc::ESRCH] {
-            assert!(!is_from(error(gone), 5).unwrap());
+        for code in [libc::ENOENT, libc::ESRCH] {
+            assert!(!is_from(error(code), 5).unwrap());
         }
         for other in [libc::EMFILE, libc::ENFILE, libc::ENOMEM] {
             assert_eq!(is_from(error(other), 5).unwrap_err().raw_os_error(), Some(other));

@@ -99,8 +99,8 @@ impl Copy {
         let reader = tokio::spawn(async move {
             let read = reading.run(move || {
                 read(&source, limits, &mut |files| {
-                    let gone = |_| Error::Cancelled { what: "copy of a volume" };
-                    sender.blocking_send(files).map_err(gone)
+                    let cancelled = |_| Error::Cancelled { what: "copy of a volume" };
+                    sender.blocking_send(files).map_err(cancelled)
                 })
             });
             read.await

@@ -101,10 +101,10 @@ impl LogHandle {
         command: Command,
         answer: oneshot::Receiver<T>,
     ) -> Result<T, Error> {
-        let gone = || Error::precondition("the container's output has ended");
+        let ended = || Error::precondition("the container's output has ended");
         let answered = async {
-            self.commands.send(command).await.map_err(|_| gone())?;
-            answer.await.map_err(|_| gone())
+            self.commands.send(command).await.map_err(|_| ended())?;
+            answer.await.map_err(|_| ended())
         };
         match tokio::time::timeout(self.writes.limit(), answered).await {
             Ok(answer) => answer,
@@ -121,7 +121,7 @@ impl LogHandle {
     /// idle because another process holds them open.
     pub(crate) async fn flushed(&self) {
         let mut flow = self.flow.clone();
-        let quiet = async {
+        let idle = async {
             loop {
                 let Flow { connecting, writing } = *flow.borrow_and_update();
                 let changed = match connecting == 0 && !writing {
@@ -135,7 +135,7 @@ impl LogHandle {
         };
         tokio::select! {
             () = self.drained() => {}
-            () = quiet => {}
+            () = idle => {}
         }
     }
 }
@@ -278,7 +278,7 @@ async fn open_log(
     commands: &mut mpsc::Receiver<Command>,
     clients: &mut Vec<Client>,
 ) -> Option<LogWriter> {
-    let (mut pause, mut asked) = (RETRY_MIN, None::<oneshot::Sender<std::io::Result<()>>>);
+    let (mut pause, mut reopen_reply) = (RETRY_MIN, None::<oneshot::Sender<std::io::Result<()>>>);
     loop {
         let LogPaths { path, sidecar } = place.clone();
         let opened = source.writes.run(move || LogWriter::open(path, &sidecar)).await;
@@ -295,7 +295,7 @@ async fn open_log(
                 Err(std::io::Error::new(error.kind(), error.to_string()))
             }
         };
-        if let Some(reply) = asked.take() {
+        if let Some(reply) = reopen_reply.take() {
             let _ = reply.send(result);
         }
         if let Ok(writer) = opened {
@@ -307,7 +307,7 @@ async fn open_log(
                 () = tokio::time::sleep_until(until) => break,
                 command = commands.recv() => match command? {
                     Command::Reopen(reply) => {
-                        asked = Some(reply);
+                        reopen_reply = Some(reply);
                         break;
                     }
                     Command::Attach(reply) => clients.extend(attach(source.tty, reply)),
@@ -327,8 +327,8 @@ fn attach(tty: bool, reply: oneshot::Sender<(ByteReader, Option<ByteReader>)>) -
         let (err, reader) = tokio::io::duplex(ATTACH_BUFFER);
         (Some(err), Some(Box::pin(reader) as ByteReader))
     };
-    let taken = reply.send((Box::pin(out_reader), err_reader));
-    taken.is_ok().then_some(Client { stdout: Some(out), stderr })
+    let delivered = reply.send((Box::pin(out_reader), err_reader));
+    delivered.is_ok().then_some(Client { stdout: Some(out), stderr })
 }
 
 impl Pump {

@@ -193,7 +193,7 @@ fn open_sidecar(path: &Path) -> io::Result<(File, Option<State>)> {
             Err(e) => Err(e),
         }
     });
-    let passing = |e: &io::Error| {
+    let is_transient = |e: &io::Error| {
         matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC))
     };
     match opened {
@@ -203,11 +203,11 @@ fn open_sidecar(path: &Path) -> io::Result<(File, Option<State>)> {
             }
             Ok((file, known))
         }
-        Err(e) if is_fresh || passing(&e) => Err(e),
+        Err(e) if is_fresh || is_transient(&e) => Err(e),
         Err(error) => {
-            let aside = path.with_extension("damaged");
-            let _ = fs::remove_dir_all(&aside);
-            fs::rename(path, &aside)?;
+            let renamed = path.with_extension("damaged");
+            let _ = fs::remove_dir_all(&renamed);
+            fs::rename(path, &renamed)?;
             tracing::error!(path = %path.display(), %error, "damaged log sidecar, renamed");
             Ok((options.create_new(true).open(path)?, None))
         }

@@ -50,7 +50,7 @@ pub(super) async fn pin_or_log(handle: &Arc<Handle>) {
 
 /// Lists of CPUs and NUMA nodes; empty: all.
 fn combined_cpuset(pod: &Pod, change: Option<(&str, &LinuxResources)>) -> [String; 2] {
-    let living = pod
+    let running = pod
         .containers
         .values()
         .filter(|c| c.exit.is_none() && c.phase != ContainerPhase::Removing)
@@ -58,7 +58,7 @@ fn combined_cpuset(pod: &Pod, change: Option<(&str, &LinuxResources)>) -> [Strin
             Some((id, limits)) if id == c.id => limits,
             _ => &c.resources,
         });
-    let sets = living.map(|limits| {
+    let sets = running.map(|limits| {
         let cpu = limits.cpu().as_ref();
         let list = |list: Option<&String>| list.cloned().unwrap_or_default();
         (

@@ -66,12 +66,12 @@ struct Disk {
 fn open_shared(
     machine: &Machine,
     spec: &ContainerSpec,
-    there: &BTreeSet<String>,
+    plugged: &BTreeSet<String>,
 ) -> Result<Vec<Disk>, Error> {
     let mut disks = Vec::new();
     for image in images(spec) {
         let serial = machine.image(image);
-        if !there.contains(&serial) {
+        if !plugged.contains(&serial) {
             let file = File::open(image);
             let file = file.map_err(|e| Error::io(format!("open image {}", image.display()), e))?;
             disks.push(Disk { serial, file, read_only: true });
@@ -79,7 +79,7 @@ fn open_shared(
     }
     for device in &spec.devices {
         let serial = device_serial(device);
-        if !there.contains(&serial) {
+        if !plugged.contains(&serial) {
             let read_only = !is_written(device);
             let file = open_device(&device.host_path, read_only)?;
             disks.push(Disk { serial, file, read_only });
@@ -130,9 +130,12 @@ pub(super) async fn plug(
     let mut disks = if wanted.is_subset(&plugged.0) {
         Vec::new()
     } else {
-        let (machine, spec, there) = (handle.machine.clone(), spec.clone(), plugged.0.clone());
+        let (machine, spec, plugged) = (handle.machine.clone(), spec.clone(), plugged.0.clone());
         let what = "open the container's images and devices";
-        handle.lookups.run_with_limit(what, move || open_shared(&machine, &spec, &there)).await??
+        handle
+            .lookups
+            .run_with_limit(what, move || open_shared(&machine, &spec, &plugged))
+            .await??
     };
     let own = scratch.map(|file| (scratch_serial(container), file));
     disks.extend(own.map(|(serial, file)| Disk { serial, file, read_only: false }));

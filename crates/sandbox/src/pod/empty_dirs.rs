@@ -86,11 +86,11 @@ async fn make(
 }
 
 fn request(name: &str, info: &EmptyDirInfo, size_limit: Option<u64>) -> v1::PrepareEmptyDirRequest {
-    let EmptyDirInfo { memory, size_limit: on_host, owned, is_empty } = info;
-    let size_limit = match (size_limit, on_host) {
-        (Some(asked), 0) => asked,
-        (Some(asked), on_host) => asked.min(*on_host),
-        (None, on_host) => *on_host,
+    let EmptyDirInfo { memory, size_limit: of_directory, owned, is_empty } = info;
+    let size_limit = match (size_limit, of_directory) {
+        (Some(requested), 0) => requested,
+        (Some(requested), of_directory) => requested.min(*of_directory),
+        (None, of_directory) => *of_directory,
     };
     v1::PrepareEmptyDirRequest {
         volume_id: name.to_owned(),
@@ -138,10 +138,11 @@ mod tests {
 
     #[test]
     fn the_smaller_of_two_limits_applies() {
-        let limit = |on_host, asked| {
+        let limit = |of_directory, requested| {
             let owned = Ownership { uid: 1, gid: 2, mode: 0o777 };
-            let info = EmptyDirInfo { memory: false, size_limit: on_host, owned, is_empty: true };
-            request("v", &info, asked).size_limit
+            let info =
+                EmptyDirInfo { memory: false, size_limit: of_directory, owned, is_empty: true };
+            request("v", &info, requested).size_limit
         };
         assert_eq!(limit(0, None), 0);
         assert_eq!(limit(0, Some(5)), 5);

@@ -36,11 +36,11 @@ pub(super) async fn find(handle: &Handle) -> ExitCause {
     let pod = handle.pod();
     let leaf = pod.cgroup().map(Path::to_owned);
     let is_vm = matches!(handle.machine, Machine::Vm(_));
-    let looked = blocking(move || match is_vm.then(|| vmm::exit_reason(&status)).flatten() {
+    let inspected = blocking(move || match is_vm.then(|| vmm::exit_reason(&status)).flatten() {
         Some(reason) => Err(ExitCause { reason, out_of_memory: false }),
         None => Ok(leaf.map(|leaf| cgroup::oom_kill(&root, &leaf)).transpose()),
     });
-    match looked.await {
+    match inspected.await {
         Err(cause) => return cause,
         Ok(Ok(Some(Some(kill)))) => {
             let vm_mib = pod.spec.memory_mib.unwrap_or(handle.node.config.default_memory_mib);

@@ -73,9 +73,9 @@ pub(super) async fn shrink(handle: &Handle, wanted: u32) -> Result<ShrinkResult,
     }
     handle.machine.vmm()?.resize_memory(wanted).await?;
     // The guest continues to unplug the remainder.
-    let settled =
+    let kept_mib =
         wait_for_memory(handle, |has, wanted| has <= wanted.saturating_add(RESIDUE)).await?;
-    let Some(kept) = settled else { return Ok(ShrinkResult::Done) };
+    let Some(kept) = kept_mib else { return Ok(ShrinkResult::Done) };
     // Raise the target to the kept size; otherwise the guest would continue to unplug memory that
     // the pod is now recorded to have.
     handle.machine.vmm()?.resize_memory(kept).await?;

@@ -61,10 +61,16 @@ async fn set(handle: &Handle, processes: Vec<(u32, u64)>, score: i32) {
 
 /// The lowest score of the running containers: killing the pod kills that one too.
 fn score(pod: &Pod) -> i32 {
-    let lives = |c: &&Container| c.exit.is_none() && c.phase != ContainerPhase::Removing;
-    let own = |c: &Container| c.spec.oci.process().as_ref().and_then(|p| p.oom_score_adj());
-    let least = pod.containers.values().filter(lives).map(|c| own(c).unwrap_or(UNKNOWN)).min();
-    least
+    let is_running = |c: &&Container| c.exit.is_none() && c.phase != ContainerPhase::Removing;
+    let container_score =
+        |c: &Container| c.spec.oci.process().as_ref().and_then(|p| p.oom_score_adj());
+    let lowest = pod
+        .containers
+        .values()
+        .filter(is_running)
+        .map(|c| container_score(c).unwrap_or(UNKNOWN))
+        .min();
+    lowest
         .unwrap_or_else(|| class_score(&pod.spec.cgroup_parent))
         .clamp(*RANGE.start(), *RANGE.end())
 }

@@ -331,9 +331,9 @@ impl Owner {
             *self.busy.entry(id.clone()).or_default() += 1;
         }
         self.jobs.spawn(async move {
-            let held = jobs_lock.read_owned().await;
+            let lock = jobs_lock.read_owned().await;
             let result = work.await;
-            drop(held);
+            drop(lock);
             let _ = reply.send(result);
             container.map_or(JobResult::Other, JobResult::Container)
         });

@@ -22,16 +22,18 @@ pub(super) async fn remove_container(handle: &Arc<Handle>, id: &str) -> Result<(
     if container.phase == ContainerPhase::Creating {
         return Err(Error::precondition(format!("container {id} is being created")));
     }
-    let gone = |result: Result<(), Error>| match result {
+    let ignore_not_found = |result: Result<(), Error>| match result {
         // A concurrent removal finished first.
         Err(Error::NotFound { .. }) => Ok(()),
         other => other,
     };
     if handle.pod().phase == Phase::Ready {
         if container.is_running() {
-            gone(stop_container(handle, id, Duration::ZERO).await)?;
+            ignore_not_found(stop_container(handle, id, Duration::ZERO).await)?;
         }
-        gone(handle.commit(vec![Change::ContainerRemoving { id: id.to_owned() }]).await)?;
+        ignore_not_found(
+            handle.commit(vec![Change::ContainerRemoving { id: id.to_owned() }]).await,
+        )?;
         let freed = tokio::select! {
             result = free_in_guest(handle, id) => result,
             () = handle.stopping.cancelled() => Ok(()),
@@ -42,7 +44,7 @@ pub(super) async fn remove_container(handle: &Arc<Handle>, id: &str) -> Result<(
         }
     }
     handle.drop_container_tasks(id);
-    gone(delete_container(handle, id).await)
+    ignore_not_found(delete_container(handle, id).await)
 }
 
 /// Completes a failed creation or removal. The disk is not deleted while the VM may use it.

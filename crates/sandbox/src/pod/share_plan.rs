@@ -108,18 +108,18 @@ fn check_ids(
 }
 
 fn share(shares: &mut Vec<ExistingShare>, wanted: ShareRequest, location: Location) -> ShareUse {
-    let alike = |known: &&ExistingShare| {
+    let is_compatible = |known: &&ExistingShare| {
         known.current
             && known.share.propagation == wanted.propagation
             && known.share.ids == wanted.ids
             && known.share.strict == wanted.strict
     };
-    let ways = shares.iter().filter(alike).filter_map(|known| {
+    let candidates = shares.iter().filter(is_compatible).filter_map(|known| {
         let path = known.location.path_to(&location)?.into_os_string().into_string().ok()?;
         Some((path.matches('/').count() + usize::from(!path.is_empty()), path, &known.share))
     });
     // The outermost one: the guest looks there.
-    if let Some((_, sub_path, known)) = ways.max_by_key(|(depth, ..)| *depth) {
+    if let Some((_, sub_path, known)) = candidates.max_by_key(|(depth, ..)| *depth) {
         let (name, source) = (known.name.clone(), known.source.clone());
         return ShareUse { name, source, sub_path, ..wanted.named(String::new()) };
     }

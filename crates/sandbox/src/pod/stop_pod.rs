@@ -57,12 +57,12 @@ pub(super) async fn end_guest(handle: &Arc<Handle>) {
         let _ = tokio::time::timeout(CONTAINERS_LIMIT, all).await;
     }
     let limit = handle.node.config.shutdown_deadline();
-    let asked = handle.guest.call_within(limit, "shut down", |mut c| async move {
+    let requested = handle.guest.call_within(limit, "shut down", |mut c| async move {
         c.shutdown(v1::ShutdownRequest {}).await
     });
     let powered_off = async {
         // The reply may be lost; wait for the VM's exit.
-        let _ = asked.await;
+        let _ = requested.await;
         process.ended().await;
     };
     let _ = tokio::time::timeout(limit, powered_off).await;

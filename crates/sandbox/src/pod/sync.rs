@@ -99,12 +99,12 @@ async fn follow(handle: &Handle, volume: &mut Synced) {
         // Watch before the check, so that no change is missed.
         let (watcher, directory) = (handle.node.watcher.clone(), volume.directory.clone());
         let what = format!("watch {}", directory.display());
-        let armed = handle.lookups.run_with_limit(what, move || watcher.watch(&directory)).await;
-        let looked = match armed {
+        let watching = handle.lookups.run_with_limit(what, move || watcher.watch(&directory)).await;
+        let updated = match watching {
             Ok(watch) => copy_if_changed(handle, volume).await.map(|()| watch),
             Err(e) => Err(e),
         };
-        match looked {
+        match updated {
             Ok(watch) => {
                 pause = RETRY_MIN;
                 wait(watch).await;

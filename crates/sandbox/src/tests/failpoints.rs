@@ -323,7 +323,7 @@ fn crash(node: &TestNode, scenario: Scenario, failpoint: Failpoint) -> Arc<Failp
             match scenario {
                 Scenario::Recovered => run_after_recovery(&daemon, &node).await,
                 Scenario::Vm | Scenario::Host => {
-                    run_until_failure(&daemon, &node, scenario, &acknowledged).await
+                    run_until_failure(&daemon, &node, scenario, &acknowledged).await;
                 }
             }
         });

@@ -161,8 +161,8 @@ fn the_guest_is_not_called_after_the_vm_exited() {
         listener.set_nonblocking(true).unwrap();
         // Pings and statistics have an interval of 100 ms.
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let asked = listener.accept().map(drop);
-        assert_eq!(asked.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let connection = listener.accept().map(drop);
+        assert_eq!(connection.unwrap_err().kind(), io::ErrorKind::WouldBlock);
         daemon.remove_pod(&pod).await.unwrap();
     });
 }

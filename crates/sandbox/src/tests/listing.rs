@@ -58,8 +58,8 @@ fn five_hundred_pods_are_listed_without_calling_a_guest() {
             assert!(took < LIMIT, "{PODS} {what} took {took:?}");
         }
         for guest in guests {
-            let asked = guest.accept();
-            assert_eq!(asked.unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+            let connection = guest.accept();
+            assert_eq!(connection.unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
         }
     });
 }
