@@ -122,13 +122,13 @@ impl Vmm {
 
     /// Unplugs a device; a missing one is no error.
     pub(crate) async fn remove_device(&self, id: &str) -> Result<(), Error> {
-        let pulled = async {
+        let unplugged = async {
             match self.call(Request::RemoveDevice { id: id.to_owned() }, None).await {
                 Ok(_) | Err(ClientError::Refused(vmm_api::Error::NoSuchDevice { .. })) => Ok(()),
-                Err(e) => Err(failed("pull a device", e)),
+                Err(e) => Err(failed("unplug a device", e)),
             }
         };
-        self.failpoints.wrap("VMM: pull a device", pulled).await
+        self.failpoints.wrap("VMM: unplug a device", unplugged).await
     }
 }
 

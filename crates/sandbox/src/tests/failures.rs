@@ -379,7 +379,7 @@ fn a_container_that_the_guest_cannot_remove_is_removed_later() {
         let taken = daemon.create_container(&pod, spec.clone()).await;
         assert!(matches!(taken, Err(Error::Exists { .. })), "{taken:?}");
         refuse(false, false);
-        eventually("disks are pulled", || node.inner.devices.lock().unwrap().is_empty()).await;
+        eventually("disks are unplugged", || node.inner.devices.lock().unwrap().is_empty()).await;
         let mut again = daemon.create_container(&pod, spec.clone()).await;
         while let Err(Error::Exists { .. }) = again {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -391,7 +391,7 @@ fn a_container_that_the_guest_cannot_remove_is_removed_later() {
         daemon.remove_container(&again.unwrap()).await.unwrap_err();
         assert!(daemon.containers(&Filter::default()).is_empty());
         refuse(false, false);
-        eventually("disks are pulled", || node.inner.devices.lock().unwrap().is_empty()).await;
+        eventually("disks are unplugged", || node.inner.devices.lock().unwrap().is_empty()).await;
         daemon.remove_pod(&pod).await.unwrap();
         assert_eq!(node.leftovers(), Vec::<String>::new());
     });
