@@ -14,7 +14,7 @@ use image::Images;
 use sandbox::launcher::{Launch, Launched, Program};
 use sandbox::model::{PodId, PodSpec};
 use sandbox::ports::{Attachment, Network, PortError};
-use sandbox::{Sandboxes, crowd};
+use sandbox::{Sandboxes, synthetic_pods};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -73,7 +73,7 @@ async fn serve(dir: &Path, pods: usize) -> Result<Client> {
         ..sandbox::Config::default()
     };
     let sandboxes = Sandboxes::open_with(config, Arc::new(Nothing), Arc::new(Nothing)).await?;
-    crowd::fill(&sandboxes, pods, &pod_request(), &container_request());
+    synthetic_pods::add(&sandboxes, pods, &pod_request(), &container_request());
     let images = image::Config { root: dir.join("images"), ..image::Config::default() };
     let images = Images::open(images).await?;
     let streams = cri::bind_streams(&Streaming::default(), sandboxes.clone())?;
@@ -150,11 +150,11 @@ impl Network for Nothing {
         Ok(())
     }
 
-    async fn trouble(&self) -> Option<String> {
+    async fn not_ready_reason(&self) -> Option<String> {
         None
     }
 
-    async fn collect(&self, _: &[PodId]) -> Result<(), PortError> {
+    async fn collect_garbage(&self, _: &[PodId]) -> Result<(), PortError> {
         Ok(())
     }
 }

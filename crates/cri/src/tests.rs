@@ -53,11 +53,11 @@ impl Network for Nothing {
         Ok(())
     }
 
-    async fn trouble(&self) -> Option<String> {
+    async fn not_ready_reason(&self) -> Option<String> {
         Some("no CNI configuration".into())
     }
 
-    async fn collect(&self, _: &[PodId]) -> Result<(), PortError> {
+    async fn collect_garbage(&self, _: &[PodId]) -> Result<(), PortError> {
         Ok(())
     }
 }
@@ -76,7 +76,7 @@ impl Health for Nothing {
     }
 
     async fn network(&self) -> Option<String> {
-        Network::trouble(self).await
+        Network::not_ready_reason(self).await
     }
 
     fn facts(&self) -> serde_json::Value {
@@ -241,8 +241,8 @@ async fn an_empty_node_has_metrics_to_describe_and_none_to_tell() {
 async fn pods_that_were_not_measured_are_in_no_statistics() {
     let Some(mut node) = Node::start().await else { return };
     let nothing = serde_json::Value::Null;
-    sandbox::crowd::fill(&node.sandboxes, 1, &nothing, &nothing);
-    sandbox::crowd::fill_unmeasured(&node.sandboxes, 1..3);
+    sandbox::synthetic_pods::add(&node.sandboxes, 1, &nothing, &nothing);
+    sandbox::synthetic_pods::add_without_stats(&node.sandboxes, 1..3);
     let client = &mut node.client;
     let pods = client.list_pod_sandbox(v1::ListPodSandboxRequest::default()).await.unwrap();
     let pods = pods.into_inner().items;

@@ -1,4 +1,4 @@
-//! The door of the crate: one method a verb.
+//! The public API of the crate: one method per operation.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,7 +11,7 @@ use oci_spec::runtime::{LinuxResources, Process};
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, EmptyDirPlace};
+use crate::config::{Config, EmptyDirLocation};
 use crate::error::Error;
 use crate::failpoint::Failpoints;
 use crate::forward::{self, ByteStream};
@@ -19,23 +19,23 @@ use crate::host::{blocking, cgroup};
 use crate::launcher::{Launch, LauncherProcess};
 use crate::model::{
     ContainerId, ContainerSpec, ContainerView, Event, ExecOutput, ExecSpec, ExitView, Filter,
-    PodId, PodResources, PodSpec, PodView, Room, TracePhase,
+    PodId, PodResources, PodSizing, PodSpec, PodView, TracePhase,
 };
 use crate::node::Node;
 use crate::observe::{Observer, Unobserved};
 use crate::open::{self, Opened};
-use crate::pod::{self, Begin, Handle, Request};
+use crate::pod::{self, Handle, InitialAction, Request};
 use crate::policy::{ContainerPhase, EmptyDirs, Phase, Pod};
 use crate::ports::Network;
 use crate::registry::Reservation;
 use crate::session::{self, AttachSession, ExecSession};
 use crate::stats::{ContainerStatsView, PodStatsView};
 
-/// How long [`Sandboxes::shutdown`] waits for the pods' tasks.
+/// Longest wait of [`Sandboxes::shutdown`] for the owner tasks.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 /// Longest host name of a guest: HOST_NAME_MAX (hostname(7)).
 const MAX_HOSTNAME: usize = 64;
-/// Longest id of a container, bytes: names of volumes and files are made of it.
+/// Longest container id, bytes: volume and file names contain it.
 const MAX_ID: usize = 64;
 
 /// All pods and containers of a node. Cheap to clone.
@@ -46,43 +46,43 @@ pub struct Sandboxes {
 }
 
 fn new_id() -> String {
-    let half = || uuid::Uuid::new_v4().simple().to_string();
-    half() + &half()
+    let random = || uuid::Uuid::new_v4().simple().to_string();
+    random() + &random()
 }
 
-/// Ends a creation whose caller goes away, and frees its name at once: a kubelet whose call has
-/// timed out tries again with the same one, while what is left of the first is taken away.
-struct GivenUp<'a> {
+/// Cancels a creation when its caller goes away, and releases the name at once: a kubelet whose
+/// call has timed out retries with the same name while the first attempt is being undone.
+struct CancelOnDrop<'a> {
     node: &'a Node,
     id: &'a ContainerId,
     cancel: &'a CancellationToken,
     armed: bool,
 }
 
-impl GivenUp<'_> {
+impl CancelOnDrop<'_> {
     fn disarm(mut self) {
         self.armed = false;
     }
 }
 
-impl Drop for GivenUp<'_> {
+impl Drop for CancelOnDrop<'_> {
     fn drop(&mut self) {
         if self.armed {
             self.cancel.cancel();
-            self.node.registry.give_up_container(self.id);
+            self.node.registry.cancel_container(self.id);
         }
     }
 }
 
 impl Sandboxes {
-    /// Reads the journal, starts one task a pod, and returns; re-attachment to running VMs and the
-    /// end of half-done work go on in those tasks.
+    /// Reads the journal, starts one owner task per pod, and returns; recovery of running VMs and
+    /// of incomplete work continues in those tasks.
     pub async fn open(config: Config, network: Arc<dyn Network>) -> Result<Self, Error> {
         let launcher = LauncherProcess::start(config.launcher.clone())?;
         Self::open_with(config, network, Arc::new(launcher)).await
     }
 
-    /// [`Self::open`] with another way to start VMMs, for tests and embedders.
+    /// [`Self::open`] with another launcher, for tests and embedders.
     pub async fn open_with(
         config: Config,
         network: Arc<dyn Network>,
@@ -113,18 +113,18 @@ impl Sandboxes {
         Ok(Self { node, _lock: Arc::new(lock) })
     }
 
-    #[cfg(any(test, feature = "crowd"))]
+    #[cfg(any(test, feature = "synthetic-pods"))]
     pub(crate) fn node(&self) -> &Arc<Node> {
         &self.node
     }
 
-    /// Starts a pod. A caller that goes away before it is ready has it unwound.
+    /// Starts a pod. If the caller goes away before it is ready, the start is undone.
     pub async fn run_pod(&self, spec: PodSpec) -> Result<PodId, Error> {
-        self.run_pod_as(new_id(), spec).await
+        self.run_pod_with_id(new_id(), spec).await
     }
 
-    /// The same with an id that the caller gives: letters and digits, unique on this host.
-    pub async fn run_pod_as(&self, id: PodId, spec: PodSpec) -> Result<PodId, Error> {
+    /// As above with an id from the caller: letters and digits, unique on this host.
+    pub async fn run_pod_with_id(&self, id: PodId, spec: PodSpec) -> Result<PodId, Error> {
         check_pod(&spec)?;
         let config = &self.node.config;
         check_id(&id, config.id_length)?;
@@ -137,7 +137,7 @@ impl Sandboxes {
             Some(host) if host.network => PathBuf::new(),
             _ => self.node.network.netns_path(&id),
         };
-        let in_guest = config.empty_dir == EmptyDirPlace::Guest;
+        let in_guest = config.empty_dir == EmptyDirLocation::Guest;
         let empty_dirs = EmptyDirs { in_guest, shared: Default::default() };
         let pod = Pod {
             netns,
@@ -153,72 +153,73 @@ impl Sandboxes {
             trace: Vec::new(),
             empty_dirs,
             containers: Default::default(),
-            unread: false,
+            unreadable: false,
         };
         let cancel = CancellationToken::new();
         let guard = cancel.clone().drop_guard();
         let (reply, answer) = oneshot::channel();
-        let (handle, owner) = pod::new(self.node.clone(), pod, Begin::Start { reply, cancel });
+        let (handle, owner) =
+            pod::new(self.node.clone(), pod, InitialAction::Start { reply, cancel });
         self.node.registry.set_handle(&id, handle);
         tokio::spawn(owner);
-        let result = answer.await.map_err(|_| Error::unavailable("the daemon is ending"))?;
+        let result = answer.await.map_err(|_| Error::unavailable("the daemon is shutting down"))?;
         if result.is_ok() {
             guard.disarm();
         }
         result
     }
 
-    /// What a pod below `cgroup_parent` may have beside what its request states.
-    pub async fn room(&self, cgroup_parent: &str) -> Room {
+    /// Defaults and cgroup limits that apply to a pod below `cgroup_parent`.
+    pub async fn pod_sizing(&self, cgroup_parent: &str) -> PodSizing {
         let (node, parent) = (self.node.clone(), cgroup_parent.to_owned());
         let Config { default_vcpus, default_memory_mib, .. } = self.node.config;
         blocking(move || {
-            let is_open = |file| cgroup::is_open(&node.cgroup_root, &parent, file);
-            Room {
+            let is_unlimited = |file| cgroup::is_unlimited(&node.cgroup_root, &parent, file);
+            PodSizing {
                 vcpus: default_vcpus,
                 memory_mib: default_memory_mib,
-                open_cpu: is_open("cpu.max"),
-                open_memory: is_open("memory.max"),
+                cpu_unlimited: is_unlimited("cpu.max"),
+                memory_unlimited: is_unlimited("memory.max"),
             }
         })
         .await
     }
 
-    /// Looks at files of the host that a request for the pod names, on threads of that pod: a file
-    /// system may never answer. Fails when the look does not end in time.
-    pub async fn look<T: Send + 'static>(
+    /// Runs `work`, which accesses host files named in a request, on the pod's own threads: a file
+    /// system may never answer. Fails with [`Error::Deadline`] on timeout.
+    pub async fn run_on_host_files<T: Send + 'static>(
         &self,
         pod: &str,
         what: impl Into<String>,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Error> {
-        self.node.registry.find_pod(pod)?.lookups.look(what, work).await
+        self.node.registry.find_pod(pod)?.lookups.run_with_limit(what, work).await
     }
 
-    /// Ends every container and the VM, frees the network. Idempotent.
+    /// Stops all containers and the VM, frees the network. Idempotent.
     pub async fn stop_pod(&self, id: &str) -> Result<(), Error> {
         let handle = self.node.registry.find_pod(id)?;
-        match handle.ask(Request::Stop).await {
-            // Its removal was quicker.
+        match handle.request(Request::Stop).await {
+            // It was removed meanwhile.
             Err(Error::NotFound { .. }) => Ok(()),
             other => other,
         }
     }
 
-    /// Stops if need be and forgets the pod with its containers. An unknown id is no error.
+    /// Stops the pod if it runs and removes it with its containers. An unknown id is no error.
     pub async fn remove_pod(&self, id: &str) -> Result<(), Error> {
         let handle = match self.node.registry.find_pod(id) {
             Ok(handle) => handle,
             Err(Error::NotFound { .. }) => return Ok(()),
             Err(e) => return Err(e),
         };
-        match handle.ask(Request::Remove).await {
+        match handle.request(Request::Remove).await {
             Err(Error::NotFound { .. }) => Ok(()),
             other => other,
         }
     }
 
-    /// By id or an unambiguous beginning of it.
+    /// By id or unambiguous id prefix.
     pub fn pod(&self, id: &str) -> Result<PodView, Error> {
         let pod = self.node.registry.find_pod(id)?.pod();
         if pod.is_listed() {
@@ -232,8 +233,8 @@ impl Sandboxes {
         let pods = self.node.registry.handles().into_iter().map(|h| h.pod());
         pods.filter(|pod| {
             pod.is_listed()
-                && matches(&filter.id, &pod.id)
-                && matches(&filter.pod, &pod.id)
+                && has_prefix(&filter.id, &pod.id)
+                && has_prefix(&filter.pod, &pod.id)
                 && filter.labels.iter().all(|(k, v)| pod.spec.meta.labels.get(k) == Some(v))
         })
         .map(|pod| pod.view())
@@ -245,11 +246,11 @@ impl Sandboxes {
         pod: &str,
         spec: ContainerSpec,
     ) -> Result<ContainerId, Error> {
-        self.create_container_as(pod, new_id(), spec).await
+        self.create_container_with_id(pod, new_id(), spec).await
     }
 
-    /// The same with an id that the caller gives: letters and digits, unique on this host.
-    pub async fn create_container_as(
+    /// As above with an id from the caller: letters and digits, unique on this host.
+    pub async fn create_container_with_id(
         &self,
         pod: &str,
         id: ContainerId,
@@ -266,33 +267,34 @@ impl Sandboxes {
         let cancel = CancellationToken::new();
         let reserved = Reservation::new(self.node.clone(), id.clone(), cancel.clone());
         let container = Box::new(pod::new_container(&pod, id.clone(), spec));
-        let given_up = GivenUp { node: &self.node, id: &id, cancel: &cancel, armed: true };
+        let cancel_on_drop =
+            CancelOnDrop { node: &self.node, id: &id, cancel: &cancel, armed: true };
         let create = |reply| Request::CreateContainer { container, reserved, reply };
-        let created = handle.ask(create).await;
-        // The pod's owner has freed the name of one that failed, or needs it still.
-        given_up.disarm();
+        let created = handle.request(create).await;
+        // On an error, the pod's owner has released the name or still needs it.
+        cancel_on_drop.disarm();
         created.map(|()| id)
     }
 
     pub async fn start_container(&self, id: &str) -> Result<(), Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
-        handle.ask(|reply| Request::StartContainer { id, reply }).await
+        handle.request(|reply| Request::StartContainer { id, reply }).await
     }
 
-    /// Asks with the container's stop signal, kills after `grace`. Idempotent.
+    /// Sends the container's stop signal, and SIGKILL after `grace`. Idempotent.
     pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<(), Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
         pod::stop_container(&handle, &id, grace).await
     }
 
-    /// Kills what still runs. An unknown id is no error.
+    /// Kills the container if it runs, and removes it. An unknown id is no error.
     pub async fn remove_container(&self, id: &str) -> Result<(), Error> {
         let (id, handle) = match self.node.registry.find_container(id) {
             Ok(found) => found,
             Err(Error::NotFound { .. }) => return Ok(()),
             Err(e) => return Err(e),
         };
-        match handle.ask(|reply| Request::RemoveContainer { id, reply }).await {
+        match handle.request(|reply| Request::RemoveContainer { id, reply }).await {
             Err(Error::NotFound { .. }) => Ok(()),
             other => other,
         }
@@ -308,12 +310,12 @@ impl Sandboxes {
     pub fn containers(&self, filter: &Filter) -> Vec<ContainerView> {
         let mut found = Vec::new();
         for pod in self.node.registry.handles().into_iter().map(|h| h.pod()) {
-            if !pod.is_listed() || !matches(&filter.pod, &pod.id) {
+            if !pod.is_listed() || !has_prefix(&filter.pod, &pod.id) {
                 continue;
             }
             let containers = pod.containers.values().filter(|c| {
                 c.phase == ContainerPhase::Present
-                    && matches(&filter.id, &c.id)
+                    && has_prefix(&filter.id, &c.id)
                     && filter.labels.iter().all(|(k, v)| c.spec.meta.labels.get(k) == Some(v))
             });
             found.extend(containers.map(|c| c.view(&pod.id)));
@@ -321,16 +323,16 @@ impl Sandboxes {
         found
     }
 
-    /// Resizes a running pod. What its VM cannot become is refused: [`Error::OutOfRange`].
+    /// Resizes a running pod; beyond the VM's maximum: [`Error::OutOfRange`].
     pub async fn update_pod(&self, id: &str, change: PodResources) -> Result<(), Error> {
         let handle = self.node.registry.find_pod(id)?;
-        handle.ask(|reply| Request::UpdatePod { change, reply }).await
+        handle.request(|reply| Request::UpdatePod { change, reply }).await
     }
 
     pub async fn update_container(&self, id: &str, resources: LinuxResources) -> Result<(), Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
         let resources = Box::new(resources);
-        handle.ask(|reply| Request::UpdateContainer { id, resources, reply }).await
+        handle.request(|reply| Request::UpdateContainer { id, resources, reply }).await
     }
 
     /// Freezes all processes of a running container. SIGKILL thaws them. [`Error::Unsupported`] if the
@@ -351,8 +353,8 @@ impl Sandboxes {
         session::exec(&handle, &id, spec).await
     }
 
-    /// Runs a command to its end. Of each stream at most `output_limit` bytes are kept; the rest is
-    /// read and thrown away. A command that outlives `timeout` is killed: [`Error::ExecTimeout`].
+    /// Runs a command and returns its output, at most `output_limit` bytes of each stream; further
+    /// output is discarded. After `timeout` the command is killed: [`Error::ExecTimeout`].
     pub async fn exec_sync(
         &self,
         id: &str,
@@ -364,15 +366,15 @@ impl Sandboxes {
         session::exec_sync(&handle, &id, spec, timeout, output_limit).await
     }
 
-    /// The streams of a container's own process from now on; `stdin` takes its standard input over
+    /// Attaches to the container's init process, from now on; `stdin` takes over its standard input
     /// from the client that has it.
     pub async fn attach(&self, id: &str, stdin: bool) -> Result<AttachSession, Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
         session::attach(&handle, &id, stdin).await
     }
 
-    /// Starts a process that is described whole, as the OCI runtime specification has it; what is left
-    /// out comes from the container's own.
+    /// Starts a process given as an OCI `process` object; missing fields are taken from the
+    /// container's own.
     pub async fn exec_process(
         &self,
         id: &str,
@@ -383,39 +385,39 @@ impl Sandboxes {
         session::exec_process(&handle, &id, process, stdin).await
     }
 
-    /// The streams of a container's own process from their beginning, for the one who reads them to
-    /// their end ([`Config::caller_reads_output`]): the container waits for a reader that is slow.
+    /// The streams of the container's init process from their start, for a single reader
+    /// ([`Config::caller_reads_output`]): the container blocks on a slow reader.
     pub async fn streams(&self, id: &str) -> Result<AttachSession, Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
         session::streams(&handle, &id).await
     }
 
-    /// Waits for a container's end; at once if it has ended.
+    /// Waits for the container's exit; returns at once if it has exited.
     pub async fn wait_container(&self, id: &str) -> Result<ExitView, Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
         session::wait(&handle, &id).await
     }
 
-    /// Sends a signal by number to a container's own process, or to all of its processes.
+    /// Sends a signal (number) to the container's init process, or to all of its processes.
     pub async fn signal_container(&self, id: &str, signal: u32, all: bool) -> Result<(), Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
         session::signal(&handle, &id, "", signal, all).await
     }
 
-    /// A connection to a TCP port of the pod's loopback interface; [`Error::NotListening`] when it is
-    /// refused there.
+    /// Connects to a TCP port on the pod's loopback interface; [`Error::NotListening`] if the
+    /// connection is refused.
     pub async fn port_forward(&self, pod: &str, port: u16) -> Result<ByteStream, Error> {
         let handle = self.node.registry.find_pod(pod)?;
         forward::port_forward(&handle, port).await
     }
 
-    /// Changes of pods and containers from now on. A receiver that does not keep up loses the
-    /// oldest ones and is told so ([`broadcast::error::RecvError::Lagged`]); nobody waits for it.
+    /// Subscribes to lifecycle events. A slow receiver loses the oldest ones and gets
+    /// [`broadcast::error::RecvError::Lagged`].
     pub fn events(&self) -> broadcast::Receiver<Event> {
         self.node.events.subscribe()
     }
 
-    /// Goes on writing the log at its path, in a new file if the old one has been renamed.
+    /// Reopens the log at its path, after a rotation.
     pub async fn reopen_log(&self, id: &str) -> Result<(), Error> {
         let (id, handle) = self.node.registry.find_container(id)?;
         let container = handle.container(&id)?;
@@ -424,14 +426,14 @@ impl Sandboxes {
         log.ok_or_else(not_running)?.reopen().await
     }
 
-    /// From a cache; a pod that has never been measured is measured now, with a short deadline.
+    /// From the cache; a pod without a measurement is measured now, with a short deadline.
     pub async fn pod_stats(&self, id: &str) -> Result<PodStatsView, Error> {
         let stats = self.node.registry.find_pod(id)?.stats_or_measure().await?;
         Ok(Arc::unwrap_or_clone(stats))
     }
 
-    /// What has been measured of all pods that are ready, by id, from the cache only: a listing
-    /// waits for no guest. A pod that was not measured yet is not in it.
+    /// Cached measurements of all ready pods, by id: does not call guests. Pods without a
+    /// measurement are missing.
     pub fn all_stats(&self) -> BTreeMap<PodId, Arc<PodStatsView>> {
         let handles = self.node.registry.handles().into_iter();
         let ready = handles.filter(|handle| handle.pod().phase == Phase::Ready);
@@ -450,12 +452,12 @@ impl Sandboxes {
         handle.container_stats(&id).await
     }
 
-    /// Phases of the pod's start.
+    /// Phases of the pod's start, with durations.
     pub fn trace(&self, pod: &str) -> Result<Vec<TracePhase>, Error> {
         Ok(self.node.registry.find_pod(pod)?.pod().trace.clone())
     }
 
-    /// The guest's console from position `from` on, and the position to go on from.
+    /// The guest's console output from position `from`, and the position to continue from.
     pub fn console(&self, pod: &str, from: u64) -> Result<(Vec<u8>, u64), Error> {
         let handle: Arc<Handle> = self.node.registry.find_pod(pod)?;
         handle.machine.vmm()?;
@@ -465,7 +467,7 @@ impl Sandboxes {
             .map_err(|e| Error::io(format!("read console {}", path.display()), e))
     }
 
-    /// Ends our tasks; pods keep running and are found again by the next [`Self::open`].
+    /// Stops the owner tasks; pods keep running and are recovered by the next [`Self::open`].
     pub async fn shutdown(&self) {
         self.node.shutdown.cancel();
         let ended = async {
@@ -477,15 +479,17 @@ impl Sandboxes {
     }
 }
 
-fn matches(wanted: &Option<String>, id: &str) -> bool {
+fn has_prefix(wanted: &Option<String>, id: &str) -> bool {
     wanted.as_ref().is_none_or(|w| id.starts_with(w.as_str()))
 }
 
-/// Ids are parts of paths and of other names, to which a dot and a number are appended.
+/// Ids are used in paths and in names to which a dot and a number are appended.
 fn check_id(id: &str, longest: usize) -> Result<(), Error> {
     let plain = id.chars().all(|c| c.is_ascii_alphanumeric());
     if id.is_empty() || id.len() > longest || !plain {
-        return Err(Error::invalid(format!("id {id:?} is not 1 to {longest} letters and digits")));
+        return Err(Error::invalid(format!(
+            "invalid id {id:?}: expected 1 to {longest} letters and digits"
+        )));
     }
     Ok(())
 }
@@ -497,7 +501,7 @@ fn check_pod(spec: &PodSpec) -> Result<(), Error> {
     if spec.hostname.len() > MAX_HOSTNAME {
         let (got, name) = (spec.hostname.len(), &spec.hostname);
         return Err(Error::invalid(format!(
-            "host name {name:?} has {got} bytes, {MAX_HOSTNAME} are allowed"
+            "host name {name:?} has {got} bytes, the limit is {MAX_HOSTNAME}"
         )));
     }
     if spec.vcpus == Some(0) || spec.memory_mib.is_some_and(|m| m < 64) {

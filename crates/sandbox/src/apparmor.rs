@@ -1,6 +1,6 @@
-//! AppArmor of the host (kernel Documentation/admin-guide/LSM/apparmor.rst), as securityfs shows it:
-//! which profiles are loaded, and the compiled policy that each was loaded from. A pod's VM has a
-//! kernel of its own, which is given that policy; nothing is compiled here.
+//! AppArmor of the host (Documentation/admin-guide/LSM/apparmor.rst), as shown by securityfs: the
+//! loaded profiles and the compiled policy that each was loaded from. A pod's guest kernel loads
+//! that policy; nothing is compiled here.
 //!
 //! ```text
 //! apparmor/profiles                      "name (mode)" a line, a child as "parent//child"
@@ -12,28 +12,28 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-/// Policy of one container, bytes: it travels in one message with the container's specification, and
-/// the guest's kernel takes as much memory for it.
+/// Policy of one container, bytes: it is sent in one message with the container's spec, and the
+/// guest kernel needs as much memory for it.
 const MAX_POLICY: usize = 2 << 20;
-/// A name; the kernel's own limit is a page.
+/// Longest profile name, bytes; the kernel's limit is a page.
 const MAX_NAME: usize = 4095;
-/// Parents of a profile: the kernel's names have no limit of their own but [`MAX_NAME`].
+/// Deepest nesting of a profile; the kernel limits the name only ([`MAX_NAME`]).
 const MAX_DEPTH: usize = 8;
 const CHILD: &str = "//";
 
 #[derive(Debug, thiserror::Error)]
 pub enum AppArmorError {
-    #[error("AppArmor does not run on this host; boot it with apparmor=1 or use Unconfined")]
+    #[error("AppArmor is not enabled on this host; boot with apparmor=1 or use Unconfined")]
     Off,
-    #[error("{name:?} is not a profile's name")]
+    #[error("{name:?} is not a valid profile name")]
     Name { name: String },
-    #[error("{name:?} is of an AppArmor namespace; only profiles of the host's own can be used")]
+    #[error("{name:?} is in an AppArmor namespace; only the host's root namespace is supported")]
     Namespace { name: String },
-    #[error("no profile {name:?} is loaded on this host; load it there with apparmor_parser")]
+    #[error("no profile {name:?} is loaded on this host; load it with apparmor_parser")]
     NotLoaded { name: String },
     #[error(
-        "the host's kernel does not give out the policy of profile {name:?} \
-         (CONFIG_SECURITY_APPARMOR_EXPORT_BINARY), so a pod's VM cannot have it"
+        "the host's kernel does not export the policy of profile {name:?} \
+         (CONFIG_SECURITY_APPARMOR_EXPORT_BINARY), so it cannot be loaded in the pod's VM"
     )]
     NotExported { name: String },
     #[error(
@@ -44,11 +44,11 @@ pub enum AppArmorError {
     Read { path: PathBuf, error: io::Error },
 }
 
-/// Where a kernel tells of its AppArmor.
+/// AppArmor's files of a kernel.
 #[derive(Debug, Clone)]
 pub struct AppArmor {
     enabled: PathBuf,
-    folder: PathBuf,
+    directory: PathBuf,
 }
 
 impl AppArmor {
@@ -59,9 +59,9 @@ impl AppArmor {
         )
     }
 
-    /// With other files than this host's.
-    pub fn at(enabled: &Path, folder: &Path) -> Self {
-        Self { enabled: enabled.to_owned(), folder: folder.to_owned() }
+    /// With the given paths, for tests.
+    pub fn at(enabled: &Path, directory: &Path) -> Self {
+        Self { enabled: enabled.to_owned(), directory: directory.to_owned() }
     }
 
     pub fn runs(&self) -> bool {
@@ -71,14 +71,14 @@ impl AppArmor {
     /// Whether a profile is loaded.
     pub fn has(&self, name: &str) -> Result<bool, AppArmorError> {
         check_name(name)?;
-        let path = self.folder.join("profiles");
+        let path = self.directory.join("profiles");
         let profiles =
             fs::read_to_string(&path).map_err(|error| AppArmorError::Read { path, error })?;
         let mut names = profiles.lines().filter_map(|line| Some(line.rsplit_once(" (")?.0));
         Ok(names.any(|known| known == name))
     }
 
-    /// Refuses a profile that cannot be used, with what to do.
+    /// Fails if the profile cannot be used.
     pub fn check(&self, name: &str) -> Result<(), AppArmorError> {
         if !self.runs() {
             return Err(AppArmorError::Off);
@@ -89,15 +89,15 @@ impl AppArmor {
         }
     }
 
-    /// The compiled policy that has the profile, its parents' first: for a kernel's `.replace`.
+    /// The compiled policy with the profile, parents first: for the kernel's `.replace` file.
     pub fn policy(&self, name: &str) -> Result<Vec<Vec<u8>>, AppArmorError> {
         self.check(name)?;
-        let mut folder = self.folder.join("policy/profiles");
+        let mut directory = self.directory.join("policy/profiles");
         let mut policies: Vec<Vec<u8>> = Vec::new();
         let mut left = MAX_POLICY;
         for part in name.split(CHILD) {
-            let Some(entry) = find(&folder, part)? else {
-                // Listed a moment ago, so it goes just now, or the kernel shows no folders.
+            let Some(entry) = find(&directory, part)? else {
+                // It was unloaded just now, or the kernel exports no policy directories.
                 return Err(AppArmorError::NotExported { name: name.to_owned() });
             };
             let policy = match read(&entry.join("raw_data"), left) {
@@ -112,31 +112,32 @@ impl AppArmor {
                     return Err(AppArmorError::Read { path: entry.join("raw_data"), error });
                 }
             };
-            // Profiles of one source file mostly are one policy.
+            // Profiles of one source file usually share one policy.
             if !policies.contains(&policy) {
                 left -= policy.len();
                 policies.push(policy);
             }
-            folder = entry.join("profiles");
+            directory = entry.join("profiles");
         }
         Ok(policies)
     }
 }
 
-/// Names end in `/proc/<pid>/attr/apparmor/exec` and error messages, in lines of their own.
+/// Names are written to `/proc/<pid>/attr/apparmor/exec` and to log lines.
 fn check_name(name: &str) -> Result<(), AppArmorError> {
     if name.starts_with(':') {
         return Err(AppArmorError::Namespace { name: name.to_owned() });
     }
     let parts = name.split(CHILD);
-    let sound = name.len() <= MAX_NAME
+    let valid = name.len() <= MAX_NAME
         && !name.chars().any(char::is_control)
         && parts.clone().all(|part| !part.is_empty())
         && parts.count() <= MAX_DEPTH;
-    if sound { Ok(()) } else { Err(AppArmorError::Name { name: name.chars().take(80).collect() }) }
+    if valid { Ok(()) } else { Err(AppArmorError::Name { name: name.chars().take(80).collect() }) }
 }
 
-/// The folder of a profile: its own name is mangled and numbered, so the file in it counts.
+/// Directory of a profile. Its file name is mangled and numbered; the file `name` in it has the
+/// real name.
 fn find(profiles: &Path, name: &str) -> Result<Option<PathBuf>, AppArmorError> {
     let entries = match fs::read_dir(profiles) {
         Ok(entries) => entries,
@@ -144,7 +145,7 @@ fn find(profiles: &Path, name: &str) -> Result<Option<PathBuf>, AppArmorError> {
         Err(error) => return Err(AppArmorError::Read { path: profiles.to_owned(), error }),
     };
     for entry in entries.flatten() {
-        // One that is unloaded meanwhile is not the one.
+        // Unreadable: unloaded meanwhile.
         let known = fs::read_to_string(entry.path().join("name")).unwrap_or_default();
         if known.strip_suffix('\n').unwrap_or(&known) == name {
             return Ok(Some(entry.path()));
@@ -153,7 +154,7 @@ fn find(profiles: &Path, name: &str) -> Result<Option<PathBuf>, AppArmorError> {
     Ok(None)
 }
 
-/// None: larger than `limit`.
+/// None if larger than `limit`.
 fn read(path: &Path, limit: usize) -> io::Result<Option<Vec<u8>>> {
     let mut content = Vec::new();
     File::open(path)?.take(limit as u64 + 1).read_to_end(&mut content)?;
@@ -164,11 +165,11 @@ fn read(path: &Path, limit: usize) -> io::Result<Option<Vec<u8>>> {
 mod tests {
     use super::*;
 
-    /// A kernel with profiles `web` (child `web//worker`, of the same policy), `/usr/bin/x` and
-    /// `late//child`, whose policies were loaded apart.
-    fn kernel(folder: &Path) -> AppArmor {
+    /// A kernel with profiles `web` (child `web//worker`, same policy), `/usr/bin/x` and
+    /// `late//child`, whose policies were loaded separately.
+    fn kernel(directory: &Path) -> AppArmor {
         let profile = |path: &str, name: &str, policy: &[u8]| {
-            let dir = folder.join("policy/profiles").join(path);
+            let dir = directory.join("policy/profiles").join(path);
             fs::create_dir_all(&dir).unwrap();
             fs::write(dir.join("name"), format!("{name}\n")).unwrap();
             fs::write(dir.join("raw_data"), policy).unwrap();
@@ -179,20 +180,20 @@ mod tests {
         profile("late.4", "late", b"three");
         profile("late.4/profiles/child.5", "child", b"four");
         profile("huge.6", "huge", &vec![0; MAX_POLICY + 1]);
-        profile("mute.7", "mute", b"");
-        fs::remove_file(folder.join("policy/profiles/mute.7/raw_data")).unwrap();
+        profile("unexported.7", "unexported", b"");
+        fs::remove_file(directory.join("policy/profiles/unexported.7/raw_data")).unwrap();
         let list = "web (enforce)\nweb//worker (enforce)\n/usr/bin/x (complain)\nlate (kill)\n\
-                    late//child (enforce)\nhuge (enforce)\nmute (enforce)\ntwo words (enforce)\n\
-                    :ns://a (enforce)\n";
-        fs::write(folder.join("profiles"), list).unwrap();
-        fs::write(folder.join("enabled"), "Y\n").unwrap();
-        AppArmor::at(&folder.join("enabled"), folder)
+                    late//child (enforce)\nhuge (enforce)\nunexported (enforce)\n\
+                    two words (enforce)\n:ns://a (enforce)\n";
+        fs::write(directory.join("profiles"), list).unwrap();
+        fs::write(directory.join("enabled"), "Y\n").unwrap();
+        AppArmor::at(&directory.join("enabled"), directory)
     }
 
     #[test]
     fn the_policy_of_a_profile_is_found_by_its_whole_name() {
-        let folder = tempfile::tempdir().unwrap();
-        let host = kernel(folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let host = kernel(directory.path());
         let policy = |name: &str| {
             let policies = host.policy(name).unwrap();
             policies.iter().map(|p| String::from_utf8(p.clone()).unwrap()).collect::<Vec<_>>()
@@ -205,18 +206,18 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_used_is_refused_with_what_to_do() {
-        let folder = tempfile::tempdir().unwrap();
-        let host = kernel(folder.path());
+    fn an_unusable_profile_is_refused_with_advice() {
+        let directory = tempfile::tempdir().unwrap();
+        let host = kernel(directory.path());
         for (name, words) in [
             ("we", "apparmor_parser"),
             ("worker", "no profile \"worker\" is loaded"),
             (":ns://a", "namespace"),
-            ("", "not a profile's name"),
-            ("a\nb", "not a profile's name"),
-            ("web////x", "not a profile's name"),
+            ("", "not a valid profile name"),
+            ("a\nb", "not a valid profile name"),
+            ("web////x", "not a valid profile name"),
             ("huge", "larger than"),
-            ("mute", "EXPORT_BINARY"),
+            ("unexported", "EXPORT_BINARY"),
         ] {
             let error = host.policy(name).unwrap_err().to_string();
             assert!(error.contains(words), "{name:?}: {error}");
@@ -224,15 +225,15 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_apparmor_says_so() {
-        let folder = tempfile::tempdir().unwrap();
-        let host = kernel(folder.path());
-        fs::write(folder.path().join("enabled"), "N\n").unwrap();
+    fn a_host_without_apparmor_is_reported() {
+        let directory = tempfile::tempdir().unwrap();
+        let host = kernel(directory.path());
+        fs::write(directory.path().join("enabled"), "N\n").unwrap();
         assert!(matches!(host.check("web"), Err(AppArmorError::Off)));
-        let nowhere = folder.path().join("nowhere");
+        let nowhere = directory.path().join("nowhere");
         assert!(!AppArmor::at(&nowhere, &nowhere).runs());
-        fs::write(folder.path().join("enabled"), "Y\n").unwrap();
-        let unmounted = AppArmor::at(&folder.path().join("enabled"), &nowhere);
+        fs::write(directory.path().join("enabled"), "Y\n").unwrap();
+        let unmounted = AppArmor::at(&directory.path().join("enabled"), &nowhere);
         assert!(unmounted.check("web").unwrap_err().to_string().contains("securityfs"));
     }
 }

@@ -1,5 +1,5 @@
-//! Settings of the life cycle. Every field has a default; times are in milliseconds, sizes in
-//! bytes unless the name says otherwise.
+//! Configuration. Every field has a default; times are in milliseconds, sizes in bytes unless the
+//! name says otherwise.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -7,27 +7,28 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// What a VMM takes ([`vmm_api::VmConfig::max_vcpus`]).
+/// Limit of the VMM ([`vmm_api::VmConfig::max_vcpus`]).
 const MAX_VCPUS: u8 = 64;
-/// What a pod can become unless the configuration says so.
+/// Default maximum memory of a pod: `GROWTH` times the initial size, at most `MAX_GROWTH_MIB`
+/// more.
 const GROWTH: u32 = 4;
-const GROWTH_AT_MOST_MIB: u32 = 16 << 10;
-/// Characters of an id that is made here.
+const MAX_GROWTH_MIB: u32 = 16 << 10;
+/// Length of generated ids, characters.
 const ID_LENGTH: usize = 64;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Durable state: `pods/<id>/…`, the formatted scratch original.
+    /// Persistent state: `pods/<id>/…`, the formatted scratch template.
     pub root: PathBuf,
     /// Sockets of running pods; may vanish with a reboot.
     pub state: PathBuf,
     /// The `nacelle-vmm` binary.
     pub vmm: PathBuf,
-    /// The `nacelle-fs` binary, which shares folders of the host with a guest; empty: beside the
-    /// VMM.
+    /// The `nacelle-fs` binary, which serves host directories to a guest; empty: next to the VMM
+    /// binary.
     pub file_server: PathBuf,
-    /// The `nacelle-agent` binary, for pods without a VM; empty: beside the VMM.
+    /// The `nacelle-agent` binary, for host pods; empty: next to the VMM binary.
     pub agent: PathBuf,
     /// Command that runs [`crate::launcher::main`] with a socket as its standard input.
     pub launcher: Vec<OsString>,
@@ -36,83 +37,82 @@ pub struct Config {
     /// cpio archive with the agent as `/init`.
     pub initramfs: PathBuf,
     pub kvm: PathBuf,
-    /// The host's resolver configuration, for pods that bring none.
+    /// The host's resolv.conf, for pods without DNS configuration.
     pub resolv_conf: PathBuf,
     /// Appended to the guest kernel's command line.
     pub cmdline_extra: String,
-    /// Kernels of pods run AppArmor where the host's does, so that containers can have the profiles
-    /// that are loaded there.
+    /// Enable AppArmor in guest kernels if the host has it enabled, so that containers can use the
+    /// host's loaded profiles.
     pub apparmor: bool,
-    /// Mount point of cgroup v2; empty: `/sys/fs/cgroup`, or its `unified` folder on a host with
-    /// both versions.
+    /// Mount point of cgroup v2; empty: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a host
+    /// with both versions.
     pub cgroup_root: PathBuf,
     pub default_vcpus: u8,
     pub default_memory_mib: u32,
-    /// vCPUs that a pod can be given while it runs, as far as the host has so many. Each costs the
-    /// guest some 100 KiB from the start, whether it runs or not.
+    /// Most vCPUs of a running pod, at most the number of host CPUs. Each costs the guest about 100
+    /// KiB at boot, also while offline.
     pub max_vcpus: u8,
-    /// Memory that a pod can be given while it runs. 0: four times what it starts with, but no more
-    /// than 16 GiB beyond that. What it is not given costs nothing; only the devices of a guest that
-    /// means harm could be made to fill it, which the limits of the pod's cgroup on the host bound.
+    /// Most memory of a running pod. 0: four times the initial size, at most 16 GiB more. Unplugged
+    /// memory costs nothing; only the devices of a hostile guest could be made to fill it, which
+    /// the pod's cgroup on the host limits.
     pub max_memory_mib: u32,
-    /// Memory that a guest does not use goes back to the host: pages that are free, and page cache
-    /// that an idle pod does not read.
+    /// Return unused guest memory to the host: free pages, and page cache of idle pods.
     pub reclaim_memory: bool,
-    /// Pods this node holds at most; a further one is refused.
+    /// Most pods on this node; a further one is refused.
     pub max_pods: usize,
-    /// Containers in a pod at most; bounds the record and the guest's devices.
+    /// Most containers in a pod; bounds the record and the guest's devices.
     pub max_containers: usize,
     /// Size of a container's writable layer.
     pub scratch_size: u64,
-    /// Size of a pod's scratch disk, which has its containers' writable layers and its emptyDirs; at
-    /// least `scratch_size`. The file is sparse.
+    /// Size of a pod's scratch disk with its writable layers and emptyDirs; at least
+    /// `scratch_size`. The file is sparse.
     pub scratch_disk_size: u64,
-    /// Where a kubelet's emptyDirs are.
-    pub empty_dir: EmptyDirPlace,
-    /// VMs that start at the same time; further ones wait. 0: twice the number of CPUs.
+    /// Location of emptyDirs.
+    pub empty_dir: EmptyDirLocation,
+    /// Concurrent VM starts; further ones wait. 0: twice the number of CPUs.
     pub start_parallelism: usize,
-    /// VMMs run as `uid_base .. uid_base + uid_range`, a uid a pod.
+    /// VMMs run as `uid_base .. uid_base + uid_range`, one uid per pod.
     pub uid_base: u32,
     pub uid_range: u32,
-    /// VMM launched to agent ready.
+    /// From the launch of the VMM to the agent's first answer.
     pub boot_deadline_ms: u64,
-    /// Ordinary calls into a guest.
+    /// Calls to a guest's agent.
     pub guest_call_deadline_ms: u64,
     /// Calls to a VMM's control socket.
     pub vmm_call_deadline_ms: u64,
-    /// What the guest gets to power off before its VMM is killed.
+    /// Time for the guest to power off before the VMM is killed.
     pub shutdown_deadline_ms: u64,
     pub ping_interval_ms: u64,
-    /// Pings in a row without an answer after which a guest counts as dead.
+    /// Consecutive missed pings after which a guest is killed.
     pub ping_misses: u32,
     pub stats_interval_ms: u64,
-    /// Guests cache nothing of the host's folders that they share. Otherwise they keep a file's pages
-    /// until its size or time is another one, and see a change of the host within a second.
+    /// Guests do not cache shared host directories. Otherwise they cache a file's pages until its
+    /// size or modification time changes, and see a change on the host within a second.
     pub strict_volumes: bool,
-    /// A copied volume at most, bytes of content.
+    /// Largest copied volume, bytes.
     pub volume_bytes: u64,
-    /// A copied volume at most, files and folders.
+    /// Largest copied volume, files and directories.
     pub volume_files: usize,
-    /// Longest id of a pod. Who gives ids himself ([`crate::Sandboxes::run_pod_as`]) may have shorter
-    /// ones, which leave a longer path to `state`: sockets bear the id in their paths.
+    /// Longest id of a pod. A caller that provides ids ([`crate::Sandboxes::run_pod_with_id`]) may
+    /// use shorter ones, which allows a longer `state` path: socket paths contain the id.
     #[serde(skip)]
     pub id_length: usize,
-    /// Folder of the formatted scratch originals, which several processes may use; empty: `root`.
+    /// Directory of the formatted scratch templates, which several processes may share; empty:
+    /// `root`.
     #[serde(skip)]
-    pub scratch_originals: PathBuf,
-    /// Nothing is logged: the output of containers waits in the guest for
-    /// [`crate::Sandboxes::streams`].
+    pub scratch_templates: PathBuf,
+    /// No log files: the guest buffers the output of containers for [`crate::Sandboxes::streams`].
     #[serde(skip)]
     pub caller_reads_output: bool,
 }
 
-/// Where the emptyDirs of a pod with a VM are; of a pod's first moment, it keeps them there.
+/// Location of the emptyDirs of a pod with a VM; fixed when the pod starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum EmptyDirPlace {
+pub enum EmptyDirLocation {
     /// On the pod's scratch disk, or in the memory of its VM.
     Guest,
-    /// In the folders that a kubelet has made for them on the host, shared with the guest.
+    /// In the kubelet's directories on the host, shared with the guest.
     Share,
 }
 
@@ -141,7 +141,7 @@ impl Default for Config {
             max_containers: 128,
             scratch_size: 10 << 30,
             scratch_disk_size: 64 << 30,
-            empty_dir: EmptyDirPlace::Guest,
+            empty_dir: EmptyDirLocation::Guest,
             start_parallelism: 0,
             uid_base: 0x7000_0000,
             uid_range: 65_536,
@@ -156,7 +156,7 @@ impl Default for Config {
             volume_bytes: 64 << 20,
             volume_files: 4096,
             id_length: ID_LENGTH,
-            scratch_originals: PathBuf::new(),
+            scratch_templates: PathBuf::new(),
             caller_reads_output: false,
         }
     }
@@ -187,7 +187,7 @@ impl Config {
         Duration::from_millis(self.stats_interval_ms)
     }
 
-    /// [`Self::file_server`] with its emptiness resolved.
+    /// [`Self::file_server`] with the default applied.
     pub(crate) fn file_server(&self) -> PathBuf {
         if self.file_server.as_os_str().is_empty() {
             self.vmm.with_file_name("nacelle-fs")
@@ -196,7 +196,7 @@ impl Config {
         }
     }
 
-    /// [`Self::agent`] with its emptiness resolved.
+    /// [`Self::agent`] with the default applied.
     pub(crate) fn agent(&self) -> PathBuf {
         if self.agent.as_os_str().is_empty() {
             self.vmm.with_file_name("nacelle-agent")
@@ -205,39 +205,37 @@ impl Config {
         }
     }
 
-    /// vCPUs of a VM that starts with `vcpus`, parked ones included.
-    pub(crate) fn vcpus_at_most(&self, vcpus: u8) -> u8 {
+    /// Maximum vCPUs of a VM that starts with `vcpus`, including offline ones.
+    pub(crate) fn max_vcpus_of(&self, vcpus: u8) -> u8 {
         let host = std::thread::available_parallelism().map_or(1, |n| n.get());
         let host = u8::try_from(host).unwrap_or(u8::MAX);
         self.max_vcpus.min(host).min(MAX_VCPUS).max(vcpus)
     }
 
-    /// [`Self::scratch_disk_size`], with room for a container's layer.
+    /// [`Self::scratch_disk_size`], but at least one writable layer.
     pub(crate) fn scratch_disk_size(&self) -> u64 {
         self.scratch_disk_size.max(self.scratch_size)
     }
 
-    /// [`Self::scratch_originals`] with its emptiness resolved.
-    pub(crate) fn scratch_originals(&self) -> PathBuf {
-        if self.scratch_originals.as_os_str().is_empty() {
+    /// [`Self::scratch_templates`] with the default applied.
+    pub(crate) fn scratch_templates(&self) -> PathBuf {
+        if self.scratch_templates.as_os_str().is_empty() {
             self.root.clone()
         } else {
-            self.scratch_originals.clone()
+            self.scratch_templates.clone()
         }
     }
 
-    /// Memory that a VM which starts with `memory_mib` can become.
-    pub(crate) fn memory_at_most(&self, memory_mib: u32) -> u32 {
+    /// Maximum memory of a VM that starts with `memory_mib`.
+    pub(crate) fn max_memory_of(&self, memory_mib: u32) -> u32 {
         match self.max_memory_mib {
-            0 => {
-                memory_mib.saturating_mul(GROWTH).min(memory_mib.saturating_add(GROWTH_AT_MOST_MIB))
-            }
+            0 => memory_mib.saturating_mul(GROWTH).min(memory_mib.saturating_add(MAX_GROWTH_MIB)),
             most => most.max(memory_mib),
         }
     }
 
-    /// [`Self::start_parallelism`] with its 0 resolved.
-    pub fn starts_at_once(&self) -> usize {
+    /// [`Self::start_parallelism`] with the default applied.
+    pub fn max_concurrent_starts(&self) -> usize {
         match self.start_parallelism {
             0 => 2 * std::thread::available_parallelism().map_or(1, |n| n.get()),
             n => n,

@@ -1,4 +1,4 @@
-//! Why a request failed, in the classes that callers act on.
+//! Errors by class, as callers act on them.
 
 use std::time::Duration;
 
@@ -6,10 +6,10 @@ use std::time::Duration;
 pub enum Error {
     #[error("no {what} {id:?}")]
     NotFound { what: &'static str, id: String },
-    /// The name is taken (by `holder`), or the id is.
+    /// The name is reserved by `holder`, or the id exists.
     #[error("{what} {name:?} is reserved for {holder:?}")]
     Exists { what: &'static str, name: String, holder: String },
-    #[error("{id:?} is the beginning of {count} ids of a {what}")]
+    #[error("{what} id prefix {id:?} is ambiguous: {count} matches")]
     Ambiguous { what: &'static str, id: String, count: usize },
     #[error("{message}")]
     InvalidArgument { message: String },
@@ -17,18 +17,18 @@ pub enum Error {
     FailedPrecondition { message: String },
     #[error("{what} took longer than {limit:?}")]
     Deadline { what: String, limit: Duration },
-    /// Disk full, or one of our own limits.
+    /// Disk full, or a configured limit reached.
     #[error("{message}")]
     ResourceExhausted { message: String },
-    /// More than the pod's VM can become.
+    /// More than the pod's VM can be resized to.
     #[error("{message}")]
     OutOfRange { message: String },
-    /// The guest or its VMM does not answer; may pass.
+    /// The guest or its VMM does not answer. The caller may retry.
     #[error("{message}")]
     Unavailable { message: String },
-    #[error("nothing listens at port {port} in pod {pod}")]
+    #[error("connection to port {port} in pod {pod} refused")]
     NotListening { pod: String, port: u16 },
-    #[error("command did not end within {limit:?} and was killed")]
+    #[error("command timed out after {limit:?} and was killed")]
     ExecTimeout { limit: Duration },
     #[error("{what} was cancelled")]
     Cancelled { what: &'static str },
@@ -51,7 +51,7 @@ impl Error {
         Self::Unavailable { message: message.into() }
     }
 
-    /// An I/O error with what was being done; a full disk keeps its class.
+    /// An I/O error with its operation; ENOSPC and EDQUOT become [`Self::ResourceExhausted`].
     pub(crate) fn io(what: impl std::fmt::Display, error: std::io::Error) -> Self {
         match error.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {

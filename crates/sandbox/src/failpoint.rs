@@ -1,6 +1,7 @@
-//! Places at which this crate's tests make a step fail, or end the daemon as SIGKILL would: around
-//! every write of the journal, every side effect on the host and its undoing, and every call of a
-//! guest or a VMM. Other builds have none: there the type is empty and passing does nothing.
+//! Failpoints for this crate's tests: at each, a step fails or the daemon stops as by SIGKILL. They
+//! are before and after every write of the journal, every effect on the host and its undo, and
+//! every call of a guest or a VMM. Other builds have none: the type is empty and the checks do
+//! nothing.
 
 use std::fmt;
 use std::io;
@@ -9,7 +10,7 @@ use std::sync::Arc;
 
 use crate::error::Error;
 
-/// After: the step is done, and what it has answered is lost.
+/// `After`: the step is done and its result is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum When {
     Before,
@@ -18,17 +19,17 @@ pub(crate) enum When {
 
 #[cfg(test)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    Pass,
+pub(crate) enum Action {
+    Continue,
     Fail,
-    /// Nothing of the daemon goes on from here.
+    /// The daemon stops here.
     Crash,
 }
 
-/// Decides what happens at a place, each time that the place is reached.
+/// Decides the action each time a failpoint is reached.
 #[cfg(test)]
 pub(crate) trait Hook: Send + Sync {
-    fn reached(&self, when: When, what: &str) -> Verdict;
+    fn reached(&self, when: When, what: &str) -> Action;
 }
 
 #[derive(Clone, Default)]
@@ -45,14 +46,14 @@ impl fmt::Debug for Failpoints {
 
 #[cfg(not(test))]
 impl Failpoints {
-    /// For threads that may block.
+    /// Blocks.
     #[inline]
-    pub(crate) fn pass(&self, _: When, _: &str) -> io::Result<()> {
+    pub(crate) fn check_blocking(&self, _: When, _: &str) -> io::Result<()> {
         Ok(())
     }
 
     #[inline]
-    pub(crate) async fn reach(&self, _: When, _: &str) -> Result<(), Error> {
+    pub(crate) async fn check(&self, _: When, _: &str) -> Result<(), Error> {
         Ok(())
     }
 }
@@ -63,52 +64,52 @@ impl Failpoints {
         Self { hook: Some(hook) }
     }
 
-    fn verdict(&self, when: When, what: &str) -> Verdict {
-        self.hook.as_ref().map_or(Verdict::Pass, |hook| hook.reached(when, what))
+    fn action(&self, when: When, what: &str) -> Action {
+        self.hook.as_ref().map_or(Action::Continue, |hook| hook.reached(when, what))
     }
 
-    pub(crate) fn pass(&self, when: When, what: &str) -> io::Result<()> {
-        match self.verdict(when, what) {
-            Verdict::Pass => Ok(()),
-            // As of a full disk.
-            Verdict::Fail => Err(io::ErrorKind::StorageFull.into()),
-            // No hook, no message: the thread is gone, as after SIGKILL.
-            Verdict::Crash => std::panic::resume_unwind(Box::new("crash")),
+    pub(crate) fn check_blocking(&self, when: When, what: &str) -> io::Result<()> {
+        match self.action(when, what) {
+            Action::Continue => Ok(()),
+            // As on a full disk.
+            Action::Fail => Err(io::ErrorKind::StorageFull.into()),
+            // Without panic hook and message, as after SIGKILL.
+            Action::Crash => std::panic::resume_unwind(Box::new("crash")),
         }
     }
 
-    pub(crate) async fn reach(&self, when: When, what: &str) -> Result<(), Error> {
-        match self.verdict(when, what) {
-            Verdict::Pass => Ok(()),
-            Verdict::Fail => Err(Error::unavailable(format!("failpoint: {what}"))),
-            Verdict::Crash => std::future::pending().await,
+    pub(crate) async fn check(&self, when: When, what: &str) -> Result<(), Error> {
+        match self.action(when, what) {
+            Action::Continue => Ok(()),
+            Action::Fail => Err(Error::unavailable(format!("failpoint: {what}"))),
+            Action::Crash => std::future::pending().await,
         }
     }
 }
 
 impl Failpoints {
-    /// A step with a place before it and one after its success.
-    pub(crate) async fn around<T>(
+    /// Runs a step with a failpoint before it and one after its success.
+    pub(crate) async fn wrap<T>(
         &self,
         what: &str,
         step: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        self.reach(When::Before, what).await?;
+        self.check(When::Before, what).await?;
         let done = step.await?;
-        self.reach(When::After, what).await?;
+        self.check(When::After, what).await?;
         Ok(done)
     }
 
-    /// The same of a step that blocks.
-    pub(crate) fn around_blocking<T>(
+    /// [`Self::wrap`] for a blocking step.
+    pub(crate) fn wrap_blocking<T>(
         &self,
         what: &str,
         step: impl FnOnce() -> Result<T, Error>,
     ) -> Result<T, Error> {
-        let reached = |when| self.pass(when, what).map_err(|e| Error::io(what, e));
-        reached(When::Before)?;
+        let check = |when| self.check_blocking(when, what).map_err(|e| Error::io(what, e));
+        check(When::Before)?;
         let done = step()?;
-        reached(When::After)?;
+        check(When::After)?;
         Ok(done)
     }
 }

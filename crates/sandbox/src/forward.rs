@@ -1,5 +1,5 @@
-//! Port-forward: a caller's byte stream to a port of the pod's loopback interface. It enters through
-//! the agent, so it reaches what listens at 127.0.0.1 or ::1 only.
+//! Port-forward: connects a caller's byte stream to a port on the pod's loopback interface. The
+//! agent makes the connection, so only listeners on 127.0.0.1 or ::1 are reached.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -8,16 +8,16 @@ use agent_api::forward::Status;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::error::Error;
-use crate::guest::{Unconnected, forward};
+use crate::guest::{ForwardError, forward};
 use crate::pod::Handle;
 
-/// For a connection inside the pod to be made or refused; its loopback interface is quick.
+/// Time for the agent to connect inside the pod.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 pub trait Duplex: AsyncRead + AsyncWrite {}
 impl<T: AsyncRead + AsyncWrite + ?Sized> Duplex for T {}
 
-/// Both directions of a connection, each with its own end: shutting it down ends ours.
+/// A full-duplex stream. Shutting down the write side closes that direction only.
 pub type ByteStream = Pin<Box<dyn Duplex + Send>>;
 
 pub(crate) async fn port_forward(handle: &Handle, port: u16) -> Result<ByteStream, Error> {
@@ -25,10 +25,10 @@ pub(crate) async fn port_forward(handle: &Handle, port: u16) -> Result<ByteStrea
     if port == 0 {
         return Err(Error::invalid("port 0 cannot be forwarded"));
     }
-    let joined = tokio::time::timeout(CONNECT_LIMIT, forward(handle.guest.door(), port));
-    match joined.await {
+    let connected = tokio::time::timeout(CONNECT_LIMIT, forward(handle.guest.address(), port));
+    match connected.await {
         Ok(Ok(stream)) => Ok(Box::pin(stream)),
-        Ok(Err(Unconnected::Status(Status::Refused))) => {
+        Ok(Err(ForwardError::Status(Status::Refused))) => {
             Err(Error::NotListening { pod: handle.id.clone(), port })
         }
         Ok(Err(error)) => Err(Error::unavailable(format!(

@@ -1,16 +1,14 @@
-//! The life cycle of pods and containers: every pod a microVM with an owner task of its own.
+//! The life cycle of pods and containers: every pod is a microVM with its own owner task.
 //!
-//! Has never heard of gRPC servers, CRI, containerd, CNI, registries or KVM. It meets the host's
-//! network through [`ports::Network`], the guest through `agent-api`, the VMM through `vmm-api`.
+//! Independent of gRPC servers, CRI, containerd, CNI, registries and KVM: it uses the host's
+//! network through [`ports::Network`], the guest through `agent-api` and the VMM through `vmm-api`.
 //!
-//! Where to begin: [`Sandboxes`] is the door, `policy` says what a pod may do, `pod` does it, and
-//! `journal` makes it survive us.
+//! Where to start reading: [`Sandboxes`] is the public API, `policy` is the state machine of a pod,
+//! `pod` executes it, and `journal` stores it for the next start of the daemon.
 
 mod api;
 pub mod apparmor;
 mod config;
-#[cfg(any(test, feature = "crowd"))]
-pub mod crowd;
 mod error;
 mod failpoint;
 pub mod forward;
@@ -28,14 +26,16 @@ mod pod;
 mod policy;
 pub mod ports;
 mod registry;
-mod rescue;
 pub mod session;
 pub mod stats;
+#[cfg(any(test, feature = "synthetic-pods"))]
+pub mod synthetic_pods;
 #[cfg(test)]
 mod tests;
+mod unreadable;
 mod vmm;
 
 pub use api::Sandboxes;
-pub use config::{Config, EmptyDirPlace};
+pub use config::{Config, EmptyDirLocation};
 pub use error::Error;
 pub use session::{AttachSession, ExecSession, ProcessControl};

@@ -1,4 +1,4 @@
-//! What a pod's agent runs in: a VM, or the host itself.
+//! Where a pod's agent runs: in a VM, or on the host.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::vmm::{Vmm, serial};
 #[derive(Debug, Clone)]
 pub(crate) enum Machine {
     Vm(Vmm),
-    /// The pod has namespaces of the host, and no VM.
+    /// A host pod: namespaces of the host, no VM.
     Host(HostNamespaces),
 }
 
@@ -17,13 +17,11 @@ impl Machine {
     pub(crate) fn vmm(&self) -> Result<&Vmm, Error> {
         match self {
             Self::Vm(vmm) => Ok(vmm),
-            Self::Host(_) => {
-                Err(Error::precondition("the pod has namespaces of the host, and no VM"))
-            }
+            Self::Host(_) => Err(Error::precondition("the pod has host namespaces and no VM")),
         }
     }
 
-    /// None: the pod has a VM.
+    /// None if the pod has a VM.
     pub(crate) fn host(&self) -> Option<HostNamespaces> {
         match self {
             Self::Vm(_) => None,
@@ -31,7 +29,7 @@ impl Machine {
         }
     }
 
-    /// What the agent calls an image.
+    /// Name of an image in requests to the agent.
     pub(crate) fn image(&self, image: &Path) -> String {
         match self {
             Self::Vm(_) => serial('e', image.as_os_str().as_encoded_bytes()),

@@ -1,7 +1,7 @@
-//! What a pod and a container are here: requests in ([`PodSpec`], [`ContainerSpec`], [`ExecSpec`]),
-//! observations out ([`PodView`], [`ContainerView`]). Plain values; nothing here does I/O.
+//! Public types of pods and containers: requests ([`PodSpec`], [`ContainerSpec`], [`ExecSpec`]) and
+//! their state ([`PodView`], [`ContainerView`]). Plain values, no I/O.
 //!
-//! The life cycles:
+//! Life cycles:
 //! ```text
 //! pod:        Reserved -> Ready -> NotReady -> (removed)
 //! container:  Created -> Running -> Exited -> (removed)
@@ -16,7 +16,7 @@ use std::time::SystemTime;
 pub type PodId = String;
 pub type ContainerId = String;
 
-/// Labels, annotations and the caller's own names: kept and given back, never interpreted.
+/// Names, labels and annotations of the caller: stored and returned, never interpreted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Meta {
     pub name: String,
@@ -33,33 +33,32 @@ pub struct Meta {
 pub struct PodSpec {
     pub meta: Meta,
     pub hostname: String,
-    /// Runtime handler the caller named; given back in the view.
+    /// Runtime handler named by the caller; returned in the view.
     pub handler: String,
     /// Parent cgroup below the cgroup v2 root (e.g. `/kubepods/burstable/pod…`); the VMM's cgroup
     /// is made in it. Empty: `/nacelle`.
     pub cgroup_parent: String,
-    /// Folder for container logs; empty: none are written.
+    /// Directory of container logs; empty: no logs.
     pub log_directory: String,
     pub sysctls: BTreeMap<String, String>,
     pub dns: Dns,
     pub ports: Vec<PortMapping>,
-    /// CPUs the VM gets; none: the configured default.
+    /// vCPUs; None: the configured default.
     pub vcpus: Option<u8>,
-    /// Memory of the VM, MiB; none: the configured default.
+    /// Memory of the VM, MiB; None: the configured default.
     pub memory_mib: Option<u32>,
-    /// What the VM may take of the host's CPUs.
+    /// CPU limits of the VM on the host.
     pub cpu: CpuLimits,
-    /// The pod has namespaces of the host, so it runs there and not in a VM. Whether it may is its
-    /// caller's to decide.
+    /// A host pod: runs on the host and not in a VM. The caller decides whether that is allowed.
     pub host: Option<HostNamespaces>,
-    /// Whole request as the caller gave it (JSON), for verbose status.
+    /// The caller's complete request as JSON, for verbose status.
     pub origin: serde_json::Value,
 }
 
-/// Namespaces that a pod has in common with its host.
+/// Namespaces that a pod shares with the host.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct HostNamespaces {
-    /// And the host's name.
+    /// Includes the UTS namespace.
     pub network: bool,
     pub pid: bool,
     pub ipc: bool,
@@ -68,34 +67,33 @@ pub struct HostNamespaces {
 /// Limits of a cgroup (cgroup-v2.rst, "CPU Interface Files").
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CpuLimits {
-    /// Microseconds of CPU time in a period; none: no cap.
+    /// Microseconds of CPU time per period; None: unlimited.
     pub quota_us: Option<u64>,
     /// None: the kernel's default, 100 ms.
     pub period_us: Option<u64>,
-    /// Share among those who want more than there is, as cgroup v1 counts it: 2 to 262144; none:
-    /// 1024.
+    /// CPU shares as in cgroup v1, 2 to 262144; None: 1024.
     pub shares: Option<u64>,
 }
 
-/// What a pod may have that its request does not say.
+/// Inputs for a pod's size that are not in its request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Room {
-    /// Size of a pod that states no limits.
+pub struct PodSizing {
+    /// Default size of a pod without limits.
     pub vcpus: u8,
     pub memory_mib: u32,
-    /// The parent of the pod's cgroup has no limit of CPU time.
-    pub open_cpu: bool,
-    /// It has none of memory.
-    pub open_memory: bool,
+    /// The parent cgroup has no limit of CPU time.
+    pub cpu_unlimited: bool,
+    /// The parent cgroup has no limit of memory.
+    pub memory_unlimited: bool,
 }
 
-/// A change of what a running pod has; what is none stays as it is.
+/// A resize of a running pod; None: unchanged.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PodResources {
-    /// CPUs that run in the VM.
+    /// Online vCPUs.
     pub vcpus: Option<u8>,
-    /// Memory, MiB, up to what the configuration allows. The VM keeps what it was started with: less
-    /// than that is a promise that the containers' limits keep.
+    /// Memory, MiB, up to the configured maximum. The VM keeps its boot memory: below that, only
+    /// the containers' limits apply.
     pub memory_mib: Option<u32>,
     pub cpu: Option<CpuLimits>,
 }
@@ -124,7 +122,7 @@ pub struct PortMapping {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PodState {
-    /// Id taken, not started yet; never listed.
+    /// Id reserved, not started yet; never listed.
     Reserved,
     Ready,
     /// Stopped, or its VM died.
@@ -134,19 +132,19 @@ pub enum PodState {
 #[derive(Debug, Clone, PartialEq)]
 pub struct PodView {
     pub id: PodId,
-    /// Shared: a listing copies no specification.
+    /// Shared, so that listings do not copy the specification.
     pub spec: Arc<PodSpec>,
     pub state: PodState,
     pub created_at: SystemTime,
-    /// Why the pod is not ready, for people; empty while it is, or when it was stopped on request.
+    /// Why the pod is not ready; empty if it is ready or was stopped on request.
     pub reason: String,
     /// First is the primary address.
     pub addresses: Vec<IpAddr>,
     pub netns: Option<PathBuf>,
     pub vmm_pid: Option<u32>,
     pub kernel_release: String,
-    /// The pod's record cannot be read ([`Self::reason`] says why): most of `spec` is empty.
-    pub unread: bool,
+    /// The pod's record is unreadable ([`Self::reason`] has the error): most of `spec` is empty.
+    pub unreadable: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -154,40 +152,41 @@ pub struct ContainerSpec {
     pub meta: Meta,
     /// Root file system.
     pub rootfs: RootfsSpec,
-    /// OCI runtime spec; `root` and the rootfs' own mounts are filled in by the guest. Its `mounts`
-    /// hold only guest-side ones (proc, sysfs, tmpfs, devpts, ...).
+    /// OCI runtime spec; the guest fills in `root` and the rootfs' own mounts. `mounts` has only
+    /// guest-side ones (proc, sysfs, tmpfs, devpts, ...).
     pub oci: oci_spec::runtime::Spec,
-    /// `user[:group]` to look up inside the root file system; empty: `oci.process.user` counts.
+    /// `user[:group]`, resolved in the root file system; empty: `oci.process.user` applies.
     pub user: String,
     pub pid: PidMode,
     pub stdin: bool,
     pub stdin_once: bool,
     pub tty: bool,
-    /// Relative to the pod's log folder; empty: no log.
+    /// Relative to the pod's log directory; empty: no log.
     pub log_path: String,
-    /// Files, folders and images mounted into the container, parents before what lies in them.
+    /// Volumes, parents before their children.
     pub volumes: Vec<Volume>,
     /// Block devices of the host.
     pub devices: Vec<BlockDevice>,
-    /// Only the groups that `oci.process.user` names, not those of the image's /etc/group.
+    /// Only the groups in `oci.process.user`, not those of the image's /etc/group
+    /// (SupplementalGroupsPolicy Strict).
     pub strict_groups: bool,
-    /// Image as the caller named it, and its id; given back in the view.
+    /// Image name of the caller, and its id; returned in the view.
     pub image_name: String,
     pub image_id: String,
-    /// Signal that asks the container to end (number); 15 when the image names none.
+    /// Stop signal (number); 15 if the image has none.
     pub stop_signal: u32,
-    /// Places in the container of volumes of which the guest is to cache nothing.
+    /// Container paths of strict volumes: the guest does not cache them.
     pub strict_volumes: Vec<String>,
     pub origin: serde_json::Value,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RootfsSpec {
-    /// EROFS image on the host, attached read-only. Empty: the lower layer is a folder of the host,
+    /// EROFS image on the host, attached read-only. Empty: the lower layer is a host directory,
     /// shared by the volume at `/` ([`Volume::is_lower_layer`]).
     pub image: PathBuf,
     pub read_only: bool,
-    /// Folders of it that can be written to all the same: the image's own volumes.
+    /// Writable paths in it even if read-only: the image's VOLUMEs.
     pub volumes: Vec<String>,
 }
 
@@ -200,7 +199,7 @@ pub struct Volume {
 }
 
 impl Volume {
-    /// It is not a volume in the container but the lower layer of its root file system.
+    /// The volume is the lower layer of the container's root file system.
     pub fn is_lower_layer(&self, rootfs: &RootfsSpec) -> bool {
         let shared = matches!(self.source, VolumeSource::Shared { .. });
         rootfs.image.as_os_str().is_empty() && self.container_path == "/" && shared
@@ -209,55 +208,56 @@ impl Volume {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VolumeSource {
-    /// Small files of the host, copied into a tmpfs of the guest once.
+    /// Small host files, copied into a tmpfs of the guest once.
     Copied { host_path: PathBuf },
-    /// A folder that its writer replaces atomically behind `..data` (ConfigMap, Secret, projected,
-    /// downward API): copied, and kept in step while the container lives.
+    /// A directory updated atomically by a `..data` link (ConfigMap, Secret, projected, downward
+    /// API): copied, and updated while the container lives.
     Synced { host_path: PathBuf },
-    /// A file that the container writes and the host reads after its end (termination log): a copy
-    /// that is written back when the container ends.
+    /// A file that the container writes and the host reads after its exit (termination log): a copy
+    /// that is written back when the container exits.
     WrittenBack { host_path: PathBuf },
-    /// A file or folder of the host itself, shared with it.
+    /// A host file or directory, shared with the guest.
     Shared { host_path: PathBuf },
-    /// An EROFS image on the host, or a folder or file inside it; always read-only.
+    /// An EROFS image on the host, or a path inside it; always read-only.
     Image { image: PathBuf, sub_path: String },
-    /// A kubelet's emptyDir: made in the guest, or shared where the pod's are.
+    /// A kubelet's emptyDir: in the guest, or shared from the host.
     EmptyDir {
-        /// What is mounted, on the host.
+        /// The mounted path on the host.
         host_path: PathBuf,
-        /// The volume's own folder on the host, whose name is the volume's.
-        folder: PathBuf,
-        /// What of the volume is mounted; empty: all of it.
+        /// The volume's directory on the host; its name is the volume's name.
+        directory: PathBuf,
+        /// Path in the volume; empty: all of it.
         sub_path: String,
         /// Bytes.
         size_limit: Option<u64>,
     },
-    /// Huge pages of the VM's memory; containers that say the same name have the same files.
+    /// hugetlbfs in the guest; containers with the same name share it.
     HugePages { name: String },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     ReadWrite,
-    /// Mounts of the host below the source stay as they are.
+    /// Submounts of the source keep their own access.
     ReadOnly,
     ReadOnlyRecursive,
 }
 
-/// The share behind a volume ([`VolumeSource::Shared`]); several volumes of a pod may have the same.
+/// The share that serves a volume ([`VolumeSource::Shared`]); volumes of a pod may use the same
+/// share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ShareUse {
-    /// Number of the volume in its container.
+    /// Index of the volume in its container.
     pub(crate) volume: usize,
     pub(crate) name: String,
-    /// What is shared, and the path of the volume in it.
+    /// Shared path on the host, and the path of the volume in it.
     pub(crate) source: PathBuf,
     pub(crate) sub_path: String,
     pub(crate) access: Access,
     pub(crate) propagation: Propagation,
-    /// How ids are mapped, as text; empty: not at all.
+    /// Id mappings as text; empty: none.
     pub(crate) ids: String,
-    /// The guest caches nothing.
+    /// Not cached by the guest.
     pub(crate) strict: bool,
 }
 
@@ -266,9 +266,9 @@ pub(crate) struct ShareUse {
 pub enum Propagation {
     #[default]
     Private,
-    /// What the host mounts below the source later appears in the container.
+    /// Later mounts of the host below the source appear in the container.
     HostToContainer,
-    /// And what the container mounts appears on the host; of pods without a VM only.
+    /// Also mounts of the container appear on the host; host pods only.
     Bidirectional,
 }
 
@@ -276,11 +276,11 @@ pub enum Propagation {
 pub struct BlockDevice {
     pub host_path: PathBuf,
     pub container_path: String,
-    /// Access as cgroups name it: of `rwm`.
+    /// Device access, characters of `rwm`.
     pub permissions: String,
 }
 
-/// The process' user as the guest resolved it.
+/// The process' user as resolved by the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Identity {
     pub uid: u32,
@@ -289,7 +289,7 @@ pub struct Identity {
     pub groups: Vec<u32>,
 }
 
-/// A change of a pod or container, for those who follow them.
+/// Kind of a lifecycle event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EventKind {
     Created,
@@ -298,7 +298,7 @@ pub enum EventKind {
     Deleted,
 }
 
-/// Told after the change is journaled and visible in listings.
+/// Sent after the change is journaled and visible in listings.
 #[derive(Debug, Clone)]
 pub struct Event {
     pub kind: EventKind,
@@ -314,7 +314,7 @@ pub enum PidMode {
     Container,
     Pod,
     Target(ContainerId),
-    /// The host's; of pods that have it in common with the host only.
+    /// The host's PID namespace; host pods only.
     Node,
 }
 
@@ -338,15 +338,15 @@ pub struct ContainerView {
     pub exit: Option<ExitView>,
     /// Absolute; empty: none.
     pub log_path: PathBuf,
-    /// Limits as last set.
+    /// Current limits.
     pub resources: oci_spec::runtime::LinuxResources,
-    /// None until the guest has made the process.
+    /// None until the guest has created the process.
     pub user: Option<Identity>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExitView {
-    /// Exit status, or 128 + signal; -1 when the VM died with it and nobody knows more.
+    /// Exit status, or 128 + signal; -1 if the VM died before the exit was reported.
     pub code: i32,
     pub oom_killed: bool,
     pub at: SystemTime,
@@ -360,9 +360,9 @@ pub struct ExecSpec {
     pub command: Vec<String>,
     pub tty: bool,
     pub stdin: bool,
-    /// Variables in addition to the container's own.
+    /// Environment in addition to the container's.
     pub env: Vec<String>,
-    /// Empty: the container's user and folder.
+    /// Empty: the container's user and working directory.
     pub user: String,
     pub cwd: String,
     pub tty_size: Option<(u16, u16)>,
@@ -389,7 +389,7 @@ pub struct TracePhase {
 /// Filter of a listing; all fields must match.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
-    /// Id or an unambiguous beginning of it.
+    /// Id or unambiguous id prefix.
     pub id: Option<String>,
     pub pod: Option<PodId>,
     pub labels: BTreeMap<String, String>,

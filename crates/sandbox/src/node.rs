@@ -1,4 +1,4 @@
-//! What all pods of a node share.
+//! State that all pods of a node share.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::registry::Registry;
 pub(crate) struct Node {
     pub(crate) config: Config,
     pub(crate) cgroup_root: PathBuf,
-    /// Of the host.
+    /// Boot id of the host (proc(5), /proc/sys/kernel/random/boot_id).
     pub(crate) boot_id: String,
     pub(crate) network: Arc<dyn Network>,
     pub(crate) launcher: Arc<dyn Launch>,
@@ -30,16 +30,16 @@ pub(crate) struct Node {
     pub(crate) registry: Registry,
     pub(crate) watcher: Watcher,
     pub(crate) failpoints: Failpoints,
-    /// Admits starts; a start holds one permit until its guest is up.
+    /// Limits concurrent starts; a start holds one permit until its agent answers.
     pub(crate) starts: Semaphore,
-    /// What has happened to pods and containers, for those who follow.
+    /// Lifecycle events for subscribers.
     pub(crate) events: broadcast::Sender<Event>,
-    /// The daemon ends; pods go on.
+    /// Cancelled when the daemon stops; pods keep running.
     pub(crate) shutdown: CancellationToken,
 }
 
 impl Node {
-    /// Folder of a pod's sockets.
+    /// Directory of a pod's sockets.
     pub(crate) fn state_dir(&self, pod: &str) -> PathBuf {
         self.config.state.join("pods").join(pod)
     }

@@ -1,4 +1,5 @@
-//! Opening: the journal is read, every pod gets its task back, what belongs to nobody is removed.
+//! Start of the daemon: reads the journal, starts one owner task per pod, removes what belongs to
+//! no pod.
 
 use std::fs::{self, File};
 use std::os::unix::fs::DirBuilderExt;
@@ -21,20 +22,20 @@ use crate::journal::{Found, Journal};
 use crate::launcher::Launch;
 use crate::node::Node;
 use crate::observe::Observer;
-use crate::pod::{self, Begin};
+use crate::pod::{self, InitialAction};
 use crate::policy::{Change, ContainerPhase, Effect, Phase, Pod};
 use crate::ports::Network;
 use crate::registry::Registry;
-use crate::rescue::{self, Place};
+use crate::unreadable::{self, NodePaths};
 
-/// Events kept for receivers that lag; one that lags more loses the oldest.
+/// Events buffered for slow receivers; a receiver that lags more loses the oldest.
 const EVENTS: usize = 4096;
-/// A daemon that was just killed may hold the lock for a moment.
+/// A daemon that was just killed may still hold the lock.
 const LOCK_LIMIT: Duration = Duration::from_secs(5);
 
 pub(crate) struct Opened {
     pub(crate) node: Arc<Node>,
-    /// While it is held, no other daemon works on the same journal.
+    /// Prevents another daemon from using the same journal.
     pub(crate) lock: Flock<File>,
 }
 
@@ -47,9 +48,9 @@ pub(crate) async fn open(
 ) -> Result<Opened, Error> {
     check(&config)?;
     let cgroup_root = cgroup::find_root(&config.cgroup_root)?;
-    let originals = config.scratch_originals();
-    for folder in [&config.root, &config.state, &originals] {
-        make_folder(folder)?;
+    let templates = config.scratch_templates();
+    for directory in [&config.root, &config.state, &templates] {
+        make_directory(directory)?;
     }
     let lock = lock(&config.root.join("lock")).await?;
     let pods = config.root.join("pods");
@@ -63,9 +64,9 @@ pub(crate) async fn open(
         network,
         launcher,
         observer,
-        scratch: Scratch::new(originals),
+        scratch: Scratch::new(templates),
         registry: Registry::default(),
-        starts: Semaphore::new(config.starts_at_once()),
+        starts: Semaphore::new(config.max_concurrent_starts()),
         events: broadcast::Sender::new(EVENTS),
         watcher: Watcher::start(shutdown.clone()),
         failpoints,
@@ -83,13 +84,13 @@ pub(crate) async fn open(
     };
     let loaded = {
         let node = node.clone();
-        blocking(move || found.into_iter().filter_map(|found| take_up(&node, found)).collect())
+        blocking(move || found.into_iter().filter_map(|found| load_pod(&node, found)).collect())
     };
     let loaded: Vec<Pod> = loaded.await;
-    remove_strangers(&node);
+    remove_unknown(&node);
     for pod in loaded {
         let id = pod.id.clone();
-        let (handle, owner) = pod::new(node.clone(), pod, Begin::Recover);
+        let (handle, owner) = pod::new(node.clone(), pod, InitialAction::Recover);
         node.registry.set_handle(&id, handle);
         tokio::spawn(owner);
     }
@@ -100,7 +101,7 @@ fn check(config: &Config) -> Result<(), Error> {
     let longest = config.state.join("pods").join("0".repeat(config.id_length)).join("control.sock");
     if longest.as_os_str().len() > MAX_PATH {
         return Err(Error::invalid(format!(
-            "state folder {} is too long: with a pod's id its sockets exceed {MAX_PATH} bytes",
+            "state directory {} is too long: socket paths would exceed {MAX_PATH} bytes",
             config.state.display()
         )));
     }
@@ -112,12 +113,12 @@ fn check(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
-fn make_folder(path: &Path) -> Result<(), Error> {
+fn make_directory(path: &Path) -> Result<(), Error> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o711)
         .create(path)
-        .map_err(|e| Error::io(format!("make {}", path.display()), e))
+        .map_err(|e| Error::io(format!("create {}", path.display()), e))
 }
 
 async fn lock(path: &Path) -> Result<Flock<File>, Error> {
@@ -132,7 +133,7 @@ async fn lock(path: &Path) -> Result<Flock<File>, Error> {
             }
             Err(_) => {
                 return Err(Error::precondition(format!(
-                    "another nacelled works on {}",
+                    "{} is locked by another nacelled",
                     path.parent().unwrap_or(path).display()
                 )));
             }
@@ -140,8 +141,8 @@ async fn lock(path: &Path) -> Result<Flock<File>, Error> {
     }
 }
 
-/// Undoes in the record what a reboot has undone in fact, and ends what cannot end any more.
-fn settle(mut pod: Pod, same_boot: bool) -> Pod {
+/// Applies the effects of a reboot to a record, and marks output of ended containers as drained.
+fn apply_reboot(mut pod: Pod, same_boot: bool) -> Pod {
     let at = std::time::SystemTime::now();
     if !same_boot {
         let is_process = |e: &&Effect| matches!(e, Effect::Vmm { .. } | Effect::FileServer { .. });
@@ -149,7 +150,7 @@ fn settle(mut pod: Pod, same_boot: bool) -> Pod {
         let died = Change::VmDied { reason: "the host was rebooted".into(), at };
         let changes = std::iter::once(died).chain(processes.into_iter().map(Change::Undone));
         for change in changes {
-            // Neither refuses any state.
+            // These changes apply in any phase.
             let _ = pod.apply(change);
         }
     }
@@ -161,43 +162,49 @@ fn settle(mut pod: Pod, same_boot: bool) -> Pod {
     pod
 }
 
-/// Reserves what a pod of the journal holds. Blocks.
-fn take_up(node: &Node, found: Found) -> Option<Pod> {
+/// Registers a pod of the journal with its names and uids. Blocks.
+fn load_pod(node: &Node, found: Found) -> Option<Pod> {
     let registry = &node.registry;
     match found {
         Found::Empty { id } => {
             let _ = node.journal.remove(&id);
             None
         }
-        Found::Unread(unread) => {
-            let place = Place {
+        Found::Unreadable(unreadable) => {
+            let paths = NodePaths {
                 cgroup_root: &node.cgroup_root,
-                state_dir: node.state_dir(&unread.id),
-                folder: node.journal.folder(&unread.id),
+                state_dir: node.state_dir(&unreadable.id),
+                directory: node.journal.directory(&unreadable.id),
                 boot_id: &node.boot_id,
             };
-            let rescue::Known { pod, uids } = rescue::known(*unread, &place);
-            tracing::error!(pod = pod.id, name = pod.spec.meta.name, pod.reason, "unread record");
-            registry.enter_pod(&pod.id, &pod.spec.meta, &uids);
+            let unreadable::Reconstructed { pod, uids } =
+                unreadable::reconstruct(*unreadable, &paths);
+            tracing::error!(
+                pod = pod.id,
+                name = pod.spec.meta.name,
+                pod.reason,
+                "unreadable record"
+            );
+            registry.insert_pod(&pod.id, &pod.spec.meta, &uids);
             Some(pod)
         }
         Found::Pod { pod, boot_id } => {
             let same_boot = boot_id == node.boot_id;
-            let pod = settle(*pod, same_boot);
-            // Found out once: when a container has ended must not change with the next start.
+            let pod = apply_reboot(*pod, same_boot);
+            // Written once: a container's exit time must not change with the next start.
             if !same_boot && let Err(error) = node.journal.write(&pod, &node.boot_id) {
-                tracing::warn!(pod = pod.id, %error, "what a reboot has ended is not journaled");
+                tracing::warn!(pod = pod.id, %error, "state after the reboot is not journaled");
             }
-            registry.enter_pod(&pod.id, &pod.spec.meta, &[pod.uid]);
-            // A creation that was given up has lost its name, perhaps to another one.
+            registry.insert_pod(&pod.id, &pod.spec.meta, &[pod.uid]);
+            // A cancelled creation has released its name, perhaps to another container.
             let (present, others): (Vec<_>, Vec<_>) =
                 pod.containers.values().partition(|c| c.phase == ContainerPhase::Present);
             for container in present.into_iter().chain(others) {
                 let (id, meta) = (&container.id, &container.spec.meta);
-                // Names were given once; a limit lowered since then does not take them back.
+                // A limit that was lowered later does not apply to existing containers.
                 let _ = registry.reserve_container(&pod.id, id, meta, usize::MAX);
             }
-            // Pods of former releases have none.
+            // Pods of earlier releases have no header.
             if let Err(error) = node.journal.write_header(&pod) {
                 tracing::warn!(pod = pod.id, %error, "header is not written");
             }
@@ -206,8 +213,8 @@ fn take_up(node: &Node, found: Found) -> Option<Pod> {
     }
 }
 
-/// What no record knows: sockets of pods, networks.
-fn remove_strangers(node: &Arc<Node>) {
+/// Removes socket directories and networks of pods without a record.
+fn remove_unknown(node: &Arc<Node>) {
     let known = node.registry.pod_ids();
     if let Ok(entries) = fs::read_dir(node.config.state.join("pods")) {
         for entry in entries.flatten() {
@@ -218,14 +225,14 @@ fn remove_strangers(node: &Arc<Node>) {
         }
     }
     let (network, shutdown) = (node.network.clone(), node.shutdown.clone());
-    // Nobody waits for it: plugins that hang must not keep the daemon from serving.
+    // Runs in the background: hanging plugins must not block the daemon's start.
     tokio::spawn(async move {
         let collected = tokio::select! {
-            collected = network.collect(&known) => collected,
+            collected = network.collect_garbage(&known) => collected,
             () = shutdown.cancelled() => return,
         };
         if let Err(error) = collected {
-            tracing::warn!(%error, "networks of unknown pods could not all be freed");
+            tracing::warn!(%error, "cannot free all networks of unknown pods");
         }
     });
 }

@@ -1,4 +1,4 @@
-//! What a pod may do, as a plain value: no lock, no I/O, no clock.
+//! State machine of a pod and its containers, as a plain value: no lock, no I/O, no clock.
 //!
 //! ```text
 //! pod         Starting ──ready──> Ready ──stop──> Stopping ──stopped──> NotReady
@@ -10,8 +10,8 @@
 //!                └─fails──> gone       └────────── remove ──> Removing <──────┘
 //! ```
 //!
-//! A [`Pod`] changes through [`Pod::apply`] only. Every [`Change`] is journaled before anybody sees
-//! its effect, except those that are observations: they have happened, or will, written down or not.
+//! A [`Pod`] changes through [`Pod::apply`] only. Every [`Change`] is journaled before its effect
+//! is visible, except observations: they have happened whether they are journaled or not.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -26,11 +26,11 @@ use crate::model::{
 };
 use crate::ports::Attachment;
 
-/// Exit code of a container whose VM died with it.
+/// Exit code of a container whose VM died before the exit was reported.
 pub(crate) const CODE_LOST: i32 = -1;
 /// Exit code of a container whose processes were killed: 128 + SIGKILL.
 pub(crate) const CODE_KILLED: i32 = 137;
-/// Exit code of a container whose process could not be started (as runc and containerd say it).
+/// Exit code of a container whose process could not be started (as runc and containerd report it).
 pub(crate) const CODE_START_ERROR: i32 = 128;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -42,29 +42,30 @@ pub(crate) enum Phase {
     Removing,
 }
 
-/// Something on the host that exists because of the pod. It is in the ledger before it exists and
-/// until it is gone; undoing is idempotent.
+/// A change on the host made for the pod. It is in the ledger before it is made until it is undone;
+/// the undo is idempotent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Effect {
-    /// Folder of the pod's sockets.
+    /// Directory of the pod's sockets.
     StateDir { path: PathBuf },
-    /// Whatever the network port makes.
+    /// The pod's network ([`crate::ports::Network`]).
     Network,
-    /// The leaf, and those ancestors that were made for it.
+    /// The leaf cgroup, and those ancestors that were created for it.
     Cgroup { leaf: PathBuf, parents: Vec<PathBuf> },
-    /// The VMM, once its pid is known; before that, killing the cgroup finds it.
+    /// The VMM, once its pid is known; before that, the undo of the cgroup kills it.
     Vmm { pid: u32, started: u64 },
-    /// The pod's scratch disk. A pod without one was started by a former release: its containers'
-    /// layers are disks of their own.
+    /// The pod's scratch disk. A pod without one was started by an earlier release: each container
+    /// has a disk for its layer.
     ScratchDisk { path: PathBuf },
-    /// The pod's file server; before its pid is known, killing the cgroup finds it.
+    /// The pod's file server; before its pid is known, the undo of the cgroup kills it.
     FileServer { pid: u32, started: u64 },
-    /// A container's log's sidecar, and its writable layer where that is a file or folder of the host.
+    /// A container's log sidecar, and its writable layer if that is a file or directory of the
+    /// host.
     ContainerFiles { container: ContainerId },
 }
 
 impl Effect {
-    /// Freed when the pod stops; the others live until they are removed.
+    /// Undone when the pod stops; the others when it is removed.
     pub(crate) fn ends_with_vm(&self) -> bool {
         !matches!(self, Self::ContainerFiles { .. })
     }
@@ -85,14 +86,14 @@ pub(crate) struct Container {
     pub(crate) created_at: SystemTime,
     pub(crate) started_at: Option<SystemTime>,
     pub(crate) exit: Option<ExitView>,
-    /// What the process printed stands in the log, or was waited for long enough; an exit is shown to
-    /// others only then, and stays shown over a restart of the daemon.
+    /// The process's output is in the log, or the wait for it timed out. An exit is reported only
+    /// then, and stays reported after a restart of the daemon.
     pub(crate) drained: bool,
     pub(crate) oom: bool,
     pub(crate) log_path: PathBuf,
     pub(crate) resources: LinuxResources,
     pub(crate) user: Option<Identity>,
-    /// In the file server as long as a container needs them.
+    /// Shares that the container uses; in the file server until its last user is removed.
     pub(crate) shares: Vec<ShareUse>,
 }
 
@@ -127,12 +128,12 @@ impl Container {
     }
 }
 
-/// Where a pod's emptyDirs are.
+/// Location of a pod's emptyDirs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct EmptyDirs {
-    /// In the guest; else all of them are shared from the host.
+    /// In the guest; otherwise all of them are shared from the host.
     pub(crate) in_guest: bool,
-    /// Names of those that are shared all the same, as they could not be copied.
+    /// emptyDirs that are shared from the host because they could not be copied.
     pub(crate) shared: BTreeSet<String>,
 }
 
@@ -143,7 +144,7 @@ pub(crate) struct Pod {
     pub(crate) created_at: SystemTime,
     pub(crate) phase: Phase,
     pub(crate) reason: String,
-    /// Lease of a uid for the VMM's jail; ends with the pod.
+    /// Uid of the VMM, reserved until the pod is removed.
     pub(crate) uid: u32,
     pub(crate) netns: PathBuf,
     pub(crate) ledger: Vec<Effect>,
@@ -152,11 +153,11 @@ pub(crate) struct Pod {
     pub(crate) trace: Vec<TracePhase>,
     pub(crate) empty_dirs: EmptyDirs,
     pub(crate) containers: BTreeMap<ContainerId, Container>,
-    /// Its record could not be read: it can be stopped and removed, and `reason` says what is wrong.
-    pub(crate) unread: bool,
+    /// The record is unreadable: the pod can only be stopped and removed; `reason` has the error.
+    pub(crate) unreadable: bool,
 }
 
-/// The only ways in which a pod changes.
+/// All state changes of a pod.
 #[derive(Debug, Clone)]
 pub(crate) enum Change {
     Planned(Vec<Effect>),
@@ -174,7 +175,7 @@ pub(crate) enum Change {
     Resized {
         change: PodResources,
     },
-    /// Observation: a full disk must not keep a pod alive.
+    /// Observation: a full disk must not prevent the stop.
     Stopping,
     /// Observation.
     Stopped {
@@ -186,7 +187,7 @@ pub(crate) enum Change {
         reason: String,
         at: SystemTime,
     },
-    /// Observation: the same, by the host's OOM killer.
+    /// Observation: the VMM was killed by the host's OOM killer.
     OutOfMemory {
         reason: String,
         at: SystemTime,
@@ -232,14 +233,14 @@ pub(crate) enum Change {
     ContainerRemoving {
         id: ContainerId,
     },
-    ContainerGone {
+    ContainerRemoved {
         id: ContainerId,
     },
 }
 
 impl Change {
-    /// It has happened, or will whatever the disk says: kept in memory even when it cannot be
-    /// written down yet. After a crash recovery finds it out again.
+    /// It has happened or cannot be prevented: kept in memory even if it cannot be journaled yet.
+    /// After a crash, recovery observes it again.
     pub(crate) fn is_observation(&self) -> bool {
         matches!(
             self,
@@ -256,9 +257,9 @@ impl Change {
     }
 }
 
-/// A change that does not fit the state; the caller's request came too late or twice.
+/// A change that is invalid in the current state: the request came too late or twice.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Misfit {
+pub(crate) enum TransitionError {
     #[error("pod is {phase:?}")]
     Pod { phase: Phase },
     #[error("no container {id:?} in the pod")]
@@ -268,7 +269,7 @@ pub(crate) enum Misfit {
 }
 
 impl Pod {
-    pub(crate) fn apply(&mut self, change: Change) -> Result<(), Misfit> {
+    pub(crate) fn apply(&mut self, change: Change) -> Result<(), TransitionError> {
         match change {
             Change::Planned(effects) => {
                 for effect in effects {
@@ -304,20 +305,20 @@ impl Pod {
             Change::Stopped { at } => {
                 self.expect(&[Phase::Stopping])?;
                 self.phase = Phase::NotReady;
-                self.lose_containers(self.lost("pod was stopped".into(), at));
+                self.end_containers(self.exit_without_status("pod was stopped".into(), at));
             }
             Change::Removing => self.phase = Phase::Removing,
             Change::VmDied { reason, at } => {
                 if self.phase == Phase::Ready {
                     self.phase = Phase::NotReady;
-                    self.lose_containers(self.lost(reason.clone(), at));
+                    self.end_containers(self.exit_without_status(reason.clone(), at));
                     self.reason = reason;
                 }
             }
             Change::OutOfMemory { reason, at } => {
                 if self.phase == Phase::Ready {
                     self.phase = Phase::NotReady;
-                    self.lose_containers(ExitView {
+                    self.end_containers(ExitView {
                         code: CODE_KILLED,
                         oom_killed: true,
                         at,
@@ -340,7 +341,7 @@ impl Pod {
         Ok(())
     }
 
-    fn apply_to_container(&mut self, change: Change) -> Result<(), Misfit> {
+    fn apply_to_container(&mut self, change: Change) -> Result<(), TransitionError> {
         match change {
             Change::ContainerPlanned(container) => {
                 self.expect(&[Phase::Ready])?;
@@ -383,7 +384,7 @@ impl Pod {
             Change::ContainerRemoving { id } => {
                 self.container_mut(&id)?.phase = ContainerPhase::Removing;
             }
-            Change::ContainerGone { id } => {
+            Change::ContainerRemoved { id } => {
                 self.containers.remove(&id);
                 let files = Effect::ContainerFiles { container: id };
                 self.ledger.retain(|e| *e != files);
@@ -404,9 +405,9 @@ impl Pod {
         Ok(())
     }
 
-    /// The end of a container that nobody has seen: its VM went with it; on a host, its processes
-    /// were killed after those of its agent.
-    fn lost(&self, message: String, at: SystemTime) -> ExitView {
+    /// Exit of a container whose exit was not reported: it ended with its VM, or its processes were
+    /// killed after the agent of a host pod.
+    fn exit_without_status(&self, message: String, at: SystemTime) -> ExitView {
         let (code, reason) = match self.spec.host {
             None => (CODE_LOST, "VmDied"),
             Some(_) => (CODE_KILLED, "AgentDied"),
@@ -414,23 +415,29 @@ impl Pod {
         ExitView { code, oom_killed: false, at, reason: reason.into(), message }
     }
 
-    /// What has not ended by now never will say how.
-    fn lose_containers(&mut self, exit: ExitView) {
+    /// Gives this exit to all containers that have not ended.
+    fn end_containers(&mut self, exit: ExitView) {
         for container in self.containers.values_mut() {
             container.exit.get_or_insert_with(|| exit.clone());
             container.drained = true;
         }
     }
 
-    fn expect(&self, phases: &[Phase]) -> Result<(), Misfit> {
-        if phases.contains(&self.phase) { Ok(()) } else { Err(Misfit::Pod { phase: self.phase }) }
+    fn expect(&self, phases: &[Phase]) -> Result<(), TransitionError> {
+        if phases.contains(&self.phase) {
+            Ok(())
+        } else {
+            Err(TransitionError::Pod { phase: self.phase })
+        }
     }
 
-    fn container_mut(&mut self, id: &str) -> Result<&mut Container, Misfit> {
-        self.containers.get_mut(id).ok_or_else(|| Misfit::NoContainer { id: id.to_owned() })
+    fn container_mut(&mut self, id: &str) -> Result<&mut Container, TransitionError> {
+        self.containers
+            .get_mut(id)
+            .ok_or_else(|| TransitionError::NoContainer { id: id.to_owned() })
     }
 
-    /// What undoing the pod comes to, last effect first.
+    /// Effects to undo, in reverse order.
     pub(crate) fn to_undo(&self, all: bool) -> Vec<Effect> {
         self.ledger.iter().rev().filter(|e| all || e.ends_with_vm()).cloned().collect()
     }
@@ -442,7 +449,7 @@ impl Pod {
         })
     }
 
-    /// Leaf of the pod in the host's cgroups.
+    /// Leaf cgroup of the pod.
     pub(crate) fn cgroup(&self) -> Option<&Path> {
         self.ledger.iter().find_map(|effect| match effect {
             Effect::Cgroup { leaf, .. } => Some(leaf.as_path()),
@@ -454,7 +461,7 @@ impl Pod {
         self.ledger.iter().any(|effect| matches!(effect, Effect::ScratchDisk { .. }))
     }
 
-    /// Pods that are not there yet, or no longer, are in no listing.
+    /// Pods that are starting or being removed are not listed.
     pub(crate) fn is_listed(&self) -> bool {
         !matches!(self.phase, Phase::Starting | Phase::Removing)
     }
@@ -478,13 +485,13 @@ impl Pod {
             netns: Some(self.netns.clone()).filter(|p| !p.as_os_str().is_empty()),
             vmm_pid: self.vmm().map(|(pid, _)| pid),
             kernel_release: self.kernel_release.clone(),
-            unread: self.unread,
+            unreadable: self.unreadable,
         }
     }
 }
 
 impl Container {
-    fn expect_phase(&self, phase: ContainerPhase) -> Result<(), Misfit> {
+    fn expect_phase(&self, phase: ContainerPhase) -> Result<(), TransitionError> {
         if self.phase == phase {
             return Ok(());
         }
@@ -493,7 +500,7 @@ impl Container {
             ContainerPhase::Present => "there already",
             ContainerPhase::Removing => "being removed",
         };
-        Err(Misfit::Container { id: self.id.clone(), state })
+        Err(TransitionError::Container { id: self.id.clone(), state })
     }
 }
 

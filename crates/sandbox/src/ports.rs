@@ -1,5 +1,4 @@
-//! What the life cycle needs from the rest of the house, as traits, so that it can be tested with
-//! fakes and has never heard of CNI.
+//! Interfaces to other crates, as traits: tests use fakes, and this crate does not depend on CNI.
 
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -11,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::model::{PodId, PodSpec};
 
-/// One interface of a pod, as the guest has to set it up.
+/// One network interface, as the guest configures it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
     /// e.g. `eth0`.
@@ -31,7 +30,7 @@ pub struct Route {
     pub interface: String,
 }
 
-/// A pod's network as it stands on the host.
+/// A pod's network on the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Attachment {
     pub netns: PathBuf,
@@ -41,24 +40,24 @@ pub struct Attachment {
     pub dns: crate::model::Dns,
 }
 
-/// An error of a port. Its text includes the causes; it has no source, because whoever prints an
-/// error with its causes would print them twice.
+/// An error of a port. Its text includes all causes. It has no source, because printing an error
+/// with its causes would repeat them.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:#}")]
 pub struct PortError(pub anyhow::Error);
 
 /// Host side of pod networks.
 ///
-/// All calls are idempotent and may be repeated after a crash of the caller: `attach` after a
-/// half-done `attach` starts by undoing it; `detach` of something unknown succeeds.
+/// All calls are idempotent and may be repeated after a crash of the caller: `attach` after an
+/// incomplete `attach` first undoes it; `detach` of an unknown pod succeeds.
 #[async_trait]
 pub trait Network: Send + Sync {
-    /// Path at which the netns of a pod will stand; known before `attach` so that it can be
-    /// journaled first.
+    /// Path of the pod's network namespace; known before `attach` so that the journal records it
+    /// first.
     fn netns_path(&self, pod: &PodId) -> PathBuf;
-    /// Makes the netns, attaches it to the networks, makes the taps.
-    /// `cancel` ends the wait for other pods' attachments. An attachment that has begun runs to its
-    /// end: a CNI plugin that is still running would race with its own undoing.
+    /// Creates the network namespace, attaches it to the networks, creates the taps. `cancel` ends
+    /// the wait for other pods' attachments. An attachment that has started completes: a CNI plugin
+    /// that still runs would race with its own undo.
     async fn attach(
         &self,
         pod: &PodId,
@@ -71,17 +70,17 @@ pub trait Network: Send + Sync {
         pod: &PodId,
         attachment: &Attachment,
     ) -> Result<Vec<OwnedFd>, PortError>;
-    /// Undoes `attach`, goes on past failures and reports them all.
+    /// Undoes `attach`; continues after failures and reports them all.
     async fn detach(&self, pod: &PodId, spec: &PodSpec) -> Result<(), PortError>;
-    /// What keeps pods from being attached, for people; none: all is well.
-    async fn trouble(&self) -> Option<String>;
-    /// Records that cannot be read, each with the reason, for people.
-    async fn damaged(&self) -> Vec<String> {
+    /// Why pods cannot be attached, for the node condition; None if they can.
+    async fn not_ready_reason(&self) -> Option<String>;
+    /// Unreadable records, each with the reason.
+    async fn damaged_records(&self) -> Vec<String> {
         Vec::new()
     }
-    /// Frees what belongs to no pod in `known` and was not attached by this process. Runs beside
-    /// other calls, and may take long.
-    async fn collect(&self, known: &[PodId]) -> Result<(), PortError>;
+    /// Frees networks of pods that are not in `known` and were not attached by this process. Runs
+    /// concurrently with other calls; may take long.
+    async fn collect_garbage(&self, known: &[PodId]) -> Result<(), PortError>;
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Who holds which id, name and uid. Checks and takes in one step, under a lock that is never held
-//! for longer than a look into a map.
+//! Ids, names and uids in use. Checks and reserves in one step, under a lock that is held for map
+//! accesses only.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,15 +25,15 @@ struct Inner {
     pod_names: HashMap<PodName, PodId>,
     containers: BTreeMap<ContainerId, PodId>,
     container_names: HashMap<(PodId, String, u32), ContainerId>,
-    /// Whose creation can be given up still.
+    /// Containers whose creation can still be cancelled.
     creating: BTreeSet<ContainerId>,
 }
 
 struct Entry {
     name: PodName,
-    /// One, or what is known of a pod whose record cannot be read.
+    /// One; for a pod with an unreadable record, all that it may have.
     uids: Vec<u32>,
-    /// None while the pod's task is about to be made.
+    /// None until the owner task exists.
     handle: Option<Arc<Handle>>,
 }
 
@@ -41,23 +41,23 @@ fn pod_name(meta: &Meta) -> PodName {
     (meta.namespace.clone(), meta.name.clone(), meta.uid.clone(), meta.attempt)
 }
 
-/// A container's id and name on their way to the pod's owner; freed if they do not arrive.
+/// Reservation of a container's id and name; released on drop unless the pod's owner has taken it.
 pub(crate) struct Reservation {
     node: Arc<Node>,
     id: Option<ContainerId>,
-    /// Cancelled when the caller has given up.
+    /// Cancelled when the caller goes away.
     cancel: CancellationToken,
 }
 
 impl Reservation {
     /// After [`Registry::reserve_container`].
     pub(crate) fn new(node: Arc<Node>, id: ContainerId, cancel: CancellationToken) -> Self {
-        node.registry.begin_container(&id);
+        node.registry.mark_creating(&id);
         Self { node, id: Some(id), cancel }
     }
 
-    /// From here on whoever creates the container frees them.
-    pub(crate) fn arrived(mut self) -> CancellationToken {
+    /// Passes the responsibility for the release to the creation.
+    pub(crate) fn into_cancel_token(mut self) -> CancellationToken {
         self.id = None;
         self.cancel.clone()
     }
@@ -66,7 +66,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         if let Some(id) = &self.id {
-            self.node.registry.forget_container(id);
+            self.node.registry.release_container(id);
         }
     }
 }
@@ -76,7 +76,7 @@ impl Registry {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the id, the name and a uid out of `uids`; gives the uid.
+    /// Reserves the id, the name and a uid of `uids`; returns the uid.
     pub(crate) fn reserve_pod(
         &self,
         id: &PodId,
@@ -102,13 +102,13 @@ impl Registry {
             let message = format!("all {} uids for VMMs are taken (uid_range)", uids.len());
             return Err(Error::ResourceExhausted { message });
         };
-        inner.take(id, name, vec![uid]);
+        inner.insert(id, name, vec![uid]);
         Ok(uid)
     }
 
-    /// Enters a pod of the journal, which holds its name and uids by right.
-    pub(crate) fn enter_pod(&self, id: &PodId, meta: &Meta, uids: &[u32]) {
-        self.lock().take(id, pod_name(meta), uids.to_vec());
+    /// Registers a pod of the journal, with its recorded name and uids.
+    pub(crate) fn insert_pod(&self, id: &PodId, meta: &Meta, uids: &[u32]) {
+        self.lock().insert(id, pod_name(meta), uids.to_vec());
     }
 
     pub(crate) fn set_handle(&self, id: &PodId, handle: Arc<Handle>) {
@@ -117,8 +117,8 @@ impl Registry {
         }
     }
 
-    /// Frees everything that the pod holds.
-    pub(crate) fn forget_pod(&self, id: &PodId) {
+    /// Releases everything that the pod holds.
+    pub(crate) fn release_pod(&self, id: &PodId) {
         let mut inner = self.lock();
         if let Some(entry) = inner.pods.remove(id)
             && inner.pod_names.get(&entry.name) == Some(id)
@@ -156,28 +156,28 @@ impl Registry {
         Ok(())
     }
 
-    pub(crate) fn forget_container(&self, id: &ContainerId) {
+    pub(crate) fn release_container(&self, id: &ContainerId) {
         let mut inner = self.lock();
         inner.containers.remove(id);
         inner.creating.remove(id);
         inner.container_names.retain(|_, holder| holder != id);
     }
 
-    fn begin_container(&self, id: &ContainerId) {
+    fn mark_creating(&self, id: &ContainerId) {
         self.lock().creating.insert(id.clone());
     }
 
-    /// Frees the name of a container whose creation is given up, unless it is made by now. Its id
-    /// stays until it is undone.
-    pub(crate) fn give_up_container(&self, id: &ContainerId) {
+    /// Releases the name of a container whose creation is cancelled, unless it is complete. Its id
+    /// stays until the creation is undone.
+    pub(crate) fn cancel_container(&self, id: &ContainerId) {
         let mut inner = self.lock();
         if inner.creating.remove(id) {
             inner.container_names.retain(|_, holder| holder != id);
         }
     }
 
-    /// The container is made; false when its creation was given up, and it has no name any more.
-    pub(crate) fn confirm_container(&self, id: &ContainerId) -> bool {
+    /// Marks the creation as complete; false if it was cancelled and its name released.
+    pub(crate) fn complete_container(&self, id: &ContainerId) -> bool {
         self.lock().creating.remove(id)
     }
 
@@ -189,7 +189,7 @@ impl Registry {
         self.lock().pods.keys().cloned().collect()
     }
 
-    /// The pod with this id or this unambiguous beginning of one.
+    /// The pod with this id or unambiguous id prefix.
     pub(crate) fn find_pod(&self, id: &str) -> Result<Arc<Handle>, Error> {
         let inner = self.lock();
         let key = unambiguous(&inner.pods, "pod", id)?;
@@ -197,7 +197,7 @@ impl Registry {
         handle.ok_or_else(|| Error::NotFound { what: "pod", id: id.to_owned() })
     }
 
-    /// The container's whole id, and its pod.
+    /// The container's full id, and its pod.
     pub(crate) fn find_container(&self, id: &str) -> Result<(ContainerId, Arc<Handle>), Error> {
         let inner = self.lock();
         let key = unambiguous(&inner.containers, "container", id)?;
@@ -209,8 +209,8 @@ impl Registry {
 }
 
 impl Inner {
-    fn take(&mut self, id: &PodId, name: PodName, uids: Vec<u32>) {
-        // Pods whose name is not known hold none.
+    fn insert(&mut self, id: &PodId, name: PodName, uids: Vec<u32>) {
+        // A pod with an unknown name reserves none.
         if !name.1.is_empty() {
             self.pod_names.insert(name.clone(), id.clone());
         }
@@ -269,38 +269,38 @@ mod tests {
         assert_eq!(reserve(&registry, "a", "web").unwrap(), 100);
         assert_eq!(reserve(&registry, "b", "db").unwrap(), 101);
         assert!(matches!(reserve(&registry, "c", "web"), Err(Error::Exists { .. })));
-        registry.forget_pod(&"a".into());
+        registry.release_pod(&"a".into());
         assert_eq!(reserve(&registry, "c", "web").unwrap(), 100);
     }
 
     #[test]
     fn pods_without_a_known_name_hold_their_uids_and_no_name() {
         let registry = Registry::default();
-        registry.enter_pod(&"x".into(), &Meta::default(), &[100, 101]);
-        registry.enter_pod(&"y".into(), &Meta::default(), &[]);
+        registry.insert_pod(&"x".into(), &Meta::default(), &[100, 101]);
+        registry.insert_pod(&"y".into(), &Meta::default(), &[]);
         assert_eq!(reserve(&registry, "a", "web").unwrap(), 102);
-        registry.forget_pod(&"x".into());
-        registry.forget_pod(&"y".into());
+        registry.release_pod(&"x".into());
+        registry.release_pod(&"y".into());
         assert_eq!(reserve(&registry, "b", "db").unwrap(), 100);
     }
 
     #[test]
-    fn a_container_that_is_given_up_loses_its_name_and_one_that_is_made_keeps_it() {
+    fn a_cancelled_creation_releases_its_name_and_a_completed_one_keeps_it() {
         let registry = Registry::default();
         reserve(&registry, "pod", "web").unwrap();
         let (pod, first, second) = ("pod".to_owned(), "c1".to_owned(), "c2".to_owned());
         let take = |id: &ContainerId| registry.reserve_container(&pod, id, &meta("app", 0), 9);
         take(&first).unwrap();
-        registry.begin_container(&first);
-        registry.give_up_container(&first);
-        assert!(!registry.confirm_container(&first));
+        registry.mark_creating(&first);
+        registry.cancel_container(&first);
+        assert!(!registry.complete_container(&first));
         take(&second).unwrap();
-        registry.begin_container(&second);
-        // The first is undone now, and takes no name along.
-        registry.forget_container(&first);
-        assert!(registry.confirm_container(&second));
-        // Its caller goes away too late.
-        registry.give_up_container(&second);
+        registry.mark_creating(&second);
+        // The first is undone now and does not release the second's name.
+        registry.release_container(&first);
+        assert!(registry.complete_container(&second));
+        // The caller goes away after completion.
+        registry.cancel_container(&second);
         assert!(matches!(take(&first), Err(Error::Exists { .. })));
     }
 
@@ -314,19 +314,19 @@ mod tests {
     }
 
     #[test]
-    fn a_container_is_made_again_with_the_next_attempt_only() {
+    fn a_container_name_can_be_reused_only_with_another_attempt() {
         let registry = Registry::default();
         let pod = "p".to_owned();
         registry.reserve_container(&pod, &"1".into(), &meta("app", 0), 9).unwrap();
         let again = registry.reserve_container(&pod, &"2".into(), &meta("app", 0), 9);
         assert!(matches!(again, Err(Error::Exists { holder, .. }) if holder == "1"));
         registry.reserve_container(&pod, &"2".into(), &meta("app", 1), 9).unwrap();
-        registry.forget_container(&"1".into());
+        registry.release_container(&"1".into());
         registry.reserve_container(&pod, &"3".into(), &meta("app", 0), 9).unwrap();
     }
 
     #[test]
-    fn a_beginning_of_one_id_is_enough_and_of_two_is_not() {
+    fn an_id_prefix_is_accepted_only_if_it_is_unambiguous() {
         let map: BTreeMap<String, ()> =
             ["abc", "abd", "x", "xy"].map(|k| (k.to_owned(), ())).into();
         assert_eq!(unambiguous(&map, "pod", "abc").unwrap(), "abc");

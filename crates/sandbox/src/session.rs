@@ -1,5 +1,5 @@
-//! Exec and attach: what a caller holds is plain byte streams and a handle on the process. The
-//! pod's owner task is not involved: bytes flow between the caller and the guest.
+//! Exec and attach sessions: byte streams and a process handle. The pod's owner task is not
+//! involved: data flows directly between the caller and the guest.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,23 +13,22 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::oneshot;
 
 use crate::error::Error;
-use crate::guest::{Output, Refused, StreamId, open_stdin};
+use crate::guest::{Output, StreamError, StreamId, open_stdin};
 use crate::model::{ContainerState, ExecOutput, ExecSpec, ExitView};
-use crate::pod::{ExecEnd, Handle};
+use crate::pod::{ExecExit, Handle};
 use crate::policy::Container;
 
 pub type ByteReader = Pin<Box<dyn AsyncRead + Send>>;
 pub type ByteWriter = Pin<Box<dyn AsyncWrite + Send>>;
 
 const SIGKILL: u32 = 9;
-/// A killed command is gone within this time, or the guest is sick.
+/// Longest wait for the exit of a killed command.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
-/// After its end, a command's last output gets this long to arrive: a child of its own may hold
-/// the pipes open.
+/// Time to read the last output after a command's exit: a child process may keep the pipes open.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
-/// A command that runs in a container. Shutting `stdin` down closes the command's standard input.
-/// Dropping `process` before the command's end kills it.
+/// A running command. Shutting down `stdin` closes the command's standard input. Dropping `process`
+/// before the exit kills the command.
 pub struct ExecSession {
     pub stdin: Option<ByteWriter>,
     pub stdout: Option<ByteReader>,
@@ -38,21 +37,21 @@ pub struct ExecSession {
     pub process: ExecProcess,
 }
 
-/// The streams of a container's own process, from now on.
+/// Streams of a container's init process, from now on.
 pub struct AttachSession {
-    /// One client at a time writes: a further one takes over.
+    /// One client at a time writes: a later one takes over.
     pub stdin: Option<ByteWriter>,
     pub stdout: Option<ByteReader>,
     pub stderr: Option<ByteReader>,
     pub process: AttachProcess,
 }
 
-/// What can be done to a process while somebody else waits for its end.
+/// Control of a process, usable while another task waits for its exit.
 #[derive(Clone)]
 pub struct ProcessControl {
     handle: Arc<Handle>,
     container: String,
-    /// Empty: the container's own process.
+    /// Empty: the container's init process.
     exec: String,
 }
 
@@ -61,7 +60,7 @@ impl ProcessControl {
         resize(&self.handle, &self.container, &self.exec, width, height).await
     }
 
-    /// Sends a signal by number; `all`: to all processes of the container.
+    /// Sends a signal (number); `all`: to all processes of the container.
     pub async fn signal(&self, number: u32, all: bool) -> Result<(), Error> {
         signal(&self.handle, &self.container, &self.exec, number, all).await
     }
@@ -72,15 +71,15 @@ pub struct ExecProcess {
     handle: Arc<Handle>,
     container: String,
     exec: String,
-    /// How far stdout and stderr have been read.
+    /// Offsets up to which stdout and stderr were read.
     read: [Arc<AtomicU64>; 2],
-    end: Option<oneshot::Receiver<ExecEnd>>,
+    end: Option<oneshot::Receiver<ExecExit>>,
     ended: Option<ExitView>,
-    /// Its output is left to us.
+    /// The remaining output must be drained on drop.
     abandoned: bool,
 }
 
-/// Handle on a container's own process.
+/// Handle on a container's init process.
 pub struct AttachProcess {
     handle: Arc<Handle>,
     container: String,
@@ -96,12 +95,12 @@ impl ExecProcess {
         resize(&self.handle, &self.container, &self.exec, width, height).await
     }
 
-    /// Sends a signal by number.
+    /// Sends a signal (number).
     pub async fn signal(&self, signal: u32) -> Result<(), Error> {
         signal_exec(&self.handle, &self.container, &self.exec, signal).await
     }
 
-    /// Waits for the end. Output may still be on its way: read both streams to their end first.
+    /// Waits for the exit. Output may still be in transit: read both streams to EOF first.
     /// Cancel-safe.
     pub async fn wait(&mut self) -> Result<ExitView, Error> {
         if let Some(end) = &mut self.end {
@@ -111,21 +110,21 @@ impl ExecProcess {
         }
         self.ended
             .clone()
-            .ok_or_else(|| Error::unavailable("the pod's VM ended while the command ran"))
+            .ok_or_else(|| Error::unavailable("the pod's VM ended while the command was running"))
     }
 }
 
 impl ExecProcess {
-    /// Ends the command with what it has started, and waits until it is gone.
+    /// Kills the command with its children, and waits for its exit.
     async fn kill(&mut self) {
         let killed = async {
             if let Err(error) = self.signal(SIGKILL).await {
-                tracing::warn!(container = self.container, %error, "command is not killed");
+                tracing::warn!(container = self.container, %error, "cannot kill command");
             }
             let _ = self.wait().await;
         };
         if tokio::time::timeout(KILL_LIMIT, killed).await.is_err() {
-            tracing::warn!(container = self.container, "killed command does not end");
+            tracing::warn!(container = self.container, "killed command has not exited");
         }
         self.abandoned = true;
     }
@@ -133,7 +132,7 @@ impl ExecProcess {
 
 impl Drop for ExecProcess {
     fn drop(&mut self) {
-        self.handle.forget_exec(&self.exec);
+        self.handle.unregister_exec(&self.exec);
         if self.end.is_none() && !self.abandoned {
             return;
         }
@@ -144,7 +143,7 @@ impl Drop for ExecProcess {
         let read = self.read.clone();
         runtime.spawn(async move {
             if !ended && let Err(error) = signal_exec(&handle, &container, &exec, SIGKILL).await {
-                tracing::debug!(container, exec, %error, "abandoned command");
+                tracing::debug!(container, exec, %error, "cannot kill abandoned command");
             }
             let drained = drain(&handle, container, exec, read);
             let _ = tokio::time::timeout(DRAIN_LIMIT, drained).await;
@@ -152,12 +151,12 @@ impl Drop for ExecProcess {
     }
 }
 
-/// Takes what is left of a command's output: the guest keeps it, and the command's record, until
-/// somebody has.
+/// Reads and discards the remaining output: the guest keeps it, and the command's record, until it
+/// is read.
 async fn drain(handle: &Handle, container: String, exec: String, read: [Arc<AtomicU64>; 2]) {
     for (kind, read) in [Kind::Stdout, Kind::Stderr].into_iter().zip(read) {
         let id = StreamId { container: container.clone(), exec: exec.clone(), kind };
-        if let Ok(mut output) = Output::open(handle.guest.door(), &id, read).await {
+        if let Ok(mut output) = Output::open(handle.guest.address(), &id, read).await {
             let _ = tokio::io::copy(&mut output, &mut tokio::io::sink()).await;
         }
     }
@@ -173,7 +172,7 @@ impl AttachProcess {
         resize(&self.handle, &self.container, "", width, height).await
     }
 
-    /// Waits for the container's end.
+    /// Waits for the container's exit.
     pub async fn wait(&mut self) -> Result<ExitView, Error> {
         wait(&self.handle, &self.container).await
     }
@@ -182,16 +181,16 @@ impl AttachProcess {
 pub(crate) async fn wait(handle: &Handle, id: &str) -> Result<ExitView, Error> {
     let exit = |c: &Container| c.view(&handle.id).exit;
     let mut last = None;
-    let there = handle.wait_for(|pod| {
+    let exited = handle.wait_for(|pod| {
         let Some(container) = pod.containers.get(id) else { return true };
         last = exit(container);
         last.is_some()
     });
-    there.await?;
+    exited.await?;
     last.ok_or_else(|| Error::NotFound { what: "container", id: id.to_owned() })
 }
 
-fn exit_view(end: ExecEnd) -> ExitView {
+fn exit_view(end: ExecExit) -> ExitView {
     let reason = match (end.oom_killed, end.code) {
         (true, _) => "OOMKilled",
         (false, 0) => "Completed",
@@ -255,14 +254,14 @@ pub(crate) async fn signal(
 }
 
 pub(crate) async fn freeze(handle: &Handle, id: &str, frozen: bool) -> Result<(), Error> {
-    running(handle, id)?;
+    check_running(handle, id)?;
     let request = v1::FreezeContainerRequest { container_id: id.to_owned(), frozen };
     let what = if frozen { "pause the container" } else { "resume the container" };
     let call = handle.guest.call(what, |mut c| async move { c.freeze_container(request).await });
     call.await.map(drop)
 }
 
-fn running(handle: &Handle, id: &str) -> Result<(), Error> {
+fn check_running(handle: &Handle, id: &str) -> Result<(), Error> {
     handle.ready_pod()?;
     let container = handle.container(id)?;
     match container.state() {
@@ -273,28 +272,28 @@ fn running(handle: &Handle, id: &str) -> Result<(), Error> {
 
 fn not_running(id: &str, state: ContainerState) -> Error {
     let state = match state {
-        ContainerState::Created => "is created and was not started",
-        // An end whose last output is still on its way is shown as running.
+        ContainerState::Created => "is not started",
+        // An exited process is reported as running until its output is in the log.
         ContainerState::Exited | ContainerState::Running => "has exited",
         ContainerState::Unknown => "is in an unknown state",
     };
     Error::precondition(format!("container {id} is not running: it {state}"))
 }
 
-fn refused(what: &str, error: Refused) -> Error {
+fn stream_failed(what: &str, error: StreamError) -> Error {
     Error::unavailable(format!("{what}: {:#}", anyhow::Error::new(error)))
 }
 
-/// Starts a command and joins its streams. The guest starts it whatever becomes of the caller, so
-/// that is seen through: a session that nobody takes kills its command.
+/// Starts a command and opens its streams. Runs to completion if the caller goes away, because the
+/// guest starts the command anyway; an unclaimed session kills its command.
 pub(crate) async fn exec(
     handle: &Arc<Handle>,
     id: &str,
     spec: ExecSpec,
 ) -> Result<ExecSession, Error> {
     if spec.command.is_empty() {
-        running(handle, id)?;
-        return Err(Error::invalid("a command to run is missing"));
+        check_running(handle, id)?;
+        return Err(Error::invalid("the command is empty"));
     }
     let command = Command {
         oci_process: oci_process(&spec),
@@ -303,7 +302,7 @@ pub(crate) async fn exec(
         tty_size: spec.tty_size.map(|(width, height)| (width.into(), height.into())),
         user: spec.user,
     };
-    see_through(handle, id, command).await
+    exec_detached(handle, id, command).await
 }
 
 /// See [`crate::Sandboxes::exec_process`].
@@ -321,7 +320,7 @@ pub(crate) async fn exec_process(
         tty_size: size.map(|s| (s.width() as u32, s.height() as u32)),
         user: String::new(),
     };
-    see_through(handle, id, command).await
+    exec_detached(handle, id, command).await
 }
 
 /// A process to be started in a container.
@@ -335,20 +334,20 @@ struct Command {
     user: String,
 }
 
-async fn see_through(
+async fn exec_detached(
     handle: &Arc<Handle>,
     id: &str,
     command: Command,
 ) -> Result<ExecSession, Error> {
     let (handle, id) = (handle.clone(), id.to_owned());
-    let begun = tokio::spawn(async move { begin_exec(&handle, &id, command).await });
-    begun.await.map_err(|e| Error::Internal(e.into()))?
+    let started = tokio::spawn(async move { start_exec(&handle, &id, command).await });
+    started.await.map_err(|e| Error::Internal(e.into()))?
 }
 
-async fn begin_exec(handle: &Arc<Handle>, id: &str, spec: Command) -> Result<ExecSession, Error> {
-    running(handle, id)?;
+async fn start_exec(handle: &Arc<Handle>, id: &str, spec: Command) -> Result<ExecSession, Error> {
+    check_running(handle, id)?;
     let exec = uuid::Uuid::new_v4().simple().to_string();
-    let end = handle.expect_exec(&exec);
+    let end = handle.register_exec(&exec);
     let mut process = ExecProcess {
         handle: handle.clone(),
         container: id.to_owned(),
@@ -372,29 +371,35 @@ async fn begin_exec(handle: &Arc<Handle>, id: &str, spec: Command) -> Result<Exe
     let started = handle.guest.call("run a command", |mut c| async move { c.exec(request).await });
     if let Err(error) = started.await {
         if !matches!(error, Error::Deadline { .. } | Error::Unavailable { .. }) {
-            // It does not run: there is nothing to kill.
+            // It was not started.
             process.end = None;
         }
         return Err(error);
     }
-    let door = handle.guest.door();
+    let address = handle.guest.address();
     let stream = |kind| StreamId { container: id.to_owned(), exec: exec.clone(), kind };
     let (out_id, err_id, in_id) = (stream(Kind::Stdout), stream(Kind::Stderr), stream(Kind::Stdin));
     let [out_read, err_read] = process.read.clone();
     let (stdout, stderr, stdin) = tokio::join!(
-        Output::open(door, &out_id, out_read),
+        Output::open(address, &out_id, out_read),
         async {
-            if spec.tty { Ok(None) } else { Output::open(door, &err_id, err_read).await.map(Some) }
+            if spec.tty {
+                Ok(None)
+            } else {
+                Output::open(address, &err_id, err_read).await.map(Some)
+            }
         },
-        async { if spec.stdin { open_stdin(door, &in_id).await.map(Some) } else { Ok(None) } },
+        async { if spec.stdin { open_stdin(address, &in_id).await.map(Some) } else { Ok(None) } },
     );
-    let stdout = stdout.map_err(|e| refused("standard output", e))?;
-    let stderr = stderr.map_err(|e| refused("standard error", e))?;
+    let stdout = stdout.map_err(|e| stream_failed("standard output", e))?;
+    let stderr = stderr.map_err(|e| stream_failed("standard error", e))?;
     let stdin = match stdin {
         Ok(stdin) => stdin.map(|s| Box::pin(s) as ByteWriter),
-        // A command that has ended by now reads no input; its output is still to be had.
-        Err(Refused::Status(_)) if spec.stdin => Some(Box::pin(tokio::io::sink()) as ByteWriter),
-        Err(e) => return Err(refused("standard input", e)),
+        // The command has already exited; its output can still be read.
+        Err(StreamError::Status(_)) if spec.stdin => {
+            Some(Box::pin(tokio::io::sink()) as ByteWriter)
+        }
+        Err(e) => return Err(stream_failed("standard input", e)),
     };
     Ok(ExecSession {
         stdin,
@@ -404,8 +409,8 @@ async fn begin_exec(handle: &Arc<Handle>, id: &str, spec: Command) -> Result<Exe
     })
 }
 
-/// OCI Process (runtime-spec, config.md); what is left out comes from the container's own, and
-/// variables are added to the container's.
+/// OCI Process (runtime-spec, config.md); missing fields are taken from the container's own, `env`
+/// is added to the container's.
 fn oci_process(spec: &ExecSpec) -> Vec<u8> {
     let mut process = serde_json::json!({ "args": spec.command, "terminal": spec.tty });
     if !spec.env.is_empty() {
@@ -440,7 +445,10 @@ pub(crate) async fn exec_sync(
     let run = async {
         let ExecOutput { stdout: out, stderr: err, code } = &mut output;
         let mut drained = std::pin::pin!(async {
-            tokio::join!(keep(stdout, out, output_limit), keep(stderr, err, output_limit))
+            tokio::join!(
+                read_bounded(stdout, out, output_limit),
+                read_bounded(stderr, err, output_limit)
+            )
         });
         let (end, read) = tokio::select! {
             end = session.process.wait() => {
@@ -449,7 +457,7 @@ pub(crate) async fn exec_sync(
             read = &mut drained => (session.process.wait().await, Some(read)),
         };
         *code = end?.code;
-        // A part of the output must not be taken for all of it.
+        // Incomplete output is an error.
         let (out, err) = read.unwrap_or((Ok(()), Ok(())));
         out.and(err).map_err(|e| Error::unavailable(format!("output of the command: {e}")))
     };
@@ -466,9 +474,13 @@ pub(crate) async fn exec_sync(
     Ok(output)
 }
 
-/// Reads a stream to its end and keeps its first `limit` bytes: a command's output must not use up
-/// our memory, and one that is not read would hang.
-async fn keep(stream: Option<ByteReader>, into: &mut Vec<u8>, limit: usize) -> std::io::Result<()> {
+/// Reads a stream to EOF and keeps its first `limit` bytes. It must be read completely, or the
+/// command would block.
+async fn read_bounded(
+    stream: Option<ByteReader>,
+    into: &mut Vec<u8>,
+    limit: usize,
+) -> std::io::Result<()> {
     let Some(mut stream) = stream else { return Ok(()) };
     let mut buffer = vec![0; 32 << 10];
     loop {
@@ -486,24 +498,26 @@ pub(crate) async fn streams(handle: &Arc<Handle>, id: &str) -> Result<AttachSess
     handle.ready_pod()?;
     let spec = handle.container(id)?.spec;
     if handle.log(id).is_some() {
-        return Err(Error::precondition(format!("the output of container {id} is logged")));
+        return Err(Error::precondition(format!(
+            "the output of container {id} is written to its log"
+        )));
     }
-    let door = handle.guest.door();
+    let address = handle.guest.address();
     let stream = |kind| StreamId { container: id.to_owned(), exec: String::new(), kind };
-    let stdout = Output::open(door, &stream(Kind::Stdout), Arc::default()).await;
-    let stdout = stdout.map_err(|e| refused("standard output", e))?;
+    let stdout = Output::open(address, &stream(Kind::Stdout), Arc::default()).await;
+    let stdout = stdout.map_err(|e| stream_failed("standard output", e))?;
     let stderr = match spec.tty {
         true => None,
         false => {
-            let stderr = Output::open(door, &stream(Kind::Stderr), Arc::default()).await;
-            Some(stderr.map_err(|e| refused("standard error", e))?)
+            let stderr = Output::open(address, &stream(Kind::Stderr), Arc::default()).await;
+            Some(stderr.map_err(|e| stream_failed("standard error", e))?)
         }
     };
     let stdin = match spec.stdin {
         false => None,
         true => {
-            let stdin = open_stdin(door, &stream(Kind::Stdin)).await;
-            Some(stdin.map_err(|e| refused("standard input", e))?)
+            let stdin = open_stdin(address, &stream(Kind::Stdin)).await;
+            Some(stdin.map_err(|e| stream_failed("standard input", e))?)
         }
     };
     Ok(AttachSession {
@@ -514,8 +528,8 @@ pub(crate) async fn streams(handle: &Arc<Handle>, id: &str) -> Result<AttachSess
     })
 }
 
-/// Joins a container's own streams, also before it starts. Who does not ask for standard input does
-/// not take it from who has it.
+/// Attaches to a container's init process, also before its start. Without `stdin` the standard
+/// input stays with its current client.
 pub(crate) async fn attach(
     handle: &Arc<Handle>,
     id: &str,
@@ -526,17 +540,17 @@ pub(crate) async fn attach(
     if container.exit.is_some() {
         return Err(not_running(id, ContainerState::Exited));
     }
-    let log = handle
-        .log(id)
-        .ok_or_else(|| Error::unavailable(format!("output of container {id} is not there yet")))?;
+    let log = handle.log(id).ok_or_else(|| {
+        Error::unavailable(format!("the output of container {id} is not available yet"))
+    })?;
     let (stdout, stderr) = log.attach().await?;
     let stdin = if stdin && container.spec.stdin {
         let stream = StreamId { container: id.to_owned(), exec: String::new(), kind: Kind::Stdin };
-        match open_stdin(handle.guest.door(), &stream).await {
+        match open_stdin(handle.guest.address(), &stream).await {
             Ok(stdin) => Some(Box::pin(stdin) as ByteWriter),
-            // Closed by an earlier client (stdin once), or the container is just ending.
-            Err(Refused::Status(_)) => Some(Box::pin(tokio::io::sink()) as ByteWriter),
-            Err(e) => return Err(refused("standard input", e)),
+            // Closed by an earlier client (stdin once), or the container is exiting.
+            Err(StreamError::Status(_)) => Some(Box::pin(tokio::io::sink()) as ByteWriter),
+            Err(e) => return Err(stream_failed("standard input", e)),
         }
     } else {
         None

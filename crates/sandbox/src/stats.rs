@@ -1,4 +1,4 @@
-//! Usage of pods and containers as last measured by their guests.
+//! Resource usage of pods and containers, as last reported by their guests.
 
 use std::time::SystemTime;
 
@@ -14,13 +14,13 @@ pub struct PodStatsView {
     pub interfaces: Vec<InterfaceView>,
     pub io_pressure: Option<PressureView>,
     pub containers: Vec<ContainerStatsView>,
-    /// Those in the guest.
+    /// emptyDirs in the guest.
     pub empty_dirs: Vec<EmptyDirView>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EmptyDirView {
-    /// The volume's.
+    /// Name of the volume.
     pub name: String,
     pub usage: FsView,
 }
@@ -35,23 +35,23 @@ pub struct ContainerStatsView {
     pub writable_layer: FsView,
     pub processes: ProcessView,
     pub block_io: Vec<BlockIoView>,
-    /// Times that the OOM killer struck.
+    /// Kills by the OOM killer.
     pub oom_events: u64,
-    /// As the guest says it.
+    /// As the guest reports it.
     pub started_at: Option<SystemTime>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CpuView {
     pub usage_ns: u64,
-    /// Nanoseconds of CPU a second, between the last two measurements; 0 after the first.
+    /// Nanoseconds of CPU per second between the last two measurements; 0 after the first.
     pub usage_nano_cores: u64,
     pub user_ns: u64,
     pub system_ns: u64,
     pub throttled_ns: u64,
     pub periods: u64,
     pub throttled_periods: u64,
-    /// None: the guest's kernel does not say.
+    /// None: not supported by the guest's kernel.
     pub pressure: Option<PressureView>,
 }
 
@@ -76,9 +76,9 @@ pub struct MemoryView {
     pub kernel: u64,
     /// 0: none.
     pub limit: u64,
-    /// Most that was used; 0: not known.
+    /// Peak usage; 0: unknown.
     pub peak: u64,
-    /// Times that the limit was hit.
+    /// Times the limit was reached.
     pub failures: u64,
     pub page_faults: u64,
     pub major_page_faults: u64,
@@ -103,11 +103,11 @@ pub struct ProcessView {
     pub threads_max: u64,
     pub file_descriptors: u64,
     pub sockets: u64,
-    /// Of open files, of the container's own process.
+    /// RLIMIT_NOFILE (soft) of the container's init process.
     pub ulimit_soft_nofile: u64,
 }
 
-/// Of one device.
+/// I/O of one block device.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct BlockIoView {
     pub major: u32,

@@ -1,4 +1,4 @@
-//! The VMM of a pod: its configuration, its control socket, its last words.
+//! A pod's VMM: its configuration, control socket and exit status.
 
 use std::fs::File;
 use std::io::Read;
@@ -15,12 +15,12 @@ use crate::failpoint::Failpoints;
 use crate::host::blocking;
 use crate::observe::DeathCause;
 
-/// A status file is one small object; a VMM under a guest's control may write more.
+/// A status file is one small object; a compromised VMM may write more.
 const MAX_STATUS: u64 = 64 << 10;
-/// Console lines that go into a reason, bytes.
+/// Bytes of console output in an exit reason.
 const TAIL: usize = 1024;
 
-/// Control of one VMM; each call has a connection and a deadline of its own.
+/// Client of one VMM's control socket; each call has its own connection and deadline.
 #[derive(Debug, Clone)]
 pub(crate) struct Vmm {
     control: PathBuf,
@@ -50,7 +50,7 @@ impl Vmm {
         }
     }
 
-    /// Plugs a disk; one that is there already is fine.
+    /// Hot-plugs a disk; one that is plugged already is no error.
     pub(crate) async fn add_disk(
         &self,
         serial: &str,
@@ -67,10 +67,10 @@ impl Vmm {
                 Err(e) => Err(failed("plug a disk", e)),
             }
         };
-        self.failpoints.around("VMM: plug a disk", plugged).await
+        self.failpoints.wrap("VMM: plug a disk", plugged).await
     }
 
-    /// Plugs a network interface that is connected with `tap`; one that is there already is fine.
+    /// Hot-plugs a network interface backed by `tap`; one that is plugged already is no error.
     pub(crate) async fn add_net(
         &self,
         id: &str,
@@ -88,11 +88,11 @@ impl Vmm {
                 Err(e) => Err(failed("plug a network interface", e)),
             }
         };
-        self.failpoints.around("VMM: plug a network interface", plugged).await
+        self.failpoints.wrap("VMM: plug a network interface", plugged).await
     }
 
-    /// Plugs a file system that `backend` is connected to; one that is there already is fine, and
-    /// keeps the backend it has. The guest finds it by `tag` once it has looked at its PCI bus.
+    /// Hot-plugs a file system with the vhost-user connection `backend`; one that is plugged
+    /// already is no error and keeps its backend. The guest finds it by `tag` after a PCI rescan.
     pub(crate) async fn add_fs(&self, id: &str, tag: &str, backend: OwnedFd) -> Result<(), Error> {
         let request = Request::AddFs { id: id.to_owned(), tag: tag.to_owned() };
         let plugged = async {
@@ -104,10 +104,10 @@ impl Vmm {
                 Err(e) => Err(failed("plug a file system", e)),
             }
         };
-        self.failpoints.around("VMM: plug a file system", plugged).await
+        self.failpoints.wrap("VMM: plug a file system", plugged).await
     }
 
-    /// Asks the guest to have this much memory; answered before it has followed.
+    /// Requests this memory size; returns before the guest has plugged or unplugged it.
     pub(crate) async fn resize_memory(&self, memory_mib: u32) -> Result<(), Error> {
         let resized = async {
             match self.call(Request::ResizeMemory { memory_mib }, None).await {
@@ -118,18 +118,18 @@ impl Vmm {
                 Err(e) => Err(failed("resize memory", e)),
             }
         };
-        self.failpoints.around("VMM: resize memory", resized).await
+        self.failpoints.wrap("VMM: resize memory", resized).await
     }
 
-    /// Pulls a device; one that is not there is fine.
+    /// Unplugs a device; a missing one is no error.
     pub(crate) async fn remove_device(&self, id: &str) -> Result<(), Error> {
-        let pulled = async {
+        let unplugged = async {
             match self.call(Request::RemoveDevice { id: id.to_owned() }, None).await {
                 Ok(_) | Err(ClientError::Refused(vmm_api::Error::NoSuchDevice { .. })) => Ok(()),
-                Err(e) => Err(failed("pull a device", e)),
+                Err(e) => Err(failed("unplug a device", e)),
             }
         };
-        self.failpoints.around("VMM: pull a device", pulled).await
+        self.failpoints.wrap("VMM: unplug a device", unplugged).await
     }
 }
 
@@ -143,23 +143,23 @@ fn failed(what: &str, error: ClientError) -> Error {
     }
 }
 
-/// Serial of a disk: 20 ASCII bytes at most (virtio 1.2, 5.2.6.1: VIRTIO_BLK_T_GET_ID), so a hash
-/// stands for the name.
+/// Serial of a disk: at most 20 ASCII bytes (virtio 1.2, 5.2.6.1: VIRTIO_BLK_T_GET_ID), so it is a
+/// hash of the name.
 pub(crate) fn serial(prefix: char, name: &[u8]) -> String {
     let digest = Sha256::digest(name);
     let hex: String = digest.iter().take(9).map(|b| format!("{b:02x}")).collect();
     format!("{prefix}{hex}")
 }
 
-/// Why a VM ended, for people. `status` is the file in which the VMM leaves its last words; none:
-/// it was killed before it could write them.
+/// Cause and reason of a VM's exit. `status` is the file that the VMM writes on exit; None: it was
+/// killed first.
 pub(crate) fn exit_reason(status: &Path) -> Option<(DeathCause, String)> {
     let exit = read_exit(status)?;
     let (cause, what) = match exit.reason {
         ExitReason::Shutdown => (DeathCause::Shutdown, "the guest powered off"),
         ExitReason::Reset => (DeathCause::Reset, "the guest reset itself"),
         ExitReason::Panic => (DeathCause::Panic, "the guest's kernel panicked"),
-        ExitReason::Killed => (DeathCause::Terminated, "the VMM was told to end"),
+        ExitReason::Killed => (DeathCause::Terminated, "the VMM received a kill request"),
         ExitReason::TripleFault => (DeathCause::TripleFault, "a vCPU triple-faulted"),
         ExitReason::Error => (DeathCause::Error, "the VMM failed"),
     };
@@ -183,7 +183,7 @@ fn read_exit(path: &Path) -> Option<VmExit> {
     serde_json::from_slice(&bytes).ok()
 }
 
-/// The last `limit` bytes of a text that a guest wrote, without its control characters.
+/// The last `limit` bytes of a guest's text, with control characters replaced.
 pub(crate) fn clean(text: &str, limit: usize) -> String {
     let mut start = text.len().saturating_sub(limit);
     while !text.is_char_boundary(start) {
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_serial_fits_into_a_virtio_id_and_tells_disks_apart() {
+    fn a_serial_fits_into_a_virtio_id_and_differs_per_disk() {
         let a = serial('e', b"/images/a");
         assert!(a.len() <= 20 && a.is_ascii(), "{a}");
         assert_ne!(a, serial('e', b"/images/b"));
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_told_with_the_consoles_end_and_rubbish_says_nothing() {
+    fn a_panic_has_the_console_tail_in_its_reason_and_an_invalid_status_has_no_reason() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("status");
         let exit = VmExit {

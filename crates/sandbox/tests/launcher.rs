@@ -1,5 +1,5 @@
-//! The launcher as the process it is: this program is both the daemon that asks and, called with
-//! `launcher`, the launcher itself. Assumes root and cgroup v2.
+//! Tests of the launcher process: this program is the daemon's side and, called with `launcher`,
+//! the launcher itself. Needs root and cgroup v2.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -26,48 +26,46 @@ fn main() {
         let exe = std::env::current_exe().unwrap();
         LauncherProcess::start(vec![exe.into(), "launcher".into()]).unwrap()
     };
-    let story = |name: &str, tell: &dyn Fn(&LauncherProcess, &Path)| {
-        tell(&launcher(), &cgroup);
+    let run_test = |name: &str, test: &dyn Fn(&LauncherProcess, &Path)| {
+        test(&launcher(), &cgroup);
         println!("test {name} ... ok");
     };
-    let ask = |launcher: &LauncherProcess, program| runtime.block_on(launcher.launch(program));
+    let launch = |launcher: &LauncherProcess, program| runtime.block_on(launcher.launch(program));
 
-    story(
-        "a program is born into its cgroup and namespaces with its descriptors alone",
-        &|l, c| {
-            let (read, write) = pipe().unwrap();
-            let script = "echo $(ls /proc/self/fd) >&3; cat /proc/self/cgroup >&3; \
+    run_test("a program starts in its cgroup and namespaces with only its descriptors", &|l, c| {
+        let (read, write) = pipe().unwrap();
+        let script = "echo $(ls /proc/self/fd) >&3; cat /proc/self/cgroup >&3; \
                       readlink /proc/self/ns/net >&3; cut -d' ' -f5,6 /proc/self/stat >&3";
-            let _child = ask(l, program(c, &["-c", script], vec![write])).unwrap();
-            let mut text = String::new();
-            File::from(read).read_to_string(&mut text).unwrap();
-            let lines: Vec<&str> = text.lines().collect();
-            // 4 is the folder that ls itself reads; /proc is the host's, so pids may be absent.
-            assert!(lines[0].starts_with("0 1 2 3 "), "{text}");
-            assert!(lines[0].split_whitespace().count() <= 5, "stray descriptors: {text}");
-            let name = c.file_name().unwrap().to_str().unwrap();
-            assert!(lines.iter().any(|l| l.ends_with(name)), "{text}");
-            let ours = fs::read_link("/proc/self/ns/net").unwrap();
-            assert!(!lines.contains(&ours.to_str().unwrap()), "{text}");
-        },
-    );
-    story("a program that is not there is an error with its name", &|l, c| {
+        let _child = launch(l, program(c, &["-c", script], vec![write])).unwrap();
+        let mut text = String::new();
+        File::from(read).read_to_string(&mut text).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        // 4 is the directory that ls reads; /proc is the host's, so the program's pid may be
+        // missing.
+        assert!(lines[0].starts_with("0 1 2 3 "), "{text}");
+        assert!(lines[0].split_whitespace().count() <= 5, "leaked descriptors: {text}");
+        let name = c.file_name().unwrap().to_str().unwrap();
+        assert!(lines.iter().any(|l| l.ends_with(name)), "{text}");
+        let ours = fs::read_link("/proc/self/ns/net").unwrap();
+        assert!(!lines.contains(&ours.to_str().unwrap()), "{text}");
+    });
+    run_test("a missing program is an error with its path", &|l, c| {
         let mut missing = program(c, &[], vec![]);
         missing.exe = "/no/such/vmm".into();
-        let error = ask(l, missing).unwrap_err().to_string();
+        let error = launch(l, missing).unwrap_err().to_string();
         assert!(error.contains("exec of /no/such/vmm"), "{error}");
     });
-    story("what was launched outlives the launcher, and another launcher takes over", &|l, c| {
-        let first = ask(l, program(c, &["-c", "sleep 60"], vec![])).unwrap();
+    run_test("launched programs survive the launcher, which is restarted", &|l, c| {
+        let first = launch(l, program(c, &["-c", "sleep 60"], vec![])).unwrap();
         kill_launchers();
         assert!(!ended(&first, Duration::from_millis(300)));
-        let second = ask(l, program(c, &["-c", "exit 0"], vec![])).unwrap();
+        let second = launch(l, program(c, &["-c", "exit 0"], vec![])).unwrap();
         assert!(ended(&second, Duration::from_secs(10)));
         assert!(!ended(&first, Duration::ZERO));
         fs::write(c.join("cgroup.kill"), "1").unwrap();
         assert!(ended(&first, Duration::from_secs(10)));
     });
-    story("a user namespace is made with its maps, and nobody stays in it", &|l, _| {
+    run_test("a user namespace is created with its maps and without processes", &|l, _| {
         let range = |inside, outside, count| IdRange { inside, outside, count };
         let uids = vec![range(0, 65_536, 1000), range(5000, 200_000, 1)];
         let make = |uids, gids| runtime.block_on(l.user_namespace(uids, gids));
@@ -85,7 +83,7 @@ fn main() {
             let error = make(uids, gids).unwrap_err().to_string();
             assert!(error.contains("map"), "{error}");
         }
-        // Only itself is left of what it made.
+        // The launcher has no children left.
         let me = std::process::id();
         let launchers = fs::read_to_string(format!("/proc/{me}/task/{me}/children")).unwrap();
         for pid in launchers.split_whitespace() {
@@ -134,7 +132,7 @@ fn ended(launched: &Launched, limit: Duration) -> bool {
     poll(&mut fds, PollTimeout::try_from(limit).unwrap()).unwrap() > 0
 }
 
-/// Those that are children of this process, by their pids.
+/// Kills the launchers among this process' children.
 fn kill_launchers() {
     let me = std::process::id();
     let children = fs::read_to_string(format!("/proc/{me}/task/{me}/children")).unwrap();

@@ -261,7 +261,7 @@ impl Pod {
         });
         let sandboxes = sandboxes.await?;
         let pod = spec::pod(&self.namespace, &task.id, spec, &self.settings);
-        let run = sandboxes.run_pod_as(self.paths.key.clone(), pod);
+        let run = sandboxes.run_pod_with_id(self.paths.key.clone(), pod);
         unless_cancelled(cancel, async { run.await.map_err(from_sandbox) }).await.map(drop)
     }
 
@@ -303,7 +303,7 @@ impl Pod {
         let container = spec::container(&task.id, spec, &rootfs, stdio_paths.terminal, has_stdin)
             .map_err(|e| invalid(format!("{e:#}")))?;
         let inner = self.key(&task.id);
-        let create = sandboxes.create_container_as(&self.paths.key, inner.clone(), container);
+        let create = sandboxes.create_container_with_id(&self.paths.key, inner.clone(), container);
         unless_cancelled(cancel, async { create.await.map_err(from_sandbox) }).await?;
         let streams = sandboxes.streams(&inner).await.map_err(from_sandbox)?;
         task.init.set_control(streams.process.control());

@@ -59,11 +59,11 @@ impl Network for ExistingNetns {
         }
     }
 
-    async fn trouble(&self) -> Option<String> {
+    async fn not_ready_reason(&self) -> Option<String> {
         None
     }
 
-    async fn collect(&self, _: &[PodId]) -> Result<(), PortError> {
+    async fn collect_garbage(&self, _: &[PodId]) -> Result<(), PortError> {
         Ok(())
     }
 }

@@ -124,7 +124,7 @@ impl Settings {
             uid_range: 1,
             start_parallelism: 1,
             id_length: KEY_LENGTH,
-            scratch_originals: paths.originals.clone(),
+            scratch_templates: paths.originals.clone(),
             caller_reads_output: true,
             ..sandbox::Config::default()
         }

@@ -12,7 +12,7 @@ use oci_spec::runtime::{
     LinuxResourcesBuilder,
 };
 
-use sandbox::model::{CpuLimits, Room};
+use sandbox::model::{CpuLimits, PodSizing};
 
 use super::Refusal;
 use crate::config::Config;
@@ -287,24 +287,24 @@ pub fn cpu_limits(
 pub fn widened(
     mut size: Size,
     mut cpu: CpuLimits,
-    room: Room,
+    sizing: PodSizing,
     host_cpus: usize,
 ) -> (Size, CpuLimits) {
-    if room.open_cpu && cpu.quota_us.is_some() {
+    if sizing.cpu_unlimited && cpu.quota_us.is_some() {
         (cpu.quota_us, cpu.period_us) = (None, None);
-        size.vcpus = size.vcpus.map(|sum| sum.max(room.vcpus));
+        size.vcpus = size.vcpus.map(|sum| sum.max(sizing.vcpus));
     }
     if cpu.quota_us.is_none()
         && let Some(shares) = cpu.shares
     {
         let most = u8::try_from(host_cpus).unwrap_or(u8::MAX).max(1);
         let asked = u8::try_from(shares.div_ceil(SHARES_OF_A_CPU)).unwrap_or(u8::MAX).min(most);
-        if asked > size.vcpus.unwrap_or(room.vcpus) {
+        if asked > size.vcpus.unwrap_or(sizing.vcpus) {
             size.vcpus = Some(asked);
         }
     }
-    if room.open_memory {
-        size.memory_mib = size.memory_mib.map(|sum| sum.saturating_add(room.memory_mib));
+    if sizing.memory_unlimited {
+        size.memory_mib = size.memory_mib.map(|sum| sum.saturating_add(sizing.memory_mib));
     }
     (size, cpu)
 }
@@ -318,9 +318,10 @@ mod tests {
         let size = Size { vcpus: Some(1), memory_mib: Some(256) };
         let cpu =
             CpuLimits { quota_us: Some(10_000), period_us: Some(100_000), shares: Some(2150) };
-        let closed = Room { vcpus: 2, memory_mib: 2048, open_cpu: false, open_memory: false };
+        let closed =
+            PodSizing { vcpus: 2, memory_mib: 2048, cpu_unlimited: false, memory_unlimited: false };
         assert_eq!(widened(size, cpu, closed, 8), (size, cpu));
-        let open = Room { open_cpu: true, open_memory: true, ..closed };
+        let open = PodSizing { cpu_unlimited: true, memory_unlimited: true, ..closed };
         let (wide, free) = widened(size, cpu, open, 8);
         assert_eq!(free, CpuLimits { quota_us: None, period_us: None, shares: Some(2150) });
         // Its containers ask for 2.1 CPUs.
@@ -332,9 +333,9 @@ mod tests {
 
     #[test]
     fn a_pod_with_cpus_of_its_own_has_as_many() {
-        let room = Room { vcpus: 2, memory_mib: 2048, ..Room::default() };
+        let sizing = PodSizing { vcpus: 2, memory_mib: 2048, ..PodSizing::default() };
         let exclusive = |shares| CpuLimits { shares: Some(shares), ..CpuLimits::default() };
-        let vcpus = |shares| widened(Size::default(), exclusive(shares), room, 16).0.vcpus;
+        let vcpus = |shares| widened(Size::default(), exclusive(shares), sizing, 16).0.vcpus;
         assert_eq!(vcpus(8192), Some(8));
         assert_eq!(vcpus(1 << 18), Some(16));
         // What the default covers is left to it.

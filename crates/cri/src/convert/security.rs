@@ -561,7 +561,7 @@ mod tests {
         {
             let refusal = apparmor(&context, &host).unwrap_err();
             assert!(matches!(refusal, Refusal::Unsupported { .. }), "{refusal}");
-            assert!(refusal.to_string().contains("AppArmor does not run"), "{refusal}");
+            assert!(refusal.to_string().contains("AppArmor is not enabled"), "{refusal}");
         }
     }
 }

@@ -59,7 +59,7 @@ pub fn pod_item(view: &PodView) -> v1::PodSandbox {
 /// there instead.
 fn pod_annotations(view: &PodView) -> BTreeMap<String, String> {
     let given = view.spec.meta.annotations.clone().into_iter();
-    given.chain(view.unread.then(|| (UNREAD.to_string(), view.reason.clone()))).collect()
+    given.chain(view.unreadable.then(|| (UNREAD.to_string(), view.reason.clone()))).collect()
 }
 
 pub fn pod_status(view: &PodView) -> v1::PodSandboxStatus {
@@ -94,7 +94,7 @@ pub fn pod_info(view: &PodView) -> BTreeMap<String, String> {
         "pid": view.vmm_pid,
         "state": format!("{:?}", view.state),
         "reason": view.reason,
-        "recordUnread": view.unread,
+        "recordUnread": view.unreadable,
         "netns": view.netns,
         "netNamespaceClosed": view.netns.is_none(),
         "addresses": view.addresses,
@@ -241,8 +241,12 @@ mod tests {
         let known = pod();
         assert!(!pod_item(&known).annotations.contains_key(UNREAD));
         let reason = "the pod's record cannot be read: it is missing".to_string();
-        let view =
-            PodView { unread: true, state: PodState::NotReady, reason: reason.clone(), ..known };
+        let view = PodView {
+            unreadable: true,
+            state: PodState::NotReady,
+            reason: reason.clone(),
+            ..known
+        };
         assert_eq!(pod_item(&view).annotations[UNREAD], reason);
         let status = pod_status(&view);
         assert_eq!(status.annotations[UNREAD], reason);

@@ -38,7 +38,7 @@ pub(crate) fn pod() -> PodView {
         netns: Some("/run/netns/p".into()),
         vmm_pid: Some(42),
         kernel_release: "6.1".into(),
-        unread: false,
+        unreadable: false,
     }
 }
 

@@ -43,7 +43,7 @@ impl Runtime {
         let (config, images) = (Arc::new(config), self.images.clone());
         let (pod_id, settings) = (pod.id.clone(), self.config.clone());
         // Looks at the host's files, which may lie on a network.
-        let spec = self.sandboxes.look(&pod_id, what, move || {
+        let spec = self.sandboxes.run_on_host_files(&pod_id, what, move || {
             let _conversion = conversion;
             let parts = ImageParts {
                 id: &image.id,

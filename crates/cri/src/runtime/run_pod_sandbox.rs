@@ -18,9 +18,9 @@ impl Runtime {
         })?;
         let mut spec = pod::to_spec(&config, &request.runtime_handler, &self.host, &self.config)
             .map_err(refusal_status)?;
-        let room = self.sandboxes.room(&spec.cgroup_parent).await;
+        let sizing = self.sandboxes.pod_sizing(&spec.cgroup_parent).await;
         let size = Size { vcpus: spec.vcpus, memory_mib: spec.memory_mib };
-        let (size, cpu) = widened(size, spec.cpu, room, self.host.cpus);
+        let (size, cpu) = widened(size, spec.cpu, sizing, self.host.cpus);
         (spec.vcpus, spec.memory_mib, spec.cpu) = (size.vcpus, size.memory_mib, cpu);
         let pod_sandbox_id = self.sandboxes.run_pod(spec).await.map_err(sandbox_status)?;
         Ok(v1::RunPodSandboxResponse { pod_sandbox_id })

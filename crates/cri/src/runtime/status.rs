@@ -58,7 +58,7 @@ impl Runtime {
 
     /// What is stored on this node and cannot be read.
     async fn damaged(&self) -> serde_json::Value {
-        let pods = self.sandboxes.pods(&Filter::default()).into_iter().filter(|pod| pod.unread);
+        let pods = self.sandboxes.pods(&Filter::default()).into_iter().filter(|pod| pod.unreadable);
         let pods: Vec<_> = pods.map(|pod| json!({ "id": pod.id, "reason": pod.reason })).collect();
         let images = self.images.damaged().into_iter();
         let images: Vec<_> =

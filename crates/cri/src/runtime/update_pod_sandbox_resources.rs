@@ -1,6 +1,6 @@
 //! UpdatePodSandboxResources: the size of a pod's VM, and its share of the host's CPUs.
 
-use sandbox::model::{PodResources, Room};
+use sandbox::model::{PodResources, PodSizing};
 use tonic::Status;
 
 use super::Runtime;
@@ -15,9 +15,9 @@ impl Runtime {
         request: v1::UpdatePodSandboxResourcesRequest,
     ) -> Result<v1::UpdatePodSandboxResourcesResponse, Status> {
         let view = self.sandboxes.pod(&request.pod_sandbox_id).map_err(sandbox_status)?;
-        let room = self.sandboxes.room(&view.spec.cgroup_parent).await;
+        let sizing = self.sandboxes.pod_sizing(&view.spec.cgroup_parent).await;
         let change =
-            change(&request, room, self.host.cpus, &self.config).map_err(refusal_status)?;
+            change(&request, sizing, self.host.cpus, &self.config).map_err(refusal_status)?;
         if change != PodResources::default() {
             self.sandboxes.update_pod(&view.id, change).await.map_err(sandbox_status)?;
         }
@@ -28,14 +28,14 @@ impl Runtime {
 /// What the request leaves at its zero stays as it is.
 fn change(
     request: &v1::UpdatePodSandboxResourcesRequest,
-    room: Room,
+    sizing: PodSizing,
     host_cpus: usize,
     config: &crate::Config,
 ) -> Result<PodResources, Refusal> {
     let (resources, overhead) = (request.resources.as_ref(), request.overhead.as_ref());
     let size = vm_size(resources, overhead, host_cpus, config)?;
     let (Size { vcpus, memory_mib }, cpu) =
-        widened(size, cpu_limits(resources, overhead), room, host_cpus);
+        widened(size, cpu_limits(resources, overhead), sizing, host_cpus);
     let cpu = Some(cpu).filter(|cpu| *cpu != Default::default());
     Ok(PodResources { vcpus, memory_mib, cpu })
 }
@@ -55,7 +55,7 @@ mod tests {
         let request =
             v1::UpdatePodSandboxResourcesRequest { resources: Some(limits), ..Default::default() };
         let config = crate::Config::default();
-        let change = change(&request, Room::default(), 8, &config).unwrap();
+        let change = change(&request, PodSizing::default(), 8, &config).unwrap();
         assert_eq!(change.vcpus, Some(2));
         assert_eq!(change.memory_mib, Some(512 + config.guest_overhead_mib));
         assert_eq!(change.cpu.unwrap().quota_us, Some(150_000));
@@ -64,12 +64,12 @@ mod tests {
     #[test]
     fn an_update_that_says_nothing_changes_nothing() {
         let nothing = v1::UpdatePodSandboxResourcesRequest::default();
-        let found = change(&nothing, Room::default(), 8, &crate::Config::default()).unwrap();
+        let found = change(&nothing, PodSizing::default(), 8, &crate::Config::default()).unwrap();
         assert_eq!(found, PodResources::default());
         let wrong = v1::UpdatePodSandboxResourcesRequest {
             resources: Some(v1::LinuxContainerResources { cpu_quota: -7, ..Default::default() }),
             ..Default::default()
         };
-        assert!(change(&wrong, Room::default(), 8, &crate::Config::default()).is_err());
+        assert!(change(&wrong, PodSizing::default(), 8, &crate::Config::default()).is_err());
     }
 }

@@ -102,11 +102,11 @@ impl cri::Health for NodeHealth {
     }
 
     async fn network(&self) -> Option<String> {
-        self.network.trouble().await
+        self.network.not_ready_reason().await
     }
 
     async fn damaged_networks(&self) -> Vec<String> {
-        self.network.damaged().await
+        self.network.damaged_records().await
     }
 
     fn facts(&self) -> serde_json::Value {

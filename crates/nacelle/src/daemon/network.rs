@@ -43,15 +43,15 @@ impl Network for CniNetwork {
         self.0.detach(pod).await.map_err(port_error)
     }
 
-    async fn trouble(&self) -> Option<String> {
+    async fn not_ready_reason(&self) -> Option<String> {
         self.0.trouble().await
     }
 
-    async fn damaged(&self) -> Vec<String> {
+    async fn damaged_records(&self) -> Vec<String> {
         self.0.damaged().await
     }
 
-    async fn collect(&self, known: &[PodId]) -> Result<(), PortError> {
+    async fn collect_garbage(&self, known: &[PodId]) -> Result<(), PortError> {
         self.0.collect(known).await.map_err(port_error)
     }
 }

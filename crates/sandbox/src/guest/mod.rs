@@ -1,7 +1,7 @@
-//! A pod's agent, in its guest, as a client with a deadline on every call.
+//! Client of a pod's agent, with a deadline for every call.
 //!
-//! A connection that breaks is made anew by the next call. Messages are capped in both directions:
-//! a hostile guest can make us hold [`agent_api::MAX_MESSAGE`] bytes a call, no more.
+//! A broken connection is re-established by the next call. Messages are limited in both directions:
+//! a hostile guest can make the daemon hold [`agent_api::MAX_MESSAGE`] bytes per call.
 
 mod connect;
 mod forward;
@@ -24,22 +24,22 @@ use crate::error::Error;
 use crate::failpoint::Failpoints;
 use crate::observe::{Measured, Observer, Outcome};
 
-pub(crate) use connect::{Door, SOCKETS, connect};
-pub(crate) use forward::{Unconnected, forward};
-pub(crate) use stream::{Output, Refused, StreamId, StreamReader, open_stdin};
+pub(crate) use connect::{AgentAddress, SOCKETS, connect};
+pub(crate) use forward::{ForwardError, forward};
+pub(crate) use stream::{Output, StreamError, StreamId, StreamReader, open_stdin};
 
-/// A handshake takes this long at most before it is tried anew.
+/// Longest handshake before it is retried.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
-/// Longest text of a guest's error that is passed on, bytes.
+/// Longest error text of a guest, bytes.
 const MAX_GUEST_TEXT: usize = 2048;
 
 /// Client of one guest; cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Guest {
-    door: Arc<Door>,
+    address: Arc<AgentAddress>,
     client: AgentClient<Channel>,
-    /// A connection made while waiting for the boot, for the channel's first use.
-    spare: Arc<Mutex<Option<UnixStream>>>,
+    /// Connection made while waiting for the boot; the channel's first use takes it.
+    first_connection: Arc<Mutex<Option<UnixStream>>>,
     deadline: Duration,
     observer: Arc<dyn Observer>,
     failpoints: Failpoints,
@@ -47,38 +47,38 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new(
-        door: Door,
+        address: AgentAddress,
         deadline: Duration,
         observer: Arc<dyn Observer>,
         failpoints: Failpoints,
     ) -> Self {
-        let door = Arc::new(door);
-        let spare = Arc::new(Mutex::new(None::<UnixStream>));
-        let (path, first) = (door.clone(), spare.clone());
+        let address = Arc::new(address);
+        let first_connection = Arc::new(Mutex::new(None::<UnixStream>));
+        let (path, first) = (address.clone(), first_connection.clone());
         let connector = tower::service_fn(move |_: Uri| {
             let (path, first) = (path.clone(), first.clone());
             async move {
                 let ready = first.lock().unwrap_or_else(PoisonError::into_inner).take();
                 let stream = match ready {
                     Some(stream) => stream,
-                    None => connect_in_time(&path).await?,
+                    None => connect_with_timeout(&path).await?,
                 };
                 Ok::<_, io::Error>(TokioIo::new(stream))
             }
         });
-        // The name is never resolved: the connector decides.
+        // The host name is not resolved: the connector ignores it.
         let channel = Endpoint::from_static("http://guest").connect_with_connector_lazy(connector);
         let client = AgentClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE);
-        Self { door, client, spare, deadline, observer, failpoints }
+        Self { address, client, first_connection, deadline, observer, failpoints }
     }
 
-    pub(crate) fn door(&self) -> &Door {
-        &self.door
+    pub(crate) fn address(&self) -> &AgentAddress {
+        &self.address
     }
 
-    /// One call, with the ordinary deadline.
+    /// Calls the agent, with the default deadline.
     pub(crate) async fn call<T, F>(
         &self,
         what: &str,
@@ -108,7 +108,7 @@ impl Guest {
             }
         };
         let began = Instant::now();
-        let result = self.failpoints.around(&place, called).await;
+        let result = self.failpoints.wrap(&place, called).await;
         self.called(what, Outcome::of(&result), began);
         result
     }
@@ -128,24 +128,23 @@ impl Guest {
         if !(MIN_PROTOCOL..=PROTOCOL).contains(&protocol) {
             let oldest = if min_protocol == 0 { protocol } else { min_protocol };
             return Err(Error::unavailable(format!(
-                "the guest's agent speaks protocols {oldest} to {protocol}, this daemon \
+                "the guest's agent supports protocols {oldest} to {protocol}, this daemon \
                  {MIN_PROTOCOL} to {PROTOCOL}: use an initramfs of this release or the one before"
             )));
         }
         Ok(reply)
     }
 
-    /// Whether the agent is alive. Whatever it answers shows that it is, also an error or a version
-    /// that we do not speak; and what fails on our side, for want of descriptors or memory, says
-    /// nothing about it.
+    /// Checks that the agent is alive. Any reply shows that, also an error or an unsupported
+    /// version. A local failure (file descriptors, memory) says nothing about the agent.
     pub(crate) async fn ping(&self, limit: Duration) -> Result<(), Error> {
         let mut client = self.client.clone();
         let call = client.hello(HelloRequest { protocol: PROTOCOL });
         let began = Instant::now();
         let result = match tokio::time::timeout(limit, call).await {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(status)) if is_answer(&status) || is_our_own(&status) => {
-                tracing::debug!(%status, "ping was answered with an error");
+            Ok(Err(status)) if is_reply(&status) || is_local_failure(&status) => {
+                tracing::debug!(%status, "ping returned an error");
                 Ok(())
             }
             Ok(Err(status)) => Err(from_status("ping", &status)),
@@ -155,12 +154,13 @@ impl Guest {
         result
     }
 
-    /// Tries until the agent listens; the caller sets the limit by dropping the future.
+    /// Retries until the agent listens; the caller limits the time by dropping the future.
     pub(crate) async fn wait_until_up(&self) {
         let mut pause = Duration::from_millis(4);
         loop {
-            if let Ok(stream) = connect_in_time(&self.door).await {
-                *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
+            if let Ok(stream) = connect_with_timeout(&self.address).await {
+                *self.first_connection.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Some(stream);
                 return;
             }
             tokio::time::sleep(pause).await;
@@ -169,14 +169,14 @@ impl Guest {
     }
 }
 
-/// A status that the peer has sent. The client's own failures (connection, HTTP/2) have a source,
-/// which no peer can send.
-fn is_answer(status: &Status) -> bool {
+/// A status sent by the peer. The client's own failures (connection, HTTP/2) have a source, which a
+/// peer cannot send.
+fn is_reply(status: &Status) -> bool {
     std::error::Error::source(status).is_none()
 }
 
-/// A failure that comes from this process' limits.
-fn is_our_own(status: &Status) -> bool {
+/// A failure caused by this process' limits.
+fn is_local_failure(status: &Status) -> bool {
     let mut source = std::error::Error::source(status);
     while let Some(error) = source {
         let code = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
@@ -188,14 +188,14 @@ fn is_our_own(status: &Status) -> bool {
     false
 }
 
-async fn connect_in_time(door: &Door) -> io::Result<UnixStream> {
-    match tokio::time::timeout(CONNECT_LIMIT, connect(door, CONTROL_PORT)).await {
+async fn connect_with_timeout(address: &AgentAddress) -> io::Result<UnixStream> {
+    match tokio::time::timeout(CONNECT_LIMIT, connect(address, CONTROL_PORT)).await {
         Ok(result) => result,
         Err(_) => Err(io::ErrorKind::TimedOut.into()),
     }
 }
 
-/// The agent's status codes are its error classes; its text comes from a hostile place and is cut.
+/// Maps status codes to error classes; the text comes from the guest and is cut.
 fn from_status(what: &str, status: &Status) -> Error {
     let text: String = status
         .message()
@@ -226,12 +226,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_that_was_answered_is_told_from_a_broken_connection() {
-        assert!(is_answer(&Status::internal("no")) && is_answer(&Status::unavailable("later")));
+    fn an_error_reply_is_distinguished_from_a_broken_connection() {
+        assert!(is_reply(&Status::internal("no")) && is_reply(&Status::unavailable("later")));
         for (kind, ours) in [(libc::ECONNREFUSED, false), (libc::EMFILE, true)] {
             let status = Status::from_error(Box::new(io::Error::from_raw_os_error(kind)));
-            assert!(!is_answer(&status));
-            assert_eq!(is_our_own(&status), ours);
+            assert!(!is_reply(&status));
+            assert_eq!(is_local_failure(&status), ours);
         }
     }
 }

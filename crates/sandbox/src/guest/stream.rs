@@ -1,4 +1,4 @@
-//! Process streams on their own vsock connections ([`agent_api::stdio`]).
+//! Process streams, each on its own vsock connection ([`agent_api::stdio`]).
 
 use std::future::Future;
 use std::io;
@@ -13,32 +13,32 @@ use agent_api::stdio::{FRAME_HEADER, Kind, MAX_FRAME, Open, Status, WINDOW};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::UnixStream;
 
-use super::{Door, connect};
+use super::{AgentAddress, connect};
 
-/// Acknowledge at the latest after this many bytes, so that the agent's window never closes on a
-/// reader that keeps up.
+/// Acknowledge after at max this many bytes, so that the agent's window never closes for a reader
+/// that keeps up.
 const ACK_AFTER: u64 = (WINDOW / 4) as u64;
 
-/// A broken connection is made anew so many times, as long as nothing comes over it.
-const REOPEN_ATTEMPTS: u32 = 5;
-const REOPEN_PAUSE: Duration = Duration::from_millis(200);
+/// Reconnects of a stream without receiving any data.
+const RECONNECT_ATTEMPTS: u32 = 5;
+const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 
-type Reopening = Pin<Box<dyn Future<Output = Result<Incoming, Refused>> + Send>>;
+type Reconnect = Pin<Box<dyn Future<Output = Result<Incoming, StreamError>> + Send>>;
 
-/// A guest that takes longer to answer is sick.
+/// Longest wait for the reply to an open request.
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
 
 /// A process' stream.
 #[derive(Debug, Clone)]
 pub(crate) struct StreamId {
     pub(crate) container: String,
-    /// Empty: the container's own process.
+    /// Empty: the container's init process.
     pub(crate) exec: String,
     pub(crate) kind: Kind,
 }
 
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Refused {
+pub(crate) enum StreamError {
     #[error("stream connection")]
     Io(#[from] io::Error),
     #[error("the guest refused the stream: {0:?}")]
@@ -46,24 +46,24 @@ pub(crate) enum Refused {
 }
 
 async fn open(
-    door: &Door,
+    address: &AgentAddress,
     id: &StreamId,
     offset: u64,
     framed: bool,
-) -> Result<UnixStream, Refused> {
-    match tokio::time::timeout(OPEN_LIMIT, join(door, id, offset, framed)).await {
+) -> Result<UnixStream, StreamError> {
+    match tokio::time::timeout(OPEN_LIMIT, open_stream(address, id, offset, framed)).await {
         Ok(opened) => opened,
-        Err(_) => Err(Refused::Io(io::ErrorKind::TimedOut.into())),
+        Err(_) => Err(StreamError::Io(io::ErrorKind::TimedOut.into())),
     }
 }
 
-async fn join(
-    door: &Door,
+async fn open_stream(
+    address: &AgentAddress,
     id: &StreamId,
     offset: u64,
     framed: bool,
-) -> Result<UnixStream, Refused> {
-    let mut stream = connect(door, STDIO_PORT).await?;
+) -> Result<UnixStream, StreamError> {
+    let mut stream = connect(address, STDIO_PORT).await?;
     let header = Open {
         kind: id.kind,
         offset,
@@ -74,51 +74,51 @@ async fn join(
     stream.write_all(&header.encode()).await?;
     match Status::try_from(stream.read_u8().await?) {
         Ok(Status::Ok) => Ok(stream),
-        Ok(status) => Err(Refused::Status(status)),
-        Err(e) => Err(Refused::Io(io::Error::new(io::ErrorKind::InvalidData, e))),
+        Ok(status) => Err(StreamError::Status(status)),
+        Err(e) => Err(StreamError::Io(io::Error::new(io::ErrorKind::InvalidData, e))),
     }
 }
 
-/// What comes over a connection for output.
+/// The receiving side of an output connection.
 #[derive(Debug)]
 struct Incoming {
     stream: UnixStream,
-    state: Reading,
+    state: FrameState,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Reading {
-    /// From an agent that knows no frames: the connection's end is the stream's.
+enum FrameState {
+    /// An agent without framing: the end of the connection is the end of the stream.
     Raw,
-    /// So much of a frame's length has come.
+    /// Partially received length of a frame.
     Length([u8; FRAME_HEADER], usize),
-    /// So many bytes of a frame are to come.
+    /// Remaining bytes of a frame.
     Bytes(usize),
-    /// The agent has said that nothing follows.
+    /// End of the stream received.
     Ended,
 }
 
 impl Incoming {
-    async fn open(door: &Door, id: &StreamId, offset: u64) -> Result<Self, Refused> {
-        let (opened, state) = match open(door, id, offset, true).await {
-            Err(Refused::Status(Status::BadHeader)) => {
-                (open(door, id, offset, false).await, Reading::Raw)
+    async fn open(address: &AgentAddress, id: &StreamId, offset: u64) -> Result<Self, StreamError> {
+        let (opened, state) = match open(address, id, offset, true).await {
+            Err(StreamError::Status(Status::BadHeader)) => {
+                (open(address, id, offset, false).await, FrameState::Raw)
             }
-            opened => (opened, Reading::Length([0; FRAME_HEADER], 0)),
+            opened => (opened, FrameState::Length([0; FRAME_HEADER], 0)),
         };
         Ok(Self { stream: opened?, state })
     }
 }
 
-/// Reads what is there into the first `most` bytes of `buf`; answers how much.
-fn poll_some(
+/// Reads available data into the first `max` bytes of `buf`; returns its size.
+fn poll_at_most(
     stream: &mut UnixStream,
     cx: &mut Context<'_>,
     buf: &mut ReadBuf<'_>,
-    most: usize,
+    max: usize,
 ) -> Poll<io::Result<usize>> {
-    let most = most.min(buf.remaining());
-    let mut part = ReadBuf::new(buf.initialize_unfilled_to(most));
+    let max = max.min(buf.remaining());
+    let mut part = ReadBuf::new(buf.initialize_unfilled_to(max));
     ready!(Pin::new(stream).poll_read(cx, &mut part))?;
     let n = part.filled().len();
     buf.advance(n);
@@ -126,7 +126,7 @@ fn poll_some(
 }
 
 impl AsyncRead for Incoming {
-    /// Reads nothing at the end of the stream; a connection that ends before it is an error.
+    /// Reads nothing at the end of the stream; an earlier end of the connection is an error.
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -142,18 +142,18 @@ impl AsyncRead for Incoming {
         }
         loop {
             match *state {
-                Reading::Raw => return Pin::new(stream).poll_read(cx, buf),
-                Reading::Ended => return Poll::Ready(Ok(())),
-                Reading::Length(mut bytes, have) => {
+                FrameState::Raw => return Pin::new(stream).poll_read(cx, buf),
+                FrameState::Ended => return Poll::Ready(Ok(())),
+                FrameState::Length(mut bytes, have) => {
                     let mut part = ReadBuf::new(&mut bytes[have..]);
-                    let n = ready!(poll_some(stream, cx, &mut part, FRAME_HEADER))?;
+                    let n = ready!(poll_at_most(stream, cx, &mut part, FRAME_HEADER))?;
                     if n == 0 {
                         return broken();
                     }
                     *state = match (have + n, u32::from_le_bytes(bytes) as usize) {
-                        (have, _) if have < FRAME_HEADER => Reading::Length(bytes, have),
-                        (_, 0) => Reading::Ended,
-                        (_, length) if length <= MAX_FRAME => Reading::Bytes(length),
+                        (have, _) if have < FRAME_HEADER => FrameState::Length(bytes, have),
+                        (_, 0) => FrameState::Ended,
+                        (_, length) if length <= MAX_FRAME => FrameState::Bytes(length),
                         (_, length) => {
                             let message = format!("frame of {length} bytes from the guest");
                             let error = io::Error::new(io::ErrorKind::InvalidData, message);
@@ -161,14 +161,14 @@ impl AsyncRead for Incoming {
                         }
                     };
                 }
-                Reading::Bytes(left) => {
-                    let n = ready!(poll_some(stream, cx, buf, left))?;
+                FrameState::Bytes(left) => {
+                    let n = ready!(poll_at_most(stream, cx, buf, left))?;
                     if n == 0 {
                         return broken();
                     }
                     *state = match left - n {
-                        0 => Reading::Length([0; FRAME_HEADER], 0),
-                        left => Reading::Bytes(left),
+                        0 => FrameState::Length([0; FRAME_HEADER], 0),
+                        left => FrameState::Bytes(left),
                     };
                     return Poll::Ready(Ok(()));
                 }
@@ -177,23 +177,30 @@ impl AsyncRead for Incoming {
     }
 }
 
-/// Opens a process' standard input; shutting the stream down closes it.
-pub(crate) async fn open_stdin(door: &Door, id: &StreamId) -> Result<UnixStream, Refused> {
-    open(door, id, 0, false).await
+/// Opens a process' standard input; shutting down the stream closes it.
+pub(crate) async fn open_stdin(
+    address: &AgentAddress,
+    id: &StreamId,
+) -> Result<UnixStream, StreamError> {
+    open(address, id, 0, false).await
 }
 
-/// An output stream whose reader says itself what is stored.
+/// An output stream whose reader acknowledges explicitly.
 pub(crate) struct StreamReader {
     incoming: Incoming,
 }
 
 impl StreamReader {
-    pub(crate) async fn open(door: &Door, id: &StreamId, offset: u64) -> Result<Self, Refused> {
-        Ok(Self { incoming: Incoming::open(door, id, offset).await? })
+    pub(crate) async fn open(
+        address: &AgentAddress,
+        id: &StreamId,
+        offset: u64,
+    ) -> Result<Self, StreamError> {
+        Ok(Self { incoming: Incoming::open(address, id, offset).await? })
     }
 
-    /// Reads what is there; 0 is the end of the stream. After an error the stream goes on over
-    /// another connection. Cancel-safe.
+    /// Reads available data; 0 is the end of the stream. After an error, open the stream again.
+    /// Cancel-safe.
     pub(crate) async fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.incoming.read(buffer).await
     }
@@ -204,57 +211,55 @@ impl StreamReader {
     }
 }
 
-/// An output stream that acknowledges what has been read from it. When its connection breaks it goes
-/// on over another one, where it had been read to.
+/// An output stream that acknowledges what was read. After a broken connection it reconnects at the
+/// offset that was read.
 pub(crate) struct Output {
-    door: Door,
+    address: AgentAddress,
     id: StreamId,
     incoming: Incoming,
-    /// Being opened in place of a connection that broke, and how often that was tried since anything
-    /// was read.
-    reopening: Option<Reopening>,
+    /// The reconnect in progress, and the attempts since data was last received.
+    reconnect: Option<Reconnect>,
     attempts: u32,
     read: Arc<AtomicU64>,
     acked: u64,
-    /// An acknowledgement on its way, and how much of it is written.
+    /// An acknowledgement that is being sent, and its bytes written so far.
     pending: Option<([u8; 8], usize)>,
 }
 
 impl Output {
-    /// Opens the stream where `read` says that it has been read to, and keeps that up to date, so
-    /// that it can be opened again.
+    /// Opens the stream at offset `read`, and updates `read`, so that it can be opened again.
     pub(crate) async fn open(
-        door: &Door,
+        address: &AgentAddress,
         id: &StreamId,
         read: Arc<AtomicU64>,
-    ) -> Result<Self, Refused> {
+    ) -> Result<Self, StreamError> {
         let acked = read.load(Ordering::Relaxed);
-        let incoming = Incoming::open(door, id, acked).await?;
-        let (door, id) = (door.clone(), id.clone());
-        Ok(Self { door, id, incoming, reopening: None, attempts: 0, read, acked, pending: None })
+        let incoming = Incoming::open(address, id, acked).await?;
+        let (address, id) = (address.clone(), id.clone());
+        Ok(Self { address, id, incoming, reconnect: None, attempts: 0, read, acked, pending: None })
     }
 
-    /// Begins to open the stream again, or says what broke it.
-    fn reopen(&mut self, error: io::Error) -> io::Result<()> {
-        // The guest does not keep to the protocol, or cannot be reached.
-        if error.kind() == io::ErrorKind::InvalidData || self.attempts >= REOPEN_ATTEMPTS {
+    /// Starts a reconnect, or returns the error.
+    fn start_reconnect(&mut self, error: io::Error) -> io::Result<()> {
+        // The guest violates the protocol or is unreachable.
+        if error.kind() == io::ErrorKind::InvalidData || self.attempts >= RECONNECT_ATTEMPTS {
             return Err(error);
         }
         self.attempts += 1;
-        let (door, id) = (self.door.clone(), self.id.clone());
+        let (address, id) = (self.address.clone(), self.id.clone());
         let offset = self.read.load(Ordering::Relaxed);
         self.acked = offset;
         self.pending = None;
-        tracing::debug!(?id, offset, %error, "output goes on over another connection");
-        self.reopening = Some(Box::pin(async move {
-            tokio::time::sleep(REOPEN_PAUSE).await;
-            Incoming::open(&door, &id, offset).await
+        tracing::debug!(?id, offset, %error, "reconnecting an output stream");
+        self.reconnect = Some(Box::pin(async move {
+            tokio::time::sleep(RECONNECT_PAUSE).await;
+            Incoming::open(&address, &id, offset).await
         }));
         Ok(())
     }
 
-    /// Writes acknowledgements as far as the socket takes them. A peer that has gone is noticed by
-    /// the next read.
+    /// Writes pending acknowledgements without blocking. A closed peer is detected by the next
+    /// read.
     fn flush_acks(&mut self, cx: &mut Context<'_>) {
         loop {
             let (bytes, done) = match self.pending {
@@ -292,13 +297,13 @@ impl AsyncRead for Output {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         loop {
-            if let Some(reopening) = &mut this.reopening {
-                let opened = ready!(reopening.as_mut().poll(cx));
-                this.reopening = None;
+            if let Some(reconnect) = &mut this.reconnect {
+                let opened = ready!(reconnect.as_mut().poll(cx));
+                this.reconnect = None;
                 match opened {
                     Ok(incoming) => this.incoming = incoming,
-                    Err(Refused::Io(error)) => {
-                        this.reopen(error)?;
+                    Err(StreamError::Io(error)) => {
+                        this.start_reconnect(error)?;
                         continue;
                     }
                     Err(refused) => {
@@ -312,13 +317,13 @@ impl AsyncRead for Output {
             let got = (buf.filled().len() - before) as u64;
             let read = this.read.fetch_add(got, Ordering::Relaxed) + got;
             if let Poll::Ready(Err(error)) = polled {
-                this.reopen(error)?;
+                this.start_reconnect(error)?;
                 continue;
             }
             if got > 0 {
                 this.attempts = 0;
             }
-            // Also at the end: the guest keeps a process until its last byte is acknowledged.
+            // Also at EOF: the guest keeps a process until its last byte is acknowledged.
             if got == 0 || read - this.acked >= ACK_AFTER {
                 this.flush_acks(cx);
             }
@@ -331,16 +336,16 @@ impl AsyncRead for Output {
 mod tests {
     use super::*;
 
-    /// What a reader makes of these pieces, each sent by itself, and of the connection's end.
-    async fn read(state: Reading, pieces: &[&[u8]]) -> (Vec<u8>, io::Result<()>) {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let mut incoming = Incoming { stream: ours, state };
+    /// Reads these chunks, each sent separately, and then the end of the connection.
+    async fn read(state: FrameState, chunks: &[&[u8]]) -> (Vec<u8>, io::Result<()>) {
+        let (local, mut peer) = UnixStream::pair().unwrap();
+        let mut incoming = Incoming { stream: local, state };
         let send = async {
-            for piece in pieces {
-                theirs.write_all(piece).await.unwrap();
+            for chunk in chunks {
+                peer.write_all(chunk).await.unwrap();
                 tokio::task::yield_now().await;
             }
-            drop(theirs);
+            drop(peer);
         };
         let receive = async {
             let (mut all, mut buffer) = (Vec::new(), [0; 3]);
@@ -355,28 +360,28 @@ mod tests {
         tokio::join!(receive, send).0
     }
 
-    const BEGIN: Reading = Reading::Length([0; FRAME_HEADER], 0);
+    const BEGIN: FrameState = FrameState::Length([0; FRAME_HEADER], 0);
 
     #[tokio::test]
-    async fn only_the_marked_end_is_the_end_of_a_stream() {
+    async fn only_an_end_frame_ends_a_stream() {
         let whole: &[&[u8]] = &[b"\x05\0", b"\0\0hel", b"lo\x01\0\0\0!", b"\0\0\0\0"];
         let (bytes, end) = read(BEGIN, whole).await;
         assert!(bytes == b"hello!" && end.is_ok(), "{end:?}");
-        // Wherever the connection breaks before, what has come stays good.
+        // Data before the break is delivered.
         let flat = whole.concat();
         for cut in 0..flat.len() {
             let (bytes, end) = read(BEGIN, &[&flat[..cut]]).await;
             assert!(b"hello!".starts_with(&bytes[..]), "{cut}: {bytes:?}");
-            let error = end.expect_err("taken for the end");
+            let error = end.expect_err("a break was taken for EOF");
             assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted, "{cut}: {error}");
         }
     }
 
     #[tokio::test]
-    async fn a_frame_that_is_too_large_is_refused_and_an_old_agent_sends_none() {
+    async fn an_oversized_frame_is_refused_and_unframed_streams_are_accepted() {
         let (_, end) = read(BEGIN, &[b"\xff\xff\xff\xff"]).await;
         assert_eq!(end.unwrap_err().kind(), io::ErrorKind::InvalidData);
-        let (bytes, end) = read(Reading::Raw, &[b"\x05\0\0\0"]).await;
+        let (bytes, end) = read(FrameState::Raw, &[b"\x05\0\0\0"]).await;
         assert!(bytes == b"\x05\0\0\0" && end.is_ok());
     }
 }

@@ -1,4 +1,4 @@
-//! The pod's leaf in the host's cgroup v2 tree; the VMM is its only inhabitant.
+//! The pod's leaf in the host's cgroup v2 tree; it has the VMM and the file server.
 //!
 //! Spec: Documentation/admin-guide/cgroup-v2.rst, "Basic Operations" and "Core Interface Files".
 
@@ -9,25 +9,25 @@ use std::time::Duration;
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
-use super::absent_is_fine;
+use super::ignore_not_found;
 use crate::error::Error;
 use crate::model::CpuLimits;
 
-/// Parent of pods whose caller names none.
+/// Default parent cgroup.
 const DEFAULT_PARENT: &str = "nacelle";
-/// cpu.max, microseconds: the kernel's default period, and the least quota that it takes.
+/// cpu.max, microseconds: the kernel's default period, and the smallest quota that it accepts.
 const DEFAULT_PERIOD: u64 = 100_000;
 const MIN_QUOTA: u64 = 1000;
-/// cpu.weight of a cgroup that nobody has changed.
+/// The kernel's default cpu.weight.
 const DEFAULT_WEIGHT: u64 = 100;
-/// Entries of the tree that are looked at for a lost leaf; containers may make any number.
+/// Most entries searched for a lost leaf; containers may create any number of cgroups.
 const MAX_SEARCHED: usize = 1 << 20;
-/// Below the leaf of a pod without a VM: its agent's own (`agent/src/oci/cgroup.rs`).
+/// The agent's cgroup below the leaf of a host pod (`agent/src/oci/cgroup.rs`).
 const AGENT: &str = "agent";
-/// A killed VMM is gone within this time, or the kernel holds it for good.
+/// Longest wait for the leaf to become empty after cgroup.kill.
 const EMPTY_LIMIT: Duration = Duration::from_secs(10);
 
-/// Mount point of cgroup v2: the configured one, or what the host has.
+/// Mount point of cgroup v2: the configured or the host's.
 pub(crate) fn find_root(configured: &Path) -> Result<PathBuf, Error> {
     let candidates = if configured.as_os_str().is_empty() {
         vec![PathBuf::from("/sys/fs/cgroup"), PathBuf::from("/sys/fs/cgroup/unified")]
@@ -44,10 +44,10 @@ pub(crate) fn find_root(configured: &Path) -> Result<PathBuf, Error> {
     })
 }
 
-/// Where the leaf of a pod stands.
+/// Path of a pod's leaf.
 ///
-/// `parent` is a path below the root, or the bare name of a systemd slice, which says its own
-/// path: `a-b.slice` lives in `a.slice` (systemd.slice(5)).
+/// `parent` is a path below the root, or the name of a systemd slice, which implies its path:
+/// `a-b.slice` is in `a.slice` (systemd.slice(5)).
 pub(crate) fn leaf(root: &Path, parent: &str, pod: &str) -> Result<PathBuf, Error> {
     let relative = match parent.trim_matches('/') {
         "" => PathBuf::from(DEFAULT_PARENT),
@@ -55,18 +55,18 @@ pub(crate) fn leaf(root: &Path, parent: &str, pod: &str) -> Result<PathBuf, Erro
         path => PathBuf::from(path),
     };
     if !relative.components().all(|c| matches!(c, Component::Normal(_))) {
-        return Err(Error::invalid(format!("cgroup parent {parent:?} is not a plain path")));
+        return Err(Error::invalid(format!("invalid cgroup parent {parent:?}")));
     }
     Ok(root.join(relative).join(leaf_name(pod)))
 }
 
-/// Leaves of a pod, wherever they stand; for a pod of which nothing but its id is known. Blocks.
+/// All leaves of a pod in the tree; for a pod of which only the id is known. Blocks.
 pub(crate) fn find_leaves(root: &Path, pod: &str) -> Vec<PathBuf> {
     let name = leaf_name(pod);
-    let (mut folders, mut found) = (vec![root.to_owned()], Vec::new());
+    let (mut directories, mut found) = (vec![root.to_owned()], Vec::new());
     let mut seen = 0;
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
             seen += 1;
             if seen > MAX_SEARCHED {
                 return found;
@@ -74,10 +74,10 @@ pub(crate) fn find_leaves(root: &Path, pod: &str) -> Vec<PathBuf> {
             if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 continue;
             }
-            // What lives in a pod's leaf is the pod's.
+            // Do not search inside the leaf.
             match entry.file_name() == *name {
                 true => found.push(entry.path()),
-                false => folders.push(entry.path()),
+                false => directories.push(entry.path()),
             }
         }
     }
@@ -100,9 +100,9 @@ fn leaf_name(pod: &str) -> String {
     format!("nacelle-{pod}")
 }
 
-/// Whether the cgroup that a caller has made for a pod's leaf is there and sets no limit in `file`,
-/// such as memory.max. Blocks.
-pub(crate) fn is_open(root: &Path, parent: &str, file: &str) -> bool {
+/// Whether the caller's parent cgroup of a pod exists and has no limit in `file`, such as
+/// memory.max. Blocks.
+pub(crate) fn is_unlimited(root: &Path, parent: &str, file: &str) -> bool {
     if parent.trim_matches('/').is_empty() {
         return false;
     }
@@ -120,7 +120,7 @@ fn slice_path(name: &str) -> PathBuf {
     path.join(name)
 }
 
-/// Those ancestors of `leaf` that [`make`] will have to make, outermost first.
+/// Ancestors of `leaf` that [`make`] will create, outermost first.
 pub(crate) fn missing_parents(root: &Path, leaf: &Path) -> Vec<PathBuf> {
     let mut missing: Vec<PathBuf> = leaf
         .ancestors()
@@ -132,17 +132,17 @@ pub(crate) fn missing_parents(root: &Path, leaf: &Path) -> Vec<PathBuf> {
     missing
 }
 
-/// Makes the leaf and opens it for CLONE_INTO_CGROUP.
+/// Creates the leaf and opens it for CLONE_INTO_CGROUP.
 pub(crate) fn make(leaf: &Path) -> io::Result<File> {
     fs::create_dir_all(leaf)?;
     File::open(leaf)
 }
 
-/// Sets the leaf's CPU limits, and takes back those that are no longer asked for. Blocks.
+/// Sets the leaf's CPU limits, and resets those that are not given. Blocks.
 pub(crate) fn limit_cpu(root: &Path, leaf: &Path, limits: CpuLimits) -> io::Result<()> {
-    let asked = limits != CpuLimits::default();
-    if asked {
-        delegate(root, leaf, "cpu")?;
+    let is_set = limits != CpuLimits::default();
+    if is_set {
+        enable_controller(root, leaf, "cpu")?;
     }
     let CpuLimits { quota_us, period_us, shares } = limits;
     let quota = quota_us.map_or("max".to_owned(), |q| q.max(MIN_QUOTA).to_string());
@@ -152,7 +152,7 @@ pub(crate) fn limit_cpu(root: &Path, leaf: &Path, limits: CpuLimits) -> io::Resu
         ("cpu.weight", shares.map_or(DEFAULT_WEIGHT, weight).to_string()),
     ] {
         let path = leaf.join(file);
-        if asked || path.exists() {
+        if is_set || path.exists() {
             fs::write(&path, text)
                 .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
         }
@@ -160,34 +160,33 @@ pub(crate) fn limit_cpu(root: &Path, leaf: &Path, limits: CpuLimits) -> io::Resu
     Ok(())
 }
 
-/// cgroup v1's shares on v2's scale: 2..=262144 to 1..=10000, as runc has it.
+/// cgroup v1 shares to v2 weight, 2..=262144 to 1..=10000, as runc converts them.
 fn weight(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
-/// Keeps what lives in the leaf on CPUs and memory nodes (lists; empty: all that its parent has).
-/// Blocks.
+/// Sets cpuset.cpus and cpuset.mems of the leaf (lists; empty: all that its parent has). Blocks.
 ///
-/// A host whose cgroups are not to be given the controller keeps no pod anywhere, as is said in the
-/// log; a list that the kernel refuses is an error.
+/// If the controller cannot be enabled, the sets have no effect, which is logged; a list that the
+/// kernel refuses is an error.
 pub(crate) fn pin(root: &Path, leaf: &Path, cpus: &str, mems: &str) -> io::Result<()> {
-    let asked = !cpus.is_empty() || !mems.is_empty();
-    if asked && let Err(error) = delegate(root, leaf, "cpuset") {
-        tracing::warn!(cgroup = %leaf.display(), %error, "no cpuset here: a pod runs on all CPUs");
+    let is_set = !cpus.is_empty() || !mems.is_empty();
+    if is_set && let Err(error) = enable_controller(root, leaf, "cpuset") {
+        tracing::warn!(cgroup = %leaf.display(), %error, "cannot enable cpuset, using all CPUs");
         return Ok(());
     }
     for (file, list) in [("cpuset.cpus", cpus), ("cpuset.mems", mems)] {
         let path = leaf.join(file);
         let now = match fs::read_to_string(&path) {
             Ok(now) => now,
-            Err(e) if e.kind() == io::ErrorKind::NotFound && !asked => continue,
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !is_set => continue,
             Err(e) => return Err(e),
         };
         let now = now.trim();
         if now.is_empty() && list.is_empty() {
             continue;
         }
-        // A list can be replaced but not emptied while somebody lives there (ENOSPC).
+        // A set cannot be cleared while the cgroup has processes (ENOSPC).
         let all;
         let list = if list.is_empty() {
             let parent = leaf.parent().unwrap_or(root);
@@ -204,30 +203,30 @@ pub(crate) fn pin(root: &Path, leaf: &Path, cpus: &str, mems: &str) -> io::Resul
     Ok(())
 }
 
-/// A process of a pod that the OOM killer has ended.
+/// A kill of a pod's process by the OOM killer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct OomKill {
-    /// The cgroup, as a path from the root, that had reached its memory.max, and that, bytes. None:
-    /// the host had no more memory.
+    /// The cgroup that reached its memory.max (path from the root), and that limit, bytes. None:
+    /// the host ran out of memory.
     pub(crate) limit: Option<(PathBuf, u64)>,
 }
 
-/// Has the kernel count the memory of the leaf for itself, and what its OOM killer does there. Where
-/// that cannot be, the pod's parent counts. Blocks.
+/// Enables the memory controller for the leaf, so that its OOM kills are counted there. If that
+/// fails, the pod's parent counts. Blocks.
 pub(crate) fn count_memory(root: &Path, leaf: &Path) {
-    if let Err(error) = delegate(root, leaf, "memory") {
-        tracing::debug!(cgroup = %leaf.display(), %error, "memory of a pod is not counted there");
+    if let Err(error) = enable_controller(root, leaf, "memory") {
+        tracing::debug!(cgroup = %leaf.display(), %error, "cannot enable the memory controller");
     }
 }
 
-/// Whether the OOM killer has ended a process that lived in the leaf itself (memory.events.local), or
-/// in [`AGENT`]: the containers of a pod without a VM have cgroups of their own below. Blocks.
+/// Whether the OOM killer has killed a process of the leaf itself (memory.events.local) or of
+/// [`AGENT`]: containers of a host pod have their own cgroups below. Blocks.
 pub(crate) fn oom_kill(root: &Path, leaf: &Path) -> io::Result<Option<OomKill>> {
     let parent = leaf.parent().filter(|parent| *parent != root);
     let counting = [Some(leaf), parent].into_iter().flatten();
     let mut kills = None;
     for cgroup in counting {
-        // A parent without a limit may be that of other pods too.
+        // A parent without a limit may have other pods too.
         if cgroup != leaf && memory_max(cgroup)?.is_none() {
             break;
         }
@@ -251,12 +250,12 @@ pub(crate) fn oom_kill(root: &Path, leaf: &Path) -> io::Result<Option<OomKill>> 
     Ok(Some(OomKill { limit: None }))
 }
 
-/// Of a cgroup; none: there is no limit, or nothing that counts memory.
+/// memory.max; None: unlimited or no memory controller.
 fn memory_max(cgroup: &Path) -> io::Result<Option<u64>> {
     Ok(read(&cgroup.join("memory.max"))?.and_then(|text| text.trim().parse().ok()))
 }
 
-/// How often something has happened in the cgroup itself; none: it is not counted there.
+/// A counter of memory.events.local; None: not counted there.
 fn local_event(cgroup: &Path, event: &str) -> io::Result<Option<u64>> {
     let text = read(&cgroup.join("memory.events.local"))?;
     Ok(text.and_then(|text| {
@@ -264,24 +263,24 @@ fn local_event(cgroup: &Path, event: &str) -> io::Result<Option<u64>> {
     }))
 }
 
-/// None: no such file.
+/// None if the file does not exist.
 fn read(path: &Path) -> io::Result<Option<String>> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        // The cgroup is removed under us.
+        // The cgroup is being removed.
         Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Ok(None),
         Err(e) => Err(io::Error::new(e.kind(), format!("{}: {e}", path.display()))),
     }
 }
 
-/// Has a controller work in the leaf: every ancestor has to hand it down.
-fn delegate(root: &Path, leaf: &Path, controller: &str) -> io::Result<()> {
+/// Enables a controller for the leaf: in subtree_control of every ancestor.
+fn enable_controller(root: &Path, leaf: &Path, controller: &str) -> io::Result<()> {
     let mut ancestors: Vec<&Path> =
         leaf.ancestors().skip(1).take_while(|p| p.starts_with(root)).collect();
     ancestors.reverse();
-    for folder in ancestors {
-        let file = folder.join("cgroup.subtree_control");
+    for directory in ancestors {
+        let file = directory.join("cgroup.subtree_control");
         let has = fs::read_to_string(&file)?;
         if !has.split_whitespace().any(|c| c == controller) {
             fs::write(&file, format!("+{controller}"))
@@ -291,29 +290,29 @@ fn delegate(root: &Path, leaf: &Path, controller: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Kills what lives in the leaf beside the process that is to stay. Blocks.
+/// Kills the processes of the leaf except `stays`. Blocks.
 pub(crate) fn kill_others(leaf: &Path, stays: Option<u32>) -> io::Result<()> {
-    let inside = || fs::read_to_string(leaf.join("cgroup.procs"));
-    for pid in inside()?.lines().filter_map(|line| line.parse().ok()) {
+    let procs = || fs::read_to_string(leaf.join("cgroup.procs"));
+    for pid in procs()?.lines().filter_map(|line| line.parse().ok()) {
         if Some(pid) == stays {
             continue;
         }
         let Ok(pidfd) = super::process::pidfd_open(pid) else { continue };
-        // Looked at again with the pidfd held: it means a process that lives here.
-        if inside()?.lines().any(|line| line.parse() == Ok(pid)) {
+        // Checked again with the pidfd open: it refers to a process of the leaf.
+        if procs()?.lines().any(|line| line.parse() == Ok(pid)) {
             super::process::kill(pidfd)?;
         }
     }
     Ok(())
 }
 
-/// Kills what lives in the leaf and removes it, then those of `parents` that stand empty.
+/// Kills all processes of the leaf and removes it, then those of `parents` that are empty.
 pub(crate) async fn remove(leaf: &Path, parents: &[PathBuf]) -> io::Result<()> {
     let until = tokio::time::Instant::now() + EMPTY_LIMIT;
     loop {
-        // cgroup.kill (Linux 5.14) ends every process in the subtree, also one that forks.
-        absent_is_fine(fs::write(leaf.join("cgroup.kill"), "1"))?;
-        match remove_below(leaf).and_then(|()| absent_is_fine(fs::remove_dir(leaf))) {
+        // cgroup.kill (Linux 5.14) kills the whole subtree, also processes that fork.
+        ignore_not_found(fs::write(leaf.join("cgroup.kill"), "1"))?;
+        match remove_below(leaf).and_then(|()| ignore_not_found(fs::remove_dir(leaf))) {
             Ok(()) => break,
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                 if tokio::time::Instant::now() > until {
@@ -325,7 +324,7 @@ pub(crate) async fn remove(leaf: &Path, parents: &[PathBuf]) -> io::Result<()> {
         }
     }
     for parent in parents.iter().rev() {
-        // Another pod may live there by now: then it is no longer ours to remove.
+        // Not empty: another pod uses it.
         if fs::remove_dir(parent).is_err() {
             break;
         }
@@ -333,18 +332,19 @@ pub(crate) async fn remove(leaf: &Path, parents: &[PathBuf]) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes what an agent without a VM has made in its leaf, the deepest first. How deep that goes is
-/// up to its containers, so this does not recurse.
+/// Removes the cgroups below a host pod's leaf, deepest first. Not recursive, as containers choose
+/// the depth.
 fn remove_below(leaf: &Path) -> io::Result<()> {
     let mut found = vec![leaf.to_owned()];
     let mut next = 0;
-    while let Some(folder) = found.get(next) {
+    while let Some(directory) = found.get(next) {
         next += 1;
-        let Ok(entries) = fs::read_dir(folder) else { continue };
-        let folders = entries.flatten().filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir()));
-        found.extend(folders.map(|entry| entry.path()).collect::<Vec<_>>());
+        let Ok(entries) = fs::read_dir(directory) else { continue };
+        let directories =
+            entries.flatten().filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir()));
+        found.extend(directories.map(|entry| entry.path()).collect::<Vec<_>>());
     }
-    found.iter().skip(1).rev().try_for_each(|folder| absent_is_fine(fs::remove_dir(folder)))
+    found.iter().skip(1).rev().try_for_each(|directory| ignore_not_found(fs::remove_dir(directory)))
 }
 
 #[cfg(test)]
@@ -352,7 +352,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parents_of_all_spellings_lead_below_the_root() {
+    fn parents_in_cgroupfs_and_systemd_form_are_below_the_root() {
         let leaf_of = |parent| leaf(Path::new("/cg"), parent, "p").unwrap();
         assert_eq!(leaf_of(""), Path::new("/cg/nacelle/nacelle-p"));
         assert_eq!(leaf_of("/kubepods/podx"), Path::new("/cg/kubepods/podx/nacelle-p"));
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_leaf_is_found_by_its_name() {
+    fn leaves_of_a_pod_are_found_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let leaf = dir.path().join("a.slice/b.slice/nacelle-p");
         fs::create_dir_all(leaf.join("nacelle-p")).unwrap();
@@ -377,39 +377,43 @@ mod tests {
     }
 
     #[test]
-    fn a_callers_cgroup_is_open_where_it_sets_no_limit() {
+    fn a_parent_cgroup_is_unlimited_without_a_limit() {
         let dir = tempfile::tempdir().unwrap();
         let pod = dir.path().join("kubepods/podx");
         fs::create_dir_all(&pod).unwrap();
         fs::write(pod.join("cpu.max"), "max 100000\n").unwrap();
         fs::write(pod.join("memory.max"), "1048576\n").unwrap();
-        let open = |parent, file| is_open(dir.path(), parent, file);
-        assert!(open("/kubepods/podx", "cpu.max"));
-        assert!(!open("/kubepods/podx", "memory.max") && !open("/kubepods/podx", "pids.max"));
-        // What nobody has made for the pod says nothing of it.
+        let unlimited = |parent, file| is_unlimited(dir.path(), parent, file);
+        assert!(unlimited("/kubepods/podx", "cpu.max"));
+        assert!(
+            !unlimited("/kubepods/podx", "memory.max") && !unlimited("/kubepods/podx", "pids.max")
+        );
+        // The default parent is not the caller's cgroup.
         let ours = dir.path().join(DEFAULT_PARENT);
         fs::create_dir(&ours).unwrap();
         fs::write(ours.join("cpu.max"), "max 100000\n").unwrap();
-        assert!(!open("", "cpu.max") && !open("/", "cpu.max") && !open("/..", "cpu.max"));
+        assert!(
+            !unlimited("", "cpu.max") && !unlimited("/", "cpu.max") && !unlimited("/..", "cpu.max")
+        );
     }
 
     #[test]
-    fn a_parent_that_climbs_is_refused() {
+    fn a_parent_with_dot_dot_is_refused() {
         assert!(leaf(Path::new("/cg"), "/a/../../etc", "p").is_err());
     }
 
     #[test]
-    fn shares_become_weights_as_runc_has_it() {
+    fn shares_are_converted_to_weights_as_in_runc() {
         assert_eq!([2, 1024, 262_144, 0].map(weight), [1, 39, 10_000, 1]);
     }
 
     #[test]
-    fn limits_are_set_and_taken_back() {
+    fn cpu_limits_are_set_and_reset() {
         let dir = tempfile::tempdir().unwrap();
         let leaf = dir.path().join("a/b");
         fs::create_dir_all(&leaf).unwrap();
-        for folder in [dir.path(), &dir.path().join("a")] {
-            fs::write(folder.join("cgroup.subtree_control"), "memory").unwrap();
+        for directory in [dir.path(), &dir.path().join("a")] {
+            fs::write(directory.join("cgroup.subtree_control"), "memory").unwrap();
         }
         limit_cpu(dir.path(), &leaf, CpuLimits::default()).unwrap();
         assert!(!leaf.join("cpu.max").exists());
@@ -424,11 +428,11 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_is_kept_on_cpus_and_let_go_again() {
+    fn a_cpuset_is_set_and_reset() {
         let dir = tempfile::tempdir().unwrap();
         let leaf = dir.path().join("leaf");
         fs::create_dir(&leaf).unwrap();
-        // Without the controller: nothing to do, and nothing that could be done.
+        // Without the controller both have no effect.
         pin(dir.path(), &leaf, "", "").unwrap();
         pin(dir.path(), &leaf, "1", "").unwrap();
         fs::write(dir.path().join("cgroup.subtree_control"), "cpuset").unwrap();
@@ -451,28 +455,28 @@ mod tests {
     }
 
     #[test]
-    fn a_kill_of_the_oom_killer_is_found_with_the_limit_that_was_reached() {
+    fn an_oom_kill_is_found_with_the_limit_that_was_reached() {
         let dir = tempfile::tempdir().unwrap();
         let (root, pod) = (dir.path(), dir.path().join("kubepods/podx"));
         let leaf = pod.join("nacelle-p");
         let limit = |path: &str, bytes| Some(OomKill { limit: Some((path.into(), bytes)) });
         fs::create_dir_all(&leaf).unwrap();
-        // Nothing counts memory.
+        // No memory controller.
         assert_eq!(oom_kill(root, &leaf).unwrap(), None);
-        // A kubelet's cgroup of the pod does, and it has no limit.
+        // The kubelet's pod cgroup counts, without a limit.
         counts(&pod, "max", 0, 1);
-        assert_eq!(oom_kill(root, &leaf).unwrap(), None, "the victim may be another pod's");
+        assert_eq!(oom_kill(root, &leaf).unwrap(), None, "the killed process may be another pod's");
         counts(&pod, "67108864", 1, 1);
         assert_eq!(oom_kill(root, &leaf).unwrap(), limit("/kubepods/podx", 64 << 20));
-        // The leaf does as well, and is asked alone.
+        // The leaf counts too; only its counters apply.
         counts(&leaf, "max", 0, 0);
         assert_eq!(oom_kill(root, &leaf).unwrap(), None);
         counts(&leaf, "max", 0, 1);
         assert_eq!(oom_kill(root, &leaf).unwrap(), limit("/kubepods/podx", 64 << 20));
-        // The host's own memory was at its end.
+        // The host ran out of memory.
         counts(&pod, "67108864", 0, 0);
         assert_eq!(oom_kill(root, &leaf).unwrap(), Some(OomKill { limit: None }));
-        // A container of a host pod is no agent.
+        // A kill in a container of a host pod does not count.
         counts(&leaf, "max", 0, 0);
         counts(&leaf.join("container"), "4096", 1, 1);
         assert_eq!(oom_kill(root, &leaf).unwrap(), None);
@@ -481,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_no_cgroup_is_refused_with_advice() {
+    fn a_path_without_cgroup_v2_is_refused_with_advice() {
         let error = find_root(Path::new("/proc")).unwrap_err().to_string();
         assert!(error.contains("cgroup v2") && error.contains("/proc"), "{error}");
     }

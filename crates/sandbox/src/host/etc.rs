@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use crate::model::Dns;
 
-/// File name inside the pod's `etc` volume, and where containers see it.
+/// File name in the pod's `etc` volume, and its path in containers.
 pub(crate) const FILES: [(&str, &str); 3] =
     [("hosts", "/etc/hosts"), ("hostname", "/etc/hostname"), ("resolv.conf", "/etc/resolv.conf")];
 
@@ -25,8 +25,8 @@ pub(crate) fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
     text
 }
 
-/// resolv.conf(5): the pod's own servers, else its network's, else the host's. A host's resolver
-/// on loopback cannot be reached from the pod and is dropped.
+/// resolv.conf(5): the pod's DNS configuration, otherwise its network's, otherwise the host's. A
+/// loopback resolver of the host is not reachable from the pod and is dropped.
 pub(crate) fn resolv_conf(pod: &Dns, network: &Dns, host: &str) -> String {
     let chosen = [pod, network].into_iter().find(|d| **d != Dns::default());
     match chosen {
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pods_servers_come_before_the_networks_and_the_hosts() {
+    fn dns_of_the_pod_precedes_the_networks_and_the_hosts() {
         let none = Dns::default();
         let host = "nameserver 127.0.0.53\nnameserver 9.9.9.9\nsearch home\n";
         assert_eq!(resolv_conf(&dns("1.1.1.1"), &dns("2.2.2.2"), host), "nameserver 1.1.1.1\n");

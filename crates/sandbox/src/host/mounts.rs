@@ -1,4 +1,4 @@
-//! What the host has mounted, and where in it a path is: /proc/self/mountinfo
+//! The host's mount table and the location of a path in it: /proc/self/mountinfo
 //! (proc_pid_mountinfo(5)).
 
 use std::ffi::OsString;
@@ -11,30 +11,30 @@ use std::{fs, io};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
-/// Where a file or folder is: the same for all paths and bind mounts that lead to it.
+/// Location of a file or directory: identical for all paths and bind mounts that lead to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Place {
-    /// Without links.
+pub(crate) struct Location {
+    /// Canonical path.
     pub(crate) path: PathBuf,
     /// `major:minor` of the file system, and the path in it.
     pub(crate) device: Vec<u8>,
     pub(crate) root: PathBuf,
     pub(crate) dev: u64,
     pub(crate) ino: u64,
-    /// What is mounted below it.
-    pub(crate) below: Vec<Below>,
+    /// Mounts below it.
+    pub(crate) below: Vec<Submount>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Below {
-    /// Relative to the place.
+pub(crate) struct Submount {
+    /// Mount point relative to the location.
     pub(crate) point: PathBuf,
     pub(crate) device: Vec<u8>,
     pub(crate) root: PathBuf,
 }
 
-impl Place {
-    /// Where `path` leads to now. Blocks.
+impl Location {
+    /// Resolves `path`. Blocks.
     pub(crate) fn of(path: &Path) -> io::Result<Self> {
         let path = fs::canonicalize(path)?;
         let file = open(&path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
@@ -42,18 +42,19 @@ impl Place {
         let mount = mount_id(file.as_raw_fd())?;
         let table = fs::read("/proc/self/mountinfo")?;
         let (dev, ino) = (known.dev(), known.ino());
-        let (device, root, below) = locate(&table, mount, &path)
-            .ok_or_else(|| io::Error::other(format!("mount {mount} is in no table")))?;
+        let (device, root, below) = locate(&table, mount, &path).ok_or_else(|| {
+            io::Error::other(format!("mount {mount} is not in /proc/self/mountinfo"))
+        })?;
         Ok(Self { path, device, root, dev, ino, below })
     }
 
-    /// Whether a file may be in both.
+    /// Whether the two may have files in common.
     pub(crate) fn overlaps(&self, other: &Self) -> bool {
         let nested = self.root.starts_with(&other.root) || other.root.starts_with(&self.root);
         self.device == other.device && nested
     }
 
-    /// The path by which `inner` is reached from here, if exactly the same is found there.
+    /// The relative path of `inner`, if exactly the same is found there.
     pub(crate) fn path_to(&self, inner: &Self) -> Option<PathBuf> {
         let path = inner.root.strip_prefix(&self.root).ok()?;
         if self.device != inner.device {
@@ -61,7 +62,7 @@ impl Place {
         }
         let below = self.below.iter().filter_map(|mount| {
             let point = mount.point.strip_prefix(path).ok()?.to_owned();
-            (!point.as_os_str().is_empty()).then(|| Below { point, ..mount.clone() })
+            (!point.as_os_str().is_empty()).then(|| Submount { point, ..mount.clone() })
         });
         let found = fs::symlink_metadata(self.path.join(path)).ok()?;
         let same = (found.dev(), found.ino()) == (inner.dev, inner.ino);
@@ -69,7 +70,7 @@ impl Place {
     }
 }
 
-/// The id of the mount that a descriptor's file was found by (proc_pid_fdinfo(5)).
+/// Mount id of a descriptor (proc_pid_fdinfo(5)).
 fn mount_id(fd: i32) -> io::Result<u64> {
     let text = fs::read_to_string(format!("/proc/self/fdinfo/{fd}"))?;
     let id = text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
@@ -77,45 +78,45 @@ fn mount_id(fd: i32) -> io::Result<u64> {
 }
 
 /// `id parent major:minor root point …`
-struct Line {
+struct MountInfo {
     id: u64,
     device: Vec<u8>,
     root: PathBuf,
     point: PathBuf,
 }
 
-fn parse(line: &[u8]) -> Option<Line> {
+fn parse(line: &[u8]) -> Option<MountInfo> {
     let mut words = line.split(|byte| *byte == b' ');
     let id = std::str::from_utf8(words.next()?).ok()?.parse().ok()?;
     let device = words.nth(1)?.to_vec();
-    Some(Line { id, device, root: unescape(words.next()?), point: unescape(words.next()?) })
+    Some(MountInfo { id, device, root: unescape(words.next()?), point: unescape(words.next()?) })
 }
 
-type Located = (Vec<u8>, PathBuf, Vec<Below>);
+type Located = (Vec<u8>, PathBuf, Vec<Submount>);
 
-/// File system, path in it and mounts below of a path that was found by the mount `id`.
+/// File system, path in it, and submounts of a path that was opened on mount `id`.
 fn locate(table: &[u8], id: u64, path: &Path) -> Option<Located> {
-    let lines: Vec<Line> = table.split(|byte| *byte == b'\n').filter_map(parse).collect();
+    let lines: Vec<MountInfo> = table.split(|byte| *byte == b'\n').filter_map(parse).collect();
     let own = lines.iter().find(|line| line.id == id)?;
     let inside = path.strip_prefix(&own.point).ok()?;
-    // Joining nothing would append a slash.
+    // Joining an empty path would append a slash.
     let empty = inside.as_os_str().is_empty();
     let root = if empty { own.root.clone() } else { own.root.join(inside) };
-    let mut below: Vec<Below> = lines
+    let mut below: Vec<Submount> = lines
         .iter()
         .filter_map(|line| {
             let point = line.point.strip_prefix(path).ok()?.to_owned();
             let (device, root) = (line.device.clone(), line.root.clone());
-            (!point.as_os_str().is_empty()).then_some(Below { point, device, root })
+            (!point.as_os_str().is_empty()).then_some(Submount { point, device, root })
         })
         .collect();
     below.sort();
     Some((own.device.clone(), root, below))
 }
 
-/// Folders with mounts below `source`, relative to it, at most `limit`; nothing for a file. Links
-/// in `source` are followed. Blocks.
-pub(crate) fn below(source: &Path, limit: usize) -> io::Result<Vec<String>> {
+/// Mount points below `source`, relative to it, at most `limit`; none for a file. Follows symlinks
+/// in `source`. Blocks.
+pub(crate) fn submounts(source: &Path, limit: usize) -> io::Result<Vec<String>> {
     let source = fs::canonicalize(source)?;
     let table = fs::read("/proc/self/mountinfo")?;
     Ok(find(&table, &source, limit))
@@ -136,7 +137,7 @@ fn find(table: &[u8], source: &Path, limit: usize) -> Vec<String> {
     found
 }
 
-/// White space and backslashes are written as `\` and three octal digits.
+/// mountinfo escapes white space and backslashes as `\` and three octal digits.
 fn unescape(word: &[u8]) -> PathBuf {
     let mut plain = Vec::with_capacity(word.len());
     let mut rest = word;
@@ -166,7 +167,7 @@ mod tests {
 ";
 
     #[test]
-    fn mounts_below_a_folder_are_named_once_and_its_own_is_not() {
+    fn submounts_are_listed_once_without_the_own_mount() {
         let below = |source: &str, limit| find(TABLE, Path::new(source), limit);
         assert_eq!(below("/data", 9), ["b c", "b c/d"]);
         assert_eq!(below("/data", 1), ["b c"]);
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_at_one_place_whichever_mount_leads_to_it() {
+    fn a_location_does_not_depend_on_the_mount_that_leads_to_it() {
         let table = b"22 1 8:1 / / rw - ext4 /dev/sda rw
 30 22 8:1 /data/vol/sub /pods/sub rw - ext4 /dev/sda rw
 31 22 0:6 / /data/vol/sub/m rw - tmpfs none rw
@@ -189,26 +190,26 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_is_reached_from_the_one_around_it() {
+    fn a_directory_has_a_path_from_an_outer_location() {
         let dir = tempfile::tempdir().unwrap();
         let inner = dir.path().join("a/b");
         fs::create_dir_all(&inner).unwrap();
         std::os::unix::fs::symlink("a", dir.path().join("link")).unwrap();
-        let outer = Place::of(dir.path()).unwrap();
-        let found = Place::of(&dir.path().join("link/b")).unwrap();
-        assert_eq!(found, Place::of(&inner).unwrap());
+        let outer = Location::of(dir.path()).unwrap();
+        let found = Location::of(&dir.path().join("link/b")).unwrap();
+        assert_eq!(found, Location::of(&inner).unwrap());
         assert!(outer.overlaps(&found) && found.overlaps(&outer));
         assert_eq!(outer.path_to(&found), Some("a/b".into()));
         assert_eq!(found.path_to(&outer), None);
         assert_eq!(outer.path_to(&outer), Some(PathBuf::new()));
-        // Something else by that name now.
+        // Another directory with that name.
         fs::rename(dir.path().join("a"), dir.path().join("c")).unwrap();
         fs::create_dir_all(&inner).unwrap();
         assert_eq!(outer.path_to(&found), None);
     }
 
     #[test]
-    fn the_hosts_own_table_is_understood() {
-        assert!(below(Path::new("/"), 1000).unwrap().contains(&"proc".to_owned()));
+    fn the_hosts_mountinfo_is_parsed() {
+        assert!(submounts(Path::new("/"), 1000).unwrap().contains(&"proc".to_owned()));
     }
 }

@@ -1,5 +1,5 @@
-//! Processes by pid and start time, held by pidfd: a pid that was reused is never taken for the
-//! one in the journal.
+//! Processes by pid and start time, held by pidfd: a reused pid is never taken for the recorded
+//! process.
 
 use std::fs;
 use std::io::{self, Write};
@@ -16,17 +16,17 @@ pub(crate) fn start_time(pid: u32) -> io::Result<u64> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unreadable /proc/pid/stat"))
 }
 
-/// The name (field 2) may hold blanks and parentheses: fields count from its last `)`.
+/// The name (field 2) may contain blanks and parentheses: fields are counted from the last `)`.
 fn parse_start_time(stat: &str) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
-/// Id of the host's boot: pids and start times of another boot mean nothing.
+/// Boot id of the host: pids and start times of another boot are invalid.
 pub(crate) fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
-/// A process that cannot be mistaken for another.
+/// A process held by its pidfd.
 #[derive(Debug)]
 pub(crate) struct Process {
     pub(crate) pid: u32,
@@ -34,19 +34,19 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Must be called inside a runtime.
+    /// Must be called in a tokio runtime.
     pub(crate) fn new(pid: u32, pidfd: OwnedFd) -> io::Result<Self> {
         Ok(Self { pid, pidfd: watch(pidfd)? })
     }
 
-    /// The process with this pid, if it is the one that started then.
+    /// The process with this pid, if it has this start time.
     pub(crate) fn find(pid: u32, started: u64) -> io::Result<Option<Self>> {
         let pidfd = match pidfd_open(pid) {
             Ok(fd) => fd,
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
             Err(e) => return Err(e),
         };
-        // Read after the pidfd is held: if it matches now, the descriptor means that process.
+        // Read after the pidfd was opened: a match now means that the pidfd refers to that process.
         if !is_from(start_time(pid), started)? {
             return Ok(None);
         }
@@ -67,18 +67,18 @@ impl Process {
         matches!(nix::poll::poll(&mut poll, nix::poll::PollTimeout::ZERO), Ok(n) if n > 0)
     }
 
-    /// Resolves when the process has ended.
+    /// Resolves when the process has exited.
     pub(crate) async fn ended(&self) {
         while !self.has_ended() {
             match self.pidfd.readable().await {
                 Ok(mut guard) => guard.clear_ready(),
-                // The reactor is going away, and we with it.
+                // The reactor shuts down, and this task with it.
                 Err(_) => std::future::pending().await,
             }
         }
     }
 
-    /// Kills and waits for the end.
+    /// Kills the process and waits for its exit.
     pub(crate) async fn kill_and_wait(&self, limit: Duration) -> io::Result<()> {
         self.kill()?;
         tokio::time::timeout(limit, self.ended())
@@ -87,8 +87,8 @@ impl Process {
     }
 }
 
-/// Whether a process that started then is the one that is looked for. One that has gone meanwhile is
-/// not; what keeps us from looking (no free descriptor, say) is an error.
+/// Whether a start time matches. A process that is gone does not match; a failure to read it (no
+/// free descriptor) is an error.
 fn is_from(time: io::Result<u64>, started: u64) -> io::Result<bool> {
     match time {
         Ok(time) => Ok(time == started),
@@ -98,24 +98,24 @@ fn is_from(time: io::Result<u64>, started: u64) -> io::Result<bool> {
     }
 }
 
-/// Sets how readily the OOM killer takes the process with this pid, if it is the one that started
-/// then; one that has ended is fine. Blocks.
+/// Sets oom_score_adj of the process with this pid, if it has this start time; one that has exited
+/// is no error. Blocks.
 pub(crate) fn set_oom_score(pid: u32, started: u64, score: i32) -> io::Result<()> {
-    let gone = |e: &io::Error| {
+    let has_exited = |e: &io::Error| {
         e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH)
     };
-    // What is open means one process, also when its pid is used again.
+    // The open file refers to one process, even if the pid is reused.
     let opened = fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/oom_score_adj"));
     let mut file = match opened {
         Ok(file) => file,
-        Err(e) if gone(&e) => return Ok(()),
+        Err(e) if has_exited(&e) => return Ok(()),
         Err(e) => return Err(e),
     };
     if !is_from(start_time(pid), started)? {
         return Ok(());
     }
     match file.write_all(score.to_string().as_bytes()) {
-        Err(e) if gone(&e) => Ok(()),
+        Err(e) if has_exited(&e) => Ok(()),
         other => other,
     }
 }
@@ -154,7 +154,7 @@ mod pidfd {
 pub(crate) use pidfd::pidfd_open;
 use pidfd::{pidfd_kill, watch};
 
-/// Kills the process that the pidfd means; one that has ended is fine.
+/// Kills the process of a pidfd; one that has exited is no error.
 pub(crate) fn kill(pidfd: OwnedFd) -> io::Result<()> {
     match pidfd_kill(pidfd.as_fd()) {
         Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
@@ -174,11 +174,11 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_cannot_be_looked_at_is_not_taken_for_gone() {
+    fn a_process_that_cannot_be_read_is_not_taken_for_exited() {
         let error = |code| Err::<u64, _>(io::Error::from_raw_os_error(code));
         assert!(is_from(Ok(5), 5).unwrap() && !is_from(Ok(6), 5).unwrap());
-        for gone in [libc::ENOENT, libc::ESRCH] {
-            assert!(!is_from(error(gone), 5).unwrap());
+        for code in [libc::ENOENT, libc::ESRCH] {
+            assert!(!is_from(error(code), 5).unwrap());
         }
         for other in [libc::EMFILE, libc::ENFILE, libc::ENOMEM] {
             assert_eq!(is_from(error(other), 5).unwrap_err().raw_os_error(), Some(other));
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_score_is_set_for_the_process_that_is_meant_and_no_other() {
+    fn an_oom_score_is_set_only_for_the_process_with_the_start_time() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let (pid, started) = (child.id(), start_time(child.id()).unwrap());
         let score = || fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();

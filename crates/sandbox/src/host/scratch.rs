@@ -1,5 +1,5 @@
-//! Scratch disks: sparse copies of an ext4 file system with project quotas that is formatted once for
-//! each size. A pod has one; containers of pods that a former release started have one each.
+//! Scratch disks: sparse copies of an ext4 file system with project quotas, formatted once per
+//! size. A pod has one; in pods started by an earlier release each container has one.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -12,72 +12,73 @@ use std::sync::Mutex;
 
 use nix::unistd::{Whence, lseek64};
 
-use super::{absent_is_fine, sync_dir};
+use super::{ignore_not_found, sync_dir};
 use crate::error::Error;
 
-/// Changes with the options below, so that an original of an older release is not used.
+/// Incremented with the options below, so that templates of older releases are not used.
 const FORMAT: u32 = 2;
-/// Piece of a sparse copy, bytes.
-const PIECE: usize = 1 << 20;
-/// Exactly these, whatever the host's mke2fs.conf says. No journal: all it buys is recovery, and a
-/// scratch disk dies with its pod. Without resize_inode, backup superblocks and scattered metadata a
-/// copy writes some 200 KiB instead of 5 MiB.
+/// Chunk of a sparse copy, bytes.
+const CHUNK: usize = 1 << 20;
+/// Independent of the host's mke2fs.conf. No journal: a scratch disk is never recovered, as it is
+/// deleted with its pod. Without resize_inode, backup superblocks and scattered metadata a copy
+/// writes about 200 KiB instead of 5 MiB.
 const FEATURES: &str = "none,filetype,ext_attr,dir_index,extent,64bit,flex_bg,sparse_super2,\
     large_file,huge_file,uninit_bg,dir_nlink,extra_isize,quota,project";
-/// Inode tables are left as the holes they are, which read as zeros.
+/// Inode tables remain holes, which read as zeros.
 const EXTENDED: &str = "quotatype=prjquota,lazy_itable_init=1,nodiscard,num_backup_sb=0,\
     packed_meta_blocks=1";
 /// Bytes of the disk for each of its inodes.
 pub(crate) const INODE_RATIO: u64 = 16384;
 
-/// The formatted originals.
+/// The formatted templates.
 #[derive(Debug)]
 pub(crate) struct Scratch {
-    folder: PathBuf,
-    /// Sizes of those that are there.
+    directory: PathBuf,
+    /// Sizes of existing templates.
     made: Mutex<BTreeSet<u64>>,
 }
 
 impl Scratch {
-    pub(crate) fn new(folder: PathBuf) -> Self {
-        Self { folder, made: Mutex::default() }
+    pub(crate) fn new(directory: PathBuf) -> Self {
+        Self { directory, made: Mutex::default() }
     }
 
-    fn original(&self, size: u64) -> PathBuf {
-        self.folder.join(format!("scratch-v{FORMAT}-{size}.ext4"))
+    fn template(&self, size: u64) -> PathBuf {
+        self.directory.join(format!("scratch-v{FORMAT}-{size}.ext4"))
     }
 
-    /// Removes originals that former releases have made. Blocks.
+    /// Removes templates of earlier releases. Blocks.
     pub(crate) fn remove_old(&self) {
         let current = format!("scratch-v{FORMAT}-");
-        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             if name.starts_with("scratch-v") && !name.starts_with(&current) {
-                // It is tried again with the next start.
+                // Retried at the next start.
                 let _ = fs::remove_file(entry.path());
             }
         }
     }
 
-    /// Makes the original if it is not there. Blocks.
+    /// Creates the template if missing. Blocks.
     fn prepare(&self, size: u64) -> Result<(), Error> {
         let mut made = self.made.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let original = self.original(size);
-        if made.contains(&size) || original.exists() {
+        let template = self.template(size);
+        if made.contains(&size) || template.exists() {
             made.insert(size);
             return Ok(());
         }
-        let failed = |what: &str, e| Error::io(format!("{what} {}", original.display()), e);
-        // Other processes may have the folder too. Free when it is dropped, or we are killed.
-        let lock = File::create(self.folder.join("scratch.lock")).map_err(|e| failed("lock", e))?;
+        let failed = |what: &str, e| Error::io(format!("{what} {}", template.display()), e);
+        // Other processes may share the directory. The lock is released on drop or exit.
+        let lock =
+            File::create(self.directory.join("scratch.lock")).map_err(|e| failed("lock", e))?;
         lock.lock().map_err(|e| failed("lock", e))?;
-        if original.exists() {
+        if template.exists() {
             made.insert(size);
             return Ok(());
         }
-        let new = original.with_extension("new");
-        absent_is_fine(fs::remove_file(&new)).map_err(|e| failed("clear", e))?;
+        let new = template.with_extension("new");
+        ignore_not_found(fs::remove_file(&new)).map_err(|e| failed("clear", e))?;
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
@@ -87,18 +88,18 @@ impl Scratch {
         file.set_len(size).map_err(|e| failed("size", e))?;
         format(&new)?;
         file.sync_all().map_err(|e| failed("sync", e))?;
-        fs::rename(&new, &original).map_err(|e| failed("rename", e))?;
-        sync_dir(&self.folder).map_err(|e| failed("sync", e))?;
+        fs::rename(&new, &template).map_err(|e| failed("rename", e))?;
+        sync_dir(&self.directory).map_err(|e| failed("sync", e))?;
         made.insert(size);
         Ok(())
     }
 
-    /// Makes a fresh disk of `size` bytes at `path`. Blocks.
+    /// Creates a disk of `size` bytes at `path`. Blocks.
     pub(crate) fn clone_to(&self, path: &Path, size: u64) -> Result<File, Error> {
         self.prepare(size)?;
         let failed = |e| Error::io(format!("copy the scratch disk to {}", path.display()), e);
-        absent_is_fine(fs::remove_file(path)).map_err(failed)?;
-        let from = File::open(self.original(size)).map_err(failed)?;
+        ignore_not_found(fs::remove_file(path)).map_err(failed)?;
+        let from = File::open(self.template(size)).map_err(failed)?;
         let to = OpenOptions::new()
             .read(true)
             .write(true)
@@ -131,7 +132,7 @@ fn format(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Shares all blocks of `from`, where the file system can.
+/// Reflinks all blocks of `from`, if the file system supports it.
 #[allow(unsafe_code)] // nix has no FICLONE
 fn reflink(from: &File, to: &File) -> bool {
     // SAFETY: FICLONE (ioctl_ficlone(2)) takes a descriptor number as its argument and touches no
@@ -139,11 +140,11 @@ fn reflink(from: &File, to: &File) -> bool {
     unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) == 0 }
 }
 
-/// Copies what is data, leaves holes holes.
+/// Copies data and keeps holes.
 fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
     let len = from.metadata()?.len();
     to.set_len(len)?;
-    let mut buffer = vec![0; PIECE];
+    let mut buffer = vec![0; CHUNK];
     let mut at: u64 = 0;
     loop {
         at = match lseek64(from, at as i64, Whence::SeekData) {
@@ -153,10 +154,10 @@ fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
         };
         let end = lseek64(from, at as i64, Whence::SeekHole)? as u64;
         while at < end {
-            let piece = usize::try_from(end - at).map_or(PIECE, |n| n.min(PIECE));
-            from.read_exact_at(&mut buffer[..piece], at)?;
-            to.write_all_at(&buffer[..piece], at)?;
-            at += piece as u64;
+            let chunk = usize::try_from(end - at).map_or(CHUNK, |n| n.min(CHUNK));
+            from.read_exact_at(&mut buffer[..chunk], at)?;
+            to.write_all_at(&buffer[..chunk], at)?;
+            at += chunk as u64;
         }
     }
 }
@@ -168,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_copy_is_a_sparse_ext4_of_the_wanted_size() {
+    fn a_scratch_disk_is_a_sparse_ext4_of_the_requested_size() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("scratch-v1-1073741824.ext4"), "old").unwrap();
         let scratch = Scratch::new(dir.path().to_owned());

@@ -1,15 +1,13 @@
-//! Folders and files of the host that a guest sees: the pod's `nacelle-fs`, and the mounts it is
-//! handed.
+//! Shares: the pod's `nacelle-fs` and the mounts it serves.
 //!
 //! ```text
 //!   start ---> VMM gets the connection (Vmm::add_fs) ---> guest mounts the tag
 //!     add, remove: at any time; both may be repeated
 //! ```
-//! A share is a detached copy of the host's mount, made here by the daemon. The host's path is
-//! resolved once; what becomes a link later leads nowhere else. The server protects what nobody may
-//! write to; servers of the release before do not, and get mounts whose flags say it. The server
-//! lives in the pod's cgroup, so the end of that is its end; its shares go with its mount namespace,
-//! and leave nothing on the host to be undone.
+//! A share is a detached clone of the host's mount, made by the daemon. The host path is resolved
+//! once; later symlinks have no effect. The server enforces access; servers of an earlier release
+//! do not, and get mounts with read-only flags. The server runs in the pod's cgroup and is killed
+//! with it; its shares are in its mount namespace and leave nothing to undo on the host.
 //!
 //! Spec: open_tree(2), mount_setattr(2), mount_namespaces(7).
 
@@ -25,30 +23,29 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::sys::time::{TimeVal, TimeValLike};
-use vmm_api::shares::{Access, Error as Refusal, Reply, Request};
+use vmm_api::shares::{Access, Error as ServerError, Reply, Request};
 use vmm_api::transport::{self, TransportError};
 
-use super::pool::Pool;
-use super::{absent_is_fine, blocking, sockets};
+use super::pool::BlockingPool;
+use super::{blocking, ignore_not_found, sockets};
 use crate::error::Error;
 use crate::launcher::{Launch, Launched, Namespaces, Program};
 
-/// A server that is not ready by then is broken.
+/// Longest wait for a server to become ready.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
-/// Whether the host's later mounts below the path appear in the share. The guest's never appear on
-/// the host.
+/// Whether later mounts of the host below the path appear in the share. Mounts of the guest never
+/// appear on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Propagation {
     Private,
     Slave,
 }
 
-/// What a share is, which decides how the guest has it: a folder is a file system of its own below
-/// the tag's root, a file is just there.
+/// Kind of a share: a directory is a file system below the tag's root, a file is a file there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    Folder,
+    Directory,
     File,
 }
 
@@ -56,43 +53,43 @@ pub(crate) enum Kind {
 pub(crate) struct Share {
     pub(crate) access: Access,
     pub(crate) propagation: Propagation,
-    /// The server keeps the access; otherwise the mount's flags do.
-    pub(crate) kept: bool,
+    /// The server enforces the access; otherwise the mount's flags do.
+    pub(crate) server_checks_access: bool,
 }
 
-/// The control of one pod's server; every call has a connection and a deadline of its own.
+/// Client of a pod's file server; every call has its own connection and deadline.
 #[derive(Debug, Clone)]
 pub(crate) struct ShareServer {
     control: PathBuf,
     limit: Duration,
-    lookups: Pool,
+    lookups: BlockingPool,
 }
 
-/// What a new server needs.
+/// Parameters of a new server.
 #[derive(Debug)]
 pub(crate) struct Start {
     /// The `nacelle-fs` binary.
     pub(crate) exe: PathBuf,
-    /// Where its control socket is to be; a name beside it (`.peer`) is used for a moment.
+    /// Path of the control socket; a socket with the extension `.peer` exists temporarily.
     pub(crate) control: PathBuf,
-    /// The pod's leaf.
+    /// The pod's leaf cgroup.
     pub(crate) cgroup: OwnedFd,
     pub(crate) stderr: OwnedFd,
-    /// For calls later on.
+    /// Limit of later calls.
     pub(crate) limit: Duration,
-    pub(crate) lookups: Pool,
+    pub(crate) lookups: BlockingPool,
 }
 
 #[derive(Debug)]
 pub(crate) struct Started {
     pub(crate) server: ShareServer,
     pub(crate) process: Launched,
-    /// For the VMM.
+    /// vhost-user connection for the VMM.
     pub(crate) vhost: OwnedFd,
 }
 
 impl ShareServer {
-    /// Starts a server and waits until it is ready; what fails leaves no process.
+    /// Starts a server and waits until it is ready; kills it on a failure.
     pub(crate) async fn start(launcher: &dyn Launch, start: Start) -> Result<Started, Error> {
         let Start { exe, control, cgroup, stderr, limit, lookups } = start;
         let path = control.clone();
@@ -106,7 +103,7 @@ impl ShareServer {
             Ok(_) => Ok(Started { server: Self { control, limit, lookups }, process, vhost }),
             Err(error) => {
                 if let Ok(process) = super::process::Process::new(process.pid, process.pidfd) {
-                    // It is in the pod's cgroup: if this fails, that one's end is its end.
+                    // If this fails, the undo of the pod's cgroup kills it.
                     let _ = process.kill();
                 }
                 Err(error)
@@ -114,20 +111,20 @@ impl ShareServer {
         }
     }
 
-    /// The server that listens there, after a restart of ours.
-    pub(crate) fn attach(control: PathBuf, limit: Duration, lookups: Pool) -> Self {
+    /// An existing server, after a restart of the daemon.
+    pub(crate) fn attach(control: PathBuf, limit: Duration, lookups: BlockingPool) -> Self {
         Self { control, limit, lookups }
     }
 
-    /// Shares `source` (links in it are followed, now) as `name`. One that is there already stays
-    /// as it is, but for what may be written to: a name stands for a source.
+    /// Shares `source` (symlinks are followed now) as `name`. An existing share is kept, except for
+    /// its access: a name implies a source.
     pub(crate) async fn add(&self, name: &str, source: &Path, share: Share) -> Result<Kind, Error> {
         self.add_as(name, source, share, None).await
     }
 
-    /// The same with ids mapped by a user namespace ([`Launch::user_namespace`]): what stands on the
-    /// disk as an id in it has the id outside of it in the guest, and the other way round. Ids that
-    /// it does not know belong to nobody. Refused where the host's file system cannot do it.
+    /// [`Self::add`] with an idmapped mount ([`Launch::user_namespace`]): an id on disk that is
+    /// inside the namespace has the id outside of it in the guest, and vice versa. Unmapped ids
+    /// become the overflow id. Fails if the file system does not support it.
     pub(crate) async fn add_mapped(
         &self,
         name: &str,
@@ -146,49 +143,53 @@ impl ShareServer {
         ids: Option<OwnedFd>,
     ) -> Result<Kind, Error> {
         let path = source.to_owned();
-        let what = format!("look at {}", source.display());
-        let made = self.lookups.look(what, move || mount_of(&path, share, ids.as_ref()));
+        let what = format!("open {}", source.display());
+        let made =
+            self.lookups.run_with_limit(what, move || clone_mount(&path, share, ids.as_ref()));
         let (tree, kind) = made.await??;
-        let access = if share.kept { share.access } else { Access::AsMounted };
+        let access = if share.server_checks_access { share.access } else { Access::AsMounted };
         let request = Request::Add { name: name.to_owned(), access };
         match self.call(request, Some(tree)).await? {
             Ok(_) => Ok(kind),
-            Err(Refusal::Exists { .. }) if share.kept => {
+            Err(ServerError::Exists { .. }) if share.server_checks_access => {
                 self.access(name, share.access).await.map(|()| kind)
             }
-            Err(Refusal::Exists { .. }) => Ok(kind),
-            Err(e @ Refusal::Full { .. }) => {
+            Err(ServerError::Exists { .. }) => Ok(kind),
+            Err(e @ ServerError::Full { .. }) => {
                 Err(Error::ResourceExhausted { message: e.to_string() })
             }
-            Err(e @ Refusal::Name { .. }) => Err(Error::invalid(e.to_string())),
+            Err(e @ ServerError::Name { .. }) => Err(Error::invalid(e.to_string())),
             Err(e) => Err(Error::Internal(
                 anyhow::Error::new(e).context(format!("share {}", source.display())),
             )),
         }
     }
 
-    /// Takes a share away; one that is not there is fine. The guest must have unmounted it first,
-    /// or finds it gone.
+    /// Removes a share; a missing one is no error. The guest must have unmounted it.
     pub(crate) async fn remove(&self, name: &str) -> Result<(), Error> {
         match self.call(Request::Remove { name: name.to_owned() }, None).await? {
-            Ok(_) | Err(Refusal::NoSuchShare { .. }) => Ok(()),
+            Ok(_) | Err(ServerError::NoSuchShare { .. }) => Ok(()),
             Err(e) => Err(Error::Internal(anyhow::Error::new(e).context("remove a share"))),
         }
     }
 
-    /// Changes what the users of a share may write to.
+    /// Sets the access of a share's users.
     pub(crate) async fn access(&self, name: &str, access: Access) -> Result<(), Error> {
         match self.call(Request::Access { name: name.to_owned(), access }, None).await? {
             Ok(_) => Ok(()),
-            Err(e) => Err(Error::Internal(anyhow::Error::new(e).context("protect a share"))),
+            Err(e) => {
+                Err(Error::Internal(anyhow::Error::new(e).context("set the access of a share")))
+            }
         }
     }
 
-    /// Names of the shares, and the server's version (`vmm_api::shares`).
+    /// Names of the shares, and the server's protocol version (`vmm_api::shares`).
     pub(crate) async fn list(&self) -> Result<(Vec<String>, u32), Error> {
         match self.call(Request::List, None).await? {
             Ok(Reply::Shares { names, version }) => Ok((names, version)),
-            got => Err(Error::unavailable(format!("file server answered {got:?} to a list"))),
+            got => {
+                Err(Error::unavailable(format!("file server replied {got:?} to a list request")))
+            }
         }
     }
 
@@ -196,7 +197,7 @@ impl ShareServer {
         &self,
         request: Request,
         fd: Option<OwnedFd>,
-    ) -> Result<Result<Reply, Refusal>, Error> {
+    ) -> Result<Result<Reply, ServerError>, Error> {
         let (control, limit) = (self.control.clone(), self.limit);
         let what = "file server";
         blocking(move || match exchange(&control, limit, &request, fd) {
@@ -213,7 +214,7 @@ impl ShareServer {
     }
 }
 
-/// Both sockets of a server, and a connection that waits at the second.
+/// The two sockets of a server, and a pending connection to the second.
 fn listen(control: &Path) -> Result<(OwnedFd, OwnedFd, OwnedFd), Error> {
     let failed = |path: &Path, e: io::Error| Error::io(format!("listen at {}", path.display()), e);
     let listener =
@@ -221,8 +222,8 @@ fn listen(control: &Path) -> Result<(OwnedFd, OwnedFd, OwnedFd), Error> {
     let path = control.with_extension("peer");
     let peer = sockets::listen_at(&path, SockType::Stream).map_err(|e| failed(&path, e))?;
     let vhost = std::os::unix::net::UnixStream::connect(&path).map_err(|e| failed(&path, e));
-    // There is one VMM, and it is connected.
-    absent_is_fine(std::fs::remove_file(&path)).map_err(|e| failed(&path, e))?;
+    // The VMM's connection is the only one.
+    ignore_not_found(std::fs::remove_file(&path)).map_err(|e| failed(&path, e))?;
     Ok((listener, peer, vhost?.into()))
 }
 
@@ -243,8 +244,12 @@ fn exchange(
     Ok(transport::receive(socket.as_fd())?.0)
 }
 
-/// A detached copy of the mount at `source` with what is mounted below it.
-fn mount_of(source: &Path, share: Share, ids: Option<&OwnedFd>) -> Result<(OwnedFd, Kind), Error> {
+/// A detached recursive clone of the mount at `source` (open_tree(2)).
+fn clone_mount(
+    source: &Path,
+    share: Share,
+    ids: Option<&OwnedFd>,
+) -> Result<(OwnedFd, Kind), Error> {
     let failed = |e: nix::Error| match e {
         nix::Error::ENOENT | nix::Error::ENOTDIR | nix::Error::ELOOP => {
             Error::precondition(format!("{}: {}", source.display(), e.desc()))
@@ -254,12 +259,12 @@ fn mount_of(source: &Path, share: Share, ids: Option<&OwnedFd>) -> Result<(Owned
     let place = open(source, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed)?;
     let stat = fstat(&place).map_err(failed)?;
     let kind = match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
-        SFlag::S_IFDIR => Kind::Folder,
+        SFlag::S_IFDIR => Kind::Directory,
         SFlag::S_IFREG => Kind::File,
         _ => {
             return Err(Error::Unsupported {
                 message: format!(
-                    "{} is neither a folder nor a regular file; sockets and devices of the host \
+                    "{} is neither a directory nor a regular file; sockets and devices of the host \
                      cannot be shared with a VM",
                     source.display()
                 ),
@@ -273,7 +278,7 @@ fn mount_of(source: &Path, share: Share, ids: Option<&OwnedFd>) -> Result<(Owned
     if let Some(ids) = ids {
         map_ids(&tree, ids).map_err(|e| Error::Unsupported {
             message: format!(
-                "{}: {}; its file system cannot map ids for a pod with a user namespace",
+                "{}: {}; its file system does not support idmapped mounts (user namespace)",
                 source.display(),
                 e.desc()
             ),
@@ -282,8 +287,8 @@ fn mount_of(source: &Path, share: Share, ids: Option<&OwnedFd>) -> Result<(Owned
     Ok((tree, kind))
 }
 
-/// Of everything, if all file systems below can do it, or else of the top alone: what is mounted
-/// there belongs to nobody then.
+/// Maps ids recursively if all file systems support it, otherwise of the top mount only: files of
+/// submounts then have the overflow id.
 fn map_ids(tree: &OwnedFd, ids: &OwnedFd) -> nix::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP,
@@ -297,13 +302,13 @@ fn map_ids(tree: &OwnedFd, ids: &OwnedFd) -> nix::Result<()> {
     }
 }
 
-/// What the top mount gets, and what all of them get. Nothing on the host is ever run or opened as
-/// a device from there.
+/// Attributes of the top mount, and of all mounts. No setuid programs, devices or execution from
+/// there on the host.
 fn attributes(share: Share) -> (libc::mount_attr, libc::mount_attr) {
     let plain = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
     let read_only = libc::MOUNT_ATTR_RDONLY;
     let (top, below) = match share.access {
-        _ if share.kept => (0, 0),
+        _ if share.server_checks_access => (0, 0),
         Access::ReadWrite | Access::AsMounted => (0, 0),
         Access::ReadOnly => (read_only, 0),
         Access::ReadOnlyRecursive => (read_only, read_only),
@@ -326,7 +331,7 @@ mod sys {
     use super::{AsRawFd, CStr, FromRawFd, OwnedFd};
     use nix::errno::Errno;
 
-    const HERE: &CStr = c"";
+    const EMPTY_PATH: &CStr = c"";
 
     pub(super) fn open_tree(place: &OwnedFd) -> nix::Result<OwnedFd> {
         let flags = libc::OPEN_TREE_CLONE
@@ -334,8 +339,9 @@ mod sys {
             | libc::AT_EMPTY_PATH as libc::c_uint
             | libc::AT_RECURSIVE as libc::c_uint;
         // SAFETY: the path is NUL-terminated and static; no memory is written. `place` is open.
-        let fd =
-            unsafe { libc::syscall(libc::SYS_open_tree, place.as_raw_fd(), HERE.as_ptr(), flags) };
+        let fd = unsafe {
+            libc::syscall(libc::SYS_open_tree, place.as_raw_fd(), EMPTY_PATH.as_ptr(), flags)
+        };
         let fd = Errno::result(fd)?;
         // SAFETY: the kernel has just made this descriptor for us; nothing else knows its number.
         Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
@@ -353,7 +359,7 @@ mod sys {
             libc::syscall(
                 libc::SYS_mount_setattr,
                 tree.as_raw_fd(),
-                HERE.as_ptr(),
+                EMPTY_PATH.as_ptr(),
                 flags,
                 std::ptr::from_ref(attributes),
                 size_of::<libc::mount_attr>(),
@@ -369,15 +375,18 @@ mod tests {
 
     use super::*;
 
-    const PLAIN: Share =
-        Share { access: Access::ReadWrite, propagation: Propagation::Private, kept: false };
+    const PLAIN: Share = Share {
+        access: Access::ReadWrite,
+        propagation: Propagation::Private,
+        server_checks_access: false,
+    };
 
-    /// Where a detached mount can be looked into.
-    fn inside(tree: &OwnedFd) -> PathBuf {
+    /// Path of a detached mount.
+    fn fd_path(tree: &OwnedFd) -> PathBuf {
         format!("/proc/self/fd/{}", tree.as_raw_fd()).into()
     }
 
-    fn root() -> bool {
+    fn is_root() -> bool {
         let root = nix::unistd::geteuid().is_root();
         if !root {
             eprintln!("SKIP: mounts are made by root only");
@@ -386,62 +395,62 @@ mod tests {
     }
 
     #[test]
-    fn a_share_shows_the_folder_and_takes_writes_only_where_it_may() {
-        if !root() {
+    fn a_share_has_the_directorys_files_and_enforces_read_only() {
+        if !is_root() {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a"), "one").unwrap();
-        let (tree, kind) = mount_of(dir.path(), PLAIN, None).unwrap();
-        assert_eq!(kind, Kind::Folder);
-        assert_eq!(fs::read_to_string(inside(&tree).join("a")).unwrap(), "one");
-        fs::write(inside(&tree).join("b"), "two").unwrap();
+        let (tree, kind) = clone_mount(dir.path(), PLAIN, None).unwrap();
+        assert_eq!(kind, Kind::Directory);
+        assert_eq!(fs::read_to_string(fd_path(&tree).join("a")).unwrap(), "one");
+        fs::write(fd_path(&tree).join("b"), "two").unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("b")).unwrap(), "two");
         for access in [Access::ReadOnly, Access::ReadOnlyRecursive] {
-            let (tree, _) = mount_of(dir.path(), Share { access, ..PLAIN }, None).unwrap();
-            let refused = fs::write(inside(&tree).join("c"), "").unwrap_err();
+            let (tree, _) = clone_mount(dir.path(), Share { access, ..PLAIN }, None).unwrap();
+            let refused = fs::write(fd_path(&tree).join("c"), "").unwrap_err();
             assert_eq!(refused.raw_os_error(), Some(libc::EROFS), "{access:?}");
         }
     }
 
     #[test]
-    fn a_link_is_followed_once_and_later_changes_lead_nowhere() {
-        if !root() {
+    fn a_symlink_is_resolved_once() {
+        if !is_root() {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
         let (good, evil) = (dir.path().join("good"), dir.path().join("evil"));
-        for (folder, text) in [(&good, "good"), (&evil, "evil")] {
-            fs::create_dir(folder).unwrap();
-            fs::write(folder.join("file"), text).unwrap();
+        for (directory, text) in [(&good, "good"), (&evil, "evil")] {
+            fs::create_dir(directory).unwrap();
+            fs::write(directory.join("file"), text).unwrap();
         }
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&good, &link).unwrap();
-        let (tree, _) = mount_of(&link, PLAIN, None).unwrap();
+        let (tree, _) = clone_mount(&link, PLAIN, None).unwrap();
         fs::remove_file(&link).unwrap();
         std::os::unix::fs::symlink(&evil, &link).unwrap();
-        assert_eq!(fs::read_to_string(inside(&tree).join("file")).unwrap(), "good");
+        assert_eq!(fs::read_to_string(fd_path(&tree).join("file")).unwrap(), "good");
     }
 
     #[test]
-    fn a_file_can_be_shared_and_a_socket_or_nothing_cannot() {
-        if !root() {
+    fn files_can_be_shared_and_sockets_or_missing_paths_cannot() {
+        if !is_root() {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "text").unwrap();
-        let (tree, kind) = mount_of(&file, PLAIN, None).unwrap();
+        let (tree, kind) = clone_mount(&file, PLAIN, None).unwrap();
         assert_eq!(kind, Kind::File);
-        assert_eq!(fs::read_to_string(inside(&tree)).unwrap(), "text");
+        assert_eq!(fs::read_to_string(fd_path(&tree)).unwrap(), "text");
         let path = dir.path().join("socket");
         let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        assert!(matches!(mount_of(&path, PLAIN, None), Err(Error::Unsupported { .. })));
-        let error = mount_of(Path::new("/no/such"), PLAIN, None).unwrap_err();
+        assert!(matches!(clone_mount(&path, PLAIN, None), Err(Error::Unsupported { .. })));
+        let error = clone_mount(Path::new("/no/such"), PLAIN, None).unwrap_err();
         assert!(matches!(error, Error::FailedPrecondition { .. }), "{error}");
     }
 
-    /// A namespace in which ids from 0 on stand for those from 70,000 on.
+    /// A user namespace that maps ids from 0 to ids from 70,000.
     fn namespace() -> OwnedFd {
         let mut child =
             std::process::Command::new("unshare").args(["--user", "sleep", "60"]).spawn().unwrap();
@@ -460,33 +469,33 @@ mod tests {
     }
 
     #[test]
-    fn ids_are_mapped_both_ways_where_the_file_system_can() {
+    fn ids_are_mapped_both_ways_if_the_file_system_supports_it() {
         use std::os::unix::fs::{MetadataExt, chown};
-        if !root() {
+        if !is_root() {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
         chown(dir.path(), Some(5), Some(6)).unwrap();
         let ids = namespace();
-        let (tree, _) = match mount_of(dir.path(), PLAIN, Some(&ids)) {
+        let (tree, _) = match clone_mount(dir.path(), PLAIN, Some(&ids)) {
             Ok(made) => made,
             Err(Error::Unsupported { message }) => return eprintln!("SKIP: {message}"),
             Err(e) => panic!("{e}"),
         };
-        let seen = fs::metadata(inside(&tree)).unwrap();
+        let seen = fs::metadata(fd_path(&tree)).unwrap();
         assert_eq!((seen.uid(), seen.gid()), (70_005, 70_006));
-        chown(inside(&tree), Some(70_007), None).unwrap();
+        chown(fd_path(&tree), Some(70_007), None).unwrap();
         assert_eq!(fs::metadata(dir.path()).unwrap().uid(), 7);
-        let error = mount_of(Path::new("/proc"), PLAIN, Some(&ids)).unwrap_err();
+        let error = clone_mount(Path::new("/proc"), PLAIN, Some(&ids)).unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     }
 
     #[tokio::test]
-    async fn a_server_that_is_not_there_or_sleeps_is_told_apart() {
+    async fn a_missing_and_a_hanging_server_are_distinguished() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fs");
         let limit = Duration::from_millis(50);
-        let lookups = Pool::new("test-lookup", 1, limit);
+        let lookups = BlockingPool::new("test-lookup", 1, limit);
         let server = ShareServer::attach(path.clone(), limit, lookups);
         assert!(matches!(server.list().await, Err(Error::Unavailable { .. })));
         let _listener = sockets::listen_at(&path, SockType::SeqPacket).unwrap();

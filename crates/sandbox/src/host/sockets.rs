@@ -1,4 +1,4 @@
-//! The two listening sockets a VMM inherits.
+//! Listening sockets that a VMM, agent or file server inherits.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -8,16 +8,16 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
 
-use super::absent_is_fine;
+use super::ignore_not_found;
 
-/// Connections that may wait to be accepted; a burst of execs must not be refused.
+/// Listen backlog; a burst of execs must not be refused.
 const BACKLOG: i32 = 128;
 /// Longest path of a unix socket: sun_path (unix(7)) less its NUL.
 pub(crate) const MAX_PATH: usize = 107;
 
-/// Binds a unix socket at `path`, in place of what stood there.
+/// Binds and listens on a Unix socket at `path`; replaces an existing file.
 pub(crate) fn listen_at(path: &Path, kind: SockType) -> io::Result<OwnedFd> {
-    absent_is_fine(std::fs::remove_file(path))?;
+    ignore_not_found(std::fs::remove_file(path))?;
     let socket = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)?;
     bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     listen(&socket, Backlog::new(BACKLOG)?)?;

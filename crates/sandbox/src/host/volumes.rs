@@ -1,7 +1,7 @@
-//! Files and folders of the host, read for a copy into the guest.
+//! Reads host files and directories for a copy into the guest.
 //!
-//! Read in pieces and handed on at once: a volume never stands in our memory as a whole. Links are
-//! kept as links, so nothing outside of the named folder is ever read through one.
+//! Reads in chunks that are passed on at once: a volume is never in memory as a whole. Symlinks are
+//! copied as symlinks, so nothing outside the given directory is read.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -11,95 +11,96 @@ use std::path::{Component, Path, PathBuf};
 
 use agent_api::v1::VolumeFile;
 
-use super::pool::Pool;
+use super::pool::BlockingPool;
 use crate::error::Error;
 
-/// Content of one message, bytes: well below [`agent_api::MAX_MESSAGE`], with room for names.
-const PIECE: usize = 1 << 20;
-/// Names and contents of one message together, files.
-const FILES_A_MESSAGE: usize = 512;
-/// Folders in folders; a deeper tree is refused rather than walked.
+/// Content per message, bytes: well below [`agent_api::MAX_MESSAGE`], with room for names.
+const CHUNK: usize = 1 << 20;
+/// Files per message.
+const FILES_PER_MESSAGE: usize = 512;
+/// Deepest directory nesting.
 const MAX_DEPTH: usize = 32;
 
-/// What a copy may cost.
+/// Limits of a copy.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
     pub(crate) bytes: u64,
     pub(crate) files: usize,
 }
 
-/// Whether the copied thing is a file (mounted by its name inside the volume) or a folder.
+/// Whether the source is a file (mounted by its name in the volume) or a directory.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Shape {
+pub(crate) enum SourceKind {
     File { name: String },
-    Folder,
+    Directory,
 }
 
-impl Shape {
-    /// What a copied file is called in its volume.
+impl SourceKind {
+    /// Name of a copied file in its volume.
     pub(crate) const FILE: &'static str = "file";
 }
 
-/// What stands at `path`, links followed: a mount's source is what it points to.
-pub(crate) fn shape(path: &Path) -> Result<Shape, Error> {
+/// Kind of `path`, with symlinks followed: a mount's source is the target.
+pub(crate) fn source_kind(path: &Path) -> Result<SourceKind, Error> {
     let meta = fs::metadata(path)
         .map_err(|e| Error::invalid(format!("volume source {}: {e}", path.display())))?;
     if meta.is_dir() {
-        Ok(Shape::Folder)
+        Ok(SourceKind::Directory)
     } else if meta.is_file() {
-        Ok(Shape::File { name: Shape::FILE.into() })
+        Ok(SourceKind::File { name: SourceKind::FILE.into() })
     } else {
-        Err(special(path, meta.file_type()))
+        Err(unsupported_type(path, meta.file_type()))
     }
 }
 
-fn special(path: &Path, kind: fs::FileType) -> Error {
+fn unsupported_type(path: &Path, kind: fs::FileType) -> Error {
     let kind = match kind {
         k if k.is_socket() => "a socket",
         k if k.is_fifo() => "a pipe",
         k if k.is_block_device() || k.is_char_device() => "a device",
-        _ => "neither file nor folder",
+        _ => "neither file nor directory",
     };
     Error::Unsupported {
         message: format!(
-            "volume source {} is {kind}: volumes are copied into the pod, and that cannot be",
+            "volume source {} is {kind}, which cannot be copied into the pod",
             path.display()
         ),
     }
 }
 
-/// Reads the volume and gives each batch of files to `sink`. Blocks.
+/// Reads the volume and passes batches of files to `sink`. Blocks.
 pub(crate) fn read(
     path: &Path,
     limits: Limits,
     sink: &mut dyn FnMut(Vec<VolumeFile>) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let mut walk = Walk { root: path, limits, bytes: 0, files: 0, batch: Batch::default(), sink };
-    match shape(path)? {
-        Shape::File { name } => walk.file(path, &name)?,
-        Shape::Folder => walk.folder(path, &PathBuf::new(), 0)?,
+    let mut reader =
+        VolumeReader { root: path, limits, bytes: 0, files: 0, batch: Batch::default(), sink };
+    match source_kind(path)? {
+        SourceKind::File { name } => reader.file(path, &name)?,
+        SourceKind::Directory => reader.directory(path, &PathBuf::new(), 0)?,
     }
-    walk.flush()
+    reader.flush()
 }
 
-/// A volume that is read while its batches are taken one after the other.
+/// A volume that is read concurrently with the use of its batches.
 pub(crate) struct Copy {
-    pool: Pool,
+    pool: BlockingPool,
     what: String,
     batches: tokio::sync::mpsc::Receiver<Vec<VolumeFile>>,
     reader: Option<tokio::task::JoinHandle<Result<(), Error>>>,
 }
 
 impl Copy {
-    pub(crate) fn of(pool: &Pool, source: PathBuf, limits: Limits) -> Self {
+    pub(crate) fn of(pool: &BlockingPool, source: PathBuf, limits: Limits) -> Self {
         let (sender, batches) = tokio::sync::mpsc::channel(1);
         let (reading, pool) = (pool.clone(), pool.clone());
         let what = format!("read {}", source.display());
         let reader = tokio::spawn(async move {
-            let read = reading.finish(move || {
+            let read = reading.run(move || {
                 read(&source, limits, &mut |files| {
-                    let gone = |_| Error::Cancelled { what: "copy of a volume" };
-                    sender.blocking_send(files).map_err(gone)
+                    let cancelled = |_| Error::Cancelled { what: "copy of a volume" };
+                    sender.blocking_send(files).map_err(cancelled)
                 })
             });
             read.await
@@ -107,10 +108,10 @@ impl Copy {
         Self { pool, what, batches, reader: Some(reader) }
     }
 
-    /// None: that was all of it. Fails when the next batch does not come within the pool's limit.
+    /// None after the last batch. Fails if the next batch does not arrive within the pool's limit.
     pub(crate) async fn next(&mut self) -> Result<Option<Vec<VolumeFile>>, Error> {
         let batch = tokio::time::timeout(self.pool.limit(), self.batches.recv()).await;
-        if let Some(files) = batch.map_err(|_| self.pool.late(&*self.what))? {
+        if let Some(files) = batch.map_err(|_| self.pool.timeout_error(&*self.what))? {
             return Ok(Some(files));
         }
         match self.reader.take() {
@@ -120,49 +121,49 @@ impl Copy {
     }
 }
 
-/// Where a kubelet's atomic writer keeps what is current: a link to one folder beside it.
+/// Symlink of a kubelet's atomic writer to the current directory beside it.
 const DATA: &str = "..data";
-/// A folder whose writer replaces it faster than it can be read is given up.
+/// Attempts to read a directory that is replaced meanwhile.
 const TRIES: usize = 5;
 
-/// What such a folder holds at one moment.
+/// Content of such a directory at one moment.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Generation {
-    /// What `..data` points to; empty: nothing has been written yet.
+    /// Target of `..data`; empty: nothing was written yet.
     pub(crate) name: OsString,
     /// Each fits into a message.
     pub(crate) batches: Vec<Vec<VolumeFile>>,
 }
 
 /// Name of the current generation. Blocks.
-pub(crate) fn current(folder: &Path) -> io::Result<OsString> {
-    match fs::read_link(folder.join(DATA)) {
+pub(crate) fn current(directory: &Path) -> io::Result<OsString> {
+    match fs::read_link(directory.join(DATA)) {
         Ok(target) => {
             let mut parts = target.components();
             match (parts.next(), parts.next()) {
                 (Some(Component::Normal(name)), None) => Ok(name.to_owned()),
-                // It must not lead out of the folder.
+                // It must not lead out of the directory.
                 _ => Err(io::Error::new(io::ErrorKind::InvalidData, "..data points elsewhere")),
             }
         }
-        Err(e) if e.kind() == io::ErrorKind::NotFound && folder.is_dir() => Ok(OsString::new()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && directory.is_dir() => Ok(OsString::new()),
         Err(e) => Err(e),
     }
 }
 
-/// Reads the current generation, all of it from the same one. Such volumes are small, so here they
-/// do stand in memory. Blocks.
-pub(crate) fn generation(folder: &Path, limits: Limits) -> Result<Generation, Error> {
-    let failed = |e| Error::io(format!("read volume source {}", folder.display()), e);
+/// Reads the current generation consistently. Such volumes are small, so it is held in memory.
+/// Blocks.
+pub(crate) fn generation(directory: &Path, limits: Limits) -> Result<Generation, Error> {
+    let failed = |e| Error::io(format!("read volume source {}", directory.display()), e);
     let mut last = None;
     for _ in 0..TRIES {
-        let name = current(folder).map_err(failed)?;
+        let name = current(directory).map_err(failed)?;
         if name.is_empty() {
             return Ok(Generation::default());
         }
-        let path = folder.join(&name);
+        let path = directory.join(&name);
         if fs::symlink_metadata(&path).is_ok_and(|m| !m.is_dir()) {
-            return Err(Error::invalid(format!("{} is no folder", path.display())));
+            return Err(Error::invalid(format!("{} is not a directory", path.display())));
         }
         let mut batches = Vec::new();
         let done = read(&path, limits, &mut |files| {
@@ -170,10 +171,10 @@ pub(crate) fn generation(folder: &Path, limits: Limits) -> Result<Generation, Er
             Ok(())
         });
         match done {
-            Ok(()) if current(folder).map_err(failed)? == name => {
+            Ok(()) if current(directory).map_err(failed)? == name => {
                 return Ok(Generation { name, batches });
             }
-            // Replaced and removed while we read it.
+            // It was replaced meanwhile.
             Ok(()) => {}
             Err(e @ (Error::Unsupported { .. } | Error::ResourceExhausted { .. })) => {
                 return Err(e);
@@ -182,23 +183,26 @@ pub(crate) fn generation(folder: &Path, limits: Limits) -> Result<Generation, Er
         }
     }
     Err(last.unwrap_or_else(|| {
-        Error::unavailable(format!("volume source {} changes all the time", folder.display()))
+        Error::unavailable(format!(
+            "volume source {} was replaced during every attempt to read it",
+            directory.display()
+        ))
     }))
 }
 
-/// Opens a file that is to be written later, never through a link in its place.
+/// Opens a file for a later write, without following a symlink.
 pub(crate) fn open_for_writing(path: &Path) -> Result<File, Error> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
     let opened = File::options().write(true).custom_flags(flags).open(path);
     let file = opened.map_err(|e| Error::invalid(format!("{}: {e}", path.display())))?;
-    let meta = file.metadata().map_err(|e| Error::io(format!("look at {}", path.display()), e))?;
+    let meta = file.metadata().map_err(|e| Error::io(format!("stat {}", path.display()), e))?;
     if !meta.is_file() {
-        return Err(Error::invalid(format!("{} is no regular file", path.display())));
+        return Err(Error::invalid(format!("{} is not a regular file", path.display())));
     }
     Ok(file)
 }
 
-/// Gives a file this content. Blocks.
+/// Replaces the content of a file. Blocks.
 pub(crate) fn overwrite(file: &File, content: &[u8]) -> io::Result<()> {
     file.write_all_at(content, 0)?;
     file.set_len(content.len() as u64)
@@ -210,7 +214,7 @@ struct Batch {
     bytes: usize,
 }
 
-struct Walk<'a> {
+struct VolumeReader<'a> {
     root: &'a Path,
     limits: Limits,
     bytes: u64,
@@ -219,7 +223,7 @@ struct Walk<'a> {
     sink: &'a mut dyn FnMut(Vec<VolumeFile>) -> Result<(), Error>,
 }
 
-impl Walk<'_> {
+impl VolumeReader<'_> {
     fn failed(&self, path: &Path, error: io::Error) -> Error {
         Error::io(format!("read volume source {}", path.display()), error)
     }
@@ -227,30 +231,30 @@ impl Walk<'_> {
     fn count(&mut self) -> Result<(), Error> {
         self.files += 1;
         if self.files > self.limits.files {
-            return Err(self.too_big(format!("more than {} files", self.limits.files)));
+            return Err(self.too_large(format!("more than {} files", self.limits.files)));
         }
         Ok(())
     }
 
-    fn too_big(&self, what: String) -> Error {
+    fn too_large(&self, what: String) -> Error {
         Error::Unsupported {
             message: format!(
-                "volume source {} holds {what}: volumes are copied into the pod, larger ones \
+                "volume source {} has {what}: volumes are copied into the pod, larger ones \
                  are not supported",
                 self.root.display()
             ),
         }
     }
 
-    fn folder(&mut self, path: &Path, name: &Path, depth: usize) -> Result<(), Error> {
+    fn directory(&mut self, path: &Path, name: &Path, depth: usize) -> Result<(), Error> {
         if depth > MAX_DEPTH {
-            return Err(self.too_big(format!("more than {MAX_DEPTH} levels of folders")));
+            return Err(self.too_large(format!("more than {MAX_DEPTH} levels of directories")));
         }
         let mut entries = Vec::new();
         for entry in fs::read_dir(path).map_err(|e| self.failed(path, e))? {
             entries.push(entry.map_err(|e| self.failed(path, e))?.file_name());
             if entries.len() > self.limits.files {
-                return Err(self.too_big(format!("more than {} files", self.limits.files)));
+                return Err(self.too_large(format!("more than {} files", self.limits.files)));
             }
         }
         entries.sort();
@@ -261,7 +265,7 @@ impl Walk<'_> {
             if meta.is_dir() {
                 self.count()?;
                 self.push(volume_file(text, &meta, Vec::new(), false))?;
-                self.folder(&path, &name, depth + 1)?;
+                self.directory(&path, &name, depth + 1)?;
             } else if meta.is_symlink() {
                 self.count()?;
                 let target = fs::read_link(&path).map_err(|e| self.failed(&path, e))?;
@@ -270,7 +274,7 @@ impl Walk<'_> {
             } else if meta.is_file() {
                 self.file(&path, &text)?;
             } else {
-                return Err(special(&path, meta.file_type()));
+                return Err(unsupported_type(&path, meta.file_type()));
             }
         }
         Ok(())
@@ -284,28 +288,28 @@ impl Walk<'_> {
 
     fn file(&mut self, path: &Path, name: &str) -> Result<(), Error> {
         self.count()?;
-        // O_NONBLOCK: a file that has become a pipe since we looked must not hold us.
+        // O_NONBLOCK: the file may have been replaced by a FIFO.
         let mut options = File::options();
         let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
         let mut file = file.map_err(|e| self.failed(path, e))?;
         let meta = file.metadata().map_err(|e| self.failed(path, e))?;
         if !meta.is_file() {
-            return Err(special(path, meta.file_type()));
+            return Err(unsupported_type(path, meta.file_type()));
         }
         let mut append = false;
         loop {
-            let mut piece = Vec::new();
-            let got = (&mut file).take(PIECE as u64).read_to_end(&mut piece);
+            let mut chunk = Vec::new();
+            let got = (&mut file).take(CHUNK as u64).read_to_end(&mut chunk);
             let got = got.map_err(|e| self.failed(path, e))?;
             if append && got == 0 {
                 return Ok(());
             }
             self.bytes += got as u64;
             if self.bytes > self.limits.bytes {
-                return Err(self.too_big(format!("more than {} bytes", self.limits.bytes)));
+                return Err(self.too_large(format!("more than {} bytes", self.limits.bytes)));
             }
-            self.push(volume_file(name.to_owned(), &meta, piece, append))?;
-            if got < PIECE {
+            self.push(volume_file(name.to_owned(), &meta, chunk, append))?;
+            if got < CHUNK {
                 return Ok(());
             }
             append = true;
@@ -314,7 +318,7 @@ impl Walk<'_> {
 
     fn push(&mut self, file: VolumeFile) -> Result<(), Error> {
         let size = file.content.len() + file.path.len();
-        if self.batch.bytes + size > 2 * PIECE || self.batch.files.len() == FILES_A_MESSAGE {
+        if self.batch.bytes + size > 2 * CHUNK || self.batch.files.len() == FILES_PER_MESSAGE {
             self.flush()?;
         }
         self.batch.bytes += size;
@@ -348,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_keeps_its_links_and_its_large_files() {
+    fn symlinks_and_large_files_of_a_directory_are_copied() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("..2024")).unwrap();
         fs::write(dir.path().join("..2024/key"), vec![7; (2 << 20) + 5]).unwrap();
@@ -358,13 +362,13 @@ mod tests {
         let link = files.iter().find(|f| f.path == "key").unwrap();
         assert_eq!(link.content, b"..data/key");
         assert_eq!(link.mode & libc::S_IFMT, libc::S_IFLNK);
-        let pieces: Vec<_> = files.iter().filter(|f| f.path == "..2024/key").collect();
-        assert_eq!(pieces.iter().map(|f| f.content.len()).sum::<usize>(), (2 << 20) + 5);
-        assert_eq!(pieces.iter().map(|f| f.append).collect::<Vec<_>>(), [false, true, true]);
+        let chunks: Vec<_> = files.iter().filter(|f| f.path == "..2024/key").collect();
+        assert_eq!(chunks.iter().map(|f| f.content.len()).sum::<usize>(), (2 << 20) + 5);
+        assert_eq!(chunks.iter().map(|f| f.append).collect::<Vec<_>>(), [false, true, true]);
     }
 
     #[test]
-    fn too_many_files_and_too_many_bytes_are_refused_with_a_sentence() {
+    fn too_many_files_or_bytes_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("big"), vec![0; 9 << 20]).unwrap();
         let error = collect(dir.path()).unwrap_err().to_string();
@@ -378,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_is_refused_and_does_not_hold_the_reader() {
+    fn a_fifo_is_refused_without_blocking() {
         let dir = tempfile::tempdir().unwrap();
         nix::unistd::mkfifo(&dir.path().join("p"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(matches!(collect(dir.path()), Err(Error::Unsupported { .. })));
@@ -386,21 +390,21 @@ mod tests {
     }
 
     /// As a kubelet's atomic writer does it.
-    fn publish(folder: &Path, name: &str, files: &[(&str, &str)]) {
-        fs::create_dir(folder.join(name)).unwrap();
+    fn publish(directory: &Path, name: &str, files: &[(&str, &str)]) {
+        fs::create_dir(directory.join(name)).unwrap();
         for (file, text) in files {
-            fs::write(folder.join(name).join(file), text).unwrap();
+            fs::write(directory.join(name).join(file), text).unwrap();
         }
-        std::os::unix::fs::symlink(name, folder.join("..data_tmp")).unwrap();
-        let old = fs::read_link(folder.join(DATA));
-        fs::rename(folder.join("..data_tmp"), folder.join(DATA)).unwrap();
+        std::os::unix::fs::symlink(name, directory.join("..data_tmp")).unwrap();
+        let old = fs::read_link(directory.join(DATA));
+        fs::rename(directory.join("..data_tmp"), directory.join(DATA)).unwrap();
         if let Ok(old) = old {
-            fs::remove_dir_all(folder.join(old)).unwrap();
+            fs::remove_dir_all(directory.join(old)).unwrap();
         }
     }
 
     #[test]
-    fn a_generation_is_never_mixed_with_the_next() {
+    fn a_generation_is_read_consistently() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(generation(dir.path(), LIMITS).unwrap(), Generation::default());
         publish(dir.path(), "..0", &[("a", "0"), ("b", "0")]);
@@ -412,7 +416,7 @@ mod tests {
                 }
             });
             while !writer.is_finished() {
-                // A writer without a pause may outrun us.
+                // The writer may be faster.
                 let Ok(read) = generation(dir.path(), LIMITS) else { continue };
                 let contents: Vec<_> =
                     read.batches.iter().flatten().map(|f| f.content.clone()).collect();
@@ -425,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn a_data_link_that_leads_out_of_the_folder_is_not_followed() {
+    fn a_data_link_out_of_the_directory_is_not_followed() {
         let dir = tempfile::tempdir().unwrap();
         for target in ["/etc", "../x", "a/b"] {
             let _ = fs::remove_file(dir.path().join(DATA));
@@ -435,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_overwritten_whole_and_a_link_in_its_place_is_not_followed() {
+    fn a_file_is_overwritten_and_a_symlink_is_not_followed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         fs::write(&path, "a long former text").unwrap();
@@ -449,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_arrives_as_one() {
+    fn an_empty_file_is_copied() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("empty"), "").unwrap();
         let files = collect(&dir.path().join("empty")).unwrap();

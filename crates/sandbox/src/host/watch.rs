@@ -1,8 +1,7 @@
-//! Folders of the host that somebody waits for a change in: one inotify instance for the whole
-//! daemon, because a user may have few of them (fs.inotify.max_user_instances, 128 by default) and
-//! a node has hundreds of pods.
+//! Watches of host directories: one inotify instance for the whole daemon, because a user may have
+//! few of them (fs.inotify.max_user_instances, 128 by default) and a node has hundreds of pods.
 //!
-//! What has changed is not told, only that something may have: the reader looks. Spec: inotify(7).
+//! Reports only that something may have changed: the reader checks. Spec: inotify(7).
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -12,7 +11,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-/// A link or folder that is renamed, made or removed, or the folder itself.
+/// Renames, creations and removals in the directory, and of the directory itself.
 const CHANGES: AddWatchFlags = AddWatchFlags::IN_CREATE
     .union(AddWatchFlags::IN_MOVE)
     .union(AddWatchFlags::IN_DELETE)
@@ -20,7 +19,7 @@ const CHANGES: AddWatchFlags = AddWatchFlags::IN_CREATE
     .union(AddWatchFlags::IN_MOVE_SELF)
     .union(AddWatchFlags::IN_ONLYDIR);
 
-/// The daemon's watcher; one that could not be made watches nothing, and its users poll.
+/// The daemon's watcher; without inotify it watches nothing and its users poll.
 #[derive(Debug, Clone)]
 pub(crate) struct Watcher {
     inner: Option<Arc<Inner>>,
@@ -29,11 +28,11 @@ pub(crate) struct Watcher {
 #[derive(Debug)]
 struct Inner {
     events: fd::Events,
-    /// By inode in effect: a folder has one descriptor however often it is watched.
+    /// The kernel returns the same descriptor for each watch of a directory.
     watched: Mutex<HashMap<WatchDescriptor, watch::Sender<()>>>,
 }
 
-/// One user's watch of a folder; it ends when it is dropped.
+/// A watch of a directory; ends on drop.
 #[derive(Debug)]
 pub(crate) struct Watch {
     inner: Arc<Inner>,
@@ -42,12 +41,12 @@ pub(crate) struct Watch {
 }
 
 impl Watcher {
-    /// Must be called inside a runtime; reads until `shutdown`.
+    /// Must be called in a tokio runtime; runs until `shutdown`.
     pub(crate) fn start(shutdown: CancellationToken) -> Self {
         let events = match fd::Events::new() {
             Ok(events) => events,
             Err(error) => {
-                tracing::warn!(%error, "no inotify: changes of volumes are looked for now and then");
+                tracing::warn!(%error, "no inotify: polling for changes of volumes");
                 return Self { inner: None };
             }
         };
@@ -62,17 +61,16 @@ impl Watcher {
         Self { inner: Some(inner) }
     }
 
-    /// None when the folder cannot be watched (it is gone, or the host is out of watches). Blocks
-    /// for as long as the folder's file system does not answer.
-    pub(crate) fn watch(&self, folder: &Path) -> Option<Watch> {
+    /// None if the directory cannot be watched (it is gone, or the watch limit is reached). Blocks
+    /// if the file system does not answer.
+    pub(crate) fn watch(&self, directory: &Path) -> Option<Watch> {
         let inner = self.inner.as_ref()?;
-        // Before the lock, which the watches of all pods need. Another watch of the folder may be
-        // dropped in between and take the descriptor along; then this one is never told, and its
-        // user looks now and then anyway.
-        let descriptor = match inner.events.inotify().add_watch(folder, CHANGES) {
+        // Not under the lock, which all pods use. A concurrent drop of another watch may remove the
+        // descriptor in between; then this watch gets no events, and its user polls anyway.
+        let descriptor = match inner.events.inotify().add_watch(directory, CHANGES) {
             Ok(descriptor) => descriptor,
             Err(error) => {
-                tracing::debug!(folder = %folder.display(), %error, "cannot be watched");
+                tracing::debug!(directory = %directory.display(), %error, "cannot be watched");
                 return None;
             }
         };
@@ -84,7 +82,7 @@ impl Watcher {
 }
 
 impl Watch {
-    /// Resolves after a change; false when there will be none any more.
+    /// Resolves after a change; false if there will be no more.
     pub(crate) async fn changed(&mut self) -> bool {
         self.changed.changed().await.is_ok()
     }
@@ -93,10 +91,10 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         let mut watched = self.inner.lock();
-        // Ours is still counted.
+        // The count includes this watch.
         if watched.get(&self.descriptor).is_some_and(|s| s.receiver_count() <= 1) {
             watched.remove(&self.descriptor);
-            // Fails for a folder that is gone: the kernel has removed the watch itself.
+            // Fails if the directory is gone: the kernel has removed the watch.
             let _ = self.inner.events.inotify().rm_watch(self.descriptor);
         }
     }
@@ -112,7 +110,7 @@ impl Inner {
             let mut watched = self.lock();
             for event in events {
                 if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
-                    // Something was lost: everybody looks.
+                    // Events were lost: notify all.
                     watched.values().for_each(|sender| sender.send_replace(()));
                 } else if event.mask.contains(AddWatchFlags::IN_IGNORED) {
                     watched.remove(&event.wd);
@@ -187,8 +185,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn two_watches_of_a_folder_both_see_a_change_and_the_first_to_go_does_not_end_the_other()
-    {
+    async fn two_watches_of_a_directory_are_independent() {
         let dir = tempfile::tempdir().unwrap();
         let watcher = Watcher::start(CancellationToken::new());
         let mut a = watcher.watch(dir.path()).unwrap();
@@ -203,14 +200,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_watch_of_a_folder_that_goes_away_ends() {
+    async fn a_watch_ends_when_its_directory_is_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("folder");
-        fs::create_dir(&folder).unwrap();
+        let directory = dir.path().join("directory");
+        fs::create_dir(&directory).unwrap();
         let watcher = Watcher::start(CancellationToken::new());
-        let mut watch = watcher.watch(&folder).unwrap();
-        fs::remove_dir(&folder).unwrap();
+        let mut watch = watcher.watch(&directory).unwrap();
+        fs::remove_dir(&directory).unwrap();
         while soon(&mut watch).await.unwrap() {}
-        assert!(watcher.watch(&folder).is_none());
+        assert!(watcher.watch(&directory).is_none());
     }
 }

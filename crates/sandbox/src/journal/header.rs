@@ -1,9 +1,9 @@
-//! The header of a pod's folder, `pods/<id>/header.json`: what the node must know of a pod whose
-//! record it cannot read.
+//! The header, `pods/<id>/header.json`: what the node must know of a pod whose record is
+//! unreadable.
 //!
-//! It is written before the record. Its fields are never renamed and never change their meaning;
-//! further ones may be added. So every release reads the headers of all others: a reader takes the
-//! fields that it knows, and a field that is missing has its default.
+//! It is written before the record. Fields are never renamed and never change their meaning; fields
+//! may be added. So every release reads the headers of all others: unknown fields are ignored,
+//! missing fields have their default.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::Meta;
 use crate::policy::{Effect, Pod};
 
-/// Tells people which release has written the header; no reader depends on it.
+/// Informational; no reader depends on it.
 const VERSION: u32 = 1;
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,10 +25,10 @@ pub(crate) struct Header {
     pub(crate) id: String,
     pub(crate) name: String,
     pub(crate) namespace: String,
-    /// Of the Kubernetes object.
+    /// Uid of the Kubernetes object.
     pub(crate) uid: String,
     pub(crate) attempt: u32,
-    /// A kubelet looks for its pods by label.
+    /// A kubelet finds its pods by label.
     pub(crate) labels: BTreeMap<String, String>,
     /// Runtime handler.
     pub(crate) handler: String,
@@ -36,7 +36,7 @@ pub(crate) struct Header {
     created_ns: u64,
     /// Uid of the VMM.
     pub(crate) jail_uid: Option<u32>,
-    /// The pod's leaf, and those ancestors that were made for it.
+    /// The pod's leaf cgroup, and those ancestors that were created for it.
     pub(crate) cgroup: Option<PathBuf>,
     pub(crate) cgroup_parents: Vec<PathBuf>,
     pub(crate) netns: PathBuf,
@@ -71,7 +71,7 @@ impl Header {
         }
     }
 
-    /// None: unreadable, or another pod's.
+    /// None if unreadable or of another pod.
     pub(crate) fn decode(bytes: &[u8], id: &str) -> Option<Self> {
         serde_json::from_slice(bytes).ok().filter(|header: &Self| header.id == id)
     }

@@ -1,6 +1,6 @@
-//! The journal: one record a pod, `pods/<id>/record.json`, replaced as a whole (written beside,
-//! synced, renamed, folder synced), so that a crash at any moment leaves the old or the new one.
-//! Beside it stands a small [`header`], for the case that the record cannot be read.
+//! The journal: one record per pod, `pods/<id>/record.json`, replaced atomically (write a new file,
+//! sync, rename, sync the directory), so that a crash leaves the old or the new one. Beside it is a
+//! small [`header`], for the case that the record is unreadable.
 
 mod header;
 mod record;
@@ -13,19 +13,19 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use crate::failpoint::{Failpoints, When};
-use crate::host::{absent_is_fine, sync_dir};
+use crate::host::{ignore_not_found, sync_dir};
 use crate::model::PodId;
 use crate::observe::{Measured, Observer, Outcome};
 use crate::policy::Pod;
 
 pub(crate) use header::Header;
-pub(crate) use record::Rescued;
+pub(crate) use record::PartialRecord;
 
 const RECORD: &str = "record.json";
 const HEADER: &str = "header.json";
-/// Files in the making.
+/// Names of files before their rename.
 const NEW: [&str; 2] = ["record.new", "header.new"];
-/// A record is refused above this size: nothing we write comes near it.
+/// Largest record, bytes: far above any that is written.
 const MAX_RECORD: u64 = 64 << 20;
 
 /// The records of a node.
@@ -36,26 +36,26 @@ pub(crate) struct Journal {
     failpoints: Failpoints,
 }
 
-/// What stands in a pod's folder.
+/// Content of a pod's directory.
 pub(crate) enum Found {
     Pod {
         pod: Box<Pod>,
         boot_id: String,
     },
-    /// The folder was made, the record not: nothing else has happened yet.
+    /// The directory exists without a record: nothing else was done for the pod.
     Empty {
         id: PodId,
     },
-    Unread(Box<Unread>),
+    Unreadable(Box<Unreadable>),
 }
 
-/// A pod whose record cannot be read, and what is known of it all the same.
-pub(crate) struct Unread {
+/// A pod with an unreadable record, and the fields that are known.
+pub(crate) struct Unreadable {
     pub(crate) id: PodId,
     pub(crate) why: String,
     pub(crate) header: Option<Header>,
-    pub(crate) rescued: Rescued,
-    /// When the folder was made.
+    pub(crate) partial: PartialRecord,
+    /// Creation time of the directory.
     pub(crate) made: Option<SystemTime>,
 }
 
@@ -69,16 +69,16 @@ impl Journal {
         Ok(Self { pods, observer, failpoints })
     }
 
-    pub(crate) fn folder(&self, pod: &str) -> PathBuf {
+    pub(crate) fn directory(&self, pod: &str) -> PathBuf {
         self.pods.join(pod)
     }
 
     /// Writes a pod's header and record. Blocks.
     ///
-    /// A record that could not be read stays as it is: another release may be able to read it. What
-    /// happens to such a pod is found out again after a restart, as undoing can be repeated.
+    /// An unreadable record is kept: another release may be able to read it. Changes of such a pod
+    /// are found again after a restart, as undo is idempotent.
     pub(crate) fn write(&self, pod: &Pod, boot_id: &str) -> io::Result<()> {
-        if pod.unread {
+        if pod.unreadable {
             return Ok(());
         }
         let began = Instant::now();
@@ -89,46 +89,47 @@ impl Journal {
     }
 
     fn write_both(&self, pod: &Pod, boot_id: &str) -> io::Result<()> {
-        self.failpoints.pass(When::Before, "journal: folder")?;
-        let folder = self.folder(&pod.id);
-        match fs::DirBuilder::new().mode(0o700).create(&folder) {
+        self.failpoints.check_blocking(When::Before, "journal: directory")?;
+        let directory = self.directory(&pod.id);
+        match fs::DirBuilder::new().mode(0o700).create(&directory) {
             Ok(()) => self.sync(|| sync_dir(&self.pods))?,
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             Err(e) => return Err(e),
         }
         self.replace_header(pod)?;
         let bytes = record::encode(pod, boot_id)?;
-        self.failpoints.pass(When::Before, "journal: record")?;
-        self.replace(&folder, "record.new", RECORD, &bytes)?;
-        // One for both: it is what a start of a pod waits for.
-        self.sync(|| sync_dir(&folder))?;
-        self.failpoints.pass(When::After, "journal: record")
+        self.failpoints.check_blocking(When::Before, "journal: record")?;
+        self.replace(&directory, "record.new", RECORD, &bytes)?;
+        // One sync for both files, as the start of a pod waits for it.
+        self.sync(|| sync_dir(&directory))?;
+        self.failpoints.check_blocking(When::After, "journal: record")
     }
 
-    /// Brings the header up to date, if it is not. Blocks.
+    /// Updates the header if it has changed. Blocks.
     pub(crate) fn write_header(&self, pod: &Pod) -> io::Result<()> {
-        match self.replace_header(pod)? {
-            true => self.sync(|| sync_dir(&self.folder(&pod.id))),
-            false => Ok(()),
+        if self.replace_header(pod)? {
+            self.sync(|| sync_dir(&self.directory(&pod.id)))
+        } else {
+            Ok(())
         }
     }
 
-    /// True if it was not up to date.
+    /// Returns whether it was changed.
     fn replace_header(&self, pod: &Pod) -> io::Result<bool> {
-        let folder = self.folder(&pod.id);
+        let directory = self.directory(&pod.id);
         let bytes = serde_json::to_vec(&Header::of(pod))?;
-        if fs::read(folder.join(HEADER)).is_ok_and(|written| written == bytes) {
+        if fs::read(directory.join(HEADER)).is_ok_and(|written| written == bytes) {
             return Ok(false);
         }
-        self.failpoints.pass(When::Before, "journal: header")?;
-        self.replace(&folder, "header.new", HEADER, &bytes)?;
-        self.failpoints.pass(When::After, "journal: header")?;
+        self.failpoints.check_blocking(When::Before, "journal: header")?;
+        self.replace(&directory, "header.new", HEADER, &bytes)?;
+        self.failpoints.check_blocking(When::After, "journal: header")?;
         Ok(true)
     }
 
-    /// Writes a file of a folder, whatever stood there before; durable once the folder is synced.
-    fn replace(&self, folder: &Path, new: &str, name: &str, bytes: &[u8]) -> io::Result<()> {
-        let (new, path) = (folder.join(new), folder.join(name));
+    /// Replaces a file, or a directory in its place; durable after a sync of the directory.
+    fn replace(&self, directory: &Path, new: &str, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let (new, path) = (directory.join(new), directory.join(name));
         for place in [&new, &path] {
             if place.is_dir() {
                 remove_any(place)?;
@@ -156,11 +157,11 @@ impl Journal {
         synced
     }
 
-    /// Removes a pod's folder, its record and header last. Blocks.
+    /// Removes a pod's directory, record and header last. Blocks.
     pub(crate) fn remove(&self, pod: &str) -> io::Result<()> {
-        let folder = self.folder(pod);
-        self.failpoints.pass(When::Before, "journal: removal")?;
-        let entries = match fs::read_dir(&folder) {
+        let directory = self.directory(pod);
+        self.failpoints.check_blocking(When::Before, "journal: removal")?;
+        let entries = match fs::read_dir(&directory) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             entries => entries?,
         };
@@ -170,12 +171,12 @@ impl Journal {
                 remove_any(&entry.path())?;
             }
         }
-        remove_any(&folder.join(RECORD))?;
-        self.failpoints.pass(When::After, "journal: removal of a record")?;
-        remove_any(&folder.join(HEADER))?;
-        absent_is_fine(fs::remove_dir(&folder))?;
+        remove_any(&directory.join(RECORD))?;
+        self.failpoints.check_blocking(When::After, "journal: removal of a record")?;
+        remove_any(&directory.join(HEADER))?;
+        ignore_not_found(fs::remove_dir(&directory))?;
         self.sync(|| sync_dir(&self.pods))?;
-        self.failpoints.pass(When::After, "journal: removal")
+        self.failpoints.check_blocking(When::After, "journal: removal")
     }
 
     /// Reads all records. Blocks.
@@ -184,7 +185,7 @@ impl Journal {
         for entry in fs::read_dir(&self.pods)? {
             let entry = entry?;
             let Ok(id) = entry.file_name().into_string() else { continue };
-            // Such as lost+found.
+            // Skip others, such as lost+found.
             let is_id = id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
             if is_id && entry.file_type()?.is_dir() {
                 found.push(load_one(&entry.path(), id)?);
@@ -194,33 +195,35 @@ impl Journal {
     }
 }
 
-/// An error is one of this process (no descriptor, no memory), never of a single pod's files.
-fn load_one(folder: &Path, id: PodId) -> io::Result<Found> {
-    let bytes = read(&folder.join(RECORD))?;
-    let (why, rescued) = match bytes {
+/// Errors are of this process (no descriptor, no memory), never of a single pod's files.
+fn load_one(directory: &Path, id: PodId) -> io::Result<Found> {
+    let bytes = read(&directory.join(RECORD))?;
+    let (why, partial) = match bytes {
         Ok(bytes) => match record::decode(&bytes) {
             Ok((pod, boot_id)) if pod.id == id => {
                 return Ok(Found::Pod { pod: Box::new(pod), boot_id });
             }
-            Ok((pod, _)) => (format!("it is of pod {:?}", pod.id), Rescued::default()),
-            Err(error) => (format!("{:#}", anyhow::Error::new(error)), record::rescue(&bytes, &id)),
+            Ok((pod, _)) => (format!("it belongs to pod {:?}", pod.id), PartialRecord::default()),
+            Err(error) => {
+                (format!("{:#}", anyhow::Error::new(error)), record::decode_partial(&bytes, &id))
+            }
         },
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            if is_empty(folder)? {
+            if is_empty(directory)? {
                 return Ok(Found::Empty { id });
             }
-            ("it is missing".to_owned(), Rescued::default())
+            ("it is missing".to_owned(), PartialRecord::default())
         }
-        Err(e) => (e.to_string(), Rescued::default()),
+        Err(e) => (e.to_string(), PartialRecord::default()),
     };
-    let header = read(&folder.join(HEADER))?.ok().and_then(|bytes| Header::decode(&bytes, &id));
-    let made = fs::metadata(folder).and_then(|meta| meta.created().or_else(|_| meta.modified()));
-    Ok(Found::Unread(Box::new(Unread { id, why, header, rescued, made: made.ok() })))
+    let header = read(&directory.join(HEADER))?.ok().and_then(|bytes| Header::decode(&bytes, &id));
+    let made = fs::metadata(directory).and_then(|meta| meta.created().or_else(|_| meta.modified()));
+    Ok(Found::Unreadable(Box::new(Unreadable { id, why, header, partial, made: made.ok() })))
 }
 
-/// Nothing but a header and files in the making: the pod was never planned, or is removed.
-fn is_empty(folder: &Path) -> io::Result<bool> {
-    for entry in fs::read_dir(folder)? {
+/// Has only a header and unrenamed files: the pod was never planned, or is removed.
+fn is_empty(directory: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(directory)? {
         let name = entry?.file_name();
         if name != HEADER && NEW.iter().all(|new| name != *new) {
             return Ok(false);
@@ -229,7 +232,7 @@ fn is_empty(folder: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// The inner result is about the file, the outer one about this process.
+/// The inner error is about the file, the outer one about this process.
 fn read(path: &Path) -> io::Result<io::Result<Vec<u8>>> {
     let mut bytes = Vec::new();
     let read = File::open(path)
@@ -243,13 +246,13 @@ fn read(path: &Path) -> io::Result<io::Result<Vec<u8>>> {
     }
 }
 
-/// Removes a file, or a folder that stands in the place of one.
+/// Removes a file, or a directory in its place.
 fn remove_any(path: &Path) -> io::Result<()> {
     let kind = match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         kind => kind?,
     };
-    absent_is_fine(if kind.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) })
+    ignore_not_found(if kind.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) })
 }
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
-//! A pod as it stands on disk. These types change with [`VERSION`] only; the live ones
-//! ([`crate::policy`], [`crate::model`], [`crate::ports`]) may change at will, and forgetting a field
-//! does not compile: both directions name every one. No live type and none of another crate is in a
-//! record, except those of std; the OCI runtime spec is in it as JSON ([`container`]).
+//! On-disk form of a pod. These types change with [`VERSION`] only. The in-memory types
+//! ([`crate::policy`], [`crate::model`], [`crate::ports`]) may change freely; both conversions name
+//! every field, so a forgotten field does not compile. A record has no in-memory type and none of
+//! another crate, except std; the OCI runtime spec is stored as JSON ([`container`]).
 
 mod container;
+mod convert;
 mod network;
 mod pod_spec;
-mod same;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -19,28 +19,29 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::container::StoredContainer;
+use self::convert::{all, same_fields, same_variants};
 use self::network::StoredAttachment;
 use self::pod_spec::{StoredMeta, StoredPodSpec};
-use self::same::{all, same_fields, same_variants};
 use crate::model::{Meta, PodSpec, TracePhase};
 use crate::policy::{Container, Effect, EmptyDirs, Phase, Pod};
 use crate::ports::Attachment;
 
-/// Of this layout. A record of another one is not read, and its pod is shown as not ready.
+/// Version of this format. A record of another version is unreadable; its pod is shown as not
+/// ready.
 const VERSION: u32 = 2;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BadRecord {
-    #[error("record is of version {got}, this release reads {VERSION}")]
+    #[error("record has version {got}, this release reads version {VERSION}")]
     Version { got: u32 },
-    #[error("record is unreadable")]
+    #[error("record is not valid")]
     Json(#[from] serde_json::Error),
-    #[error("OCI {what} of container {container} is not understood")]
+    #[error("OCI {what} of container {container} is not valid")]
     Oci { what: &'static str, container: String, source: serde_json::Error },
 }
 
 #[derive(Serialize, Deserialize)]
-struct Head {
+struct RecordVersion {
     version: u32,
 }
 
@@ -48,7 +49,7 @@ struct Head {
 #[serde(deny_unknown_fields)]
 struct Record {
     version: u32,
-    /// Of the host, when the record was written.
+    /// Boot id of the host when the record was written.
     boot_id: String,
     id: String,
     created_at: SystemTime,
@@ -64,7 +65,7 @@ struct Record {
     kernel_release: String,
     #[serde(default)]
     trace: Vec<StoredTracePhase>,
-    /// Pods of former releases have all of them shared.
+    /// Missing in records of earlier releases: all emptyDirs are shared.
     #[serde(default)]
     empty_dirs: StoredEmptyDirs,
     spec: StoredPodSpec,
@@ -122,8 +123,8 @@ pub(crate) fn encode(pod: &Pod, boot_id: &str) -> io::Result<Vec<u8>> {
         trace,
         empty_dirs,
         containers,
-        // Such a pod is never written.
-        unread: _,
+        // Such a pod is not written.
+        unreadable: _,
     } = pod.clone();
     let record = Record {
         version: VERSION,
@@ -148,9 +149,9 @@ pub(crate) fn encode(pod: &Pod, boot_id: &str) -> io::Result<Vec<u8>> {
     Ok(serde_json::to_vec(&record)?)
 }
 
-/// The pod and the id of the boot in which it was written.
+/// The pod and the boot id of its record.
 pub(crate) fn decode(bytes: &[u8]) -> Result<(Pod, String), BadRecord> {
-    let Head { version } = serde_json::from_slice(bytes)?;
+    let RecordVersion { version } = serde_json::from_slice(bytes)?;
     if version != VERSION {
         return Err(BadRecord::Version { got: version });
     }
@@ -187,36 +188,38 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pod, String), BadRecord> {
         trace: all(trace),
         empty_dirs: empty_dirs.into(),
         containers: containers.collect::<Result<_, _>>()?,
-        unread: false,
+        unreadable: false,
     };
     Ok((pod, boot_id))
 }
 
-/// What single fields of a record say that is otherwise not understood.
+/// Readable fields of a record that is otherwise unreadable.
 #[derive(Debug, Default)]
-pub(crate) struct Rescued {
+pub(crate) struct PartialRecord {
     pub(crate) boot_id: Option<String>,
     pub(crate) created_at: Option<SystemTime>,
     pub(crate) uid: Option<u32>,
     pub(crate) netns: Option<PathBuf>,
-    /// Those effects that are understood.
+    /// The readable effects.
     pub(crate) ledger: Vec<Effect>,
     pub(crate) attachment: Option<Attachment>,
     pub(crate) meta: Option<Meta>,
     pub(crate) spec: Option<PodSpec>,
 }
 
-pub(crate) fn rescue(bytes: &[u8], id: &str) -> Rescued {
+pub(crate) fn decode_partial(bytes: &[u8], id: &str) -> PartialRecord {
     fn field<T: DeserializeOwned>(record: &Value, name: &str) -> Option<T> {
         T::deserialize(record.get(name)?).ok()
     }
-    let Ok(record) = serde_json::from_slice::<Value>(bytes) else { return Rescued::default() };
+    let Ok(record) = serde_json::from_slice::<Value>(bytes) else {
+        return PartialRecord::default();
+    };
     if record.get("id").and_then(Value::as_str) != Some(id) {
-        return Rescued::default();
+        return PartialRecord::default();
     }
     let ledger: Vec<Value> = field(&record, "ledger").unwrap_or_default();
     let known = ledger.into_iter().filter_map(|effect| StoredEffect::deserialize(effect).ok());
-    Rescued {
+    PartialRecord {
         boot_id: field(&record, "boot_id"),
         created_at: field(&record, "created_at"),
         uid: field(&record, "uid"),

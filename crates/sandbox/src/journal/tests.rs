@@ -48,10 +48,10 @@ fn only(journal: &Journal) -> Found {
 }
 
 #[test]
-fn a_pod_comes_back_as_it_was_written() {
+fn a_written_pod_is_read_back() {
     let (_dir, journal) = journal();
     journal.write(&sample(), "boot").unwrap();
-    let Found::Pod { pod, boot_id } = only(&journal) else { panic!("not understood") };
+    let Found::Pod { pod, boot_id } = only(&journal) else { panic!("unreadable") };
     assert_eq!(boot_id, "boot");
     assert_eq!(pod.ledger, sample().ledger);
     assert_eq!(pod.empty_dirs, sample().empty_dirs);
@@ -63,7 +63,7 @@ fn a_pod_comes_back_as_it_was_written() {
 }
 
 #[test]
-fn shares_of_a_container_come_back_and_a_record_of_the_release_before_has_none() {
+fn shares_of_a_container_are_read_back_and_default_to_none() {
     let (_dir, journal) = journal();
     let mut pod = sample();
     let share = ShareUse {
@@ -78,121 +78,121 @@ fn shares_of_a_container_come_back_and_a_record_of_the_release_before_has_none()
     };
     pod.containers.get_mut("c").unwrap().shares.push(share.clone());
     journal.write(&pod, "boot").unwrap();
-    let Found::Pod { pod: read, .. } = only(&journal) else { panic!("not understood") };
+    let Found::Pod { pod: read, .. } = only(&journal) else { panic!("unreadable") };
     assert_eq!(read.containers["c"].shares, [share]);
-    let path = journal.folder("pod").join(RECORD);
+    let path = journal.directory("pod").join(RECORD);
     let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     let container = value["containers"][0].as_object_mut().unwrap();
     container.remove("shares").unwrap();
     container["spec"].as_object_mut().unwrap().remove("strict_volumes").unwrap();
     fs::write(&path, value.to_string()).unwrap();
-    let Found::Pod { pod: read, .. } = only(&journal) else { panic!("not understood") };
+    let Found::Pod { pod: read, .. } = only(&journal) else { panic!("unreadable") };
     assert!(read.containers["c"].shares.is_empty());
     assert!(read.containers["c"].spec.strict_volumes.is_empty());
 }
 
 #[test]
-fn a_pod_of_the_former_release_has_its_empty_dirs_shared_and_no_scratch_disk() {
+fn a_pod_of_an_earlier_release_has_shared_empty_dirs_and_no_scratch_disk() {
     let (_dir, journal) = journal();
     let mut pod = sample();
     pod.ledger.retain(|effect| !matches!(effect, Effect::ScratchDisk { .. }));
     journal.write(&pod, "boot").unwrap();
-    let path = journal.folder("pod").join(RECORD);
+    let path = journal.directory("pod").join(RECORD);
     let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     record.as_object_mut().unwrap().remove("empty_dirs").unwrap();
     fs::write(&path, record.to_string()).unwrap();
-    let Found::Pod { pod, .. } = only(&journal) else { panic!("not understood") };
+    let Found::Pod { pod, .. } = only(&journal) else { panic!("unreadable") };
     assert!(!pod.empty_dirs.in_guest && !pod.has_scratch_disk());
     assert!(sample().empty_dirs.in_guest && sample().has_scratch_disk());
 }
 
-fn unread(journal: &Journal) -> Unread {
-    let Found::Unread(unread) = only(journal) else { panic!("understood") };
-    *unread
+fn unreadable(journal: &Journal) -> Unreadable {
+    let Found::Unreadable(unreadable) = only(journal) else { panic!("readable") };
+    *unreadable
 }
 
 #[test]
-fn a_record_cut_anywhere_is_not_read_and_its_header_says_whose_it_is() {
+fn a_truncated_record_is_unreadable_and_its_header_is_read() {
     let (_dir, journal) = journal();
     let pod = sample();
     journal.write(&pod, "boot").unwrap();
-    let path = journal.folder("pod").join(RECORD);
+    let path = journal.directory("pod").join(RECORD);
     let bytes = fs::read(&path).unwrap();
     for cut in (0..bytes.len()).step_by(97) {
         fs::write(&path, &bytes[..cut]).unwrap();
-        let unread = unread(&journal);
-        assert_eq!(unread.header, Some(Header::of(&pod)), "cut at {cut}");
-        assert!(unread.rescued.ledger.is_empty(), "cut at {cut}");
+        let unreadable = unreadable(&journal);
+        assert_eq!(unreadable.header, Some(Header::of(&pod)), "cut at {cut}");
+        assert!(unreadable.partial.ledger.is_empty(), "cut at {cut}");
     }
 }
 
 #[test]
-fn a_folder_in_the_place_of_a_record_and_a_lost_record_are_told_too() {
+fn a_directory_in_place_of_a_record_and_a_missing_record_are_unreadable() {
     let (_dir, journal) = journal();
     journal.write(&sample(), "boot").unwrap();
-    let folder = journal.folder("pod");
-    fs::write(folder.join("vmm.log"), "").unwrap();
-    fs::remove_file(folder.join(RECORD)).unwrap();
-    assert_eq!(unread(&journal).why, "it is missing");
-    fs::create_dir_all(folder.join(RECORD).join("deep")).unwrap();
-    let found = unread(&journal);
+    let directory = journal.directory("pod");
+    fs::write(directory.join("vmm.log"), "").unwrap();
+    fs::remove_file(directory.join(RECORD)).unwrap();
+    assert_eq!(unreadable(&journal).why, "it is missing");
+    fs::create_dir_all(directory.join(RECORD).join("deep")).unwrap();
+    let found = unreadable(&journal);
     assert!(found.why.contains("irectory") && found.header.is_some(), "{}", found.why);
-    fs::remove_file(folder.join(HEADER)).unwrap();
-    fs::create_dir(folder.join(HEADER)).unwrap();
-    assert!(unread(&journal).header.is_none() && unread(&journal).made.is_some());
-    // A pod that runs can be written all the same.
+    fs::remove_file(directory.join(HEADER)).unwrap();
+    fs::create_dir(directory.join(HEADER)).unwrap();
+    assert!(unreadable(&journal).header.is_none() && unreadable(&journal).made.is_some());
+    // A running pod can be written anyway.
     journal.write(&sample(), "boot").unwrap();
     assert!(matches!(only(&journal), Found::Pod { .. }));
-    fs::remove_file(folder.join(RECORD)).unwrap();
-    fs::create_dir(folder.join(RECORD)).unwrap();
+    fs::remove_file(directory.join(RECORD)).unwrap();
+    fs::create_dir(directory.join(RECORD)).unwrap();
     journal.remove("pod").unwrap();
     assert!(journal.load().unwrap().is_empty());
 }
 
 #[test]
-fn what_a_later_version_has_in_common_with_this_one_is_rescued() {
+fn readable_fields_of_a_later_version_are_kept() {
     let (_dir, journal) = journal();
     journal.write(&sample(), "boot").unwrap();
-    let path = journal.folder("pod").join(RECORD);
+    let path = journal.directory("pod").join(RECORD);
     let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     value["version"] = 99.into();
     value["spec"]["hostname"] = 5.into();
     value["ledger"].as_array_mut().unwrap().push(serde_json::json!({ "effect": "portal" }));
     let text = value.to_string();
     fs::write(&path, &text).unwrap();
-    let Unread { rescued, why, .. } = unread(&journal);
-    assert_eq!(rescued.ledger, sample().ledger);
-    assert_eq!(rescued.meta.as_ref(), Some(&sample().spec.meta));
-    assert_eq!((rescued.uid, rescued.boot_id.as_deref()), (Some(7), Some("boot")));
-    assert!(rescued.spec.is_none() && why.contains("version 99"), "{why}");
-    // What another pod's record says would be undone to that pod.
+    let Unreadable { partial, why, .. } = unreadable(&journal);
+    assert_eq!(partial.ledger, sample().ledger);
+    assert_eq!(partial.meta.as_ref(), Some(&sample().spec.meta));
+    assert_eq!((partial.uid, partial.boot_id.as_deref()), (Some(7), Some("boot")));
+    assert!(partial.spec.is_none() && why.contains("version 99"), "{why}");
+    // Effects of another pod's record must not be undone.
     fs::write(&path, text.replace("\"id\":\"pod\"", "\"id\":\"dop\"")).unwrap();
-    assert!(unread(&journal).rescued.ledger.is_empty());
-    let header = fs::read_to_string(journal.folder("pod").join(HEADER)).unwrap();
+    assert!(unreadable(&journal).partial.ledger.is_empty());
+    let header = fs::read_to_string(journal.directory("pod").join(HEADER)).unwrap();
     fs::write(
-        journal.folder("pod").join(HEADER),
+        journal.directory("pod").join(HEADER),
         header.replace("\"id\":\"pod\"", "\"id\":\"dop\""),
     )
     .unwrap();
-    assert!(unread(&journal).header.is_none());
+    assert!(unreadable(&journal).header.is_none());
 }
 
 #[test]
-fn a_record_that_was_not_read_is_not_written_over() {
+fn an_unreadable_record_is_not_overwritten() {
     let (_dir, journal) = journal();
     journal.write(&sample(), "boot").unwrap();
-    let path = journal.folder("pod").join(RECORD);
+    let path = journal.directory("pod").join(RECORD);
     fs::write(&path, "{").unwrap();
-    journal.write(&Pod { unread: true, ..sample() }, "boot").unwrap();
+    journal.write(&Pod { unreadable: true, ..sample() }, "boot").unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), "{");
 }
 
 #[test]
-fn a_header_takes_up_what_changes_and_headers_of_other_releases_are_read() {
+fn a_header_is_updated_and_headers_of_other_releases_are_read() {
     let (_dir, journal) = journal();
     let mut pod = sample();
     journal.write(&pod, "boot").unwrap();
-    let path = journal.folder("pod").join(HEADER);
+    let path = journal.directory("pod").join(HEADER);
     pod.attachment =
         Arc::new(Attachment { addresses: vec!["10.0.0.9".parse().unwrap()], ..Default::default() });
     journal.write(&pod, "boot").unwrap();
@@ -202,12 +202,12 @@ fn a_header_takes_up_what_changes_and_headers_of_other_releases_are_read() {
     fs::write(&path, r#"{"version":9,"id":"pod","name":"p","shape":{"round":true}}"#).unwrap();
     let header = read().unwrap();
     assert_eq!((header.name.as_str(), header.jail_uid), ("p", None));
-    // Written anew by the next write.
+    // Updated by the next write.
     journal.write(&pod, "boot").unwrap();
     assert_eq!(read(), Some(Header::of(&pod)));
 }
 
-/// A pod with something in every field.
+/// A pod with a value in most fields.
 fn golden() -> Pod {
     let mut pod = sample();
     let spec = Arc::make_mut(&mut pod.spec);
@@ -237,7 +237,7 @@ fn golden() -> Pod {
     pod.ledger.push(Effect::FileServer { pid: 43, started: 100 });
     let container = pod.containers.get_mut("c").unwrap();
     let spec = Arc::make_mut(&mut container.spec);
-    // Its default holds sets, whose order is another one each time.
+    // The default has sets, whose order is random.
     let oci = serde_json::json!({
         "ociVersion": "1.0.2",
         "process": { "args": ["sh"], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
@@ -254,7 +254,7 @@ fn golden() -> Pod {
         VolumeSource::Image { image: "/i".into(), sub_path: "a".into() },
         VolumeSource::EmptyDir {
             host_path: "/h/cache".into(),
-            folder: "/h/cache".into(),
+            directory: "/h/cache".into(),
             sub_path: String::new(),
             size_limit: Some(1 << 20),
         },
@@ -297,10 +297,10 @@ fn golden() -> Pod {
     pod
 }
 
-/// Version 2 as it is written. A change of it that is not additive is a new version, and this
-/// fixture stays with what reads it.
+/// Version 2 as written now. A change that is not additive needs a new version; then this fixture
+/// stays with the code that reads it.
 const V2: &str = include_str!("fixtures/v2.json");
-/// Version 2 as it was when it was new.
+/// Version 2 as first released.
 const V2_FIRST: &str = include_str!("fixtures/v2-first.json");
 
 fn view_of_all(pod: &Pod) -> String {
@@ -308,7 +308,7 @@ fn view_of_all(pod: &Pod) -> String {
 }
 
 #[test]
-fn the_record_is_written_as_the_fixture_has_it() {
+fn the_written_record_matches_the_fixture() {
     let written: serde_json::Value =
         serde_json::from_slice(&record::encode(&golden(), "boot").unwrap()).unwrap();
     let fixture: serde_json::Value = serde_json::from_str(V2).unwrap();
@@ -316,12 +316,12 @@ fn the_record_is_written_as_the_fixture_has_it() {
 }
 
 #[test]
-fn the_fixture_is_read_as_it_was_meant() {
+fn the_fixture_is_read_completely() {
     let (pod, boot_id) = record::decode(V2.as_bytes()).unwrap();
     assert_eq!((view_of_all(&pod), boot_id.as_str()), (view_of_all(&golden()), "boot"));
 }
 
-/// As [`golden`], with something in every field that it leaves empty, and one of each kind.
+/// As [`golden`], with a value in every field and one of each variant.
 fn full() -> Pod {
     use crate::model::*;
     let text = |text: &str| text.to_owned();
@@ -396,13 +396,13 @@ fn full() -> Pod {
     pod
 }
 
-/// Bytes that the last release has written whose records were made of its live types.
+/// A record of the last release whose record types were the in-memory types.
 const V2_FULL: &[u8] = include_bytes!("fixtures/v2-full.json");
-/// A header as it is written: of each release's own, readers take what they know.
+/// The current header.
 const HEADER_V1: &[u8] = include_bytes!("fixtures/header-v1.json");
 
 #[test]
-fn every_field_is_written_and_read_as_the_release_before_did() {
+fn every_field_has_the_format_of_the_previous_release() {
     assert_eq!(record::encode(&full(), "boot").unwrap(), V2_FULL);
     let (pod, _) = record::decode(V2_FULL).unwrap();
     assert_eq!(view_of_all(&pod), view_of_all(&full()));
@@ -413,7 +413,7 @@ fn every_field_is_written_and_read_as_the_release_before_did() {
 }
 
 #[test]
-fn every_phase_and_a_pod_with_nothing_come_back() {
+fn every_phase_and_an_empty_pod_are_read_back() {
     use crate::policy::Phase;
     for phase in [Phase::Starting, Phase::Ready, Phase::Stopping, Phase::NotReady, Phase::Removing]
     {
@@ -426,12 +426,12 @@ fn every_phase_and_a_pod_with_nothing_come_back() {
 }
 
 #[test]
-fn a_part_of_the_oci_spec_that_is_not_understood_is_named_and_the_rest_is_rescued() {
+fn an_invalid_oci_object_is_named_in_the_error_and_other_fields_are_kept() {
     let mut value: serde_json::Value = serde_json::from_slice(V2_FULL).unwrap();
     value["containers"][0]["spec"]["oci"]["process"] = 5.into();
     let error = record::decode(value.to_string().as_bytes()).unwrap_err().to_string();
     assert!(error.contains("spec of container"), "{error}");
-    assert_eq!(record::rescue(value.to_string().as_bytes(), "pod").ledger, full().ledger);
+    assert_eq!(record::decode_partial(value.to_string().as_bytes(), "pod").ledger, full().ledger);
     value["containers"][0]["spec"]["oci"] = serde_json::json!({ "ociVersion": "1.0.2" });
     value["containers"][0]["resources"] = 5.into();
     let error = record::decode(value.to_string().as_bytes()).unwrap_err().to_string();
@@ -441,7 +441,7 @@ fn a_part_of_the_oci_spec_that_is_not_understood_is_named_and_the_rest_is_rescue
 }
 
 #[test]
-fn records_of_the_first_release_with_this_version_are_read_with_defaults() {
+fn records_of_the_first_release_of_this_version_are_read_with_defaults() {
     let (pod, _) = record::decode(V2_FIRST.as_bytes()).unwrap();
     let mut expected = golden();
     let spec = Arc::make_mut(&mut expected.spec);
@@ -473,18 +473,18 @@ fn a_field_that_is_missing_has_its_default() {
     let (pod, _) = record::decode(record.to_string().as_bytes()).unwrap();
     assert_eq!(*pod.attachment, Attachment::default());
     assert!(pod.containers["c"].exit.is_none() && !pod.containers["c"].drained);
-    // What the pod has cost is never taken for nothing.
+    // A missing ledger is an error: effects must not be lost.
     record.as_object_mut().unwrap().remove("ledger").unwrap();
     assert!(record::decode(record.to_string().as_bytes()).is_err());
 }
 
 #[test]
-fn a_folder_without_a_record_is_empty_and_a_torn_new_one_does_not_count() {
+fn a_directory_without_a_record_is_empty_despite_an_unrenamed_one() {
     let (_dir, journal) = journal();
-    fs::create_dir(journal.folder("pod")).unwrap();
-    fs::write(journal.folder("pod").join("record.new"), "{").unwrap();
+    fs::create_dir(journal.directory("pod")).unwrap();
+    fs::write(journal.directory("pod").join("record.new"), "{").unwrap();
     assert!(matches!(only(&journal), Found::Empty { .. }));
-    fs::create_dir(journal.folder("lost+found")).unwrap();
+    fs::create_dir(journal.directory("lost+found")).unwrap();
     assert!(matches!(only(&journal), Found::Empty { .. }));
     journal.write_header(&sample()).unwrap();
     assert!(matches!(only(&journal), Found::Empty { .. }));

@@ -17,22 +17,22 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 use vmm_api::transport;
 
-use super::{IdRange, Namespaces, Order, Outcome};
+use super::{IdRange, Namespaces, Request, Response};
 use crate::error::Error;
 use crate::host::blocking;
 
-/// A launcher that takes longer is broken; it is replaced.
+/// Longest wait for a reply; then the launcher is replaced.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
-/// A program to start.
+/// A program to spawn.
 #[derive(Debug)]
 pub struct Program {
     pub exe: PathBuf,
     pub args: Vec<String>,
-    /// Folder of the cgroup it is born into.
+    /// Directory of the cgroup to spawn into (CLONE_INTO_CGROUP).
     pub cgroup: OwnedFd,
     pub stderr: OwnedFd,
-    /// What it finds from number 3 on.
+    /// Descriptors passed as 3, 4, ...
     pub fds: Vec<OwnedFd>,
     pub own: Namespaces,
 }
@@ -43,22 +43,22 @@ pub struct Launched {
     pub pidfd: OwnedFd,
 }
 
-/// Starts VMMs; a trait so that tests can do without processes.
+/// Spawns VMMs and file servers; a trait for tests without processes.
 #[async_trait]
 pub trait Launch: Send + Sync {
     async fn launch(&self, program: Program) -> Result<Launched, Error>;
 
-    /// A user namespace with these maps, for a mount whose ids are mapped.
+    /// Creates a user namespace with these maps, for an idmapped mount.
     async fn user_namespace(
         &self,
         _uids: Vec<IdRange>,
         _gids: Vec<IdRange>,
     ) -> Result<OwnedFd, Error> {
-        Err(Error::Unsupported { message: "no user namespaces are made here".into() })
+        Err(Error::Unsupported { message: "this launcher does not create user namespaces".into() })
     }
 }
 
-/// The real thing: one launcher process, started anew when it dies.
+/// The launcher process, restarted if it exits.
 #[derive(Clone)]
 pub struct LauncherProcess {
     command: Vec<OsString>,
@@ -72,21 +72,24 @@ struct Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It ends by itself when the socket closes; one that hangs must not stay.
+        // It exits when the socket closes, unless it hangs.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
 impl LauncherProcess {
-    /// Starts the launcher, so that a wrong command fails now and not at the first pod.
+    /// Starts the launcher now, so that a wrong command fails early.
     pub fn start(command: Vec<OsString>) -> Result<Self, Error> {
         let running = start(&command)?;
         Ok(Self { command, running: Arc::new(Mutex::new(Some(running))) })
     }
 
-    /// Has an order carried out by the launcher, or by a new one if it has ended.
-    fn order<T>(&self, ask: impl FnOnce(&OwnedFd) -> Result<T, Error>) -> Result<T, Error> {
+    /// Sends a request to the launcher; restarts it first if it has exited.
+    fn with_launcher<T>(
+        &self,
+        call: impl FnOnce(&OwnedFd) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let alive = match &mut *running {
             Some(r) => matches!(r.child.try_wait(), Ok(None)),
@@ -94,15 +97,15 @@ impl LauncherProcess {
         };
         if !alive {
             *running = None;
-            tracing::warn!("launcher has ended, starting another");
+            tracing::warn!("launcher has exited, restarting it");
             *running = Some(start(&self.command)?);
         }
         let Some(launcher) = &*running else {
             return Err(Error::unavailable("no launcher"));
         };
-        let result = ask(&launcher.socket);
+        let result = call(&launcher.socket);
         if matches!(result, Err(Error::Unavailable { .. })) {
-            // An answer that comes late must not be taken for that of the next order.
+            // A late reply must not be taken for that of the next request.
             *running = None;
         }
         result
@@ -113,7 +116,7 @@ impl LauncherProcess {
 impl Launch for LauncherProcess {
     async fn launch(&self, program: Program) -> Result<Launched, Error> {
         let this = self.clone();
-        blocking(move || this.order(|socket| launch(socket, program))).await
+        blocking(move || this.with_launcher(|socket| launch(socket, program))).await
     }
 
     async fn user_namespace(
@@ -121,10 +124,11 @@ impl Launch for LauncherProcess {
         uids: Vec<IdRange>,
         gids: Vec<IdRange>,
     ) -> Result<OwnedFd, Error> {
-        let (this, order) = (self.clone(), Order::UserNamespace { uids, gids });
-        let answer = blocking(move || this.order(|socket| ask(socket, &order, &[]))).await?;
+        let (this, request) = (self.clone(), Request::UserNamespace { uids, gids });
+        let answer =
+            blocking(move || this.with_launcher(|socket| call(socket, &request, &[]))).await?;
         match answer {
-            (Outcome::Namespace, Some(namespace)) => Ok(namespace),
+            (Response::Namespace, Some(namespace)) => Ok(namespace),
             _ => Err(Error::unavailable("launcher sent no namespace")),
         }
     }
@@ -135,47 +139,48 @@ fn start(command: &[OsString]) -> Result<Running, Error> {
         return Err(Error::invalid("no launcher command is configured"));
     };
     let failed = |e: io::Error| Error::io(format!("start the launcher {}", exe.display()), e);
-    let (ours, theirs) =
+    let (local, peer) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
             .map_err(|e| failed(e.into()))?;
     let limit = TimeVal::milliseconds(ANSWER_LIMIT.as_millis() as i64);
-    setsockopt(&ours, ReceiveTimeout, &limit).map_err(|e| failed(e.into()))?;
-    setsockopt(&ours, SendTimeout, &limit).map_err(|e| failed(e.into()))?;
+    setsockopt(&local, ReceiveTimeout, &limit).map_err(|e| failed(e.into()))?;
+    setsockopt(&local, SendTimeout, &limit).map_err(|e| failed(e.into()))?;
     let child = Command::new(exe)
         .args(args)
-        .stdin(Stdio::from(theirs))
+        .stdin(Stdio::from(peer))
         .stdout(Stdio::null())
         .process_group(0)
         .spawn()
         .map_err(failed)?;
-    Ok(Running { socket: ours, child })
+    Ok(Running { socket: local, child })
 }
 
 fn launch(socket: &OwnedFd, program: Program) -> Result<Launched, Error> {
     let Program { exe, args, cgroup, stderr, fds, own } = program;
     let mut all = vec![cgroup.as_fd(), stderr.as_fd()];
     all.extend(fds.iter().map(AsFd::as_fd));
-    match ask(socket, &Order::Program { exe, args, own }, &all)? {
-        (Outcome::Started { pid }, Some(pidfd)) => Ok(Launched { pid, pidfd }),
+    match call(socket, &Request::Program { exe, args, own }, &all)? {
+        (Response::Started { pid }, Some(pidfd)) => Ok(Launched { pid, pidfd }),
         _ => Err(Error::unavailable("launcher sent no pidfd")),
     }
 }
 
-/// Sends an order; its outcome and the descriptor that comes with it. A failure is an `Err`.
-fn ask(
+/// Sends a request; returns the response and its descriptor. A failure is an `Err`.
+fn call(
     socket: &OwnedFd,
-    order: &Order,
+    request: &Request,
     fds: &[BorrowedFd<'_>],
-) -> Result<(Outcome, Option<OwnedFd>), Error> {
+) -> Result<(Response, Option<OwnedFd>), Error> {
     let broken = |e: transport::TransportError| {
         Error::unavailable(format!("launcher: {:#}", anyhow::Error::new(e)))
     };
-    transport::send(socket.as_fd(), order, fds).map_err(broken)?;
-    let (outcome, mut received) = transport::receive::<Outcome>(socket.as_fd()).map_err(broken)?;
-    match outcome {
-        Outcome::Failed { what, errno } => {
+    transport::send(socket.as_fd(), request, fds).map_err(broken)?;
+    let (response, mut received) =
+        transport::receive::<Response>(socket.as_fd()).map_err(broken)?;
+    match response {
+        Response::Failed { what, errno } => {
             Err(Error::io(format!("launch: {what}"), io::Error::from_raw_os_error(errno)))
         }
-        outcome => Ok((outcome, received.pop())),
+        response => Ok((response, received.pop())),
     }
 }

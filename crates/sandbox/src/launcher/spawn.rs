@@ -1,4 +1,4 @@
-//! clone3 into a cgroup and fresh namespaces, then exec with exactly the given descriptors.
+//! clone3 into a cgroup and new namespaces, then exec with exactly the given descriptors.
 //!
 //! Spec: clone(2), close_range(2), cgroups(7).
 #![allow(unsafe_code)] // clone3 has no safe wrapper; the child prepares itself with plain syscalls
@@ -10,17 +10,17 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::{Namespaces, OWN_FDS, Outcome};
+use super::{Namespaces, OWN_FDS, Response};
 
 /// clone(2); libc's constant does not fit its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// Number of the program's first own descriptor.
 const FIRST_FD: RawFd = 3;
-/// Scratch numbers for shuffling descriptors, above any that a packet can fill.
+/// Temporary descriptor numbers, above any that a packet can fill.
 const HIGH_FD: RawFd = 500;
 
-/// Our children are watched by pidfd from elsewhere; the kernel reaps them.
-pub(super) fn leave_children_to_the_kernel() -> io::Result<()> {
+/// Lets the kernel reap children: they are watched by pidfd.
+pub(super) fn ignore_sigchld() -> io::Result<()> {
     // SAFETY: SIG_IGN installs no handler, so no code of ours can run in signal context.
     match unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) } {
         libc::SIG_ERR => Err(io::Error::last_os_error()),
@@ -33,14 +33,14 @@ pub(super) fn spawn(
     args: &[String],
     own: Namespaces,
     fds: Vec<OwnedFd>,
-) -> (Outcome, Option<OwnedFd>) {
+) -> (Response, Option<OwnedFd>) {
     match try_spawn(exe, args, own, fds) {
-        Ok((pid, pidfd)) => (Outcome::Started { pid }, Some(pidfd)),
-        Err((what, e)) => (Outcome::failed(what, &e), None),
+        Ok((pid, pidfd)) => (Response::Started { pid }, Some(pidfd)),
+        Err((what, e)) => (Response::failed(what, &e), None),
     }
 }
 
-/// Everything the child needs, made before the clone: it allocates nothing after it.
+/// Everything the child needs, allocated before the clone: the child must not allocate.
 struct Plan {
     exe: CString,
     args: Vec<*const libc::c_char>,
@@ -60,10 +60,10 @@ fn try_spawn(
 ) -> Result<(u32, OwnedFd), (String, io::Error)> {
     let invalid = |what: &str| (what.to_owned(), io::Error::from_raw_os_error(libc::EINVAL));
     if fds.len() < OWN_FDS {
-        return Err(invalid("order without descriptors"));
+        return Err(invalid("request without descriptors"));
     }
     let rest = fds.split_off(OWN_FDS);
-    let [cgroup, stderr] = <[OwnedFd; OWN_FDS]>::try_from(fds).map_err(|_| invalid("order"))?;
+    let [cgroup, stderr] = <[OwnedFd; OWN_FDS]>::try_from(fds).map_err(|_| invalid("request"))?;
     let text = |bytes: &[u8]| CString::new(bytes).map_err(|_| invalid("argument with a NUL"));
     let path = exe;
     let exe = text(path.as_os_str().as_bytes())?;
@@ -74,12 +74,12 @@ fn try_spawn(
     let null = OpenOptions::new().read(true).write(true).open("/dev/null");
     let null = null.map_err(|e| ("open /dev/null".to_owned(), e))?;
     let (failed, failure) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
-        .map_err(|e| ("make a pipe".to_owned(), e.into()))?;
+        .map_err(|e| ("create a pipe".to_owned(), e.into()))?;
     let env = [std::ptr::null()];
     let plan = Plan { exe, args, env, null, stderr, fds: rest, failure, own };
     let (pid, pidfd) = clone_into(&cgroup, &plan).map_err(|e| ("clone3".to_owned(), e))?;
     drop(plan);
-    // The pipe closes with the exec; what comes through it before is the step that failed.
+    // The pipe closes on exec; data before that is the failed step.
     let mut report = [0; 8];
     let mut failed = File::from(failed);
     match failed.read_exact(&mut report) {
@@ -128,7 +128,7 @@ fn clone_into(cgroup: &OwnedFd, plan: &Plan) -> io::Result<(u32, OwnedFd)> {
     }
 }
 
-/// Names of the child's steps in the order of their numbers.
+/// Names of the child's steps in the request of their numbers.
 const STEPS: [&str; 6] =
     ["set-up of the session", "signals", "mounts", "descriptors", "closing of descriptors", "exec"];
 
@@ -161,7 +161,7 @@ fn prepare_and_exec(plan: &Plan) -> (i32, io::Error) {
         return (1, e);
     }
     if plan.own.mount {
-        // Nothing that this process mounts may show up on the host.
+        // Mounts of this process must not propagate to the host.
         let root = c"/".as_ptr();
         let (null, flags) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);
         // SAFETY: a change of propagation reads the target's path only; the others may be null.
@@ -173,7 +173,7 @@ fn prepare_and_exec(plan: &Plan) -> (i32, io::Error) {
         return (3, e);
     }
     let last = FIRST_FD + plan.fds.len() as RawFd;
-    // The failure pipe at HIGH_FD closes by itself when exec succeeds.
+    // The failure pipe at HIGH_FD is closed by exec (O_CLOEXEC).
     for (from, to) in [(last, HIGH_FD - 1), (HIGH_FD + 1, RawFd::MAX)] {
         // SAFETY: closes descriptors of this process that nothing uses any more.
         let result = unsafe {
@@ -189,7 +189,7 @@ fn prepare_and_exec(plan: &Plan) -> (i32, io::Error) {
     (5, io::Error::last_os_error())
 }
 
-/// Ignored signals stay ignored over exec, and so does the mask: the program starts with neither.
+/// Ignored signals and the mask are inherited over exec: reset both.
 fn reset_signals() -> io::Result<()> {
     for signal in [libc::SIGCHLD, libc::SIGPIPE, libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         // SAFETY: SIG_DFL installs no handler.
@@ -206,7 +206,7 @@ fn reset_signals() -> io::Result<()> {
     })
 }
 
-/// First everything to numbers that are in nobody's way, then down to where it belongs.
+/// First duplicates all descriptors to high numbers, then to their targets.
 fn place_descriptors(plan: &Plan) -> io::Result<()> {
     let mut wanted = vec![(plan.null.as_raw_fd(), 0), (plan.null.as_raw_fd(), 1)];
     wanted.push((plan.stderr.as_raw_fd(), 2));

@@ -1,7 +1,7 @@
-//! A user namespace that nobody is in: mount_setattr(2) wants one to say how a mount's ids are
-//! mapped.
+//! Creates a user namespace without processes: mount_setattr(2) takes one as the id mapping of a
+//! mount.
 //!
-//! Spec: user_namespaces(7). A process has to be in it while the maps are written; it does nothing.
+//! Spec: user_namespaces(7). A process must exist in it while the maps are written.
 #![allow(unsafe_code)] // clone3 has no safe wrapper
 
 use std::fs::{self, File};
@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::IdRange;
 
-/// Most ranges in a map; the kernel's own limit (user_namespaces(7)).
+/// Most ranges in a map; the kernel's limit (user_namespaces(7)).
 const RANGES_MAX: usize = 340;
 
 type Failure = (String, io::Error);
@@ -27,9 +27,9 @@ pub(super) fn make(uids: &[IdRange], gids: &[IdRange]) -> Result<OwnedFd, Failur
         }
     }
     let (wait, go) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
-        .map_err(|e| ("make a pipe".to_owned(), e.into()))?;
+        .map_err(|e| ("create a pipe".to_owned(), e.into()))?;
     let pid = clone_waiting(&wait, &go).map_err(failed("clone3 into a user namespace"))?;
-    // The process ends when `go` closes, whatever becomes of the maps.
+    // The process exits when `go` closes, also on an error.
     let write = |name: &str, map: &[IdRange]| {
         let text: String = map
             .iter()
@@ -37,7 +37,7 @@ pub(super) fn make(uids: &[IdRange], gids: &[IdRange]) -> Result<OwnedFd, Failur
             .collect();
         let path = format!("/proc/{pid}/{name}");
         let file = fs::OpenOptions::new().write(true).open(&path);
-        // In one write: the kernel takes no second.
+        // In one write: the kernel accepts only one.
         file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(failed(&path))
     };
     write("uid_map", uids)?;
@@ -46,7 +46,7 @@ pub(super) fn make(uids: &[IdRange], gids: &[IdRange]) -> Result<OwnedFd, Failur
     File::open(&path).map(OwnedFd::from).map_err(failed(&path))
 }
 
-/// A process in a new user namespace that ends when the other end of `wait` closes.
+/// A process in a new user namespace that exits when the other end of `wait` closes.
 fn clone_waiting(wait: &OwnedFd, go: &OwnedFd) -> io::Result<i64> {
     // SAFETY: clone_args is plain old data, for which all zeros is a valid value.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };

@@ -1,14 +1,12 @@
-//! The CRI log format, one line an entry: `<RFC 3339 time> <stream> <tag> <text>`, the tag `F` for
-//! the end of a line and `P` for a piece of one. Cut as containerd cuts (kubernetes/cri-api and
-//! containerd's behaviour): a line of up to [`MAX_LINE`] bytes is one entry, a longer one is split
-//! after each [`MAX_LINE`] bytes, a carriage return before a line feed goes with it, and a last
-//! line without a line feed is a piece.
+//! The CRI log format, one entry per line: `<RFC 3339 time> <stream> <tag> <text>`; tag `F` ends a
+//! line, `P` is a part of one. Split as in containerd: a line of up to [`MAX_LINE`] bytes is one
+//! entry, a longer one is split after each [`MAX_LINE`] bytes, a carriage return before a line feed
+//! is dropped, and a last line without a line feed is partial.
 
 use std::io::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Text of an entry at most, bytes. What a container prints without a line feed is held in memory
-/// up to here.
+/// Longest text of an entry, bytes. Output without a line feed is buffered up to this size.
 pub(crate) const MAX_LINE: usize = 16 << 10;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,57 +15,57 @@ pub(crate) enum Tag {
     Partial,
 }
 
-/// Cuts one stream into entries.
+/// Splits one stream into entries.
 #[derive(Debug, Default)]
-pub(crate) struct Cutter {
-    held: Vec<u8>,
+pub(crate) struct LineSplitter {
+    buffered: Vec<u8>,
 }
 
-impl Cutter {
-    /// Bytes taken in that are in no entry yet.
-    pub(crate) fn held(&self) -> usize {
-        self.held.len()
+impl LineSplitter {
+    /// Received bytes that are in no entry yet.
+    pub(crate) fn buffered(&self) -> usize {
+        self.buffered.len()
     }
 
     pub(crate) fn push(&mut self, mut bytes: &[u8], mut entry: impl FnMut(Tag, &[u8])) {
         while let Some(at) = bytes.iter().position(|b| *b == b'\n') {
             self.take(&bytes[..at], &mut entry);
-            let end = self.held.len() - usize::from(self.held.ends_with(b"\r"));
+            let end = self.buffered.len() - usize::from(self.buffered.ends_with(b"\r"));
             self.split(end, &mut entry);
-            let end = self.held.len() - usize::from(self.held.ends_with(b"\r"));
-            entry(Tag::Full, &self.held[..end]);
-            self.held.clear();
+            let end = self.buffered.len() - usize::from(self.buffered.ends_with(b"\r"));
+            entry(Tag::Full, &self.buffered[..end]);
+            self.buffered.clear();
             bytes = &bytes[at + 1..];
         }
         self.take(bytes, &mut entry);
     }
 
-    /// Keeps the line's bytes, in pieces so that a long line never stands in memory as a whole.
+    /// Buffers the line in chunks, so that a long line is never in memory as a whole.
     fn take(&mut self, mut bytes: &[u8], entry: &mut impl FnMut(Tag, &[u8])) {
         while !bytes.is_empty() {
-            let piece = bytes.len().min(MAX_LINE);
-            self.held.extend_from_slice(&bytes[..piece]);
-            bytes = &bytes[piece..];
-            // A trailing carriage return does not count until it is known what follows it.
-            let sure = self.held.len() - usize::from(self.held.ends_with(b"\r"));
-            self.split(sure, entry);
+            let chunk = bytes.len().min(MAX_LINE);
+            self.buffered.extend_from_slice(&bytes[..chunk]);
+            bytes = &bytes[chunk..];
+            // A trailing carriage return is undecided until the next byte.
+            let complete = self.buffered.len() - usize::from(self.buffered.ends_with(b"\r"));
+            self.split(complete, entry);
         }
     }
 
-    fn split(&mut self, mut sure: usize, entry: &mut impl FnMut(Tag, &[u8])) {
-        while sure > MAX_LINE {
-            entry(Tag::Partial, &self.held[..MAX_LINE]);
-            self.held.drain(..MAX_LINE);
-            sure -= MAX_LINE;
+    fn split(&mut self, mut complete: usize, entry: &mut impl FnMut(Tag, &[u8])) {
+        while complete > MAX_LINE {
+            entry(Tag::Partial, &self.buffered[..MAX_LINE]);
+            self.buffered.drain(..MAX_LINE);
+            complete -= MAX_LINE;
         }
     }
 
-    /// The stream has ended.
+    /// Flushes at the end of the stream.
     pub(crate) fn finish(&mut self, mut entry: impl FnMut(Tag, &[u8])) {
-        self.split(self.held.len(), &mut entry);
-        if !self.held.is_empty() {
-            entry(Tag::Partial, &self.held);
-            self.held.clear();
+        self.split(self.buffered.len(), &mut entry);
+        if !self.buffered.is_empty() {
+            entry(Tag::Partial, &self.buffered);
+            self.buffered.clear();
         }
     }
 }
@@ -86,7 +84,7 @@ pub(crate) fn write_entry(out: &mut Vec<u8>, at: SystemTime, stream: &str, tag: 
     out.push(b'\n');
 }
 
-/// RFC 3339 in UTC with up to nine decimals, trailing zeros cut (Go's RFC3339Nano).
+/// RFC 3339 in UTC with up to nine decimals, without trailing zeros (Go's RFC3339Nano).
 fn write_time(out: &mut Vec<u8>, at: SystemTime) {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (days, second) = ((since.as_secs() / 86_400) as i64, since.as_secs() % 86_400);
@@ -101,8 +99,8 @@ fn write_time(out: &mut Vec<u8>, at: SystemTime) {
     out.push(b'Z');
 }
 
-/// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar. Years are
-/// counted from March, so that the leap day is a year's last.
+/// Year, month and day of a day number since 1970-01-01, Gregorian calendar. Years start in March,
+/// so that the leap day is the last day.
 fn civil(days: i64) -> (i64, i64, i64) {
     const DAYS_400_YEARS: i64 = 146_097;
     let from_march_0000 = days + 719_468;
@@ -122,20 +120,20 @@ mod tests {
 
     use super::*;
 
-    fn cut(pieces: &[&[u8]], end: bool) -> Vec<(Tag, Vec<u8>)> {
-        let mut cutter = Cutter::default();
+    fn split_all(chunks: &[&[u8]], end: bool) -> Vec<(Tag, Vec<u8>)> {
+        let mut splitter = LineSplitter::default();
         let mut out = Vec::new();
-        for piece in pieces {
-            cutter.push(piece, |tag, text| out.push((tag, text.to_vec())));
+        for chunk in chunks {
+            splitter.push(chunk, |tag, text| out.push((tag, text.to_vec())));
         }
         if end {
-            cutter.finish(|tag, text| out.push((tag, text.to_vec())));
+            splitter.finish(|tag, text| out.push((tag, text.to_vec())));
         }
         out
     }
 
     #[test]
-    fn an_entry_is_byte_exact() {
+    fn an_entry_has_the_exact_bytes() {
         let mut out = Vec::new();
         let at = UNIX_EPOCH + Duration::new(1_709_210_096, 120_300_000);
         write_entry(&mut out, at, "stdout", Tag::Full, b"hello world");
@@ -161,8 +159,8 @@ mod tests {
     }
 
     #[test]
-    fn a_line_in_pieces_is_one_entry_and_an_empty_line_too() {
-        let out = cut(&[b"a", b"b\r", b"\n\nend"], true);
+    fn a_line_in_chunks_and_an_empty_line_are_one_entry_each() {
+        let out = split_all(&[b"a", b"b\r", b"\n\nend"], true);
         assert_eq!(
             out,
             [(Tag::Full, b"ab".to_vec()), (Tag::Full, vec![]), (Tag::Partial, b"end".to_vec())]
@@ -170,29 +168,29 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_exactly_the_limit_is_whole_and_one_byte_more_is_split() {
+    fn only_a_line_longer_than_the_limit_is_split() {
         let line = vec![b'x'; MAX_LINE];
-        assert_eq!(cut(&[&line, b"\r\n"], true), [(Tag::Full, line.clone())]);
+        assert_eq!(split_all(&[&line, b"\r\n"], true), [(Tag::Full, line.clone())]);
         assert_eq!(
-            cut(&[&line, b"y\n"], true),
+            split_all(&[&line, b"y\n"], true),
             [(Tag::Partial, line.clone()), (Tag::Full, b"y".to_vec())]
         );
         let endless = vec![b'x'; 3 * MAX_LINE];
-        assert_eq!(cut(&[&endless], false).len(), 2);
+        assert_eq!(split_all(&[&endless], false).len(), 2);
     }
 
     proptest::proptest! {
         #[test]
-        fn no_byte_is_lost_and_pieces_do_not_matter(
+        fn no_byte_is_lost_however_the_stream_is_chunked(
             text in proptest::collection::vec(proptest::sample::select(b"ab\n".to_vec()), 0..200),
             cuts in proptest::collection::vec(0usize..200, 0..5),
         ) {
             let mut cuts: Vec<_> = cuts.into_iter().map(|c| c.min(text.len())).collect();
             cuts.extend([0, text.len()]);
             cuts.sort();
-            let pieces: Vec<&[u8]> = cuts.windows(2).map(|w| &text[w[0]..w[1]]).collect();
-            let out = cut(&pieces, true);
-            proptest::prop_assert_eq!(&out, &cut(&[&text], true));
+            let chunks: Vec<&[u8]> = cuts.windows(2).map(|w| &text[w[0]..w[1]]).collect();
+            let out = split_all(&chunks, true);
+            proptest::prop_assert_eq!(&out, &split_all(&[&text], true));
             let mut back = Vec::new();
             for (tag, text) in out {
                 back.extend(text);

@@ -1,8 +1,8 @@
-//! One task a container moves its output: guest streams -> attached clients and log file -> ack.
+//! Moves a container's output, one task per container: guest streams -> attached clients and log
+//! file -> ack.
 //!
-//! Both streams meet in one channel, so that the log has them in the order of their arrival. The
-//! channel and the guest's window are bounded: a disk that is full holds the container's own
-//! writes back, nothing is dropped.
+//! Both streams use one channel, so that the log has them in order of arrival. The channel and the
+//! guest's window are bounded: a full disk blocks the container's writes, nothing is dropped.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -12,120 +12,120 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use super::format::{Cutter, Tag, write_entry};
+use super::format::{LineSplitter, Tag, write_entry};
 use super::writer::{Batch, LogWriter, Progress};
 use crate::error::Error;
-use crate::guest::{Door, Refused, StreamId, StreamReader};
-use crate::host::pool::Pool;
+use crate::guest::{AgentAddress, StreamError, StreamId, StreamReader};
+use crate::host::pool::BlockingPool;
 use crate::session::ByteReader;
 
-/// Piece of a stream, bytes.
-const PIECE: usize = 32 << 10;
-/// Pieces between the readers and the writer.
-const PIECES: usize = 4;
-/// What an attached client may leave unread before the container waits for it, bytes.
+/// Chunk of a stream, bytes.
+const CHUNK: usize = 32 << 10;
+/// Chunks between the readers and the writer.
+const CHUNKS: usize = 4;
+/// Bytes that an attached client may leave unread before the container blocks.
 const ATTACH_BUFFER: usize = 256 << 10;
-/// A client that reads nothing for this long is let go; the log is not held back by it for ever.
-const ATTACH_PATIENCE: Duration = Duration::from_secs(10);
+/// A client that reads nothing for this long is detached, so that it does not block the log.
+const ATTACH_WRITE_LIMIT: Duration = Duration::from_secs(10);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
-const RETRY_FIRST: Duration = Duration::from_millis(100);
-const RETRY_MOST: Duration = Duration::from_secs(5);
-/// A log that cannot be opened is tried again after this time at most.
-const OPEN_MOST: Duration = Duration::from_secs(30);
-/// Output that has not come within this time after the last is not waited for.
-const QUIET: Duration = Duration::from_millis(250);
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// Longest delay before a failed open of the log is retried.
+const OPEN_RETRY_MAX: Duration = Duration::from_secs(30);
+/// Idle time after which no more output is expected.
+const IDLE_LIMIT: Duration = Duration::from_millis(250);
 
-/// Where a container's output comes from.
+/// Source of a container's output.
 #[derive(Debug, Clone)]
 pub(crate) struct Source {
-    pub(crate) door: Door,
+    pub(crate) address: AgentAddress,
     pub(crate) container: String,
     pub(crate) tty: bool,
     /// Threads that write the log.
-    pub(crate) writes: Pool,
+    pub(crate) writes: BlockingPool,
 }
 
-/// Where the log is to be opened.
+/// Paths of the log.
 #[derive(Debug, Clone)]
-pub(crate) struct Place {
-    /// None: the container has no log.
+pub(crate) struct LogPaths {
+    /// None: no log.
     pub(crate) path: Option<PathBuf>,
     pub(crate) sidecar: PathBuf,
 }
 
 enum Sink {
     Open(LogWriter),
-    Closed(Place),
+    Closed(LogPaths),
 }
 
-/// How much is on its way from the guest to the log.
+/// Data in transit from the guest to the log.
 #[derive(Debug, Clone, Copy)]
 struct Flow {
-    /// Streams that the guest was not asked for yet, or has not answered for.
-    joining: u8,
-    /// A piece was received and is not in the log.
+    /// Streams that are not open yet.
+    connecting: u8,
+    /// A received chunk is not in the log yet.
     writing: bool,
 }
 
-enum Order {
+enum Command {
     Reopen(oneshot::Sender<std::io::Result<()>>),
     Attach(oneshot::Sender<(ByteReader, Option<ByteReader>)>),
 }
 
-/// A running pump. Dropping the last handle ends it.
+/// A running pump; ends when the last handle is dropped.
 #[derive(Debug, Clone)]
 pub(crate) struct LogHandle {
-    orders: mpsc::Sender<Order>,
+    commands: mpsc::Sender<Command>,
     drained: watch::Receiver<bool>,
     flow: watch::Receiver<Flow>,
-    writes: Pool,
+    writes: BlockingPool,
 }
 
 impl LogHandle {
     pub(crate) async fn reopen(&self) -> Result<(), Error> {
         let (reply, answer) = oneshot::channel();
         let what = "reopen the container's log";
-        self.order(what, Order::Reopen(reply), answer).await?.map_err(|e| Error::io(what, e))
+        self.call(what, Command::Reopen(reply), answer).await?.map_err(|e| Error::io(what, e))
     }
 
-    /// Output from now on: stdout, and stderr unless it is a tty.
+    /// Attaches: stdout, and stderr without a tty, from now on.
     pub(crate) async fn attach(&self) -> Result<(ByteReader, Option<ByteReader>), Error> {
         let (reply, answer) = oneshot::channel();
-        self.order("join the container's output", Order::Attach(reply), answer).await
+        self.call("attach to the container's output", Command::Attach(reply), answer).await
     }
 
-    /// Fails when the answer does not come in time: the log's file system may hang.
-    async fn order<T>(
+    /// Fails on a timeout: the log's file system may hang.
+    async fn call<T>(
         &self,
         what: &str,
-        order: Order,
+        command: Command,
         answer: oneshot::Receiver<T>,
     ) -> Result<T, Error> {
-        let gone = || Error::precondition("the container's output has ended");
+        let ended = || Error::precondition("the container's output has ended");
         let answered = async {
-            self.orders.send(order).await.map_err(|_| gone())?;
-            answer.await.map_err(|_| gone())
+            self.commands.send(command).await.map_err(|_| ended())?;
+            answer.await.map_err(|_| ended())
         };
         match tokio::time::timeout(self.writes.limit(), answered).await {
             Ok(answer) => answer,
-            Err(_) => Err(self.writes.late(what)),
+            Err(_) => Err(self.writes.timeout_error(what)),
         }
     }
 
-    /// Resolves when both streams have ended and stand in the log.
+    /// Resolves when both streams have ended and are in the log.
     pub(crate) async fn drained(&self) {
         let _ = self.drained.clone().wait_for(|drained| *drained).await;
     }
 
-    /// Resolves when what a process that has ended printed stands in the log: both streams have
-    /// ended, or nothing comes any more from a stream that another process holds open.
-    pub(crate) async fn settled(&self) {
+    /// Resolves when the output of an exited process is in the log: both streams have ended, or are
+    /// idle because another process holds them open.
+    pub(crate) async fn flushed(&self) {
         let mut flow = self.flow.clone();
-        let quiet = async {
+        let idle = async {
             loop {
-                let Flow { joining, writing } = *flow.borrow_and_update();
-                let changed = match joining == 0 && !writing {
-                    true => tokio::time::timeout(QUIET, flow.changed()).await,
+                let Flow { connecting, writing } = *flow.borrow_and_update();
+                let changed = match connecting == 0 && !writing {
+                    true => tokio::time::timeout(IDLE_LIMIT, flow.changed()).await,
                     false => Ok(flow.changed().await),
                 };
                 if !matches!(changed, Ok(Ok(()))) {
@@ -135,43 +135,43 @@ impl LogHandle {
         };
         tokio::select! {
             () = self.drained() => {}
-            () = quiet => {}
+            () = idle => {}
         }
     }
 }
 
-/// Starts moving output from where `writer` says that it ended.
+/// Starts from the writer's recorded progress.
 pub(crate) fn start(source: Source, writer: LogWriter) -> LogHandle {
     start_with(source, Sink::Open(writer))
 }
 
-/// The same for a log that is opened later, if it cannot be opened now: until then the guest keeps
-/// the output, and a container that prints more than fits there waits.
-pub(crate) fn resume(source: Source, place: Place) -> LogHandle {
+/// Starts with a log that is opened in the background: until then the guest buffers the output, and
+/// the container blocks when its buffer is full.
+pub(crate) fn resume(source: Source, place: LogPaths) -> LogHandle {
     start_with(source, Sink::Closed(place))
 }
 
 fn start_with(source: Source, sink: Sink) -> LogHandle {
-    let (orders, receiver) = mpsc::channel(8);
+    let (commands, receiver) = mpsc::channel(8);
     let (drained_tx, drained) = watch::channel(false);
     let streams = if source.tty { 1 } else { 2 };
-    let (flow_tx, flow) = watch::channel(Flow { joining: streams, writing: false });
+    let (flow_tx, flow) = watch::channel(Flow { connecting: streams, writing: false });
     let writes = source.writes.clone();
     tokio::spawn(run(source, sink, receiver, drained_tx, flow_tx));
-    LogHandle { orders, drained, flow, writes }
+    LogHandle { commands, drained, flow, writes }
 }
 
 struct Chunk {
     kind: Kind,
-    /// Empty: the stream has ended.
+    /// Empty: end of the stream.
     bytes: Vec<u8>,
 }
 
-/// One stream's side of the writer.
+/// State of one stream.
 struct Stream {
     kind: Kind,
     name: &'static str,
-    cutter: Cutter,
+    splitter: LineSplitter,
     received: u64,
     ack: watch::Sender<u64>,
 }
@@ -179,7 +179,7 @@ struct Stream {
 struct Pump {
     container: String,
     writer: Option<LogWriter>,
-    writes: Pool,
+    writes: BlockingPool,
     stdout: Stream,
     stderr: Stream,
     progress: Progress,
@@ -195,36 +195,42 @@ struct Client {
 async fn run(
     source: Source,
     sink: Sink,
-    mut orders: mpsc::Receiver<Order>,
+    mut commands: mpsc::Receiver<Command>,
     drained: watch::Sender<bool>,
     flow: watch::Sender<Flow>,
 ) {
     let mut clients = Vec::new();
     let writer = match sink {
         Sink::Open(writer) => writer,
-        Sink::Closed(place) => match open_log(&source, &place, &mut orders, &mut clients).await {
+        Sink::Closed(place) => match open_log(&source, &place, &mut commands, &mut clients).await {
             Some(writer) => writer,
             None => return,
         },
     };
     let progress = writer.progress();
-    let (chunks, mut incoming) = mpsc::channel(PIECES);
-    // Readers end with this task: a JoinSet aborts what it holds when dropped.
+    let (chunks, mut incoming) = mpsc::channel(CHUNKS);
+    // The JoinSet aborts the readers when this task ends.
     let mut readers = JoinSet::new();
     let mut open = |kind, name, from| {
         let (ack, acks) = watch::channel(from);
         let id = StreamId { container: source.container.clone(), exec: String::new(), kind };
-        readers.spawn(read(source.door.clone(), id, from, acks, chunks.clone(), flow.clone()));
-        Stream { kind, name, cutter: Cutter::default(), received: from, ack }
+        readers.spawn(read(source.address.clone(), id, from, acks, chunks.clone(), flow.clone()));
+        Stream { kind, name, splitter: LineSplitter::default(), received: from, ack }
     };
     let stdout = open(Kind::Stdout, "stdout", progress.stdout);
     let stderr = if source.tty {
         let ack = watch::channel(0).0;
-        Stream { kind: Kind::Stderr, name: "stderr", cutter: Cutter::default(), received: 0, ack }
+        Stream {
+            kind: Kind::Stderr,
+            name: "stderr",
+            splitter: LineSplitter::default(),
+            received: 0,
+            ack,
+        }
     } else {
         open(Kind::Stderr, "stderr", progress.stderr)
     };
-    // Only the readers hold the channel open now.
+    // The channel closes with the readers.
     drop(chunks);
     let mut pump = Pump {
         container: source.container,
@@ -242,40 +248,40 @@ async fn run(
             chunk = incoming.recv() => match chunk {
                 Some(chunk) => {
                     flow.send_modify(|flow| flow.writing = true);
-                    if !pump.take(chunk, &mut orders).await {
+                    if !pump.take(chunk, &mut commands).await {
                         return;
                     }
                     flow.send_modify(|flow| flow.writing = false);
                 }
                 None => reading = false,
             },
-            order = orders.recv() => match order {
-                Some(order) => pump.obey(order).await,
+            command = commands.recv() => match command {
+                Some(command) => pump.handle_command(command).await,
                 None => return,
             },
         }
     }
     pump.clients.clear();
     let _ = drained.send(true);
-    // The log can still be reopened until the container is removed.
-    while let Some(order) = orders.recv().await {
-        pump.obey(order).await;
-        // Whoever attaches now reads the end at once.
+    // The log can be reopened until the container is removed.
+    while let Some(command) = commands.recv().await {
+        pump.handle_command(command).await;
+        // A client that attaches now reads EOF.
         pump.clients.clear();
     }
 }
 
-/// Opens the log, however often that has to be tried. None when nobody holds a handle any more.
+/// Opens the log, with retries. None if the last handle was dropped.
 async fn open_log(
     source: &Source,
-    place: &Place,
-    orders: &mut mpsc::Receiver<Order>,
+    place: &LogPaths,
+    commands: &mut mpsc::Receiver<Command>,
     clients: &mut Vec<Client>,
 ) -> Option<LogWriter> {
-    let (mut pause, mut asked) = (RETRY_FIRST, None::<oneshot::Sender<std::io::Result<()>>>);
+    let (mut pause, mut reopen_reply) = (RETRY_MIN, None::<oneshot::Sender<std::io::Result<()>>>);
     loop {
-        let Place { path, sidecar } = place.clone();
-        let opened = source.writes.finish(move || LogWriter::open(path, &sidecar)).await;
+        let LogPaths { path, sidecar } = place.clone();
+        let opened = source.writes.run(move || LogWriter::open(path, &sidecar)).await;
         let result = match &opened {
             Ok(_) => Ok(()),
             Err(error) => {
@@ -283,13 +289,13 @@ async fn open_log(
                     container = source.container,
                     path = %place.path.as_deref().unwrap_or(&place.sidecar).display(),
                     %error,
-                    "container log cannot be opened, will be tried again; the container's output \
+                    "cannot open container log, will retry; the container's output \
                      waits"
                 );
                 Err(std::io::Error::new(error.kind(), error.to_string()))
             }
         };
-        if let Some(reply) = asked.take() {
+        if let Some(reply) = reopen_reply.take() {
             let _ = reply.send(result);
         }
         if let Ok(writer) = opened {
@@ -299,20 +305,20 @@ async fn open_log(
         loop {
             tokio::select! {
                 () = tokio::time::sleep_until(until) => break,
-                order = orders.recv() => match order? {
-                    Order::Reopen(reply) => {
-                        asked = Some(reply);
+                command = commands.recv() => match command? {
+                    Command::Reopen(reply) => {
+                        reopen_reply = Some(reply);
                         break;
                     }
-                    Order::Attach(reply) => clients.extend(attach(source.tty, reply)),
+                    Command::Attach(reply) => clients.extend(attach(source.tty, reply)),
                 },
             }
         }
-        pause = (pause * 2).min(OPEN_MOST);
+        pause = (pause * 2).min(OPEN_RETRY_MAX);
     }
 }
 
-/// A client for whoever waits for the answer; none if nobody does.
+/// Creates a client for the caller; None if it has given up.
 fn attach(tty: bool, reply: oneshot::Sender<(ByteReader, Option<ByteReader>)>) -> Option<Client> {
     let (out, out_reader) = tokio::io::duplex(ATTACH_BUFFER);
     let (stderr, err_reader) = if tty {
@@ -321,15 +327,15 @@ fn attach(tty: bool, reply: oneshot::Sender<(ByteReader, Option<ByteReader>)>) -
         let (err, reader) = tokio::io::duplex(ATTACH_BUFFER);
         (Some(err), Some(Box::pin(reader) as ByteReader))
     };
-    let taken = reply.send((Box::pin(out_reader), err_reader));
-    taken.is_ok().then_some(Client { stdout: Some(out), stderr })
+    let delivered = reply.send((Box::pin(out_reader), err_reader));
+    delivered.is_ok().then_some(Client { stdout: Some(out), stderr })
 }
 
 impl Pump {
-    /// False when nobody holds a handle any more.
-    async fn take(&mut self, chunk: Chunk, orders: &mut mpsc::Receiver<Order>) -> bool {
+    /// False if the last handle was dropped.
+    async fn take(&mut self, chunk: Chunk, commands: &mut mpsc::Receiver<Command>) -> bool {
         for client in &mut self.clients {
-            client.give(&chunk).await;
+            client.send(&chunk).await;
         }
         self.clients.retain(|c| c.stdout.is_some() || c.stderr.is_some());
         let stream = match chunk.kind {
@@ -339,12 +345,12 @@ impl Pump {
         let (now, mut entries) = (SystemTime::now(), Vec::new());
         let entry = |tag: Tag, text: &[u8]| write_entry(&mut entries, now, stream.name, tag, text);
         if chunk.bytes.is_empty() {
-            stream.cutter.finish(entry);
+            stream.splitter.finish(entry);
         } else {
             stream.received += chunk.bytes.len() as u64;
-            stream.cutter.push(&chunk.bytes, entry);
+            stream.splitter.push(&chunk.bytes, entry);
         }
-        let stored = stream.received - stream.cutter.held() as u64;
+        let stored = stream.received - stream.splitter.buffered() as u64;
         let (place, bit) = match stream.kind {
             Kind::Stderr => (&mut self.progress.stderr, 2),
             _ => (&mut self.progress.stdout, 1),
@@ -353,7 +359,7 @@ impl Pump {
         if chunk.bytes.is_empty() {
             self.progress.ended |= bit;
         }
-        if !self.write(Batch::new(entries, self.progress), orders).await {
+        if !self.write(Batch::new(entries, self.progress), commands).await {
             return false;
         }
         let stream = if chunk.kind == Kind::Stderr { &self.stderr } else { &self.stdout };
@@ -361,14 +367,14 @@ impl Pump {
         true
     }
 
-    /// Tries until the batch is in the log; a full disk is waited for.
-    async fn write(&mut self, mut batch: Batch, orders: &mut mpsc::Receiver<Order>) -> bool {
-        let mut pause = RETRY_FIRST;
+    /// Retries until the batch is in the log, such as on a full disk.
+    async fn write(&mut self, mut batch: Batch, commands: &mut mpsc::Receiver<Command>) -> bool {
+        let mut pause = RETRY_MIN;
         loop {
             let Some(mut writer) = self.writer.take() else { return true };
             let (writer, back, result) = self
                 .writes
-                .finish(move || {
+                .run(move || {
                     let result = writer.write(&mut batch);
                     (writer, batch, result)
                 })
@@ -379,32 +385,32 @@ impl Pump {
             tracing::warn!(
                 container = self.container,
                 %error,
-                "container log cannot be written; the container's output waits"
+                "cannot write container log, will retry; the container's output waits"
             );
             let until = tokio::time::Instant::now() + pause;
             loop {
                 tokio::select! {
                     () = tokio::time::sleep_until(until) => break,
-                    order = orders.recv() => match order {
-                        Some(order) => self.obey(order).await,
+                    command = commands.recv() => match command {
+                        Some(command) => self.handle_command(command).await,
                         None => return false,
                     },
                 }
             }
-            pause = (pause * 2).min(RETRY_MOST);
+            pause = (pause * 2).min(RETRY_MAX);
         }
     }
 
-    async fn obey(&mut self, order: Order) {
-        match order {
-            // The caller has timed out, and may have moved the file back.
-            Order::Reopen(reply) if reply.is_closed() => {}
-            Order::Reopen(reply) => {
+    async fn handle_command(&mut self, command: Command) {
+        match command {
+            // The caller has timed out and may have renamed the file back.
+            Command::Reopen(reply) if reply.is_closed() => {}
+            Command::Reopen(reply) => {
                 let Some(mut writer) = self.writer.take() else { return };
                 let writer = self
                     .writes
-                    .finish(move || {
-                        // It may have waited for a thread until after its deadline.
+                    .run(move || {
+                        // The caller may have timed out while this waited for a thread.
                         if !reply.is_closed() {
                             let result = writer.reopen();
                             let _ = reply.send(result);
@@ -414,13 +420,13 @@ impl Pump {
                     .await;
                 self.writer = Some(writer);
             }
-            Order::Attach(reply) => self.clients.extend(attach(self.tty, reply)),
+            Command::Attach(reply) => self.clients.extend(attach(self.tty, reply)),
         }
     }
 }
 
 impl Client {
-    async fn give(&mut self, chunk: &Chunk) {
+    async fn send(&mut self, chunk: &Chunk) {
         let place = match chunk.kind {
             Kind::Stderr => &mut self.stderr,
             _ => &mut self.stdout,
@@ -428,7 +434,7 @@ impl Client {
         let Some(stream) = place else { return };
         let delivered = !chunk.bytes.is_empty()
             && matches!(
-                tokio::time::timeout(ATTACH_PATIENCE, stream.write_all(&chunk.bytes)).await,
+                tokio::time::timeout(ATTACH_WRITE_LIMIT, stream.write_all(&chunk.bytes)).await,
                 Ok(Ok(()))
             );
         if !delivered {
@@ -437,45 +443,45 @@ impl Client {
     }
 }
 
-/// Reads one stream to its end, over as many connections as it takes.
+/// Reads one stream to EOF; reconnects as needed.
 async fn read(
-    door: Door,
+    address: AgentAddress,
     id: StreamId,
     mut offset: u64,
     mut acks: watch::Receiver<u64>,
     chunks: mpsc::Sender<Chunk>,
     flow: watch::Sender<Flow>,
 ) {
-    let mut joining = true;
-    let mut joined = move || {
-        if std::mem::take(&mut joining) {
-            flow.send_modify(|flow| flow.joining -= 1);
+    let mut connecting = true;
+    let mut connected = move || {
+        if std::mem::take(&mut connecting) {
+            flow.send_modify(|flow| flow.connecting -= 1);
         }
     };
-    let mut buffer = vec![0; PIECE];
+    let mut buffer = vec![0; CHUNK];
     loop {
-        let mut reader = match StreamReader::open(&door, &id, offset).await {
+        let mut reader = match StreamReader::open(&address, &id, offset).await {
             Ok(reader) => reader,
-            Err(Refused::Status(status)) => {
+            Err(StreamError::Status(status)) => {
                 if status != Status::NoSuchStream {
                     tracing::error!(?id, offset, ?status, "guest lost output of a container");
                 }
                 break;
             }
-            // The VM is busy, or gone: then its end takes this task along.
-            Err(Refused::Io(_)) => {
+            // The VM is busy or gone; its exit aborts this task.
+            Err(StreamError::Io(_)) => {
                 tokio::time::sleep(RECONNECT_PAUSE).await;
                 continue;
             }
         };
-        joined();
+        connected();
         acks.mark_changed();
         loop {
             tokio::select! {
                 got = reader.read(&mut buffer) => match got {
                     Ok(0) => {
                         let _ = chunks.send(Chunk { kind: id.kind, bytes: Vec::new() }).await;
-                        // The last acknowledgement lets the guest forget the stream.
+                        // The last acknowledgement frees the stream in the guest.
                         let stored = acks.wait_for(|acked| *acked >= offset).await.map(|a| *a);
                         if let Ok(stored) = stored {
                             let _ = reader.ack(stored).await;
@@ -489,9 +495,9 @@ async fn read(
                             return;
                         }
                     }
-                    // Broken: what follows comes over another connection.
+                    // Reconnect for the rest.
                     Err(error) => {
-                        tracing::debug!(?id, offset, %error, "output goes on over another connection");
+                        tracing::debug!(?id, offset, %error, "reconnecting an output stream");
                         break;
                     }
                 },
@@ -505,6 +511,6 @@ async fn read(
         }
         tokio::time::sleep(RECONNECT_PAUSE).await;
     }
-    joined();
+    connected();
     let _ = chunks.send(Chunk { kind: id.kind, bytes: Vec::new() }).await;
 }

@@ -1,9 +1,9 @@
-//! The log file, and beside it how far it goes: exactly once across a crash of the daemon.
+//! The log file and its sidecar, which makes logging exactly-once across a crash of the daemon.
 //!
-//! After each write to the log the sidecar says: which file (inode), how long it then was, and
-//! which offset of each stream it holds. A daemon that dies between the two finds a log longer
-//! than the sidecar says, cuts it, and reads the streams again from the offsets that the sidecar
-//! says; the guest still has those bytes, because they are acknowledged after the sidecar only.
+//! After each write to the log the sidecar records the file (inode), its length, and the offset of
+//! each stream that it holds. A daemon that crashed between the two leaves a log longer than
+//! recorded; the next one truncates it and reads the streams again from the recorded offsets. The
+//! guest still has those bytes, because they are acknowledged after the sidecar is written.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -13,15 +13,15 @@ use std::path::{Path, PathBuf};
 /// Bytes of the sidecar: magic and version, inode, length, two offsets, flags, checksum.
 const SIDECAR: usize = 8 + 8 + 8 + 8 + 8 + 8 + 8;
 const MAGIC: [u8; 8] = *b"NCLOG\0\0\x01";
-/// As containerd makes them: readable for the group of log collectors.
+/// As in containerd: readable for the group of log collectors.
 const LOG_MODE: u32 = 0o640;
 
-/// How much of each stream is in the log, bytes since the process started.
+/// Bytes of each stream in the log since the process started.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Progress {
     pub(crate) stdout: u64,
     pub(crate) stderr: u64,
-    /// Streams that have been read to their end (bit 0 stdout, bit 1 stderr).
+    /// Streams that were read to EOF (bit 0 stdout, bit 1 stderr).
     pub(crate) ended: u64,
 }
 
@@ -59,12 +59,12 @@ impl State {
     }
 }
 
-/// Tells a sidecar from anything else that may stand in the file; not a defence.
+/// Detects a damaged sidecar; not a security measure.
 fn checksum(words: &[u64]) -> u64 {
     words.iter().fold(0x006e_6163_656c_6c65, |sum, w| (sum ^ w).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// Entries on their way into the log, and what the log holds after them.
+/// Entries to be written, and the progress after them.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
     pub(crate) bytes: Vec<u8>,
@@ -81,7 +81,7 @@ impl Batch {
 /// One container's log.
 #[derive(Debug)]
 pub(crate) struct LogWriter {
-    /// None: the container has no log, only progress is kept.
+    /// None: no log, only progress is recorded.
     path: Option<PathBuf>,
     file: Option<File>,
     sidecar: File,
@@ -89,12 +89,12 @@ pub(crate) struct LogWriter {
 }
 
 impl LogWriter {
-    /// Takes up the log where the sidecar says it ends, or begins it.
+    /// Continues the log where the sidecar says it ends, or creates it.
     pub(crate) fn open(path: Option<PathBuf>, sidecar: &Path) -> io::Result<Self> {
-        let (sidecar, known) = take_up_sidecar(sidecar)?;
+        let (sidecar, known) = open_sidecar(sidecar)?;
         let mut writer = Self { path, file: None, sidecar, state: known.unwrap_or_default() };
         if known.is_some() {
-            writer.cut_what_is_not_recorded()?;
+            writer.truncate_unrecorded()?;
         }
         writer.reopen()?;
         Ok(writer)
@@ -104,17 +104,17 @@ impl LogWriter {
         self.state.progress
     }
 
-    /// A write that no sidecar followed is undone. The file may have been renamed since (rotation),
-    /// so it is looked for by inode among its neighbours.
-    fn cut_what_is_not_recorded(&self) -> io::Result<()> {
+    /// Truncates a write that was not recorded. The file may have been rotated since, so it is
+    /// searched by inode in its directory.
+    fn truncate_unrecorded(&self) -> io::Result<()> {
         let Some(path) = &self.path else { return Ok(()) };
-        let ours = |p: &Path| fs::metadata(p).is_ok_and(|m| m.ino() == self.state.inode);
-        let found = if ours(path) {
+        let is_recorded = |p: &Path| fs::metadata(p).is_ok_and(|m| m.ino() == self.state.inode);
+        let found = if is_recorded(path) {
             Some(path.clone())
         } else {
-            let folder = path.parent().unwrap_or(Path::new("/"));
-            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-            entries.map(|e| e.path()).find(|p| ours(p))
+            let directory = path.parent().unwrap_or(Path::new("/"));
+            let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+            entries.map(|e| e.path()).find(|p| is_recorded(p))
         };
         let Some(found) = found else { return Ok(()) };
         let file = OpenOptions::new().write(true).open(found)?;
@@ -124,19 +124,22 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Goes on at the path: in the same file if it is still there, else in a new one. After an error
-    /// it goes on where it was: who rotates logs then moves that file back.
+    /// Reopens the path: the same file if it still exists, otherwise a new one. After an error it
+    /// continues with the old file: the rotating caller then renames it back.
     pub(crate) fn reopen(&mut self) -> io::Result<()> {
         let Some(path) = &self.path else { return self.record() };
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory)?;
         }
         let mut options = OpenOptions::new();
         options.append(true).create(true).mode(LOG_MODE).custom_flags(libc::O_NONBLOCK);
         let file = options.open(path)?;
         let meta = file.metadata()?;
         if !meta.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "log path is no regular file"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "log path is not a regular file",
+            ));
         }
         let state = State { inode: meta.ino(), length: meta.len(), ..self.state };
         let former = std::mem::replace(&mut self.state, state);
@@ -148,8 +151,8 @@ impl LogWriter {
         Ok(())
     }
 
-    /// Writes what is left of the batch. After an error it may be called again: nothing is written
-    /// twice, and only a whole batch is recorded.
+    /// Writes the rest of the batch. May be called again after an error: nothing is written twice,
+    /// and only a complete batch is recorded.
     pub(crate) fn write(&mut self, batch: &mut Batch) -> io::Result<()> {
         if let Some(file) = &mut self.file {
             while batch.written < batch.bytes.len() {
@@ -160,7 +163,7 @@ impl LogWriter {
                     Err(e) => return Err(e),
                 }
             }
-            // Asked, not counted: somebody may have truncated the log (copytruncate).
+            // From the file, not counted: the log may have been truncated (copytruncate).
             self.state.length = file.metadata()?.len();
         }
         self.state.progress = batch.after;
@@ -172,16 +175,16 @@ impl LogWriter {
     }
 }
 
-/// Opens the sidecar. One that says nothing (damaged, of another version) is told in the log and
-/// written anew; what cannot be written at all is moved aside.
-fn take_up_sidecar(path: &Path) -> io::Result<(File, Option<State>)> {
+/// Opens the sidecar. A damaged one, or one of another version, is logged and rewritten; one that
+/// cannot be opened is renamed.
+fn open_sidecar(path: &Path) -> io::Result<(File, Option<State>)> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     options.custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW);
     let is_fresh = fs::symlink_metadata(path).is_err();
     let opened = options.open(path).and_then(|file| {
         if !file.metadata()?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no regular file"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         let mut bytes = [0; SIDECAR];
         match file.read_exact_at(&mut bytes, 0) {
@@ -190,22 +193,22 @@ fn take_up_sidecar(path: &Path) -> io::Result<(File, Option<State>)> {
             Err(e) => Err(e),
         }
     });
-    let passing = |e: &io::Error| {
+    let is_transient = |e: &io::Error| {
         matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC))
     };
     match opened {
         Ok((file, known)) => {
             if known.is_none() && !is_fresh {
-                tracing::error!(path = %path.display(), "damaged: how far a log goes is not known");
+                tracing::error!(path = %path.display(), "damaged log sidecar, rewritten");
             }
             Ok((file, known))
         }
-        Err(e) if is_fresh || passing(&e) => Err(e),
+        Err(e) if is_fresh || is_transient(&e) => Err(e),
         Err(error) => {
-            let aside = path.with_extension("damaged");
-            let _ = fs::remove_dir_all(&aside);
-            fs::rename(path, &aside)?;
-            tracing::error!(path = %path.display(), %error, "damaged, moved aside");
+            let renamed = path.with_extension("damaged");
+            let _ = fs::remove_dir_all(&renamed);
+            fs::rename(path, &renamed)?;
+            tracing::error!(path = %path.display(), %error, "damaged log sidecar, renamed");
             Ok((options.create_new(true).open(path)?, None))
         }
     }
@@ -215,22 +218,22 @@ fn take_up_sidecar(path: &Path) -> io::Result<(File, Option<State>)> {
 mod tests {
     use super::*;
 
-    /// As it is written; a change of it needs another magic.
+    /// The current format; a change needs another magic.
     const V1: &[u8; SIDECAR] = include_bytes!("fixtures/sidecar-v1.bin");
 
     #[test]
-    fn the_sidecar_is_written_and_read_as_the_fixture_has_it() {
+    fn the_sidecar_matches_the_fixture() {
         let progress = Progress { stdout: 200, stderr: 100, ended: 1 };
         let state = State { inode: 0x1122_3344_5566_7788, length: 300, progress };
         assert_eq!(state.encode(), *V1);
         assert_eq!(State::decode(V1), Some(state));
     }
 
-    struct Place {
+    struct TestLog {
         dir: tempfile::TempDir,
     }
 
-    impl Place {
+    impl TestLog {
         fn new() -> Self {
             Self { dir: tempfile::tempdir().unwrap() }
         }
@@ -252,93 +255,93 @@ mod tests {
         Batch::new(text.into(), Progress { stdout, ..Progress::default() })
     }
 
-    /// What a daemon leaves that dies between the write to the log and the one to the sidecar.
-    fn write_without_sidecar(place: &Place, text: &str) {
-        let mut file = OpenOptions::new().append(true).open(place.log()).unwrap();
+    /// State after a crash between the write to the log and the one to the sidecar.
+    fn write_without_sidecar(log: &TestLog, text: &str) {
+        let mut file = OpenOptions::new().append(true).open(log.log()).unwrap();
         io::Write::write_all(&mut file, text.as_bytes()).unwrap();
     }
 
     #[test]
-    fn a_write_that_no_sidecar_followed_is_cut_and_comes_again() {
-        let place = Place::new();
-        place.open().write(&mut batch("one\n", 4)).unwrap();
-        write_without_sidecar(&place, "two\nthr");
-        let mut writer = place.open();
+    fn an_unrecorded_write_is_truncated_and_repeated() {
+        let log = TestLog::new();
+        log.open().write(&mut batch("one\n", 4)).unwrap();
+        write_without_sidecar(&log, "two\nthr");
+        let mut writer = log.open();
         assert_eq!(writer.progress().stdout, 4);
         writer.write(&mut batch("two\n", 8)).unwrap();
-        assert_eq!(place.text(), "one\ntwo\n");
+        assert_eq!(log.text(), "one\ntwo\n");
     }
 
     #[test]
-    fn a_renamed_log_is_cut_too_and_the_new_one_begins_empty() {
-        let place = Place::new();
-        place.open().write(&mut batch("one\n", 4)).unwrap();
-        write_without_sidecar(&place, "two\n");
-        let old = place.dir.path().join("0.log.20260101");
-        fs::rename(place.log(), &old).unwrap();
-        let mut writer = place.open();
+    fn a_rotated_log_is_truncated_and_the_new_one_starts_empty() {
+        let log = TestLog::new();
+        log.open().write(&mut batch("one\n", 4)).unwrap();
+        write_without_sidecar(&log, "two\n");
+        let old = log.dir.path().join("0.log.20260101");
+        fs::rename(log.log(), &old).unwrap();
+        let mut writer = log.open();
         writer.write(&mut batch("two\n", 8)).unwrap();
         assert_eq!(fs::read_to_string(old).unwrap(), "one\n");
-        assert_eq!(place.text(), "two\n");
+        assert_eq!(log.text(), "two\n");
     }
 
     #[test]
-    fn rotation_loses_and_doubles_nothing() {
-        let place = Place::new();
-        let mut writer = place.open();
+    fn rotation_neither_loses_nor_repeats_output() {
+        let log = TestLog::new();
+        let mut writer = log.open();
         writer.write(&mut batch("one\n", 4)).unwrap();
-        let old = place.dir.path().join("0.log.1");
-        fs::rename(place.log(), &old).unwrap();
+        let old = log.dir.path().join("0.log.1");
+        fs::rename(log.log(), &old).unwrap();
         writer.write(&mut batch("two\n", 8)).unwrap();
         writer.reopen().unwrap();
         writer.write(&mut batch("three\n", 14)).unwrap();
         assert_eq!(fs::read_to_string(old).unwrap(), "one\ntwo\n");
-        assert_eq!(place.text(), "three\n");
+        assert_eq!(log.text(), "three\n");
     }
 
     #[test]
-    fn a_rotation_that_fails_leaves_the_log_where_it_was() {
-        let place = Place::new();
-        let mut writer = place.open();
+    fn a_failed_rotation_keeps_the_log() {
+        let log = TestLog::new();
+        let mut writer = log.open();
         writer.write(&mut batch("one\n", 4)).unwrap();
-        let old = place.dir.path().join("0.log.1");
-        fs::rename(place.log(), &old).unwrap();
-        fs::create_dir(place.log()).unwrap();
+        let old = log.dir.path().join("0.log.1");
+        fs::rename(log.log(), &old).unwrap();
+        fs::create_dir(log.log()).unwrap();
         writer.reopen().unwrap_err();
-        fs::remove_dir(place.log()).unwrap();
-        // The new log can be opened, and what it holds cannot be recorded.
-        let sidecar = place.dir.path().join("sidecar");
+        fs::remove_dir(log.log()).unwrap();
+        // The new log can be opened but not recorded.
+        let sidecar = log.dir.path().join("sidecar");
         let recorded = std::mem::replace(&mut writer.sidecar, File::open(&sidecar).unwrap());
         writer.reopen().unwrap_err();
         writer.sidecar = recorded;
-        fs::rename(&old, place.log()).unwrap();
+        fs::rename(&old, log.log()).unwrap();
         writer.write(&mut batch("two\n", 8)).unwrap();
-        assert_eq!(place.text(), "one\ntwo\n");
+        assert_eq!(log.text(), "one\ntwo\n");
         drop(writer);
-        assert_eq!(place.open().progress().stdout, 8);
-        assert_eq!(place.text(), "one\ntwo\n");
+        assert_eq!(log.open().progress().stdout, 8);
+        assert_eq!(log.text(), "one\ntwo\n");
     }
 
     #[test]
-    fn a_log_that_somebody_truncated_is_not_made_longer() {
-        let place = Place::new();
-        place.open().write(&mut batch("one\n", 4)).unwrap();
-        fs::write(place.log(), "").unwrap();
-        place.open().write(&mut batch("two\n", 8)).unwrap();
-        assert_eq!(place.text(), "two\n");
+    fn a_log_truncated_by_others_is_not_extended() {
+        let log = TestLog::new();
+        log.open().write(&mut batch("one\n", 4)).unwrap();
+        fs::write(log.log(), "").unwrap();
+        log.open().write(&mut batch("two\n", 8)).unwrap();
+        assert_eq!(log.text(), "two\n");
     }
 
     #[test]
-    fn a_sidecar_of_rubbish_counts_as_none() {
-        let place = Place::new();
-        fs::write(place.dir.path().join("sidecar"), vec![0xa5; 200]).unwrap();
-        fs::write(place.log(), "kept\n").unwrap();
-        assert_eq!(place.open().progress(), Progress::default());
-        assert_eq!(place.text(), "kept\n");
+    fn an_invalid_sidecar_is_ignored() {
+        let log = TestLog::new();
+        fs::write(log.dir.path().join("sidecar"), vec![0xa5; 200]).unwrap();
+        fs::write(log.log(), "kept\n").unwrap();
+        assert_eq!(log.open().progress(), Progress::default());
+        assert_eq!(log.text(), "kept\n");
     }
 
     #[test]
-    fn whatever_stands_in_the_place_of_a_sidecar_a_log_is_written() {
+    fn a_log_is_written_despite_any_damage_of_the_sidecar() {
         let damages: [fn(&Path); 4] = [
             |path| fs::write(path, "").unwrap(),
             |path| fs::create_dir_all(path.join("deep")).unwrap(),
@@ -350,30 +353,30 @@ mod tests {
             },
         ];
         for (n, damage) in damages.into_iter().enumerate() {
-            let place = Place::new();
-            let path = place.dir.path().join("sidecar");
-            place.open().write(&mut batch("one\n", 4)).unwrap();
+            let log = TestLog::new();
+            let path = log.dir.path().join("sidecar");
+            log.open().write(&mut batch("one\n", 4)).unwrap();
             fs::remove_file(&path).unwrap();
             damage(&path);
-            let mut writer = place.open();
+            let mut writer = log.open();
             assert_eq!(writer.progress(), Progress::default(), "{n}");
             writer.write(&mut batch("two\n", 8)).unwrap();
-            assert_eq!(place.text(), "one\ntwo\n", "{n}");
+            assert_eq!(log.text(), "one\ntwo\n", "{n}");
             drop(writer);
-            assert_eq!(place.open().progress().stdout, 8, "{n}");
+            assert_eq!(log.open().progress().stdout, 8, "{n}");
         }
     }
 
     #[test]
-    fn a_full_disk_fails_the_write_and_a_retry_completes_it_without_doubling() {
-        let place = Place::new();
-        let mut writer = place.open();
+    fn a_write_that_failed_on_a_full_disk_is_completed_by_a_retry() {
+        let log = TestLog::new();
+        let mut writer = log.open();
         let mut batch = batch("one\n", 4);
         writer.file = Some(OpenOptions::new().write(true).open("/dev/full").unwrap());
         assert_eq!(writer.write(&mut batch).unwrap_err().kind(), io::ErrorKind::StorageFull);
         assert_eq!(writer.progress().stdout, 0);
         writer.reopen().unwrap();
         writer.write(&mut batch).unwrap();
-        assert_eq!((place.text().as_str(), writer.progress().stdout), ("one\n", 4));
+        assert_eq!((log.text().as_str(), writer.progress().stdout), ("one\n", 4));
     }
 }

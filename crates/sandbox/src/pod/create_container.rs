@@ -1,4 +1,4 @@
-//! CreateContainer: disks into the VM, volumes into the guest, the process prepared.
+//! CreateContainer: plugs disks, prepares volumes in the guest, creates the process.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,16 +16,18 @@ use crate::apparmor::AppArmor;
 use crate::error::Error;
 use crate::host::blocking;
 use crate::host::scratch::INODE_RATIO;
-use crate::logs::{self, LogWriter, Place, Source};
+use crate::logs::{self, LogPaths, LogWriter, Source};
 use crate::model::{BlockDevice, ContainerId, ContainerSpec, Identity, PidMode};
 use crate::policy::{Change, Container, ContainerPhase, Phase, Pod};
 
-/// Supplementary groups the kernel takes (NGROUPS_MAX); a guest may name any number.
+/// Supplementary groups that the kernel accepts (NGROUPS_MAX); limits the guest's reply.
 const MAX_GROUPS: usize = 65536;
-/// Undoing in a guest that may be the reason of the failure.
+/// Limit of an undo call to a guest, which may have caused the failure.
 const UNDO_LIMIT: Duration = Duration::from_secs(5);
 
-/// A container as it begins.
+const CREATION: &str = "creation of the container";
+
+/// A new container.
 pub(crate) fn new_container(pod: &Pod, id: ContainerId, spec: ContainerSpec) -> Container {
     let log_path = if spec.log_path.is_empty() || pod.spec.log_directory.is_empty() {
         PathBuf::new()
@@ -55,13 +57,13 @@ pub(super) async fn create_container(
     cancel: &CancellationToken,
 ) -> Result<(), Error> {
     let id = container.id.clone();
-    // Before the container is planned: its record says where its emptyDirs are.
-    let settled = tokio::select! {
-        result = empty_dirs::settle(handle, &mut container) => result,
-        () = cancel.cancelled() => Err(Error::Cancelled { what: "creation of the container" }),
-        () = handle.closing.cancelled() => Err(Error::precondition("the pod was stopped")),
+    // Before the container is journaled: its record has the location of its emptyDirs.
+    let resolved = tokio::select! {
+        result = empty_dirs::resolve(handle, &mut container) => result,
+        () = cancel.cancelled() => Err(Error::Cancelled { what: CREATION }),
+        () = handle.stopping.cancelled() => Err(Error::precondition("the pod was stopped")),
     };
-    let planned = match settled {
+    let planned = match resolved {
         Ok(()) => handle.commit(vec![Change::ContainerPlanned(Box::new(container))]).await,
         Err(e) => Err(e),
     };
@@ -72,12 +74,12 @@ pub(super) async fn create_container(
             let mut disks = None;
             let made = tokio::select! {
                 result = create(handle, &id, &mut disks) => result,
-                () = cancel.cancelled() => Err(Error::Cancelled { what: "creation of the container" }),
-                () = handle.closing.cancelled() => Err(Error::precondition("the pod was stopped")),
+                () = cancel.cancelled() => Err(Error::Cancelled { what: CREATION }),
+                () = handle.stopping.cancelled() => Err(Error::precondition("the pod was stopped")),
             };
             let made = match made {
-                Ok(_) if !handle.node.registry.confirm_container(&id) => {
-                    Err(Error::Cancelled { what: "creation of the container" })
+                Ok(_) if !handle.node.registry.complete_container(&id) => {
+                    Err(Error::Cancelled { what: CREATION })
                 }
                 Ok(user) => {
                     let created = Change::ContainerCreated { id: id.clone(), user };
@@ -86,7 +88,7 @@ pub(super) async fn create_container(
                 Err(e) => Err(e),
             };
             if made.is_err() {
-                // Files that appear and disks that are plugged after the undoing would stay.
+                // Files created and disks plugged after the undo would leak.
                 if let Some(disks) = disks {
                     let _ = disks.await;
                 }
@@ -96,18 +98,18 @@ pub(super) async fn create_container(
         }
     };
     if result.is_err() && !handle.pod().containers.contains_key(&id) {
-        handle.node.registry.forget_container(&id);
+        handle.node.registry.release_container(&id);
     }
     result
 }
 
-/// What the agent calls the container's layer, or how large its folder on the scratch disk may be.
+/// Name of the container's layer for the agent, or the limits of its directory on the scratch disk.
 type Layer = (String, Option<v1::ScratchLayer>);
-type MakingDisks = JoinHandle<Result<Layer, Error>>;
+type DiskTask = JoinHandle<Result<Layer, Error>>;
 
-/// Makes the container's files and plugs its disks. Every step has a deadline. Runs to its end when
-/// its caller has given up.
-fn make_disks(handle: &Arc<Handle>, id: &str, spec: &Arc<ContainerSpec>) -> MakingDisks {
+/// Creates the container's files and plugs its disks. Every step has a deadline. Runs to completion
+/// if the caller is cancelled.
+fn make_disks(handle: &Arc<Handle>, id: &str, spec: &Arc<ContainerSpec>) -> DiskTask {
     let (handle, id, spec) = (handle.clone(), id.to_owned(), spec.clone());
     tokio::spawn(async move { make_and_plug(&handle, &id, &spec).await })
 }
@@ -121,10 +123,10 @@ async fn make_and_plug(
     let size = handle.node.config.scratch_size;
     let (mut layer, mut scratch, mut disk) = (String::new(), None, None);
     if !written {
-        // A tmpfs is enough for what the guest itself makes in it.
+        // The guest uses a tmpfs for its own mount points.
     } else if handle.machine.host().is_some() {
         let made = host_pod::make_layer(handle.paths.layer(id));
-        layer = handle.node.failpoints.around("host: make a layer", made).await?;
+        layer = handle.node.failpoints.wrap("host: make a layer", made).await?;
     } else if handle.pod().has_scratch_disk() {
         scratch = Some(v1::ScratchLayer { bytes: size, inodes: size / INODE_RATIO });
     } else {
@@ -136,11 +138,11 @@ async fn make_and_plug(
     Ok((layer, scratch))
 }
 
-/// `disks` is set while a task makes them.
+/// `disks` is set while that task runs.
 async fn create(
     handle: &Arc<Handle>,
     id: &str,
-    disks: &mut Option<MakingDisks>,
+    disks: &mut Option<DiskTask>,
 ) -> Result<Identity, Error> {
     let container = handle.container(id)?;
     let spec = &container.spec;
@@ -177,43 +179,43 @@ async fn create(
     Ok(Identity { uid, gid, groups })
 }
 
-/// Begins the container's log. One that cannot be opened is an error of the creation.
+/// Opens the container's log; an error fails the creation.
 async fn start_log(handle: &Handle, container: &Container) -> Result<(), Error> {
     if handle.node.config.caller_reads_output {
         return Ok(());
     }
-    let (source, Place { path, sidecar }) = output(handle, container);
+    let (source, LogPaths { path, sidecar }) = output(handle, container);
     let shown = container.log_path.display().to_string();
     let what = format!("open the container's log {shown}");
     let opened = async {
-        let writer = handle.log_writes.look(what, move || LogWriter::open(path, &sidecar)).await?;
+        let writer =
+            handle.log_writes.run_with_limit(what, move || LogWriter::open(path, &sidecar)).await?;
         writer.map_err(|e| Error::io(format!("open the container's log {shown}"), e))
     };
-    let writer = handle.node.failpoints.around("host: open a log", opened).await?;
+    let writer = handle.node.failpoints.wrap("host: open a log", opened).await?;
     handle.set_log(&container.id, logs::start(source, writer));
     Ok(())
 }
 
-/// Takes up the container's output where its log ends, as soon as the log can be opened: nothing else
-/// waits for that.
+/// Continues the container's log where it ends. Opens it in the background: nothing waits for it.
 pub(super) fn resume_log(handle: &Handle, container: &Container) {
-    let (source, place) = output(handle, container);
-    handle.set_log(&container.id, logs::resume(source, place));
+    let (source, paths) = output(handle, container);
+    handle.set_log(&container.id, logs::resume(source, paths));
 }
 
-fn output(handle: &Handle, container: &Container) -> (Source, Place) {
+fn output(handle: &Handle, container: &Container) -> (Source, LogPaths) {
     let path = Some(container.log_path.clone()).filter(|p| !p.as_os_str().is_empty());
-    let place = Place { path, sidecar: handle.paths.sidecar(&container.id) };
+    let paths = LogPaths { path, sidecar: handle.paths.sidecar(&container.id) };
     let source = Source {
-        door: handle.guest.door().clone(),
+        address: handle.guest.address().clone(),
         container: container.id.clone(),
         tty: container.spec.tty,
         writes: handle.log_writes.clone(),
     };
-    (source, place)
+    (source, paths)
 }
 
-/// What a VM's kernel has to know of the container's AppArmor profile; the host's knows it.
+/// Policies of the container's AppArmor profile for the guest kernel; none for a host pod.
 async fn apparmor_policies(handle: &Handle, spec: &ContainerSpec) -> Result<Vec<Vec<u8>>, Error> {
     let profile =
         spec.oci.process().as_ref().and_then(|process| process.apparmor_profile().clone());
@@ -276,39 +278,39 @@ fn block_device(device: &BlockDevice) -> v1::BlockDevice {
     }
 }
 
-/// Takes back a creation, as far as it came. A guest that does not let go of it keeps its disk, and
-/// the pod's owner tries again.
+/// Undoes a creation as far as it got. If the guest cannot remove the container, its disk stays and
+/// the pod's owner retries.
 pub(super) async fn undo(handle: &Arc<Handle>, id: &str) {
-    handle.drop_live(id);
+    handle.drop_container_tasks(id);
     let Ok(container) = handle.container(id) else { return };
-    if !handle.closing.is_cancelled() {
+    if !handle.stopping.is_cancelled() {
         let request = v1::RemoveContainerRequest { container_id: id.to_owned() };
         let removed =
             handle.guest.call_within(UNDO_LIMIT, "remove the container", |mut c| async move {
                 c.remove_container(request).await
             });
         if let Err(error) = removed.await {
-            tracing::warn!(container = id, %error, "guest keeps a container that failed");
+            tracing::warn!(container = id, %error, "cannot remove a failed container in the guest");
             return;
         }
         shares::remove(handle, id).await;
         if let Err(error) = disks::unplug(handle, id, &container.spec).await {
-            tracing::warn!(container = id, %error, "a disk stays in the VM");
+            tracing::warn!(container = id, %error, "cannot unplug a disk");
         }
     }
-    if let Err(error) = forget(handle, id).await {
-        tracing::warn!(container = id, %error, "files of a container stay until the pod goes");
+    if let Err(error) = delete_container(handle, id).await {
+        tracing::warn!(container = id, %error, "cannot remove files of a container");
     }
 }
 
-/// Removes a container's files, then the container from the journal, then its name.
-pub(super) async fn forget(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
+/// Removes a container's files, then its record, then its name.
+pub(super) async fn delete_container(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     remove_files(handle, id).await?;
-    handle.commit(vec![Change::ContainerGone { id: id.to_owned() }]).await?;
+    handle.commit(vec![Change::ContainerRemoved { id: id.to_owned() }]).await?;
     if handle.pod().phase == Phase::Ready {
-        cpuset::pin_again(handle).await;
+        cpuset::pin_or_log(handle).await;
         oom_score::apply(handle).await;
     }
-    handle.node.registry.forget_container(&id.to_owned());
+    handle.node.registry.release_container(&id.to_owned());
     Ok(())
 }

@@ -19,17 +19,17 @@ use crate::model::{BlockDevice, ContainerSpec, VolumeSource};
 use crate::policy::ContainerPhase;
 use crate::vmm::serial;
 
-/// Disks that this daemon knows the guest to have found.
+/// Disks that this daemon knows to be visible in the guest.
 #[derive(Debug, Default)]
-pub(super) struct Plugged(BTreeSet<String>);
+pub(super) struct KnownDisks(BTreeSet<String>);
 
-/// Of a container's own disk, in a pod without a scratch disk.
+/// Serial of a container's scratch disk, in a pod without a shared scratch disk.
 pub(super) fn scratch_serial(container: &str) -> String {
     serial('s', container.as_bytes())
 }
 
-/// The disk of a host's device: one a pod and way of access, so that containers that share the
-/// device see one cache.
+/// Serial of a host's block device: one disk per pod and access mode, so that containers that share
+/// it have one cache.
 pub(super) fn device_serial(device: &BlockDevice) -> String {
     let kind = if is_written(device) { 'w' } else { 'r' };
     serial(kind, device.host_path.as_os_str().as_encoded_bytes())
@@ -39,18 +39,18 @@ fn is_written(device: &BlockDevice) -> bool {
     device.permissions.contains('w')
 }
 
-/// Images that a container reads: its root file system's and its volumes'.
+/// Images of a container: root file system and volumes.
 fn images(spec: &ContainerSpec) -> impl Iterator<Item = &Path> {
     let volumes = spec.volumes.iter().filter_map(|v| match &v.source {
         VolumeSource::Image { image, .. } => Some(image.as_path()),
         _ => None,
     });
-    // Empty: a folder of the host instead.
+    // Empty: a host directory instead.
     let rootfs = Some(spec.rootfs.image.as_path()).filter(|image| !image.as_os_str().is_empty());
     rootfs.into_iter().chain(volumes)
 }
 
-/// Disks of a container that others may use as well.
+/// Disks of a container that other containers may use too.
 fn shared_serials(machine: &Machine, spec: &ContainerSpec) -> BTreeSet<String> {
     let images = images(spec).map(|image| machine.image(image));
     images.chain(spec.devices.iter().map(device_serial)).collect()
@@ -62,16 +62,16 @@ struct Disk {
     read_only: bool,
 }
 
-/// Opens what those of a container's shared disks are made of that are not there yet. Blocks.
+/// Opens the files of those shared disks that are not plugged yet. Blocks.
 fn open_shared(
     machine: &Machine,
     spec: &ContainerSpec,
-    there: &BTreeSet<String>,
+    plugged: &BTreeSet<String>,
 ) -> Result<Vec<Disk>, Error> {
     let mut disks = Vec::new();
     for image in images(spec) {
         let serial = machine.image(image);
-        if !there.contains(&serial) {
+        if !plugged.contains(&serial) {
             let file = File::open(image);
             let file = file.map_err(|e| Error::io(format!("open image {}", image.display()), e))?;
             disks.push(Disk { serial, file, read_only: true });
@@ -79,7 +79,7 @@ fn open_shared(
     }
     for device in &spec.devices {
         let serial = device_serial(device);
-        if !there.contains(&serial) {
+        if !plugged.contains(&serial) {
             let read_only = !is_written(device);
             let file = open_device(&device.host_path, read_only)?;
             disks.push(Disk { serial, file, read_only });
@@ -90,7 +90,7 @@ fn open_shared(
 
 fn open_device(path: &Path, read_only: bool) -> Result<File, Error> {
     let mut options = File::options();
-    // O_NONBLOCK: what stands there may be a pipe, until we have looked.
+    // O_NONBLOCK: the path may be a FIFO; it is checked below.
     options.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
     let failed = |e| Error::io(format!("open device {}", path.display()), e);
     let file = options.open(path).map_err(|e| match e.kind() {
@@ -100,7 +100,7 @@ fn open_device(path: &Path, read_only: bool) -> Result<File, Error> {
     if !file.metadata().map_err(failed)?.file_type().is_block_device() {
         return Err(Error::Unsupported {
             message: format!(
-                "{} is no block device: others of the host cannot be given to a VM",
+                "{} is not a block device; only block devices of the host can be passed to a VM",
                 path.display()
             ),
         });
@@ -109,15 +109,15 @@ fn open_device(path: &Path, read_only: bool) -> Result<File, Error> {
     Ok(file)
 }
 
-/// Lets reads and writes wait again. Before Linux 6.5 io_uring answers them with EAGAIN while the
-/// flag is set, on devices that cannot do without waiting.
+/// Clears O_NONBLOCK. Before Linux 6.5, io_uring fails with EAGAIN while it is set, on devices
+/// without nowait support.
 fn clear_nonblock(file: &File) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
     fcntl(file, FcntlArg::F_SETFL(flags.difference(OFlag::O_NONBLOCK)))?;
     Ok(())
 }
 
-/// Plugs all disks of a container and waits until the guest sees them.
+/// Plugs all disks of a container and waits until the guest has found them.
 pub(super) async fn plug(
     handle: &Handle,
     container: &str,
@@ -125,14 +125,17 @@ pub(super) async fn plug(
     scratch: Option<File>,
 ) -> Result<(), Error> {
     let Machine::Vm(vmm) = &handle.machine else { return Ok(()) };
-    let mut plugged = handle.plugs.lock().await;
+    let mut plugged = handle.known_disks.lock().await;
     let wanted = shared_serials(&handle.machine, spec);
     let mut disks = if wanted.is_subset(&plugged.0) {
         Vec::new()
     } else {
-        let (machine, spec, there) = (handle.machine.clone(), spec.clone(), plugged.0.clone());
+        let (machine, spec, plugged) = (handle.machine.clone(), spec.clone(), plugged.0.clone());
         let what = "open the container's images and devices";
-        handle.lookups.look(what, move || open_shared(&machine, &spec, &there)).await??
+        handle
+            .lookups
+            .run_with_limit(what, move || open_shared(&machine, &spec, &plugged))
+            .await??
     };
     let own = scratch.map(|file| (scratch_serial(container), file));
     disks.extend(own.map(|(serial, file)| Disk { serial, file, read_only: false }));
@@ -147,8 +150,8 @@ pub(super) async fn plug(
         return Ok(());
     }
     tokio::select! {
-        found = find(handle, serials.clone()) => found?,
-        () = handle.closing.cancelled() => {
+        found = rescan(handle, serials.clone()) => found?,
+        () = handle.stopping.cancelled() => {
             return Err(Error::precondition("the pod was stopped"));
         }
     }
@@ -156,8 +159,8 @@ pub(super) async fn plug(
     Ok(())
 }
 
-/// Has the guest look for disks.
-async fn find(handle: &Handle, disk_serials: Vec<String>) -> Result<(), Error> {
+/// Makes the guest rescan for disks.
+async fn rescan(handle: &Handle, disk_serials: Vec<String>) -> Result<(), Error> {
     let request = v1::RescanDevicesRequest { disk_serials, macs: Vec::new() };
     let call = handle
         .guest
@@ -165,15 +168,15 @@ async fn find(handle: &Handle, disk_serials: Vec<String>) -> Result<(), Error> {
     call.await.map(drop)
 }
 
-/// Pulls a container's scratch disk, and those of its disks that no other container uses. Goes on
-/// past failures; the VM's end frees what is left.
+/// Unplugs a container's scratch disk and those disks that no other container uses. Continues after
+/// failures; the VM's end frees the rest.
 pub(super) async fn unplug(
     handle: &Handle,
     container: &str,
     spec: &ContainerSpec,
 ) -> Result<(), Error> {
     let Machine::Vm(_) = &handle.machine else { return Ok(()) };
-    let mut plugged = handle.plugs.lock().await;
+    let mut plugged = handle.known_disks.lock().await;
     let pod = handle.pod();
     let others = pod
         .containers
@@ -186,21 +189,21 @@ pub(super) async fn unplug(
     let shared = shared_serials(&handle.machine, spec);
     for serial in own.into_iter().chain(shared.into_iter().filter(|s| !kept.contains(s))) {
         plugged.0.remove(&serial);
-        result = result.and(pull(handle, serial).await);
+        result = result.and(unplug_disk(handle, serial).await);
     }
     result
 }
 
-async fn pull(handle: &Handle, serial: String) -> Result<(), Error> {
+async fn unplug_disk(handle: &Handle, serial: String) -> Result<(), Error> {
     match release(handle, &serial).await {
         Ok(()) => {}
-        // The guest has never seen it.
+        // The guest has not found it.
         Err(Error::FailedPrecondition { .. }) if !is_plugged(handle, &serial).await => {
             return Ok(());
         }
-        // It was plugged, and the guest did not come to look for it.
+        // Plugged, but the guest has not rescanned yet.
         Err(Error::FailedPrecondition { .. }) => {
-            find(handle, vec![serial.clone()]).await?;
+            rescan(handle, vec![serial.clone()]).await?;
             release(handle, &serial).await?;
         }
         Err(error) => return Err(error),
@@ -223,7 +226,7 @@ async fn is_plugged(handle: &Handle, serial: &str) -> bool {
     }
 }
 
-/// Writes a volume that is already in memory.
+/// Writes a volume from memory.
 pub(super) async fn write_volume(
     guest: &Guest,
     id: &str,
@@ -245,17 +248,17 @@ async fn send(
     Ok(())
 }
 
-/// Replaces a volume's content in one step, by its `..data` link. A swap that was begun and not
-/// ended (`torn`) is given up first.
+/// Replaces a volume's content atomically by its `..data` link. An incomplete earlier swap is
+/// aborted first.
 pub(super) async fn swap_volume(
     guest: &Guest,
     id: &str,
     mut batches: Vec<Vec<v1::VolumeFile>>,
     size_limit: u64,
-    torn: bool,
+    incomplete: bool,
 ) -> Result<(), Error> {
-    if torn {
-        // Names that begin so are refused, and a refusal ends the swap it belongs to.
+    if incomplete {
+        // A reserved name is refused, and the refusal aborts the pending swap.
         let path = "..".to_owned();
         let reserved = v1::VolumeFile { path, mode: libc::S_IFREG, ..Default::default() };
         match swap(guest, id, vec![reserved], size_limit, false).await {
@@ -283,11 +286,11 @@ async fn swap(
     Ok(())
 }
 
-/// Copies a file or folder of the host into the guest, piece by piece.
+/// Copies a host file or directory into the guest, in batches.
 pub(super) async fn copy_volume(handle: &Handle, id: &str, source: &Path) -> Result<(), Error> {
     let config = &handle.node.config;
     let limits = Limits { bytes: config.volume_bytes, files: config.volume_files };
-    // Blocks of the tmpfs and its inodes' share come on top of the content.
+    // tmpfs blocks and inodes need more than the content.
     let size_limit = 2 * limits.bytes;
     let mut copy = volumes::Copy::of(&handle.lookups, source.to_owned(), limits);
     while let Some(files) = copy.next().await? {
@@ -301,7 +304,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_descriptor_waits_again_and_keeps_its_other_flags() {
+    fn clearing_nonblock_keeps_the_other_flags() {
         let mut options = File::options();
         options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_APPEND);
         let file = options.open("/dev/null").unwrap();
@@ -313,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_block_device_is_refused() {
+    fn a_device_that_is_not_a_block_device_is_refused() {
         let refused = open_device(Path::new("/dev/null"), true);
         assert!(matches!(refused, Err(Error::Unsupported { .. })));
     }

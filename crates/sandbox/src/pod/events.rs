@@ -1,5 +1,5 @@
-//! What the guest reports: exits and OOM verdicts. Journaled first, acknowledged then, so that a
-//! crash in between makes the guest report them again.
+//! Handles guest events: exits and OOM kills. An event is journaled before it is acknowledged, so
+//! that the guest reports it again after a crash in between.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -14,16 +14,16 @@ use crate::error::Error;
 use crate::model::ExitView;
 use crate::policy::Change;
 
-/// A container that has ended is shown as ended when what it printed stands in the log, at the latest
-/// after this time: the log may be on a full disk. What is printed later still gets there.
-const SETTLE_LIMIT: Duration = Duration::from_secs(1);
-/// A start that is not decided after this time does not hold back the container's end any more.
+/// An exit is reported when the output is in the log, at the latest after this time: the log's disk
+/// may be full. Later output is still written.
+const LOG_LIMIT: Duration = Duration::from_secs(1);
+/// Longest time that a pending start delays the report of the container's exit.
 const START_LIMIT: Duration = Duration::from_secs(5);
-/// Acknowledgements are gathered for this long: execs come in bursts.
+/// Acknowledgements are batched for this long: execs come in bursts.
 const ACK_AFTER: Duration = Duration::from_millis(20);
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// Follows the guest's events for ever, over as many connections as it takes.
+/// Consumes the guest's events; reconnects as needed.
 pub(super) async fn consume(handle: &Arc<Handle>) {
     loop {
         if let Err(error) = follow(handle).await {
@@ -58,14 +58,14 @@ async fn follow(handle: &Arc<Handle>) -> Result<(), Error> {
         let broken = |e: tonic::Status| Error::unavailable(format!("guest: events: {e}"));
         let Some(event) = next.map_err(broken)? else { return Ok(()) };
         if let Some(kind) = event.event {
-            take(handle, kind).await;
+            handle_event(handle, kind).await;
         }
         handled = event.sequence;
     }
 }
 
-/// Returns when the event is journaled, however long a full disk makes that take.
-async fn take(handle: &Arc<Handle>, event: Kind) {
+/// Returns when the event is journaled; retries while the disk is full.
+async fn handle_event(handle: &Arc<Handle>, event: Kind) {
     let change = match event {
         Kind::Oom(v1::Oom { container_id }) => Change::ContainerOom { id: container_id },
         Kind::Exit(exit) if !exit.exec_id.is_empty() => {
@@ -79,17 +79,17 @@ async fn take(handle: &Arc<Handle>, event: Kind) {
         _ => None,
     };
     if let Some(id) = &id {
-        // A short program's end comes before the answer that it runs; and the end of one that could
-        // not be started is told by that answer.
-        let _ = tokio::time::timeout(START_LIMIT, handle.start_decided(id)).await;
+        // The exit of a short program may arrive before the reply to its start; the exit of one
+        // that could not be started is reported by that reply.
+        let _ = tokio::time::timeout(START_LIMIT, handle.wait_for_start(id)).await;
     }
-    if says_nothing_new(handle, &change) {
+    if is_duplicate(handle, &change) {
         return;
     }
     loop {
         match handle.commit(vec![change.clone()]).await {
             Ok(()) => break,
-            // Removed meanwhile, or made up by the guest.
+            // Removed meanwhile, or invented by the guest.
             Err(Error::NotFound { .. }) => return,
             Err(error) => {
                 tracing::warn!(pod = handle.id, %error, "guest's event is not journaled yet");
@@ -101,16 +101,16 @@ async fn take(handle: &Arc<Handle>, event: Kind) {
         let handle = handle.clone();
         tokio::spawn(async move {
             let freed = async {
-                cpuset::pin_again(&handle).await;
+                cpuset::pin_or_log(&handle).await;
                 oom_score::apply(&handle).await;
             };
-            tokio::join!(freed, show_end(&handle, id));
+            tokio::join!(freed, publish_exit(&handle, id));
         });
     }
 }
 
-/// What a guest repeats is not written to the disk again: it could do so without end.
-fn says_nothing_new(handle: &Handle, change: &Change) -> bool {
+/// A repeated event is not written to the disk again: a hostile guest could repeat it forever.
+fn is_duplicate(handle: &Handle, change: &Change) -> bool {
     let pod = handle.pod();
     match change {
         Change::ContainerOom { id } => pod.containers.get(id).is_some_and(|c| c.oom),
@@ -121,14 +121,14 @@ fn says_nothing_new(handle: &Handle, change: &Change) -> bool {
     }
 }
 
-/// Shows a container as ended that has ended.
-pub(super) async fn show_end(handle: &Handle, id: String) {
-    let settled = async {
+/// Reports an exited container as exited, after its output is in the log.
+pub(super) async fn publish_exit(handle: &Handle, id: String) {
+    let logged = async {
         if let Some(log) = handle.log(&id) {
-            let _ = tokio::time::timeout(SETTLE_LIMIT, log.settled()).await;
+            let _ = tokio::time::timeout(LOG_LIMIT, log.flushed()).await;
         }
     };
-    tokio::join!(settled, write_back(handle, &id));
+    tokio::join!(logged, write_back(handle, &id));
     let _ = handle.commit(vec![Change::LogsDrained { id }]).await;
 }
 
@@ -150,7 +150,7 @@ pub(super) fn ended(exit: &v1::Exit) -> Change {
     }
 }
 
-/// A guest's clock may say anything; what no `SystemTime` can be becomes our own.
+/// The guest's clock is untrusted; an invalid time becomes the host's.
 fn time(unix_ns: i64) -> SystemTime {
     let since = u64::try_from(unix_ns).ok().map(Duration::from_nanos);
     since.and_then(|s| UNIX_EPOCH.checked_add(s)).unwrap_or_else(SystemTime::now)

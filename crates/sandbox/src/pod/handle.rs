@@ -1,4 +1,4 @@
-//! What a pod looks like from outside of its owner task.
+//! Handle of a pod: its published state, and requests to its owner task.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
@@ -12,13 +12,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::disks::Plugged;
+use super::disks::KnownDisks;
 use super::empty_dirs::EmptyDirsMade;
 use super::owner::{Msg, Request};
 use super::shares::Server;
 use crate::error::Error;
-use crate::guest::{Door, Guest};
-use crate::host::pool::Pool;
+use crate::guest::{AgentAddress, Guest};
+use crate::host::pool::BlockingPool;
 use crate::logs::LogHandle;
 use crate::machine::Machine;
 use crate::model::{ContainerId, PodId};
@@ -27,10 +27,10 @@ use crate::policy::{Change, Container, Phase, Pod};
 use crate::stats::PodStatsView;
 use crate::vmm::Vmm;
 
-/// Files of a pod.
+/// Paths of a pod's files.
 #[derive(Debug, Clone)]
 pub(crate) struct Paths {
-    pub(crate) folder: PathBuf,
+    pub(crate) directory: PathBuf,
     pub(crate) state_dir: PathBuf,
     pub(crate) control: PathBuf,
     pub(crate) vsock: PathBuf,
@@ -45,56 +45,56 @@ pub(crate) struct Paths {
 
 impl Paths {
     pub(crate) fn new(node: &Node, pod: &str) -> Self {
-        let (folder, state_dir) = (node.journal.folder(pod), node.state_dir(pod));
+        let (directory, state_dir) = (node.journal.directory(pod), node.state_dir(pod));
         Self {
             control: state_dir.join("control.sock"),
             vsock: state_dir.join("vsock.sock"),
             shares: state_dir.join("shares.sock"),
-            console: folder.join("console.ring"),
-            status: folder.join("vmm-status.json"),
-            log: folder.join("vmm.log"),
-            scratch_disk: folder.join("scratch.img"),
-            folder,
+            console: directory.join("console.ring"),
+            status: directory.join("vmm-status.json"),
+            log: directory.join("vmm.log"),
+            scratch_disk: directory.join("scratch.img"),
+            directory,
             state_dir,
         }
     }
 
-    /// A container's own disk, of a pod that a former release has started.
+    /// A container's scratch disk, in a pod started by an earlier release.
     pub(crate) fn scratch(&self, container: &str) -> PathBuf {
-        self.folder.join(format!("scratch-{container}.img"))
+        self.directory.join(format!("scratch-{container}.img"))
     }
 
-    /// The same, of a pod without a VM: a folder.
+    /// Directory of a container's writable layer, in a host pod.
     pub(crate) fn layer(&self, container: &str) -> PathBuf {
-        self.folder.join(format!("layer-{container}"))
+        self.directory.join(format!("layer-{container}"))
     }
 
-    /// Beside the log: how far it goes.
+    /// The log's sidecar.
     pub(crate) fn sidecar(&self, container: &str) -> PathBuf {
-        self.folder.join(format!("log-{container}.state"))
+        self.directory.join(format!("log-{container}.state"))
     }
 }
 
-/// The end of an exec'd process.
+/// Exit of an exec'd process.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct ExecEnd {
+pub(crate) struct ExecExit {
     pub(crate) code: i32,
     pub(crate) oom_killed: bool,
     pub(crate) at: SystemTime,
 }
 
-/// What lives as long as the VM does, and only in memory.
+/// State in memory that is valid while the VM runs.
 #[derive(Default)]
-struct Live {
+struct RuntimeState {
     logs: HashMap<ContainerId, LogHandle>,
     /// By exec id.
-    execs: HashMap<String, oneshot::Sender<ExecEnd>>,
+    execs: HashMap<String, oneshot::Sender<ExecExit>>,
     stats: Option<Arc<PodStatsView>>,
-    /// Containers whose start is not decided yet; the channel closes when it is.
+    /// Containers that are being started; the channel closes when the result is known.
     starting: HashMap<ContainerId, watch::Receiver<()>>,
-    /// Keep a container's volumes in step.
+    /// Tasks that update a container's synced volumes.
     syncs: HashMap<ContainerId, JoinSet<()>>,
-    /// Host sides of files that are written back, by the volume's number.
+    /// Host files for written-back volumes, by the volume's index.
     written_back: HashMap<(ContainerId, usize), Arc<File>>,
 }
 
@@ -104,46 +104,46 @@ pub(crate) struct Handle {
     pub(crate) paths: Paths,
     pub(crate) guest: Guest,
     pub(crate) machine: Machine,
-    /// Set when the pod stops: work on its containers gives up.
-    pub(crate) closing: CancellationToken,
-    /// Held for reading by work on containers; who removes the pod's files takes it for writing.
-    pub(crate) gate: Arc<tokio::sync::RwLock<()>>,
-    /// Plugging and pulling disks is one thing at a time, so that a disk is not pulled for one
-    /// container just when another has found it there.
-    pub(super) plugs: tokio::sync::Mutex<Plugged>,
+    /// Cancelled when the pod stops: work on its containers is aborted.
+    pub(crate) stopping: CancellationToken,
+    /// Read-locked by jobs on containers; the removal of the pod's files takes the write lock.
+    pub(crate) jobs_lock: Arc<tokio::sync::RwLock<()>>,
+    /// Serializes plugging and unplugging, so that a disk is not unplugged while another container
+    /// starts to use it.
+    pub(super) known_disks: tokio::sync::Mutex<KnownDisks>,
     /// Held while the VM is resized.
-    pub(super) resizing: tokio::sync::Mutex<()>,
+    pub(super) resize_lock: tokio::sync::Mutex<()>,
     /// Held while the pod's cgroup is moved to other CPUs.
-    pub(super) pinning: tokio::sync::Mutex<()>,
+    pub(super) cpuset_lock: tokio::sync::Mutex<()>,
     /// Held while the OOM scores of the pod's processes are set.
-    pub(super) scoring: tokio::sync::Mutex<()>,
-    /// The file server, once it is needed. Held while it starts.
+    pub(super) oom_score_lock: tokio::sync::Mutex<()>,
+    /// The file server, started when it is first needed. Held during the start.
     pub(super) shares: tokio::sync::Mutex<Option<Arc<Server>>>,
-    /// Held while shares are added or removed: several containers may have the same one.
-    pub(super) sharing: tokio::sync::Mutex<()>,
-    /// Held while an emptyDir is made in the guest.
+    /// Held while shares are added or removed: containers may use the same share.
+    pub(super) shares_lock: tokio::sync::Mutex<()>,
+    /// Held while an emptyDir is created in the guest.
     pub(super) empty_dirs: tokio::sync::Mutex<EmptyDirsMade>,
-    /// Measures once what nobody has measured yet.
+    /// The first measurement of a pod without statistics.
     pub(super) first_stats: tokio::sync::OnceCell<()>,
-    /// Somebody has read the statistics.
+    /// Notified when statistics are read.
     pub(super) stats_read: tokio::sync::Notify,
-    /// Containers that a former daemon has left: recovery looks at these, and not at those that
-    /// are being made meanwhile.
+    /// Containers of the previous daemon, to be recovered; excludes those that are being created
+    /// meanwhile.
     pub(super) recovered: BTreeSet<ContainerId>,
-    /// For looks at paths that a user chose: volumes, devices.
-    pub(crate) lookups: Pool,
-    /// For the logs of containers, apart from the volumes.
-    pub(crate) log_writes: Pool,
+    /// For calls on paths that a user chose: volumes, devices.
+    pub(crate) lookups: BlockingPool,
+    /// For container logs, separate from the volumes.
+    pub(crate) log_writes: BlockingPool,
     requests: mpsc::Sender<Msg>,
     state: watch::Receiver<Arc<Pod>>,
-    live: Mutex<Live>,
+    runtime: Mutex<RuntimeState>,
 }
 
-/// Threads of a pod for looks at its volumes, and for its logs.
+/// Threads per pod for its volumes, and for its logs.
 const LOOKUPS: usize = 16;
 const LOG_WRITES: usize = 4;
 
-/// See [`Handle::begin_start`].
+/// See [`Handle::mark_starting`].
 pub(super) struct Starting {
     handle: Arc<Handle>,
     container: ContainerId,
@@ -152,7 +152,7 @@ pub(super) struct Starting {
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        self.handle.live().starting.remove(&self.container);
+        self.handle.runtime().starting.remove(&self.container);
     }
 }
 
@@ -166,37 +166,39 @@ impl Handle {
         let paths = Paths::new(&node, &id);
         let recovered = state.borrow().containers.keys().cloned().collect();
         let host = state.borrow().spec.host;
-        let (machine, door) = match host {
-            Some(namespaces) => (Machine::Host(namespaces), Door::Folder(paths.state_dir.clone())),
+        let (machine, address) = match host {
+            Some(namespaces) => {
+                (Machine::Host(namespaces), AgentAddress::Directory(paths.state_dir.clone()))
+            }
             None => {
                 let limit = node.config.vmm_call_deadline();
                 let vmm = Vmm::new(paths.control.clone(), limit, node.failpoints.clone());
-                (Machine::Vm(vmm), Door::Vsock(paths.vsock.clone()))
+                (Machine::Vm(vmm), AgentAddress::Vsock(paths.vsock.clone()))
             }
         };
         Self {
             guest: Guest::new(
-                door,
+                address,
                 node.config.guest_call_deadline(),
                 node.observer.clone(),
                 node.failpoints.clone(),
             ),
             machine,
-            closing: node.shutdown.child_token(),
-            gate: Arc::default(),
-            plugs: tokio::sync::Mutex::default(),
-            resizing: tokio::sync::Mutex::default(),
-            pinning: tokio::sync::Mutex::default(),
-            scoring: tokio::sync::Mutex::default(),
+            stopping: node.shutdown.child_token(),
+            jobs_lock: Arc::default(),
+            known_disks: tokio::sync::Mutex::default(),
+            resize_lock: tokio::sync::Mutex::default(),
+            cpuset_lock: tokio::sync::Mutex::default(),
+            oom_score_lock: tokio::sync::Mutex::default(),
             shares: tokio::sync::Mutex::default(),
-            sharing: tokio::sync::Mutex::default(),
-            live: Mutex::default(),
+            shares_lock: tokio::sync::Mutex::default(),
+            runtime: Mutex::default(),
             empty_dirs: tokio::sync::Mutex::default(),
             first_stats: tokio::sync::OnceCell::new(),
             stats_read: tokio::sync::Notify::new(),
             recovered,
-            lookups: Pool::new("pod-lookup", LOOKUPS, node.config.vmm_call_deadline()),
-            log_writes: Pool::new("pod-log", LOG_WRITES, node.config.vmm_call_deadline()),
+            lookups: BlockingPool::new("pod-lookup", LOOKUPS, node.config.vmm_call_deadline()),
+            log_writes: BlockingPool::new("pod-log", LOG_WRITES, node.config.vmm_call_deadline()),
             id,
             node,
             paths,
@@ -216,7 +218,7 @@ impl Handle {
         found.ok_or_else(|| Error::NotFound { what: "container", id: id.to_owned() })
     }
 
-    /// The pod, if a guest runs in it.
+    /// The pod, if it is ready.
     pub(crate) fn ready_pod(&self) -> Result<Arc<Pod>, Error> {
         let pod = self.pod();
         if pod.phase == Phase::Ready {
@@ -226,38 +228,41 @@ impl Handle {
         Err(Error::precondition(format!("pod {} is not ready: {why}", self.id)))
     }
 
-    /// Waits until `done` says so about the pod, or it is gone. An error if the daemon ends first.
+    /// Waits until `done` returns true or the pod is gone. Fails if the daemon shuts down first.
     pub(crate) async fn wait_for(&self, mut done: impl FnMut(&Pod) -> bool) -> Result<(), Error> {
         match self.state.clone().wait_for(|pod| done(pod)).await {
             Err(_) if self.node.shutdown.is_cancelled() => {
-                Err(Error::unavailable("the daemon is ending"))
+                Err(Error::unavailable("the daemon is shutting down"))
             }
             _ => Ok(()),
         }
     }
 
-    /// Asks the owner for something and waits for the answer.
-    pub(crate) async fn ask<T>(
+    /// Sends a request to the owner and waits for the reply.
+    pub(crate) async fn request<T>(
         &self,
         request: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> Request,
     ) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
-        self.requests.send(Msg::Request(request(reply))).await.map_err(|_| self.unanswered())?;
-        answer.await.map_err(|_| self.unanswered())?
+        self.requests
+            .send(Msg::Request(request(reply)))
+            .await
+            .map_err(|_| self.no_reply_error())?;
+        answer.await.map_err(|_| self.no_reply_error())?
     }
 
-    /// Why nobody answers: the pod is gone, or the daemon ends under the request.
-    fn unanswered(&self) -> Error {
+    /// Error for a missing reply: the pod is gone, or the daemon shuts down.
+    fn no_reply_error(&self) -> Error {
         if self.node.shutdown.is_cancelled() {
-            return Error::unavailable("the daemon is ending");
+            return Error::unavailable("the daemon is shutting down");
         }
         match self.node.registry.find_pod(&self.id) {
-            Ok(_) => Error::unavailable("the daemon has failed at it: see its log"),
+            Ok(_) => Error::unavailable("the pod's owner task failed: see the daemon's log"),
             Err(_) => Error::NotFound { what: "pod", id: self.id.clone() },
         }
     }
 
-    /// Has changes journaled and published; all of them or none.
+    /// Applies, journals and publishes changes atomically.
     pub(crate) async fn commit(&self, changes: Vec<Change>) -> Result<(), Error> {
         let (reply, answer) = oneshot::channel();
         let gone = || Error::unavailable(format!("pod {} is gone", self.id));
@@ -265,113 +270,114 @@ impl Handle {
         answer.await.map_err(|_| gone())?
     }
 
-    /// Resolves when the owner task is no more.
+    /// Resolves when the owner task has ended.
     pub(crate) async fn owner_ended(&self) {
         self.requests.closed().await;
     }
 
-    pub(super) async fn tell(&self, msg: Msg) {
+    pub(super) async fn send(&self, msg: Msg) {
         let _ = self.requests.send(msg).await;
     }
 
-    fn live(&self) -> MutexGuard<'_, Live> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    fn runtime(&self) -> MutexGuard<'_, RuntimeState> {
+        self.runtime.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn log(&self, container: &str) -> Option<LogHandle> {
-        self.live().logs.get(container).cloned()
+        self.runtime().logs.get(container).cloned()
     }
 
     pub(super) fn set_log(&self, container: &str, log: LogHandle) {
-        self.live().logs.insert(container.to_owned(), log);
+        self.runtime().logs.insert(container.to_owned(), log);
     }
 
-    /// Says that a container's start is going on, until the guard is dropped. None: another one is.
-    pub(super) fn begin_start(self: &Arc<Self>, container: &str) -> Option<Starting> {
+    /// Marks a container as being started until the guard is dropped. None: it is already being
+    /// started.
+    pub(super) fn mark_starting(self: &Arc<Self>, container: &str) -> Option<Starting> {
         let (decided, receiver) = watch::channel(());
-        match self.live().starting.entry(container.to_owned()) {
+        match self.runtime().starting.entry(container.to_owned()) {
             Entry::Occupied(_) => return None,
             Entry::Vacant(free) => free.insert(receiver),
         };
         Some(Starting { handle: self.clone(), container: container.to_owned(), _decided: decided })
     }
 
-    /// Waits while a container's start goes on.
-    pub(super) async fn start_decided(&self, container: &str) {
-        let starting = self.live().starting.get(container).cloned();
+    /// Waits until a container's start has a result.
+    pub(super) async fn wait_for_start(&self, container: &str) {
+        let starting = self.runtime().starting.get(container).cloned();
         if let Some(mut starting) = starting {
             let _ = starting.changed().await;
         }
     }
 
     pub(super) fn set_syncs(&self, container: &str, tasks: JoinSet<()>) {
-        self.live().syncs.insert(container.to_owned(), tasks);
+        self.runtime().syncs.insert(container.to_owned(), tasks);
     }
 
     pub(super) fn set_written_back(&self, container: &str, volume: usize, file: Arc<File>) {
-        self.live().written_back.insert((container.to_owned(), volume), file);
+        self.runtime().written_back.insert((container.to_owned(), volume), file);
     }
 
     pub(super) fn written_back(&self, container: &str, volume: usize) -> Option<Arc<File>> {
-        self.live().written_back.get(&(container.to_owned(), volume)).cloned()
+        self.runtime().written_back.get(&(container.to_owned(), volume)).cloned()
     }
 
-    /// Ends the container's tasks.
-    pub(super) fn drop_live(&self, container: &str) {
-        let mut live = self.live();
-        live.logs.remove(container);
-        live.syncs.remove(container);
-        live.written_back.retain(|(id, _), _| id != container);
+    /// Stops the container's tasks.
+    pub(super) fn drop_container_tasks(&self, container: &str) {
+        let mut state = self.runtime();
+        state.logs.remove(container);
+        state.syncs.remove(container);
+        state.written_back.retain(|(id, _), _| id != container);
     }
 
-    /// Nothing is written to a log any more; what comes is left to the guest.
-    pub(super) fn end_logs(&self) {
-        let logs = std::mem::take(&mut self.live().logs);
+    /// Stops writing logs; the guest buffers further output.
+    pub(super) fn stop_logs(&self) {
+        let logs = std::mem::take(&mut self.runtime().logs);
         drop(logs);
     }
 
     pub(super) fn logs(&self) -> Vec<LogHandle> {
-        self.live().logs.values().cloned().collect()
+        self.runtime().logs.values().cloned().collect()
     }
 
-    /// Says where the end of an exec is to be reported. Must come before the exec itself.
-    pub(crate) fn expect_exec(&self, exec: &str) -> oneshot::Receiver<ExecEnd> {
+    /// Registers for the exit of an exec. Must be called before the exec.
+    pub(crate) fn register_exec(&self, exec: &str) -> oneshot::Receiver<ExecExit> {
         let (sender, receiver) = oneshot::channel();
-        self.live().execs.insert(exec.to_owned(), sender);
+        self.runtime().execs.insert(exec.to_owned(), sender);
         receiver
     }
 
-    pub(crate) fn forget_exec(&self, exec: &str) {
-        self.live().execs.remove(exec);
+    pub(crate) fn unregister_exec(&self, exec: &str) {
+        self.runtime().execs.remove(exec);
     }
 
     pub(super) fn exec_ended(&self, exit: &Exit, at: SystemTime) {
-        if let Some(sender) = self.live().execs.remove(&exit.exec_id) {
-            let _ = sender.send(ExecEnd { code: exit.code, oom_killed: exit.oom_killed, at });
+        if let Some(sender) = self.runtime().execs.remove(&exit.exec_id) {
+            let _ = sender.send(ExecExit { code: exit.code, oom_killed: exit.oom_killed, at });
         }
     }
 
-    pub(crate) fn knows_exec(&self, exec: &str) -> bool {
-        self.live().execs.contains_key(exec)
+    pub(crate) fn is_exec_registered(&self, exec: &str) -> bool {
+        self.runtime().execs.contains_key(exec)
     }
 
-    /// The VM is gone: nobody waits any longer, no log task goes on.
-    pub(super) fn clear_live(&self) {
-        let live = std::mem::take(&mut *self.live());
-        drop(live);
+    /// The VM is gone: drops all waiters and log tasks.
+    pub(super) fn clear_runtime_state(&self) {
+        let state = std::mem::take(&mut *self.runtime());
+        drop(state);
     }
 
-    /// As last measured; asks nobody. It is measured again soon.
+    /// The last measurement, and requests a new one. Does not call the guest.
     pub(crate) fn stats(&self) -> Option<Arc<PodStatsView>> {
         self.stats_read.notify_one();
         self.last_stats()
     }
 
     pub(crate) fn last_stats(&self) -> Option<Arc<PodStatsView>> {
-        self.live().stats.clone()
+        self.runtime().stats.clone()
     }
 
     pub(crate) fn set_stats(&self, stats: Arc<PodStatsView>) {
-        self.live().stats = Some(stats);
+        self.runtime().stats = Some(stats);
     }
 }

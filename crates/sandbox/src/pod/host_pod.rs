@@ -1,5 +1,5 @@
-//! Pods that have namespaces of the host: their agent is a process of the host, started like a VMM
-//! and watched like one ([`agent_api::host_pod`]).
+//! Host pods: their agent is a process of the host, started and watched like a VMM
+//! ([`agent_api::host_pod`]).
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
@@ -12,16 +12,16 @@ use nix::sys::socket::SockType;
 use super::handle::Handle;
 use crate::error::Error;
 use crate::guest::SOCKETS;
-use crate::host::{absent_is_fine, blocking, cgroup, sockets};
+use crate::host::{blocking, cgroup, ignore_not_found, sockets};
 use crate::launcher::{Namespaces, Program};
 use crate::model::HostNamespaces;
 use crate::policy::Pod;
 use crate::ports::Attachment;
 
-/// Name of the folder of a pod's sockets on which the agent mounts its root.
+/// Subdirectory of the state directory on which the agent mounts its root.
 const ROOT: &str = "root";
 
-/// Everything that the agent is started with. Blocks.
+/// The agent's program, arguments and descriptors. Blocks.
 pub(super) fn program(
     handle: &Handle,
     own: HostNamespaces,
@@ -31,18 +31,18 @@ pub(super) fn program(
     let (paths, node) = (&handle.paths, &handle.node);
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
     let root = paths.state_dir.join(ROOT);
-    for folder in [&paths.state_dir, &paths.folder, &root] {
-        node.failpoints.around_blocking("host: make a pod's folder", || {
-            let mut folders = fs::DirBuilder::new();
-            let made = folders.recursive(true).mode(0o700).create(folder);
-            made.map_err(|e| failed("make", folder, e))
+    for directory in [&paths.state_dir, &paths.directory, &root] {
+        node.failpoints.wrap_blocking("host: make a pod's directory", || {
+            let mut directories = fs::DirBuilder::new();
+            let made = directories.recursive(true).mode(0o700).create(directory);
+            made.map_err(|e| failed("create", directory, e))
         })?;
     }
     let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&paths.log);
     let log = log.map_err(|e| failed("create", &paths.log, e))?;
     let open =
         |path: &Path| File::open(path).map(OwnedFd::from).map_err(|e| failed("open", path, e));
-    // Paths of volumes and images are those that this daemon knows.
+    // Paths of volumes and images are in the daemon's mount namespace.
     let mut fds = vec![open(Path::new("/proc/self/ns/mnt"))?];
     for (_, name) in SOCKETS {
         let path = paths.state_dir.join(name);
@@ -61,8 +61,8 @@ pub(super) fn program(
         pid: own.pid,
         ipc: own.ipc,
     };
-    let cgroup = node.failpoints.around_blocking("host: make the cgroup", || {
-        cgroup::make(leaf).map_err(|e| failed("make cgroup", leaf, e))
+    let cgroup = node.failpoints.wrap_blocking("host: make the cgroup", || {
+        cgroup::make(leaf).map_err(|e| failed("create cgroup", leaf, e))
     })?;
     Ok(Program {
         exe: node.config.agent(),
@@ -74,32 +74,33 @@ pub(super) fn program(
             mount: true,
             pid: !own.pid,
             ipc: !own.ipc,
-            // A node's network is known by the node's name.
+            // The host's network goes with the host's name.
             uts: !own.network,
             net: false,
         },
     })
 }
 
-/// The agent has ended; processes that it shared a PID namespace with the host for have not.
-pub(super) async fn end_rest(handle: &Handle, pod: &Pod) {
+/// Kills the remaining processes after the agent's exit: without a PID namespace of its own they
+/// survive it.
+pub(super) async fn kill_remaining(handle: &Handle, pod: &Pod) {
     if handle.machine.host().is_none() {
         return;
     }
     let Some(leaf) = pod.cgroup().map(Path::to_owned) else { return };
-    let killed = blocking(move || absent_is_fine(fs::write(leaf.join("cgroup.kill"), "1"))).await;
+    let killed = blocking(move || ignore_not_found(fs::write(leaf.join("cgroup.kill"), "1"))).await;
     if let Err(error) = killed {
-        tracing::error!(pod = handle.id, %error, "processes of a pod go on without their agent");
+        tracing::error!(pod = handle.id, %error, "cannot kill processes of a host pod");
     }
 }
 
-/// Makes the folder of a container's writable layer, empty; answers what the agent calls it.
+/// Creates an empty directory for a container's writable layer; returns its name for the agent.
 pub(super) async fn make_layer(path: PathBuf) -> Result<String, Error> {
     let name = format!("{}{}", agent_api::host_pod::FOLDER, path.display());
     let made = blocking(move || {
-        absent_is_fine(fs::remove_dir_all(&path))?;
+        ignore_not_found(fs::remove_dir_all(&path))?;
         fs::DirBuilder::new().mode(0o700).create(&path)
     });
-    made.await.map_err(|e| Error::io("make a writable layer", e))?;
+    made.await.map_err(|e| Error::io("create a writable layer", e))?;
     Ok(name)
 }

@@ -1,5 +1,5 @@
-//! Memory of a pod's VM while it runs. The VMM asks the guest, which plugs and unplugs in its own
-//! time: the VMM's status tells how far it has come.
+//! Resizing a running VM's memory. The VMM asks the guest, which plugs and unplugs asynchronously;
+//! the VMM's status shows the progress.
 
 use std::time::Duration;
 
@@ -8,34 +8,34 @@ use vmm_api::VmStatus;
 use super::handle::Handle;
 use crate::error::Error;
 
-/// How often a guest's progress is looked at.
-const LOOK: Duration = Duration::from_millis(25);
+/// Interval between two status requests.
+const POLL_INTERVAL: Duration = Duration::from_millis(25);
 
-/// What a guest may keep of the memory it gives back, MiB: a page of its kernel's own that came to
-/// lie in a block holds that block (of 2 MiB) for as long as it lives.
+/// Memory that a guest may keep of what it should unplug, MiB: one unmovable kernel page keeps its
+/// block of 2 MiB plugged.
 const RESIDUE: u32 = 16;
 
-/// How a wish ended for less memory than the VM has.
-pub(super) enum Shrunk {
+/// Result of a shrink.
+pub(super) enum ShrinkResult {
     Done,
-    /// The guest uses this much and did not let go of it, MiB.
+    /// The guest kept this much, MiB.
     Kept(u32),
 }
 
-/// Sees to it that the VM has `wanted` MiB at least; answers what it was to have before. What the
-/// guest does not take in time is not left for it to take later.
+/// Grows the VM to at least `wanted` MiB; returns the previous target. On a timeout the target is
+/// reset.
 pub(super) async fn grow(handle: &Handle, wanted: u64) -> Result<u32, Error> {
     let status = handle.machine.vmm()?.status().await?;
     let before = status.memory_mib;
-    // A VMM that does not know of growing has what it was started with.
-    let most = status.max_memory_mib.max(before);
+    // A VMM without memory hotplug has its boot memory.
+    let max = status.max_memory_mib.max(before);
     let wanted = match u32::try_from(wanted) {
-        Ok(wanted) if wanted <= most => wanted,
+        Ok(wanted) if wanted <= max => wanted,
         _ => {
             return Err(Error::OutOfRange {
                 message: format!(
-                    "{wanted} MiB of memory are wanted, the pod's VM can have {most} MiB: the pod \
-                     has to be made anew (max_memory_mib)"
+                    "{wanted} MiB of memory requested, the pod's VM can have at most {max} MiB: \
+                     recreate the pod with a higher max_memory_mib"
                 ),
             });
         }
@@ -44,45 +44,49 @@ pub(super) async fn grow(handle: &Handle, wanted: u64) -> Result<u32, Error> {
         return Ok(before);
     }
     handle.machine.vmm()?.resize_memory(wanted.max(before)).await?;
-    let got = match settle(handle, |has, wanted| has >= wanted).await {
+    let got = match wait_for_memory(handle, |has, wanted| has >= wanted).await {
         Ok(None) => return Ok(before),
         Ok(Some(got)) => Ok(got),
         Err(error) => Err(error),
     };
-    ungrow(handle, before).await;
+    revert_growth(handle, before).await;
     let limit = handle.node.config.guest_call_deadline();
     Err(Error::unavailable(format!(
-        "guest has {} of the {wanted} MiB of memory it was to have within {limit:?}",
+        "the guest plugged {} of the {wanted} MiB of memory within {limit:?}",
         got?
     )))
 }
 
-/// Undoes a [`grow`], as far as the guest does.
-pub(super) async fn ungrow(handle: &Handle, before: u32) {
+/// Resets the target after a [`grow`]; the guest unplugs what it can.
+pub(super) async fn revert_growth(handle: &Handle, before: u32) {
     let Ok(vmm) = handle.machine.vmm() else { return };
     if let Err(error) = vmm.resize_memory(before).await {
-        tracing::warn!(pod = handle.id, %error, "guest keeps memory that nobody wants");
+        tracing::warn!(pod = handle.id, %error, "cannot reset the VM's memory size");
     }
 }
 
-/// Lets the guest give back what it has beyond `wanted` MiB, or beyond what its VM was started with.
-pub(super) async fn shrink(handle: &Handle, wanted: u32) -> Result<Shrunk, Error> {
+/// Shrinks the VM to `wanted` MiB, but not below its boot memory.
+pub(super) async fn shrink(handle: &Handle, wanted: u32) -> Result<ShrinkResult, Error> {
     let status = handle.machine.vmm()?.status().await?;
     if status.max_memory_mib == 0 || wanted >= status.memory_mib.max(status.plugged_mib) {
-        return Ok(Shrunk::Done);
+        return Ok(ShrinkResult::Done);
     }
     handle.machine.vmm()?.resize_memory(wanted).await?;
-    // What is left of it the guest goes on trying to give back.
-    let settled = settle(handle, |has, wanted| has <= wanted.saturating_add(RESIDUE)).await?;
-    let Some(kept) = settled else { return Ok(Shrunk::Done) };
-    // It would go on trying, and take from itself what the pod is now said to have.
+    // The guest continues to unplug the remainder.
+    let kept_mib =
+        wait_for_memory(handle, |has, wanted| has <= wanted.saturating_add(RESIDUE)).await?;
+    let Some(kept) = kept_mib else { return Ok(ShrinkResult::Done) };
+    // Raise the target to the kept size; otherwise the guest would continue to unplug memory that
+    // the pod is now recorded to have.
     handle.machine.vmm()?.resize_memory(kept).await?;
-    Ok(Shrunk::Kept(kept))
+    Ok(ShrinkResult::Kept(kept))
 }
 
-/// Waits until what the guest has (the first) suits what was asked of it; answers what it has if that
-/// does not happen.
-async fn settle(handle: &Handle, suits: impl Fn(u32, u32) -> bool) -> Result<Option<u32>, Error> {
+/// Waits until `suits(plugged, target)` is true; returns the plugged size on a timeout.
+async fn wait_for_memory(
+    handle: &Handle,
+    suits: impl Fn(u32, u32) -> bool,
+) -> Result<Option<u32>, Error> {
     let end = tokio::time::Instant::now() + handle.node.config.guest_call_deadline();
     loop {
         let VmStatus { memory_mib, plugged_mib, .. } = handle.machine.vmm()?.status().await?;
@@ -92,6 +96,6 @@ async fn settle(handle: &Handle, suits: impl Fn(u32, u32) -> bool) -> Result<Opt
         if tokio::time::Instant::now() >= end {
             return Ok(Some(plugged_mib));
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }

@@ -1,5 +1,5 @@
-//! One pod: an owner task that alone changes its state, jobs that do the work, and a handle through
-//! which everybody else asks and looks.
+//! One pod: an owner task that alone changes its state, jobs that do the work, and a handle for
+//! everything else.
 //!
 //! ```text
 //! API ──Request──> owner ──spawns──> job ──Commit(changes)──> owner ──> journal ──> watch
@@ -7,13 +7,13 @@
 //!  watchers (VMM's end, guest's events, pings) ──Commit──┘        listings, jobs <───┘
 //! ```
 
-mod announce;
 mod cpuset;
 mod create_container;
-mod death;
 mod disks;
 mod empty_dirs;
+mod event_tracker;
 mod events;
+mod exit_cause;
 mod handle;
 mod host_pod;
 mod memory;
@@ -38,6 +38,6 @@ mod watch;
 mod write_back;
 
 pub(crate) use create_container::new_container;
-pub(crate) use handle::{ExecEnd, Handle};
-pub(crate) use owner::{Begin, Request, new};
+pub(crate) use handle::{ExecExit, Handle};
+pub(crate) use owner::{InitialAction, Request, new};
 pub(crate) use stop_container::stop_container;

@@ -1,10 +1,10 @@
-//! Which pods the host's OOM killer takes first (proc(5), /proc/pid/oom_score_adj): the score of a
-//! pod's VMM and file server. They hold the memory of all its containers, and inherit the score of
-//! the daemon, which is never to be killed.
+//! oom_score_adj (proc(5)) of a pod's VMM and file server, so that the host's OOM killer prefers
+//! the right pods. These processes hold the memory of all containers, and would inherit the score
+//! of the daemon, which must not be killed.
 //!
-//! A kubelet states a score for each container only. Before there is one, the class of the pod (QoS)
-//! counts, which stands in the name of its parent cgroup. Nothing is journaled for it: the score
-//! follows from the containers, and is set again by the next daemon.
+//! A kubelet sets a score per container. Without containers the pod's QoS class applies, taken from
+//! the name of its parent cgroup. Scores are not journaled: they follow from the containers and are
+//! set again by the next daemon.
 
 use std::path::Path;
 
@@ -13,25 +13,25 @@ use crate::host::blocking;
 use crate::host::process::set_oom_score;
 use crate::policy::{Container, ContainerPhase, Effect, Pod};
 
-/// Scores of a kubelet's classes (pkg/kubelet/qos/policy.go); a burstable pod's depends on what its
-/// containers request, and lies between 2 and 999.
+/// Scores of the QoS classes (pkg/kubelet/qos/policy.go); a burstable pod's score depends on its
+/// containers' requests and is between 2 and 999.
 const GUARANTEED: i32 = -997;
 const BURSTABLE: i32 = 500;
 const BEST_EFFORT: i32 = 1000;
-/// A pod that no kubelet made.
+/// A pod without a kubelet.
 const UNKNOWN: i32 = 0;
-/// No pod is protected better than this, whatever its containers ask for.
+/// Bounds for any pod, whatever its containers request.
 const RANGE: std::ops::RangeInclusive<i32> = GUARANTEED..=BEST_EFFORT;
 
-/// Gives the pod's processes the score that its containers have now. A host that refuses it keeps the
-/// score that they have, as the log says.
+/// Sets the score of the pod's processes from its containers. On an error they keep their score,
+/// which is logged.
 pub(super) async fn apply(handle: &Handle) {
     if handle.machine.host().is_some() {
-        // The agent and its containers have scores of their own.
+        // The agent sets the scores of its containers.
         return;
     }
-    // The one that looks last writes last.
-    let _one_at_a_time = handle.scoring.lock().await;
+    // Serialized: the last reader of the state writes last.
+    let _one_at_a_time = handle.oom_score_lock.lock().await;
     let pod = handle.pod();
     let processes = pod.ledger.iter().filter_map(|effect| match effect {
         Effect::Vmm { pid, started } | Effect::FileServer { pid, started } => {
@@ -42,7 +42,7 @@ pub(super) async fn apply(handle: &Handle) {
     set(handle, processes.collect(), score(&pod)).await;
 }
 
-/// The same for a VMM that is not in the journal yet.
+/// [`apply`] for a VMM that is not in the journal yet.
 pub(super) async fn apply_to_new(handle: &Handle, pid: u32, started: u64) {
     if handle.machine.host().is_none() {
         set(handle, vec![(pid, started)], score(&handle.pod())).await;
@@ -55,21 +55,29 @@ async fn set(handle: &Handle, processes: Vec<(u32, u64)>, score: i32) {
         processes.into_iter().map(set).filter_map(Result::err).collect::<Vec<_>>()
     });
     for error in set.await {
-        tracing::warn!(pod = handle.id, score, %error, "oom_score_adj of a pod is not set");
+        tracing::warn!(pod = handle.id, score, %error, "cannot set oom_score_adj of a pod");
     }
 }
 
-/// The least of those of the containers that live: killing the pod kills that one too.
+/// The lowest score of the running containers: killing the pod kills that one too.
 fn score(pod: &Pod) -> i32 {
-    let lives = |c: &&Container| c.exit.is_none() && c.phase != ContainerPhase::Removing;
-    let own = |c: &Container| c.spec.oci.process().as_ref().and_then(|p| p.oom_score_adj());
-    let least = pod.containers.values().filter(lives).map(|c| own(c).unwrap_or(UNKNOWN)).min();
-    least.unwrap_or_else(|| of_class(&pod.spec.cgroup_parent)).clamp(*RANGE.start(), *RANGE.end())
+    let is_running = |c: &&Container| c.exit.is_none() && c.phase != ContainerPhase::Removing;
+    let container_score =
+        |c: &Container| c.spec.oci.process().as_ref().and_then(|p| p.oom_score_adj());
+    let lowest = pod
+        .containers
+        .values()
+        .filter(is_running)
+        .map(|c| container_score(c).unwrap_or(UNKNOWN))
+        .min();
+    lowest
+        .unwrap_or_else(|| class_score(&pod.spec.cgroup_parent))
+        .clamp(*RANGE.start(), *RANGE.end())
 }
 
-/// `/kubepods/burstable/pod…` with a kubelet's cgroupfs driver, `kubepods-burstable-pod….slice` with
-/// systemd's; a guaranteed pod is in `kubepods` itself.
-fn of_class(cgroup_parent: &str) -> i32 {
+/// `/kubepods/burstable/pod…` with the kubelet's cgroupfs driver, `kubepods-burstable-pod….slice`
+/// with systemd's; a guaranteed pod is directly in `kubepods`.
+fn class_score(cgroup_parent: &str) -> i32 {
     let mut words = Path::new(cgroup_parent)
         .iter()
         .filter_map(|name| name.to_str())
@@ -105,7 +113,7 @@ mod tests {
             ("", 0),
             ("/burstable/besteffort", 0),
         ] {
-            assert_eq!(of_class(parent), score, "{parent}");
+            assert_eq!(class_score(parent), score, "{parent}");
         }
     }
 
@@ -120,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_has_the_least_score_of_its_living_containers() {
+    fn a_pod_has_the_lowest_score_of_its_running_containers() {
         let mut pod = samples::pod();
         with(&mut pod, "a", Some(990));
         with(&mut pod, "b", Some(300));
@@ -133,6 +141,6 @@ mod tests {
         with(&mut pod, "c", None);
         assert_eq!(score(&pod), 0);
         with(&mut pod, "d", Some(-1000));
-        assert_eq!(score(&pod), -997, "no pod is out of the OOM killer's sight");
+        assert_eq!(score(&pod), -997, "no pod is exempt from the OOM killer");
     }
 }

@@ -1,7 +1,7 @@
-//! The task that owns a pod: requests and changes in, published state out.
+//! The owner task of a pod: requests and changes in, published state out.
 //!
-//! It never waits for a guest, a boot or the network: that is what its jobs do. So a stop that
-//! arrives during a start is seen at once.
+//! It never waits for a guest, a boot or the network; its jobs do. So it handles a stop during a
+//! start at once.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use super::announce::Told;
-use super::death::Death;
+use super::event_tracker::EventTracker;
+use super::exit_cause::ExitCause;
 use super::handle::Handle;
 use super::{
     create_container, recover, remove_container, remove_pod, run_pod, start_container, stop_pod,
@@ -26,17 +26,17 @@ use crate::host::process::Process;
 use crate::model::{ContainerId, Event, EventKind, PodId, PodResources};
 use crate::node::Node;
 use crate::observe::{DeathCause, Measured, OomVictim, Outcome, PodKind};
-use crate::policy::{Change, Container, ContainerPhase, Misfit, Phase, Pod};
+use crate::policy::{Change, Container, ContainerPhase, Phase, Pod, TransitionError};
 use crate::registry::Reservation;
 
-/// Requests that wait for the owner; more of them wait at the sender.
+/// Capacity of the request queue; further senders wait.
 const QUEUE: usize = 64;
-/// A removal that failed is tried again after this time.
-const REMOVE_AGAIN: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
-/// A search for a pod's VMM that panicked begins again after this time.
-const REATTACH_AGAIN: Duration = Duration::from_secs(1);
-/// A record that could not be written is tried again after this time.
-const WRITE_AGAIN: Duration = Duration::from_secs(1);
+/// Delay before a failed removal is retried.
+const REMOVE_RETRY: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
+/// Delay before a panicked search for a pod's VMM is restarted.
+const REATTACH_RETRY: Duration = Duration::from_secs(1);
+/// Delay before a failed write of the record is retried.
+const WRITE_RETRY: Duration = Duration::from_secs(1);
 
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
@@ -56,35 +56,35 @@ pub(crate) enum Msg {
         changes: Vec<Change>,
         reply: Reply<()>,
     },
-    /// The VM is gone; output has been read as far as it came.
+    /// The VMM has exited; its output was read as far as available.
     VmmEnded {
-        death: Death,
+        cause: ExitCause,
     },
-    /// The guest has missed its pings.
-    GuestSilent,
+    /// The guest did not answer its pings.
+    GuestUnresponsive,
 }
 
-/// What a fresh owner task begins with.
-pub(crate) enum Begin {
+/// First action of an owner task.
+pub(crate) enum InitialAction {
     Start {
         reply: Reply<PodId>,
         cancel: CancellationToken,
     },
-    /// A pod of the journal.
+    /// Recover a pod of the journal.
     Recover,
 }
 
-pub(super) enum JobEnd {
+pub(super) enum JobResult {
     Started(Result<Arc<Process>, Error>),
     Reattached(Option<Arc<Process>>),
     Stopped(Result<(), Error>),
     Removed(Result<(), Error>),
-    /// Work on this container.
+    /// A job on this container.
     Container(ContainerId),
     Other,
 }
 
-/// The one big thing that a pod does at a time.
+/// The exclusive operation in progress.
 enum Activity {
     Idle,
     Starting { cancel: CancellationToken },
@@ -98,31 +98,31 @@ struct Owner {
     node: Arc<Node>,
     pod: Arc<Pod>,
     publish: watch::Sender<Arc<Pod>>,
-    told: Told,
+    event_tracker: EventTracker,
     activity: Activity,
-    jobs: JoinSet<JobEnd>,
-    /// How many jobs work on a container now.
+    jobs: JoinSet<JobResult>,
+    /// Running jobs per container.
     busy: HashMap<ContainerId, usize>,
-    /// Tasks that live as long as the VM.
+    /// Tasks that run as long as the VM.
     watchers: JoinSet<()>,
     process: Option<Arc<Process>>,
-    silent: bool,
+    unresponsive: bool,
     start_reply: Option<Reply<PodId>>,
-    /// Why the start failed, until it is unwound.
+    /// Error of a failed start, until the start is undone.
     start_error: Option<Error>,
     stop_waiters: Vec<Reply<()>>,
     remove_waiters: Vec<Reply<()>>,
-    /// The record on disk is older than what we know.
+    /// The record on disk is outdated.
     dirty: bool,
-    remove_again: bool,
+    retry_removal: bool,
     gone: bool,
 }
 
-/// Makes a pod's handle and the future that owns it.
+/// Creates a pod's handle and its owner task.
 pub(crate) fn new(
     node: Arc<Node>,
     pod: Pod,
-    begin: Begin,
+    initial: InitialAction,
 ) -> (Arc<Handle>, impl Future<Output = ()> + Send) {
     let (requests, incoming) = mpsc::channel(QUEUE);
     let pod = Arc::new(pod);
@@ -131,7 +131,7 @@ pub(crate) fn new(
     let owner = Owner {
         handle: handle.clone(),
         node,
-        told: Told::of(&pod),
+        event_tracker: EventTracker::new(&pod),
         pod,
         publish,
         activity: Activity::Idle,
@@ -139,55 +139,57 @@ pub(crate) fn new(
         busy: HashMap::new(),
         watchers: JoinSet::new(),
         process: None,
-        silent: false,
+        unresponsive: false,
         start_reply: None,
         start_error: None,
         stop_waiters: Vec::new(),
         remove_waiters: Vec::new(),
         dirty: false,
-        remove_again: false,
+        retry_removal: false,
         gone: false,
     };
-    (handle, owner.run(begin, incoming))
+    (handle, owner.run(initial, incoming))
 }
 
 impl Owner {
-    async fn run(mut self, begin: Begin, mut incoming: mpsc::Receiver<Msg>) {
+    async fn run(mut self, initial: InitialAction, mut incoming: mpsc::Receiver<Msg>) {
         let shutdown = self.node.shutdown.clone();
-        self.begin(begin);
-        let mut retries = interval(REMOVE_AGAIN);
+        self.start_initial(initial);
+        let mut retries = interval(REMOVE_RETRY);
         retries.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while !self.gone {
-            let pause = match (self.dirty, self.remove_again) {
-                (true, _) => WRITE_AGAIN,
-                (false, true) => REMOVE_AGAIN,
+            let pause = match (self.dirty, self.retry_removal) {
+                (true, _) => WRITE_RETRY,
+                (false, true) => REMOVE_RETRY,
                 (false, false) => Duration::MAX,
             };
             tokio::select! {
                 () = shutdown.cancelled() => {
-                    // The next daemon writes them.
-                    self.handle.end_logs();
+                    // The next daemon continues the logs.
+                    self.handle.stop_logs();
                     return;
                 }
                 Some(end) = self.jobs.join_next() => self.job_ended(end).await,
                 Some(msg) = incoming.recv() => self.handle(msg).await,
-                _ = retries.tick(), if self.half_done().next().is_some() => self.finish_half_done(),
-                () = tokio::time::sleep(pause), if pause != Duration::MAX => self.again().await,
+                _ = retries.tick(), if self.incomplete_containers().next().is_some() => {
+                    self.remove_incomplete_containers();
+                }
+                () = tokio::time::sleep(pause), if pause != Duration::MAX => self.retry().await,
             }
         }
-        self.handle.clear_live();
-        self.node.registry.forget_pod(&self.handle.id);
-        let events = self.told.gone(&self.pod);
-        self.announce(events);
+        self.handle.clear_runtime_state();
+        self.node.registry.release_pod(&self.handle.id);
+        let events = self.event_tracker.removed(&self.pod);
+        self.publish_events(events);
         for waiter in self.stop_waiters.drain(..).chain(self.remove_waiters.drain(..)) {
             let _ = waiter.send(Ok(()));
         }
-        self.answer_failed_start();
+        self.reply_failed_start();
     }
 
-    fn begin(&mut self, begin: Begin) {
-        match begin {
-            Begin::Start { reply, cancel } => {
+    fn start_initial(&mut self, initial: InitialAction) {
+        match initial {
+            InitialAction::Start { reply, cancel } => {
                 self.start_reply = Some(reply);
                 self.activity = Activity::Starting { cancel: cancel.clone() };
                 let handle = self.handle.clone();
@@ -200,33 +202,33 @@ impl Owner {
                     let result = run_pod::run_pod(&handle, &cancel).await;
                     let (outcome, took) = (Outcome::of(&result), began.elapsed());
                     handle.node.observer.measured(Measured::Start { kind, outcome, took });
-                    JobEnd::Started(result)
+                    JobResult::Started(result)
                 });
             }
-            Begin::Recover => match self.pod.phase {
-                Phase::Starting | Phase::Removing => self.begin_remove(),
-                Phase::Stopping => self.begin_stop(),
+            InitialAction::Recover => match self.pod.phase {
+                Phase::Starting | Phase::Removing => self.start_removal(),
+                Phase::Stopping => self.start_stop(),
                 Phase::NotReady => {}
-                Phase::Ready => self.begin_reattach(Duration::ZERO),
+                Phase::Ready => self.start_reattach(Duration::ZERO),
             },
         }
     }
 
-    fn begin_reattach(&mut self, pause: Duration) {
+    fn start_reattach(&mut self, pause: Duration) {
         let cancel = CancellationToken::new();
         self.activity = Activity::Reattaching { cancel: cancel.clone() };
         let handle = self.handle.clone();
         self.jobs.spawn(async move {
             let _ = tokio::time::timeout(pause, cancel.cancelled()).await;
-            JobEnd::Reattached(recover::find_vm(&handle, &cancel).await)
+            JobResult::Reattached(recover::find_vm(&handle, &cancel).await)
         });
     }
 
-    async fn again(&mut self) {
+    async fn retry(&mut self) {
         if self.dirty {
             self.dirty = self.write(&self.pod.clone()).await.is_err();
-        } else if self.remove_again && matches!(self.activity, Activity::Idle) {
-            self.begin_remove();
+        } else if self.retry_removal && matches!(self.activity, Activity::Idle) {
+            self.start_removal();
         }
     }
 
@@ -237,29 +239,29 @@ impl Owner {
                 let result = self.commit(changes).await;
                 let _ = reply.send(result);
             }
-            Msg::VmmEnded { death } => {
-                let death = match self.silent {
-                    true => self.killed_for_silence(),
-                    false => death,
+            Msg::VmmEnded { cause } => {
+                let cause = match self.unresponsive {
+                    true => self.unresponsive_cause(),
+                    false => cause,
                 };
                 if self.pod.phase == Phase::Ready {
                     let what = match self.pod.spec.host {
-                        None => "VM has died",
-                        Some(_) => "agent of a pod on this host has died",
+                        None => "VM exited unexpectedly",
+                        Some(_) => "agent of a host pod exited unexpectedly",
                     };
-                    tracing::error!(pod = self.handle.id, reason = death.reason, "{what}");
+                    tracing::error!(pod = self.handle.id, reason = cause.reason, "{what}");
                 }
-                death.measure(&self.handle);
-                let change = death.change(std::time::SystemTime::now());
+                cause.measure(&self.handle);
+                let change = cause.change(std::time::SystemTime::now());
                 let _ = self.commit(vec![change]).await;
-                // Nobody is there to be asked any more.
+                // The guest can no longer be called.
                 self.watchers = JoinSet::new();
                 self.process = None;
-                self.handle.clear_live();
+                self.handle.clear_runtime_state();
             }
-            Msg::GuestSilent => {
-                tracing::error!(pod = self.handle.id, "agent does not answer; it is killed");
-                self.silent = true;
+            Msg::GuestUnresponsive => {
+                tracing::error!(pod = self.handle.id, "agent does not answer, killing it");
+                self.unresponsive = true;
                 if let Some(process) = &self.process
                     && let Err(error) = process.kill()
                 {
@@ -277,7 +279,7 @@ impl Owner {
                     Activity::Starting { cancel } | Activity::Reattaching { cancel } => {
                         cancel.cancel();
                     }
-                    Activity::Idle => self.begin_stop(),
+                    Activity::Idle => self.start_stop(),
                     Activity::Stopping | Activity::Removing => {}
                 }
             }
@@ -287,68 +289,69 @@ impl Owner {
                     Activity::Starting { cancel } | Activity::Reattaching { cancel } => {
                         cancel.cancel();
                     }
-                    Activity::Idle => self.begin_remove(),
+                    Activity::Idle => self.start_removal(),
                     Activity::Stopping | Activity::Removing => {}
                 }
             }
             Request::CreateContainer { container, reserved, reply } => {
                 let handle = self.handle.clone();
-                self.container_job(Some(container.id.clone()), reply, async move {
-                    let cancel = reserved.arrived();
+                self.spawn_container_job(Some(container.id.clone()), reply, async move {
+                    let cancel = reserved.into_cancel_token();
                     create_container::create_container(&handle, *container, &cancel).await
                 });
             }
             Request::StartContainer { id, reply } => {
                 let handle = self.handle.clone();
-                self.container_job(None, reply, async move {
+                self.spawn_container_job(None, reply, async move {
                     start_container::start_container(&handle, &id).await
                 });
             }
             Request::RemoveContainer { id, reply } => {
                 let handle = self.handle.clone();
-                self.container_job(Some(id.clone()), reply, async move {
+                self.spawn_container_job(Some(id.clone()), reply, async move {
                     remove_container::remove_container(&handle, &id).await
                 });
             }
             Request::UpdatePod { change, reply } => {
                 let handle = self.handle.clone();
-                self.container_job(None, reply, async move {
+                self.spawn_container_job(None, reply, async move {
                     update_pod::update_pod(&handle, change).await
                 });
             }
             Request::UpdateContainer { id, resources, reply } => {
                 let handle = self.handle.clone();
-                self.container_job(None, reply, async move {
+                self.spawn_container_job(None, reply, async move {
                     update_container::update_container(&handle, &id, *resources).await
                 });
             }
         }
     }
 
-    /// Work on a container goes on when its caller has gone, and gates the removal of the pod. What
-    /// makes or removes `container` keeps a half-done one from being taken for left over.
-    fn container_job(
+    /// Spawns a job on a container. It completes even if its caller goes away, and the pod's
+    /// removal waits for it. `container`: the container that the job creates or removes, so that it
+    /// is not treated as incomplete.
+    fn spawn_container_job(
         &mut self,
         container: Option<ContainerId>,
         reply: Reply<()>,
         work: impl Future<Output = Result<(), Error>> + Send + 'static,
     ) {
-        let gate = self.handle.gate.clone();
+        let jobs_lock = self.handle.jobs_lock.clone();
         if let Some(id) = &container {
             *self.busy.entry(id.clone()).or_default() += 1;
         }
         self.jobs.spawn(async move {
-            let held = gate.read_owned().await;
+            let lock = jobs_lock.read_owned().await;
             let result = work.await;
-            drop(held);
+            drop(lock);
             let _ = reply.send(result);
-            container.map_or(JobEnd::Other, JobEnd::Container)
+            container.map_or(JobResult::Other, JobResult::Container)
         });
     }
 
-    /// Containers whose creation or removal has failed half-way, and nobody works on: no listing
-    /// shows them, so nobody will ask for their removal again.
-    fn half_done(&self) -> impl Iterator<Item = &ContainerId> {
+    /// Containers with a failed creation or removal and no running job: no listing shows them, so
+    /// no caller will remove them.
+    fn incomplete_containers(&self) -> impl Iterator<Item = &ContainerId> {
         let ready = matches!((&self.activity, self.pod.phase), (Activity::Idle, Phase::Ready));
         let containers = self.pod.containers.values().filter(move |_| ready);
         containers
@@ -356,22 +359,22 @@ impl Owner {
             .map(|c| &c.id)
     }
 
-    fn finish_half_done(&mut self) {
-        for id in self.half_done().cloned().collect::<Vec<_>>() {
+    fn remove_incomplete_containers(&mut self) {
+        for id in self.incomplete_containers().cloned().collect::<Vec<_>>() {
             let handle = self.handle.clone();
-            // Nobody waits for the answer.
+            // No caller waits for the result.
             let (reply, _) = oneshot::channel();
-            self.container_job(Some(id.clone()), reply, async move {
-                let removed = remove_container::remove_left(&handle, &id).await;
+            self.spawn_container_job(Some(id.clone()), reply, async move {
+                let removed = remove_container::remove_incomplete(&handle, &id).await;
                 if let Err(error) = &removed {
-                    tracing::warn!(container = id, %error, "removal will be tried again");
+                    tracing::warn!(container = id, %error, "removal failed, will be retried");
                 }
                 removed
             });
         }
     }
 
-    fn begin_stop(&mut self) {
+    fn start_stop(&mut self) {
         if matches!(self.pod.phase, Phase::NotReady) && self.pod.to_undo(false).is_empty() {
             for waiter in self.stop_waiters.drain(..) {
                 let _ = waiter.send(Ok(()));
@@ -380,63 +383,64 @@ impl Owner {
         }
         self.activity = Activity::Stopping;
         let handle = self.handle.clone();
-        self.jobs.spawn(async move { JobEnd::Stopped(stop_pod::stop_pod(&handle).await) });
+        self.jobs.spawn(async move { JobResult::Stopped(stop_pod::stop_pod(&handle).await) });
     }
 
-    fn begin_remove(&mut self) {
-        self.remove_again = false;
+    fn start_removal(&mut self) {
+        self.retry_removal = false;
         self.activity = Activity::Removing;
         let handle = self.handle.clone();
-        self.jobs.spawn(async move { JobEnd::Removed(remove_pod::remove_pod(&handle).await) });
+        self.jobs.spawn(async move { JobResult::Removed(remove_pod::remove_pod(&handle).await) });
     }
 
-    async fn job_ended(&mut self, end: Result<JobEnd, tokio::task::JoinError>) {
+    async fn job_ended(&mut self, end: Result<JobResult, tokio::task::JoinError>) {
         let end = end.unwrap_or_else(|error| {
-            let error = Error::Internal(anyhow::Error::new(error).context("a pod's job panicked"));
+            let error =
+                Error::Internal(anyhow::Error::new(error).context("a job of the pod panicked"));
             tracing::error!(pod = self.handle.id, %error, "job failed");
             match self.activity {
-                Activity::Idle => JobEnd::Other,
-                Activity::Starting { .. } => JobEnd::Started(Err(error)),
-                Activity::Reattaching { .. } => JobEnd::Reattached(None),
-                Activity::Stopping => JobEnd::Stopped(Err(error)),
-                Activity::Removing => JobEnd::Removed(Err(error)),
+                Activity::Idle => JobResult::Other,
+                Activity::Starting { .. } => JobResult::Started(Err(error)),
+                Activity::Reattaching { .. } => JobResult::Reattached(None),
+                Activity::Stopping => JobResult::Stopped(Err(error)),
+                Activity::Removing => JobResult::Removed(Err(error)),
             }
         });
         match end {
-            JobEnd::Started(Ok(process)) => {
+            JobResult::Started(Ok(process)) => {
                 self.activity = Activity::Idle;
                 self.watch_vm(process, false);
                 if let Some(reply) = self.start_reply.take() {
                     let _ = reply.send(Ok(self.handle.id.clone()));
                 }
-                self.next();
+                self.start_next();
             }
-            JobEnd::Started(Err(error)) => {
+            JobResult::Started(Err(error)) => {
                 self.start_error = Some(error);
-                self.begin_remove();
+                self.start_removal();
             }
-            JobEnd::Reattached(process) => {
+            JobResult::Reattached(process) => {
                 self.activity = Activity::Idle;
                 match process {
                     Some(process) => self.watch_vm(process, true),
-                    // The search has failed, and nobody has asked for the pod's end.
-                    None if self.pod.phase == Phase::Ready && self.nobody_waits() => {
-                        self.begin_reattach(REATTACH_AGAIN);
+                    // The search has failed, and no stop or removal is pending.
+                    None if self.pod.phase == Phase::Ready && self.has_no_waiters() => {
+                        self.start_reattach(REATTACH_RETRY);
                     }
                     None => {}
                 }
-                self.next();
+                self.start_next();
             }
-            JobEnd::Stopped(result) => {
+            JobResult::Stopped(result) => {
                 self.activity = Activity::Idle;
                 if self.pod.phase != Phase::Ready {
                     self.watchers.abort_all();
-                    self.handle.clear_live();
+                    self.handle.clear_runtime_state();
                 }
-                answer(&mut self.stop_waiters, result);
-                self.next();
+                reply_to_all(&mut self.stop_waiters, result);
+                self.start_next();
             }
-            JobEnd::Removed(result) => {
+            JobResult::Removed(result) => {
                 let result = match result {
                     Ok(()) => self.remove_record().await,
                     Err(error) => Err(error),
@@ -446,13 +450,13 @@ impl Owner {
                     return;
                 };
                 self.activity = Activity::Idle;
-                self.remove_again = true;
-                tracing::error!(pod = self.handle.id, %error, "removal failed, will be tried again");
-                answer(&mut self.stop_waiters, Err(again(&error)));
-                answer(&mut self.remove_waiters, Err(error));
-                self.answer_failed_start();
+                self.retry_removal = true;
+                tracing::error!(pod = self.handle.id, %error, "removal failed, will be retried");
+                reply_to_all(&mut self.stop_waiters, Err(copy_error(&error)));
+                reply_to_all(&mut self.remove_waiters, Err(error));
+                self.reply_failed_start();
             }
-            JobEnd::Container(id) => {
+            JobResult::Container(id) => {
                 if let Some(jobs) = self.busy.get_mut(&id) {
                     *jobs -= 1;
                     if *jobs == 0 {
@@ -460,29 +464,29 @@ impl Owner {
                     }
                 }
             }
-            JobEnd::Other => {}
+            JobResult::Other => {}
         }
     }
 
-    /// What was asked for while something else went on.
-    fn next(&mut self) {
+    /// Starts a pending removal or stop.
+    fn start_next(&mut self) {
         if !self.remove_waiters.is_empty() {
-            self.begin_remove();
+            self.start_removal();
         } else if !self.stop_waiters.is_empty() {
-            self.begin_stop();
+            self.start_stop();
         }
     }
 
-    fn nobody_waits(&self) -> bool {
+    fn has_no_waiters(&self) -> bool {
         self.remove_waiters.is_empty() && self.stop_waiters.is_empty()
     }
 
-    fn killed_for_silence(&self) -> Death {
+    fn unresponsive_cause(&self) -> ExitCause {
         let reason = match self.pod.spec.host {
             None => "the guest stopped answering",
             Some(_) => "the pod's agent on this host stopped answering",
         };
-        Death { reason: reason.to_owned(), cause: DeathCause::Silent }
+        ExitCause { reason: reason.to_owned(), cause: DeathCause::Silent }
     }
 
     fn watch_vm(&mut self, process: Arc<Process>, reattach: bool) {
@@ -490,33 +494,33 @@ impl Owner {
         watchers::start(&mut self.watchers, &self.handle, process, reattach);
     }
 
-    fn answer_failed_start(&mut self) {
+    fn reply_failed_start(&mut self) {
         if let (Some(reply), Some(error)) = (self.start_reply.take(), self.start_error.take()) {
             let _ = reply.send(Err(error));
         }
     }
 
     async fn commit(&mut self, changes: Vec<Change>) -> Result<(), Error> {
-        let observed = changes.iter().all(Change::is_observation);
+        let is_observed = changes.iter().all(Change::is_observation);
         // Its containers are shown as killed with it.
         let vmm_killed = changes.iter().any(|c| matches!(c, Change::OutOfMemory { .. }));
         let mut next = (*self.pod).clone();
         for change in changes {
-            next.apply(change).map_err(misfit)?;
+            next.apply(change).map_err(transition_error)?;
         }
         let next = Arc::new(next);
         let written = self.write(&next).await;
-        if written.is_err() && !observed {
+        if written.is_err() && !is_observed {
             return written;
         }
         self.dirty = written.is_err();
         let before = std::mem::replace(&mut self.pod, next);
         self.publish.send_replace(self.pod.clone());
-        let events = self.told.changed(&before, &self.pod);
+        let events = self.event_tracker.changed(&before, &self.pod);
         if !vmm_killed {
             self.measure_oom_kills(&events);
         }
-        self.announce(events);
+        self.publish_events(events);
         written
     }
 
@@ -530,9 +534,9 @@ impl Owner {
         }
     }
 
-    fn announce(&self, events: Vec<Event>) {
+    fn publish_events(&self, events: Vec<Event>) {
         for event in events {
-            // Nobody may follow.
+            // Fails without subscribers.
             let _ = self.node.events.send(event);
         }
     }
@@ -552,23 +556,23 @@ impl Owner {
     }
 }
 
-fn misfit(misfit: Misfit) -> Error {
-    match misfit {
-        Misfit::NoContainer { id } => Error::NotFound { what: "container", id },
+fn transition_error(transition_error: TransitionError) -> Error {
+    match transition_error {
+        TransitionError::NoContainer { id } => Error::NotFound { what: "container", id },
         other => Error::precondition(other.to_string()),
     }
 }
 
-/// The same failure for a further waiter.
-fn again(error: &Error) -> Error {
+/// Copies an error for a further waiter.
+fn copy_error(error: &Error) -> Error {
     Error::Internal(anyhow::anyhow!("{error}"))
 }
 
-fn answer(waiters: &mut Vec<Reply<()>>, result: Result<(), Error>) {
+fn reply_to_all(waiters: &mut Vec<Reply<()>>, result: Result<(), Error>) {
     let mut result = Some(result);
     while let Some(waiter) = waiters.pop() {
         let this = match &result {
-            Some(Err(error)) if !waiters.is_empty() => Err(again(error)),
+            Some(Err(error)) if !waiters.is_empty() => Err(copy_error(error)),
             Some(Ok(())) if !waiters.is_empty() => Ok(()),
             _ => result.take().unwrap_or(Ok(())),
         };

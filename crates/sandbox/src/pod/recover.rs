@@ -1,5 +1,5 @@
-//! After a restart of the daemon: is the VM of the journal still there, and what has happened in
-//! it since?
+//! Recovery after a restart of the daemon: checks whether the VM of the journal still runs, and
+//! what happened in it meanwhile.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -9,25 +9,24 @@ use agent_api::v1;
 use tokio_util::sync::CancellationToken;
 
 use super::create_container::resume_log;
-use super::events::{ended, show_end};
+use super::events::{ended, publish_exit};
 use super::handle::Handle;
-use super::{cpuset, death, host_pod, oom_score, sync};
+use super::{cpuset, exit_cause, host_pod, oom_score, sync};
 use crate::error::Error;
 use crate::host::process::Process;
 use crate::model::ExitView;
 use crate::policy::{Change, Container, ContainerPhase};
 
-/// A process that cannot be looked for is looked for again after this time, then after twice that,
-/// and so on.
-const FIND_FIRST: Duration = Duration::from_millis(if cfg!(test) { 5 } else { 100 });
-const FIND_MOST: Duration = Duration::from_secs(5);
-/// The same of a guest that cannot be re-attached to: it may speak no protocol of ours for ever.
-const REATTACH_FIRST: Duration = Duration::from_millis(250);
-const REATTACH_MOST: Duration = Duration::from_secs(30);
+/// Delay before a failed search for a process is retried; doubles each time.
+const FIND_RETRY_MIN: Duration = Duration::from_millis(if cfg!(test) { 5 } else { 100 });
+const FIND_RETRY_MAX: Duration = Duration::from_secs(5);
+/// The same for a guest that cannot be re-attached to: it may never support a compatible protocol.
+const REATTACH_RETRY_MIN: Duration = Duration::from_millis(250);
+const REATTACH_RETRY_MAX: Duration = Duration::from_secs(30);
 const SIGKILL: u32 = 9;
 
-/// The VMM of the journal, if it still runs; if not, the pod is told so. None as well when `cancel`
-/// comes first: then nothing is known of it.
+/// The VMM of the journal, if it still runs; otherwise its exit is committed. Also None if `cancel`
+/// is cancelled first: then its state is unknown.
 pub(super) async fn find_vm(
     handle: &Arc<Handle>,
     cancel: &CancellationToken,
@@ -38,45 +37,45 @@ pub(super) async fn find_vm(
         None => Ok(None),
     };
     let found = tokio::select! {
-        found = find_again(&handle.id, find) => found,
+        found = retry_find(&handle.id, find) => found,
         () = cancel.cancelled() => return None,
     };
     if let Some(process) = found {
         return Some(Arc::new(process));
     }
-    host_pod::end_rest(handle, &handle.pod()).await;
-    let death = death::cause(handle).await;
-    death.measure(handle);
-    let change = death.change(SystemTime::now());
+    host_pod::kill_remaining(handle, &handle.pod()).await;
+    let cause = exit_cause::find(handle).await;
+    cause.measure(handle);
+    let change = cause.change(SystemTime::now());
     let _ = handle.commit(vec![change]).await;
     None
 }
 
-/// An error (no free descriptor, no memory) says nothing of the process: it is looked for until it is
-/// found, or known to be gone.
-async fn find_again<T>(
+/// An error (no free descriptor, no memory) says nothing about the process: retries until it is
+/// found or known to be gone.
+async fn retry_find<T>(
     pod: &str,
     mut find: impl FnMut() -> std::io::Result<Option<T>>,
 ) -> Option<T> {
-    let mut pauses = Pauses::new(FIND_FIRST, FIND_MOST);
+    let mut backoff = Backoff::new(FIND_RETRY_MIN, FIND_RETRY_MAX);
     loop {
         match find() {
             Ok(found) => return found,
             Err(error) => {
-                tracing::error!(pod, %error, "cannot look for the pod's VMM, will try again");
+                tracing::error!(pod, %error, "cannot search for the pod's VMM, will retry");
             }
         }
-        tokio::time::sleep(pauses.next()).await;
+        tokio::time::sleep(backoff.next()).await;
     }
 }
 
-/// Each twice as long as the one before, up to the longest.
-struct Pauses {
+/// Exponential backoff with a limit.
+struct Backoff {
     next: Duration,
     longest: Duration,
 }
 
-impl Pauses {
+impl Backoff {
     fn new(first: Duration, longest: Duration) -> Self {
         Self { next: first, longest }
     }
@@ -87,10 +86,10 @@ impl Pauses {
     }
 }
 
-/// Brings journal and guest together. Returns when that is done; a guest that does not answer is
-/// the pings' business.
+/// Reconciles the journal with the guest; retries until that succeeds. Pings detect a guest that
+/// does not answer.
 pub(super) async fn reattach(handle: &Arc<Handle>) {
-    let mut pauses = Pauses::new(REATTACH_FIRST, REATTACH_MOST);
+    let mut backoff = Backoff::new(REATTACH_RETRY_MIN, REATTACH_RETRY_MAX);
     loop {
         match try_reattach(handle).await {
             Ok(()) => {
@@ -99,7 +98,7 @@ pub(super) async fn reattach(handle: &Arc<Handle>) {
             }
             Err(error) => {
                 tracing::warn!(pod = handle.id, %error, "cannot re-attach yet");
-                tokio::time::sleep(pauses.next()).await;
+                tokio::time::sleep(backoff.next()).await;
             }
         }
     }
@@ -112,65 +111,69 @@ async fn try_reattach(handle: &Arc<Handle>) -> Result<(), Error> {
     });
     let processes = listed.await?.processes;
     let pod = handle.pod();
-    // Those that are half made or half removed are finished by the pod's owner.
+    // The pod's owner completes partial creations and removals.
     let present =
         |c: &&Container| handle.recovered.contains(&c.id) && c.phase == ContainerPhase::Present;
     for container in pod.containers.values().filter(present) {
         let process =
             processes.iter().find(|p| p.container_id == container.id && p.exec_id.is_empty());
-        take_up(handle, container, process).await;
+        recover_container(handle, container, process).await;
     }
-    // A daemon that was killed may have journaled an update and not carried it out.
-    cpuset::pin_again(handle).await;
+    // A killed daemon may have journaled an update without applying it.
+    cpuset::pin_or_log(handle).await;
     oom_score::apply(handle).await;
     end_orphaned_execs(handle, &processes).await;
     Ok(())
 }
 
-/// Waits for nothing but the journal: trouble of one container is not that of the others.
-async fn take_up(handle: &Arc<Handle>, container: &Container, process: Option<&v1::Process>) {
+/// Waits for the journal only: one container must not delay the others.
+async fn recover_container(
+    handle: &Arc<Handle>,
+    container: &Container,
+    process: Option<&v1::Process>,
+) {
     if handle.log(&container.id).is_none() && !handle.node.config.caller_reads_output {
         resume_log(handle, container);
     }
     if container.exit.is_some() {
-        // Of one that is shown, what comes late still gets into the log.
+        // Late output of an exited container is still logged.
         if !container.drained {
-            show(handle, container);
+            spawn_publish_exit(handle, container);
         }
         return;
     }
-    sync::start_again(handle, container);
+    sync::resume(handle, container);
     let id = container.id.clone();
     let changes = match process.map(|p| (p.state(), p)) {
         Some((v1::ProcessState::Created, _)) => vec![],
         Some((v1::ProcessState::Running, _)) => {
             vec![Change::ContainerStarted { id, at: SystemTime::now() }]
         }
-        // Its exit comes again with the events, unless it was acknowledged: take it from here.
+        // The guest repeats the exit event unless it was acknowledged: use this one.
         Some((v1::ProcessState::Ended, process)) => {
             process.exit.as_ref().map(ended).into_iter().collect()
         }
-        None => vec![lost(id)],
+        None => vec![unknown_to_guest(id)],
     };
     let has_ended = changes.iter().any(|c| matches!(c, Change::ContainerEnded { .. }));
-    // What cannot be written down now is known all the same, and is written later.
+    // A failed write is kept in memory and retried.
     if !changes.is_empty()
         && let Err(error) = handle.commit(changes).await
     {
-        tracing::warn!(container = container.id, %error, "what has happened is not journaled yet");
+        tracing::warn!(container = container.id, %error, "container state is not journaled yet");
     }
     if has_ended {
-        show(handle, container);
+        spawn_publish_exit(handle, container);
     }
 }
 
-fn show(handle: &Arc<Handle>, container: &Container) {
+fn spawn_publish_exit(handle: &Arc<Handle>, container: &Container) {
     let (handle, id) = (handle.clone(), container.id.clone());
-    tokio::spawn(async move { show_end(&handle, id).await });
+    tokio::spawn(async move { publish_exit(&handle, id).await });
 }
 
-/// The guest has never heard of a container that the journal holds.
-fn lost(id: String) -> Change {
+/// Exit for a container that the guest does not know.
+fn unknown_to_guest(id: String) -> Change {
     let exit = ExitView {
         code: 255,
         oom_killed: false,
@@ -181,12 +184,12 @@ fn lost(id: String) -> Change {
     Change::ContainerEnded { id, exit }
 }
 
-/// Commands whose callers went with the former daemon: nobody reads their output any more.
+/// Kills commands of the previous daemon: nobody reads their output.
 async fn end_orphaned_execs(handle: &Handle, processes: &[v1::Process]) {
     let orphans = processes.iter().filter(|p| {
         !p.exec_id.is_empty()
             && p.state() != v1::ProcessState::Ended
-            && !handle.knows_exec(&p.exec_id)
+            && !handle.is_exec_registered(&p.exec_id)
     });
     for orphan in orphans {
         let request = v1::SignalProcessRequest {
@@ -200,7 +203,7 @@ async fn end_orphaned_execs(handle: &Handle, processes: &[v1::Process]) {
             c.signal_process(request).await
         });
         if let Err(error) = killed.await {
-            tracing::warn!(pod = handle.id, %error, "orphaned command stays");
+            tracing::warn!(pod = handle.id, %error, "cannot kill an orphaned command");
         }
     }
 }
@@ -210,19 +213,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_guest_that_cannot_be_reattached_to_is_asked_less_and_less_often() {
-        let mut pauses = Pauses::new(REATTACH_FIRST, REATTACH_MOST);
-        let told: Vec<_> = (0..9).map(|_| pauses.next().as_millis()).collect();
-        assert_eq!(told, [250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000]);
+    fn reattachment_is_retried_with_exponential_backoff() {
+        let mut backoff = Backoff::new(REATTACH_RETRY_MIN, REATTACH_RETRY_MAX);
+        let pauses: Vec<_> = (0..9).map(|_| backoff.next().as_millis()).collect();
+        assert_eq!(pauses, [250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000]);
     }
 
     #[tokio::test]
-    async fn an_error_of_the_search_for_a_vm_is_no_answer() {
+    async fn a_failed_search_for_a_vm_is_retried() {
         let full = || Err(std::io::Error::from_raw_os_error(libc::EMFILE));
         for end in [Some(7), None] {
             let mut answers = vec![Ok(end), full(), full(), full()];
-            assert_eq!(find_again("p", || answers.pop().unwrap()).await, end);
-            assert!(answers.is_empty(), "it has given up early");
+            assert_eq!(retry_find("p", || answers.pop().unwrap()).await, end);
+            assert!(answers.is_empty(), "it stopped too early");
         }
     }
 }

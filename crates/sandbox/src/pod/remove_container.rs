@@ -1,11 +1,12 @@
-//! RemoveContainer: killed if it runs, freed in the guest, its disks pulled, its files removed.
+//! RemoveContainer: kills it if it runs, removes it in the guest, unplugs its disks, removes its
+//! files.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use agent_api::v1;
 
-use super::create_container::forget;
+use super::create_container::delete_container;
 use super::handle::Handle;
 use super::stop_container::stop_container;
 use super::{disks, shares};
@@ -21,45 +22,46 @@ pub(super) async fn remove_container(handle: &Arc<Handle>, id: &str) -> Result<(
     if container.phase == ContainerPhase::Creating {
         return Err(Error::precondition(format!("container {id} is being created")));
     }
-    let gone = |result: Result<(), Error>| match result {
-        // Another removal was quicker.
+    let ignore_not_found = |result: Result<(), Error>| match result {
+        // A concurrent removal finished first.
         Err(Error::NotFound { .. }) => Ok(()),
         other => other,
     };
     if handle.pod().phase == Phase::Ready {
         if container.is_running() {
-            gone(stop_container(handle, id, Duration::ZERO).await)?;
+            ignore_not_found(stop_container(handle, id, Duration::ZERO).await)?;
         }
-        gone(handle.commit(vec![Change::ContainerRemoving { id: id.to_owned() }]).await)?;
+        ignore_not_found(
+            handle.commit(vec![Change::ContainerRemoving { id: id.to_owned() }]).await,
+        )?;
         let freed = tokio::select! {
             result = free_in_guest(handle, id) => result,
-            () = handle.closing.cancelled() => Ok(()),
+            () = handle.stopping.cancelled() => Ok(()),
         };
-        // With the VM gone meanwhile, there is nothing left to free.
-        if handle.pod().phase == Phase::Ready && !handle.closing.is_cancelled() {
+        // If the VM ended meanwhile, nothing is left to free.
+        if handle.pod().phase == Phase::Ready && !handle.stopping.is_cancelled() {
             freed?;
         }
     }
-    handle.drop_live(id);
-    gone(forget(handle, id).await)
+    handle.drop_container_tasks(id);
+    ignore_not_found(delete_container(handle, id).await)
 }
 
-/// The end of a creation or a removal that failed half-way. Its disk is not deleted while the VM may
-/// have it.
-pub(super) async fn remove_left(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
+/// Completes a failed creation or removal. The disk is not deleted while the VM may use it.
+pub(super) async fn remove_incomplete(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     tokio::select! {
         freed = free_in_guest(handle, id) => match freed {
             Err(Error::NotFound { .. }) => return Ok(()),
             other => other?,
         },
-        // With the VM it goes all at once.
-        () = handle.closing.cancelled() => return Ok(()),
+        // The stop of the VM frees everything.
+        () = handle.stopping.cancelled() => return Ok(()),
     }
-    handle.drop_live(id);
-    forget(handle, id).await
+    handle.drop_container_tasks(id);
+    delete_container(handle, id).await
 }
 
-/// Also the end of a removal that a crash of the daemon cut short.
+/// Also used to complete a removal after a crash of the daemon.
 pub(super) async fn free_in_guest(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     let spec = handle.container(id)?.spec;
     let request = v1::RemoveContainerRequest { container_id: id.to_owned() };
@@ -69,8 +71,8 @@ pub(super) async fn free_in_guest(handle: &Arc<Handle>, id: &str) -> Result<(), 
         .await?;
     shares::remove(handle, id).await;
     if let Err(error) = disks::unplug(handle, id, &spec).await {
-        // The disk's slot stays taken until the VM ends; the container is gone all the same.
-        tracing::warn!(container = id, %error, "a disk stays in the VM");
+        // The disk's slot stays used until the VM ends; the container is removed anyway.
+        tracing::warn!(container = id, %error, "cannot unplug a disk");
     }
     Ok(())
 }

@@ -1,6 +1,5 @@
-//! RemovePod, the unwinding of a failed start, and the end of a removal that a crash cut short.
-//! What is left then is the record; the owner removes it itself, so that nothing is written behind
-//! it.
+//! RemovePod; also undoes a failed start, and completes a removal after a crash. The owner removes
+//! the record afterwards, so that no later write restores it.
 
 use std::sync::Arc;
 
@@ -12,19 +11,19 @@ use crate::policy::{Change, Phase};
 
 pub(super) async fn remove_pod(handle: &Arc<Handle>) -> Result<(), Error> {
     let phase = handle.pod().phase;
-    handle.closing.cancel();
+    handle.stopping.cancel();
     if phase == Phase::Ready {
         end_guest(handle).await;
     }
     if phase != Phase::Removing && !handle.pod().ledger.is_empty() {
         let removing = handle.commit(vec![Change::Removing]).await;
-        // A full disk must not keep a pod alive: its removal makes room.
+        // A full disk must not prevent the removal, which frees space.
         if let Err(error) = removing {
-            tracing::warn!(pod = handle.id, %error, "removal is not journaled, goes on");
+            tracing::warn!(pod = handle.id, %error, "removal is not journaled, continuing");
         }
     }
-    // Work on containers has been told to give up; their files must not be made anew behind us.
-    let _nobody_works = handle.gate.write().await;
+    // Jobs on containers were cancelled; wait for them, so that they create no files afterwards.
+    let _no_jobs = handle.jobs_lock.write().await;
     let (done, result) = undo(handle, true).await;
     if let Err(error) = result {
         let _ = handle.commit(done).await;

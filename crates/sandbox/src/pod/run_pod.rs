@@ -1,7 +1,7 @@
 //! RunPod: from a reserved name to a guest that is ready.
 //!
-//! Every step's undo stands in the ledger before the step; a start that fails or is given up is
-//! unwound by the owner from there, exactly as a crash of the daemon in the middle of it would be.
+//! Every effect is in the ledger before its step. A failed or cancelled start is undone by the
+//! owner from the ledger, as after a crash of the daemon.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
@@ -18,7 +18,7 @@ use vmm_api::{DiskConfig, Fd, JailConfig, VmConfig, VsockConfig};
 
 use super::disks::write_volume;
 use super::handle::{Handle, Paths};
-use super::{death, host_pod, oom_score};
+use super::{exit_cause, host_pod, oom_score};
 use crate::apparmor::AppArmor;
 use crate::config::Config;
 use crate::error::Error;
@@ -33,16 +33,16 @@ use crate::policy::{Change, Effect, Pod};
 use crate::ports::Attachment;
 use crate::vmm;
 
-/// Volume with the pod's /etc files, in the guest.
+/// Id of the guest volume with the pod's /etc files.
 pub(super) const ETC_VOLUME: &str = "etc";
-/// Bytes of entropy for the guest, more than twice what its RNG holds.
+/// Entropy for the guest, bytes; more than twice the state of its RNG.
 const ENTROPY: usize = 128;
-/// Bytes read of a log's end, more than is shown.
+/// Bytes read from the end of a log, more than is shown.
 const LOG_TAIL: usize = 4 << 10;
 /// Number of the program's first descriptor (see [`crate::launcher`]).
 const FIRST_FD: i32 = 3;
 
-/// Measures the phases of a start, of which some overlap.
+/// Measures the phases of a start, which may overlap.
 struct Trace {
     began: Instant,
     observer: Arc<dyn Observer>,
@@ -64,7 +64,7 @@ impl Trace {
         value
     }
 
-    /// In the order of their starts.
+    /// Ordered by start time.
     fn into_phases(self) -> Vec<TracePhase> {
         let mut phases = self.phases.into_inner().unwrap_or_else(PoisonError::into_inner);
         phases.sort_by_key(|phase| phase.start_us);
@@ -94,7 +94,7 @@ pub(super) async fn run_pod(
     }
     trace.phase("journal", handle.commit(vec![Change::Planned(effects)])).await?;
 
-    // Cancelled by the caller, or because the other half of the start has failed.
+    // Cancelled by the caller, or if the concurrent half of the start fails.
     let start_cancelled = cancel.child_token();
     let attach = trace.phase("network", async {
         if !own_network {
@@ -104,14 +104,14 @@ pub(super) async fn run_pod(
             let attached = node.network.attach(&pod.id, &pod.spec, &start_cancelled).await;
             attached.map_err(|e| network_failed("attach", e))
         };
-        let attached = node.failpoints.around("host: attach to the network", attached).await;
+        let attached = node.failpoints.wrap("host: attach to the network", attached).await;
         if attached.is_err() {
             start_cancelled.cancel();
         }
         attached
     });
     let (attachment, process) = match handle.machine {
-        // The VM boots meanwhile; its network interfaces are plugged when both are done.
+        // The VM boots meanwhile; its network interfaces are plugged after both.
         Machine::Vm(_) => {
             let unattached = Attachment::default();
             let boot = async {
@@ -129,7 +129,7 @@ pub(super) async fn run_pod(
                     return Err(error);
                 }
                 (Err(network), Err(error)) => {
-                    tracing::warn!(pod = pod.id, error = %network, "the network failed too");
+                    tracing::warn!(pod = pod.id, error = %network, "network attachment failed too");
                     return Err(error);
                 }
             }
@@ -154,13 +154,13 @@ pub(super) async fn run_pod(
         tokio::select! {
             biased;
             () = cancel.cancelled() => Err(cancelled()),
-            () = process.ended() => Err(died(handle).await),
+            () = process.ended() => Err(exited_during_start(handle).await),
             result = configured => result,
         }
     };
     let kernel_release = configured.await?;
     if pod.spec.host.is_none() {
-        // Not before: a boot under a tight cap takes seconds.
+        // After the boot, which takes seconds under a tight limit.
         limit_cpu(&leaf, &node.cgroup_root, pod.spec.cpu).await;
     }
     let elapsed = trace.began.elapsed();
@@ -174,8 +174,8 @@ fn cancelled() -> Error {
     Error::Cancelled { what: "start of the pod" }
 }
 
-/// Starts the VMM (or a host pod's agent) when the node admits it, and waits for its agent. Returns
-/// `Cancelled` when the token is cancelled.
+/// Starts the VMM (or a host pod's agent) when a start permit is free, and waits for its agent.
+/// Returns `Cancelled` if the token is cancelled.
 async fn boot(
     handle: &Arc<Handle>,
     pod: &Pod,
@@ -238,10 +238,10 @@ async fn boot_admitted(
     let up = trace.phase("boot", async {
         tokio::select! {
             () = handle.guest.wait_until_up() => Ok(()),
-            () = process.ended() => Err(died(handle).await.into()),
+            () = process.ended() => Err(exited_during_start(handle).await.into()),
             () = start_cancelled.cancelled() => Err(cancelled().into()),
             () = tokio::time::sleep(limit) => {
-                Err(BootError { error: silent(&handle.paths, limit), timed_out: true })
+                Err(BootError { error: boot_timeout(&handle.paths, limit), timed_out: true })
             }
         }
     });
@@ -249,15 +249,15 @@ async fn boot_admitted(
     Ok(process)
 }
 
-/// Plugs a network interface into the VM for each of the pod's; the agent finds them by their MAC
-/// addresses when it configures the pod.
+/// Plugs the pod's network interfaces; the agent finds them by MAC address when it configures the
+/// pod.
 async fn hotplug_nics(handle: &Handle, pod: &Pod, attachment: &Attachment) -> Result<(), Error> {
     let node = &handle.node;
     let opened = async {
         let taps = node.network.open_taps(&pod.id, attachment).await;
         taps.map_err(|e| network_failed("open the taps", e))
     };
-    let taps = node.failpoints.around("host: open the taps", opened).await?;
+    let taps = node.failpoints.wrap("host: open the taps", opened).await?;
     if taps.len() != attachment.interfaces.len() {
         let (got, want) = (taps.len(), attachment.interfaces.len());
         return Err(Error::Internal(anyhow::anyhow!("{got} taps for {want} interfaces")));
@@ -269,10 +269,10 @@ async fn hotplug_nics(handle: &Handle, pod: &Pod, attachment: &Attachment) -> Re
     Ok(())
 }
 
-/// Caps the VM's CPU time on the host. Where that cannot be, the guest's own limits still hold.
+/// Sets the VM's CPU limits on the host. On an error the limits inside the guest still apply.
 pub(super) async fn limit_cpu(leaf: &Path, root: &Path, limits: CpuLimits) {
-    let (folder, root) = (leaf.to_owned(), root.to_owned());
-    let limited = blocking(move || cgroup::limit_cpu(&root, &folder, limits)).await;
+    let (directory, root) = (leaf.to_owned(), root.to_owned());
+    let limited = blocking(move || cgroup::limit_cpu(&root, &directory, limits)).await;
     if let Err(error) = limited {
         tracing::warn!(cgroup = %leaf.display(), %error, "CPU limits of a pod are not set");
     }
@@ -283,15 +283,15 @@ pub(super) fn network_failed(what: &str, error: crate::ports::PortError) -> Erro
     Error::Internal(error.context(format!("network: {what}")))
 }
 
-async fn died(handle: &Handle) -> Error {
-    let reason = death::cause(handle).await.reason;
+async fn exited_during_start(handle: &Handle) -> Error {
+    let reason = exit_cause::find(handle).await.reason;
     Error::unavailable(format!(
         "the pod ended while it started: {reason}{}",
         log_tail(&handle.paths)
     ))
 }
 
-fn silent(paths: &Paths, limit: Duration) -> Error {
+fn boot_timeout(paths: &Paths, limit: Duration) -> Error {
     let console = File::open(&paths.console)
         .and_then(|file| vmm_api::console_ring::read(&file, 0))
         .map(|(bytes, _)| vmm::clean(&String::from_utf8_lossy(&bytes), 1024))
@@ -302,15 +302,15 @@ fn silent(paths: &Paths, limit: Duration) -> Error {
     ))
 }
 
-/// The last words of a VMM that did not get as far as a status, or of an agent without a VM.
+/// The end of the log of a VMM that wrote no status, or of a host pod's agent.
 fn log_tail(paths: &Paths) -> String {
-    let text = end_of(&paths.log, LOG_TAIL).unwrap_or_default();
+    let text = read_tail(&paths.log, LOG_TAIL).unwrap_or_default();
     let text = vmm::clean(&String::from_utf8_lossy(&text), 1024);
     if text.is_empty() { String::new() } else { format!("; log: {text}") }
 }
 
-/// The last bytes of a file, which may be as long as it likes.
-fn end_of(path: &Path, limit: usize) -> std::io::Result<Vec<u8>> {
+/// The last bytes of a file of any size.
+fn read_tail(path: &Path, limit: usize) -> std::io::Result<Vec<u8>> {
     let file = File::open(path)?;
     let start = file.metadata()?.len().saturating_sub(limit as u64);
     let mut bytes = vec![0; limit];
@@ -319,7 +319,7 @@ fn end_of(path: &Path, limit: usize) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Makes the files and sockets, starts the VMM with them.
+/// Creates the files and sockets, and starts the VMM.
 async fn launch(
     handle: &Arc<Handle>,
     pod: &Pod,
@@ -341,7 +341,7 @@ async fn launch(
         .await?
     };
     let launched = node.launcher.launch(program);
-    let launched = node.failpoints.around("host: launch", launched).await?;
+    let launched = node.failpoints.wrap("host: launch", launched).await?;
     let failed = |e| Error::io("watch the VMM", e);
     let process = Process::new(launched.pid, launched.pidfd).map_err(failed)?;
     match start_time(launched.pid) {
@@ -349,12 +349,12 @@ async fn launch(
             oom_score::apply_to_new(handle, process.pid, started).await;
             Ok((Arc::new(process), started))
         }
-        // It has ended and is reaped: there is nothing to be found again.
-        Err(_) => Err(died(handle).await),
+        // It has exited and was reaped.
+        Err(_) => Err(exited_during_start(handle).await),
     }
 }
 
-/// Descriptors in the order in which the VMM finds them.
+/// Descriptors to pass to the VMM, in order.
 #[derive(Default)]
 struct FdTable(Vec<OwnedFd>);
 
@@ -368,11 +368,11 @@ impl FdTable {
 fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
     let (paths, node) = (&handle.paths, &handle.node);
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
-    for folder in [&paths.state_dir, &paths.folder] {
-        node.failpoints.around_blocking("host: make a pod's folder", || {
-            let mut folders = fs::DirBuilder::new();
-            let made = folders.recursive(true).mode(0o700).create(folder);
-            made.map_err(|e| failed("make", folder, e))
+    for directory in [&paths.state_dir, &paths.directory] {
+        node.failpoints.wrap_blocking("host: make a pod's directory", || {
+            let mut directories = fs::DirBuilder::new();
+            let made = directories.recursive(true).mode(0o700).create(directory);
+            made.map_err(|e| failed("create", directory, e))
         })?;
     }
     let new_file = |path: &Path| {
@@ -390,21 +390,21 @@ fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
     let kvm = kvm.map_err(|e| failed("open", &node.config.kvm, e))?;
     let mut fds = FdTable::default();
     let config_file = memfd_create(c"vm-config", MFdFlags::MFD_CLOEXEC)
-        .map_err(|e| Error::io("make a memory file", e.into()))?;
+        .map_err(|e| Error::io("create the memfd of the configuration", e.into()))?;
     let config_fd = fds.add(config_file.try_clone().map_err(|e| Error::io("dup", e))?);
     let config = vm_config(handle, pod, |what| {
         Ok(match what {
-            Wanted::Kernel => fds.add(existing(&node.config.kernel)?),
-            Wanted::Initramfs => fds.add(existing(&node.config.initramfs)?),
-            Wanted::Kvm => fds.add(kvm.try_clone().map_err(|e| Error::io("dup", e))?),
-            Wanted::Control => fds.add(socket(&paths.control, SockType::SeqPacket)?),
-            Wanted::Vsock => fds.add(socket(&paths.vsock, SockType::Stream)?),
-            Wanted::Status => fds.add(new_file(&paths.status)?),
-            Wanted::Console => fds.add(new_file(&paths.console)?),
-            Wanted::Log => fds.add(log.try_clone().map_err(|e| Error::io("dup", e))?),
+            VmFile::Kernel => fds.add(existing(&node.config.kernel)?),
+            VmFile::Initramfs => fds.add(existing(&node.config.initramfs)?),
+            VmFile::Kvm => fds.add(kvm.try_clone().map_err(|e| Error::io("dup", e))?),
+            VmFile::Control => fds.add(socket(&paths.control, SockType::SeqPacket)?),
+            VmFile::Vsock => fds.add(socket(&paths.vsock, SockType::Stream)?),
+            VmFile::Status => fds.add(new_file(&paths.status)?),
+            VmFile::Console => fds.add(new_file(&paths.console)?),
+            VmFile::Log => fds.add(log.try_clone().map_err(|e| Error::io("dup", e))?),
         })
     })?;
-    let scratch = node.failpoints.around_blocking("host: make the scratch disk", || {
+    let scratch = node.failpoints.wrap_blocking("host: make the scratch disk", || {
         node.scratch.clone_to(&paths.scratch_disk, node.config.scratch_disk_size())
     })?;
     let serial = agent_api::SCRATCH_SERIAL.to_owned();
@@ -413,10 +413,11 @@ fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
 
     let text = serde_json::to_vec(&config).map_err(|e| Error::Internal(e.into()))?;
     let mut file = File::from(config_file);
-    std::io::Write::write_all(&mut file, &text).map_err(|e| Error::io("write the VM's", e))?;
-    std::io::Seek::rewind(&mut file).map_err(|e| Error::io("rewind the VM's", e))?;
-    let cgroup = node.failpoints.around_blocking("host: make the cgroup", || {
-        cgroup::make(leaf).map_err(|e| failed("make cgroup", leaf, e))
+    std::io::Write::write_all(&mut file, &text)
+        .map_err(|e| Error::io("write the VM's configuration", e))?;
+    std::io::Seek::rewind(&mut file).map_err(|e| Error::io("rewind the VM's configuration", e))?;
+    let cgroup = node.failpoints.wrap_blocking("host: make the cgroup", || {
+        cgroup::make(leaf).map_err(|e| failed("create cgroup", leaf, e))
     })?;
     Ok(Program {
         exe: node.config.vmm.clone(),
@@ -428,7 +429,7 @@ fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
     })
 }
 
-enum Wanted {
+enum VmFile {
     Kernel,
     Initramfs,
     Kvm,
@@ -439,11 +440,10 @@ enum Wanted {
     Log,
 }
 
-/// Landlock and Yama are in the guest kernel's own list, which this one takes the place of.
+/// Replaces the guest kernel's default list, which has landlock and yama.
 const WITH_APPARMOR: &str = "lsm=landlock,yama,apparmor";
 
-/// What is appended to the guest kernel's command line; of an option the last word counts, the
-/// operator's.
+/// Suffix of the guest kernel's command line; the last value of an option wins: the operator's.
 fn cmdline(config: &Config, host_runs_apparmor: bool) -> String {
     if config.apparmor && host_runs_apparmor {
         format!("{WITH_APPARMOR} {}", config.cmdline_extra).trim_end().to_owned()
@@ -455,7 +455,7 @@ fn cmdline(config: &Config, host_runs_apparmor: bool) -> String {
 fn vm_config(
     handle: &Handle,
     pod: &Pod,
-    mut fd: impl FnMut(Wanted) -> Result<Fd, Error>,
+    mut fd: impl FnMut(VmFile) -> Result<Fd, Error>,
 ) -> Result<VmConfig, Error> {
     let config = &handle.node.config;
     let vcpus = pod.spec.vcpus.unwrap_or(config.default_vcpus).max(1);
@@ -464,19 +464,19 @@ fn vm_config(
         version: vmm_api::VERSION,
         name: pod.id.clone(),
         vcpus,
-        max_vcpus: config.vcpus_at_most(vcpus),
+        max_vcpus: config.max_vcpus_of(vcpus),
         memory_mib,
-        max_memory_mib: config.memory_at_most(memory_mib),
+        max_memory_mib: config.max_memory_of(memory_mib),
         free_page_reporting: config.reclaim_memory,
-        kernel: fd(Wanted::Kernel)?,
-        initramfs: Some(fd(Wanted::Initramfs)?),
+        kernel: fd(VmFile::Kernel)?,
+        initramfs: Some(fd(VmFile::Initramfs)?),
         cmdline: cmdline(config, AppArmor::of_host().runs()),
-        kvm: fd(Wanted::Kvm)?,
-        control: fd(Wanted::Control)?,
-        status: fd(Wanted::Status)?,
-        console: fd(Wanted::Console)?,
-        log: Some(fd(Wanted::Log)?),
-        vsock: Some(VsockConfig { guest_cid: agent_api::GUEST_CID, listener: fd(Wanted::Vsock)? }),
+        kvm: fd(VmFile::Kvm)?,
+        control: fd(VmFile::Control)?,
+        status: fd(VmFile::Status)?,
+        console: fd(VmFile::Console)?,
+        log: Some(fd(VmFile::Log)?),
+        vsock: Some(VsockConfig { guest_cid: agent_api::GUEST_CID, listener: fd(VmFile::Vsock)? }),
         disks: Vec::new(),
         nets: Vec::new(),
         serial_console: false,
@@ -484,7 +484,7 @@ fn vm_config(
     })
 }
 
-/// Gives the guest its identity; answers its kernel's release.
+/// Configures the guest; returns its kernel's release.
 async fn configure(handle: &Handle, pod: &Pod, attachment: &Attachment) -> Result<String, Error> {
     let guest = &handle.guest;
     let hello = guest.hello(handle.node.config.guest_call_deadline()).await?;
@@ -511,7 +511,7 @@ fn etc_files(node: &Node, pod: &Pod, attachment: &Attachment) -> Vec<v1::VolumeF
     let host = fs::read_to_string(&node.config.resolv_conf).unwrap_or_default();
     let spec = &pod.spec;
     let hosts = match spec.host {
-        // Names that the node knows, as its network is the pod's.
+        // The host's /etc/hosts, as it shares the host's network.
         Some(host) if host.network => fs::read_to_string("/etc/hosts").ok(),
         _ => None,
     };
@@ -559,18 +559,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_a_long_log_only_the_end_is_read() {
+    fn only_the_end_of_a_long_log_is_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vmm.log");
-        assert!(end_of(&path, 8).is_err());
+        assert!(read_tail(&path, 8).is_err());
         for (text, end) in [("", ""), ("short", "short"), ("a line\nlast one", "last one")] {
             fs::write(&path, text).unwrap();
-            assert_eq!(end_of(&path, 8).unwrap(), end.as_bytes());
+            assert_eq!(read_tail(&path, 8).unwrap(), end.as_bytes());
         }
     }
 
     #[test]
-    fn a_guest_runs_apparmor_where_its_host_does_unless_the_operator_says_otherwise() {
+    fn a_guest_enables_apparmor_if_the_host_does_unless_configured_otherwise() {
         let mut config = Config::default();
         assert_eq!(cmdline(&config, true), "lsm=landlock,yama,apparmor");
         assert_eq!(cmdline(&config, false), "");

@@ -1,30 +1,29 @@
-//! Which share a volume is served by: decided from what is on the host, and from the shares that the
-//! pod has.
+//! Chooses the share that serves a volume, from the host's mounts and the pod's existing shares.
 //!
-//! The guest sees all shares in one file system, in which a folder is at one place only. So a volume
-//! that lies in a folder which is shared already is served as a path in that share: otherwise the
-//! guest would find the folder at two places, and move it from one to the other each time it looks.
-//! That holds for the same folder, a folder in it, and bind mounts of either (a kubelet's subPaths).
-//! Where the outer share does not show exactly the same (other mounts below, another propagation,
-//! something else by that name), the volume has a share of its own: files are then still the same
-//! files, but the folder has two places.
+//! The guest sees all shares in one file system, in which a directory has only one location. So a
+//! volume below a shared directory is served as a path in that share: otherwise the guest would
+//! find the directory at two locations and move it at each lookup. That holds for the same
+//! directory, a subdirectory, and bind mounts of either (a kubelet's subPaths). If the outer share
+//! does not show exactly the same (other submounts, another propagation, another file by that
+//! name), the volume gets its own share: the files are still the same, but the directory has two
+//! locations.
 //!
-//! Shares come from the outside in, so of two volumes of a container the outer one is looked at
-//! first. A share of an inner folder that was there before goes on until its last user has gone.
+//! Outer volumes of a container are planned first. An existing share of an inner directory stays
+//! until its last user is removed.
 
 use std::path::PathBuf;
 
 use vmm_api::shares::{FOLLOWS, STRICT};
 
 use crate::error::Error;
-use crate::host::mounts::Place;
+use crate::host::mounts::Location;
 use crate::model::{Access, Propagation, ShareUse};
 use crate::vmm::serial;
 
-/// A volume that is to be shared.
+/// A volume that needs a share.
 #[derive(Debug, Clone)]
-pub(super) struct Wanted {
-    /// Number of the volume in its container.
+pub(super) struct ShareRequest {
+    /// Index of the volume in its container.
     pub(super) volume: usize,
     pub(super) path: PathBuf,
     pub(super) access: Access,
@@ -33,9 +32,9 @@ pub(super) struct Wanted {
     pub(super) strict: bool,
 }
 
-impl Wanted {
-    /// As a share of its own with this name.
-    pub(super) fn under(self, name: String) -> ShareUse {
+impl ShareRequest {
+    /// Its own share, with this name.
+    pub(super) fn named(self, name: String) -> ShareUse {
         let Self { volume, path, access, propagation, ids, strict } = self;
         ShareUse {
             volume,
@@ -50,51 +49,56 @@ impl Wanted {
     }
 }
 
-/// A share of the pod, and where its source is now.
-struct Known {
+/// A share of the pod, and the current location of its source.
+struct ExistingShare {
     share: ShareUse,
-    place: Place,
-    /// What is shared is what would be shared now.
+    location: Location,
+    /// The source still leads to what is shared.
     current: bool,
 }
 
-/// Finds a share for each volume. Blocks.
-pub(super) fn plan(known: &[ShareUse], wanted: Vec<Wanted>) -> Result<Vec<ShareUse>, Error> {
-    let mut shares: Vec<Known> = Vec::new();
+/// Chooses a share for each volume. Blocks.
+pub(super) fn plan(known: &[ShareUse], wanted: Vec<ShareRequest>) -> Result<Vec<ShareUse>, Error> {
+    let mut shares: Vec<ExistingShare> = Vec::new();
     for share in known {
         if shares.iter().any(|other| other.share.name == share.name) {
             continue;
         }
-        // What has gone from the host leads to nothing that could be wanted now.
-        let Ok(place) = Place::of(&share.source) else { continue };
-        let current = name(&place, share.propagation, &share.ids, share.strict) == share.name;
-        shares.push(Known { share: share.clone(), place, current });
+        // A source that no longer exists cannot match.
+        let Ok(location) = Location::of(&share.source) else { continue };
+        let current = name(&location, share.propagation, &share.ids, share.strict) == share.name;
+        shares.push(ExistingShare { share: share.clone(), location, current });
     }
     let mut found = Vec::new();
     for wanted in wanted {
-        let place = Place::of(&wanted.path)
+        let location = Location::of(&wanted.path)
             .map_err(|e| Error::precondition(format!("volume {}: {e}", wanted.path.display())))?;
-        found.push((wanted, place));
+        found.push((wanted, location));
     }
-    found.sort_by_key(|(_, place)| place.root.components().count());
+    found.sort_by_key(|(_, location)| location.root.components().count());
     let mut planned = Vec::new();
-    for (wanted, place) in found {
-        check_ids(&shares, &wanted, &place)?;
-        planned.push(share(&mut shares, wanted, place));
+    for (wanted, location) in found {
+        check_ids(&shares, &wanted, &location)?;
+        planned.push(share(&mut shares, wanted, location));
     }
     Ok(planned)
 }
 
-/// One file has one owner in the guest.
-fn check_ids(shares: &[Known], wanted: &Wanted, place: &Place) -> Result<(), Error> {
-    let other =
-        shares.iter().find(|known| known.share.ids != wanted.ids && known.place.overlaps(place));
+/// A file has only one owner in the guest.
+fn check_ids(
+    shares: &[ExistingShare],
+    wanted: &ShareRequest,
+    location: &Location,
+) -> Result<(), Error> {
+    let other = shares
+        .iter()
+        .find(|known| known.share.ids != wanted.ids && known.location.overlaps(location));
     match other {
         None => Ok(()),
         Some(known) => Err(Error::Unsupported {
             message: format!(
                 "{} is shared with containers of this pod whose user namespace maps ids \
-                 differently, by way of {}; containers that share files need the same user \
+                 differently (through {}); containers that share files need the same user \
                  namespace",
                 wanted.path.display(),
                 known.share.source.display()
@@ -103,31 +107,31 @@ fn check_ids(shares: &[Known], wanted: &Wanted, place: &Place) -> Result<(), Err
     }
 }
 
-fn share(shares: &mut Vec<Known>, wanted: Wanted, place: Place) -> ShareUse {
-    let alike = |known: &&Known| {
+fn share(shares: &mut Vec<ExistingShare>, wanted: ShareRequest, location: Location) -> ShareUse {
+    let is_compatible = |known: &&ExistingShare| {
         known.current
             && known.share.propagation == wanted.propagation
             && known.share.ids == wanted.ids
             && known.share.strict == wanted.strict
     };
-    let ways = shares.iter().filter(alike).filter_map(|known| {
-        let path = known.place.path_to(&place)?.into_os_string().into_string().ok()?;
+    let candidates = shares.iter().filter(is_compatible).filter_map(|known| {
+        let path = known.location.path_to(&location)?.into_os_string().into_string().ok()?;
         Some((path.matches('/').count() + usize::from(!path.is_empty()), path, &known.share))
     });
-    // The outermost, where the guest looks for it.
-    if let Some((_, sub_path, known)) = ways.max_by_key(|(depth, ..)| *depth) {
+    // The outermost one: the guest looks there.
+    if let Some((_, sub_path, known)) = candidates.max_by_key(|(depth, ..)| *depth) {
         let (name, source) = (known.name.clone(), known.source.clone());
-        return ShareUse { name, source, sub_path, ..wanted.under(String::new()) };
+        return ShareUse { name, source, sub_path, ..wanted.named(String::new()) };
     }
-    let name = name(&place, wanted.propagation, &wanted.ids, wanted.strict);
-    let share = Wanted { path: place.path.clone(), ..wanted }.under(name);
-    shares.push(Known { share: share.clone(), place, current: true });
+    let name = name(&location, wanted.propagation, &wanted.ids, wanted.strict);
+    let share = ShareRequest { path: location.path.clone(), ..wanted }.named(name);
+    shares.push(ExistingShare { share: share.clone(), location, current: true });
     share
 }
 
-/// The same for what is the same: by where it is, which file that is, and what is mounted below.
-fn name(place: &Place, propagation: Propagation, ids: &str, strict: bool) -> String {
-    let text = format!("{place:?} {propagation:?} {ids}");
+/// Name derived from location, file identity and submounts.
+fn name(location: &Location, propagation: Propagation, ids: &str, strict: bool) -> String {
+    let text = format!("{location:?} {propagation:?} {ids}");
     let follows = if propagation == Propagation::HostToContainer { FOLLOWS } else { "" };
     let strict = if strict { STRICT } else { "" };
     serial('f', text.as_bytes()) + follows + strict
@@ -140,8 +144,8 @@ mod tests {
 
     use super::*;
 
-    fn wanted(volume: usize, path: &Path) -> Wanted {
-        Wanted {
+    fn wanted(volume: usize, path: &Path) -> ShareRequest {
+        ShareRequest {
             volume,
             path: path.to_owned(),
             access: Access::ReadWrite,
@@ -152,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_in_a_shared_one_is_a_path_in_that_share_whichever_comes_first() {
+    fn a_directory_below_a_shared_one_is_a_path_in_that_share_in_any_order() {
         let dir = tempfile::tempdir().unwrap();
         let inner = dir.path().join("a/b");
         fs::create_dir_all(&inner).unwrap();
@@ -167,7 +171,7 @@ mod tests {
         assert_eq!(at(0).sub_path, "a/b/file");
         assert_eq!((at(1).sub_path.as_str(), at(2).sub_path.as_str()), ("a/b", ""));
 
-        // An inner one that is there already stays, but is used no more once there is an outer one.
+        // An existing inner share stays but is not used once there is an outer one.
         let first = plan(&[], vec![wanted(0, &inner)]).unwrap();
         let second = plan(&first, vec![wanted(0, dir.path())]).unwrap();
         assert_ne!(first[0].name, second[0].name);
@@ -177,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_exactly_the_same_has_a_share_of_its_own() {
+    fn a_source_that_differs_gets_its_own_share() {
         let dir = tempfile::tempdir().unwrap();
         let inner = dir.path().join("inner");
         fs::create_dir(&inner).unwrap();
@@ -187,13 +191,16 @@ mod tests {
             planned[0].name != outer[0].name && planned[0].sub_path.is_empty()
         };
         assert!(!own(wanted(0, &inner)));
-        assert!(own(Wanted { propagation: Propagation::HostToContainer, ..wanted(0, &inner) }));
-        let strict = Wanted { strict: true, ..wanted(0, &inner) };
+        assert!(own(ShareRequest {
+            propagation: Propagation::HostToContainer,
+            ..wanted(0, &inner)
+        }));
+        let strict = ShareRequest { strict: true, ..wanted(0, &inner) };
         assert!(own(strict.clone()));
         assert!(plan(&outer, vec![strict]).unwrap()[0].name.ends_with(STRICT));
         let elsewhere = tempfile::tempdir().unwrap();
         assert!(own(wanted(0, elsewhere.path())));
-        // Another folder by the name of the first.
+        // Another directory with the name of the first.
         let (old, new) = (dir.path().join("old"), dir.path().join("new"));
         for path in [&old, &new] {
             fs::create_dir(path).unwrap();
@@ -206,12 +213,13 @@ mod tests {
     }
 
     #[test]
-    fn files_that_would_have_two_owners_are_refused() {
+    fn a_file_with_two_id_mappings_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let inner = dir.path().join("inner");
         fs::create_dir(&inner).unwrap();
         let plain = plan(&[], vec![wanted(0, &inner)]).unwrap();
-        let mapped = |path: &Path| Wanted { ids: "uid 0 100000 65536;".into(), ..wanted(0, path) };
+        let mapped =
+            |path: &Path| ShareRequest { ids: "uid 0 100000 65536;".into(), ..wanted(0, path) };
         for path in [dir.path(), &inner] {
             let refused = plan(&plain, vec![mapped(path)]).unwrap_err();
             assert!(matches!(refused, Error::Unsupported { .. }), "{refused}");

@@ -1,12 +1,12 @@
-//! Folders and files of the host that are shared with the guest: the pod's file server, started at
-//! the first of them, and its shares.
+//! Shares of a pod: its file server, started when first needed, and the host directories and files
+//! that it serves.
 //!
-//! A share is one of the pod, not of a container: those that mount one folder have one share, which
-//! goes with the last of them ([`super::share_plan`]). Who uses which stands with the container, in
-//! the journal, before the server has it.
+//! A share belongs to the pod, not to a container: containers that mount one directory use one
+//! share, which is removed with its last user ([`super::share_plan`]). The container's record has
+//! its shares before the server does.
 //!
-//! The server lives in the pod's cgroup and serves one virtio-fs device. If it dies, that device
-//! answers with errors for ever: the pod goes on, further shares are refused.
+//! The server runs in the pod's cgroup and serves one virtio-fs device. If it exits, that device
+//! fails for good: the pod continues, further shares are refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -21,7 +21,7 @@ use vmm_api::shares::{Access, VERSION_ACCESS};
 
 use super::handle::Handle;
 use super::oom_score;
-use super::share_plan::{self, Wanted};
+use super::share_plan::{self, ShareRequest};
 use super::volumes::volume_id;
 use crate::error::Error;
 use crate::host::process::{Process, start_time};
@@ -32,7 +32,7 @@ use crate::model::{self, ContainerSpec, Propagation, ShareUse, Volume, VolumeSou
 use crate::policy::{Change, Container, Effect, Pod};
 use crate::vmm::serial;
 
-/// Id of the device in the VMM.
+/// Id of the virtio-fs device in the VMM.
 const DEVICE: &str = "shares";
 
 /// A running file server.
@@ -40,12 +40,12 @@ const DEVICE: &str = "shares";
 pub(super) struct Server {
     shares: ShareServer,
     process: Process,
-    /// It protects shares by what their users may write to (`vmm_api::shares::Access`).
-    keeps_access: bool,
+    /// It enforces access per share (`vmm_api::shares::Access`).
+    checks_access: bool,
 }
 
-/// How a container's user namespace maps ids; a share shows what stands on the disk as the guest
-/// knows those ids, so that the container sees them as they are.
+/// Id mappings of a container's user namespace. A share maps ids on disk to the guest's ids, so
+/// that the container sees them unchanged.
 #[derive(Debug)]
 struct Ids {
     uids: Vec<IdRange>,
@@ -53,7 +53,7 @@ struct Ids {
 }
 
 impl Ids {
-    /// None: the container has no user namespace.
+    /// None without a user namespace.
     fn of(oci: &Spec) -> Option<Self> {
         let linux = oci.linux().as_ref()?;
         let ranges = |mappings: &Option<Vec<LinuxIdMapping>>| {
@@ -79,7 +79,7 @@ fn range(mapping: &LinuxIdMapping) -> IdRange {
     IdRange { inside: mapping.container_id(), outside: mapping.host_id(), count: mapping.size() }
 }
 
-/// Shares what a container's volumes need of the host; by the volume's number.
+/// Shares a container's volumes; returns the shares by volume index.
 pub(super) async fn prepare(
     handle: &Arc<Handle>,
     container: &str,
@@ -91,32 +91,32 @@ pub(super) async fn prepare(
         return Ok(BTreeMap::new());
     }
     if shared.any(|volume| volume.propagation == Propagation::Bidirectional) {
-        return Err(Error::invalid("mounts of a VM cannot appear on its host"));
+        return Err(Error::invalid("a VM cannot propagate mounts to its host (Bidirectional)"));
     }
     let server = {
-        // Goes on when our caller gives up: a server half started would be nobody's.
+        // Not cancelled with the caller: a half-started server would leak.
         let handle = handle.clone();
         let started = tokio::spawn(async move { server(&handle).await });
         started.await.map_err(|e| Error::Internal(e.into()))??
     };
-    // Until they are in the server: those of another container go meanwhile, and come.
-    let _sharing = handle.sharing.lock().await;
+    // Held until they are in the server: other containers add and remove shares concurrently.
+    let _sharing = handle.shares_lock.lock().await;
     let ids = Ids::of(&spec.oci);
     let wanted = wanted(handle, spec, ids.as_ref());
-    let uses = match server.keeps_access {
+    let uses = match server.checks_access {
         true => {
             let known = uses(&handle.pod(), |_| true);
             let paths: Vec<_> = wanted.iter().map(|w| w.path.display().to_string()).collect();
-            let what = format!("look at the volumes {}", paths.join(", "));
-            handle.lookups.look(what, move || share_plan::plan(&known, wanted)).await??
+            let what = format!("stat the volumes {}", paths.join(", "));
+            handle.lookups.run_with_limit(what, move || share_plan::plan(&known, wanted)).await??
         }
-        // A server of the release before: each volume has a share of its own.
+        // A server of an earlier release: each volume has its own share.
         false => {
-            let named = |wanted: Wanted| {
-                let name = former_name(container, wanted.volume);
-                wanted.under(name)
+            let with_legacy_name = |wanted: ShareRequest| {
+                let name = legacy_name(container, wanted.volume);
+                wanted.named(name)
             };
-            wanted.into_iter().map(named).collect()
+            wanted.into_iter().map(with_legacy_name).collect()
         }
     };
     let change = Change::ContainerShares { id: container.to_owned(), shares: uses.clone() };
@@ -127,12 +127,12 @@ pub(super) async fn prepare(
     Ok(uses.into_iter().map(|share| (share.volume, share)).collect())
 }
 
-fn wanted(handle: &Handle, spec: &ContainerSpec, ids: Option<&Ids>) -> Vec<Wanted> {
+fn wanted(handle: &Handle, spec: &ContainerSpec, ids: Option<&Ids>) -> Vec<ShareRequest> {
     let ids = ids.map(Ids::to_string).unwrap_or_default();
     let mut wanted = Vec::new();
     for (n, volume) in spec.volumes.iter().enumerate() {
         let VolumeSource::Shared { host_path } = &volume.source else { continue };
-        wanted.push(Wanted {
+        wanted.push(ShareRequest {
             volume: n,
             path: host_path.clone(),
             access: volume.access,
@@ -157,7 +157,7 @@ async fn add(
             Propagation::HostToContainer => share::Propagation::Slave,
             Propagation::Private | Propagation::Bidirectional => share::Propagation::Private,
         },
-        kept: server.keeps_access,
+        server_checks_access: server.checks_access,
     };
     let (name, source) = (&share.name, &share.source);
     let shared = match ids {
@@ -179,92 +179,92 @@ fn share_access(access: model::Access) -> Access {
     }
 }
 
-/// What containers of the pod have shared.
+/// Shares in use by containers that match `of`.
 fn uses(pod: &Pod, of: impl Fn(&Container) -> bool) -> Vec<ShareUse> {
     let containers = pod.containers.values().filter(|container| of(container));
     containers.flat_map(|container| container.shares.iter().cloned()).collect()
 }
 
-/// What these containers may write to in a share; none of them has it otherwise.
+/// The widest access of these containers to a share; None if none uses it.
 fn access(pod: &Pod, name: &str, of: impl Fn(&Container) -> bool) -> Option<Access> {
     let uses = uses(pod, of);
     uses.iter().filter(|share| share.name == name).map(|share| share_access(share.access)).max()
 }
 
-/// Name of the share of a container's volume in a server of the release before.
-fn former_name(container: &str, volume: usize) -> String {
+/// Name of a volume's share in a server of an earlier release.
+fn legacy_name(container: &str, volume: usize) -> String {
     serial('f', volume_id(container, volume).as_bytes())
 }
 
-fn former_names(container: &Container) -> Vec<String> {
+fn legacy_names(container: &Container) -> Vec<String> {
     let volumes = container.spec.volumes.iter().enumerate();
     let shared = volumes.filter(|(_, v)| matches!(v.source, VolumeSource::Shared { .. }));
-    shared.map(|(n, _)| former_name(&container.id, n)).collect()
+    shared.map(|(n, _)| legacy_name(&container.id, n)).collect()
 }
 
-/// Takes away those of a container's shares that no other one has; the guest uses them no more.
-/// Goes on past failures.
+/// Removes those shares of a container that no other container uses; the guest has unmounted them.
+/// Continues after failures.
 pub(super) async fn remove(handle: &Arc<Handle>, container: &str) {
     let Ok(gone) = handle.container(container) else { return };
     let mut names: BTreeSet<String> = gone.shares.iter().map(|share| share.name.clone()).collect();
     if names.is_empty() {
-        names.extend(former_names(&gone));
+        names.extend(legacy_names(&gone));
     }
-    if names.is_empty() || find_effect(handle).is_none() {
+    if names.is_empty() || file_server_effect(handle).is_none() {
         return;
     }
     let server = match server(handle).await {
         Ok(server) => server,
-        // With the server its shares are gone.
-        Err(error) => return tracing::debug!(container, %error, "no shares to be removed"),
+        // Without a server there are no shares.
+        Err(error) => return tracing::debug!(container, %error, "no shares to remove"),
     };
-    let _sharing = handle.sharing.lock().await;
+    let _sharing = handle.shares_lock.lock().await;
     let pod = handle.pod();
     for name in names {
         let done = match access(&pod, &name, |other| other.id != container) {
-            Some(access) if server.keeps_access => server.shares.access(&name, access).await,
+            Some(access) if server.checks_access => server.shares.access(&name, access).await,
             Some(_) => Ok(()),
             None => server.shares.remove(&name).await,
         };
         if let Err(error) = done {
-            tracing::warn!(container, %error, "a share stays until the pod ends");
+            tracing::warn!(container, %error, "cannot remove a share");
         }
     }
 }
 
-fn find_effect(handle: &Handle) -> Option<(u32, u64)> {
+fn file_server_effect(handle: &Handle) -> Option<(u32, u64)> {
     handle.pod().ledger.iter().find_map(|effect| match effect {
         Effect::FileServer { pid, started } => Some((*pid, *started)),
         _ => None,
     })
 }
 
-fn gone() -> Error {
+fn server_ended() -> Error {
     Error::unavailable(
         "the pod's file server has ended: its shared volumes answer with errors, and new ones \
          need a new pod",
     )
 }
 
-/// The pod's server: the one that runs, the one that a former daemon has left, or a new one.
+/// The pod's server: the running one, the previous daemon's, or a new one.
 async fn server(handle: &Arc<Handle>) -> Result<Arc<Server>, Error> {
     let mut slot = handle.shares.lock().await;
     if let Some(server) = &*slot {
-        return if server.process.has_ended() { Err(gone()) } else { Ok(server.clone()) };
+        return if server.process.has_ended() { Err(server_ended()) } else { Ok(server.clone()) };
     }
-    let server = match find_effect(handle) {
+    let server = match file_server_effect(handle) {
         Some((pid, started)) => {
-            let failed = |e| Error::io(format!("look for file server {pid}"), e);
+            let failed = |e| Error::io(format!("find file server {pid}"), e);
             let process = Process::find(pid, started).map_err(failed)?;
             if handle.machine.vmm()?.status().await?.devices.iter().any(|d| d.id == DEVICE) {
-                let process = process.ok_or_else(gone)?;
+                let process = process.ok_or_else(server_ended)?;
                 let limit = handle.node.config.vmm_call_deadline();
                 let (control, lookups) = (handle.paths.shares.clone(), handle.lookups.clone());
                 let shares = ShareServer::attach(control, limit, lookups);
-                let keeps_access = put_in_order(handle, &shares).await?;
-                Server { shares, process, keeps_access }
+                let checks_access = reconcile(handle, &shares).await?;
+                Server { shares, process, checks_access }
             } else {
-                // A daemon died between its start and the plugging of the device.
+                // A daemon stopped between the server's start and the plugging of the device.
                 if let Some(process) = process {
                     process.kill().map_err(failed)?;
                 }
@@ -277,34 +277,34 @@ async fn server(handle: &Arc<Handle>) -> Result<Arc<Server>, Error> {
     };
     let server = Arc::new(server);
     *slot = Some(server.clone());
-    let (watched, pod, closing) = (server.clone(), handle.id.clone(), handle.closing.clone());
+    let (watched, pod, stopping) = (server.clone(), handle.id.clone(), handle.stopping.clone());
     tokio::spawn(async move {
         tokio::select! {
-            () = closing.cancelled() => {}
+            () = stopping.cancelled() => {}
             () = watched.process.ended() => {
-                tracing::error!(pod, "file server has ended: the pod's shared volumes are lost");
+                tracing::error!(pod, "file server exited: the pod's shared volumes are lost");
             }
         }
     });
     Ok(server)
 }
 
-/// Takes away shares whose containers have gone while no daemon looked, and protects the others as
-/// they are to be. Whether the server keeps their access.
-async fn put_in_order(handle: &Handle, shares: &ShareServer) -> Result<bool, Error> {
+/// Removes shares whose containers are gone, and sets the access of the others. Returns whether the
+/// server enforces access.
+async fn reconcile(handle: &Handle, shares: &ShareServer) -> Result<bool, Error> {
     let pod = handle.pod();
     let (names, version) = shares.list().await?;
-    let keeps_access = version >= VERSION_ACCESS;
-    let former: Vec<String> = pod.containers.values().flat_map(former_names).collect();
+    let checks_access = version >= VERSION_ACCESS;
+    let legacy: Vec<String> = pod.containers.values().flat_map(legacy_names).collect();
     for name in names {
         match access(&pod, &name, |_| true) {
-            Some(access) if keeps_access => shares.access(&name, access).await?,
+            Some(access) if checks_access => shares.access(&name, access).await?,
             Some(_) => {}
-            None if former.contains(&name) => {}
+            None if legacy.contains(&name) => {}
             None => shares.remove(&name).await?,
         }
     }
-    Ok(keeps_access)
+    Ok(checks_access)
 }
 
 async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
@@ -313,13 +313,13 @@ async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
         Effect::Cgroup { leaf, .. } => Some(leaf.clone()),
         _ => None,
     });
-    let leaf = leaf.ok_or_else(|| Error::precondition("the pod has no cgroup any more"))?;
+    let leaf = leaf.ok_or_else(|| Error::precondition("the pod has no cgroup"))?;
     let vmm = pod.vmm().map(|(pid, _)| pid);
-    let log = handle.paths.folder.join("fs.log");
+    let log = handle.paths.directory.join("fs.log");
     let opened = {
         let (leaf, log) = (leaf.clone(), log.clone());
         blocking(move || {
-            // One that a daemon started just before its death, journaled by nobody.
+            // A server started just before a crash, not journaled.
             cgroup::kill_others(&leaf, vmm)?;
             Ok((File::open(&leaf)?, fs::OpenOptions::new().append(true).create(true).open(&log)?))
         })
@@ -337,26 +337,27 @@ async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
             lookups: handle.lookups.clone(),
         },
     );
-    let started = handle.node.failpoints.around("host: launch the file server", started);
+    let started = handle.node.failpoints.wrap("host: launch the file server", started);
     let Started { server: shares, process, vhost } = started.await?;
     let pid = process.pid;
-    let process = Process::new(pid, process.pidfd).map_err(|e| Error::io("watch a process", e))?;
+    let process =
+        Process::new(pid, process.pidfd).map_err(|e| Error::io("watch the file server", e))?;
     let plugged = plug(handle, pid, vhost).await;
     if plugged.is_err() {
         if let Err(error) = process.kill() {
-            tracing::warn!(pod = handle.id, %error, "file server stays until the pod ends");
+            tracing::warn!(pod = handle.id, %error, "cannot kill the file server");
         }
-        if let Some((pid, started)) = find_effect(handle) {
+        if let Some((pid, started)) = file_server_effect(handle) {
             let effect = Effect::FileServer { pid, started };
             let _ = handle.commit(vec![Change::Undone(effect)]).await;
         }
     }
-    plugged.map(|()| Server { shares, process, keeps_access: true })
+    plugged.map(|()| Server { shares, process, checks_access: true })
 }
 
-/// Writes the server down, then lets the guest see it.
+/// Journals the server, then plugs its device.
 async fn plug(handle: &Handle, pid: u32, vhost: OwnedFd) -> Result<(), Error> {
-    let started = start_time(pid).map_err(|_| gone())?;
+    let started = start_time(pid).map_err(|_| server_ended())?;
     handle.commit(vec![Change::FileServerStarted { pid, started }]).await?;
     oom_score::apply(handle).await;
     handle.machine.vmm()?.add_fs(DEVICE, SHARE_TAG, vhost).await

@@ -1,4 +1,4 @@
-//! StartContainer: the prepared process runs.
+//! StartContainer: starts the created process.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,8 +13,8 @@ use crate::policy::{CODE_START_ERROR, Change, ContainerPhase};
 
 pub(super) async fn start_container(handle: &Arc<Handle>, id: &str) -> Result<(), Error> {
     handle.ready_pod()?;
-    // Before the state is looked at, so that of two starts only one sees a container to be started.
-    let Some(_starting) = handle.begin_start(id) else {
+    // Before the state check, so that only one of two concurrent starts passes it.
+    let Some(_starting) = handle.mark_starting(id) else {
         return Err(Error::precondition(format!("container {id} is being started")));
     };
     let container = handle.container(id)?;
@@ -35,8 +35,9 @@ pub(super) async fn start_container(handle: &Arc<Handle>, id: &str) -> Result<()
         .call("start the container", |mut c| async move { c.start_container(request).await });
     let result = tokio::select! {
         result = call => result,
-        // The stop, or with the daemon's end the next recovery, deals with what runs by then.
-        () = handle.closing.cancelled() => return Err(Error::precondition("the pod was stopped")),
+        // The stop, or after a shutdown of the daemon the recovery, handles a process that has
+        // started.
+        () = handle.stopping.cancelled() => return Err(Error::precondition("the pod was stopped")),
     };
     let at = SystemTime::now();
     match result {
@@ -44,17 +45,17 @@ pub(super) async fn start_container(handle: &Arc<Handle>, id: &str) -> Result<()
             let started = Change::ContainerStarted { id: id.to_owned(), at };
             match handle.commit(vec![started]).await {
                 Err(error) if handle.container(id).is_ok_and(|c| c.started_at.is_some()) => {
-                    tracing::warn!(container = id, %error, "start is not journaled yet");
+                    tracing::warn!(container = id, %error, "container start is not journaled yet");
                     Ok(())
                 }
                 other => other,
             }
         }
-        // Whether it runs is not known. A caller that is told of a failure starts another one: this
-        // one must not run beside it. Its exit is reported like any other.
+        // Unknown whether it runs. The caller gets an error and starts another container: this one
+        // must not run as well. Its exit is reported like any other.
         Err(error @ (Error::Unavailable { .. } | Error::Deadline { .. })) => {
             if let Err(error) = kill(handle, id).await {
-                tracing::warn!(container = id, %error, "container may run, its start has failed");
+                tracing::warn!(container = id, %error, "cannot kill after a failed start");
             }
             Err(error)
         }

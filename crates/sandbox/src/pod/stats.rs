@@ -1,6 +1,6 @@
-//! Keeps a pod's usage fresh in the cache, so that no listing waits for a guest. Who reads it has it
-//! measured again soon: the next reader, a second later, sees something new (`crictl stats` takes two
-//! samples and refuses the same one twice).
+//! Polls a pod's statistics into a cache, so that listings do not call guests. A read triggers a
+//! new measurement, so that a reader a second later sees new values (`crictl stats` takes two
+//! samples and refuses identical ones).
 
 use std::collections::BTreeSet;
 use std::collections::hash_map::RandomState;
@@ -18,23 +18,23 @@ use crate::stats::{
     PodStatsView, PressureView, ProcessView,
 };
 
-/// Readers without end have a guest measured no more often than this.
+/// Shortest interval between two measurements.
 const FRESH: Duration = Duration::from_millis(800);
-/// After a listing the guests are measured over this time.
+/// Period over which measurements after a listing are spread.
 const SPREAD: Duration = Duration::from_millis(400);
 const POLL_LIMIT: Duration = Duration::from_secs(2);
-/// A reader that finds the cache empty waits this long.
+/// Longest wait of a reader with an empty cache.
 const FIRST_LIMIT: Duration = Duration::from_millis(500);
-/// Entries taken from a guest's answer: a hostile one may send as many as a message holds.
+/// Entries accepted per list of a guest's reply.
 const MAX_ENTRIES: usize = 1024;
-/// Longest name of an interface (IFNAMSIZ) and room.
+/// Longest interface name (IFNAMSIZ), with room.
 const MAX_NAME: usize = 64;
 /// Longest name of a volume in Kubernetes is 63.
 const MAX_VOLUME_NAME: usize = 128;
 
 pub(super) async fn poll(handle: Arc<Handle>) {
     let interval = handle.node.config.stats_interval().max(Duration::from_millis(50));
-    // Pods that started or were listed together are not to be measured together.
+    // Spreads the measurements of pods that started or were listed together.
     let jitter = (RandomState::new().hash_one(&handle.id) % 1000) as f64 / 1000.0;
     let mut measured = Instant::now();
     let mut due = measured + interval.mul_f64(jitter);
@@ -65,8 +65,8 @@ impl Handle {
         Ok(view)
     }
 
-    /// From the cache; an empty one is filled now, once: if that fails, those who ask next do not
-    /// wait as well.
+    /// From the cache; an empty cache is filled now, once: after a failure later callers do not
+    /// wait.
     pub(crate) async fn stats_or_measure(&self) -> Result<Arc<PodStatsView>, Error> {
         if let Some(stats) = self.stats() {
             return Ok(stats);
@@ -82,7 +82,7 @@ impl Handle {
         self.stats().ok_or_else(not_yet)
     }
 
-    /// As [`Self::stats_or_measure`], measured anew for a container that is younger than the cache.
+    /// As [`Self::stats_or_measure`]; measures again for a container that is newer than the cache.
     pub(crate) async fn container_stats(&self, id: &str) -> Result<ContainerStatsView, Error> {
         let find = |stats: &PodStatsView| stats.containers.iter().find(|c| c.id == id).cloned();
         if let Some(found) = find(&*self.stats_or_measure().await?) {
@@ -94,14 +94,14 @@ impl Handle {
     }
 }
 
-/// A guest's clock may say anything.
+/// The guest's clock is untrusted.
 fn time(unix_ns: i64) -> Option<SystemTime> {
     let since = u64::try_from(unix_ns).ok().filter(|ns| *ns > 0).map(Duration::from_nanos)?;
     UNIX_EPOCH.checked_add(since)
 }
 
-/// The first of those that have a key in common: a guest that names something twice would have a
-/// kubelet's metrics of the whole node refused.
+/// Removes entries with duplicate keys: a hostile guest's duplicates would invalidate the metrics
+/// of the whole node.
 fn distinct<T, K: Ord>(all: Vec<T>, key: impl Fn(&T) -> K) -> impl Iterator<Item = T> {
     let mut seen = BTreeSet::new();
     all.into_iter().take(MAX_ENTRIES).filter(move |one| seen.insert(key(one)))
@@ -218,7 +218,7 @@ fn cpu(now: Option<v1::Cpu>, at: SystemTime, before: Option<(SystemTime, &CpuVie
         let passed = at.duration_since(then).map_or(0, |d| d.as_nanos());
         let used = u128::from(usage_ns.saturating_sub(old.usage_ns));
         let rate = (used * 1_000_000_000).checked_div(passed);
-        // The same measurement again says nothing new.
+        // A repeated measurement has no new data.
         rate.map_or(old.usage_nano_cores, |r| u64::try_from(r).unwrap_or(u64::MAX))
     });
     CpuView {
@@ -277,7 +277,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_guest_names_twice_is_told_once() {
+    fn duplicate_entries_of_a_guest_are_dropped() {
         let interface =
             |rx_bytes| v1::NetworkStats { name: "eth0".into(), rx_bytes, ..Default::default() };
         let disk = |major| v1::BlockIo { major, minor: 0, ..Default::default() };
@@ -292,13 +292,13 @@ mod tests {
             pod: Some(v1::PodStats { interfaces, ..Default::default() }),
             ..Default::default()
         };
-        let told = view("p", reply, None);
-        assert_eq!((told.interfaces.len(), told.interfaces[0].rx_bytes), (1, 1));
-        assert_eq!((told.containers.len(), told.containers[0].block_io.len()), (1, 2));
+        let stats = view("p", reply, None);
+        assert_eq!((stats.interfaces.len(), stats.interfaces[0].rx_bytes), (1, 1));
+        assert_eq!((stats.containers.len(), stats.containers[0].block_io.len()), (1, 2));
     }
 
     #[test]
-    fn the_rate_of_cpu_use_comes_from_two_measurements() {
+    fn cpu_usage_rate_is_computed_from_two_measurements() {
         let reply = |seconds: i64, usage_ns| v1::StatsReply {
             unix_time_ns: seconds * 1_000_000_000,
             pod: Some(v1::PodStats {

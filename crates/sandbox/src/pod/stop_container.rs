@@ -1,5 +1,5 @@
-//! StopContainer: asked politely, then killed. Runs with its caller and changes nothing itself: the
-//! end of the process is reported by the guest like any other.
+//! StopContainer: stop signal, then SIGKILL. Runs in the caller's task and changes no state: the
+//! guest reports the exit.
 
 use std::time::Duration;
 
@@ -10,15 +10,15 @@ use crate::error::Error;
 use crate::policy::{Container, Pod};
 
 const SIGKILL: u32 = 9;
-/// A killed container is gone within this time, or the guest is sick.
+/// Longest wait for the exit of a killed container.
 const KILL_LIMIT: Duration = Duration::from_secs(20);
 
-/// Asks once. The guest waits until a program that was just started has set up the signal, which the
-/// kernel would drop before.
-async fn ask(handle: &Handle, container: &Container) {
+/// Sends the signal once. The guest first waits until a program that has just started has installed
+/// a handler: the kernel drops the signal for PID 1 without one.
+async fn send_stop_signal(handle: &Handle, container: &Container) {
     let id = &container.id;
     if let Err(error) = signal(handle, id, container.spec.stop_signal, false).await {
-        tracing::debug!(container = id, %error, "stop signal");
+        tracing::debug!(container = id, %error, "cannot send stop signal");
     }
 }
 
@@ -38,11 +38,11 @@ pub(crate) async fn stop_container(
     }
     let ended = || handle.wait_for(|pod| has_ended(pod, id));
     if !grace.is_zero() {
-        let asked = async {
-            ask(handle, &container).await;
+        let stopped = async {
+            send_stop_signal(handle, &container).await;
             ended().await
         };
-        if let Ok(ended) = tokio::time::timeout(grace, asked).await {
+        if let Ok(ended) = tokio::time::timeout(grace, stopped).await {
             return ended;
         }
     }

@@ -1,5 +1,5 @@
-//! StopPod: containers killed, the guest asked to power off, the VMM killed, the network freed.
-//! Every step has a limit, and none waits for the success of the one before.
+//! StopPod: kills the containers, asks the guest to power off, kills the VMM, frees the network.
+//! Every step has a limit and runs whether or not the previous one succeeded.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::host::process::Process;
 use crate::policy::{Change, Phase};
 
-/// What killed containers get to end and have their exits told.
+/// Time for killed containers to exit and for the guest to report their exits.
 const CONTAINERS_LIMIT: Duration = Duration::from_secs(3);
 
 pub(super) async fn stop_pod(handle: &Arc<Handle>) -> Result<(), Error> {
@@ -22,9 +22,9 @@ pub(super) async fn stop_pod(handle: &Arc<Handle>) -> Result<(), Error> {
         if handle.pod().phase != Phase::Stopping {
             return Err(error);
         }
-        tracing::warn!(pod = handle.id, %error, "stop is not journaled, goes on");
+        tracing::warn!(pod = handle.id, %error, "stop is not journaled, continuing");
     }
-    handle.closing.cancel();
+    handle.stopping.cancel();
     if was_ready {
         end_guest(handle).await;
     }
@@ -39,8 +39,8 @@ pub(super) async fn stop_pod(handle: &Arc<Handle>) -> Result<(), Error> {
     result
 }
 
-/// Gives containers an exit code of their own and the guest a chance to end by itself. What it
-/// does not do, the undoing of the VMM does.
+/// Gets exit codes of the containers, and lets the guest power off. The undo of the VMM handles the
+/// rest.
 pub(super) async fn end_guest(handle: &Arc<Handle>) {
     let pod = handle.pod();
     let Some((pid, started)) = pod.vmm() else { return };
@@ -57,12 +57,12 @@ pub(super) async fn end_guest(handle: &Arc<Handle>) {
         let _ = tokio::time::timeout(CONTAINERS_LIMIT, all).await;
     }
     let limit = handle.node.config.shutdown_deadline();
-    let asked = handle.guest.call_within(limit, "shut down", |mut c| async move {
+    let requested = handle.guest.call_within(limit, "shut down", |mut c| async move {
         c.shutdown(v1::ShutdownRequest {}).await
     });
     let powered_off = async {
-        // The reply may be lost: the VM's end is the proof.
-        let _ = asked.await;
+        // The reply may be lost; wait for the VM's exit.
+        let _ = requested.await;
         process.ended().await;
     };
     let _ = tokio::time::timeout(limit, powered_off).await;

@@ -1,11 +1,10 @@
-//! Volumes that are kept in step with a folder of the host while their container lives (ConfigMap,
-//! Secret, projected, downward API): a copy in the guest, replaced in one step whenever the host's
-//! `..data` link points elsewhere.
+//! Volumes that follow a host directory while their container lives (ConfigMap, Secret, projected,
+//! downward API): a copy in the guest, replaced atomically when the host's `..data` link changes.
 //!
 //! ```text
-//! watch the folder -> look at ..data -> other than shown? -> copy, swap -> wait for a change
-//!        ^                                   | fails: pause, longer each time         |
-//!        +-----------------------------------+----------------------------------------+
+//! watch the directory -> read ..data -> changed? -> copy, swap -> wait for an event
+//!        ^                                 | fails: backoff                |
+//!        +---------------------------------+-------------------------------+
 //! ```
 
 use std::ffi::OsString;
@@ -24,36 +23,40 @@ use crate::host::watch::Watch;
 use crate::model::VolumeSource;
 use crate::policy::Container;
 
-/// Such a volume stands in our memory while it is copied: at most this much of it, bytes. A kubelet
-/// makes none of more than a few MiB.
+/// A volume is held in memory while it is copied: at most this many bytes. A kubelet's are at most
+/// a few MiB.
 const MAX_BYTES: u64 = 16 << 20;
-/// A writer makes several changes at once.
+/// Delay after a change, as a writer makes several at once.
 const DEBOUNCE: Duration = Duration::from_millis(20);
-const RETRY_FIRST: Duration = Duration::from_millis(200);
-const RETRY_MOST: Duration = Duration::from_secs(30);
-/// Looks without having been told: always, and where the host cannot tell.
-const LOOK_ANYWAY: Duration = Duration::from_secs(60);
+const RETRY_MIN: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Interval of checks without a notification: with a watch, and without one.
+const RECHECK: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_secs(5);
 
-/// A volume and what of it the guest has.
+/// A volume and its state in the guest.
 #[derive(Debug)]
 pub(super) struct Synced {
     id: String,
-    folder: PathBuf,
-    /// None: not known.
+    directory: PathBuf,
+    /// Generation in the guest; None: unknown.
     shown: Option<OsString>,
-    /// A copy may have been given up half-way.
-    torn: bool,
+    /// A copy may have been aborted.
+    incomplete: bool,
 }
 
-/// Brings a volume into the guest.
-pub(super) async fn first(handle: &Handle, id: String, folder: PathBuf) -> Result<Synced, Error> {
-    let mut volume = Synced { id, folder, shown: None, torn: false };
+/// Copies a volume into the guest for the first time.
+pub(super) async fn initial_copy(
+    handle: &Handle,
+    id: String,
+    directory: PathBuf,
+) -> Result<Synced, Error> {
+    let mut volume = Synced { id, directory, shown: None, incomplete: false };
     copy(handle, &mut volume).await?;
     Ok(volume)
 }
 
-/// Keeps volumes in step from now on.
+/// Starts updating volumes.
 pub(super) fn start(handle: &Arc<Handle>, container: &str, volumes: Vec<Synced>) {
     if volumes.is_empty() {
         return;
@@ -65,15 +68,15 @@ pub(super) fn start(handle: &Arc<Handle>, container: &str, volumes: Vec<Synced>)
     handle.set_syncs(container, tasks);
 }
 
-/// After a restart of the daemon: what the guest has is not known.
-pub(super) fn start_again(handle: &Arc<Handle>, container: &Container) {
+/// After a restart of the daemon: the generation in the guest is unknown.
+pub(super) fn resume(handle: &Arc<Handle>, container: &Container) {
     let volumes = container.spec.volumes.iter().enumerate();
     let synced = volumes.filter_map(|(n, volume)| match &volume.source {
         VolumeSource::Synced { host_path } => Some(Synced {
             id: volume_id(&container.id, n),
-            folder: host_path.clone(),
+            directory: host_path.clone(),
             shown: None,
-            torn: true,
+            incomplete: true,
         }),
         _ => None,
     });
@@ -85,32 +88,32 @@ async fn keep(handle: Arc<Handle>, container: String, mut volume: Synced) {
         handle.wait_for(|pod| pod.containers.get(&container).is_none_or(|c| c.exit.is_some()));
     tokio::select! {
         _ = ended => {}
-        () = handle.closing.cancelled() => {}
+        () = handle.stopping.cancelled() => {}
         () = follow(&handle, &mut volume) => {}
     }
 }
 
 async fn follow(handle: &Handle, volume: &mut Synced) {
-    let mut pause = RETRY_FIRST;
+    let mut pause = RETRY_MIN;
     loop {
-        // Armed before the look, so that nothing is missed in between.
-        let (watcher, folder) = (handle.node.watcher.clone(), volume.folder.clone());
-        let what = format!("watch {}", folder.display());
-        let armed = handle.lookups.look(what, move || watcher.watch(&folder)).await;
-        let looked = match armed {
-            Ok(watch) => look(handle, volume).await.map(|()| watch),
+        // Watch before the check, so that no change is missed.
+        let (watcher, directory) = (handle.node.watcher.clone(), volume.directory.clone());
+        let what = format!("watch {}", directory.display());
+        let watching = handle.lookups.run_with_limit(what, move || watcher.watch(&directory)).await;
+        let updated = match watching {
+            Ok(watch) => copy_if_changed(handle, volume).await.map(|()| watch),
             Err(e) => Err(e),
         };
-        match looked {
+        match updated {
             Ok(watch) => {
-                pause = RETRY_FIRST;
+                pause = RETRY_MIN;
                 wait(watch).await;
             }
             Err(error) => {
-                let folder = volume.folder.display();
-                tracing::warn!(pod = handle.id, %folder, %error, "volume is not in step");
+                let directory = volume.directory.display();
+                tracing::warn!(pod = handle.id, %directory, %error, "cannot update a volume");
                 tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(RETRY_MOST);
+                pause = (pause * 2).min(RETRY_MAX);
             }
         }
     }
@@ -118,19 +121,19 @@ async fn follow(handle: &Handle, volume: &mut Synced) {
 
 async fn wait(watch: Option<Watch>) {
     let Some(mut watch) = watch else { return tokio::time::sleep(POLL).await };
-    match tokio::time::timeout(LOOK_ANYWAY, watch.changed()).await {
+    match tokio::time::timeout(RECHECK, watch.changed()).await {
         Ok(true) => tokio::time::sleep(DEBOUNCE).await,
         Ok(false) => tokio::time::sleep(POLL).await,
         Err(_) => {}
     }
 }
 
-async fn look(handle: &Handle, volume: &mut Synced) -> Result<(), Error> {
-    let folder = volume.folder.clone();
-    let what = format!("look at {}", folder.display());
-    let now = handle.lookups.look(&*what, move || current(&folder)).await?;
+async fn copy_if_changed(handle: &Handle, volume: &mut Synced) -> Result<(), Error> {
+    let directory = volume.directory.clone();
+    let what = format!("access {}", directory.display());
+    let now = handle.lookups.run_with_limit(&*what, move || current(&directory)).await?;
     let now = now.map_err(|e| Error::io(what, e))?;
-    // What was there once is not taken away: a kubelet that tears the volume down empties it.
+    // Content is never removed: a kubelet that tears the volume down empties it.
     if now.is_empty() || volume.shown.as_ref() == Some(&now) {
         return Ok(());
     }
@@ -140,14 +143,15 @@ async fn look(handle: &Handle, volume: &mut Synced) -> Result<(), Error> {
 async fn copy(handle: &Handle, volume: &mut Synced) -> Result<(), Error> {
     let config = &handle.node.config;
     let limits = Limits { bytes: config.volume_bytes.min(MAX_BYTES), files: config.volume_files };
-    let folder = volume.folder.clone();
-    let what = format!("read {}", folder.display());
-    let read = handle.lookups.look(what, move || generation(&folder, limits)).await??;
-    // Two generations stand side by side for a moment, and tmpfs counts pages.
+    let directory = volume.directory.clone();
+    let what = format!("read {}", directory.display());
+    let read =
+        handle.lookups.run_with_limit(what, move || generation(&directory, limits)).await??;
+    // Two generations exist for a moment, and tmpfs counts pages.
     let size = 4 * limits.bytes;
-    let torn = std::mem::replace(&mut volume.torn, true);
-    swap_volume(&handle.guest, &volume.id, read.batches, size, torn).await?;
-    volume.torn = false;
+    let incomplete = std::mem::replace(&mut volume.incomplete, true);
+    swap_volume(&handle.guest, &volume.id, read.batches, size, incomplete).await?;
+    volume.incomplete = false;
     volume.shown = Some(read.name);
     Ok(())
 }

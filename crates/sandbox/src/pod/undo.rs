@@ -1,4 +1,4 @@
-//! Undoing what stands in a ledger: one way for a failed start, a stop, a removal and a crash.
+//! Undo of the effects in a ledger: for a failed start, a stop, a removal and after a crash.
 
 use std::fs;
 use std::path::Path;
@@ -8,14 +8,14 @@ use super::handle::Handle;
 use super::run_pod::network_failed;
 use crate::error::Error;
 use crate::host::process::Process;
-use crate::host::{absent_is_fine, blocking, cgroup};
+use crate::host::{blocking, cgroup, ignore_not_found};
 use crate::policy::{Change, Effect};
 
-/// A killed VMM is gone within this time: it has to give its memory back first.
+/// Longest wait for the exit of a killed VMM, which first frees its memory.
 const KILL_LIMIT: Duration = Duration::from_secs(15);
 
-/// Undoes effects, the last first; goes on past failures and reports them all. Gives the changes
-/// that say what is gone.
+/// Undoes effects in reverse order; continues after failures and reports them all. Returns the
+/// changes for the undone effects.
 pub(super) async fn undo(handle: &Handle, all: bool) -> (Vec<Change>, Result<(), Error>) {
     let pod = handle.pod();
     let (mut done, mut failures) = (Vec::new(), Vec::new());
@@ -26,25 +26,25 @@ pub(super) async fn undo(handle: &Handle, all: bool) -> (Vec<Change>, Result<(),
                     let detached = handle.node.network.detach(&pod.id, &pod.spec).await;
                     detached.map_err(|e| network_failed("detach", e))
                 };
-                handle.node.failpoints.around(place(&effect), detached).await
+                handle.node.failpoints.wrap(failpoint_name(&effect), detached).await
             }
             Effect::ContainerFiles { container } => remove_files(handle, container).await,
-            other => handle.node.failpoints.around(place(other), undo_on_host(other)).await,
+            other => handle.node.failpoints.wrap(failpoint_name(other), undo_on_host(other)).await,
         };
         match result {
             Ok(()) => done.push(Change::Undone(effect)),
             Err(error) => {
-                tracing::error!(pod = pod.id, ?effect, %error, "cannot be undone");
+                tracing::error!(pod = pod.id, ?effect, %error, "cannot undo an effect");
                 failures.push(error);
             }
         }
     }
-    (done, all_of(failures))
+    (done, combine_errors(failures))
 }
 
-fn place(effect: &Effect) -> &'static str {
+fn failpoint_name(effect: &Effect) -> &'static str {
     match effect {
-        Effect::StateDir { .. } => "host: remove the state folder",
+        Effect::StateDir { .. } => "host: remove the state directory",
         Effect::Network => "host: detach from the network",
         Effect::Cgroup { .. } => "host: remove the cgroup",
         Effect::Vmm { .. } => "host: kill the VMM",
@@ -54,7 +54,7 @@ fn place(effect: &Effect) -> &'static str {
     }
 }
 
-/// What needs no port.
+/// Undoes effects that need no port.
 async fn undo_on_host(effect: &Effect) -> Result<(), Error> {
     match effect {
         Effect::Vmm { pid, started } | Effect::FileServer { pid, started } => {
@@ -70,7 +70,7 @@ async fn undo_on_host(effect: &Effect) -> Result<(), Error> {
         Effect::StateDir { path } => {
             let path = path.clone();
             blocking(move || {
-                absent_is_fine(fs::remove_dir_all(&path))
+                ignore_not_found(fs::remove_dir_all(&path))
                     .map_err(|e| Error::io(format!("remove {}", path.display()), e))
             })
             .await
@@ -78,7 +78,7 @@ async fn undo_on_host(effect: &Effect) -> Result<(), Error> {
         Effect::ScratchDisk { path } => {
             let path = path.clone();
             blocking(move || {
-                absent_is_fine(fs::remove_file(&path))
+                ignore_not_found(fs::remove_file(&path))
                     .map_err(|e| Error::io(format!("remove {}", path.display()), e))
             })
             .await
@@ -87,7 +87,7 @@ async fn undo_on_host(effect: &Effect) -> Result<(), Error> {
     }
 }
 
-/// Removes what a container has in the pod's folder.
+/// Removes a container's files in the pod's directory.
 pub(super) async fn remove_files(handle: &Handle, container: &str) -> Result<(), Error> {
     let paths = &handle.paths;
     let files = [paths.scratch(container), paths.sidecar(container)];
@@ -95,15 +95,15 @@ pub(super) async fn remove_files(handle: &Handle, container: &str) -> Result<(),
     let removed = blocking(move || {
         let failed = |path: &Path, e| Error::io(format!("remove {}", path.display()), e);
         for path in &files {
-            absent_is_fine(fs::remove_file(path)).map_err(|e| failed(path, e))?;
+            ignore_not_found(fs::remove_file(path)).map_err(|e| failed(path, e))?;
         }
-        absent_is_fine(fs::remove_dir_all(&layer)).map_err(|e| failed(&layer, e))
+        ignore_not_found(fs::remove_dir_all(&layer)).map_err(|e| failed(&layer, e))
     });
-    handle.node.failpoints.around("host: remove a container's files", removed).await
+    handle.node.failpoints.wrap("host: remove a container's files", removed).await
 }
 
-/// One error that tells all.
-pub(super) fn all_of(mut failures: Vec<Error>) -> Result<(), Error> {
+/// Combines errors into one.
+pub(super) fn combine_errors(mut failures: Vec<Error>) -> Result<(), Error> {
     match failures.len() {
         0 => Ok(()),
         1 => Err(failures.remove(0)),

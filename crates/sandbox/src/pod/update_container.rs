@@ -1,4 +1,4 @@
-//! UpdateContainer: new limits for a container's cgroup in the guest.
+//! UpdateContainer: sets new limits of a container's cgroup in the guest.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use oci_spec::runtime::LinuxResources;
 
 use super::cpuset;
 use super::handle::Handle;
-use super::update_pod::make_room;
+use super::update_pod::grow_for_container;
 use crate::error::Error;
 use crate::policy::Change;
 
@@ -23,23 +23,23 @@ pub(super) async fn update_container(
     }
     let merged = merge(&container.resources, &resources);
     let resources_after = merged.unwrap_or_else(|| resources.clone());
-    make_room(handle, id, &container.resources, &resources_after).await?;
+    grow_for_container(handle, id, &container.resources, &resources_after).await?;
     cpuset::pin(handle, Some((id, &resources_after))).await?;
-    let told = cpuset::for_guest(handle, &resources);
-    let json = serde_json::to_vec(&told).map_err(|e| Error::Internal(e.into()))?;
+    let guest_limits = cpuset::for_guest(handle, &resources);
+    let json = serde_json::to_vec(&guest_limits).map_err(|e| Error::Internal(e.into()))?;
     let request = v1::UpdateContainerRequest { container_id: id.to_owned(), linux_resources: json };
     let updated = handle
         .guest
         .call("update the container", |mut c| async move { c.update_container(request).await });
     if let Err(error) = updated.await {
-        cpuset::pin_again(handle).await;
+        cpuset::pin_or_log(handle).await;
         return Err(error);
     }
     let resources = Box::new(resources_after);
     handle.commit(vec![Change::ContainerResources { id: id.to_owned(), resources }]).await
 }
 
-/// The old limits, with those that the update names in their place.
+/// The old limits, overridden by those that the update sets.
 fn merge(old: &LinuxResources, new: &LinuxResources) -> Option<LinuxResources> {
     let mut base = serde_json::to_value(old).ok()?;
     overlay(&mut base, serde_json::to_value(new).ok()?);
@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_that_an_update_does_not_name_stay() {
+    fn an_update_keeps_limits_that_it_does_not_set() {
         let old: LinuxResources =
             serde_json::from_str(r#"{"memory":{"limit":100},"cpu":{"shares":2,"quota":5}}"#)
                 .unwrap();

@@ -1,4 +1,4 @@
-//! Volumes of a container: each kind has its own way into the guest.
+//! Volumes of a container: how each kind gets into the guest.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -11,22 +11,22 @@ use super::run_pod::ETC_VOLUME;
 use super::sync::{self, Synced};
 use super::{disks, empty_dirs, shares, write_back};
 use crate::error::Error;
-use crate::host::pool::Pool;
-use crate::host::volumes::{Shape, shape};
+use crate::host::pool::BlockingPool;
+use crate::host::volumes::{SourceKind, source_kind};
 use crate::host::{empty_dir, etc, mounts};
 use crate::model::{Access, ContainerSpec, Propagation, ShareUse, Volume, VolumeSource};
 
-/// Volumes of a container; each is a mount, and many are a device or a task of ours.
+/// Most volumes of a container; each is a mount, and many need a device or a task.
 const MAX_VOLUMES: usize = 256;
 
-/// Mounts below a share that the guest is told of: as many as it takes.
+/// Most submounts of a share sent to the guest.
 const MAX_SUBMOUNTS: usize = 256;
 
-/// What the guest is told to mount, and what is to be kept in step.
+/// Mounts for the guest, and volumes to be updated later.
 pub(super) struct Prepared {
     pub(super) mounts: Vec<v1::VolumeMount>,
     pub(super) synced: Vec<Synced>,
-    /// The lower layer of the root file system, where it is a folder of the host
+    /// The lower layer of the root file system, if it is a host directory
     /// ([`RootfsSpec::image`](crate::model::RootfsSpec::image)).
     pub(super) lower: Option<Lower>,
 }
@@ -38,14 +38,14 @@ pub(super) struct Lower {
     pub(super) ids_mapped: bool,
 }
 
-/// Name of a container's n-th volume in the guest; the guest frees those that begin with a
-/// container's id together with it.
+/// Id of a container's n-th volume in the guest; the guest removes volumes with the container's id
+/// as prefix together with it.
 pub(super) fn volume_id(container: &str, n: usize) -> String {
     format!("{container}.{n}")
 }
 
-/// Brings a container's volumes into the guest; its disks are plugged already. What fails half-way
-/// is undone with the container.
+/// Prepares a container's volumes in the guest; its disks are plugged already. A failure is undone
+/// with the container.
 pub(super) async fn prepare(
     handle: &Arc<Handle>,
     id: &str,
@@ -53,7 +53,7 @@ pub(super) async fn prepare(
 ) -> Result<Prepared, Error> {
     if spec.volumes.len() > MAX_VOLUMES {
         let got = spec.volumes.len();
-        return Err(Error::invalid(format!("{got} volumes, {MAX_VOLUMES} are allowed")));
+        return Err(Error::invalid(format!("{got} volumes, the limit is {MAX_VOLUMES}")));
     }
     let mut prepared = Prepared { mounts: Vec::new(), synced: Vec::new(), lower: None };
     let shares = shares::prepare(handle, id, spec).await?;
@@ -62,9 +62,7 @@ pub(super) async fn prepare(
     for (n, volume) in spec.volumes.iter().enumerate() {
         if volume.is_lower_layer(&spec.rootfs) {
             let share = shares.get(&n).ok_or_else(|| {
-                Error::invalid(
-                    "the root file system is a folder of the host, without an image or a VM",
-                )
+                Error::invalid("a host directory as root file system needs a pod with a VM")
             })?;
             prepared.lower = Some(Lower {
                 share: share.name.clone(),
@@ -112,7 +110,7 @@ impl Prepared {
                 disks::copy_volume(handle, &id, host_path).await?;
             }
             VolumeSource::Synced { host_path } => {
-                self.synced.push(sync::first(handle, id, host_path.clone()).await?);
+                self.synced.push(sync::initial_copy(handle, id, host_path.clone()).await?);
             }
             VolumeSource::WrittenBack { host_path } => {
                 write_back::open(handle, container, n, host_path).await?;
@@ -139,15 +137,16 @@ impl Prepared {
                     mount.submounts = submounts(&handle.lookups, host_path).await?;
                 }
             }
-            VolumeSource::EmptyDir { host_path, folder, sub_path, .. } => {
-                mount.volume_id = empty_dirs::name(folder)?;
+            VolumeSource::EmptyDir { host_path, directory, sub_path, .. } => {
+                mount.volume_id = empty_dirs::name(directory)?;
                 mount.set_source(v1::VolumeSource::EmptyDir);
                 mount.set_propagation(propagation(volume.propagation));
                 if !sub_path.is_empty() {
                     mount.sub_path = sub_path.clone();
                     let path = host_path.clone();
-                    let what = format!("look at {}", host_path.display());
-                    let owner = handle.lookups.look(&*what, move || empty_dir::owner(&path));
+                    let what = format!("access {}", host_path.display());
+                    let owner =
+                        handle.lookups.run_with_limit(&*what, move || empty_dir::owner(&path));
                     let owner = owner.await?.map_err(|e| Error::io(what, e))?;
                     (mount.uid, mount.gid, mount.mode) = (owner.uid, owner.gid, owner.mode);
                 }
@@ -176,26 +175,27 @@ fn propagation(propagation: Propagation) -> v1::Propagation {
     }
 }
 
-/// As the agent is told it.
+/// The path as sent to the agent.
 fn path_text(path: &Path) -> Result<String, Error> {
     let text = path.to_str().map(str::to_owned);
     text.ok_or_else(|| Error::invalid(format!("{} is not UTF-8", path.display())))
 }
 
-/// Mounts of the host below a share, which stay as they are when it is read-only.
-async fn submounts(lookups: &Pool, source: &Path) -> Result<Vec<String>, Error> {
+/// Submounts of a read-only share, which keep their own access.
+async fn submounts(lookups: &BlockingPool, source: &Path) -> Result<Vec<String>, Error> {
     let path = source.to_owned();
-    let what = format!("look for mounts below {}", source.display());
-    let found = lookups.look(&*what, move || mounts::below(&path, MAX_SUBMOUNTS)).await?;
+    let what = format!("list mounts below {}", source.display());
+    let found =
+        lookups.run_with_limit(&*what, move || mounts::submounts(&path, MAX_SUBMOUNTS)).await?;
     found.map_err(|e| Error::io(what, e))
 }
 
-/// Of a copy: a file is mounted by its name in the volume.
-async fn sub_path(lookups: &Pool, source: &Path) -> Result<String, Error> {
-    let what = format!("look at {}", source.display());
+/// For a copied volume: a file is mounted by its name in the volume.
+async fn sub_path(lookups: &BlockingPool, source: &Path) -> Result<String, Error> {
+    let what = format!("access {}", source.display());
     let source = source.to_owned();
-    Ok(match lookups.look(what, move || shape(&source)).await?? {
-        Shape::File { name } => name,
-        Shape::Folder => String::new(),
+    Ok(match lookups.run_with_limit(what, move || source_kind(&source)).await?? {
+        SourceKind::File { name } => name,
+        SourceKind::Directory => String::new(),
     })
 }

@@ -1,4 +1,4 @@
-//! Tasks that live as long as a pod's VM: its end, its silence, its events, its usage.
+//! Tasks that run as long as a pod's VM: exit, pings, guest events, statistics.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,20 +7,20 @@ use tokio::task::JoinSet;
 
 use super::handle::Handle;
 use super::owner::Msg;
-use super::{death, events, host_pod, recover, stats};
+use super::{events, exit_cause, host_pod, recover, stats};
 use crate::host::process::Process;
 
-/// After a VM's end, what its containers printed last gets this long to reach their logs.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Time for the last output of containers to reach their logs after the VM's exit.
+const LOG_FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
-/// Starts them all; with `reattach` the containers are taken up first.
+/// Starts all tasks; with `reattach` the containers are recovered first.
 pub(super) fn start(
     tasks: &mut JoinSet<()>,
     handle: &Arc<Handle>,
     process: Arc<Process>,
     reattach: bool,
 ) {
-    tasks.spawn(until_vm_ends(handle.clone(), process));
+    tasks.spawn(watch_exit(handle.clone(), process));
     tasks.spawn(ping(handle.clone()));
     tasks.spawn(stats::poll(handle.clone()));
     let handle = handle.clone();
@@ -32,14 +32,14 @@ pub(super) fn start(
     });
 }
 
-async fn until_vm_ends(handle: Arc<Handle>, process: Arc<Process>) {
+async fn watch_exit(handle: Arc<Handle>, process: Arc<Process>) {
     process.ended().await;
-    host_pod::end_rest(&handle, &handle.pod()).await;
+    host_pod::kill_remaining(&handle, &handle.pod()).await;
     let logs = handle.logs();
-    let settled = futures_util::future::join_all(logs.iter().map(|log| log.settled()));
-    let _ = tokio::time::timeout(LAST_WORDS, settled).await;
-    let death = death::cause(&handle).await;
-    handle.tell(Msg::VmmEnded { death }).await;
+    let flushed = futures_util::future::join_all(logs.iter().map(|log| log.flushed()));
+    let _ = tokio::time::timeout(LOG_FLUSH_LIMIT, flushed).await;
+    let cause = exit_cause::find(&handle).await;
+    handle.send(Msg::VmmEnded { cause }).await;
 }
 
 async fn ping(handle: Arc<Handle>) {
@@ -50,7 +50,7 @@ async fn ping(handle: Arc<Handle>) {
         tokio::time::sleep(interval).await;
         match handle.guest.ping(interval).await {
             Ok(()) => missed = 0,
-            // Being stopped, which has deadlines of its own.
+            // The pod is being stopped, which has its own deadlines.
             Err(_) if handle.ready_pod().is_err() => {}
             Err(error) => {
                 missed += 1;
@@ -58,5 +58,5 @@ async fn ping(handle: Arc<Handle>) {
             }
         }
     }
-    handle.tell(Msg::GuestSilent).await;
+    handle.send(Msg::GuestUnresponsive).await;
 }

@@ -1,5 +1,5 @@
-//! Files that a container writes and the host reads after its end (a termination log): copied in at
-//! creation, read back from the guest before the end is shown.
+//! Written-back files (termination log): copied into the guest at creation, read back before the
+//! container's exit is reported.
 
 use std::fs::File;
 use std::path::Path;
@@ -11,15 +11,15 @@ use agent_api::v1;
 use super::handle::Handle;
 use super::volumes::volume_id;
 use crate::error::Error;
-use crate::host::volumes::{Shape, open_for_writing, overwrite, shape};
+use crate::host::volumes::{SourceKind, open_for_writing, overwrite, source_kind};
 use crate::model::VolumeSource;
 
-/// Bytes taken from the guest; a kubelet reads 4 KiB of a termination log.
+/// Bytes read from the guest; a kubelet reads 4 KiB of a termination log.
 const MAX_BYTES: usize = 64 << 10;
-/// All files of a container together: an end must not wait long for a guest that is slow.
+/// Limit for all files of a container: a slow guest must not delay the report of an exit.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Opens the host's side once, so that what stands at its path later does not matter.
+/// Opens the host's file once: later changes of the path have no effect.
 pub(super) async fn open(
     handle: &Handle,
     container: &str,
@@ -28,16 +28,16 @@ pub(super) async fn open(
 ) -> Result<(), Error> {
     let what = format!("open {}", path.display());
     let path = path.to_owned();
-    let file = handle.lookups.look(what, move || match shape(&path)? {
-        Shape::File { .. } => open_for_writing(&path),
-        Shape::Folder => Err(Error::invalid(format!("{} is a folder", path.display()))),
+    let file = handle.lookups.run_with_limit(what, move || match source_kind(&path)? {
+        SourceKind::File { .. } => open_for_writing(&path),
+        SourceKind::Directory => Err(Error::invalid(format!("{} is a directory", path.display()))),
     });
     let file = file.await??;
     handle.set_written_back(container, n, Arc::new(file));
     Ok(())
 }
 
-/// Brings everything that the container has written back to the host, as far as that goes.
+/// Copies the container's written files to the host, as far as possible.
 pub(super) async fn write_back(handle: &Handle, id: &str) {
     let Ok(container) = handle.container(id) else { return };
     if container.started_at.is_none() {
@@ -60,7 +60,7 @@ pub(super) async fn write_back(handle: &Handle, id: &str) {
 async fn one(handle: &Handle, container: &str, n: usize, path: &Path) -> Result<(), Error> {
     let request = v1::ReadVolumeFileRequest {
         volume_id: volume_id(container, n),
-        path: Shape::FILE.to_owned(),
+        path: SourceKind::FILE.to_owned(),
         limit: MAX_BYTES as u64,
     };
     let read =
@@ -70,10 +70,10 @@ async fn one(handle: &Handle, container: &str, n: usize, path: &Path) -> Result<
     let opened: Option<Arc<File>> = handle.written_back(container, n);
     let what = format!("write {}", path.display());
     let path = path.to_owned();
-    let written = handle.lookups.look(what, move || {
+    let written = handle.lookups.run_with_limit(what, move || {
         let file = match opened {
             Some(file) => file,
-            // Opened by a daemon before us.
+            // The previous daemon had opened it.
             None => Arc::new(open_for_writing(&path)?),
         };
         overwrite(&file, &content).map_err(|e| Error::io(format!("write {}", path.display()), e))

@@ -33,7 +33,7 @@ pub(crate) fn pod() -> Pod {
         trace: Vec::new(),
         empty_dirs: EmptyDirs::default(),
         containers: BTreeMap::new(),
-        unread: false,
+        unreadable: false,
     }
 }
 
@@ -106,7 +106,7 @@ fn run(changes: Vec<Change>) -> Pod {
 }
 
 #[test]
-fn the_phases_follow_the_drawing_and_nothing_else() {
+fn phase_transitions_match_the_diagram() {
     use Phase::*;
     let table: [(Phase, Change, Result<Phase, ()>); 14] = [
         (Starting, ready(), Ok(Ready)),
@@ -133,7 +133,7 @@ fn the_phases_follow_the_drawing_and_nothing_else() {
 }
 
 #[test]
-fn an_exit_that_comes_before_the_start_is_known_is_not_lost() {
+fn an_exit_reported_before_the_start_is_kept() {
     let id = || "c".to_owned();
     let pod = run(vec![
         ready(),
@@ -165,7 +165,7 @@ fn an_exit_is_shown_when_the_log_is_complete() {
 }
 
 #[test]
-fn an_oom_verdict_marks_the_kill_that_follows_and_no_other_end() {
+fn an_oom_event_marks_the_following_kill_and_no_other_exit() {
     for (code, reason) in [(137, "OOMKilled"), (1, "Error")] {
         let id = || "c".to_owned();
         let pod = run(vec![
@@ -188,11 +188,11 @@ fn containers_of_a_vm_that_the_oom_killer_ended_are_killed_by_it_too() {
     let exit = pod.containers["a"].exit.clone().unwrap();
     assert_eq!((exit.code, exit.oom_killed, exit.reason.as_str()), (137, true, "OOMKilled"));
     assert_eq!(exit.message, "limit");
-    assert_eq!(pod.containers["b"].exit.as_ref().unwrap().code, 3, "that one had ended before");
+    assert_eq!(pod.containers["b"].exit.as_ref().unwrap().code, 3, "it had ended before");
 }
 
 #[test]
-fn effects_are_undone_last_first_and_files_outlive_the_vm() {
+fn effects_are_undone_in_reverse_order_and_files_remain_after_the_vm() {
     let state = Effect::StateDir { path: "/s".into() };
     let mut pod = run(vec![
         Change::Planned(vec![state.clone(), Effect::Network]),
@@ -206,7 +206,7 @@ fn effects_are_undone_last_first_and_files_outlive_the_vm() {
     assert_eq!(pod.to_undo(true).len(), 4);
     pod.apply(Change::Undone(vmm)).unwrap();
     assert_eq!(pod.vmm(), None);
-    pod.apply(Change::ContainerGone { id: "c".into() }).unwrap();
+    pod.apply(Change::ContainerRemoved { id: "c".into() }).unwrap();
     assert_eq!(pod.to_undo(true).len(), 2);
 }
 
@@ -228,38 +228,38 @@ fn any_change() -> impl Strategy<Value = Change> {
         (0..3i32).prop_map(move |code| Change::ContainerEnded { id: id(), exit: exit(code) }),
         Just(Change::LogsDrained { id: id() }),
         Just(Change::ContainerRemoving { id: id() }),
-        Just(Change::ContainerGone { id: id() }),
+        Just(Change::ContainerRemoved { id: id() }),
     ]
 }
 
 proptest! {
     #[test]
-    fn whatever_happens_the_invariants_hold(
+    fn invariants_hold_for_any_sequence_of_changes(
         changes in proptest::collection::vec(any_change(), 0..40)
     ) {
         let mut pod = pod();
         for change in changes {
             let before = pod.clone();
             if pod.apply(change).is_err() {
-                // A refusal changes nothing.
+                // A refused change has no effect.
                 prop_assert_eq!(before.phase, pod.phase);
                 prop_assert_eq!(before.containers.len(), pod.containers.len());
                 prop_assert_eq!(&before.ledger, &pod.ledger);
             }
-            // Nobody comes back from a removal.
+            // Removing is final.
             prop_assert!(before.phase != Phase::Removing || pod.phase == Phase::Removing);
             for (id, container) in &pod.containers {
-                // A first exit stays.
+                // The first exit is kept.
                 if let Some(old) = before.containers.get(id).and_then(|c| c.exit.as_ref())
                     && before.containers[id].phase != ContainerPhase::Removing
                     && container.phase != ContainerPhase::Creating
                 {
                     prop_assert_eq!(Some(old), container.exit.as_ref());
                 }
-                // Files of a container that is there are in the ledger.
+                // The ledger has the files of every container.
                 let files = Effect::ContainerFiles { container: id.clone() };
                 prop_assert!(pod.ledger.contains(&files));
-                // In a pod that has stopped, nothing runs.
+                // No container runs in a stopped pod.
                 if pod.phase == Phase::NotReady && before.phase != Phase::NotReady {
                     prop_assert!(!container.is_running());
                 }

@@ -1,8 +1,8 @@
-//! A guest that does what the first argument says: `print TEXT` prints and ends with 0, `fail N`
-//! ends with N, `forever` runs until it is signalled, `stubborn` until it is killed, `print-forever
-//! TEXT` prints and then runs, `leave TEXT` prints and ends with 0 while a child of its own holds its
-//! output open; `print-broken TEXT` prints, and its first connection for output breaks in the middle.
-//! It knows frames unless `print-unframed TEXT` is asked for.
+//! A fake guest whose processes behave as their first argument says: `print TEXT` prints and exits
+//! with 0, `fail N` exits with N, `forever` runs until it is signalled, `ignore-term` until it is
+//! killed, `print-forever TEXT` prints and then runs, `leave TEXT` prints and exits with 0 while a
+//! child process holds its output open; `print-broken TEXT` prints, and its first output connection
+//! breaks in the middle. Streams are framed except with `print-unframed TEXT`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
-/// Port at which the pod listens.
+/// Port of a listener in the pod.
 pub(super) const LISTENING: u16 = 8080;
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -35,21 +35,21 @@ pub(super) struct State {
     events: Vec<v1::Event>,
     acked: u64,
     measured: i64,
-    pub(super) silent: bool,
-    /// Answers pings with an error.
+    pub(super) unresponsive: bool,
+    /// Pings return an error.
     pub(super) refuse_hello: bool,
-    /// Protocol that it speaks; 0: ours.
+    /// Protocol version of the agent; 0: the current one.
     pub(super) protocol: u32,
     pub(super) configured: u32,
     pub(super) refuse_create: bool,
     pub(super) refuse_remove: bool,
     pub(super) refuse_writes: bool,
-    /// CPUs that run, and that there are.
+    /// Online and present CPUs.
     pub(super) cpus: u32,
     pub(super) max_cpus: u32,
     pub(super) update: Option<v1::UpdateContainerRequest>,
     pub(super) freezes: Vec<v1::FreezeContainerRequest>,
-    /// Disks that the guest has found.
+    /// Disks found by a rescan.
     disks: BTreeSet<String>,
     pub(super) volumes: BTreeMap<String, Volume>,
     pub(super) empty_dirs: BTreeMap<String, EmptyDir>,
@@ -57,7 +57,7 @@ pub(super) struct State {
     pub(super) configure: Option<v1::ConfigurePodRequest>,
 }
 
-/// Files by path; a swap replaces them all with what has been staged.
+/// Files by path; a swap replaces them with the staged ones.
 #[derive(Default)]
 pub(super) struct Volume {
     pub(super) files: BTreeMap<String, Vec<u8>>,
@@ -66,11 +66,11 @@ pub(super) struct Volume {
 
 #[derive(Default)]
 pub(super) struct EmptyDir {
-    /// Without files.
+    /// The last request, without files.
     pub(super) made: v1::PrepareEmptyDirRequest,
     pub(super) files: BTreeMap<String, Vec<u8>>,
     pub(super) ready: bool,
-    /// Times that it was begun.
+    /// Number of requests with `begin`.
     pub(super) begun: u32,
 }
 
@@ -80,12 +80,12 @@ pub(super) struct Process {
     running: bool,
     pub(super) exit: Option<v1::Exit>,
     stdout: Vec<u8>,
-    /// Somebody else has its output open.
+    /// A child process holds its output open.
     held: bool,
     pub(super) stdin: Vec<u8>,
     pub(super) stdin_connections: u32,
     pub(super) stdout_acked: u64,
-    /// Signals it was sent.
+    /// Signals received.
     pub(super) signals: Vec<u32>,
 }
 
@@ -130,8 +130,8 @@ impl Guest {
         self.changed.notify_waiters();
     }
 
-    /// The child that holds a container's output open ends.
-    pub(super) fn let_go(&self, container: &str) {
+    /// Ends the child that holds a container's output open.
+    pub(super) fn release_output(&self, container: &str) {
         let key = (container.to_owned(), String::new());
         self.lock().processes.get_mut(&key).unwrap().held = false;
         self.changed.notify_waiters();
@@ -159,7 +159,7 @@ impl Guest {
     /// Serves the hybrid vsock listener until dropped.
     pub(super) async fn serve(self: Arc<Self>, listener: UnixListener) {
         let (grpc, incoming) = tokio::sync::mpsc::channel::<std::io::Result<UnixStream>>(8);
-        let service = AgentServer::from_arc(Arc::new(Served(self.clone())))
+        let service = AgentServer::from_arc(Arc::new(AgentService(self.clone())))
             .max_decoding_message_size(agent_api::MAX_MESSAGE);
         let incoming = tokio_stream::wrappers::ReceiverStream::new(incoming);
         let server =
@@ -167,7 +167,7 @@ impl Guest {
         let accept = async {
             let mut streams = tokio::task::JoinSet::new();
             while let Ok((mut stream, _)) = listener.accept().await {
-                if self.lock().silent {
+                if self.lock().unresponsive {
                     continue;
                 }
                 let mut line = Vec::new();
@@ -200,12 +200,12 @@ impl Guest {
         }
     }
 
-    /// Serves the sockets of a pod without a VM until dropped.
+    /// Serves the sockets of a host pod until dropped.
     pub(super) async fn serve_sockets(
         self: Arc<Self>,
         [control, stdio, forwards]: [UnixListener; 3],
     ) {
-        let service = AgentServer::from_arc(Arc::new(Served(self.clone())));
+        let service = AgentServer::from_arc(Arc::new(AgentService(self.clone())));
         let incoming = tokio_stream::wrappers::UnixListenerStream::new(control);
         let server =
             tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
@@ -302,7 +302,7 @@ impl Guest {
     }
 }
 
-/// An echo at [`LISTENING`], nobody at other ports.
+/// An echo server on [`LISTENING`]; other ports refuse.
 async fn forward(mut stream: UnixStream) -> std::io::Result<()> {
     use agent_api::forward::{LENGTH, Open, Status};
     let mut header = [0; LENGTH];
@@ -316,11 +316,11 @@ async fn forward(mut stream: UnixStream) -> std::io::Result<()> {
     write.shutdown().await
 }
 
-struct Served(Arc<Guest>);
+struct AgentService(Arc<Guest>);
 
-impl Served {
-    async fn alive(&self) {
-        while self.0.lock().silent {
+impl AgentService {
+    async fn wait_until_responsive(&self) {
+        while self.0.lock().unresponsive {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -329,8 +329,8 @@ impl Served {
         let mut state = self.0.lock();
         let process = state.processes.get_mut(&key).ok_or_else(|| Status::not_found("process"))?;
         process.signals.push(signal);
-        let stubborn = process.args[0] == "stubborn" && signal != 9;
-        if process.running && !stubborn {
+        let ignores = process.args[0] == "ignore-term" && signal != 9;
+        if process.running && !ignores {
             self.0.end(&mut state, &key, 128 + signal as i32);
         }
         drop(state);
@@ -340,9 +340,9 @@ impl Served {
 }
 
 #[tonic::async_trait]
-impl Agent for Served {
+impl Agent for AgentService {
     async fn hello(&self, _: Request<v1::HelloRequest>) -> Answer<v1::HelloReply> {
-        self.alive().await;
+        self.wait_until_responsive().await;
         let (refuses, protocol) = {
             let state = self.0.lock();
             (state.refuse_hello, state.protocol)
@@ -392,7 +392,8 @@ impl Agent for Served {
         let key = (request.into_inner().container_id, String::new());
         let missing = self.0.lock().processes.get(&key).is_some_and(|p| p.args[0] == "missing");
         if missing {
-            // The process that should have become the program ends, and is reported before that.
+            // The process that should have executed the program exits, and its exit is reported
+            // before the reply.
             self.0.end(&mut self.0.lock(), &key, 1);
             tokio::time::sleep(Duration::from_millis(50)).await;
             return Err(Status::not_found("no such program"));
@@ -400,7 +401,7 @@ impl Agent for Served {
         let late = self.0.lock().processes.get(&key).is_some_and(|p| p.args[0] == "late");
         self.0.run(key);
         if late {
-            return Err(Status::deadline_exceeded("the program does not run yet"));
+            return Err(Status::deadline_exceeded("the program has not started yet"));
         }
         Ok(Response::new(v1::StartContainerReply {}))
     }
@@ -411,7 +412,7 @@ impl Agent for Served {
     ) -> Answer<v1::RemoveContainerReply> {
         let id = request.into_inner().container_id;
         if self.0.lock().refuse_remove {
-            return Err(Status::deadline_exceeded("processes are still there"));
+            return Err(Status::deadline_exceeded("processes still exist"));
         }
         self.0.lock().processes.retain(|(container, _), _| *container != id);
         Ok(Response::new(v1::RemoveContainerReply {}))
@@ -512,7 +513,7 @@ impl Agent for Served {
     }
 
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsReply> {
-        self.alive().await;
+        self.wait_until_responsive().await;
         let mut state = self.0.lock();
         state.measured += 1;
         let containers = state.processes.keys().map(|(id, _)| v1::ContainerStats {
@@ -602,7 +603,7 @@ impl Agent for Served {
         &self,
         request: Request<v1::ReadVolumeFileRequest>,
     ) -> Answer<v1::ReadVolumeFileReply> {
-        self.alive().await;
+        self.wait_until_responsive().await;
         let request = request.into_inner();
         let state = self.0.lock();
         let file = state.volumes.get(&request.volume_id).and_then(|v| v.files.get(&request.path));
@@ -614,14 +615,14 @@ impl Agent for Served {
         &self,
         request: Request<v1::ResizePodRequest>,
     ) -> Answer<v1::ResizePodReply> {
-        self.alive().await;
+        self.wait_until_responsive().await;
         let mut state = self.0.lock();
         state.cpus = request.into_inner().cpus.min(state.max_cpus);
         Ok(Response::new(v1::ResizePodReply { cpus: state.cpus }))
     }
 
     async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Answer<v1::ShutdownReply> {
-        self.alive().await;
+        self.wait_until_responsive().await;
         Ok(Response::new(v1::ShutdownReply {}))
     }
 }

@@ -1,7 +1,7 @@
-//! Every place of [`crate::failpoint`], one at a time: there a step fails once, or the daemon ends as
-//! by SIGKILL. After a failure a caller that tries again gets what it wants; after a crash the next
-//! daemon keeps what was promised. Both times nothing is left in the end: no process, cgroup, file or
-//! network, and names and uids are free.
+//! Runs scenarios with each failpoint ([`crate::failpoint`]), one at a time: a step fails once, or
+//! the daemon stops as by SIGKILL. After a failure a caller that retries succeeds; after a crash
+//! the next daemon keeps what was acknowledged. In both cases nothing is left at the end: no
+//! process, cgroup, file or network, and names and uids are free.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
+use super::test_node::{TestNode, eventually};
 use super::volumes::{publish, volume};
-use super::world::{World, eventually};
-use crate::failpoint::{Failpoints, Hook, Verdict, When};
+use crate::failpoint::{Action, Failpoints, Hook, When};
 use crate::model::{
     Access, ContainerState, Filter, HostNamespaces, PodResources, PodSpec, PodState, Volume,
     VolumeSource,
@@ -21,65 +21,65 @@ use crate::model::{
 use crate::observe::Unobserved;
 use crate::{Config, Error, Sandboxes};
 
-/// Runs at a time: most of each is waiting.
-const AT_ONCE: usize = 4;
-/// What is not done after so long never is.
+/// Parallel runs: a run mostly waits.
+const PARALLEL: usize = 4;
+/// Longest wait for a result.
 const LIMIT: Duration = Duration::from_secs(15);
-/// What happens by the clock: a life may end before it.
-const BY_THE_CLOCK: [&str; 4] =
+/// Timed calls: a scenario may end before them.
+const TIMED: [&str; 4] =
     ["guest: stats", "guest: events", "guest: acknowledge events", "guest: shut down"];
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Place {
+struct Failpoint {
     when: When,
     what: String,
-    /// The n-th time that it is reached, from 1.
+    /// Occurrence, from 1.
     nth: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Life {
+enum Scenario {
     Vm,
-    /// Of a pod without a VM.
+    /// A host pod.
     Host,
-    /// Of a pod that a former daemon has made.
+    /// A pod recovered from a previous daemon.
     Recovered,
 }
 
-/// Counts what is reached, and acts at one place.
-struct At {
-    place: Option<Place>,
-    verdict: Verdict,
+/// Counts reached failpoints, and acts at one of them.
+struct FailpointHook {
+    failpoint: Option<Failpoint>,
+    action: Action,
     seen: Mutex<BTreeMap<(When, String), usize>>,
     hit: AtomicBool,
     over: AtomicBool,
     crashed: AtomicBool,
-    tell: Mutex<Option<oneshot::Sender<()>>>,
+    crash_sender: Mutex<Option<oneshot::Sender<()>>>,
 }
 
-impl At {
-    fn new(place: Option<Place>, verdict: Verdict) -> (Arc<Self>, oneshot::Receiver<()>) {
-        let (tell, crash) = oneshot::channel();
-        let at = Self {
-            place,
-            verdict,
+impl FailpointHook {
+    fn new(failpoint: Option<Failpoint>, action: Action) -> (Arc<Self>, oneshot::Receiver<()>) {
+        let (crash_sender, crash) = oneshot::channel();
+        let hook = Self {
+            failpoint,
+            action,
             seen: Mutex::default(),
             hit: AtomicBool::new(false),
             over: AtomicBool::new(false),
             crashed: AtomicBool::new(false),
-            tell: Mutex::new(Some(tell)),
+            crash_sender: Mutex::new(Some(crash_sender)),
         };
-        (Arc::new(at), crash)
+        (Arc::new(hook), crash)
     }
 }
 
-impl Hook for At {
-    fn reached(&self, when: When, what: &str) -> Verdict {
+impl Hook for FailpointHook {
+    fn reached(&self, when: When, what: &str) -> Action {
         if self.crashed.load(Ordering::SeqCst) {
-            return Verdict::Crash;
+            return Action::Crash;
         }
         if self.over.load(Ordering::SeqCst) {
-            return Verdict::Pass;
+            return Action::Continue;
         }
         let nth = {
             let mut seen = self.seen.lock().unwrap();
@@ -87,30 +87,30 @@ impl Hook for At {
             *count += 1;
             *count
         };
-        let here = |p: &Place| p.when == when && p.what == what && p.nth == nth;
-        if !self.place.as_ref().is_some_and(here) {
-            return Verdict::Pass;
+        let here = |p: &Failpoint| p.when == when && p.what == what && p.nth == nth;
+        if !self.failpoint.as_ref().is_some_and(here) {
+            return Action::Continue;
         }
         self.hit.store(true, Ordering::SeqCst);
-        if self.verdict == Verdict::Crash {
+        if self.action == Action::Crash {
             self.crashed.store(true, Ordering::SeqCst);
-            if let Some(tell) = self.tell.lock().unwrap().take() {
-                let _ = tell.send(());
+            if let Some(crash_sender) = self.crash_sender.lock().unwrap().take() {
+                let _ = crash_sender.send(());
             }
         }
-        self.verdict
+        self.action
     }
 }
 
-fn pod_spec(world: &World, life: Life) -> PodSpec {
+fn pod_spec(node: &TestNode, scenario: Scenario) -> PodSpec {
     let host = HostNamespaces { network: true, pid: true, ipc: false };
-    PodSpec { host: (life == Life::Host).then_some(host), ..world.pod_spec("p") }
+    PodSpec { host: (scenario == Scenario::Host).then_some(host), ..node.pod_spec("p") }
 }
 
-/// One of each kind that lives on the host's side too.
-fn volumes(world: &World) -> Vec<Volume> {
+/// One of each volume kind with state on the host.
+fn volumes(node: &TestNode) -> Vec<Volume> {
     let (config, message, shared) =
-        (world.path("config"), world.path("message"), world.path("shared"));
+        (node.path("config"), node.path("message"), node.path("shared"));
     std::fs::write(&message, "before").unwrap();
     std::fs::create_dir_all(&shared).unwrap();
     if !config.exists() {
@@ -125,147 +125,152 @@ fn volumes(world: &World) -> Vec<Volume> {
     .into()
 }
 
-/// What the caller has been promised by the time of the crash.
+/// Results that the caller received before the crash.
 #[derive(Debug, Default, Clone)]
-struct Promised {
+struct Acknowledged {
     pod: Option<String>,
     resized: bool,
     container: Option<String>,
     started: bool,
     exited: bool,
-    going: bool,
+    second_started: bool,
 }
 
-/// A caller that gives up at the first failure.
-async fn whole_life(daemon: &Sandboxes, world: &World, life: Life, promised: &Mutex<Promised>) {
-    let Ok(pod) = daemon.run_pod(pod_spec(world, life)).await else { return };
-    promised.lock().unwrap().pod = Some(pod.clone());
+/// A caller that stops at the first failure.
+async fn run_until_failure(
+    daemon: &Sandboxes,
+    node: &TestNode,
+    scenario: Scenario,
+    acknowledged: &Mutex<Acknowledged>,
+) {
+    let Ok(pod) = daemon.run_pod(pod_spec(node, scenario)).await else { return };
+    acknowledged.lock().unwrap().pod = Some(pod.clone());
     let change = PodResources { memory_mib: Some(1024), ..PodResources::default() };
     if daemon.update_pod(&pod, change).await.is_err() {
         return;
     }
-    promised.lock().unwrap().resized = life == Life::Vm;
-    let mut spec = world.container_spec("app", &["print", "one\ntwo\n"]);
-    spec.volumes = volumes(world);
+    acknowledged.lock().unwrap().resized = scenario == Scenario::Vm;
+    let mut spec = node.container_spec("app", &["print", "one\ntwo\n"]);
+    spec.volumes = volumes(node);
     let Ok(id) = daemon.create_container(&pod, spec).await else { return };
-    promised.lock().unwrap().container = Some(id.clone());
+    acknowledged.lock().unwrap().container = Some(id.clone());
     if daemon.start_container(&id).await.is_err() {
         return;
     }
-    promised.lock().unwrap().started = true;
+    acknowledged.lock().unwrap().started = true;
     eventually("exit", || daemon.container(&id).is_ok_and(|c| c.exit.is_some())).await;
-    promised.lock().unwrap().exited = true;
-    let other = world.container_spec("other", &["forever"]);
+    acknowledged.lock().unwrap().exited = true;
+    let other = node.container_spec("other", &["forever"]);
     let Ok(other) = daemon.create_container(&pod, other).await else { return };
     if daemon.start_container(&other).await.is_err() {
         return;
     }
-    promised.lock().unwrap().going = true;
+    acknowledged.lock().unwrap().second_started = true;
     if daemon.remove_container(&id).await.is_err() || daemon.stop_pod(&pod).await.is_err() {
         return;
     }
     let _ = daemon.remove_pod(&pod).await;
 }
 
-/// Tries until it succeeds, as a kubelet does.
-async fn persist<T, F: Future<Output = Result<T, Error>>>(what: &str, call: impl Fn() -> F) -> T {
+/// Retries until it succeeds, as a kubelet does.
+async fn retry<T, F: Future<Output = Result<T, Error>>>(what: &str, call: impl Fn() -> F) -> T {
     let began = Instant::now();
     loop {
         match call().await {
             Ok(done) => return done,
-            Err(error) => assert!(began.elapsed() < LIMIT, "never: {what}: {error}"),
+            Err(error) => assert!(began.elapsed() < LIMIT, "timed out: {what}: {error}"),
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// A container that runs: one whose start has failed is removed, and made again with the next attempt.
+/// Starts a container: one whose start failed is removed, and created again with the next attempt.
 async fn running(
     daemon: &Sandboxes,
-    world: &World,
+    node: &TestNode,
     pod: &str,
     name: &str,
     args: &[&str],
 ) -> String {
     for attempt in 0.. {
-        let mut spec = world.container_spec(name, args);
+        let mut spec = node.container_spec(name, args);
         (spec.meta.attempt, spec.log_path) = (attempt, format!("{name}-{attempt}.log"));
         if name == "app" {
-            spec.volumes = volumes(world);
+            spec.volumes = volumes(node);
         }
-        let id = persist("create", || daemon.create_container(pod, spec.clone())).await;
+        let id = retry("create", || daemon.create_container(pod, spec.clone())).await;
         assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Created);
         if daemon.start_container(&id).await.is_ok() {
             return id;
         }
-        persist("removal of a container", || daemon.remove_container(&id)).await;
+        retry("removal of a container", || daemon.remove_container(&id)).await;
         assert!(daemon.container(&id).is_err());
     }
     unreachable!()
 }
 
-/// A caller that tries again.
-async fn stubborn_life(daemon: &Sandboxes, world: &World, life: Life) {
-    let pod = persist("start of a pod", || daemon.run_pod(pod_spec(world, life))).await;
+/// A caller that retries.
+async fn run_with_retries(daemon: &Sandboxes, node: &TestNode, scenario: Scenario) {
+    let pod = retry("start of a pod", || daemon.run_pod(pod_spec(node, scenario))).await;
     let state = |pod: &str| daemon.pod(pod).unwrap().state;
     assert_eq!(state(&pod), PodState::Ready);
     let change = PodResources { memory_mib: Some(1024), ..PodResources::default() };
-    persist("resizing", || daemon.update_pod(&pod, change)).await;
-    let id = running(daemon, world, &pod, "app", &["print", "one\ntwo\n"]).await;
+    retry("resizing", || daemon.update_pod(&pod, change)).await;
+    let id = running(daemon, node, &pod, "app", &["print", "one\ntwo\n"]).await;
     let exited = |id: &str| daemon.container(id).unwrap().state == ContainerState::Exited;
     eventually("exit", || exited(&id)).await;
     let container = daemon.container(&id).unwrap();
     assert_eq!(container.exit.unwrap().code, 0);
-    assert_eq!(world.log(&container.spec.log_path), ["one", "two"]);
-    let other = running(daemon, world, &pod, "other", &["forever"]).await;
+    assert_eq!(node.log(&container.spec.log_path), ["one", "two"]);
+    let other = running(daemon, node, &pod, "other", &["forever"]).await;
     assert_eq!(daemon.container(&other).unwrap().state, ContainerState::Running);
-    persist("removal of a container", || daemon.remove_container(&id)).await;
+    retry("removal of a container", || daemon.remove_container(&id)).await;
     assert_eq!(daemon.containers(&Filter::default()).len(), 1);
-    persist("stop of the pod", || daemon.stop_pod(&pod)).await;
+    retry("stop of the pod", || daemon.stop_pod(&pod)).await;
     assert_eq!(state(&pod), PodState::NotReady);
-    assert!(exited(&other), "a container goes on in a pod that was stopped");
-    persist("removal of the pod", || daemon.remove_pod(&pod)).await;
+    assert!(exited(&other), "a container runs in a stopped pod");
+    retry("removal of the pod", || daemon.remove_pod(&pod)).await;
 }
 
-/// Takes over what another daemon has left: a pod with a container that runs, and ends it.
-async fn recovered_life(daemon: &Sandboxes, world: &World) {
+/// Recovers the previous daemon's pod with a running container, and removes it.
+async fn run_after_recovery(daemon: &Sandboxes, node: &TestNode) {
     let pod = daemon.pods(&Filter::default()).remove(0).id;
     let id = daemon.containers(&Filter::default()).remove(0).id;
-    world.guest(&pod).print(&id, "later\n");
-    eventually("output after recovery", || world.log("kept.log") == ["first", "later"]).await;
+    node.guest(&pod).print(&id, "later\n");
+    eventually("output after recovery", || node.log("kept.log") == ["first", "later"]).await;
     assert_eq!(daemon.pod(&pod).unwrap().state, PodState::Ready);
     assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Running);
     let stop = || daemon.stop_container(&id, Duration::from_millis(500));
-    persist("stop of a container", stop).await;
+    retry("stop of a container", stop).await;
     assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Exited);
-    persist("removal of the pod", || daemon.remove_pod(&pod)).await;
+    retry("removal of the pod", || daemon.remove_pod(&pod)).await;
 }
 
-async fn leave_a_pod(world: &World) {
-    let daemon = world.daemon_with(config(world)).await;
-    let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-    let mut spec = world.container_spec("kept", &["print-forever", "first\n"]);
-    spec.volumes = volumes(world);
+async fn start_pod_and_shut_down(node: &TestNode) {
+    let daemon = node.daemon_with(config(node)).await;
+    let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+    let mut spec = node.container_spec("kept", &["print-forever", "first\n"]);
+    spec.volumes = volumes(node);
     let id = daemon.create_container(&pod, spec).await.unwrap();
     daemon.start_container(&id).await.unwrap();
-    eventually("output", || world.log("kept.log") == ["first"]).await;
+    eventually("output", || node.log("kept.log") == ["first"]).await;
     daemon.shutdown().await;
 }
 
-/// Nothing is there, and what a pod had is free for the next one.
-async fn all_is_free(daemon: &Sandboxes, world: &World) {
+/// Asserts that nothing is left, and that the pod's name and uid are free.
+async fn assert_nothing_left(daemon: &Sandboxes, node: &TestNode) {
     let began = Instant::now();
-    while !world.leftovers().is_empty() {
-        assert!(began.elapsed() < LIMIT, "left: {:?}", world.leftovers());
+    while !node.leftovers().is_empty() {
+        assert!(began.elapsed() < LIMIT, "left: {:?}", node.leftovers());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert!(daemon.pods(&Filter::default()).is_empty());
     assert!(daemon.containers(&Filter::default()).is_empty());
-    let again = persist("another pod of the name", || daemon.run_pod(world.pod_spec("p"))).await;
-    let header = world.path("r/pods").join(&again).join("header.json");
+    let again = retry("another pod of the name", || daemon.run_pod(node.pod_spec("p"))).await;
+    let header = node.path("r/pods").join(&again).join("header.json");
     let header: serde_json::Value =
         serde_json::from_slice(&std::fs::read(header).unwrap()).unwrap();
-    assert_eq!(header["jail_uid"], world.config().uid_base, "a uid is not free");
+    assert_eq!(header["jail_uid"], node.config().uid_base, "a uid is not free");
     daemon.remove_pod(&again).await.unwrap();
 }
 
@@ -273,166 +278,179 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// Guests are not taken for silent because this machine is busy.
-fn config(world: &World) -> Config {
-    Config { ping_interval_ms: 2_000, ping_misses: 15, ..world.config() }
+/// Long ping limits, so that a busy machine does not make guests unresponsive.
+fn config(node: &TestNode) -> Config {
+    Config { ping_interval_ms: 2_000, ping_misses: 15, ..node.config() }
 }
 
-async fn daemon_at(world: &World, at: Arc<At>) -> Sandboxes {
-    let shared = Arc::new(world.clone());
-    let failpoints = Failpoints::new(at);
-    Sandboxes::open_at(config(world), shared.clone(), shared, Arc::new(Unobserved), failpoints)
-        .await
-        .unwrap()
+async fn daemon_with_hook(node: &TestNode, hook: Arc<FailpointHook>) -> Sandboxes {
+    let shared = Arc::new(node.clone());
+    let failpoints = Failpoints::new(hook);
+    let unobserved = Arc::new(Unobserved);
+    let opened = Sandboxes::open_at(config(node), shared.clone(), shared, unobserved, failpoints);
+    opened.await.unwrap()
 }
 
-/// Runs a life in which a step fails, or none; gives what it has reached.
-fn fail(world: &World, life: Life, place: Option<Place>) -> Arc<At> {
-    let (at, _) = At::new(place, Verdict::Fail);
+/// Runs a scenario in which a step fails, or none; returns the hook.
+fn fail(node: &TestNode, scenario: Scenario, failpoint: Option<Failpoint>) -> Arc<FailpointHook> {
+    let (hook, _) = FailpointHook::new(failpoint, Action::Fail);
     let runtime = runtime();
     runtime.block_on(async {
-        if life == Life::Recovered {
-            leave_a_pod(world).await;
+        if scenario == Scenario::Recovered {
+            start_pod_and_shut_down(node).await;
         }
-        let daemon = daemon_at(world, at.clone()).await;
-        match life {
-            Life::Recovered => recovered_life(&daemon, world).await,
-            Life::Vm | Life::Host => stubborn_life(&daemon, world, life).await,
+        let daemon = daemon_with_hook(node, hook.clone()).await;
+        match scenario {
+            Scenario::Recovered => run_after_recovery(&daemon, node).await,
+            Scenario::Vm | Scenario::Host => run_with_retries(&daemon, node, scenario).await,
         }
-        at.over.store(true, Ordering::SeqCst);
-        all_is_free(&daemon, world).await;
+        hook.over.store(true, Ordering::SeqCst);
+        assert_nothing_left(&daemon, node).await;
     });
     runtime.shutdown_background();
-    at
+    hook
 }
 
-/// Runs a life that a crash ends, then the next daemon.
-fn crash(world: &World, life: Life, place: Place) -> Arc<At> {
-    let promised = Arc::new(Mutex::new(Promised::default()));
-    let (at, crash) = At::new(Some(place), Verdict::Crash);
+/// Runs a scenario until a crash, then the next daemon.
+fn crash(node: &TestNode, scenario: Scenario, failpoint: Failpoint) -> Arc<FailpointHook> {
+    let acknowledged = Arc::new(Mutex::new(Acknowledged::default()));
+    let (hook, crash) = FailpointHook::new(Some(failpoint), Action::Crash);
     let first = runtime();
     first.block_on(async {
-        if life == Life::Recovered {
-            leave_a_pod(world).await;
+        if scenario == Scenario::Recovered {
+            start_pod_and_shut_down(node).await;
         }
-        let (world, promised, at) = (world.clone(), promised.clone(), at.clone());
-        let life = tokio::spawn(async move {
-            let daemon = daemon_at(&world, at).await;
-            match life {
-                Life::Recovered => recovered_life(&daemon, &world).await,
-                Life::Vm | Life::Host => whole_life(&daemon, &world, life, &promised).await,
+        let (node, acknowledged, hook) = (node.clone(), acknowledged.clone(), hook.clone());
+        let run = tokio::spawn(async move {
+            let daemon = daemon_with_hook(&node, hook).await;
+            match scenario {
+                Scenario::Recovered => run_after_recovery(&daemon, &node).await,
+                Scenario::Vm | Scenario::Host => {
+                    run_until_failure(&daemon, &node, scenario, &acknowledged).await;
+                }
             }
         });
         tokio::select! {
             biased;
             Ok(()) = crash => {}
-            _ = life => {}
+            _ = run => {}
         }
     });
     first.shutdown_background();
 
-    let promised = promised.lock().unwrap().clone();
+    let acknowledged = acknowledged.lock().unwrap().clone();
     let second = runtime();
     second.block_on(async {
-        let daemon = world.daemon_with(config(world)).await;
-        keeps_promises(&daemon, world, life, &promised).await;
-        // What a caller does that lost its answers: everything it sees, away.
+        let daemon = node.daemon_with(config(node)).await;
+        assert_acknowledged(&daemon, node, scenario, &acknowledged).await;
+        // A caller that lost its replies removes all pods it sees.
         for pod in daemon.pods(&Filter::default()) {
             daemon.stop_pod(&pod.id).await.unwrap();
             assert_eq!(daemon.pod(&pod.id).unwrap().state, PodState::NotReady);
             daemon.remove_pod(&pod.id).await.unwrap();
         }
-        all_is_free(&daemon, world).await;
+        assert_nothing_left(&daemon, node).await;
     });
     second.shutdown_background();
-    at
+    hook
 }
 
-async fn keeps_promises(daemon: &Sandboxes, world: &World, life: Life, promised: &Promised) {
-    let Some(pod) = promised.pod.as_ref().filter(|_| !promised.going) else { return };
+async fn assert_acknowledged(
+    daemon: &Sandboxes,
+    node: &TestNode,
+    scenario: Scenario,
+    acknowledged: &Acknowledged,
+) {
+    let Some(pod) = acknowledged.pod.as_ref().filter(|_| !acknowledged.second_started) else {
+        return;
+    };
     let view = daemon.pod(pod).unwrap();
-    assert_eq!(view.state, PodState::Ready, "{promised:?}");
-    assert!(!promised.resized || view.spec.memory_mib == Some(1024), "{promised:?}");
-    let Some(id) = &promised.container else { return };
+    assert_eq!(view.state, PodState::Ready, "{acknowledged:?}");
+    assert!(!acknowledged.resized || view.spec.memory_mib == Some(1024), "{acknowledged:?}");
+    let Some(id) = &acknowledged.container else { return };
     let container = daemon.container(id).unwrap();
-    if !promised.started && !promised.exited {
-        assert!(container.exit.is_none_or(|exit| exit.code == 0), "{promised:?}");
+    if !acknowledged.started && !acknowledged.exited {
+        assert!(container.exit.is_none_or(|exit| exit.code == 0), "{acknowledged:?}");
         return;
     }
     let state = || daemon.container(id).unwrap().state;
     eventually("exit after recovery", || state() == ContainerState::Exited).await;
-    assert_eq!(daemon.container(id).unwrap().exit.unwrap().code, 0, "{promised:?}");
-    assert_eq!(world.log("app.log"), ["one", "two"], "{promised:?}");
-    let servers = world.inner.file_servers.lock().unwrap().len();
-    assert_eq!(servers, usize::from(life == Life::Vm), "{promised:?}");
+    assert_eq!(daemon.container(id).unwrap().exit.unwrap().code, 0, "{acknowledged:?}");
+    assert_eq!(node.log("app.log"), ["one", "two"], "{acknowledged:?}");
+    let servers = node.inner.file_servers.lock().unwrap().len();
+    assert_eq!(servers, usize::from(scenario == Scenario::Vm), "{acknowledged:?}");
 }
 
-/// All records, and of what else is reached more than once the first time and the last.
-fn places(at: &At) -> Vec<Place> {
-    let seen = at.seen.lock().unwrap();
-    let places = seen.iter().flat_map(|((when, what), count)| {
+/// All occurrences of record writes; the first and last of other failpoints.
+fn reached_failpoints(hook: &FailpointHook) -> Vec<Failpoint> {
+    let seen = hook.seen.lock().unwrap();
+    let reached = seen.iter().flat_map(|((when, what), count)| {
         let nth: BTreeSet<usize> = match what.as_str() {
             "journal: record" => (1..=*count).collect(),
-            what if BY_THE_CLOCK.contains(&what) => [1].into(),
+            what if TIMED.contains(&what) => [1].into(),
             _ => [1, *count].into(),
         };
-        nth.into_iter().map(|nth| Place { when: *when, what: what.clone(), nth })
+        nth.into_iter().map(|nth| Failpoint { when: *when, what: what.clone(), nth })
     });
-    places.collect()
+    reached.collect()
 }
 
-/// Runs a life once for each place, with that verdict there.
-fn walk(life: Life, verdict: Verdict, least: usize) {
-    let Some(world) = World::new() else { return };
-    let places = places(&fail(&world, life, None));
-    world.clean();
-    assert!(places.len() >= least, "only {} places are reached: {places:#?}", places.len());
+/// Runs a scenario once per failpoint, with this action.
+fn run_at_every_failpoint(scenario: Scenario, action: Action, least: usize) {
+    let Some(node) = TestNode::new() else { return };
+    let failpoints = reached_failpoints(&fail(&node, scenario, None));
+    node.clean();
+    assert!(
+        failpoints.len() >= least,
+        "only {} failpoints are reached: {failpoints:#?}",
+        failpoints.len()
+    );
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
     let worker = || {
-        while let Some(place) = places.get(next.fetch_add(1, Ordering::SeqCst)) {
-            let world = World::new().unwrap();
-            let run = std::panic::AssertUnwindSafe(|| match verdict {
-                Verdict::Crash => crash(&world, life, place.clone()),
-                _ => fail(&world, life, Some(place.clone())),
+        while let Some(failpoint) = failpoints.get(next.fetch_add(1, Ordering::SeqCst)) {
+            let node = TestNode::new().unwrap();
+            let run = std::panic::AssertUnwindSafe(|| match action {
+                Action::Crash => crash(&node, scenario, failpoint.clone()),
+                _ => fail(&node, scenario, Some(failpoint.clone())),
             });
             let ran = std::panic::catch_unwind(run);
-            world.clean();
-            let hit = ran.as_ref().is_ok_and(|at| at.hit.load(Ordering::SeqCst));
-            let may_miss = place.nth > 1 || BY_THE_CLOCK.contains(&place.what.as_str());
+            node.clean();
+            let hit = ran.as_ref().is_ok_and(|hook| hook.hit.load(Ordering::SeqCst));
+            let may_miss = failpoint.nth > 1 || TIMED.contains(&failpoint.what.as_str());
             if ran.is_err() || !(hit || may_miss) {
-                failures.lock().unwrap().push((place.clone(), ran.is_ok()));
+                failures.lock().unwrap().push((failpoint.clone(), ran.is_ok()));
             }
         }
     };
     std::thread::scope(|scope| {
-        for _ in 0..AT_ONCE {
+        for _ in 0..PARALLEL {
             scope.spawn(worker);
         }
     });
     let failures = failures.into_inner().unwrap();
-    let total = places.len();
-    assert!(failures.is_empty(), "{life:?}: {} of {total}: {failures:#?}", failures.len());
+    let total = failpoints.len();
+    assert!(failures.is_empty(), "{scenario:?}: {} of {total}: {failures:#?}", failures.len());
 }
 
 #[test]
-fn a_step_that_fails_is_made_up_for_and_leaves_nothing() {
-    walk(Life::Vm, Verdict::Fail, 60);
+fn a_failed_step_is_retried_and_leaves_nothing() {
+    run_at_every_failpoint(Scenario::Vm, Action::Fail, 60);
 }
 
 #[test]
-fn a_crash_at_any_step_converges_and_keeps_what_was_promised() {
-    walk(Life::Vm, Verdict::Crash, 60);
+fn a_crash_at_any_step_keeps_what_was_acknowledged() {
+    run_at_every_failpoint(Scenario::Vm, Action::Crash, 60);
 }
 
 #[test]
-fn a_pod_without_a_vm_converges_after_failures_and_crashes() {
-    walk(Life::Host, Verdict::Fail, 40);
-    walk(Life::Host, Verdict::Crash, 40);
+fn a_host_pod_recovers_from_failures_and_crashes_at_any_step() {
+    run_at_every_failpoint(Scenario::Host, Action::Fail, 40);
+    run_at_every_failpoint(Scenario::Host, Action::Crash, 40);
 }
 
 #[test]
-fn a_recovery_that_fails_or_crashes_at_any_step_is_made_up_for() {
-    walk(Life::Recovered, Verdict::Fail, 20);
-    walk(Life::Recovered, Verdict::Crash, 20);
+fn recovery_survives_failures_and_crashes_at_any_step() {
+    run_at_every_failpoint(Scenario::Recovered, Action::Fail, 20);
+    run_at_every_failpoint(Scenario::Recovered, Action::Crash, 20);
 }

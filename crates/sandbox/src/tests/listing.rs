@@ -1,23 +1,23 @@
-//! What a node with many pods answers, and how soon.
+//! Listings of a node with many pods, and their duration.
 
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::world::story;
+use super::test_node::run_test;
 use crate::model::{Filter, PodState};
 use crate::pod::Handle;
-use crate::{Error, Sandboxes, crowd};
+use crate::{Error, Sandboxes, synthetic_pods};
 
 const PODS: usize = 500;
-/// Promised to a kubelet that lists; this is a debug build, and it holds there too.
+/// Longest listing; also holds in a debug build.
 const LIMIT: Duration = Duration::from_millis(10);
 
-fn enter(daemon: &Sandboxes, n: usize) -> Arc<Handle> {
-    crowd::enter(daemon, n, serde_json::Value::Null, serde_json::Value::Null)
+fn add_pod(daemon: &Sandboxes, n: usize) -> Arc<Handle> {
+    synthetic_pods::add_pod(daemon, n, serde_json::Value::Null, serde_json::Value::Null)
 }
 
-/// The best of some: a machine with other work may be slow once.
+/// The shortest of several runs.
 fn best(mut work: impl FnMut()) -> Duration {
     let time = || {
         let began = Instant::now();
@@ -28,14 +28,14 @@ fn best(mut work: impl FnMut()) -> Duration {
 }
 
 #[test]
-fn five_hundred_pods_are_listed_at_once_and_no_guest_is_asked() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
+fn five_hundred_pods_are_listed_without_calling_a_guest() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
         let mut guests = Vec::new();
         for n in 0..PODS {
-            let handle = enter(&daemon, n);
+            let handle = add_pod(&daemon, n);
             if n % 2 == 0 {
-                handle.set_stats(crowd::stats(&handle.pod()));
+                handle.set_stats(synthetic_pods::stats(&handle.pod()));
             }
             if n % 100 == 0 {
                 std::fs::create_dir_all(&handle.paths.state_dir).unwrap();
@@ -58,30 +58,30 @@ fn five_hundred_pods_are_listed_at_once_and_no_guest_is_asked() {
             assert!(took < LIMIT, "{PODS} {what} took {took:?}");
         }
         for guest in guests {
-            let asked = guest.accept();
-            assert_eq!(asked.unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+            let connection = guest.accept();
+            assert_eq!(connection.unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
         }
     });
 }
 
 #[test]
-fn a_pod_that_cannot_be_measured_is_waited_for_once() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let handle = enter(&daemon, 0);
+fn only_the_first_read_waits_for_a_pod_without_statistics() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let handle = add_pod(&daemon, 0);
         std::fs::create_dir_all(&handle.paths.state_dir).unwrap();
-        // Takes connections and never answers.
+        // Accepts connections and never replies.
         let _guest = UnixListener::bind(&handle.paths.vsock).unwrap();
-        let ask = || async {
+        let read = || async {
             let began = Instant::now();
             let refused = daemon.pod_stats(&handle.id).await.unwrap_err();
             assert!(matches!(refused, Error::Unavailable { .. }), "{refused:?}");
             began.elapsed()
         };
-        let (first, beside) = tokio::join!(ask(), ask());
-        assert!(first < Duration::from_secs(2) && beside < Duration::from_secs(2));
-        assert!(ask().await < Duration::from_millis(100));
-        handle.set_stats(crowd::stats(&handle.pod()));
+        let (first, second) = tokio::join!(read(), read());
+        assert!(first < Duration::from_secs(2) && second < Duration::from_secs(2));
+        assert!(read().await < Duration::from_millis(100));
+        handle.set_stats(synthetic_pods::stats(&handle.pod()));
         assert_eq!(daemon.pod_stats(&handle.id).await.unwrap().pids, 1);
     });
 }

@@ -1,19 +1,18 @@
-//! Stories of the whole crate, with a fake network, a fake VMM (a sleeping process with a control
-//! socket) and a fake agent behind its vsock listener. They assume root and cgroup v2, nothing
-//! else of a host; no KVM.
+//! Tests of the whole crate with a fake network, a fake VMM (a `sleep` process with a control
+//! socket) and a fake agent behind its vsock listener. They need root and cgroup v2, no KVM.
 
 mod agent;
-mod dead_volume;
+mod events;
 mod failpoints;
-mod follow;
+mod failures;
+mod hanging_volume;
 mod host_pods;
-mod life;
+mod lifecycle;
 mod listing;
 mod observe;
 mod reboot;
 mod resize;
 mod scratch;
-mod trouble;
-mod unread;
+mod test_node;
+mod unreadable;
 mod volumes;
-mod world;

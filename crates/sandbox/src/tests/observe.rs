@@ -1,11 +1,11 @@
-//! What an observer is told.
+//! Measurements that an observer receives.
 
 use std::sync::{Arc, Mutex};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::world::{World, eventually, story};
+use super::test_node::{TestNode, eventually, run_test};
 use crate::model::{ContainerState, PodState};
 use crate::observe::{DeathCause, Measured, Observer, Outcome, PodKind};
 use crate::{Config, Sandboxes};
@@ -36,17 +36,17 @@ impl Seen {
     }
 }
 
-async fn daemon(world: &World, config: Config) -> (Sandboxes, Arc<Seen>) {
-    let (this, seen) = (Arc::new(world.clone()), Arc::new(Seen::default()));
+async fn daemon(node: &TestNode, config: Config) -> (Sandboxes, Arc<Seen>) {
+    let (this, seen) = (Arc::new(node.clone()), Arc::new(Seen::default()));
     let daemon = Sandboxes::open_observed(config, this.clone(), this, seen.clone()).await.unwrap();
     (daemon, seen)
 }
 
 #[test]
-fn an_observer_is_told_of_a_start_and_of_a_vmm_that_dies() {
-    story(|world| async move {
-        let (daemon, seen) = daemon(&world, world.config()).await;
-        let pod = daemon.run_pod(world.pod_spec("a")).await.unwrap();
+fn an_observer_receives_starts_and_vmm_deaths() {
+    run_test(|node| async move {
+        let (daemon, seen) = daemon(&node, node.config()).await;
+        let pod = daemon.run_pod(node.pod_spec("a")).await.unwrap();
         for text in ["phase network", "phase launch", "phase boot", "phase configure", "boot Ok"] {
             assert_eq!(seen.count(text), 1, "{text}: {seen:?}");
         }
@@ -61,8 +61,8 @@ fn an_observer_is_told_of_a_start_and_of_a_vmm_that_dies() {
         daemon.stop_pod(&pod).await.unwrap();
         let killed = format!("death {:?}", DeathCause::Killed);
         assert_eq!(seen.count(&killed), 0, "{seen:?}");
-        let pod = daemon.run_pod(world.pod_spec("b")).await.unwrap();
-        kill(Pid::from_raw(world.vmm_pid(&pod) as i32), Signal::SIGKILL).unwrap();
+        let pod = daemon.run_pod(node.pod_spec("b")).await.unwrap();
+        kill(Pid::from_raw(node.vmm_pid(&pod) as i32), Signal::SIGKILL).unwrap();
         eventually("not ready", || daemon.pod(&pod).unwrap().state == PodState::NotReady).await;
         assert_eq!(seen.count(&killed), 1, "{seen:?}");
         assert_eq!(seen.count("oom Vmm"), 0);
@@ -72,11 +72,11 @@ fn an_observer_is_told_of_a_start_and_of_a_vmm_that_dies() {
 
 #[test]
 fn an_observer_is_told_once_of_a_container_that_the_oom_killer_ends() {
-    story(|world| async move {
-        let (daemon, seen) = daemon(&world, world.config()).await;
-        let pod = daemon.run_pod(world.pod_spec("a")).await.unwrap();
+    run_test(|node| async move {
+        let (daemon, seen) = daemon(&node, node.config()).await;
+        let pod = daemon.run_pod(node.pod_spec("a")).await.unwrap();
         for (name, args) in [("hungry", &["eat"][..]), ("sated", &["fail", "137"])] {
-            let id = daemon.create_container(&pod, world.container_spec(name, args)).await.unwrap();
+            let id = daemon.create_container(&pod, node.container_spec(name, args)).await.unwrap();
             daemon.start_container(&id).await.unwrap();
             let exited = || daemon.container(&id).unwrap().state == ContainerState::Exited;
             eventually("exit", exited).await;
@@ -90,15 +90,15 @@ fn an_observer_is_told_once_of_a_container_that_the_oom_killer_ends() {
 
 #[test]
 fn an_observer_is_told_of_a_start_that_fails_and_of_one_that_takes_too_long() {
-    story(|world| async move {
-        let config = Config { boot_deadline_ms: 300, ..world.config() };
-        let (daemon, seen) = daemon(&world, config).await;
-        *world.inner.fail_network.lock().unwrap() = true;
-        daemon.run_pod(world.pod_spec("a")).await.unwrap_err();
+    run_test(|node| async move {
+        let config = Config { boot_deadline_ms: 300, ..node.config() };
+        let (daemon, seen) = daemon(&node, config).await;
+        *node.inner.fail_network.lock().unwrap() = true;
+        daemon.run_pod(node.pod_spec("a")).await.unwrap_err();
         assert_eq!(seen.count("start Vm Failed"), 1, "{seen:?}");
-        *world.inner.fail_network.lock().unwrap() = false;
-        *world.inner.mute.lock().unwrap() = true;
-        daemon.run_pod(world.pod_spec("b")).await.unwrap_err();
+        *node.inner.fail_network.lock().unwrap() = false;
+        *node.inner.guest_never_answers.lock().unwrap() = true;
+        daemon.run_pod(node.pod_spec("b")).await.unwrap_err();
         assert_eq!(seen.count("boot TimedOut"), 1, "{seen:?}");
         assert_eq!(seen.count("start Vm Failed"), 2, "{seen:?}");
         assert_eq!(seen.count("start Vm Ok") + seen.count("boot Ok"), 0, "{seen:?}");

@@ -1,5 +1,5 @@
-//! What a reboot of the host leaves: no process, no state folder, no cgroup; the records of a former
-//! boot, and what plugins keep on the disk.
+//! After a reboot of the host: no processes, no state directory, no cgroups; the records of the
+//! previous boot, and persistent files of plugins.
 
 use std::fs;
 use std::path::Path;
@@ -10,49 +10,49 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::world::{World, eventually, story};
+use super::test_node::{TestNode, eventually, run_test};
 use crate::host::process::start_time;
 use crate::model::{ContainerState, Filter, PodState};
 use crate::{Error, Sandboxes};
 
-/// Takes away what a reboot takes away, and changes the records of pods into those of a former boot.
-async fn reboot(world: &World, daemon: Sandboxes, edit: impl Fn(&mut Value)) {
+/// Simulates a reboot: removes volatile state, and changes the boot id in the records.
+async fn reboot(node: &TestNode, daemon: Sandboxes, edit: impl Fn(&mut Value)) {
     daemon.shutdown().await;
     drop(daemon);
-    for pid in world.pids() {
+    for pid in node.pids() {
         let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
     }
-    let leaf = |pod: &str| world.cgroup_file(pod, "");
-    for entry in fs::read_dir(world.path("r/pods")).unwrap() {
-        let folder = entry.unwrap().path();
-        let leaf = leaf(folder.file_name().unwrap().to_str().unwrap());
+    let leaf = |pod: &str| node.cgroup_file(pod, "");
+    for entry in fs::read_dir(node.path("r/pods")).unwrap() {
+        let directory = entry.unwrap().path();
+        let leaf = leaf(directory.file_name().unwrap().to_str().unwrap());
         eventually("the cgroup is empty", || !leaf.exists() || fs::remove_dir(&leaf).is_ok()).await;
         let _ = fs::remove_dir(leaf.parent().unwrap());
-        edit_record(&folder, |record| {
+        edit_record(&directory, |record| {
             record["boot_id"] = "00000000-0000-0000-0000-000000000000".into();
             edit(record);
         });
     }
-    fs::remove_dir_all(world.path("s")).unwrap();
+    fs::remove_dir_all(node.path("s")).unwrap();
 }
 
-fn edit_record(folder: &Path, edit: impl FnOnce(&mut Value)) {
-    let path = folder.join("record.json");
+fn edit_record(directory: &Path, edit: impl FnOnce(&mut Value)) {
+    let path = directory.join("record.json");
     let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     edit(&mut record);
     fs::write(path, record.to_string()).unwrap();
 }
 
-/// A process of the new boot that has the pid of a former one.
-struct Bystander(Child);
+/// An unrelated process of the new boot with a recorded pid.
+struct UnrelatedProcess(Child);
 
-impl Bystander {
+impl UnrelatedProcess {
     fn new() -> Self {
         Self(Command::new("sleep").arg("60").spawn().unwrap())
     }
 
-    /// Has the record say that it is the pod's VMM and its file server.
-    fn enter(&self, record: &mut Value) {
+    /// Records the process as the pod's VMM and file server.
+    fn write_to(&self, record: &mut Value) {
         let (pid, started) = (self.0.id(), start_time(self.0.id()).unwrap());
         let ledger = record["ledger"].as_array_mut().unwrap();
         ledger.retain(|effect| effect["effect"] != "vmm" && effect["effect"] != "file_server");
@@ -66,7 +66,7 @@ impl Bystander {
     }
 }
 
-impl Drop for Bystander {
+impl Drop for UnrelatedProcess {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -74,12 +74,12 @@ impl Drop for Bystander {
 }
 
 #[test]
-fn after_a_reboot_a_pod_is_not_ready_its_containers_have_ended_and_its_removal_is_clean() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+fn after_a_reboot_a_pod_is_not_ready_and_can_be_removed() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
         let create = |name, args| {
-            let (daemon, spec) = (daemon.clone(), world.container_spec(name, args));
+            let (daemon, spec) = (daemon.clone(), node.container_spec(name, args));
             let pod = pod.clone();
             async move { daemon.create_container(&pod, spec).await.unwrap() }
         };
@@ -91,13 +91,13 @@ fn after_a_reboot_a_pod_is_not_ready_its_containers_have_ended_and_its_removal_i
         }
         let exited = |id: &str| daemon.container(id).unwrap().state == ContainerState::Exited;
         eventually("exit", || exited(&done)).await;
-        eventually("log", || world.log("going.log").len() == 2).await;
+        eventually("log", || node.log("going.log").len() == 2).await;
         let before = daemon.container(&done).unwrap();
 
-        let mut bystander = Bystander::new();
-        reboot(&world, daemon, |record| bystander.enter(record)).await;
+        let mut unrelated = UnrelatedProcess::new();
+        reboot(&node, daemon, |record| unrelated.write_to(record)).await;
         let rebooted = SystemTime::now();
-        let daemon = world.daemon().await;
+        let daemon = node.daemon().await;
         let view = daemon.pod(&pod).unwrap();
         assert_eq!((view.state, view.vmm_pid), (PodState::NotReady, None));
         assert!(view.reason.contains("rebooted"), "{}", view.reason);
@@ -110,56 +110,56 @@ fn after_a_reboot_a_pod_is_not_ready_its_containers_have_ended_and_its_removal_i
             assert!(exit.message.contains("rebooted") && exit.at >= rebooted, "{exit:?}");
         }
         assert_eq!(
-            (world.log("going.log"), world.log("done.log")),
+            (node.log("going.log"), node.log("done.log")),
             (vec!["one".into(), "two".into()], vec!["done".into()],)
         );
         let refused = daemon.start_container(&fresh).await;
         assert!(matches!(refused, Err(Error::FailedPrecondition { .. })), "{refused:?}");
 
-        // A kubelet makes the pod anew beside it. What the old one had is not given away.
-        let mut spec = world.pod_spec("p");
+        // A kubelet creates a new pod meanwhile. The old one keeps its resources.
+        let mut spec = node.pod_spec("p");
         spec.meta.attempt = 1;
         let next = daemon.run_pod(spec).await.unwrap();
-        assert!(world.inner.attached.lock().unwrap().contains(&pod));
+        assert!(node.inner.attached.lock().unwrap().contains(&pod));
         daemon.remove_pod(&next).await.unwrap();
 
-        // The next start of the daemon says the same.
+        // The next start of the daemon has the same result.
         let first = (daemon.pods(&Filter::default()), daemon.containers(&Filter::default()));
         daemon.shutdown().await;
         drop(daemon);
         tokio::time::sleep(Duration::from_millis(20)).await;
-        let daemon = world.daemon().await;
+        let daemon = node.daemon().await;
         let second = (daemon.pods(&Filter::default()), daemon.containers(&Filter::default()));
         assert_eq!(second, first);
 
         daemon.remove_container(&done).await.unwrap();
         daemon.stop_pod(&pod).await.unwrap();
-        assert!(world.inner.attached.lock().unwrap().is_empty());
+        assert!(node.inner.attached.lock().unwrap().is_empty());
         assert_eq!(daemon.container(&going).unwrap().exit.unwrap().reason, "VmDied");
         daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
-        assert!(bystander.is_alive(), "a process of the new boot was killed");
+        assert_eq!(node.leftovers(), Vec::<String>::new());
+        assert!(unrelated.is_alive(), "a process of the new boot was killed");
     });
 }
 
 #[test]
-fn a_reboot_in_any_phase_of_a_pod_ends_what_had_begun_and_kills_nobody() {
-    story(|world| async move {
+fn a_reboot_in_any_phase_kills_no_unrelated_process() {
+    run_test(|node| async move {
         for (phase, listed) in
             [("starting", false), ("stopping", true), ("not_ready", true), ("removing", false)]
         {
-            let daemon = world.daemon().await;
-            let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-            let spec = world.container_spec("app", &["forever"]);
+            let daemon = node.daemon().await;
+            let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+            let spec = node.container_spec("app", &["forever"]);
             let id = daemon.create_container(&pod, spec).await.unwrap();
             daemon.start_container(&id).await.unwrap();
-            let mut bystander = Bystander::new();
+            let mut unrelated = UnrelatedProcess::new();
             let edit = |record: &mut Value| {
                 record["phase"] = phase.into();
-                bystander.enter(record);
+                unrelated.write_to(record);
             };
-            reboot(&world, daemon, edit).await;
-            let daemon = world.daemon().await;
+            reboot(&node, daemon, edit).await;
+            let daemon = node.daemon().await;
             if listed {
                 let state = || daemon.pod(&pod).unwrap().state;
                 assert_eq!(state(), PodState::NotReady, "{phase}");
@@ -167,29 +167,29 @@ fn a_reboot_in_any_phase_of_a_pod_ends_what_had_begun_and_kills_nobody() {
                 assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Exited, "{phase}");
                 daemon.remove_pod(&pod).await.unwrap();
             }
-            eventually("nothing is left", || world.leftovers().is_empty()).await;
-            assert!(bystander.is_alive(), "{phase}: a process of the new boot was killed");
+            eventually("nothing is left", || node.leftovers().is_empty()).await;
+            assert!(unrelated.is_alive(), "{phase}: a process of the new boot was killed");
             daemon.shutdown().await;
         }
     });
 }
 
 #[test]
-fn an_unread_record_of_a_former_boot_kills_nobody() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        let mut bystander = Bystander::new();
+fn an_unreadable_record_of_the_previous_boot_kills_no_unrelated_process() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        let mut unrelated = UnrelatedProcess::new();
         let edit = |record: &mut Value| {
             record["version"] = 99.into();
-            bystander.enter(record);
+            unrelated.write_to(record);
         };
-        reboot(&world, daemon, edit).await;
-        let daemon = world.daemon().await;
-        assert!(daemon.pod(&pod).unwrap().unread);
+        reboot(&node, daemon, edit).await;
+        let daemon = node.daemon().await;
+        assert!(daemon.pod(&pod).unwrap().unreadable);
         daemon.stop_pod(&pod).await.unwrap();
         daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
-        assert!(bystander.is_alive());
+        assert_eq!(node.leftovers(), Vec::<String>::new());
+        assert!(unrelated.is_alive());
     });
 }

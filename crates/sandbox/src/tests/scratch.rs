@@ -6,78 +6,78 @@ use std::path::PathBuf;
 
 use agent_api::v1;
 
+use super::test_node::{TestNode, run_test};
 use super::volumes::volume;
-use super::world::{World, story};
 use crate::model::{Access, ContainerSpec, Propagation, Volume, VolumeSource};
-use crate::{Config, EmptyDirPlace, Error};
+use crate::{Config, EmptyDirLocation, Error};
 
-/// A folder as a kubelet makes it.
-fn folder(world: &World, name: &str) -> PathBuf {
-    let folder = world.path("pods/u/volumes/kubernetes.io~empty-dir").join(name);
-    fs::create_dir_all(&folder).unwrap();
-    fs::set_permissions(&folder, fs::Permissions::from_mode(0o2777)).unwrap();
-    folder
+/// An emptyDir directory as created by a kubelet.
+fn directory(node: &TestNode, name: &str) -> PathBuf {
+    let directory = node.path("pods/u/volumes/kubernetes.io~empty-dir").join(name);
+    fs::create_dir_all(&directory).unwrap();
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o2777)).unwrap();
+    directory
 }
 
-fn empty_dir(folder: &std::path::Path, sub_path: &str, size_limit: Option<u64>) -> Volume {
+fn empty_dir(directory: &std::path::Path, sub_path: &str, size_limit: Option<u64>) -> Volume {
     let source = VolumeSource::EmptyDir {
-        host_path: folder.join(sub_path),
-        folder: folder.to_owned(),
+        host_path: directory.join(sub_path),
+        directory: directory.to_owned(),
         sub_path: sub_path.to_owned(),
         size_limit,
     };
     Volume { propagation: Propagation::Bidirectional, ..volume(source, Access::ReadWrite) }
 }
 
-fn with(world: &World, name: &str, volume: Volume) -> ContainerSpec {
-    ContainerSpec { volumes: vec![volume], ..world.container_spec(name, &["forever"]) }
+fn with(node: &TestNode, name: &str, volume: Volume) -> ContainerSpec {
+    ContainerSpec { volumes: vec![volume], ..node.container_spec(name, &["forever"]) }
 }
 
-fn created(world: &World, pod: &str) -> v1::CreateContainerRequest {
-    world.guest(pod).lock().create.clone().unwrap()
+fn created(node: &TestNode, pod: &str) -> v1::CreateContainerRequest {
+    node.guest(pod).lock().create.clone().unwrap()
 }
 
 #[test]
-fn a_writable_layer_is_a_part_of_the_pods_disk_which_goes_when_the_pod_stops() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        let disk = world.path("r/pods").join(&pod).join("scratch.img");
+fn writable_layers_are_on_the_scratch_disk_which_is_removed_at_stop() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        let disk = node.path("r/pods").join(&pod).join("scratch.img");
         assert_eq!(fs::metadata(&disk).unwrap().len(), 32 << 20);
         for (name, read_only) in [("writes", false), ("reads", true)] {
-            let mut spec = world.container_spec(name, &["forever"]);
+            let mut spec = node.container_spec(name, &["forever"]);
             spec.rootfs.read_only = read_only;
             daemon.create_container(&pod, spec).await.unwrap();
-            let rootfs = created(&world, &pod).rootfs.unwrap();
+            let rootfs = created(&node, &pod).rootfs.unwrap();
             let limits = v1::ScratchLayer { bytes: 16 << 20, inodes: 1024 };
             assert_eq!(rootfs.scratch, (!read_only).then_some(limits), "{name}");
             assert!(rootfs.upper_serial.is_empty());
         }
         daemon.stop_pod(&pod).await.unwrap();
-        assert!(!disk.exists(), "a stopped pod keeps its scratch disk");
+        assert!(!disk.exists(), "a stopped pod has a scratch disk");
         daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }
 
 #[test]
-fn an_empty_dir_is_made_once_and_known_again_by_the_next_daemon() {
-    story(|world| async move {
-        let cache = folder(&world, "cache");
+fn an_empty_dir_is_created_once_also_across_a_restart() {
+    run_test(|node| async move {
+        let cache = directory(&node, "cache");
         fs::create_dir_all(cache.join("sub/dir")).unwrap();
         fs::write(cache.join("sub/file"), "before").unwrap();
         fs::set_permissions(cache.join("sub/dir"), fs::Permissions::from_mode(0o2750)).unwrap();
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
         let made = |name: &str| {
-            let guest = world.guest(&pod);
+            let guest = node.guest(&pod);
             let state = guest.lock();
             let dir = &state.empty_dirs[name];
             (dir.begun, dir.ready, dir.made.clone(), dir.files.keys().cloned().collect::<Vec<_>>())
         };
         let one = empty_dir(&cache, "", Some(1 << 20));
-        daemon.create_container(&pod, with(&world, "one", one)).await.unwrap();
-        let mount = created(&world, &pod).volumes[0].clone();
+        daemon.create_container(&pod, with(&node, "one", one)).await.unwrap();
+        let mount = created(&node, &pod).volumes[0].clone();
         assert_eq!(
             (mount.source(), mount.volume_id.as_str()),
             (v1::VolumeSource::EmptyDir, "cache")
@@ -89,87 +89,88 @@ fn an_empty_dir_is_made_once_and_known_again_by_the_next_daemon() {
         assert_eq!((request.uid, request.gid, request.mode), (meta.uid(), meta.gid(), 0o2777));
         assert_eq!(files, ["sub", "sub/dir", "sub/file"]);
 
-        // What comes later on the host is nobody's.
+        // Later files on the host are not copied.
         fs::write(cache.join("later"), "x").unwrap();
         let two = empty_dir(&cache, "sub/dir", None);
-        daemon.create_container(&pod, with(&world, "two", two)).await.unwrap();
-        let mount = created(&world, &pod).volumes[0].clone();
+        daemon.create_container(&pod, with(&node, "two", two)).await.unwrap();
+        let mount = created(&node, &pod).volumes[0].clone();
         let sub = fs::metadata(cache.join("sub/dir")).unwrap();
         assert_eq!((mount.sub_path.as_str(), mount.mode), ("sub/dir", 0o2750));
         assert_eq!((mount.uid, mount.gid), (sub.uid(), sub.gid()));
         daemon.shutdown().await;
         drop(daemon);
-        let daemon = world.daemon().await;
+        let daemon = node.daemon().await;
         let three =
-            daemon.create_container(&pod, with(&world, "three", empty_dir(&cache, "", None)));
+            daemon.create_container(&pod, with(&node, "three", empty_dir(&cache, "", None)));
         three.await.unwrap();
         let (begun, _, _, files) = made("cache");
-        assert_eq!((begun, files.len()), (1, 3), "made anew by another daemon");
-        assert!(world.inner.shares.lock().unwrap().is_empty());
+        assert_eq!((begun, files.len()), (1, 3), "created again by the next daemon");
+        assert!(node.inner.shares.lock().unwrap().is_empty());
         daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }
 
-fn shared(world: &World, pod: &str) -> bool {
-    created(world, pod).volumes[0].source() == v1::VolumeSource::Share
+fn shared(node: &TestNode, pod: &str) -> bool {
+    created(node, pod).volumes[0].source() == v1::VolumeSource::Share
 }
 
 #[test]
-fn an_empty_dir_that_cannot_be_copied_is_shared_for_the_rest_of_the_pods_life() {
-    story(|world| async move {
-        let (odd, large) = (folder(&world, "odd"), folder(&world, "large"));
+fn an_empty_dir_that_cannot_be_copied_is_shared_until_the_pod_is_removed() {
+    run_test(|node| async move {
+        let (odd, large) = (directory(&node, "odd"), directory(&node, "large"));
         nix::unistd::mkfifo(&odd.join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         fs::write(large.join("file"), "more than ten bytes").unwrap();
-        let config = Config { volume_bytes: 10, ..world.config() };
-        let daemon = world.daemon_with(config).await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        let plain = |folder, propagation| Volume { propagation, ..empty_dir(folder, "", None) };
-        let refused = with(&world, "refused", plain(&odd, Propagation::Bidirectional));
+        let config = Config { volume_bytes: 10, ..node.config() };
+        let daemon = node.daemon_with(config).await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        let plain =
+            |directory, propagation| Volume { propagation, ..empty_dir(directory, "", None) };
+        let refused = with(&node, "refused", plain(&odd, Propagation::Bidirectional));
         let refused = daemon.create_container(&pod, refused).await.unwrap_err();
         assert!(matches!(refused, Error::InvalidArgument { .. }), "{refused}");
-        for (name, folder) in [("one", &odd), ("two", &large)] {
-            let spec = with(&world, name, plain(folder, Propagation::Private));
+        for (name, directory) in [("one", &odd), ("two", &large)] {
+            let spec = with(&node, name, plain(directory, Propagation::Private));
             daemon.create_container(&pod, spec).await.unwrap();
-            assert!(shared(&world, &pod), "{name}");
+            assert!(shared(&node, &pod), "{name}");
         }
         daemon.shutdown().await;
         drop(daemon);
         for path in [odd.join("pipe"), large.join("file")] {
             fs::remove_file(path).unwrap();
         }
-        let daemon = world.daemon().await;
-        let spec = with(&world, "three", plain(&odd, Propagation::Private));
+        let daemon = node.daemon().await;
+        let spec = with(&node, "three", plain(&odd, Propagation::Private));
         daemon.create_container(&pod, spec).await.unwrap();
-        assert!(shared(&world, &pod), "two containers have different volumes of one name");
+        assert!(shared(&node, &pod), "two containers have different volumes with one name");
         daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }
 
 #[test]
-fn where_empty_dirs_are_is_decided_by_the_configuration_when_the_pod_starts() {
-    story(|world| async move {
-        let cache = folder(&world, "cache");
+fn the_location_of_empty_dirs_is_fixed_at_pod_start() {
+    run_test(|node| async move {
+        let cache = directory(&node, "cache");
         let volume = || Volume { propagation: Propagation::Private, ..empty_dir(&cache, "", None) };
-        let share = Config { empty_dir: EmptyDirPlace::Share, ..world.config() };
-        let daemon = world.daemon_with(share.clone()).await;
-        let first = daemon.run_pod(world.pod_spec("first")).await.unwrap();
-        daemon.create_container(&first, with(&world, "one", volume())).await.unwrap();
-        assert!(shared(&world, &first));
+        let share = Config { empty_dir: EmptyDirLocation::Share, ..node.config() };
+        let daemon = node.daemon_with(share.clone()).await;
+        let first = daemon.run_pod(node.pod_spec("first")).await.unwrap();
+        daemon.create_container(&first, with(&node, "one", volume())).await.unwrap();
+        assert!(shared(&node, &first));
         daemon.shutdown().await;
         drop(daemon);
-        let daemon = world.daemon().await;
-        let second = daemon.run_pod(world.pod_spec("second")).await.unwrap();
+        let daemon = node.daemon().await;
+        let second = daemon.run_pod(node.pod_spec("second")).await.unwrap();
         for (pod, is_shared) in [(&first, true), (&second, false)] {
-            daemon.create_container(pod, with(&world, "two", volume())).await.unwrap();
-            assert_eq!(shared(&world, pod), is_shared);
+            daemon.create_container(pod, with(&node, "two", volume())).await.unwrap();
+            assert_eq!(shared(&node, pod), is_shared);
         }
         daemon.shutdown().await;
         drop(daemon);
-        let daemon = world.daemon_with(share).await;
-        daemon.create_container(&second, with(&world, "three", volume())).await.unwrap();
-        assert!(!shared(&world, &second), "a pod's emptyDirs have moved");
+        let daemon = node.daemon_with(share).await;
+        daemon.create_container(&second, with(&node, "three", volume())).await.unwrap();
+        assert!(!shared(&node, &second), "a pod's emptyDirs changed their location");
         for pod in [first, second] {
             daemon.remove_pod(&pod).await.unwrap();
         }
@@ -177,33 +178,33 @@ fn where_empty_dirs_are_is_decided_by_the_configuration_when_the_pod_starts() {
 }
 
 #[test]
-fn containers_of_a_pod_of_the_former_release_still_get_disks_of_their_own() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("old")).await.unwrap();
+fn containers_of_a_pod_of_an_earlier_release_have_their_own_scratch_disks() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("old")).await.unwrap();
         daemon.shutdown().await;
         drop(daemon);
-        let path = world.path("r/pods").join(&pod).join("record.json");
+        let path = node.path("r/pods").join(&pod).join("record.json");
         let mut record: serde_json::Value =
             serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         record.as_object_mut().unwrap().remove("empty_dirs").unwrap();
         let ledger = record["ledger"].as_array_mut().unwrap();
         ledger.retain(|effect| effect["effect"] != "scratch_disk");
         fs::write(&path, record.to_string()).unwrap();
-        let daemon = world.daemon().await;
-        let cache = folder(&world, "cache");
+        let daemon = node.daemon().await;
+        let cache = directory(&node, "cache");
         let volume = Volume { propagation: Propagation::Private, ..empty_dir(&cache, "", None) };
-        let id = daemon.create_container(&pod, with(&world, "app", volume)).await.unwrap();
-        assert!(shared(&world, &pod));
-        let rootfs = created(&world, &pod).rootfs.unwrap();
+        let id = daemon.create_container(&pod, with(&node, "app", volume)).await.unwrap();
+        assert!(shared(&node, &pod));
+        let rootfs = created(&node, &pod).rootfs.unwrap();
         assert!(rootfs.scratch.is_none());
-        let plugged = || world.inner.devices.lock().unwrap().contains(&rootfs.upper_serial);
+        let plugged = || node.inner.devices.lock().unwrap().contains(&rootfs.upper_serial);
         assert!(plugged());
-        let disk = world.path("r/pods").join(&pod).join(format!("scratch-{id}.img"));
+        let disk = node.path("r/pods").join(&pod).join(format!("scratch-{id}.img"));
         assert_eq!(fs::metadata(&disk).unwrap().len(), 16 << 20);
         daemon.remove_container(&id).await.unwrap();
         assert!(!plugged() && !disk.exists());
         daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }

@@ -379,7 +379,7 @@ fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume
     if let Some(found) = find_empty_dir(&host_path, around)? {
         let size_limit = empty_dir::limit(around.pod, &found.name)?;
         let empty_dir::Found { folder, sub_path, .. } = found;
-        let source = VolumeSource::EmptyDir { host_path, folder, sub_path, size_limit };
+        let source = VolumeSource::EmptyDir { host_path, directory: folder, sub_path, size_limit };
         return Ok(Volume { container_path, source, access, propagation });
     }
     if propagation == Propagation::Bidirectional {

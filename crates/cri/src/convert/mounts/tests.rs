@@ -327,7 +327,7 @@ fn an_empty_dir_is_the_guests_own_and_may_pass_mounts_on() {
     let through_link = root.join("link").join(cache.strip_prefix(&root).unwrap());
     let empty_dir = |folder: &Path, below: &str, size_limit| VolumeSource::EmptyDir {
         host_path: if below.is_empty() { folder.to_owned() } else { folder.join(below) },
-        folder: folder.to_owned(),
+        directory: folder.to_owned(),
         sub_path: below.into(),
         size_limit,
     };

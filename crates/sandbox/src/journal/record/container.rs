@@ -11,16 +11,15 @@ use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::BadRecord;
+use super::convert::{all, same_fields, same_variants};
 use super::pod_spec::StoredMeta;
-use super::same::{all, same_fields, same_variants};
 use crate::model::{
     Access, BlockDevice, ContainerSpec, ExitView, Identity, PidMode, Propagation, RootfsSpec,
     ShareUse, Volume, VolumeSource,
 };
 use crate::policy::{Container, ContainerPhase};
 
-/// An object of the OCI runtime spec, in that spec's own JSON: what of it is understood is up to the
-/// release that reads the record, and is no part of the record's layout.
+/// An object of the OCI runtime spec as JSON; its content is not part of the record's format.
 #[derive(Serialize, Deserialize)]
 #[serde(transparent)]
 struct OciJson(Box<RawValue>);
@@ -117,7 +116,7 @@ struct StoredContainerSpec {
     stop_signal: u32,
     #[serde(default)]
     strict_volumes: Vec<String>,
-    /// The caller's own request, as JSON; nothing here looks into it.
+    /// The caller's request as JSON; not interpreted.
     origin: Value,
 }
 
@@ -159,7 +158,7 @@ enum StoredVolumeSource {
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-#[allow(clippy::enum_variant_names)] // as they stand on the disk
+#[allow(clippy::enum_variant_names)] // names on disk
 enum StoredAccess {
     ReadWrite,
     ReadOnly,
@@ -219,7 +218,7 @@ impl From<VolumeSource> for StoredVolumeSource {
             VolumeSource::WrittenBack { host_path } => Self::WrittenBack { host_path },
             VolumeSource::Shared { host_path } => Self::Shared { host_path },
             VolumeSource::Image { image, sub_path } => Self::Image { image, sub_path },
-            VolumeSource::EmptyDir { host_path, folder, sub_path, size_limit } => {
+            VolumeSource::EmptyDir { host_path, directory: folder, sub_path, size_limit } => {
                 Self::EmptyDir { host_path, folder, sub_path, size_limit }
             }
             VolumeSource::HugePages { name } => Self::HugePages { name },
@@ -237,7 +236,7 @@ impl From<StoredVolumeSource> for VolumeSource {
             Stored::Shared { host_path } => Self::Shared { host_path },
             Stored::Image { image, sub_path } => Self::Image { image, sub_path },
             Stored::EmptyDir { host_path, folder, sub_path, size_limit } => {
-                Self::EmptyDir { host_path, folder, sub_path, size_limit }
+                Self::EmptyDir { host_path, directory: folder, sub_path, size_limit }
             }
             Stored::HugePages { name } => Self::HugePages { name },
         }
@@ -323,7 +322,7 @@ impl TryFrom<ContainerSpec> for StoredContainerSpec {
 }
 
 impl StoredContainerSpec {
-    /// `container` is for the message.
+    /// `container`: id for the error.
     fn into_live(self, container: &str) -> Result<ContainerSpec, BadRecord> {
         let Self {
             meta,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::same::{all, same_fields};
+use super::convert::{all, same_fields};
 use crate::model::Dns;
 use crate::ports::{Attachment, Interface, Route};
 

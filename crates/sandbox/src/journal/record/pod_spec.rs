@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::convert::{all, same_fields, same_variants};
 use super::network::StoredDns;
-use super::same::{all, same_fields, same_variants};
 use crate::model::{CpuLimits, HostNamespaces, Meta, PodSpec, PortMapping, Protocol};
 
 #[derive(Serialize, Deserialize)]
@@ -36,7 +36,7 @@ pub(super) struct StoredPodSpec {
     cpu: StoredCpuLimits,
     #[serde(default)]
     host: Option<StoredHostNamespaces>,
-    /// The caller's own request, as JSON; nothing here looks into it.
+    /// The caller's request as JSON; not interpreted.
     origin: Value,
 }
 

@@ -48,11 +48,11 @@ impl Network for Nothing {
         Ok(())
     }
 
-    async fn trouble(&self) -> Option<String> {
+    async fn not_ready_reason(&self) -> Option<String> {
         None
     }
 
-    async fn collect(&self, _: &[PodId]) -> Result<(), PortError> {
+    async fn collect_garbage(&self, _: &[PodId]) -> Result<(), PortError> {
         Ok(())
     }
 }
@@ -125,7 +125,7 @@ async fn successful_and_failed_calls_and_starts_are_counted() {
     });
     let channel = Target::from_static("http://node").connect_with_connector(connector).await;
     let mut client = RuntimeServiceClient::new(channel.unwrap());
-    sandbox::crowd::fill(&sandboxes, 2, &serde_json::Value::Null, &serde_json::Value::Null);
+    sandbox::synthetic_pods::add(&sandboxes, 2, &serde_json::Value::Null, &serde_json::Value::Null);
     let endpoint = Endpoint::start(registry(&counters, Node::new(sandboxes))).await;
 
     let before = endpoint.scrape().await;

@@ -97,7 +97,7 @@ fn view(id: &str, meta: Meta) -> PodView {
         netns: None,
         vmm_pid: None,
         kernel_release: String::new(),
-        unread: false,
+        unreadable: false,
     }
 }
 

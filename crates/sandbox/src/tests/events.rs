@@ -1,4 +1,4 @@
-//! Forwarded connections, and events.
+//! Port-forward and lifecycle events.
 
 use std::time::Duration;
 
@@ -6,15 +6,15 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::broadcast::Receiver;
 
 use super::agent::LISTENING;
-use super::world::{eventually, story};
+use super::test_node::{eventually, run_test};
 use crate::Error;
 use crate::model::{ContainerState, Event, EventKind};
 
 #[test]
-fn a_forwarded_connection_carries_bytes_both_ways_and_a_closed_port_is_told() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+fn port_forward_is_bidirectional_and_reports_a_closed_port() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
         let mut stream = daemon.port_forward(&pod, LISTENING).await.unwrap();
         stream.write_all(b"ping").await.unwrap();
         stream.shutdown().await.unwrap();
@@ -30,7 +30,7 @@ fn a_forwarded_connection_carries_bytes_both_ways_and_a_closed_port_is_told() {
     });
 }
 
-fn told(events: &mut Receiver<Event>) -> Vec<(EventKind, Option<String>)> {
+fn received(events: &mut Receiver<Event>) -> Vec<(EventKind, Option<String>)> {
     let mut all = Vec::new();
     while let Ok(event) = events.try_recv() {
         all.push((event.kind, event.container));
@@ -39,23 +39,23 @@ fn told(events: &mut Receiver<Event>) -> Vec<(EventKind, Option<String>)> {
 }
 
 #[test]
-fn every_turn_of_a_pods_life_is_told_once_and_in_order() {
+fn every_lifecycle_event_is_sent_once_and_in_order() {
     use EventKind::{Created, Deleted, Started, Stopped};
-    story(|world| async move {
-        let daemon = world.daemon().await;
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
         let mut events = daemon.events();
         let _lags = daemon.events();
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        let a = daemon.create_container(&pod, world.container_spec("a", &["print", "x"])).await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        let a = daemon.create_container(&pod, node.container_spec("a", &["print", "x"])).await;
         let a = a.unwrap();
         daemon.start_container(&a).await.unwrap();
         eventually("exit", || daemon.container(&a).unwrap().state == ContainerState::Exited).await;
         daemon.remove_container(&a).await.unwrap();
-        let b = daemon.create_container(&pod, world.container_spec("b", &["forever"])).await;
+        let b = daemon.create_container(&pod, node.container_spec("b", &["forever"])).await;
         let b = b.unwrap();
         daemon.start_container(&b).await.unwrap();
-        world.guest(&pod).lock().refuse_create = true;
-        daemon.create_container(&pod, world.container_spec("c", &["x"])).await.unwrap_err();
+        node.guest(&pod).lock().refuse_create = true;
+        daemon.create_container(&pod, node.container_spec("c", &["x"])).await.unwrap_err();
         daemon.stop_pod(&pod).await.unwrap();
         daemon.stop_pod(&pod).await.unwrap();
         daemon.remove_pod(&pod).await.unwrap();
@@ -75,6 +75,6 @@ fn every_turn_of_a_pods_life_is_told_once_and_in_order() {
             (Deleted, b),
             (Deleted, None),
         ];
-        assert_eq!(told(&mut events), expected);
+        assert_eq!(received(&mut events), expected);
     });
 }

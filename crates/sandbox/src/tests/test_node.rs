@@ -1,4 +1,5 @@
-//! What outlives a daemon: fake VMs, the fake network, the folders. And a daemon that can crash.
+//! A fake node that survives restarts and crashes of the daemon: fake VMs, a fake network,
+//! directories.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -23,7 +24,7 @@ use crate::model::{ContainerSpec, Meta, PidMode, PodId, PodSpec, RootfsSpec};
 use crate::ports::{Attachment, Interface, Network, PortError};
 use crate::{Config, Error, Sandboxes};
 
-/// Runs the guests of all worlds: they outlive daemons.
+/// Runtime of the fake guests, which survive the daemon.
 pub(super) fn guests() -> &'static tokio::runtime::Runtime {
     static RUNTIME: OnceLock<tokio::runtime::Runtime> = OnceLock::new();
     RUNTIME.get_or_init(|| {
@@ -32,15 +33,15 @@ pub(super) fn guests() -> &'static tokio::runtime::Runtime {
     })
 }
 
-pub(super) struct World {
+pub(super) struct TestNode {
     pub(super) inner: Arc<Inner>,
-    /// Attached by the daemon that has this clone.
-    young: Mutex<BTreeSet<PodId>>,
+    /// Networks attached by the daemon with this clone.
+    attached_by_this_daemon: Mutex<BTreeSet<PodId>>,
 }
 
-impl Clone for World {
+impl Clone for TestNode {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), young: Mutex::default() }
+        Self { inner: self.inner.clone(), attached_by_this_daemon: Mutex::default() }
     }
 }
 
@@ -52,27 +53,27 @@ pub(super) struct Inner {
     /// Names of shares, and pids of file servers.
     pub(super) shares: Arc<Mutex<BTreeMap<String, ShareAccess>>>,
     pub(super) file_servers: Mutex<Vec<u32>>,
-    /// The next guest never comes up.
-    pub(super) mute: Mutex<bool>,
+    /// The next guest's agent never answers.
+    pub(super) guest_never_answers: Mutex<bool>,
     pub(super) fail_network: Mutex<bool>,
-    /// Attaching waits until a VM has been launched.
-    pub(super) attach_beside_boot: Mutex<bool>,
-    /// Attaching waits in a queue until it is cancelled.
+    /// `attach` waits until a VM was launched.
+    pub(super) attach_after_launch: Mutex<bool>,
+    /// `attach` waits until it is cancelled.
     pub(super) attach_queued: Mutex<bool>,
-    /// Network cards that VMs were given, by id.
-    pub(super) cards: Arc<Mutex<Vec<String>>>,
-    /// VMMs take this long to plug a disk.
+    /// Network interfaces plugged into VMs, by id.
+    pub(super) nics: Arc<Mutex<Vec<String>>>,
+    /// Time that a VMM needs to plug a disk.
     pub(super) slow_disks: Arc<Mutex<Duration>>,
-    /// Collecting networks never ends.
-    pub(super) hang_collect: Mutex<bool>,
-    /// Memory that guests have at least and at most, MiB, whatever is asked of them.
-    pub(super) stubborn: Arc<Mutex<(u32, u32)>>,
-    /// What the last VM was asked to have, MiB.
+    /// `collect_garbage` never returns.
+    pub(super) hang_garbage_collection: Mutex<bool>,
+    /// Lower and upper bound of the guests' plugged memory, MiB.
+    pub(super) memory_bounds: Arc<Mutex<(u32, u32)>>,
+    /// Last requested memory of a VM, MiB.
     pub(super) vm_memory: Arc<Mutex<u32>>,
     cgroup: String,
 }
 
-impl World {
+impl TestNode {
     pub(super) fn new() -> Option<Self> {
         if !nix::unistd::geteuid().is_root() || crate::host::cgroup::find_root("".as_ref()).is_err()
         {
@@ -89,17 +90,17 @@ impl World {
             devices: Arc::default(),
             shares: Arc::default(),
             file_servers: Mutex::default(),
-            mute: Mutex::new(false),
+            guest_never_answers: Mutex::new(false),
             fail_network: Mutex::new(false),
-            attach_beside_boot: Mutex::new(false),
+            attach_after_launch: Mutex::new(false),
             attach_queued: Mutex::new(false),
-            cards: Arc::default(),
+            nics: Arc::default(),
             slow_disks: Arc::default(),
-            hang_collect: Mutex::new(false),
-            stubborn: Arc::new(Mutex::new((0, u32::MAX))),
+            hang_garbage_collection: Mutex::new(false),
+            memory_bounds: Arc::new(Mutex::new((0, u32::MAX))),
             vm_memory: Arc::default(),
         };
-        Some(Self { inner: Arc::new(inner), young: Mutex::default() })
+        Some(Self { inner: Arc::new(inner), attached_by_this_daemon: Mutex::default() })
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -195,24 +196,24 @@ impl World {
         self.inner.guests.lock().unwrap()[pod].0
     }
 
-    /// Of everything that was launched.
+    /// Pids of all launched processes.
     pub(super) fn pids(&self) -> Vec<u32> {
         let servers = self.inner.file_servers.lock().unwrap().clone();
         let guests = self.inner.guests.lock().unwrap();
         guests.values().map(|(pid, _)| *pid).chain(servers).collect()
     }
 
-    /// Texts of a log's entries.
+    /// Text of the log's entries.
     pub(super) fn log(&self, name: &str) -> Vec<String> {
         let text = std::fs::read_to_string(self.path("logs").join(name)).unwrap_or_default();
         text.lines().map(|l| l.splitn(4, ' ').nth(3).unwrap().to_owned()).collect()
     }
 
-    /// Everything on the host that pods leave, of this world.
+    /// Everything that pods left on this node.
     pub(super) fn leftovers(&self) -> Vec<String> {
         let mut left = Vec::new();
-        for folder in ["r/pods", "s/pods"] {
-            for entry in std::fs::read_dir(self.path(folder)).into_iter().flatten().flatten() {
+        for directory in ["r/pods", "s/pods"] {
+            for entry in std::fs::read_dir(self.path(directory)).into_iter().flatten().flatten() {
                 left.push(entry.path().display().to_string());
             }
         }
@@ -233,7 +234,7 @@ impl World {
 }
 
 #[async_trait]
-impl Network for World {
+impl Network for TestNode {
     fn netns_path(&self, pod: &PodId) -> PathBuf {
         PathBuf::from("/run/netns").join(pod)
     }
@@ -248,9 +249,9 @@ impl Network for World {
             cancel.cancelled().await;
             return Err(PortError(anyhow::anyhow!("cancelled in the queue")));
         }
-        self.young.lock().unwrap().insert(pod.clone());
+        self.attached_by_this_daemon.lock().unwrap().insert(pod.clone());
         self.inner.attached.lock().unwrap().insert(pod.clone());
-        if *self.inner.attach_beside_boot.lock().unwrap() {
+        if *self.inner.attach_after_launch.lock().unwrap() {
             eventually("launch", || !self.inner.guests.lock().unwrap().is_empty()).await;
         }
         if *self.inner.fail_network.lock().unwrap() {
@@ -280,23 +281,23 @@ impl Network for World {
         Ok(())
     }
 
-    async fn trouble(&self) -> Option<String> {
+    async fn not_ready_reason(&self) -> Option<String> {
         None
     }
 
-    async fn collect(&self, known: &[PodId]) -> Result<(), PortError> {
-        if *self.inner.hang_collect.lock().unwrap() {
+    async fn collect_garbage(&self, known: &[PodId]) -> Result<(), PortError> {
+        if *self.inner.hang_garbage_collection.lock().unwrap() {
             std::future::pending::<()>().await;
         }
-        let young = self.young.lock().unwrap();
+        let attached_by_this_daemon = self.attached_by_this_daemon.lock().unwrap();
         let mut attached = self.inner.attached.lock().unwrap();
-        attached.retain(|id| known.contains(id) || young.contains(id));
+        attached.retain(|id| known.contains(id) || attached_by_this_daemon.contains(id));
         Ok(())
     }
 }
 
 #[async_trait]
-impl Launch for World {
+impl Launch for TestNode {
     async fn launch(&self, program: Program) -> Result<Launched, Error> {
         let mut fds: Vec<_> = program.fds.into_iter().map(Some).collect();
         let mut take = |number: i32| fds[number as usize - 3].take().unwrap();
@@ -336,27 +337,27 @@ impl Launch for World {
         let listener =
             std::os::unix::net::UnixListener::from(take(config.vsock.unwrap().listener.0));
         listener.set_nonblocking(true).unwrap();
-        let mute = *self.inner.mute.lock().unwrap();
+        let guest_never_answers = *self.inner.guest_never_answers.lock().unwrap();
         let served = guests().spawn(async move {
             let listener = tokio::net::UnixListener::from_std(listener).unwrap();
-            if mute {
+            if guest_never_answers {
                 std::future::pending::<()>().await;
             }
             guest.serve(listener).await;
         });
         let control = take(config.control.0);
         let devices = self.inner.devices.clone();
-        let cards = self.inner.cards.clone();
+        let nics = self.inner.nics.clone();
         assert!(config.nets.is_empty(), "{:?}", config.nets);
-        let memory = FakeMemory {
+        let memory = FakeVmm {
             slow_disks: self.inner.slow_disks.clone(),
             boot: config.memory_mib,
             wanted: self.inner.vm_memory.clone(),
             most: config.max_memory_mib,
-            stubborn: self.inner.stubborn.clone(),
+            memory_bounds: self.inner.memory_bounds.clone(),
         };
         *memory.wanted.lock().unwrap() = memory.boot;
-        std::thread::spawn(move || serve_control(&control, &devices, &cards, memory));
+        std::thread::spawn(move || serve_control(&control, &devices, &nics, memory));
         std::thread::spawn(move || {
             let _ = child.wait();
             served.abort();
@@ -365,7 +366,7 @@ impl Launch for World {
     }
 }
 
-/// A file server that only remembers names, and who may write.
+/// A file server that only stores names and access.
 fn serve_shares(control: &OwnedFd, shares: &Mutex<BTreeMap<String, ShareAccess>>) {
     use vmm_api::shares::{Error, Reply, Request};
     while let Ok(fd) = nix::sys::socket::accept(control.as_raw_fd()) {
@@ -400,20 +401,20 @@ fn serve_shares(control: &OwnedFd, shares: &Mutex<BTreeMap<String, ShareAccess>>
     }
 }
 
-struct FakeMemory {
+struct FakeVmm {
     slow_disks: Arc<Mutex<Duration>>,
     boot: u32,
     wanted: Arc<Mutex<u32>>,
     most: u32,
-    stubborn: Arc<Mutex<(u32, u32)>>,
+    memory_bounds: Arc<Mutex<(u32, u32)>>,
 }
 
-/// Answers until the listener is shut down with the process' end (or the test's).
+/// Serves the VMM's control socket until it is closed.
 fn serve_control(
     control: &OwnedFd,
     devices: &Mutex<Vec<String>>,
-    cards: &Mutex<Vec<String>>,
-    memory: FakeMemory,
+    nics: &Mutex<Vec<String>>,
+    memory: FakeVmm,
 ) {
     while let Ok(fd) = nix::sys::socket::accept(control.as_raw_fd()) {
         let connection = own(fd);
@@ -438,7 +439,7 @@ fn serve_control(
                 }
                 vmm_api::Request::AddNet { net } => {
                     assert_eq!(fds.len(), 1);
-                    cards.lock().unwrap().push(net.id);
+                    nics.lock().unwrap().push(net.id);
                     Reply::Added { pci: "0000:00:06.0".into() }
                 }
                 vmm_api::Request::RemoveDevice { id } => {
@@ -446,7 +447,7 @@ fn serve_control(
                     Reply::Done
                 }
                 vmm_api::Request::Status => {
-                    let (least, most) = *memory.stubborn.lock().unwrap();
+                    let (least, most) = *memory.memory_bounds.lock().unwrap();
                     let memory_mib = *memory.wanted.lock().unwrap();
                     Reply::Status(VmStatus {
                         version: 1,
@@ -485,8 +486,8 @@ fn own(fd: i32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-impl World {
-    /// A story that failed leaves processes, and every daemon that crashed holds its world.
+impl TestNode {
+    /// Kills processes of a failed test, and removes the directory.
     pub(super) fn clean(&self) {
         for pid in self.pids() {
             let pid = nix::unistd::Pid::from_raw(pid as i32);
@@ -496,36 +497,36 @@ impl World {
     }
 }
 
-/// Waits for something that another task brings about.
+/// Polls until `done` returns true.
 pub(super) async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let began = Instant::now();
     while !done() {
-        assert!(began.elapsed() < Duration::from_secs(15), "never: {what}");
+        assert!(began.elapsed() < Duration::from_secs(15), "timed out: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
-/// Runs a story on a runtime of its own.
-pub(super) fn story<F: Future<Output = ()> + Send + 'static>(tell: impl FnOnce(World) -> F) {
-    story_on(512, tell);
+/// Runs a test on its own runtime.
+pub(super) fn run_test<F: Future<Output = ()> + Send + 'static>(test: impl FnOnce(TestNode) -> F) {
+    run_test_with_threads(512, test);
 }
 
-/// With so many threads for work that blocks.
-pub(super) fn story_on<F: Future<Output = ()> + Send + 'static>(
+/// The same with this many blocking threads.
+pub(super) fn run_test_with_threads<F: Future<Output = ()> + Send + 'static>(
     blocking: usize,
-    tell: impl FnOnce(World) -> F,
+    test: impl FnOnce(TestNode) -> F,
 ) {
-    let Some(world) = World::new() else { return };
+    let Some(node) = TestNode::new() else { return };
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.worker_threads(2).max_blocking_threads(blocking).enable_all();
     let runtime = builder.build().unwrap();
-    let told = runtime.block_on(async {
-        let story = tokio::spawn(tell(world.clone()));
-        tokio::time::timeout(Duration::from_secs(60), story).await
+    let result = runtime.block_on(async {
+        let test = tokio::spawn(test(node.clone()));
+        tokio::time::timeout(Duration::from_secs(60), test).await
     });
     runtime.shutdown_background();
-    world.clean();
-    match told.expect("story hangs") {
+    node.clean();
+    match result.expect("the test hangs") {
         Ok(()) => {}
         Err(e) => std::panic::resume_unwind(e.into_panic()),
     }

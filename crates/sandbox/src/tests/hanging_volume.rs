@@ -1,4 +1,4 @@
-//! A volume on a file system that never answers.
+//! Volumes and logs on a file system that never answers.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -9,18 +9,18 @@ use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use super::test_node::{eventually, run_test, run_test_with_threads};
 use super::volumes::volume;
-use super::world::{eventually, story, story_on};
 use crate::model::{Access, ContainerState, VolumeSource};
 use crate::{Config, Error};
 
-/// A FUSE file system whose server never answers. Who looks at it hangs until this is dropped.
-struct DeadMount {
+/// A FUSE file system whose server never replies. Accesses hang until this is dropped.
+struct HangingMount {
     path: PathBuf,
     server: Option<File>,
 }
 
-impl DeadMount {
+impl HangingMount {
     fn at(path: PathBuf) -> Option<Self> {
         let server = match File::options().read(true).write(true).open("/dev/fuse") {
             Ok(server) => server,
@@ -41,38 +41,38 @@ impl DeadMount {
     }
 }
 
-impl Drop for DeadMount {
+impl Drop for HangingMount {
     fn drop(&mut self) {
-        // With its server the file system ends, and everybody who hangs in it gets an error.
+        // Without its server the file system returns errors to all pending calls.
         drop(self.server.take());
         let _ = umount2(&self.path, MntFlags::MNT_DETACH);
     }
 }
 
 #[test]
-fn a_volume_that_never_answers_costs_its_own_pod_only() {
-    // Fewer threads than there are looks that hang.
-    story_on(6, |world| async move {
-        let Some(dead) = DeadMount::at(world.path("dead")) else { return };
-        let config = Config { vmm_call_deadline_ms: 1_500, ..world.config() };
-        let daemon = world.daemon_with(config).await;
-        let hung = daemon.run_pod(world.pod_spec("hung")).await.unwrap();
-        let well = daemon.run_pod(world.pod_spec("well")).await.unwrap();
-        let host_path = dead.path.join("volume");
+fn a_hanging_volume_affects_its_own_pod_only() {
+    // Fewer threads than hanging calls.
+    run_test_with_threads(6, |node| async move {
+        let Some(hanging) = HangingMount::at(node.path("hanging")) else { return };
+        let config = Config { vmm_call_deadline_ms: 1_500, ..node.config() };
+        let daemon = node.daemon_with(config).await;
+        let hung = daemon.run_pod(node.pod_spec("hung")).await.unwrap();
+        let healthy = daemon.run_pod(node.pod_spec("healthy")).await.unwrap();
+        let host_path = hanging.path.join("volume");
         let sources = [
             VolumeSource::Shared { host_path: host_path.clone() },
             VolumeSource::Copied { host_path: host_path.clone() },
             VolumeSource::Synced { host_path: host_path.clone() },
             VolumeSource::WrittenBack { host_path: host_path.clone() },
             VolumeSource::EmptyDir {
-                folder: host_path.clone(),
+                directory: host_path.clone(),
                 host_path,
                 sub_path: String::new(),
                 size_limit: None,
             },
         ];
         let creates = (0..10).map(|n| {
-            let mut spec = world.container_spec(&format!("c{n}"), &["forever"]);
+            let mut spec = node.container_spec(&format!("c{n}"), &["forever"]);
             spec.volumes = vec![volume(sources[n % sources.len()].clone(), Access::ReadWrite)];
             daemon.create_container(&hung, spec)
         });
@@ -81,35 +81,35 @@ fn a_volume_that_never_answers_costs_its_own_pod_only() {
         for (n, result) in created.expect("creations hang").into_iter().enumerate() {
             let error = result.unwrap_err();
             assert!(matches!(error, Error::Deadline { .. }), "{n}: {error}");
-            assert!(error.to_string().contains("dead/volume"), "{n}: {error}");
+            assert!(error.to_string().contains("hanging/volume"), "{n}: {error}");
         }
-        // Its journal and its logs go on.
+        // The other pod's journal and logs are not affected.
         let other = async {
-            let spec = world.container_spec("app", &["forever"]);
-            let id = daemon.create_container(&well, spec).await.unwrap();
+            let spec = node.container_spec("app", &["forever"]);
+            let id = daemon.create_container(&healthy, spec).await.unwrap();
             daemon.start_container(&id).await.unwrap();
             assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Running);
-            daemon.remove_pod(&well).await.unwrap();
-            // The hung pod can go as well.
+            daemon.remove_pod(&healthy).await.unwrap();
+            // The hung pod can go as healthy.
             daemon.remove_pod(&hung).await.unwrap();
         };
         tokio::time::timeout(limit, other).await.expect("another pod hangs");
-        drop(dead);
-        assert_eq!(world.leftovers(), Vec::<String>::new());
+        drop(hanging);
+        assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }
 
 #[test]
-fn a_log_whose_file_system_hangs_keeps_nobody_who_asks_for_it_waiting_for_ever() {
-    story(|world| async move {
-        let config = Config { vmm_call_deadline_ms: 1_000, ..world.config() };
-        let daemon = world.daemon_with(config).await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        let spec = world.container_spec("app", &["print-forever", "one\n"]);
+fn reopen_and_attach_time_out_if_the_logs_file_system_hangs() {
+    run_test(|node| async move {
+        let config = Config { vmm_call_deadline_ms: 1_000, ..node.config() };
+        let daemon = node.daemon_with(config).await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        let spec = node.container_spec("app", &["print-forever", "one\n"]);
         let id = daemon.create_container(&pod, spec).await.unwrap();
         daemon.start_container(&id).await.unwrap();
-        eventually("the first line", || world.log("app.log") == ["one"]).await;
-        // Each thread that may write logs of the pod is in a call that does not return.
+        eventually("the first line", || node.log("app.log") == ["one"]).await;
+        // Blocks all threads that write the pod's logs.
         let writes = daemon.node().registry.find_pod(&pod).unwrap().log_writes.clone();
         let hangs = Arc::new(AtomicBool::new(true));
         for _ in 0..8 {
@@ -120,7 +120,7 @@ fn a_log_whose_file_system_hangs_keeps_nobody_who_asks_for_it_waiting_for_ever()
                         std::thread::sleep(Duration::from_millis(5));
                     }
                 };
-                writes.finish(hang).await;
+                writes.run(hang).await;
             });
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -132,8 +132,8 @@ fn a_log_whose_file_system_hangs_keeps_nobody_who_asks_for_it_waiting_for_ever()
         let attached = attached.expect("attaching hangs").err().unwrap();
         assert!(matches!(attached, Error::Deadline { .. }), "{attached:?}");
         hangs.store(false, Ordering::SeqCst);
-        world.guest(&pod).print(&id, "two\n");
-        eventually("the next line", || world.log("app.log") == ["one", "two"]).await;
+        node.guest(&pod).print(&id, "two\n");
+        eventually("the next line", || node.log("app.log") == ["one", "two"]).await;
         daemon.reopen_log(&id).await.unwrap();
         daemon.remove_pod(&pod).await.unwrap();
     });

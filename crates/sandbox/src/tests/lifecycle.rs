@@ -1,9 +1,9 @@
-//! The ordinary course of things.
+//! Life cycle of pods and containers without failures.
 
 use std::time::Duration;
 
 use super::agent::Process;
-use super::world::{eventually, story};
+use super::test_node::{eventually, run_test};
 use crate::model::{
     Access, ContainerState, ExecSpec, Filter, PodState, Propagation, Volume, VolumeSource,
 };
@@ -22,10 +22,10 @@ pub(super) fn exec(args: &[&str]) -> ExecSpec {
 }
 
 #[test]
-fn a_pod_lives_prints_ends_and_leaves_nothing() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("web")).await.unwrap();
+fn a_pod_runs_a_container_and_leaves_nothing_after_its_removal() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("web")).await.unwrap();
         let view = daemon.pod(&pod[..12]).unwrap();
         assert_eq!((view.state, view.kernel_release.as_str()), (PodState::Ready, "6.1.0-fake"));
         assert_eq!(view.addresses.len(), 1);
@@ -34,22 +34,22 @@ fn a_pod_lives_prints_ends_and_leaves_nothing() {
             assert!(phases.contains(&phase.to_owned()), "{phases:?}");
         }
 
-        let spec = world.container_spec("app", &["print", "one\ntwo\n"]);
+        let spec = node.container_spec("app", &["print", "one\ntwo\n"]);
         let id = daemon.create_container(&pod, spec).await.unwrap();
         assert_eq!(daemon.container(&id).unwrap().state, ContainerState::Created);
         daemon.start_container(&id).await.unwrap();
         eventually("exit", || daemon.container(&id).unwrap().state == ContainerState::Exited).await;
         let exit = daemon.container(&id).unwrap().exit.unwrap();
         assert_eq!((exit.code, exit.reason.as_str()), (0, "Completed"));
-        assert_eq!(world.log("app.log"), ["one", "two"]);
+        assert_eq!(node.log("app.log"), ["one", "two"]);
 
         daemon.remove_container(&id).await.unwrap();
         daemon.remove_container(&id).await.unwrap();
         assert!(daemon.containers(&Filter::default()).is_empty());
-        assert!(world.inner.devices.lock().unwrap().is_empty(), "disks stay plugged");
+        assert!(node.inner.devices.lock().unwrap().is_empty(), "disks are still plugged");
 
-        // The same pod takes the next attempt, after its last container is gone.
-        let mut spec = world.container_spec("app", &["fail", "3"]);
+        // The next attempt of the container in the same pod.
+        let mut spec = node.container_spec("app", &["fail", "3"]);
         spec.meta.attempt = 1;
         let id = daemon.create_container(&pod, spec).await.unwrap();
         daemon.start_container(&id).await.unwrap();
@@ -63,17 +63,17 @@ fn a_pod_lives_prints_ends_and_leaves_nothing() {
         daemon.remove_pod(&pod).await.unwrap();
         daemon.remove_pod(&pod).await.unwrap();
         assert!(daemon.pods(&Filter::default()).is_empty());
-        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }
 
 #[test]
-fn stopping_asks_first_and_kills_after_the_grace() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        for (name, args, code) in [("soft", "forever", 143), ("hard", "stubborn", 137)] {
-            let spec = world.container_spec(name, &[args]);
+fn stop_sends_the_stop_signal_and_kills_after_the_grace_period() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        for (name, args, code) in [("soft", "forever", 143), ("hard", "ignore-term", 137)] {
+            let spec = node.container_spec(name, &[args]);
             let id = daemon.create_container(&pod, spec).await.unwrap();
             daemon.start_container(&id).await.unwrap();
             daemon.stop_container(&id, Duration::from_millis(200)).await.unwrap();
@@ -81,21 +81,22 @@ fn stopping_asks_first_and_kills_after_the_grace() {
             assert_eq!(daemon.container(&id).unwrap().exit.unwrap().code, code, "{name}");
         }
         daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }
 
-/// Longer than the time after which a young container was once asked a second time.
+/// Longer than the delay after which an earlier release repeated the stop signal for a new
+/// container.
 #[test]
-fn a_container_that_was_just_started_is_asked_once_to_stop() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        let spec = world.container_spec("app", &["stubborn"]);
+fn the_stop_signal_is_sent_once_to_a_new_container() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        let spec = node.container_spec("app", &["ignore-term"]);
         let id = daemon.create_container(&pod, spec).await.unwrap();
         daemon.start_container(&id).await.unwrap();
         daemon.stop_container(&id, Duration::from_millis(2500)).await.unwrap();
-        let guest = world.guest(&pod);
+        let guest = node.guest(&pod);
         let signals = guest.lock().processes[&(id.clone(), String::new())].signals.clone();
         assert_eq!(signals, [15, 9]);
         daemon.remove_pod(&pod).await.unwrap();
@@ -103,19 +104,19 @@ fn a_container_that_was_just_started_is_asked_once_to_stop() {
 }
 
 #[test]
-fn output_goes_on_after_its_connection_has_broken() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+fn output_is_complete_after_a_broken_connection() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
         for program in ["print-broken", "print-unframed"] {
-            let spec = world.container_spec(program, &[program, "first\nlast\n"]);
+            let spec = node.container_spec(program, &[program, "first\nlast\n"]);
             let id = daemon.create_container(&pod, spec).await.unwrap();
             daemon.start_container(&id).await.unwrap();
-            let log = || world.log(&format!("{program}.log"));
+            let log = || node.log(&format!("{program}.log"));
             eventually("the log is whole", || log().len() == 2).await;
             assert!(log()[0].ends_with("first") && log()[1].ends_with("last"), "{:?}", log());
         }
-        let spec = world.container_spec("app", &["forever"]);
+        let spec = node.container_spec("app", &["forever"]);
         let id = daemon.create_container(&pod, spec).await.unwrap();
         daemon.start_container(&id).await.unwrap();
         for program in ["print-broken", "print-unframed"] {
@@ -128,11 +129,11 @@ fn output_goes_on_after_its_connection_has_broken() {
 }
 
 #[test]
-fn commands_run_time_out_and_have_their_output_cut() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        let spec = world.container_spec("app", &["forever"]);
+fn exec_sync_enforces_its_timeout_and_output_limit() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        let spec = node.container_spec("app", &["forever"]);
         let id = daemon.create_container(&pod, spec).await.unwrap();
         let early = daemon.exec_sync(&id, exec(&["print", "x"]), None, 100).await;
         assert!(matches!(early, Err(Error::FailedPrecondition { .. })), "{early:?}");
@@ -144,11 +145,14 @@ fn commands_run_time_out_and_have_their_output_cut() {
         let limit = Some(Duration::from_millis(200));
         let late = daemon.exec_sync(&id, exec(&["forever"]), limit, 100).await;
         assert!(matches!(late, Err(Error::ExecTimeout { .. })), "{late:?}");
-        let guest = world.guest(&pod);
+        let guest = node.guest(&pod);
         let killed =
             |((_, exec), p): (&(String, String), &Process)| exec.is_empty() || p.exit.is_some();
-        assert!(guest.lock().processes.iter().all(killed), "told before it was killed");
-        // One that the guest has not started by then does not run later.
+        assert!(
+            guest.lock().processes.iter().all(killed),
+            "the timeout was reported before the kill"
+        );
+        // A command that the guest starts after the timeout is killed.
         let limit = Some(Duration::from_millis(50));
         let late = daemon.exec_sync(&id, exec(&["slow"]), limit, 100).await;
         assert!(matches!(late, Err(Error::ExecTimeout { .. })), "{late:?}");
@@ -168,22 +172,22 @@ fn commands_run_time_out_and_have_their_output_cut() {
 }
 
 #[test]
-fn host_files_and_the_pods_own_reach_the_guest() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        std::fs::create_dir(world.path("config")).unwrap();
-        std::fs::write(world.path("config/key"), "value").unwrap();
-        let mut spec = world.container_spec("app", &["forever"]);
+fn copied_volumes_and_etc_files_are_mounted_in_the_guest() {
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        std::fs::create_dir(node.path("config")).unwrap();
+        std::fs::write(node.path("config/key"), "value").unwrap();
+        let mut spec = node.container_spec("app", &["forever"]);
         let copy = |host: &str, inside: &str| Volume {
             container_path: inside.into(),
-            source: VolumeSource::Copied { host_path: world.path(host) },
+            source: VolumeSource::Copied { host_path: node.path(host) },
             access: Access::ReadOnlyRecursive,
             propagation: Propagation::Private,
         };
         spec.volumes = vec![copy("config", "/config"), copy("config/key", "/etc/hosts")];
         daemon.create_container(&pod, spec).await.unwrap();
-        let guest = world.guest(&pod);
+        let guest = node.guest(&pod);
         let request = guest.lock().create.clone().unwrap();
         let mounts: Vec<_> = request
             .volumes
@@ -204,12 +208,12 @@ fn host_files_and_the_pods_own_reach_the_guest() {
 }
 
 #[test]
-fn an_attached_client_sees_output_from_then_on_and_rotation_loses_none() {
+fn attach_streams_new_output_and_log_rotation_loses_none() {
     use tokio::io::AsyncReadExt;
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        let spec = world.container_spec("app", &["print-forever", "begin\n"]);
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        let spec = node.container_spec("app", &["print-forever", "begin\n"]);
         let id = daemon.create_container(&pod, spec).await.unwrap();
         let mut attached = daemon.attach(&id, false).await.unwrap();
         daemon.start_container(&id).await.unwrap();
@@ -217,36 +221,36 @@ fn an_attached_client_sees_output_from_then_on_and_rotation_loses_none() {
         let mut text = [0; 6];
         out.read_exact(&mut text).await.unwrap();
         assert_eq!(&text, b"begin\n");
-        eventually("log", || world.log("app.log") == ["begin"]).await;
-        std::fs::rename(world.path("logs/app.log"), world.path("logs/app.log.1")).unwrap();
+        eventually("log", || node.log("app.log") == ["begin"]).await;
+        std::fs::rename(node.path("logs/app.log"), node.path("logs/app.log.1")).unwrap();
         daemon.reopen_log(&id).await.unwrap();
-        world.guest(&pod).print(&id, "more\n");
-        eventually("new log", || world.log("app.log") == ["more"]).await;
-        assert_eq!(world.log("app.log.1"), ["begin"]);
+        node.guest(&pod).print(&id, "more\n");
+        eventually("new log", || node.log("app.log") == ["more"]).await;
+        assert_eq!(node.log("app.log.1"), ["begin"]);
         daemon.stop_container(&id, Duration::from_secs(1)).await.unwrap();
         assert_eq!(attached.process.wait().await.unwrap().code, 143);
         let mut rest = String::new();
         out.read_to_string(&mut rest).await.unwrap();
         assert_eq!(rest, "more\n");
         daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }
 
 #[test]
-fn several_clients_see_all_output_and_only_who_asks_for_it_has_the_input() {
+fn all_attached_clients_get_the_output_and_only_one_has_stdin() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        let mut spec = world.container_spec("app", &["forever"]);
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        let mut spec = node.container_spec("app", &["forever"]);
         spec.stdin = true;
         let id = daemon.create_container(&pod, spec).await.unwrap();
         daemon.start_container(&id).await.unwrap();
         let mut writer = daemon.attach(&id, true).await.unwrap();
         let mut reader = daemon.attach(&id, false).await.unwrap();
         assert!(writer.stdin.is_some() && reader.stdin.is_none());
-        let guest = world.guest(&pod);
+        let guest = node.guest(&pod);
         let key = (id.clone(), String::new());
         writer.stdin.as_mut().unwrap().write_all(b"input").await.unwrap();
         eventually("input", || guest.lock().processes[&key].stdin == b"input").await;
@@ -257,7 +261,7 @@ fn several_clients_see_all_output_and_only_who_asks_for_it_has_the_input() {
             session.stdout.as_mut().unwrap().read_exact(&mut text).await.unwrap();
             assert_eq!(&text, b"to all\n");
         }
-        // One that leaves takes nothing from the other.
+        // A detached client does not affect the other.
         drop(writer);
         guest.print(&id, "to one\n");
         let mut text = [0; 7];
@@ -271,31 +275,31 @@ fn several_clients_see_all_output_and_only_who_asks_for_it_has_the_input() {
 }
 
 #[test]
-fn who_reads_statistics_twice_sees_something_new_and_waits_for_no_guest() {
-    story(|world| async move {
-        let config = Config { stats_interval_ms: 3_600_000, ..world.config() };
-        let daemon = world.daemon_with(config).await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
+fn reading_statistics_triggers_a_measurement_and_does_not_wait_for_the_guest() {
+    run_test(|node| async move {
+        let config = Config { stats_interval_ms: 3_600_000, ..node.config() };
+        let daemon = node.daemon_with(config).await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
         let first = daemon.pod_stats(&pod).await.unwrap().at;
         tokio::time::sleep(Duration::from_secs(2)).await;
-        world.guest(&pod).lock().silent = true;
+        node.guest(&pod).lock().unresponsive = true;
         let second = daemon.all_stats()[&pod].at;
         assert!(second > first);
-        // From the cache, as long as the guest says nothing.
+        // From the cache while the guest does not answer.
         assert_eq!(daemon.pod_stats(&pod).await.unwrap().at, second);
-        world.guest(&pod).lock().silent = false;
+        node.guest(&pod).lock().unresponsive = false;
         daemon.remove_pod(&pod).await.unwrap();
     });
 }
 
 #[test]
-fn a_vm_boots_while_its_network_is_attached_and_gets_its_cards_then() {
-    story(|world| async move {
-        *world.inner.attach_beside_boot.lock().unwrap() = true;
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        assert_eq!(*world.inner.cards.lock().unwrap(), ["eth0"]);
-        let configured = world.guest(&pod).lock().configure.clone().unwrap();
+fn the_vm_boots_during_the_network_attachment_and_gets_its_interfaces_afterwards() {
+    run_test(|node| async move {
+        *node.inner.attach_after_launch.lock().unwrap() = true;
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        assert_eq!(*node.inner.nics.lock().unwrap(), ["eth0"]);
+        let configured = node.guest(&pod).lock().configure.clone().unwrap();
         assert_eq!(configured.interfaces[0].mac, "02:00:00:00:00:01");
         let phases = daemon.trace(&pod).unwrap();
         assert!(phases.is_sorted_by_key(|phase| phase.start_us), "{phases:?}");
@@ -303,16 +307,16 @@ fn a_vm_boots_while_its_network_is_attached_and_gets_its_cards_then() {
         let (network, launch) = (phase("network"), phase("launch"));
         assert!(launch.start_us < network.start_us + network.duration_us, "{phases:?}");
         daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }
 
 #[test]
 fn a_running_container_is_paused_and_resumed() {
-    story(|world| async move {
-        let daemon = world.daemon().await;
-        let pod = daemon.run_pod(world.pod_spec("p")).await.unwrap();
-        let spec = world.container_spec("app", &["forever"]);
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        let pod = daemon.run_pod(node.pod_spec("p")).await.unwrap();
+        let spec = node.container_spec("app", &["forever"]);
         let id = daemon.create_container(&pod, spec).await.unwrap();
         let refused = daemon.pause_container(&id).await.unwrap_err();
         assert!(matches!(refused, Error::FailedPrecondition { .. }), "{refused}");
@@ -320,12 +324,12 @@ fn a_running_container_is_paused_and_resumed() {
         daemon.pause_container(&id).await.unwrap();
         daemon.resume_container(&id).await.unwrap();
         let asked: Vec<(String, bool)> = {
-            let guest = world.guest(&pod);
+            let guest = node.guest(&pod);
             let guest = guest.lock();
             guest.freezes.iter().map(|r| (r.container_id.clone(), r.frozen)).collect()
         };
         assert_eq!(asked, [(id.clone(), true), (id, false)]);
         daemon.remove_pod(&pod).await.unwrap();
-        assert_eq!(world.leftovers(), Vec::<String>::new());
+        assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }

@@ -1,38 +1,38 @@
-//! A pod whose record cannot be read, made from what is known all the same: its header, single
-//! fields of the record, its id and what is named after that.
+//! A pod whose record is unreadable, reconstructed from its header, single fields of the record,
+//! and names derived from its id.
 //!
-//! Such a pod is not ready and has no containers. It keeps its name, its uid and its network, and
-//! can be stopped and removed; so what may still run of it is ended before its name is given again.
+//! Such a pod is not ready and has no containers. It keeps its name, uid and network, and can be
+//! stopped and removed; so its processes are killed before its name is free again.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::host::cgroup;
-use crate::journal::{Header, Rescued, Unread};
+use crate::journal::{Header, PartialRecord, Unreadable};
 use crate::model::{Meta, PodSpec};
 use crate::policy::{Effect, EmptyDirs, Phase, Pod};
 use crate::ports::Attachment;
 
-/// Where things of the pod are on this node.
-pub(crate) struct Place<'a> {
+/// Paths of the pod on this node.
+pub(crate) struct NodePaths<'a> {
     pub(crate) cgroup_root: &'a Path,
     pub(crate) state_dir: PathBuf,
-    pub(crate) folder: PathBuf,
+    pub(crate) directory: PathBuf,
     pub(crate) boot_id: &'a str,
 }
 
-pub(crate) struct Known {
+pub(crate) struct Reconstructed {
     pub(crate) pod: Pod,
-    /// That the pod's VMM has or may have.
+    /// Uids that the pod's VMM has or may have.
     pub(crate) uids: Vec<u32>,
 }
 
 /// Blocks.
-pub(crate) fn known(unread: Unread, place: &Place<'_>) -> Known {
-    let Unread { id, why, header, rescued, made } = unread;
-    let Rescued { boot_id, created_at, uid, netns, ledger, attachment, meta, spec } = rescued;
-    let mut spec = spec.unwrap_or_else(bare);
+pub(crate) fn reconstruct(unreadable: Unreadable, paths: &NodePaths<'_>) -> Reconstructed {
+    let Unreadable { id, why, header, partial, made } = unreadable;
+    let PartialRecord { boot_id, created_at, uid, netns, ledger, attachment, meta, spec } = partial;
+    let mut spec = spec.unwrap_or_else(empty_spec);
     spec.meta = meta.unwrap_or_default();
     let mut attachment = attachment.unwrap_or_default();
     let (mut pod_netns, mut created, mut jail_uid) = (netns, created_at, uid);
@@ -50,8 +50,8 @@ pub(crate) fn known(unread: Unread, place: &Place<'_>) -> Known {
             attachment = Attachment { addresses: header.addresses, ..attachment };
         }
     }
-    let same_boot = boot_id.as_deref() == Some(place.boot_id);
-    let ledger = effects(&id, place, leaf, ledger, same_boot);
+    let same_boot = boot_id.as_deref() == Some(paths.boot_id);
+    let ledger = effects_to_undo(&id, paths, leaf, ledger, same_boot);
     let mut uids: Vec<u32> = jail_uid.into_iter().collect();
     for effect in &ledger {
         if let Effect::Cgroup { leaf, .. } = effect {
@@ -63,7 +63,9 @@ pub(crate) fn known(unread: Unread, place: &Place<'_>) -> Known {
         spec: Arc::new(spec),
         created_at: created.or(made).unwrap_or(SystemTime::UNIX_EPOCH),
         phase: Phase::NotReady,
-        reason: format!("the pod's record cannot be read: {why}; what runs of it ends with a stop"),
+        reason: format!(
+            "the pod's record is unreadable: {why}; stop or remove the pod to end its processes"
+        ),
         uid: jail_uid.unwrap_or_default(),
         netns: pod_netns.unwrap_or_default(),
         ledger,
@@ -72,50 +74,50 @@ pub(crate) fn known(unread: Unread, place: &Place<'_>) -> Known {
         trace: Vec::new(),
         empty_dirs: EmptyDirs::default(),
         containers: Default::default(),
-        unread: true,
+        unreadable: true,
     };
-    Known { pod, uids }
+    Reconstructed { pod, uids }
 }
 
-/// What has to be undone. Undoing what is not there is no error, so everything that a pod can have
-/// and that is named after its id is in it. A damaged record is believed only where what it says
+/// Effects to undo. Undoing a missing effect is no error, so the list has every effect that a pod
+/// can have and whose name derives from its id. A path from a damaged record is used only if it
 /// belongs to this pod.
-fn effects(
+fn effects_to_undo(
     id: &str,
-    place: &Place<'_>,
+    paths: &NodePaths<'_>,
     leaf: Option<(PathBuf, Vec<PathBuf>)>,
-    rescued: Vec<Effect>,
+    partial: Vec<Effect>,
     same_boot: bool,
 ) -> Vec<Effect> {
-    let scratch = place.folder.join("scratch.img");
-    let mut effects = vec![Effect::StateDir { path: place.state_dir.clone() }, Effect::Network];
+    let scratch = paths.directory.join("scratch.img");
+    let mut effects = vec![Effect::StateDir { path: paths.state_dir.clone() }, Effect::Network];
     let is_ours = |leaf: &Path| {
-        leaf.starts_with(place.cgroup_root)
+        leaf.starts_with(paths.cgroup_root)
             && leaf.file_name().is_some_and(|name| *name == *format!("nacelle-{id}"))
             && leaf.components().all(|c| c != std::path::Component::ParentDir)
     };
-    let of_record = rescued.iter().find_map(|effect| match effect {
+    let recorded = partial.iter().find_map(|effect| match effect {
         Effect::Cgroup { leaf, parents } => Some((leaf.clone(), parents.clone())),
         _ => None,
     });
-    match leaf.or(of_record).filter(|(leaf, _)| is_ours(leaf)) {
+    match leaf.or(recorded).filter(|(leaf, _)| is_ours(leaf)) {
         Some((leaf, mut parents)) => {
-            parents.retain(|parent| leaf.starts_with(parent) && parent != place.cgroup_root);
+            parents.retain(|parent| leaf.starts_with(parent) && parent != paths.cgroup_root);
             effects.push(Effect::Cgroup { leaf, parents });
         }
         None => {
-            let found = cgroup::find_leaves(place.cgroup_root, id).into_iter();
+            let found = cgroup::find_leaves(paths.cgroup_root, id).into_iter();
             effects.extend(found.map(|leaf| Effect::Cgroup { leaf, parents: Vec::new() }));
         }
     }
     effects.push(Effect::ScratchDisk { path: scratch });
-    // A pid means something in the boot in which it was written down.
+    // Pids are valid only in the boot in which they were recorded.
     let is_process = |e: &Effect| matches!(e, Effect::Vmm { .. } | Effect::FileServer { .. });
-    effects.extend(rescued.into_iter().filter(|effect| same_boot && is_process(effect)));
+    effects.extend(partial.into_iter().filter(|effect| same_boot && is_process(effect)));
     effects
 }
 
-fn bare() -> PodSpec {
+fn empty_spec() -> PodSpec {
     PodSpec {
         meta: Meta::default(),
         hostname: String::new(),

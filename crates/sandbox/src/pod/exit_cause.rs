@@ -1,4 +1,4 @@
-//! Why a pod's VMM has ended, or its agent on the host.
+//! Cause of the exit of a pod's VMM, or of a host pod's agent.
 
 use std::path::Path;
 use std::time::SystemTime;
@@ -13,14 +13,14 @@ use crate::vmm;
 
 const MIB: u64 = 1 << 20;
 
+/// Why a VMM, or the agent of a host pod, ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Death {
-    /// For people.
+pub(crate) struct ExitCause {
     pub(crate) reason: String,
     pub(crate) cause: DeathCause,
 }
 
-impl Death {
+impl ExitCause {
     /// Must come before the change: a pod that is no longer ready was being stopped.
     pub(super) fn measure(&self, handle: &Handle) {
         if handle.pod().phase != Phase::Ready {
@@ -42,34 +42,34 @@ impl Death {
     }
 }
 
-/// The process is known to have ended. What it said itself counts; one that was killed said nothing,
-/// and the kernel's counters tell whether its OOM killer did it.
-pub(super) async fn cause(handle: &Handle) -> Death {
+/// For a process that has exited. The VMM's status file has the reason; a killed VMM wrote none,
+/// and the kernel's counters show whether the OOM killer did it.
+pub(super) async fn find(handle: &Handle) -> ExitCause {
     let (status, root) = (handle.paths.status.clone(), handle.node.cgroup_root.clone());
     let pod = handle.pod();
     let leaf = pod.cgroup().map(Path::to_owned);
     let is_vm = matches!(handle.machine, Machine::Vm(_));
-    let looked = blocking(move || match is_vm.then(|| vmm::exit_reason(&status)).flatten() {
-        Some((cause, reason)) => Err(Death { reason, cause }),
+    let inspected = blocking(move || match is_vm.then(|| vmm::exit_reason(&status)).flatten() {
+        Some((cause, reason)) => Err(ExitCause { reason, cause }),
         None => Ok(leaf.map(|leaf| cgroup::oom_kill(&root, &leaf)).transpose()),
     });
-    match looked.await {
-        Err(said) => return said,
+    match inspected.await {
+        Err(cause) => return cause,
         Ok(Ok(Some(Some(kill)))) => {
             let vm_mib = pod.spec.memory_mib.unwrap_or(handle.node.config.default_memory_mib);
             let reason = out_of_memory(is_vm.then_some(vm_mib), kill);
-            return Death { reason, cause: DeathCause::OutOfMemory };
+            return ExitCause { reason, cause: DeathCause::OutOfMemory };
         }
         Ok(Ok(_)) => {}
         Ok(Err(error)) => {
-            tracing::warn!(pod = handle.id, %error, "cannot ask whether memory ran out");
+            tracing::warn!(pod = handle.id, %error, "cannot read memory.events");
         }
     }
     let (cause, reason) = match is_vm {
         true => (DeathCause::Killed, "the VMM was killed (it left no status)"),
         false => (DeathCause::HostAgent, "the pod's agent on this host has ended"),
     };
-    Death { reason: reason.to_owned(), cause }
+    ExitCause { reason: reason.to_owned(), cause }
 }
 
 /// `vm_mib`: memory of the pod's VM, if it has one.
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_without_room_for_the_vm_is_told_with_the_missing_overhead() {
+    fn a_limit_smaller_than_the_vm_is_reported_with_the_missing_overhead() {
         let kill = |limit: Option<u64>| OomKill { limit: limit.map(|l| ("/podx".into(), l * MIB)) };
         let text = out_of_memory(Some(192), kill(Some(64)));
         for part in ["64 MiB", "/podx", "VMM", "192 MiB", "overhead", "no room"] {

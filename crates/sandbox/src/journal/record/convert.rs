@@ -1,5 +1,5 @@
-//! Conversions of types that have the same fields or variants as their live counterparts, both ways.
-//! A field or variant that only one side has does not compile.
+//! Conversions between on-disk and in-memory types with the same fields or variants. A field or
+//! variant that only one of them has does not compile.
 
 macro_rules! same_fields {
     ($stored:ident = $live:ident { $($field:ident),* $(,)? }) => {
@@ -39,7 +39,7 @@ macro_rules! same_variants {
     };
 }
 
-/// The items of one side as those of the other.
+/// Converts all items.
 pub(super) fn all<T, U: From<T>>(items: Vec<T>) -> Vec<U> {
     items.into_iter().map(U::from).collect()
 }

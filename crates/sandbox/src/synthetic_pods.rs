@@ -1,6 +1,5 @@
-//! A node full of pods for whom nobody works: what tests and benches of listings ask. They are in the
-//! registry as pods that recovery has found, each with a container and measured once; none is in the
-//! journal, and no guest is behind any.
+//! Synthetic pods for tests and benchmarks of listings: in the registry as if recovered, each with
+//! one running container and one measurement; not in the journal and without a guest.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,31 +10,31 @@ use serde_json::Value;
 
 use crate::Sandboxes;
 use crate::model::{ContainerSpec, Identity, Meta, PidMode, PodSpec, RootfsSpec};
-use crate::pod::{self, Begin, Handle};
+use crate::pod::{self, Handle, InitialAction};
 use crate::policy::{Container, ContainerPhase, EmptyDirs, Phase, Pod};
 use crate::ports::Attachment;
 use crate::stats::{ContainerStatsView, InterfaceView, PodStatsView};
 
-/// Since when they run: listings may measure what is young.
+/// Age of the pods: a listing may measure a new pod.
 const AGE: Duration = Duration::from_secs(3600);
 
-/// Enters `count` pods, whose requests and whose containers' requests are these.
-pub fn fill(daemon: &Sandboxes, count: usize, pod: &Value, container: &Value) {
+/// Adds `count` pods with this pod request and container request.
+pub fn add(daemon: &Sandboxes, count: usize, pod: &Value, container: &Value) {
     for n in 0..count {
-        let handle = enter(daemon, n, pod.clone(), container.clone());
+        let handle = add_pod(daemon, n, pod.clone(), container.clone());
         handle.set_stats(stats(&handle.pod()));
     }
 }
 
-/// Enters pods of these numbers, which nobody has measured and nobody can.
-pub fn fill_unmeasured(daemon: &Sandboxes, numbers: std::ops::Range<usize>) {
+/// Adds pods with these numbers without measurements; they cannot be measured.
+pub fn add_without_stats(daemon: &Sandboxes, numbers: std::ops::Range<usize>) {
     for n in numbers {
-        enter(daemon, n, Value::Null, Value::Null);
+        add_pod(daemon, n, Value::Null, Value::Null);
     }
 }
 
-/// Enters the `n`-th pod, which is not measured.
-pub(crate) fn enter(daemon: &Sandboxes, n: usize, pod: Value, container: Value) -> Arc<Handle> {
+/// Adds the `n`-th pod without a measurement.
+pub(crate) fn add_pod(daemon: &Sandboxes, n: usize, pod: Value, container: Value) -> Arc<Handle> {
     let node = daemon.node();
     let since = SystemTime::now() - AGE;
     let meta = |name: String| Meta {
@@ -80,10 +79,10 @@ pub(crate) fn enter(daemon: &Sandboxes, n: usize, pod: Value, container: Value) 
         trace: Vec::new(),
         empty_dirs: EmptyDirs::default(),
         containers: [(running.id.clone(), running)].into(),
-        unread: false,
+        unreadable: false,
     };
-    node.registry.enter_pod(&id, &pod.spec.meta.clone(), &[n as u32]);
-    let (handle, _owner) = pod::new(node.clone(), pod, Begin::Recover);
+    node.registry.insert_pod(&id, &pod.spec.meta.clone(), &[n as u32]);
+    let (handle, _owner) = pod::new(node.clone(), pod, InitialAction::Recover);
     node.registry.set_handle(&id, handle.clone());
     handle
 }
