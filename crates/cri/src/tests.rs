@@ -267,7 +267,7 @@ async fn those_who_follow_events_do_not_hold_up_the_end_of_the_server() {
     let request = v1::GetEventsRequest {};
     let mut events = node.client.get_container_events(request).await.unwrap().into_inner();
     node.stop.send(()).unwrap();
-    let limit = std::time::Duration::from_secs(3);
+    let limit = Duration::from_secs(3);
     let end = tokio::time::timeout(limit, events.message()).await.expect("the stream ends");
     assert!(matches!(end, Ok(None)), "{end:?}");
     drop(node.client);
