@@ -111,95 +111,105 @@ impl Counters {
     }
 
     pub(super) fn register(&self, registry: &mut Registry) {
-        let mut add =
-            |name: &str, help: &str, metric: Box<dyn FnOnce(&mut Registry, &str, &str)>| {
-                metric(registry, name, help);
-            };
         add(
+            registry,
             "nacelle_cri_requests",
             "Calls of the CRI by method and gRPC code",
-            put(&self.cri_requests),
+            &self.cri_requests,
         );
         add(
+            registry,
             "nacelle_cri_request_duration_seconds",
             "Time until the reply to a call of the CRI begins",
-            put(&self.cri_durations),
+            &self.cri_durations,
         );
-        add("nacelle_pod_starts", "Starts of pods by result", put(&self.starts));
+        add(registry, "nacelle_pod_starts", "Starts of pods by result", &self.starts);
         add(
+            registry,
             "nacelle_pod_start_duration_seconds",
             "Duration of successful starts of pods",
-            put(&self.start_durations),
+            &self.start_durations,
         );
         add(
+            registry,
             "nacelle_pod_start_phase_duration_seconds",
             "Duration of the phases of starts of pods, some of which overlap",
-            put(&self.phase_durations),
+            &self.phase_durations,
         );
-        add("nacelle_vm_boots", "Boots of VMs by result", put(&self.boots));
+        add(registry, "nacelle_vm_boots", "Boots of VMs by result", &self.boots);
         add(
+            registry,
             "nacelle_vm_boot_duration_seconds",
             "Time from the launch of a VMM until its guest's agent answers",
-            put(&self.boot_durations),
+            &self.boot_durations,
         );
         add(
+            registry,
             "nacelle_vmm_deaths",
             "VMMs of ready pods that ended without a request, by cause",
-            put(&self.deaths),
+            &self.deaths,
         );
         add(
+            registry,
             "nacelle_oom_kills",
             "Containers and VMMs ended by an OOM killer",
-            put(&self.oom_kills),
+            &self.oom_kills,
         );
-        add("nacelle_guest_calls", "Calls to agents by result", put(&self.guest_calls));
+        add(registry, "nacelle_guest_calls", "Calls to agents by result", &self.guest_calls);
         add(
+            registry,
             "nacelle_guest_call_duration_seconds",
             "Duration of calls to agents",
-            put(&self.guest_durations),
+            &self.guest_durations,
         );
         add(
+            registry,
             "nacelle_journal_writes",
             "Writes of records of pods by result",
-            put(&self.journal_writes),
+            &self.journal_writes,
         );
         add(
+            registry,
             "nacelle_journal_write_duration_seconds",
             "Duration of writes of records of pods, with their fsyncs",
-            put(&self.journal_durations),
+            &self.journal_durations,
         );
         add(
+            registry,
             "nacelle_journal_fsync_duration_seconds",
             "Duration of fsyncs of the journal",
-            put(&self.journal_syncs),
+            &self.journal_syncs,
         );
         add(
+            registry,
             "nacelle_cni_operations",
             "Runs of CNI plugins by operation and result",
-            put(&self.cni_runs),
+            &self.cni_runs,
         );
         add(
+            registry,
             "nacelle_cni_operation_duration_seconds",
             "Duration of runs of CNI plugins",
-            put(&self.cni_durations),
+            &self.cni_durations,
         );
-        add("nacelle_image_pulls", "Pulls of images by result", put(&self.pulls));
+        add(registry, "nacelle_image_pulls", "Pulls of images by result", &self.pulls);
         add(
+            registry,
             "nacelle_image_pull_duration_seconds",
             "Duration of successful pulls of images",
-            put(&self.pull_durations),
+            &self.pull_durations,
         );
         add(
+            registry,
             "nacelle_image_fetched_bytes",
             "Bytes of image layers received from registries",
-            put(&self.fetched),
+            &self.fetched,
         );
     }
 }
 
-fn put<M: Metric + Clone>(metric: &M) -> Box<dyn FnOnce(&mut Registry, &str, &str)> {
-    let metric = metric.clone();
-    Box::new(move |registry, name, help| registry.register(name, help, metric))
+fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: &M) {
+    registry.register(name, help, metric.clone());
 }
 
 fn labels<const N: usize>(pairs: [(&'static str, &'static str); N]) -> Labels {

@@ -126,10 +126,12 @@ fn sample(line: &str) -> Option<Sample> {
     Some(Sample { name: name.into(), labels, value })
 }
 
+/// Bounds and counts of the buckets, the count, whether there is a sum.
+type Parts = (Vec<(f64, f64)>, Option<f64>, bool);
+
 /// Buckets in ascending order, cumulative, the last one +Inf and equal to the count.
 fn histogram(family: &Family) -> Result<(), String> {
-    let mut all: BTreeMap<BTreeMap<String, String>, (Vec<(f64, f64)>, Option<f64>, bool)> =
-        BTreeMap::new();
+    let mut all: BTreeMap<BTreeMap<String, String>, Parts> = BTreeMap::new();
     for sample in &family.samples {
         let mut labels = sample.labels.clone();
         let bound = labels.remove("le");
