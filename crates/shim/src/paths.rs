@@ -258,7 +258,7 @@ mod tests {
         assert!(locked.try_lock().unwrap().is_none());
         // A shim of an earlier release, which does not lock.
         older.write_pid().unwrap();
-        assert_eq!(PodPaths::dead_pods(&settings), [dead.key.clone()]);
+        assert_eq!(PodPaths::dead_pods(&settings), std::slice::from_ref(&dead.key));
         drop(lock);
         assert_eq!(PodPaths::dead_pods(&settings).len(), 2);
         dead.remove_all().unwrap();

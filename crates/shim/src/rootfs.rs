@@ -133,7 +133,7 @@ pub(crate) fn mount_read_only(mounts: &[SnapshotMount], target: &Path) -> Result
             mount(NONE, target, NONE, read_only, NONE).with_context(what)?;
         }
         MountPlan::Overlay { lower, options } => {
-            overlay(&lower, &options, target).with_context(what)?
+            overlay(&lower, &options, target).with_context(what)?;
         }
         MountPlan::Filesystem { kind, device, options } => {
             let options = options.join(",");

@@ -314,7 +314,7 @@ mod tests {
         // More than a FIFO holds.
         let writer = tokio::task::spawn_blocking(move || {
             let mut writer = OpenOptions::new().write(true).open(&stdin).unwrap();
-            writer.write_all(&[b'x'; 100_000]).unwrap();
+            writer.write_all(&vec![b'x'; 100_000]).unwrap();
         });
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert!(!writer.is_finished(), "input was read before Start");
