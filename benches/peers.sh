@@ -1,5 +1,5 @@
 #!/bin/bash
-# `nacelle-bench share` or `create` on a node of its own, in the lab: a registry, nacelled, and containerd
+# `nacelle-bench share` or `create` on a separate node in the lab: a registry, nacelled, and containerd
 # with runc and virtiofsd where Debian's packages of them were brought in. The arguments go to the bench.
 #
 #   cargo xtask lab --images --timeout 1800 --in benches/peers.sh --in DEBS:/nacelle/debs \

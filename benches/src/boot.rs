@@ -41,7 +41,7 @@ struct Samples {
 pub fn run(bin: &Path, guest: &Path, runs: usize, shape: Shape) -> Result<()> {
     let contenders = [
         ("nacelle-vmm", Vmm::Nacelle),
-        ("nacelle-vmm, room to grow", Vmm::NacelleGrowing),
+        ("nacelle-vmm, with memory hotplug", Vmm::NacelleGrowing),
         ("QEMU -M microvm", Vmm::QemuMicrovm),
     ];
     let mut samples = [Samples::default(), Samples::default(), Samples::default()];
@@ -50,7 +50,7 @@ pub fn run(bin: &Path, guest: &Path, runs: usize, shape: Shape) -> Result<()> {
             let sample =
                 once(vmm, bin, guest, shape).with_context(|| format!("{name}, run {run}"))?;
             if run > 0 {
-                // The first run of each warms the host's caches and does not count.
+                // The first run of each fills the host's caches and is not counted.
                 samples[at].ready_us.push(sample.0);
                 samples[at].exits.push(sample.1);
                 samples[at].own_kib.push(sample.2);
@@ -91,7 +91,7 @@ fn once(vmm: Vmm, bin: &Path, guest: &Path, shape: Shape) -> Result<(u64, u64, u
     let mut vm = Vm::start(vmm, bin, guest, shape)?;
     let ready = match vm.until_ready()? {
         End::Ready(ready) => ready,
-        other => bail!("{}; it said: {}", other.text(), vm.said()),
+        other => bail!("{}; output: {}", other.text(), vm.said()),
     };
     let pid = vm.child.id();
     let exits = measure::exits(pid)?;
@@ -158,7 +158,7 @@ pub fn many(bin: &Path, guest: &Path, boots: usize, at_once: usize, shape: Shape
     Ok(())
 }
 
-/// What a VM is given.
+/// Size of a VM.
 #[derive(Clone, Copy)]
 pub struct Shape {
     pub vcpus: u8,
@@ -249,7 +249,7 @@ impl Vm {
         Ok(End::Silent)
     }
 
-    /// What the VMM and the guest's console wrote.
+    /// Output of the VMM and of the guest's console.
     fn said(&self) -> String {
         let all = std::fs::read(self.folder.path().join("log")).unwrap_or_default();
         String::from_utf8_lossy(&all[all.len().saturating_sub(4096)..]).into_owned()
@@ -258,7 +258,7 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        // A VMM that has ended already is what is wanted.
+        // The VMM may have exited already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

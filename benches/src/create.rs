@@ -1,5 +1,5 @@
 //! Containers through CRI sockets: what each call of a container's life takes, in one pod of each
-//! runtime, the runtimes taking turns. The first container stays until the end, as a kubelet leaves a
+//! runtime, alternating between runtimes. The first container stays until the end, as a kubelet leaves a
 //! container's predecessor there until the next one runs: images are in use all the time.
 
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ impl std::str::FromStr for Peer {
 const CALLS: [&str; 5] =
     ["CreateContainer", "StartContainer", "ExecSync", "StopContainer", "RemoveContainer"];
 
-/// Has each runtime run `rounds` containers after a first one; prints the medians.
+/// Runs `rounds` containers in each runtime after a first one; prints the medians.
 pub fn run(peers: &[Peer], image: &str, rounds: usize, logs: &Path) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {

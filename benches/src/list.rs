@@ -1,4 +1,4 @@
-//! What a kubelet asks all the time, of a node with many pods: the real services on a real socket,
+//! A kubelet's periodic calls on a node with many pods: the real services on a real socket,
 //! their cache full of pods that have no VM. A listing that called a guest would fail here.
 
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ use crate::table;
 
 type Client = RuntimeServiceClient<Channel>;
 
-/// Lists `pods` pods in every way there is, and prints how long that takes.
+/// Calls every listing on a node with `pods` pods, and prints the times.
 pub fn run(pods: usize, runs: usize) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let rows = runtime.block_on(measure(pods, runs.max(1)))?;
@@ -45,7 +45,7 @@ async fn measure(pods: usize, runs: usize) -> Result<Vec<Vec<String>>> {
                 items = client.$call($request).await?.into_inner().$items.len();
                 times.push(begin.elapsed().as_micros() as u64);
             }
-            ensure!(items == pods, "{} tells of {items} of {pods}", stringify!($call));
+            ensure!(items == pods, "{} returned {items} of {pods}", stringify!($call));
             rows.push(row(stringify!($call), items, &mut times));
         }};
     }

@@ -1,11 +1,11 @@
-//! Benchmarks: tables with their conditions, nacelle beside a peer in the same run.
+//! Benchmarks: tables with their conditions, nacelle and a peer in the same run.
 //!
 //! `nacelle-bench boot` compares VMMs on the same kernel and initramfs; `nacelle-bench many` counts
 //! how many of many boots come up; `nacelle-bench pods` breaks a pod's cold start into its phases and
 //! weighs idle pods; `nacelle-bench create` times the calls of a container's life, of several runtimes
 //! in turns; `nacelle-bench net` moves bytes between the host and a guest and counts what that takes;
 //! `nacelle-bench share` does the same work on one folder of the host from several sides;
-//! `nacelle-bench list` asks a node full of pods what a kubelet asks. Nothing here asserts
+//! `nacelle-bench list` makes a kubelet's calls on a node with many pods. Nothing here asserts
 //! anything: see `docs/benchmarks.md` for how to read the numbers.
 
 mod boot;

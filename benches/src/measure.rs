@@ -1,4 +1,4 @@
-//! What the host tells of itself, of a process and of a VM.
+//! Facts about the host, a process and a VM.
 
 use std::fs;
 use std::path::Path;

@@ -62,7 +62,7 @@ impl Amount {
     }
 }
 
-/// Who takes part.
+/// What is measured.
 pub struct Plan<'a> {
     pub bin: &'a Path,
     pub guest: &'a Path,
@@ -102,8 +102,8 @@ pub fn run(plan: &Plan<'_>) -> Result<()> {
         sides.push(Side::qemu(plan, virtiofsd, shape)?);
     }
     let qemu = sides.iter().find_map(|side| match &side.way {
-        Way::Qemu(qemu) => Some(qemu.vmm.0.id()),
-        Way::Host | Way::Container(_) => None,
+        Target::Qemu(qemu) => Some(qemu.vmm.0.id()),
+        Target::Host | Target::Container(_) => None,
     });
     let mut samples: Vec<BTreeMap<&str, Sample>> = sides.iter().map(|_| BTreeMap::new()).collect();
     for round in 0..plan.rounds {
@@ -197,7 +197,7 @@ fn unit_name(unit: Unit) -> &'static str {
     }
 }
 
-enum Way {
+enum Target {
     Host,
     Container(Box<Container>),
     Qemu(Box<Qemu>),
@@ -214,12 +214,12 @@ struct Side {
     name: String,
     /// It runs in a VM, so that KVM's exits are its own.
     vm: bool,
-    way: Way,
+    way: Target,
 }
 
 impl Side {
     fn host() -> Self {
-        Self { name: "host".into(), vm: false, way: Way::Host }
+        Self { name: "host".into(), vm: false, way: Target::Host }
     }
 
     async fn container(peer: &Peer, plan: &Plan<'_>) -> Result<Self> {
@@ -280,13 +280,13 @@ impl Side {
         }
         let [plain, privileged] =
             <[String; 2]>::try_from(ids).map_err(|_| anyhow::anyhow!("two"))?;
-        let way = Way::Container(Box::new(Container { client, pod, plain, privileged }));
+        let way = Target::Container(Box::new(Container { client, pod, plain, privileged }));
         Ok(Self { name: peer.name.clone(), vm, way })
     }
 
     fn qemu(plan: &Plan<'_>, virtiofsd: &Path, shape: boot::Shape) -> Result<Self> {
         let qemu = Box::new(Qemu::start(plan, virtiofsd, shape)?);
-        Ok(Self { name: "virtiofsd".into(), vm: true, way: Way::Qemu(qemu) })
+        Ok(Self { name: "virtiofsd".into(), vm: true, way: Target::Qemu(qemu) })
     }
 
     /// Runs the load; what it printed.
@@ -298,18 +298,18 @@ impl Side {
     ) -> Result<String> {
         let Amount { files, writes } = plan.amount;
         let folder = match &self.way {
-            Way::Host => plan.folder.display().to_string(),
-            Way::Container(_) | Way::Qemu(_) => "/data".to_owned(),
+            Target::Host => plan.folder.display().to_string(),
+            Target::Container(_) | Target::Qemu(_) => "/data".to_owned(),
         };
         let mut all = vec![folder, self.name.clone(), files.to_string(), writes.to_string()];
         all.extend(words.iter().map(|&word| word.to_owned()));
         match &mut self.way {
-            Way::Host => {
+            Target::Host => {
                 let output = Command::new(plan.folder.join(LOAD)).args(&all).output()?;
                 ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
                 Ok(String::from_utf8(output.stdout)?)
             }
-            Way::Container(own) => {
+            Target::Container(own) => {
                 let Container { client, plain, privileged, .. } = own.as_mut();
                 let container = if words.contains(&"trace") { privileged } else { plain };
                 let mut cmd = vec![format!("/data/{LOAD}")];
@@ -325,16 +325,16 @@ impl Side {
                 ensure!(reply.exit_code == 0, "exit code {}: {errors}", reply.exit_code);
                 Ok(String::from_utf8(reply.stdout)?)
             }
-            Way::Qemu(qemu) => qemu.ask(&all.join(" ")),
+            Target::Qemu(qemu) => qemu.send_command(&all.join(" ")),
         }
     }
 
     /// KVM's exits of this side's VM so far; those of all VMs but the ones that QEMU runs.
     fn exits(&self, qemu: Option<u32>) -> Result<u64> {
         match &self.way {
-            Way::Host => Ok(0),
-            Way::Container(_) => Ok(measure::vms(qemu)?.1),
-            Way::Qemu(qemu) => measure::exits(qemu.vmm.0.id()),
+            Target::Host => Ok(0),
+            Target::Container(_) => Ok(measure::vms(qemu)?.1),
+            Target::Qemu(qemu) => measure::exits(qemu.vmm.0.id()),
         }
     }
 
@@ -344,7 +344,7 @@ impl Side {
             let line = said.lines().find_map(|line| line.strip_prefix(name));
             Ok(line.context("the load says what it runs on")?.trim().parse()?)
         };
-        // What the kernel itself takes is no part of MemTotal.
+        // MemTotal does not include the kernel's own memory.
         let memory = (field("memory")? >> 10).next_multiple_of(64) as u32;
         println!("{}: {} vCPUs, {memory} MiB", self.name, field("cpus")?);
         Ok(boot::Shape { vcpus: field("cpus")? as u8, memory })
@@ -403,7 +403,7 @@ impl Side {
     }
 
     fn end(self, runtime: &tokio::runtime::Runtime) -> Result<()> {
-        let Way::Container(own) = self.way else { return Ok(()) };
+        let Target::Container(own) = self.way else { return Ok(()) };
         let Container { mut client, pod, .. } = *own;
         runtime.block_on(async {
             let stop = v1::StopPodSandboxRequest { pod_sandbox_id: pod.clone() };
@@ -449,7 +449,7 @@ impl Qemu {
         let folder = tempfile::tempdir()?;
         let at = |name: &str| -> PathBuf { folder.path().join(name) };
         let mut server = Command::new(virtiofsd);
-        // One word: the older one of the two servers by this name knows no other way.
+        // One argument: the older of the two servers with this name accepts no other form.
         server.arg(format!("--socket-path={}", at("fs.sock").display()));
         server.args(["-f", "-o", "cache=auto", "-o"]);
         server.arg(format!("source={}", plan.folder.display()));
@@ -484,7 +484,7 @@ impl Qemu {
         Ok(qemu)
     }
 
-    fn ask(&mut self, line: &str) -> Result<String> {
+    fn send_command(&mut self, line: &str) -> Result<String> {
         self.port.get_mut().write_all(format!("{line}\n").as_bytes())?;
         let said = self.answer()?;
         ensure!(!said.contains("failed: "), "{said}");

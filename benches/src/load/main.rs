@@ -31,7 +31,7 @@ fn main() -> Result<()> {
     work(&words, &mut std::io::stdout())
 }
 
-/// The first process of a guest: does what the lines of its port ask for.
+/// The first process of a guest: executes the commands on its port.
 fn guest() -> Result<()> {
     for (kind, at) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
         fs::create_dir_all(at)?;

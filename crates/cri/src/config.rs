@@ -1,4 +1,4 @@
-//! Settings of the CRI's door.
+//! Settings of the CRI services.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,20 +7,20 @@ use serde::{Deserialize, Serialize};
 pub struct Config {
     /// Runtime handlers accepted besides the empty one; a RuntimeClass names one of them.
     pub handlers: Vec<String>,
-    /// What a container gets whose request says nothing about seccomp. A kubelet always says, by
-    /// its own seccompDefault; for others silence means unconfined, as with containerd.
+    /// Seccomp profile of a container whose request has none. A kubelet always sets one, by
+    /// its own seccompDefault; for other clients the default is unconfined, as with containerd.
     pub default_seccomp: DefaultSeccomp,
     /// Added to a pod's memory limit for the guest's kernel and agent, when the request states no
     /// overhead of its own.
     pub guest_overhead_mib: u32,
     /// Smallest VM; a guest does not boot in less.
     pub min_memory_mib: u32,
-    /// Bytes of each stream that ExecSync gives back; the rest of the output is thrown away.
+    /// Bytes of each stream that ExecSync returns; further output is discarded.
     pub exec_output_limit: usize,
     pub host_pods: HostPods,
 }
 
-/// Which pods may have namespaces of the host, and so run without a VM. All parts must hold.
+/// Which pods may have namespaces of the host, and so run without a VM. All conditions must be met.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HostPods {

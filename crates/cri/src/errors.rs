@@ -76,7 +76,7 @@ pub fn streaming_status(error: streaming::Error) -> Status {
     Status::new(code, with_causes(&error))
 }
 
-/// A verb that is in the interface and not in nacelle.
+/// A call of the CRI that nacelle does not implement.
 pub fn unimplemented(sentence: &str) -> Status {
     Status::unimplemented(sentence)
 }

@@ -1,9 +1,9 @@
-//! The door for kubelets and crictl: RuntimeService and ImageService of the Kubernetes CRI v1
+//! The CRI services for kubelets and crictl: RuntimeService and ImageService of the Kubernetes CRI v1
 //! (proto/cri/v1/api.proto) on a unix socket. Conversion in, conversion out: the life cycle is in
 //! `sandbox`, images are in `image`, and [`errors`] is the one place that knows gRPC status codes.
 //!
-//! The rule for requests: what is asked for is done, or refused with the field's name and a
-//! reason. Nothing is dropped in silence. See [`convert`] for what is refused and why.
+//! The rule for requests: each field is applied, or the request is rejected with its name and a
+//! reason. Nothing is ignored silently. See [`convert`] for what is rejected and why.
 
 pub mod config;
 pub mod convert;

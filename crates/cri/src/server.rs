@@ -58,27 +58,27 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(fail(error)),
     }
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".new");
-    let beside = PathBuf::from(beside);
-    let _ = std::fs::remove_file(&beside);
-    let listener = UnixListener::bind(&beside).map_err(fail)?;
-    std::fs::set_permissions(&beside, std::fs::Permissions::from_mode(SOCKET_MODE))
-        .and_then(|()| std::fs::rename(&beside, path))
+    let mut other = path.as_os_str().to_owned();
+    other.push(".new");
+    let other = PathBuf::from(other);
+    let _ = std::fs::remove_file(&other);
+    let listener = UnixListener::bind(&other).map_err(fail)?;
+    std::fs::set_permissions(&other, std::fs::Permissions::from_mode(SOCKET_MODE))
+        .and_then(|()| std::fs::rename(&other, path))
         .map_err(fail)?;
     Ok(listener)
 }
 
-/// Ends when the server shall take no new requests.
+/// Completes when the server is to stop.
 pub type Shutdown = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Serves both services, and whatever else `beside` holds, until `shutdown`; then finishes the
-/// requests under way. `observer` is told of each call of the CRI.
+/// Serves both services, and whatever else `other` holds, until `shutdown`; then finishes the
+/// requests under way. `observer` receives each call of the CRI.
 pub async fn serve(
     listener: UnixListener,
     runtime: Runtime,
     images: Image,
-    beside: Routes,
+    other: Routes,
     observer: Option<Arc<dyn Observer>>,
     shutdown: Shutdown,
 ) -> Result<(), tonic::transport::Error> {
@@ -96,7 +96,7 @@ pub async fn serve(
     Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
         .layer(ObserveLayer(observer))
-        .add_routes(beside.add_service(runtime).add_service(images))
+        .add_routes(other.add_service(runtime).add_service(images))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)
         .await
 }

@@ -1,4 +1,4 @@
-//! What stands behind the streaming server's URLs: commands, containers and ports of this node's
+//! Backend of the streaming server: commands, containers and ports of this node's
 //! pods. Bytes flow between the client and the guest; nothing here keeps them.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -80,14 +80,14 @@ struct Streams {
     sandboxes: Sandboxes,
 }
 
-fn told(error: sandbox::Error) -> BackendError {
+fn backend_error(error: sandbox::Error) -> BackendError {
     BackendError::new(error.to_string())
 }
 
-/// Output that nobody asked for is thrown away, for a process that nobody reads from stands still.
-fn wanted(stream: Option<ByteReader>, asked: bool) -> Option<ByteReader> {
+/// Discards output that was not requested: a process blocks when nobody reads its output.
+fn if_requested(stream: Option<ByteReader>, requested: bool) -> Option<ByteReader> {
     match stream {
-        Some(mut unread) if !asked => {
+        Some(mut unread) if !requested => {
             tokio::spawn(async move {
                 let _ = tokio::io::copy(&mut unread, &mut tokio::io::sink()).await;
             });
@@ -114,11 +114,11 @@ impl Backend for Streams {
             cwd: String::new(),
             tty_size: size.map(|TtySize { width, height }| (width, height)),
         };
-        let session = self.sandboxes.exec(&container, spec).await.map_err(told)?;
+        let session = self.sandboxes.exec(&container, spec).await.map_err(backend_error)?;
         Ok(Session {
             stdin: session.stdin,
-            stdout: wanted(session.stdout, stdout),
-            stderr: wanted(session.stderr, stderr),
+            stdout: if_requested(session.stdout, stdout),
+            stderr: if_requested(session.stderr, stderr),
             stdin_end: StdinEnd::Close,
             process: Box::new(Command(session.process)),
         })
@@ -130,10 +130,10 @@ impl Backend for Streams {
         size: Option<TtySize>,
     ) -> Result<Session, BackendError> {
         let AttachParams { container, tty, stdin, stdout, stderr } = params;
-        let view = self.sandboxes.container(&container).map_err(told)?;
-        let session = self.sandboxes.attach(&view.id, stdin).await.map_err(told)?;
+        let view = self.sandboxes.container(&container).map_err(backend_error)?;
+        let session = self.sandboxes.attach(&view.id, stdin).await.map_err(backend_error)?;
         if let Some(TtySize { width, height }) = size.filter(|_| tty) {
-            session.process.resize(width, height).await.map_err(told)?;
+            session.process.resize(width, height).await.map_err(backend_error)?;
         }
         let once = view.spec.stdin_once && !view.spec.tty;
         Ok(Session {
@@ -146,7 +146,7 @@ impl Backend for Streams {
     }
 
     async fn port_forward(&self, pod: &str, port: u16) -> Result<ByteStream, BackendError> {
-        let stream = self.sandboxes.port_forward(pod, port).await.map_err(told)?;
+        let stream = self.sandboxes.port_forward(pod, port).await.map_err(backend_error)?;
         Ok(Box::pin(stream))
     }
 }
@@ -155,13 +155,13 @@ struct Command(ExecProcess);
 struct Container(AttachProcess);
 
 fn code(exit: Result<ExitView, sandbox::Error>) -> Result<i32, BackendError> {
-    exit.map(|exit| exit.code).map_err(told)
+    exit.map(|exit| exit.code).map_err(backend_error)
 }
 
 #[async_trait]
 impl Process for Command {
     async fn resize(&mut self, size: TtySize) -> Result<(), BackendError> {
-        self.0.resize(size.width, size.height).await.map_err(told)
+        self.0.resize(size.width, size.height).await.map_err(backend_error)
     }
 
     async fn wait(&mut self) -> Result<i32, BackendError> {
@@ -172,7 +172,7 @@ impl Process for Command {
 #[async_trait]
 impl Process for Container {
     async fn resize(&mut self, size: TtySize) -> Result<(), BackendError> {
-        self.0.resize(size.width, size.height).await.map_err(told)
+        self.0.resize(size.width, size.height).await.map_err(backend_error)
     }
 
     async fn wait(&mut self) -> Result<i32, BackendError> {

@@ -1,4 +1,4 @@
-//! The services on a real socket, on a node without pods: what a client is told before any VM runs.
+//! The services on a real socket, on a node without pods.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -103,7 +103,7 @@ struct Node {
 }
 
 impl Node {
-    /// None, said out loud, where the life cycle cannot be opened.
+    /// None, with a printed SKIP, if the life cycle cannot be opened.
     async fn start() -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().to_owned();
@@ -153,7 +153,7 @@ fn id() -> String {
 }
 
 #[tokio::test]
-async fn ending_and_removing_what_is_not_there_succeeds() {
+async fn stop_and_remove_of_unknown_ids_succeed() {
     let Some(mut node) = Node::start().await else { return };
     let pod = || v1::StopPodSandboxRequest { pod_sandbox_id: id() };
     node.client.stop_pod_sandbox(pod()).await.unwrap();
@@ -166,7 +166,7 @@ async fn ending_and_removing_what_is_not_there_succeeds() {
 }
 
 #[tokio::test]
-async fn asking_about_what_is_not_there_is_told_so() {
+async fn calls_with_unknown_ids_fail_with_not_found() {
     let Some(mut node) = Node::start().await else { return };
     let client = &mut node.client;
     let container = v1::ContainerStatusRequest { container_id: id(), verbose: true };
@@ -191,7 +191,7 @@ async fn asking_about_what_is_not_there_is_told_so() {
 }
 
 #[tokio::test]
-async fn the_status_says_what_is_wrong_and_what_can_be_asked_for() {
+async fn the_status_reports_conditions_and_features() {
     let Some(mut node) = Node::start().await else { return };
     let request = v1::StatusRequest { verbose: true };
     let reply = node.client.status(request).await.unwrap().into_inner();
@@ -207,7 +207,7 @@ async fn the_status_says_what_is_wrong_and_what_can_be_asked_for() {
 }
 
 #[tokio::test]
-async fn requests_that_make_no_sense_are_refused_by_name() {
+async fn invalid_requests_are_rejected_with_the_field() {
     let Some(mut node) = Node::start().await else { return };
     let client = &mut node.client;
     let run = v1::RunPodSandboxRequest::default();
@@ -229,12 +229,12 @@ async fn requests_that_make_no_sense_are_refused_by_name() {
 }
 
 #[tokio::test]
-async fn an_empty_node_has_metrics_to_describe_and_none_to_tell() {
+async fn an_empty_node_describes_metrics_and_reports_none() {
     let Some(mut node) = Node::start().await else { return };
     let described = node.client.list_metric_descriptors(v1::ListMetricDescriptorsRequest {});
     assert!(described.await.unwrap().into_inner().descriptors.len() > 45);
-    let told = node.client.list_pod_sandbox_metrics(v1::ListPodSandboxMetricsRequest {});
-    assert!(told.await.unwrap().into_inner().pod_metrics.is_empty());
+    let reported = node.client.list_pod_sandbox_metrics(v1::ListPodSandboxMetricsRequest {});
+    assert!(reported.await.unwrap().into_inner().pod_metrics.is_empty());
 }
 
 #[tokio::test]
@@ -262,7 +262,7 @@ async fn pods_that_were_not_measured_are_in_no_statistics() {
 }
 
 #[tokio::test]
-async fn those_who_follow_events_do_not_hold_up_the_end_of_the_server() {
+async fn event_subscribers_do_not_delay_the_shutdown() {
     let Some(mut node) = Node::start().await else { return };
     let request = v1::GetEventsRequest {};
     let mut events = node.client.get_container_events(request).await.unwrap().into_inner();

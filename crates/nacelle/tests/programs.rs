@@ -1,4 +1,4 @@
-//! The programs themselves, without a daemon: exit codes, and output that nobody reads.
+//! The programs without a daemon: exit codes, and output to a closed pipe.
 
 use std::process::{Command, Output, Stdio};
 
@@ -6,7 +6,7 @@ const NACELLE: &str = env!("CARGO_BIN_EXE_nacelle");
 const NACELLED: &str = env!("CARGO_BIN_EXE_nacelled");
 
 /// Runs with a standard output whose reader has closed it.
-fn unread(program: &str, words: &[&str]) -> Output {
+fn with_closed_stdout(program: &str, words: &[&str]) -> Output {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     Command::new(program)
@@ -29,7 +29,7 @@ fn a_reader_that_closes_the_pipe_is_no_failure() {
         (NACELLE, &["completions", "bash"]),
         (NACELLE, &["--help"]),
     ] {
-        let output = unread(program, words);
+        let output = with_closed_stdout(program, words);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.is_empty(), "{words:?}: {}: {said}", output.status);
     }

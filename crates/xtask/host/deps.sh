@@ -107,7 +107,7 @@ fi
 derive_sources
 if ! apt_get update; then
     # A mirror without backports: the rest must still work.
-    say "no bookworm-backports beside this machine's mirror; going on without"
+    say "no bookworm-backports on this machine's mirror; continuing without it"
     sed -i '/bookworm-backports/d' "$apt/sources.list"
     apt_get update
 fi
@@ -124,7 +124,7 @@ if ! qemu_is_new; then
         apt_get install -t bookworm-backports $qemu >"$apt/install.log" 2>&1; then
         :
     elif [ -z "$(missing $qemu)" ] || apt_get install $qemu >"$apt/install.log" 2>&1; then
-        say "only QEMU 7.2 is to be had: the lab runs with one CPU and without XSAVE"
+        say "only QEMU 7.2 is available: the lab runs with one CPU and without XSAVE"
     else
         cat "$apt/install.log" >&2
         die "apt-get install $qemu failed"

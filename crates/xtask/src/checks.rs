@@ -36,7 +36,7 @@ const WALLS: &[(&str, &[&str], &str)] = &[
         &["kvm-ioctls", "kvm-bindings", "machine", "tokio"],
         "devices run on any hypervisor, and on threads",
     ),
-    ("machine", &["virtio", "pci", "tokio"], "the machine has never heard of virtio"),
+    ("machine", &["virtio", "pci", "tokio"], "the machine does not know virtio"),
     (
         "vmm",
         &["tokio", "tonic", "sandbox", "image", "network", "cri", "agent-api"],
@@ -72,7 +72,7 @@ const WALLS: &[(&str, &[&str], &str)] = &[
     (
         "streaming",
         &["sandbox", "network", "image", "cri", "vmm-api", "agent-api", "tonic"],
-        "streaming carries bytes of processes that it has never heard of",
+        "streaming carries bytes of processes that it does not know",
     ),
 ];
 

@@ -141,7 +141,7 @@ fn elf_inside(bzimage: &Path) -> Result<Vec<u8>> {
         }
     };
     // Through a file, so that no pipe can fill up while nobody reads the other one. The payload
-    // ends with its unpacked length, which the programs take for trailing rubbish.
+    // ends with its unpacked length, which the programs report as trailing garbage.
     let packed = tempfile::NamedTempFile::new()?;
     fs::write(packed.path(), payload)?;
     let out = Command::new(unpacker[0])

@@ -64,7 +64,7 @@ fn base(agent: &[u8]) -> Archive {
     archive
 }
 
-/// Writes beside and renames, so that a VM that boots meanwhile reads one version or the other.
+/// Writes a temporary file and renames it, so that a VM that boots meanwhile reads one of the versions.
 fn replace(path: &PathBuf, bytes: Vec<u8>) -> Result<()> {
     let fresh = path.with_extension("new");
     fs::write(&fresh, bytes)?;

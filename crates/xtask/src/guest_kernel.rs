@@ -42,7 +42,7 @@ pub(crate) struct Args {
 
 /// One line of a fragment: `CONFIG_NAME=value   # reason`.
 #[derive(Debug, PartialEq)]
-struct Wish {
+struct KconfigOption {
     name: String,
     value: String,
 }
@@ -60,13 +60,13 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     }
     let source = debs::fetch(SOURCE_PACKAGE)?;
     let compiler = run::output(Command::new("gcc").arg("-v").arg("--version"))?;
-    let wishes: Vec<_> = fragments.values().flatten().map(plain).collect();
+    let options: Vec<_> = fragments.values().flatten().map(plain).collect();
     let version = debs::version(&source);
     let key = run::key([
         RECIPE.as_bytes(),
         version.as_bytes(),
         compiler.as_bytes(),
-        wishes.join("\n").as_bytes(),
+        options.join("\n").as_bytes(),
     ]);
     let built = paths::cached("guest-kernel", &key, |dir| {
         run::stage("building the guest kernel (10 minutes on two free cores)", || {
@@ -86,7 +86,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
 fn build(
     dir: &Path,
     source: &Path,
-    fragments: &BTreeMap<String, Vec<Wish>>,
+    fragments: &BTreeMap<String, Vec<KconfigOption>>,
     version: &str,
 ) -> Result<()> {
     let work = tempfile::Builder::new().prefix("nacelle-kernel-").tempdir()?;
@@ -119,7 +119,11 @@ fn build(
 }
 
 /// Unpacks the source into `work` and leaves the merged configuration in `work/out/.config`.
-fn configure(work: &Path, source: &Path, fragments: &BTreeMap<String, Vec<Wish>>) -> Result<()> {
+fn configure(
+    work: &Path,
+    source: &Path,
+    fragments: &BTreeMap<String, Vec<KconfigOption>>,
+) -> Result<()> {
     debs::unpack(source, work)?;
     let archive = work.join("usr/src").join(format!("{SOURCE_FOLDER}.tar.xz"));
     run::quiet(Command::new("tar").arg("-C").arg(work).args(["-xf"]).arg(archive))?;
@@ -137,8 +141,8 @@ fn configure(work: &Path, source: &Path, fragments: &BTreeMap<String, Vec<Wish>>
     command.current_dir(work.join(SOURCE_FOLDER));
     // Over allnoconfig: an option that no fragment names is off, whatever its default is.
     command.args(["-n", "-O", "../out"]).args(TINY);
-    for (file, wishes) in fragments {
-        let lines: Vec<_> = wishes.iter().map(plain).collect();
+    for (file, options) in fragments {
+        let lines: Vec<_> = options.iter().map(plain).collect();
         let path = work.join("fragments").join(file);
         fs::write(&path, lines.join("\n") + "\n")?;
         command.arg(path);
@@ -148,9 +152,9 @@ fn configure(work: &Path, source: &Path, fragments: &BTreeMap<String, Vec<Wish>>
     let config = fs::read_to_string(work.join("out/.config"))?;
     let dropped: Vec<_> = fragments
         .iter()
-        .flat_map(|(file, wishes)| wishes.iter().map(move |wish| (file, wish)))
-        .filter(|(_, wish)| !survived(wish, &config))
-        .map(|(file, wish)| format!("  {file}: {}={}", wish.name, wish.value))
+        .flat_map(|(file, options)| options.iter().map(move |option| (file, option)))
+        .filter(|(_, option)| !is_set(option, &config))
+        .map(|(file, option)| format!("  {file}: {}={}", option.name, option.value))
         .collect();
     ensure!(
         dropped.is_empty(),
@@ -178,7 +182,7 @@ fn make(work: &Path) -> Command {
 }
 
 /// The fragments by file name.
-fn read_fragments(dir: &Path) -> Result<BTreeMap<String, Vec<Wish>>> {
+fn read_fragments(dir: &Path) -> Result<BTreeMap<String, Vec<KconfigOption>>> {
     let mut fragments = BTreeMap::new();
     let mut files: Vec<PathBuf> = fs::read_dir(dir)
         .with_context(|| format!("reading {}", dir.display()))?
@@ -188,15 +192,15 @@ fn read_fragments(dir: &Path) -> Result<BTreeMap<String, Vec<Wish>>> {
     for path in files {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let text = fs::read_to_string(&path)?;
-        let wishes = parse(&text).with_context(|| format!("in {}", path.display()))?;
-        fragments.insert(name, wishes);
+        let options = parse(&text).with_context(|| format!("in {}", path.display()))?;
+        fragments.insert(name, options);
     }
     ensure!(!fragments.is_empty(), "no fragments in {}", dir.display());
     Ok(fragments)
 }
 
-fn parse(text: &str) -> Result<Vec<Wish>> {
-    let mut wishes = Vec::new();
+fn parse(text: &str) -> Result<Vec<KconfigOption>> {
+    let mut options = Vec::new();
     for (number, line) in text.lines().enumerate() {
         if line.is_empty() || line.starts_with('#') {
             continue;
@@ -211,25 +215,25 @@ fn parse(text: &str) -> Result<Vec<Wish>> {
             .split_once('=')
             .filter(|(name, _)| name.starts_with("CONFIG_"))
             .with_context(|| format!("line {at}: '{line}' is not CONFIG_NAME=value"))?;
-        wishes.push(Wish { name: name.to_owned(), value: value.to_owned() });
+        options.push(KconfigOption { name: name.to_owned(), value: value.to_owned() });
     }
-    Ok(wishes)
+    Ok(options)
 }
 
 /// A wish as Kconfig writes it.
-fn plain(wish: &Wish) -> String {
-    match wish.value.as_str() {
-        "n" => format!("# {} is not set", wish.name),
-        value => format!("{}={value}", wish.name),
+fn plain(option: &KconfigOption) -> String {
+    match option.value.as_str() {
+        "n" => format!("# {} is not set", option.name),
+        value => format!("{}={value}", option.name),
     }
 }
 
-fn survived(wish: &Wish, config: &str) -> bool {
-    let set = format!("{}=", wish.name);
-    match wish.value.as_str() {
+fn is_set(option: &KconfigOption, config: &str) -> bool {
+    let set = format!("{}=", option.name);
+    match option.value.as_str() {
         // An option whose menu is off is not mentioned at all.
         "n" => !config.lines().any(|line| line.starts_with(&set)),
-        _ => config.lines().any(|line| line == plain(wish)),
+        _ => config.lines().any(|line| line == plain(option)),
     }
 }
 
@@ -246,11 +250,11 @@ mod tests {
 
     #[test]
     fn a_wish_that_kconfig_dropped_is_seen() {
-        let wishes = parse("# head\n\nCONFIG_A=y   # one\nCONFIG_B=n # two\n").unwrap();
-        assert_eq!(wishes.len(), 2);
-        assert!(survived(&wishes[0], "CONFIG_A=y\n# CONFIG_B is not set\n"));
-        assert!(!survived(&wishes[0], "# CONFIG_A is not set\n"));
-        assert!(survived(&wishes[1], "CONFIG_A=y\n"));
-        assert!(!survived(&wishes[1], "CONFIG_B=y\n"));
+        let options = parse("# head\n\nCONFIG_A=y   # one\nCONFIG_B=n # two\n").unwrap();
+        assert_eq!(options.len(), 2);
+        assert!(is_set(&options[0], "CONFIG_A=y\n# CONFIG_B is not set\n"));
+        assert!(!is_set(&options[0], "# CONFIG_A is not set\n"));
+        assert!(is_set(&options[1], "CONFIG_A=y\n"));
+        assert!(!is_set(&options[1], "CONFIG_B=y\n"));
     }
 }

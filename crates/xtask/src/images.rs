@@ -1,4 +1,4 @@
-//! The images that stories, demo and benches run. Making them is the business of `nacelle-tests`;
+//! The images that stories, demo and benches run. They are built by `nacelle-tests`;
 //! this only calls it, on this host, because the lab has no way to a Debian mirror.
 
 use std::process::Command;

@@ -81,7 +81,7 @@ fn documentation(share: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies beside and renames: a running binary is replaced, not written into.
+/// Copies to a temporary file and renames it: a running binary is replaced, not overwritten.
 fn put(from: &Path, to: &Path, mode: u32) -> Result<()> {
     let folder = to.parent().context("a file lies in a folder")?;
     fs::create_dir_all(folder)?;

@@ -1,5 +1,5 @@
 //! Verifies that the messages in docs/troubleshooting.md exist in the source, so that a reworded error
-//! does not leave a symptom that nobody will find.
+//! does not leave a symptom that cannot be found.
 
 use std::fs;
 use std::path::Path;

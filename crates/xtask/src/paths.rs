@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 /// The target named in `.cargo/config.toml`, which is a folder below cargo's target directory.
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
-/// The repository's root. Cargo tells at run time; a binary run by hand knows where it was built.
+/// The repository's root: from Cargo at run time, else the directory of the build.
 pub(crate) fn repo() -> PathBuf {
     let manifest = env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);

@@ -1,4 +1,4 @@
-//! The stories: told on this host where its KVM is good, else shared out among labs side by side.
+//! Runs the stories: on this host if its KVM is usable, else divided among parallel labs.
 //!
 //! A lab has one CPU (see `lab::machine`), so two of them on a host with two CPUs are as fast as
 //! one with two. A few stories need several CPUs; they get a lab of their own.
@@ -17,10 +17,10 @@ use anyhow::{Context, Result};
 use crate::lab::{STATUS_LAB_FAILED, STATUS_TIMEOUT};
 use crate::{kvm, paths, run};
 
-/// Which stories a run of `nacelle-tests` tells: `1/2`, or `wide` for those that need CPUs.
-const PART: &str = "NACELLE_PART";
+/// The shard of a run of `nacelle-tests`: `1/2`, or `wide` for stories that need several CPUs.
+const SHARD: &str = "NACELLE_PART";
 const WIDE: &str = "wide";
-/// CPUs of the lab in which the wide ones are told.
+/// CPUs of the lab for the shard `wide`.
 const WIDE_CPUS: &str = "2";
 /// What a lab may come to use of the host's memory, MiB: its own 6 GiB, and QEMU's.
 const LAB_MIB: u64 = 6144 + 512;
@@ -39,18 +39,18 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<i32> {
-    let mut tell = "nacelle-tests".to_owned();
+    let mut command = "nacelle-tests".to_owned();
     for word in &args.words {
-        tell += &format!(" {}", quoted(word));
+        command += &format!(" {}", quoted(word));
     }
     let timeout = args.timeout.to_string();
     build_agent_tests()?;
     let kvm = kvm::probe();
     if kvm.usable {
-        return lab(&["--auto", "--timeout", &timeout], &tell);
+        return lab(&["--auto", "--timeout", &timeout], &command);
     }
     eprintln!("KVM here {}: running inside the lab", kvm.why);
-    // Made once, before several labs ask for it.
+    // Built once, before several labs need it.
     lab(&["--prepare"], "")?;
 
     let labs = args.labs.unwrap_or_else(labs_that_fit).clamp(1, count("1/1", &args.words)?.max(1));
@@ -62,18 +62,18 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     let next = || parts.lock().ok()?.pop_front();
     let work = || -> Result<i32> {
         let mut worst = 0;
-        while let Some(part) = next() {
-            let told = format!("{PART}={part}");
-            let cpus = if part == WIDE { WIDE_CPUS } else { "1" };
-            let options = ["--images", "--timeout", &timeout, "--env", &told, "--cpus", cpus];
+        while let Some(shard) = next() {
+            let variable = format!("{SHARD}={shard}");
+            let cpus = if shard == WIDE { WIDE_CPUS } else { "1" };
+            let options = ["--images", "--timeout", &timeout, "--env", &variable, "--cpus", cpus];
             let begin = Instant::now();
-            let status = lab(&options, &tell)?;
+            let status = lab(&options, &command)?;
             if status == STATUS_LAB_FAILED || status == STATUS_TIMEOUT {
                 eprintln!(
-                    "the lab of part {part} did not come to its end ({status}): its other stories were not run"
+                    "the lab of shard {shard} did not finish ({status}): its other stories were not run"
                 );
             }
-            println!("--- stories {part}: {} s", begin.elapsed().as_secs());
+            println!("--- stories {shard}: {} s", begin.elapsed().as_secs());
             worst = if worst == 0 { status } else { worst };
         }
         Ok(worst)
@@ -115,13 +115,13 @@ fn build_agent_tests() -> Result<()> {
     Ok(())
 }
 
-/// How many stories `part` has among those that the filter lets through.
-fn count(part: &str, words: &[String]) -> Result<usize> {
+/// Number of stories in `shard` that match the filter.
+fn count(shard: &str, words: &[String]) -> Result<usize> {
     let tests = paths::newest_binary("nacelle-tests").context("nacelle-tests is not built")?;
     let out = Command::new(tests)
         .args(words)
         .arg("--list")
-        .env(PART, part)
+        .env(SHARD, shard)
         .stderr(Stdio::inherit())
         .output()
         .context("starting nacelle-tests")?;
@@ -140,7 +140,7 @@ fn labs_that_fit() -> usize {
     cpus.min((available_kib / 1024 / LAB_MIB) as usize).max(1)
 }
 
-/// A word as a shell reads it.
+/// Quotes a word for the shell.
 fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
@@ -154,8 +154,8 @@ fn lab(options: &[&str], command: &str) -> Result<i32> {
     }
     lab.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = lab.spawn().context("starting a lab")?;
-    let stdout = child.stdout.take().context("a pipe was asked for")?;
-    let stderr = child.stderr.take().context("a pipe was asked for")?;
+    let stdout = child.stdout.take().context("the output is not a pipe")?;
+    let stderr = child.stderr.take().context("the output is not a pipe")?;
     thread::scope(|scope| {
         scope.spawn(|| whole_lines(stdout, std::io::stdout()));
         scope.spawn(|| whole_lines(stderr, std::io::stderr()));

@@ -204,7 +204,7 @@ fn credentials() -> Result<()> {
     for auth in [None, Some(with("guessed"))] {
         let status = node.cri().pull_as(&name, auth).unwrap_err();
         ensure!(status.message().contains("denies access"), "{status}");
-        ensure!(!status.message().contains("guessed"), "a password is told: {status}");
+        ensure!(!status.message().contains("guessed"), "the error contains the password: {status}");
     }
     node.cri().pull_as(&name, Some(with(PASSWORD)))?;
     ensure!(find(&node, &name)?.is_some(), "it is not there");

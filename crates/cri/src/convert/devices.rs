@@ -1,6 +1,6 @@
 //! Devices of a container: block devices of the host become disks of the pod's VM; character
-//! devices are the guest's own, so only those that a guest's kernel has can be had. A pod without a
-//! VM has the host's own.
+//! devices are the guest's, so only those that the guest's kernel has are available. A pod without a
+//! VM has the host's devices.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -21,47 +21,47 @@ const MAX_HOST_DEVICES: usize = 4096;
 const ANY_ACCESS: &str = "rwm";
 const EVERYBODY: u32 = 0o666;
 
-/// A character device of the guest, with what asks for it. Numbers: Documentation/admin-guide/
+/// A character device of the guest. Numbers: Documentation/admin-guide/
 /// devices.txt of Linux.
 #[derive(Debug)]
-pub struct Known {
+pub struct GuestDevice {
     path: &'static str,
     major: i64,
     minor: i64,
     /// Every container has it, so it needs no node of its own.
-    usual: bool,
+    default: bool,
 }
 
-const fn usual(path: &'static str, major: i64, minor: i64) -> Known {
-    Known { path, major, minor, usual: true }
+const fn default_device(path: &'static str, major: i64, minor: i64) -> GuestDevice {
+    GuestDevice { path, major, minor, default: true }
 }
 
-const fn extra(path: &'static str, major: i64, minor: i64) -> Known {
-    Known { path, major, minor, usual: false }
+const fn optional_device(path: &'static str, major: i64, minor: i64) -> GuestDevice {
+    GuestDevice { path, major, minor, default: false }
 }
 
-const GUEST_DEVICES: [Known; 10] = [
-    usual("/dev/null", 1, 3),
-    usual("/dev/zero", 1, 5),
-    usual("/dev/full", 1, 7),
-    usual("/dev/random", 1, 8),
-    usual("/dev/urandom", 1, 9),
-    usual("/dev/tty", 5, 0),
-    extra("/dev/kmsg", 1, 11), // a kubelet in a pod reads the kernel's log
-    extra("/dev/net/tun", 10, 200), // VPN sidecars
-    extra("/dev/fuse", 10, 229), // rootless image builders, file systems of users
-    extra("/dev/loop-control", 10, 237), // image builders
+const GUEST_DEVICES: [GuestDevice; 10] = [
+    default_device("/dev/null", 1, 3),
+    default_device("/dev/zero", 1, 5),
+    default_device("/dev/full", 1, 7),
+    default_device("/dev/random", 1, 8),
+    default_device("/dev/urandom", 1, 9),
+    default_device("/dev/tty", 5, 0),
+    optional_device("/dev/kmsg", 1, 11), // a kubelet in a pod reads the kernel's log
+    optional_device("/dev/net/tun", 10, 200), // VPN sidecars
+    optional_device("/dev/fuse", 10, 229), // rootless image builders, file systems of users
+    optional_device("/dev/loop-control", 10, 237), // image builders
 ];
 
 #[derive(Debug, Default)]
 pub struct Devices {
     pub blocks: Vec<BlockDevice>,
     pub nodes: Vec<LinuxDevice>,
-    /// Accesses that the container has beyond the usual ones.
+    /// Device cgroup rules in addition to the default ones.
     pub rules: Vec<LinuxDeviceCgroup>,
 }
 
-/// Looks at the host's devices. Blocks. A privileged container has all devices of its guest anyway:
+/// Accesses the host's devices. Blocks. A privileged container has all devices of its guest anyway:
 /// the guest knows them.
 pub fn devices(requested: &[v1::Device], mounts: &[v1::Mount]) -> Result<Devices, Refusal> {
     if requested.len() > MAX_DEVICES {
@@ -73,9 +73,9 @@ pub fn devices(requested: &[v1::Device], mounts: &[v1::Mount]) -> Result<Devices
     let mut devices = Devices::default();
     for (index, device) in requested.iter().enumerate() {
         add(&mut devices, device)
-            .map_err(|refusal| refusal.inside(&format!("devices[{index}]")))?;
+            .map_err(|refusal| refusal.in_field(&format!("devices[{index}]")))?;
     }
-    // No rule: a mount gives the node, not the right to use it, as with runc.
+    // No rule: a mount adds the node, not the permission, as with runc.
     for (known, target) in mounts.iter().filter_map(of_mount) {
         devices.nodes.push(node(known, &target)?);
     }
@@ -84,18 +84,18 @@ pub fn devices(requested: &[v1::Device], mounts: &[v1::Mount]) -> Result<Devices
 
 /// Whether a mount is of a device that the guest has (a VPN's pod mounts /dev/net/tun), and where it
 /// is to be.
-pub fn of_mount(mount: &v1::Mount) -> Option<(&'static Known, String)> {
+pub fn of_mount(mount: &v1::Mount) -> Option<(&'static GuestDevice, String)> {
     let known = GUEST_DEVICES.iter().find(|known| known.path == mount.host_path)?;
     let target = container_path(&mount.container_path).ok()?;
     (mount.image.is_none() && target.starts_with("/dev/")).then_some((known, target))
 }
 
-/// Those of the host, for a pod without a VM; a folder stands for all in it. Blocks.
+/// Devices of the host, for a pod without a VM; a directory means all devices in it. Blocks.
 pub fn of_host(requested: &[v1::Device]) -> Result<Devices, Refusal> {
     let mut devices = Devices::default();
     for (index, device) in requested.iter().enumerate() {
-        let inside = |refusal: Refusal| refusal.inside(&format!("devices[{index}]"));
-        let (target, permissions) = place(device).map_err(inside)?;
+        let inside = |refusal: Refusal| refusal.in_field(&format!("devices[{index}]"));
+        let (target, permissions) = target_of(device).map_err(inside)?;
         if !Path::new(&target).starts_with("/dev") {
             let reason = format!("{target}: device nodes stand below /dev");
             return Err(inside(Refusal::unsupported("container_path", reason)));
@@ -167,8 +167,8 @@ fn numbers(device: u64) -> (i64, i64) {
     (major as i64, minor as i64)
 }
 
-/// Where a device is to be, and what may be done to it.
-fn place(device: &v1::Device) -> Result<(String, &str), Refusal> {
+/// Path in the container, and permissions.
+fn target_of(device: &v1::Device) -> Result<(String, &str), Refusal> {
     if device.host_path.is_empty() {
         return Err(Refusal::invalid("host_path", "empty"));
     }
@@ -188,7 +188,7 @@ fn place(device: &v1::Device) -> Result<(String, &str), Refusal> {
 }
 
 fn add(devices: &mut Devices, device: &v1::Device) -> Result<(), Refusal> {
-    let (target, permissions) = place(device)?;
+    let (target, permissions) = target_of(device)?;
     if let Some(known) = GUEST_DEVICES.iter().find(|known| known.path == device.host_path) {
         if !target.starts_with("/dev/") {
             return Err(Refusal::unsupported(
@@ -196,7 +196,7 @@ fn add(devices: &mut Devices, device: &v1::Device) -> Result<(), Refusal> {
                 format!("{target}: a device node of the guest stands below /dev"),
             ));
         }
-        if !known.usual || target != known.path {
+        if !known.default || target != known.path {
             devices.nodes.push(node(known, &target)?);
         }
         devices.rules.push(rule(known, permissions)?);
@@ -224,7 +224,7 @@ fn add(devices: &mut Devices, device: &v1::Device) -> Result<(), Refusal> {
     Err(Refusal::unsupported("host_path", format!("{} {reason}", device.host_path)))
 }
 
-fn node(known: &Known, path: &str) -> Result<LinuxDevice, Refusal> {
+fn node(known: &GuestDevice, path: &str) -> Result<LinuxDevice, Refusal> {
     LinuxDeviceBuilder::default()
         .path(path)
         .typ(LinuxDeviceType::C)
@@ -237,7 +237,7 @@ fn node(known: &Known, path: &str) -> Result<LinuxDevice, Refusal> {
         .map_err(internal)
 }
 
-fn rule(known: &Known, permissions: &str) -> Result<LinuxDeviceCgroup, Refusal> {
+fn rule(known: &GuestDevice, permissions: &str) -> Result<LinuxDeviceCgroup, Refusal> {
     LinuxDeviceCgroupBuilder::default()
         .allow(true)
         .typ(LinuxDeviceType::C)
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_that_a_guest_has_are_the_guests() {
+    fn character_devices_are_those_of_the_guest() {
         let found =
             of_vm(&[device("/dev/fuse", "", "rw"), device("/dev/null", "", "rwm")]).unwrap();
         assert_eq!(found.nodes.len(), 1, "each container has a null device anyway");
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mount_of_a_guests_device_is_a_node_without_a_right() {
+    fn a_mount_of_a_guest_device_is_a_node_without_permission() {
         let mount = |host: &str, container: &str| v1::Mount {
             host_path: host.into(),
             container_path: container.into(),
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_disk_of_the_host_is_refused_by_name() {
+    fn other_host_paths_are_rejected_with_the_field() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         std::fs::write(&file, "").unwrap();

@@ -1,5 +1,5 @@
-//! Pods that ask for namespaces of the host (NamespaceMode NODE): such a pod has no VM around it, so
-//! the node's configuration says which may be.
+//! Pods that request namespaces of the host (NamespaceMode NODE): such a pod has no VM, so
+//! the node's configuration decides which are allowed.
 
 use std::collections::BTreeMap;
 
@@ -11,30 +11,31 @@ use crate::config::HostPods;
 /// In a list: all of them.
 const ALL: &str = "*";
 
-/// What a pod says of itself, as far as the policy looks at it.
+/// Properties of a pod that the policy checks.
 #[derive(Debug)]
-pub struct Asking<'a> {
+pub struct PodFacts<'a> {
     /// Of Kubernetes.
     pub namespace: &'a str,
     pub annotations: &'a BTreeMap<String, String>,
     pub handler: &'a str,
 }
 
-/// As pod specifications call them.
+/// Field names of the pod specification.
 fn names(host: HostNamespaces) -> String {
     let HostNamespaces { network, pid, ipc } = host;
     let all = [(network, "hostNetwork"), (pid, "hostPID"), (ipc, "hostIPC")];
-    let asked: Vec<_> = all.into_iter().filter(|(asked, _)| *asked).map(|(_, name)| name).collect();
-    asked.join(", ")
+    let requested: Vec<_> =
+        all.into_iter().filter(|(requested, _)| *requested).map(|(_, name)| name).collect();
+    requested.join(", ")
 }
 
-/// Whether such a pod may run here; a refusal says what to set.
-pub fn check(host: HostNamespaces, pod: &Asking<'_>, policy: &HostPods) -> Result<(), Refusal> {
+/// Whether such a pod may run here; the error names the setting to change.
+pub fn check(host: HostNamespaces, pod: &PodFacts<'_>, policy: &HostPods) -> Result<(), Refusal> {
     let refused = |why: String| {
         Err(Refusal::invalid(
             "namespace_options",
             format!(
-                "{}: a pod with namespaces of the host runs there without a VM around it, and this \
+                "{}: a pod with namespaces of the host runs there without a VM context it, and this \
                  node's configuration does not allow that: {why}",
                 names(host)
             ),
@@ -71,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pods_of_the_host_are_allowed_by_every_part_of_the_policy_or_refused_with_what_to_set() {
+    fn host_pods_are_allowed_by_the_whole_policy_or_rejected_with_the_setting_to_change() {
         let policy = |enabled, namespaces: &[&str], handlers: &[&str], annotation: &str| HostPods {
             enabled,
             namespaces: namespaces.iter().map(ToString::to_string).collect(),
@@ -80,7 +81,8 @@ mod tests {
         };
         let host = HostNamespaces { network: true, pid: true, ipc: false };
         let annotations = [("x/host".to_string(), "true".to_string())].into();
-        let pod = Asking { namespace: "kube-system", annotations: &annotations, handler: "native" };
+        let pod =
+            PodFacts { namespace: "kube-system", annotations: &annotations, handler: "native" };
         for (policy, word) in [
             (HostPods::default(), "`enabled = true`"),
             (policy(true, &[], &[], ""), "`namespaces`"),

@@ -30,7 +30,7 @@ fn user(text: &str) -> (Option<v1::Int64Value>, String) {
     }
 }
 
-/// What `crictl inspecti` shows.
+/// Output of `crictl inspecti`.
 pub fn info(info: &ImageInfo) -> BTreeMap<String, String> {
     let facts = serde_json::json!({
         "chainID": info.chain_id(),
@@ -40,7 +40,7 @@ pub fn info(info: &ImageInfo) -> BTreeMap<String, String> {
     [("info".to_string(), facts.to_string())].into()
 }
 
-/// Empty credentials are none: a kubelet sends the message either way.
+/// Empty credentials mean none: a kubelet always sends the message.
 pub fn auth(config: Option<v1::AuthConfig>) -> Option<Auth> {
     let config = config.filter(|config| *config != v1::AuthConfig::default())?;
     Some(Auth {

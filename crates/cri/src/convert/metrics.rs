@@ -25,7 +25,7 @@ struct Metric<T: ?Sized> {
     name: &'static str,
     help: &'static str,
     kind: MetricType,
-    /// None: there is nothing to tell.
+    /// None: not measured.
     value: fn(&T) -> Option<u64>,
 }
 
@@ -38,8 +38,8 @@ const fn metric<T: ?Sized>(
     Metric { name, help, kind, value }
 }
 
-/// What is known of a container.
-struct Known<'a> {
+/// A container and its statistics.
+struct Measured<'a> {
     view: &'a ContainerView,
     stats: &'a ContainerStatsView,
     swap_limit: i64,
@@ -57,8 +57,8 @@ fn limit(value: Option<i64>) -> Option<u64> {
     value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0)
 }
 
-/// A function for the sake of the lifetime: a constant could only tell of what lives for ever.
-fn container_metrics<'a>() -> [Metric<Known<'a>>; 34] {
+/// A function because of the lifetime: a constant would need `'static` references.
+fn container_metrics<'a>() -> [Metric<Measured<'a>>; 34] {
     [
         metric(Counter, "container_cpu_usage_seconds_total", "CPU time consumed.", |c| {
             Some(c.stats.cpu.usage_ns / NANOSECONDS)
@@ -259,7 +259,7 @@ fn describe<T>(metric: &Metric<T>, labels: &[&str]) -> v1::MetricDescriptor {
     }
 }
 
-/// Every metric that there is.
+/// All metrics.
 pub fn descriptors() -> Vec<v1::MetricDescriptor> {
     let disk_use = ["device", "major", "minor", "operation"];
     let own = container_metrics();
@@ -278,14 +278,14 @@ pub fn descriptors() -> Vec<v1::MetricDescriptor> {
         .collect()
 }
 
-/// Metrics that have the first labels in common.
-struct Sheet {
+/// Metrics with common values of the first labels.
+struct Metrics {
     labels: [String; LABELS.len()],
     at: i64,
     metrics: Vec<v1::Metric>,
 }
 
-impl Sheet {
+impl Metrics {
     fn put<T: ?Sized>(&mut self, metric: &Metric<T>, of: &T, labels: &[&str]) {
         let Some(value) = (metric.value)(of) else { return };
         let labels = labels.iter().map(ToString::to_string);
@@ -310,7 +310,7 @@ pub fn of_pod(
         [&meta.name, &meta.namespace, container, id, image].map(str::to_string)
     };
     let at = nanos(stats.at);
-    let mut network = Sheet { labels: labels("", &pod.id, ""), at, metrics: vec![] };
+    let mut network = Metrics { labels: labels("", &pod.id, ""), at, metrics: vec![] };
     for interface in &stats.interfaces {
         for metric in &NETWORK {
             network.put(metric, interface, &[&interface.name]);
@@ -333,9 +333,9 @@ fn of_container(
     stats: &ContainerStatsView,
     labels: [String; LABELS.len()],
 ) -> v1::ContainerMetrics {
-    let mut sheet = Sheet { labels, at: nanos(stats.at), metrics: vec![] };
+    let mut sheet = Metrics { labels, at: nanos(stats.at), metrics: vec![] };
     let swap_limit = view.spec.origin["linux"]["resources"]["memory_swap_limit_in_bytes"].as_i64();
-    let known = Known { view, stats, swap_limit: swap_limit.unwrap_or_default() };
+    let known = Measured { view, stats, swap_limit: swap_limit.unwrap_or_default() };
     for metric in &container_metrics() {
         sheet.put(metric, &known, &[]);
     }
@@ -371,8 +371,8 @@ mod tests {
     use crate::convert::resources;
     use crate::convert::tests::{container, pod};
 
-    /// What cri-tools' conformance suite asks for and every runtime has to have (pkg/validate/pod.go).
-    const DEMANDED: &str = "
+    /// Metrics that cri-tools' conformance suite requires (pkg/validate/pod.go).
+    const REQUIRED: &str = "
         blkio_device_usage_total cpu_cfs_periods_total cpu_cfs_throttled_periods_total
         cpu_cfs_throttled_seconds_total cpu_system_seconds_total cpu_usage_seconds_total
         cpu_user_seconds_total file_descriptors fs_inodes_free fs_inodes_total fs_limit_bytes
@@ -386,7 +386,7 @@ mod tests {
         processes sockets spec_cpu_period spec_cpu_shares spec_memory_limit_bytes
         spec_memory_swap_limit_bytes start_time_seconds threads threads_max";
 
-    fn told() -> v1::PodSandboxMetrics {
+    fn reported() -> v1::PodSandboxMetrics {
         let mut view = container();
         view.started_at = Some(UNIX_EPOCH + Duration::from_secs(7));
         view.resources = resources::to_oci(&v1::LinuxContainerResources {
@@ -428,50 +428,50 @@ mod tests {
         of_pod(&pod(), &stats, &[view])
     }
 
-    fn all(told: &v1::PodSandboxMetrics) -> BTreeMap<&str, &v1::Metric> {
-        let inner = told.container_metrics.iter().flat_map(|container| &container.metrics);
-        told.metrics.iter().chain(inner).map(|metric| (metric.name.as_str(), metric)).collect()
+    fn all(reported: &v1::PodSandboxMetrics) -> BTreeMap<&str, &v1::Metric> {
+        let inner = reported.container_metrics.iter().flat_map(|container| &container.metrics);
+        reported.metrics.iter().chain(inner).map(|metric| (metric.name.as_str(), metric)).collect()
     }
 
     #[test]
-    fn every_metric_that_is_described_is_told_with_its_labels() {
-        let told = told();
-        let told = all(&told);
+    fn every_described_metric_is_reported_with_its_labels() {
+        let reported = reported();
+        let reported = all(&reported);
         let descriptors = descriptors();
         for described in &descriptors {
-            let metric = told.get(described.name.as_str()).unwrap_or_else(|| {
-                panic!("{} is described and not told", described.name);
+            let metric = reported.get(described.name.as_str()).unwrap_or_else(|| {
+                panic!("{} is described and not reported", described.name);
             });
             assert_eq!(metric.label_values.len(), described.label_keys.len(), "{}", metric.name);
             assert!(!described.help.is_empty());
         }
         let described: BTreeSet<&str> = descriptors.iter().map(|d| d.name.as_str()).collect();
         assert_eq!(described.len(), descriptors.len(), "a name twice");
-        assert!(told.keys().all(|name| described.contains(name)));
-        for name in DEMANDED.split_whitespace() {
+        assert!(reported.keys().all(|name| described.contains(name)));
+        for name in REQUIRED.split_whitespace() {
             assert!(described.contains(format!("container_{name}").as_str()), "{name}");
         }
     }
 
     #[test]
     fn values_are_whole_seconds_and_bytes() {
-        let told = told();
-        let told = all(&told);
-        let value = |name: &str| told[name].value.unwrap().value;
+        let reported = reported();
+        let reported = all(&reported);
+        let value = |name: &str| reported[name].value.unwrap().value;
         assert_eq!(value("container_cpu_usage_seconds_total"), 3);
         assert_eq!(value("container_start_time_seconds"), 7);
         assert_eq!(value("container_network_receive_bytes_total"), 5);
         assert_eq!(value("container_fs_inodes_free"), 6);
         assert_eq!(value("container_spec_memory_swap_limit_bytes"), 7);
         assert_eq!(value("container_spec_cpu_quota"), 20_000);
-        assert_eq!(told["container_cpu_usage_seconds_total"].metric_type(), Counter);
-        let labels = &told["container_network_receive_bytes_total"].label_values;
+        assert_eq!(reported["container_cpu_usage_seconds_total"].metric_type(), Counter);
+        let labels = &reported["container_network_receive_bytes_total"].label_values;
         assert_eq!(labels.as_slice(), ["pod", "ns", "", "p", "", "eth0"]);
-        assert_eq!(told["container_memory_rss"].label_values[2..], ["web", "c", "nginx:1"]);
+        assert_eq!(reported["container_memory_rss"].label_values[2..], ["web", "c", "nginx:1"]);
     }
 
     #[test]
-    fn what_was_not_measured_is_not_made_up() {
+    fn missing_measurements_give_no_metrics() {
         let empty = PodStatsView {
             pod: "p".into(),
             at: UNIX_EPOCH,
@@ -483,7 +483,7 @@ mod tests {
             containers: vec![],
             empty_dirs: vec![],
         };
-        let told = of_pod(&pod(), &empty, &[container()]);
-        assert!(told.metrics.is_empty() && told.container_metrics.is_empty());
+        let reported = of_pod(&pod(), &empty, &[container()]);
+        assert!(reported.metrics.is_empty() && reported.container_metrics.is_empty());
     }
 }

@@ -1,7 +1,7 @@
 //! CRI requests to the life cycle's own types, and views back to CRI answers. Pure, apart from
 //! looking at host paths that a request names.
 //!
-//! Refused, because a pod in a microVM has no part in the host or because it is not there yet:
+//! Rejected, because a pod in a microVM has no access to the host or because it is not implemented:
 //! character devices of the host and CDI, sockets of the host, mounts that appear on the host,
 //! SELinux labels where the host has SELinux, huge pages, Windows. Pods with namespaces of the host
 //! have no VM ([`host_pod`]), so they have these devices, sockets and mounts.
@@ -29,7 +29,7 @@ mod tests;
 pub mod time;
 pub mod userns;
 
-/// A request that is not carried out: what about it, and why.
+/// A rejected request: the field and the reason.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// The request contradicts itself or the interface.
@@ -49,8 +49,8 @@ impl Refusal {
         Self::Unsupported { field: field.into(), reason: reason.into() }
     }
 
-    /// The same refusal with the field's path inside a larger message.
-    pub fn inside(self, outer: &str) -> Self {
+    /// The same error with the field's path prefixed by the outer message's.
+    pub fn in_field(self, outer: &str) -> Self {
         match self {
             Self::Invalid { field, reason } => {
                 Self::Invalid { field: format!("{outer}.{field}"), reason }

@@ -1,4 +1,4 @@
-//! Which mount of the host a path lies on, and how that one propagates: /proc/self/mountinfo
+//! The mount of the host that contains a path, and its propagation: /proc/self/mountinfo
 //! (proc_pid_mountinfo(5)).
 
 use std::ffi::OsString;
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, PartialEq, Eq)]
 pub struct Mount {
     pub point: PathBuf,
-    /// What of its file system stands there.
+    /// The directory of its file system that is mounted.
     pub root: PathBuf,
     /// Mounts made below it are seen by its peers.
     pub shared: bool,
@@ -83,12 +83,12 @@ mod tests {
     }
 
     #[test]
-    fn the_hosts_own_table_is_understood() {
+    fn the_hosts_mountinfo_is_parsed() {
         assert!(of(Path::new("/proc/self")).unwrap().unwrap().point.starts_with("/proc"));
     }
 
     #[test]
-    fn rubbish_is_no_mount() {
+    fn malformed_lines_are_ignored() {
         assert_eq!(find(b"a b\n\n1 2 3\n", Path::new("/x")), None);
     }
 }

@@ -19,11 +19,11 @@ const MAX_HOSTNAME: usize = 64;
 const ANY_PORT: (&str, &str) = ("net.ipv4.ip_unprivileged_port_start", "0");
 const ANY_PING: (&str, &str) = ("net.ipv4.ping_group_range", "0 2147483647");
 
-/// What of the node counts for a pod.
+/// Properties of the node that matter for a pod.
 #[derive(Debug, Clone)]
 pub struct Host {
     pub cpus: usize,
-    /// Pods that bring no name have the node's.
+    /// For pods without a host name.
     pub hostname: String,
 }
 
@@ -52,18 +52,18 @@ pub fn to_spec(
     }
     let linux = request.linux.clone().unwrap_or_default();
     let context = linux.security_context.clone().unwrap_or_default();
-    let in_context = |refusal: Refusal| refusal.inside("linux.security_context");
+    let in_context = |refusal: Refusal| refusal.in_field("linux.security_context");
     let meta = metadata(request)?;
     let shared = security::namespaces(context.namespace_options.as_ref()).map_err(in_context)?;
     if let Some(shared) = shared {
         let (namespace, annotations) = (meta.namespace.as_str(), &meta.annotations);
-        let asking = host_pod::Asking { namespace, annotations, handler };
-        host_pod::check(shared, &asking, &config.host_pods).map_err(in_context)?;
+        let facts = host_pod::PodFacts { namespace, annotations, handler };
+        host_pod::check(shared, &facts, &config.host_pods).map_err(in_context)?;
     }
     // Its AppArmor profile is for a process of the pod's own, and there is none.
     security::selinux(context.selinux_options.as_ref(), Selinux::of_host()).map_err(in_context)?;
     let user_namespace = user_namespace(context.namespace_options.as_ref())
-        .map_err(|refusal| refusal.inside("linux.security_context"))?;
+        .map_err(|refusal| refusal.in_field("linux.security_context"))?;
     let size =
         resources::vm_size(linux.resources.as_ref(), linux.overhead.as_ref(), host.cpus, config)?;
     check_sysctls(&linux.sysctls)?;
@@ -89,7 +89,7 @@ pub fn to_spec(
         sysctls: if has_hosts_network {
             linux.sysctls
         } else {
-            with_usual_sysctls(linux.sysctls, user_namespace.is_some())
+            with_default_sysctls(linux.sysctls, user_namespace.is_some())
         },
         dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
         ports: ports(&request.port_mappings)?,
@@ -101,7 +101,7 @@ pub fn to_spec(
     })
 }
 
-fn with_usual_sysctls(
+fn with_default_sysctls(
     mut sysctls: BTreeMap<String, String>,
     user_namespace: bool,
 ) -> BTreeMap<String, String> {
@@ -187,11 +187,11 @@ fn check_dns(dns: &v1::DnsConfig) -> Result<(), Refusal> {
 fn check_sysctls(sysctls: &BTreeMap<String, String>) -> Result<(), Refusal> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-/".contains(&b);
     for (name, value) in sysctls {
-        let sound = !name.is_empty()
+        let checked = !name.is_empty()
             && name.bytes().all(plain)
             && !name.contains("..")
             && !name.starts_with(['.', '/']);
-        if !sound {
+        if !checked {
             return Err(Refusal::invalid("linux.sysctls", format!("{name:?} is no sysctl")));
         }
         if value.contains('\0') {
@@ -281,10 +281,10 @@ mod tests {
     }
 
     #[test]
-    fn any_user_may_open_ports_and_ping_unless_the_pod_says_otherwise() {
+    fn any_user_may_open_ports_and_ping_unless_the_pod_sets_sysctls() {
         let sysctls = |asked: &[(&str, &str)], user_namespace| {
             let asked = asked.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-            with_usual_sysctls(asked, user_namespace)
+            with_default_sysctls(asked, user_namespace)
         };
         let usual = sysctls(&[], false);
         assert_eq!(usual["net.ipv4.ip_unprivileged_port_start"], "0");
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_malformed_is_refused_by_name() {
+    fn malformed_requests_are_rejected_with_the_field() {
         let base = request();
         let sysctl = |name: &str| v1::LinuxPodSandboxConfig {
             sysctls: [(name.to_string(), "1".to_string())].into(),

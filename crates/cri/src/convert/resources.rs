@@ -216,8 +216,8 @@ pub fn vm_size(
     let none = v1::LinuxContainerResources::default();
     let resources_given = resources.unwrap_or(&none);
     let overhead_given = overhead.unwrap_or(&none);
-    check(resources_given).map_err(|refusal| refusal.inside("linux.resources"))?;
-    check(overhead_given).map_err(|refusal| refusal.inside("linux.overhead"))?;
+    check(resources_given).map_err(|refusal| refusal.in_field("linux.resources"))?;
+    check(overhead_given).map_err(|refusal| refusal.in_field("linux.overhead"))?;
 
     let cpus = |r: &v1::LinuxContainerResources| {
         let period = if r.cpu_period > 0 { r.cpu_period } else { DEFAULT_PERIOD };
@@ -278,13 +278,13 @@ pub fn cpu_limits(
     }
 }
 
-/// What a pod gets in whose request not everything is said.
+/// Size and CPU limits of a pod in which some containers have no limits.
 ///
 /// A kubelet adds up the limits that there are. Where some container has none, the sum is no limit of
 /// the pod's, and the kubelet leaves the pod's cgroup, which it makes first, without one: such a pod
 /// has what a pod without limits has beside the sum. A pod with CPUs of its own has no quota either,
 /// but shares that say how many (1024 a CPU).
-pub fn widened(
+pub fn with_open_limits(
     mut size: Size,
     mut cpu: CpuLimits,
     sizing: PodSizing,
@@ -320,14 +320,14 @@ mod tests {
             CpuLimits { quota_us: Some(10_000), period_us: Some(100_000), shares: Some(2150) };
         let closed =
             PodSizing { vcpus: 2, memory_mib: 2048, cpu_unlimited: false, memory_unlimited: false };
-        assert_eq!(widened(size, cpu, closed, 8), (size, cpu));
+        assert_eq!(with_open_limits(size, cpu, closed, 8), (size, cpu));
         let open = PodSizing { cpu_unlimited: true, memory_unlimited: true, ..closed };
-        let (wide, free) = widened(size, cpu, open, 8);
+        let (wide, free) = with_open_limits(size, cpu, open, 8);
         assert_eq!(free, CpuLimits { quota_us: None, period_us: None, shares: Some(2150) });
         // Its containers ask for 2.1 CPUs.
         assert_eq!(wide, Size { vcpus: Some(3), memory_mib: Some(256 + 2048) });
-        assert_eq!(widened(size, cpu, open, 2).0.vcpus, Some(2));
-        let unlimited = widened(Size::default(), CpuLimits::default(), open, 8);
+        assert_eq!(with_open_limits(size, cpu, open, 2).0.vcpus, Some(2));
+        let unlimited = with_open_limits(Size::default(), CpuLimits::default(), open, 8);
         assert_eq!(unlimited, (Size::default(), CpuLimits::default()));
     }
 
@@ -335,7 +335,8 @@ mod tests {
     fn a_pod_with_cpus_of_its_own_has_as_many() {
         let sizing = PodSizing { vcpus: 2, memory_mib: 2048, ..PodSizing::default() };
         let exclusive = |shares| CpuLimits { shares: Some(shares), ..CpuLimits::default() };
-        let vcpus = |shares| widened(Size::default(), exclusive(shares), sizing, 16).0.vcpus;
+        let vcpus =
+            |shares| with_open_limits(Size::default(), exclusive(shares), sizing, 16).0.vcpus;
         assert_eq!(vcpus(8192), Some(8));
         assert_eq!(vcpus(1 << 18), Some(16));
         // What the default covers is left to it.
@@ -380,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_kubelet_always_sends_is_taken() {
+    fn default_requests_of_a_kubelet_are_accepted() {
         let page = |size: &str| v1::HugepageLimit { page_size: size.into(), limit: 0 };
         let usual = v1::LinuxContainerResources {
             cpu_period: 100_000,
@@ -444,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_and_what_a_guest_lacks_is_refused_by_name() {
+    fn invalid_and_unsupported_limits_are_rejected_with_the_field() {
         let table = [
             (v1::LinuxContainerResources { cpu_quota: -2, ..request() }, "cpu_quota"),
             (v1::LinuxContainerResources { cpu_period: -1, ..request() }, "cpu_period"),

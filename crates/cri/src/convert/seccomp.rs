@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn every_family_of_sockets_but_two_can_be_had() {
+    fn all_socket_families_except_two_are_allowed() {
         let profile = default_profile(&Capabilities::new());
         let rules = profile.syscalls().as_ref().unwrap();
         let passes = |family: u64| {
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_open_the_calls_that_need_them() {
+    fn capabilities_allow_the_calls_that_need_them() {
         let profile = default_profile(&[Capability::SysAdmin].into());
         let allowed = names(&profile, LinuxSeccompAction::ScmpActAllow);
         for call in ["mount", "clone", "clone3", "bpf"] {
@@ -252,12 +252,12 @@ mod tests {
         let rules = profile.syscalls().as_ref().unwrap();
         for call in ["clone", "clone3"] {
             let of_it = rules.iter().filter(|r| r.names().iter().any(|n| n == call)).count();
-            assert_eq!(of_it, 1, "{call}: a condition beside a free rule would contradict it");
+            assert_eq!(of_it, 1, "{call}: a condition other a free rule would contradict it");
         }
     }
 
     #[test]
-    fn masked_comparisons_are_turned_for_the_guest_and_others_are_not() {
+    fn masked_comparisons_are_swapped_for_the_guest_and_others_are_not() {
         let profile = for_guest(default_profile(&Capabilities::new()));
         let rules = profile.syscalls().as_ref().unwrap();
         let of = |name: &str| {

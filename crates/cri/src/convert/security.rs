@@ -101,12 +101,12 @@ pub const READONLY_PATHS: [&str; 5] =
 /// is of those that can be given away: a VM's kernel has them all.
 pub fn capabilities(
     security: &v1::LinuxContainerSecurityContext,
-    held: Held,
+    available: CapabilitySet,
 ) -> Result<LinuxCapabilities, Refusal> {
     let numbered = || (0u32..).zip(ALL_CAPABILITIES);
     let all = || {
-        let held = numbered().filter(|(number, _)| held.0 & (1 << number) != 0);
-        held.map(|(_, capability)| capability).collect::<Capabilities>()
+        let available = numbered().filter(|(number, _)| available.0 & (1 << number) != 0);
+        available.map(|(_, capability)| capability).collect::<Capabilities>()
     };
     let none = v1::Capability::default();
     let request = security.capabilities.as_ref().unwrap_or(&none);
@@ -145,13 +145,13 @@ pub fn capabilities(
 
 /// A set of capabilities by their numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Held(u64);
+pub struct CapabilitySet(u64);
 
-impl Held {
+impl CapabilitySet {
     pub const ALL: Self = Self(u64::MAX);
 
-    /// Those that this process may give to containers on this host (proc_pid_status(5), CapBnd).
-    pub fn here() -> Self {
+    /// Capabilities that this process can give to containers on this host (proc_pid_status(5), CapBnd).
+    pub fn of_process() -> Self {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         Self::parse(&status).unwrap_or(Self::ALL)
     }
@@ -366,7 +366,7 @@ mod tests {
             }),
             ..Default::default()
         };
-        capabilities(&context, Held::ALL).unwrap()
+        capabilities(&context, CapabilitySet::ALL).unwrap()
     }
 
     fn bounding(set: &LinuxCapabilities) -> HashSet<Capability> {
@@ -393,13 +393,14 @@ mod tests {
     }
 
     #[test]
-    fn on_the_host_a_privileged_container_has_what_there_is_to_give() {
-        let held = Held::parse("Name:\tx\nCapBnd:\t000001fffeffffff\nCapAmb:\t0\n").unwrap();
+    fn on_the_host_a_privileged_container_has_the_daemons_bounding_set() {
+        let available =
+            CapabilitySet::parse("Name:\tx\nCapBnd:\t000001fffeffffff\nCapAmb:\t0\n").unwrap();
         let context = v1::LinuxContainerSecurityContext { privileged: true, ..Default::default() };
-        let set = bounding(&capabilities(&context, held).unwrap());
+        let set = bounding(&capabilities(&context, available).unwrap());
         assert_eq!(set.len(), ALL_CAPABILITIES.len() - 1);
         assert!(!set.contains(&Capability::SysResource));
-        assert_ne!(Held::here(), Held(0));
+        assert_ne!(CapabilitySet::of_process(), CapabilitySet(0));
     }
 
     #[test]
@@ -411,7 +412,7 @@ mod tests {
             }),
             ..Default::default()
         };
-        let set = capabilities(&context, Held::ALL).unwrap();
+        let set = capabilities(&context, CapabilitySet::ALL).unwrap();
         for part in [set.ambient(), set.inheritable(), set.permitted(), set.bounding()] {
             assert!(part.as_ref().unwrap().contains(&Capability::NetAdmin));
         }
@@ -478,9 +479,9 @@ mod tests {
     fn a_label_is_checked_and_counts_only_where_the_host_has_selinux() {
         let level = |level: &str| v1::SeLinuxOption { level: level.into(), ..Default::default() };
         let check = |label: &v1::SeLinuxOption, host| selinux(Some(label), host);
-        for sound in ["s0", "s0-s3", "s0:c4,c5", "s0-s0:c0.c1023", "s1:c1,c2.c9"] {
-            assert_eq!(check(&level(sound), Selinux::Off), Ok(()), "{sound}");
-            let refusal = check(&level(sound), Selinux::On).unwrap_err();
+        for checked in ["s0", "s0-s3", "s0:c4,c5", "s0-s0:c0.c1023", "s1:c1,c2.c9"] {
+            assert_eq!(check(&level(checked), Selinux::Off), Ok(()), "{checked}");
+            let refusal = check(&level(checked), Selinux::On).unwrap_err();
             assert!(matches!(refusal, Refusal::Unsupported { .. }));
         }
         for wrong in ["s0,c4,c5", "s", "s10", "s0-s1-s2", "s0:", "s0:c", "s0:c12345", "x0"] {
@@ -552,7 +553,7 @@ mod tests {
     }
 
     #[test]
-    fn on_a_host_without_apparmor_only_what_asks_for_nothing_is_taken() {
+    fn on_a_host_without_apparmor_requests_for_a_profile_are_rejected() {
         let folder = tempfile::tempdir().unwrap();
         let host = apparmor_host(folder.path(), "N\n", "");
         assert_eq!(apparmor(&v1::LinuxContainerSecurityContext::default(), &host), Ok(None));

@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_signal_of_the_interface_survives_the_way_there_and_back() {
+    fn every_signal_converts_to_cri_and_back() {
         for number in 1..=SIGRTMAX {
             if number == 32 || number == 33 {
                 continue; // used by the C library, not in the interface

@@ -137,10 +137,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pressure_is_told_in_nanoseconds_and_only_where_it_is_known() {
+    fn pressure_is_reported_in_nanoseconds_if_known() {
         assert_eq!(pressure(None), None);
-        let told = pressure(Some(PressureView { some_us: 7, full_us: 3 })).unwrap();
-        assert_eq!((told.some.unwrap().total, told.full.unwrap().total), (7000, 3000));
+        let reported = pressure(Some(PressureView { some_us: 7, full_us: 3 })).unwrap();
+        assert_eq!((reported.some.unwrap().total, reported.full.unwrap().total), (7000, 3000));
     }
 
     #[test]
@@ -156,7 +156,7 @@ mod tests {
 
     /// What pkg/kubelet/stats/cri_stats_provider_linux.go reads without a look whether it is there.
     #[test]
-    fn what_a_kubelet_takes_for_granted_is_always_there() {
+    fn fields_that_a_kubelet_requires_are_always_set() {
         use crate::convert::tests::{container as view, pod as pod_view};
         for interfaces in
             [vec![], vec![InterfaceView { name: "eth0".into(), ..Default::default() }]]
@@ -172,9 +172,9 @@ mod tests {
                 containers: vec![],
                 empty_dirs: vec![],
             };
-            let told = pod(&pod_view(), &stats, vec![container(&view(), None, "/m")]);
-            assert!(told.attributes.unwrap().metadata.is_some());
-            let linux = told.linux.unwrap();
+            let reported = pod(&pod_view(), &stats, vec![container(&view(), None, "/m")]);
+            assert!(reported.attributes.unwrap().metadata.is_some());
+            let linux = reported.linux.unwrap();
             assert!(linux.network.is_none_or(|network| network.default_interface.is_some()));
             let attributes = linux.containers[0].attributes.as_ref().unwrap();
             assert!(attributes.metadata.is_some() && !attributes.id.is_empty());

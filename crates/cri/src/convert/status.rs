@@ -68,8 +68,8 @@ pub fn pod_status(view: &PodView) -> v1::PodSandboxStatus {
         ip: addresses.next().unwrap_or_default(),
         additional_ips: addresses.map(|ip| v1::PodIp { ip }).collect(),
     };
-    let asked = &view.spec.origin["linux"]["security_context"]["namespace_options"];
-    let options = v1::NamespaceOption::deserialize(asked).unwrap_or_default();
+    let requested = &view.spec.origin["linux"]["security_context"]["namespace_options"];
+    let options = v1::NamespaceOption::deserialize(requested).unwrap_or_default();
     v1::PodSandboxStatus {
         id: view.id.clone(),
         metadata: Some(pod_metadata(view)),
@@ -116,11 +116,11 @@ pub fn pod_info(view: &PodView) -> BTreeMap<String, String> {
 /// The name people use, for they read it in listings; a kubelet asks with the image's id. Of the
 /// request only this part is read: listings are long.
 fn image_spec(view: &ContainerView) -> v1::ImageSpec {
-    let asked = v1::ImageSpec::deserialize(&view.spec.origin["image"]).unwrap_or_default();
-    v1::ImageSpec { image: view.spec.image_name.clone(), image_ref: String::new(), ..asked }
+    let requested = v1::ImageSpec::deserialize(&view.spec.origin["image"]).unwrap_or_default();
+    v1::ImageSpec { image: view.spec.image_name.clone(), image_ref: String::new(), ..requested }
 }
 
-fn asked(view: &ContainerView) -> v1::ContainerConfig {
+fn requested(view: &ContainerView) -> v1::ContainerConfig {
     v1::ContainerConfig::deserialize(&view.spec.origin).unwrap_or_default()
 }
 
@@ -142,7 +142,7 @@ pub fn container_item(view: &ContainerView) -> v1::Container {
 }
 
 pub fn container_status(view: &ContainerView, image_ref: String) -> v1::ContainerStatus {
-    let asked = asked(view);
+    let requested = requested(view);
     let exit = view.exit.as_ref();
     v1::ContainerStatus {
         id: view.id.clone(),
@@ -158,10 +158,10 @@ pub fn container_status(view: &ContainerView, image_ref: String) -> v1::Containe
         message: exit.map(|exit| exit.message.clone()).unwrap_or_default(),
         labels: view.spec.meta.labels.clone(),
         annotations: view.spec.meta.annotations.clone(),
-        mounts: asked.mounts,
+        mounts: requested.mounts,
         log_path: view.log_path.to_string_lossy().into_owned(),
         resources: Some(v1::ContainerResources {
-            linux: Some(limits(view, asked.linux.and_then(|linux| linux.resources))),
+            linux: Some(limits(view, requested.linux.and_then(|linux| linux.resources))),
             windows: None,
         }),
         image_id: view.spec.image_id.clone(),
@@ -173,17 +173,17 @@ pub fn container_status(view: &ContainerView, image_ref: String) -> v1::Containe
 /// Limits in force; those that no cgroup file holds are given back as they were asked for.
 fn limits(
     view: &ContainerView,
-    asked: Option<v1::LinuxContainerResources>,
+    requested: Option<v1::LinuxContainerResources>,
 ) -> v1::LinuxContainerResources {
-    let (asked, held) = (asked.unwrap_or_default(), resources::from_oci(&view.resources));
+    let (requested, held) = (requested.unwrap_or_default(), resources::from_oci(&view.resources));
     let swap = match held.memory_swap_limit_in_bytes {
-        0 => asked.memory_swap_limit_in_bytes,
+        0 => requested.memory_swap_limit_in_bytes,
         swap => swap,
     };
     v1::LinuxContainerResources {
-        oom_score_adj: asked.oom_score_adj,
+        oom_score_adj: requested.oom_score_adj,
         memory_swap_limit_in_bytes: swap,
-        hugepage_limits: asked.hugepage_limits,
+        hugepage_limits: requested.hugepage_limits,
         ..held
     }
 }
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exit_is_told_with_time_code_and_reason() {
+    fn an_exit_is_reported_with_time_code_and_reason() {
         let status = container_status(&view(), "ref".into());
         assert_eq!(status.state(), v1::ContainerState::ContainerExited);
         assert_eq!((status.created_at, status.finished_at), (1_000_000_000, 3_000_000_000));
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn the_user_is_told_as_the_guest_resolved_it_and_not_made_up_before() {
+    fn the_user_is_reported_once_the_guest_has_resolved_it() {
         assert_eq!(container_status(&view(), String::new()).user, None);
         let user = Identity { uid: 1000, gid: 1000, groups: vec![1000, 50_000] };
         let resolved = ContainerView { user: Some(user), ..view() };

@@ -26,20 +26,22 @@ pub struct UserNamespace {
 pub fn user_namespace(
     options: Option<&v1::NamespaceOption>,
 ) -> Result<Option<UserNamespace>, Refusal> {
-    let Some(asked) = options.and_then(|options| options.userns_options.as_ref()) else {
+    let Some(requested) = options.and_then(|options| options.userns_options.as_ref()) else {
         return Ok(None);
     };
     const FIELD: &str = "namespace_options.userns_options";
-    let mode: v1::NamespaceMode = known(&format!("{FIELD}.mode"), asked.mode)?;
+    let mode: v1::NamespaceMode = known(&format!("{FIELD}.mode"), requested.mode)?;
     match mode {
-        v1::NamespaceMode::Node if asked.uids.is_empty() && asked.gids.is_empty() => Ok(None),
+        v1::NamespaceMode::Node if requested.uids.is_empty() && requested.gids.is_empty() => {
+            Ok(None)
+        }
         v1::NamespaceMode::Node => Err(Refusal::invalid(
             format!("{FIELD}.mode"),
             "NODE has no mappings, and some are given",
         )),
         v1::NamespaceMode::Pod => Ok(Some(UserNamespace {
-            uids: range(&format!("{FIELD}.uids"), &asked.uids)?,
-            gids: range(&format!("{FIELD}.gids"), &asked.gids)?,
+            uids: range(&format!("{FIELD}.uids"), &requested.uids)?,
+            gids: range(&format!("{FIELD}.gids"), &requested.gids)?,
         })),
         other => Err(Refusal::invalid(
             format!("{FIELD}.mode"),
@@ -98,7 +100,7 @@ mod tests {
         v1::IdMapping { container_id, host_id, length }
     }
 
-    fn asks(mode: v1::NamespaceMode, ids: &[v1::IdMapping]) -> v1::NamespaceOption {
+    fn request(mode: v1::NamespaceMode, ids: &[v1::IdMapping]) -> v1::NamespaceOption {
         v1::NamespaceOption {
             userns_options: Some(v1::UserNamespace {
                 mode: mode as i32,
@@ -111,11 +113,11 @@ mod tests {
 
     #[test]
     fn a_pods_mapping_is_taken_and_a_hosts_user_has_none() {
-        let pod = asks(v1::NamespaceMode::Pod, &[mapping(0, 1000, 100_000)]);
+        let pod = request(v1::NamespaceMode::Pod, &[mapping(0, 1000, 100_000)]);
         let range = Range { host: 1000, length: 100_000 };
         let expected = UserNamespace { uids: range, gids: range };
         assert_eq!(user_namespace(Some(&pod)), Ok(Some(expected)));
-        assert_eq!(user_namespace(Some(&asks(v1::NamespaceMode::Node, &[]))), Ok(None));
+        assert_eq!(user_namespace(Some(&request(v1::NamespaceMode::Node, &[]))), Ok(None));
         assert_eq!(user_namespace(Some(&v1::NamespaceOption::default())), Ok(None));
         assert_eq!(user_namespace(None), Ok(None));
         let oci = range.to_oci().unwrap();
@@ -136,7 +138,7 @@ mod tests {
             (v1::NamespaceMode::Container, vec![one]),
             (v1::NamespaceMode::Target, vec![]),
         ] {
-            let refusal = user_namespace(Some(&asks(mode, &ids))).unwrap_err().to_string();
+            let refusal = user_namespace(Some(&request(mode, &ids))).unwrap_err().to_string();
             assert!(refusal.starts_with("namespace_options.userns_options"), "{refusal}");
         }
     }

@@ -1,6 +1,6 @@
-//! Conversions that look at the host's files. A folder of the host may lie on a network whose
-//! server is gone; then the look does not end, and holds one of its pod's threads, while kubelets
-//! try again and again. So there is one at a time for each container.
+//! Conversions that access the host's files. A directory of the host may be on a network file system
+//! without a server; then the access blocks one of the pod's threads, while kubelets
+//! retry. So there is one at a time for each container.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -12,10 +12,10 @@ pub(crate) type Key = (String, String, u32);
 
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Conversions {
-    under_way: Arc<Mutex<HashSet<Key>>>,
+    running: Arc<Mutex<HashSet<Key>>>,
 }
 
-/// A conversion under way; to be held by the thread that does it, which goes on when its caller has
+/// A running conversion; held by its thread, which continues when its caller has
 /// given up.
 #[derive(Debug)]
 pub(crate) struct Conversion {
@@ -24,13 +24,13 @@ pub(crate) struct Conversion {
 }
 
 impl Conversions {
-    fn under_way(&self) -> MutexGuard<'_, HashSet<Key>> {
-        self.under_way.lock().expect("no holder panics")
+    fn running(&self) -> MutexGuard<'_, HashSet<Key>> {
+        self.running.lock().expect("no holder panics")
     }
 
     /// Fails while the request of an earlier caller for the same container is converted.
     pub(crate) fn begin(&self, key: Key) -> Result<Conversion, Status> {
-        if !self.under_way().insert(key.clone()) {
+        if !self.running().insert(key.clone()) {
             let (pod, name, _) = key;
             return Err(Status::unavailable(format!(
                 "container {name} of pod {pod}: an earlier request for it still waits for files of \
@@ -43,7 +43,7 @@ impl Conversions {
 
 impl Drop for Conversion {
     fn drop(&mut self) {
-        self.conversions.under_way().remove(&self.key);
+        self.conversions.running().remove(&self.key);
     }
 }
 
@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_retry_is_refused_until_the_thread_of_the_first_has_ended() {
+    async fn a_retry_is_rejected_until_the_first_thread_has_ended() {
         let conversions = Conversions::default();
         let first = conversions.begin(key(0)).unwrap();
         let (answer, server) = std::sync::mpsc::channel::<()>();

@@ -1,5 +1,5 @@
 //! GetContainerEvents, for kubelets with EventedPLEG: each change with the pod's and its containers'
-//! status as they stand when it is told.
+//! status at the time of sending.
 
 use std::collections::HashMap;
 
@@ -21,7 +21,7 @@ struct Follower {
 
 impl Runtime {
     pub(super) fn container_events(&self) -> Streamed<v1::ContainerEventResponse> {
-        // Subscribed first: what changes while pods are looked up is told afterwards.
+        // Subscribed first: changes during the listing are sent afterwards.
         let events = self.sandboxes.events();
         let known = self.sandboxes.pods(&Filter::default());
         let pods = known.iter().map(|view| (view.id.clone(), status::pod_status(view))).collect();

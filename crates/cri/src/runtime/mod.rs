@@ -1,4 +1,4 @@
-//! RuntimeService: one verb a file; here is only the table of verbs.
+//! RuntimeService: one call per file; this module has the table of calls.
 
 mod containers;
 mod conversions;
@@ -32,7 +32,7 @@ use crate::errors::unimplemented;
 use crate::v1;
 use conversions::Conversions;
 
-/// What keeps the node from running pods, in words; looked at by Status.
+/// Reasons why the node cannot run pods, for Status.
 #[async_trait]
 pub trait Health: Send + Sync {
     /// Whether VMs can be run here.
@@ -58,7 +58,7 @@ pub struct Runtime {
     /// Folder of images and writable layers.
     pub(crate) storage: PathBuf,
     pub(crate) streams: Arc<Server>,
-    /// Ends answers that have no end of their own.
+    /// Ends streamed replies without end.
     pub(crate) stopping: CancellationToken,
     conversions: Conversions,
 }
@@ -101,7 +101,7 @@ where
 /// What `async_trait` makes of a method's result; it does not look into macros.
 type Reply<'a, T> = Pin<Box<dyn Future<Output = Result<Response<T>, Status>> + Send + 'a>>;
 
-/// Verbs that are here: `name(request type) -> reply type`, each carried out by the method of the
+/// Implemented calls: `name(request type) -> reply type`, each implemented by the method of the
 /// same name.
 macro_rules! verbs {
     ($($verb:ident($request:ident) -> $reply:ident;)*) => {
@@ -121,8 +121,8 @@ macro_rules! verbs {
     };
 }
 
-/// Verbs that are not here, each with what to tell.
-macro_rules! absent {
+/// Calls that are not implemented, each with its error message.
+macro_rules! unsupported {
     ($($verb:ident($request:ident) -> $reply:ident: $sentence:literal;)*) => {
         $(
             fn $verb<'a, 'b>(&'a self, _: Request<v1::$request>) -> Reply<'b, v1::$reply>
@@ -170,7 +170,7 @@ impl v1::runtime_service_server::RuntimeService for Runtime {
         list_pod_sandbox_metrics(ListPodSandboxMetricsRequest) -> ListPodSandboxMetricsResponse;
     }
 
-    absent! {
+    unsupported! {
         checkpoint_container(CheckpointContainerRequest) -> CheckpointContainerResponse:
             "nacelle cannot checkpoint a container: it lives inside a VM";
         checkpoint_pod(CheckpointPodRequest) -> CheckpointPodResponse:

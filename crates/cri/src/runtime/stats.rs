@@ -15,12 +15,12 @@ use crate::convert::{metrics, stats};
 use crate::errors::sandbox_status;
 use crate::v1;
 
-/// What is younger than this may not be in the cache yet, and is measured now. For all others no
-/// listing asks a guest, whatever the guest leaves out.
-const YOUNG: Duration = Duration::from_secs(15);
+/// Pods and containers newer than this may not be in the cache yet, and are measured now. For others no
+/// listing calls a guest.
+const NEW: Duration = Duration::from_secs(15);
 
-fn young(since: Option<SystemTime>) -> bool {
-    since.and_then(|since| since.elapsed().ok()).is_some_and(|age| age < YOUNG)
+fn is_new(since: Option<SystemTime>) -> bool {
+    since.and_then(|since| since.elapsed().ok()).is_some_and(|age| age < NEW)
 }
 
 impl Runtime {
@@ -60,7 +60,7 @@ impl Runtime {
         let by_pod = by_pod(views);
         // A pod that cannot be measured now is listed without numbers; the others keep theirs.
         let mut cache = self.sandboxes.all_stats();
-        let measured = by_pod.iter().map(|(pod, views)| self.renewed(cache.remove(pod), views));
+        let measured = by_pod.iter().map(|(pod, views)| self.refreshed(cache.remove(pod), views));
         let measured = join_all(measured).await;
         let mountpoint = self.mountpoint();
         let listed = by_pod.values().zip(&measured).flat_map(|(views, measured)| {
@@ -77,8 +77,8 @@ impl Runtime {
         let running = self.running_in(&view.id);
         let measured = self.sandboxes.pod_stats(&view.id).await.map_err(sandbox_status)?;
         let measured = Arc::new(measured);
-        let renewed = self.renewed(Some(measured.clone()), &running).await;
-        let stats = self.pod_usage(&view, &running, &renewed.unwrap_or(measured));
+        let refreshed = self.refreshed(Some(measured.clone()), &running).await;
+        let stats = self.pod_usage(&view, &running, &refreshed.unwrap_or(measured));
         Ok(v1::PodSandboxStatsResponse { stats: Some(stats) })
     }
 
@@ -123,22 +123,23 @@ impl Runtime {
     /// Of pods that are up and have been measured.
     pub(super) async fn all_metrics(&self) -> Vec<v1::PodSandboxMetrics> {
         let pods = self.measured_pods(&Filter::default()).await;
-        let told = |(view, running, measured): &Measured| metrics::of_pod(view, measured, running);
-        pods.iter().map(told).collect()
+        let metrics_of =
+            |(view, running, measured): &Measured| metrics::of_pod(view, measured, running);
+        pods.iter().map(metrics_of).collect()
     }
 
     async fn measured_pods(&self, filter: &Filter) -> Vec<Measured> {
         let mut views = self.sandboxes.pods(filter);
         views.retain(|view| view.state == PodState::Ready);
         let mut cache = self.sandboxes.all_stats();
-        // Of all pods at once: to look for those of each would take the square of the time.
+        // Of all pods at once: a search per pod would take quadratic time.
         let mut by_pod = by_pod(self.running_in(""));
         let measured = join_all(views.into_iter().map(|view| {
             let cached = cache.remove(&view.id);
             let running = by_pod.remove(&view.id).unwrap_or_default();
             async {
-                let mut measured = self.renewed(cached, &running).await;
-                if measured.is_none() && young(Some(view.created_at)) {
+                let mut measured = self.refreshed(cached, &running).await;
+                if measured.is_none() && is_new(Some(view.created_at)) {
                     measured = self.measured_now(&view.id).await;
                 }
                 Some((view, running, measured?))
@@ -147,26 +148,26 @@ impl Runtime {
         measured.await.into_iter().flatten().collect()
     }
 
-    /// None, and a word in the log, if the pod cannot be measured: others are listed all the same.
+    /// None, and a log line, if the pod cannot be measured; others are listed.
     async fn measured_now(&self, pod: &str) -> Option<Arc<PodStatsView>> {
         match self.sandboxes.pod_stats(pod).await {
             Ok(measured) => Some(Arc::new(measured)),
             Err(error) => {
-                not_measured("pod", pod, &error);
+                log_not_measured("pod", pod, &error);
                 None
             }
         }
     }
 
-    /// Empty: in any pod.
+    /// Running containers of a pod; empty: of all pods.
     fn running_in(&self, pod: &str) -> Vec<ContainerView> {
         let mut views = self.container_views(String::new(), pod, BTreeMap::new());
         views.retain(|view| view.state == ContainerState::Running);
         views
     }
 
-    /// The last measurement of a pod; a new one if a container has only just begun to run.
-    async fn renewed(
+    /// The cached measurement of a pod; a new one if a container has just started.
+    async fn refreshed(
         &self,
         cached: Option<Arc<PodStatsView>>,
         running: &[ContainerView],
@@ -174,11 +175,11 @@ impl Runtime {
         let known = |view: &ContainerView| {
             cached.as_ref().is_some_and(|pod| pod.containers.iter().any(|c| c.id == view.id))
         };
-        let missing = running.iter().find(|view| young(view.started_at) && !known(view));
+        let missing = running.iter().find(|view| is_new(view.started_at) && !known(view));
         let Some(view) = missing else { return cached };
         // Fills the cache.
         if let Err(error) = self.sandboxes.container_stats(&view.id).await {
-            not_measured("container", &view.id, &error);
+            log_not_measured("container", &view.id, &error);
         }
         self.measured_now(&view.pod).await.or(cached)
     }
@@ -204,8 +205,8 @@ impl Runtime {
 /// A pod, its containers that run, and what was measured of them.
 type Measured = (PodView, Vec<ContainerView>, Arc<PodStatsView>);
 
-/// What starts, stops or answers late is no trouble; what else keeps us from a measurement is.
-fn not_measured(what: &str, id: &str, error: &sandbox::Error) {
+/// Pods that start, stop or answer late are expected; other errors are warnings.
+fn log_not_measured(what: &str, id: &str, error: &sandbox::Error) {
     use sandbox::Error::{Deadline, FailedPrecondition, NotFound, Unavailable};
     match error {
         Deadline { .. } | FailedPrecondition { .. } | NotFound { .. } | Unavailable { .. } => {

@@ -1,4 +1,4 @@
-//! Exec, Attach, PortForward: each mints a URL that a client uses once.
+//! Exec, Attach, PortForward: each returns a URL that a client can use once.
 
 use sandbox::model::{ContainerState, PodState};
 use streaming::{AttachParams, ExecParams, PortForwardParams};

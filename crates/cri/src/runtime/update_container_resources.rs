@@ -33,7 +33,7 @@ fn merge(
         .linux
         .as_ref()
         .ok_or_else(|| Refusal::invalid("linux", "missing: say which limits to change"))?;
-    let update = resources::to_oci(linux).map_err(|refusal| refusal.inside("linux"))?;
+    let update = resources::to_oci(linux).map_err(|refusal| refusal.in_field("linux"))?;
     Ok(resources::overlay(current, &update))
 }
 
@@ -46,7 +46,7 @@ mod tests {
     }
 
     #[test]
-    fn an_oom_score_that_a_resize_brings_along_is_left_aside() {
+    fn an_oom_score_in_an_update_is_ignored() {
         let linux = v1::LinuxContainerResources {
             oom_score_adj: 11,
             memory_limit_in_bytes: 1 << 20,

@@ -5,7 +5,7 @@ use tonic::Status;
 
 use super::Runtime;
 use crate::convert::Refusal;
-use crate::convert::resources::{Size, cpu_limits, vm_size, widened};
+use crate::convert::resources::{Size, cpu_limits, vm_size, with_open_limits};
 use crate::errors::{refusal_status, sandbox_status};
 use crate::v1;
 
@@ -35,7 +35,7 @@ fn change(
     let (resources, overhead) = (request.resources.as_ref(), request.overhead.as_ref());
     let size = vm_size(resources, overhead, host_cpus, config)?;
     let (Size { vcpus, memory_mib }, cpu) =
-        widened(size, cpu_limits(resources, overhead), sizing, host_cpus);
+        with_open_limits(size, cpu_limits(resources, overhead), sizing, host_cpus);
     let cpu = Some(cpu).filter(|cpu| *cpu != Default::default());
     Ok(PodResources { vcpus, memory_mib, cpu })
 }
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_update_is_read_as_a_pods_first_size_was() {
+    fn an_update_is_converted_like_the_first_size() {
         let limits = v1::LinuxContainerResources {
             cpu_quota: 150_000,
             cpu_period: 100_000,
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn an_update_that_says_nothing_changes_nothing() {
+    fn an_empty_update_changes_nothing() {
         let nothing = v1::UpdatePodSandboxResourcesRequest::default();
         let found = change(&nothing, PodSizing::default(), 8, &crate::Config::default()).unwrap();
         assert_eq!(found, PodResources::default());

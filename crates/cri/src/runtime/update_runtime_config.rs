@@ -28,7 +28,7 @@ impl Runtime {
 
 /// Several of them are separated by commas.
 fn check(cidrs: &str) -> Result<(), Refusal> {
-    let sound = |cidr: &str| {
+    let checked = |cidr: &str| {
         let Some((address, length)) = cidr.trim().split_once('/') else { return false };
         let most = match address.parse() {
             Ok(IpAddr::V4(_)) => 32,
@@ -37,7 +37,7 @@ fn check(cidrs: &str) -> Result<(), Refusal> {
         };
         length.parse::<u8>().is_ok_and(|length| length <= most)
     };
-    if cidrs.is_empty() || cidrs.split(',').all(sound) {
+    if cidrs.is_empty() || cidrs.split(',').all(checked) {
         return Ok(());
     }
     Err(Refusal::invalid(
@@ -51,9 +51,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn networks_of_both_families_are_taken_and_rubbish_is_not() {
-        for sound in ["", "10.0.0.0/24", "10.0.0.0/24, fd00::/64"] {
-            assert_eq!(check(sound), Ok(()), "{sound}");
+    fn networks_of_both_families_are_accepted_and_others_rejected() {
+        for checked in ["", "10.0.0.0/24", "10.0.0.0/24, fd00::/64"] {
+            assert_eq!(check(checked), Ok(()), "{checked}");
         }
         for wrong in ["10.0.0.0", "10.0.0.0/33", "pods", "10.0.0.0/24,", "fd00::/129"] {
             assert!(check(wrong).is_err(), "{wrong}");

@@ -102,8 +102,8 @@ pub(super) fn call_error(status: Status) -> anyhow::Error {
 }
 
 /// 127 if a command was not found, 126 if it cannot be executed, none for any other failure. The CRI
-/// has no code for these, so the message tells them apart; the agent words it as runc does, and docker
-/// goes by the same words.
+/// has no code for these, so the message distinguishes them; the agent uses runc's text, and docker
+/// matches the same text.
 fn command_failure(code: tonic::Code, message: &str) -> Option<u8> {
     let (_, failure) = message.split_once("exec: \"")?;
     if code != tonic::Code::FailedPrecondition {

@@ -1,4 +1,4 @@
-//! `nacelle completions` and `nacelle man`: files that the installation places beside the programs.
+//! `nacelle completions` and `nacelle man`: files that are installed with the programs.
 
 use std::io::Write;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! `nacelle inspect`: all that nacelled tells of a pod, container or image, as JSON.
+//! `nacelle inspect`: all that nacelled reports about a pod, container or image, as JSON.
 
 use std::collections::BTreeMap;
 

@@ -150,6 +150,6 @@ async fn spawn() -> Result<()> {
 
 /// In this program's directory, otherwise found through PATH.
 fn nacelled() -> PathBuf {
-    let beside = std::env::current_exe().ok().map(|own| own.with_file_name("nacelled"));
-    beside.filter(|path| path.is_file()).unwrap_or_else(|| "nacelled".into())
+    let sibling = std::env::current_exe().ok().map(|own| own.with_file_name("nacelled"));
+    sibling.filter(|path| path.is_file()).unwrap_or_else(|| "nacelled".into())
 }

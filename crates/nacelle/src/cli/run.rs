@@ -136,8 +136,8 @@ async fn attached(client: &mut Client, options: &Run, id: &str) -> Result<i32> {
     let mut reply = client.debug.attach(inputs).await;
     start(client, id).await?;
     if reply.is_err() {
-        let (again, inputs) = attach();
-        sender = again;
+        let (next_sender, inputs) = attach();
+        sender = next_sender;
         reply = client.debug.attach(inputs).await;
     }
     let mut session = Session::start(sender, reply, carry).await?;

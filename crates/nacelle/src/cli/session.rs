@@ -58,7 +58,7 @@ impl Session {
     ) -> Result<Self> {
         let outputs = reply.map_err(call_error)?.into_inner();
         let raw = (carry.tty && carry.stdin && terminal::is_terminal())
-            .then(Raw::enter)
+            .then(Raw::enable)
             .transpose()
             .context("setting the terminal to raw mode")?;
         if carry.stdin {

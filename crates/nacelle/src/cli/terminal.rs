@@ -9,7 +9,7 @@ use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 pub(super) struct Raw(Termios);
 
 impl Raw {
-    pub(super) fn enter() -> io::Result<Self> {
+    pub(super) fn enable() -> io::Result<Self> {
         let stdin = io::stdin();
         let before = tcgetattr(stdin.as_fd())?;
         let mut raw = before.clone();

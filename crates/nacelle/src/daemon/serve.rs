@@ -83,7 +83,7 @@ async fn work(settings: Settings) -> Result<()> {
     );
     Keeper::start(sandboxes.clone(), images.clone()).await.context("deleting unused images")?;
     let service = cri::Image::new(images, sandboxes.clone(), &settings.cri);
-    let beside = Routes::new(
+    let debug_routes = Routes::new(
         DebugServer::new(debug)
             .max_decoding_message_size(cri::MAX_MESSAGE)
             .max_encoding_message_size(cri::MAX_MESSAGE),
@@ -94,8 +94,14 @@ async fn work(settings: Settings) -> Result<()> {
     let shutdown: cri::Shutdown = Box::pin(async move {
         let _ = stop_requested.wait_for(|stop| *stop).await;
     });
-    let mut server =
-        tokio::spawn(cri::serve(listener, runtime, service, beside, Some(counters), shutdown));
+    let mut server = tokio::spawn(cri::serve(
+        listener,
+        runtime,
+        service,
+        debug_routes,
+        Some(counters),
+        shutdown,
+    ));
     notify::send("READY=1");
     tracing::info!(
         socket = %settings.socket.display(),

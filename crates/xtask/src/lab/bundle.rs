@@ -1,4 +1,4 @@
-//! What goes into the outer machine and what comes out: tar archives on a raw disk and over
+//! Input and output of the outer machine: tar archives on a raw disk and over
 //! virtio-serial ports.
 
 use std::fs::{self, File};

@@ -112,11 +112,11 @@ fn supervise(
     let mut deadline = Some(Instant::now() + plan.boot_limit);
     let mut ready = false;
     let mut exit = None;
-    let mut heard = Instant::now();
+    let mut last_output = Instant::now();
     loop {
         match status.recv_timeout(POLL) {
             Ok(line) => {
-                heard = Instant::now();
+                last_output = Instant::now();
                 if line == "ready" {
                     ready = true;
                     deadline = plan.run_limit.map(|limit| Instant::now() + limit);
@@ -149,7 +149,7 @@ fn supervise(
             };
             return Ok(code);
         }
-        if ready && exit.is_none() && !plan.shell && heard.elapsed() >= SILENCE_LIMIT {
+        if ready && exit.is_none() && !plan.shell && last_output.elapsed() >= SILENCE_LIMIT {
             last_words(plan.scratch);
             bail!("the outer machine fell silent{}", log_of(plan.scratch));
         }
@@ -242,18 +242,18 @@ fn monitor(scratch: &Path) -> PathBuf {
     scratch.join("monitor")
 }
 
-/// Has an outer machine that says nothing any more tell on its console where it is.
+/// Sends an NMI to an outer machine without output, so that its kernel prints its state.
 fn last_words(scratch: &Path) {
-    let asked = UnixStream::connect(monitor(scratch)).and_then(|mut monitor| {
+    let sent = UnixStream::connect(monitor(scratch)).and_then(|mut monitor| {
         monitor.set_read_timeout(Some(LAST_WORDS))?;
         monitor.write_all(b"info registers\ninfo status\nnmi\n")?;
-        let mut told = Vec::new();
+        let mut reply = Vec::new();
         // The panic ends QEMU, and with it this connection; else the timeout does.
-        let _ = monitor.read_to_end(&mut told);
+        let _ = monitor.read_to_end(&mut reply);
         let mut console = OpenOptions::new().append(true).open(scratch.join("console"))?;
-        console.write_all(&told)
+        console.write_all(&reply)
     });
-    if let Err(error) = asked {
+    if let Err(error) = sent {
         eprintln!("lab: asking QEMU for the machine's state: {error}");
     }
 }

@@ -13,7 +13,7 @@ use sandbox::apparmor::AppArmor;
 use sandbox::model::{ContainerSpec, HostNamespaces, Meta, PidMode, RootfsSpec};
 
 use super::devices::{self, Devices};
-use super::security::{Held, Selinux};
+use super::security::{CapabilitySet, Selinux};
 use super::userns::{UserNamespace, user_namespace};
 use super::{
     Refusal, check_meta, check_name, mounts, process, resources, seccomp, security, signal,
@@ -39,7 +39,7 @@ pub struct ImageParts<'a> {
 #[derive(Debug)]
 pub struct PodParts<'a> {
     pub hostname: &'a str,
-    /// As it was asked for.
+    /// The request that created it.
     pub request: &'a v1::PodSandboxConfig,
 }
 
@@ -55,7 +55,7 @@ pub type FindImage<'a> = &'a dyn Fn(&str) -> Option<ImageVolume>;
 
 const CONTEXT: &str = "linux.security_context";
 
-/// Looks at the host's files that the request names. Blocks.
+/// Accesses files of the host that the request names. Blocks.
 pub fn to_spec(
     request: &v1::ContainerConfig,
     pod: &PodParts<'_>,
@@ -69,7 +69,7 @@ pub fn to_spec(
     let linux = request.linux.clone().unwrap_or_default();
     let context = linux.security_context.clone().unwrap_or_default();
     let image_config = image.configuration.and_then(|c| c.config().as_ref());
-    let in_context = |refusal: Refusal| refusal.inside(CONTEXT);
+    let in_context = |refusal: Refusal| refusal.in_field(CONTEXT);
     let host = own_namespaces(&context, pod).map_err(in_context)?;
     security::selinux(context.selinux_options.as_ref(), Selinux::of_host()).map_err(in_context)?;
     let user_namespace = own_user_namespace(&context, pod).map_err(in_context)?;
@@ -82,16 +82,22 @@ pub fn to_spec(
     };
     let blocks = devices.blocks.clone();
     let pid = pid_mode(&context, host);
-    let held = if host.is_some() { Held::here() } else { Held::ALL };
-    let asked =
-        Asked { request, linux: &linux, context: &context, image: image_config, pid: &pid, held };
+    let available = if host.is_some() { CapabilitySet::of_process() } else { CapabilitySet::ALL };
+    let asked = RequestParts {
+        request,
+        linux: &linux,
+        context: &context,
+        image: image_config,
+        pid: &pid,
+        available,
+    };
     let oci = oci_spec(&asked, &identity, user_namespace, devices, pod.hostname, config)?;
     let stop = image_config.and_then(|c| c.stop_signal().as_deref());
     let stop_signal = signal::stop_signal(request.stop_signal, stop)?;
     let log_path = log_path(&request.log_path)?;
     let volumes = mounts::volumes(
         &request.mounts,
-        &mounts::Around {
+        &mounts::Context {
             annotations: &request.annotations,
             user_namespace,
             pod: pod.request,
@@ -136,7 +142,7 @@ pub fn to_spec(
     })
 }
 
-/// Those of the host that the pod has; a container can have no others.
+/// The host namespaces of the pod; a container can have no others.
 fn own_namespaces(
     context: &v1::LinuxContainerSecurityContext,
     pod: &PodParts<'_>,
@@ -153,7 +159,7 @@ fn own_namespaces(
         if asked && !has {
             return Err(Refusal::invalid(
                 format!("namespace_options.{field}"),
-                "NODE, which the pod itself has not asked for",
+                "NODE, but the pod's own namespace_options do not have it",
             ));
         }
     }
@@ -169,7 +175,7 @@ fn own_user_namespace(
     if context.privileged && !of_pod.is_some_and(|pod| pod.privileged) {
         return Err(Refusal::invalid(
             "privileged",
-            "the pod's own security context does not say so; a privileged container needs a \
+            "not set in the pod's security context; a privileged container needs a \
              privileged pod",
         ));
     }
@@ -183,7 +189,7 @@ fn own_user_namespace(
     Ok(own)
 }
 
-/// The request as it is given back in statuses: with the ids of images that are mounted.
+/// The request as returned in statuses: with the ids of mounted images.
 fn origin(request: &v1::ContainerConfig, find_image: FindImage<'_>) -> serde_json::Value {
     let mut request = request.clone();
     for image in request.mounts.iter_mut().filter_map(|mount| mount.image.as_mut()) {
@@ -192,7 +198,7 @@ fn origin(request: &v1::ContainerConfig, find_image: FindImage<'_>) -> serde_jso
     serde_json::to_value(request).unwrap_or_default()
 }
 
-/// The name people know the image by, for they read it in listings.
+/// The image's name for listings.
 fn named(spec: &v1::ImageSpec) -> String {
     let given = &spec.user_specified_image;
     if given.is_empty() { spec.image.clone() } else { given.clone() }
@@ -235,8 +241,8 @@ fn log_path(path: &str) -> Result<String, Refusal> {
     Ok(path.to_string())
 }
 
-/// A request without any word on namespaces gets processes of its own, as kubelets ask for by
-/// default; within the message POD is the interface's zero and means what it says.
+/// A request without namespace options gets its own PID namespace, as kubelets request by
+/// default; in a given message, POD (zero) means the pod's.
 fn pid_mode(context: &v1::LinuxContainerSecurityContext, host: Option<HostNamespaces>) -> PidMode {
     let Some(options) = &context.namespace_options else { return PidMode::Container };
     match options.pid() {
@@ -249,18 +255,18 @@ fn pid_mode(context: &v1::LinuxContainerSecurityContext, host: Option<HostNamesp
     }
 }
 
-/// The request taken apart, and what the image says.
-struct Asked<'a> {
+/// Parts of the request, and the image's configuration.
+struct RequestParts<'a> {
     request: &'a v1::ContainerConfig,
     linux: &'a v1::LinuxContainerConfig,
     context: &'a v1::LinuxContainerSecurityContext,
     image: Option<&'a ImageConfig>,
     pid: &'a PidMode,
-    held: Held,
+    available: CapabilitySet,
 }
 
 fn oci_spec(
-    asked: &Asked<'_>,
+    asked: &RequestParts<'_>,
     identity: &process::Identity,
     user_namespace: Option<UserNamespace>,
     devices: Devices,
@@ -269,10 +275,10 @@ fn oci_spec(
 ) -> Result<Spec, Refusal> {
     let context = asked.context;
     let Devices { blocks: _, nodes, rules } = devices;
-    let capabilities =
-        security::capabilities(context, asked.held).map_err(|refusal| refusal.inside(CONTEXT))?;
+    let capabilities = security::capabilities(context, asked.available)
+        .map_err(|refusal| refusal.in_field(CONTEXT))?;
     let profile = match seccomp::choose(context, config.default_seccomp)
-        .map_err(|refusal| refusal.inside(CONTEXT))?
+        .map_err(|refusal| refusal.in_field(CONTEXT))?
     {
         seccomp::Choice::Default => {
             Some(seccomp::default_profile(&capabilities.bounding().clone().unwrap_or_default()))
@@ -282,7 +288,7 @@ fn oci_spec(
     };
     let requested = asked.linux.resources.clone().unwrap_or_default();
     let mut limits =
-        resources::to_oci(&requested).map_err(|refusal| refusal.inside("linux.resources"))?;
+        resources::to_oci(&requested).map_err(|refusal| refusal.in_field("linux.resources"))?;
     limits.set_devices(Some(device_rules(rules, context.privileged)?));
 
     let mut inner = Linux::default();
@@ -294,7 +300,7 @@ fn oci_spec(
     inner.set_resources(Some(limits));
     inner.set_seccomp(profile.map(seccomp::for_guest));
     inner.set_devices(Some(nodes).filter(|nodes| !nodes.is_empty()));
-    // None are given for `procMount: Unmasked`, and then none are meant.
+    // `procMount: Unmasked` has none.
     let paths = |given: &[String]| {
         Some(given.to_vec()).filter(|given| !given.is_empty() && !context.privileged)
     };
@@ -316,12 +322,12 @@ fn oci_spec(
 }
 
 fn process_of(
-    asked: &Asked<'_>,
+    asked: &RequestParts<'_>,
     identity: &process::Identity,
     capabilities: LinuxCapabilities,
     hostname: &str,
 ) -> Result<Process, Refusal> {
-    let Asked { request, linux, context, image, pid: _, held: _ } = asked;
+    let RequestParts { request, linux, context, image, pid: _, available: _ } = asked;
     let mut user = User::default();
     user.set_additional_gids(Some(identity.groups.clone()).filter(|groups| !groups.is_empty()));
     let mut process = Process::default();
@@ -334,7 +340,7 @@ fn process_of(
     process.set_rlimits(None);
     process.set_no_new_privileges(Some(context.no_new_privs));
     let profile = security::apparmor(context, &AppArmor::of_host());
-    process.set_apparmor_profile(profile.map_err(|refusal| refusal.inside(CONTEXT))?);
+    process.set_apparmor_profile(profile.map_err(|refusal| refusal.in_field(CONTEXT))?);
     let score = linux.resources.as_ref().map_or(0, |resources| resources.oom_score_adj);
     process.set_oom_score_adj(i32::try_from(score).ok());
     Ok(process)
@@ -355,8 +361,8 @@ fn namespaces(pid: &PidMode, user: Option<UserNamespace>) -> Result<Vec<LinuxNam
         .collect()
 }
 
-/// Everything for a privileged container, else what was asked for beside what the guest's agent
-/// adds by itself (null, zero, full, random, urandom, tty, ptmx, ptys, tun).
+/// All devices for a privileged container, else the requested ones; the guest's agent
+/// adds the default ones (null, zero, full, random, urandom, tty, ptmx, ptys, tun).
 fn device_rules(
     asked: Vec<LinuxDeviceCgroup>,
     privileged: bool,

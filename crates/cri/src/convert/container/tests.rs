@@ -91,7 +91,7 @@ fn a_privileged_container_has_no_masks_and_no_filter() {
 }
 
 #[test]
-fn masks_filters_and_devices_are_those_that_are_asked_for() {
+fn masks_filters_and_devices_are_those_of_the_request() {
     let mut asked = secured(v1::LinuxContainerSecurityContext {
         masked_paths: vec!["/bin/ls".into()],
         readonly_paths: vec!["/tmp".into()],
@@ -142,7 +142,7 @@ fn a_container_has_the_user_namespace_of_its_pod() {
 }
 
 #[test]
-fn mounted_images_are_told_with_their_ids() {
+fn mounted_images_are_reported_with_their_ids() {
     let mount = v1::Mount {
         container_path: "/data".into(),
         readonly: true,
@@ -176,7 +176,7 @@ fn pid_modes_are_kept() {
 }
 
 #[test]
-fn a_container_of_a_pod_on_the_host_has_what_its_pod_has_of_it() {
+fn a_container_of_a_host_pod_has_the_pods_namespaces() {
     let node = v1::NamespaceMode::Node as i32;
     let options = |pid, network| v1::NamespaceOption { pid, network, ..Default::default() };
     let of_pod = |options| {
@@ -217,7 +217,7 @@ fn a_container_of_a_pod_on_the_host_has_what_its_pod_has_of_it() {
 }
 
 #[test]
-fn what_cannot_be_had_is_refused_by_name() {
+fn unsupported_requests_are_rejected_with_the_field() {
     let host_pid = v1::NamespaceOption { pid: 2, ..Default::default() };
     let table = [
         (v1::ContainerConfig { metadata: None, ..request() }, "metadata.name"),

@@ -4,7 +4,7 @@
 //! <root>/pods/<pod uid>/volumes/kubernetes.io~empty-dir/<volume>
 //! <root>/pods/<pod uid>/volume-subpaths/<volume>/<container>/<n>   a bind mount of a part of it
 //! ```
-//! Their sizes are in no call of the CRI: an annotation of the pod may say them.
+//! Their sizes are not in the CRI; an annotation of the pod can set them.
 
 use std::ffi::OsStr;
 use std::os::unix::fs::MetadataExt;
@@ -17,7 +17,7 @@ const PLUGIN: &str = "kubernetes.io~empty-dir";
 /// `<volume>=<quantity>`, with commas between: `cache=1Gi,data=500Mi`.
 pub const LIMITS_ANNOTATION: &str = "nacelle.dev/empty-dir-limits";
 
-/// An emptyDir, and what of it a path of the host is.
+/// An emptyDir, and the path in it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Found {
     pub folder: PathBuf,
@@ -47,7 +47,7 @@ pub fn find(path: &Path, pod_uid: &str) -> Result<Option<Found>, Refusal> {
     Ok(Some(Found { folder: place.folder, name: place.name, sub_path }))
 }
 
-/// What a path says by itself.
+/// The result of parsing a path.
 struct Place {
     folder: PathBuf,
     name: String,
@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_empty_dir_is_known_by_its_pods_path() {
+    fn an_empty_dir_is_recognized_by_its_path() {
         let found = |path: &str| find(Path::new(path), "u-1").unwrap();
         let top = "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~empty-dir";
         let cache = |sub_path: &str| Found {
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sub_path_that_is_no_mount_is_refused_and_not_taken_for_a_volume_of_its_own() {
+    fn a_sub_path_that_is_not_a_mount_is_rejected() {
         let dir = tempfile::tempdir().unwrap();
         let pod = dir.path().canonicalize().unwrap().join("pods/u-1");
         let sub = pod.join("volume-subpaths/cache/c/0");
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn sub_paths_lead_through_bind_mounts_to_their_volumes() {
+    fn bind_mounts_of_sub_paths_are_resolved_to_their_volumes() {
         use nix::mount::{MntFlags, MsFlags, mount, umount2};
         if !nix::unistd::geteuid().is_root() {
             eprintln!("SKIP: needs root for mounts");

@@ -45,17 +45,17 @@ pub use self::strict::strict;
 const SMALL_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
 /// Larger files are shared instead of copied into a guest's memory.
 const SMALL: u64 = 1 << 20;
-/// Where containers leave their last words, unless an annotation says otherwise.
+/// Default path of the termination message.
 const TERMINATION_LOG: &str = "/dev/termination-log";
 const TERMINATION_LOG_ANNOTATION: &str = "io.kubernetes.container.terminationMessagePath";
-/// The link that a kubelet turns to a folder's new content (its AtomicWriter).
+/// The link that a kubelet's AtomicWriter replaces to update a directory.
 const ATOMIC_LINK: &str = "..data";
-/// A request that names a hundred thousand folders would have the host look at them all;
+/// Attack: a request with a hundred thousand mounts, each of which the host would have to check;
 /// Kubernetes' own use stays below a hundred.
 const MAX_MOUNTS: usize = 512;
 /// The size of page that a guest's huge pages have, bytes.
 const HUGE_PAGE: u64 = 2 << 20;
-/// What the container's own devices are in, and its processes.
+/// Mount points of the container's devices and processes.
 const DEV: &str = "/dev";
 const PROC: &str = "/proc";
 /// Files of it that others may stand for, as with runc (`checkProcMount`): those that lxcfs serves.
@@ -71,16 +71,16 @@ const REPLACED_IN_PROC: [&str; 10] = [
     "sys/kernel/ns_last_pid",
     "uptime",
 ];
-/// File systems that the kernel makes: no place for an image's data.
-const KERNELS: [&str; 3] = [DEV, PROC, "/sys"];
-/// How a kubelet recognises the failure (cri-api, pkg/errors).
+/// Kernel file systems: not allowed for VOLUMEs of an image.
+const KERNEL_MOUNTS: [&str; 3] = [DEV, PROC, "/sys"];
+/// Error text that a kubelet matches (cri-api, pkg/errors).
 const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
 
-/// What of the rest of the request counts here.
-pub struct Around<'a> {
+/// Other parts of the request that matter for mounts.
+pub struct Context<'a> {
     pub annotations: &'a BTreeMap<String, String>,
     pub user_namespace: Option<UserNamespace>,
-    /// The pod, as it was asked for.
+    /// The request of the pod.
     pub pod: &'a v1::PodSandboxConfig,
     /// The pod has no VM.
     pub on_host: bool,
@@ -89,36 +89,36 @@ pub struct Around<'a> {
     pub images: &'a dyn Fn(&str) -> Option<PathBuf>,
 }
 
-/// Looks at the host's paths, and makes folders that are missing, as containerd does; only after
-/// every mount has been found sound by itself. Blocks.
-pub fn volumes(mounts: &[v1::Mount], around: &Around<'_>) -> Result<Vec<Volume>, Refusal> {
+/// Resolves the host's paths, and creates missing directories, as containerd does; only after
+/// every mount has been validated by itself. Blocks.
+pub fn volumes(mounts: &[v1::Mount], context: &Context<'_>) -> Result<Vec<Volume>, Refusal> {
     if mounts.len() > MAX_MOUNTS {
         return Err(Refusal::invalid(
             "mounts",
             format!("{} of them; at most {MAX_MOUNTS} are taken", mounts.len()),
         ));
     }
-    let each = |index: usize, refusal: Refusal| refusal.inside(&format!("mounts[{index}]"));
-    let mut sound = Vec::with_capacity(mounts.len());
+    let each = |index: usize, refusal: Refusal| refusal.in_field(&format!("mounts[{index}]"));
+    let mut checked = Vec::with_capacity(mounts.len());
     for (index, mount) in mounts.iter().enumerate() {
-        sound.push(check(mount, around).map_err(|refusal| each(index, refusal))?);
+        checked.push(check(mount, context).map_err(|refusal| each(index, refusal))?);
     }
     let mut volumes = Vec::with_capacity(mounts.len());
-    for (index, (mount, sound)) in mounts.iter().zip(sound).enumerate() {
-        if !around.on_host && is_of_guest(mount, &sound) {
+    for (index, (mount, checked)) in mounts.iter().zip(checked).enumerate() {
+        if !context.on_host && is_of_guest(mount, &checked) {
             continue;
         }
-        volumes.push(volume(mount, sound, around).map_err(|refusal| each(index, refusal))?);
+        volumes.push(volume(mount, checked, context).map_err(|refusal| each(index, refusal))?);
     }
-    // What lies in another one has to come after it.
+    // Parents before the mounts inside them.
     volumes.sort_by_key(|volume| Path::new(&volume.container_path).components().count());
     Ok(volumes)
 }
 
 /// What the guest has itself, so that nothing of the host is mounted: a device (see
 /// [`devices::of_mounts`]), or all of them, which a privileged container has anyway.
-fn is_of_guest(mount: &v1::Mount, sound: &Sound) -> bool {
-    devices::of_mount(mount).is_some() || sound.container_path == DEV
+fn is_of_guest(mount: &v1::Mount, checked: &Checked) -> bool {
+    devices::of_mount(mount).is_some() || checked.container_path == DEV
 }
 
 /// Where container engines and image builders keep their layers. Overlayfs does not take a folder of
@@ -135,10 +135,9 @@ pub fn of_engines(volumes: &[Volume], of_image: &[String]) -> Vec<String> {
         .map(|volume| volume.container_path.as_ref())
         .chain(of_image.iter().map(Path::new))
         .collect();
-    let is_free = |place: &Path| {
-        !taken.iter().any(|taken| place.starts_with(taken) || taken.starts_with(place))
-    };
-    let free = ENGINES.into_iter().filter(|place| is_free(Path::new(place)));
+    let is_free =
+        |path: &Path| !taken.iter().any(|taken| path.starts_with(taken) || taken.starts_with(path));
+    let free = ENGINES.into_iter().filter(|path| is_free(Path::new(path)));
     free.map(str::to_owned).collect()
 }
 
@@ -167,27 +166,27 @@ pub fn of_image(config: Option<&ImageConfig>, volumes: &[Volume]) -> Result<Vec<
             }
         }
         // The root is no place for a mount.
-        let is_place =
-            clean != Path::new("/") && !KERNELS.iter().any(|kernels| clean.starts_with(kernels));
-        let place = clean.to_string_lossy().into_owned();
-        let is_taken = volumes.iter().any(|volume| volume.container_path == place);
-        if is_place && !place.contains('\0') && !is_taken {
-            own.insert(place);
+        let is_valid =
+            clean != Path::new("/") && !KERNEL_MOUNTS.iter().any(|mount| clean.starts_with(mount));
+        let path = clean.to_string_lossy().into_owned();
+        let is_taken = volumes.iter().any(|volume| volume.container_path == path);
+        if is_valid && !path.contains('\0') && !is_taken {
+            own.insert(path);
         }
     }
     Ok(own.into_iter().collect())
 }
 
-/// What can be told of a mount without looking at the host.
-struct Sound {
+/// A mount validated without access to the host.
+struct Checked {
     container_path: String,
     access: Access,
     propagation: Propagation,
 }
 
-fn check(mount: &v1::Mount, around: &Around<'_>) -> Result<Sound, Refusal> {
+fn check(mount: &v1::Mount, context: &Context<'_>) -> Result<Checked, Refusal> {
     let container_path = container_path(&mount.container_path)?;
-    check_place(&container_path, mount, around)?;
+    check_place(&container_path, mount, context)?;
     let propagation = known("propagation", mount.propagation)?;
     let access = access(mount, propagation)?;
     let propagation = match propagation {
@@ -201,18 +200,18 @@ fn check(mount: &v1::Mount, around: &Around<'_>) -> Result<Sound, Refusal> {
             format!("{:?}: options of mounts are not served", mount.mount_options),
         ));
     }
-    check_mapping(mount, around.user_namespace)?;
+    check_mapping(mount, context.user_namespace)?;
     check_source(mount)?;
-    let sound = Sound { container_path, access, propagation };
-    if propagation == Propagation::Bidirectional && !around.on_host {
+    let checked = Checked { container_path, access, propagation };
+    if propagation == Propagation::Bidirectional && !context.on_host {
         // Before any folder is made for another mount.
         let real = Path::new(&mount.host_path).canonicalize();
         let path = real.as_deref().unwrap_or(Path::new(&mount.host_path));
-        if mount.image.is_some() || find_empty_dir(path, around)?.is_none() {
+        if mount.image.is_some() || find_empty_dir(path, context)?.is_none() {
             return Err(bidirectional());
         }
     }
-    Ok(sound)
+    Ok(checked)
 }
 
 fn bidirectional() -> Refusal {
@@ -224,24 +223,24 @@ fn bidirectional() -> Refusal {
     )
 }
 
-fn find_empty_dir(path: &Path, around: &Around<'_>) -> Result<Option<empty_dir::Found>, Refusal> {
-    let uid = around.pod.metadata.as_ref().map(|metadata| metadata.uid.as_str());
+fn find_empty_dir(path: &Path, context: &Context<'_>) -> Result<Option<empty_dir::Found>, Refusal> {
+    let uid = context.pod.metadata.as_ref().map(|metadata| metadata.uid.as_str());
     empty_dir::find(path, uid.unwrap_or_default())
 }
 
-/// What is mounted wins over what every container has in the same place, but for the file systems
-/// without which a process cannot run as it should.
+/// A mount replaces the default mount at the same path, except for the file systems
+/// that a process needs.
 fn check_place(
     container_path: &str,
     mount: &v1::Mount,
-    around: &Around<'_>,
+    context: &Context<'_>,
 ) -> Result<(), Refusal> {
     let refuse =
         |why: &str| Err(Refusal::unsupported("container_path", format!("{container_path}: {why}")));
     if container_path == DEV {
         return match mount.host_path.trim_end_matches('/') == DEV {
             // Those of the guest, which stands for the node.
-            true if around.privileged && !around.on_host => Ok(()),
+            true if context.privileged && !context.on_host => Ok(()),
             true => refuse(
                 "only a privileged container of a pod with a VM has all devices; name those that are \
                  needed in `devices`",
@@ -254,7 +253,7 @@ fn check_place(
         let is_proc = |path: &str| {
             statfs(path).is_ok_and(|system| system.filesystem_type() == PROC_SUPER_MAGIC)
         };
-        return match around.on_host && is_proc(&mount.host_path) {
+        return match context.on_host && is_proc(&mount.host_path) {
             true => Ok(()),
             false => refuse("shows the container's own processes; mount elsewhere"),
         };
@@ -316,7 +315,7 @@ fn check_source(mount: &v1::Mount) -> Result<(), Refusal> {
         return wrong("no image is named");
     }
     if !mount.host_path.is_empty() {
-        return wrong("host_path has to be empty beside it");
+        return wrong("host_path has to be empty other it");
     }
     if !mount.readonly {
         return wrong("an image can only be mounted with readonly");
@@ -331,10 +330,10 @@ fn leads_upwards(path: &Path) -> bool {
     path.components().any(|part| part == Component::ParentDir)
 }
 
-fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume, Refusal> {
-    let Sound { container_path, access, propagation } = sound;
+fn volume(mount: &v1::Mount, checked: Checked, context: &Context<'_>) -> Result<Volume, Refusal> {
+    let Checked { container_path, access, propagation } = checked;
     if let Some(spec) = &mount.image {
-        let image = (around.images)(&spec.image).ok_or_else(|| {
+        let image = (context.images)(&spec.image).ok_or_else(|| {
             Refusal::invalid(
                 "image",
                 format!("{IMAGE_VOLUME_FAILED}: {:?} is not on this node: pull it", spec.image),
@@ -351,7 +350,7 @@ fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume
     }
     let (host_path, metadata) = resolve(Path::new(&mount.host_path))?;
     let kind = metadata.file_type();
-    if around.on_host {
+    if context.on_host {
         if propagation != Propagation::Private {
             check_propagates(&host_path, propagation)?;
         }
@@ -376,8 +375,8 @@ fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume
         }
         return Ok(Volume { container_path, source, access, propagation });
     }
-    if let Some(found) = find_empty_dir(&host_path, around)? {
-        let size_limit = empty_dir::limit(around.pod, &found.name)?;
+    if let Some(found) = find_empty_dir(&host_path, context)? {
+        let size_limit = empty_dir::limit(context.pod, &found.name)?;
         let empty_dir::Found { folder, sub_path, .. } = found;
         let source = VolumeSource::EmptyDir { host_path, directory: folder, sub_path, size_limit };
         return Ok(Volume { container_path, source, access, propagation });
@@ -389,7 +388,7 @@ fn volume(mount: &v1::Mount, sound: Sound, around: &Around<'_>) -> Result<Volume
     let private = propagation == Propagation::Private;
     let source = if small && SMALL_FILES.contains(&container_path.as_str()) {
         VolumeSource::Copied { host_path }
-    } else if small && !mount.readonly && is_termination_log(&container_path, around.annotations) {
+    } else if small && !mount.readonly && is_termination_log(&container_path, context.annotations) {
         VolumeSource::WrittenBack { host_path }
     } else if kind.is_dir() && mount.readonly && private && is_atomic(&host_path) {
         VolumeSource::Synced { host_path }
@@ -427,7 +426,7 @@ fn huge_pages(path: &Path, metadata: &Metadata) -> Result<Option<VolumeSource>, 
     Ok(Some(VolumeSource::HugePages { name: format!("huge-{:x}", metadata.dev()) }))
 }
 
-/// What the path leads to now; a link put there later leads nowhere else.
+/// Resolves symbolic links now, so that a later change of a link has no effect.
 fn resolve(path: &Path) -> Result<(PathBuf, Metadata), Refusal> {
     let failed = |what: &str, error: std::io::Error| {
         Refusal::invalid("host_path", format!("{}: {what}{error}", path.display()))
@@ -462,7 +461,7 @@ fn is_atomic(folder: &Path) -> bool {
     folder.join(ATOMIC_LINK).symlink_metadata().is_ok_and(|found| found.is_symlink())
 }
 
-/// Mounts reach a container only from a place that passes them on.
+/// Propagation needs a shared mount, or for HostToContainer a slave.
 fn check_propagates(path: &Path, propagation: Propagation) -> Result<(), Refusal> {
     let mount = mountinfo::of(path).map_err(|error| {
         Refusal::invalid("propagation", format!("/proc/self/mountinfo: {error}"))
@@ -487,10 +486,7 @@ pub fn container_path(path: &str) -> Result<String, Refusal> {
     // Kubernetes takes a relative path as one from the root.
     let absolute = Path::new("/").join(path);
     if path.is_empty() || path.contains('\0') || absolute == Path::new("/") {
-        return Err(Refusal::invalid(
-            "container_path",
-            format!("{path:?} is no place for a mount"),
-        ));
+        return Err(Refusal::invalid("container_path", format!("{path:?} is no path for a mount")));
     }
     if leads_upwards(&absolute) {
         return Err(Refusal::invalid("container_path", format!("{path:?} leads upwards")));

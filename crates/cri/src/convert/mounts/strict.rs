@@ -14,15 +14,16 @@ pub fn strict(
     annotations: &BTreeMap<String, String>,
     volumes: &[Volume],
 ) -> Result<Vec<String>, Refusal> {
-    let Some(wanted) = annotations.get(ANNOTATION) else { return Ok(Vec::new()) };
-    let wanted: Vec<&str> = wanted.split(',').map(str::trim).collect();
-    if let Some(odd) = wanted.iter().find(|place| **place != "*" && !place.starts_with('/')) {
-        let why = format!("{ANNOTATION}: {odd:?} is neither \"*\" nor the place of a volume");
+    let Some(requested) = annotations.get(ANNOTATION) else { return Ok(Vec::new()) };
+    let requested: Vec<&str> = requested.split(',').map(str::trim).collect();
+    if let Some(invalid) = requested.iter().find(|place| **place != "*" && !place.starts_with('/'))
+    {
+        let why = format!("{ANNOTATION}: {invalid:?} is neither \"*\" nor the place of a volume");
         return Err(Refusal::invalid("annotations", why));
     }
     let shared = volumes.iter().filter(|v| matches!(v.source, VolumeSource::Shared { .. }));
     let places = shared.map(|volume| &volume.container_path);
-    let named = places.filter(|place| wanted.iter().any(|w| *w == "*" || *w == place.as_str()));
+    let named = places.filter(|place| requested.iter().any(|w| *w == "*" || *w == place.as_str()));
     Ok(named.cloned().collect())
 }
 

@@ -37,8 +37,9 @@ fn convert_with(
         ..Default::default()
     };
     let (on_host, privileged) = (false, false);
-    let around = Around { annotations, user_namespace, pod, on_host, privileged, images: &images };
-    volumes(mounts, &around)
+    let context =
+        Context { annotations, user_namespace, pod, on_host, privileged, images: &images };
+    volumes(mounts, &context)
 }
 
 #[test]
@@ -52,7 +53,7 @@ fn a_pod_without_a_vm_has_everything_from_the_host_itself() {
     std::fs::write(&log, "").unwrap();
     let ask = |mount: v1::Mount| {
         let (none, pod) = (BTreeMap::new(), v1::PodSandboxConfig::default());
-        let around = Around {
+        let context = Context {
             annotations: &none,
             user_namespace: None,
             pod: &pod,
@@ -60,7 +61,7 @@ fn a_pod_without_a_vm_has_everything_from_the_host_itself() {
             privileged: false,
             images: &|_| None,
         };
-        volumes(&[mount], &around).map(|mut volumes| volumes.remove(0))
+        volumes(&[mount], &context).map(|mut volumes| volumes.remove(0))
     };
     for (path, mount) in [
         (&socket, mount(&socket, "/run/socket")),
@@ -98,7 +99,7 @@ fn folder() -> (tempfile::TempDir, PathBuf) {
 }
 
 #[test]
-fn files_and_folders_of_the_host_are_shared_from_where_links_lead() {
+fn files_and_directories_of_the_host_are_shared_with_links_resolved() {
     let (_dir, root) = folder();
     std::fs::write(root.join("file"), "x").unwrap();
     std::os::unix::fs::symlink("file", root.join("link")).unwrap();
@@ -114,7 +115,7 @@ fn files_and_folders_of_the_host_are_shared_from_where_links_lead() {
 }
 
 #[test]
-fn a_folder_that_is_missing_is_made_unless_another_mount_is_wrong() {
+fn a_missing_directory_is_created_unless_another_mount_is_invalid() {
     let (_dir, root) = folder();
     let missing = root.join("a/b");
     let wrong = mount(Path::new("relative"), "/y");
@@ -125,7 +126,7 @@ fn a_folder_that_is_missing_is_made_unless_another_mount_is_wrong() {
 }
 
 #[test]
-fn what_a_kubelet_writes_is_copied_in_the_way_it_is_used() {
+fn files_written_by_a_kubelet_are_copied_or_synced() {
     let (_dir, root) = folder();
     std::os::unix::fs::symlink("..2024", root.join("..data")).unwrap();
     assert_eq!(
@@ -147,7 +148,7 @@ fn what_a_kubelet_writes_is_copied_in_the_way_it_is_used() {
 }
 
 #[test]
-fn the_termination_log_is_written_back_wherever_it_is_asked_for() {
+fn the_termination_log_is_written_back_at_the_requested_path() {
     let (_dir, root) = folder();
     let log = root.join("log");
     std::fs::write(&log, "").unwrap();
@@ -202,7 +203,7 @@ fn a_mounts_mapping_is_its_pods_or_none() {
 }
 
 #[test]
-fn what_cannot_be_had_is_refused_by_name() {
+fn unsupported_requests_are_rejected_with_the_field() {
     let (_dir, root) = folder();
     let _socket = std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
     std::fs::write(root.join("file"), "").unwrap();
@@ -264,7 +265,7 @@ fn an_images_own_volumes_are_kept_where_the_request_mounts_nothing() {
 }
 
 #[test]
-fn engines_in_a_privileged_container_have_volumes_unless_something_is_there() {
+fn container_engines_in_a_privileged_container_get_volumes_unless_mounted() {
     let asked = |path: &str| Volume {
         container_path: path.into(),
         ..convert(&[mount(Path::new("/"), "/x")]).unwrap().remove(0)
@@ -277,7 +278,7 @@ fn engines_in_a_privileged_container_have_volumes_unless_something_is_there() {
 }
 
 #[test]
-fn a_mount_wins_over_what_every_container_has_but_not_over_its_devices_and_processes() {
+fn a_mount_replaces_default_mounts_except_dev_and_proc() {
     let (_dir, root) = folder();
     for place in ["/dev/shm", "/dev/mqueue", "/sys", "/sys/fs/cgroup", "/proc/meminfo", "/run"] {
         assert_eq!(convert(&[mount(&root, place)]).unwrap()[0].container_path, place);
@@ -294,10 +295,10 @@ fn a_mount_wins_over_what_every_container_has_but_not_over_its_devices_and_proce
 }
 
 #[test]
-fn devices_of_the_guest_are_no_volumes() {
+fn devices_of_the_guest_are_not_volumes() {
     let (none, pod) = (BTreeMap::new(), v1::PodSandboxConfig::default());
     let ask = |host: &str, place: &str, privileged| {
-        let around = Around {
+        let context = Context {
             annotations: &none,
             user_namespace: None,
             pod: &pod,
@@ -305,7 +306,7 @@ fn devices_of_the_guest_are_no_volumes() {
             privileged,
             images: &|_| None,
         };
-        volumes(&[mount(Path::new(host), place)], &around)
+        volumes(&[mount(Path::new(host), place)], &context)
     };
     assert_eq!(ask("/dev/net/tun", "/dev/net/tun", false), Ok(Vec::new()));
     assert_eq!(ask("/dev/", "/dev", true), Ok(Vec::new()));
@@ -316,7 +317,7 @@ fn devices_of_the_guest_are_no_volumes() {
 }
 
 #[test]
-fn an_empty_dir_is_the_guests_own_and_may_pass_mounts_on() {
+fn an_empty_dir_is_in_the_guest_and_may_be_bidirectional() {
     let (_dir, root) = folder();
     let volumes = root.join("pods/u-1/volumes/kubernetes.io~empty-dir");
     let (cache, data) = (volumes.join("cache"), volumes.join("data"));
