@@ -17,7 +17,7 @@ use crate::{images, wait};
 pub const STORIES: &[Story] = &[
     (
         "an emptyDir is shared by a pod's containers, limited, and kept until the pod is removed",
-        life_time,
+        lifetime,
     ),
     ("overlayfs, O_DIRECT and trusted attributes work in emptyDirs and VOLUMEs", privileged),
     ("a container's writable layer has its own limit, and its usage is reported", layer),
@@ -74,17 +74,17 @@ fn config_of(name: &str, attempt: u32, image: &str, mounts: Vec<v1::Mount>) -> v
     }
 }
 
-fn life_time() -> Result<()> {
+fn lifetime() -> Result<()> {
     let mut node = Node::start()?;
     let image = node.image("busybox")?;
-    let kubelet = Kubelet::new("life_time-uid")?;
+    let kubelet = Kubelet::new("kept-uid")?;
     let (cache, small) = (kubelet.empty_dir("cache")?, kubelet.empty_dir("small")?);
     let memory = kubelet.empty_dir("memory")?;
     let host_memory = Tmpfs::mount(&memory, "size=8m")?;
     set_owner(&memory)?;
     fs::write(cache.join("before"), "from the host\n")?;
     let sub = kubelet.sub_path("cache", "of/two")?;
-    let mut config = pod("life_time", &node.logs);
+    let mut config = pod("kept", &node.logs);
     config.annotations = [("nacelle.dev/empty-dir-limits".into(), "small=16Mi".into())].into();
     let pod = node.cri().run_pod(config)?;
     let mounts =
@@ -132,7 +132,7 @@ fn life_time() -> Result<()> {
     }
     let second = cri.run(&pod, config_of("one", 1, &image, mounts()))?;
     let seen = cri.shell(&second, "cat /cache/linked; ls /small /cache/of/two")?;
-    ensure!(seen == "kept\n/cache/of/two:\ninner\n\n/small:\nagain", "{seen}");
+    ensure!(seen == "kept\n/cache/of/two:\ninner\n\n/small:\nsecond", "{seen}");
 
     // With `empty_dir = "share"` the data is on the host.
     node.stop_daemon()?;
