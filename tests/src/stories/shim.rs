@@ -18,6 +18,7 @@ pub const STORIES: &[Story] = &[
     ("ctr runs a container in a VM: streams, exit codes, exec, kill, and nothing is left", ctr_run),
     ("a pod of containerd's CRI is one VM with several containers and its network", cri_pod),
     ("after kill -9 of a shim containerd removes all resources of its pod", killed_shim),
+    ("containerd finds running and exited tasks after kill -9 and a restart", restarted_containerd),
 ];
 
 const SHIM: &str = "containerd-shim-nacelle-v2";
@@ -86,25 +87,49 @@ state = "{folder}/state"
         );
         fs::write(path("config.toml"), config)?;
         let before = Inventory::take(&path("shims"), &state);
-        let log = fs::File::create(path("containerd.log"))?;
-        let process = Command::new("containerd")
-            .arg("--config")
-            .arg(path("config.toml"))
-            .env("NACELLE_SHIM_CONFIG", path("shim.toml"))
-            .env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", path("bin").display()))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("starting containerd (Debian package containerd)")?;
-        let socket = path("containerd.sock");
-        let cri = wait::until("containerd answers", TIMEOUT, || {
-            let Ok(cri) = Cri::connect(&socket) else { return Ok(None) };
-            Ok(cri.pods().is_ok().then_some(cri))
-        });
-        let containerd = Self { folder, state, process, cri: cri?, image, before };
+        let process = spawn_containerd(folder.path())?;
+        let cri = connect(&path("containerd.sock"))?;
+        let containerd = Self { folder, state, process, cri, image, before };
         containerd.cri.pull(&containerd.image)?;
         Ok(containerd)
+    }
+
+    fn kill(&mut self) -> Result<()> {
+        self.process.kill()?;
+        self.process.wait()?;
+        Ok(())
+    }
+
+    fn restart(&mut self) -> Result<()> {
+        self.process = spawn_containerd(self.folder.path())?;
+        self.cri = connect(&self.path("containerd.sock"))?;
+        Ok(())
+    }
+
+    fn run_detached(&self, id: &str, command: &[&str]) -> Result<()> {
+        let args = ["run", "-d", "--runtime", "io.containerd.nacelle.v2", &self.image, id];
+        expect(&self.ctr(&[&args, command].concat())?, 0, "")
+    }
+
+    /// Waits until `ctr task ls` shows the task with the status.
+    fn wait_for_status(&self, id: &str, status: &str) -> Result<()> {
+        let mut shown = String::new();
+        let found = wait::until(&format!("task {id} is {status}"), TIMEOUT, || {
+            shown = text(&self.ctr(&["task", "ls"])?.stdout);
+            let columns = |line: &str| line.split_whitespace().map(str::to_owned).collect();
+            let mut tasks = shown.lines().map(columns);
+            Ok(tasks
+                .any(|task: Vec<_>| task.len() == 3 && task[0] == id && task[2] == status)
+                .then_some(()))
+        });
+        found.with_context(|| shown)
+    }
+
+    /// Deletes a stopped task, whose exit code `ctr` prints, and its container.
+    fn delete(&self, id: &str, code: i32) -> Result<()> {
+        let deleted = self.ctr(&["task", "delete", id])?;
+        ensure!(text(&deleted.stderr).contains(&code.to_string()), "{deleted:?}");
+        expect(&self.ctr(&["containers", "delete", id])?, 0, "")
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -181,6 +206,29 @@ impl Drop for Containerd {
     }
 }
 
+/// Appends to the log of a containerd that ran before.
+fn spawn_containerd(folder: &Path) -> Result<Child> {
+    let path = |name: &str| folder.join(name);
+    let log = fs::OpenOptions::new().create(true).append(true).open(path("containerd.log"))?;
+    Command::new("containerd")
+        .arg("--config")
+        .arg(path("config.toml"))
+        .env("NACELLE_SHIM_CONFIG", path("shim.toml"))
+        .env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", path("bin").display()))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("starting containerd (Debian package containerd)")
+}
+
+fn connect(socket: &Path) -> Result<Cri> {
+    wait::until("containerd answers", TIMEOUT, || {
+        let Ok(cri) = Cri::connect(socket) else { return Ok(None) };
+        Ok(cri.pods().is_ok().then_some(cri))
+    })
+}
+
 /// Pids of the serving shims.
 fn shim_pids() -> Result<Vec<i32>> {
     let mut found = Vec::new();
@@ -237,8 +285,7 @@ fn ctr_run() -> Result<()> {
     let (body, count) = piped.stdout.split_at(3_000_000.min(piped.stdout.len()));
     ensure!(body.iter().all(|&b| b == b'a') && text(count).trim() == "500000", "{:?}", text(count));
 
-    let detached = ["run", "-d", "--runtime", "io.containerd.nacelle.v2", &host.image, "three"];
-    expect(&host.ctr(&[&detached[..], &["sleep", "1000"]].concat())?, 0, "")?;
+    host.run_detached("three", &["sleep", "1000"])?;
     let exec = |id: &str, line: &str| {
         host.ctr(&["task", "exec", "--exec-id", id, "three", "sh", "-c", line])
     };
@@ -246,14 +293,38 @@ fn ctr_run() -> Result<()> {
     expect(&exec("e2", "cat /proc/1/comm")?, 0, "sleep\n")?;
     let metrics = text(&host.ctr(&["task", "metrics", "three"])?.stdout);
     ensure!(metrics.contains("memory.usage "), "{metrics}");
+    expect(&host.ctr(&["task", "pause", "three"])?, 0, "")?;
+    host.wait_for_status("three", "PAUSED")?;
+    let refused = exec("e3", "true")?;
+    ensure!(text(&refused.stderr).contains("paused"), "{refused:?}");
+    expect(&host.ctr(&["task", "resume", "three"])?, 0, "")?;
+    host.wait_for_status("three", "RUNNING")?;
+    expect(&exec("e4", "echo resumed")?, 0, "resumed\n")?;
+    // SIGKILL ends a paused task.
+    expect(&host.ctr(&["task", "pause", "three"])?, 0, "")?;
     expect(&host.ctr(&["task", "kill", "--signal", "KILL", "three"])?, 0, "")?;
-    wait::until("the task has stopped", TIMEOUT, || {
-        let tasks = text(&host.ctr(&["task", "ls"])?.stdout);
-        Ok(tasks.lines().any(|l| l.contains("three") && l.contains("STOPPED")).then_some(()))
-    })?;
-    let deleted = host.ctr(&["task", "delete", "three"])?;
-    ensure!(text(&deleted.stderr).contains("137"), "{deleted:?}");
-    expect(&host.ctr(&["containers", "delete", "three"])?, 0, "")?;
+    host.wait_for_status("three", "STOPPED")?;
+    host.delete("three", 137)?;
+    host.expect_no_leftovers()
+}
+
+fn restarted_containerd() -> Result<()> {
+    let mut host = Containerd::start()?;
+    host.run_detached("stays", &["sleep", "1000"])?;
+    // It exits while containerd is down.
+    host.run_detached("exits", &["sh", "-c", "sleep 20; exit 9"])?;
+    host.wait_for_status("exits", "RUNNING")?;
+    host.kill()?;
+    std::thread::sleep(Duration::from_secs(40));
+    host.restart()?;
+    host.wait_for_status("exits", "STOPPED")?;
+    host.wait_for_status("stays", "RUNNING")?;
+    host.delete("exits", 9)?;
+    let exec = host.ctr(&["task", "exec", "--exec-id", "e", "stays", "echo", "there"])?;
+    expect(&exec, 0, "there\n")?;
+    expect(&host.ctr(&["task", "kill", "--signal", "KILL", "stays"])?, 0, "")?;
+    host.wait_for_status("stays", "STOPPED")?;
+    host.delete("stays", 137)?;
     host.expect_no_leftovers()
 }
 
