@@ -1,7 +1,7 @@
 //! A kubelet's periodic calls on a node with many pods: the real services on a real socket,
 //! their cache full of pods that have no VM. A listing that called a guest would fail here.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,12 +11,9 @@ use cri::v1::runtime_service_client::RuntimeServiceClient;
 use cri::{Health, Image, Runtime, Shutdown, Streaming, v1};
 use hyper_util::rt::TokioIo;
 use image::Images;
-use sandbox::launcher::{Launch, Launched, Program};
-use sandbox::model::{PodId, PodSpec};
-use sandbox::ports::{Attachment, Network, PortError};
-use sandbox::{Sandboxes, synthetic_pods};
+use sandbox::Sandboxes;
+use sandbox::synthetic_pods::{self, EmptyNode};
 use serde_json::json;
-use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::{Channel, Endpoint};
 
@@ -72,14 +69,14 @@ async fn serve(dir: &Path, pods: usize) -> Result<Client> {
         state: dir.join("state"),
         ..sandbox::Config::default()
     };
-    let sandboxes = Sandboxes::open_with(config, Arc::new(Nothing), Arc::new(Nothing)).await?;
+    let sandboxes = Sandboxes::open_with(config, Arc::new(EmptyNode), Arc::new(EmptyNode)).await?;
     synthetic_pods::add(&sandboxes, pods, &pod_request(), &container_request());
     let images = image::Config { root: dir.join("images"), ..image::Config::default() };
     let images = Images::open(images).await?;
     let streams = cri::bind_streams(&Streaming::default(), sandboxes.clone())?;
     let config = cri::Config::default();
     let service = Image::new(images.clone(), sandboxes.clone(), &config);
-    let health = Arc::new(Nothing);
+    let health = Arc::new(EmptyHealth);
     let runtime = Runtime::new(sandboxes, images, health, config, dir.to_owned(), streams);
     let socket = dir.join("cri.sock");
     let listener = cri::listen(&socket)?;
@@ -116,58 +113,11 @@ fn container_request() -> serde_json::Value {
     })
 }
 
-/// A node that starts no VM and gives no network.
-struct Nothing;
-
-fn no(what: &str) -> PortError {
-    PortError(std::io::Error::other(what.to_string()).into())
-}
+/// A node without conditions.
+struct EmptyHealth;
 
 #[async_trait]
-impl Network for Nothing {
-    fn netns_path(&self, pod: &PodId) -> PathBuf {
-        Path::new("/nowhere").join(pod)
-    }
-
-    async fn attach(
-        &self,
-        _: &PodId,
-        _: &PodSpec,
-        _: &CancellationToken,
-    ) -> Result<Attachment, PortError> {
-        Err(no("no network"))
-    }
-
-    async fn open_taps(
-        &self,
-        _: &PodId,
-        _: &Attachment,
-    ) -> Result<Vec<std::os::fd::OwnedFd>, PortError> {
-        Err(no("no taps"))
-    }
-
-    async fn detach(&self, _: &PodId, _: &PodSpec) -> Result<(), PortError> {
-        Ok(())
-    }
-
-    async fn not_ready_reason(&self) -> Option<String> {
-        None
-    }
-
-    async fn collect_garbage(&self, _: &[PodId]) -> Result<(), PortError> {
-        Ok(())
-    }
-}
-
-#[async_trait]
-impl Launch for Nothing {
-    async fn launch(&self, _: Program) -> Result<Launched, sandbox::Error> {
-        Err(sandbox::Error::Unavailable { message: "no VMs".into() })
-    }
-}
-
-#[async_trait]
-impl Health for Nothing {
+impl Health for EmptyHealth {
     async fn runtime(&self) -> Option<String> {
         None
     }

@@ -1,17 +1,13 @@
 //! The services on a real socket, on a node without pods.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio_util::sync::CancellationToken;
 
 use async_trait::async_trait;
 use hyper_util::rt::TokioIo;
 use image::Images;
 use sandbox::Sandboxes;
-use sandbox::launcher::{Launch, Launched, Program};
-use sandbox::model::{PodId, PodSpec};
-use sandbox::ports::{Attachment, Network, PortError};
+use sandbox::synthetic_pods::EmptyNode;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, service::Routes};
 
@@ -19,64 +15,17 @@ use crate::observe::Observer;
 use crate::v1::runtime_service_client::RuntimeServiceClient;
 use crate::{Config, Health, Image, Runtime, Shutdown, Streaming, bind_streams, listen, serve, v1};
 
-/// A node that runs no VMs and gives no networks.
-struct Nothing;
-
-fn no(what: &str) -> PortError {
-    PortError(std::io::Error::other(what.to_string()).into())
-}
+/// The conditions of [`EmptyNode`].
+struct EmptyHealth;
 
 #[async_trait]
-impl Network for Nothing {
-    fn netns_path(&self, pod: &PodId) -> std::path::PathBuf {
-        Path::new("/nowhere").join(pod)
-    }
-
-    async fn attach(
-        &self,
-        _: &PodId,
-        _: &PodSpec,
-        _: &CancellationToken,
-    ) -> Result<Attachment, PortError> {
-        Err(no("no network"))
-    }
-
-    async fn open_taps(
-        &self,
-        _: &PodId,
-        _: &Attachment,
-    ) -> Result<Vec<std::os::fd::OwnedFd>, PortError> {
-        Err(no("no taps"))
-    }
-
-    async fn detach(&self, _: &PodId, _: &PodSpec) -> Result<(), PortError> {
-        Ok(())
-    }
-
-    async fn not_ready_reason(&self) -> Option<String> {
-        Some("no CNI configuration".into())
-    }
-
-    async fn collect_garbage(&self, _: &[PodId]) -> Result<(), PortError> {
-        Ok(())
-    }
-}
-
-#[async_trait]
-impl Launch for Nothing {
-    async fn launch(&self, _: Program) -> Result<Launched, sandbox::Error> {
-        Err(sandbox::Error::Unavailable { message: "no VMs".into() })
-    }
-}
-
-#[async_trait]
-impl Health for Nothing {
+impl Health for EmptyHealth {
     async fn runtime(&self) -> Option<String> {
         None
     }
 
     async fn network(&self) -> Option<String> {
-        Network::not_ready_reason(self).await
+        Some(EmptyNode::NOT_READY.into())
     }
 
     fn facts(&self) -> serde_json::Value {
@@ -112,7 +61,7 @@ impl Node {
             state: root.join("state"),
             ..sandbox::Config::default()
         };
-        let opened = Sandboxes::open_with(pods, Arc::new(Nothing), Arc::new(Nothing)).await;
+        let opened = Sandboxes::open_with(pods, Arc::new(EmptyNode), Arc::new(EmptyNode)).await;
         let sandboxes = match opened {
             Ok(sandboxes) => sandboxes,
             Err(error @ sandbox::Error::FailedPrecondition { .. }) => {
@@ -127,7 +76,7 @@ impl Node {
         let config = Config::default();
         let service = Image::new(images.clone(), sandboxes.clone(), &config);
         let runtime =
-            Runtime::new(sandboxes.clone(), images, Arc::new(Nothing), config, root, streams);
+            Runtime::new(sandboxes.clone(), images, Arc::new(EmptyHealth), config, root, streams);
         let socket = dir.path().join("cri.sock");
         let listener = listen(&socket).unwrap();
         let (stop, stopped) = tokio::sync::oneshot::channel();

@@ -2,21 +2,76 @@
 //! one running container and one measurement; not in the journal and without a guest.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use async_trait::async_trait;
 use serde_json::Value;
+use tokio_util::sync::CancellationToken;
 
-use crate::Sandboxes;
-use crate::model::{ContainerSpec, Identity, Meta, PidMode, PodSpec, RootfsSpec};
+use crate::launcher::{Launch, Launched, Program};
+use crate::model::{ContainerSpec, Identity, Meta, PidMode, PodId, PodSpec, RootfsSpec};
 use crate::pod::{self, Handle, InitialAction};
 use crate::policy::{Container, ContainerPhase, EmptyDirs, Phase, Pod};
-use crate::ports::Attachment;
+use crate::ports::{Attachment, Network, PortError};
 use crate::stats::{ContainerStatsView, InterfaceView, PodStatsView};
+use crate::{Error, Sandboxes};
 
 /// Age of the pods: a listing may measure a new pod.
 const AGE: Duration = Duration::from_secs(3600);
+
+/// A node without a network and without VMs: starts of pods fail.
+#[derive(Debug, Clone, Copy)]
+pub struct EmptyNode;
+
+impl EmptyNode {
+    pub const NOT_READY: &str = "no CNI configuration";
+}
+
+fn unavailable(message: &str) -> PortError {
+    PortError(anyhow::anyhow!(message.to_owned()))
+}
+
+#[async_trait]
+impl Network for EmptyNode {
+    fn netns_path(&self, pod: &PodId) -> PathBuf {
+        Path::new("/nowhere").join(pod)
+    }
+
+    async fn attach(
+        &self,
+        _: &PodId,
+        _: &PodSpec,
+        _: &CancellationToken,
+    ) -> Result<Attachment, PortError> {
+        Err(unavailable("no network"))
+    }
+
+    async fn open_taps(&self, _: &PodId, _: &Attachment) -> Result<Vec<OwnedFd>, PortError> {
+        Err(unavailable("no taps"))
+    }
+
+    async fn detach(&self, _: &PodId, _: &PodSpec) -> Result<(), PortError> {
+        Ok(())
+    }
+
+    async fn not_ready_reason(&self) -> Option<String> {
+        Some(Self::NOT_READY.into())
+    }
+
+    async fn collect_garbage(&self, _: &[PodId]) -> Result<(), PortError> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Launch for EmptyNode {
+    async fn launch(&self, _: Program) -> Result<Launched, Error> {
+        Err(Error::Unavailable { message: "no VMs".into() })
+    }
+}
 
 /// Adds `count` pods with this pod request and container request.
 pub fn add(daemon: &Sandboxes, count: usize, pod: &Value, container: &Value) {

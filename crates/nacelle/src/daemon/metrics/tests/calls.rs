@@ -1,7 +1,5 @@
 //! Calls of the CRI on a real socket, on a node that runs no VMs and gives no networks.
 
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -10,62 +8,16 @@ use cri::v1::runtime_service_client::RuntimeServiceClient;
 use hyper_util::rt::TokioIo;
 use image::Images;
 use sandbox::Sandboxes;
-use sandbox::launcher::{Launch, Launched, Program};
-use sandbox::model::{PodId, PodSpec};
-use sandbox::ports::{Attachment, Network, PortError};
-use tokio_util::sync::CancellationToken;
+use sandbox::synthetic_pods::EmptyNode;
 use tonic::service::Routes;
 use tonic::transport::Endpoint as Target;
 
 use super::{Counters, Endpoint, Node, registry, value};
 
-struct Nothing;
-
-fn no(what: &str) -> PortError {
-    PortError(std::io::Error::other(what.to_string()).into())
-}
+struct EmptyHealth;
 
 #[async_trait]
-impl Network for Nothing {
-    fn netns_path(&self, pod: &PodId) -> PathBuf {
-        Path::new("/nowhere").join(pod)
-    }
-
-    async fn attach(
-        &self,
-        _: &PodId,
-        _: &PodSpec,
-        _: &CancellationToken,
-    ) -> Result<Attachment, PortError> {
-        Err(no("no network"))
-    }
-
-    async fn open_taps(&self, _: &PodId, _: &Attachment) -> Result<Vec<OwnedFd>, PortError> {
-        Err(no("no taps"))
-    }
-
-    async fn detach(&self, _: &PodId, _: &PodSpec) -> Result<(), PortError> {
-        Ok(())
-    }
-
-    async fn not_ready_reason(&self) -> Option<String> {
-        None
-    }
-
-    async fn collect_garbage(&self, _: &[PodId]) -> Result<(), PortError> {
-        Ok(())
-    }
-}
-
-#[async_trait]
-impl Launch for Nothing {
-    async fn launch(&self, _: Program) -> Result<Launched, sandbox::Error> {
-        Err(sandbox::Error::Unavailable { message: "no VMs".into() })
-    }
-}
-
-#[async_trait]
-impl cri::Health for Nothing {
+impl cri::Health for EmptyHealth {
     async fn runtime(&self) -> Option<String> {
         None
     }
@@ -89,9 +41,8 @@ async fn successful_and_failed_calls_and_starts_are_counted() {
         state: root.join("state"),
         ..sandbox::Config::default()
     };
-    let nothing = Arc::new(Nothing);
-    let opened =
-        Sandboxes::open_observed(pods, nothing.clone(), nothing.clone(), counters.clone()).await;
+    let node = Arc::new(EmptyNode);
+    let opened = Sandboxes::open_observed(pods, node.clone(), node, counters.clone()).await;
     let sandboxes = match opened {
         Ok(sandboxes) => sandboxes,
         Err(error @ sandbox::Error::FailedPrecondition { .. }) => {
@@ -108,7 +59,7 @@ async fn successful_and_failed_calls_and_starts_are_counted() {
     let runtime = cri::Runtime::new(
         sandboxes.clone(),
         images.clone(),
-        nothing,
+        Arc::new(EmptyHealth),
         config,
         root.clone(),
         streams,
