@@ -73,8 +73,5 @@ fn connect_interfaces(path: &Path) -> Result<Attachment, NicError> {
 async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, NicError> + Send + 'static,
 ) -> Result<T, Error> {
-    match spawn_blocking(work).await {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(Error::Panicked),
-    }
+    Ok(spawn_blocking(work).await??)
 }

@@ -62,6 +62,14 @@ pub enum Error {
     Cancelled,
     #[error("the worker thread of a network operation panicked")]
     Panicked,
+    #[error("the process is shutting down; the network operation was not started")]
+    ShuttingDown,
+}
+
+impl From<tokio::task::JoinError> for Error {
+    fn from(error: tokio::task::JoinError) -> Self {
+        if error.is_panic() { Self::Panicked } else { Self::ShuttingDown }
+    }
 }
 
 impl Error {
@@ -375,5 +383,23 @@ impl Host {
 
     pub(crate) fn attached_here(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.attached_here.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_operation_during_shutdown_is_not_reported_as_a_panic() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let ended = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let handle = ended.handle().clone();
+        drop(ended);
+        let error = runtime.block_on(handle.spawn_blocking(|| ())).unwrap_err();
+        assert!(matches!(Error::from(error), Error::ShuttingDown));
+        let panicking = runtime.spawn_blocking(|| panic!("expected by the test"));
+        let error = runtime.block_on(panicking).unwrap_err();
+        assert!(matches!(Error::from(error), Error::Panicked));
     }
 }

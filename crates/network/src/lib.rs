@@ -223,6 +223,6 @@ impl Cni {
         work: impl FnOnce(&Host) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         let host = self.host.clone();
-        spawn_blocking(move || work(&host)).await.unwrap_or(Err(Error::Panicked))
+        spawn_blocking(move || work(&host)).await?
     }
 }
