@@ -223,6 +223,10 @@ enum MountKind {
     Pod,
 }
 
+/// Options of bind mounts that volumes of a guest cannot have yet.
+const UNSUPPORTED: [&str; 8] =
+    ["nosuid", "nodev", "noexec", "rnosuid", "rnodev", "rnoexec", "idmap", "ridmap"];
+
 fn volume(mount: &Mount) -> Result<MountKind> {
     let options = mount.options().as_deref().unwrap_or_default();
     let has = |name: &str| options.iter().any(|option| option == name);
@@ -241,6 +245,10 @@ fn volume(mount: &Mount) -> Result<MountKind> {
     let Some(container_path) = destination.to_str() else {
         bail!("mount {}: not UTF-8", destination.display());
     };
+    // A mount without it would be less strict than the request.
+    if let Some(option) = options.iter().find(|option| UNSUPPORTED.contains(&option.as_str())) {
+        bail!("mount {container_path}: option {option} is not supported for bind mounts");
+    }
     let access = match (has("rro"), has("ro")) {
         (true, _) => Access::ReadOnlyRecursive,
         (false, true) => Access::ReadOnly,
@@ -386,5 +394,17 @@ mod tests {
         let relative = spec(json!({ "mounts": [
             { "destination": "/x", "type": "bind", "source": "y", "options": ["bind"] }] }));
         assert!(container("c", relative, Path::new("/b"), false, false).is_err());
+    }
+
+    #[test]
+    fn options_of_bind_mounts_that_would_be_lost_are_refused() {
+        for (option, supported) in [("noexec", false), ("rnosuid", false), ("suid", true)] {
+            let spec = spec(json!({ "mounts": [
+                { "destination": "/x", "type": "bind", "source": "/y", "options": ["bind", option] }] }));
+            let made = container("c", spec, Path::new("/b"), false, false);
+            assert_eq!(made.is_ok(), supported, "{option}");
+            let error = made.err().map(|error| error.to_string()).unwrap_or_default();
+            assert!(supported || error.contains(&format!("/x: option {option}")), "{error}");
+        }
     }
 }
