@@ -127,7 +127,7 @@ impl Images {
         Self::open_observed(config, Arc::new(Unobserved)).await
     }
 
-    /// [`Self::open`], with someone who is told what is measured.
+    /// [`Self::open`], with an observer of measurements.
     pub async fn open_observed(config: Config, observer: Arc<dyn Observer>) -> Result<Self, Error> {
         run_blocking(move || {
             create_directory(&config.root)?;

@@ -70,7 +70,7 @@ impl Cni {
         Self::observed(config, Arc::new(observe::Unobserved))
     }
 
-    /// [`Self::new`], with someone who is told what is measured.
+    /// [`Self::new`], with an observer of measurements.
     pub fn observed(config: Config, observer: Arc<dyn observe::Observer>) -> Self {
         let permits = || Arc::new(Semaphore::new(config.parallelism()));
         let (attaching, detaching) = (permits(), permits());

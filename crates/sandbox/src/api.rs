@@ -91,7 +91,7 @@ impl Sandboxes {
         Self::open_observed(config, network, launcher, Arc::new(Unobserved)).await
     }
 
-    /// [`Self::open_with`], with someone who is told what is measured.
+    /// [`Self::open_with`], with an observer of measurements.
     pub async fn open_observed(
         config: Config,
         network: Arc<dyn Network>,

@@ -28,7 +28,7 @@ pub enum Measured<'a> {
         outcome: Outcome,
         took: Duration,
     },
-    /// The VMM of a ready pod has ended, and nobody had asked for that.
+    /// The VMM of a ready pod exited without a request.
     VmmDeath {
         cause: DeathCause,
     },
@@ -90,7 +90,7 @@ pub enum DeathCause {
     TripleFault,
     /// The VMM failed.
     Error,
-    /// The VMM was told to end.
+    /// The VMM received a kill request.
     Terminated,
     /// It was killed: it left no status.
     Killed,

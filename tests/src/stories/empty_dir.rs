@@ -251,14 +251,16 @@ fn layer() -> Result<()> {
         });
         wait_for_usage.with_context(|| format!("{last:?}"))
     };
-    wait_for_usage(&full, "a full layer is wait_for_usage", &|bytes, _| {
+    wait_for_usage(&full, "the usage of a full layer is reported", &|bytes, _| {
         (60 * MIB..=64 * MIB).contains(&bytes)
     })?;
     // The other container's layer is not full.
     cri.shell(&other, "dd if=/dev/zero of=/mine bs=1M count=8 && sync; touch $(seq 1 50)")?;
-    wait_for_usage(&other, "another layer is wait_for_usage by itself", &|bytes, files| {
-        (8 * MIB..16 * MIB).contains(&bytes) && (50..100).contains(&files)
-    })?;
+    wait_for_usage(
+        &other,
+        "the usage of the other layer is reported separately",
+        &|bytes, files| (8 * MIB..16 * MIB).contains(&bytes) && (50..100).contains(&files),
+    )?;
     cri.shell(&full, "rm /big && dd if=/dev/zero of=/second bs=1M count=20")?;
     let output = cri.exec(&full, &["sh", "-c", "cd /tmp && touch $(seq 1 5000)"])?;
     ensure!(output.stderr.contains("quota exceeded"), "no limit of inodes: {output:?}");

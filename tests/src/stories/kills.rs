@@ -17,7 +17,7 @@ pub const STORIES: &[Story] = &[
     ("a killed VMM makes its pod not ready with a reason", vmm),
     ("a stopped VMM blocks no other call, and its pod can be removed", stopped_vmm),
     ("a VMM killed while the daemon is down is detected at the next start", vmm_while_daemon_down),
-    ("a stop stop leaves pods running", stop),
+    ("a graceful stop leaves pods running", stop),
 ];
 
 fn daemon_under_output() -> Result<()> {
@@ -111,7 +111,7 @@ fn daemon_in_container_phases() -> Result<()> {
     ensure!(node.cri().containers()?.len() == 1, "a removed container came back");
     node.cri().stop_pod(&pod)?;
     kill(&mut node)?;
-    ensure!(!node.cri().pod_ready(&pod)?, "a stopped pod is ready second");
+    ensure!(!node.cri().pod_ready(&pod)?, "a stopped pod is ready again");
     node.finish()
 }
 

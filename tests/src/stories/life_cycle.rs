@@ -14,7 +14,7 @@ pub const STORIES: &[Story] = &[
     ("a container runs on the pod's own kernel, prints and exits", runs),
     ("containers of a pod share network, IPC and UTS namespaces, and no others", shared_namespaces),
     ("an init container runs before the others", init_container),
-    ("a removed container can be created second in its pod", created_again),
+    ("a removed container can be created again in its pod", created_again),
     ("stop sends SIGTERM first and SIGKILL after the timeout", stop_grace),
     ("stop and remove are idempotent and accept unknown ids", idempotent),
     ("a second pod or container of the same name is rejected", same_name),
@@ -87,7 +87,7 @@ fn init_container() -> Result<()> {
 fn created_again() -> Result<()> {
     let node = Node::start()?;
     let image = node.image("busybox")?;
-    let pod = node.pod("second")?;
+    let pod = node.pod("again")?;
     let cri = node.cri();
     for attempt in 0..3 {
         let mut config = container("c", &image, &["sh", "-c", "ls /left; touch /left; exit 1"]);

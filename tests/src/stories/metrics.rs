@@ -12,8 +12,7 @@ use crate::client::container;
 use crate::node::Node;
 use crate::wait;
 
-pub const STORIES: &[Story] =
-    &[("metrics tell of a pod's start, usage, death and removal", metrics)];
+pub const STORIES: &[Story] = &[("metrics show a pod's start, usage, death and removal", metrics)];
 
 /// The value of a series, as it stands in the text.
 fn value(text: &str, series: &str) -> Option<f64> {

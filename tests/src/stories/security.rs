@@ -22,7 +22,7 @@ pub const STORIES: &[Story] = &[
     ("the default seccomp profile is applied", seccomp),
     ("no_new_privs is set on request", no_new_privs),
     (
-        "an AppArmor profile loaded on the host check_profile init and execs, with and without a VM",
+        "an AppArmor profile loaded on the host confines init and execs, with and without a VM",
         apparmor,
     ),
     ("a privileged container can mount in the guest", privileged),
