@@ -122,6 +122,11 @@ impl Error {
         }
     }
 
+    /// Whether a newer release wrote the record, which can read it.
+    pub(crate) fn is_newer_version(&self) -> bool {
+        matches!(self, Self::RecordVersion { found, known, .. } if found > known)
+    }
+
     /// The content of a store file is invalid. False for errors of this process and for a full
     /// disk, which may be temporary.
     pub(crate) fn is_damage(&self) -> bool {

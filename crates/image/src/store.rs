@@ -205,7 +205,7 @@ impl Store {
     /// can be pulled again. Its EROFS file is deleted first: it is large, and cannot be verified
     /// without a record. Files of a newer release are kept.
     fn move_to_damaged(&self, path: &Path, error: &Error) {
-        if matches!(error, Error::RecordVersion { .. }) {
+        if error.is_newer_version() {
             self.content.damaged().move_newer(path, &with_causes(error));
             return;
         }
@@ -218,7 +218,7 @@ impl Store {
         let path = self.root.join(REFS);
         let known = match read_refs(&path) {
             Ok(refs) => refs,
-            Err(e @ Error::RecordVersion { .. }) => {
+            Err(e) if e.is_newer_version() => {
                 self.content.damaged().move_newer(&path, &with_causes(&e));
                 None
             }

@@ -497,7 +497,7 @@ fn damage(path: &std::path::Path, kind: usize) {
 
 #[tokio::test]
 async fn a_damaged_image_is_moved_to_damaged_and_the_others_stay() {
-    for file in ["record", "rootfs", "config", "version", "other's record"] {
+    for file in ["record", "rootfs", "config", "version", "older version", "other's record"] {
         for kind in 0..3 {
             let registry = Registry::new();
             let good = registry.image_as("good", &[layer("a", b"x")], "A=1");
@@ -518,9 +518,10 @@ async fn a_damaged_image_is_moved_to_damaged_and_the_others_stay() {
                 "config" => {
                     damage(&dir.path().join("content/blobs/sha256").join(&bad[7..]), kind);
                 }
-                "version" => {
+                "version" | "older version" => {
                     let text = std::fs::read_to_string(&record).unwrap();
-                    let text = text.replace("\"version\": 1", "\"version\": 9");
+                    let version = if file == "version" { 9 } else { 0 };
+                    let text = text.replace("\"version\": 1", &format!("\"version\": {version}"));
                     std::fs::write(&record, text).unwrap();
                 }
                 _ => drop(std::fs::copy(directory(&good).join("record.json"), &record).unwrap()),

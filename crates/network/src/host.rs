@@ -328,11 +328,16 @@ impl Host {
     }
 
     fn record_from_config(&self, id: &str, path: &Path) -> Result<Record, Error> {
-        // Without a configuration, only libcni's cache knows that it was on the built-in network.
+        // Only libcni's cache knows that the pod was on the built-in network; it may be missing or
+        // disabled. Then the pod was on the configured network, if there is one. DEL is idempotent.
         let dir = &self.config.results_dir;
-        let built_in = libcni_cache::is_cached(dir, default::BUILT_IN_NAME, id, path);
+        let network = if libcni_cache::is_cached(dir, default::BUILT_IN_NAME, id, path) {
+            default::built_in()
+        } else {
+            self.network(true)
+        };
         Ok(Record {
-            network: self.network(built_in)?,
+            network: network?,
             params: Params::from_id(id, &self.config.interface, path)?,
             result: None,
         })

@@ -145,15 +145,19 @@ pub fn open_taps(interfaces: &[Interface]) -> Result<Vec<std::os::fd::OwnedFd>, 
                 let interface = interfaces[n].name.clone();
                 return Err(NicError::NotConnected { name, interface });
             }
-            tap::open(&name).map_err(|source| {
-                let hint = match source.raw_os_error() {
-                    Some(libc::EBUSY) => "another VMM has it open",
-                    _ => "is the tun driver available?",
-                };
-                NicError::OpenTap { name, hint, source }
-            })
+            open_tap(name)
         })
         .collect()
+}
+
+fn open_tap(name: String) -> Result<std::os::fd::OwnedFd, NicError> {
+    tap::open(&name).map_err(|source| {
+        let hint = match source.raw_os_error() {
+            Some(libc::EBUSY) => "another VMM has it open",
+            _ => "is the tun driver available?",
+        };
+        NicError::OpenTap { name, hint, source }
+    })
 }
 
 /// Whether it has the name of a tap that [`connect_taps`] makes.
@@ -165,8 +169,7 @@ fn is_tap(link: &Link) -> bool {
 /// Fails if a tap of the calling thread's namespace is open: another VM uses it (TUNSETIFF, EBUSY).
 pub fn check_taps_unused() -> Result<(), NicError> {
     for link in Rtnl::open()?.links()?.into_iter().filter(is_tap) {
-        let name = link.name;
-        tap::create(&name).map_err(|source| NicError::Tap { name, source })?;
+        open_tap(link.name)?;
     }
     Ok(())
 }

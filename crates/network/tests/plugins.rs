@@ -334,6 +334,25 @@ fn a_pod_with_a_damaged_record_can_be_detached() {
     });
 }
 
+/// Neither the configuration nor libcni's cache says what network the pod was on.
+#[test]
+fn a_pod_with_a_damaged_record_can_be_detached_without_a_configuration() {
+    on_a_host(|host| {
+        host.plugin("good", GOOD);
+        host.conflist(&conflist("1.0.0", &["good"]));
+        let cni = host.cni();
+        host.runtime.block_on(cni.attach(pod("p1"))).unwrap();
+        fs::write(host.path("cache/attachments/p1.json"), "").unwrap();
+        fs::remove_dir_all(host.path("conf")).unwrap();
+        for plugin in ["bridge", "portmap", "firewall", "host-local", "tuning"] {
+            host.plugin(plugin, "exit 0");
+        }
+        let cni = host.cni();
+        host.runtime.block_on(cni.detach("p1")).unwrap();
+        assert_eq!(host.names("netns"), Vec::<String>::new());
+    });
+}
+
 #[test]
 fn a_repeated_attach_first_undoes_the_previous_one() {
     on_a_host(|host| {

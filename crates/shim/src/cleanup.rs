@@ -123,7 +123,13 @@ fn spawn_cleanup(settings: &Settings, key: &str) -> Result<Child> {
 
 /// Starts the cleanup of pods without a shim; does not wait. Called by `start` of each pod.
 pub(crate) fn sweep(settings: &Settings) -> Result<()> {
-    for key in PodPaths::dead_pods(settings).into_iter().take(MAX_SWEEP) {
+    let mut dead = PodPaths::dead_pods(settings);
+    if !dead.is_empty() {
+        // Pods whose cleanup always fails must not keep the others from theirs.
+        let first = std::process::id() as usize % dead.len();
+        dead.rotate_left(first);
+    }
+    for key in dead.into_iter().take(MAX_SWEEP) {
         let saved = Settings::read_saved(&PodPaths::from_key(settings, key.clone()).settings());
         // They name the directory in which they were found, or they are of another pod.
         let saved = saved.filter(|saved| saved.root == settings.root);

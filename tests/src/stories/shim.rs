@@ -128,7 +128,8 @@ state = "{folder}/state"
     /// Deletes a stopped task, whose exit code `ctr` prints, and its container.
     fn delete(&self, id: &str, code: i32) -> Result<()> {
         let deleted = self.ctr(&["task", "delete", id])?;
-        ensure!(text(&deleted.stderr).contains(&code.to_string()), "{deleted:?}");
+        let message = format!("exit code {code}\"");
+        ensure!(text(&deleted.stderr).contains(&message), "{deleted:?}");
         expect(&self.ctr(&["containers", "delete", id])?, 0, "")
     }
 

@@ -14,27 +14,38 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// Waits until all processes are frozen or thawed. A container that cannot be frozen in time is thawed.
 pub async fn freeze(agent: &Arc<Agent>, id: &str, frozen: bool) -> Result<()> {
     let _guard = agent.lock_container(id).await;
+    let not_running = || Error::Precondition(format!("container {id:?} is not running"));
     let cgroup = {
         let state = agent.lock();
         let container = state.container(id)?;
-        let cgroup = container.parts.cgroup.clone();
-        cgroup.filter(|_| container.init.status == Status::Running)
+        let running = container.init.status == Status::Running;
+        let cgroup = container.parts.cgroup.clone().filter(|_| running).ok_or_else(not_running)?;
+        // Under the lock: SIGKILL, which thaws, comes before the check or after the freeze.
+        cgroup.set_frozen(frozen)?;
+        cgroup
     };
-    let Some(cgroup) = cgroup else {
-        return Err(Error::Precondition(format!("container {id:?} is not running")));
-    };
-    cgroup.set_frozen(frozen)?;
+    let is_running = || agent.lock().container(id).is_ok_and(|c| c.init.status == Status::Running);
     let wait = async {
         while cgroup.is_frozen() != frozen {
+            if !is_running() {
+                return false;
+            }
             tokio::time::sleep(POLL_INTERVAL).await;
         }
+        true
     };
-    if tokio::time::timeout(FREEZE_TIMEOUT, wait).await.is_err() {
-        if frozen {
+    match tokio::time::timeout(FREEZE_TIMEOUT, wait).await {
+        Ok(true) => Ok(()),
+        Ok(false) => {
             cgroup.set_frozen(false)?;
+            Err(not_running())
         }
-        let operation = format!("{} container {id}", if frozen { "freeze" } else { "thaw" });
-        return Err(Error::Deadline { operation, after: FREEZE_TIMEOUT });
+        Err(_) => {
+            if frozen {
+                cgroup.set_frozen(false)?;
+            }
+            let operation = format!("{} container {id}", if frozen { "freeze" } else { "thaw" });
+            Err(Error::Deadline { operation, after: FREEZE_TIMEOUT })
+        }
     }
-    Ok(())
 }

@@ -67,7 +67,14 @@ async fn work(settings: Settings) -> Result<()> {
     let metrics_server = metrics::Server::start(listen, || {
         metrics::registry(&counters, metrics::Node::new(scraped))
     });
-    let _metrics_server = metrics_server.await.context("[metrics] listen")?;
+    // Any process of the host can occupy a port: pods must run without metrics.
+    let _metrics_server = match metrics_server.await {
+        Ok(server) => server,
+        Err(error) => {
+            tracing::error!(%listen, %error, "metrics are not served until nacelled is restarted");
+            None
+        }
+    };
     let health = Arc::new(NodeHealth::watch(&settings, network));
     let debug = Debug::new(sandboxes.clone(), images.clone(), health.clone());
     let streams = cri::bind_streams(&settings.streaming, sandboxes.clone())

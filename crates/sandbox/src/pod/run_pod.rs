@@ -136,7 +136,9 @@ pub(super) async fn run_pod(
         }
         // The agent is started in the network namespace.
         Machine::Host(_) => {
-            let attachment = attach.await?;
+            let attached = attach.await;
+            let attachment = attached
+                .map_err(|error| if cancel.is_cancelled() { cancelled() } else { error })?;
             let booted = boot(handle, &pod, &attachment, &leaf, &trace, &start_cancelled);
             let process = booted.await?;
             (attachment, process)

@@ -63,7 +63,7 @@ struct Disk {
 impl Disk {
     /// Bytes read and written.
     fn renew(&mut self, stats: &PodStatsView) -> (u64, u64) {
-        let now: BTreeMap<_, _> = stats
+        let mut now: BTreeMap<_, _> = stats
             .containers
             .iter()
             .map(|c| {
@@ -73,8 +73,10 @@ impl Disk {
             })
             .collect();
         for (id, last) in std::mem::take(&mut self.last) {
-            if !now.contains_key(&id) {
-                self.gone = add(self.gone, last);
+            match now.get_mut(&id) {
+                // A container that ends while it is measured is reported without its bytes.
+                Some(now) => *now = (now.0.max(last.0), now.1.max(last.1)),
+                None => self.gone = add(self.gone, last),
             }
         }
         self.last = now;
@@ -135,8 +137,9 @@ impl Node {
     }
 
     fn usage(&self, pods: &[PodView]) -> Vec<Usage> {
-        let stats = self.source.stats();
+        // Locked first: of two scrapes the one with the older statistics comes first.
         let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        let stats = self.source.stats();
         disks.retain(|pod, _| stats.contains_key(pod));
         // A pod and the next attempt at it have the same labels; the latest is shown.
         let mut latest: BTreeMap<[String; 3], &PodView> = BTreeMap::new();

@@ -305,6 +305,11 @@ async fn bytes_of_a_removed_container_stay_in_its_pods_counters() {
     assert_eq!(read().await, 1007.0);
     fake.stats.lock().unwrap().insert("a".into(), Arc::new(stats("a", &[("c2", 8, 3)])));
     assert_eq!(read().await, 1008.0);
+    // It ends while the guest measures it, then it is removed.
+    fake.stats.lock().unwrap().insert("a".into(), Arc::new(stats("a", &[("c2", 0, 0)])));
+    assert_eq!(read().await, 1008.0);
+    fake.stats.lock().unwrap().insert("a".into(), Arc::new(stats("a", &[])));
+    assert_eq!(read().await, 1008.0);
     fake.stats.lock().unwrap().insert("a".into(), Arc::new(stats("a", &[("c3", u64::MAX, 0)])));
     assert_eq!(read().await, u64::MAX as f64);
 }
