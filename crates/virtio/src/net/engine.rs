@@ -221,13 +221,22 @@ impl NetEngine {
                 Ok(len) if len >= HEADER_LEN + MIN_FRAME => {
                     if direct {
                         self.complete(len);
-                        return Some(Packet::Delivered);
+                        return Some(Packet::Done);
                     }
                     return Some(Packet::Read(len));
                 }
                 Ok(0) => self.readable = false,
-                Ok(_) => self.counters.error(),
+                Ok(_) => {
+                    self.counters.error();
+                    return Some(Packet::Done);
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // The tap has dropped the packet; others may be in its queue.
+                Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
+                    guest_warn!(self.counters.limit, error = %e, "packet from the tap dropped");
+                    self.counters.error();
+                    return Some(Packet::Done);
+                }
                 Err(e) => {
                     if e.kind() != io::ErrorKind::WouldBlock {
                         // EBADFD while the interface is down; an event follows when it is up.
@@ -330,8 +339,8 @@ impl NetEngine {
 
 /// A packet that was read from the tap.
 enum Packet {
-    /// Into receive buffers, which were returned to the driver.
-    Delivered,
+    /// Into receive buffers, which were returned to the driver; or it was dropped.
+    Done,
     /// So many bytes, to [`NetEngine::packet`].
     Read(usize),
 }

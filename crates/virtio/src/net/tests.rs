@@ -193,7 +193,7 @@ fn a_driver_that_goes_on_sending_notifies_once() {
 
 #[test]
 fn packets_of_one_round_are_one_interrupt() {
-    let mut rig = rig(u64::MAX);
+    let mut rig = rig(!features::RING_EVENT_IDX);
     for _ in 0..64 {
         rig.tx.add(&[(DATA, 100)], &[]);
         rig.rx.add(&[], &[(DATA + 0x1000, 1526)]);
