@@ -483,6 +483,7 @@ fn vm_config(
         nets: Vec::new(),
         serial_console: false,
         jail: Some(JailConfig { uid: pod.uid, gid: pod.uid }),
+        restore: None,
     })
 }
 
