@@ -123,6 +123,8 @@ impl Settings {
             uid_base: uid,
             uid_range: 1,
             start_parallelism: 1,
+            // A shim has one pod.
+            templates: 0,
             id_length: KEY_LENGTH,
             scratch_templates: paths.originals.clone(),
             caller_reads_output: true,

@@ -13,6 +13,7 @@ mod observe;
 mod reboot;
 mod resize;
 mod scratch;
+mod templates;
 mod test_node;
 mod unreadable;
 mod volumes;
