@@ -16,3 +16,4 @@ mod scratch;
 mod test_node;
 mod unreadable;
 mod volumes;
+mod warnings;
