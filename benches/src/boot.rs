@@ -129,9 +129,8 @@ fn save(bin: &Path, guest: &Path, shape: Shape, into: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Boots `boots` VMs of each VMM, `at_once` of them side by side, and counts how they end: what
-/// the ground they stand on (the emulator of a lab, a nested KVM) does to any VMM shows as a count
-/// beside each.
+/// Boots `boots` VMs of each VMM, `at_once` of them at a time, and counts how they end. The
+/// counts of QEMU show which failures have their cause in the host (the emulator of a lab, nested KVM).
 pub fn many(bin: &Path, guest: &Path, boots: usize, at_once: usize, shape: Shape) -> Result<()> {
     let mut rows = Vec::new();
     for (name, vmm) in [("nacelle-vmm", Vmm::Nacelle), ("QEMU -M microvm", Vmm::QemuMicrovm)] {
@@ -172,7 +171,7 @@ pub fn many(bin: &Path, guest: &Path, boots: usize, at_once: usize, shape: Shape
             ends.len().to_string(),
             ready.len().to_string(),
             count(&End::Ended),
-            count(&End::Silent),
+            count(&End::TimedOut),
             format!("{} ms", table::median(&mut ready) / 1000),
         ]);
     }
@@ -182,7 +181,7 @@ pub fn many(bin: &Path, guest: &Path, boots: usize, at_once: usize, shape: Shape
              VMM after the other)",
             shape.vcpus, shape.memory
         ),
-        &["VMM", "boots", "up", "ended by itself", "silent", "ready"],
+        &["VMM", "boots", "up", "ended by itself", "timed out", "ready"],
         &rows,
     );
     Ok(())
@@ -203,7 +202,7 @@ enum End {
     /// The VMM ended first.
     Ended,
     /// Neither within [`LIMIT`].
-    Silent,
+    TimedOut,
 }
 
 impl End {
@@ -211,7 +210,7 @@ impl End {
         match self {
             Self::Ready(after) => format!("ready after {after:?}"),
             Self::Ended => "the VMM ended by itself".to_owned(),
-            Self::Silent => format!("no agent within {LIMIT:?}"),
+            Self::TimedOut => format!("no agent within {LIMIT:?}"),
         }
     }
 }
@@ -283,7 +282,7 @@ impl Vm {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        Ok(End::Silent)
+        Ok(End::TimedOut)
     }
 
     /// Output of the VMM and of the guest's console.

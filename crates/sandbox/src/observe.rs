@@ -112,7 +112,7 @@ pub enum DeathCause {
     /// The OOM killer of the host ended it.
     OutOfMemory,
     /// The guest stopped answering, and the VMM was killed for that.
-    Silent,
+    Unresponsive,
     /// The agent of a pod without a VM has ended.
     HostAgent,
 }

@@ -106,7 +106,10 @@ pub(super) async fn run_pod(
         }
         let attached = async {
             let attached = node.network.attach(&pod.id, &pod.spec, &start_cancelled).await;
-            attached.map_err(|e| network_failed("attach", e))
+            attached.map_err(|e| match e.is_cancelled() {
+                true => cancelled(),
+                false => network_failed("attach", e),
+            })
         };
         let attached = node.failpoints.wrap("host: attach to the network", attached).await;
         if attached.is_err() {
@@ -129,9 +132,9 @@ pub(super) async fn run_pod(
             match tokio::join!(attach, boot) {
                 (Ok(attachment), Ok(process)) => (attachment, process),
                 _ if cancel.is_cancelled() => return Err(cancelled()),
-                (Err(error), Ok(_) | Err(Error::Cancelled { .. })) | (Ok(_), Err(error)) => {
-                    return Err(error);
-                }
+                // The failure of one half cancels the other.
+                (Err(error), Ok(_) | Err(Error::Cancelled { .. }))
+                | (Ok(_) | Err(Error::Cancelled { .. }), Err(error)) => return Err(error),
                 (Err(network), Err(error)) => {
                     tracing::warn!(pod = pod.id, error = %network, "network attachment failed too");
                     return Err(error);

@@ -17,3 +17,4 @@ mod templates;
 mod test_node;
 mod unreadable;
 mod volumes;
+mod warnings;

@@ -58,7 +58,7 @@ pub(super) struct Inner {
     pub(super) fail_network: Mutex<bool>,
     /// `attach` waits until a VM was launched.
     pub(super) attach_after_launch: Mutex<bool>,
-    /// `attach` waits until it is cancelled.
+    /// `attach` waits until it is cancelled; it fails by itself then with `fail_network`.
     pub(super) attach_queued: Mutex<bool>,
     /// Network interfaces plugged into VMs, by id.
     pub(super) nics: Arc<Mutex<Vec<String>>>,
@@ -257,7 +257,9 @@ impl Network for TestNode {
     ) -> Result<Attachment, PortError> {
         if *self.inner.attach_queued.lock().unwrap() {
             cancel.cancelled().await;
-            return Err(PortError(anyhow::anyhow!("cancelled in the queue")));
+            if !*self.inner.fail_network.lock().unwrap() {
+                return Err(PortError::cancelled());
+            }
         }
         self.attached_by_this_daemon.lock().unwrap().insert(pod.clone());
         self.inner.attached.lock().unwrap().insert(pod.clone());

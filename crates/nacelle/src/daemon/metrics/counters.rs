@@ -261,7 +261,7 @@ const CAUSES: [DeathCause; 10] = [
     DeathCause::Terminated,
     DeathCause::Killed,
     DeathCause::OutOfMemory,
-    DeathCause::Silent,
+    DeathCause::Unresponsive,
     DeathCause::HostAgent,
 ];
 
@@ -275,7 +275,7 @@ fn death_cause(cause: DeathCause) -> &'static str {
         DeathCause::Terminated => "terminated",
         DeathCause::Killed => "killed",
         DeathCause::OutOfMemory => "out_of_memory",
-        DeathCause::Silent => "silent",
+        DeathCause::Unresponsive => "unresponsive",
         DeathCause::HostAgent => "host_agent",
     }
 }
