@@ -86,7 +86,7 @@ fuzz: deps ## run every fuzz target for a short time (FUZZ_SECONDS=20)
 
 .PHONY: install
 install: assets ## install binaries, guest files, unit, man pages, completions (DESTDIR, PREFIX)
-	@$(XTASK) install --prefix "$(DESTDIR)$(PREFIX)" --root "$(DESTDIR)/"
+	@umask 022; $(XTASK) install --prefix "$(DESTDIR)$(PREFIX)" --root "$(DESTDIR)/"
 
 .PHONY: uninstall
 uninstall: ## remove what `make install` installed (DESTDIR, PREFIX)

@@ -116,9 +116,16 @@ impl Places {
     /// Man pages and completions, which the program writes itself.
     pub(crate) fn documentation(&self) -> Result<Vec<PathBuf>> {
         let program = paths::binaries("release").join("nacelle");
-        let pages = self.share.join(MAN);
-        run::quiet(Command::new(&program).arg("man").arg(&pages))?;
-        let mut files = self.man_pages()?;
+        let scratch = tempfile::tempdir()?;
+        run::quiet(Command::new(&program).arg("man").arg(scratch.path()))?;
+        let mut files = Vec::new();
+        for entry in fs::read_dir(scratch.path())? {
+            let entry = entry?;
+            let to = self.share.join(MAN).join(entry.file_name());
+            put(&entry.path(), &to, 0o644)?;
+            files.push(to);
+        }
+        files.sort();
         for (shell, place) in COMPLETIONS {
             let output = Command::new(&program)
                 .args(["completions", shell])

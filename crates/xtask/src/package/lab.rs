@@ -14,7 +14,7 @@ const UPGRADE: &str = concat!(env!("CARGO_PKG_VERSION"), "+upgrade1");
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Seconds that the test may take
-    #[arg(long, default_value_t = 1500)]
+    #[arg(long, default_value_t = 2400)]
     timeout: u64,
 }
 

@@ -240,7 +240,8 @@ fn gzip(files: &[PathBuf]) -> Result<()> {
     run::quiet(Command::new("gzip").args(["-9", "-n"]).args(files))
 }
 
-/// Every file below `root`, relative to it, sorted. Folders get mode 0755 whatever the umask is.
+/// Every file below `root`, relative to it, sorted. Folders get mode 0755 whatever the umask is; files must
+/// not depend on it either.
 fn files(root: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let mut folders = vec![root.to_owned()];
@@ -248,10 +249,13 @@ fn files(root: &Path) -> Result<Vec<PathBuf>> {
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o755))?;
         for entry in fs::read_dir(&folder)? {
             let entry = entry?;
-            match entry.file_type()?.is_dir() {
-                true => folders.push(entry.path()),
-                false => found.push(entry.path().strip_prefix(root)?.to_owned()),
+            if entry.file_type()?.is_dir() {
+                folders.push(entry.path());
+                continue;
             }
+            let (path, mode) = (entry.path(), entry.metadata()?.permissions().mode() & 0o7777);
+            ensure!([0o644, 0o755].contains(&mode), "{} has mode {mode:04o}", path.display());
+            found.push(path.strip_prefix(root)?.to_owned());
         }
     }
     found.sort();
@@ -275,6 +279,18 @@ mod tests {
     fn a_commented_configuration_has_sections_only() {
         let text = commented("# Data.\nroot = \"/r\"\n\n[log]\n# Level.\nlevel = \"info\"\n");
         assert_eq!(text, "# Data.\n#root = \"/r\"\n\n[log]\n# Level.\n#level = \"info\"\n");
+    }
+
+    #[test]
+    fn a_file_that_only_root_can_read_is_not_packed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (public, private) = (dir.path().join("a/public"), dir.path().join("b/private"));
+        install::write(&public, b"").unwrap();
+        assert_eq!(files(dir.path()).unwrap(), [Path::new("a/public")]);
+        install::write(&private, b"").unwrap();
+        fs::set_permissions(&private, fs::Permissions::from_mode(0o600)).unwrap();
+        let error = files(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("b/private has mode 0600"), "{error}");
     }
 
     #[test]
