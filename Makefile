@@ -86,7 +86,27 @@ fuzz: deps ## run every fuzz target for a short time (FUZZ_SECONDS=20)
 
 .PHONY: install
 install: assets ## install binaries, guest files, unit, man pages, completions (DESTDIR, PREFIX)
-	@$(XTASK) install --prefix "$(DESTDIR)$(PREFIX)" --root "$(DESTDIR)/"
+	@umask 022; $(XTASK) install --prefix "$(DESTDIR)$(PREFIX)" --root "$(DESTDIR)/"
+
+.PHONY: uninstall
+uninstall: ## remove what `make install` installed (DESTDIR, PREFIX)
+	@$(XTASK) install --remove --prefix "$(DESTDIR)$(PREFIX)" --root "$(DESTDIR)/"
+
+.PHONY: packaging-deps
+packaging-deps: deps
+	@crates/xtask/host/deps.sh packaging
+
+.PHONY: deb
+deb: assets packaging-deps ## build Debian packages in build/deb
+	@$(call timed,deb,$(XTASK) deb)
+
+.PHONY: rpm
+rpm: assets packaging-deps ## build RPM packages in build/rpm
+	@$(call timed,rpm,$(XTASK) rpm)
+
+.PHONY: package-test
+package-test: assets images ## install, upgrade and remove the Debian packages in a lab with systemd
+	@$(call timed,package test,$(XTASK) package-test)
 
 .PHONY: clean
 clean: ## delete build results; the cache stays

@@ -24,6 +24,8 @@ tests="busybox-static attr skopeo docker-registry iproute2 iptables containernet
 # What a node needs beside nacelle, when tests run on this host and not in the lab: `deps.sh node`.
 node="iproute2 iptables nftables containernetworking-plugins docker-registry curl jq procps psmisc
     socat openssl"
+# What `make deb` and `make rpm` run: `deps.sh packaging`.
+packaging="lintian rpm"
 # The lab's machine, from backports (see `qemu` below).
 qemu="qemu-system-x86"
 
@@ -96,7 +98,8 @@ CONF
 apt_get() { APT_CONFIG=$apt/apt.conf DEBIAN_FRONTEND=noninteractive apt-get -qq "$@"; }
 
 [ "${1:-}" = node ] || node=
-wanted=$(missing $build $kernel $images $tests $node)
+[ "${1:-}" = packaging ] || packaging=
+wanted=$(missing $build $kernel $images $tests $node $packaging)
 qemu_is_new || wanted="$wanted $qemu"
 
 if [ -f "$apt/updated" ] && [ -f "$apt/sources.list" ] && [ -z "$wanted" ]; then
@@ -113,7 +116,7 @@ if ! apt_get update; then
 fi
 : >"$apt/updated"
 
-wanted=$(missing $build $kernel $images $tests $node)
+wanted=$(missing $build $kernel $images $tests $node $packaging)
 if [ -n "$wanted" ]; then
     say "installing" $wanted
     apt_get install $wanted >"$apt/install.log" 2>&1 || { cat "$apt/install.log" >&2; die "apt-get install failed"; }

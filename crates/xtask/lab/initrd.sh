@@ -14,4 +14,8 @@ mount --move /sys /root/sys
 mount --move /proc /root/proc
 mkdir -p /root/lab
 cp /lab-init /root/lab/init
-exec switch_root /root /lab/init
+cp /bin/busybox /root/lab/busybox
+init=/lab/init
+# There, a unit of systemd starts /lab/init.
+grep -q lab.systemd /root/proc/cmdline && init=/lib/systemd/systemd
+exec switch_root /root $init

@@ -16,6 +16,7 @@ mod install;
 mod kvm;
 mod lab;
 mod messages;
+mod package;
 mod paths;
 mod run;
 mod stories;
@@ -41,6 +42,12 @@ enum Cli {
     Fuzz(fuzz::Args),
     /// Copy what a node needs to its places
     Install(install::Args),
+    /// Build the Debian packages into build/deb
+    Deb(package::Args),
+    /// Build the RPM packages into build/rpm
+    Rpm(package::Args),
+    /// Install, upgrade and remove the Debian packages in a lab with systemd
+    PackageTest(package::TestArgs),
     /// Check the rules that the compiler does not know
     Check,
 }
@@ -56,6 +63,9 @@ fn main() {
         Cli::Where => kvm::run(),
         Cli::Fuzz(args) => fuzz::run(&args),
         Cli::Install(args) => install::run(&args),
+        Cli::Deb(args) => package::deb(&args),
+        Cli::Rpm(args) => package::rpm(&args),
+        Cli::PackageTest(args) => package::test(&args),
         Cli::Check => checks::run(),
     };
     match result {

@@ -54,6 +54,20 @@ const PACKAGES: &[&str] = &[
     "zstd",
 ];
 
+/// What a bare Debian 12 with systemd has, and what the tests of packages call besides.
+const SYSTEMD_PACKAGES: &[&str] =
+    &["systemd-sysv", "udev", "dbus", "iproute2", "kmod", "procps", "mount"];
+
+/// What the packages depend on, and what is tested with them: in apt's cache, not installed.
+const SYSTEMD_CACHED: &[&str] =
+    &["containernetworking-plugins", "e2fsprogs", "iptables", "containerd", "runc"];
+
+/// Starts the command of the lab where systemd is PID 1.
+const SYSTEMD_UNIT: &str = "[Unit]\nDescription=The command of the lab\n\
+    After=basic.target dbus.service\n\
+    [Service]\nExecStart=/lab/init\nTasksMax=infinity\nLimitNOFILE=1048576\n\
+    [Install]\nWantedBy=multi-user.target\n";
+
 /// From backports where there is one, like the QEMU that runs the lab itself.
 const QEMU_PACKAGES: &[&str] =
     &["qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios"];
@@ -70,6 +84,26 @@ pub(super) struct Image {
     pub(super) initrd: PathBuf,
     pub(super) root: PathBuf,
     pub(super) scratch: PathBuf,
+    /// More of the kernel's command line.
+    pub(super) cmdline: &'static str,
+}
+
+/// With systemd as PID 1 and nothing that nacelle needs installed.
+pub(super) fn ensure_systemd() -> Result<Image> {
+    let kernel = debian_kernel::ensure_unpacked()?;
+    let packages = [SYSTEMD_PACKAGES.join(","), SYSTEMD_CACHED.join(",")].join(";");
+    let key = run::key([
+        RECIPE.as_bytes(),
+        kernel.version.as_bytes(),
+        packages.as_bytes(),
+        SYSTEMD_UNIT.as_bytes(),
+    ]);
+    let root = paths::cached("lab", &key, |dir| {
+        run::stage("making the lab's root file system with systemd", || {
+            make_systemd_root(dir, &kernel)
+        })
+    })?;
+    with_initrd(kernel, root, &key, "lab.systemd")
 }
 
 pub(super) fn ensure() -> Result<Image> {
@@ -80,6 +114,15 @@ pub(super) fn ensure() -> Result<Image> {
     let root = paths::cached("lab", &key, |dir| {
         run::stage("making the lab's root file system", || make_root(dir, &kernel))
     })?;
+    with_initrd(kernel, root, &key, "")
+}
+
+fn with_initrd(
+    kernel: DebianKernel,
+    root: PathBuf,
+    key: &str,
+    cmdline: &'static str,
+) -> Result<Image> {
     let key = run::key([
         key.as_bytes(),
         INITRD_SCRIPT.as_bytes(),
@@ -92,6 +135,7 @@ pub(super) fn ensure() -> Result<Image> {
         initrd: initrd.join("initrd.cpio"),
         root: root.join("root.ext4"),
         scratch: root.join("scratch.ext4"),
+        cmdline,
     })
 }
 
@@ -105,10 +149,7 @@ fn make_root(dir: &Path, kernel: &DebianKernel) -> Result<()> {
     }));
     let tree = dir.join("tree");
     bootstrap(&tree, &include, &sources)?;
-
-    let modules = tree.join("usr/lib/modules");
-    fs::create_dir_all(&modules)?;
-    run::quiet(Command::new("cp").arg("-a").arg(kernel.modules()).arg(&modules))?;
+    add_modules(&tree, kernel)?;
     for folder in ["lab", "nacelle", "root", "etc/cni/net.d", "opt/cni", "var/lib/nacelle"] {
         fs::create_dir_all(tree.join(folder))?;
     }
@@ -122,6 +163,52 @@ fn make_root(dir: &Path, kernel: &DebianKernel) -> Result<()> {
     make_ext4(&dir.join("root.ext4"), "8G", Some(&tree))?;
     fs::remove_dir_all(&tree)?;
     make_ext4(&dir.join("scratch.ext4"), SCRATCH_SIZE, None)
+}
+
+fn make_systemd_root(dir: &Path, kernel: &DebianKernel) -> Result<()> {
+    let tree = dir.join("tree");
+    let download = format!(
+        "APT_CONFIG=\"$MMDEBSTRAP_APT_CONFIG\" apt-get --yes --download-only install {}",
+        SYSTEMD_CACHED.join(" ")
+    );
+    run::quiet(
+        Command::new("mmdebstrap")
+            .args(["--quiet", "--variant=minbase", "--skip=cleanup/apt"])
+            .arg(format!("--include={}", SYSTEMD_PACKAGES.join(",")))
+            .args(["--aptopt=APT::Install-Recommends \"false\"", "--dpkgopt=force-unsafe-io"])
+            .arg(format!("--customize-hook={download}"))
+            .arg("bookworm")
+            .arg(&tree)
+            .arg(debs::sources()?),
+    )?;
+    add_modules(&tree, kernel)?;
+    for folder in ["lab", "nacelle"] {
+        fs::create_dir_all(tree.join(folder))?;
+    }
+    fs::write(tree.join("etc/hosts"), "127.0.0.1 localhost lab\n::1 localhost\n")?;
+    fs::write(tree.join("etc/hostname"), "lab\n")?;
+    fs::write(tree.join("etc/resolv.conf"), "nameserver 127.0.0.1\n")?;
+    // Not the first boot, in which systemd asks questions and applies presets.
+    fs::write(tree.join("etc/machine-id"), "6e6163656c6c65206c61622073797374\n")?;
+    let units = tree.join("etc/systemd/system");
+    fs::write(units.join("lab.service"), SYSTEMD_UNIT)?;
+    let wants = units.join("multi-user.target.wants");
+    fs::create_dir_all(&wants)?;
+    std::os::unix::fs::symlink("../lab.service", wants.join("lab.service"))?;
+    let busybox = dir.join("unpacked");
+    debs::unpack(&debs::fetch("busybox-static")?, &busybox)?;
+    fs::copy(busybox.join("bin/busybox"), dir.join("busybox"))?;
+    fs::remove_dir_all(&busybox)?;
+
+    make_ext4(&dir.join("root.ext4"), "8G", Some(&tree))?;
+    fs::remove_dir_all(&tree)?;
+    make_ext4(&dir.join("scratch.ext4"), SCRATCH_SIZE, None)
+}
+
+fn add_modules(tree: &Path, kernel: &DebianKernel) -> Result<()> {
+    let modules = tree.join("usr/lib/modules");
+    fs::create_dir_all(&modules)?;
+    run::quiet(Command::new("cp").arg("-a").arg(kernel.modules()).arg(&modules))
 }
 
 /// A Debian tree without documentation, made by mmdebstrap.

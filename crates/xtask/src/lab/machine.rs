@@ -191,11 +191,9 @@ fn spawn(plan: &Plan<'_>) -> Result<Child> {
     command.args(["-cpu", model, "-nic", "none"]);
     command.args(["-smp", &cpus.to_string(), "-m", &format!("{}M", plan.memory_mib)]);
     command.arg("-kernel").arg(&plan.image.kernel).arg("-initrd").arg(&plan.image.initrd);
-    command.args([
-        "-append",
-        "console=ttyS0 quiet loglevel=5 tsc=reliable no_timer_check panic=-1 oops=panic \
-         unknown_nmi_panic nokaslr",
-    ]);
+    let options = "console=ttyS0 quiet loglevel=5 tsc=reliable no_timer_check panic=-1 oops=panic \
+                   unknown_nmi_panic nokaslr";
+    command.arg("-append").arg(format!("{options} {}", plan.image.cmdline));
     for (file, options) in [
         (plan.image.root.as_path(), "snapshot=on,cache=unsafe"),
         (plan.files, "readonly=on"),

@@ -59,6 +59,9 @@ pub(crate) struct Args {
     /// Leave the binaries and guest assets of the checkout out
     #[arg(long)]
     bare: bool,
+    /// A bare Debian 12 with systemd as PID 1 and without scratch disk, for tests of packages
+    #[arg(long, conflicts_with_all = ["auto", "shell"])]
+    systemd: bool,
     /// An interactive shell instead of a command
     #[arg(long, conflicts_with = "command")]
     shell: bool,
@@ -79,7 +82,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
         }
         eprintln!("KVM here {}: running inside the lab", kvm.why);
     }
-    let image = image::ensure()?;
+    let image = if args.systemd { image::ensure_systemd()? } else { image::ensure()? };
     if args.prepare {
         return Ok(0);
     }
