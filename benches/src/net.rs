@@ -103,7 +103,7 @@ fn once(
         let begin = Instant::now();
         guest.phase(phase, count).with_context(|| phase.to_owned())?;
         let us = begin.elapsed().as_micros() as u64;
-        let reasons = histogram.as_ref().map(|h| h.reasons()).transpose()?.unwrap_or_default();
+        let reasons = histogram.as_ref().map(Histogram::reasons).transpose()?.unwrap_or_default();
         let after = guest.counts()?;
         drop(histogram);
         let interrupts = guest.interrupts()? - interrupts;
