@@ -18,8 +18,6 @@ use tonic::transport::Channel;
 use crate::create::{self, Peer};
 use crate::{boot, measure, table};
 
-/// What is read, bytes.
-const BIG: u64 = 128 << 20;
 /// How long a guest may take for its boot, and for one phase.
 const LIMIT: Duration = Duration::from_secs(300);
 const LOAD: &str = "nacelle-share-load";
@@ -50,6 +48,9 @@ pub struct Amount {
     files: usize,
     #[arg(long, default_value_t = 200)]
     writes: usize,
+    /// Size of the file that is read, MiB.
+    #[arg(long, default_value_t = 128)]
+    mib: u64,
 }
 
 impl Amount {
@@ -57,7 +58,7 @@ impl Amount {
         match unit {
             Unit::Files => self.files as u64,
             Unit::Writes => self.writes as u64,
-            Unit::Mib => BIG >> 20,
+            Unit::Mib => self.mib,
         }
     }
 }
@@ -89,7 +90,7 @@ pub fn run(plan: &Plan<'_>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     fs::create_dir_all(plan.folder)?;
     fs::copy(plan.bin.join(LOAD), plan.folder.join(LOAD)).context("copying the load")?;
-    fill(&plan.folder.join("big"))?;
+    fill(&plan.folder.join("big"), plan.amount.mib)?;
     let mut sides = vec![Side::host()];
     for peer in plan.runtimes {
         let side = runtime.block_on(Side::container(peer, plan));
@@ -128,17 +129,17 @@ pub fn run(plan: &Plan<'_>) -> Result<()> {
 }
 
 /// Makes the file that is read, of what no file system takes for holes.
-fn fill(big: &Path) -> Result<()> {
+fn fill(big: &Path, mib: u64) -> Result<()> {
     let mut file = File::create(big)?;
     let block: Vec<u8> = (0..1 << 20).map(|n: u32| (n % 251) as u8 + 1).collect();
-    for _ in 0..BIG >> 20 {
+    for _ in 0..mib {
         file.write_all(&block)?;
     }
     Ok(file.sync_all()?)
 }
 
 fn print(plan: &Plan<'_>, sides: &[Side], samples: &mut [BTreeMap<&str, Sample>]) {
-    let Amount { files, writes } = plan.amount;
+    let Amount { files, writes, .. } = plan.amount;
     let mut header = vec![""];
     for side in sides {
         header.extend([side.name.as_str(), "spread", "ratio"]);
@@ -314,7 +315,7 @@ impl Side {
         plan: &Plan<'_>,
         words: &[&str],
     ) -> Result<String> {
-        let Amount { files, writes } = plan.amount;
+        let Amount { files, writes, .. } = plan.amount;
         let folder = match &self.way {
             Target::Host => plan.folder.display().to_string(),
             Target::Container(_) | Target::Qemu(_) => "/data".to_owned(),
