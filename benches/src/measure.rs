@@ -1,9 +1,11 @@
 //! Facts about the host, a process and a VM.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use nix::mount::{MsFlags, mount};
 
 /// The conditions of a run, before its tables.
 pub fn print_conditions() -> Result<()> {
@@ -90,4 +92,89 @@ pub fn vms(but: Option<u32>) -> Result<(usize, u64)> {
         }
     }
     Ok((count, exits))
+}
+
+/// Ids of all threads of the processes with these names.
+pub fn threads(names: &[&str]) -> Result<BTreeSet<u32>> {
+    let mut found = BTreeSet::new();
+    for process in fs::read_dir("/proc")? {
+        let process = process?.path();
+        let Ok(name) = fs::read_to_string(process.join("comm")) else { continue };
+        if !names.contains(&name.trim_end()) {
+            continue;
+        }
+        // One that has ended meanwhile has no threads.
+        for task in fs::read_dir(process.join("task")).into_iter().flatten().flatten() {
+            found.extend(task.file_name().to_string_lossy().parse::<u32>());
+        }
+    }
+    Ok(found)
+}
+
+/// System calls of all threads of this host while it exists, counted by the kernel.
+pub struct SystemCalls(());
+
+const TRACING: &str = "/sys/kernel/tracing";
+const SYSTEM_CALLS: &str = "/sys/kernel/tracing/events/raw_syscalls/sys_enter";
+const HISTOGRAM: &str = "hist:keys=common_pid,id.syscall:size=16384";
+
+impl SystemCalls {
+    pub fn count() -> Result<Self> {
+        if !Path::new(SYSTEM_CALLS).exists() {
+            let none = MsFlags::empty();
+            mount(Some("t"), TRACING, Some("tracefs"), none, None::<&str>).context("tracefs")?;
+        }
+        fs::write(format!("{SYSTEM_CALLS}/trigger"), HISTOGRAM).context(HISTOGRAM)?;
+        Ok(Self(()))
+    }
+
+    /// Those of the given threads so far, by name.
+    pub fn of(&self, threads: &BTreeSet<u32>) -> Result<BTreeMap<String, u64>> {
+        Ok(histogram(&fs::read_to_string(format!("{SYSTEM_CALLS}/hist"))?, threads))
+    }
+}
+
+impl Drop for SystemCalls {
+    fn drop(&mut self) {
+        // It fails only if the trigger is gone.
+        let _ = fs::write(format!("{SYSTEM_CALLS}/trigger"), format!("!{HISTOGRAM}"));
+    }
+}
+
+/// Lines `{ common_pid: PID, id: sys_NAME [NUMBER] } hitcount: COUNT` of these threads.
+fn histogram(text: &str, threads: &BTreeSet<u32>) -> BTreeMap<String, u64> {
+    let mut counts = BTreeMap::new();
+    for line in text.lines() {
+        let mut words = line.split_whitespace().skip_while(|word| *word != "common_pid:").skip(1);
+        let pid = words.next().and_then(|word| word.trim_end_matches(',').parse().ok());
+        let mut words = words.skip_while(|word| *word != "id:").skip(1);
+        let name = words.next();
+        let count = words.skip_while(|word| *word != "hitcount:").nth(1);
+        let count = count.and_then(|word| word.parse::<u64>().ok());
+        if let (Some(pid), Some(name), Some(count)) = (pid, name, count)
+            && threads.contains(&pid)
+        {
+            let name = name.trim_start_matches("sys_").to_owned();
+            *counts.entry(name).or_default() += count;
+        }
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_histogram_is_summed_over_the_given_threads() {
+        let text = "# event histogram\n\
+            { common_pid:        812, id: sys_statx                     [332] } hitcount:         40\n\
+            { common_pid:        813, id: sys_statx                     [332] } hitcount:          2\n\
+            { common_pid:        812, id: sys_read                      [  0] } hitcount:          7\n\
+            { common_pid:          1, id: sys_read                      [  0] } hitcount:        999\n\
+            \nTotals:\n    Hits: 1048\n    Entries: 4\n    Dropped: 0\n";
+        let of = |threads: &[u32]| histogram(text, &threads.iter().copied().collect());
+        assert_eq!(of(&[812, 813]), [("statx".to_owned(), 42), ("read".to_owned(), 7)].into());
+        assert_eq!(of(&[5]), BTreeMap::new());
+    }
 }

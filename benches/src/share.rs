@@ -18,8 +18,6 @@ use tonic::transport::Channel;
 use crate::create::{self, Peer};
 use crate::{boot, measure, table};
 
-/// What is read, bytes.
-const BIG: u64 = 128 << 20;
 /// How long a guest may take for its boot, and for one phase.
 const LIMIT: Duration = Duration::from_secs(300);
 const LOAD: &str = "nacelle-share-load";
@@ -50,6 +48,9 @@ pub struct Amount {
     files: usize,
     #[arg(long, default_value_t = 200)]
     writes: usize,
+    /// Size of the file that is read, MiB.
+    #[arg(long, default_value_t = 128)]
+    mib: u64,
 }
 
 impl Amount {
@@ -57,7 +58,7 @@ impl Amount {
         match unit {
             Unit::Files => self.files as u64,
             Unit::Writes => self.writes as u64,
-            Unit::Mib => BIG >> 20,
+            Unit::Mib => self.mib,
         }
     }
 }
@@ -81,13 +82,15 @@ struct Sample {
     us: Vec<u64>,
     exits: Vec<u64>,
     requests: BTreeMap<String, u64>,
+    /// Of the file server.
+    system_calls: BTreeMap<String, u64>,
 }
 
 pub fn run(plan: &Plan<'_>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     fs::create_dir_all(plan.folder)?;
     fs::copy(plan.bin.join(LOAD), plan.folder.join(LOAD)).context("copying the load")?;
-    fill(&plan.folder.join("big"))?;
+    fill(&plan.folder.join("big"), plan.amount.mib)?;
     let mut sides = vec![Side::host()];
     for peer in plan.runtimes {
         let side = runtime.block_on(Side::container(peer, plan));
@@ -126,22 +129,22 @@ pub fn run(plan: &Plan<'_>) -> Result<()> {
 }
 
 /// Makes the file that is read, of what no file system takes for holes.
-fn fill(big: &Path) -> Result<()> {
+fn fill(big: &Path, mib: u64) -> Result<()> {
     let mut file = File::create(big)?;
     let block: Vec<u8> = (0..1 << 20).map(|n: u32| (n % 251) as u8 + 1).collect();
-    for _ in 0..BIG >> 20 {
+    for _ in 0..mib {
         file.write_all(&block)?;
     }
     Ok(file.sync_all()?)
 }
 
 fn print(plan: &Plan<'_>, sides: &[Side], samples: &mut [BTreeMap<&str, Sample>]) {
-    let Amount { files, writes } = plan.amount;
+    let Amount { files, writes, .. } = plan.amount;
     let mut header = vec![""];
     for side in sides {
         header.extend([side.name.as_str(), "spread", "ratio"]);
     }
-    let (mut times, mut counts) = (Vec::new(), Vec::new());
+    let (mut times, mut counts, mut calls) = (Vec::new(), Vec::new(), Vec::new());
     for (phase, text, unit) in PHASES {
         let amount = plan.amount.of(unit);
         let mut row = vec![format!("{text}, {amount}{}", unit_name(unit))];
@@ -159,18 +162,31 @@ fn print(plan: &Plan<'_>, sides: &[Side], samples: &mut [BTreeMap<&str, Sample>]
             row.push(format!("{:.1}", median as f64 / base as f64));
             if side.vm {
                 let each = |count: u64| format!("{:.2}", count as f64 / amount as f64);
-                let requests = sample
-                    .requests
-                    .iter()
-                    .filter(|(_, count)| **count * 50 > amount)
-                    .map(|(name, count)| format!("{name} {}", each(*count)))
-                    .collect::<Vec<_>>();
+                // Most frequent first, without those that belong to the run as a whole.
+                let by_name = |counts: &BTreeMap<String, u64>| {
+                    let mut counts: Vec<(&String, u64)> =
+                        counts.iter().map(|(name, count)| (name, *count)).collect();
+                    counts.retain(|(_, count)| count * 50 > amount);
+                    counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+                    let named =
+                        counts.iter().map(|(name, count)| format!("{name} {}", each(*count)));
+                    named.collect::<Vec<_>>().join(", ")
+                };
+                let requests: u64 = sample.requests.values().sum();
+                let system_calls: u64 = sample.system_calls.values().sum();
                 counts.push(vec![
                     text.to_owned(),
                     side.name.clone(),
                     each(table::median(&mut sample.exits)),
-                    each(sample.requests.values().sum()),
-                    requests.join(", "),
+                    each(requests),
+                    by_name(&sample.requests),
+                ]);
+                calls.push(vec![
+                    text.to_owned(),
+                    side.name.clone(),
+                    each(system_calls),
+                    format!("{:.1}", system_calls as f64 / requests.max(1) as f64),
+                    by_name(&sample.system_calls),
                 ]);
             }
         }
@@ -188,6 +204,9 @@ fn print(plan: &Plan<'_>, sides: &[Side], samples: &mut [BTreeMap<&str, Sample>]
     let each =
         "For each file, write or MiB of it: KVM exits, and FUSE requests (from a round of its own)";
     table::print(each, &["", "side", "exits", "requests", "of them"], &counts);
+    let each = "For each file, write or MiB of it: system calls of the file server, in the same round as the \
+         requests; `read` takes kicks of the guest, `write` is an interrupt to it";
+    table::print(each, &["", "side", "calls", "a request", "of them"], &calls);
 }
 
 fn unit_name(unit: Unit) -> &'static str {
@@ -296,7 +315,7 @@ impl Side {
         plan: &Plan<'_>,
         words: &[&str],
     ) -> Result<String> {
-        let Amount { files, writes } = plan.amount;
+        let Amount { files, writes, .. } = plan.amount;
         let folder = match &self.way {
             Target::Host => plan.folder.display().to_string(),
             Target::Container(_) | Target::Qemu(_) => "/data".to_owned(),
@@ -390,8 +409,18 @@ impl Side {
         plan: &Plan<'_>,
         samples: &mut BTreeMap<&str, Sample>,
     ) -> Result<()> {
+        let server = match &self.way {
+            Target::Qemu(_) => "virtiofsd",
+            Target::Host | Target::Container(_) => "nacelle-fs",
+        };
+        // The tracing itself, and the start of the load from the share.
+        let (_, idle) = self.server_calls(runtime, plan, server, &["trace", "nothing"])?;
         for (phase, _, _) in PHASES {
-            let said = self.load(runtime, plan, &["trace", phase])?;
+            let (said, mut calls) = self.server_calls(runtime, plan, server, &["trace", phase])?;
+            for (name, count) in &mut calls {
+                *count = count.saturating_sub(idle.get(name).copied().unwrap_or_default());
+            }
+            samples.entry(phase).or_default().system_calls = calls;
             let prefix = format!("count {phase} ");
             for line in said.lines().filter_map(|line| line.strip_prefix(&prefix)) {
                 let (name, count) = line.split_once(' ').context("NAME COUNT")?;
@@ -400,6 +429,19 @@ impl Side {
             }
         }
         Ok(())
+    }
+
+    /// Runs the load; what it printed, and the system calls of the file server meanwhile.
+    fn server_calls(
+        &mut self,
+        runtime: &tokio::runtime::Runtime,
+        plan: &Plan<'_>,
+        server: &str,
+        words: &[&str],
+    ) -> Result<(String, BTreeMap<String, u64>)> {
+        let counter = measure::SystemCalls::count()?;
+        let said = self.load(runtime, plan, words)?;
+        Ok((said, counter.of(&measure::threads(&[server])?)?))
     }
 
     fn end(self, runtime: &tokio::runtime::Runtime) -> Result<()> {

@@ -18,8 +18,10 @@ type Bitmap = <Inner as VhostUserBackend>::Bitmap;
 
 /// Dirty logging, for migration (vhost-user, `VHOST_F_LOG_ALL`).
 const F_LOG_ALL: u64 = 1 << 26;
-/// Index of the crate's request queue.
-const REQUESTS: u16 = 1;
+/// Threads that serve the queues. Linux uses the request queue of the CPU that asks, so a request that
+/// waits for a disk blocks those of a quarter of the guest's CPUs only. A queue has one thread, so its
+/// requests are answered in their order, on which the VMM relies after the server has failed.
+const THREADS: u16 = 4;
 
 pub(crate) struct Backend(pub(crate) Inner);
 
@@ -29,6 +31,17 @@ impl VhostUserBackend for Backend {
 
     fn num_queues(&self) -> usize {
         1 + usize::from(REQUEST_QUEUES_MAX)
+    }
+
+    /// Bits of the queues of each thread: the first request queue and the hiprio queue have the first
+    /// thread.
+    fn queues_per_thread(&self) -> Vec<u64> {
+        let mut threads = vec![0; usize::from(THREADS)];
+        threads[0] = 1;
+        for request in 0..REQUEST_QUEUES_MAX {
+            threads[usize::from(request % THREADS)] |= 1 << (1 + request);
+        }
+        threads
     }
 
     fn max_queue_size(&self) -> usize {
@@ -62,18 +75,14 @@ impl VhostUserBackend for Backend {
         vrings: &[Self::Vring],
         thread: usize,
     ) -> io::Result<()> {
-        let handled = match (vrings.first(), vrings.get(usize::from(event))) {
-            // The crate has one request queue: each of ours is passed as that one.
-            (Some(first), Some(requests)) if event > 0 => {
-                let pair = [first.clone(), requests.clone()];
-                self.0.handle_event(REQUESTS, set, &pair, thread)
-            }
-            _ => self.0.handle_event(event, set, vrings, thread),
-        };
+        // `event` is an index into the queues of this thread. The crate treats a request queue as it does
+        // the hiprio queue, so each is passed as its first one.
+        let Some(vring) = vrings.get(usize::from(event)) else { return Ok(()) };
+        let handled = self.0.handle_event(0, set, std::slice::from_ref(vring), thread);
         if let Err(error) = &handled {
             // The thread would end and the guest would wait forever; the VMM notices when the
             // process exits.
-            eprintln!("nacelle-fs: virtqueue {event} failed: {error}");
+            eprintln!("nacelle-fs: virtqueue {event} of thread {thread} failed: {error}");
             std::process::exit(1);
         }
         handled

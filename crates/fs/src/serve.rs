@@ -6,7 +6,7 @@
 //!   one second: shared mappings work, and changes by the host are visible within that second.
 //! - Locks are local to the guest: they work between processes of the pod, not with those of the
 //!   host or of other pods. If they were passed to the host, a request that waits for a lock would
-//!   block the server, which answers one request after the other.
+//!   block its virtqueue, whose requests are answered one after the other.
 //! - O_DIRECT, xattrs, sparse files and copy_file_range are passed to the host's file system. POSIX
 //!   ACLs are not: the guest's kernel would not apply them.
 //! - All shares and the mounts below them are one file system; inode numbers are made unique.

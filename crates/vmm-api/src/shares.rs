@@ -19,7 +19,10 @@ pub const REQUEST_QUEUES_MAX: u16 = 8;
 
 /// Suffix of a share's name: the guest must not cache anything of it.
 pub const STRICT: &str = ".strict";
-/// Suffix of a share's name, possibly before [`STRICT`]: mounts that the host makes later below it
+/// Suffix of a share's name: only this guest changes its files, so the guest may cache names and
+/// attributes for long. Servers that do not know it cache as usual.
+pub const EXCLUSIVE: &str = ".exclusive";
+/// Suffix of a share's name, possibly before one of the above: mounts that the host makes later below it
 /// appear.
 pub const FOLLOWS: &str = ".follows";
 

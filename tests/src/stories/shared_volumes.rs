@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use cri::v1;
 
 use super::Story;
-use crate::client::{Cri, container, mount};
+use crate::client::{Cri, container, mount, pod};
 use crate::host::{self, Bind, Tmpfs};
 use crate::node::Node;
 use crate::wait;
@@ -18,6 +18,7 @@ pub const STORIES: &[Story] = &[
     ("containers share sockets, pipes, locks, mappings and inotify events of a directory", share),
     ("two containers write one SQLite database, and a kill does not corrupt it", sqlite),
     ("two thousand files of a volume are open at a time", many_open),
+    ("creating and reading in a volume takes few requests to the file server", requests),
 ];
 
 const SHARED: &str = include_str!("volumes/shared.py");
@@ -170,5 +171,47 @@ fn many_open() -> Result<()> {
     ensure!((one.as_str(), cri.shell(&id, numbers)?.as_str()) == ("1", "4"), "{one}");
     cri.remove(&id)?;
     below.unmount().context("a removed container holds a mount of the host")?;
+    node.finish()
+}
+
+/// Counts the requests of a kind that a command sends to the file server: `count KIND COMMAND`.
+const COUNT: &str = "
+T=/sys/kernel/tracing
+[ -e $T/events ] || mount -t tracefs none $T
+count() {
+    kind=$1; shift; echo > $T/trace
+    echo 1 > $T/events/fuse/fuse_request_send/enable; eval \"$@\"
+    echo 0 > $T/events/fuse/fuse_request_send/enable; grep -c \"FUSE_$kind)\" $T/trace || true
+}
+";
+
+fn requests() -> Result<()> {
+    let node = Node::start()?;
+    let image = node.image("busybox")?;
+    let mut config = pod("requests", &node.logs);
+    config.linux.get_or_insert_default().security_context =
+        Some(v1::LinuxSandboxSecurityContext { privileged: true, ..Default::default() });
+    let cri = node.cri();
+    let pod = cri.run_pod(config)?;
+    let folder = host::folder()?;
+    fs::write(folder.path().join("big"), vec![1; 8 << 20])?;
+    let mut config = container("c", &image, &["sleep", "1000"]);
+    config.linux.get_or_insert_default().security_context =
+        Some(v1::LinuxContainerSecurityContext { privileged: true, ..Default::default() });
+    let id = cri.run(&pod, with_mounts(config, vec![mount(folder.path(), "/data")]))?;
+    let count = |kind: &str, command: &str| -> Result<u32> {
+        let said = cri.shell(&id, &format!("{COUNT} count {kind} '{command}'"))?;
+        said.trim().parse().with_context(|| said.clone())
+    };
+    // The directory's attributes are valid for a second, so some are asked for again, but not for each
+    // file.
+    let create = "for n in $(seq 200); do : > /data/$n; done";
+    let asked = count("GETATTR", create)?;
+    ensure!(fs::read_dir(folder.path())?.count() == 201, "not all files are there");
+    ensure!(asked < 100, "{asked} GETATTR for 200 creates");
+    // 512 KiB each, and smaller ones until the kernel knows that the file is read in order.
+    let reads = count("READ", "cat /data/big > /dev/null")?;
+    ensure!((8..=32).contains(&reads), "{reads} READ for 8 MiB");
+    cri.remove(&id)?;
     node.finish()
 }

@@ -4,8 +4,10 @@
 //! It is one file system whatever the host has mounted inside a volume: two volumes with the same
 //! host file have the same inode here.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,12 @@ use crate::error::{Context, Error, Result};
 
 /// Time from hot-plug to the driver's probe.
 const TAG_DEADLINE: Duration = Duration::from_secs(10);
+/// Most that the kernel reads ahead from the share, KiB. Its default is 128, so that a request, which can
+/// have 1024, has 128 at most. A page fault of a mapping reads as much around it, hence not more.
+const READ_AHEAD: u32 = 512;
+/// Where the kernel has the settings of each file system, by device number.
+const FILE_SYSTEMS: &str = "/sys/class/bdi";
+
 /// Source of the share.
 #[derive(Debug, Clone)]
 pub enum Source {
@@ -53,7 +61,12 @@ impl Share {
                 let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
                 mount(Some(dir), &self.at, None::<&str>, flags, None::<&str>).context(what)?;
             }
-            Source::Device => mount_device(&self.at).context(what)?,
+            Source::Device => {
+                mount_device(&self.at).context(what)?;
+                if let Err(error) = set_read_ahead(Path::new(FILE_SYSTEMS), &self.at) {
+                    tracing::warn!(%error, "the share keeps the kernel's read-ahead");
+                }
+            }
         }
         // Shared, so that later mounts propagate to slave mounts in containers.
         let flags = MsFlags::MS_SHARED | MsFlags::MS_REC;
@@ -94,6 +107,16 @@ fn enter(dir: &OwnedFd, path: &Path) -> nix::Result<OwnedFd> {
     openat2(dir.as_fd(), path, how)
 }
 
+fn set_read_ahead(settings: &Path, at: &Path) -> Result<()> {
+    let device = fs::metadata(at).context(|| format!("stat {}", at.display()))?.dev();
+    let device = format!("{}:{}", libc::major(device), libc::minor(device));
+    let setting = settings.join(device).join("read_ahead_kb");
+    let write = |file: &mut File| file.write_all(READ_AHEAD.to_string().as_bytes());
+    // Without O_CREAT: a kernel without the setting is an error.
+    let written = File::options().write(true).open(&setting).and_then(|mut file| write(&mut file));
+    written.context(|| format!("write {}", setting.display()))
+}
+
 fn mount_device(at: &Path) -> std::io::Result<()> {
     let deadline = Instant::now() + TAG_DEADLINE;
     let mut pause = Duration::from_millis(1);
@@ -114,5 +137,25 @@ fn mount_device(at: &Path) -> std::io::Result<()> {
             }
             Err(error) => return Err(error.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_read_ahead_is_set_for_the_device_of_the_share_only() {
+        let (settings, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        assert!(set_read_ahead(settings.path(), share.path()).is_err(), "no such setting");
+        let device = fs::metadata(share.path()).unwrap().dev();
+        let device = format!("{}:{}", libc::major(device), libc::minor(device));
+        for name in [device.as_str(), "9:99"] {
+            fs::create_dir(settings.path().join(name)).unwrap();
+            fs::write(settings.path().join(name).join("read_ahead_kb"), "128").unwrap();
+        }
+        set_read_ahead(settings.path(), share.path()).unwrap();
+        let of = |name: &str| fs::read_to_string(settings.path().join(name).join("read_ahead_kb"));
+        assert_eq!((of(&device).unwrap(), of("9:99").unwrap()), ("512".into(), "128".into()));
     }
 }

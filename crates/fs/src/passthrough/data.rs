@@ -20,8 +20,8 @@ use super::credentials::{Caller, keep_set_id};
 use super::names::component;
 use super::node::Node;
 use super::resolve::{Resolved, stale};
-use super::stat::Stat;
-use super::{Passthrough, calls, own_path};
+use super::stat::{Stat, Time};
+use super::{Caching, Passthrough, calls, own_path};
 
 /// Flags of open(2) that the guest may set. O_APPEND is not among them: the guest can clear it
 /// later, so each write request says whether it appends.
@@ -57,11 +57,9 @@ impl Passthrough {
     /// cannot report an error.
     fn open_options(&self, node: &Node, file: &File, stat: &Stat) -> OpenOptions {
         let mut options = OpenOptions::empty();
-        let place = node.place();
-        options.set(
-            OpenOptions::KEEP_CACHE,
-            !place.strict && place.sent_version == Some(stat.version()),
-        );
+        let mut place = node.place();
+        let kept = place.sent.keep(stat.version(), Time::now());
+        options.set(OpenOptions::KEEP_CACHE, kept && place.caching != Caching::Strict);
         drop(place);
         options.set(OpenOptions::NOFLUSH, self.systems.close_needs_no_flush(node.dev(), file));
         options

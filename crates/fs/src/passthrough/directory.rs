@@ -25,7 +25,7 @@ const HEADER: usize = 19;
 #[derive(Debug, Default)]
 pub(super) struct Position {
     entries: Vec<u8>,
-    /// Offset at which the kernel continues.
+    /// Offset at which the kernel continues, which all requests of the handle change.
     next: u64,
 }
 
@@ -37,7 +37,6 @@ pub(crate) struct Entries {
     entries: Vec<u8>,
     /// Position of the next entry in `entries`.
     at: usize,
-    next: u64,
 }
 
 /// A `struct linux_dirent64`.
@@ -77,29 +76,29 @@ impl Entries {
         offset: u64,
     ) -> io::Result<Self> {
         let mut position = handle.position();
-        let Position { mut entries, mut next } = std::mem::take(&mut *position);
+        let mut entries = std::mem::take(&mut position.entries);
         let over = if offset == 0 { None } else { find(&entries, offset) };
         let at = match over {
             Some(at) => at,
             None => {
-                if next != offset || offset == 0 {
+                if position.next != offset || offset == 0 {
                     let signed = i64::try_from(offset).map_err(|_| invalid())?;
                     lseek64(&handle.file, signed, Whence::SeekSet)?;
                 }
+                position.next = offset;
                 entries.resize(BUFFER, 0);
                 let filled = calls::read_entries(handle.file.as_fd(), &mut entries)?;
                 entries.truncate(filled);
-                next = offset;
                 let mut end = 0;
                 while let Some(entry) = entries.get(end..).and_then(parse) {
                     end += entry.length;
-                    next = entry.offset;
+                    position.next = entry.offset;
                 }
                 0
             }
         };
         drop(position);
-        Ok(Self { handle, numbers, entries, at, next })
+        Ok(Self { handle, numbers, entries, at })
     }
 }
 
@@ -122,10 +121,9 @@ impl DirectoryIterator for Entries {
 
 impl Drop for Entries {
     fn drop(&mut self) {
-        let mut position = self.handle.position();
         // At the end of the directory there is nothing to keep.
         if !self.entries.is_empty() {
-            *position = Position { entries: std::mem::take(&mut self.entries), next: self.next };
+            self.handle.position().entries = std::mem::take(&mut self.entries);
         }
     }
 }
@@ -190,6 +188,37 @@ mod tests {
         drop(entries);
         assert!(found);
         assert!(Entries::read(handle, numbers, u64::MAX).is_err());
+    }
+
+    #[test]
+    fn two_requests_at_once_leave_the_offset_of_the_kernel_known() {
+        let dir = tempfile::tempdir().unwrap();
+        for n in 0..3000 {
+            File::create(dir.path().join(format!("a-longer-name-{n}"))).unwrap();
+        }
+        let file = File::open(dir.path()).unwrap();
+        let stat = calls::stat_of(file.as_fd()).unwrap();
+        let node = Table::default().reset(&stat, Place::new(None, c"", stat.mount));
+        let handles = Handles::default();
+        let handle = handles.get(node.id, handles.add(node, file)).unwrap();
+        let read = |offset| {
+            Entries::read(handle.clone(), Arc::new(InodeNumbers::default()), offset).unwrap()
+        };
+        let end_of = |entries: &mut Entries| {
+            let mut end = 0;
+            while let Some(entry) = entries.next() {
+                end = entry.offset;
+            }
+            end
+        };
+        let mut first = read(0);
+        let first_end = end_of(&mut first);
+        // The second one continues while the first has not ended, and ends before it.
+        let mut second = read(first_end);
+        let expected = second.next().unwrap().name.to_owned();
+        drop(second);
+        drop(first);
+        assert_eq!(read(first_end).next().unwrap().name, expected.as_c_str());
     }
 
     #[test]

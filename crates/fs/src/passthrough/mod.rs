@@ -48,11 +48,33 @@ use self::directory::Entries;
 use self::handles::Handles;
 use self::node::{Node, Place, Table};
 use self::resolve::Descriptors;
-use self::stat::{InodeNumbers, Stat};
+use self::stat::{InodeNumbers, Stat, Time};
 use self::systems::FileSystems;
 
 /// Cache timeout of names and attributes; also the delay until the guest sees a change by the host.
 const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The same for shares that only this guest changes.
+const EXCLUSIVE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What the guest may cache of a file: the least that a share permits through which it was found.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Caching {
+    /// Nothing.
+    Strict,
+    #[default]
+    Usual,
+    Exclusive,
+}
+
+impl Caching {
+    fn timeout(self) -> Duration {
+        match self {
+            Self::Strict => Duration::ZERO,
+            Self::Usual => CACHE_TIMEOUT,
+            Self::Exclusive => EXCLUSIVE_TIMEOUT,
+        }
+    }
+}
 
 pub(crate) struct Passthrough {
     /// Directory of the shares.
@@ -69,16 +91,21 @@ pub(crate) struct Passthrough {
     sends_groups: AtomicBool,
 }
 
-/// Whether nothing of the share may be cached, according to its name.
-fn is_strict(name: &CStr) -> bool {
-    name.to_bytes().ends_with(shares::STRICT.as_bytes())
+/// What may be cached of a share, according to its name, and the rest of the name.
+fn caching(name: &CStr) -> (Caching, &[u8]) {
+    let name = name.to_bytes();
+    if let Some(rest) = name.strip_suffix(shares::STRICT.as_bytes()) {
+        (Caching::Strict, rest)
+    } else if let Some(rest) = name.strip_suffix(shares::EXCLUSIVE.as_bytes()) {
+        (Caching::Exclusive, rest)
+    } else {
+        (Caching::Usual, name)
+    }
 }
 
 /// Whether later mounts of the host appear in the share, according to its name.
 fn follows(name: &CStr) -> bool {
-    let name = name.to_bytes();
-    let name = name.strip_suffix(shares::STRICT.as_bytes()).unwrap_or(name);
-    name.ends_with(shares::FOLLOWS.as_bytes())
+    caching(name).1.ends_with(shares::FOLLOWS.as_bytes())
 }
 
 /// Path of a file descriptor in [`Passthrough::own`].
@@ -121,8 +148,13 @@ impl Passthrough {
     /// Records that these attributes are sent to the guest; returns their cache timeout.
     fn record_sent(&self, node: &Node, stat: &Stat) -> Duration {
         let mut place = node.place();
-        place.sent_version = Some(stat.version());
-        if place.strict { Duration::ZERO } else { CACHE_TIMEOUT }
+        place.sent.record(stat.version(), Time::now());
+        let timeout = place.caching.timeout();
+        if stat.mode & (libc::S_ISUID | libc::S_ISGID) == 0 {
+            return timeout;
+        }
+        // The guest's kernel does not notice that a write of its own has cleared these bits.
+        timeout.min(CACHE_TIMEOUT)
     }
 
     fn caller<'a>(&self, context: &Context, groups: &'a [u32]) -> Caller<'a> {

@@ -30,7 +30,7 @@ use super::credentials::Caller;
 use super::node::{Node, Place, ROOT, View};
 use super::resolve::DEPTH_MAX;
 use super::stat::Stat;
-use super::{CACHE_TIMEOUT, Passthrough, calls, follows, is_strict, own_path};
+use super::{Caching, Passthrough, caching, calls, follows, own_path};
 
 /// Checks that the name is one path component.
 pub(super) fn component(name: &CStr) -> io::Result<&CStr> {
@@ -44,7 +44,14 @@ pub(super) fn component(name: &CStr) -> io::Result<&CStr> {
 /// Cache timeout of a name in `parent`. Names of shares are not cached, as shares are added and
 /// removed.
 fn entry_timeout(parent: &Node) -> Duration {
-    if parent.id == ROOT || parent.place().strict { Duration::ZERO } else { CACHE_TIMEOUT }
+    if parent.id == ROOT { Duration::ZERO } else { parent.place().caching.timeout() }
+}
+
+/// What may be cached of a file found as `name` in `parent`. A directory that has several nodes is
+/// also changed through the others, of which the guest's kernel does not know.
+fn caching_below(parent: &Node, name: &CStr, view: View) -> Caching {
+    let caching = if parent.id == ROOT { caching(name).0 } else { parent.place().caching };
+    if view == View::default() { caching } else { caching.min(Caching::Usual) }
 }
 
 impl Passthrough {
@@ -88,13 +95,14 @@ impl Passthrough {
             ROOT => View { follows: follows(name), submount: 0 },
             _ => parent.view_below(&stat),
         };
+        let caching = caching_below(parent, name, view);
         if let Some(node) = self.table.claim(&stat, view) {
-            self.relocate(&node, parent, dir, name, &stat)?;
+            self.relocate(&node, (parent, dir, name), &stat, caching)?;
             return Ok((node, stat));
         }
         let mut stat = stat;
         let mut place = Place::new(Some(parent.clone()), name, stat.mount);
-        place.strict = parent.place().strict || parent.id == ROOT && is_strict(name);
+        place.caching = caching;
         if stat.kind() == libc::S_IFDIR || stat.btime.is_none() {
             let epoch = self.descriptors.epoch();
             let fd = calls::open_at(dir.as_fd(), name, libc::O_PATH, 0)?;
@@ -105,7 +113,7 @@ impl Passthrough {
         }
         let (node, made) = self.table.claim_or_insert(&stat, view, place)?;
         if !made {
-            self.relocate(&node, parent, dir, name, &stat)?;
+            self.relocate(&node, (parent, dir, name), &stat, caching)?;
         } else if node.is_dir() {
             self.descriptors.opened(&node);
         }
@@ -116,12 +124,10 @@ impl Passthrough {
     fn relocate(
         &self,
         node: &Arc<Node>,
-        parent: &Arc<Node>,
-        dir: &OwnedFd,
-        name: &CStr,
+        (parent, dir, name): (&Arc<Node>, &OwnedFd, &CStr),
         stat: &Stat,
+        caching: Caching,
     ) -> io::Result<()> {
-        let strict = parent.place().strict || parent.id == ROOT && is_strict(name);
         let (other_mount, same) = {
             let place = node.place();
             let same = matches!(&place.parent, Some(known) if Arc::ptr_eq(known, parent));
@@ -135,7 +141,7 @@ impl Passthrough {
         }
         let better = if other_mount { self.replacement_fd(node, dir, name) } else { None };
         let mut place = node.place();
-        place.strict |= strict;
+        place.caching = place.caching.min(caching);
         if other_mount && better.is_none() {
             return Ok(());
         }

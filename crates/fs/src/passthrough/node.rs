@@ -21,7 +21,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::stat::{Stat, Time, Version};
+use super::Caching;
+use super::stat::{SentVersion, Stat, Time};
 
 /// The root's id (FUSE_ROOT_ID, linux/fuse.h).
 pub(super) const ROOT: u64 = 1;
@@ -77,10 +78,8 @@ pub(super) struct Place {
     pub(super) unlinked: bool,
     /// Used since the last check for file descriptors to close.
     pub(super) used: bool,
-    /// Found in a share of which nothing may be cached.
-    pub(super) strict: bool,
-    /// Version of the attributes last sent to the guest.
-    pub(super) sent_version: Option<Version>,
+    pub(super) caching: Caching,
+    pub(super) sent: SentVersion,
 }
 
 impl Place {
@@ -93,8 +92,8 @@ impl Place {
             epoch: 0,
             unlinked: false,
             used: false,
-            strict: false,
-            sent_version: None,
+            caching: Caching::default(),
+            sent: SentVersion::default(),
         }
     }
 }

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use virtiofsd::fuse;
 
@@ -18,10 +19,22 @@ const OVERFLOW: u16 = u16::MAX;
 /// Index of the tmpfs of the directory of shares, so that a shared file system gets index 0.
 const OWN: u16 = u16::MAX - 1;
 
+/// How far the kernel's clock of timestamps lags behind at most, nanoseconds: two ticks at HZ=100. Two
+/// changes within it may have the same mtime.
+const GRANULARITY: i128 = 20_000_000;
+const GRANULARITY_SECONDS: i128 = 1_000_000_000;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Time {
     pub(super) seconds: i64,
     pub(super) nanos: u32,
+}
+
+impl Time {
+    pub(super) fn now() -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { seconds: now.as_secs() as i64, nanos: now.subsec_nanos() }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -63,6 +76,43 @@ impl Stat {
 pub(super) struct Version {
     mtime: Time,
     size: u64,
+}
+
+impl Version {
+    /// Whether a change after `now` is another version: its mtime is not the present one.
+    fn is_settled(&self, now: Time) -> bool {
+        let nanos = |time: Time| i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos);
+        // File systems with whole seconds have even ones only (FAT).
+        let step = if self.mtime.nanos == 0 { 2 * GRANULARITY_SECONDS } else { GRANULARITY };
+        (nanos(now) - nanos(self.mtime)).abs() > step
+    }
+}
+
+/// Which version of a file the guest knows, of which its cached pages are.
+#[derive(Debug, Default)]
+pub(super) struct SentVersion {
+    version: Option<Version>,
+    /// All pages of it were read when it could not change any more without a new mtime.
+    settled: bool,
+}
+
+impl SentVersion {
+    /// Attributes were sent. Those of another version make the guest drop its pages.
+    pub(super) fn record(&mut self, version: Version, now: Time) {
+        if self.version != Some(version) {
+            *self = Self { version: Some(version), settled: version.is_settled(now) };
+        }
+    }
+
+    /// At an open: whether the guest may keep its pages; if not, it is told to drop them.
+    pub(super) fn keep(&mut self, version: Version, now: Time) -> bool {
+        if self.version != Some(version) {
+            return false;
+        }
+        let kept = self.settled;
+        self.settled |= version.is_settled(now);
+        kept
+    }
 }
 
 /// The indices of file systems.
@@ -137,6 +187,35 @@ mod tests {
         let seen: HashSet<u64> =
             files.iter().map(|(dev, ino)| numbers.number(*dev, *ino)).collect();
         assert_eq!(seen.len(), files.len());
+    }
+
+    #[test]
+    fn pages_are_kept_only_if_a_later_change_would_have_had_another_mtime() {
+        let at = |millis: u32| Time {
+            seconds: 100 + i64::from(millis / 1000),
+            nanos: millis % 1000 * 1_000_000,
+        };
+        let version = |mtime, size| Version { mtime, size };
+        // Attributes and pages were sent 5 ms after a change: another one may have the same mtime.
+        let one = version(at(1), 3);
+        let mut sent = SentVersion::default();
+        sent.record(one, at(6));
+        sent.record(one, at(900));
+        assert!(!sent.keep(one, at(1000)), "pages may have been read before the second change");
+        assert!(sent.keep(one, at(1001)), "they were dropped at the first open");
+        assert!(!sent.keep(version(at(1), 4), at(1002)), "another size");
+        assert!(!sent.keep(version(at(2), 3), at(1002)), "another mtime");
+        // Sent long after the change.
+        sent.record(version(at(2), 3), at(500));
+        assert!(sent.keep(version(at(2), 3), at(501)));
+        // An mtime that was set to the future is not that of a change.
+        sent.record(version(at(90_000), 3), at(500));
+        assert!(sent.keep(version(at(90_000), 3), at(501)));
+        // Whole seconds.
+        sent.record(version(at(1000), 3), at(2900));
+        assert!(!sent.keep(version(at(1000), 3), at(2901)));
+        assert!(!sent.keep(version(at(1000), 3), at(3001)));
+        assert!(sent.keep(version(at(1000), 3), at(3002)));
     }
 
     #[test]

@@ -50,6 +50,9 @@ pub const ROOT: u64 = 1;
 const MEMORY: u64 = 8 << 20;
 const IN: u64 = 4 << 20;
 const OUT: u64 = 6 << 20;
+/// Buffers of a request that is not waited for.
+const FIRST_IN: u64 = 3 << 20;
+const FIRST_OUT: u64 = 5 << 20;
 const REPLY_MAX: u32 = 1 << 20;
 
 /// Whether mounts and namespaces can be created here; prints SKIP if not.
@@ -272,6 +275,8 @@ pub struct Guest {
     _fs: Fs,
     unique: u64,
     pub uid: u32,
+    /// Requests are sent in a queue that another thread serves than the first one.
+    pub avoid_first_thread: bool,
 }
 
 impl Guest {
@@ -285,7 +290,8 @@ impl Guest {
         let interrupt = Arc::new(MockInterrupt::default());
         let made = activation(&device, &queues, interrupt, device.features());
         let runner = Runner::start(device.activate(made).unwrap()).unwrap();
-        let mut guest = Self { mem, queues, runner, _fs: device, unique: 1, uid: 0 };
+        let mut guest =
+            Self { mem, queues, runner, _fs: device, unique: 1, uid: 0, avoid_first_thread: false };
         guest.init();
         guest
     }
@@ -319,6 +325,27 @@ impl Guest {
     }
 
     fn exchange(&mut self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+        // Round-robin over all request queues, as a guest with several CPUs uses them.
+        let count = self.queues.len() - 1;
+        let mut at = 1 + (self.unique as usize + 1) % count;
+        if self.avoid_first_thread {
+            // The second thread's.
+            at = 2;
+        }
+        self.begin_at(at, IN, OUT, (opcode, node), body);
+        let queue = &mut self.queues[at];
+        let mut used = None;
+        let answered = self.runner.until(|| {
+            used = queue.used();
+            used.is_some()
+        });
+        assert!(answered, "no answer to opcode {opcode}");
+        let mut answer = vec![0; used.unwrap().1 as usize];
+        self.mem.read_slice(&mut answer, GuestAddress(OUT)).unwrap();
+        answer
+    }
+
+    fn begin_at(&mut self, at: usize, from: u64, to: u64, (opcode, node): (u32, u64), body: &[u8]) {
         self.unique += 1;
         let mut request = Vec::new();
         for word in [40 + body.len() as u32, opcode] {
@@ -331,21 +358,36 @@ impl Guest {
             request.extend(word.to_le_bytes());
         }
         request.extend(body);
-        self.mem.write_slice(&request, GuestAddress(IN)).unwrap();
-        // Round-robin over all request queues, as a guest with several CPUs uses them.
-        let at = 1 + self.unique as usize % (self.queues.len() - 1);
+        self.mem.write_slice(&request, GuestAddress(from)).unwrap();
         let queue = &mut self.queues[at];
-        queue.add(&[(IN, request.len() as u32)], &[(OUT, REPLY_MAX)]);
+        queue.add(&[(from, request.len() as u32)], &[(to, REPLY_MAX)]);
         queue.kick();
-        let mut used = None;
-        let answered = self.runner.until(|| {
-            used = queue.used();
-            used.is_some()
-        });
-        assert!(answered, "no answer to opcode {opcode}");
-        let mut answer = vec![0; used.unwrap().1 as usize];
-        self.mem.read_slice(&mut answer, GuestAddress(OUT)).unwrap();
-        answer
+    }
+
+    /// Sends a request in the first request queue; [`Self::answered`] has its answer.
+    pub fn begin(&mut self, opcode: u32, node: u64, body: &[u8]) {
+        self.begin_at(1, FIRST_IN, FIRST_OUT, (opcode, node), body);
+    }
+
+    /// The errno of the answer in the first request queue, if there is one within `limit`.
+    pub fn answered(&mut self, limit: Duration) -> Option<i32> {
+        let end = Instant::now() + limit;
+        while self.queues[1].used().is_none() {
+            if Instant::now() > end {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let mut header = [0; 8];
+        self.mem.read_slice(&mut header, GuestAddress(FIRST_OUT)).unwrap();
+        Some(-i32::from_le_bytes([header[4], header[5], header[6], header[7]]))
+    }
+
+    /// Seconds for which a name and the attributes of its file may be cached.
+    pub fn timeouts(&mut self, parent: u64, name: &str) -> (u64, u64) {
+        let answer = self.request(op::LOOKUP, parent, &text(name)).unwrap();
+        let wide = |at: usize| u64::from_le_bytes(answer[at..at + 8].try_into().unwrap());
+        (wide(16), wide(24))
     }
 
     pub fn lookup(&mut self, parent: u64, name: &str) -> Result<Entry, i32> {

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use crate::common::{Guest, Mounted, ROOT, Server, can_run, op, text};
 use nix::mount::{MsFlags, mount};
@@ -288,6 +289,13 @@ fn the_page_cache_is_kept_until_the_file_changes() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     fs::write(&file, "one").unwrap();
+    // A change that is not older than the clock of timestamps is exact is not relied on.
+    let follow = nix::sys::stat::UtimensatFlags::FollowSymlink;
+    let changed_at = |seconds| {
+        let time = nix::sys::time::TimeSpec::new(seconds, 1);
+        nix::sys::stat::utimensat(nix::fcntl::AT_FDCWD, &file, &time, &time, follow).unwrap();
+    };
+    changed_at(1000);
     server.add("data", dir.path());
     server.add("data2.strict", dir.path());
     let mut guest = server.guest();
@@ -299,12 +307,11 @@ fn the_page_cache_is_kept_until_the_file_changes() {
     };
     assert!(kept(&mut guest));
     fs::write(&file, "longer").unwrap();
+    changed_at(1000);
     assert!(!kept(&mut guest), "after a change of size");
     guest.attributes(node).unwrap();
     assert!(kept(&mut guest), "after the attributes were sent");
-    let now = nix::sys::time::TimeSpec::UTIME_NOW;
-    let follow = nix::sys::stat::UtimensatFlags::FollowSymlink;
-    nix::sys::stat::utimensat(nix::fcntl::AT_FDCWD, &file, &now, &now, follow).unwrap();
+    changed_at(2000);
     assert!(!kept(&mut guest), "after a change of mtime");
     guest.attributes(node).unwrap();
     // A share without caching.
@@ -376,4 +383,107 @@ fn numbers_out_of_range_are_rejected() {
     guest.forget(ROOT, u64::MAX);
     assert!(guest.lookup(ROOT, "data").is_ok());
     assert_eq!(guest.open(node, libc::O_PATH | libc::O_DIRECTORY).map(|_| ()), Ok(()));
+}
+
+#[test]
+fn only_a_share_that_nobody_else_changes_is_cached_for_long() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let _below = Mounted::new(&dir.path().join("mount"));
+    for name in ["file", "mount/file", "setuid", "mount/folder/x"] {
+        let path = dir.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "x").unwrap();
+    }
+    fs::set_permissions(dir.path().join("setuid"), fs::Permissions::from_mode(0o4755)).unwrap();
+    server.add("data.exclusive", dir.path());
+    let other = tempfile::tempdir().unwrap();
+    fs::write(other.path().join("file"), "x").unwrap();
+    server.add("plain", other.path());
+    server.add("plain.strict", other.path());
+    let mut guest = server.guest();
+    assert_eq!(guest.timeouts(ROOT, "data.exclusive"), (0, 60), "shares come and go");
+    let share = guest.lookup(ROOT, "data.exclusive").unwrap().node;
+    assert_eq!(guest.timeouts(share, "file"), (60, 60));
+    // A set-id bit that a write has cleared on the host.
+    assert_eq!(guest.timeouts(share, "setuid"), (60, 1));
+    // Behind a mount of the host a directory may be another node than the same one elsewhere.
+    let mount = guest.lookup(share, "mount").unwrap().node;
+    assert_eq!(guest.timeouts(share, "mount"), (60, 1));
+    assert_eq!(guest.timeouts(mount, "file"), (1, 1));
+    assert_eq!(guest.timeouts(mount, "folder"), (1, 1));
+
+    let plain = guest.lookup(ROOT, "plain").unwrap().node;
+    assert_eq!(guest.timeouts(plain, "file"), (1, 1));
+    // The share that permits the least counts for a file of both.
+    let strict = guest.lookup(ROOT, "plain.strict").unwrap().node;
+    assert_eq!(guest.timeouts(strict, "file"), (0, 0));
+    assert_eq!(guest.timeouts(plain, "file"), (0, 0));
+}
+
+#[test]
+fn a_request_that_waits_does_not_block_those_of_other_cpus() {
+    if !can_run() {
+        return;
+    }
+    let mut server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["leased", "other"] {
+        fs::write(dir.path().join(name), "text").unwrap();
+    }
+    fs::hard_link(dir.path().join("leased"), dir.path().join("name")).unwrap();
+    server.add("data", dir.path());
+    let mut guest = server.guest();
+    let share = guest.lookup(ROOT, "data").unwrap().node;
+    let leased = guest.lookup(share, "leased").unwrap().node;
+    // A file without a name is opened through its descriptor, as the guest says.
+    guest.request(op::UNLINK, share, &text("leased")).unwrap();
+    guest.avoid_first_thread = true;
+    // With a lease the host's open(2) waits until the owner of the lease gives it up.
+    let owner = fs::File::options().write(true).open(dir.path().join("name")).unwrap();
+    let lease = Lease::take(&owner);
+    guest.begin(op::OPEN, leased, &[0; 8]);
+    for _ in 0..20 {
+        let file = guest.lookup(share, "other").unwrap().node;
+        let handle = guest.open(file, libc::O_RDONLY).unwrap();
+        assert_eq!(guest.read(file, handle).unwrap(), b"text");
+        guest.release(file, handle);
+    }
+    assert_eq!(guest.answered(std::time::Duration::ZERO), None, "the lease is not given up yet");
+    drop(lease);
+    assert_eq!(guest.answered(std::time::Duration::from_secs(30)), Some(0));
+}
+
+/// F_SETLEASE of a file.
+struct Lease<'a>(&'a fs::File);
+
+impl<'a> Lease<'a> {
+    #[allow(unsafe_code)] // a signal's disposition
+    fn take(file: &'a fs::File) -> Self {
+        // The signal that asks for the lease.
+        // SAFETY: SIG_IGN installs no handler.
+        unsafe {
+            nix::sys::signal::signal(nix::sys::signal::SIGIO, nix::sys::signal::SigHandler::SigIgn)
+        }
+        .unwrap();
+        let lease = Self(file);
+        lease.set(libc::F_WRLCK);
+        lease
+    }
+
+    #[allow(unsafe_code)] // F_SETLEASE is in no library
+    fn set(&self, kind: i32) {
+        // SAFETY: takes integers, and a file descriptor that is open.
+        let done = unsafe { libc::fcntl(self.0.as_raw_fd(), libc::F_SETLEASE, kind) };
+        assert_eq!(done, 0, "F_SETLEASE: {}", std::io::Error::last_os_error());
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        self.set(libc::F_UNLCK);
+    }
 }
