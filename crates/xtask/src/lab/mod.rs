@@ -59,6 +59,9 @@ pub(crate) struct Args {
     /// Leave the binaries and guest assets of the checkout out
     #[arg(long)]
     bare: bool,
+    /// Debian release of the root file system, which decides the version of containerd in it
+    #[arg(long, value_enum, default_value = "bookworm")]
+    release: image::Release,
     /// An interactive shell instead of a command
     #[arg(long, conflicts_with = "command")]
     shell: bool,
@@ -79,7 +82,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
         }
         eprintln!("KVM here {}: running inside the lab", kvm.why);
     }
-    let image = image::ensure()?;
+    let image = image::ensure(args.release)?;
     if args.prepare {
         return Ok(0);
     }
