@@ -27,6 +27,7 @@ use crate::events::{Publisher, timestamp};
 use crate::paths::{PodPaths, key};
 use crate::process::{Exit, Process};
 use crate::rootfs;
+use crate::sandbox_state::SandboxState;
 use crate::settings::Settings;
 use crate::spec::ContainerType;
 use crate::stdio::{Stdio, StdioPaths};
@@ -44,6 +45,7 @@ pub(crate) struct Pod {
     pub(crate) settings: Settings,
     pub(crate) publisher: Publisher,
     pub(crate) sandboxes: OnceCell<Sandboxes>,
+    pub(crate) sandbox: SandboxState,
     tasks: Mutex<BTreeMap<String, TaskEntry>>,
     /// Cancelled when the shim is to exit.
     pub(crate) shutdown: CancellationToken,
@@ -124,6 +126,7 @@ impl Pod {
             settings,
             publisher,
             sandboxes: OnceCell::new(),
+            sandbox: SandboxState::default(),
             tasks: Mutex::default(),
             shutdown: CancellationToken::new(),
         })
@@ -214,7 +217,8 @@ impl Pod {
         }
     }
 
-    async fn wait_sandbox_exit(&self, task: &Task) -> Exit {
+    /// Returns when the VM has ended, on request or not.
+    pub(crate) async fn wait_until_not_ready(&self) {
         if let Ok(sandboxes) = self.sandboxes() {
             let mut events = sandboxes.events();
             let is_ready =
@@ -227,6 +231,10 @@ impl Pod {
                 }
             }
         }
+    }
+
+    async fn wait_sandbox_exit(&self, task: &Task) -> Exit {
+        self.wait_until_not_ready().await;
         let signal = *lock(&task.killed_by);
         Exit { status: signal.map_or(255, |signal| 128 + signal), at: SystemTime::now() }
     }
@@ -532,9 +540,9 @@ impl Pod {
         }
     }
 
-    /// Shutdown: ignored while there are tasks.
+    /// Shutdown: ignored while there are tasks, or a sandbox that ShutdownSandbox removes.
     pub(crate) fn request_shutdown(self: &Arc<Self>) {
-        if self.has_tasks() {
+        if self.has_tasks() || self.sandbox.exists() {
             return;
         }
         if let Err(error) = std::fs::write(self.paths.shutdown_marker(), "") {
