@@ -73,7 +73,7 @@ enum Stop {
     Nothing,
     /// Only wait: the start was cancelled.
     Wait,
-    StopVm,
+    EndVm,
 }
 
 /// Answer of SandboxStatus.
@@ -162,7 +162,7 @@ impl SandboxState {
                 Stop::Wait
             }
             // The network of a VM that died is still connected.
-            Phase::Ready | Phase::Stopped => Stop::StopVm,
+            Phase::Ready | Phase::Stopped => Stop::EndVm,
         };
         state.stop_requested = true;
         drop(state);
@@ -277,7 +277,7 @@ impl Pod {
         match self.sandbox.begin_stop(id)? {
             Stop::Nothing => return Ok(()),
             Stop::Wait => {}
-            Stop::StopVm => {
+            Stop::EndVm => {
                 let pod = self.clone();
                 // Runs to completion even if the caller cancels.
                 let stopped = tokio::spawn(async move {

@@ -254,6 +254,9 @@ enum MountKind {
 const UNSUPPORTED: [&str; 8] =
     ["nosuid", "nodev", "noexec", "rnosuid", "rnodev", "rnoexec", "idmap", "ridmap"];
 
+/// Files that a pod's VM provides if nothing is mounted there.
+const POD_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
+
 fn volume(mount: &Mount) -> Result<MountKind> {
     let options = mount.options().as_deref().unwrap_or_default();
     let has = |name: &str| options.iter().any(|option| option == name);
@@ -269,6 +272,10 @@ fn volume(mount: &Mount) -> Result<MountKind> {
     let Some(source) = mount.source().clone().filter(|source| source.is_absolute()) else {
         bail!("mount {}: its source is not an absolute path", destination.display());
     };
+    // containerd 1.7 makes no such files for a pod of the Sandbox service, but mounts an empty directory.
+    if POD_FILES.iter().any(|file| destination == Path::new(file)) && source.is_dir() {
+        return Ok(MountKind::Pod);
+    }
     let Some(container_path) = destination.to_str() else {
         bail!("mount {}: not UTF-8", destination.display());
     };
@@ -412,6 +419,24 @@ mod tests {
             ("/dev/data", "r")
         );
         assert_eq!(made.oci.linux().as_ref().unwrap().devices().as_ref().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn directories_in_place_of_the_pods_files_are_not_mounted() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let mounts = |source: &Path| {
+            let mount = |destination: &str| {
+                json!({ "destination": destination, "type": "bind", "source": source,
+                    "options": ["rbind"] })
+            };
+            let all = ["/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/etc/conf"].map(mount);
+            let spec = spec(json!({ "mounts": all }));
+            container("c", spec, Path::new("/b/rootfs"), false, false).unwrap().volumes.len() - 1
+        };
+        assert_eq!(mounts(&file), 4);
+        assert_eq!(mounts(dir.path()), 1);
     }
 
     #[test]
