@@ -1,5 +1,5 @@
 //! Cold boot on the same kernel, initramfs and shape, from the VMM's start until the agent in the
-//! guest takes a vsock connection. Runs alternate between the VMMs, so a drift of the host hits
+//! guest takes a vsock connection; and the same from a VM that was saved at that point. Runs alternate between the VMMs, so a drift of the host hits
 //! both.
 
 use std::fs::File;
@@ -20,12 +20,15 @@ static NEXT_CID: AtomicU32 = AtomicU32::new(100);
 const AGENT_PORT: u32 = 1024;
 const LIMIT: Duration = Duration::from_secs(60);
 const SOCKET: &str = "vsock.sock";
+const CONTROL: &str = "control.sock";
 
 #[derive(Clone, Copy, PartialEq)]
 enum Vmm {
     Nacelle,
     /// The same with a memory device, through which it could have four times the memory later.
     NacelleGrowing,
+    /// Continues a VM that was saved when its agent listened.
+    NacelleRestored,
     QemuMicrovm,
 }
 
@@ -42,13 +45,16 @@ pub fn run(bin: &Path, guest: &Path, runs: usize, shape: Shape) -> Result<()> {
     let contenders = [
         ("nacelle-vmm", Vmm::Nacelle),
         ("nacelle-vmm, with memory hotplug", Vmm::NacelleGrowing),
+        ("nacelle-vmm, from a saved VM", Vmm::NacelleRestored),
         ("QEMU -M microvm", Vmm::QemuMicrovm),
     ];
-    let mut samples = [Samples::default(), Samples::default(), Samples::default()];
+    let mut samples = contenders.map(|_| Samples::default());
+    let saved = tempfile::tempdir()?;
+    save(bin, guest, shape, saved.path()).context("saving a VM")?;
     for run in 0..=runs {
         for (at, &(name, vmm)) in contenders.iter().enumerate() {
-            let sample =
-                once(vmm, bin, guest, shape).with_context(|| format!("{name}, run {run}"))?;
+            let sample = once(vmm, bin, guest, shape, saved.path())
+                .with_context(|| format!("{name}, run {run}"))?;
             if run > 0 {
                 // The first run of each fills the host's caches and is not counted.
                 samples[at].ready_us.push(sample.0);
@@ -87,8 +93,14 @@ pub fn run(bin: &Path, guest: &Path, runs: usize, shape: Shape) -> Result<()> {
 }
 
 /// Boots one VM; when it became ready (microseconds), its KVM exits, the VMM's own KiB, the guest's.
-fn once(vmm: Vmm, bin: &Path, guest: &Path, shape: Shape) -> Result<(u64, u64, u64, u64)> {
-    let mut vm = Vm::start(vmm, bin, guest, shape)?;
+fn once(
+    vmm: Vmm,
+    bin: &Path,
+    guest: &Path,
+    shape: Shape,
+    saved: &Path,
+) -> Result<(u64, u64, u64, u64)> {
+    let mut vm = Vm::start(vmm, bin, guest, shape, saved)?;
     let ready = match vm.until_ready()? {
         End::Ready(ready) => ready,
         other => bail!("{}; output: {}", other.text(), vm.said()),
@@ -99,9 +111,26 @@ fn once(vmm: Vmm, bin: &Path, guest: &Path, shape: Shape) -> Result<(u64, u64, u
     Ok((ready.as_micros() as u64, exits, all - guest_kib, guest_kib))
 }
 
-/// Boots `boots` VMs of each VMM, `at_once` of them side by side, and counts how they end: what
-/// the ground they stand on (the emulator of a lab, a nested KVM) does to any VMM shows as a count
-/// beside each.
+/// Boots a VM and saves it in `into`, which is on tmpfs if the host's temporary folder is.
+fn save(bin: &Path, guest: &Path, shape: Shape, into: &Path) -> Result<()> {
+    let mut vm = Vm::start(Vmm::Nacelle, bin, guest, shape, into)?;
+    match vm.until_ready()? {
+        End::Ready(_) => {}
+        other => bail!("{}; output: {}", other.text(), vm.said()),
+    }
+    // The connection of `until_ready` closes in the guest.
+    std::thread::sleep(Duration::from_millis(500));
+    let mut command = Command::new(bin.join("nacelle-vmm"));
+    command.arg("save").arg("--control").arg(vm.folder.path().join(CONTROL)).arg(into);
+    let output = command.output()?;
+    if !output.status.success() {
+        bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+/// Boots `boots` VMs of each VMM, `at_once` of them at a time, and counts how they end. The
+/// counts of QEMU show which failures have their cause in the host (the emulator of a lab, nested KVM).
 pub fn many(bin: &Path, guest: &Path, boots: usize, at_once: usize, shape: Shape) -> Result<()> {
     let mut rows = Vec::new();
     for (name, vmm) in [("nacelle-vmm", Vmm::Nacelle), ("QEMU -M microvm", Vmm::QemuMicrovm)] {
@@ -112,7 +141,7 @@ pub fn many(bin: &Path, guest: &Path, boots: usize, at_once: usize, shape: Shape
                     scope.spawn(|| {
                         let mut ends = Vec::new();
                         while next.fetch_add(1, Ordering::Relaxed) < boots {
-                            let mut vm = Vm::start(vmm, bin, guest, shape)?;
+                            let mut vm = Vm::start(vmm, bin, guest, shape, Path::new(""))?;
                             let end = vm.until_ready()?;
                             if !matches!(end, End::Ready(_)) {
                                 println!("{name}: {}: {}", end.text(), vm.said().trim_end());
@@ -142,7 +171,7 @@ pub fn many(bin: &Path, guest: &Path, boots: usize, at_once: usize, shape: Shape
             ends.len().to_string(),
             ready.len().to_string(),
             count(&End::Ended),
-            count(&End::Silent),
+            count(&End::TimedOut),
             format!("{} ms", table::median(&mut ready) / 1000),
         ]);
     }
@@ -152,7 +181,7 @@ pub fn many(bin: &Path, guest: &Path, boots: usize, at_once: usize, shape: Shape
              VMM after the other)",
             shape.vcpus, shape.memory
         ),
-        &["VMM", "boots", "up", "ended by itself", "silent", "ready"],
+        &["VMM", "boots", "up", "ended by itself", "timed out", "ready"],
         &rows,
     );
     Ok(())
@@ -173,7 +202,7 @@ enum End {
     /// The VMM ended first.
     Ended,
     /// Neither within [`LIMIT`].
-    Silent,
+    TimedOut,
 }
 
 impl End {
@@ -181,7 +210,7 @@ impl End {
         match self {
             Self::Ready(after) => format!("ready after {after:?}"),
             Self::Ended => "the VMM ended by itself".to_owned(),
-            Self::Silent => format!("no agent within {LIMIT:?}"),
+            Self::TimedOut => format!("no agent within {LIMIT:?}"),
         }
     }
 }
@@ -195,12 +224,12 @@ struct Vm {
 }
 
 impl Vm {
-    fn start(vmm: Vmm, bin: &Path, guest: &Path, shape: Shape) -> Result<Self> {
+    fn start(vmm: Vmm, bin: &Path, guest: &Path, shape: Shape, saved: &Path) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let cid = NEXT_CID.fetch_add(1, Ordering::Relaxed);
         let log = File::create(folder.path().join("log"))?;
         let mut command = match vmm {
-            Vmm::Nacelle | Vmm::NacelleGrowing => {
+            Vmm::Nacelle | Vmm::NacelleGrowing | Vmm::NacelleRestored => {
                 let mut command = Command::new(bin.join("nacelle-vmm"));
                 command
                     .arg("boot")
@@ -211,7 +240,12 @@ impl Vm {
                     .args(["--vcpus", &shape.vcpus.to_string()])
                     .args(["--memory", &shape.memory.to_string()])
                     .arg("--vsock-path")
-                    .arg(folder.path().join(SOCKET));
+                    .arg(folder.path().join(SOCKET))
+                    .arg("--control")
+                    .arg(folder.path().join(CONTROL));
+                if vmm == Vmm::NacelleRestored {
+                    command.arg("--restore").arg(saved);
+                }
                 if vmm == Vmm::NacelleGrowing {
                     command.args(["--max-memory", &(4 * shape.memory).to_string()]);
                 }
@@ -233,7 +267,9 @@ impl Vm {
     fn until_ready(&mut self) -> Result<End> {
         while self.begin.elapsed() < LIMIT {
             let ready = match self.vmm {
-                Vmm::Nacelle | Vmm::NacelleGrowing => hybrid(&self.folder.path().join(SOCKET)),
+                Vmm::Nacelle | Vmm::NacelleGrowing | Vmm::NacelleRestored => {
+                    hybrid(&self.folder.path().join(SOCKET))
+                }
                 Vmm::QemuMicrovm => {
                     vsock::VsockStream::connect_with_cid_port(self.cid, AGENT_PORT).is_ok()
                 }
@@ -246,7 +282,7 @@ impl Vm {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        Ok(End::Silent)
+        Ok(End::TimedOut)
     }
 
     /// Output of the VMM and of the guest's console.

@@ -99,17 +99,13 @@ fn once(
         let count = if phase == "ping" { plan.trips } else { plan.amount << 20 };
         let interrupts = guest.interrupts()?;
         let before = guest.counts()?;
-        if traced {
-            fs::write(Path::new(TRACE).join("trigger"), "hist:keys=exit_reason")?;
-        }
+        let histogram = traced.then(|| Histogram::start(Path::new(TRACE))).transpose()?;
         let begin = Instant::now();
         guest.phase(phase, count).with_context(|| phase.to_owned())?;
         let us = begin.elapsed().as_micros() as u64;
-        let reasons = if traced { reasons()? } else { BTreeMap::new() };
+        let reasons = histogram.as_ref().map(|h| h.reasons()).transpose()?.unwrap_or_default();
         let after = guest.counts()?;
-        if traced {
-            fs::write(Path::new(TRACE).join("trigger"), "!hist:keys=exit_reason")?;
-        }
+        drop(histogram);
         let interrupts = guest.interrupts()? - interrupts;
         let exits = after.0 - before.0;
         // What there is of a run that does not come to its end.
@@ -130,9 +126,39 @@ fn once(
     Ok(())
 }
 
-/// The tracepoint's histogram: exits by reason.
-fn reasons() -> Result<BTreeMap<u64, u64>> {
-    let text = fs::read_to_string(Path::new(TRACE).join("hist"))?;
+/// The tracepoint's histogram of exits by reason; removed when it is dropped.
+struct Histogram<'a> {
+    tracepoint: &'a Path,
+}
+
+impl<'a> Histogram<'a> {
+    fn start(tracepoint: &'a Path) -> Result<Self> {
+        let histogram = Self { tracepoint };
+        // Of a run that was killed.
+        let _ = histogram.trigger("!hist:keys=exit_reason");
+        let started = histogram.trigger("hist:keys=exit_reason");
+        started.context("starting the histogram of KVM exits")?;
+        Ok(histogram)
+    }
+
+    fn trigger(&self, command: &str) -> std::io::Result<()> {
+        fs::write(self.tracepoint.join("trigger"), command)
+    }
+
+    fn reasons(&self) -> Result<BTreeMap<u64, u64>> {
+        Ok(parse_histogram(&fs::read_to_string(self.tracepoint.join("hist"))?))
+    }
+}
+
+impl Drop for Histogram<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.trigger("!hist:keys=exit_reason") {
+            eprintln!("the histogram of KVM exits cannot be removed: {error}");
+        }
+    }
+}
+
+fn parse_histogram(text: &str) -> BTreeMap<u64, u64> {
     let mut counts = BTreeMap::new();
     for line in text.lines().filter(|line| line.starts_with('{')) {
         let numbers: Vec<u64> = line
@@ -143,7 +169,7 @@ fn reasons() -> Result<BTreeMap<u64, u64>> {
             counts.insert(reason, count);
         }
     }
-    Ok(counts)
+    counts
 }
 
 fn print(
@@ -282,18 +308,7 @@ impl Guest {
     /// Interrupts of virtio devices that the guest has taken.
     fn interrupts(&mut self) -> Result<u64> {
         self.connection.get_mut().write_all(b"interrupts\n")?;
-        let mut sum = 0;
-        loop {
-            let mut line = String::new();
-            self.connection.read_line(&mut line)?;
-            if line.trim_end().is_empty() {
-                return Ok(sum);
-            }
-            if line.contains("virtio") {
-                let counts = line.split_whitespace().skip(1).map_while(|w| w.parse::<u64>().ok());
-                sum += counts.sum::<u64>();
-            }
-        }
+        read_interrupts(&mut self.connection)
     }
 
     /// KVM's counts: exits, and exits because a vCPU halted.
@@ -308,4 +323,51 @@ fn ip(words: &[&str]) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "ip {words:?}: {said}");
     Ok(())
+}
+
+/// The guest's /proc/interrupts, which ends with an empty line: the sum of those of virtio devices.
+fn read_interrupts(connection: &mut impl BufRead) -> Result<u64> {
+    let mut sum = 0;
+    loop {
+        let mut line = String::new();
+        ensure!(connection.read_line(&mut line)? > 0, "the guest closed the connection");
+        if line.trim_end().is_empty() {
+            return Ok(sum);
+        }
+        if line.contains("virtio") {
+            let counts = line.split_whitespace().skip(1).map_while(|w| w.parse::<u64>().ok());
+            sum += counts.sum::<u64>();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_histogram_is_removed_after_a_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let trigger = || fs::read_to_string(dir.path().join("trigger")).unwrap();
+        let phase = || -> Result<()> {
+            let _histogram = Histogram::start(dir.path())?;
+            assert_eq!(trigger(), "hist:keys=exit_reason");
+            bail!("the guest closed the connection")
+        };
+        phase().unwrap_err();
+        assert_eq!(trigger(), "!hist:keys=exit_reason");
+    }
+
+    #[test]
+    fn interrupts_of_virtio_devices_are_summed_and_a_closed_connection_is_an_error() {
+        let text = "           CPU0       CPU1\n\
+                    24:  3  4  PCI-MSIX-0000:00:01.0  0-edge  virtio0-config\n\
+                    25: 10 20  PCI-MSIX-0000:00:01.0  1-edge  virtio0-input.0\n\
+                    NMI:  7  7  Non-maskable interrupts\n";
+        assert_eq!(read_interrupts(&mut format!("{text}\n").as_bytes()).unwrap(), 37);
+        for cut in ["", text] {
+            let error = read_interrupts(&mut cut.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains("closed the connection"), "{error}");
+        }
+    }
 }

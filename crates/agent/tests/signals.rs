@@ -48,6 +48,35 @@ async fn a_frozen_container_does_not_run_until_it_is_thawed_and_can_be_killed() 
     guest.remove("f").await.unwrap();
 }
 
+/// SIGKILL comes while the agent waits until the container is frozen, which takes some time with many
+/// busy processes. It thaws the container, which will never be frozen then.
+#[tokio::test]
+async fn a_freeze_ends_when_its_container_ends() {
+    let Some(mut guest) = guest().await else { return };
+    let script = "for n in $(seq 40); do (while :; do :; done) & done; echo up; wait";
+    for id in ["a", "b", "c"] {
+        let request = guest.request(id, &spec(script, json!({})));
+        guest.create(request).await;
+        let mut stdout = guest.open(Kind::Stdout, id, "", 0).await;
+        guest.start(id).await.unwrap();
+        stdout.read_until("up\n").await;
+        let mut client = guest.client.clone();
+        let freeze = v1::FreezeContainerRequest { container_id: id.into(), frozen: true };
+        let freezing = tokio::spawn(async move { client.freeze_container(freeze).await });
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let kill =
+            v1::SignalProcessRequest { container_id: id.into(), signal: 9, ..Default::default() };
+        guest.client.signal_process(kill).await.unwrap();
+        let frozen = freezing.await.unwrap();
+        // It was frozen before the signal came, or never. The deadline is not reached.
+        if let Err(refused) = frozen {
+            assert_eq!(refused.code(), tonic::Code::FailedPrecondition, "{refused}");
+        }
+        guest.exit(id, "").await;
+        guest.remove(id).await.unwrap();
+    }
+}
+
 /// The program counts SIGTERMs and sets its handler after a delay.
 #[tokio::test]
 async fn a_program_that_sets_its_handler_late_gets_one_signal() {

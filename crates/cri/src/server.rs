@@ -16,10 +16,10 @@ use crate::v1::image_service_server::ImageServiceServer;
 use crate::v1::runtime_service_server::RuntimeServiceServer;
 use crate::{Image, Runtime};
 
-/// Largest message either way, as containerd has it. A client could otherwise make the daemon
-/// buffer without end.
+/// Maximum size of a message in both directions, as in containerd. Attack: a client that makes the
+/// daemon buffer a message of any size.
 pub const MAX_MESSAGE: usize = 16 << 20;
-/// ExecSync gives back two streams of up to the limit each.
+/// The response of ExecSync has two streams of up to the limit each.
 const EXEC_REPLY: usize = 2 * MAX_MESSAGE + (1 << 20);
 /// Owner and group: whoever may talk to the socket is root on this node.
 const SOCKET_MODE: u32 = 0o660;
@@ -38,8 +38,8 @@ pub enum ListenError {
 
 /// Binds the socket. A stale one, which nobody answers, is replaced; a live one is left alone.
 ///
-/// The socket is made beside its place and renamed into it, so that it never stands there with
-/// other permissions than its own.
+/// The socket is created beside the path and then renamed, so that it never has other permissions
+/// at the path.
 pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
     let fail = |source| ListenError::Io { path: path.to_owned(), source };
     if let Some(folder) = path.parent() {

@@ -94,9 +94,30 @@ pub fn table(host: &CpuId, apic_id: u8, vcpus: u8) -> Result<CpuId, CpuidError> 
     CpuId::from_entries(&entries).map_err(|_| CpuidError::TooMany { got })
 }
 
+/// Vendor and signature (family, model, stepping) of the processor, e.g. `AuthenticAMD 00830f10`.
+pub fn processor(host: &CpuId) -> String {
+    let leaf = |function| host.as_slice().iter().find(|e| e.function == function);
+    let vendor = leaf(0).map_or_else(Vec::new, |e| {
+        [e.ebx, e.edx, e.ecx].into_iter().flat_map(u32::to_le_bytes).collect()
+    });
+    let signature = leaf(1).map_or(0, |e| e.eax);
+    format!("{} {signature:08x}", String::from_utf8_lossy(&vendor))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_processor_is_named_by_vendor_and_signature() {
+        let mut leaves = host().as_slice().to_vec();
+        let leaf = leaves.iter_mut().find(|e| e.function == 0).unwrap();
+        let [ebx, edx, ecx] = [b"Auth", b"enti", b"cAMD"].map(|text| u32::from_le_bytes(*text));
+        (leaf.ebx, leaf.edx, leaf.ecx) = (ebx, edx, ecx);
+        leaves.iter_mut().find(|e| e.function == 1).unwrap().eax = 0x83_0f10;
+        let host = CpuId::from_entries(&leaves).unwrap();
+        assert_eq!(processor(&host), "AuthenticAMD 00830f10");
+    }
 
     fn host() -> CpuId {
         let entry = |function, eax, ebx, ecx, edx| kvm_cpuid_entry2 {

@@ -39,13 +39,17 @@ pub enum MemoryError {
     NotRam { part: Range<u64> },
     #[error("cannot make {part:#x?} of guest memory accessible")]
     MakeAccessible { part: Range<u64>, source: Errno },
+    #[error("cannot read saved guest memory")]
+    Load { source: io::Error },
+    #[error("saved guest memory has {got} bytes, the VM has {want}")]
+    SavedSize { got: u64, want: u64 },
     #[error("regions of guest memory overlap or are empty")]
     Collection(#[from] GuestRegionCollectionError),
 }
 
 /// Creates the memfd and maps the RAM regions of `layout`.
 pub fn allocate(layout: &Layout) -> Result<Ram, MemoryError> {
-    let size = layout.ram.iter().map(|piece| piece.end - piece.start).sum();
+    let size = size(layout);
     let file = memfd(size).map_err(|source| MemoryError::Memfd { size, source })?;
     let file = Arc::new(file);
     let mut offset = 0;
@@ -55,6 +59,78 @@ pub fn allocate(layout: &Layout) -> Result<Ram, MemoryError> {
         offset += piece.end - piece.start;
     }
     Ok(Ram::from_regions(regions)?)
+}
+
+/// The file of the RAM regions, one after the other.
+pub fn file<'a>(ram: &'a Ram, layout: &Layout) -> Result<&'a File, MemoryError> {
+    Ok(backing(ram, &layout.ram[0])?.file())
+}
+
+/// Copies a file with the contents of the RAM regions, one after the other ([`file`]), into RAM that
+/// nothing has written yet. Holes stay holes.
+///
+/// # Errors
+/// If the file has another size than the RAM, or cannot be read.
+pub fn load(ram: &Ram, layout: &Layout, file: &File) -> Result<(), MemoryError> {
+    let failed = |source| MemoryError::Load { source };
+    let (want, got) = (size(layout), file.metadata().map_err(failed)?.len());
+    if want != got {
+        return Err(MemoryError::SavedSize { got, want });
+    }
+    let mut offset = 0;
+    for piece in &layout.ram {
+        let backing = backing(ram, piece)?;
+        let end = offset + (piece.end - piece.start);
+        let mut at = offset;
+        while let Some(data) = next_data(file, at, end).map_err(failed)? {
+            at = data.end;
+            copy(file, data.clone(), backing.file(), backing.start() + (data.start - offset))
+                .map_err(failed)?;
+        }
+        offset = end;
+    }
+    Ok(())
+}
+
+fn size(layout: &Layout) -> u64 {
+    layout.ram.iter().map(|piece| piece.end - piece.start).sum()
+}
+
+fn backing<'a>(ram: &'a Ram, piece: &Range<u64>) -> Result<&'a FileOffset, MemoryError> {
+    let region = ram.find_region(GuestAddress(piece.start));
+    let backing = region.and_then(|region| region.file_offset());
+    backing.ok_or_else(|| MemoryError::NotRam { part: piece.clone() })
+}
+
+/// The next range with data in `from..end`; none if only a hole is left.
+fn next_data(file: &File, from: u64, end: u64) -> io::Result<Option<Range<u64>>> {
+    let seek = |at: u64, whence| match nix::unistd::lseek(file, at as i64, whence) {
+        Ok(found) => Ok(Some(found as u64)),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(error) => Err(io::Error::from(error)),
+    };
+    if from >= end {
+        return Ok(None);
+    }
+    let Some(start) = seek(from, nix::unistd::Whence::SeekData)?.filter(|start| *start < end)
+    else {
+        return Ok(None);
+    };
+    let stop = seek(start, nix::unistd::Whence::SeekHole)?.unwrap_or(end);
+    Ok(Some(start..stop.min(end)))
+}
+
+/// Copies a range of a file to `offset` of another one, in the kernel.
+fn copy(from: &File, range: Range<u64>, to: &File, offset: u64) -> io::Result<()> {
+    nix::unistd::lseek(to, offset as i64, nix::unistd::Whence::SeekSet)?;
+    let mut at = range.start as i64;
+    while (at as u64) < range.end {
+        let len = (range.end - at as u64) as usize;
+        if nix::sys::sendfile::sendfile(to, from, Some(&mut at), len)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
 }
 
 /// Adds the hotplug region to `ram`, with a memfd of its own, into which holes can be punched.
@@ -171,6 +247,30 @@ mod tests {
         assert!(ram.write_obj(1u8, GuestAddress(region.start)).is_ok());
         let beyond = make_accessible(&ram, &(region.end..region.end + 4096));
         assert!(matches!(beyond, Err(MemoryError::NotRam { .. })));
+    }
+
+    #[test]
+    fn saved_memory_is_loaded_and_its_holes_stay_holes() {
+        let layout = Layout::new(4096, 46).unwrap();
+        let saved = allocate(&layout).unwrap();
+        let places = [0, 0x1000, 1 << 20, (3 << 30) - 8, 4 << 30, (5 << 30) - 8];
+        for (value, at) in (1u64..).zip(places) {
+            saved.write_obj(value, GuestAddress(at)).unwrap();
+        }
+        let ram = allocate(&layout).unwrap();
+        load(&ram, &layout, file(&saved, &layout).unwrap()).unwrap();
+        for (value, at) in (1u64..).zip(places) {
+            assert_eq!(ram.read_obj::<u64>(GuestAddress(at)).unwrap(), value, "{at:#x}");
+        }
+        let loaded = file(&ram, &layout).unwrap().metadata().unwrap();
+        assert_eq!((loaded.len(), loaded.st_blocks() * 512), (4 << 30, 6 * 4096));
+
+        let smaller = Layout::new(2048, 46).unwrap();
+        let other = allocate(&smaller).unwrap();
+        let refused = load(&other, &smaller, file(&saved, &layout).unwrap());
+        let (got, want) = (4 << 30, 2 << 30);
+        assert!(matches!(refused, Err(MemoryError::SavedSize { got: g, want: w })
+            if (g, w) == (got, want)));
     }
 
     #[test]

@@ -3,7 +3,11 @@
 //! Interrupting a vCPU that runs: [`Kicker::kick`] sends [`kick_signal`] to its thread. The handler
 //! sets `immediate_exit` in the thread's own `kvm_run` page, so a kick that arrives just before
 //! `KVM_RUN` is not lost (Linux `Documentation/virt/kvm/api.rst`, `immediate_exit`).
+//!
+//! [`state`]: saving and loading a vCPU.
 #![allow(unsafe_code)] // signal handler and the shared kvm_run page
+
+mod state;
 
 use std::cell::Cell;
 use std::io;
@@ -17,6 +21,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use crate::KvmError;
 use crate::boot::{CODE_SELECTOR, DATA_SELECTOR, GDT_ENTRIES};
 use crate::layout::{GDT, PML4, ZERO_PAGE};
+
+pub use self::state::VcpuState;
 
 const CR0_PE: u64 = 1 << 0;
 const CR0_ET: u64 = 1 << 4;
@@ -44,6 +50,11 @@ pub enum VcpuError {
     Kvm { id: u8, source: KvmError },
     #[error("vCPU {id}: KVM does not accept MSR {index:#x}")]
     Msr { id: u8, index: u32 },
+    #[error(
+        "vCPU {id}: the TSC had {saved} kHz when the VM was saved and has {host} kHz on this host; \
+         the VM can only be restored on the host on which it was saved"
+    )]
+    TscFrequency { id: u8, saved: u32, host: u32 },
     #[error("vCPU {id} cannot enter the guest: hardware reason {reason:#x}")]
     Entry { id: u8, reason: u64 },
     #[error("vCPU {id}: KVM internal error at instruction {rip:#x} (suberror {suberror})")]

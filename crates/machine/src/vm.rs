@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES,
-    KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_PMU_CAP_DISABLE, kvm_clock_data, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -95,6 +95,15 @@ impl Host {
         })
     }
 
+    /// The MSRs that KVM saves and restores (KVM_GET_MSR_INDEX_LIST).
+    pub fn msrs(&self) -> Result<Vec<u32>, VmError> {
+        let list = self
+            .kvm
+            .get_msr_index_list()
+            .map_err(KvmError::of("KVM_GET_MSR_INDEX_LIST", "reload kvm_intel or kvm_amd"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
     /// Creates a VM with in-kernel local APICs for up to `vcpus` vCPUs.
     pub fn create_vm(&self, vcpus: u8) -> Result<Arc<VmFd>, VmError> {
         let limit = self.kvm.get_max_vcpus();
@@ -127,6 +136,19 @@ impl Host {
         let can = self.kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
         can > 0 && can as u32 & KVM_PMU_CAP_DISABLE != 0
     }
+}
+
+/// The VM's paravirtual clock, ns (KVM_GET_CLOCK).
+pub fn clock(vm: &VmFd) -> Result<u64, VmError> {
+    let report = "please report the host kernel's version";
+    Ok(vm.get_clock().map_err(KvmError::of("KVM_GET_CLOCK", report))?.clock)
+}
+
+/// Sets the VM's paravirtual clock, ns (KVM_SET_CLOCK), after the TSCs of all vCPUs.
+pub fn set_clock(vm: &VmFd, clock: u64) -> Result<(), VmError> {
+    let report = "please report the host kernel's version";
+    let data = kvm_clock_data { clock, ..Default::default() };
+    Ok(vm.set_clock(&data).map_err(KvmError::of("KVM_SET_CLOCK", report))?)
 }
 
 /// Maps all of `ram` into the guest, one memory slot per region.

@@ -30,7 +30,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use crate::{BarRange, HostBridge, PciDevice};
+use serde::{Deserialize, Serialize};
+
+use crate::{BarRange, HostBridge, PciDevice, StateError};
 
 /// Device numbers on a bus.
 pub const SLOTS: usize = 32;
@@ -61,8 +63,29 @@ pub enum BusError {
     NoSpace { size: u64, window: Range<u64> },
     #[error("there is no device at {address}")]
     Empty { address: Address },
+    #[error("the device at {address} cannot be saved")]
+    Save { address: Address, source: StateError },
+    #[error("cannot load the state of the device at {address}")]
+    Load { address: Address, source: StateError },
+    #[error("the saved bus has functions {found:02x?}, this one has {expected:02x?}")]
+    OtherFunctions { found: Vec<u8>, expected: Vec<u8> },
     #[error("the function at {address} belongs to the bus and cannot be removed")]
     Reserved { address: Address },
+}
+
+/// The state of the functions of a bus.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BusState {
+    functions: Vec<FunctionState>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FunctionState {
+    /// Slot in the upper five bits, function in the lower three.
+    address: u8,
+    state: serde_json::Value,
 }
 
 /// When a device is plugged.
@@ -111,6 +134,11 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "0000:00:{:02x}.{}", self.slot(), self.function())
     }
+}
+
+/// All addresses, in order.
+fn addresses() -> impl Iterator<Item = Address> {
+    (0..=u8::MAX).map(|devfn| Address { devfn })
 }
 
 type Device = Arc<Mutex<Box<dyn PciDevice>>>;
@@ -265,6 +293,54 @@ impl Bus {
             function
         };
         drop(function);
+        Ok(())
+    }
+
+    /// The state of all functions. Fails if one cannot be saved.
+    pub fn save(&self) -> Result<BusState, BusError> {
+        let held: Vec<_> = {
+            let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
+            addresses()
+                .filter_map(|address| Some((address, tables.get(address)?.device.clone())))
+                .collect()
+        };
+        let mut functions = Vec::new();
+        for (address, device) in held {
+            let state = lock(&device).save();
+            let state = state.map_err(|source| BusError::Save { address, source })?;
+            functions.push(FunctionState { address: address.devfn, state });
+        }
+        Ok(BusState { functions })
+    }
+
+    /// Loads the state of all functions into a bus with the same devices at the same addresses,
+    /// which were plugged with [`Plug::Boot`]. The guest knows these devices.
+    pub fn load(&self, state: BusState) -> Result<(), BusError> {
+        let BusState { functions } = state;
+        let expected: Vec<u8> = {
+            let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
+            let used = addresses().filter(|address| tables.get(*address).is_some());
+            used.map(|address| address.devfn).collect()
+        };
+        let found: Vec<u8> = functions.iter().map(|function| function.address).collect();
+        if expected != found {
+            return Err(BusError::OtherFunctions { found, expected });
+        }
+        for FunctionState { address, state } in functions {
+            let address = Address { devfn: address };
+            let Some(device) = self.device(address) else { continue };
+            let bars = {
+                let mut locked = lock(&device);
+                let loaded = locked.load(state);
+                loaded.map_err(|source| BusError::Load { address, source })?;
+                locked.bars()
+            };
+            self.route(address, &device, &bars);
+            let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(function) = tables.get(address) {
+                function.seen.store(true, Ordering::Release);
+            }
+        }
         Ok(())
     }
 

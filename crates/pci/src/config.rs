@@ -1,7 +1,9 @@
 //! A type 0 configuration space: bytes, a mask of writable bits, BARs, capabilities (PCI 3.0,
 //! chapter 6).
 
-use crate::{BarRange, BarRequest};
+use serde::{Deserialize, Serialize};
+
+use crate::{BarRange, BarRequest, StateError};
 
 /// Bytes of conventional configuration space; devices here have no extended capabilities.
 pub const CONFIG_SIZE: usize = 256;
@@ -47,6 +49,11 @@ pub struct ConfigSpace {
     last_capability: Option<usize>,
     free: usize,
 }
+
+/// The bytes of a configuration space.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ConfigState(Vec<u8>);
 
 impl ConfigSpace {
     pub fn new(identity: Identity) -> Self {
@@ -122,6 +129,27 @@ impl ConfigSpace {
                 *byte = *byte & !mask | value & mask;
             }
         }
+    }
+
+    /// All registers.
+    pub fn save(&self) -> ConfigState {
+        let Self { bytes, writable: _, requests: _, last_capability: _, free: _ } = self;
+        ConfigState(bytes.to_vec())
+    }
+
+    /// Sets the bits that the guest may change. Fails if other bits differ: the state is that of
+    /// another device.
+    pub fn load(&mut self, ConfigState(saved): &ConfigState) -> Result<(), StateError> {
+        if saved.len() != CONFIG_SIZE {
+            let what = format!("{} bytes of configuration space", saved.len());
+            return Err(StateError::mismatch(what));
+        }
+        let fixed = |bytes: &[u8], at: usize| bytes[at] & !self.writable[at];
+        if let Some(at) = (0..CONFIG_SIZE).find(|&at| fixed(saved, at) != fixed(&self.bytes, at)) {
+            return Err(StateError::mismatch(format!("configuration space at {at:#x}")));
+        }
+        self.write(0, saved);
+        Ok(())
     }
 
     pub fn bar_requests(&self) -> &[BarRequest] {
@@ -201,6 +229,26 @@ mod tests {
         assert!(space.bars().is_empty());
         space.write(4, &[2, 0]);
         assert_eq!(space.bars(), [BarRange { bar: 0, addr: 0x12_3456_8000, size: 0x8000 }]);
+    }
+
+    #[test]
+    fn a_saved_space_is_loaded_into_one_with_the_same_fixed_bits_only() {
+        let mut first = space();
+        first.add_capability(9, &[1, 2], &[0, 0xff]);
+        let empty = first.clone();
+        first.assign_bar(0, 0x12_3456_8000);
+        first.write(4, &[2, 0]);
+        first.write(0x43, &[7]);
+        let mut second = empty.clone();
+        second.load(&first.save()).unwrap();
+        assert_eq!(second.bars(), first.bars());
+        assert_eq!(read::<256>(&second, 0), read::<256>(&first, 0));
+
+        let mut other = space();
+        let error = other.load(&first.save()).unwrap_err().to_string();
+        assert!(error.ends_with("configuration space at 0x6"), "{error}");
+        let short = ConfigState(vec![0; 255]);
+        assert!(matches!(other.load(&short), Err(StateError::Mismatch { .. })));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! mechanism 1 works (PCI 3.0, section 3.2.2.3).
 
 use crate::config::{ConfigSpace, Identity};
-use crate::{BarRange, BarRequest, PciDevice};
+use crate::{BarRange, BarRequest, PciDevice, StateError};
 
 /// Red Hat's vendor id, and its device id of generic host bridges (QEMU).
 const VENDOR: u16 = 0x1b36;
@@ -53,4 +53,12 @@ impl PciDevice for HostBridge {
     fn mmio_read(&mut self, _bar: u8, _offset: u64, _data: &mut [u8]) {}
 
     fn mmio_write(&mut self, _bar: u8, _offset: u64, _data: &[u8]) {}
+
+    fn save(&mut self) -> Result<serde_json::Value, StateError> {
+        Ok(serde_json::to_value(self.config.save())?)
+    }
+
+    fn load(&mut self, state: serde_json::Value) -> Result<(), StateError> {
+        self.config.load(&serde_json::from_value(state)?)
+    }
 }

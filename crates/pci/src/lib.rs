@@ -16,12 +16,12 @@ mod msix;
 use std::io;
 
 pub use bus::{
-    Address, Bus, BusError, CAPACITY, ECAM_SIZE, FUNCTIONS, HOT_SLOTS, PORT_ADDRESS, PORT_DATA,
-    Plug, SLOTS,
+    Address, Bus, BusError, BusState, CAPACITY, ECAM_SIZE, FUNCTIONS, HOT_SLOTS, PORT_ADDRESS,
+    PORT_DATA, Plug, SLOTS,
 };
-pub use config::{BAR_COUNT, CONFIG_SIZE, ConfigSpace, Identity};
+pub use config::{BAR_COUNT, CONFIG_SIZE, ConfigSpace, ConfigState, Identity};
 pub use host_bridge::HostBridge;
-pub use msix::{MSIX_ENTRY_SIZE, Msix};
+pub use msix::{MSIX_ENTRY_SIZE, Msix, MsixState};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A decoded memory BAR.
@@ -57,6 +57,32 @@ pub trait PciDevice: Send {
     fn mmio_read(&mut self, bar: u8, offset: u64, data: &mut [u8]);
     /// Writes `data` at byte `offset` of a BAR.
     fn mmio_write(&mut self, bar: u8, offset: u64, data: &[u8]);
+    /// The state of the device, for [`Self::load`]. To be called while neither vCPUs nor the device
+    /// run. Fails if the device cannot be saved, or not now.
+    fn save(&mut self) -> Result<serde_json::Value, StateError>;
+    /// Continues from a saved state, in a new device of the same kind. A state is input that may
+    /// have been changed: one that does not belong to this device is refused.
+    fn load(&mut self, state: serde_json::Value) -> Result<(), StateError>;
+}
+
+/// Why a device cannot be saved, or not be loaded from a state.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error("{why}")]
+    Unsaveable { why: String },
+    #[error("the state is not that of this kind of device")]
+    Format(#[from] serde_json::Error),
+    #[error("the state does not match the device: {what}")]
+    Mismatch { what: String },
+    #[error("cannot continue from the state")]
+    Io(#[from] io::Error),
+}
+
+impl StateError {
+    /// A state of another device; `what` differs.
+    pub fn mismatch(what: impl Into<String>) -> Self {
+        Self::Mismatch { what: what.into() }
+    }
 }
 
 /// The contents of an MSI-X table entry (PCI 3.0, section 6.8.2).

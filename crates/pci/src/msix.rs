@@ -7,9 +7,10 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{MsixMessage, Vectors};
+use crate::{MsixMessage, StateError, Vectors};
 
 /// Bytes of a table entry: address, data, vector control.
 pub const MSIX_ENTRY_SIZE: usize = 16;
@@ -42,6 +43,24 @@ struct Entry {
     pending: bool,
     /// The message last passed to [`Vectors::program`].
     programmed: Option<(u64, u32)>,
+}
+
+/// The state of a device's MSI-X.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MsixState {
+    enabled: bool,
+    mask_all: bool,
+    entries: Vec<EntryState>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EntryState {
+    address: u64,
+    data: u32,
+    masked: bool,
+    pending: bool,
 }
 
 impl Msix {
@@ -91,6 +110,39 @@ impl Msix {
         } else {
             self.mask_all_vectors(&mut state);
         }
+    }
+
+    /// Table, pending bits and masks.
+    pub fn save(&self) -> MsixState {
+        let state = self.lock();
+        let State { enabled, mask_all, entries } = &*state;
+        let entry = |entry: &Entry| {
+            let Entry { address, data, control, pending, programmed: _ } = *entry;
+            EntryState { address, data, masked: control & ENTRY_MASKED != 0, pending }
+        };
+        let entries = entries.iter().map(entry).collect();
+        MsixState { enabled: *enabled, mask_all: *mask_all, entries }
+    }
+
+    /// Sets table, pending bits and masks; programs and triggers vectors as the guest's own writes
+    /// would. Fails if the state has another number of vectors.
+    pub fn load(&self, saved: &MsixState) -> Result<(), StateError> {
+        let mut state = self.lock();
+        let MsixState { enabled, mask_all, entries } = saved;
+        if entries.len() != state.entries.len() {
+            let what = format!("{} MSI-X vectors", entries.len());
+            return Err(StateError::mismatch(what));
+        }
+        for (entry, saved) in state.entries.iter_mut().zip(entries) {
+            let EntryState { address, data, masked, pending } = *saved;
+            let control = if masked { ENTRY_MASKED } else { 0 };
+            *entry = Entry { address, data, control, pending, programmed: None };
+        }
+        (state.enabled, state.mask_all) = (*enabled, *mask_all);
+        for vector in 0..state.entries.len() {
+            self.update_vector(&mut state, vector);
+        }
+        Ok(())
     }
 
     /// Reads the table at byte `offset`; accesses may have any size and alignment.

@@ -69,6 +69,11 @@ pub struct Config {
     pub scratch_disk_size: u64,
     /// Location of emptyDirs.
     pub empty_dir: EmptyDirLocation,
+    /// Most templates: VMs that were saved after their boot, in memory, from which further pods of
+    /// the same size start. 0: every pod boots its kernel.
+    pub templates: usize,
+    /// Time after which a template is made anew.
+    pub template_max_age_ms: u64,
     /// Concurrent VM starts; further ones wait. 0: twice the number of CPUs.
     pub start_parallelism: usize,
     /// VMMs run as `uid_base .. uid_base + uid_range`, one uid per pod.
@@ -142,6 +147,8 @@ impl Default for Config {
             scratch_size: 10 << 30,
             scratch_disk_size: 64 << 30,
             empty_dir: EmptyDirLocation::Guest,
+            templates: 2,
+            template_max_age_ms: 24 * 3600 * 1000,
             start_parallelism: 0,
             uid_base: 0x7000_0000,
             uid_range: 65_536,
@@ -165,6 +172,10 @@ impl Default for Config {
 impl Config {
     pub fn boot_deadline(&self) -> Duration {
         Duration::from_millis(self.boot_deadline_ms)
+    }
+
+    pub fn template_max_age(&self) -> Duration {
+        Duration::from_millis(self.template_max_age_ms)
     }
 
     pub fn guest_call_deadline(&self) -> Duration {

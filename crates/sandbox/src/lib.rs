@@ -30,6 +30,7 @@ pub mod session;
 pub mod stats;
 #[cfg(any(test, feature = "synthetic-pods"))]
 pub mod synthetic_pods;
+mod template;
 #[cfg(test)]
 mod tests;
 mod unreadable;

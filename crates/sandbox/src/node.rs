@@ -16,6 +16,7 @@ use crate::model::Event;
 use crate::observe::Observer;
 use crate::ports::Network;
 use crate::registry::Registry;
+use crate::template::Templates;
 
 pub(crate) struct Node {
     pub(crate) config: Config,
@@ -28,6 +29,7 @@ pub(crate) struct Node {
     pub(crate) journal: Journal,
     pub(crate) scratch: Scratch,
     pub(crate) registry: Registry,
+    pub(crate) templates: Arc<Templates>,
     pub(crate) watcher: Watcher,
     pub(crate) failpoints: Failpoints,
     /// Limits concurrent starts; a start holds one permit until its agent answers.

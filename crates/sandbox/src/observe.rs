@@ -25,6 +25,12 @@ pub enum Measured<'a> {
     },
     /// From the launch of a VMM until the agent of its guest answers.
     Boot {
+        from: StartedFrom,
+        outcome: Outcome,
+        took: Duration,
+    },
+    /// A VM was saved as a template, which pauses the start of its pod for this time.
+    TemplateSave {
         outcome: Outcome,
         took: Duration,
     },
@@ -50,6 +56,15 @@ pub enum Measured<'a> {
     JournalSync {
         took: Duration,
     },
+}
+
+/// What a guest starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StartedFrom {
+    /// Its kernel's entry point.
+    Kernel,
+    /// A saved VM.
+    Template,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +112,7 @@ pub enum DeathCause {
     /// The OOM killer of the host ended it.
     OutOfMemory,
     /// The guest stopped answering, and the VMM was killed for that.
-    Silent,
+    Unresponsive,
     /// The agent of a pod without a VM has ended.
     HostAgent,
 }

@@ -26,6 +26,7 @@ use crate::pod::{self, InitialAction};
 use crate::policy::{Change, ContainerPhase, Effect, Phase, Pod};
 use crate::ports::Network;
 use crate::registry::Registry;
+use crate::template::Templates;
 use crate::unreadable::{self, NodePaths};
 
 /// Events buffered for slow receivers; a receiver that lags more loses the oldest.
@@ -66,6 +67,7 @@ pub(crate) async fn open(
         observer,
         scratch: Scratch::new(templates),
         registry: Registry::default(),
+        templates: Arc::new(Templates::new(config.templates, config.template_max_age())),
         starts: Semaphore::new(config.max_concurrent_starts()),
         events: broadcast::Sender::new(EVENTS),
         watcher: Watcher::start(shutdown.clone()),

@@ -46,6 +46,21 @@ pub struct Attachment {
 #[error("{0:#}")]
 pub struct PortError(pub anyhow::Error);
 
+#[derive(Debug, thiserror::Error)]
+#[error("cancelled")]
+struct Cancelled;
+
+impl PortError {
+    /// The call was cancelled and had no effect.
+    pub fn cancelled() -> Self {
+        Self(Cancelled.into())
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.0.is::<Cancelled>()
+    }
+}
+
 /// Host side of pod networks.
 ///
 /// All calls are idempotent and may be repeated after a crash of the caller: `attach` after an
@@ -56,8 +71,8 @@ pub trait Network: Send + Sync {
     /// first.
     fn netns_path(&self, pod: &PodId) -> PathBuf;
     /// Creates the network namespace, attaches it to the networks, creates the taps. `cancel` ends
-    /// the wait for other pods' attachments. An attachment that has started completes: a CNI plugin
-    /// that still runs would race with its own undo.
+    /// the wait for other pods' attachments, with [`PortError::cancelled`]. An attachment that has
+    /// started completes: a CNI plugin that still runs would race with its own undo.
     async fn attach(
         &self,
         pod: &PodId,

@@ -9,8 +9,8 @@ use anyhow::{Result, bail};
 pub(crate) enum Action {
     Start,
     Delete,
-    /// Removes a pod without a shim. Started by `delete` and `start` as a separate process; `id` is the
-    /// pod's key.
+    /// Removes a pod without a shim. Started by `delete`, `start` and the serving shim as a separate
+    /// process; `id` is the pod's key.
     Cleanup,
     Serve,
     Version,

@@ -19,7 +19,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
 use serde::Serialize;
@@ -39,8 +39,10 @@ const JSON_VERSION: i32 = 2;
 const PROTOCOL: &str = "ttrpc";
 /// Environment variable that containerd sets from 1.7 on, always to 2.
 const MAX_SHIM_VERSION: &str = "MAX_SHIM_VERSION";
-/// Time for the cleanup of a former pod with the same id.
+/// Time for the shim of a former pod with the same id to exit, or for its cleanup to end.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for the cleanup of a former pod with the same id that `start` itself begins.
+const FORMER_POD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time for a shim that is being started to accept connections.
 const START_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -67,11 +69,7 @@ pub(crate) fn start(arguments: &Arguments) -> Result<()> {
             }
         }
         None if paths.is_alive() => {}
-        None => {
-            spawn_shim(arguments, &settings, &bundle, &paths)?;
-            // A failure must not prevent the start, and standard error is part of the response.
-            let _ = cleanup::sweep(&settings);
-        }
+        None => spawn_shim(arguments, &settings, &bundle, &paths)?,
     }
     let address = paths.address();
     // containerd reconnects to its shims by this file after a restart.
@@ -137,8 +135,14 @@ fn spawn_shim(
         if !paths.root.join("pods").exists() {
             break lock;
         }
-        // Of a pod with the same id, whose shim died with the host.
-        cleanup::remove_locked(settings, paths)?;
+        // Of a pod with the same id, whose shim died with the host. The cleanup takes the lock.
+        drop(lock);
+        let former = settings.of_former_pod(&paths.key);
+        ensure!(
+            cleanup::run(&former, &paths.key, FORMER_POD_TIMEOUT)?,
+            "removing the former pod with this id ({}) takes longer than {FORMER_POD_TIMEOUT:?}; it continues",
+            paths.root.display()
+        );
     };
     settings.write(&paths.settings())?;
     let path = paths.socket();
@@ -161,8 +165,9 @@ fn spawn_shim(
         .stderr(Stdio::null())
         // A process group of its own: signals to containerd's group must not reach it.
         .process_group(0);
-    command.spawn().context("starting the shim")?;
-    Ok(())
+    let shim = command.spawn().context("starting the shim")?;
+    // Before the response: `delete`, which may follow at once, has to find the process.
+    paths.write_pid(shim.id()).context("writing the shim's pid")
 }
 
 #[cfg(test)]

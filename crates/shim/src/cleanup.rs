@@ -1,15 +1,18 @@
 //! `delete`: containerd runs it when a shim does not respond. The resources of the pod are in the
 //! sandbox's journal; they are removed.
 
+use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::{Message, MessageField};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sandbox::Sandboxes;
@@ -32,8 +35,12 @@ const SHUTDOWN_DEADLINE_MS: u64 = 300;
 const CLEANUP_WAIT: Duration = Duration::from_secs(1);
 /// Time for the shim to die or for another cleanup to end.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
-/// Maximum number of dead pods that one `start` cleans up.
+/// Maximum number of dead pods that one shim cleans up.
 const MAX_SWEEP: usize = 4;
+/// Time for the cleanup of one dead pod until the next one is cleaned up.
+const SWEEP_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of a cleanup's errors that are reported.
+const MAX_ERROR: usize = 4096;
 /// Maximum size of the settings, bytes.
 const MAX_SETTINGS: u64 = 1 << 20;
 /// Time for a shim to exit after Shutdown: it sends its events and removes its pod.
@@ -65,9 +72,9 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
                 // The shim hangs.
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
-            run_cleanup(&settings, &paths)
+            run(&settings, &paths.key, CLEANUP_WAIT).map(drop)
         }
-        (Some(_), false) => run_cleanup(&settings, &paths),
+        (Some(_), false) => run(&settings, &paths.key, CLEANUP_WAIT).map(drop),
     };
     let response = DeleteResponse {
         exit_status: EXIT_STATUS_KILLED,
@@ -90,39 +97,44 @@ fn wait_for_shim_exit(paths: &PodPaths) -> bool {
     true
 }
 
-/// Runs the cleanup in a separate process and waits for it as long as containerd allows.
-fn run_cleanup(settings: &Settings, paths: &PodPaths) -> Result<()> {
-    let mut child = spawn_cleanup(settings, &paths.key)?;
-    let begin = Instant::now();
-    while begin.elapsed() < CLEANUP_WAIT {
-        if let Some(status) = child.try_wait().context("waiting for the cleanup")? {
-            ensure!(status.success(), "the cleanup of {} failed ({status})", paths.root.display());
-            return Ok(());
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
-/// Starts `cleanup` for the pod with this key, with the pod's settings as standard input.
-fn spawn_cleanup(settings: &Settings, key: &str) -> Result<Child> {
+/// Runs `cleanup` for the pod with this key in a separate process, with the pod's settings as standard
+/// input. False if it takes longer than `limit`: it continues in the background.
+pub(crate) fn run(settings: &Settings, key: &str, limit: Duration) -> Result<bool> {
+    // Not a pipe: nobody reads what a cleanup in the background writes.
+    let errors = memfd_create(c"errors", MFdFlags::MFD_CLOEXEC).context("creating a memfd")?;
+    let errors = File::from(errors);
     let program = std::env::current_exe().context("locating the shim's executable")?;
     let mut child = Command::new(program)
         .args(["-id", key, "cleanup"])
         .current_dir("/")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        .stderr(errors.try_clone().context("passing the memfd")?)
         .process_group(0)
         .spawn()
         .context("starting the cleanup")?;
     let input = child.stdin.take().context("the cleanup has no standard input")?;
     serde_json::to_writer(input, settings).context("sending the settings to the cleanup")?;
-    Ok(child)
+    let begin = Instant::now();
+    while begin.elapsed() < limit {
+        if let Some(status) = child.try_wait().context("waiting for the cleanup")? {
+            let mut text = vec![0; MAX_ERROR];
+            let length = errors.read_at(&mut text, 0).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text[..length]);
+            ensure!(
+                status.success(),
+                "the cleanup of pod {key} failed ({status}): {}",
+                text.trim()
+            );
+            return Ok(true);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(false)
 }
 
-/// Starts the cleanup of pods without a shim; does not wait. Called by `start` of each pod.
-pub(crate) fn sweep(settings: &Settings) -> Result<()> {
+/// Removes pods without a shim, one after the other. Called once by the shim of each pod.
+pub(crate) fn sweep(settings: &Settings) {
     let mut dead = PodPaths::dead_pods(settings);
     if !dead.is_empty() {
         // Pods whose cleanup always fails must not keep the others from theirs.
@@ -130,12 +142,18 @@ pub(crate) fn sweep(settings: &Settings) -> Result<()> {
         dead.rotate_left(first);
     }
     for key in dead.into_iter().take(MAX_SWEEP) {
-        let saved = Settings::read_saved(&PodPaths::from_key(settings, key.clone()).settings());
-        // They name the directory in which they were found, or they are of another pod.
-        let saved = saved.filter(|saved| saved.root == settings.root);
-        spawn_cleanup(saved.as_ref().unwrap_or(settings), &key)?;
+        match run(&settings.of_former_pod(&key), &key, SWEEP_TIMEOUT) {
+            Ok(true) => tracing::info!(key, "a pod without a shim was removed"),
+            Ok(false) => {
+                tracing::warn!(key, limit = ?SWEEP_TIMEOUT, "removing a pod without a shim takes long");
+            }
+            Err(error) => tracing::warn!(
+                key,
+                error = format!("{error:#}"),
+                "removing a pod without a shim failed"
+            ),
+        }
     }
-    Ok(())
 }
 
 /// Stops the pod's VM and removes all resources listed in the journal. Reads the settings from standard
@@ -154,7 +172,7 @@ pub(crate) fn cleanup(arguments: &Arguments) -> Result<()> {
 }
 
 /// The cleanup of a pod whose lock the caller holds. Its root directory is removed with the lock.
-pub(crate) fn remove_locked(settings: &Settings, paths: &PodPaths) -> Result<()> {
+fn remove_locked(settings: &Settings, paths: &PodPaths) -> Result<()> {
     if paths.root.join("pods").is_dir() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(remove_pods(settings, paths))?;

@@ -7,6 +7,7 @@
 //! ```
 
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -135,6 +136,10 @@ impl Pod {
         let creating = Creating::default();
         {
             let mut tasks = self.tasks();
+            if self.shutting_down.load(Ordering::Relaxed) {
+                let message = format!("task {id} is not created: the shim of its pod is ending");
+                return Err(status(Code::UNAVAILABLE, message));
+            }
             if tasks.contains_key(&id) {
                 return Err(status(Code::ALREADY_EXISTS, format!("task {id} already exists")));
             }
@@ -341,7 +346,7 @@ mod tests {
         Pod::new("default".into(), paths, settings, Publisher::start("default".into(), address))
     }
 
-    /// A task whose root file system is mounted, as at the end of a successful creation.
+    /// A task after its creation and before the commit. It has no resources.
     fn pending(pod: &Arc<Pod>, dir: &Path) -> (PendingTask, Creating) {
         let task = Arc::new(Task {
             id: "c".into(),
@@ -403,18 +408,38 @@ mod tests {
         assert!(!pod.has_tasks());
     }
 
+    fn options(dir: &Path) -> CreateOptions {
+        CreateOptions {
+            id: "c".into(),
+            bundle: dir.join("absent"),
+            rootfs: Vec::new(),
+            stdio_paths: StdioPaths::default(),
+        }
+    }
+
+    #[tokio::test]
+    async fn after_shutdown_no_task_is_created() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = pod(dir.path());
+        let (pending, _) = pending(&pod, dir.path());
+        pod.request_shutdown();
+        pending.commit().unwrap();
+        assert!(!pod.shutting_down.load(Ordering::Relaxed), "it has a task");
+        pod.tasks().clear();
+        pod.request_shutdown();
+        let refused = pod.create(options(dir.path())).await.unwrap_err();
+        let ttrpc::Error::RpcStatus(status) = refused else { panic!("{refused}") };
+        assert_eq!(status.code, Code::UNAVAILABLE.into(), "{status:?}");
+        assert!(!pod.has_tasks());
+        tokio::time::timeout(Duration::from_secs(10), pod.shutdown.cancelled()).await.unwrap();
+    }
+
     #[tokio::test]
     async fn a_failed_create_leaves_no_task() {
         let dir = tempfile::tempdir().unwrap();
         let pod = pod(dir.path());
-        let options = || CreateOptions {
-            id: "c".into(),
-            bundle: dir.path().join("absent"),
-            rootfs: Vec::new(),
-            stdio_paths: StdioPaths::default(),
-        };
         for _ in 0..2 {
-            let error = pod.create(options()).await.unwrap_err().to_string();
+            let error = pod.create(options(dir.path())).await.unwrap_err().to_string();
             assert!(error.contains("config.json"), "{error}");
             assert!(!pod.has_tasks());
         }

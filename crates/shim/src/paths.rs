@@ -8,12 +8,14 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use sha2::{Digest, Sha256};
 
 use crate::settings::Settings;
@@ -112,6 +114,8 @@ impl PodPaths {
         loop {
             self.create_dirs()?;
             if let Some(lock) = self.try_lock()? {
+                // The former holder may have removed some of them before.
+                self.create_dirs()?;
                 return Ok(lock);
             }
             if begin.elapsed() > timeout {
@@ -138,14 +142,20 @@ impl PodPaths {
         self.state.join("shutdown")
     }
 
-    /// Whether a shim of the pod accepts connections.
+    /// Whether a process listens on the pod's socket. Does not block.
     pub(crate) fn is_alive(&self) -> bool {
-        UnixStream::connect(self.socket()).is_ok()
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None);
+        let connected = socket.and_then(|socket| {
+            let address = UnixAddr::new(&self.socket())?;
+            connect(socket.as_raw_fd(), &address)
+        });
+        // EAGAIN: the process does not accept connections, and its queue of them is full (unix(7)).
+        matches!(connected, Ok(()) | Err(Errno::EAGAIN))
     }
 
     /// Records the process that serves.
-    pub(crate) fn write_pid(&self) -> io::Result<()> {
-        let pid = std::process::id();
+    pub(crate) fn write_pid(&self, pid: u32) -> io::Result<()> {
         fs::write(self.state.join("pid"), format!("{pid} {}", process_start_time(pid)?))
     }
 
@@ -217,6 +227,8 @@ fn process_start_time(pid: u32) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::socket::{Backlog, bind, listen};
+
     use super::*;
 
     fn paths(dir: &Path, id: &str) -> PodPaths {
@@ -257,7 +269,7 @@ mod tests {
         let lock = locked.try_lock().unwrap().unwrap();
         assert!(locked.try_lock().unwrap().is_none());
         // A shim of an earlier release, which does not lock.
-        older.write_pid().unwrap();
+        older.write_pid(std::process::id()).unwrap();
         assert_eq!(PodPaths::dead_pods(&settings), std::slice::from_ref(&dead.key));
         drop(lock);
         assert_eq!(PodPaths::dead_pods(&settings).len(), 2);
@@ -279,6 +291,53 @@ mod tests {
         assert!(error.contains("is locked"), "{error}");
     }
 
+    /// One process creates the directories while the former holder of the lock removes them.
+    #[test]
+    fn the_holder_of_the_lock_has_all_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let end = Instant::now() + Duration::from_secs(2);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let paths = paths(dir.path(), "a");
+                    while Instant::now() < end {
+                        let Ok(lock) = paths.create_and_lock(Duration::ZERO) else { continue };
+                        assert!(paths.state.is_dir() && paths.root.is_dir());
+                        paths.remove_all().unwrap();
+                        drop(lock);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_shim_that_does_not_accept_connections_is_alive_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = paths(dir.path(), "a");
+        paths.create_dirs().unwrap();
+        assert!(!paths.is_alive());
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let listener = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+        bind(listener.as_raw_fd(), &UnixAddr::new(&paths.socket()).unwrap()).unwrap();
+        assert!(!paths.is_alive(), "nobody listens yet");
+        listen(&listener, Backlog::new(1).unwrap()).unwrap();
+        let (send, answers) = std::sync::mpsc::channel();
+        let asked = paths.clone();
+        std::thread::spawn(move || {
+            // Connections that were closed stay in the queue until they are accepted.
+            for _ in 0..5 {
+                send.send(asked.is_alive()).unwrap();
+            }
+        });
+        for n in 0..5 {
+            let alive = answers.recv_timeout(Duration::from_secs(10)).ok();
+            assert_eq!(alive, Some(true), "call {n}");
+        }
+        drop(listener);
+        assert!(!paths.is_alive());
+    }
+
     #[test]
     fn socket_paths_fit_into_sun_path() {
         let settings = Settings::default();
@@ -294,7 +353,7 @@ mod tests {
         let paths = paths(dir.path(), "a");
         paths.create_dirs().unwrap();
         assert_eq!(paths.shim_pid(), None);
-        paths.write_pid().unwrap();
+        paths.write_pid(std::process::id()).unwrap();
         assert_eq!(paths.shim_pid(), Some(std::process::id()));
         fs::write(paths.state.join("pid"), format!("{} 1", std::process::id())).unwrap();
         assert_eq!(paths.shim_pid(), None);

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -47,6 +48,8 @@ pub(crate) struct Pod {
     pub(crate) sandboxes: OnceCell<Sandboxes>,
     pub(crate) sandbox: SandboxState,
     tasks: Mutex<BTreeMap<String, TaskEntry>>,
+    /// Shutdown was accepted: no further task is created. Set with [`Self::tasks`] locked.
+    pub(crate) shutting_down: AtomicBool,
     /// Cancelled when the shim is to exit.
     pub(crate) shutdown: CancellationToken,
 }
@@ -128,6 +131,7 @@ impl Pod {
             sandboxes: OnceCell::new(),
             sandbox: SandboxState::default(),
             tasks: Mutex::default(),
+            shutting_down: AtomicBool::new(false),
             shutdown: CancellationToken::new(),
         })
     }
@@ -542,8 +546,12 @@ impl Pod {
 
     /// Shutdown: ignored while there are tasks, or a sandbox that ShutdownSandbox removes.
     pub(crate) fn request_shutdown(self: &Arc<Self>) {
-        if self.has_tasks() || self.sandbox.exists() {
-            return;
+        {
+            let tasks = self.tasks();
+            if !tasks.is_empty() || self.sandbox.exists() {
+                return;
+            }
+            self.shutting_down.store(true, Ordering::Relaxed);
         }
         if let Err(error) = std::fs::write(self.paths.shutdown_marker(), "") {
             tracing::warn!(%error, "writing the shutdown marker for `delete` failed");

@@ -18,6 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::args::Arguments;
+use crate::cleanup;
 use crate::events::Publisher;
 use crate::paths::PodPaths;
 use crate::pod::Pod;
@@ -71,7 +72,7 @@ fn listener() -> Result<UnixListener> {
 async fn run(arguments: &Arguments, settings: Settings, paths: PodPaths) -> Result<()> {
     let listener = listener()?;
     listener.set_nonblocking(true)?;
-    paths.write_pid().context("writing the pid")?;
+    paths.write_pid(std::process::id()).context("writing the pid")?;
     let publisher = Publisher::start(arguments.namespace.clone(), events_address(arguments));
     let pod = Pod::new(arguments.namespace.clone(), paths, settings, publisher.clone());
     let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -79,6 +80,9 @@ async fn run(arguments: &Arguments, settings: Settings, paths: PodPaths) -> Resu
         Server::new().add_listener(Listener::from(listener)).register_service(services(&pod));
     server.start().await.context("serving")?;
     tracing::info!(id = arguments.id, namespace = arguments.namespace, "shim serves");
+    // Not in `start`, whose end containerd awaits.
+    let settings = pod.settings.clone();
+    tokio::task::spawn_blocking(move || cleanup::sweep(&settings));
     // A signal sent to a process group must not stop the pod.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

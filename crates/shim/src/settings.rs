@@ -98,8 +98,15 @@ impl Settings {
         Self::read_saved(&bundle.join(SAVED))
     }
 
+    /// Settings of a pod without a shim in the root directory of these settings: those that it was started
+    /// with, if they are readable and name the same root directory.
+    pub(crate) fn of_former_pod(&self, key: &str) -> Self {
+        let saved = Self::read_saved(&PodPaths::from_key(self, key.to_owned()).settings());
+        saved.filter(|saved| saved.root == self.root).unwrap_or_else(|| self.clone())
+    }
+
     /// None also if the file is of a release with other settings.
-    pub(crate) fn read_saved(path: &Path) -> Option<Self> {
+    fn read_saved(path: &Path) -> Option<Self> {
         serde_json::from_slice(&std::fs::read(path).ok()?).ok()
     }
 
@@ -133,6 +140,8 @@ impl Settings {
             uid_base: uid,
             uid_range: 1,
             start_parallelism: 1,
+            // A shim has one pod.
+            templates: 0,
             id_length: KEY_LENGTH,
             scratch_templates: paths.originals.clone(),
             caller_reads_output: true,

@@ -1,7 +1,8 @@
 //! The binary as containerd runs it: `start`, `delete`, `-info`, `-v`. No VM is started: needs nothing.
 
-use std::fs;
-use std::io::Write;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -22,7 +23,9 @@ struct Host {
 
 impl Host {
     fn new() -> Self {
-        let host = Self { dir: tempfile::tempdir().unwrap() };
+        // A short path: that of a pod's socket has at most 107 bytes.
+        let dir = tempfile::Builder::new().prefix("s").rand_bytes(5).tempdir_in("/tmp");
+        let host = Self { dir: dir.unwrap() };
         host.configure("one");
         host
     }
@@ -33,7 +36,11 @@ impl Host {
 
     /// Writes shim.toml with directories of this name.
     fn configure(&self, name: &str) {
-        let (root, state) = (self.path(name).join("root"), self.path(name).join("state"));
+        self.configure_dirs(name, name);
+    }
+
+    fn configure_dirs(&self, root: &str, state: &str) {
+        let (root, state) = (self.path(root).join("root"), self.path(state).join("state"));
         let text = format!("root = {root:?}\nstate = {state:?}\n");
         fs::write(self.path("shim.toml"), text).unwrap();
     }
@@ -69,6 +76,24 @@ impl Host {
         assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
         let response = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
         assert_eq!(response.exit_status, 137);
+    }
+
+    /// The pod `p` of an earlier boot of the host: its files are there, its shim is not. Returns its key.
+    fn former_pod(&self) -> String {
+        let bundle = self.bundle("p", &serde_json::json!({}));
+        self.start(&bundle, "p");
+        let root = self.path("one/root");
+        let key = fs::read_dir(&root).unwrap().next().unwrap().unwrap().file_name();
+        let key = key.into_string().unwrap();
+        let settings = fs::read(root.join(&key).join("settings.json")).unwrap();
+        self.delete(&bundle, "p");
+        eventually("files of the pod are left", || self.files("one").is_empty());
+        fs::create_dir_all(root.join(&key).join("pods")).unwrap();
+        fs::write(root.join(&key).join("settings.json"), settings).unwrap();
+        fs::create_dir_all(self.path("one/state").join(&key)).unwrap();
+        // containerd makes a new bundle.
+        fs::remove_dir_all(bundle).unwrap();
+        key
     }
 
     /// Names of the files in `<name>/root`, `<name>/state` and `<name>/state/uids`.
@@ -154,6 +179,75 @@ fn start_removes_files_of_pods_without_a_shim_and_keeps_those_of_others() {
     host.delete(&first, "a");
     host.delete(&second, "b");
     eventually("files of the pods are left", || host.files("one").is_empty());
+}
+
+#[test]
+fn start_removes_a_former_pod_with_the_settings_with_which_that_was_started() {
+    let host = Host::new();
+    let key = host.former_pod();
+    host.configure_dirs("one", "two");
+    let bundle = host.bundle("p", &serde_json::json!({}));
+    let address = host.start(&bundle, "p");
+    assert!(!host.path("one/state").join(&key).exists(), "files of the former pod are left");
+    assert!(!host.path("one/root").join(&key).join("pods").exists());
+    assert!(host.path("two/state").join(&key).exists());
+    UnixStream::connect(address.strip_prefix("unix://").unwrap()).unwrap();
+    host.delete(&bundle, "p");
+    let is_left = |name| host.files(name).contains(&key);
+    eventually("files of the pod are left", || !is_left("one") && !is_left("two"));
+}
+
+/// Its journal is a FIFO, which blocks the cleanup.
+#[test]
+fn start_does_not_wait_without_end_for_the_removal_of_a_former_pod() {
+    let host = Host::new();
+    let key = host.former_pod();
+    let pod = host.path("one/root").join(&key).join("pods").join(&key);
+    fs::create_dir_all(&pod).unwrap();
+    let journal = pod.join("record.json");
+    nix::unistd::mkfifo(&journal, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let bundle = host.bundle("p", &serde_json::json!({}));
+    let begin = Instant::now();
+    let output = host.run(&bundle, "p", "start");
+    assert!(begin.elapsed() < Duration::from_secs(40), "{:?}", begin.elapsed());
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && message.contains("takes longer than 10s"), "{message}");
+    // Ends the cleanup, which holds the lock.
+    let mut options = File::options();
+    drop(options.write(true).custom_flags(libc::O_NONBLOCK).open(&journal).unwrap());
+    let root = host.path("one/root").join(&key);
+    eventually("the cleanup does not end", || {
+        File::open(&root).map_or(true, |dir| dir.try_lock().is_ok())
+    });
+}
+
+/// A file where the pod's directory is expected makes its cleanup fail.
+#[test]
+fn errors_of_cleanups_are_in_the_error_of_delete_and_in_the_log_of_the_sweeping_shim() {
+    let host = Host::new();
+    let key = host.former_pod();
+    let state = host.path("one/state").join(&key);
+    fs::remove_dir(&state).unwrap();
+    fs::write(&state, "").unwrap();
+    let output = host.run(&host.bundle("p", &serde_json::json!({})), "p", "delete");
+    let message = String::from_utf8(output.stderr).unwrap();
+    let wanted = format!("creating {}", state.display());
+    assert!(!output.status.success() && message.contains(&wanted), "{message}");
+
+    // containerd reads the FIFO.
+    let other = host.bundle("other", &serde_json::json!({}));
+    let fifo = other.join("log");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut options = File::options();
+    let mut log = options.read(true).custom_flags(libc::O_NONBLOCK).open(&fifo).unwrap();
+    host.start(&other, "other");
+    let mut text = Vec::new();
+    eventually("the error is not logged", || {
+        let _ = log.read_to_end(&mut text);
+        let text = String::from_utf8_lossy(&text);
+        text.contains("removing a pod without a shim failed") && text.contains(&wanted)
+    });
+    host.delete(&other, "other");
 }
 
 #[test]

@@ -139,6 +139,9 @@ pub trait VirtioDevice: Send {
         0
     }
     fn counters(&self) -> Arc<DeviceCounters>;
+    /// Whether a device with the same configuration, without any other state, can continue with the
+    /// queues of this one, whose engine has drained. Otherwise the reason.
+    fn check_saveable(&self) -> Result<(), String>;
     /// Creates the engine. Must not block: it runs on a vCPU thread. An error sets
     /// DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> io::Result<Box<dyn Engine>>;

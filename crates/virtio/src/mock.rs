@@ -109,6 +109,11 @@ impl MockQueue {
         self.free.len()
     }
 
+    /// Head of the next chain that [`Self::add`] makes available.
+    pub fn next_free(&self) -> u16 {
+        *self.free.last().expect("a free descriptor")
+    }
+
     /// Makes a chain available: buffers the device reads, then buffers it writes.
     pub fn add(&mut self, readable: &[(u64, u32)], writable: &[(u64, u32)]) -> u16 {
         let parts: Vec<(u64, u32, u16)> = readable
@@ -178,21 +183,27 @@ impl MockQueue {
         self.mem.store(index.to_le(), at, Ordering::Release).expect("ring in memory");
     }
 
+    /// The index of the used ring.
+    pub fn used_index(&self) -> u16 {
+        let at = GuestAddress(self.device() + 2);
+        u16::from_le(self.mem.load(at, Ordering::Acquire).expect("ring in memory"))
+    }
+
+    /// Used chains that [`Self::used`] has not returned yet.
+    pub fn unread(&self) -> u16 {
+        self.used_index().wrapping_sub(self.next_used)
+    }
+
     /// The next used chain: its head and the number of bytes written.
     pub fn used(&mut self) -> Option<(u16, u32)> {
-        let index: u16 = self
-            .mem
-            .load(GuestAddress(self.device() + 2), Ordering::Acquire)
-            .expect("ring in memory");
-        if u16::from_le(index) == self.next_used {
+        if self.unread() == 0 {
             return None;
         }
         let at = self.device() + 4 + 8 * u64::from(self.next_used % self.size);
         let entry: [u32; 2] = self.mem.read_obj(GuestAddress(at)).expect("ring in memory");
         self.next_used = self.next_used.wrapping_add(1);
-        // used_event: an interrupt for the next used chain.
-        let event = self.driver() + 4 + 2 * u64::from(self.size);
-        self.mem.write_obj(self.next_used.to_le(), GuestAddress(event)).expect("ring in memory");
+        // An interrupt for the next used chain.
+        self.set_used_event(self.next_used);
         let head = u32::from_le(entry[0]) as u16;
         if let Some(indices) = self.chains.remove(&head) {
             self.free.extend(indices);
@@ -214,6 +225,12 @@ impl MockQueue {
             self.kick();
         }
         wanted
+    }
+
+    /// With EVENT_IDX: the used index whose chain is to cause an interrupt.
+    pub fn set_used_event(&self, index: u16) {
+        let at = GuestAddress(self.driver() + 4 + 2 * u64::from(self.size));
+        self.mem.write_obj(index.to_le(), at).expect("ring in memory");
     }
 
     /// The flags of the available ring; without EVENT_IDX, 1 suppresses interrupts.

@@ -3,13 +3,19 @@
 //! [`VirtQueue::pop`] returns checked chains ([`Chain`]). Malformed chains are returned to the
 //! driver with length 0 and counted. An invalid ring (an available index further ahead than the
 //! queue size) disables the queue and sets DEVICE_NEEDS_RESET.
+//!
+//! The used ring is written here, because `Queue::add_used` publishes each element on its own and
+//! buffers of one packet have to be published together.
+
+#[cfg(test)]
+mod tests;
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Chain;
@@ -24,6 +30,16 @@ const MAX_MALFORMED_PER_POP: usize = 64;
 
 /// Section 2.7.6: the driver wants no interrupt (without EVENT_IDX).
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// Bytes of an available or used ring before its elements: `flags` and `idx` (sections 2.7.6 and
+/// 2.7.8).
+const RING_HEADER: u64 = 4;
+/// Offset of a ring's `idx`.
+const RING_IDX: u64 = 2;
+/// Bytes of an element of the available ring.
+const AVAIL_ELEMENT: u64 = 2;
+/// Bytes of an element of the used ring.
+const USED_ELEMENT: u64 = 8;
 
 /// Guest addresses of a queue's areas (section 2.7), checked to lie in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,8 +58,8 @@ pub struct VirtQueue {
     mem: AccessibleMemory,
     interrupt: Arc<dyn Interrupt>,
     counters: Arc<DeviceCounters>,
-    /// Chains were added to the used ring since the last [`VirtQueue::signal_used`].
-    needs_signal: bool,
+    /// Chains added to the used ring since the last [`VirtQueue::signal_used`].
+    unsignalled: u32,
     broken: bool,
 }
 
@@ -58,7 +74,7 @@ impl VirtQueue {
     ) -> Self {
         let broken = !queue.ready();
         let mem = AccessibleMemory::new(mem, Granted::all());
-        Self { index, queue, kick, mem, interrupt, counters, needs_signal: false, broken }
+        Self { index, queue, kick, mem, interrupt, counters, unsignalled: 0, broken }
     }
 
     /// Limits the queue to granted memory.
@@ -100,6 +116,12 @@ impl VirtQueue {
             }
             Err(error) => self.fail(&error),
         }
+    }
+
+    /// The ring is invalid, or the driver has not enabled the queue. The device has no right to the
+    /// buffers of its chains any more.
+    pub fn is_broken(&self) -> bool {
+        self.broken
     }
 
     /// The eventfd that the driver's notifications signal.
@@ -172,25 +194,63 @@ impl VirtQueue {
 
     /// Adds a chain to the used ring, with `written` bytes in its writable part.
     pub fn push(&mut self, head: u16, written: u32) {
-        if self.broken {
-            return;
+        self.push_all([(head, written)]);
+    }
+
+    /// Adds chains to the used ring in this order, each with the number of bytes in its writable
+    /// part. The driver sees all of them or none, as section 5.1.6.4 requires for the buffers of one
+    /// packet.
+    pub fn push_all(&mut self, used: impl IntoIterator<Item = (u16, u32)>) {
+        if !self.broken
+            && let Err(error) = self.add_used(used)
+        {
+            self.fail(&error);
         }
-        match self.queue.add_used(&self.mem, head, written) {
-            Ok(()) => self.needs_signal = true,
-            Err(error) => self.fail(&error),
+    }
+
+    /// Writes the elements, then the index that makes them visible.
+    fn add_used(
+        &mut self,
+        used: impl IntoIterator<Item = (u16, u32)>,
+    ) -> Result<(), virtio_queue::Error> {
+        let (size, ring) = (self.queue.size(), self.queue.used_ring());
+        let mut next = self.queue.next_used();
+        let mut count = 0;
+        for (head, written) in used {
+            if head >= size {
+                return Err(virtio_queue::Error::InvalidDescriptorIndex);
+            }
+            let at = address(ring, RING_HEADER + USED_ELEMENT * u64::from(next % size))?;
+            let element = [u32::from(head).to_le(), written.to_le()];
+            self.mem.write_obj(element, at).map_err(virtio_queue::Error::GuestMemory)?;
+            next = next.wrapping_add(1);
+            count += 1;
         }
+        // Release: the elements and the buffers are written before.
+        let stored = self.mem.store(next.to_le(), address(ring, RING_IDX)?, Ordering::Release);
+        stored.map_err(virtio_queue::Error::GuestMemory)?;
+        self.queue.set_next_used(next);
+        self.unsignalled = self.unsignalled.saturating_add(count);
+        Ok(())
     }
 
     /// Interrupts the driver if chains were used and it has not suppressed the notification
     /// (sections 2.7.7 and 2.7.10).
     pub fn signal_used(&mut self) {
-        if self.broken || !std::mem::take(&mut self.needs_signal) {
+        let added = std::mem::take(&mut self.unsignalled);
+        if self.broken || added == 0 {
             return;
         }
-        // It has a fence between the used ring and what is read here.
-        let wanted = match self.queue.needs_notification(&self.mem) {
-            Ok(true) if !self.queue.event_idx_enabled() => self.flags_want_interrupt(),
-            other => other,
+        // The used index is written before `used_event` or `flags` is read; the driver writes
+        // these before it reads the used index.
+        fence(Ordering::SeqCst);
+        let wanted = if self.queue.event_idx_enabled() {
+            self.used_event().map(|event| {
+                let since = self.queue.next_used().wrapping_sub(event).wrapping_sub(1);
+                u32::from(since) < added
+            })
+        } else {
+            self.avail_flags().map(|flags| flags & AVAIL_F_NO_INTERRUPT == 0)
         };
         match wanted {
             Ok(true) => self.interrupt.queue(self.index),
@@ -199,12 +259,20 @@ impl VirtQueue {
         }
     }
 
-    /// The available ring's flags, which rust-vmm's queue does not read.
-    fn flags_want_interrupt(&self) -> Result<bool, virtio_queue::Error> {
-        let at = GuestAddress(self.queue.avail_ring());
-        let flags = self.mem.load::<u16>(at, Ordering::Relaxed);
-        let flags = flags.map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0)
+    /// `used_event` of the available ring: the used index whose chain is to cause an interrupt.
+    fn used_event(&self) -> Result<u16, virtio_queue::Error> {
+        self.read_driver_area(RING_HEADER + AVAIL_ELEMENT * u64::from(self.queue.size()))
+    }
+
+    /// `flags` of the available ring.
+    fn avail_flags(&self) -> Result<u16, virtio_queue::Error> {
+        self.read_driver_area(0)
+    }
+
+    fn read_driver_area(&self, offset: u64) -> Result<u16, virtio_queue::Error> {
+        let at = address(self.queue.avail_ring(), offset)?;
+        let value = self.mem.load::<u16>(at, Ordering::Relaxed);
+        value.map(u16::from_le).map_err(virtio_queue::Error::GuestMemory)
     }
 
     /// Suppresses kicks while the queue is processed.
@@ -237,4 +305,9 @@ impl VirtQueue {
         guest_warn!(self.counters.limit, queue, %error, "invalid ring; the device needs a reset");
         self.interrupt.needs_reset();
     }
+}
+
+/// The address `offset` bytes after the start of a ring.
+fn address(ring: u64, offset: u64) -> Result<GuestAddress, virtio_queue::Error> {
+    GuestAddress(ring).checked_add(offset).ok_or(virtio_queue::Error::AddressOverflow)
 }

@@ -1,5 +1,6 @@
 //! A blocking client of the control socket, with a deadline on every call.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
@@ -51,11 +52,30 @@ impl Client {
     /// Sends a request with its file descriptors and waits for the reply. [`Reply::Error`] is
     /// returned as [`ClientError::Refused`].
     pub fn call(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, ClientError> {
+        Ok(self.exchange(request, fds)?.0)
+    }
+
+    /// Saves the paused VM: its state is written to `state`. Returns the file with its memory.
+    pub fn snapshot(&self, state: BorrowedFd<'_>) -> Result<File, ClientError> {
+        let request = Request::Snapshot;
+        match self.exchange(&request, &[state])? {
+            (Reply::Saved, mut fds) => match fds.pop() {
+                Some(memory) => Ok(File::from(memory)),
+                None => Err(ClientError::Unexpected { request, got: Reply::Saved }),
+            },
+            (got, _) => Err(ClientError::Unexpected { request, got }),
+        }
+    }
+
+    fn exchange(
+        &self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
         send(self.socket.as_fd(), request, fds).map_err(|e| self.deadline(e))?;
-        let (reply, _) = receive::<Reply>(self.socket.as_fd()).map_err(|e| self.deadline(e))?;
-        match reply {
-            Reply::Error(error) => Err(error.into()),
-            reply => Ok(reply),
+        match receive::<Reply>(self.socket.as_fd()).map_err(|e| self.deadline(e))? {
+            (Reply::Error(error), _) => Err(error.into()),
+            answer => Ok(answer),
         }
     }
 

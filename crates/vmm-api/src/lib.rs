@@ -8,11 +8,13 @@
 //!   the file descriptor of a plugged device as `SCM_RIGHTS` ([`transport`]).
 //! - [`VmExit`]: written to the status file when the VM ends.
 //! - [`shares`]: the control protocol of `nacelle-fs`, which serves files to a VM.
+//! - [`snapshot`]: the memory file of a saved VM.
 //! - [`console_ring`]: the file with the guest's console output.
 
 pub mod client;
 pub mod console_ring;
 pub mod shares;
+pub mod snapshot;
 pub mod transport;
 
 use serde::{Deserialize, Serialize};
@@ -74,6 +76,19 @@ pub struct VmConfig {
     #[serde(default)]
     pub serial_console: bool,
     pub jail: Option<JailConfig>,
+    /// Continues a saved VM ([`Request::Snapshot`]) instead of booting the kernel. All other fields
+    /// that the guest can see must be those of the saved VM. The same files can start many VMs: they
+    /// are only read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore: Option<RestoreConfig>,
+}
+
+/// The files of a saved VM ([`Request::Snapshot`]).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreConfig {
+    pub state: Fd,
+    pub memory: Fd,
 }
 
 fn default_true() -> bool {
@@ -154,8 +169,13 @@ pub enum Request {
     ResizeMemory {
         memory_mib: u32,
     },
+    /// Stops the vCPUs and completes the devices' requests.
     Pause,
     Resume,
+    /// Writes the state of a paused VM to a regular file, whose descriptor comes with the packet
+    /// and which is truncated first. Answered with [`Reply::Saved`]. Refused while a device cannot
+    /// be saved: a network interface, a file system, an open vsock connection, plugged memory.
+    Snapshot,
     /// Ends the VM at once, without notice to the guest.
     Kill,
     Counters,
@@ -171,6 +191,10 @@ pub enum Reply {
         pci: String,
     },
     Counters(Counters),
+    /// The state was written. The file with the guest's memory comes with the packet: the client
+    /// copies it ([`snapshot::copy_memory`]) before it resumes the VM, so that the copy is charged
+    /// to the client's memory cgroup.
+    Saved,
     Error(Error),
 }
 

@@ -30,7 +30,7 @@ pub use self::error::AssembleError;
 use self::error::os;
 use self::running::RunningVm;
 pub use self::signals::block_signals;
-use crate::config::Resources;
+use crate::config::{Resources, Saved};
 use crate::console::Console;
 use crate::control::Server;
 use crate::devices::Devices;
@@ -39,7 +39,7 @@ use crate::memory::{Hotplug, Memory};
 use crate::platform::Platform;
 use crate::seccomp::{Filters, Policy, Role};
 use crate::vcpus::VcpuThreads;
-use crate::{cmdline, jail, log};
+use crate::{cmdline, jail, log, snapshot};
 
 /// Runs a VM until it ends. Returns the exit report and the file to write it to. `started` is the
 /// start time of the process.
@@ -57,9 +57,11 @@ pub fn run(resources: Resources, policy: Policy, started: Instant) -> (VmExit, F
         disks,
         nets,
         jail,
+        restore,
     } = resources;
     log::init(&config.name, log);
-    let parts = Parts { config, kernel, initramfs, kvm, control, vsock, disks, nets, jail };
+    let parts =
+        Parts { config, kernel, initramfs, kvm, control, vsock, disks, nets, jail, restore };
     let outcome = ExitState::new().map_err(os("cannot create an eventfd")).and_then(|exit| {
         let console = Console::new(console).map_err(os("cannot open the console ring"))?;
         end_on_panic(&exit);
@@ -104,6 +106,15 @@ struct Parts {
     disks: Vec<crate::devices::Disk>,
     nets: Vec<crate::devices::NetDevice>,
     jail: Option<vmm_api::JailConfig>,
+    restore: Option<Saved>,
+}
+
+/// How the guest starts.
+enum Start {
+    /// At the kernel's entry point.
+    Boot { entry: u64 },
+    /// Where a saved VM was paused.
+    Continue(Box<snapshot::VmState>),
 }
 
 impl Parts {
@@ -128,14 +139,24 @@ impl Parts {
         let fd = host.create_vm(self.config.max_vcpus)?;
         let mut ram = machine::memory::allocate(&layout)?;
         vm::map_ram(&fd, &ram)?;
-        let entry = load(&self.config, &ram, &layout, &mut self.kernel, &mut self.initramfs)?;
-        drop((self.kernel, self.initramfs));
+        let start = match &self.restore {
+            Some(saved) => {
+                let state = snapshot::read(&saved.state)?;
+                machine::memory::load(&ram, &layout, &saved.memory)?;
+                Start::Continue(Box::new(state))
+            }
+            None => {
+                let (kernel, initramfs) = (&mut self.kernel, &mut self.initramfs);
+                Start::Boot { entry: load(&self.config, &ram, &layout, kernel, initramfs)? }
+            }
+        };
+        drop((self.kernel, self.initramfs, self.restore));
         let count = self.config.max_vcpus;
         let mut vcpus = Vec::new();
         for id in 0..count {
             vcpus.push(Vcpu::new(&fd, id, &cpuid::table(host.cpuid(), id, count)?)?);
         }
-        vcpus[0].boot(entry)?;
+        let processor = cpuid::processor(host.cpuid());
 
         let region = match &layout.hotplug {
             Some(range) => {
@@ -145,10 +166,10 @@ impl Parts {
             None => None,
         };
         let bus = Arc::new(pci::Bus::new(layout.pci_window_64.clone()));
-        let (interrupts, doorbells) = (Interrupts::new(fd.clone()), Doorbells::new(fd));
+        let (interrupts, doorbells) = (Interrupts::new(fd.clone()), Doorbells::new(fd.clone()));
         let worker = thread_init(&filters, exit, Role::Worker);
         let granted = layout.hotplug.clone().map_or_else(Granted::all, Granted::with_hotplug);
-        let memory = (ram, granted.clone());
+        let memory = (ram.clone(), granted.clone());
         let devices = Devices::new(bus.clone(), memory, interrupts, doorbells, count, worker)
             .map_err(|source| AssembleError::Device { id: "worker".to_owned(), source })?;
         let added = |id: &str, result: Result<String, vmm_api::Error>| {
@@ -184,16 +205,37 @@ impl Parts {
             added(&net.id.clone(), devices.add_net(net))?;
         }
 
+        match start {
+            Start::Boot { entry } => vcpus[0].boot(entry)?,
+            Start::Continue(state) => {
+                let parts = snapshot::Parts {
+                    config: &self.config,
+                    processor: &processor,
+                    vm: &fd,
+                    ram: &ram,
+                    layout: &layout,
+                    bus: &bus,
+                    devices: &devices.list(),
+                };
+                parts.load(*state, &vcpus)?;
+            }
+        }
+
         let serial = self.config.serial_console.then(|| console.clone());
-        let platform = Arc::new(Platform::new(bus, exit.clone(), serial));
-        let vcpu_threads =
-            VcpuThreads::start(vcpus, &platform, exit, thread_init(&filters, exit, Role::Vcpu))?;
+        let platform = Arc::new(Platform::new(bus.clone(), exit.clone(), serial));
+        let init = thread_init(&filters, exit, Role::Vcpu);
+        let vcpu_threads = VcpuThreads::start(vcpus, &platform, exit, host.msrs()?, init)?;
         let running = Arc::new(RunningVm {
             config: self.config,
             memory: Memory::new(memory_mib, hotplug),
             devices,
             vcpu_threads,
             paused: AtomicBool::new(false),
+            vm: fd,
+            bus,
+            ram,
+            layout,
+            processor,
             start_us: started.elapsed().as_micros() as u64,
         });
         let init = thread_init(&filters, exit, Role::Control);

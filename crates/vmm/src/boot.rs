@@ -17,7 +17,8 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
 use vmm_api::{
-    DiskConfig, Fd, JailConfig, NetConfig, VERSION, VmConfig, VsockConfig, console_ring,
+    DiskConfig, Fd, JailConfig, NetConfig, RestoreConfig, VERSION, VmConfig, VsockConfig,
+    console_ring,
 };
 
 use crate::tap;
@@ -69,6 +70,10 @@ pub struct Options {
     /// File for the exit report (JSON)
     #[arg(long)]
     pub status: Option<PathBuf>,
+    /// Continue the VM that was saved in this directory (files `state` and `memory`) instead of
+    /// booting the kernel; all other options must be those of the saved VM
+    #[arg(long, value_name = "DIR")]
+    pub restore: Option<PathBuf>,
     /// Enter the jail as this uid and gid
     #[arg(long, value_name = "UID")]
     pub jail: Option<u32>,
@@ -140,6 +145,7 @@ pub fn open(options: &Options) -> Result<(VmConfig, File)> {
         nets: options.taps.iter().enumerate().map(net).collect::<Result<_>>()?,
         serial_console: options.serial,
         jail: options.jail.map(|uid| JailConfig { uid, gid: uid }),
+        restore: options.restore.as_deref().map(saved).transpose()?,
     };
     Ok((config, console))
 }
@@ -151,6 +157,11 @@ fn fd(owned: impl Into<OwnedFd>) -> Fd {
 
 fn open_file(path: &Path) -> Result<File> {
     File::open(path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+fn saved(dir: &Path) -> Result<RestoreConfig> {
+    let (state, memory) = (open_file(&dir.join("state"))?, open_file(&dir.join("memory"))?);
+    Ok(RestoreConfig { state: fd(state), memory: fd(memory) })
 }
 
 fn memfd(name: &str) -> Result<File> {

@@ -67,6 +67,7 @@ mod tests {
             nets: Vec::new(),
             serial_console: false,
             jail: None,
+            restore: None,
         }
     }
 

@@ -95,6 +95,14 @@ pub struct Resources {
     pub disks: Vec<Disk>,
     pub nets: Vec<NetDevice>,
     pub jail: Option<JailConfig>,
+    pub restore: Option<Saved>,
+}
+
+/// The files of a saved VM.
+#[derive(Debug)]
+pub struct Saved {
+    pub state: File,
+    pub memory: File,
 }
 
 /// Reads the configuration from an inherited file descriptor, which is closed. Fails if it cannot
@@ -160,6 +168,13 @@ fn take_rest(
         let (id, mac, mtu) = (net.id.clone(), net.mac, net.mtu);
         nets.push(NetDevice { id, tap, mac, mtu });
     }
+    let restore = match &config.restore {
+        Some(restore) => Some(Saved {
+            state: file(&mut table, "state", restore.state, Kind::Regular)?,
+            memory: file(&mut table, "memory", restore.memory, Kind::Regular)?,
+        }),
+        None => None,
+    };
     let jail = config.jail.clone();
     Ok(move |status| Resources {
         config,
@@ -174,6 +189,7 @@ fn take_rest(
         disks,
         nets,
         jail,
+        restore,
     })
 }
 
@@ -190,6 +206,12 @@ pub fn hot_net(net: &NetConfig, tap: OwnedFd) -> Result<NetDevice, ConfigError> 
     check_net(net)?;
     examine(&format!("net {:?}", net.id), &tap, Kind::Tap)?;
     Ok(NetDevice { id: net.id.clone(), tap, mac: net.mac, mtu: net.mtu })
+}
+
+/// The file of a Snapshot request. Fails if it is not a regular file.
+pub fn hot_state(file: OwnedFd) -> Result<File, ConfigError> {
+    examine("state", &file, Kind::Regular)?;
+    Ok(File::from(file))
 }
 
 /// A file system of an AddFs request. Fails if the id is invalid or `backend` is not a connected

@@ -41,8 +41,9 @@ pub trait Vm: Send + Sync {
     fn status(&self) -> VmStatus;
     /// Must not block.
     fn counters(&self) -> Counters;
-    /// Any other request; may block. Called on the control thread only.
-    fn perform(&self, request: Request, fds: Vec<OwnedFd>) -> Reply;
+    /// Any other request; may block. Called on the control thread only. Returns the reply and the
+    /// file descriptors that are sent with it.
+    fn perform(&self, request: Request, fds: Vec<OwnedFd>) -> (Reply, Vec<OwnedFd>);
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +77,7 @@ struct ClientRequest {
 }
 
 struct Replies {
-    queue: Mutex<VecDeque<(u64, Reply)>>,
+    queue: Mutex<VecDeque<(u64, (Reply, Vec<OwnedFd>))>>,
     event: EventFd,
 }
 
@@ -188,7 +189,10 @@ impl Server {
             }
         };
         let want = match request {
-            Request::AddDisk { .. } | Request::AddNet { .. } | Request::AddFs { .. } => 1,
+            Request::AddDisk { .. }
+            | Request::AddNet { .. }
+            | Request::AddFs { .. }
+            | Request::Snapshot => 1,
             _ => 0,
         };
         if fds.len() != want {
@@ -222,8 +226,8 @@ impl Server {
                 let mut queue = self.replies.queue.lock().unwrap_or_else(PoisonError::into_inner);
                 queue.pop_front()
             };
-            let Some((token, reply)) = next else { return };
-            self.reply(token, &reply);
+            let Some((token, (reply, fds))) = next else { return };
+            self.reply_with(token, &reply, &fds);
             self.set_polled(token, true);
         }
     }
@@ -239,9 +243,14 @@ impl Server {
     }
 
     fn reply(&mut self, token: u64, reply: &Reply) {
+        self.reply_with(token, reply, &[]);
+    }
+
+    fn reply_with(&mut self, token: u64, reply: &Reply, fds: &[OwnedFd]) {
         let Some(client) = self.clients.get(&token) else { return };
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         // A client that does not read its replies is disconnected; the main thread must not block.
-        if let Err(error) = send(client.as_fd(), reply, &[]) {
+        if let Err(error) = send(client.as_fd(), reply, &fds) {
             tracing::warn!(%error, "cannot reply to a client of the control socket");
             self.disconnect(token);
         }

@@ -1,8 +1,9 @@
 //! The devices of a VM: created from file descriptors, plugged, unplugged, listed.
 //!
 //! Two workers run the devices: `disk` (block, rng, console, fs, mem, balloon) and `net` (net,
-//! vsock), so that bursts of packets do not delay disks. `net` does not preempt the vCPUs. Plugging and unplugging may wait for a
-//! worker; listing does not: it reads atomics under a lock that is held briefly.
+//! vsock), so that bursts of packets do not delay disks. `net` does not preempt the vCPUs. Plugging
+//! and unplugging may wait for a worker; listing does not: it reads atomics under a lock that is
+//! held briefly.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -25,7 +26,7 @@ use virtio::net::Net;
 use virtio::pci::{DeviceView, VirtioPci, vector_count};
 use virtio::rng::Rng;
 use virtio::vsock::Vsock;
-use virtio::{DeviceKind, Granted, VirtioDevice, Worker, WorkerHandle};
+use virtio::{DeviceKind, Granted, VirtioDevice, Worker, WorkerError, WorkerHandle};
 use vmm_api::shares::REQUEST_QUEUES_MAX;
 use vmm_api::{DeviceStatus, Error};
 
@@ -96,13 +97,7 @@ impl Devices {
         init: impl Fn() + Send + Clone + 'static,
     ) -> Result<Self, Error> {
         let disk = Worker::spawn("disk", init.clone()).map_err(|e| failed(&e))?;
-        let net_init = move || {
-            if let Err(error) = schedule_as_batch() {
-                tracing::warn!(%error, "cannot set the scheduling policy of the net thread");
-            }
-            init();
-        };
-        let net = Worker::spawn("net", net_init).map_err(|e| failed(&e))?;
+        let net = spawn_net(init).map_err(|e| failed(&e))?;
         Ok(Self {
             bus,
             ram,
@@ -288,12 +283,22 @@ impl Devices {
     }
 }
 
+/// The `net` worker; `init` runs on its thread after the scheduling policy is set.
+fn spawn_net(init: impl FnOnce() + Send + 'static) -> Result<Worker, WorkerError> {
+    Worker::spawn("net", move || {
+        if let Err(error) = schedule_as_batch() {
+            tracing::warn!(%error, "cannot set the scheduling policy of the net thread");
+        }
+        init();
+    })
+}
+
 /// Gives the calling thread the policy SCHED_BATCH: when it becomes ready, it does not preempt the
 /// thread that runs.
 ///
-/// A driver notifies with the lock of its transmit queue held. If the vCPU and this thread share a CPU,
-/// this thread would preempt the vCPU there: it would send one packet for each notification, and its
-/// interrupt would make another vCPU spin for the lock. It has no effect on an idle CPU.
+/// A driver notifies with the lock of its transmit queue held. If the vCPU and this thread share a
+/// CPU, this thread would preempt the vCPU there: it would send one packet for each notification,
+/// and its interrupt would make another vCPU spin for the lock. It has no effect on an idle CPU.
 #[allow(unsafe_code)] // sched_setscheduler
 fn schedule_as_batch() -> io::Result<()> {
     let parameters = libc::sched_param { sched_priority: 0 };
@@ -312,12 +317,14 @@ mod tests {
 
     #[test]
     #[allow(unsafe_code)] // sched_getscheduler
-    fn the_net_thread_does_not_preempt_vcpus() {
-        let policy = std::thread::spawn(|| {
-            schedule_as_batch().unwrap();
+    fn the_thread_of_the_net_worker_has_the_policy_sched_batch() {
+        let (send, policy) = std::sync::mpsc::channel();
+        let worker = spawn_net(move || {
             // SAFETY: the call only takes a number; 0 is the calling thread.
-            unsafe { libc::sched_getscheduler(0) }
+            send.send(unsafe { libc::sched_getscheduler(0) }).unwrap();
         });
-        assert_eq!(policy.join().unwrap(), libc::SCHED_BATCH);
+        let policy = policy.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(policy, libc::SCHED_BATCH);
+        worker.unwrap().stop(Duration::from_secs(10)).unwrap();
     }
 }

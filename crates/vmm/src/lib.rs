@@ -23,6 +23,7 @@ pub mod log;
 mod memory;
 pub mod platform;
 pub mod seccomp;
+pub mod snapshot;
 mod tap;
 pub mod vcpus;
 

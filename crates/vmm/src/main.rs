@@ -1,14 +1,18 @@
 //! The command line of `nacelle-vmm`.
 
-use std::os::fd::RawFd;
+use std::fs::File;
+use std::os::fd::{AsFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
 use vmm::boot::{ConsoleFollower, Options, Seccomp};
 use vmm::seccomp::Policy;
 use vmm::{assemble, boot, config, exit};
+use vmm_api::Request;
+use vmm_api::client::Client;
 
 /// Exit code for a refused configuration, as for clap's errors.
 const REFUSED: u8 = 2;
@@ -28,6 +32,14 @@ struct Cli {
 enum Command {
     /// Boot a kernel from files and print its console
     Boot(Box<Options>),
+    /// Save a VM that was started with `boot --control`, for `boot --restore`, and end it
+    Save {
+        /// Path of its control socket
+        #[arg(long)]
+        control: PathBuf,
+        /// Directory for the files `state` and `memory`
+        dir: PathBuf,
+    },
     /// Measure the speed of KVM on this host and print it as JSON
     Probe,
 }
@@ -47,9 +59,10 @@ fn main() -> ExitCode {
     let outcome = match (cli.config_fd, cli.command) {
         (Some(fd), _) => return run_from_config(fd, started),
         (None, Some(Command::Boot(options))) => run_from_options(&options, started),
+        (None, Some(Command::Save { control, dir })) => save(&control, &dir),
         (None, Some(Command::Probe)) => probe(),
         (None, None) => {
-            Err(anyhow::anyhow!("--config-fd, `boot` or `probe` is required; see --help"))
+            Err(anyhow::anyhow!("--config-fd, `boot`, `save` or `probe` is required; see --help"))
         }
     };
     outcome.unwrap_or_else(|error| {
@@ -103,6 +116,35 @@ fn run_from_options(options: &Options, started: Instant) -> Result<ExitCode> {
     exit::write_status(&mut status, &exit).context("cannot write the status file")?;
     eprintln!("nacelle-vmm: {:?}: {}", exit.reason, exit.message);
     Ok(ExitCode::from(exit::exit_code(exit.reason)))
+}
+
+/// Most time for one request to a running VMM; saving takes as long as writing the guest's memory.
+const SAVE_LIMIT: Duration = Duration::from_secs(120);
+
+fn save(control: &Path, dir: &Path) -> Result<ExitCode> {
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let create = |name: &str| {
+        let path = dir.join(name);
+        let mut options = File::options();
+        let file = options.read(true).write(true).create(true).truncate(true).open(&path);
+        file.with_context(|| format!("cannot create {}", path.display()))
+    };
+    let (state, memory) = (create("state")?, create("memory")?);
+    let client = Client::connect(control, SAVE_LIMIT)?;
+    client.order(&Request::Pause)?;
+    let saved = || -> Result<u64> {
+        let from = client.snapshot(state.as_fd())?;
+        Ok(vmm_api::snapshot::copy_memory(&from, &memory).context("cannot copy the memory")?)
+    };
+    match saved() {
+        Ok(bytes) => println!("{bytes} bytes of guest memory"),
+        Err(error) => {
+            client.order(&Request::Resume).context("cannot resume the VM")?;
+            return Err(error);
+        }
+    }
+    client.order(&Request::Kill)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn probe() -> Result<ExitCode> {

@@ -129,12 +129,23 @@ const CONTROL: &[Call] = &[
     (libc::SYS_io_uring_register, When::Always, "io_uring of a new disk"),
     (libc::SYS_clock_nanosleep, When::Always, "waiting for an engine to drain"),
     (libc::SYS_ioctl, When::Request(KVM_SET_USER_MEMORY_REGION), "memory hotplug"),
+    (libc::SYS_ioctl, When::Request(KVM_GET_CLOCK), "snapshot"),
+    (libc::SYS_ftruncate, When::Always, "snapshot: state file"),
 ];
 
 const VCPU: &[Call] = &[
     (libc::SYS_ioctl, When::Request(KVM_RUN), "running the guest"),
     (libc::SYS_ioctl, When::Request(KVM_GET_REGS), "RIP of an emulation failure"),
     (libc::SYS_ioctl, When::Request(KVM_KVMCLOCK_CTRL), "tells the guest that it was paused"),
+    (libc::SYS_ioctl, When::Request(KVM_GET_MP_STATE), "snapshot"),
+    (libc::SYS_ioctl, When::Request(KVM_GET_SREGS), "snapshot"),
+    (libc::SYS_ioctl, When::Request(KVM_GET_XSAVE), "snapshot"),
+    (libc::SYS_ioctl, When::Request(KVM_GET_XCRS), "snapshot"),
+    (libc::SYS_ioctl, When::Request(KVM_GET_DEBUGREGS), "snapshot"),
+    (libc::SYS_ioctl, When::Request(KVM_GET_LAPIC), "snapshot"),
+    (libc::SYS_ioctl, When::Request(KVM_GET_TSC_KHZ), "snapshot"),
+    (libc::SYS_ioctl, When::Request(KVM_GET_MSRS), "snapshot"),
+    (libc::SYS_ioctl, When::Request(KVM_GET_VCPU_EVENTS), "snapshot"),
     (libc::SYS_pwrite64, When::Always, "console ring, from the serial port"),
 ];
 
@@ -175,6 +186,16 @@ const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
 const KVM_IRQFD: u32 = 0x4020_ae76;
 const KVM_IOEVENTFD: u32 = 0x4040_ae79;
 const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
+const KVM_GET_CLOCK: u32 = 0x8030_ae7c;
+const KVM_GET_MP_STATE: u32 = 0x8004_ae98;
+const KVM_GET_SREGS: u32 = 0x8138_ae83;
+const KVM_GET_XSAVE: u32 = 0x9000_aea4;
+const KVM_GET_XCRS: u32 = 0x8188_aea6;
+const KVM_GET_DEBUGREGS: u32 = 0x8080_aea1;
+const KVM_GET_LAPIC: u32 = 0x8400_ae8e;
+const KVM_GET_TSC_KHZ: u32 = 0xaea3;
+const KVM_GET_MSRS: u32 = 0xc008_ae88;
+const KVM_GET_VCPU_EVENTS: u32 = 0x8040_ae9f;
 const TUNGETIFF: u32 = 0x8004_54d2;
 const TUNSETOFFLOAD: u32 = 0x4004_54d0;
 const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;

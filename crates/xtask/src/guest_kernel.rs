@@ -220,7 +220,7 @@ fn parse(text: &str) -> Result<Vec<KconfigOption>> {
     Ok(options)
 }
 
-/// A wish as Kconfig writes it.
+/// An option as Kconfig writes it.
 fn plain(option: &KconfigOption) -> String {
     match option.value.as_str() {
         "n" => format!("# {} is not set", option.name),
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wish_that_kconfig_dropped_is_seen() {
+    fn an_option_that_kconfig_dropped_is_detected() {
         let options = parse("# head\n\nCONFIG_A=y   # one\nCONFIG_B=n # two\n").unwrap();
         assert_eq!(options.len(), 2);
         assert!(is_set(&options[0], "CONFIG_A=y\n# CONFIG_B is not set\n"));

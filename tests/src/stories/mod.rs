@@ -25,6 +25,7 @@ mod security;
 mod shared_volumes;
 mod shim;
 mod streaming;
+mod templates;
 mod tool;
 mod userns;
 mod vmm;
@@ -58,6 +59,7 @@ pub const IGNORED: &[(&str, &str)] = &[
 pub fn all() -> Vec<(&'static str, Story)> {
     let areas: &'static [(&'static str, &'static [Story])] = &[
         ("vmm", vmm::STORIES),
+        ("templates", templates::STORIES),
         ("life_cycle", life_cycle::STORIES),
         ("exec", exec::STORIES),
         ("streaming", streaming::STORIES),

@@ -187,11 +187,11 @@ fn check_dns(dns: &v1::DnsConfig) -> Result<(), Refusal> {
 fn check_sysctls(sysctls: &BTreeMap<String, String>) -> Result<(), Refusal> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-/".contains(&b);
     for (name, value) in sysctls {
-        let checked = !name.is_empty()
+        let valid = !name.is_empty()
             && name.bytes().all(plain)
             && !name.contains("..")
             && !name.starts_with(['.', '/']);
-        if !checked {
+        if !valid {
             return Err(Refusal::invalid("linux.sysctls", format!("{name:?} is no sysctl")));
         }
         if value.contains('\0') {

@@ -479,9 +479,9 @@ mod tests {
     fn a_label_is_checked_and_counts_only_where_the_host_has_selinux() {
         let level = |level: &str| v1::SeLinuxOption { level: level.into(), ..Default::default() };
         let check = |label: &v1::SeLinuxOption, host| selinux(Some(label), host);
-        for checked in ["s0", "s0-s3", "s0:c4,c5", "s0-s0:c0.c1023", "s1:c1,c2.c9"] {
-            assert_eq!(check(&level(checked), Selinux::Off), Ok(()), "{checked}");
-            let refusal = check(&level(checked), Selinux::On).unwrap_err();
+        for valid in ["s0", "s0-s3", "s0:c4,c5", "s0-s0:c0.c1023", "s1:c1,c2.c9"] {
+            assert_eq!(check(&level(valid), Selinux::Off), Ok(()), "{valid}");
+            let refusal = check(&level(valid), Selinux::On).unwrap_err();
             assert!(matches!(refusal, Refusal::Unsupported { .. }));
         }
         for wrong in ["s0,c4,c5", "s", "s10", "s0-s1-s2", "s0:", "s0:c", "s0:c12345", "x0"] {

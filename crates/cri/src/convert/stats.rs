@@ -82,8 +82,8 @@ fn network(interfaces: &[InterfaceView], timestamp: i64) -> Option<v1::NetworkUs
     })
 }
 
-/// A container without a measurement (created, ended) is listed with its attributes alone: those a
-/// kubelet takes for granted, and nothing else.
+/// A container without a measurement (created, exited) has only its attributes, which a kubelet reads
+/// without a check.
 pub fn container(
     view: &ContainerView,
     stats: Option<&ContainerStatsView>,

@@ -15,12 +15,12 @@ use crate::convert::{metrics, stats};
 use crate::errors::sandbox_status;
 use crate::v1;
 
-/// Pods and containers newer than this may not be in the cache yet, and are measured now. For others no
+/// Pods and containers younger than this may not be in the cache yet, and are measured now. For others no
 /// listing calls a guest.
-const NEW: Duration = Duration::from_secs(15);
+const UNCACHED_AGE: Duration = Duration::from_secs(15);
 
 fn is_new(since: Option<SystemTime>) -> bool {
-    since.and_then(|since| since.elapsed().ok()).is_some_and(|age| age < NEW)
+    since.and_then(|since| since.elapsed().ok()).is_some_and(|age| age < UNCACHED_AGE)
 }
 
 impl Runtime {
@@ -89,8 +89,8 @@ impl Runtime {
         Ok(v1::ListPodSandboxStatsResponse { stats: self.all_pod_stats(request.filter).await? })
     }
 
-    /// Of pods that are up and have been measured, as containerd does: a kubelet takes for granted that
-    /// what it is told of was measured.
+    /// Of pods that are ready and have been measured, as containerd does: a kubelet expects a measurement
+    /// of each pod in the list.
     pub(super) async fn all_pod_stats(
         &self,
         filter: Option<v1::PodSandboxStatsFilter>,

@@ -28,7 +28,7 @@ impl Runtime {
 
 /// Several of them are separated by commas.
 fn check(cidrs: &str) -> Result<(), Refusal> {
-    let checked = |cidr: &str| {
+    let is_network = |cidr: &str| {
         let Some((address, length)) = cidr.trim().split_once('/') else { return false };
         let most = match address.parse() {
             Ok(IpAddr::V4(_)) => 32,
@@ -37,7 +37,7 @@ fn check(cidrs: &str) -> Result<(), Refusal> {
         };
         length.parse::<u8>().is_ok_and(|length| length <= most)
     };
-    if cidrs.is_empty() || cidrs.split(',').all(checked) {
+    if cidrs.is_empty() || cidrs.split(',').all(is_network) {
         return Ok(());
     }
     Err(Refusal::invalid(
@@ -52,8 +52,8 @@ mod tests {
 
     #[test]
     fn networks_of_both_families_are_accepted_and_others_rejected() {
-        for checked in ["", "10.0.0.0/24", "10.0.0.0/24, fd00::/64"] {
-            assert_eq!(check(checked), Ok(()), "{checked}");
+        for valid in ["", "10.0.0.0/24", "10.0.0.0/24, fd00::/64"] {
+            assert_eq!(check(valid), Ok(()), "{valid}");
         }
         for wrong in ["10.0.0.0", "10.0.0.0/33", "pods", "10.0.0.0/24,", "fd00::/129"] {
             assert!(check(wrong).is_err(), "{wrong}");

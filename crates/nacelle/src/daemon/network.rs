@@ -57,7 +57,10 @@ impl Network for CniNetwork {
 }
 
 fn port_error(error: ::network::Error) -> PortError {
-    PortError(error.into())
+    match error {
+        ::network::Error::Cancelled => PortError::cancelled(),
+        error => PortError(error.into()),
+    }
 }
 
 fn to_pod(id: &PodId, spec: &PodSpec) -> ::network::Pod {

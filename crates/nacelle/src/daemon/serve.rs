@@ -71,7 +71,8 @@ async fn work(settings: Settings) -> Result<()> {
     let _metrics_server = match metrics_server.await {
         Ok(server) => server,
         Err(error) => {
-            tracing::error!(%listen, %error, "metrics are not served until nacelled is restarted");
+            let error = format!("{error:#}");
+            tracing::error!(%listen, error, "metrics are not served until nacelled is restarted");
             None
         }
     };

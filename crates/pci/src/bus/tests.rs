@@ -56,6 +56,53 @@ impl PciDevice for Echo {
     fn mmio_write(&mut self, _bar: u8, _offset: u64, data: &[u8]) {
         self.last = data.to_vec();
     }
+
+    fn save(&mut self) -> Result<serde_json::Value, StateError> {
+        if self.last == [0xff] {
+            return Err(StateError::Unsaveable { why: "last write was 0xff".to_owned() });
+        }
+        Ok(serde_json::to_value((self.config.save(), &self.last))?)
+    }
+
+    fn load(&mut self, state: serde_json::Value) -> Result<(), StateError> {
+        let (config, last): (crate::ConfigState, _) = serde_json::from_value(state)?;
+        self.last = last;
+        self.config.load(&config)
+    }
+}
+
+#[test]
+fn a_saved_bus_is_loaded_into_one_with_the_same_devices_at_the_same_addresses() {
+    let bus = |devices: &[u16]| {
+        let bus = Bus::new(WINDOW);
+        for device in devices {
+            bus.add(Echo::boxed(*device), Plug::Boot).unwrap();
+        }
+        bus
+    };
+    let first = bus(&[0x1041, 0x1042]);
+    for slot in [1, 2] {
+        first.ecam_write(slot << 15 | 4, &[2, 0]);
+    }
+    // The guest moves a BAR.
+    let moved = WINDOW.start + 0x8000;
+    first.ecam_write(1 << 15 | 0x10, &(moved as u32).to_le_bytes());
+    assert!(first.mmio_write(moved, b"abcd"));
+    let text = serde_json::to_string(&first.save().unwrap()).unwrap();
+
+    let second = bus(&[0x1041, 0x1042]);
+    second.load(serde_json::from_str(&text).unwrap()).unwrap();
+    let mut data = [0; 4];
+    assert!(second.mmio_read(moved, &mut data));
+    assert_eq!(&data, b"abcd");
+    assert!(!second.mmio_read(WINDOW.start, &mut data), "the former BAR is still decoded");
+
+    let load = |bus: &Bus| bus.load(serde_json::from_str(&text).unwrap()).unwrap_err();
+    assert!(matches!(load(&bus(&[0x1041])), BusError::OtherFunctions { .. }));
+    assert!(matches!(load(&bus(&[0x1041, 0x1043])), BusError::Load { address, .. }
+        if address == at(2, 0)));
+    assert!(first.mmio_write(moved, &[0xff]));
+    assert!(matches!(first.save(), Err(BusError::Save { address, .. }) if address == at(1, 0)));
 }
 
 fn port_config(bus: &Bus, address: Address, register: u32) -> u32 {

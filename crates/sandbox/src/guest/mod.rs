@@ -154,6 +154,11 @@ impl Guest {
         result
     }
 
+    /// Closes the connection of [`Self::wait_until_up`] if it was not used.
+    pub(crate) fn drop_first_connection(&self) {
+        *self.first_connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Retries until the agent listens; the caller limits the time by dropping the future.
     pub(crate) async fn wait_until_up(&self) {
         let mut pause = Duration::from_millis(4);

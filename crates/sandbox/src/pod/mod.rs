@@ -23,6 +23,7 @@ mod recover;
 mod remove_container;
 mod remove_pod;
 mod run_pod;
+mod save_template;
 mod share_plan;
 mod shares;
 mod start_container;

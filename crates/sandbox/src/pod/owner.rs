@@ -486,7 +486,7 @@ impl Owner {
             None => "the guest stopped answering",
             Some(_) => "the pod's agent on this host stopped answering",
         };
-        ExitCause { reason: reason.to_owned(), cause: DeathCause::Silent }
+        ExitCause { reason: reason.to_owned(), cause: DeathCause::Unresponsive }
     }
 
     fn watch_vm(&mut self, process: Arc<Process>, reattach: bool) {

@@ -14,10 +14,11 @@ use agent_api::v1;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::SockType;
 use tokio_util::sync::CancellationToken;
-use vmm_api::{DiskConfig, Fd, JailConfig, VmConfig, VsockConfig};
+use vmm_api::{DiskConfig, Fd, JailConfig, RestoreConfig, VmConfig, VsockConfig};
 
 use super::disks::write_volume;
 use super::handle::{Handle, Paths};
+use super::save_template::save_template;
 use super::{exit_cause, host_pod, oom_score};
 use crate::apparmor::AppArmor;
 use crate::config::Config;
@@ -28,9 +29,10 @@ use crate::launcher::{Namespaces, Program};
 use crate::machine::Machine;
 use crate::model::{CpuLimits, TracePhase};
 use crate::node::Node;
-use crate::observe::{Measured, Observer, Outcome};
+use crate::observe::{Measured, Observer, Outcome, StartedFrom};
 use crate::policy::{Change, Effect, Pod};
 use crate::ports::Attachment;
+use crate::template::{Key, Making, Template};
 use crate::vmm;
 
 /// Id of the guest volume with the pod's /etc files.
@@ -39,6 +41,8 @@ pub(super) const ETC_VOLUME: &str = "etc";
 const ENTROPY: usize = 128;
 /// Bytes read from the end of a log, more than is shown.
 const LOG_TAIL: usize = 4 << 10;
+/// Time for a killed VMM to exit.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// Number of the program's first descriptor (see [`crate::launcher`]).
 const FIRST_FD: i32 = 3;
 
@@ -102,7 +106,10 @@ pub(super) async fn run_pod(
         }
         let attached = async {
             let attached = node.network.attach(&pod.id, &pod.spec, &start_cancelled).await;
-            attached.map_err(|e| network_failed("attach", e))
+            attached.map_err(|e| match e.is_cancelled() {
+                true => cancelled(),
+                false => network_failed("attach", e),
+            })
         };
         let attached = node.failpoints.wrap("host: attach to the network", attached).await;
         if attached.is_err() {
@@ -125,9 +132,9 @@ pub(super) async fn run_pod(
             match tokio::join!(attach, boot) {
                 (Ok(attachment), Ok(process)) => (attachment, process),
                 _ if cancel.is_cancelled() => return Err(cancelled()),
-                (Err(error), Ok(_) | Err(Error::Cancelled { .. })) | (Ok(_), Err(error)) => {
-                    return Err(error);
-                }
+                // The failure of one half cancels the other.
+                (Err(error), Ok(_) | Err(Error::Cancelled { .. }))
+                | (Ok(_) | Err(Error::Cancelled { .. }), Err(error)) => return Err(error),
                 (Err(network), Err(error)) => {
                     tracing::warn!(pod = pod.id, error = %network, "network attachment failed too");
                     return Err(error);
@@ -197,58 +204,155 @@ async fn boot(
     if start_cancelled.is_cancelled() {
         return Err(cancelled());
     }
-    let began = Instant::now();
-    let booted = boot_admitted(handle, pod, attachment, leaf, trace, start_cancelled).await;
-    let outcome = match &booted {
-        Err(BootError { timed_out: true, .. }) => Outcome::TimedOut,
-        Err(BootError { error: Error::Cancelled { .. }, .. }) => Outcome::Cancelled,
-        Err(_) => Outcome::Failed,
-        Ok(_) => Outcome::Ok,
-    };
-    if pod.spec.host.is_none() {
-        node.observer.measured(Measured::Boot { outcome, took: began.elapsed() });
+    let start = Start { handle, pod, attachment, leaf, trace, cancelled: start_cancelled };
+    match start.run(Templates::Use).await {
+        Ok(process) => Ok(process),
+        Err(BootError { error, restored: Some(restored), .. }) => {
+            // A template is an optimization: without it the pod boots.
+            tracing::warn!(pod = pod.id, %error, "pod cannot start from its template; it boots");
+            node.templates.discard(&restored.key, &restored.template);
+            restored.undo(handle).await?;
+            start.run(Templates::Ignore).await.map_err(|failed| failed.error)
+        }
+        Err(failed) => Err(failed.error),
     }
-    booted.map_err(|failed| failed.error)
 }
 
 struct BootError {
     error: Error,
     /// The agent did not answer in time.
     timed_out: bool,
+    /// The start from this template has failed.
+    restored: Option<Restored>,
 }
 
 impl From<Error> for BootError {
     fn from(error: Error) -> Self {
-        Self { error, timed_out: false }
+        Self { error, timed_out: false, restored: None }
     }
 }
 
-async fn boot_admitted(
-    handle: &Arc<Handle>,
-    pod: &Pod,
-    attachment: &Attachment,
-    leaf: &Path,
-    trace: &Trace,
-    start_cancelled: &CancellationToken,
-) -> Result<Arc<Process>, BootError> {
-    let launched = trace.phase("launch", launch(handle, pod, attachment, leaf)).await?;
-    let (process, started) = launched;
-    let change = Change::VmmStarted { pid: process.pid, started };
-    trace.phase("journal", handle.commit(vec![change])).await?;
+/// A VM that was started from a template.
+struct Restored {
+    key: Key,
+    template: Arc<Template>,
+    process: Arc<Process>,
+    /// None: it had exited before it was in the journal.
+    started: Option<u64>,
+}
 
-    let limit = handle.node.config.boot_deadline();
-    let up = trace.phase("boot", async {
+impl Restored {
+    /// Ends the VM, so that another one can be started for the pod.
+    async fn undo(self, handle: &Handle) -> Result<(), Error> {
+        let Self { process, started: Some(started), .. } = self else { return Ok(()) };
+        let killed = process.kill_and_wait(KILL_LIMIT).await;
+        killed.map_err(|e| Error::io("kill the VMM that cannot use its template", e))?;
+        let vmm = Effect::Vmm { pid: process.pid, started };
+        handle.commit(vec![Change::Undone(vmm)]).await
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Templates {
+    /// Start from a template, or save the VM as one.
+    Use,
+    Ignore,
+}
+
+/// An admitted start.
+struct Start<'a> {
+    handle: &'a Arc<Handle>,
+    pod: &'a Pod,
+    attachment: &'a Attachment,
+    leaf: &'a Path,
+    trace: &'a Trace,
+    cancelled: &'a CancellationToken,
+}
+
+impl Start<'_> {
+    /// Starts the VMM and waits for its agent.
+    async fn run(&self, templates: Templates) -> Result<Arc<Process>, BootError> {
+        let began = Instant::now();
+        let mut from = StartedFrom::Kernel;
+        let booted = self.boot(templates, &mut from).await;
+        let outcome = match &booted {
+            Err(BootError { timed_out: true, .. }) => Outcome::TimedOut,
+            Err(BootError { error: Error::Cancelled { .. }, .. }) => Outcome::Cancelled,
+            Err(_) => Outcome::Failed,
+            Ok(_) => Outcome::Ok,
+        };
+        if self.pod.spec.host.is_none() {
+            let took = began.elapsed();
+            self.handle.node.observer.measured(Measured::Boot { from, outcome, took });
+        }
+        let (process, key) = booted?;
+        if let Some(key) = key
+            && let Some(making) = self.handle.node.templates.begin(&key)
+        {
+            self.save_template(making, &process).await?;
+        }
+        Ok(process)
+    }
+
+    /// Returns the VMM and, if its VM can be saved as a template, the template's key.
+    async fn boot(
+        &self,
+        templates: Templates,
+        from: &mut StartedFrom,
+    ) -> Result<(Arc<Process>, Option<Key>), BootError> {
+        let Self { handle, pod, attachment, leaf, trace, .. } = *self;
+        let launched = launch(handle, pod, attachment, leaf, templates);
+        let launched = trace.phase("launch", launched).await?;
+        let Launched { process, started, key, template } = launched;
+        if let Some(started) = started {
+            let change = Change::VmmStarted { pid: process.pid, started };
+            trace.phase("journal", handle.commit(vec![change])).await?;
+        }
+        let boot_limit = handle.node.config.boot_deadline();
+        let Some(template) = template else {
+            trace.phase("boot", self.until_up(&process, boot_limit)).await?;
+            return Ok((process, key));
+        };
+        *from = StartedFrom::Template;
+        // The other half is for a boot, should the guest not continue.
+        let up = trace.phase("restore", self.until_up(&process, boot_limit / 2)).await;
+        match (up, key) {
+            (Ok(()), _) => Ok((process, None)),
+            (Err(failed), Some(key)) if !matches!(failed.error, Error::Cancelled { .. }) => {
+                let restored = Some(Restored { key, template, process, started });
+                Err(BootError { restored, ..failed })
+            }
+            (Err(failed), _) => Err(failed),
+        }
+    }
+
+    async fn until_up(&self, process: &Process, limit: Duration) -> Result<(), BootError> {
+        let handle = self.handle;
         tokio::select! {
             () = handle.guest.wait_until_up() => Ok(()),
             () = process.ended() => Err(exited_during_start(handle).await.into()),
-            () = start_cancelled.cancelled() => Err(cancelled().into()),
+            () = self.cancelled.cancelled() => Err(cancelled().into()),
             () = tokio::time::sleep(limit) => {
-                Err(BootError { error: boot_timeout(&handle.paths, limit), timed_out: true })
+                let error = boot_timeout(&handle.paths, limit);
+                Err(BootError { error, timed_out: true, restored: None })
             }
         }
-    });
-    up.await?;
-    Ok(process)
+    }
+
+    /// Saves the VM as a template. That it cannot be saved is no failure of the pod; that it does
+    /// not answer afterwards is.
+    async fn save_template(&self, making: Making, process: &Process) -> Result<(), BootError> {
+        let (handle, began) = (self.handle, Instant::now());
+        let saved = self.trace.phase("template", save_template(handle, making)).await;
+        let outcome = if saved.is_ok() { Outcome::Ok } else { Outcome::Failed };
+        let took = began.elapsed();
+        handle.node.observer.measured(Measured::TemplateSave { outcome, took });
+        if let Err(error) = saved {
+            let error = format!("{error:#}");
+            tracing::warn!(pod = self.pod.id, error, "VM cannot be saved as a template");
+        }
+        self.until_up(process, handle.node.config.guest_call_deadline()).await
+    }
 }
 
 /// Plugs the pod's network interfaces; the agent finds them by MAC address when it configures the
@@ -321,21 +425,39 @@ fn read_tail(path: &Path, limit: usize) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+struct Launched {
+    process: Arc<Process>,
+    /// Start time of the process (proc(5), `starttime`); None: it has exited already.
+    started: Option<u64>,
+    /// Of the template from which the VM starts, or as which it can be saved.
+    key: Option<Key>,
+    /// From which the VM starts.
+    template: Option<Arc<Template>>,
+}
+
+struct Prepared {
+    program: Program,
+    key: Option<Key>,
+    template: Option<Arc<Template>>,
+}
+
 /// Creates the files and sockets, and starts the VMM.
 async fn launch(
     handle: &Arc<Handle>,
     pod: &Pod,
     attachment: &Attachment,
     leaf: &Path,
-) -> Result<(Arc<Process>, u64), Error> {
+    templates: Templates,
+) -> Result<Launched, Error> {
     let node = &handle.node;
-    let program = {
+    let Prepared { program, key, template } = {
         let (handle, pod) = (handle.clone(), pod.clone());
         let (attachment, leaf) = (attachment.clone(), leaf.to_owned());
         blocking(move || {
             let program = match handle.machine.host() {
-                Some(own) => host_pod::program(&handle, own, &attachment, &leaf),
-                None => program(&handle, &pod, &leaf),
+                Some(own) => host_pod::program(&handle, own, &attachment, &leaf)
+                    .map(|program| Prepared { program, key: None, template: None }),
+                None => program(&handle, &pod, &leaf, templates),
             };
             cgroup::count_memory(&handle.node.cgroup_root, &leaf);
             program
@@ -346,14 +468,12 @@ async fn launch(
     let launched = node.failpoints.wrap("host: launch", launched).await?;
     let failed = |e| Error::io("watch the VMM", e);
     let process = Process::new(launched.pid, launched.pidfd).map_err(failed)?;
-    match start_time(launched.pid) {
-        Ok(started) => {
-            oom_score::apply_to_new(handle, process.pid, started).await;
-            Ok((Arc::new(process), started))
-        }
-        // It has exited and was reaped.
-        Err(_) => Err(exited_during_start(handle).await),
+    // Fails if the process has exited and was reaped.
+    let started = start_time(launched.pid).ok();
+    if let Some(started) = started {
+        oom_score::apply_to_new(handle, process.pid, started).await;
     }
+    Ok(Launched { process: Arc::new(process), started, key, template })
 }
 
 /// Descriptors to pass to the VMM, in order.
@@ -367,7 +487,12 @@ impl FdTable {
     }
 }
 
-fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
+fn program(
+    handle: &Handle,
+    pod: &Pod,
+    leaf: &Path,
+    templates: Templates,
+) -> Result<Prepared, Error> {
     let (paths, node) = (&handle.paths, &handle.node);
     let failed = |what: &str, path: &Path, e| Error::io(format!("{what} {}", path.display()), e);
     for directory in [&paths.state_dir, &paths.directory] {
@@ -411,7 +536,20 @@ fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
     })?;
     let serial = agent_api::SCRATCH_SERIAL.to_owned();
     let disks = vec![DiskConfig { serial, file: fds.add(scratch), read_only: false }];
-    let config = VmConfig { disks, ..config };
+    let key = (templates == Templates::Use && node.templates.enabled())
+        .then(|| {
+            Key::new(&node.config, &config).map_err(|e| Error::io("examine the guest's files", e))
+        })
+        .transpose()?;
+    let template = key.as_ref().and_then(|key| node.templates.get(key));
+    let restore = match &template {
+        Some(template) => {
+            let files = template.files().map_err(|e| Error::io("dup", e))?;
+            Some(RestoreConfig { state: fds.add(files.0), memory: fds.add(files.1) })
+        }
+        None => None,
+    };
+    let config = VmConfig { disks, restore, ..config };
 
     let text = serde_json::to_vec(&config).map_err(|e| Error::Internal(e.into()))?;
     let mut file = File::from(config_file);
@@ -421,14 +559,15 @@ fn program(handle: &Handle, pod: &Pod, leaf: &Path) -> Result<Program, Error> {
     let cgroup = node.failpoints.wrap_blocking("host: make the cgroup", || {
         cgroup::make(leaf).map_err(|e| failed("create cgroup", leaf, e))
     })?;
-    Ok(Program {
+    let program = Program {
         exe: node.config.vmm.clone(),
         args: vec!["--config-fd".into(), config_fd.0.to_string()],
         cgroup: cgroup.into(),
         stderr: log.into(),
         fds: fds.0,
         own: Namespaces::ALL,
-    })
+    };
+    Ok(Prepared { program, key, template })
 }
 
 enum VmFile {
@@ -483,6 +622,7 @@ fn vm_config(
         nets: Vec::new(),
         serial_console: false,
         jail: Some(JailConfig { uid: pod.uid, gid: pod.uid }),
+        restore: None,
     })
 }
 

@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 use super::lifecycle::exec;
 use super::test_node::{eventually, run_test};
 use super::volumes::volume;
+use super::warnings::Warnings;
 use crate::failpoint::{Action, Failpoints, Hook, When};
 use crate::model::{Access, ContainerState, Filter, PodState, VolumeSource};
 use crate::observe::Unobserved;
@@ -119,6 +120,33 @@ fn a_start_waiting_for_the_network_ends_on_vmm_exit_or_stop() {
         daemon.stop_pod(&launched().unwrap().0).await.unwrap();
         let ended = tokio::time::timeout(Duration::from_secs(5), starting).await.unwrap();
         assert!(matches!(ended.unwrap(), Err(Error::Cancelled { .. })));
+        assert_eq!(node.leftovers(), Vec::<String>::new());
+    });
+}
+
+/// The failure of the boot ends the wait for the network; that is not a failure of the network.
+#[test]
+fn only_a_network_that_failed_by_itself_is_logged_beside_a_failed_boot() {
+    let warnings = Warnings::collect();
+    run_test(|node| async move {
+        let daemon = node.daemon().await;
+        *node.inner.attach_queued.lock().unwrap() = true;
+        *node.inner.guest_never_answers.lock().unwrap() = true;
+        for network_fails in [false, true] {
+            *node.inner.fail_network.lock().unwrap() = network_fails;
+            node.inner.guests.lock().unwrap().clear();
+            let (starter, spec) = (daemon.clone(), node.pod_spec("p"));
+            let starting = tokio::spawn(async move { starter.run_pod(spec).await });
+            eventually("launch", || !node.inner.guests.lock().unwrap().is_empty()).await;
+            let guests = node.inner.guests.lock().unwrap().clone();
+            let (pod, (pid, ..)) = guests.into_iter().next().unwrap();
+            kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
+            let error = starting.await.unwrap().unwrap_err().to_string();
+            assert!(error.contains("the pod ended while it started"), "{error}");
+            let logged = warnings.with(&pod);
+            let network = logged.iter().filter(|line| line.contains("network"));
+            assert_eq!(network.count(), usize::from(network_fails), "{logged:?}");
+        }
         assert_eq!(node.leftovers(), Vec::<String>::new());
     });
 }

@@ -13,6 +13,8 @@ mod observe;
 mod reboot;
 mod resize;
 mod scratch;
+mod templates;
 mod test_node;
 mod unreadable;
 mod volumes;
+mod warnings;

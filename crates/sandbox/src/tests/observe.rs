@@ -19,7 +19,8 @@ impl Observer for Seen {
         let text = match measured {
             Measured::StartPhase { phase, .. } => format!("phase {phase}"),
             Measured::Start { kind, outcome, .. } => format!("start {kind:?} {outcome:?}"),
-            Measured::Boot { outcome, .. } => format!("boot {outcome:?}"),
+            Measured::Boot { from, outcome, .. } => format!("boot from {from:?} {outcome:?}"),
+            Measured::TemplateSave { outcome, .. } => format!("template {outcome:?}"),
             Measured::VmmDeath { cause } => format!("death {cause:?}"),
             Measured::OomKill { victim } => format!("oom {victim:?}"),
             Measured::GuestCall { call, outcome, .. } => format!("call {call} {outcome:?}"),
@@ -47,7 +48,13 @@ fn an_observer_receives_starts_and_vmm_deaths() {
     run_test(|node| async move {
         let (daemon, seen) = daemon(&node, node.config()).await;
         let pod = daemon.run_pod(node.pod_spec("a")).await.unwrap();
-        for text in ["phase network", "phase launch", "phase boot", "phase configure", "boot Ok"] {
+        for text in [
+            "phase network",
+            "phase launch",
+            "phase boot",
+            "phase configure",
+            "boot from Kernel Ok",
+        ] {
             assert_eq!(seen.count(text), 1, "{text}: {seen:?}");
         }
         assert_eq!(seen.count(&format!("start {:?} {:?}", PodKind::Vm, Outcome::Ok)), 1);
@@ -99,8 +106,8 @@ fn an_observer_is_told_of_a_start_that_fails_and_of_one_that_takes_too_long() {
         *node.inner.fail_network.lock().unwrap() = false;
         *node.inner.guest_never_answers.lock().unwrap() = true;
         daemon.run_pod(node.pod_spec("b")).await.unwrap_err();
-        assert_eq!(seen.count("boot TimedOut"), 1, "{seen:?}");
+        assert_eq!(seen.count("boot from Kernel TimedOut"), 1, "{seen:?}");
         assert_eq!(seen.count("start Vm Failed"), 2, "{seen:?}");
-        assert_eq!(seen.count("start Vm Ok") + seen.count("boot Ok"), 0, "{seen:?}");
+        assert_eq!(seen.count("start Vm Ok") + seen.count("boot from Kernel Ok"), 0, "{seen:?}");
     });
 }

@@ -58,7 +58,7 @@ pub(super) struct Inner {
     pub(super) fail_network: Mutex<bool>,
     /// `attach` waits until a VM was launched.
     pub(super) attach_after_launch: Mutex<bool>,
-    /// `attach` waits until it is cancelled.
+    /// `attach` waits until it is cancelled; it fails by itself then with `fail_network`.
     pub(super) attach_queued: Mutex<bool>,
     /// Network interfaces plugged into VMs, by id.
     pub(super) nics: Arc<Mutex<Vec<String>>>,
@@ -70,6 +70,12 @@ pub(super) struct Inner {
     pub(super) memory_bounds: Arc<Mutex<(u32, u32)>>,
     /// Last requested memory of a VM, MiB.
     pub(super) vm_memory: Arc<Mutex<u32>>,
+    /// For each launched VM, whether it continues a saved one.
+    pub(super) restored: Mutex<Vec<bool>>,
+    /// A VMM that is to continue a saved VM exits.
+    pub(super) fail_restores: Mutex<bool>,
+    /// VMMs refuse to save their VM.
+    pub(super) refuse_snapshots: Arc<Mutex<bool>>,
     cgroup: String,
 }
 
@@ -99,6 +105,9 @@ impl TestNode {
             hang_garbage_collection: Mutex::new(false),
             memory_bounds: Arc::new(Mutex::new((0, u32::MAX))),
             vm_memory: Arc::default(),
+            restored: Mutex::default(),
+            fail_restores: Mutex::new(false),
+            refuse_snapshots: Arc::default(),
         };
         Some(Self { inner: Arc::new(inner), attached_by_this_daemon: Mutex::default() })
     }
@@ -121,6 +130,7 @@ impl TestNode {
             boot_deadline_ms: 5_000,
             guest_call_deadline_ms: 3_000,
             max_memory_mib: 512,
+            templates: 0,
             shutdown_deadline_ms: 50,
             ping_interval_ms: 100,
             ping_misses: 3,
@@ -247,12 +257,14 @@ impl Network for TestNode {
     ) -> Result<Attachment, PortError> {
         if *self.inner.attach_queued.lock().unwrap() {
             cancel.cancelled().await;
-            return Err(PortError(anyhow::anyhow!("cancelled in the queue")));
+            if !*self.inner.fail_network.lock().unwrap() {
+                return Err(PortError::cancelled());
+            }
         }
         self.attached_by_this_daemon.lock().unwrap().insert(pod.clone());
         self.inner.attached.lock().unwrap().insert(pod.clone());
         if *self.inner.attach_after_launch.lock().unwrap() {
-            eventually("launch", || !self.inner.guests.lock().unwrap().is_empty()).await;
+            eventually("launch", || self.inner.guests.lock().unwrap().contains_key(pod)).await;
         }
         if *self.inner.fail_network.lock().unwrap() {
             return Err(PortError(anyhow::anyhow!("no more addresses")));
@@ -328,6 +340,12 @@ impl Launch for TestNode {
         let mut text = Vec::new();
         File::from(take(3)).read_to_end(&mut text).unwrap();
         let config: VmConfig = serde_json::from_slice(&text).unwrap();
+        self.inner.restored.lock().unwrap().push(config.restore.is_some());
+        if config.restore.is_some() && *self.inner.fail_restores.lock().unwrap() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            return Ok(Launched { pid, pidfd });
+        }
         let guest = Arc::new(Guest::default());
         {
             let mut state = guest.lock();
@@ -355,6 +373,7 @@ impl Launch for TestNode {
             wanted: self.inner.vm_memory.clone(),
             most: config.max_memory_mib,
             memory_bounds: self.inner.memory_bounds.clone(),
+            refuse_snapshots: self.inner.refuse_snapshots.clone(),
         };
         *memory.wanted.lock().unwrap() = memory.boot;
         std::thread::spawn(move || serve_control(&control, &devices, &nics, memory));
@@ -407,6 +426,7 @@ struct FakeVmm {
     wanted: Arc<Mutex<u32>>,
     most: u32,
     memory_bounds: Arc<Mutex<(u32, u32)>>,
+    refuse_snapshots: Arc<Mutex<bool>>,
 }
 
 /// Serves the VMM's control socket until it is closed.
@@ -424,7 +444,19 @@ fn serve_control(
                 std::thread::sleep(slow);
             }
             let mut devices = devices.lock().unwrap();
+            let mut sent = Vec::new();
             let reply = match request {
+                vmm_api::Request::Snapshot if *memory.refuse_snapshots.lock().unwrap() => {
+                    Reply::Error(vmm_api::Error::Failed { message: "not saveable".into() })
+                }
+                vmm_api::Request::Snapshot => {
+                    let mut state = File::from(fds.into_iter().next().unwrap());
+                    std::io::Write::write_all(&mut state, b"state").unwrap();
+                    let ram = tempfile::tempfile().unwrap();
+                    ram.set_len(u64::from(memory.boot) << 20).unwrap();
+                    sent.push(ram);
+                    Reply::Saved
+                }
                 vmm_api::Request::AddDisk { disk } if devices.contains(&disk.serial) => {
                     Reply::Error(vmm_api::Error::Exists { id: disk.serial })
                 }
@@ -470,7 +502,8 @@ fn serve_control(
                 }
                 _ => Reply::Done,
             };
-            let _ = send(connection.as_fd(), &reply, &[]);
+            let sent: Vec<_> = sent.iter().map(AsFd::as_fd).collect();
+            let _ = send(connection.as_fd(), &reply, &sent);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use pci::{Bus, Doorbells, MsixMessage, Plug, Vectors};
+use pci::{Address, Bus, Doorbells, MsixMessage, Plug, Vectors};
 use virtio::mock::memory;
 use virtio::pci::VirtioPci;
 use virtio::rng::Rng;
@@ -106,16 +106,68 @@ fn step(bus: &Bus, mem: &GuestMemoryMmap, u: &mut Unstructured<'_>) -> Result<()
     Ok(())
 }
 
+/// A bus with one device, which no driver uses.
+fn new_bus(mem: &GuestMemoryMmap) -> (Bus, Address) {
+    let nowhere = Arc::new(Nowhere);
+    let rng = Box::new(Rng::new().expect("rng"));
+    let device = VirtioPci::new(rng, mem.clone(), nowhere.clone(), nowhere, worker());
+    let bus = Bus::new(WINDOW..WINDOW + (1 << 20));
+    let address = bus.add(Box::new(device.expect("device")), Plug::Boot).expect("a free slot");
+    (bus, address)
+}
+
+/// Replaces a few numbers of a saved state.
+fn damage(state: &mut serde_json::Value, u: &mut Unstructured<'_>) -> Result<()> {
+    fn numbers<'a>(value: &'a mut serde_json::Value, found: &mut Vec<&'a mut serde_json::Value>) {
+        match value {
+            serde_json::Value::Array(values) => values.iter_mut().for_each(|v| numbers(v, found)),
+            serde_json::Value::Object(values) => {
+                values.iter_mut().for_each(|(_, v)| numbers(v, found));
+            }
+            serde_json::Value::Number(_) => found.push(value),
+            _ => {}
+        }
+    }
+    let mut found = Vec::new();
+    numbers(state, &mut found);
+    for _ in 0..u.int_in_range(0..=3u8)? {
+        let index = u.choose_index(found.len())?;
+        *found[index] = u64::from_le_bytes(value(u)?).into();
+    }
+    Ok(())
+}
+
+/// Saves the bus and continues with a new one that has loaded the state, damaged or not.
+fn save_and_load(
+    (bus, address): (Bus, Address),
+    mem: &GuestMemoryMmap,
+    u: &mut Unstructured<'_>,
+) -> Result<(Bus, Address)> {
+    // Refused while the device is being reset.
+    let Ok(state) = bus.save() else { return Ok((bus, address)) };
+    let mut state = serde_json::to_value(state).expect("a state is JSON");
+    damage(&mut state, u)?;
+    let next = new_bus(mem);
+    if let Ok(state) = serde_json::from_value(state) {
+        let _ = next.0.load(state);
+    }
+    Ok(next)
+}
+
 fuzz_target!(|data: &[u8]| {
     let mut u = Unstructured::new(data);
     let mem = memory(1 << 16);
-    let nowhere = Arc::new(Nowhere);
-    let rng = Box::new(Rng::new().expect("rng"));
-    let device = VirtioPci::new(rng, (*mem).clone(), nowhere.clone(), nowhere, worker());
-    let bus = Bus::new(WINDOW..WINDOW + (1 << 20));
-    let address = bus.add(Box::new(device.expect("device")), Plug::Boot).expect("a free slot");
+    let (mut bus, mut address) = new_bus(&mem);
     for _ in 0..400 {
-        if u.is_empty() || step(&bus, &mem, &mut u).is_err() {
+        if u.is_empty() {
+            break;
+        }
+        if u.ratio(1, 40).unwrap_or(false) {
+            match save_and_load((bus, address), &mem, &mut u) {
+                Ok(next) => (bus, address) = next,
+                Err(_) => return,
+            }
+        } else if step(&bus, &mem, &mut u).is_err() {
             break;
         }
     }

@@ -50,6 +50,10 @@ impl VirtioDevice for Balloon {
 
     fn read_config(&self, _offset: usize, _data: &mut [u8]) {}
 
+    fn check_saveable(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     fn counters(&self) -> Arc<DeviceCounters> {
         self.counters.clone()
     }

@@ -137,6 +137,10 @@ impl VirtioDevice for Block {
         read_config_bytes(&config.bytes(), offset, data);
     }
 
+    fn check_saveable(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     fn counters(&self) -> Arc<DeviceCounters> {
         self.counters.clone()
     }

@@ -94,6 +94,10 @@ impl VirtioDevice for Fs {
         read_config_bytes(&self.config, offset, data);
     }
 
+    fn check_saveable(&self) -> Result<(), String> {
+        Err("its backend has state of its own".to_owned())
+    }
+
     fn counters(&self) -> Arc<DeviceCounters> {
         self.counters.clone()
     }

@@ -158,6 +158,16 @@ impl VirtioDevice for Mem {
         self.control.generation.load(Ordering::Acquire)
     }
 
+    fn check_saveable(&self) -> Result<(), String> {
+        let state = self.control.state();
+        match (state.requested(), state.plugged()) {
+            (0, 0) => Ok(()),
+            (requested, plugged) => {
+                Err(format!("{plugged} bytes are plugged and {requested} requested, not 0"))
+            }
+        }
+    }
+
     fn counters(&self) -> Arc<DeviceCounters> {
         self.counters.clone()
     }

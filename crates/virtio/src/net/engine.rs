@@ -197,14 +197,18 @@ impl NetEngine {
     }
 
     /// Takes receive buffers from the queue until they have `space` bytes or more than `pieces`
-    /// pieces; fewer if there are no more, or a packet must not be in so many.
+    /// pieces; fewer if there are no more, or a packet must not be in so many. None if the queue is
+    /// broken.
     fn hold(&mut self, space: usize, pieces: usize) {
         let mergeable = self.features & F_MRG_RXBUF != 0;
         let max_chains = if mergeable { usize::from(self.rx.size()) } else { 1 };
         let held = &mut self.held;
         while held.space < space && held.iovecs.len() <= pieces && held.chains.len() < max_chains {
-            let Some(chain) = self.rx.pop() else { return };
+            let Some(chain) = self.rx.pop() else { break };
             held.push(chain, self.rx.mem());
+        }
+        if self.rx.is_broken() {
+            self.held = Held::default();
         }
     }
 
@@ -257,11 +261,11 @@ impl NetEngine {
             first.writable.write(rx.mem(), NUM_BUFFERS, &(count as u16).to_le_bytes());
         }
         let mut rest = len;
-        for chain in held.take(count) {
+        rx.push_all(held.take(count).map(|chain| {
             let written = rest.min(chain.writable.len());
-            rx.push(chain.head, written as u32);
             rest -= written;
-        }
+            (chain.head, written as u32)
+        }));
         self.counters.operation((len - HEADER_LEN) as u64);
     }
 
@@ -284,12 +288,13 @@ impl NetEngine {
         let count = held.needed(len);
         self.packet[NUM_BUFFERS..NUM_BUFFERS + 2].copy_from_slice(&(count as u16).to_le_bytes());
         let mut rest = &self.packet[..len];
-        for chain in held.take(count) {
+        let mem = rx.mem().clone();
+        rx.push_all(held.take(count).map(|chain| {
             let part = rest.len().min(chain.writable.len());
-            let written = chain.writable.write(rx.mem(), 0, &rest[..part]);
-            rx.push(chain.head, written as u32);
+            let written = chain.writable.write(&mem, 0, &rest[..part]);
             rest = &rest[part..];
-        }
+            (chain.head, written as u32)
+        }));
         self.counters.operation((len - HEADER_LEN) as u64);
         true
     }

@@ -101,6 +101,10 @@ impl VirtioDevice for Net {
         read_config_bytes(&spec::config(self.mac, self.mtu), offset, data);
     }
 
+    fn check_saveable(&self) -> Result<(), String> {
+        Err("its tap belongs to one VM".to_owned())
+    }
+
     fn counters(&self) -> Arc<DeviceCounters> {
         self.counters.clone()
     }

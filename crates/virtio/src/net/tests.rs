@@ -1,12 +1,13 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::spec::{HEADER_LEN, MAX_PACKET};
+use super::spec::{HEADER_LEN, MAX_PACKET, NUM_BUFFERS};
 use super::*;
+use crate::Worker;
 use crate::mock::{MockInterrupt, MockQueue, Runner, activation, memory, queues};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -278,6 +279,149 @@ fn a_packet_read_into_receive_buffers_uses_as_many_as_it_needs() {
         assert_eq!(got[12..packet.len()], packet[12..]);
         first += count as u64;
     }
+}
+
+/// A driver on its own thread reads the used index all the time. Section 5.1.6.4: it finds a packet's
+/// buffers together, whether the packet was read into them or copied.
+#[test]
+fn a_driver_that_polls_finds_all_buffers_of_a_packet() {
+    const PACKETS: u64 = 200;
+    for (buffers, size) in [(256, 260), (200, 250)] {
+        let Rig { mem, mut rx, mut runner, wire, net, .. } = rig(u64::MAX);
+        let buffer = |head: u16| (DATA + 0x1000 * u64::from(head), size);
+        let fill = |rx: &mut MockQueue, count: u16| {
+            for _ in 0..count {
+                let head = rx.next_free();
+                rx.add(&[], &[buffer(head)]);
+            }
+            rx.kick();
+        };
+        let (received, partial) = (AtomicU64::new(0), AtomicBool::new(false));
+        let driver = || {
+            fill(&mut rx, buffers);
+            while received.load(Ordering::Acquire) < PACKETS {
+                let unread = rx.unread();
+                if unread == 0 {
+                    continue;
+                }
+                let (head, _) = rx.used().unwrap();
+                let at = GuestAddress(buffer(head).0 + NUM_BUFFERS as u64);
+                let count = u16::from_le(mem.read_obj(at).unwrap());
+                if unread < count {
+                    partial.store(true, Ordering::Release);
+                    return Some((unread, count));
+                }
+                assert_eq!(std::iter::from_fn(|| rx.used()).count(), usize::from(count - 1));
+                fill(&mut rx, count);
+                received.fetch_add(1, Ordering::AcqRel);
+            }
+            None
+        };
+        let seen = std::thread::scope(|scope| {
+            let driver = scope.spawn(driver);
+            let sent = packet(usize::from(buffers.min(252)) * size as usize, 1);
+            for n in 1..=PACKETS {
+                wire.send(&sent).unwrap();
+                let done = || received.load(Ordering::Acquire) == n;
+                let stopped = || partial.load(Ordering::Acquire);
+                if !runner.until(|| done() || stopped()) || stopped() {
+                    break;
+                }
+            }
+            driver.join().unwrap()
+        });
+        assert_eq!(seen, None, "buffers visible, buffers of the packet");
+        assert_eq!((net.counters().operations(), net.counters().errors()), (PACKETS, 0));
+    }
+}
+
+/// The device needs a reset once it finds the ring invalid. It has then no right to the buffers that
+/// it took before.
+#[test]
+fn an_invalid_ring_ends_the_use_of_receive_buffers_taken_before() {
+    let mut rig = rig(u64::MAX);
+    for n in 0..8 {
+        rig.rx.add(&[], &[(DATA + n * 0x2000, 0x2000)]);
+    }
+    rig.rx.kick();
+    assert!(rig.runner.settle(10));
+    rig.wire.send(&packet(1000, 1)).unwrap();
+    assert!(rig.runner.settle(10));
+    assert_eq!(rig.rx.used().unwrap().1, 1000);
+    let index = rig.rx.used_index();
+
+    rig.rx.set_avail(5000);
+    rig.rx.kick();
+    for seed in 2..5 {
+        rig.wire.send(&packet(1000, seed)).unwrap();
+    }
+    assert!(rig.runner.settle(10), "an invalid ring must not keep the worker busy");
+    assert!(rig.interrupt.reset_wanted.load(Ordering::Acquire));
+    let mut after = vec![0; 7 * 0x2000];
+    rig.mem.read_slice(&mut after, GuestAddress(DATA + 0x2000)).unwrap();
+    assert!(after.iter().all(|byte| *byte == 0), "written after the ring was found invalid");
+    assert_eq!((rig.rx.used_index(), rig.net.counters().operations()), (index, 1));
+
+    let Rig { mem, runner, mut net, wire, .. } = rig;
+    drop(runner);
+    receives_after_reset(&mem, &mut net, &wire);
+}
+
+/// A driver that resets the device has its buffers back once the status reads 0.
+#[test]
+fn a_reset_ends_the_use_of_receive_buffers() {
+    let Rig { mem, runner, mut net, wire, .. } = rig(u64::MAX);
+    drop(runner);
+    let mut queues = queues(&mem, 0x1000, net.queue_sizes());
+    let interrupt = Arc::new(MockInterrupt::default());
+    let made = activation(&net, &queues, interrupt.clone(), net.features());
+    let worker = Worker::spawn("test", || {}).unwrap();
+    let limit = Duration::from_secs(10);
+    for n in 0..40 {
+        queues[0].add(&[], &[(DATA + n * 0x1000, 0x800)]);
+    }
+    let attached = worker.handle().attach(net.activate(made).unwrap(), interrupt).unwrap();
+    // The engine has taken all buffers when the first of them is used.
+    wire.send(&packet(1000, 1)).unwrap();
+    let end = Instant::now() + limit;
+    while queues[0].unread() == 0 {
+        assert!(Instant::now() < end, "no packet received");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(attached.detach().wait(limit));
+
+    let len = 40 * 0x1000;
+    mem.write_slice(&vec![0xee; len], GuestAddress(DATA)).unwrap();
+    for seed in 2..5 {
+        wire.send(&packet(1000, seed)).unwrap();
+    }
+    // The worker has handled what was ready.
+    worker.handle().pause(limit).unwrap();
+    worker.handle().resume().unwrap();
+    worker.handle().pause(limit).unwrap();
+    let mut after = vec![0; len];
+    mem.read_slice(&mut after, GuestAddress(DATA)).unwrap();
+    assert!(after.iter().all(|byte| *byte == 0xee), "written after the reset");
+    assert_eq!(queues[0].used_index(), 1);
+    receives_after_reset(&mem, &mut net, &wire);
+}
+
+/// A new driver with new rings receives the next packet.
+fn receives_after_reset(mem: &Arc<GuestMemoryMmap>, net: &mut Net, wire: &UnixDatagram) {
+    mem.write_slice(&vec![0; 0x8000], GuestAddress(0x1000)).unwrap();
+    let mut queues = queues(mem, 0x1000, net.queue_sizes());
+    let interrupt = Arc::new(MockInterrupt::default());
+    let made = activation(net, &queues, interrupt.clone(), net.features());
+    let mut runner = Runner::start(net.activate(made).unwrap()).unwrap();
+    for n in 0..40 {
+        queues[0].add(&[], &[(DATA + n * 0x1000, 0x800)]);
+    }
+    queues[0].kick();
+    wire.send(&packet(777, 9)).unwrap();
+    assert!(runner.settle(20));
+    let lengths: Vec<u32> = std::iter::from_fn(|| queues[0].used()).map(|used| used.1).collect();
+    assert_eq!(lengths.last(), Some(&777));
+    assert!(!interrupt.reset_wanted.load(Ordering::Acquire));
 }
 
 /// Attack: receive buffers of more pieces than one system call takes.

@@ -5,9 +5,9 @@
 
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use super::VirtioPci;
 use super::queues::QueueSetup;
 use super::spec::{NO_VECTOR, common, status};
+use super::{Start, VirtioPci};
 use crate::features;
 
 impl VirtioPci {
@@ -149,11 +149,11 @@ impl VirtioPci {
         }
         self.shared.status.fetch_or(set, Ordering::AcqRel);
         if set & status::DRIVER_OK != 0 {
-            self.activate();
+            self.activate(Start::New);
         }
     }
 
-    fn poll_reset(&mut self) {
+    pub(super) fn poll_reset(&mut self) {
         if self.resetting.is_some() {
             self.finish_reset();
         }
@@ -164,14 +164,14 @@ impl VirtioPci {
     }
 
     /// Section 6.1: only offered features, and VERSION_1 among them.
-    fn features_acceptable(&self) -> bool {
+    pub(super) fn features_acceptable(&self) -> bool {
         self.driver_features & !self.device.features() == 0
             && self.driver_features & features::VERSION_1 != 0
     }
 
     /// A vector that this device does not have becomes [`NO_VECTOR`], which the driver reads back
     /// (section 4.1.5.1.2).
-    fn valid_vector(&self, vector: u16) -> u16 {
+    pub(super) fn valid_vector(&self, vector: u16) -> u16 {
         if usize::from(vector) <= self.queues.len() { vector } else { NO_VECTOR }
     }
 }

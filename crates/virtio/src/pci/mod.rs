@@ -14,6 +14,7 @@ mod common;
 mod interrupt;
 mod queues;
 mod spec;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -21,7 +22,9 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use pci::{BarRange, BarRequest, ConfigSpace, Doorbells, Identity, Msix, PciDevice, Vectors};
+use pci::{
+    BarRange, BarRequest, ConfigSpace, Doorbells, Identity, Msix, PciDevice, StateError, Vectors,
+};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -89,6 +92,15 @@ pub struct VirtioPci {
     doorbell_addr: Option<u64>,
 }
 
+/// Where the queues of an activation begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// At index 0, as the driver expects after a reset.
+    New,
+    /// At the used ring's index: the device continues from a saved state.
+    AtUsedIndex,
+}
+
 struct Active {
     attachment: Attachment,
     interrupt: Arc<PciInterrupt>,
@@ -154,7 +166,7 @@ impl VirtioPci {
     }
 
     /// DRIVER_OK was set: creates the engine and starts it on the worker.
-    fn activate(&mut self) {
+    fn activate(&mut self, start: Start) {
         let interrupt = Arc::new(PciInterrupt::new(self.shared.clone()));
         let event_idx = self.driver_features & features::RING_EVENT_IDX != 0;
         let counters = self.device.counters();
@@ -169,7 +181,12 @@ impl VirtioPci {
             };
             let (mem, interrupt) = (self.mem.clone(), interrupt.clone());
             let queue = VirtQueue::new(setup.index, queue, kick, mem, interrupt, counters.clone());
-            queues.push(queue.with_granted(self.granted.clone()));
+            let mut queue = queue.with_granted(self.granted.clone());
+            match start {
+                Start::New => {}
+                Start::AtUsedIndex => queue.resume_at_used_index(),
+            }
+            queues.push(queue);
         }
         let activation =
             Activation { queues, interrupt: interrupt.clone(), features: self.driver_features };
@@ -348,6 +365,14 @@ impl PciDevice for VirtioPci {
             // No device here has a writable configuration field.
             _ => {}
         }
+    }
+
+    fn save(&mut self) -> Result<serde_json::Value, StateError> {
+        self.save_state()
+    }
+
+    fn load(&mut self, state: serde_json::Value) -> Result<(), StateError> {
+        self.load_state(state)
     }
 }
 

@@ -468,3 +468,84 @@ fn memory_granted_while_the_device_runs_can_be_used() {
         assert_eq!(used.unwrap().1, wanted);
     }
 }
+
+/// A rig over the same memory, with the queue of `former`.
+fn continued(former: Rig) -> Rig {
+    let Rig { mem, queue, .. } = former;
+    let rig = rig_over(mem, Granted::all());
+    // The state that the rig has written belongs to a driver that has scanned the bus.
+    rig.bus.ecam_write(1 << 15 | 4, &[0, 0]);
+    Rig { queue, ..rig }
+}
+
+fn saved(rig: &Rig) -> String {
+    rig.worker.handle().pause(Duration::from_secs(10)).unwrap();
+    serde_json::to_string(&rig.bus.save().unwrap()).unwrap()
+}
+
+#[test]
+fn a_loaded_device_continues_with_the_queues_of_the_saved_one() {
+    let mut rig = rig();
+    rig.bring_up();
+    for _ in 0..100 {
+        rig.request();
+    }
+    let state = saved(&rig);
+    // Made available after the device was paused, without a notification that reaches the new one.
+    rig.queue.add(&[], &[(0x20000, 16)]);
+    let mut rig = continued(rig);
+    rig.bus.load(serde_json::from_str(&state).unwrap()).unwrap();
+    assert!(rig.view.active());
+    assert_eq!(*rig.host.doorbells.lock().unwrap(), [WINDOW + layout::NOTIFY]);
+    assert_eq!(rig.host.programmed.lock().unwrap().len(), 2);
+    assert!(rig.host.triggered.load(Ordering::Acquire) >= 1, "no interrupt after the load");
+    let queue = &mut rig.queue;
+    eventually("the request of before", || queue.used().is_some());
+    rig.request();
+    assert_eq!(rig.view.counters().operations(), 2);
+    rig.reset();
+    assert_eq!(rig.read::<2>(common::QUEUE_ENABLE), 0);
+}
+
+#[test]
+fn a_device_that_no_driver_uses_is_loaded_without_an_engine() {
+    let rig = rig();
+    rig.set_status(status::ACKNOWLEDGE | status::DRIVER);
+    rig.write::<4>(common::DRIVER_FEATURE_SELECT, 1);
+    let state = saved(&rig);
+    let rig = continued(rig);
+    rig.bus.load(serde_json::from_str(&state).unwrap()).unwrap();
+    assert_eq!(rig.status(), status::ACKNOWLEDGE | status::DRIVER);
+    assert_eq!(rig.read::<4>(common::DRIVER_FEATURE_SELECT), 1);
+    assert!(!rig.view.active());
+}
+
+#[test]
+fn a_state_that_does_not_fit_the_device_is_refused() {
+    type Edit = fn(&mut serde_json::Value);
+    let edits: [(&str, Edit); 9] = [
+        ("size", |s| s["queues"][0]["size"] = 3.into()),
+        ("descriptor table", |s| s["queues"][0]["desc"] = (1u64 << 40).into()),
+        ("device ring", |s| s["queues"][0]["device"] = u64::MAX.into()),
+        ("number of queues", |s| s["queue_vectors"] = serde_json::json!([])),
+        ("device status", |s| s["status"] = 0x2f.into()),
+        ("features", |s| s["driver_features"] = u64::MAX.into()),
+        ("MSI-X vectors", |s| s["msix"]["entries"] = serde_json::json!([])),
+        ("configuration space", |s| s["config"][0] = 0.into()),
+        ("device configuration", |s| s["device_config"][0] = 1.into()),
+    ];
+    let former = rig();
+    former.bring_up();
+    let state = saved(&former);
+    let mut rig = continued(former);
+    for (what, edit) in edits {
+        let mut state: serde_json::Value = serde_json::from_str(&state).unwrap();
+        // Function 0 is the host bridge.
+        edit(&mut state["functions"][1]["state"]);
+        rig = continued(rig);
+        let refused = rig.bus.load(serde_json::from_value(state).unwrap()).unwrap_err();
+        let source = std::error::Error::source(&refused).unwrap().to_string();
+        assert!(source.contains(what), "{what}: {source}");
+        assert!(!rig.view.active(), "{what}");
+    }
+}

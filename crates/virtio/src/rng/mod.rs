@@ -47,6 +47,10 @@ impl VirtioDevice for Rng {
 
     fn read_config(&self, _offset: usize, _data: &mut [u8]) {}
 
+    fn check_saveable(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     fn counters(&self) -> Arc<DeviceCounters> {
         self.counters.clone()
     }

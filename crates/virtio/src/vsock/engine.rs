@@ -15,6 +15,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use vmm_sys_util::epoll::EventSet;
@@ -44,6 +45,8 @@ pub(super) struct VsockEngine {
     tx: VirtQueue,
     event: VirtQueue,
     counters: Arc<DeviceCounters>,
+    /// Set to the number of connections and waiting RST packets after each event.
+    open: Arc<AtomicUsize>,
     // Volatile.
     connections: HashMap<u32, Connection>,
     /// Host ports of connections with a packet for the guest, each at most once, in order.
@@ -73,6 +76,7 @@ impl VsockEngine {
             tx,
             event,
             counters,
+            open: Arc::default(),
             connections: HashMap::new(),
             rx_ready: VecDeque::new(),
             replies: VecDeque::new(),
@@ -82,6 +86,16 @@ impl VsockEngine {
             accept_retry_at: None,
             scratch: vec![0; BUFFER as usize],
         }
+    }
+
+    /// Reports the number of connections and waiting RST packets in `open`.
+    pub(super) fn with_gauge(mut self, open: Arc<AtomicUsize>) -> Self {
+        self.open = open;
+        self
+    }
+
+    fn update_gauge(&self) {
+        self.open.store(self.connections.len() + self.replies.len(), Ordering::Release);
     }
 }
 
@@ -100,13 +114,14 @@ impl Engine for VsockEngine {
         match token {
             RX => self.rx.clear_kick(),
             TX => self.process_tx(poll),
-            // Event buffers are never used: TRANSPORT_RESET (section 5.10.6.7) is sent only after a
-            // restore from a snapshot.
+            // Event buffers are never used: TRANSPORT_RESET (section 5.10.6.7) is for connections that
+            // were open when a VM was saved, and only a VM without any can be saved.
             EVENT => self.event.clear_kick(),
             LISTENER => self.accept(poll),
             port => self.process_client(port, events, poll),
         }
         self.process_rx(poll);
+        self.update_gauge();
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -126,5 +141,6 @@ impl Engine for VsockEngine {
             self.abort(port, poll);
         }
         self.process_rx(poll);
+        self.update_gauge();
     }
 }

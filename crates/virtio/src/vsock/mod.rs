@@ -24,6 +24,7 @@ mod tests;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use self::engine::VsockEngine;
 use crate::device::{
@@ -54,6 +55,8 @@ pub struct Vsock {
     guest_cid: u64,
     listener: UnixListener,
     counters: Arc<DeviceCounters>,
+    /// Connections, and packets that end one.
+    open: Arc<AtomicUsize>,
 }
 
 impl Vsock {
@@ -64,7 +67,7 @@ impl Vsock {
             return Err(VsockError::Cid { cid: guest_cid });
         }
         listener.set_nonblocking(true)?;
-        Ok(Self { guest_cid, listener, counters: Arc::default() })
+        Ok(Self { guest_cid, listener, counters: Arc::default(), open: Arc::default() })
     }
 }
 
@@ -85,6 +88,13 @@ impl VirtioDevice for Vsock {
         read_config_bytes(&self.guest_cid.to_le_bytes(), offset, data);
     }
 
+    fn check_saveable(&self) -> Result<(), String> {
+        match self.open.load(Ordering::Acquire) {
+            0 => Ok(()),
+            open => Err(format!("{open} connections are open")),
+        }
+    }
+
     fn counters(&self) -> Arc<DeviceCounters> {
         self.counters.clone()
     }
@@ -93,6 +103,7 @@ impl VirtioDevice for Vsock {
         let queues = take_queues(activation.queues)?;
         let listener = self.listener.try_clone()?;
         let counters = self.counters.clone();
-        Ok(Box::new(VsockEngine::new(self.guest_cid, MAX_CONNECTIONS, listener, queues, counters)))
+        let engine = VsockEngine::new(self.guest_cid, MAX_CONNECTIONS, listener, queues, counters);
+        Ok(Box::new(engine.with_gauge(self.open.clone())))
     }
 }

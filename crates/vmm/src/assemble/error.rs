@@ -13,6 +13,7 @@ use crate::config::ConfigError;
 use crate::control::ControlError;
 use crate::jail::JailError;
 use crate::seccomp::FilterError;
+use crate::snapshot::SnapshotError;
 use crate::vcpus::VcpuThreadError;
 
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +44,8 @@ pub enum AssembleError {
     Device { id: String, source: vmm_api::Error },
     #[error(transparent)]
     VcpuThreads(#[from] VcpuThreadError),
+    #[error("cannot continue the saved VM")]
+    Restore(#[from] SnapshotError),
     #[error(transparent)]
     Control(#[from] ControlError),
     #[error("{what}")]

@@ -1,14 +1,19 @@
 //! The running VM: carries out requests of the control socket.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use kvm_ioctls::VmFd;
+use machine::Ram;
+use machine::layout::Layout;
 use vmm_api::{Counters, Phase, Reply, Request, VERSION, VmStatus};
 
 use crate::config::{self, ConfigError};
 use crate::control::Vm;
 use crate::devices::Devices;
 use crate::memory::Memory;
+use crate::snapshot::{self, SnapshotError};
 use crate::vcpus::{VcpuThreadError, VcpuThreads};
 
 /// A running VM.
@@ -18,6 +23,12 @@ pub(super) struct RunningVm {
     pub(super) devices: Devices,
     pub(super) vcpu_threads: VcpuThreads,
     pub(super) paused: AtomicBool,
+    pub(super) vm: Arc<VmFd>,
+    pub(super) bus: Arc<pci::Bus>,
+    pub(super) ram: Ram,
+    pub(super) layout: Layout,
+    /// See [`machine::cpuid::processor`].
+    pub(super) processor: String,
     /// Microseconds from `main` to the start of the vCPUs.
     pub(super) start_us: u64,
 }
@@ -57,6 +68,31 @@ impl RunningVm {
         Ok(())
     }
 
+    /// Writes the state to `file`; returns the file with the memory.
+    fn snapshot(&self, file: OwnedFd) -> Result<OwnedFd, vmm_api::Error> {
+        let failed = |error: &dyn std::error::Error| vmm_api::Error::Failed {
+            message: format!("cannot save the VM: {}", crate::chain(error)),
+        };
+        let file = config::hot_state(file).map_err(|e| failed(&e))?;
+        let saved = || {
+            if !self.paused.load(Ordering::Acquire) {
+                return Err(SnapshotError::NotPaused);
+            }
+            let vcpus = self.vcpu_threads.save()?;
+            let parts = snapshot::Parts {
+                config: &self.config,
+                processor: &self.processor,
+                vm: &self.vm,
+                ram: &self.ram,
+                layout: &self.layout,
+                bus: &self.bus,
+                devices: &self.devices.list(),
+            };
+            parts.save(vcpus, &file)
+        };
+        saved().map(OwnedFd::from).map_err(|e| failed(&e))
+    }
+
     fn resume(&self) -> Result<(), vmm_api::Error> {
         if self.paused.load(Ordering::Acquire) {
             self.devices.resume()?;
@@ -87,16 +123,20 @@ impl Vm for RunningVm {
         Counters { exits, start_us, devices: self.devices.counters() }
     }
 
-    fn perform(&self, request: Request, mut fds: Vec<OwnedFd>) -> Reply {
+    fn perform(&self, request: Request, mut fds: Vec<OwnedFd>) -> (Reply, Vec<OwnedFd>) {
         let done = |result: Result<(), vmm_api::Error>| match result {
             Ok(()) => Reply::Done,
             Err(error) => Reply::Error(error),
         };
-        match (request, fds.pop()) {
+        let reply = match (request, fds.pop()) {
             (Request::Pause, _) => done(self.pause()),
             (Request::Resume, _) => done(self.resume()),
             (Request::ResizeMemory { memory_mib }, _) => done(self.memory.resize(memory_mib)),
             (Request::RemoveDevice { id }, _) => done(self.devices.remove(&id)),
+            (Request::Snapshot, Some(file)) => match self.snapshot(file) {
+                Ok(memory) => return (Reply::Saved, vec![memory]),
+                Err(error) => Reply::Error(error),
+            },
             (request, Some(fd)) => match self.add(request, fd) {
                 Ok(pci) => Reply::Added { pci },
                 Err(error) => Reply::Error(error),
@@ -105,6 +145,7 @@ impl Vm for RunningVm {
                 let message = format!("{request:?} needs a file descriptor");
                 Reply::Error(vmm_api::Error::Failed { message })
             }
-        }
+        };
+        (reply, Vec::new())
     }
 }

@@ -47,6 +47,7 @@ fn config(dir: &tempfile::TempDir) -> VmConfig {
         nets: Vec::new(),
         serial_console: false,
         jail: None,
+        restore: None,
     }
 }
 

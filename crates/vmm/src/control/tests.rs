@@ -31,8 +31,10 @@ impl Vm for Fake {
     fn counters(&self) -> Counters {
         Counters { start_us: 7, ..Default::default() }
     }
-    fn perform(&self, request: Request, fds: Vec<OwnedFd>) -> Reply {
-        match request {
+    fn perform(&self, request: Request, fds: Vec<OwnedFd>) -> (Reply, Vec<OwnedFd>) {
+        let reply = match request {
+            // As guest memory: the file of the request.
+            Request::Snapshot => return (Reply::Saved, fds),
             Request::AddDisk { .. } => Reply::Added { pci: format!("{} fds", fds.len()) },
             Request::Pause => {
                 self.hang.wait();
@@ -40,7 +42,8 @@ impl Vm for Fake {
             }
             Request::RemoveDevice { id } => Reply::Error(Error::NoSuchDevice { id }),
             _ => Reply::Done,
-        }
+        };
+        (reply, Vec::new())
     }
 }
 
@@ -115,6 +118,15 @@ fn file_descriptors_reach_the_vm_and_missing_ones_are_refused() {
     assert!(matches!(refused, Err(ClientError::Refused(Error::Descriptors { got: 0, want: 1 }))));
     let refused = client.call(&Request::Status, &[file.as_fd()]);
     assert!(matches!(refused, Err(ClientError::Refused(Error::Descriptors { got: 1, want: 0 }))));
+}
+
+#[test]
+fn the_file_of_a_snapshot_comes_with_the_reply() {
+    let running = Running::new();
+    let mut file = tempfile::tempfile().unwrap();
+    std::io::Write::write_all(&mut file, b"memory").unwrap();
+    let received = running.client().snapshot(file.as_fd()).unwrap();
+    assert_eq!(received.metadata().unwrap().len(), 6);
 }
 
 #[test]

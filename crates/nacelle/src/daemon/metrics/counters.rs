@@ -7,7 +7,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
-use sandbox::observe::{DeathCause, Measured, OomVictim, Outcome, PodKind};
+use sandbox::observe::{DeathCause, Measured, OomVictim, Outcome, PodKind, StartedFrom};
 use tonic::Code;
 
 type Labels = Vec<(&'static str, Cow<'static, str>)>;
@@ -44,7 +44,8 @@ pub(crate) struct Counters {
     start_durations: Times,
     phase_durations: Times,
     boots: Counts,
-    boot_durations: Histogram,
+    boot_durations: Times,
+    template_saves: Counts,
     deaths: Counts,
     oom_kills: Counts,
     guest_calls: Counts,
@@ -70,7 +71,8 @@ impl Counters {
             start_durations: times(),
             phase_durations: times(),
             boots: Family::default(),
-            boot_durations: work(),
+            boot_durations: times(),
+            template_saves: Family::default(),
             deaths: Family::default(),
             oom_kills: Family::default(),
             guest_calls: Family::default(),
@@ -92,8 +94,15 @@ impl Counters {
                     .get_or_create(&labels([("kind", kind), ("result", outcome(result))]));
             }
         }
-        for result in [Outcome::Ok, Outcome::Failed, Outcome::TimedOut, Outcome::Cancelled] {
-            let _ = this.boots.get_or_create(&labels([("result", outcome(result))]));
+        for from in [StartedFrom::Kernel, StartedFrom::Template].map(started_from) {
+            let _ = this.boot_durations.get_or_create(&labels([("from", from)]));
+            for result in [Outcome::Ok, Outcome::Failed, Outcome::TimedOut, Outcome::Cancelled] {
+                let all = labels([("from", from), ("result", outcome(result))]);
+                let _ = this.boots.get_or_create(&all);
+            }
+        }
+        for result in [Outcome::Ok, Outcome::Failed] {
+            let _ = this.template_saves.get_or_create(&labels([("result", outcome(result))]));
         }
         for result in [Outcome::Ok, Outcome::Failed] {
             let _ = this.journal_writes.get_or_create(&labels([("result", outcome(result))]));
@@ -136,12 +145,23 @@ impl Counters {
             "Duration of the phases of starts of pods, some of which overlap",
             &self.phase_durations,
         );
-        add(registry, "nacelle_vm_boots", "Boots of VMs by result", &self.boots);
+        add(
+            registry,
+            "nacelle_vm_boots",
+            "Starts of VMs by what the guest starts from and result",
+            &self.boots,
+        );
         add(
             registry,
             "nacelle_vm_boot_duration_seconds",
             "Time from the launch of a VMM until its guest's agent answers",
             &self.boot_durations,
+        );
+        add(
+            registry,
+            "nacelle_template_saves",
+            "Attempts to save the VM of a starting pod as a template, by result",
+            &self.template_saves,
         );
         add(
             registry,
@@ -241,7 +261,7 @@ const CAUSES: [DeathCause; 10] = [
     DeathCause::Terminated,
     DeathCause::Killed,
     DeathCause::OutOfMemory,
-    DeathCause::Silent,
+    DeathCause::Unresponsive,
     DeathCause::HostAgent,
 ];
 
@@ -255,8 +275,15 @@ fn death_cause(cause: DeathCause) -> &'static str {
         DeathCause::Terminated => "terminated",
         DeathCause::Killed => "killed",
         DeathCause::OutOfMemory => "out_of_memory",
-        DeathCause::Silent => "silent",
+        DeathCause::Unresponsive => "unresponsive",
         DeathCause::HostAgent => "host_agent",
+    }
+}
+
+fn started_from(from: StartedFrom) -> &'static str {
+    match from {
+        StartedFrom::Kernel => "kernel",
+        StartedFrom::Template => "template",
     }
 }
 
@@ -313,11 +340,15 @@ impl sandbox::observe::Observer for Counters {
                     self.start_durations.get_or_create(&labels([kind])).observe(took.as_secs_f64());
                 }
             }
-            Measured::Boot { outcome: result, took } => {
-                self.boots.get_or_create(&labels([("result", outcome(result))])).inc();
+            Measured::Boot { from, outcome: result, took } => {
+                let from = ("from", started_from(from));
+                self.boots.get_or_create(&labels([from, ("result", outcome(result))])).inc();
                 if result == Outcome::Ok {
-                    self.boot_durations.observe(took.as_secs_f64());
+                    self.boot_durations.get_or_create(&labels([from])).observe(took.as_secs_f64());
                 }
+            }
+            Measured::TemplateSave { outcome: result, .. } => {
+                self.template_saves.get_or_create(&labels([("result", outcome(result))])).inc();
             }
             Measured::VmmDeath { cause } => {
                 self.deaths.get_or_create(&labels([("cause", death_cause(cause))])).inc();

@@ -14,7 +14,9 @@ use network::Verb;
 use network::observe::{Observer as _, PluginRun};
 use prometheus_client::registry::Registry;
 use sandbox::model::{ContainerView, Meta, PodId, PodSpec, PodState, PodView};
-use sandbox::observe::{DeathCause, Measured, Observer as _, OomVictim, Outcome, PodKind};
+use sandbox::observe::{
+    DeathCause, Measured, Observer as _, OomVictim, Outcome, PodKind, StartedFrom,
+};
 use sandbox::stats::{
     BlockIoView, ContainerStatsView, CpuView, FsView, InterfaceView, MemoryView, PodStatsView,
 };
@@ -191,7 +193,8 @@ fn measured_counters() -> Counters {
         Measured::StartPhase { phase: "boot", took },
         Measured::Start { kind: PodKind::Vm, outcome: Outcome::Ok, took },
         Measured::Start { kind: PodKind::Vm, outcome: Outcome::Failed, took },
-        Measured::Boot { outcome: Outcome::Ok, took },
+        Measured::Boot { from: StartedFrom::Template, outcome: Outcome::Ok, took },
+        Measured::TemplateSave { outcome: Outcome::Ok, took },
         Measured::VmmDeath { cause: DeathCause::Panic },
         Measured::OomKill { victim: OomVictim::Container },
         Measured::GuestCall { call: "configure the pod", outcome: Outcome::TimedOut, took },
@@ -226,7 +229,10 @@ async fn what_was_measured_is_served() {
         ("nacelle_pod_starts_total", &[("kind", "host"), ("result", "error")], 0.0),
         ("nacelle_pod_start_duration_seconds_count", &[("kind", "vm")], 1.0),
         ("nacelle_pod_start_phase_duration_seconds_sum", &[("phase", "boot")], 0.02),
-        ("nacelle_vm_boots_total", &[("result", "ok")], 1.0),
+        ("nacelle_vm_boots_total", &[("from", "template"), ("result", "ok")], 1.0),
+        ("nacelle_vm_boots_total", &[("from", "kernel"), ("result", "ok")], 0.0),
+        ("nacelle_vm_boot_duration_seconds_count", &[("from", "template")], 1.0),
+        ("nacelle_template_saves_total", &[("result", "ok")], 1.0),
         ("nacelle_vmm_deaths_total", &[("cause", "panic")], 1.0),
         ("nacelle_vmm_deaths_total", &[("cause", "out_of_memory")], 0.0),
         ("nacelle_oom_kills_total", &[("victim", "container")], 1.0),
