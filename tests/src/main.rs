@@ -39,7 +39,7 @@ fn main() -> std::process::ExitCode {
         .into_iter()
         .map(|(area, (name, story))| {
             let full = format!("{area}::{name}");
-            let slow = stories::SLOW.contains(&(area, name));
+            let ignored = stories::IGNORED.contains(&(area, name));
             Trial::test(full.clone(), move || {
                 // A VM in an emulated VM stalls sometimes. A story that passes only the second time is
                 // printed with its first error, and counted by `.ci/run`.
@@ -52,7 +52,7 @@ fn main() -> std::process::ExitCode {
                     Err(second) => Err(Failed::from(format!("{first:?}\nand then: {second:?}"))),
                 }
             })
-            .with_ignored_flag(slow)
+            .with_ignored_flag(ignored)
         })
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()

@@ -52,8 +52,10 @@ pub(crate) fn start(arguments: &Arguments) -> Result<()> {
         std::io::stdin().take(MAX_INPUT).read_to_end(&mut input).context("reading the options")?;
     }
     let bundle = arguments.bundle()?;
-    let pod = match spec::container_type(&spec::read(&bundle)?)? {
-        ContainerType::PodContainer { pod } if pod != arguments.id => Some(pod),
+    let container_type =
+        spec::read_if_present(&bundle)?.map(|spec| spec::container_type(&spec)).transpose()?;
+    let pod = match container_type {
+        Some(ContainerType::PodContainer { pod }) if pod != arguments.id => Some(pod),
         _ => None,
     };
     let settings = Settings::of_task(&bundle, pod.as_deref())?;

@@ -19,6 +19,7 @@ use containerd_shim_protos::ttrpc::{self, Code, Result};
 use containerd_shim_protos::types::mount::Mount;
 use oci_spec::runtime::Spec;
 use sandbox::Sandboxes;
+use sandbox::model::PodSpec;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
@@ -215,6 +216,10 @@ impl Pod {
         {
             return Err(invalid(format!("task {id} does not belong to this shim's pod")));
         }
+        if !matches!(container_type, ContainerType::PodContainer { .. }) && self.sandbox.exists() {
+            let message = format!("{id} is a sandbox that was created by CreateSandbox");
+            return Err(status(Code::ALREADY_EXISTS, message));
+        }
         let stdio = Stdio::open(stdio_paths).await.map_err(|e| invalid(format!("{e:#}")))?;
         let task = Arc::new(Task {
             id: id.clone(),
@@ -258,6 +263,12 @@ impl Pod {
     }
 
     async fn run_pod(&self, task: &Task, spec: &Spec, cancel: &CancellationToken) -> Result<()> {
+        let pod = spec::pod(&self.namespace, &task.id, spec, &self.settings);
+        self.run_vm(pod, cancel).await
+    }
+
+    /// Starts the pod's VM.
+    pub(crate) async fn run_vm(&self, pod: PodSpec, cancel: &CancellationToken) -> Result<()> {
         let sandboxes = self.sandboxes.get_or_try_init(|| async {
             self.paths.create_dirs().map_err(unknown)?;
             let uid = self.paths.allocate_uid().map_err(unknown)?;
@@ -265,7 +276,6 @@ impl Pod {
             Sandboxes::open(config, Arc::new(ExistingNetns)).await.map_err(from_sandbox)
         });
         let sandboxes = sandboxes.await?;
-        let pod = spec::pod(&self.namespace, &task.id, spec, &self.settings);
         let run = sandboxes.run_pod_with_id(self.paths.key.clone(), pod);
         unless_cancelled(cancel, async { run.await.map_err(from_sandbox) }).await.map(drop)
     }

@@ -28,6 +28,7 @@ use crate::events::{Publisher, timestamp};
 use crate::paths::{PodPaths, key};
 use crate::process::{Exit, Process};
 use crate::rootfs;
+use crate::sandbox_state::SandboxState;
 use crate::settings::Settings;
 use crate::spec::ContainerType;
 use crate::stdio::{Stdio, StdioPaths};
@@ -45,6 +46,7 @@ pub(crate) struct Pod {
     pub(crate) settings: Settings,
     pub(crate) publisher: Publisher,
     pub(crate) sandboxes: OnceCell<Sandboxes>,
+    pub(crate) sandbox: SandboxState,
     tasks: Mutex<BTreeMap<String, TaskEntry>>,
     /// Shutdown was accepted: no further task is created. Set with [`Self::tasks`] locked.
     pub(crate) shutting_down: AtomicBool,
@@ -127,6 +129,7 @@ impl Pod {
             settings,
             publisher,
             sandboxes: OnceCell::new(),
+            sandbox: SandboxState::default(),
             tasks: Mutex::default(),
             shutting_down: AtomicBool::new(false),
             shutdown: CancellationToken::new(),
@@ -219,7 +222,8 @@ impl Pod {
         }
     }
 
-    async fn wait_sandbox_exit(&self, task: &Task) -> Exit {
+    /// Returns when the VM has ended, on request or not.
+    pub(crate) async fn wait_until_not_ready(&self) {
         if let Ok(sandboxes) = self.sandboxes() {
             let mut events = sandboxes.events();
             let is_ready =
@@ -232,6 +236,10 @@ impl Pod {
                 }
             }
         }
+    }
+
+    async fn wait_sandbox_exit(&self, task: &Task) -> Exit {
+        self.wait_until_not_ready().await;
         let signal = *lock(&task.killed_by);
         Exit { status: signal.map_or(255, |signal| 128 + signal), at: SystemTime::now() }
     }
@@ -537,11 +545,11 @@ impl Pod {
         }
     }
 
-    /// Shutdown: ignored while there are tasks.
+    /// Shutdown: ignored while there are tasks, or a sandbox that ShutdownSandbox removes.
     pub(crate) fn request_shutdown(self: &Arc<Self>) {
         {
             let tasks = self.tasks();
-            if !tasks.is_empty() {
+            if !tasks.is_empty() || self.sandbox.exists() {
                 return;
             }
             self.shutting_down.store(true, Ordering::Relaxed);

@@ -1,4 +1,5 @@
-//! The serving shim: serves the task API on the socket that `start` created, until Shutdown.
+//! The serving shim: serves the task API and the Sandbox service on the socket that `start` created, until
+//! Shutdown.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -9,6 +10,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim::shim_ttrpc_async::create_task;
 use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
 use containerd_shim_protos::ttrpc::asynchronous::{Server, Service};
@@ -20,6 +22,7 @@ use crate::cleanup;
 use crate::events::Publisher;
 use crate::paths::PodPaths;
 use crate::pod::Pod;
+use crate::sandbox_service::SandboxService;
 use crate::service::TaskService;
 use crate::settings::Settings;
 
@@ -96,10 +99,10 @@ async fn run(arguments: &Arguments, settings: Settings, paths: PodPaths) -> Resu
     Ok(())
 }
 
-/// The task service under both names.
-fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
+/// The task service under both names, and the Sandbox service.
+pub(crate) fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
     let make = || create_task(Arc::new(TaskService(pod.clone())));
-    let mut all = HashMap::new();
+    let mut all = create_sandbox(Arc::new(SandboxService(pod.clone())));
     for name in [SERVICE_V2, SERVICE_V3] {
         all.extend(make().remove(SERVICE_V3).map(|service| (name.to_owned(), service)));
     }

@@ -63,6 +63,13 @@ impl Default for Settings {
     }
 }
 
+/// Bundle of a sandbox that containerd 2.x has created by the Sandbox service, from the directory of its
+/// namespace's tasks: `<state>/io.containerd.runtime.v2.task/<namespace>`.
+fn sandbox_bundle(tasks: &Path, pod: &str) -> Option<PathBuf> {
+    let (namespace, state) = (tasks.file_name()?, tasks.parent()?.parent()?);
+    Some(state.join("io.containerd.sandbox.controller.v1.shim").join(namespace).join(pod))
+}
+
 impl Settings {
     pub(crate) fn load() -> Result<Self> {
         let path = std::env::var_os(PATH_VARIABLE).map_or_else(|| PATH.into(), PathBuf::from);
@@ -77,7 +84,10 @@ impl Settings {
     /// Settings of a task's pod: those that are saved in its bundle, or in its pod's, which is beside it;
     /// for a new pod those of shim.toml.
     pub(crate) fn of_task(bundle: &Path, pod: Option<&str>) -> Result<Self> {
-        let of_pod = || Self::saved(&bundle.parent()?.join(pod?));
+        let of_pod = || {
+            let (pod, tasks) = (pod?, bundle.parent()?);
+            Self::saved(&tasks.join(pod)).or_else(|| Self::saved(&sandbox_bundle(tasks, pod)?))
+        };
         match Self::saved(bundle).or_else(of_pod) {
             Some(settings) => Ok(settings),
             None => Self::load(),
@@ -158,6 +168,16 @@ mod tests {
         started.save(&container).unwrap();
         std::fs::remove_dir_all(&pod).unwrap();
         assert_eq!(Settings::of_task(&container, Some("p")).unwrap(), started);
+        let state = dir.path().join("state");
+        let bundle = |plugin: &str, id: &str| {
+            let path = state.join(plugin).join("k8s.io").join(id);
+            std::fs::create_dir_all(&path).unwrap();
+            path
+        };
+        let sandbox = bundle("io.containerd.sandbox.controller.v1.shim", "p");
+        let task = bundle("io.containerd.runtime.v2.task", "c");
+        started.save(&sandbox).unwrap();
+        assert_eq!(Settings::of_task(&task, Some("p")).unwrap(), started);
         std::fs::write(container.join(SAVED), r#"{"setting_of_another_release": 1}"#).unwrap();
         assert_eq!(Settings::saved(&container), None);
     }

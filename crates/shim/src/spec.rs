@@ -56,6 +56,15 @@ pub(crate) fn read(bundle: &Path) -> Result<Spec> {
     serde_json::from_slice(&text).with_context(what)
 }
 
+/// None if the bundle has no config.json: that of a sandbox which is created by the Sandbox service.
+pub(crate) fn read_if_present(bundle: &Path) -> Result<Option<Spec>> {
+    let path = bundle.join("config.json");
+    match path.try_exists().with_context(|| format!("reading {}", path.display()))? {
+        true => read(bundle).map(Some),
+        false => Ok(None),
+    }
+}
+
 fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
     spec.annotations().as_ref()?.get(name).map(String::as_str).filter(|text| !text.is_empty())
 }
@@ -86,14 +95,9 @@ pub(crate) fn pod(namespace_name: &str, id: &str, spec: &Spec, settings: &Settin
     if let Some(Some(netns)) = namespace(spec, LinuxNamespaceType::Network) {
         annotations.insert(NETNS.to_owned(), netns.to_string_lossy().into_owned());
     }
-    let mut hostname = spec.hostname().clone().unwrap_or_default();
-    if hostname.is_empty() {
-        hostname = id.chars().take(12).collect();
-    }
-    hostname.truncate(hostname.floor_char_boundary(MAX_HOSTNAME));
     let linux = spec.linux().as_ref();
     let sysctls = linux.and_then(|linux| linux.sysctl().clone()).unwrap_or_default();
-    let (memory, vcpus) = size(spec, settings.max_vcpus);
+    let size = Size::of(spec);
     PodSpec {
         meta: Meta {
             name: text(SANDBOX_NAME).unwrap_or_else(|| id.to_owned()),
@@ -102,46 +106,69 @@ pub(crate) fn pod(namespace_name: &str, id: &str, spec: &Spec, settings: &Settin
             annotations,
             ..Meta::default()
         },
-        hostname,
+        hostname: hostname(spec.hostname().clone().unwrap_or_default(), id),
         handler: String::new(),
         cgroup_parent: cgroup_parent(spec),
         log_directory: String::new(),
         sysctls: sysctls.into_iter().collect(),
         dns: Dns::default(),
         ports: Vec::new(),
-        vcpus,
-        memory_mib: memory.map(|bytes| {
-            let mib = u32::try_from(bytes.div_ceil(MIB)).unwrap_or(u32::MAX);
-            mib.saturating_add(settings.guest_overhead_mib).max(settings.min_memory_mib)
-        }),
+        vcpus: size.vcpus(settings),
+        memory_mib: size.memory_mib(settings),
         cpu: CpuLimits::default(),
         host: None,
         origin: serde_json::Value::Null,
     }
 }
 
-/// Memory limit in bytes and CPU limit of the pod, if any: from the CRI annotations, or from the single
-/// container's resources.
-fn size(spec: &Spec, max_vcpus: u8) -> (Option<u64>, Option<u8>) {
-    let number = |name| annotation(spec, name).and_then(|text| text.parse::<i64>().ok());
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let memory = match number(SANDBOX_MEMORY) {
-        Some(bytes) => Some(bytes),
-        None => resources.and_then(|r| r.memory().as_ref()).and_then(|memory| memory.limit()),
-    };
-    let cpu = resources.and_then(|r| r.cpu().as_ref());
-    let quota = number(SANDBOX_QUOTA).or_else(|| cpu.and_then(|cpu| cpu.quota()));
-    let period = number(SANDBOX_PERIOD)
-        .or_else(|| cpu.and_then(|cpu| cpu.period()).and_then(|p| i64::try_from(p).ok()))
-        .filter(|period| *period > 0)
-        .unwrap_or(100_000);
-    let positive = |value: &i64| *value > 0;
-    let vcpus = quota.filter(positive).map(|quota| {
-        let cpus = u64::try_from(quota).unwrap_or(1).div_ceil(period.unsigned_abs());
+/// Host name of a pod: the given one, or the beginning of its id.
+pub(crate) fn hostname(given: String, id: &str) -> String {
+    let mut hostname = given;
+    if hostname.is_empty() {
+        hostname = id.chars().take(12).collect();
+    }
+    hostname.truncate(hostname.floor_char_boundary(MAX_HOSTNAME));
+    hostname
+}
+
+/// Limits that decide the size of a VM; not positive: unlimited.
+pub(crate) struct Size {
+    /// Bytes.
+    pub(crate) memory: Option<i64>,
+    /// Microseconds.
+    pub(crate) quota: Option<i64>,
+    pub(crate) period: Option<i64>,
+}
+
+impl Size {
+    /// From the CRI annotations, or from the single container's resources.
+    fn of(spec: &Spec) -> Self {
+        let number = |name| annotation(spec, name).and_then(|text| text.parse::<i64>().ok());
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let memory = resources.and_then(|r| r.memory().as_ref()).and_then(|memory| memory.limit());
+        let cpu = resources.and_then(|r| r.cpu().as_ref());
+        let period = cpu.and_then(|cpu| cpu.period()).and_then(|p| i64::try_from(p).ok());
+        Self {
+            memory: number(SANDBOX_MEMORY).or(memory),
+            quota: number(SANDBOX_QUOTA).or_else(|| cpu.and_then(|cpu| cpu.quota())),
+            period: number(SANDBOX_PERIOD).or(period),
+        }
+    }
+
+    pub(crate) fn memory_mib(&self, settings: &Settings) -> Option<u32> {
+        let bytes = self.memory.and_then(|bytes| u64::try_from(bytes).ok()).filter(|b| *b > 0)?;
+        let mib = u32::try_from(bytes.div_ceil(MIB)).unwrap_or(u32::MAX);
+        Some(mib.saturating_add(settings.guest_overhead_mib).max(settings.min_memory_mib))
+    }
+
+    pub(crate) fn vcpus(&self, settings: &Settings) -> Option<u8> {
+        let quota = self.quota.and_then(|quota| u64::try_from(quota).ok()).filter(|q| *q > 0)?;
+        let period = self.period.filter(|period| *period > 0).unwrap_or(100_000);
+        let cpus = quota.div_ceil(period.unsigned_abs());
         let host = std::thread::available_parallelism().map_or(1, |n| n.get()) as u64;
-        u8::try_from(cpus.clamp(1, host)).unwrap_or(u8::MAX).min(max_vcpus.max(1))
-    });
-    (memory.filter(positive).and_then(|bytes| u64::try_from(bytes).ok()), vcpus)
+        let cpus = u8::try_from(cpus.clamp(1, host)).unwrap_or(u8::MAX);
+        Some(cpus.min(settings.max_vcpus.max(1)))
+    }
 }
 
 /// Parent of the VMM's cgroup, from `cgroupsPath` of the specification: a path, or systemd's
@@ -227,6 +254,9 @@ enum MountKind {
 const UNSUPPORTED: [&str; 8] =
     ["nosuid", "nodev", "noexec", "rnosuid", "rnodev", "rnoexec", "idmap", "ridmap"];
 
+/// Files that a pod's VM provides if nothing is mounted there.
+const POD_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
+
 fn volume(mount: &Mount) -> Result<MountKind> {
     let options = mount.options().as_deref().unwrap_or_default();
     let has = |name: &str| options.iter().any(|option| option == name);
@@ -242,6 +272,10 @@ fn volume(mount: &Mount) -> Result<MountKind> {
     let Some(source) = mount.source().clone().filter(|source| source.is_absolute()) else {
         bail!("mount {}: its source is not an absolute path", destination.display());
     };
+    // containerd 1.7 makes no such files for a pod of the Sandbox service, but mounts an empty directory.
+    if POD_FILES.iter().any(|file| destination == Path::new(file)) && source.is_dir() {
+        return Ok(MountKind::Pod);
+    }
     let Some(container_path) = destination.to_str() else {
         bail!("mount {}: not UTF-8", destination.display());
     };
@@ -385,6 +419,24 @@ mod tests {
             ("/dev/data", "r")
         );
         assert_eq!(made.oci.linux().as_ref().unwrap().devices().as_ref().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn directories_in_place_of_the_pods_files_are_not_mounted() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let mounts = |source: &Path| {
+            let mount = |destination: &str| {
+                json!({ "destination": destination, "type": "bind", "source": source,
+                    "options": ["rbind"] })
+            };
+            let all = ["/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/etc/conf"].map(mount);
+            let spec = spec(json!({ "mounts": all }));
+            container("c", spec, Path::new("/b/rootfs"), false, false).unwrap().volumes.len() - 1
+        };
+        assert_eq!(mounts(&file), 4);
+        assert_eq!(mounts(dir.path()), 1);
     }
 
     #[test]

@@ -139,6 +139,27 @@ fn delete_uses_the_settings_with_which_the_pod_was_started() {
     assert!(UnixStream::connect(socket).is_err());
 }
 
+/// The bundle of a sandbox of the Sandbox service has no config.json, and is not beside those of its tasks.
+#[test]
+fn a_container_gets_the_address_of_a_sandbox_without_a_specification() {
+    let host = Host::new();
+    let state = host.path("containerd");
+    let sandbox = state.join("io.containerd.sandbox.controller.v1.shim/default/p");
+    fs::create_dir_all(&sandbox).unwrap();
+    let address = host.start(&sandbox, "p");
+    host.configure("two");
+    let container = state.join("io.containerd.runtime.v2.task/default/c");
+    let annotations = serde_json::json!({
+        "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p" });
+    let bundle = host.bundle("c", &annotations);
+    fs::create_dir_all(container.parent().unwrap()).unwrap();
+    fs::rename(bundle, &container).unwrap();
+    assert_eq!(host.start(&container, "c"), address);
+    assert_eq!(host.files("two"), Vec::<String>::new());
+    host.delete(&sandbox, "p");
+    eventually("files of the pod are left", || host.files("one").is_empty());
+}
+
 #[test]
 fn start_removes_files_of_pods_without_a_shim_and_keeps_those_of_others() {
     let host = Host::new();

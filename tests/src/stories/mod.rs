@@ -41,8 +41,12 @@ pub const WIDE: &[(&str, &str)] = &[
     ("limits", "a pod runs on the host's CPUs of its containers' cpusets"),
 ];
 
-/// Stories that take many minutes: ignored unless asked for (`--ignored`, `--include-ignored`).
-pub const SLOW: &[(&str, &str)] = &[
+/// Ignored unless asked for (`--ignored`, `--include-ignored`): stories that take many minutes, or that need
+/// a later containerd than that of Debian 12.
+pub const IGNORED: &[(&str, &str)] = &[
+    ("shim", shim::CRI_POD_OF_SANDBOX_SERVICE),
+    ("shim", shim::KILLED_SHIM_OF_SANDBOX_SERVICE),
+    ("shim", shim::RESTART_WITH_SANDBOX_SERVICE),
     ("devices", "a pod can have many containers with different images, and they can be removed"),
     (
         "engines",

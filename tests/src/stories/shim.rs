@@ -1,4 +1,5 @@
-//! Pods of Debian's containerd (1.6) in microVMs, with containerd-shim-nacelle-v2 and without nacelled.
+//! Pods of Debian's containerd in microVMs, with containerd-shim-nacelle-v2 and without nacelled. The version
+//! is that of the root file system: 1.6 in bookworm; 1.7 and 2.1 in the labs of trixie and sid.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,16 +17,107 @@ use crate::{images, wait};
 
 pub const STORIES: &[Story] = &[
     ("ctr runs a container in a VM: streams, exit codes, exec, kill, and nothing is left", ctr_run),
-    ("a pod of containerd's CRI is one VM with several containers and its network", cri_pod),
-    ("after kill -9 of a shim containerd removes all resources of its pod", killed_shim),
+    ("a pod of containerd's CRI is one VM with several containers and its network", || {
+        cri_pod(Sandboxer::PodSandbox)
+    }),
+    ("after kill -9 of a shim containerd removes all resources of its pod", || {
+        killed_shim(Sandboxer::PodSandbox)
+    }),
     ("containerd finds running and exited tasks after kill -9 and a restart", restarted_containerd),
+    (CRI_POD_OF_SANDBOX_SERVICE, || cri_pod(Sandboxer::Shim)),
+    (KILLED_SHIM_OF_SANDBOX_SERVICE, || killed_shim(Sandboxer::Shim)),
+    (RESTART_WITH_SANDBOX_SERVICE, restarted_containerd_with_sandbox),
 ];
+
+pub const CRI_POD_OF_SANDBOX_SERVICE: &str =
+    "a pod of the Sandbox service is one VM with several containers and its network";
+pub const KILLED_SHIM_OF_SANDBOX_SERVICE: &str =
+    "after kill -9 of a shim with the Sandbox service all resources of its pod are removed";
+pub const RESTART_WITH_SANDBOX_SERVICE: &str =
+    "containerd finds a pod of the Sandbox service after kill -9 and a restart";
 
 const SHIM: &str = "containerd-shim-nacelle-v2";
 const TIMEOUT: Duration = Duration::from_secs(60);
 const BRIDGE: &str = "ncltshim";
 /// containerd's namespace for CRI; images are pulled there.
 const NAMESPACE: &str = "k8s.io";
+
+/// What creates a pod: a pause container's task, or the Sandbox service (containerd 1.7 and later).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sandboxer {
+    PodSandbox,
+    Shim,
+}
+
+impl Sandboxer {
+    fn name(self) -> &'static str {
+        match self {
+            Self::PodSandbox => "podsandbox",
+            Self::Shim => "shim",
+        }
+    }
+}
+
+/// Major and minor version of the installed containerd.
+fn version() -> Result<(u32, u32)> {
+    let output = Command::new("containerd").arg("--version").output();
+    let text = text(&output.context("running containerd (Debian package containerd)")?.stdout);
+    // Program, package, version, revision.
+    let version = text.split_whitespace().nth(2).unwrap_or_default();
+    let mut numbers = version.trim_start_matches('v').split('.').map_while(|n| n.parse().ok());
+    numbers.next().zip(numbers.next()).with_context(|| format!("version of containerd: {text:?}"))
+}
+
+/// Configuration of containerd for its version, in the given folder.
+fn config(version: (u32, u32), folder: &Path, image: &str, sandboxer: Sandboxer) -> String {
+    let (folder, sandboxer) = (folder.display(), sandboxer.name());
+    let top = format!(
+        "root = \"{folder}/root\"\nstate = \"{folder}/state\"\n\
+         [grpc]\n  address = \"{folder}/containerd.sock\"\n"
+    );
+    let runtime = "runtime_type = \"io.containerd.nacelle.v2\"\n      \
+         privileged_without_host_devices = true";
+    if version.0 < 2 {
+        let mode = match version {
+            (1, 6) => String::new(),
+            _ => format!("sandbox_mode = \"{sandboxer}\""),
+        };
+        return format!(
+            r#"version = 2
+{top}
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{image}"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{folder}/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "nacelle"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.nacelle]
+      {runtime}
+      {mode}
+"#
+        );
+    }
+    let plugins = match version {
+        (2, 0) => "bin_dir = \"/usr/lib/cni\"",
+        _ => "bin_dirs = [\"/usr/lib/cni\"]",
+    };
+    format!(
+        r#"version = 3
+{top}
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{image}"
+[plugins."io.containerd.cri.v1.runtime".cni]
+  {plugins}
+  conf_dir = "{folder}/cni"
+[plugins."io.containerd.cri.v1.runtime".containerd]
+  default_runtime_name = "nacelle"
+  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.nacelle]
+      {runtime}
+      sandboxer = "{sandboxer}"
+"#
+    )
+}
 
 /// A containerd whose only runtime is the shim.
 struct Containerd {
@@ -39,6 +131,15 @@ struct Containerd {
 
 impl Containerd {
     fn start() -> Result<Self> {
+        Self::start_with(Sandboxer::PodSandbox)
+    }
+
+    fn start_with(sandboxer: Sandboxer) -> Result<Self> {
+        let version = version()?;
+        ensure!(
+            sandboxer == Sandboxer::PodSandbox || version >= (1, 7),
+            "containerd {version:?} has no Sandbox service: run this in the lab of a later release"
+        );
         let top = Path::new("/var/lib/nacelle-stories");
         fs::create_dir_all(top)?;
         let folder = tempfile::tempdir_in(top)?;
@@ -66,25 +167,7 @@ impl Containerd {
             guest = guest().display(),
         );
         fs::write(path("shim.toml"), settings)?;
-        let config = format!(
-            r#"version = 2
-root = "{folder}/root"
-state = "{folder}/state"
-[grpc]
-  address = "{folder}/containerd.sock"
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{image}"
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/usr/lib/cni"
-    conf_dir = "{folder}/cni"
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    default_runtime_name = "nacelle"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.nacelle]
-      runtime_type = "io.containerd.nacelle.v2"
-      privileged_without_host_devices = true
-"#,
-            folder = folder.path().display(),
-        );
+        let config = config(version, folder.path(), &image, sandboxer);
         fs::write(path("config.toml"), config)?;
         let before = Inventory::take(&path("shims"), &state);
         let process = spawn_containerd(folder.path())?;
@@ -216,6 +299,8 @@ fn spawn_containerd(folder: &Path) -> Result<Child> {
         .arg("--config")
         .arg(path("config.toml"))
         .env("NACELLE_SHIM_CONFIG", path("shim.toml"))
+        // For `sandbox_mode` of 1.7.
+        .env("ENABLE_CRI_SANDBOXES", "1")
         .env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", path("bin").display()))
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
@@ -339,10 +424,12 @@ fn container_config(name: &str, image: &str, command: &[&str]) -> v1::ContainerC
     config
 }
 
-fn cri_pod() -> Result<()> {
-    let host = Containerd::start()?;
+fn cri_pod(sandboxer: Sandboxer) -> Result<()> {
+    let host = Containerd::start_with(sandboxer)?;
     let (cri, logs) = (&host.cri, host.path("logs"));
-    let config_of_pod = client::pod("web", &logs);
+    let mut config_of_pod = client::pod("web", &logs);
+    let dns = v1::DnsConfig { servers: vec!["10.89.7.53".into()], ..Default::default() };
+    config_of_pod.dns_config = Some(dns);
     let pod = cri.run_pod(config_of_pod.clone())?;
     let address = cri.pod_address(&pod)?;
     ensure!(address.starts_with("10.89.7."), "{address}");
@@ -375,6 +462,8 @@ fn cri_pod() -> Result<()> {
     let addresses = cri.shell(&other, "ip -4 addr show eth0")?;
     ensure!(addresses.contains(&address), "{addresses}");
     ensure!(cri.shell(&other, "hostname")?.trim() == "web", "host name");
+    let resolver = cri.shell(&other, "cat /etc/resolv.conf")?;
+    ensure!(resolver.trim() == "nameserver 10.89.7.53", "{resolver:?}");
     // Each container has its own root file system and processes.
     cri.shell(&other, "touch /mine")?;
     ensure!(
@@ -399,8 +488,35 @@ fn cri_pod() -> Result<()> {
     host.expect_no_leftovers()
 }
 
-fn killed_shim() -> Result<()> {
-    let host = Containerd::start()?;
+fn restarted_containerd_with_sandbox() -> Result<()> {
+    let mut host = Containerd::start_with(Sandboxer::Shim)?;
+    let config_of_pod = client::pod("stays", &host.path("logs"));
+    let pod = host.cri.run_pod(config_of_pod.clone())?;
+    let sleep = |name: &str, seconds: &str| {
+        container_config(name, &host.image, &["sh", "-c", &format!("sleep {seconds}; exit 9")])
+    };
+    let (stays, exits) = (sleep("stays", "1000"), sleep("exits", "20"));
+    let stays = host.cri.run_in(&pod, &config_of_pod, stays)?;
+    let exits = host.cri.run_in(&pod, &config_of_pod, exits)?;
+    host.kill()?;
+    // The second one exits while containerd is down.
+    std::thread::sleep(Duration::from_secs(30));
+    host.restart()?;
+    let cri = &host.cri;
+    ensure!(cri.pod_ready(&pod)?, "the pod is not ready after the restart");
+    ensure!(cri.exited(&exits)?.exit_code == 9, "exit code");
+    ensure!(cri.shell(&stays, "echo there")?.trim() == "there", "exec after the restart");
+    let added = container_config("added", &host.image, &["sh", "-c", "exit 4"]);
+    let added = cri.run_in(&pod, &config_of_pod, added)?;
+    ensure!(cri.exited(&added)?.exit_code == 4, "exit code of a container after the restart");
+    ensure!(shim_pids()?.len() == 1, "one pod, one shim: {:?}", shim_pids()?);
+    cri.stop_pod(&pod)?;
+    cri.remove_pod(&pod)?;
+    host.expect_no_leftovers()
+}
+
+fn killed_shim(sandboxer: Sandboxer) -> Result<()> {
+    let host = Containerd::start_with(sandboxer)?;
     let cri = &host.cri;
     let config_of_pod = client::pod("doomed", &host.path("logs"));
     let pod = cri.run_pod(config_of_pod.clone())?;

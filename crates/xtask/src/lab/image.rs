@@ -75,6 +75,57 @@ const QEMU_PACKAGES: &[&str] =
 /// What must be loaded before there is a root disk and a way to report.
 const INITRD_MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console", "ext4"];
 
+/// Debian release of the lab's root file system. The kernel is always bookworm's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Release {
+    /// containerd 1.6
+    Bookworm,
+    /// containerd 1.7
+    Trixie,
+    /// containerd 2.x
+    Sid,
+}
+
+impl Release {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Bookworm => "bookworm",
+            Self::Trixie => "trixie",
+            Self::Sid => "sid",
+        }
+    }
+
+    /// Name of its root file system in the cache. Without a name of the release for bookworm.
+    fn key(self, kernel: &DebianKernel) -> String {
+        let packages = self.packages().join(",");
+        let parts = [RECIPE.as_bytes(), kernel.version.as_bytes(), packages.as_bytes()];
+        match self {
+            Self::Bookworm => run::key(parts),
+            Self::Trixie | Self::Sid => run::key(parts.into_iter().chain([self.name().as_bytes()])),
+        }
+    }
+
+    /// QEMU is for the benchmarks, which run on bookworm.
+    fn packages(self) -> Vec<&'static str> {
+        let qemu = if self == Self::Bookworm { QEMU_PACKAGES } else { &[] };
+        PACKAGES.iter().chain(qemu).copied().collect()
+    }
+
+    /// apt sources of this release, from the same mirrors as bookworm's.
+    fn sources(self, bookworm: &str) -> String {
+        let lines = bookworm.lines().filter(|line| !line.contains("-backports"));
+        match self {
+            Self::Bookworm => bookworm.to_owned(),
+            Self::Trixie => lines.map(|line| line.replace(" bookworm", " trixie") + "\n").collect(),
+            // It has neither updates nor security updates.
+            Self::Sid => lines
+                .filter(|line| line.ends_with(" bookworm main"))
+                .map(|line| line.replace(" bookworm", " sid") + "\n")
+                .collect(),
+        }
+    }
+}
+
 /// Virtual size of the scratch disk; the file is sparse, and a run's writes go to its snapshot.
 const SCRATCH_SIZE: &str = "24G";
 
@@ -106,13 +157,12 @@ pub(super) fn ensure_systemd() -> Result<Image> {
     with_initrd(kernel, root, &key, "lab.systemd")
 }
 
-pub(super) fn ensure() -> Result<Image> {
+pub(super) fn ensure(release: Release) -> Result<Image> {
     let kernel = debian_kernel::ensure_unpacked()?;
-    let packages: Vec<_> = PACKAGES.iter().chain(QEMU_PACKAGES).copied().collect();
-    let key =
-        run::key([RECIPE.as_bytes(), kernel.version.as_bytes(), packages.join(",").as_bytes()]);
+    let key = release.key(&kernel);
     let root = paths::cached("lab", &key, |dir| {
-        run::stage("making the lab's root file system", || make_root(dir, &kernel))
+        let what = format!("making the lab's root file system ({})", release.name());
+        run::stage(&what, || make_root(dir, release, &kernel))
     })?;
     with_initrd(kernel, root, &key, "")
 }
@@ -139,16 +189,22 @@ fn with_initrd(
     })
 }
 
-fn make_root(dir: &Path, kernel: &DebianKernel) -> Result<()> {
-    let sources = debs::sources()?;
-    let backports = fs::read_to_string(&sources)?.contains("bookworm-backports");
-    let mut include: Vec<_> = PACKAGES.iter().map(|&package| package.to_owned()).collect();
-    include.extend(QEMU_PACKAGES.iter().map(|package| match backports {
-        true => format!("{package}/bookworm-backports"),
-        false => (*package).to_owned(),
-    }));
+fn make_root(dir: &Path, release: Release, kernel: &DebianKernel) -> Result<()> {
+    let text = release.sources(&fs::read_to_string(debs::sources()?)?);
+    let backports = text.contains("bookworm-backports");
+    let include: Vec<_> = release
+        .packages()
+        .into_iter()
+        .map(|package| match backports && QEMU_PACKAGES.contains(&package) {
+            true => format!("{package}/bookworm-backports"),
+            false => package.to_owned(),
+        })
+        .collect();
     let tree = dir.join("tree");
-    bootstrap(&tree, &include, &sources)?;
+    let sources = dir.join("sources.list");
+    fs::write(&sources, text)?;
+    bootstrap(&tree, release, &include, &sources)?;
+    fs::remove_file(&sources)?;
     add_modules(&tree, kernel)?;
     for folder in ["lab", "nacelle", "root", "etc/cni/net.d", "opt/cni", "var/lib/nacelle"] {
         fs::create_dir_all(tree.join(folder))?;
@@ -212,9 +268,14 @@ fn add_modules(tree: &Path, kernel: &DebianKernel) -> Result<()> {
 }
 
 /// A Debian tree without documentation, made by mmdebstrap.
-pub(crate) fn bootstrap(tree: &Path, include: &[String], sources: &Path) -> Result<()> {
+fn bootstrap(tree: &Path, release: Release, include: &[String], sources: &Path) -> Result<()> {
+    let mut command = Command::new("mmdebstrap");
+    if release == Release::Sid {
+        // Its Release file is valid for a week; a mirror may be older.
+        command.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
+    }
     run::quiet(
-        Command::new("mmdebstrap")
+        command
             .args(["--quiet", "--variant=essential"])
             .arg(format!("--include={}", include.join(",")))
             .args([
@@ -225,7 +286,7 @@ pub(crate) fn bootstrap(tree: &Path, include: &[String], sources: &Path) -> Resu
                 "--dpkgopt=path-exclude=/usr/share/info/*",
                 "--dpkgopt=path-exclude=/usr/share/locale/*",
             ])
-            .arg("bookworm")
+            .arg(release.name())
             .arg(tree)
             .arg(sources),
     )
@@ -260,4 +321,24 @@ fn make_initrd(dir: &Path, root: &Path, kernel: &DebianKernel) -> Result<()> {
     archive.file("modules.order", 0o644, order.as_bytes());
     fs::write(dir.join("initrd.cpio"), archive.finish())?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_apt_sources_of_other_releases_are_on_bookworms_mirrors() {
+        let bookworm = "deb [signed-by=/k] http://a/debian-security/ bookworm-security main\n\
+            deb [signed-by=/k] http://a/debian/ bookworm main\n\
+            deb [signed-by=/k] http://a/debian/ bookworm-backports main\n\
+            deb [signed-by=/k] http://a/debian/ bookworm-updates main\n";
+        assert_eq!(Release::Bookworm.sources(bookworm), bookworm);
+        let trixie = "deb [signed-by=/k] http://a/debian-security/ trixie-security main\n\
+            deb [signed-by=/k] http://a/debian/ trixie main\n\
+            deb [signed-by=/k] http://a/debian/ trixie-updates main\n";
+        assert_eq!(Release::Trixie.sources(bookworm), trixie);
+        let sid = "deb [signed-by=/k] http://a/debian/ sid main\n";
+        assert_eq!(Release::Sid.sources(bookworm), sid);
+    }
 }

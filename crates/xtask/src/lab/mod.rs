@@ -60,8 +60,11 @@ pub(crate) struct Args {
     #[arg(long)]
     bare: bool,
     /// A bare Debian 12 with systemd as PID 1 and without scratch disk, for tests of packages
-    #[arg(long, conflicts_with_all = ["auto", "shell"])]
+    #[arg(long, conflicts_with_all = ["auto", "release", "shell"])]
     systemd: bool,
+    /// Debian release of the root file system, which decides the version of containerd in it
+    #[arg(long, value_enum, default_value = "bookworm")]
+    release: image::Release,
     /// An interactive shell instead of a command
     #[arg(long, conflicts_with = "command")]
     shell: bool,
@@ -82,7 +85,8 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
         }
         eprintln!("KVM here {}: running inside the lab", kvm.why);
     }
-    let image = if args.systemd { image::ensure_systemd()? } else { image::ensure()? };
+    let image =
+        if args.systemd { image::ensure_systemd()? } else { image::ensure(args.release)? };
     if args.prepare {
         return Ok(0);
     }
