@@ -242,3 +242,30 @@ fn take_identity(process: &Process) -> Step<()> {
     step(setresgid(gid, gid, gid), "group")?;
     step(setresuid(uid, uid, uid), "user")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::IntoRawFd;
+
+    use nix::sys::prctl::{get_dumpable, set_dumpable};
+
+    use super::*;
+
+    #[test]
+    fn the_exec_helper_is_not_dumpable_before_any_other_step() {
+        let null = || File::open("/dev/null").unwrap();
+        let job = Job {
+            init: null().into_raw_fd(),
+            proc: null().into_raw_fd(),
+            cgroup: "/nonexistent".into(),
+            program: "/nonexistent".into(),
+            userns: false,
+            console: None,
+        };
+        let failed = main(job, null().into()).unwrap_err();
+        assert!(failed.contains("read the exec request"), "{failed}");
+        assert!(!get_dumpable().unwrap());
+        set_dumpable(true).unwrap();
+    }
+}
