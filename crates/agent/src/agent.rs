@@ -25,10 +25,12 @@ use crate::guest::empty_dirs::EmptyDirs;
 use crate::guest::host_mounts::HostMounts;
 use crate::guest::huge_pages::HugePages;
 use crate::guest::reclaim::Reclaim;
+use crate::guest::reserve::Reserve;
 use crate::guest::scratch::{self, Scratch};
 use crate::guest::share::{self, Share};
 use crate::guest::volumes::Volumes;
 use crate::oci::cgroup::Cgroup;
+use crate::oci::seccomp::Filters;
 use crate::oci::userns::UserNamespace;
 use crate::reaper::ExitStatus;
 use crate::stdio::input::Input;
@@ -132,7 +134,10 @@ pub struct Agent {
     /// Created with the first container that needs it.
     pub userns: tokio::sync::Mutex<Option<Arc<UserNamespace>>>,
     pub huge_pages: HugePages,
+    /// Compiled seccomp filters.
+    pub filters: Filters,
     pub reclaim: Arc<Reclaim>,
+    reserve: Arc<Reserve>,
     /// Threads for calls that may block on a file system.
     pub pools: Pools,
     /// Serializes the creation of the pod's PID namespace.
@@ -165,7 +170,9 @@ impl Agent {
             empty_dirs: Arc::new(tokio::sync::Mutex::new(empty_dirs)),
             userns: tokio::sync::Mutex::default(),
             huge_pages: HugePages::default(),
+            filters: Filters::default(),
             reclaim: Arc::default(),
+            reserve: Arc::default(),
             pools: Pools::default(),
             pod_pid_lock: tokio::sync::Mutex::default(),
             state: Mutex::new(State {
@@ -190,6 +197,13 @@ impl Agent {
     pub fn lock(&self) -> MutexGuard<'_, State> {
         // Panics abort the process (`panics`), so the lock cannot be poisoned.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps memory free for the agent. In a pod without a VM the kubelet does that for the node.
+    pub fn reserve_memory(&self) {
+        if self.config.is_guest {
+            self.reserve.update(&self.pod_cgroup);
+        }
     }
 
     /// Whether the container exists and its init process has exited.

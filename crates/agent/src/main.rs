@@ -1,4 +1,4 @@
-//! Binary `nacelle-agent`, `/init` of the guest's initramfs.
+//! Binary `nacelle-agent`: the agent of pods without a VM, and of tests.
 
 fn main() {
     agent::main();

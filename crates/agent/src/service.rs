@@ -102,6 +102,8 @@ async fn configure_pod(agent: Arc<Agent>, request: v1::ConfigurePodRequest) -> R
 #[tonic::async_trait]
 impl Service for AgentService {
     async fn hello(&self, request: Request<v1::HelloRequest>) -> Reply<v1::HelloReply> {
+        // Also a ping of the host.
+        self.agent.reserve_memory();
         let newest = request.into_inner().protocol;
         let uptime = read_trimmed("/proc/uptime");
         let seconds: f64 =
@@ -164,6 +166,7 @@ impl Service for AgentService {
     ) -> Reply<v1::UpdateContainerReply> {
         let v1::UpdateContainerRequest { container_id, linux_resources } = request.into_inner();
         self.run(|agent| async move {
+            agent.reserve_memory();
             update::update(&agent, &container_id, &linux_resources).await?;
             Ok(v1::UpdateContainerReply {})
         })
@@ -277,6 +280,7 @@ impl Service for AgentService {
 
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Reply<v1::StatsReply> {
         self.run(|agent| async move {
+            agent.reserve_memory();
             let reply = stats::stats(&agent).await?;
             let cpu = reply.pod.as_ref().and_then(|pod| pod.cpu.as_ref());
             agent.reclaim.sample(cpu.map_or(0, |cpu| cpu.usage_ns));
@@ -367,6 +371,7 @@ impl Service for AgentService {
         let wanted = request.into_inner().cpus;
         self.run(move |agent| async move {
             agent.config.require_vm()?;
+            agent.reserve_memory();
             let task = tokio::task::spawn_blocking(move || cpus::resize(wanted));
             let cpus = task.await.map_err(|error| Error::Helper {
                 operation: "set CPUs online",

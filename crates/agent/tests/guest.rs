@@ -22,6 +22,7 @@ async fn a_guest_boots_enforces_limits_and_powers_off() {
     let mut guest = boot().await;
     identity(&mut guest).await;
     disks(&mut guest).await;
+    memory_reserve(&mut guest).await;
     memory_limit(&mut guest).await;
     process_limit(&mut guest).await;
     cpu_limit(&mut guest).await;
@@ -286,6 +287,27 @@ async fn disks(guest: &mut Guest) {
 
 fn release_of(serial: &str) -> v1::ReleaseDeviceRequest {
     v1::ReleaseDeviceRequest { disk_serial: serial.into(), ..Default::default() }
+}
+
+/// A container without a limit cannot take the agent's memory.
+async fn memory_reserve(guest: &mut Guest) {
+    guest.client.hello(v1::HelloRequest { protocol: 1 }).await.unwrap();
+    let pod = "/proc/1/root/sys/fs/cgroup/pod/memory.max";
+    let script = format!(
+        "while grep -q max {pod}; do sleep 0.1; done; cat {pod}; \
+         awk '/^MemTotal/ {{ print $2 * 1024 }}' /proc/meminfo"
+    );
+    let own = ["CAP_SYS_PTRACE"];
+    let sets = json!({"bounding": own, "effective": own, "permitted": own});
+    let caps = json!({"process": {"capabilities": sets}});
+    let mut request = guest.request("reserve", &spec(&script, caps));
+    request.pid_mode = v1::PidMode::Node as i32;
+    let (output, _) = guest.run(request).await;
+    let numbers: Vec<u64> = output.lines().map(|line| line.parse().unwrap()).collect();
+    assert_eq!(numbers.len(), 2, "{output}");
+    let reserve = numbers[1] - numbers[0];
+    assert!((8 << 20..=32 << 20).contains(&reserve), "{output}");
+    guest.remove("reserve").await.unwrap();
 }
 
 async fn memory_limit(guest: &mut Guest) {

@@ -94,6 +94,19 @@ fn userns(script: &str, extra: Value) -> Value {
     spec
 }
 
+/// PID 1 of the shared PID namespace is a process of the agent, whose root is the guest's.
+#[tokio::test]
+async fn a_user_namespace_cannot_reach_the_guest_through_pid_1() {
+    let Some(mut guest) = guest().await else { return };
+    guest.configure().await;
+    let script = "for file in root cwd fd/0; do ls /proc/1/$file/ >/dev/null 2>&1 && echo $file; done; \
+        grep -c . /proc/1/maps; tr '\\0' ' ' </proc/1/environ; echo end";
+    let mut request = guest.request("c", &userns(script, json!({})));
+    request.pid_mode = v1::PidMode::Pod as i32;
+    let (output, _) = guest.run(request).await;
+    assert_eq!(output, "end\n");
+}
+
 #[tokio::test]
 async fn containers_share_the_pods_user_namespace() {
     let Some(mut guest) = guest().await else { return };

@@ -77,6 +77,42 @@ async fn a_freeze_ends_when_its_container_ends() {
     }
 }
 
+/// A helper that was frozen after it joined the cgroup would not answer before the thaw.
+#[tokio::test]
+async fn an_exec_beside_a_freeze_starts_or_is_refused_at_once() {
+    let Some(mut guest) = guest().await else { return };
+    let request = guest.request("f", &spec("exec sleep 1000", json!({})));
+    guest.create(request).await;
+    guest.start("f").await.unwrap();
+    let freeze = |frozen| v1::FreezeContainerRequest { container_id: "f".into(), frozen };
+    for round in 0..20 {
+        let mut other = guest.client.clone();
+        let pause = async {
+            // At different points of the exec's start.
+            tokio::time::sleep(Duration::from_millis(3 * round)).await;
+            other.freeze_container(freeze(true)).await.unwrap();
+        };
+        let name = format!("e{round}");
+        let exec = guest.exec("f", &name, json!({"args": ["true"]}));
+        let both = async { tokio::join!(exec, pause) };
+        let (started, ()) = tokio::time::timeout(Duration::from_secs(10), both)
+            .await
+            .unwrap_or_else(|_| panic!("round {round}: no answer"));
+        if let Err(refused) = &started {
+            assert_eq!(refused.code(), tonic::Code::FailedPrecondition, "{refused}");
+            assert!(refused.message().contains("paused"), "{refused}");
+        }
+        guest.client.freeze_container(freeze(false)).await.unwrap();
+        if started.is_ok() {
+            assert_eq!(guest.exit("f", &name).await.code, 0);
+        }
+    }
+    // Nothing runs that was refused.
+    let list = guest.client.list_processes(v1::ListProcessesRequest {}).await.unwrap();
+    let running = |process: &&v1::Process| process.state == v1::ProcessState::Running as i32;
+    assert_eq!(list.into_inner().processes.iter().filter(running).count(), 1);
+}
+
 /// The program counts SIGTERMs and sets its handler after a delay.
 #[tokio::test]
 async fn a_program_that_sets_its_handler_late_gets_one_signal() {

@@ -24,8 +24,10 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<i32> {
-    let built =
-        args.agent.clone().unwrap_or_else(|| paths::binaries("release").join("nacelle-agent"));
+    let built = args
+        .agent
+        .clone()
+        .unwrap_or_else(|| paths::binaries("release").join("nacelle-guest-agent"));
     let out = paths::guest();
     fs::create_dir_all(&out)?;
     let scratch = tempfile::tempdir()?;

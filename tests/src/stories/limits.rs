@@ -15,6 +15,10 @@ use crate::wait;
 
 pub const STORIES: &[Story] = &[
     ("a container over its memory limit is killed with reason OOMKilled", memory),
+    (
+        "a container without a limit that takes all memory is killed, and its pod is usable",
+        all_memory,
+    ),
     ("a pod whose cgroup is too small for its VM is reported as OOMKilled", small_cgroup),
     ("a pod's processes on the host have the OOM score of its containers", oom_score),
     ("a CPU quota slows a container down", cpu),
@@ -54,6 +58,25 @@ fn memory() -> Result<()> {
     ensure!(
         node.cri().exited(&free)?.reason == "Completed",
         "a limit hits a container without one"
+    );
+    node.finish()
+}
+
+fn all_memory() -> Result<()> {
+    // Small, as every page of it is touched.
+    let node = Node::start_with(|config| config + "\n[pods]\ndefault_memory_mib = 192\n")?;
+    let image = node.image("busybox")?;
+    let pod = node.pod("greedy")?;
+    let cri = node.cri();
+    let other = cri.run(&pod, container("other", &image, &["sleep", "1000"]))?;
+    let id = cri.run(&pod, container("greedy", &image, &["sh", "-c", "exec tail /dev/zero"]))?;
+    let status = cri.exited(&id)?;
+    ensure!(status.reason == "OOMKilled" && status.exit_code == 137, "{status:?}");
+    ensure!(cri.shell(&other, "echo alive")? == "alive", "the other container");
+    ensure!(cri.pod_ready(&pod)?, "the pod is not ready");
+    ensure!(
+        cri.status(&other)?.state == v1::ContainerState::ContainerRunning as i32,
+        "the other container was killed"
     );
     node.finish()
 }

@@ -14,11 +14,13 @@ use super::{Container, Parts, namespaces, streams};
 use crate::agent::{Agent, Owner};
 use crate::blocking::{LOOKUP_TIMEOUT, MOUNT_TIMEOUT};
 use crate::error::{Error, Result};
+use crate::guest::huge_pages;
 use crate::guest::inroot::Root;
 use crate::oci::cgroup::Cgroup;
 use crate::oci::console::ConsoleSocket;
 use crate::oci::create::Bundle;
 use crate::oci::helper::Streams;
+use crate::oci::seccomp::Filter;
 use crate::oci::spec::{Bind, SpecContext, UserNamespaceContext, complete};
 use crate::oci::user::Database;
 use crate::oci::userns::{Mapping, UserNamespace};
@@ -87,31 +89,50 @@ async fn build(
         agent.config.require_vm()?;
         apparmor::load(&request.apparmor_policies)?;
     }
-    let rootfs = Rootfs::mount(agent, id, wanted, userns.as_ref()).await?;
-    let rootfs = parts.rootfs.insert(rootfs).path();
+    // At the same time, as the filter takes CPU time and the mount waits for disks.
+    let (rootfs, seccomp) =
+        tokio::join!(Rootfs::mount(agent, id, wanted, userns.as_ref()), filter(agent, id, &spec));
+    let rootfs = parts.rootfs.insert(rootfs?).path();
+    let seccomp = seccomp?;
     let cgroup = parts.cgroup.insert(agent.pod_cgroup.create(id)?).clone();
     let volumes = parts.volumes.insert(StagedVolumes::new(agent, id));
     let mut binds = volumes.stage(agent, &request.volumes, userns.as_ref()).await?;
-    let pid = namespaces::pid_namespace(agent, request, userns.as_deref()).await?;
+    let (pid, pid_fd) = namespaces::pid_namespace(agent, request, userns.as_deref()).await?;
     let hostname = agent.lock().pod.as_ref().map(|pod| pod.hostname.clone()).unwrap_or_default();
     let pool = agent.pools.for_container(id);
-    let (at, root_user) = (rootfs.clone(), userns.as_ref().map(|userns| userns.mapping.root()));
-    let open = move || {
-        let root = Root::open(&at)?;
-        let root = root.owned_by(root_user.unwrap_or((0, 0)));
-        let users = Database::read(&root);
-        Ok((Arc::new(root), users))
-    };
-    let (root, users) =
-        pool.run("read the user database of the root", LOOKUP_TIMEOUT, open).await?;
-    if let Some(layer) = parts.rootfs.as_ref().and_then(Rootfs::layer) {
-        binds.extend(volumes.stage_image_volumes(&root, layer, &wanted.volumes).await?);
-    }
     let requested = spec.linux().as_ref().and_then(|linux| linux.resources().clone());
     if !request.block_devices.is_empty() {
         agent.config.require_vm()?;
     }
     let extra = Devices::find(agent, request, &requested.unwrap_or_default(), userns.is_some())?;
+    let cwd = working_directory(&spec, request);
+    let (at, root_user) = (rootfs.clone(), userns.as_ref().map(|userns| userns.mapping.root()));
+    // Mount points in one call with the look-up, unless the image's VOLUMEs add some: each call takes
+    // a thread and two wake-ups.
+    let early = wanted
+        .volumes
+        .is_empty()
+        .then(|| MountPoints::new(&cwd, binds.clone(), extra.outside_dev.clone()));
+    let open = move || {
+        let root = Root::open(&at)?;
+        let root = root.owned_by(root_user.unwrap_or((0, 0)));
+        let users = Database::read(&root);
+        if let Some(points) = early {
+            points.make(&root)?;
+        }
+        Ok((Arc::new(root), users))
+    };
+    let (root, users) =
+        pool.run("read the user database of the root", LOOKUP_TIMEOUT, open).await?;
+    if let Some(layer) = parts.rootfs.as_ref().and_then(Rootfs::layer)
+        && !wanted.volumes.is_empty()
+    {
+        binds.extend(volumes.stage_image_volumes(&root, layer, &wanted.volumes).await?);
+        let points = MountPoints::new(&cwd, binds.clone(), extra.outside_dev.clone());
+        let root = Arc::clone(&root);
+        let make = move || points.make(&root);
+        pool.run("create the working directory and mount points", LOOKUP_TIMEOUT, make).await?;
+    }
     let (mqueue, userns_path) =
         (agent.config.base.join("mqueue"), userns.as_ref().map(|u| u.path()));
     if userns.is_some() {
@@ -145,7 +166,7 @@ async fn build(
     if let Some(userns) = &userns {
         cgroup.delegate(userns.mapping.root())?;
     }
-    if agent.config.require_vm().is_ok() {
+    if agent.config.require_vm().is_ok() && huge_pages::are_wanted(&resources) {
         reserve_huge_pages(agent, id, &resources).await?;
     }
     cgroup.apply(&resources)?;
@@ -153,30 +174,21 @@ async fn build(
         .process_mut()
         .take()
         .ok_or_else(|| Error::invalid("oci_spec.process", "is missing"))?;
-    let (cwd, nodes) = (process.cwd().clone(), extra.outside_dev);
     // A working directory that does not exist is created, as runc does; in the volume if it is inside
     // one.
-    let enclosing_volume = enclosing_volume(&cwd, &binds);
-    if let Some((source, below)) = enclosing_volume.clone() {
+    if let Some((source, below)) = enclosing_volume(process.cwd(), &binds) {
         // Holds no descriptor of the root, so a hung volume does not prevent its unmount.
         let owner = root.owner();
         let make = move || Root::open(&source)?.owned_by(owner).make_dirs(&below);
         pool.run("create the working directory in its volume", LOOKUP_TIMEOUT, make).await?;
     }
-    let make = move || {
-        if enclosing_volume.is_none() {
-            root.make_dirs(&cwd)?;
-        }
-        make_targets(&root, &binds)?;
-        nodes.iter().try_for_each(|node| root.make_node(node))
-    };
-    pool.run("create the working directory and mount points", LOOKUP_TIMEOUT, make).await?;
-    let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
+    drop(root);
     let rlimits = rlimits_before_userns(&process, userns.is_some());
     spec.set_process(Some(without_rlimits(process.clone(), userns.is_some())));
 
     let number = agent.lock().allocate_number();
-    let bundle = parts.bundle.insert(Bundle::new(&agent.config.base, number, spec)?);
+    let bundle =
+        parts.bundle.insert(Bundle::new(&agent.config.base, number, spec, seccomp.clone())?);
     let console = if request.tty { Some(ConsoleSocket::new(bundle.dir())?) } else { None };
     let owner = owner(&process, userns.as_deref())?;
     let (child_stdio, ends) = if request.tty {
@@ -187,8 +199,10 @@ async fn build(
     };
     let spawn_guard = agent.begin_spawn();
     let path = console.as_ref().map(|console| console.path().to_owned());
-    let spawned =
-        bundle.create(child_stdio, path, rlimits, |pid| agent.register_helper(pid)).await?;
+    let inherit = pid_fd.into_iter().collect();
+    let spawned = bundle
+        .create(child_stdio, path, rlimits, inherit, |pid| agent.register_helper(pid))
+        .await?;
     let mut init = Process::new(spawned.pid, Status::Created);
     match (ends, &console) {
         (Some(ends), _) => ends.connect(&mut init, request.stdin_once)?,
@@ -218,11 +232,24 @@ async fn build(
         process,
         seccomp,
         userns,
+        starts: Arc::default(),
     };
     agent.lock().containers.insert(id.clone(), container);
     agent.track(spawned.pid, Owner::Process { container: id.clone(), exec: String::new() });
     drop(spawn_guard);
     Ok(reply)
+}
+
+/// The compiled filter of the spec's seccomp profile.
+async fn filter(agent: &Arc<Agent>, id: &str, spec: &Spec) -> Result<Option<Filter>> {
+    let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
+    let Some(profile) = profile else { return Ok(None) };
+    let (pool, agent) = (agent.pools.for_container(id), Arc::clone(agent));
+    let compile = move || {
+        let filter = agent.filters.get(&profile);
+        filter.map(Some).map_err(|reason| Error::invalid("oci_spec.linux.seccomp", reason))
+    };
+    pool.run("compile the seccomp filter", MOUNT_TIMEOUT, compile).await
 }
 
 async fn reserve_huge_pages(
@@ -307,6 +334,39 @@ fn without_rlimits(mut process: OciProcess, in_user_namespace: bool) -> OciProce
         process.set_rlimits(None);
     }
     process
+}
+
+/// The working directory as `complete` sets it, before it is checked.
+fn working_directory(spec: &Spec, request: &v1::CreateContainerRequest) -> PathBuf {
+    if !request.cwd.is_empty() {
+        return PathBuf::from(&request.cwd);
+    }
+    spec.process().as_ref().map(|process| process.cwd().clone()).unwrap_or_default()
+}
+
+/// What the root file system has to have before libcontainer mounts into it.
+struct MountPoints {
+    /// The working directory, if it is in the root file system.
+    cwd: Option<PathBuf>,
+    binds: Vec<Bind>,
+    /// Device nodes outside of `/dev`.
+    nodes: Vec<LinuxDevice>,
+}
+
+impl MountPoints {
+    fn new(cwd: &Path, binds: Vec<Bind>, nodes: Vec<LinuxDevice>) -> Self {
+        // A path that is not absolute is refused later.
+        let own = cwd.is_absolute() && enclosing_volume(cwd, &binds).is_none();
+        Self { cwd: own.then(|| cwd.to_owned()), binds, nodes }
+    }
+
+    fn make(&self, root: &Root) -> Result<()> {
+        if let Some(cwd) = &self.cwd {
+            root.make_dirs(cwd)?;
+        }
+        make_targets(root, &self.binds)?;
+        self.nodes.iter().try_for_each(|node| root.make_node(node))
+    }
 }
 
 /// The innermost volume that contains `path`: its directory, and the path relative to it.

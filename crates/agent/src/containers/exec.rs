@@ -10,7 +10,9 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::stat::Mode;
 use oci_spec::runtime::Process as OciProcess;
 use serde_json::{Map, Value};
+use tokio::sync::OwnedRwLockReadGuard;
 
+use super::Container;
 use super::process::{Process, Status};
 use super::streams::{self, Ends};
 use crate::agent::{Agent, Owner};
@@ -19,6 +21,7 @@ use crate::error::{Context, Error, Result};
 use crate::guest::inroot::Root;
 use crate::oci::exec::{self, Program, Target};
 use crate::oci::helper::{Spawned, Streams};
+use crate::oci::pidfd;
 use crate::oci::spec::{Groups, complete_process};
 use crate::oci::user::Database;
 use crate::stdio::pty;
@@ -34,7 +37,7 @@ const INIT_EXIT_TIMEOUT: Duration = Duration::from_millis(200);
 pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
     crate::ids::check("exec_id", &request.exec_id)?;
     agent.remove_collected_execs();
-    let (target, userns, base, seccomp, hostname, number, proc) = {
+    let (target, userns, base, seccomp, hostname, number) = {
         let mut state = agent.lock();
         let number = state.allocate_number();
         let full = state.events.is_full();
@@ -55,23 +58,22 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
         let Some(cgroup) = &container.parts.cgroup else {
             return Err(Error::Precondition("the container is being removed".to_owned()));
         };
-        // The new process would be frozen before its start completes.
-        if cgroup.is_frozen() {
-            return Err(Error::Precondition("the container is paused".to_owned()));
-        }
+        check_not_paused(container)?;
         let base = container.process.clone();
         let userns = container.userns.clone();
-        let target =
-            Target { pid: container.init.pid, cgroup: cgroup.dir(), userns: userns.is_some() };
         // The pid cannot have been reused while the lock is held: children are reaped under it.
-        let proc = open_proc_dir(target.pid)?;
-        (target, userns, base, container.seccomp.clone(), hostname, number, proc)
+        let pid = container.init.pid;
+        let init = pidfd(pid).context(|| format!("open process {pid}"))?;
+        let proc = open_proc_dir(pid)?;
+        let target = Target { init, proc, cgroup: cgroup.dir(), userns: userns.is_some() };
+        (target, userns, base, container.seccomp.clone(), hostname, number)
     };
     // Without a user the exec runs as the container's user, whose groups and home are known.
     let users = if request.user.is_empty() {
         Database::default()
     } else {
         let pool = agent.pools.for_container(&request.container_id);
+        let proc = target.proc.try_clone().context(|| "duplicate a descriptor".to_owned())?;
         tokio::select! {
             users = pool.run("read the user database in /etc", LOOKUP_TIMEOUT, move || {
                 Ok(read_users(&proc))
@@ -99,6 +101,7 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
     };
     let (receiver, sender) = sockets.unzip();
     let file = agent.config.base.join(format!("exec-{number}.json"));
+    let _starting = begin_start(agent, &request.container_id)?;
     let spawn_guard = agent.begin_spawn();
     let spawned = exec::start(target, &program, &file, child_stdio, sender, |pid| {
         agent.register_helper(pid);
@@ -123,6 +126,27 @@ pub async fn exec(agent: &Arc<Agent>, request: v1::ExecRequest) -> Result<i32> {
     agent.track(pid, owner);
     drop(spawn_guard);
     Ok(pid)
+}
+
+/// Also while it is being frozen. The new process would be frozen before its start completes.
+fn check_not_paused(container: &Container) -> Result<()> {
+    match &container.parts.cgroup {
+        Some(cgroup) if cgroup.is_freezing() => {
+            Err(Error::Precondition("the container is paused".to_owned()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Delays a pause of the container; fails at once if it is paused or about to be.
+fn begin_start(agent: &Agent, id: &str) -> Result<OwnedRwLockReadGuard<()>> {
+    let mut state = agent.lock();
+    let container = state.container_mut(id)?;
+    let starts = Arc::clone(&container.starts).try_read_owned();
+    let starts =
+        starts.map_err(|_| Error::Precondition("the container is being paused".to_owned()))?;
+    check_not_paused(container)?;
+    Ok(starts)
 }
 
 /// An O_PATH descriptor of `/proc/<pid>`: valid after the process, and never another process' one.

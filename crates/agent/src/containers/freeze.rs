@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::process::Status;
 use crate::agent::Agent;
+use crate::blocking::with_timeout;
 use crate::error::{Error, Result};
 
 /// A process in an uninterruptible system call is frozen only when the call ends.
@@ -14,6 +15,13 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// Waits until all processes are frozen or thawed. A container that cannot be frozen in time is thawed.
 pub async fn freeze(agent: &Arc<Agent>, id: &str, frozen: bool) -> Result<()> {
     let _guard = agent.lock_container(id).await;
+    let starts = Arc::clone(&agent.lock().container(id)?.starts);
+    let _no_starts = if frozen {
+        let operation = format!("pause container {id}: wait for starting execs");
+        Some(with_timeout(&operation, FREEZE_TIMEOUT, starts.write()).await?)
+    } else {
+        None
+    };
     let not_running = || Error::Precondition(format!("container {id:?} is not running"));
     let cgroup = {
         let state = agent.lock();

@@ -20,11 +20,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use agent_api::v1;
-use oci_spec::runtime::{LinuxSeccomp, Process as OciProcess};
+use oci_spec::runtime::Process as OciProcess;
 
 use crate::oci::cgroup::Cgroup;
 use crate::oci::create::Bundle;
 use crate::oci::helper::StartPipe;
+use crate::oci::seccomp::Filter;
 use crate::oci::userns::UserNamespace;
 use crate::reaper::ExitStatus;
 use process::Process;
@@ -49,10 +50,13 @@ pub struct Container {
     pub start: Option<StartPipe>,
     /// The completed process of the OCI spec; defaults of execs.
     pub process: OciProcess,
-    pub seccomp: Option<LinuxSeccomp>,
+    pub seccomp: Option<Filter>,
     pub userns: Option<Arc<UserNamespace>>,
     /// OOM kills that were reported.
     pub oom_kills: u64,
+    /// Read while an exec starts, written while the container is paused: a helper that has joined the
+    /// cgroup would be frozen, and its program would start unnoticed after the thaw.
+    pub starts: Arc<tokio::sync::RwLock<()>>,
 }
 
 impl Container {

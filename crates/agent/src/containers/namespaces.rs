@@ -1,31 +1,41 @@
 //! The namespaces that containers of a pod share (PID, user), created at first use.
 
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use agent_api::v1;
 
 use crate::agent::{Agent, Owner};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::guest::identity;
 use crate::oci::pod_pid;
 use crate::oci::spec::PidNamespace;
 use crate::oci::userns::{Mapping, UserNamespace};
 
+/// The PID namespace of a container, and the descriptor to inherit to the helper for one to join.
+/// A descriptor, as the pid may be another process' one by the time the helper uses it, and as the
+/// helper, in the pod's user namespace, has no access to the other process.
 pub(super) async fn pid_namespace(
     agent: &Arc<Agent>,
     request: &v1::CreateContainerRequest,
     userns: Option<&UserNamespace>,
-) -> Result<PidNamespace> {
-    let of = |pid: i32| PidNamespace::Join(PathBuf::from(format!("/proc/{pid}/ns/pid")));
+) -> Result<(PidNamespace, Option<OwnedFd>)> {
+    let of = |pid: i32| {
+        let path = format!("/proc/{pid}/ns/pid");
+        let file = File::open(&path).context(|| format!("open {path}"))?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        Ok((PidNamespace::Join(path), Some(OwnedFd::from(file))))
+    };
     match v1::PidMode::try_from(request.pid_mode) {
-        Ok(v1::PidMode::Container) => Ok(PidNamespace::Own),
+        Ok(v1::PidMode::Container) => Ok((PidNamespace::Own, None)),
         Ok(v1::PidMode::Node) if userns.is_some() => Err(Error::invalid(
             "pid_mode",
             "the node's PID namespace cannot be used with a user namespace",
         )),
-        Ok(v1::PidMode::Node) => Ok(PidNamespace::Guest),
-        Ok(v1::PidMode::Pod) => Ok(of(pod_pid_1(agent, userns).await?)),
+        Ok(v1::PidMode::Node) => Ok((PidNamespace::Guest, None)),
+        Ok(v1::PidMode::Pod) => of(pod_pid_1(agent, userns).await?),
         Ok(v1::PidMode::Target) => {
             let state = agent.lock();
             let target = &state.container(&request.pid_target)?.init;
@@ -35,7 +45,8 @@ pub(super) async fn pid_namespace(
                     request.pid_target
                 )));
             }
-            Ok(of(target.pid))
+            // The pid cannot have been reused: children are reaped under the lock.
+            of(target.pid)
         }
         Err(_) => Err(Error::invalid("pid_mode", format!("{} is unknown", request.pid_mode))),
     }

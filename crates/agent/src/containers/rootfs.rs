@@ -211,11 +211,9 @@ impl Rootfs {
                 .await?;
         }
         let (uid, gid) = userns.map_or((0, 0), |userns| userns.mapping.root());
-        let upper = self.make_layer(agent, wanted).await?;
         let target = self.path();
-        let (at, late) = (target.clone(), target.clone());
-        self.mounted.push(target);
-        let join = move || {
+        let late = target.clone();
+        let join = move |upper: &Path| {
             let (data, work) = (upper.join("data"), upper.join("work"));
             // A disk that was used before has the marker of a volatile mount, which overlayfs
             // refuses. Within one boot its data is complete.
@@ -233,11 +231,39 @@ impl Rootfs {
                 data.display(),
                 work.display()
             );
-            mount_at(Path::new("overlay"), &at, "overlay", MsFlags::empty(), &data)
+            mount_at(Path::new("overlay"), &target, "overlay", MsFlags::empty(), &data)
         };
-        self.pool
-            .run_or_undo("mount the root file system", MOUNT_TIMEOUT, join, move |()| detach(&late))
-            .await
+        let operation = "mount the root file system";
+        let Some(scratch) = &wanted.scratch else {
+            let upper = self.mount_layer(agent, wanted).await?;
+            self.mounted.push(self.path());
+            let (work, undo) = (move || join(&upper), move |()| detach(&late));
+            return self.pool.run_or_undo(operation, MOUNT_TIMEOUT, work, undo).await;
+        };
+        agent.config.require_vm()?;
+        if !wanted.upper_serial.is_empty() {
+            let reason = "given with a scratch directory";
+            return Err(Error::invalid("rootfs.upper_serial", reason));
+        }
+        let limits = Limits { bytes: scratch.bytes, inodes: scratch.inodes };
+        let wait = Arc::clone(&agent.scratch).lock_owned();
+        let mut disk = with_timeout("lock the scratch disk", MOUNT_TIMEOUT, wait).await?;
+        // Layer and mount in one call: each call takes a thread and two wake-ups.
+        let work = move || {
+            let layer = disk.make(Purpose::Container, limits)?;
+            drop(disk);
+            let joined = join(layer.path());
+            Ok((layer, joined))
+        };
+        self.mounted.push(self.path());
+        let undo = move |(_, joined): (ScratchDir, Result<()>)| {
+            if joined.is_ok() {
+                detach(&late);
+            }
+        };
+        let (layer, joined) = self.pool.run_or_undo(operation, MOUNT_TIMEOUT, work, undo).await?;
+        self.layer = Some(Layer::Scratch(layer));
+        joined
     }
 
     /// Mounts the lower layer that is a host directory, and returns its path.
@@ -258,30 +284,17 @@ impl Rootfs {
         Ok(lower)
     }
 
-    /// Creates the writable layer and returns its path.
-    async fn make_layer(&mut self, agent: &Agent, wanted: &v1::RootFs) -> Result<PathBuf> {
-        let layer = if let Some(scratch) = &wanted.scratch {
-            agent.config.require_vm()?;
-            if !wanted.upper_serial.is_empty() {
-                let reason = "given with a scratch directory";
-                return Err(Error::invalid("rootfs.upper_serial", reason));
-            }
-            let limits = Limits { bytes: scratch.bytes, inodes: scratch.inodes };
-            let wait = Arc::clone(&agent.scratch).lock_owned();
-            let mut disk = with_timeout("lock the scratch disk", MOUNT_TIMEOUT, wait).await?;
-            let work = move || disk.make(Purpose::Container, limits);
-            Layer::Scratch(self.pool.run("make the writable layer", MOUNT_TIMEOUT, work).await?)
-        } else {
-            let source = Source::of(agent, &wanted.upper_serial)?;
-            let is_dir = matches!(source, Source::Directory { .. });
-            let upper = self.dir.join("upper");
-            let (target, late) = (upper.clone(), upper.clone());
-            self.mounted.push(upper.clone());
-            let work = move || source.mount(&target);
-            let undo = move |()| detach(&late);
-            self.pool.run_or_undo("mount the writable layer", MOUNT_TIMEOUT, work, undo).await?;
-            if is_dir { Layer::Host(upper) } else { Layer::Own(upper) }
-        };
+    /// Mounts the writable layer that is not on the scratch disk and returns its path.
+    async fn mount_layer(&mut self, agent: &Agent, wanted: &v1::RootFs) -> Result<PathBuf> {
+        let source = Source::of(agent, &wanted.upper_serial)?;
+        let is_dir = matches!(source, Source::Directory { .. });
+        let upper = self.dir.join("upper");
+        let (target, late) = (upper.clone(), upper.clone());
+        self.mounted.push(upper.clone());
+        let work = move || source.mount(&target);
+        let undo = move |()| detach(&late);
+        self.pool.run_or_undo("mount the writable layer", MOUNT_TIMEOUT, work, undo).await?;
+        let layer = if is_dir { Layer::Host(upper) } else { Layer::Own(upper) };
         Ok(self.layer.insert(layer).path().to_owned())
     }
 

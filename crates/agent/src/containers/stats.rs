@@ -91,7 +91,7 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
             containers,
             pod: Some(v1::PodStats {
                 cpu: Some(pod.cpu()),
-                memory: Some(pod.memory()),
+                memory: Some(pod_memory(&pod, host.is_some())),
                 pids: pod.pids(),
                 interfaces: interfaces(
                     &fs::read_to_string("/proc/net/dev").unwrap_or_default(),
@@ -108,6 +108,12 @@ pub async fn stats(agent: &Agent) -> Result<v1::StatsReply> {
         })
     };
     agent.pools.for_stats("the", "pod").run("read cgroup files", LOOKUP_TIMEOUT, collect).await
+}
+
+/// In a guest the cgroup's limit is the agent's own (`guest::reserve`), not one of the pod.
+fn pod_memory(pod: &Cgroup, on_host: bool) -> v1::Memory {
+    let memory = pod.memory();
+    if on_host { memory } else { v1::Memory { limit: 0, available: 0, ..memory } }
 }
 
 fn layer_usage(layer: &Layer) -> v1::FsUsage {

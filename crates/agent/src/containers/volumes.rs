@@ -119,6 +119,7 @@ impl StagedVolumes {
             });
         }
         let mut binds = Vec::new();
+        let mut written = Vec::new();
         for (n, volume) in volumes.iter().enumerate() {
             let kind = kind(volume, userns.is_some())?;
             let source = self.open(agent, volume, kind.source).await?;
@@ -131,15 +132,48 @@ impl StagedVolumes {
                 matches!(kind.source, v1::VolumeSource::Written | v1::VolumeSource::HugePages);
             let mapped = in_memory || volume.ids_mapped;
             let userns = userns.filter(|_| !mapped).cloned();
+            let is_written = kind.source == v1::VolumeSource::Written;
             let work = move || attach(source, &wanted, &kind, userns.as_deref(), &at);
-            let directory = self.mount(volume, target.clone(), work).await?;
+            let directory = if is_written {
+                written.push((n, work));
+                false
+            } else {
+                self.mount(volume, target.clone(), work).await?
+            };
             binds.push(Bind {
                 source: target,
                 destination: PathBuf::from(&volume.destination),
                 directory,
             });
         }
+        self.mount_written(written, &mut binds).await?;
         Ok(binds)
+    }
+
+    /// Runs the work of written volumes in one call, which a pod has several of for each container:
+    /// each call takes a thread and two wake-ups. They are in a tmpfs of the agent, so none of them
+    /// can hang by itself.
+    async fn mount_written(
+        &mut self,
+        written: Vec<(usize, impl FnOnce() -> Result<bool> + Send + 'static)>,
+        binds: &mut [Bind],
+    ) -> Result<()> {
+        if written.is_empty() {
+            return Ok(());
+        }
+        let targets: Vec<PathBuf> = written.iter().map(|(n, _)| binds[*n].source.clone()).collect();
+        self.mounted.extend(targets.iter().cloned());
+        let work = move || {
+            let run = written.into_iter().map(|(n, work)| Ok((n, work()?)));
+            run.collect::<Result<Vec<_>>>()
+        };
+        let undo = move |_| targets.iter().for_each(|target| detach(target));
+        let operation = "prepare the pod's own files";
+        let kinds = self.pool.run_or_undo(operation, MOUNT_TIMEOUT, work, undo).await?;
+        for (n, directory) in kinds {
+            binds[n].directory = directory;
+        }
+        Ok(())
     }
 
     /// Runs `work`, which mounts at `target`; the mount is recorded first, so `unstage` removes it

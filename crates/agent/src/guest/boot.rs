@@ -57,12 +57,14 @@ const MOUNTS: [Mount; 6] = [
         flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
         data: "mode=0620,gid=5,ptmxmode=0666",
     },
+    // Each container and each exec is moved to its cgroup. `favordynmods`: without it, the first move
+    // after a pause waits for an RCU grace period (cgroup-v2.rst; Linux 6.0).
     Mount {
         source: "cgroup2",
         target: cgroup::MOUNT,
         kind: "cgroup2",
         flags: nosuid_nodev_noexec(),
-        data: "",
+        data: "favordynmods",
     },
     // The pod's message queues; the IPC namespace is the guest's.
     Mount {
@@ -158,6 +160,9 @@ pub fn run() -> Vec<crate::error::Error> {
     // The maximum: each container has its own pids limit.
     let _ = fs::write("/proc/sys/kernel/pid_max", "4194304");
     errors.extend(limits().err());
+    // Mounting, unmounting and namespaces wait for RCU grace periods, of some 30 ms each with 100 ticks
+    // a second; expedited, the waiting call asks the busy CPUs itself (RCU/whatisRCU.rst).
+    let _ = fs::write("/sys/kernel/rcu_expedited", "1");
     if parameter(&cmdline, "nacelle.log").is_none() {
         // Containers can cause kernel messages (one per OOM kill), and each costs a dozen VM exits.
         // Panics and oopses are printed at any level.

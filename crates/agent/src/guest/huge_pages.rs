@@ -114,6 +114,11 @@ fn limit(resources: &LinuxResources) -> Option<u64> {
     u64::try_from(limit.limit()).ok()
 }
 
+/// Whether a container with `resources` needs huge pages.
+pub fn are_wanted(resources: &LinuxResources) -> bool {
+    limit(resources).is_some_and(|bytes| bytes > 0)
+}
+
 /// Mounts a hugetlbfs volume below `base`, once for all its containers. Mode 0777, as kubelet's
 /// directory has.
 pub fn volume(base: &Path, id: &str) -> Result<PathBuf> {
@@ -151,6 +156,8 @@ mod tests {
         pages.reserve("none", &LinuxResources::default(), living).unwrap();
         pages.reserve("zero", &of(0), living).unwrap();
         assert_eq!(pool(), "0");
+        assert!(!are_wanted(&of(0)) && !are_wanted(&LinuxResources::default()));
+        assert!(are_wanted(&of(5 << 20)));
         pages.reserve("a", &of(8 << 20), living).unwrap();
         pages.reserve("b", &of(5 << 20), living).unwrap();
         assert_eq!(pool(), "6");

@@ -18,6 +18,7 @@ pub mod network;
 pub mod quota;
 pub mod reclaim;
 pub mod remove;
+pub mod reserve;
 pub mod scratch;
 pub mod share;
 pub mod shm;

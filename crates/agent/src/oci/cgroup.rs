@@ -157,6 +157,12 @@ impl Cgroup {
         }
     }
 
+    /// Whether processes are to be frozen, or are: a process that joins the cgroup would be.
+    pub fn is_freezing(&self) -> bool {
+        let wanted = self.read("cgroup.freeze").is_some_and(|text| text.trim() == "1");
+        wanted || self.is_frozen()
+    }
+
     /// Whether all processes are frozen.
     pub fn is_frozen(&self) -> bool {
         self.keyed("cgroup.events", "frozen").is_some_and(|frozen| frozen != 0)
@@ -276,6 +282,16 @@ impl Cgroup {
             chown(dir.join(file), Some(uid), Some(gid)).context(what)?;
         }
         Ok(())
+    }
+
+    /// memory.current; 0 without the memory controller.
+    pub fn usage(&self) -> u64 {
+        self.number("memory.current").unwrap_or(0)
+    }
+
+    /// Sets memory.max, bytes.
+    pub fn limit_memory(&self, bytes: u64) -> Result<()> {
+        write(&self.dir().join("memory.max"), &bytes.to_string())
     }
 
     /// pids.max; 0 if unlimited.

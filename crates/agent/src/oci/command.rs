@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::{AccessFlags, access, execve};
-use oci_spec::runtime::{LinuxSeccomp, Process};
+use oci_spec::runtime::Process;
 use serde::{Deserialize, Serialize};
 
-use super::seccomp;
+use super::seccomp::Filter;
 
 /// Exit code if the program was not found, as in POSIX shells.
 const STATUS_MISSING: i32 = 127;
@@ -89,7 +89,7 @@ fn strings(list: &[String]) -> Vec<CString> {
     list.iter().filter_map(|text| CString::new(text.as_bytes()).ok()).collect()
 }
 
-fn run(process: &Process, filter: Option<&LinuxSeccomp>) -> Failure {
+fn run(process: &Process, filter: Option<&Filter>) -> Failure {
     let args = process.args().as_deref().unwrap_or_default();
     let env = process.env().as_deref().unwrap_or_default();
     let Some(name) = args.first() else {
@@ -106,7 +106,7 @@ fn run(process: &Process, filter: Option<&LinuxSeccomp>) -> Failure {
     let (args, env) = (strings(args), strings(env));
     default_signals();
     if let Some(filter) = filter
-        && let Err(error) = seccomp::load(filter)
+        && let Err(error) = filter.load()
     {
         return Failure { missing: false, message: format!("exec: seccomp filter: {error}") };
     }
@@ -127,7 +127,7 @@ fn default_signals() {
 
 /// Executes the program, or reports the failure and exits. On success the kernel closes the start
 /// pipe. `filter` is loaded last, which needs no_new_privs.
-pub(super) fn execute(process: &Process, filter: Option<&LinuxSeccomp>, start: &OwnedFd) -> ! {
+pub(super) fn execute(process: &Process, filter: Option<&Filter>, start: &OwnedFd) -> ! {
     let failure = run(process, filter);
     fail(start, &failure)
 }

@@ -14,12 +14,12 @@ use libcontainer::syscall::syscall::{SyscallType, create_syscall};
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
-use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, PosixRlimit, Spec};
+use oci_spec::runtime::{LinuxCapabilities, PosixRlimit, Spec};
 use serde::{Deserialize, Serialize};
 
 use super::command::{self, Failure};
 use super::helper::{self, Spawned, Streams};
-use super::seccomp;
+use super::seccomp::Filter;
 use crate::error::{Context, Result};
 
 pub(super) const VERB: &str = "@create";
@@ -49,15 +49,15 @@ pub struct Bundle {
 }
 
 impl Bundle {
-    /// Creates the directory and writes `config.json`.
-    pub fn new(base: &Path, number: u64, mut spec: Spec) -> Result<Self> {
+    /// Creates the directory and writes `config.json`. `filter` is that of the spec's seccomp profile.
+    pub fn new(base: &Path, number: u64, mut spec: Spec, filter: Option<Filter>) -> Result<Self> {
         let name = format!("c{number}");
         let dir = base.join("bundles").join(&name);
         let state = base.join("state");
         let what = || format!("write bundle {}", dir.display());
         std::fs::create_dir_all(&state).context(what)?;
         std::fs::create_dir_all(&dir).context(what)?;
-        if let Some(confinement) = Confinement::take(&mut spec) {
+        if let Some(confinement) = filter.and_then(|own| Confinement::take(&mut spec, own)) {
             let text =
                 serde_json::to_vec(&confinement).map_err(std::io::Error::from).context(what)?;
             std::fs::write(dir.join(CONFINEMENT), text).context(what)?;
@@ -71,12 +71,13 @@ impl Bundle {
         &self.dir
     }
 
-    /// Creates the container's init process.
+    /// Creates the container's init process. `inherit` are descriptors that the spec's paths refer to.
     pub async fn create(
         &self,
         streams: Streams,
         console: Option<PathBuf>,
         rlimits: Vec<PosixRlimit>,
+        inherit: Vec<OwnedFd>,
         spawned: impl FnOnce(i32),
     ) -> Result<Spawned> {
         let job = Job {
@@ -86,7 +87,7 @@ impl Bundle {
             console,
             rlimits,
         };
-        helper::run(VERB, job, streams, None, spawned).await
+        helper::run(VERB, job, streams, inherit, spawned).await
     }
 
     /// Notifies the init process to execute its program.
@@ -112,7 +113,7 @@ impl Bundle {
 /// The seccomp filter, which is loaded here instead of by libcontainer, and what has to follow it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Confinement {
-    filter: LinuxSeccomp,
+    filter: Filter,
     /// Capabilities to drop after the filter: without no_new_privs, loading needs CAP_SYS_ADMIN.
     capabilities: Option<LinuxCapabilities>,
     /// With no_new_privs the filter is loaded directly before execve, so it need not allow earlier
@@ -121,9 +122,9 @@ struct Confinement {
 }
 
 impl Confinement {
-    /// Takes the filter out of the OCI spec, if it has one.
-    fn take(spec: &mut Spec) -> Option<Self> {
-        let filter = spec.linux_mut().as_mut()?.seccomp_mut().take()?;
+    /// Takes the profile of `filter` out of the OCI spec.
+    fn take(spec: &mut Spec, filter: Filter) -> Option<Self> {
+        spec.linux_mut().as_mut()?.seccomp_mut().take()?;
         let process = spec.process_mut().as_mut()?;
         let late = process.no_new_privileges() == Some(true);
         let capabilities = process.capabilities().clone().filter(|_| !late);
@@ -143,7 +144,7 @@ impl Confinement {
 
     /// Loads the filter, then drops capabilities, in the order of runc.
     fn enter(&self) -> std::result::Result<(), String> {
-        seccomp::load(&self.filter)?;
+        self.filter.load()?;
         match &self.capabilities {
             Some(kept) => capabilities::drop_privileges(kept, &*create_syscall())
                 .map_err(|error| format!("capabilities: {error}")),
@@ -248,7 +249,9 @@ mod tests {
                     "linux":{{"seccomp":{{"defaultAction":"SCMP_ACT_ERRNO"}}}}}}"#
             );
             let mut spec: Spec = serde_json::from_str(&json).unwrap();
-            let taken = Confinement::take(&mut spec).unwrap();
+            let profile = spec.linux().as_ref().unwrap().seccomp().clone().unwrap();
+            let filter = Filter::compile(&profile).unwrap();
+            let taken = Confinement::take(&mut spec, filter.clone()).unwrap();
             assert_eq!((taken.late, taken.capabilities.is_none()), (late, late));
             assert!(spec.linux().as_ref().unwrap().seccomp().is_none());
             let left = spec.process().as_ref().unwrap().capabilities();
@@ -257,7 +260,7 @@ mod tests {
                 late,
                 "libcontainer drops the capabilities left in the spec"
             );
-            assert_eq!(Confinement::take(&mut spec), None);
+            assert_eq!(Confinement::take(&mut spec, filter), None);
         }
     }
 }

@@ -5,6 +5,7 @@
 //! Not libcontainer's tenant container, which does not load the container's seccomp filter.
 #![allow(unsafe_code)] // fork; descriptors arrive as numbers
 
+use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
@@ -12,22 +13,26 @@ use libcontainer::capabilities;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::tty;
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
 use nix::sched::CloneFlags;
+use nix::sys::stat::Mode;
 use nix::unistd::{ForkResult, Gid, Uid, chdir, fork, setgroups, setresgid, setresuid, setsid};
-use oci_spec::runtime::{LinuxSeccomp, Process};
+use oci_spec::runtime::Process;
 use serde::{Deserialize, Serialize};
 
 use super::command::{self, Failure};
 use super::helper::{self, Spawned, Streams};
-use super::seccomp;
+use super::seccomp::Filter;
 use crate::error::{Context, Result};
 
 pub(super) const VERB: &str = "@exec";
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Job {
-    /// Init process of the container.
-    target: i32,
+    /// pidfd of the container's init process.
+    init: RawFd,
+    /// `/proc/<pid>` of it.
+    proc: RawFd,
     /// Directory of the container's cgroup.
     cgroup: PathBuf,
     /// File with a [`Program`], as it may be too long for an environment variable.
@@ -42,14 +47,17 @@ pub(super) struct Job {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Program {
     pub process: Process,
-    pub seccomp: Option<LinuxSeccomp>,
+    pub seccomp: Option<Filter>,
 }
 
 /// The container that an exec joins.
 #[derive(Debug)]
 pub struct Target {
-    /// The container's init.
-    pub pid: i32,
+    /// pidfd of the container's init. Descriptors, as the pid may be another process' one by the time
+    /// the helper uses it.
+    pub init: OwnedFd,
+    /// `/proc/<pid>` of it (O_PATH).
+    pub proc: OwnedFd,
     pub cgroup: PathBuf,
     pub userns: bool,
 }
@@ -67,13 +75,15 @@ pub async fn start(
     let text = serde_json::to_vec(program).map_err(std::io::Error::from).context(what)?;
     std::fs::write(file, text).context(what)?;
     let job = Job {
-        target: target.pid,
+        init: target.init.as_raw_fd(),
+        proc: target.proc.as_raw_fd(),
         cgroup: target.cgroup,
         userns: target.userns,
         program: file.to_owned(),
         console: console.as_ref().map(AsRawFd::as_raw_fd),
     };
-    let made = helper::run(VERB, job, streams, console, spawned).await;
+    let inherit = [target.init, target.proc].into_iter().chain(console).collect();
+    let made = helper::run(VERB, job, streams, inherit, spawned).await;
     let _ = std::fs::remove_file(file);
     made
 }
@@ -88,20 +98,21 @@ fn step<T, E: std::fmt::Display>(result: std::result::Result<T, E>, what: &str) 
 }
 
 pub(super) fn main(job: Job, start: OwnedFd) -> Step<i32> {
-    // Not dumpable before it is visible in the container: a process there must not be able to trace
-    // it or to reach its descriptors through /proc (CVE-2016-9962). execve(2) resets this.
-    step(nix::sys::prctl::set_dumpable(false), "PR_SET_DUMPABLE")?;
+    helper::make_untraceable()?;
+    // SAFETY: the agent passed both descriptors to this process; nothing else in it owns them.
+    let (init, proc) = unsafe { (OwnedFd::from_raw_fd(job.init), OwnedFd::from_raw_fd(job.proc)) };
     let text = step(std::fs::read(&job.program), "read the exec request")?;
     let program: Program = step(serde_json::from_slice(&text), "parse the exec request")?;
     if let Some(score) = program.process.oom_score_adj() {
         step(std::fs::write("/proc/self/oom_score_adj", score.to_string()), "oom_score_adj")?;
     }
-    join_cgroup(&job)?;
+    join_cgroup(&job.cgroup, &proc)?;
     if job.userns {
         // Raising a limit inside the user namespace fails.
         set_limits(&program.process)?;
     }
-    join_namespaces(job.target, job.userns)?;
+    join_namespaces(&init, job.userns)?;
+    drop((init, proc));
     // SAFETY: this process has one thread, so the child may use all of its state.
     match step(unsafe { fork() }, "fork")? {
         ForkResult::Parent { child } => Ok(child.as_raw()),
@@ -118,16 +129,24 @@ pub(super) fn main(job: Job, start: OwnedFd) -> Step<i32> {
     }
 }
 
-fn join_cgroup(job: &Job) -> Step<()> {
+fn join_cgroup(cgroup: &Path, init: &OwnedFd) -> Step<()> {
     let join = |dir: &Path| std::fs::write(dir.join("cgroup.procs"), "0");
-    match join(&job.cgroup) {
+    match join(cgroup) {
         // EBUSY: a container that manages sub-cgroups (systemd, docker) has no processes in its own
         // cgroup. The cgroup of its init is used instead, as in runc.
         Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) => {
-            let text =
-                step(std::fs::read_to_string(format!("/proc/{}/cgroup", job.target)), "cgroup")?;
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+            let file = step(openat(init, "cgroup", flags, Mode::empty()), "cgroup of init")?;
+            let mut text = String::new();
+            step(std::fs::File::from(file).read_to_string(&mut text), "cgroup of init")?;
             let path = text.trim().strip_prefix("0::/").unwrap_or_default();
-            step(join(&Path::new(super::cgroup::MOUNT).join(path)), "join the init's cgroup")
+            let dir = Path::new(super::cgroup::MOUNT).join(path);
+            // Frozen by the container itself: this process would never continue.
+            let events = std::fs::read_to_string(dir.join("cgroup.events")).unwrap_or_default();
+            if events.lines().any(|line| line == "frozen 1") {
+                return Err("the cgroup of the container's init is frozen".to_owned());
+            }
+            step(join(&dir), "join the init's cgroup")
         }
         result => step(result, "join the container's cgroup"),
     }
@@ -142,16 +161,11 @@ fn set_limits(process: &Process) -> Step<()> {
         .try_for_each(|rlimit| step(syscall.set_rlimit(rlimit), "rlimit"))
 }
 
-fn join_namespaces(target: i32, userns: bool) -> Step<()> {
-    // SAFETY: pidfd_open has no pointer arguments.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, target, 0) };
-    let fd = step(Errno::result(fd), "the container's init process")?;
-    // SAFETY: the kernel has just created this descriptor; nothing else owns it.
-    let init = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+fn join_namespaces(init: &OwnedFd, userns: bool) -> Step<()> {
     // One setns(2) for all: no step loses a capability that a later one needs.
     let mut all = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWCGROUP;
     all.set(CloneFlags::CLONE_NEWUSER, userns);
-    step(nix::sched::setns(&init, all), "join the container's namespaces")
+    step(nix::sched::setns(init, all), "join the container's namespaces")
 }
 
 /// Whether the process or a program it executes may gain privileges.
@@ -179,7 +193,7 @@ fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> St
         step(libcontainer::apparmor::apply_profile(profile), "AppArmor profile")?;
     }
     if let Some(mask) = process.user().umask() {
-        nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mask));
+        nix::sys::stat::umask(Mode::from_bits_truncate(mask));
     }
     let privileges = has_privileges(process);
     if !privileges {
@@ -214,7 +228,7 @@ fn become_process(program: &Program, userns: bool, console: Option<RawFd>) -> St
 
 fn load_seccomp(program: &Program) -> Step<()> {
     let Some(filter) = &program.seccomp else { return Ok(()) };
-    step(seccomp::load(filter), "seccomp filter")
+    step(filter.load(), "seccomp filter")
 }
 
 fn take_identity(process: &Process) -> Step<()> {
@@ -231,21 +245,25 @@ fn take_identity(process: &Process) -> Step<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::os::fd::IntoRawFd;
+
     use nix::sys::prctl::{get_dumpable, set_dumpable};
 
     use super::*;
 
     #[test]
     fn the_exec_helper_is_not_dumpable_before_any_other_step() {
+        let null = || File::open("/dev/null").unwrap();
         let job = Job {
-            target: 0,
+            init: null().into_raw_fd(),
+            proc: null().into_raw_fd(),
             cgroup: "/nonexistent".into(),
             program: "/nonexistent".into(),
             userns: false,
             console: None,
         };
-        let start = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
-        let failed = main(job, start).unwrap_err();
+        let failed = main(job, null().into()).unwrap_err();
         assert!(failed.contains("read the exec request"), "{failed}");
         assert!(!get_dumpable().unwrap());
         set_dumpable(true).unwrap();

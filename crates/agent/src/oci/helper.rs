@@ -111,13 +111,13 @@ impl Streams {
     }
 }
 
-/// Runs a helper. `inherit` is a further descriptor, whose number the job contains. `spawned` gets
+/// Runs a helper. `inherit` are further descriptors, whose numbers the job contains. `spawned` gets
 /// the helper's pid before any wait.
 pub(super) async fn run<T: Serialize>(
     verb: &'static str,
     job: T,
     streams: Streams,
-    inherit: Option<OwnedFd>,
+    inherit: Vec<OwnedFd>,
     spawned: impl FnOnce(i32),
 ) -> Result<Spawned> {
     let operation = || format!("start helper {verb}");
@@ -215,6 +215,14 @@ fn become_helper<T: DeserializeOwned>(
         Err(_) => {}
     }
     std::process::exit(0);
+}
+
+/// Makes this process and its children not dumpable. To be called before they are visible in a
+/// container: a process there must not be able to trace them or to reach their root and descriptors
+/// through /proc (CVE-2016-9962). execve(2) of the container's program resets this. libcontainer does it
+/// by itself.
+pub(super) fn make_untraceable() -> std::result::Result<(), String> {
+    nix::sys::prctl::set_dumpable(false).map_err(|error| format!("PR_SET_DUMPABLE: {error}"))
 }
 
 fn send_reply(fd: impl AsFd, reply: &Reply) {

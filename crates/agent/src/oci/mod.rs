@@ -24,21 +24,31 @@ pub mod helper;
 pub mod limits;
 mod mounts;
 pub mod pod_pid;
-mod seccomp;
+pub mod seccomp;
 pub mod spec;
 pub mod user;
 pub mod userns;
 
-/// kill(2) with any signal number; nix has no real-time signals.
-pub fn raw_kill(pid: i32, signal: i32) -> nix::Result<()> {
-    kill::raw(pid, signal)
-}
+pub use calls::{pidfd, raw_kill};
 
-mod kill {
-    #![allow(unsafe_code)] // see `raw_kill`
+mod calls {
+    #![allow(unsafe_code)] // system calls that nix does not have
 
-    pub(super) fn raw(pid: i32, signal: i32) -> nix::Result<()> {
+    use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+    use nix::errno::Errno;
+
+    /// kill(2) with any signal number; nix has no real-time signals.
+    pub fn raw_kill(pid: i32, signal: i32) -> nix::Result<()> {
         // SAFETY: kill has no pointer arguments.
-        nix::errno::Errno::result(unsafe { libc::kill(pid, signal) }).map(drop)
+        Errno::result(unsafe { libc::kill(pid, signal) }).map(drop)
+    }
+
+    /// pidfd_open(2).
+    pub fn pidfd(pid: i32) -> nix::Result<OwnedFd> {
+        // SAFETY: pidfd_open has no pointer arguments.
+        let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+        // SAFETY: the kernel has just created this descriptor; nothing else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
     }
 }

@@ -24,10 +24,11 @@ pub(super) struct Job {
 /// Creates the namespace, owned by the user namespace if there is one; returns the pid of its PID
 /// 1.
 pub async fn make(userns: Option<PathBuf>, spawned: impl FnOnce(i32)) -> Result<i32> {
-    Ok(helper::run(VERB, Job { userns }, Streams::null(), None, spawned).await?.pid)
+    Ok(helper::run(VERB, Job { userns }, Streams::null(), Vec::new(), spawned).await?.pid)
 }
 
 pub(super) fn main(job: Job, start: OwnedFd) -> std::result::Result<i32, String> {
+    helper::make_untraceable()?;
     // The exit of this PID 1 would kill all containers in the namespace. Set before setns: it needs
     // CAP_SYS_RESOURCE of the initial user namespace.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-998");

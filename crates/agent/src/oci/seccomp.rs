@@ -19,7 +19,9 @@
 //! calls); with a binary tree that is about twenty times faster.
 #![allow(unsafe_code)] // seccomp(2) has no safe wrapper
 
+use std::collections::VecDeque;
 use std::io::{Read, Seek};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
@@ -29,6 +31,7 @@ use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag,
     LinuxSeccompOperator, LinuxSyscall,
 };
+use serde::{Deserialize, Serialize};
 
 type Result<T> = std::result::Result<T, String>;
 
@@ -52,29 +55,92 @@ const JMP_JGT_K: u16 = 0x25;
 const JMP_JSET_K: u16 = 0x45;
 const RET_K: u16 = 0x06;
 
-/// Loads a filter into the calling thread, which needs CAP_SYS_ADMIN or no_new_privs.
-pub fn load(profile: &LinuxSeccomp) -> Result<()> {
-    let mut program = compile(profile)?;
-    let mut flags = 0;
-    for flag in profile.flags().iter().flatten() {
-        flags |= match flag {
-            LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
-            LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => {
-                libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW
-            }
-            // The process has one thread.
-            LinuxSeccompFilterFlag::SeccompFilterFlagTsync => 0,
-            // For SCMP_ACT_NOTIFY, which is refused.
-            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
+/// Compiled filters that are kept: containers and execs of a pod use few different profiles.
+const KEPT: usize = 8;
+
+/// A compiled filter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filter {
+    flags: libc::c_ulong,
+    /// Each instruction as a number: code, jt, jf, k from the lowest bit on.
+    program: Vec<u64>,
+}
+
+impl Filter {
+    pub fn compile(profile: &LinuxSeccomp) -> Result<Self> {
+        let mut flags = 0;
+        for flag in profile.flags().iter().flatten() {
+            flags |= match flag {
+                LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
+                LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => {
+                    libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW
+                }
+                // The process has one thread.
+                LinuxSeccompFilterFlag::SeccompFilterFlagTsync => 0,
+                // For SCMP_ACT_NOTIFY, which is refused.
+                LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
+            };
+        }
+        let pack = |op: libc::sock_filter| {
+            let [code, jt, jf, k]: [u64; 4] =
+                [op.code.into(), op.jt.into(), op.jf.into(), op.k.into()];
+            code | jt << 16 | jf << 24 | k << 32
         };
+        Ok(Self { flags, program: compile(profile)?.into_iter().map(pack).collect() })
     }
-    let len = u16::try_from(program.len()).map_err(|_| "the filter is too long".to_owned())?;
-    let program = libc::sock_fprog { len, filter: program.as_mut_ptr() };
-    // SAFETY: the kernel reads `len` instructions, which `program` holds until the call returns.
-    let done = unsafe {
-        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program)
-    };
-    Errno::result(done).map(drop).map_err(|error| format!("load the filter: {}", error.desc()))
+
+    fn instructions(&self) -> Vec<libc::sock_filter> {
+        let unpack = |all: &u64| {
+            op(*all as u16, (*all >> 16) as u8, (*all >> 24) as u8, (*all >> 32) as u32)
+        };
+        self.program.iter().map(unpack).collect()
+    }
+
+    /// Loads the filter into the calling thread, which needs CAP_SYS_ADMIN or no_new_privs.
+    pub fn load(&self) -> Result<()> {
+        let mut program = self.instructions();
+        let len = u16::try_from(program.len()).map_err(|_| "the filter is too long".to_owned())?;
+        let program = libc::sock_fprog { len, filter: program.as_mut_ptr() };
+        // SAFETY: the kernel reads `len` instructions, which the vector behind `program` holds until
+        // the call returns.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_seccomp,
+                libc::SECCOMP_SET_MODE_FILTER,
+                self.flags,
+                &raw const program,
+            )
+        };
+        Errno::result(done).map(drop).map_err(|error| format!("load the filter: {}", error.desc()))
+    }
+}
+
+/// Filters of the pod's profiles. libseccomp takes 20 to 50 ms for the default profile of containerd,
+/// which each container and each exec would wait for.
+#[derive(Debug, Default)]
+pub struct Filters(Mutex<VecDeque<(LinuxSeccomp, Filter)>>);
+
+impl Filters {
+    /// The filter of a profile, compiled at its first use. Blocks the thread for that time.
+    pub fn get(&self, profile: &LinuxSeccomp) -> Result<Filter> {
+        let find = |all: &VecDeque<(LinuxSeccomp, Filter)>| {
+            all.iter().find(|(known, _)| known == profile).map(|(_, filter)| filter.clone())
+        };
+        if let Some(filter) = find(&self.lock()) {
+            return Ok(filter);
+        }
+        let filter = Filter::compile(profile)?;
+        let mut all = self.lock();
+        if find(&all).is_none() {
+            all.truncate(KEPT - 1);
+            all.push_front((profile.clone(), filter.clone()));
+        }
+        Ok(filter)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(LinuxSeccomp, Filter)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 fn compile(profile: &LinuxSeccomp) -> Result<Vec<libc::sock_filter>> {

@@ -23,7 +23,7 @@ const MAX_STRINGS: usize = 1 << 20;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PidNamespace {
     Own,
-    /// A path as `/proc/<pid>/ns/pid`.
+    /// A path that the helper can open.
     Join(PathBuf),
     /// The agent's.
     Guest,

@@ -127,7 +127,7 @@ impl UserNamespace {
     /// Creates the namespace. `spawned` gets the pids of the processes used for it.
     pub async fn make(mapping: Mapping, spawned: impl Fn(i32)) -> Result<Self> {
         let job = Job { users: text(&mapping.users), groups: text(&mapping.groups) };
-        let made = helper::run(VERB, job, Streams::null(), None, &spawned).await?;
+        let made = helper::run(VERB, job, Streams::null(), Vec::new(), &spawned).await?;
         spawned(made.pid);
         let what = || "keep the pod's user namespace".to_owned();
         let file = std::fs::File::open(format!("/proc/{}/ns/user", made.pid)).context(what);

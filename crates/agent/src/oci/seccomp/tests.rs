@@ -143,11 +143,30 @@ fn the_kernel_accepts_the_program_and_applies_it() {
     let profile = profile(json);
     let errors = std::thread::spawn(move || {
         nix::sys::prctl::set_no_new_privs().unwrap();
-        load(&profile).unwrap();
+        Filter::compile(&profile).unwrap().load().unwrap();
         // SAFETY: neither call dereferences a pointer, as the filter denies both.
         let call = |nr| Errno::result(unsafe { libc::syscall(nr, 0, 0, 0, 0, 0) }).unwrap_err();
         (call(libc::SYS_keyctl), call(9999))
     });
     // rseq is the newest call of the profile; keyctl is older.
     assert_eq!(errors.join().unwrap(), (Errno::EPERM, Errno::ENOSYS));
+}
+
+#[test]
+fn a_profile_is_compiled_once_and_few_filters_are_kept() {
+    let filters = Filters::default();
+    let first = profile(PROFILE);
+    let filter = filters.get(&first).unwrap();
+    let raw = |op: &libc::sock_filter| (op.code, op.jt, op.jf, op.k);
+    let wanted: Vec<_> = compile(&first).unwrap().iter().map(raw).collect();
+    assert_eq!(filter.instructions().iter().map(raw).collect::<Vec<_>>(), wanted);
+    for errno in 1..=KEPT as u32 {
+        let mut other = first.clone();
+        other.set_default_errno_ret(Some(errno));
+        filters.get(&other).unwrap();
+        assert_eq!(filters.get(&other).unwrap(), Filter::compile(&other).unwrap());
+    }
+    let kept: Vec<_> = filters.lock().iter().map(|(known, _)| known.default_errno_ret()).collect();
+    assert_eq!(kept, (1..=KEPT as u32).rev().map(Some).collect::<Vec<_>>());
+    assert_eq!(filters.get(&first).unwrap(), filter);
 }
