@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::task::spawn_blocking;
 
-use crate::host::Error;
+use crate::error::Error;
 use crate::model::{Attachment, Dns};
 use crate::netns;
 use crate::nic::{self, NicError};

@@ -31,8 +31,6 @@ const REMAINING: &[(&str, &str)] = &[
     ("nacelle/src/daemon/debug/console.rs", "nacelle/src/daemon/debug/mod.rs"),
     ("nacelle/src/daemon/debug/mod.rs", "nacelle/src/daemon/debug/session.rs"),
     ("nacelle/src/daemon/debug/pull.rs", "nacelle/src/daemon/debug/mod.rs"),
-    ("network/src/garbage.rs", "network/src/host.rs"),
-    ("network/src/observe.rs", "network/src/plugin/chain.rs"),
     ("sandbox/src/journal/record.rs", "sandbox/src/journal/record/container.rs"),
     ("sandbox/src/launcher/client.rs", "sandbox/src/launcher/mod.rs"),
     ("sandbox/src/launcher/spawn.rs", "sandbox/src/launcher/mod.rs"),
