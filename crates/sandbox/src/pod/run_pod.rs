@@ -18,6 +18,7 @@ use vmm_api::{DiskConfig, Fd, JailConfig, VmConfig, VsockConfig};
 
 use super::disks::write_volume;
 use super::handle::{Handle, Paths};
+use super::volume_ids::ETC_VOLUME;
 use super::{exit_cause, host_pod, oom_score};
 use crate::apparmor::AppArmor;
 use crate::config::Config;
@@ -33,8 +34,6 @@ use crate::policy::{Change, Effect, Pod};
 use crate::ports::Attachment;
 use crate::vmm;
 
-/// Id of the guest volume with the pod's /etc files.
-pub(super) const ETC_VOLUME: &str = "etc";
 /// Entropy for the guest, bytes; more than twice the state of its RNG.
 const ENTROPY: usize = 128;
 /// Bytes read from the end of a log, more than is shown.

@@ -18,11 +18,11 @@ mod bundle;
 mod host;
 pub(crate) mod image;
 mod machine;
+mod qemu;
+mod report;
+mod status;
 
-/// Exit status when the lab, not the command in it, failed (as `env` and `docker run` use it).
-pub(crate) const STATUS_LAB_FAILED: i32 = 125;
-/// Exit status when the command ran into its limit, as timeout(1) has it.
-pub(crate) const STATUS_TIMEOUT: i32 = 124;
+pub(crate) use status::{STATUS_LAB_FAILED, STATUS_TIMEOUT};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -127,7 +127,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     bundle.add_text("nacelle/lab/outputs", &list)?;
     bundle.finish()?;
 
-    let plan = machine::Plan {
+    let plan = qemu::Plan {
         image: &image,
         files: &files,
         scratch: scratch.path(),
@@ -141,7 +141,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     };
     let status = machine::run(&plan)?;
     for (index, (_, host)) in outputs.iter().enumerate() {
-        bundle::unpack_output(&machine::output_file(scratch.path(), index), host)?;
+        bundle::unpack_output(&qemu::output_file(scratch.path(), index), host)?;
     }
     Ok(status)
 }
