@@ -7,6 +7,7 @@
 //!  watchers (VMM's end, guest's events, pings) ──Commit──┘        listings, jobs <───┘
 //! ```
 
+mod configure_guest;
 mod cpuset;
 mod create_container;
 mod disks;
@@ -17,6 +18,7 @@ mod exit_cause;
 mod file_server;
 mod handle;
 mod host_pod;
+mod log_tail;
 mod memory;
 mod message;
 mod oom_score;
@@ -32,9 +34,11 @@ mod stats;
 mod stop_container;
 mod stop_pod;
 mod sync;
+mod trace;
 mod undo;
 mod update_container;
 mod update_pod;
+mod vm_program;
 mod volume_ids;
 mod volumes;
 mod watch;
