@@ -184,10 +184,10 @@ impl Host {
         }
     }
 
-    pub fn open_taps(&self, id: &str, attachment: &Attachment) -> Result<Vec<OwnedFd>, Error> {
+    pub fn open_taps(&self, id: &str, interfaces: &[String]) -> Result<Vec<OwnedFd>, Error> {
         check_id(id)?;
         let path = self.netns_path(id);
-        Ok(netns::run_in_netns(&path, || nic::open_taps(&attachment.interfaces))?)
+        Ok(netns::run_in_netns(&path, || nic::open_taps(interfaces))?)
     }
 
     pub fn detach(&self, id: &str) -> Result<(), Error> {

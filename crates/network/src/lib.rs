@@ -110,14 +110,14 @@ impl Cni {
         .await
     }
 
-    /// Opens the tap of each interface, in the order of [`Attachment::interfaces`].
+    /// Opens the tap of each interface, by the names in [`Attachment::interfaces`] and in their order.
     pub async fn open_taps(
         &self,
         pod: &str,
-        attachment: &Attachment,
+        interfaces: Vec<String>,
     ) -> Result<Vec<OwnedFd>, Error> {
-        let (pod, attachment) = (pod.to_owned(), attachment.clone());
-        self.without_permit(move |host| host.open_taps(&pod, &attachment)).await
+        let pod = pod.to_owned();
+        self.without_permit(move |host| host.open_taps(&pod, &interfaces)).await
     }
 
     /// Undoes [`Cni::attach`]; continues after failures and returns all errors. An unknown pod is
