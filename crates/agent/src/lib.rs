@@ -19,8 +19,10 @@ mod blocking;
 mod containers;
 mod error;
 mod events;
+mod exit_status;
 mod forward;
 mod guest;
+mod host_namespaces;
 mod host_pod;
 mod ids;
 mod listen;
@@ -29,31 +31,25 @@ mod oci;
 mod panics;
 mod reaper;
 mod sealed;
+mod serve;
 mod service;
 mod stdio;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
-use agent_api::v1::agent_server::AgentServer;
-use agent_api::{CONTROL_PORT, FORWARD_PORT, MAX_MESSAGE, STDIO_PORT};
+use agent_api::{CONTROL_PORT, FORWARD_PORT, STDIO_PORT};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use agent::{Agent, Config};
+use agent::Config;
 use error::{Context, Result};
 use listen::Listener;
-
-/// Directory of all files and mounts of the agent.
-const BASE: &str = "/run/nacelle";
-/// Maximum threads of tokio's blocking pool. They never touch a file system of a container;
-/// `blocking` does that.
-const BLOCKING_THREADS: usize = 4;
+use serve::{BASE, Listeners, serve};
 
 /// Entry point. As PID 1 it never returns, as the end of PID 1 is a kernel panic.
 pub fn main() {
     panics::abort();
-    oci::helper::main_if_helper();
+    oci::dispatch::main_if_helper();
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["--version"] => println!("nacelle-agent {}", env!("CARGO_PKG_VERSION")),
@@ -101,7 +97,7 @@ fn run_in_guest() -> ! {
             scratch: guest::scratch::Source::Device,
             is_guest: true,
         };
-        let result = block_on(config, || {
+        let result = serve(config, || {
             let listen =
                 |port| Listener::vsock(port).context(|| format!("listen on vsock port {port}"));
             Ok(Listeners {
@@ -149,7 +145,7 @@ fn run_for_tests(dir: &Path) -> Result<()> {
         scratch: guest::scratch::Source::Directory(dir.join("scratch")),
         is_guest: false,
     };
-    block_on(config, || {
+    serve(config, || {
         let listen = |name: &str| {
             let path = dir.join(name);
             Listener::unix(&path).context(|| format!("listen on {}", path.display()))
@@ -160,43 +156,5 @@ fn run_for_tests(dir: &Path) -> Result<()> {
             // Last: a client that sees this socket may use the others.
             control: listen("control.sock")?,
         })
-    })
-}
-
-/// Sockets on which the host connects.
-struct Listeners {
-    control: Listener,
-    stdio: Listener,
-    forward: Listener,
-}
-
-fn block_on(config: Config, listen: impl FnOnce() -> Result<Listeners>) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(BLOCKING_THREADS)
-        .thread_keep_alive(Duration::from_secs(1))
-        .build()
-        .context(|| "create the tokio runtime".to_owned())?;
-    runtime.block_on(async {
-        let sigchld = reaper::watch().context(|| "watch for SIGCHLD".to_owned())?;
-        let agent = Agent::new(config)?;
-        let shm = agent.config.base.join("shm");
-        match &agent.config.host {
-            Some(host) if host.ipc => host_pod::share_shm(&shm)?,
-            _ => guest::shm::set_up(&shm, 0)?,
-        }
-        let Listeners { control, stdio, forward } = listen()?;
-        tokio::spawn(reaper::run(sigchld, Arc::clone(&agent)));
-        tokio::spawn(containers::oom::run(Arc::clone(&agent)));
-        tokio::spawn(stdio::serve::run(stdio, Arc::clone(&agent)));
-        tokio::spawn(forward::run(forward));
-        let service = AgentServer::new(service::AgentService::new(agent))
-            .max_decoding_message_size(MAX_MESSAGE)
-            .max_encoding_message_size(MAX_MESSAGE);
-        tonic::transport::Server::builder()
-            .serve_with_incoming(service, control.incoming())
-            .await
-            .map_err(std::io::Error::other)
-            .context(|| "run the gRPC server".to_owned())
     })
 }

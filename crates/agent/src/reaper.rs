@@ -7,20 +7,7 @@ use nix::errno::Errno;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::agent::Agent;
-
-/// Exit status of a child.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ExitStatus {
-    Exited(i32),
-    Signaled(i32),
-}
-
-impl ExitStatus {
-    /// Whether SIGKILL ended it, as the OOM killer does.
-    pub fn is_sigkill(self) -> bool {
-        self == Self::Signaled(libc::SIGKILL)
-    }
-}
+pub use crate::exit_status::ExitStatus;
 
 /// Registers for SIGCHLD; called before the first child is spawned.
 pub fn watch() -> std::io::Result<Signal> {

@@ -78,7 +78,7 @@ async fn configure_pod(agent: Arc<Agent>, request: v1::ConfigurePodRequest) -> R
         return Err(Error::Exists { what: "pod", id: pod.id.clone() });
     }
     if let Some(host) = &agent.config.host {
-        crate::host_pod::configure(host, &agent.config.base, &request)?;
+        crate::host_namespaces::configure(host, &agent.config.base, &request)?;
         agent.lock().pod =
             Some(crate::agent::Pod { id: request.pod_id, hostname: request.hostname });
         return Ok(());

@@ -23,7 +23,8 @@ use sha2::{Digest as _, Sha256};
 use crate::damaged::DamagedFiles;
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::files::{SPACE_CHECK_INTERVAL, Space, create_directory, list, sync_directory};
+use crate::files::{create_directory, list, sync_directory};
+use crate::space::{SPACE_CHECK_INTERVAL, Space};
 
 /// Smaller partial blobs are deleted, not kept for resuming.
 const MIN_PARTIAL: u64 = 64 << 10;

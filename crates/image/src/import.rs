@@ -17,13 +17,13 @@ use sha2::{Digest as _, Sha256};
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::flatten::Flattener;
-use crate::images::Inner;
 use crate::layer::{EntryKind, TarReader};
 use crate::manifest::{Descriptor, Document, Index, Manifest, parse_config};
 use crate::path::{shown, split};
 use crate::record::{Layer, Record};
 use crate::reference::Reference;
 use crate::registry::run_blocking;
+use crate::state::State;
 
 /// Maximum number of archive members; their names are kept in memory.
 const MAX_MEMBERS: usize = 100_000;
@@ -35,7 +35,7 @@ const NAME_ANNOTATIONS: [&str; 2] =
 
 /// Imports all images in `path`; `name` applies to an archive of one image.
 pub async fn import(
-    inner: Arc<Inner>,
+    state: Arc<State>,
     path: PathBuf,
     name: Option<Reference>,
 ) -> Result<Vec<Digest>, Error> {
@@ -43,7 +43,7 @@ pub async fn import(
     let _stop = StopOnDrop(Arc::clone(&stop));
     run_blocking(move || {
         let archive = Archive::open(&path)?;
-        let images = archive.images(&inner)?;
+        let images = archive.images(&state)?;
         if images.is_empty() {
             return Err(archive.invalid("it lists no image for linux/amd64"));
         }
@@ -56,7 +56,7 @@ pub async fn import(
                 Some(name) => vec![name.clone()],
                 None => image.names.clone(),
             };
-            ids.push(import_one(&inner, &archive, image, &names, &stop)?);
+            ids.push(import_one(&state, &archive, image, &names, &stop)?);
         }
         Ok(ids)
     })
@@ -74,7 +74,7 @@ struct ArchivedImage {
 }
 
 fn import_one(
-    inner: &Arc<Inner>,
+    state: &Arc<State>,
     archive: &Archive,
     image: ArchivedImage,
     names: &[Reference],
@@ -92,13 +92,13 @@ fn import_one(
             (id, vec![None; image.layers.len()])
         }
     };
-    let building = inner.build_lock(id);
+    let building = state.build_lock(id);
     let _building = building.blocking_lock();
-    let here = inner.change(|store| store.cancel_removal(&id))?;
+    let here = state.change(|store| store.cancel_removal(&id))?;
     if !here {
-        let temporary = inner.temporary()?;
+        let temporary = state.temporary()?;
         let mut flattener =
-            Flattener::create(&temporary.rootfs(), inner.config.limits(), Arc::clone(stop))
+            Flattener::create(&temporary.rootfs(), state.config.limits(), Arc::clone(stop))
                 .map_err(|e| Error::data(&what, e))?;
         let mut layers = Vec::new();
         for ((member, descriptor), diff_id) in image.layers.iter().zip(&diff_ids) {
@@ -121,16 +121,16 @@ fn import_one(
         record.rootfs_bytes = summary.bytes;
         record.inodes = summary.inodes;
         record.artifact = image.config.is_none();
-        let _config = image.config.as_deref().map(|c| inner.content.put(c)).transpose()?;
-        let _manifest = image.manifest.as_deref().map(|m| inner.content.put(m)).transpose()?;
-        inner.change(|store| store.publish(temporary, record))?;
+        let _config = image.config.as_deref().map(|c| state.content.put(c)).transpose()?;
+        let _manifest = image.manifest.as_deref().map(|m| state.content.put(m)).transpose()?;
+        state.change(|store| store.publish(temporary, record))?;
     }
     let mut all: Vec<String> = names.iter().map(Reference::to_string).collect();
     if let Some(manifest) = manifest {
         all.extend(names.iter().map(|name| name.with_digest(manifest).to_string()));
     }
     // The image was removed between the two steps.
-    if inner.change(|store| store.tag(&id, &all))? { Ok(id) } else { Err(Error::Cancelled) }
+    if state.change(|store| store.tag(&id, &all))? { Ok(id) } else { Err(Error::Cancelled) }
 }
 
 struct Archive {
@@ -254,9 +254,9 @@ impl Archive {
         Err(Error::DigestMismatch { what: name.into(), expected: *expected, got })
     }
 
-    fn small(&self, inner: &Inner, name: &str) -> Result<Vec<u8>, Error> {
+    fn small(&self, state: &State, name: &str) -> Result<Vec<u8>, Error> {
         let (mut reader, size) = self.member(name)?;
-        let limit = inner.config.max_manifest_bytes;
+        let limit = state.config.max_manifest_bytes;
         if size > limit {
             let what = format!("the size of {name}");
             return Err(Error::TooLarge { what, got: size, limit, setting: "max_manifest_bytes" });
@@ -266,9 +266,9 @@ impl Archive {
         Ok(bytes)
     }
 
-    fn blob(&self, inner: &Inner, digest: &Digest) -> Result<Vec<u8>, Error> {
+    fn blob(&self, state: &State, digest: &Digest) -> Result<Vec<u8>, Error> {
         let name = format!("blobs/sha256/{}", digest.hex());
-        let bytes = self.small(inner, &name)?;
+        let bytes = self.small(state, &name)?;
         let got = Digest::of(&bytes);
         if got != *digest {
             return Err(Error::DigestMismatch { what: name, expected: *digest, got });
@@ -276,56 +276,56 @@ impl Archive {
         Ok(bytes)
     }
 
-    fn images(&self, inner: &Inner) -> Result<Vec<ArchivedImage>, Error> {
+    fn images(&self, state: &State) -> Result<Vec<ArchivedImage>, Error> {
         // Newer dockers write both. The index is complete, but only manifest.json has the names
         // with their registries.
         if self.has("manifest.json") {
-            let bytes = self.small(inner, "manifest.json")?;
+            let bytes = self.small(state, "manifest.json")?;
             let list: Vec<DockerImage> = serde_json::from_slice(&bytes)
                 .map_err(|e| self.invalid(&format!("manifest.json: {e}")))?;
-            return list.into_iter().map(|image| self.docker_image(inner, image)).collect();
+            return list.into_iter().map(|image| self.docker_image(state, image)).collect();
         }
         if self.has("index.json") {
-            let bytes = self.small(inner, "index.json")?;
+            let bytes = self.small(state, "index.json")?;
             let index: Index = serde_json::from_slice(&bytes)
                 .map_err(|e| self.invalid(&format!("index.json: {e}")))?;
             return index
                 .manifests
                 .iter()
-                .filter_map(|d| self.oci_image(inner, d).transpose())
+                .filter_map(|d| self.oci_image(state, d).transpose())
                 .collect();
         }
         Err(self.invalid("it has neither an index.json nor a manifest.json"))
     }
 
-    fn docker_image(&self, inner: &Inner, image: DockerImage) -> Result<ArchivedImage, Error> {
+    fn docker_image(&self, state: &State, image: DockerImage) -> Result<ArchivedImage, Error> {
         let tags = image.repo_tags.unwrap_or_default();
         Ok(ArchivedImage {
             names: tags.iter().map(|tag| tag.parse()).collect::<Result<_, _>>()?,
-            config: Some(self.small(inner, &image.config)?),
+            config: Some(self.small(state, &image.config)?),
             layers: image.layers.into_iter().map(|layer| (layer, None)).collect(),
             manifest: None,
         })
     }
 
     /// `None` for images of other platforms.
-    fn oci_image(&self, inner: &Inner, entry: &Descriptor) -> Result<Option<ArchivedImage>, Error> {
+    fn oci_image(&self, state: &State, entry: &Descriptor) -> Result<Option<ArchivedImage>, Error> {
         let what = self.path.display().to_string();
         if entry.platform.as_ref().is_some_and(|p| p.os != "linux" || p.architecture != "amd64") {
             return Ok(None);
         }
-        let mut bytes = self.blob(inner, &entry.digest)?;
+        let mut bytes = self.blob(state, &entry.digest)?;
         let manifest: Manifest = match Document::parse(&bytes, &entry.media_type, &what)? {
             Document::Manifest(manifest) => manifest,
             Document::Index(index) => {
-                bytes = self.blob(inner, &index.select(&what)?.digest)?;
+                bytes = self.blob(state, &index.select(&what)?.digest)?;
                 match Document::parse(&bytes, "", &what)? {
                     Document::Manifest(manifest) => manifest,
                     Document::Index(_) => return Err(self.invalid("it has nested indexes")),
                 }
             }
         };
-        manifest.check(&what, &inner.config)?;
+        manifest.check(&what, &state.config)?;
         let names = NAME_ANNOTATIONS.iter().find_map(|key| entry.annotations.as_ref()?.get(*key));
         // Many tools write a bare tag there, which is no reference.
         let names = names.filter(|name| name.contains(['/', ':'])).map(|name| name.parse());
@@ -333,7 +333,7 @@ impl Archive {
             names: names.into_iter().collect::<Result<_, _>>()?,
             config: match manifest.is_artifact() {
                 true => None,
-                false => Some(self.blob(inner, &manifest.config.digest)?),
+                false => Some(self.blob(state, &manifest.config.digest)?),
             },
             layers: manifest
                 .layers

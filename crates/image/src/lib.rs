@@ -35,6 +35,9 @@ mod pull;
 mod record;
 mod reference;
 mod registry;
+mod shared_pulls;
+mod space;
+mod state;
 mod store;
 mod tree;
 

@@ -15,24 +15,24 @@ use crate::digest::Digest;
 use crate::erofs::Summary;
 use crate::error::Error;
 use crate::flatten::Flattener;
-use crate::images::Inner;
 use crate::manifest::{Descriptor, Document, MAX_NESTING, Manifest, parse_config};
 use crate::observe::Arrivals;
 use crate::progress::{Phase, Tracker};
 use crate::record::{Layer, Record};
 use crate::reference::{Reference, Target};
 use crate::registry::{Auth, Session, run_blocking};
+use crate::state::State;
 use crate::store::Temporary;
 
 /// Pulls `reference` and returns the image's id.
 pub async fn pull(
-    inner: Arc<Inner>,
+    state: Arc<State>,
     reference: Reference,
     auth: Auth,
     tracker: Tracker,
 ) -> Result<Digest, Error> {
     let what = reference.to_string();
-    let (opening, name) = (Arc::clone(&inner), reference.clone());
+    let (opening, name) = (Arc::clone(&state), reference.clone());
     let session = run_blocking(move || opening.registries.session(&name, &auth)).await?;
     let session = Arc::new(session);
     let top = session.manifest(&reference.target).await?;
@@ -53,7 +53,7 @@ pub async fn pull(
             }
         }
     };
-    manifest.check(&what, &inner.config)?;
+    manifest.check(&what, &state.config)?;
     let id = manifest.id(&manifest_bytes);
     // The digest that the tag resolves to now.
     let mut names = vec![reference.with_digest(top_digest).to_string()];
@@ -62,13 +62,13 @@ pub async fn pull(
     }
 
     // Two names of one image that are pulled concurrently build it once.
-    let building = inner.build_lock(id);
+    let building = state.build_lock(id);
     let _building = building.lock().await;
-    let here = Arc::clone(&inner);
+    let here = Arc::clone(&state);
     if !run_blocking(move || here.change(|store| store.cancel_removal(&id))).await? {
-        build(&inner, &session, id, &manifest, manifest_bytes, &what, &tracker).await?;
+        build(&state, &session, id, &manifest, manifest_bytes, &what, &tracker).await?;
     }
-    let tagging = Arc::clone(&inner);
+    let tagging = Arc::clone(&state);
     if !run_blocking(move || tagging.change(|store| store.tag(&id, &names))).await? {
         // The image was removed between the two steps.
         return Err(Error::Cancelled);
@@ -79,7 +79,7 @@ pub async fn pull(
 }
 
 async fn build(
-    inner: &Arc<Inner>,
+    state: &Arc<State>,
     session: &Arc<Session>,
     id: Digest,
     manifest: &Manifest,
@@ -98,20 +98,20 @@ async fn build(
     tracker.phase(Phase::Fetching);
 
     let leases: Vec<Lease> =
-        manifest.layers.iter().map(|layer| inner.content.lease(layer.digest)).collect();
+        manifest.layers.iter().map(|layer| state.content.lease(layer.digest)).collect();
     let blobs: BTreeMap<_, _> = manifest.layers.iter().map(|l| (l.digest, l.size)).collect();
-    let content = inner.content.clone();
+    let content = state.content.clone();
     run_blocking(move || content.check_space(&blobs)).await?;
     let (ready, arrivals): (Vec<_>, Vec<_>) =
         manifest.layers.iter().map(|_| oneshot::channel::<()>()).unzip();
     let mut downloads = JoinSet::new();
-    let slots = Arc::new(Semaphore::new(inner.config.parallel_layers.max(1)));
+    let slots = Arc::new(Semaphore::new(state.config.parallel_layers.max(1)));
     for ((index, layer), ready) in manifest.layers.iter().cloned().enumerate().zip(ready) {
-        let (inner, session, tracker) = (Arc::clone(inner), Arc::clone(session), tracker.clone());
+        let (state, session, tracker) = (Arc::clone(state), Arc::clone(session), tracker.clone());
         let slots = Arc::clone(&slots);
         downloads.spawn(async move {
             let _slot = slots.acquire_owned().await.map_err(|_| Error::Cancelled)?;
-            fetch_layer(&inner, &session, &layer, index, &tracker).await?;
+            fetch_layer(&state, &session, &layer, index, &tracker).await?;
             // A send fails if the builder has stopped; its own error is reported.
             let _ = ready.send(());
             Ok(())
@@ -120,7 +120,7 @@ async fn build(
 
     // Dropped with this future: the builder then fails at its next read.
     let stop = StopOnDrop(Arc::default());
-    let making = Arc::clone(inner);
+    let making = Arc::clone(state);
     let temporary = run_blocking(move || making.temporary()).await?;
     let mut record = Record::new(
         id,
@@ -130,11 +130,11 @@ async fn build(
             .iter()
             .map(|layer| Layer { digest: layer.digest, size: layer.size })
             .collect(),
-        inner.config.keep_layers,
+        state.config.keep_layers,
     );
     record.artifact = manifest.is_artifact();
     let job = Build {
-        inner: Arc::clone(inner),
+        state: Arc::clone(state),
         layers: manifest.layers.iter().map(|layer| layer.digest).zip(diff_ids).collect(),
         arrivals,
         tracker: tracker.clone(),
@@ -173,12 +173,12 @@ async fn build(
     };
     record.rootfs_bytes = summary.bytes;
     record.inodes = summary.inodes;
-    let inner = Arc::clone(inner);
+    let state = Arc::clone(state);
     run_blocking(move || {
         // Leases until the record has its own.
-        let _config = config_bytes.map(|bytes| inner.content.put(&bytes)).transpose()?;
-        let _manifest = inner.content.put(&manifest_bytes)?;
-        let published = inner.change(|store| store.publish(temporary, record));
+        let _config = config_bytes.map(|bytes| state.content.put(&bytes)).transpose()?;
+        let _manifest = state.content.put(&manifest_bytes)?;
+        let published = state.change(|store| store.publish(temporary, record));
         drop(job);
         published
     })
@@ -186,23 +186,23 @@ async fn build(
 }
 
 async fn fetch_layer(
-    inner: &Inner,
+    state: &State,
     session: &Session,
     layer: &Descriptor,
     index: usize,
     tracker: &Tracker,
 ) -> Result<(), Error> {
     // Another pull may fetch this layer now, or this image may contain it twice.
-    let lock = inner.blob_lock(layer.digest);
+    let lock = state.blob_lock(layer.digest);
     let _locked = lock.lock().await;
-    if !inner.content.has(&layer.digest, layer.size) {
-        let arrivals = Arrivals::new(&*inner.observer);
+    if !state.content.has(&layer.digest, layer.size) {
+        let arrivals = Arrivals::new(&*state.observer);
         let progress = |bytes| {
             arrivals.at(bytes);
             tracker.fetched(index, bytes);
         };
-        let durable = inner.config.keep_layers;
-        session.blob(&layer.digest, layer.size, &inner.content, durable, &progress).await?;
+        let durable = state.config.keep_layers;
+        session.blob(&layer.digest, layer.size, &state.content, durable, &progress).await?;
     }
     tracker.fetched(index, layer.size);
     Ok(())
@@ -210,7 +210,7 @@ async fn fetch_layer(
 
 /// The blocking part of a pull: builds the image.
 struct Build {
-    inner: Arc<Inner>,
+    state: Arc<State>,
     /// Digest of the blob and, if known, of its uncompressed content.
     layers: Vec<(Digest, Option<Digest>)>,
     arrivals: Vec<oneshot::Receiver<()>>,
@@ -222,7 +222,7 @@ struct Build {
 
 impl Build {
     fn run(&mut self, temporary: &Temporary) -> Result<Summary, Error> {
-        let limits = self.inner.config.limits();
+        let limits = self.state.config.limits();
         let what = format!("image {}", self.id);
         let mut flattener = Flattener::create(&temporary.rootfs(), limits, Arc::clone(&self.stop))
             .map_err(|e| Error::data(&what, e))?;
@@ -230,19 +230,19 @@ impl Build {
         for (index, ((digest, diff_id), arrival)) in self.layers.iter().zip(arrivals).enumerate() {
             // Closed if the download failed, which ends the pull.
             arrival.blocking_recv().map_err(|_| Error::Cancelled)?;
-            let file = self.inner.content.open_blob(digest)?;
+            let file = self.state.content.open_blob(digest)?;
             let report = |bytes| self.tracker.applied(index, bytes);
             let file = BufReader::with_capacity(256 << 10, file);
             let blob = Counted { file, read: 0, report: &report };
             let applied = flattener.layer(blob, diff_id.as_ref()).map_err(|e| {
                 // Kept layers are trusted by their length alone; after a failure the digest is
                 // verified, and a bad one is fetched again.
-                if self.inner.config.keep_layers {
-                    self.inner.content.verify_digest(digest);
+                if self.state.config.keep_layers {
+                    self.state.content.verify_digest(digest);
                 }
                 Error::layer(*digest, e)
             })?;
-            report(self.inner.content.size(digest));
+            report(self.state.content.size(digest));
             tracing::debug!(layer = %digest, entries = applied.entries,
                 dropped_xattrs = applied.dropped_xattrs, "layer applied");
         }

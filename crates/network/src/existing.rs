@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::task::spawn_blocking;
 
-use crate::host::Error;
+use crate::error::Error;
 use crate::model::{Attachment, Dns};
 use crate::netns;
 use crate::nic::{self, NicError};
@@ -37,8 +37,8 @@ fn is_own_netns(path: &Path) -> bool {
 
 /// Opens the tap of each interface, in the order of [`Attachment::interfaces`].
 pub async fn open_taps(path: PathBuf, attachment: Attachment) -> Result<Vec<OwnedFd>, Error> {
-    run_blocking(move || netns::run_in_netns(&path, || nic::open_taps(&attachment.interfaces)))
-        .await
+    let names = attachment.interface_names();
+    run_blocking(move || netns::run_in_netns(&path, || nic::open_taps(&names))).await
 }
 
 /// Removes the taps and redirections. Succeeds if the namespace does not exist.

@@ -16,96 +16,23 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::default;
-use crate::garbage::PluginLock;
+use crate::error::{Error, with_causes};
 use crate::libcni_cache;
 use crate::model::{Attachment, Pod};
-use crate::netns::{self, NetnsError};
-use crate::nic::{self, NicError};
+use crate::netns;
+use crate::nic;
 use crate::observe::Observer;
-use crate::plugin::chain::{AddError, PluginError, Runner};
+use crate::plugin::chain::{AddError, Runner};
 use crate::plugin::conf::{ConfError, Network};
-use crate::plugin::params::{Params, PodError, check_id};
+use crate::plugin::params::{Params, check_id};
 use crate::plugin::reply::Success;
+use crate::plugin_lock::PluginLock;
 use crate::pod_locks::PodLocks;
-use crate::record::{Record, RecordError, Records};
+use crate::record::{Record, Records};
 use crate::tap;
 
 /// Prefix of the names of nacelle's network namespaces.
 pub const PREFIX: &str = "nacelle-";
-
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error(transparent)]
-    Pod(#[from] PodError),
-    #[error(transparent)]
-    Conf(#[from] ConfError),
-    #[error(transparent)]
-    Plugin(#[from] PluginError),
-    #[error(transparent)]
-    Netns(#[from] NetnsError),
-    #[error(transparent)]
-    Nic(#[from] NicError),
-    #[error(transparent)]
-    Record(#[from] RecordError),
-    #[error("CNI GC is not run, because not all pods of the network are known: {problem}")]
-    IncompletePodList { problem: String },
-    #[error("the stored result of the plugins is damaged: {problem}")]
-    Result { problem: String },
-    #[error("cannot remove the libcni cache file of the pod in {}", .dir.display())]
-    Results { dir: PathBuf, source: std::io::Error },
-    #[error("the pod {id} is not attached to a network")]
-    Unattached { id: String },
-    /// All errors of a clean-up, which continues after failures.
-    #[error("{}", join_errors(.0))]
-    Several(Vec<Error>),
-    #[error("cancelled while it waited for other pods")]
-    Cancelled,
-    #[error("the worker thread of a network operation panicked")]
-    Panicked,
-    #[error("the process is shutting down; the network operation was not started")]
-    ShuttingDown,
-}
-
-impl From<tokio::task::JoinError> for Error {
-    fn from(error: tokio::task::JoinError) -> Self {
-        if error.is_panic() { Self::Panicked } else { Self::ShuttingDown }
-    }
-}
-
-impl Error {
-    /// Whether a retry may succeed without a change of configuration.
-    pub fn is_temporary(&self) -> bool {
-        match self {
-            Self::Plugin(e) => e.is_temporary(),
-            Self::Several(all) => all.iter().all(Self::is_temporary),
-            _ => false,
-        }
-    }
-
-    pub(crate) fn all(mut errors: Vec<Error>) -> Result<(), Error> {
-        match errors.len() {
-            0 => Ok(()),
-            1 => Err(errors.remove(0)),
-            _ => Err(Self::Several(errors)),
-        }
-    }
-}
-
-fn join_errors(errors: &[Error]) -> String {
-    errors.iter().map(|e| with_causes(e)).collect::<Vec<_>>().join("; and ")
-}
-
-/// The error and its sources, joined by `: `.
-pub fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}
 
 /// A failed step of an attach, with the number of plugins that need a DEL.
 struct Failed {
@@ -257,10 +184,10 @@ impl Host {
         }
     }
 
-    pub fn open_taps(&self, id: &str, attachment: &Attachment) -> Result<Vec<OwnedFd>, Error> {
+    pub fn open_taps(&self, id: &str, interfaces: &[String]) -> Result<Vec<OwnedFd>, Error> {
         check_id(id)?;
         let path = self.netns_path(id);
-        Ok(netns::run_in_netns(&path, || nic::open_taps(&attachment.interfaces))?)
+        Ok(netns::run_in_netns(&path, || nic::open_taps(interfaces))?)
     }
 
     pub fn detach(&self, id: &str) -> Result<(), Error> {

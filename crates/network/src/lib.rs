@@ -11,6 +11,7 @@
 mod cidr;
 mod config;
 mod default;
+mod error;
 pub mod existing;
 mod garbage;
 mod host;
@@ -20,6 +21,7 @@ mod netns;
 mod nic;
 pub mod observe;
 mod plugin;
+mod plugin_lock;
 mod pod_locks;
 mod record;
 mod rtnl;
@@ -35,12 +37,13 @@ use tokio::task::spawn_blocking;
 
 pub use config::Config;
 pub use default::{DEFAULT_IPV4, DEFAULT_IPV6, SubnetError, default_conflist, host_ipv6};
-pub use host::{Error, PREFIX};
+pub use error::Error;
+pub use host::PREFIX;
 pub use model::{Attachment, Dns, Interface, Pod, PortMapping, Protocol, Route};
 pub use netns::NetnsError;
 pub use nic::NicError;
-pub use plugin::chain::{PluginError, Verb};
 pub use plugin::conf::ConfError;
+pub use plugin::error::{PluginError, Verb};
 pub use plugin::exec::ExecError;
 pub use plugin::params::PodError;
 pub use plugin::reply::Failure;
@@ -107,14 +110,14 @@ impl Cni {
         .await
     }
 
-    /// Opens the tap of each interface, in the order of [`Attachment::interfaces`].
+    /// Opens the tap of each interface, by the names in [`Attachment::interfaces`] and in their order.
     pub async fn open_taps(
         &self,
         pod: &str,
-        attachment: &Attachment,
+        interfaces: Vec<String>,
     ) -> Result<Vec<OwnedFd>, Error> {
-        let (pod, attachment) = (pod.to_owned(), attachment.clone());
-        self.without_permit(move |host| host.open_taps(&pod, &attachment)).await
+        let pod = pod.to_owned();
+        self.without_permit(move |host| host.open_taps(&pod, &interfaces)).await
     }
 
     /// Undoes [`Cni::attach`]; continues after failures and returns all errors. An unknown pod is

@@ -98,3 +98,9 @@ pub struct Attachment {
     /// From the plugins' result; may be empty.
     pub dns: Dns,
 }
+
+impl Attachment {
+    pub fn interface_names(&self) -> Vec<String> {
+        self.interfaces.iter().map(|interface| interface.name.clone()).collect()
+    }
+}

@@ -134,15 +134,17 @@ pub fn set_up_loopback() -> Result<(), NicError> {
     Ok(Rtnl::open()?.set_up(LOOPBACK)?)
 }
 
-/// Opens the taps in the thread's namespace.
-pub fn open_taps(interfaces: &[Interface]) -> Result<Vec<std::os::fd::OwnedFd>, NicError> {
+/// Opens the taps of the interfaces with these names in the thread's namespace.
+pub fn open_taps(interfaces: &[String]) -> Result<Vec<std::os::fd::OwnedFd>, NicError> {
     let there: HashSet<String> = Rtnl::open()?.links()?.into_iter().map(|l| l.name).collect();
-    (0..interfaces.len())
-        .map(|n| {
+    interfaces
+        .iter()
+        .enumerate()
+        .map(|(n, interface)| {
             let name = tap_name(n);
             // Opening would create a new tap.
             if !there.contains(&name) {
-                let interface = interfaces[n].name.clone();
+                let interface = interface.clone();
                 return Err(NicError::NotConnected { name, interface });
             }
             open_tap(name)

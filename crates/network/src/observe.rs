@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::plugin::chain::{PluginError, Verb};
+use crate::plugin::error::{PluginError, Verb};
 use crate::plugin::exec::ExecError;
 
 /// Receives measurements. It is called between two plugins, so it must not block.

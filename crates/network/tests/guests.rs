@@ -168,7 +168,7 @@ fn nothing_is_left_after_many_pods() {
                     tokio::spawn(async move {
                         let id = p.id.clone();
                         let a = cni.attach(p).await.unwrap();
-                        drop(cni.open_taps(&id, &a).await.unwrap());
+                        drop(cni.open_taps(&id, a.interface_names()).await.unwrap());
                         a.addresses[0]
                     })
                 })

@@ -52,15 +52,15 @@ fn a_pod_gets_the_plugins_network_and_releases_all_of_it() {
                 a.netns.display()
             )
         );
-        let taps = host.runtime.block_on(cni.open_taps("p1", &a)).unwrap();
+        let taps = host.runtime.block_on(cni.open_taps("p1", a.interface_names())).unwrap();
         assert_eq!(taps.len(), 1);
-        let busy = host.runtime.block_on(cni.open_taps("p1", &a)).unwrap_err();
+        let busy = host.runtime.block_on(cni.open_taps("p1", a.interface_names())).unwrap_err();
         assert!(text(&busy).contains("another VMM"), "{}", text(&busy));
         drop(taps);
         // The tap remains after it was closed, with the same MTU.
         let link = run_in(&a.netns, "ip", &["link", "show", "tap0"]);
         assert!(link.contains("mtu 1400"), "{link}");
-        host.runtime.block_on(cni.open_taps("p1", &a)).unwrap();
+        host.runtime.block_on(cni.open_taps("p1", a.interface_names())).unwrap();
         host.runtime.block_on(cni.check("p1", &a)).unwrap();
         run_in(&a.netns, "tc", &["qdisc", "del", "dev", "eth0", "ingress"]);
         let not_connected = host.runtime.block_on(cni.check("p1", &a)).unwrap_err();

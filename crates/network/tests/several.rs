@@ -66,7 +66,7 @@ fn each_interface_has_its_own_tap_and_both_networks_work() {
         ] {
             assert!(routes.contains(&route), "{route:?} is not among {routes:?}");
         }
-        let taps = host.runtime.block_on(cni.open_taps("a", &a)).unwrap();
+        let taps = host.runtime.block_on(cni.open_taps("a", a.interface_names())).unwrap();
         assert_eq!(taps.len(), 2);
         drop(taps);
         host.runtime.block_on(cni.check("a", &a)).unwrap();

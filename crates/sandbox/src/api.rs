@@ -27,7 +27,7 @@ use crate::open::{self, Opened};
 use crate::pod::{self, Handle, InitialAction, Request};
 use crate::policy::{ContainerPhase, EmptyDirs, Phase, Pod};
 use crate::ports::Network;
-use crate::registry::Reservation;
+use crate::reservation::Reservation;
 use crate::session::{self, AttachSession, ExecSession};
 use crate::stats::{ContainerStatsView, PodStatsView};
 

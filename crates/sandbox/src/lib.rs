@@ -8,6 +8,7 @@
 
 mod api;
 pub mod apparmor;
+mod byte_stream;
 mod config;
 mod error;
 mod failpoint;
@@ -26,6 +27,7 @@ mod pod;
 mod policy;
 pub mod ports;
 mod registry;
+mod reservation;
 pub mod session;
 pub mod stats;
 #[cfg(any(test, feature = "synthetic-pods"))]

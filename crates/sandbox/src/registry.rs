@@ -4,11 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio_util::sync::CancellationToken;
-
 use crate::error::Error;
 use crate::model::{ContainerId, Meta, PodId};
-use crate::node::Node;
 use crate::pod::Handle;
 
 /// (namespace, name, uid, attempt) of a pod.
@@ -39,36 +36,6 @@ struct Entry {
 
 fn pod_name(meta: &Meta) -> PodName {
     (meta.namespace.clone(), meta.name.clone(), meta.uid.clone(), meta.attempt)
-}
-
-/// Reservation of a container's id and name; released on drop unless the pod's owner has taken it.
-pub(crate) struct Reservation {
-    node: Arc<Node>,
-    id: Option<ContainerId>,
-    /// Cancelled when the caller goes away.
-    cancel: CancellationToken,
-}
-
-impl Reservation {
-    /// After [`Registry::reserve_container`].
-    pub(crate) fn new(node: Arc<Node>, id: ContainerId, cancel: CancellationToken) -> Self {
-        node.registry.mark_creating(&id);
-        Self { node, id: Some(id), cancel }
-    }
-
-    /// Passes the responsibility for the release to the creation.
-    pub(crate) fn into_cancel_token(mut self) -> CancellationToken {
-        self.id = None;
-        self.cancel.clone()
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        if let Some(id) = &self.id {
-            self.node.registry.release_container(id);
-        }
-    }
 }
 
 impl Registry {
@@ -163,7 +130,7 @@ impl Registry {
         inner.container_names.retain(|_, holder| holder != id);
     }
 
-    fn mark_creating(&self, id: &ContainerId) {
+    pub(crate) fn mark_creating(&self, id: &ContainerId) {
         self.lock().creating.insert(id.clone());
     }
 

@@ -1,7 +1,6 @@
 //! Exec and attach sessions: byte streams and a process handle. The pod's owner task is not
 //! involved: data flows directly between the caller and the guest.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -9,17 +8,15 @@ use std::time::Duration;
 use agent_api::stdio::Kind;
 use agent_api::v1;
 use oci_spec::runtime::Process;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::AsyncReadExt;
 use tokio::sync::oneshot;
 
+pub use crate::byte_stream::{ByteReader, ByteWriter};
 use crate::error::Error;
 use crate::guest::{Output, StreamError, StreamId, open_stdin};
 use crate::model::{ContainerState, ExecOutput, ExecSpec, ExitView};
 use crate::pod::{ExecExit, Handle};
 use crate::policy::Container;
-
-pub type ByteReader = Pin<Box<dyn AsyncRead + Send>>;
-pub type ByteWriter = Pin<Box<dyn AsyncWrite + Send>>;
 
 const SIGKILL: u32 = 9;
 /// Longest wait for the exit of a killed command.

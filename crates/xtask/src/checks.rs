@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::{messages, paths, run};
+use crate::{messages, module_cycles, paths, run};
 
 /// Lines; longer files know too much.
 const FILE_LIMIT: usize = 800;
@@ -114,6 +114,7 @@ pub(crate) fn run() -> Result<i32> {
     files(&repo, &mut broken)?;
     crates(&mut broken)?;
     messages::check(&repo, &mut broken)?;
+    module_cycles::check(&repo, &mut broken)?;
     deny(&repo, &mut broken)?;
     for violation in &broken {
         eprintln!("{violation}");

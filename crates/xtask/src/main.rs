@@ -16,6 +16,8 @@ mod install;
 mod kvm;
 mod lab;
 mod messages;
+mod module_cycles;
+mod module_uses;
 mod package;
 mod paths;
 mod run;

@@ -2,43 +2,19 @@
 //! containers that use it as root file system or volume. In a pod without a VM they are host files
 //! behind loop devices.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::PathBuf;
 
 use nix::mount::MsFlags;
 
-use super::rootfs::{detach, mount_at, unmount};
+use super::mounted_images::Mounted;
+pub use super::mounted_images::{Image, Images};
+use super::mounting::{detach, mount_at, unmount};
 use crate::agent::Agent;
 use crate::blocking::{MOUNT_TIMEOUT, Pool, with_timeout};
 use crate::error::{Context, Error, Result};
 use crate::guest::devices;
 use crate::guest::loop_device::Loop;
-
-/// Mounted images by serial.
-#[derive(Debug, Default)]
-pub struct Images(HashMap<String, Mounted>);
-
-#[derive(Debug)]
-struct Mounted {
-    users: usize,
-    path: PathBuf,
-}
-
-/// A reference to a mounted image; returned with [`release`].
-#[derive(Debug)]
-pub struct Image {
-    /// None: a directory instead of a disk, in tests.
-    serial: Option<String>,
-    path: PathBuf,
-}
-
-impl Image {
-    /// The mount point.
-    pub fn path(&self) -> &PathBuf {
-        &self.path
-    }
-}
 
 pub async fn acquire(agent: &Agent, pool: &Pool, serial: &str) -> Result<Image> {
     if let Some(dir) = serial.strip_prefix("dir:") {

@@ -11,14 +11,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use agent_api::v1;
-use nix::errno::Errno;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::MsFlags;
 
 use super::images::{self, Image};
-use super::volumes::open_share;
+pub(super) use super::mounting::detach;
+use super::mounting::{mount_at, unmount};
+use super::shares::open_share;
 use crate::agent::Agent;
 use crate::blocking::{MOUNT_TIMEOUT, Pool, with_timeout};
 use crate::error::{Context, Error, Result};
@@ -29,9 +29,6 @@ use crate::guest::scratch::{Purpose, ScratchDir};
 use crate::guest::tree::{Scope, Tree};
 use crate::guest::volumes::open_dir;
 use crate::oci::userns::UserNamespace;
-
-/// Time in which a mount may stay busy: the mount namespace ends shortly after its last process.
-const BUSY_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Options of a disk for one container: no barriers, as nothing has to survive a crash; discard, to
 /// free deleted blocks on the host.
@@ -113,48 +110,6 @@ pub struct Rootfs {
     image: Option<Image>,
     /// Mount points, in mount order.
     mounted: Vec<PathBuf>,
-}
-
-/// Undoes a mount that succeeded after its deadline.
-pub(super) fn detach(target: &Path) {
-    let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
-    if let Err(error) = umount2(target, flags) {
-        tracing::warn!(target = %target.display(), %error, "cannot unmount a late mount");
-    }
-}
-
-pub(super) fn mount_at(
-    source: &Path,
-    target: &Path,
-    kind: &str,
-    flags: MsFlags,
-    data: &str,
-) -> Result<()> {
-    let what = || format!("mount {} ({kind}) at {}", source.display(), target.display());
-    fs::create_dir_all(target).context(what)?;
-    mount(Some(source), target, Some(kind), flags, Some(data)).context(what)
-}
-
-pub(super) async fn unmount(pool: &Pool, target: &Path) -> Result<()> {
-    let deadline = tokio::time::Instant::now() + BUSY_DEADLINE;
-    let mut pause = Duration::from_millis(1);
-    loop {
-        let path = target.to_owned();
-        let work = move || Ok(umount2(&path, MntFlags::UMOUNT_NOFOLLOW));
-        let result =
-            pool.run(&format!("unmount {}", target.display()), MOUNT_TIMEOUT, work).await?;
-        match result {
-            // EINVAL: not a mount point.
-            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
-            Err(Errno::EBUSY) if tokio::time::Instant::now() < deadline => {
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_millis(100));
-            }
-            Err(error) => {
-                return Err(error).context(|| format!("unmount {}", target.display()));
-            }
-        }
-    }
 }
 
 impl Rootfs {

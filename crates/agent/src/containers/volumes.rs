@@ -24,6 +24,7 @@ use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use super::images::{self, Image};
 use super::rootfs::{Layer, VOLUMES, detach};
+use super::shares::open_share;
 use crate::agent::Agent;
 use crate::blocking::{COPY_TIMEOUT, LOOKUP_TIMEOUT, MOUNT_TIMEOUT, Pool, with_timeout};
 use crate::error::{Context, Error, Result};
@@ -32,7 +33,7 @@ use crate::guest::empty_dirs::{self, Ownership};
 use crate::guest::inroot::Root;
 use crate::guest::tree::{Scope, Tree};
 use crate::guest::volumes::{open_dir, relative};
-use crate::guest::{huge_pages, remove, share};
+use crate::guest::{huge_pages, remove};
 use crate::oci::spec::Bind;
 use crate::oci::userns::UserNamespace;
 
@@ -303,25 +304,6 @@ impl StagedVolumes {
         }
         result
     }
-}
-
-/// Opens an entry of the pod's share, or `sub_path` in it.
-pub(super) async fn open_share(
-    agent: &Agent,
-    pool: &Pool,
-    operation: String,
-    id: &str,
-    sub_path: &str,
-) -> Result<OwnedFd> {
-    agent.config.require_vm()?;
-    let wait = Arc::clone(&agent.share).lock_owned();
-    let mut share = with_timeout("lock the pod's share", MOUNT_TIMEOUT, wait).await?;
-    // The lock is held for the mount only. A path lookup may reach a mount that a container made in
-    // the share.
-    let mount = move || share.mount().map(|()| share.mount_point().to_owned());
-    let at = pool.run("mount the pod's share", MOUNT_TIMEOUT, mount).await?;
-    let (id, sub_path) = (id.to_owned(), sub_path.to_owned());
-    pool.run(&operation, LOOKUP_TIMEOUT, move || share::open(&at, &id, &sub_path)).await
 }
 
 /// Returns what is still mounted, and the last error.

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 
-use super::{command, create, exec, pod_pid, userns};
+use super::command;
 use crate::error::{Context, Error, Result};
 
 /// Maximum length of a helper's message, bytes: it may contain text of an image.
@@ -31,7 +31,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const START_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Environment variable with a helper's [`HelperRequest`].
-const REQUEST_ENV: &str = "NACELLE_HELPER_REQUEST";
+pub(super) const REQUEST_ENV: &str = "NACELLE_HELPER_REQUEST";
 
 /// Request to a helper, as JSON in an environment variable.
 #[derive(Debug, Serialize, Deserialize)]
@@ -173,21 +173,7 @@ pub(super) async fn run<T: Serialize>(
     }
 }
 
-/// Entry point of helpers. Returns if the process is not one.
-pub fn main_if_helper() {
-    let (Some(verb), Ok(request)) = (std::env::args().nth(1), std::env::var(REQUEST_ENV)) else {
-        return;
-    };
-    match verb.as_str() {
-        create::VERB => become_helper(&request, create::main),
-        exec::VERB => become_helper(&request, exec::main),
-        pod_pid::VERB => become_helper(&request, pod_pid::main),
-        userns::VERB => become_helper(&request, userns::main),
-        _ => {}
-    }
-}
-
-fn become_helper<T: DeserializeOwned>(
+pub(super) fn become_helper<T: DeserializeOwned>(
     request: &str,
     main: fn(T, OwnedFd) -> std::result::Result<i32, String>,
 ) -> ! {

@@ -19,6 +19,7 @@ pub mod console;
 pub mod create;
 pub mod device_filter;
 pub mod devices;
+pub mod dispatch;
 pub mod exec;
 pub mod helper;
 pub mod limits;
@@ -26,6 +27,7 @@ mod mounts;
 pub mod pod_pid;
 pub mod seccomp;
 pub mod spec;
+mod spec_context;
 pub mod user;
 pub mod userns;
 

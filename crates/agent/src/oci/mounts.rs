@@ -5,7 +5,7 @@ use std::path::{Component, Path};
 
 use oci_spec::runtime::{Mount, MountBuilder};
 
-use super::spec::{Bind, SpecContext};
+use super::spec_context::{Bind, SpecContext};
 use crate::error::{Error, Result};
 
 fn mount(destination: &str, typ: &str, source: &str, options: &[&str]) -> Result<Mount> {

@@ -4,12 +4,12 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    LinuxDevice, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
-    Process, RootBuilder, Spec,
+    LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Process,
+    RootBuilder, Spec,
 };
 
+pub use super::spec_context::{Bind, PidNamespace, SpecContext, UserNamespaceContext};
 use super::user::{Database, Identity};
-use super::userns::Mapping;
 use super::{apparmor, mounts};
 use crate::error::{Error, Result};
 
@@ -18,57 +18,6 @@ const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/b
 /// Maximum size of arguments and environment of a process, bytes. The agent keeps them in memory as
 /// long as the container exists; the kernel's limit is 2 MiB or more (ARG_MAX).
 const MAX_STRINGS: usize = 1 << 20;
-
-/// PID namespace of a container.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PidNamespace {
-    Own,
-    /// A path that the helper can open.
-    Join(PathBuf),
-    /// The agent's.
-    Guest,
-}
-
-/// A bind mount from the guest into the container.
-#[derive(Debug, Clone)]
-pub struct Bind {
-    pub source: PathBuf,
-    pub destination: PathBuf,
-    /// The destination is a directory, otherwise a file.
-    pub directory: bool,
-}
-
-/// The pod's user namespace.
-#[derive(Debug)]
-pub struct UserNamespaceContext<'a> {
-    pub path: &'a Path,
-    pub mapping: &'a Mapping,
-    /// Mount point of the pod's mqueue file system.
-    pub mqueue: &'a Path,
-}
-
-/// Values of the guest for the completion of a spec.
-#[derive(Debug)]
-pub struct SpecContext<'a> {
-    pub rootfs: &'a Path,
-    pub read_only: bool,
-    pub cgroup: &'a Path,
-    pub pid: PidNamespace,
-    pub shm: &'a Path,
-    pub binds: &'a [Bind],
-    /// A volume has shared propagation.
-    pub shared_mounts: bool,
-    /// Nodes in addition to those of the OCI spec.
-    pub devices: Vec<LinuxDevice>,
-    pub userns: Option<UserNamespaceContext<'a>>,
-    pub hostname: &'a str,
-    pub tty: bool,
-    /// User as in an image config (`user[:group]`); overrides the OCI spec's user unless empty.
-    pub user: &'a str,
-    /// Do not add groups of the image's `/etc/group`.
-    pub strict_groups: bool,
-    pub cwd: &'a str,
-}
 
 /// Completes a spec. Resources are returned separately, as the agent sets them itself.
 pub fn complete(

@@ -11,7 +11,7 @@ use oci_spec::runtime::{
 use sandbox::model::BlockDevice;
 
 use super::Refusal;
-use super::mounts::container_path;
+use super::container_path::container_path;
 use crate::v1;
 
 /// Each block device takes a function of the VM's PCI bus.

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 
 pub mod container;
+mod container_path;
 pub mod devices;
 pub mod host_pod;
 pub mod image;

@@ -8,7 +8,8 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tonic::Status;
 
-use super::{Runtime, Streamed};
+use super::Runtime;
+use super::paged::Streamed;
 use crate::convert::{status, time::nanos};
 use crate::v1;
 
@@ -20,20 +21,23 @@ struct Follower {
 }
 
 impl Runtime {
-    pub(super) fn container_events(&self) -> Streamed<v1::ContainerEventResponse> {
+    pub(super) async fn get_container_events(
+        &self,
+        _: v1::GetEventsRequest,
+    ) -> Result<Streamed<v1::ContainerEventResponse>, Status> {
         // Subscribed first: changes during the listing are sent afterwards.
         let events = self.sandboxes.events();
         let known = self.sandboxes.pods(&Filter::default());
         let pods = known.iter().map(|view| (view.id.clone(), status::pod_status(view))).collect();
         let follower = Follower { runtime: self.clone(), events, pods };
-        Box::pin(futures_util::stream::unfold(follower, |mut follower| async {
+        Ok(Box::pin(futures_util::stream::unfold(follower, |mut follower| async {
             loop {
                 let event = follower.next().await?;
                 if let Some(response) = follower.response(event) {
                     return Some((Ok::<_, Status>(response), follower));
                 }
             }
-        }))
+        })))
     }
 }
 

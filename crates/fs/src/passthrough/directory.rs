@@ -13,21 +13,13 @@ use nix::unistd::{Whence, lseek64};
 use virtiofsd::filesystem::{DirEntry, DirectoryIterator};
 
 use super::calls;
-use super::handles::Handle;
+use super::handles::{Handle, Position};
 use super::stat::InodeNumbers;
 
 /// Size of the buffer for entries, bytes.
 const BUFFER: usize = 32 << 10;
 /// `struct linux_dirent64`: d_ino, d_off (8 bytes each), d_reclen (2), d_type (1), d_name.
 const HEADER: usize = 19;
-
-/// Entries that were read and not returned yet.
-#[derive(Debug, Default)]
-pub(super) struct Position {
-    entries: Vec<u8>,
-    /// Offset at which the kernel continues, which all requests of the handle change.
-    next: u64,
-}
 
 /// The entries for one request.
 #[derive(Debug)]

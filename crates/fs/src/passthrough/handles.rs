@@ -6,14 +6,20 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use super::directory::Position;
 use super::node::Node;
+
+/// Entries of a directory that were read and not returned yet.
+#[derive(Debug, Default)]
+pub(super) struct Position {
+    pub(super) entries: Vec<u8>,
+    /// Offset at which the kernel continues, which all requests of the handle change.
+    pub(super) next: u64,
+}
 
 #[derive(Debug)]
 pub(super) struct Handle {
     node: Arc<Node>,
     pub(super) file: File,
-    /// For a directory: entries that were read and not returned yet.
     position: Mutex<Position>,
 }
 

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::format::{BLOCK, BLOCK_BITS};
-use crate::files::{SPACE_CHECK_INTERVAL, Space};
+use crate::space::{SPACE_CHECK_INTERVAL, Space};
 
 /// Shorter runs of zeros are stored as data blocks: a hole splits the guest's read-ahead.
 const MIN_HOLE: u64 = 64 << 10;

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use sha2::{Digest as _, Sha256};
 
-use super::archive::{Entry, EntryKind, TarError, TarReader};
+use super::archive::{Entry, EntryKind, TarReader};
 use super::compression::decompress;
+use super::error::TarError;
 use crate::digest::Digest;
 use crate::erofs::{DataArea, DataError, FileData, encode_device, split_xattr_name};
 use crate::path::{PathError, shown, split};

@@ -5,7 +5,7 @@
 
 use tar::{EntryType, Header};
 
-use super::archive::TarError;
+use super::error::TarError;
 
 /// A header's fields before extensions are applied.
 #[derive(Debug)]

@@ -3,11 +3,13 @@
 mod apply;
 mod archive;
 mod compression;
+mod error;
 mod header;
 mod pax;
 
 pub use apply::{Applied, LayerError, Limits, apply};
-pub use archive::{EntryKind, TarError, TarReader};
+pub use archive::{EntryKind, TarReader};
+pub use error::TarError;
 
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::archive::TarError;
+use super::error::TarError;
 
 /// Maximum number of keys in one header: limits the map's memory.
 const MAX_RECORDS: usize = 16 * 1024;

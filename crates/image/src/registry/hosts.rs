@@ -24,7 +24,7 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::client::is_loopback;
+use super::authority::{authority, is_loopback};
 
 /// Maximum size in bytes of a host file: a wrong path must not make a pull read gigabytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -153,7 +153,7 @@ impl Root {
     }
 
     fn host(self, base: Url, registry: &str, pull: bool, resolve: bool) -> Host {
-        let authority = super::client::authority(&base);
+        let authority = authority(&base);
         let own = authority == registry
             || (registry == "docker.io" && authority == "registry-1.docker.io");
         Host {

@@ -4,6 +4,7 @@
 //! and byte progress.
 
 mod auth;
+mod authority;
 mod blob;
 mod client;
 mod hosts;

@@ -11,7 +11,8 @@ use serde::Deserialize;
 use tokio::time::{sleep, timeout};
 
 use super::auth::{Auth, Challenge, Credentials, Grant};
-use super::client::{self, Clients};
+use super::authority::{authority, is_loopback};
+use super::client::Clients;
 use super::hosts;
 use super::send::{Outgoing, SendError};
 use crate::config::Config;
@@ -49,7 +50,7 @@ impl Registries {
         let last = hosts.iter().rposition(|host| !host.fallback).unwrap_or_default();
         let mut endpoints = Vec::new();
         for (index, host) in hosts.into_iter().enumerate() {
-            let authority = client::authority(&host.base);
+            let authority = authority(&host.base);
             endpoints.push(Endpoint {
                 client: self.clients.client(&host, connect).map_err(bad)?,
                 // As in containerd, a mirror gets credentials that are not limited to another host.
@@ -460,11 +461,7 @@ impl Session {
             realm.parse().map_err(|e| protocol(format!("its token service {realm:.100?}: {e}")))?;
         let secret = endpoint.credentials != Credentials::None;
         let plain = url.scheme() != "https";
-        if plain
-            && secret
-            && !client::is_loopback(&client::authority(&url))
-            && endpoint.base.scheme() == "https"
-        {
+        if plain && secret && !is_loopback(&authority(&url)) && endpoint.base.scheme() == "https" {
             return Err(protocol("it requests the credentials without encryption".into()));
         }
         let what = "access token";

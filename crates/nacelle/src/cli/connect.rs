@@ -9,7 +9,6 @@ use hyper_util::rt::TokioIo;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
-use super::private;
 use crate::api::debug_client::DebugClient;
 use crate::settings::SOCKET_NAME;
 
@@ -31,7 +30,7 @@ impl Client {
         let named = socket.map(Path::to_owned);
         let candidates = match &named {
             Some(path) => vec![path.clone()],
-            None => vec![default_socket(), private::socket()],
+            None => vec![default_socket(), private_socket()],
         };
         for path in &candidates {
             if let Ok(client) = Self::dial(path).await {
@@ -74,6 +73,13 @@ impl Client {
             debug: DebugClient::new(channel).max_decoding_message_size(MAX_REPLY),
         })
     }
+}
+
+/// Sockets and logs of a private nacelled.
+pub(super) const PRIVATE_STATE: &str = "/run/nacelle-private";
+
+pub(super) fn private_socket() -> PathBuf {
+    Path::new(PRIVATE_STATE).join(SOCKET_NAME)
 }
 
 pub(super) fn default_socket() -> PathBuf {

@@ -16,19 +16,13 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::connect::Client;
+use super::connect::{Client, PRIVATE_STATE, private_socket};
 use super::find;
 use crate::api::InfoRequest;
-use crate::settings::SOCKET_NAME;
 
 const ROOT: &str = "/var/lib/nacelle/private";
-const STATE: &str = "/run/nacelle-private";
 const START_LIMIT: Duration = Duration::from_secs(30);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
-
-pub(super) fn socket() -> PathBuf {
-    Path::new(STATE).join(SOCKET_NAME)
-}
 
 pub(super) struct Private {
     /// Shared while this process uses the daemon.
@@ -36,12 +30,12 @@ pub(super) struct Private {
 }
 
 fn lock_file() -> Result<File> {
-    std::fs::create_dir_all(STATE).with_context(|| {
+    std::fs::create_dir_all(PRIVATE_STATE).with_context(|| {
         format!(
-            "creating {STATE} (starting a private nacelled needs root: use sudo, or start nacelled)"
+            "creating {PRIVATE_STATE} (starting a private nacelled needs root: use sudo, or start nacelled)"
         )
     })?;
-    let path = Path::new(STATE).join("lock");
+    let path = Path::new(PRIVATE_STATE).join("lock");
     File::create(&path).with_context(|| path.display().to_string())
 }
 
@@ -52,7 +46,7 @@ fn flock(file: File, how: FlockArg) -> Result<Flock<File>> {
 impl Private {
     /// Takes the shared lock, if the client is connected to the private daemon.
     pub(super) fn join(client: &Client) -> Option<Self> {
-        if client.socket != socket() {
+        if client.socket != private_socket() {
             return None;
         }
         let lock = flock(lock_file().ok()?, FlockArg::LockShared).ok()?;
@@ -64,7 +58,7 @@ impl Private {
         let file = lock_file()?;
         let lock =
             tokio::task::spawn_blocking(move || flock(file, FlockArg::LockExclusive)).await??;
-        if Client::dial(&socket()).await.is_err() {
+        if Client::dial(&private_socket()).await.is_err() {
             spawn().await?;
         }
         lock.relock(FlockArg::LockShared).context("sharing the lock of the private nacelled")?;
@@ -72,7 +66,7 @@ impl Private {
     }
 
     pub(super) async fn connect(&self) -> Result<Client> {
-        Client::dial(&socket()).await
+        Client::dial(&private_socket()).await
     }
 
     /// Stops the daemon if no other process uses it and none of its pods runs.
@@ -111,10 +105,10 @@ async fn spawn() -> Result<()> {
         conf_dir.join("10-nacelle.conflist"),
         network::default_conflist(Some(network::DEFAULT_IPV4), network::host_ipv6())?,
     )?;
-    let log_path = Path::new(STATE).join("nacelled.log");
+    let log_path = Path::new(PRIVATE_STATE).join("nacelled.log");
     let log = File::create(&log_path).with_context(|| log_path.display().to_string())?;
     let mut daemon = Command::new(&program)
-        .args(["--root", ROOT, "--state", STATE, "--cni-conf-dir"])
+        .args(["--root", ROOT, "--state", PRIVATE_STATE, "--cni-conf-dir"])
         .arg(&conf_dir)
         // The address of the configuration file is for the node's own daemon.
         .args(["--metrics-listen", ""])
@@ -129,7 +123,7 @@ async fn spawn() -> Result<()> {
         .with_context(|| format!("starting {}", program.display()))?;
     let begin = Instant::now();
     loop {
-        if Client::dial(&socket()).await.is_ok() {
+        if Client::dial(&private_socket()).await.is_ok() {
             return Ok(());
         }
         if let Some(status) = daemon.try_wait()? {

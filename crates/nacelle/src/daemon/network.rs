@@ -36,7 +36,8 @@ impl Network for CniNetwork {
         pod: &PodId,
         attachment: &Attachment,
     ) -> Result<Vec<OwnedFd>, PortError> {
-        self.0.open_taps(pod, &to_attachment(attachment)).await.map_err(port_error)
+        let names = attachment.interfaces.iter().map(|interface| interface.name.clone());
+        self.0.open_taps(pod, names.collect()).await.map_err(port_error)
     }
 
     async fn detach(&self, pod: &PodId, _: &PodSpec) -> Result<(), PortError> {
@@ -134,32 +135,6 @@ fn from_attachment(made: ::network::Attachment) -> Attachment {
     }
 }
 
-fn to_attachment(known: &Attachment) -> ::network::Attachment {
-    let Attachment { netns, interfaces, routes, addresses, dns } = known.clone();
-    ::network::Attachment {
-        netns,
-        interfaces: interfaces
-            .into_iter()
-            .map(|Interface { name, mac, mtu, addresses }| ::network::Interface {
-                name,
-                mac,
-                mtu,
-                addresses,
-            })
-            .collect(),
-        routes: routes
-            .into_iter()
-            .map(|Route { destination, gateway, interface }| ::network::Route {
-                destination,
-                gateway,
-                interface,
-            })
-            .collect(),
-        addresses,
-        dns: to_dns(&dns),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,26 +146,5 @@ mod tests {
         };
         assert!(asks_for_default(&with("true")));
         assert!(!asks_for_default(&with("false")) && !asks_for_default(&BTreeMap::new()));
-    }
-
-    #[test]
-    fn an_attachment_is_the_same_after_conversion_in_both_directions() {
-        let made = ::network::Attachment {
-            netns: "/run/netns/x".into(),
-            interfaces: vec![::network::Interface {
-                name: "eth0".into(),
-                mac: [2, 0, 0, 0, 0, 1],
-                mtu: 1400,
-                addresses: vec!["10.0.0.2/24".into()],
-            }],
-            routes: vec![::network::Route {
-                destination: String::new(),
-                gateway: "10.0.0.1".into(),
-                interface: "eth0".into(),
-            }],
-            addresses: vec!["10.0.0.2".parse().unwrap()],
-            dns: ::network::Dns { servers: vec!["10.0.0.53".into()], ..Default::default() },
-        };
-        assert_eq!(to_attachment(&from_attachment(made.clone())), made);
     }
 }

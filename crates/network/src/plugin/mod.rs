@@ -6,6 +6,7 @@
 
 pub mod chain;
 pub mod conf;
+pub mod error;
 pub mod exec;
 pub mod params;
 mod quantity;

@@ -47,7 +47,7 @@ impl Guest {
         let name = netns.display().to_string();
         std::fs::write(&netns, "").unwrap();
         run("unshare", &["--net", "mount", "--bind", "/proc/self/ns/net", &name]);
-        let taps = host.runtime.block_on(cni.open_taps(id, attachment)).unwrap();
+        let taps = host.runtime.block_on(cni.open_taps(id, attachment.interface_names())).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let ip = |args: &[&str]| run_in(&netns, "ip", args);
         ip(&["link", "set", "lo", "up"]);

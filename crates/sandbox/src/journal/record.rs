@@ -5,6 +5,7 @@
 
 mod container;
 mod convert;
+mod error;
 mod network;
 mod pod_spec;
 
@@ -20,25 +21,13 @@ use serde_json::Value;
 
 use self::container::StoredContainer;
 use self::convert::{all, same_fields, same_variants};
+pub(crate) use self::error::BadRecord;
+use self::error::VERSION;
 use self::network::StoredAttachment;
 use self::pod_spec::{StoredMeta, StoredPodSpec};
 use crate::model::{Meta, PodSpec, TracePhase};
 use crate::policy::{Container, Effect, EmptyDirs, Phase, Pod};
 use crate::ports::Attachment;
-
-/// Version of this format. A record of another version is unreadable; its pod is shown as not
-/// ready.
-const VERSION: u32 = 2;
-
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum BadRecord {
-    #[error("record has version {got}, this release reads version {VERSION}")]
-    Version { got: u32 },
-    #[error("record is not valid")]
-    Json(#[from] serde_json::Error),
-    #[error("OCI {what} of container {container} is not valid")]
-    Oci { what: &'static str, container: String, source: serde_json::Error },
-}
 
 #[derive(Serialize, Deserialize)]
 struct RecordVersion {

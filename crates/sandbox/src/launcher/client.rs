@@ -17,7 +17,7 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 use vmm_api::transport;
 
-use super::{IdRange, Namespaces, Request, Response};
+use super::protocol::{IdRange, Namespaces, Request, Response};
 use crate::error::Error;
 use crate::host::blocking;
 

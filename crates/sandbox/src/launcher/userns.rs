@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use super::IdRange;
+use super::protocol::IdRange;
 
 /// Most ranges in a map; the kernel's limit (user_namespaces(7)).
 const RANGES_MAX: usize = 340;

@@ -14,10 +14,10 @@ use tokio::task::JoinSet;
 
 use super::format::{LineSplitter, Tag, write_entry};
 use super::writer::{Batch, LogWriter, Progress};
+use crate::byte_stream::ByteReader;
 use crate::error::Error;
 use crate::guest::{AgentAddress, StreamError, StreamId, StreamReader};
 use crate::host::pool::BlockingPool;
-use crate::session::ByteReader;
 
 /// Chunk of a stream, bytes.
 const CHUNK: usize = 32 << 10;

@@ -19,10 +19,6 @@ use crate::model::{BlockDevice, ContainerSpec, VolumeSource};
 use crate::policy::ContainerPhase;
 use crate::vmm::serial;
 
-/// Disks that this daemon knows to be visible in the guest.
-#[derive(Debug, Default)]
-pub(super) struct KnownDisks(BTreeSet<String>);
-
 /// Serial of a container's scratch disk, in a pod without a shared scratch disk.
 pub(super) fn scratch_serial(container: &str) -> String {
     serial('s', container.as_bytes())
@@ -127,10 +123,10 @@ pub(super) async fn plug(
     let Machine::Vm(vmm) = &handle.machine else { return Ok(()) };
     let mut plugged = handle.known_disks.lock().await;
     let wanted = shared_serials(&handle.machine, spec);
-    let mut disks = if wanted.is_subset(&plugged.0) {
+    let mut disks = if wanted.is_subset(&*plugged) {
         Vec::new()
     } else {
-        let (machine, spec, plugged) = (handle.machine.clone(), spec.clone(), plugged.0.clone());
+        let (machine, spec, plugged) = (handle.machine.clone(), spec.clone(), plugged.clone());
         let what = "open the container's images and devices";
         handle
             .lookups
@@ -155,7 +151,7 @@ pub(super) async fn plug(
             return Err(Error::precondition("the pod was stopped"));
         }
     }
-    plugged.0.extend(serials);
+    plugged.extend(serials);
     Ok(())
 }
 
@@ -188,7 +184,7 @@ pub(super) async fn unplug(
     let own = Some(scratch_serial(container)).filter(|_| !pod.has_scratch_disk());
     let shared = shared_serials(&handle.machine, spec);
     for serial in own.into_iter().chain(shared.into_iter().filter(|s| !kept.contains(s))) {
-        plugged.0.remove(&serial);
+        plugged.remove(&serial);
         result = result.and(unplug_disk(handle, serial).await);
     }
     result

@@ -2,7 +2,6 @@
 //! for all containers of the pod, and kept as long as the guest. One that cannot be created there
 //! is shared from the host instead until the pod is removed.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -14,10 +13,6 @@ use crate::host::empty_dir::{self, EmptyDirInfo};
 use crate::host::volumes::{self, Limits};
 use crate::model::VolumeSource;
 use crate::policy::{Change, Container};
-
-/// emptyDirs that this daemon knows to be ready in the guest.
-#[derive(Debug, Default)]
-pub(super) struct EmptyDirsMade(BTreeSet<String>);
 
 /// Name in the guest: the kubelet's volume name.
 pub(super) fn name(directory: &Path) -> Result<String, Error> {
@@ -42,9 +37,9 @@ pub(super) async fn resolve(handle: &Handle, container: &mut Container) -> Resul
         let in_guest = handle.machine.host().is_none()
             && places.in_guest
             && !places.shared.contains(&name)
-            && (made.0.contains(&name) || make(handle, &name, directory, *size_limit).await?);
+            && (made.contains(&name) || make(handle, &name, directory, *size_limit).await?);
         if in_guest {
-            made.0.insert(name);
+            made.insert(name);
         } else {
             volume.source = VolumeSource::Shared { host_path: host_path.clone() };
         }

@@ -1,24 +1,17 @@
 //! Cause of the exit of a pod's VMM, or of a host pod's agent.
 
 use std::path::Path;
-use std::time::SystemTime;
 
 use super::handle::Handle;
+use super::message::ExitCause;
 use crate::host::blocking;
 use crate::host::cgroup::{self, OomKill};
 use crate::machine::Machine;
 use crate::observe::{DeathCause, Measured, OomVictim};
-use crate::policy::{Change, Phase};
+use crate::policy::Phase;
 use crate::vmm;
 
 const MIB: u64 = 1 << 20;
-
-/// Why a VMM, or the agent of a host pod, ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ExitCause {
-    pub(crate) reason: String,
-    pub(crate) cause: DeathCause,
-}
 
 impl ExitCause {
     /// Must come before the change: a pod that is no longer ready was being stopped.
@@ -30,14 +23,6 @@ impl ExitCause {
         observer.measured(Measured::VmmDeath { cause: self.cause });
         if self.cause == DeathCause::OutOfMemory {
             observer.measured(Measured::OomKill { victim: OomVictim::Vmm });
-        }
-    }
-
-    pub(super) fn change(self, at: SystemTime) -> Change {
-        let Self { reason, cause } = self;
-        match cause {
-            DeathCause::OutOfMemory => Change::OutOfMemory { reason, at },
-            _ => Change::VmDied { reason, at },
         }
     }
 }

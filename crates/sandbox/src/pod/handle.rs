@@ -12,10 +12,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::disks::KnownDisks;
-use super::empty_dirs::EmptyDirsMade;
-use super::owner::{Msg, Request};
-use super::shares::Server;
+use super::file_server::FileServer;
+use super::message::{Msg, Request};
 use crate::error::Error;
 use crate::guest::{AgentAddress, Guest};
 use crate::host::pool::BlockingPool;
@@ -108,9 +106,9 @@ pub(crate) struct Handle {
     pub(crate) stopping: CancellationToken,
     /// Read-locked by jobs on containers; the removal of the pod's files takes the write lock.
     pub(crate) jobs_lock: Arc<tokio::sync::RwLock<()>>,
-    /// Serializes plugging and unplugging, so that a disk is not unplugged while another container
-    /// starts to use it.
-    pub(super) known_disks: tokio::sync::Mutex<KnownDisks>,
+    /// Serials of the disks that this daemon knows to be visible in the guest. Held during plugging and
+    /// unplugging, so that a disk is not unplugged while another container starts to use it.
+    pub(super) known_disks: tokio::sync::Mutex<BTreeSet<String>>,
     /// Held while the VM is resized.
     pub(super) resize_lock: tokio::sync::Mutex<()>,
     /// Held while the pod's cgroup is moved to other CPUs.
@@ -118,11 +116,11 @@ pub(crate) struct Handle {
     /// Held while the OOM scores of the pod's processes are set.
     pub(super) oom_score_lock: tokio::sync::Mutex<()>,
     /// The file server, started when it is first needed. Held during the start.
-    pub(super) shares: tokio::sync::Mutex<Option<Arc<Server>>>,
+    pub(super) shares: tokio::sync::Mutex<Option<Arc<FileServer>>>,
     /// Held while shares are added or removed: containers may use the same share.
     pub(super) shares_lock: tokio::sync::Mutex<()>,
-    /// Held while an emptyDir is created in the guest.
-    pub(super) empty_dirs: tokio::sync::Mutex<EmptyDirsMade>,
+    /// Names of the emptyDirs that this daemon knows to be ready in the guest. Held while one is created.
+    pub(super) empty_dirs: tokio::sync::Mutex<BTreeSet<String>>,
     /// The first measurement of a pod without statistics.
     pub(super) first_stats: tokio::sync::OnceCell<()>,
     /// Notified when statistics are read.

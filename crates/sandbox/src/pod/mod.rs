@@ -7,6 +7,7 @@
 //!  watchers (VMM's end, guest's events, pings) ──Commit──┘        listings, jobs <───┘
 //! ```
 
+mod configure_guest;
 mod cpuset;
 mod create_container;
 mod disks;
@@ -14,9 +15,12 @@ mod empty_dirs;
 mod event_tracker;
 mod events;
 mod exit_cause;
+mod file_server;
 mod handle;
 mod host_pod;
+mod log_tail;
 mod memory;
+mod message;
 mod oom_score;
 mod owner;
 mod recover;
@@ -31,14 +35,18 @@ mod stats;
 mod stop_container;
 mod stop_pod;
 mod sync;
+mod trace;
 mod undo;
 mod update_container;
 mod update_pod;
+mod vm_program;
+mod volume_ids;
 mod volumes;
 mod watch;
 mod write_back;
 
 pub(crate) use create_container::new_container;
 pub(crate) use handle::{ExecExit, Handle};
-pub(crate) use owner::{InitialAction, Request, new};
+pub(crate) use message::Request;
+pub(crate) use owner::{InitialAction, new};
 pub(crate) use stop_container::stop_container;

@@ -7,15 +7,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use oci_spec::runtime::LinuxResources;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use super::event_tracker::EventTracker;
-use super::exit_cause::ExitCause;
 use super::handle::Handle;
+use super::message::{ExitCause, Msg, Reply, Request};
 use super::{
     create_container, recover, remove_container, remove_pod, run_pod, start_container, stop_pod,
     update_container, update_pod, watch as watchers,
@@ -23,11 +22,10 @@ use super::{
 use crate::error::Error;
 use crate::host::blocking;
 use crate::host::process::Process;
-use crate::model::{ContainerId, Event, EventKind, PodId, PodResources};
+use crate::model::{ContainerId, Event, EventKind, PodId};
 use crate::node::Node;
 use crate::observe::{DeathCause, Measured, OomVictim, Outcome, PodKind};
-use crate::policy::{Change, Container, ContainerPhase, Phase, Pod, TransitionError};
-use crate::registry::Reservation;
+use crate::policy::{Change, ContainerPhase, Phase, Pod, TransitionError};
 
 /// Capacity of the request queue; further senders wait.
 const QUEUE: usize = 64;
@@ -37,32 +35,6 @@ const REMOVE_RETRY: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20
 const REATTACH_RETRY: Duration = Duration::from_secs(1);
 /// Delay before a failed write of the record is retried.
 const WRITE_RETRY: Duration = Duration::from_secs(1);
-
-pub(crate) type Reply<T> = oneshot::Sender<Result<T, Error>>;
-
-pub(crate) enum Request {
-    Stop(Reply<()>),
-    Remove(Reply<()>),
-    CreateContainer { container: Box<Container>, reserved: Reservation, reply: Reply<()> },
-    StartContainer { id: ContainerId, reply: Reply<()> },
-    RemoveContainer { id: ContainerId, reply: Reply<()> },
-    UpdateContainer { id: ContainerId, resources: Box<LinuxResources>, reply: Reply<()> },
-    UpdatePod { change: PodResources, reply: Reply<()> },
-}
-
-pub(crate) enum Msg {
-    Request(Request),
-    Commit {
-        changes: Vec<Change>,
-        reply: Reply<()>,
-    },
-    /// The VMM has exited; its output was read as far as available.
-    VmmEnded {
-        cause: ExitCause,
-    },
-    /// The guest did not answer its pings.
-    GuestUnresponsive,
-}
 
 /// First action of an owner task.
 pub(crate) enum InitialAction {

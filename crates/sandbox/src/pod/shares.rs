@@ -19,10 +19,11 @@ use oci_spec::runtime::{LinuxIdMapping, Spec};
 
 use vmm_api::shares::{Access, VERSION_ACCESS};
 
+use super::file_server::FileServer;
 use super::handle::Handle;
 use super::oom_score;
 use super::share_plan::{self, ShareRequest};
-use super::volumes::volume_id;
+use super::volume_ids::volume_id;
 use crate::error::Error;
 use crate::host::process::{Process, start_time};
 use crate::host::share::{self, ShareServer, Start, Started};
@@ -34,15 +35,6 @@ use crate::vmm::serial;
 
 /// Id of the virtio-fs device in the VMM.
 const DEVICE: &str = "shares";
-
-/// A running file server.
-#[derive(Debug)]
-pub(super) struct Server {
-    shares: ShareServer,
-    process: Process,
-    /// It enforces access per share (`vmm_api::shares::Access`).
-    checks_access: bool,
-}
 
 /// Id mappings of a container's user namespace. A share maps ids on disk to the guest's ids, so
 /// that the container sees them unchanged.
@@ -147,7 +139,7 @@ fn wanted(handle: &Handle, spec: &ContainerSpec, ids: Option<&Ids>) -> Vec<Share
 
 async fn add(
     handle: &Handle,
-    server: &Server,
+    server: &FileServer,
     share: &ShareUse,
     ids: Option<&Ids>,
 ) -> Result<(), Error> {
@@ -247,7 +239,7 @@ fn server_ended() -> Error {
 }
 
 /// The pod's server: the running one, the previous daemon's, or a new one.
-async fn server(handle: &Arc<Handle>) -> Result<Arc<Server>, Error> {
+async fn server(handle: &Arc<Handle>) -> Result<Arc<FileServer>, Error> {
     let mut slot = handle.shares.lock().await;
     if let Some(server) = &*slot {
         return if server.process.has_ended() { Err(server_ended()) } else { Ok(server.clone()) };
@@ -262,7 +254,7 @@ async fn server(handle: &Arc<Handle>) -> Result<Arc<Server>, Error> {
                 let (control, lookups) = (handle.paths.shares.clone(), handle.lookups.clone());
                 let shares = ShareServer::attach(control, limit, lookups);
                 let checks_access = reconcile(handle, &shares).await?;
-                Server { shares, process, checks_access }
+                FileServer { shares, process, checks_access }
             } else {
                 // A daemon stopped between the server's start and the plugging of the device.
                 if let Some(process) = process {
@@ -307,7 +299,7 @@ async fn reconcile(handle: &Handle, shares: &ShareServer) -> Result<bool, Error>
     Ok(checks_access)
 }
 
-async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
+async fn start(handle: &Arc<Handle>) -> Result<FileServer, Error> {
     let pod = handle.ready_pod()?;
     let leaf = pod.ledger.iter().find_map(|effect| match effect {
         Effect::Cgroup { leaf, .. } => Some(leaf.clone()),
@@ -352,7 +344,7 @@ async fn start(handle: &Arc<Handle>) -> Result<Server, Error> {
             let _ = handle.commit(vec![Change::Undone(effect)]).await;
         }
     }
-    plugged.map(|()| Server { shares, process, checks_access: true })
+    plugged.map(|()| FileServer { shares, process, checks_access: true })
 }
 
 /// Journals the server, then plugs its device.

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 
 use super::disks::swap_volume;
 use super::handle::Handle;
-use super::volumes::volume_id;
+use super::volume_ids::volume_id;
 use crate::error::Error;
 use crate::host::volumes::{Limits, current, generation};
 use crate::host::watch::Watch;

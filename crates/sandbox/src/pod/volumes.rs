@@ -7,8 +7,8 @@ use std::sync::Arc;
 use agent_api::v1;
 
 use super::handle::Handle;
-use super::run_pod::ETC_VOLUME;
 use super::sync::{self, Synced};
+use super::volume_ids::{ETC_VOLUME, volume_id};
 use super::{disks, empty_dirs, shares, write_back};
 use crate::error::Error;
 use crate::host::pool::BlockingPool;
@@ -36,12 +36,6 @@ pub(super) struct Lower {
     pub(super) share: String,
     pub(super) sub_path: String,
     pub(super) ids_mapped: bool,
-}
-
-/// Id of a container's n-th volume in the guest; the guest removes volumes with the container's id
-/// as prefix together with it.
-pub(super) fn volume_id(container: &str, n: usize) -> String {
-    format!("{container}.{n}")
 }
 
 /// Prepares a container's volumes in the guest; its disks are plugged already. A failure is undone

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use super::handle::Handle;
-use super::owner::Msg;
+use super::message::Msg;
 use super::{events, exit_cause, host_pod, recover, stats};
 use crate::host::process::Process;
 

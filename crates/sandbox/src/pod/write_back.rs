@@ -9,7 +9,7 @@ use std::time::Duration;
 use agent_api::v1;
 
 use super::handle::Handle;
-use super::volumes::volume_id;
+use super::volume_ids::volume_id;
 use crate::error::Error;
 use crate::host::volumes::{SourceKind, open_for_writing, overwrite, source_kind};
 use crate::model::VolumeSource;

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use super::status::STATUS_LAB_FAILED;
 use crate::{paths, run};
 
 pub(super) fn run(command: &str, folder: Option<&Path>) -> Result<i32> {
@@ -25,5 +26,5 @@ pub(super) fn run(command: &str, folder: Option<&Path>) -> Result<i32> {
         bash.current_dir(folder);
     }
     let status = bash.status().context("starting bash")?;
-    Ok(status.code().unwrap_or(super::STATUS_LAB_FAILED))
+    Ok(status.code().unwrap_or(STATUS_LAB_FAILED))
 }

@@ -18,11 +18,11 @@ mod bundle;
 mod host;
 pub(crate) mod image;
 mod machine;
+mod qemu;
+mod report;
+mod status;
 
-/// Exit status when the lab, not the command in it, failed (as `env` and `docker run` use it).
-pub(crate) const STATUS_LAB_FAILED: i32 = 125;
-/// Exit status when the command ran into its limit, as timeout(1) has it.
-pub(crate) const STATUS_TIMEOUT: i32 = 124;
+pub(crate) use status::{STATUS_LAB_FAILED, STATUS_TIMEOUT};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -85,8 +85,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
         }
         eprintln!("KVM here {}: running inside the lab", kvm.why);
     }
-    let image =
-        if args.systemd { image::ensure_systemd()? } else { image::ensure(args.release)? };
+    let image = if args.systemd { image::ensure_systemd()? } else { image::ensure(args.release)? };
     if args.prepare {
         return Ok(0);
     }
@@ -134,7 +133,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     bundle.add_text("nacelle/lab/outputs", &list)?;
     bundle.finish()?;
 
-    let plan = machine::Plan {
+    let plan = qemu::Plan {
         image: &image,
         files: &files,
         scratch: scratch.path(),
@@ -148,7 +147,7 @@ pub(crate) fn run(args: &Args) -> Result<i32> {
     };
     let status = machine::run(&plan)?;
     for (index, (_, host)) in outputs.iter().enumerate() {
-        bundle::unpack_output(&machine::output_file(scratch.path(), index), host)?;
+        bundle::unpack_output(&qemu::output_file(scratch.path(), index), host)?;
     }
     Ok(status)
 }

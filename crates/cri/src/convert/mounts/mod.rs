@@ -30,6 +30,7 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, PROC_SUPER_MAGIC, statfs};
 use oci_spec::image::Config as ImageConfig;
 use sandbox::model::{Access, Propagation, Volume, VolumeSource};
 
+use super::container_path::{container_path, leads_upwards};
 use super::userns::UserNamespace;
 use super::{Refusal, devices, known, mountinfo};
 use crate::v1;
@@ -326,10 +327,6 @@ fn check_source(mount: &v1::Mount) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn leads_upwards(path: &Path) -> bool {
-    path.components().any(|part| part == Component::ParentDir)
-}
-
 fn volume(mount: &v1::Mount, checked: Checked, context: &Context<'_>) -> Result<Volume, Refusal> {
     let Checked { container_path, access, propagation } = checked;
     if let Some(spec) = &mount.image {
@@ -479,18 +476,4 @@ fn check_propagates(path: &Path, propagation: Propagation) -> Result<(), Refusal
             ),
         )),
     }
-}
-
-/// Absolute, and without a way up: the guest resolves it inside the container's root.
-pub fn container_path(path: &str) -> Result<String, Refusal> {
-    // Kubernetes takes a relative path as one from the root.
-    let absolute = Path::new("/").join(path);
-    if path.is_empty() || path.contains('\0') || absolute == Path::new("/") {
-        return Err(Refusal::invalid("container_path", format!("{path:?} is no path for a mount")));
-    }
-    if leads_upwards(&absolute) {
-        return Err(Refusal::invalid("container_path", format!("{path:?} leads upwards")));
-    }
-    let clean: PathBuf = absolute.components().collect();
-    Ok(clean.to_string_lossy().into_owned())
 }

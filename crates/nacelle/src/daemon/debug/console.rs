@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::Streamed;
+use super::streamed::Streamed;
 use crate::api;
 
 /// Between two reads of a console that is followed.

@@ -3,19 +3,19 @@
 mod console;
 mod pull;
 mod session;
+mod streamed;
 
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use cri::Health;
 use cri::errors::{image_status, sandbox_status};
-use futures_util::Stream;
 use image::Images;
 use sandbox::Sandboxes;
 use tonic::{Request, Response, Status, Streaming};
 
+use self::streamed::Streamed;
 use super::health::NodeHealth;
 use crate::api;
 
@@ -30,8 +30,6 @@ impl Debug {
         Self { sandboxes, images, health }
     }
 }
-
-type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[async_trait]
 impl api::debug_server::Debug for Debug {

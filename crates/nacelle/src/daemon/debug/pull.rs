@@ -5,7 +5,7 @@ use image::{Auth, Images, Phase, Progress};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::Streamed;
+use super::streamed::Streamed;
 use crate::api;
 
 /// Interval of progress messages. Each has the whole state, so a slow reader misses nothing.

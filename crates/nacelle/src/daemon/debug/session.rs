@@ -15,7 +15,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::Streamed;
+use super::streamed::Streamed;
 use crate::api::session_input::Input;
 use crate::api::session_output::Output;
 use crate::api::{self, SessionInput, SessionOutput};

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::BadRecord;
 use super::convert::{all, same_fields, same_variants};
+use super::error::BadRecord;
 use super::pod_spec::StoredMeta;
 use crate::model::{
     Access, BlockDevice, ContainerSpec, ExitView, Identity, PidMode, Propagation, RootfsSpec,
