@@ -156,7 +156,6 @@ impl Pod {
         Ok(ProcessRef::Exec(task, exec))
     }
 
-    #[cfg(test)]
     pub(crate) fn has_tasks(&self) -> bool {
         !self.tasks().is_empty()
     }

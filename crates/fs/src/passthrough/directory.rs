@@ -13,7 +13,7 @@ use nix::unistd::{Whence, lseek64};
 use virtiofsd::filesystem::{DirEntry, DirectoryIterator};
 
 use super::calls;
-use super::handles::{Handle, Position};
+use super::handles::Handle;
 use super::stat::InodeNumbers;
 
 /// Size of the buffer for entries, bytes.

@@ -187,7 +187,6 @@ fn vm_config(
         serial_console: false,
         jail: Some(JailConfig { uid: pod.uid, gid: pod.uid }),
         restore: None,
-        restore: None,
     })
 }
 
