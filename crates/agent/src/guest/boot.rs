@@ -7,6 +7,7 @@
 use std::fs;
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
@@ -23,6 +24,8 @@ struct Mount {
     kind: &'static str,
     flags: MsFlags,
     data: &'static str,
+    /// The kernel must know the options in `data`.
+    required: bool,
 }
 
 const fn nosuid_nodev_noexec() -> MsFlags {
@@ -32,7 +35,14 @@ const fn nosuid_nodev_noexec() -> MsFlags {
 /// In mount order, each with its use.
 const MOUNTS: [Mount; 6] = [
     // Processes, sysctls, /proc/self/exe for the helpers.
-    Mount { source: "proc", target: "/proc", kind: "proc", flags: nosuid_nodev_noexec(), data: "" },
+    Mount {
+        source: "proc",
+        target: "/proc",
+        kind: "proc",
+        flags: nosuid_nodev_noexec(),
+        data: "",
+        required: true,
+    },
     // Disks by serial, PCI rescan and remove.
     Mount {
         source: "sysfs",
@@ -40,6 +50,7 @@ const MOUNTS: [Mount; 6] = [
         kind: "sysfs",
         flags: nosuid_nodev_noexec(),
         data: "",
+        required: true,
     },
     // Device nodes of disks.
     Mount {
@@ -48,6 +59,7 @@ const MOUNTS: [Mount; 6] = [
         kind: "devtmpfs",
         flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
         data: "mode=0755",
+        required: true,
     },
     // Terminals without a container's own devpts.
     Mount {
@@ -56,6 +68,7 @@ const MOUNTS: [Mount; 6] = [
         kind: "devpts",
         flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
         data: "mode=0620,gid=5,ptmxmode=0666",
+        required: true,
     },
     // Each container and each exec is moved to its cgroup. `favordynmods`: without it, the first move
     // after a pause waits for an RCU grace period (cgroup-v2.rst; Linux 6.0).
@@ -65,6 +78,7 @@ const MOUNTS: [Mount; 6] = [
         kind: "cgroup2",
         flags: nosuid_nodev_noexec(),
         data: "favordynmods",
+        required: false,
     },
     // The pod's message queues; the IPC namespace is the guest's.
     Mount {
@@ -73,14 +87,22 @@ const MOUNTS: [Mount; 6] = [
         kind: "mqueue",
         flags: nosuid_nodev_noexec(),
         data: "",
+        required: true,
     },
 ];
 
 fn apply(mount_: &Mount) -> Result<()> {
     let what = || format!("mount {} on {}", mount_.kind, mount_.target);
     fs::create_dir_all(mount_.target).context(what)?;
-    mount(Some(mount_.source), mount_.target, Some(mount_.kind), mount_.flags, Some(mount_.data))
-        .context(what)
+    let with = |data| {
+        mount(Some(mount_.source), mount_.target, Some(mount_.kind), mount_.flags, Some(data))
+    };
+    match with(mount_.data) {
+        // An older kernel does not know the options, without which everything works as well.
+        Err(Errno::EINVAL) if !mount_.required => with(""),
+        mounted => mounted,
+    }
+    .context(what)
 }
 
 /// Mounts an empty tmpfs as `/`.

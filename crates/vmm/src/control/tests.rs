@@ -124,7 +124,7 @@ fn file_descriptors_reach_the_vm_and_missing_ones_are_refused() {
 fn the_file_of_a_snapshot_comes_with_the_reply() {
     let running = Running::new();
     let mut file = tempfile::tempfile().unwrap();
-    std::io::Write::write_all(&mut file, b"memory").unwrap();
+    io::Write::write_all(&mut file, b"memory").unwrap();
     let received = running.client().snapshot(file.as_fd()).unwrap();
     assert_eq!(received.metadata().unwrap().len(), 6);
 }
