@@ -18,10 +18,11 @@ type Bitmap = <Inner as VhostUserBackend>::Bitmap;
 
 /// Dirty logging, for migration (vhost-user, `VHOST_F_LOG_ALL`).
 const F_LOG_ALL: u64 = 1 << 26;
-/// Threads that serve the queues. Linux uses the request queue of the CPU that asks, so a request that
-/// waits for a disk blocks those of a quarter of the guest's CPUs only. A queue has one thread, so its
-/// requests are answered in their order, on which the VMM relies after the server has failed.
-const THREADS: u16 = 4;
+/// Threads that serve the queues. More than one needs a lock between the LOOKUP of a name and its UNLINK
+/// or RENAME, which record in the node where its file is found: Linux revalidates names without the
+/// lock of their directory. A queue has one thread in any case, so its requests are answered in their
+/// order, on which the VMM relies after the server has failed.
+const THREADS: u16 = 1;
 
 pub(crate) struct Backend(pub(crate) Inner);
 

@@ -17,9 +17,9 @@
 //!
 //! The VMM has no access to the files. This crate does not depend on pods, KVM or virtio devices.
 //!
-//! Neither VMM nor daemon takes part in a request. Each virtqueue has one thread ([`backend`]), which
-//! answers its requests in order; the VMM relies on that order when it answers requests after the server
-//! has exited. A request that waits for a disk blocks later ones of the same queue, whatever their share.
+//! Neither VMM nor daemon takes part in a request. One thread serves all virtqueues
+//! ([`backend`]) and answers their requests in order; the VMM relies on that order when it answers requests
+//! after the server has exited. A request that waits for a disk blocks later ones, whatever their share.
 
 mod backend;
 pub mod jail;

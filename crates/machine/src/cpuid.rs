@@ -3,6 +3,8 @@
 //!
 //! Intel SDM volume 2A "CPUID"; AMD APM volume 3, appendix E.
 
+use std::hash::{Hash, Hasher};
+
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 const VMX: u32 = 1 << 5;
@@ -94,14 +96,21 @@ pub fn table(host: &CpuId, apic_id: u8, vcpus: u8) -> Result<CpuId, CpuidError> 
     CpuId::from_entries(&entries).map_err(|_| CpuidError::TooMany { got })
 }
 
-/// Vendor and signature (family, model, stepping) of the processor, e.g. `AuthenticAMD 00830f10`.
-pub fn processor(host: &CpuId) -> String {
-    let leaf = |function| host.as_slice().iter().find(|e| e.function == function);
+/// Vendor and signature (family, model, stepping) of the processor, e.g. `AuthenticAMD 00830f10`, and
+/// a hash of the whole `table`, which is that of vCPU 0: a kernel must not find other features after it
+/// has chosen its code by them.
+pub fn processor(table: &CpuId) -> String {
+    let leaf = |function| table.as_slice().iter().find(|e| e.function == function);
     let vendor = leaf(0).map_or_else(Vec::new, |e| {
         [e.ebx, e.edx, e.ecx].into_iter().flat_map(u32::to_le_bytes).collect()
     });
     let signature = leaf(1).map_or(0, |e| e.eax);
-    format!("{} {signature:08x}", String::from_utf8_lossy(&vendor))
+    let mut hasher = std::hash::DefaultHasher::new();
+    for e in table.as_slice() {
+        (e.function, e.index, e.eax, e.ebx, e.ecx, e.edx).hash(&mut hasher);
+    }
+    let (vendor, hash) = (String::from_utf8_lossy(&vendor), hasher.finish());
+    format!("{vendor} {signature:08x} {hash:016x}")
 }
 
 #[cfg(test)]
@@ -116,7 +125,10 @@ mod tests {
         (leaf.ebx, leaf.edx, leaf.ecx) = (ebx, edx, ecx);
         leaves.iter_mut().find(|e| e.function == 1).unwrap().eax = 0x83_0f10;
         let host = CpuId::from_entries(&leaves).unwrap();
-        assert_eq!(processor(&host), "AuthenticAMD 00830f10");
+        let name = processor(&host);
+        assert!(name.starts_with("AuthenticAMD 00830f10 "), "{name}");
+        leaves.iter_mut().find(|e| e.function == 0xa).unwrap().ecx ^= 1;
+        assert_ne!(processor(&CpuId::from_entries(&leaves).unwrap()), name);
     }
 
     fn host() -> CpuId {

@@ -35,7 +35,7 @@ const RFLAGS_RESERVED: u64 = 1 << 1;
 const FCW_INIT: u16 = 0x37f;
 const MXCSR_INIT: u32 = 0x1f80;
 /// Memory types: everything write-back (Intel SDM volume 3, 12.11.2.1).
-const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+pub(crate) const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLE: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
 /// Intel SDM volume 4, table 2-2. Firmware enables fast string operations; without the bit Linux
@@ -55,6 +55,8 @@ pub enum VcpuError {
          the VM can only be restored on the host on which it was saved"
     )]
     TscFrequency { id: u8, saved: u32, host: u32 },
+    #[error("vCPU {id}: the TSC was set to {wanted} and is {reached}")]
+    Tsc { id: u8, wanted: u64, reached: u64 },
     #[error("vCPU {id} cannot enter the guest: hardware reason {reason:#x}")]
     Entry { id: u8, reason: u64 },
     #[error("vCPU {id}: KVM internal error at instruction {rip:#x} (suberror {suberror})")]

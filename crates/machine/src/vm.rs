@@ -20,6 +20,7 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 use crate::memory::{self, MemoryError};
+use crate::vcpu::MSR_MTRR_DEF_TYPE;
 use crate::{KvmError, Ram};
 
 /// Required capabilities.
@@ -101,7 +102,12 @@ impl Host {
             .kvm
             .get_msr_index_list()
             .map_err(KvmError::of("KVM_GET_MSR_INDEX_LIST", "reload kvm_intel or kvm_amd"))?;
-        Ok(list.as_slice().to_vec())
+        let mut msrs = list.as_slice().to_vec();
+        // KVM has it, but does not list it.
+        if !msrs.contains(&MSR_MTRR_DEF_TYPE) {
+            msrs.push(MSR_MTRR_DEF_TYPE);
+        }
+        Ok(msrs)
     }
 
     /// Creates a VM with in-kernel local APICs for up to `vcpus` vCPUs.

@@ -32,6 +32,12 @@ use crate::config::Config;
 const RETRY: Duration = Duration::from_secs(600);
 /// Longest state of a VM, bytes; that of 64 vCPUs has about 3 MiB.
 const STATE_MAX: u64 = 16 << 20;
+/// Most memory of a template, bytes. A guest touches about 60 MiB until its agent listens, and 1.6 % of
+/// its boot memory for the kernel's page structures.
+const MEMORY_MAX: u64 = 512 << 20;
+/// A template that was used within this time is not replaced by one of another size: with more sizes in
+/// turns than templates, each pod would boot and be saved.
+const KEEP: Duration = Duration::from_secs(600);
 
 /// What a VM must have in common with the saved one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -118,8 +124,12 @@ impl Template {
         if memory_size != key.memory_bytes() {
             return Err(invalid("memory", memory_size));
         }
-        let (state, _) = sealed_copy(c"template-state", state)?;
-        let (memory, bytes) = sealed_copy(c"template-memory", memory)?;
+        let used = memory.metadata()?.st_blocks() * 512;
+        if used > MEMORY_MAX {
+            return Err(invalid("memory, more than a template may have,", used));
+        }
+        let (state, _) = sealed_copy(c"template-state", state, state_size)?;
+        let (memory, bytes) = sealed_copy(c"template-memory", memory, memory_size)?;
         Ok(Self { state, memory, made: Instant::now(), bytes })
     }
 
@@ -133,9 +143,9 @@ impl Template {
     }
 }
 
-fn sealed_copy(name: &std::ffi::CStr, from: &File) -> io::Result<(File, u64)> {
+fn sealed_copy(name: &std::ffi::CStr, from: &File, len: u64) -> io::Result<(File, u64)> {
     let to = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
-    let bytes = vmm_api::snapshot::copy_memory(from, &to)?;
+    let bytes = vmm_api::snapshot::copy_memory(from, &to, len)?;
     let seals = SealFlag::F_SEAL_SEAL
         | SealFlag::F_SEAL_SHRINK
         | SealFlag::F_SEAL_GROW
@@ -149,6 +159,7 @@ fn sealed_copy(name: &std::ffi::CStr, from: &File) -> io::Result<(File, u64)> {
 pub(crate) struct Templates {
     limit: usize,
     max_age: Duration,
+    keep: Duration,
     slots: Mutex<HashMap<Key, Slot>>,
 }
 
@@ -169,7 +180,7 @@ enum Slot {
 impl Templates {
     /// At most `limit` templates, each used for `max_age`.
     pub(crate) fn new(limit: usize, max_age: Duration) -> Self {
-        Self { limit, max_age, slots: Mutex::default() }
+        Self { limit, max_age, keep: KEEP, slots: Mutex::default() }
     }
 
     pub(crate) fn enabled(&self) -> bool {
@@ -197,6 +208,18 @@ impl Templates {
             Some(Slot::Making | Slot::Ready { .. }) => return None,
             Some(Slot::Failed { at }) if at.elapsed() < RETRY => return None,
             Some(Slot::Failed { .. }) | None => {}
+        }
+        slots.retain(|_, slot| match slot {
+            Slot::Ready { template, .. } => template.made.elapsed() < self.max_age,
+            Slot::Making | Slot::Failed { .. } => true,
+        });
+        let in_use = |slot: &Slot| match slot {
+            Slot::Ready { used, .. } => used.elapsed() < self.keep,
+            Slot::Making => true,
+            Slot::Failed { .. } => false,
+        };
+        if slots.values().filter(|slot| in_use(slot)).count() >= self.limit {
+            return None;
         }
         slots.insert(key.clone(), Slot::Making);
         Some(Making { templates: self.clone(), key: key.clone(), made: None })
@@ -340,9 +363,22 @@ mod tests {
         assert!(templates.begin(&key(2)).is_none());
     }
 
+    /// Replaces also templates that were just used.
+    fn replacing(limit: usize) -> Arc<Templates> {
+        Arc::new(Templates { keep: Duration::ZERO, ..Templates::new(limit, Duration::MAX) })
+    }
+
+    #[test]
+    fn a_template_that_was_just_used_is_not_replaced() {
+        let templates = Arc::new(Templates::new(1, Duration::MAX));
+        templates.begin(&key(1)).unwrap().finish(template());
+        assert!(templates.begin(&key(2)).is_none());
+        assert!(templates.get(&key(1)).is_some());
+    }
+
     #[test]
     fn old_templates_and_those_over_the_limit_are_dropped() {
-        let templates = Arc::new(Templates::new(2, Duration::MAX));
+        let templates = replacing(2);
         for vcpus in 1..=2 {
             templates.begin(&key(vcpus)).unwrap().finish(template());
         }

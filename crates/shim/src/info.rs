@@ -35,7 +35,7 @@ fn runtime_info(input: &[u8]) -> Result<RuntimeInfo> {
         ..Default::default()
     };
     Ok(RuntimeInfo {
-        name: crate::RUNTIME.to_owned(),
+        name: crate::runtime::RUNTIME.to_owned(),
         version: MessageField::some(RuntimeVersion {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()

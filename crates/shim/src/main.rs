@@ -22,6 +22,7 @@ mod pod;
 mod pod_config;
 mod process;
 mod rootfs;
+mod runtime;
 mod sandbox_service;
 mod sandbox_state;
 mod serve;
@@ -37,9 +38,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 
 use args::{Action, Arguments};
-
-/// Runtime type as configured in containerd; the binary's name is derived from it.
-pub(crate) const RUNTIME: &str = "io.containerd.nacelle.v2";
+use runtime::RUNTIME;
 
 fn main() -> ExitCode {
     match run() {

@@ -110,7 +110,7 @@ pub(crate) fn pod(
         handler: String::new(),
         cgroup_parent: cgroup_parent(&linux.cgroup_parent),
         log_directory: String::new(),
-        sysctls: linux.sysctls.into_iter().collect(),
+        sysctls: with_default_sysctls(linux.sysctls),
         dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
         ports: Vec::new(),
         vcpus: size.vcpus(settings),
@@ -119,6 +119,20 @@ pub(crate) fn pod(
         host: None,
         origin: serde_json::Value::Null,
     })
+}
+
+/// With `sandboxer = "podsandbox"` containerd sets these for pods with a network of their own
+/// (`enable_unprivileged_ports` and `enable_unprivileged_icmp`, on by default).
+fn with_default_sysctls(mut sysctls: HashMap<String, String>) -> BTreeMap<String, String> {
+    for (name, value) in [
+        ("net.ipv4.ip_unprivileged_port_start", "0"),
+        ("net.ipv4.ping_group_range", "0 2147483647"),
+    ] {
+        if !sysctls.contains_key(name) && !sysctls.contains_key(&name.replace('.', "/")) {
+            sysctls.insert(name.to_owned(), value.to_owned());
+        }
+    }
+    sysctls.into_iter().collect()
 }
 
 /// The pod's annotations do not come from its configuration: [`NETNS`] names a file of the host.
@@ -141,6 +155,16 @@ mod tests {
 
     fn options(value: Vec<u8>) -> Any {
         Any { type_url: TYPE.into(), value, ..Default::default() }
+    }
+
+    #[test]
+    fn sysctls_of_the_pod_replace_the_defaults_in_both_spellings() {
+        let own =
+            [("net/ipv4/ping_group_range", "1 0"), ("net.ipv4.ip_unprivileged_port_start", "99")];
+        let own = own.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let set = with_default_sysctls(own.into());
+        assert_eq!((set.len(), set["net.ipv4.ip_unprivileged_port_start"].as_str()), (2, "99"));
+        assert_eq!(with_default_sysctls(HashMap::new()).len(), 2);
     }
 
     /// With the types of CRI's own api.proto.
@@ -187,6 +211,7 @@ mod tests {
         assert_eq!(meta.annotations, [(NETNS.to_owned(), "/var/run/netns/a".to_owned())].into());
         assert_eq!(pod.cgroup_parent, "kubepods-pod1.slice");
         assert_eq!(pod.sysctls["net.core.somaxconn"], "9");
+        assert_eq!(pod.sysctls["net.ipv4.ip_unprivileged_port_start"], "0");
         assert_eq!((pod.memory_mib, pod.vcpus), (Some(256 + 128), Some(1)));
         assert_eq!(pod.dns.servers, ["10.96.0.10"]);
         assert_eq!(pod.dns.searches, ["svc.cluster.local"]);

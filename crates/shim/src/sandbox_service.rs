@@ -97,7 +97,7 @@ impl Sandbox for SandboxService {
         if r.verbose {
             let info = json!({
                 "pid": view.pid,
-                "runtimeType": crate::RUNTIME,
+                "runtimeType": crate::runtime::RUNTIME,
                 "version": env!("CARGO_PKG_VERSION"),
                 "shimPid": std::process::id(),
                 "stateDirectory": self.0.paths.state,

@@ -7,6 +7,7 @@
 //! The VM starts with Starting. Stopped: on request, failed to start, or the VM died.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -213,6 +214,9 @@ impl Pod {
     ) -> Result<()> {
         if self.check_sandbox_id(id).is_err() {
             return Err(invalid(format!("sandbox {id} does not belong to this shim")));
+        }
+        if self.shutting_down.load(Ordering::Relaxed) {
+            return Err(status(Code::UNAVAILABLE, "the shim is shutting down"));
         }
         if self.tasks().contains_key(id) {
             return Err(status(Code::ALREADY_EXISTS, format!("sandbox {id} is a task")));

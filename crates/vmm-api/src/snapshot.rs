@@ -13,14 +13,13 @@ const PAGE: usize = 4096;
 /// Bytes that are read at once; whole pages.
 const PIECE: usize = 1 << 20;
 
-/// Copies guest memory, the file of [`crate::Reply::Saved`], to an empty file. Pages that are zero
-/// become holes. The pages of `to` are charged to the caller's memory cgroup. Returns the number of
+/// Copies the first `len` bytes of guest memory, the file of [`crate::Reply::Saved`], to an empty file.
+/// Pages that are zero become holes. The pages of `to` are charged to the caller's memory cgroup. Returns the number of
 /// bytes that were not zero.
 ///
 /// # Errors
 /// If a file cannot be read or written, for example because the disk is full.
-pub fn copy_memory(from: &File, to: &File) -> io::Result<u64> {
-    let len = from.metadata()?.len();
+pub fn copy_memory(from: &File, to: &File, len: u64) -> io::Result<u64> {
     to.set_len(len)?;
     let mut buffer = vec![0; PIECE];
     let (mut at, mut copied) = (0, 0);
@@ -90,7 +89,7 @@ mod tests {
         // Allocated, but zero.
         from.write_all_at(&[0; 2 << 20], 8 * MIB).unwrap();
         // The third value lies on two pages.
-        assert_eq!(copy_memory(&from, &to).unwrap(), 6 * 4096);
+        assert_eq!(copy_memory(&from, &to, 64 * MIB).unwrap(), 6 * 4096);
         assert_eq!(to.metadata().unwrap().len(), 64 * MIB);
         assert_eq!(to.metadata().unwrap().st_blocks() * 512, 6 * 4096);
         let read = |file: &File| {

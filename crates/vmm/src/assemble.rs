@@ -156,7 +156,7 @@ impl Parts {
         for id in 0..count {
             vcpus.push(Vcpu::new(&fd, id, &cpuid::table(host.cpuid(), id, count)?)?);
         }
-        let processor = cpuid::processor(host.cpuid());
+        let processor = cpuid::processor(&cpuid::table(host.cpuid(), 0, count)?);
 
         let region = match &layout.hotplug {
             Some(range) => {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, RawFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -122,11 +123,17 @@ fn run_from_options(options: &Options, started: Instant) -> Result<ExitCode> {
 const SAVE_LIMIT: Duration = Duration::from_secs(120);
 
 fn save(control: &Path, dir: &Path) -> Result<ExitCode> {
-    std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.with_context(|| format!("cannot create {}", dir.display()))?;
+    // New files: they have the guest's memory, which only their owner may read.
     let create = |name: &str| {
         let path = dir.join(name);
-        let mut options = File::options();
-        let file = options.read(true).write(true).create(true).truncate(true).open(&path);
+        if let Err(error) = std::fs::remove_file(&path)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(error).with_context(|| format!("cannot replace {}", path.display()));
+        }
+        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path);
         file.with_context(|| format!("cannot create {}", path.display()))
     };
     let (state, memory) = (create("state")?, create("memory")?);
@@ -134,7 +141,8 @@ fn save(control: &Path, dir: &Path) -> Result<ExitCode> {
     client.order(&Request::Pause)?;
     let saved = || -> Result<u64> {
         let from = client.snapshot(state.as_fd())?;
-        Ok(vmm_api::snapshot::copy_memory(&from, &memory).context("cannot copy the memory")?)
+        let len = from.metadata()?.len();
+        vmm_api::snapshot::copy_memory(&from, &memory, len).context("cannot copy the memory")
     };
     match saved() {
         Ok(bytes) => println!("{bytes} bytes of guest memory"),

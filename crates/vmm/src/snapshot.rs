@@ -183,6 +183,9 @@ impl Parts<'_> {
         let (Some(tsc), true) = (tscs.iter().max(), tscs.len() == vcpus.len()) else {
             return Err(SnapshotError::Vcpus { got: tscs.len(), want: vcpus.len() });
         };
+        for vcpu in vcpus {
+            vcpu.move_tsc_away(*tsc)?;
+        }
         for (vcpu, saved) in vcpus.iter().zip(&saved) {
             vcpu.load(saved, *tsc)?;
         }

@@ -58,7 +58,7 @@ fn metrics() -> Result<()> {
     is(&text, "nacelle_pods{state=\"ready\"}", 1.0)?;
     is(&text, "nacelle_containers{state=\"running\"}", 1.0)?;
     is(&text, "nacelle_pod_starts_total{kind=\"vm\",result=\"ok\"}", 1.0)?;
-    is(&text, "nacelle_vm_boots_total{result=\"ok\"}", 1.0)?;
+    is(&text, "nacelle_vm_boots_total{from=\"kernel\",result=\"ok\"}", 1.0)?;
     is(&text, "nacelle_pod_start_phase_duration_seconds_count{phase=\"boot\"}", 1.0)?;
     let add = "nacelle_cni_operations_total{operation=\"ADD\",plugin=\"bridge\",result=\"ok\"}";
     is(&text, add, 1.0)?;

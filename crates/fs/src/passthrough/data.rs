@@ -16,12 +16,13 @@ use nix::unistd::{Whence, fdatasync, fsync, ftruncate, lseek64};
 use virtiofsd::filesystem::{Entry, OpenOptions, ZeroCopyReader, ZeroCopyWriter};
 use virtiofsd::oslib::WritevFlags;
 
+use super::caching::Caching;
 use super::credentials::{Caller, keep_set_id};
 use super::names::component;
 use super::node::Node;
 use super::resolve::{Resolved, stale};
 use super::stat::{Stat, Time};
-use super::{Caching, Passthrough, calls, own_path};
+use super::{Passthrough, calls, own_path};
 
 /// Flags of open(2) that the guest may set. O_APPEND is not among them: the guest can clear it
 /// later, so each write request says whether it appends.

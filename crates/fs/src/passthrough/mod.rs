@@ -15,6 +15,7 @@
 //! Names are single path components and symbolic links are never followed; the guest's kernel
 //! resolves both.
 
+mod caching;
 mod calls;
 mod change;
 mod credentials;
@@ -41,8 +42,8 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse;
 use virtiofsd::soft_idmap::Id;
-use vmm_api::shares;
 
+use self::caching::CACHE_TIMEOUT;
 use self::credentials::Caller;
 use self::directory::Entries;
 use self::handles::Handles;
@@ -50,31 +51,6 @@ use self::node::{Node, Place, Table};
 use self::resolve::Descriptors;
 use self::stat::{InodeNumbers, Stat, Time};
 use self::systems::FileSystems;
-
-/// Cache timeout of names and attributes; also the delay until the guest sees a change by the host.
-const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
-/// The same for shares that only this guest changes.
-const EXCLUSIVE_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// What the guest may cache of a file: the least that a share permits through which it was found.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Caching {
-    /// Nothing.
-    Strict,
-    #[default]
-    Usual,
-    Exclusive,
-}
-
-impl Caching {
-    fn timeout(self) -> Duration {
-        match self {
-            Self::Strict => Duration::ZERO,
-            Self::Usual => CACHE_TIMEOUT,
-            Self::Exclusive => EXCLUSIVE_TIMEOUT,
-        }
-    }
-}
 
 pub(crate) struct Passthrough {
     /// Directory of the shares.
@@ -89,23 +65,6 @@ pub(crate) struct Passthrough {
     systems: FileSystems,
     /// The guest sends supplementary groups with creating requests (from Linux 6.3 on).
     sends_groups: AtomicBool,
-}
-
-/// What may be cached of a share, according to its name, and the rest of the name.
-fn caching(name: &CStr) -> (Caching, &[u8]) {
-    let name = name.to_bytes();
-    if let Some(rest) = name.strip_suffix(shares::STRICT.as_bytes()) {
-        (Caching::Strict, rest)
-    } else if let Some(rest) = name.strip_suffix(shares::EXCLUSIVE.as_bytes()) {
-        (Caching::Exclusive, rest)
-    } else {
-        (Caching::Usual, name)
-    }
-}
-
-/// Whether later mounts of the host appear in the share, according to its name.
-fn follows(name: &CStr) -> bool {
-    caching(name).1.ends_with(shares::FOLLOWS.as_bytes())
 }
 
 /// Path of a file descriptor in [`Passthrough::own`].

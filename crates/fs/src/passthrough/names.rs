@@ -26,11 +26,12 @@ use nix::sys::statvfs::{FsFlags, fstatvfs};
 use nix::unistd::{UnlinkatFlags, linkat, symlinkat, unlinkat};
 use virtiofsd::filesystem::Entry;
 
+use super::caching::{Caching, caching, follows};
 use super::credentials::Caller;
 use super::node::{Node, Place, ROOT, View};
 use super::resolve::DEPTH_MAX;
 use super::stat::Stat;
-use super::{Caching, Passthrough, caching, calls, follows, own_path};
+use super::{Passthrough, calls, own_path};
 
 /// Checks that the name is one path component.
 pub(super) fn component(name: &CStr) -> io::Result<&CStr> {

@@ -21,7 +21,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::Caching;
+use super::caching::Caching;
 use super::stat::{SentVersion, Stat, Time};
 
 /// The root's id (FUSE_ROOT_ID, linux/fuse.h).

@@ -50,9 +50,6 @@ pub const ROOT: u64 = 1;
 const MEMORY: u64 = 8 << 20;
 const IN: u64 = 4 << 20;
 const OUT: u64 = 6 << 20;
-/// Buffers of a request that is not waited for.
-const FIRST_IN: u64 = 3 << 20;
-const FIRST_OUT: u64 = 5 << 20;
 const REPLY_MAX: u32 = 1 << 20;
 
 /// Whether mounts and namespaces can be created here; prints SKIP if not.
@@ -275,8 +272,6 @@ pub struct Guest {
     _fs: Fs,
     unique: u64,
     pub uid: u32,
-    /// Requests are sent in a queue that another thread serves than the first one.
-    pub avoid_first_thread: bool,
 }
 
 impl Guest {
@@ -290,8 +285,7 @@ impl Guest {
         let interrupt = Arc::new(MockInterrupt::default());
         let made = activation(&device, &queues, interrupt, device.features());
         let runner = Runner::start(device.activate(made).unwrap()).unwrap();
-        let mut guest =
-            Self { mem, queues, runner, _fs: device, unique: 1, uid: 0, avoid_first_thread: false };
+        let mut guest = Self { mem, queues, runner, _fs: device, unique: 1, uid: 0 };
         guest.init();
         guest
     }
@@ -327,11 +321,7 @@ impl Guest {
     fn exchange(&mut self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
         // Round-robin over all request queues, as a guest with several CPUs uses them.
         let count = self.queues.len() - 1;
-        let mut at = 1 + (self.unique as usize + 1) % count;
-        if self.avoid_first_thread {
-            // The second thread's.
-            at = 2;
-        }
+        let at = 1 + (self.unique as usize + 1) % count;
         self.begin_at(at, IN, OUT, (opcode, node), body);
         let queue = &mut self.queues[at];
         let mut used = None;
@@ -362,25 +352,6 @@ impl Guest {
         let queue = &mut self.queues[at];
         queue.add(&[(from, request.len() as u32)], &[(to, REPLY_MAX)]);
         queue.kick();
-    }
-
-    /// Sends a request in the first request queue; [`Self::answered`] has its answer.
-    pub fn begin(&mut self, opcode: u32, node: u64, body: &[u8]) {
-        self.begin_at(1, FIRST_IN, FIRST_OUT, (opcode, node), body);
-    }
-
-    /// The errno of the answer in the first request queue, if there is one within `limit`.
-    pub fn answered(&mut self, limit: Duration) -> Option<i32> {
-        let end = Instant::now() + limit;
-        while self.queues[1].used().is_none() {
-            if Instant::now() > end {
-                return None;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let mut header = [0; 8];
-        self.mem.read_slice(&mut header, GuestAddress(FIRST_OUT)).unwrap();
-        Some(-i32::from_le_bytes([header[4], header[5], header[6], header[7]]))
     }
 
     /// Seconds for which a name and the attributes of its file may be cached.

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use crate::common::{Guest, Mounted, ROOT, Server, can_run, op, text};
@@ -422,68 +421,4 @@ fn only_a_share_that_nobody_else_changes_is_cached_for_long() {
     let strict = guest.lookup(ROOT, "plain.strict").unwrap().node;
     assert_eq!(guest.timeouts(strict, "file"), (0, 0));
     assert_eq!(guest.timeouts(plain, "file"), (0, 0));
-}
-
-#[test]
-fn a_request_that_waits_does_not_block_those_of_other_cpus() {
-    if !can_run() {
-        return;
-    }
-    let mut server = Server::start();
-    let dir = tempfile::tempdir().unwrap();
-    for name in ["leased", "other"] {
-        fs::write(dir.path().join(name), "text").unwrap();
-    }
-    fs::hard_link(dir.path().join("leased"), dir.path().join("name")).unwrap();
-    server.add("data", dir.path());
-    let mut guest = server.guest();
-    let share = guest.lookup(ROOT, "data").unwrap().node;
-    let leased = guest.lookup(share, "leased").unwrap().node;
-    // A file without a name is opened through its descriptor, as the guest says.
-    guest.request(op::UNLINK, share, &text("leased")).unwrap();
-    guest.avoid_first_thread = true;
-    // With a lease the host's open(2) waits until the owner of the lease gives it up.
-    let owner = fs::File::options().write(true).open(dir.path().join("name")).unwrap();
-    let lease = Lease::take(&owner);
-    guest.begin(op::OPEN, leased, &[0; 8]);
-    for _ in 0..20 {
-        let file = guest.lookup(share, "other").unwrap().node;
-        let handle = guest.open(file, libc::O_RDONLY).unwrap();
-        assert_eq!(guest.read(file, handle).unwrap(), b"text");
-        guest.release(file, handle);
-    }
-    assert_eq!(guest.answered(std::time::Duration::ZERO), None, "the lease is not given up yet");
-    drop(lease);
-    assert_eq!(guest.answered(std::time::Duration::from_secs(30)), Some(0));
-}
-
-/// F_SETLEASE of a file.
-struct Lease<'a>(&'a fs::File);
-
-impl<'a> Lease<'a> {
-    #[allow(unsafe_code)] // a signal's disposition
-    fn take(file: &'a fs::File) -> Self {
-        // The signal that asks for the lease.
-        // SAFETY: SIG_IGN installs no handler.
-        unsafe {
-            nix::sys::signal::signal(nix::sys::signal::SIGIO, nix::sys::signal::SigHandler::SigIgn)
-        }
-        .unwrap();
-        let lease = Self(file);
-        lease.set(libc::F_WRLCK);
-        lease
-    }
-
-    #[allow(unsafe_code)] // F_SETLEASE is in no library
-    fn set(&self, kind: i32) {
-        // SAFETY: takes integers, and a file descriptor that is open.
-        let done = unsafe { libc::fcntl(self.0.as_raw_fd(), libc::F_SETLEASE, kind) };
-        assert_eq!(done, 0, "F_SETLEASE: {}", std::io::Error::last_os_error());
-    }
-}
-
-impl Drop for Lease<'_> {
-    fn drop(&mut self) {
-        self.set(libc::F_UNLCK);
-    }
 }

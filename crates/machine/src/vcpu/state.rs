@@ -15,6 +15,8 @@ use crate::KvmError;
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Ticks: more than a second on every processor.
+const TSC_DISTANCE: u64 = 1 << 40;
 const ADVICE: &str = "please report the host's processor and kernel";
 
 /// The state of a vCPU.
@@ -93,11 +95,19 @@ impl Vcpu {
         Ok(state)
     }
 
+    /// Sets the counter of a new vCPU far from `tsc`; to be called for all vCPUs before
+    /// [`Self::load`]. KVM ignores a write that is within a second of the counter's value, as it takes
+    /// it for an attempt to synchronize vCPUs (before Linux 6.7 also the first one, so a VM that was
+    /// saved within a second of its start would start near 0 again).
+    pub fn move_tsc_away(&self, tsc: u64) -> Result<(), VcpuError> {
+        self.set_msr(MSR_TSC, tsc.wrapping_add(TSC_DISTANCE))
+    }
+
     /// Loads a saved state into a new vCPU with the same CPUID. The counter `tsc` must be the same
     /// for all vCPUs, so that KVM keeps them synchronized.
     ///
     /// # Errors
-    /// If the TSC of this host has another frequency, or KVM refuses a part of the state.
+    /// If the TSC of this host has another frequency or is not set, or KVM refuses a part of the state.
     pub fn load(&self, state: &VcpuState, tsc: u64) -> Result<(), VcpuError> {
         let id = self.id;
         let failed = |call| move |e| VcpuError::Kvm { id, source: KvmError::of(call, ADVICE)(e) };
@@ -128,6 +138,10 @@ impl Vcpu {
         self.fd.set_debug_regs(debug_regs).map_err(failed("KVM_SET_DEBUGREGS"))?;
         self.fd.set_lapic(lapic).map_err(failed("KVM_SET_LAPIC"))?;
         self.set_msr(MSR_TSC, tsc)?;
+        let reached = self.msr(MSR_TSC)?;
+        if !(tsc..tsc.saturating_add(TSC_DISTANCE / 2)).contains(&reached) {
+            return Err(VcpuError::Tsc { id, wanted: tsc, reached });
+        }
         for msr in msrs.iter().filter(|m| !matches!(m.index, MSR_TSC | MSR_TSC_DEADLINE)) {
             self.load_msr(*msr)?;
         }
@@ -220,8 +234,15 @@ mod tests {
         let state: VcpuState = serde_json::from_str(&text).unwrap();
         let tsc = state.tsc().unwrap();
         let (mut second, _ram, _vm) = machine();
+        second.move_tsc_away(tsc).unwrap();
         second.load(&state, tsc).unwrap();
         assert!(second.msr(MSR_TSC).unwrap() >= tsc);
+        // Half a second after the start of its VM.
+        let early = u64::from(state.tsc_khz) * 500;
+        second.move_tsc_away(early).unwrap();
+        second.load(&state, early).unwrap();
+        second.move_tsc_away(tsc).unwrap();
+        second.load(&state, tsc).unwrap();
         assert_eq!(second.step(&bus).unwrap(), Step::Handled);
         assert_eq!(bus.0.get(), 0x5a_u8.wrapping_add(0x34));
 

@@ -262,8 +262,13 @@ impl Start<'_> {
             return Ok((process, key));
         };
         *from = StartedFrom::Template;
-        // The other half is for a boot, should the guest not continue.
-        let up = trace.phase("restore", self.until_up(&process, boot_limit / 2)).await;
+        // A boot follows if the guest does not continue. That it listens does not show that it runs.
+        let restored = async {
+            self.until_up(&process, boot_limit / 4).await?;
+            handle.guest.hello(handle.node.config.guest_call_deadline()).await?;
+            Ok(())
+        };
+        let up: Result<(), BootError> = trace.phase("restore", restored).await;
         match (up, key) {
             (Ok(()), _) => Ok((process, None)),
             (Err(failed), Some(key)) if !matches!(failed.error, Error::Cancelled { .. }) => {

@@ -16,6 +16,8 @@ use crate::template::{Key, Making, Template};
 
 /// Time for the connection on which the agent was seen to listen to close in the guest.
 const QUIET_LIMIT: Duration = Duration::from_secs(2);
+/// More than the VMM takes to pause its vCPUs and devices, or to give up.
+const PAUSE_LIMIT: Duration = Duration::from_secs(15);
 const QUIET_POLL: Duration = Duration::from_millis(10);
 
 /// Saves the VM, whose agent listens and has received no request. Whatever happens, the VM runs
@@ -23,7 +25,7 @@ const QUIET_POLL: Duration = Duration::from_millis(10);
 pub(super) async fn save_template(handle: &Handle, making: Making) -> Result<(), anyhow::Error> {
     handle.guest.drop_first_connection();
     let control = handle.paths.control.clone();
-    let limit = handle.node.config.vmm_call_deadline();
+    let limit = handle.node.config.vmm_call_deadline().max(PAUSE_LIMIT);
     blocking(move || {
         let template = save(&control, limit, making.key())?;
         tracing::info!(bytes = template.bytes(), "saved a VM as a template");
@@ -34,6 +36,16 @@ pub(super) async fn save_template(handle: &Handle, making: Making) -> Result<(),
 }
 
 fn save(control: &Path, limit: Duration, key: &Key) -> anyhow::Result<Template> {
+    let saved = try_to_save(control, limit, key);
+    if saved.is_err() {
+        // Whatever has failed, also a reply that came too late: the VM must not stay paused.
+        let client = Client::connect(control, limit)?;
+        client.order(&Request::Resume).context("cannot resume the VM")?;
+    }
+    saved
+}
+
+fn try_to_save(control: &Path, limit: Duration, key: &Key) -> anyhow::Result<Template> {
     let client = Client::connect(control, limit)?;
     let state = memfd_create(c"vm-state", MFdFlags::MFD_CLOEXEC).context("memfd_create")?;
     let state = File::from(state);

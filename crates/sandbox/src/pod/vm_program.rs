@@ -98,10 +98,11 @@ pub(super) fn program(
     })?;
     let serial = agent_api::SCRATCH_SERIAL.to_owned();
     let disks = vec![DiskConfig { serial, file: fds.add(scratch), read_only: false }];
-    let examine = |e| Error::io("examine the guest's kernel, initramfs and VMM", e);
     let key = match templates {
         Templates::Use if node.templates.enabled() => {
-            Some(Key::new(&node.config, &config).map_err(examine)?)
+            let key = Key::new(&node.config, &config);
+            key.inspect_err(|error| tracing::warn!(pod = pod.id, %error, "no template is used"))
+                .ok()
         }
         Templates::Use | Templates::Ignore => None,
     };
