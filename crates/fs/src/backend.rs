@@ -18,12 +18,6 @@ type Bitmap = <Inner as VhostUserBackend>::Bitmap;
 
 /// Dirty logging, for migration (vhost-user, `VHOST_F_LOG_ALL`).
 const F_LOG_ALL: u64 = 1 << 26;
-/// Threads that serve the queues. More than one needs a lock between the LOOKUP of a name and its UNLINK
-/// or RENAME, which record in the node where its file is found: Linux revalidates names without the
-/// lock of their directory. A queue has one thread in any case, so its requests are answered in their
-/// order, on which the VMM relies after the server has failed.
-const THREADS: u16 = 1;
-
 pub(crate) struct Backend(pub(crate) Inner);
 
 impl VhostUserBackend for Backend {
@@ -34,15 +28,12 @@ impl VhostUserBackend for Backend {
         1 + usize::from(REQUEST_QUEUES_MAX)
     }
 
-    /// Bits of the queues of each thread: the first request queue and the hiprio queue have the first
-    /// thread.
+    /// One thread serves all queues. More than one needs a lock between the LOOKUP of a name and its
+    /// UNLINK or RENAME, which record in the node where its file is found: Linux revalidates names
+    /// without the lock of their directory. The requests of a queue must be answered in order, on which
+    /// the VMM relies after the server has failed.
     fn queues_per_thread(&self) -> Vec<u64> {
-        let mut threads = vec![0; usize::from(THREADS)];
-        threads[0] = 1;
-        for request in 0..REQUEST_QUEUES_MAX {
-            threads[usize::from(request % THREADS)] |= 1 << (1 + request);
-        }
-        threads
+        vec![(1 << self.num_queues()) - 1]
     }
 
     fn max_queue_size(&self) -> usize {

@@ -376,7 +376,7 @@ mod tests {
         assert_eq!(shim.wait(ID).await.unwrap().exit_status, 255);
         shim.shutdown(ID).await.unwrap();
         assert!(shim.exits().await);
-        assert_eq!(code(shim.create(ID).await), Code::FAILED_PRECONDITION);
+        assert_eq!(code(shim.create(ID).await), Code::UNAVAILABLE);
     }
 
     #[tokio::test]

@@ -87,7 +87,7 @@ mod tests {
             from.write_all_at(&at.to_le_bytes().map(|byte| byte | 1), at).unwrap();
         }
         // Allocated, but zero.
-        from.write_all_at(&[0; 2 << 20], 8 * MIB).unwrap();
+        from.write_all_at(&vec![0; 2 << 20], 8 * MIB).unwrap();
         // The third value lies on two pages.
         assert_eq!(copy_memory(&from, &to, 64 * MIB).unwrap(), 6 * 4096);
         assert_eq!(to.metadata().unwrap().len(), 64 * MIB);

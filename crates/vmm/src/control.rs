@@ -35,15 +35,17 @@ const SIGNALS: u64 = 4;
 /// First epoll token of a client.
 const FIRST_CLIENT: u64 = 16;
 
+/// A reply and the file descriptors that are sent with it.
+pub type Answer = (Reply, Vec<OwnedFd>);
+
 /// What requests are carried out on; tests use a fake.
 pub trait Vm: Send + Sync {
     /// Must not block.
     fn status(&self) -> VmStatus;
     /// Must not block.
     fn counters(&self) -> Counters;
-    /// Any other request; may block. Called on the control thread only. Returns the reply and the
-    /// file descriptors that are sent with it.
-    fn perform(&self, request: Request, fds: Vec<OwnedFd>) -> (Reply, Vec<OwnedFd>);
+    /// Any other request; may block. Called on the control thread only.
+    fn perform(&self, request: Request, fds: Vec<OwnedFd>) -> Answer;
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +79,7 @@ struct ClientRequest {
 }
 
 struct Replies {
-    queue: Mutex<VecDeque<(u64, (Reply, Vec<OwnedFd>))>>,
+    queue: Mutex<VecDeque<(u64, Answer)>>,
     event: EventFd,
 }
 
