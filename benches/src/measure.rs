@@ -174,7 +174,8 @@ mod tests {
             { common_pid:          1, id: sys_read                      [  0] } hitcount:        999\n\
             \nTotals:\n    Hits: 1048\n    Entries: 4\n    Dropped: 0\n";
         let of = |threads: &[u32]| histogram(text, &threads.iter().copied().collect());
-        assert_eq!(of(&[812, 813]), [("statx".to_owned(), 42), ("read".to_owned(), 7)].into());
+        let expected = [("statx".to_owned(), 42), ("read".to_owned(), 7)];
+        assert_eq!(of(&[812, 813]), BTreeMap::from(expected));
         assert_eq!(of(&[5]), BTreeMap::new());
     }
 }
